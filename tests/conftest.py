@@ -1,0 +1,65 @@
+"""What all tests share: the import path, the markers `slow` and `gpu`, and a summary that names what was skipped."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_TESTS = Path(__file__).resolve().parent
+for _folder in (_TESTS.parent, _TESTS):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; runs only with --slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not _has_cuda():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the skipped tests by reason, without -rs: a test nobody sees skipped is a test nobody runs."""
+    names_by_reason: dict[str, Counter[str]] = defaultdict(Counter)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        names_by_reason[reason.removeprefix("Skipped: ")][report.nodeid.split("[")[0]] += 1
+    if not names_by_reason:
+        return
+    terminalreporter.section("skipped tests")
+    for reason, names in names_by_reason.items():
+        terminalreporter.line(f"{names.total()} skipped: {reason}")
+        listed = ", ".join(name if count == 1 else f"{name} (x{count})" for name, count in names.items())
+        terminalreporter.line(
+            textwrap.fill(listed, width=118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rank_pools() -> Iterator[None]:
+    """End the processes of `run_on_ranks` with the session."""
+    yield
+    from ranks import close_pools
+
+    close_pools()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

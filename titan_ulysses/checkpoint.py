@@ -1,0 +1,141 @@
+"""Checkpoints through DCP: saved by all ranks, readable on any mesh, published whole or not at all.
+
+`checkpoints/step-N/` holds DCP's files (model and optimizer, by parameter name) and `run.json` (the rest: step, data
+position, what model it is). It is written as `.step-N.partial` and renamed when complete, so a checkpoint that is
+there is good, whatever happened while another was being written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from titan_ulysses.errors import UserError
+
+_RUN_FILE = "run.json"
+
+
+class Checkpointer:
+    """Save and load model, optimizer and a JSON-able state in `folder`, keeping the last `keep` (0: all)."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def latest(self) -> int | None:
+        """The last complete step, or None."""
+        return max(self._steps(), default=None)
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Collective. Writes step-<step>, then removes what is older than the last `keep`. UserError if it cannot."""
+        final = self.folder / f"step-{step}"
+        partial = self.folder / f".step-{step}.partial"
+        if final.exists():
+            return
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        tensors = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        try:
+            dcp.save(tensors, checkpoint_id=partial)
+            if dist.get_rank() == 0:
+                self._publish(partial, final, {**state, "parameters": _shapes(model)})
+        except (CheckpointException, OSError) as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            kept = self.latest()
+            raise UserError(
+                f"checkpoint.folder = {self.folder}: saving step {step} failed ({_cause(error)}). "
+                + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
+                + "free space or change job.dump_folder, and run the same command again to go on."
+            ) from error
+        dist.barrier()
+
+    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        # The sizes tell a damaged file from a whole one before any tensor is read.
+        state["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        with open(partial / _RUN_FILE, "w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(final)
+        steps = sorted(self._steps())
+        for old in steps[: -self.keep] if self.keep else []:
+            shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """The JSON state saved with step, after checking that its files are all there. UserError if damaged."""
+        folder = self.folder / f"step-{step}"
+        try:
+            state = json.loads((folder / _RUN_FILE).read_text())
+            sizes = {name: (folder / name).stat().st_size for name in state["files"]}
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(step, f"{type(error).__name__}: {error}") from error
+        for name, size in state["files"].items():
+            if sizes[name] != size:
+                raise self._damaged(step, f"{name} has {sizes[name]} of {size} bytes")
+        return state
+
+    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Collective. Fills model and optimizer from step-<step>, on any mesh; returns the JSON state."""
+        state = self.read_state(step)
+        self._expect_model(step, state["parameters"], _shapes(model))
+        tensors = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
+        try:
+            dcp.load(tensors, checkpoint_id=self.folder / f"step-{step}")
+        except (CheckpointException, OSError, ValueError) as error:
+            raise self._damaged(step, _cause(error)) from error
+        set_model_state_dict(model, tensors["model"])
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        return state
+
+    def _steps(self) -> list[int]:
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return [int(name) for name in names if name.isdigit()]
+
+    def _damaged(self, step: int, why: str) -> UserError:
+        others = sorted(set(self._steps()) - {step})
+        remedy = f"Remove it to resume from step {others[-1]}" if others else "Remove it to start from the beginning"
+        return UserError(f"checkpoint.folder = {self.folder}: step-{step} is damaged ({why}). {remedy}.")
+
+    def _expect_model(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+        if saved == wanted:
+            return
+        name = next(n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n))
+        raise UserError(
+            f"checkpoint.folder = {self.folder}: step-{step} holds another model: {name} is {saved.get(name, 'absent')} "
+            f"there and {wanted.get(name, 'absent')} here. Give this run another job.name, or the model its old settings."
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in get_model_state_dict(model).items()}
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason in one line: DCP wraps what a rank met in an exception of its own."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_cause(inner)}"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,86 @@
+"""This rank's batches. Every rank of a sequence-parallel group reads the same samples and slices them itself, so data
+needs no communication, and the position in the stream means the same on any mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from titan_ulysses.data.packing import PackedSequences
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of S tokens, of which this rank holds T = S / P: tokens [sp_rank * T, (sp_rank + 1) * T) of each row."""
+
+    input_ids: torch.Tensor
+    """[B, T] int64"""
+    labels: torch.Tensor
+    """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` where nothing is predicted"""
+    position_ids: torch.Tensor
+    """[B, T] int64, positions in the document, not in the slice"""
+    documents: tuple[tuple[int, ...], ...]
+    """the document lengths of each whole row, B tuples that sum to S, on the host: attention needs them without a
+    device synchronisation"""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`; the copy does not make the host wait."""
+        # A copy from pageable memory would wait whatever `non_blocking` says.
+        pin = torch.device(device).type == "cuda"
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            position_ids=move(self.position_ids),
+        )
+
+
+class Loader:
+    """Batches of `batch_size` = B rows for one rank, from a stream of sequences.
+
+    A global micro-batch is the next `batch_size * batch_degree` sequences; data-parallel rank `batch_rank` takes the
+    `batch_rank`-th block of B of them, and of each row the `sp_rank`-th of `sp_degree` = P equal slices. S must be a
+    multiple of P.
+    """
+
+    def __init__(
+        self,
+        sequences: PackedSequences,
+        *,
+        batch_size: int,
+        batch_rank: int = 0,
+        batch_degree: int = 1,
+        sp_rank: int = 0,
+        sp_degree: int = 1,
+    ) -> None:
+        assert 0 <= batch_rank < batch_degree, (batch_rank, batch_degree)
+        assert 0 <= sp_rank < sp_degree, (sp_rank, sp_degree)
+        assert sequences.seq_len % sp_degree == 0, (sequences.seq_len, sp_degree)
+        self.sequences = sequences
+        self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
+        local = sequences.seq_len // sp_degree
+        self._slice = slice(sp_rank * local, (sp_rank + 1) * local)
+        self._consumed = 0  # sequences, by all ranks together
+
+    def next_batch(self) -> Batch:
+        first = self._consumed + self.batch_rank * self.batch_size
+        rows = [self.sequences[i] for i in range(first, first + self.batch_size)]
+        self._consumed += self.batch_size * self.batch_degree
+        return Batch(
+            input_ids=torch.stack([row.input_ids[self._slice] for row in rows]),
+            labels=torch.stack([row.labels[self._slice] for row in rows]),
+            position_ids=torch.stack([row.position_ids[self._slice] for row in rows]),
+            documents=tuple(row.document_lengths for row in rows),
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The same on every rank and for every mesh: how many sequences all ranks together have consumed."""
+        return {"sequences_consumed": self._consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._consumed = int(state["sequences_consumed"])

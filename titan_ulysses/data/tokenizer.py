@@ -1,0 +1,96 @@
+"""Text <-> token ids: any transformers tokenizer, or "bytes", which needs no files and no download."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from titan_ulysses.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BYTES = "bytes"
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 256
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `model.tokenizer = name` asks for: "bytes", a folder, or a hub name.
+
+    Raises `UserError` when there is no such tokenizer or it cannot be opened.
+    """
+    if name == BYTES:
+        return _byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # A folder without tokenizer files fails in any of these ways, depending on what is missing.
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f'model.tokenizer = "{name}" cannot be loaded ({reason.strip().rstrip(".:")}): '
+            f'give a folder with a saved tokenizer, a hub name that this machine can reach, or "{BYTES}"'
+        ) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes) -> np.ndarray:
+    """One document's token ids, 1-D, unsigned: nothing added in front, the eos token (if there is one) at the end.
+
+    What reads like a special token inside a document is encoded as the characters it is made of: a file that
+    mentions `<|endoftext|>` does not end there. `bytes` are for the byte tokenizer only (`UserError`).
+    """
+    if is_byte_tokenizer(tokenizer):
+        raw = text.encode("utf-8") if isinstance(text, str) else text
+        ids = np.empty(len(raw) + 1, dtype=np.uint16)
+        ids[:-1] = np.frombuffer(raw, dtype=np.uint8)
+        ids[-1] = END_OF_TEXT_ID
+        return ids
+    if isinstance(text, bytes):
+        raise UserError(f'data.encoding = "bytes" needs model.tokenizer = "{BYTES}": other tokenizers read text')
+    ids = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # documents longer than the tokenizer's `model_max_length` are what this project is for
+    )["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return np.array(ids, dtype=np.uint32)
+
+
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Largest id + 1, the least number of embedding rows (`len(tokenizer)` is less where ids have gaps)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this is the "bytes" tokenizer, also when it was opened again from a folder it was saved to."""
+    return len(tokenizer) == END_OF_TEXT_ID + 1 and tokenizer.get_vocab() == _byte_vocab()
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for token, i in _byte_vocab().items() if i != END_OF_TEXT_ID}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+
+
+@lru_cache(maxsize=1)
+def _byte_vocab() -> dict[str, int]:
+    """Token -> id. Byte-level BPE (GPT-2's) writes each byte as one printable character: itself where it is
+    printable Latin-1, otherwise the next free code point from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable}
+    vocab |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    return vocab | {END_OF_TEXT: END_OF_TEXT_ID}

@@ -1,0 +1,55 @@
+"""How a run fails: one message from one rank, an exit code that says whose fault it was, and no rank left waiting."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from titan_ulysses.errors import UserError
+
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read timeout", "Timed out waiting")
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Run the program: bad input ends it with its message, anything else with a traceback; on one rank only.
+
+    Exit codes: 2 for a command line or TOML file that cannot be used, 1 for anything else.
+    """
+    try:
+        yield
+    except UserError as error:
+        _end(f"error: {error}", error.exit_code)
+    except OSError as error:
+        _end(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 1)
+    except Exception as error:
+        lost = any(sign in str(error) for sign in _LOST_PEER)
+        _end("error: another rank died without a word (out of memory?)." if lost else traceback.format_exc(), 1)
+
+
+def _end(message: str, code: int) -> None:
+    """Print message unless another rank has told its own, and end at once: a collective must not hold the exit up."""
+    if _is_first_to_tell():
+        print(message.rstrip(), file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_first_to_tell() -> bool:
+    """Ask torchrun's store, which outlives the ranks; without torchrun there is one rank."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+        return store.add(f"titan_ulysses/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except Exception:  # the store is gone, so the run's end is known already
+        return os.environ.get("RANK") == "0"

@@ -1,0 +1,101 @@
+"""The loss head: `lm_head` that computes the cross-entropy itself, by tiles of tokens, and never holds all logits.
+
+ALST's "tiled loss" (arXiv 2506.13996, section 3.1). Here the forward of a tile also computes its gradient, since both
+need the same logits: one pass over them in all, and memory flat in the sequence length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_ulysses.data.packing import IGNORE_INDEX
+
+_AUTOMATIC_TILE_BYTES = 64 * 2**20
+
+
+class LossHead(nn.Linear):
+    """An `lm_head` (same weight, same bias, same names) whose forward takes labels and returns the loss.
+
+    Being the module that owns the weight, it is what FSDP shards: one all-gather and one reduce-scatter serve all
+    tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32 logits.
+    """
+
+    def __init__(self, linear: nn.Linear, *, tile_tokens: int = 0):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.tile_tokens = tile_tokens or max(1, _AUTOMATIC_TILE_BYTES // (4 * linear.out_features))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, num_items: Tensor | None = None) -> Tensor:
+        """hidden [B, T, h] and labels [B, T], already shifted -> this rank's part of the loss, a scalar.
+
+        The part is the sum of the cross-entropy over its valid labels (not -100), in fp32 or wider, divided by
+        `num_items`: the number of valid labels in the whole step, on all ranks and in all accumulated batches. The
+        parts of all ranks and batches add up to the loss, and so do their gradients. Without labels: the logits.
+        """
+        if labels is None:
+            return super().forward(hidden)
+        total = _TiledCrossEntropy.apply(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), self.tile_tokens)
+        return total / num_items.clamp(min=1)
+
+
+class _TiledCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropy over rows [N, h] with labels [N]; gradients are computed in forward, scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, tile_tokens: int) -> Tensor:
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        total = torch.zeros((), dtype=wide, device=rows.device)
+        grad_rows = torch.empty_like(rows) if needs_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
+        for start in range(0, len(rows), tile_tokens):
+            tile = slice(start, start + tile_tokens)
+            loss, grad_logits = _tile_loss(F.linear(rows[tile], weight, bias).to(wide), labels[tile], any(ctx.needs_input_grad))
+            total += loss
+            if needs_bias:
+                grad_bias += grad_logits.sum(0)
+            if grad_logits is not None:
+                grad_logits = grad_logits.to(rows.dtype)
+            if needs_rows:
+                torch.mm(grad_logits, weight, out=grad_rows[tile])
+            if needs_weight:
+                _add_product(grad_weight, grad_logits.t(), rows[tile])
+        ctx.grads = [grad_rows, grad_weight, grad_bias]
+        ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        assert ctx.grads is not None, "the loss head's gradients live once: backward through it cannot run twice"
+        grads, ctx.grads = ctx.grads, None
+        # In place: these buffers are the largest of the head, and nobody else holds them.
+        scaled = [
+            grad.mul_(upstream).to(dtype) if grad is not None else None
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        ]
+        return *scaled, None, None
+
+
+def _tile_loss(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of cross-entropy of logits [n, V] and, written over them, its gradient softmax - one_hot."""
+    valid = labels != IGNORE_INDEX
+    index = labels.where(valid, 0).unsqueeze(1)
+    log_normalizer = logits.logsumexp(dim=1, keepdim=True)
+    # `where` and not a product: a row without a label gives exactly 0, also where its logits are not finite.
+    loss = (log_normalizer - logits.gather(1, index)).squeeze(1).where(valid, 0).sum()
+    if not needs_grad:
+        return loss, None
+    grad = logits.sub_(log_normalizer).exp_()
+    grad.scatter_add_(1, index, torch.full_like(log_normalizer, -1))
+    return loss, grad.masked_fill_(~valid.unsqueeze(1), 0)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, accumulated in total's dtype: bf16 sums over 64 tiles would cost six times the error."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,73 @@
+"""The device mesh: dp_replicate x dp_shard x sp, and the views of it that each part of training needs.
+
+SP is the innermost dimension, so that the all-to-alls of a layer stay between neighbours (one node's NVLink);
+dp_shard is next, because FSDP shards parameters over dp_shard x sp; dp_replicate is outermost.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One DeviceMesh and its flattened views. Built by `build_mesh`."""
+
+    world: DeviceMesh
+    """All three dimensions: dp_replicate, dp_shard, sp."""
+    fsdp: DeviceMesh
+    """What `fully_shard` takes: parameters are sharded over dp_shard x sp (and, as 2-D, replicated over dp_replicate)."""
+    batch: DeviceMesh
+    """dp_replicate x dp_shard: ranks that read different samples."""
+    loss: DeviceMesh
+    """Every rank: the loss and its gradients are sums over all of them."""
+
+    @cached_property
+    def sp(self) -> DeviceMesh:
+        """The ranks that share a sample, each holding S/P of its tokens."""
+        return self.world["sp"]
+
+    @property
+    def device(self) -> torch.device:
+        kind = self.world.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def init_distributed() -> None:
+    """Join the default process group: torchrun's where its variables are set, a group of one otherwise.
+
+    NCCL moves CUDA tensors and gloo CPU tensors; which of them exist is decided by the machine, not by a setting.
+    """
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def build_mesh(*, replicate: int = 1, shard: int = 1, sequence: int = 1) -> Mesh:
+    """The mesh over all ranks of the default process group, whose size is replicate * shard * sequence."""
+    assert replicate * shard * sequence == dist.get_world_size(), (
+        f"dp_replicate({replicate}) * dp_shard({shard}) * sp({sequence}) != WORLD_SIZE({dist.get_world_size()})"
+    )
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = (replicate, shard, sequence)
+    world = init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "sp"))
+    fsdp = world["dp_shard", "sp"]._flatten("fsdp")
+    if replicate > 1:
+        fsdp = DeviceMesh._concatenate([world["dp_replicate"], fsdp])
+    return Mesh(
+        world=world,
+        fsdp=fsdp,
+        batch=world["dp_replicate", "dp_shard"]._flatten("batch"),
+        loss=world._flatten("loss"),
+    )

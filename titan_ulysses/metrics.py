@@ -1,0 +1,121 @@
+"""What a run tells while it trains: a console line a step, `metrics.jsonl`, TensorBoard; and what its numbers mean."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from transformers import PreTrainedConfig
+
+# Dense bf16 FLOP/s, from NVIDIA's data sheets; the first name contained in the device's name counts.
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of one device, or None where it is not known (then MFU is not known either)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in _PEAK_FLOPS.items() if known in name), None)
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """FLOPs of forward and backward a token without attention's scores: 6 a weight that multiplies.
+
+    Embeddings are looked up, not multiplied; a head tied to them is multiplied. Recomputation is not counted (MFU).
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    multiplied = sum(p.numel() for p in model.parameters() if p is not embedding or p is head)
+    return 6 * multiplied
+
+
+def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], ...]) -> int:
+    """FLOPs of forward and backward of causal attention over documents of L tokens: 6 * layers * Hq * d * L^2.
+
+    That is 2 matrix products of 2 * L^2 * d a head in forward, half of it masked away, and twice as many in backward.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    squares = sum(length * length for row in documents for length in row)
+    return 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * squares
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far: allocated by torch on a CUDA device, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+class MetricsLogger:
+    """Writes one logged step to the console, to metrics.jsonl and to TensorBoard. Only rank 0 has one.
+
+    Resuming at `first_step` drops what a killed run logged after that step, so that no step is logged twice.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int, total_steps: int, console: Console):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
+
+        self.console = console
+        self._file = _reopen(folder / "metrics.jsonl", before=first_step)
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
+        self._total = total_steps
+        self._bar = Progress(
+            TextColumn("[bold]training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,  # a log file gets lines, no bars
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=first_step - 1)
+        self._bar.start()
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """One object a logged step: `step` and values (None where a number is not known)."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(name, value, step)
+        self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=True)
+        self._bar.update(self._task, completed=step)
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+
+def _reopen(path: Path, *, before: int):
+    """Open a JSON-lines file to append, keeping only the lines of earlier steps; cut lines of a kill are dropped."""
+    if path.exists():
+        aside = path.with_name(f".{path.name}.partial")
+        with open(path) as old, open(aside, "w") as new:
+            for line in old:
+                if line.endswith("\n") and json.loads(line)["step"] < before:
+                    new.write(line)
+        os.replace(aside, path)
+    return open(path, "a")
+
+
+def _line(step: int, total: int, values: dict[str, Any]) -> str:
+    if "validation_loss" in values:
+        return f"step {step:>{len(str(total))}}/{total}  [bold]validation loss {values['validation_loss']:.4f}[/]"
+    mfu = "n/a" if values["mfu"] is None else f"{values['mfu']:.1%}"
+    return (
+        f"step {step:>{len(str(total))}}/{total}  [bold]loss {values['loss']:.4f}[/]  "
+        f"grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  "
+        f"MFU {mfu}  peak {values['peak_memory_gib']:.2f} GiB"
+    )

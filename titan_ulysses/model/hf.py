@@ -1,0 +1,253 @@
+"""Build, fill and export unmodified transformers models, none of which ever needs a whole model in one place.
+
+A model is built on the meta device (`build_on_meta`), sharded by `parallelize`, and then filled in place: from random
+numbers that do not depend on the mesh (`initialize`), or from a folder of safetensors, of which each rank reads only
+its own rows (`load_weights`). `export` gathers one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from titan_ulysses.errors import UserError
+
+_EXPORT_FILE_BYTES = 4 * 2**30
+_WRAPPER_PREFIX = "_checkpoint_wrapped_module."
+
+
+def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
+    """The transformers config of `model.path` (a folder or hub name) or of the table `[model.config]`."""
+    if table is not None:
+        settings = copy.deepcopy(table)
+        model_type = settings.pop("model_type", None)
+        try:
+            return AutoConfig.for_model(model_type, **settings)
+        except Exception as error:  # transformers raises whatever its config classes raise
+            raise UserError(f"model.config: transformers refuses it: {_first_line(error)}") from error
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        raise UserError(
+            f'model.path = "{path}": no transformers model there ({_first_line(error)}). '
+            "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
+        ) from error
+
+
+def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model class that transformers chooses for config, with parameters on the meta device. config is not changed."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    except ValueError as error:
+        raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
+    return model
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once (tied ones by their first name), under the names of the unwrapped transformers model."""
+    for name, parameter in model.named_parameters():
+        yield name.replace(_WRAPPER_PREFIX, ""), parameter
+
+
+def allocate(model: PreTrainedModel, device: torch.device) -> None:
+    """Give a sharded meta model memory on device, for its own shards only; values are undefined except for buffers.
+
+    Buffers that transformers computes and does not save (RoPE frequencies) are computed.
+    """
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (first, first_name), *others in owners.values():
+        for module, name in others:  # `to_empty` makes tied parameters two
+            setattr(module, name, getattr(first, first_name))
+    with torch.no_grad():
+        for module in model.modules():
+            if not module._parameters and module._buffers:
+                model._init_weights(module)
+
+
+@torch.no_grad()
+def initialize(model: PreTrainedModel, seed: int) -> None:
+    """Fill the model with transformers' own random initialisation, drawn from (seed, module name), then sliced.
+
+    Every mesh, and every number of ranks, gets the same numbers. Needs the memory of the largest module at a time.
+    """
+    seen: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        sharded = {k: p for k, p in module._parameters.items() if p is not None and p not in seen}
+        if not sharded:
+            continue
+        seen.update(sharded.values())
+        whole = {k: nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype)) for k, p in sharded.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_seed_of(seed, name.replace(_WRAPPER_PREFIX, "")))
+            module._parameters.update(whole)
+            try:
+                model._init_weights(module)
+            finally:
+                module._parameters.update(sharded)
+        for key, parameter in sharded.items():
+            assert not whole[key].isnan().any(), f"transformers does not initialise {name}.{key}"
+            _fill(parameter, whole[key].detach())
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _fill(parameter: Tensor, whole: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        # src_data_rank=None: every rank has the whole tensor and cuts its own shard, without communication.
+        shard = distribute_tensor(
+            whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(whole)
+
+
+# --- safetensors in ---------------------------------------------------------------------------------------------------
+
+
+def find_weights(path: str) -> dict[str, Path]:
+    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there are none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+        except Exception as error:
+            raise UserError(
+                f'model.path = "{path}": neither a folder nor to be had from the hub ({_first_line(error)}).'
+            ) from error
+    files: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                files.update(dict.fromkeys(tensors.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f'model.path = "{path}": {file.name} is damaged ({_first_line(error)}).') from error
+    if not files:
+        raise UserError(
+            f'model.path = "{path}": the folder holds no *.safetensors. Save the model with '
+            "`save_pretrained(folder)` of a current transformers, or use [model.config] for random weights."
+        )
+    return files
+
+
+@torch.no_grad()
+def load_weights(model: PreTrainedModel, path: str) -> None:
+    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else."""
+    files = find_weights(path)
+    base = model.base_model_prefix + "."
+    wanted = dict(named_parameters(model))
+    source = {name: next((n for n in (name, name.removeprefix(base)) if n in files), None) for name in wanted}
+    if missing := [name for name, found in source.items() if found is None]:
+        raise UserError(
+            f'model.path = "{path}": {len(missing)} of {len(wanted)} tensors of {type(model).__mro__[1].__name__} are '
+            f"not in its safetensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
+        )
+    by_file: dict[Path, list[str]] = {}
+    for name, found in source.items():
+        by_file.setdefault(files[found], []).append(name)
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as tensors:
+            for name in names:
+                _read_shard(wanted[name], tensors.get_slice(source[name]), f'model.path = "{path}": {source[name]}')
+
+
+def _read_shard(parameter: Tensor, stored, what: str) -> None:
+    if tuple(stored.get_shape()) != tuple(parameter.shape):
+        raise UserError(f"{what} has shape {tuple(stored.get_shape())}, the model's config says {tuple(parameter.shape)}.")
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(stored[:])
+        return
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    if all(shape):
+        local = stored[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+        parameter.to_local().copy_(local)
+
+
+# --- safetensors out --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config, tokenizer.
+
+    Collective. Tensors are gathered one by one, and rank 0 writes a file whenever 4 GiB have come together, so no rank
+    holds the whole model. Written aside and renamed when complete; a folder that is there already is replaced then.
+    Parameters keep their storage dtype.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    writes = dist.get_rank() == 0
+    if writes:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    parameters = list(named_parameters(model))
+    files = _plan_files({name: p.numel() * p.element_size() for name, p in parameters})
+    pending: dict[str, Tensor] = {}
+    for position, (name, parameter) in enumerate(parameters):
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if not writes:
+            continue
+        pending[name] = whole.detach().cpu().contiguous()
+        if position + 1 == len(parameters) or files[parameters[position + 1][0]] != files[name]:
+            save_file(pending, aside / files[name], metadata={"format": "pt"})
+            pending = {}
+    if writes:
+        _write_index(files, {name: p.numel() * p.element_size() for name, p in parameters}, aside)
+        _exported_config(model).save_pretrained(aside)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    dist.barrier()
+
+
+def _plan_files(sizes: dict[str, int]) -> dict[str, str]:
+    """The file of each tensor, known before any is gathered because the names hold the number of files."""
+    number, room, numbers = 0, 0, {}
+    for name, size in sizes.items():
+        if size > room:
+            number, room = number + 1, _EXPORT_FILE_BYTES
+        room -= size
+        numbers[name] = number
+    if number == 1:
+        return dict.fromkeys(sizes, "model.safetensors")
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
+
+
+def _write_index(files: dict[str, str], sizes: dict[str, int], folder: Path) -> None:
+    if len(set(files.values())) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
+    config = copy.deepcopy(model.config)
+    config.architectures = [next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers."))]
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

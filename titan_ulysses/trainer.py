@@ -1,0 +1,338 @@
+"""Setup and the training loop, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.config import Config, check, dump_toml
+from titan_ulysses.data import open_sequences
+from titan_ulysses.data.loader import Batch, Loader
+from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
+from titan_ulysses.errors import UserError
+from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
+from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import check_family
+from titan_ulysses.parallelize import parallelize
+
+
+class Trainer:
+    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
+        self.folder = Path(config.job.dump_folder) / config.job.name
+
+        # Everything that can be wrong with the input is found before a process group or a weight exists.
+        model_config = hf.load_model_config(config.model.path, config.model.config)
+        check_family(model_config, config.training.seq_len)
+        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        self.degrees = check(
+            config,
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            model_config=model_config,
+            num_token_ids=num_token_ids(self.tokenizer),
+        )
+        if config.model.path:
+            hf.find_weights(config.model.path)
+        training, held_out = open_sequences(config, self.tokenizer)
+
+        if config.training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            torch.use_deterministic_algorithms(True)
+        init_distributed()
+        degrees = self.degrees
+        self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
+        self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
+        self.model = self._build_model(model_config)
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self._open_folder()
+        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        self.step = self._resume_or_initialize()
+        self._describe()
+
+    # --- setup --------------------------------------------------------------------------------------------------------
+
+    def _loader(self, sequences) -> Loader:
+        mesh = self.mesh
+        return Loader(
+            sequences,
+            batch_size=self.config.training.local_batch_size,
+            batch_rank=mesh.batch.get_local_rank(),
+            batch_degree=mesh.batch.size(),
+            sp_rank=mesh.sp.get_local_rank(),
+            sp_degree=mesh.sp.size(),
+        )
+
+    def _build_model(self, model_config):
+        """Meta device -> wrapped and sharded -> memory for this rank's shards. Values come later."""
+        config = self.config
+        compute = getattr(torch, config.training.param_dtype)
+        model = hf.build_on_meta(model_config, dtype=torch.promote_types(compute, torch.float32))  # master weights
+        parallelize(
+            model,
+            self.mesh,
+            loss_tile_tokens=config.memory.loss_tile_tokens,
+            checkpoint=config.activation_checkpoint.mode == "full",
+            param_dtype=compute,
+            reduce_dtype=getattr(torch, config.training.reduce_dtype),
+        )
+        hf.allocate(model, self.mesh.device)
+        return model.train()
+
+    def _open_folder(self) -> None:
+        """Make the run's folder and write its resolved config. UserError where that cannot be done."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if dist.get_rank() == 0:
+                aside = self.folder / ".config.toml.partial"
+                aside.write_text(dump_toml(self.config))
+                aside.rename(self.folder / "config.toml")
+        except OSError as error:
+            raise UserError(
+                f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} ({error.strerror}). "
+                "Choose a folder that can be written."
+            ) from error
+
+    def _resume_or_initialize(self) -> int:
+        """Fill the model; returns the number of steps already done."""
+        latest = self.checkpointer.latest() if self.config.checkpoint.enable else None
+        if latest is not None:
+            state = self.checkpointer.load(latest, self.model, self.optimizer)
+            self.loader.load_state_dict(state["loader"])
+            return latest
+        if self.config.model.path:
+            hf.load_weights(self.model, self.config.model.path)
+        else:
+            hf.initialize(self.model, self.config.training.seed)
+        return 0
+
+    def _describe(self) -> None:
+        d, t, mesh = self.degrees, self.config.training, self.mesh
+        parameters = sum(p.numel() for p in self.model.parameters())
+        self.console.print(
+            f"[bold]{self.config.job.name}[/]: {type(self.model).__mro__[1].__name__}, {parameters:,} parameters, "
+            f"{self.loader.sequences.epoch_tokens:,} training tokens\n"
+            f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
+            f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
+            f"a step ({d.accumulation_steps} accumulated); attention: sdpa"
+            + (f"\nresumed from step {self.step}" if self.step else ""),
+            highlight=False,
+        )
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the last step, or until SIGTERM or Ctrl-C; checkpoint, export, say where everything lies."""
+        config, total = self.config, self.config.training.steps
+        if self.step >= total and self._is_exported():
+            self.console.print(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
+            return
+        self._catch_signals()
+        self._start_interval()
+        logger = None
+        if dist.get_rank() == 0:
+            logger = MetricsLogger(
+                self.folder, first_step=self.step + 1, total_steps=total, console=self.console
+            )
+        try:
+            while self.step < total and not self._must_stop():
+                self._train_one_step(logger)
+                if config.checkpoint.enable and (self.step % config.checkpoint.interval == 0 or self.step == total):
+                    with self._off_the_clock():
+                        self._save()
+            stopped = self.step < total
+            if stopped and config.checkpoint.enable:
+                self._save()
+        finally:
+            if logger:
+                logger.close()
+        if stopped:
+            self.console.print(f"Stopped by a signal after step {self.step}. The same command goes on from there.")
+            return
+        if config.checkpoint.export:
+            hf.export(self.model, self.tokenizer, self.folder / "export")
+        self._say_where_everything_is()
+
+    def _train_one_step(self, logger: MetricsLogger | None) -> None:
+        config = self.config
+        # Dropout, where a model has it, draws from (seed, step, rank): a resumed run draws the same.
+        torch.manual_seed(hash((config.training.seed, self.step, dist.get_rank())))
+        batches = [self.loader.next_batch().to(self.mesh.device) for _ in range(self.degrees.accumulation_steps)]
+        lr = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss, grad_norm = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+        self.step += 1
+        self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
+        if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps:
+            self._log(logger, loss, grad_norm, lr)
+        validation = config.validation
+        if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
+            with self._off_the_clock():
+                value = self._validate()
+            if logger:
+                logger.log(self.step, {"validation_loss": value})
+
+    def _log(self, logger: MetricsLogger | None, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Everything that must wait for the device happens here, and only on steps that are logged."""
+        steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
+        sums = torch.tensor([loss.item(), self._attention_flops / self.degrees.sequence], dtype=torch.float64)
+        dist.all_reduce(sums)
+        peak = torch.tensor(peak_memory_gib(device))
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        seconds = time.perf_counter() - self._clock
+        tokens = steps * self.degrees.global_batch_size * config.seq_len
+        peak_rate = peak_flops(device) if config.param_dtype == "bfloat16" else None
+        flops = tokens * flops_per_token(self.model) + sums[1].item()
+        if not math.isfinite(sums[0]):
+            raise UserError(
+                f"The loss is {sums[0].item()} at step {self.step}. Lower optimizer.lr = {self.config.optimizer.lr}, "
+                "lengthen lr_scheduler.warmup_steps, or look at the data of this step."
+            )
+        if logger:
+            values = {
+                "loss": sums[0].item(),
+                "grad_norm": grad_norm.item(),
+                "lr": lr,
+                "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
+                "tokens_per_second": tokens / seconds,
+                "step_seconds": seconds / steps,
+                "peak_memory_gib": peak.item(),
+                "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
+            }
+            logger.log(self.step, values)
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        """Begin what the next log line is about."""
+        self._clock, self._logged_step, self._attention_flops = time.perf_counter(), self.step, 0
+
+    @contextlib.contextmanager
+    def _off_the_clock(self):
+        """Validation and checkpoints do not count as time of training steps."""
+        started = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - started
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        """Mean loss over the held-out sequences, at most `validation.steps` global batches of them, the same each time.
+
+        It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing.
+        """
+        config, loader, device = self.config, self.validation_loader, self.mesh.device
+        global_batch = self.degrees.global_batch_size
+        sequences = min(config.validation.steps * global_batch, len(loader.sequences))
+        loader.load_state_dict({"sequences_consumed": 0})
+        one = torch.ones((), dtype=torch.int64, device=device)
+        total, count = torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(one)
+        self.model.eval()
+        for first in range(0, sequences, loader.batch_size * loader.batch_degree):
+            batch = loader.next_batch().to(device)
+            rows = torch.arange(loader.batch_size, device=device) + first + loader.batch_rank * loader.batch_size
+            batch.labels[rows >= sequences] = IGNORE_INDEX
+            total += _forward(self.model, batch, one)
+            count += (batch.labels != IGNORE_INDEX).sum()
+        self.model.train()
+        sums = torch.stack([total, count.to(total.dtype)]).cpu()
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+    def _save(self) -> None:
+        state = {"step": self.step, "loader": self.loader.state_dict()}
+        self.checkpointer.save(self.step, self.model, self.optimizer, state)
+
+    def _catch_signals(self) -> None:
+        """SIGTERM (a scheduler) and SIGINT (Ctrl-C) end the run after the step that they interrupt."""
+        self._signalled = False
+
+        def stop(*_) -> None:
+            self._signalled = True
+
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, stop)
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was told to stop. All ranks stop after the same step; a small host-side all-reduce."""
+        flag = torch.tensor(int(self._signalled))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _is_exported(self) -> bool:
+        return not self.config.checkpoint.export or (self.folder / "export").is_dir()
+
+    def _say_where_everything_is(self) -> None:
+        lines = [f"Done: {self.step} steps. In {self.folder}:", "  config.toml, metrics.jsonl, tensorboard/"]
+        if self.config.checkpoint.enable:
+            lines.append(f"  {self.config.checkpoint.folder}/step-{self.step}  resumed by the same command with more steps")
+        if self.config.checkpoint.export:
+            lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
+        self.console.print("\n".join(lines), highlight=False)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, *, max_norm: float
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step over the batches that make it up; nothing here waits for the device.
+
+    Returns this rank's part of the loss (the loss is the sum over all ranks) and the gradient norm before clipping.
+    """
+    num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
+    dist.all_reduce(num_items, group=mesh.loss.get_group())
+    total = torch.zeros((), dtype=torch.float64, device=num_items.device)
+    for batch in batches:
+        loss = _forward(model, batch, num_items)
+        loss.backward()
+        total += loss.detach()
+    grad_norm = clip_gradients(list(model.parameters()), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, grad_norm
+
+
+def _forward(model: nn.Module, batch: Batch, num_items: Tensor) -> Tensor:
+    return model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        labels=batch.labels,
+        documents=batch.documents,
+        num_items_in_batch=num_items,
+    ).loss
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a global norm of at most max_norm (0: leave them); returns the norm before, over the mesh."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # a norm over shards is a sum still to be made
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The learning rate of the step-th step, counted from 0: linear warmup, then decay to min_lr_ratio at the last."""
+    schedule, peak = config.lr_scheduler, config.optimizer.lr
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    done = (step - schedule.warmup_steps) / max(1, config.training.steps - 1 - schedule.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule.decay_type]
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape)

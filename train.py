@@ -1,0 +1,24 @@
+"""Train a Hugging Face causal LM on long sequences: `torchrun --nproc-per-node N train.py --config configs/X.toml`."""
+
+from __future__ import annotations
+
+import sys
+
+from titan_ulysses.config import dump_toml, load_config, parse_command_line
+from titan_ulysses.failure import told_once
+
+
+def main(argv: list[str]) -> None:
+    command = parse_command_line(argv)
+    config = load_config(command.config_path, command.overrides)
+    if command.print_config:
+        print(dump_toml(config), end="")
+        return
+    from titan_ulysses.trainer import Trainer  # torch and transformers: only now, so that --help is quick
+
+    Trainer(config).train()
+
+
+if __name__ == "__main__":
+    with told_once():
+        main(sys.argv[1:])
