@@ -48,26 +48,35 @@ class Checkpointer:
             return
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         tensors = {
             "model": get_model_state_dict(model),
             "optimizer": get_optimizer_state_dict(model, optimizer),
         }
+        failure = None
         try:
-            dcp.save(tensors, checkpoint_id=partial)
+            dcp.save(tensors, checkpoint_id=partial)  # what one rank meets here is raised on all
             if dist.get_rank() == 0:
                 self._publish(partial, final, {**state, "parameters": _shapes(model)})
         except (CheckpointException, OSError) as error:
+            failure = _cause(error)
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            kept = self.latest()
-            raise UserError(
-                f"checkpoint.folder = {self.folder}: saving step {step} failed ({_cause(error)}). "
-                + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
-                + "free space or change job.dump_folder, and run the same command again to go on."
-            ) from error
-        dist.barrier()
+        self._agree_on_success(step, failure)
+
+    def _agree_on_success(self, step: int, failure: str | None) -> None:
+        """Collective. UserError on every rank where one of them failed: rank 0 alone publishes, and the others wait."""
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        reason = next(filter(None, failures), None)
+        if reason is None:
+            return
+        kept = self.latest()
+        raise UserError(
+            f"checkpoint.folder = {self.folder}: saving step {step} failed ({reason}). "
+            + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
+            + "free space or change job.dump_folder, and run the same command again to go on."
+        )
 
     def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         # The sizes tell a damaged file from a whole one before any tensor is read.
@@ -86,10 +95,11 @@ class Checkpointer:
         folder = self.folder / f"step-{step}"
         try:
             state = json.loads((folder / _RUN_FILE).read_text())
-            sizes = {name: (folder / name).stat().st_size for name in state["files"]}
-        except (OSError, ValueError, KeyError) as error:
+            files, _ = dict(state["files"]), dict(state["parameters"])
+            sizes = {name: (folder / name).stat().st_size for name in files}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(step, f"{type(error).__name__}: {error}") from error
-        for name, size in state["files"].items():
+        for name, size in files.items():
             if sizes[name] != size:
                 raise self._damaged(step, f"{name} has {sizes[name]} of {size} bytes")
         return state
@@ -122,10 +132,11 @@ class Checkpointer:
     def _expect_model(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
         if saved == wanted:
             return
-        name = next(n for n in sorted(saved.keys() | wanted.keys()) if saved.get(n) != wanted.get(n))
+        name = next(n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n))
         raise UserError(
-            f"checkpoint.folder = {self.folder}: step-{step} holds another model: {name} is {saved.get(name, 'absent')} "
-            f"there and {wanted.get(name, 'absent')} here. Give this run another job.name, or the model its old settings."
+            f"checkpoint.folder = {self.folder}: step-{step} holds another model: {name} is "
+            f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here. "
+            "Give this run another job.name, or the model its old settings."
         )
 
 

@@ -43,7 +43,10 @@ def init_distributed() -> None:
     """Join the default process group: torchrun's where its variables are set, a group of one otherwise.
 
     NCCL moves CUDA tensors and gloo CPU tensors; which of them exist is decided by the machine, not by a setting.
+    A process group that the caller has made already is kept.
     """
+    if dist.is_initialized():
+        return
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))

@@ -127,13 +127,14 @@ class Trainer:
         d, t, mesh = self.degrees, self.config.training, self.mesh
         parameters = sum(p.numel() for p in self.model.parameters())
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {type(self.model).__mro__[1].__name__}, {parameters:,} parameters, "
+            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters, "
             f"{self.loader.sequences.epoch_tokens:,} training tokens\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated); attention: sdpa"
             + (f"\nresumed from step {self.step}" if self.step else ""),
             highlight=False,
+            soft_wrap=True,
         )
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -186,9 +187,9 @@ class Trainer:
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
             with self._off_the_clock():
-                value = self._validate()
+                values = self._validate()
             if logger:
-                logger.log(self.step, {"validation_loss": value})
+                logger.log(self.step, values)
 
     def _log(self, logger: MetricsLogger | None, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
@@ -232,7 +233,7 @@ class Trainer:
         self._clock += time.perf_counter() - started
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def _validate(self) -> dict[str, Any]:
         """Mean loss over the held-out sequences, at most `validation.steps` global batches of them, the same each time.
 
         It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing.
@@ -253,7 +254,7 @@ class Trainer:
         self.model.train()
         sums = torch.stack([total, count.to(total.dtype)]).cpu()
         dist.all_reduce(sums)
-        return (sums[0] / sums[1].clamp(min=1)).item()
+        return {"validation_loss": (sums[0] / sums[1].clamp(min=1)).item(), "validation_tokens": int(sums[1])}
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}

@@ -36,7 +36,10 @@ class LossHead(nn.Linear):
         """
         if labels is None:
             return super().forward(hidden)
-        total = _TiledCrossEntropy.apply(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), self.tile_tokens)
+        # Passed in, because inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
+        differentiate = torch.is_grad_enabled()
+        rows, labels = hidden.flatten(0, -2), labels.flatten()
+        total = _TiledCrossEntropy.apply(rows, self.weight, self.bias, labels, self.tile_tokens, differentiate)
         return total / num_items.clamp(min=1)
 
 
@@ -44,16 +47,25 @@ class _TiledCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropy over rows [N, h] with labels [N]; gradients are computed in forward, scaled in backward."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, tile_tokens: int) -> Tensor:
+    def forward(
+        ctx,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        tile_tokens: int,
+        differentiate: bool,
+    ) -> Tensor:
         wide = torch.promote_types(rows.dtype, torch.float32)
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
+        needs_rows, needs_weight, needs_bias = needs
         total = torch.zeros((), dtype=wide, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_rows else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for start in range(0, len(rows), tile_tokens):
             tile = slice(start, start + tile_tokens)
-            loss, grad_logits = _tile_loss(F.linear(rows[tile], weight, bias).to(wide), labels[tile], any(ctx.needs_input_grad))
+            loss, grad_logits = _tile_loss(F.linear(rows[tile], weight, bias).to(wide), labels[tile], any(needs))
             total += loss
             if needs_bias:
                 grad_bias += grad_logits.sum(0)
@@ -76,7 +88,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             grad.mul_(upstream).to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def _tile_loss(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -35,17 +35,20 @@ def _attention_needs(config: PreTrainedConfig, seq_len: int) -> list[str]:
 
 
 def _head_needs(config: PreTrainedConfig) -> list[str]:
-    names = {
-        "final_logit_softcapping": "soft-capped logits",
-        "logits_scaling": "scaled logits",
-        "logit_scale": "scaled logits",
-        "output_router_logits": "router losses",
-    }
-    return [f"{what} ({name})" for name, what in names.items() if getattr(config, name, None) not in (None, 1, 1.0, False)]
+    needs = []
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        needs.append("soft-capped logits (final_logit_softcapping)")
+    for factor in ("logits_scaling", "logit_scale"):
+        if getattr(config, factor, None) not in (None, 1):
+            needs.append(f"scaled logits ({factor})")
+    if getattr(config, "output_router_logits", False):
+        needs.append("router losses (output_router_logits)")
+    return needs
 
 
 def _position_needs(config: PreTrainedConfig) -> list[str]:
     rope = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
+    nested = [value for value in rope.values() if isinstance(value, dict)]  # one for each type of layer
+    kinds = sorted({parameters.get("rope_type", "default") for parameters in nested or [rope]})
     # These two look at the largest position of what they are given, which is one rank's slice.
-    return [f'RoPE of type "{kind}"'] if kind in ("dynamic", "longrope") else []
+    return [f'RoPE of type "{kind}"' for kind in kinds if kind in ("dynamic", "longrope")]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,24 +38,29 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
         try:
             return AutoConfig.for_model(model_type, **settings)
         except Exception as error:  # transformers raises whatever its config classes raise
-            raise UserError(f"model.config: transformers refuses it: {_first_line(error)}") from error
+            raise UserError(f"model.config: transformers refuses it: {_one_line(error)}") from error
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
         raise UserError(
-            f'model.path = "{path}": no transformers model there ({_first_line(error)}). '
+            f'model.path = "{path}": no transformers model there ({_one_line(error)}). '
             "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
         ) from error
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model class that transformers chooses for config, with parameters on the meta device. config is not changed."""
+    """The model class that transformers chooses for config, with parameters on meta. config is not changed."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except ValueError as error:
         raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
     return model
+
+
+def class_name(model: PreTrainedModel) -> str:
+    """The name of the transformers class, which FSDP has put a class of its own in front of."""
+    return next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers."))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -79,8 +85,10 @@ def allocate(model: PreTrainedModel, device: torch.device) -> None:
             setattr(module, name, getattr(first, first_name))
     with torch.no_grad():
         for module in model.modules():
-            if not module._parameters and module._buffers:
-                model._init_weights(module)
+            if module._buffers:  # a scaled embedding has parameters too, which are not to be touched
+                shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
+                with _standing_in(module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}):
+                    model._init_weights(module)
 
 
 @torch.no_grad()
@@ -95,17 +103,24 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         if not sharded:
             continue
         seen.update(sharded.values())
-        whole = {k: nn.Parameter(torch.full(p.shape, torch.nan, dtype=p.dtype)) for k, p in sharded.items()}
-        with torch.random.fork_rng(devices=[]):
+        whole = {k: torch.full(p.shape, torch.nan, dtype=p.dtype) for k, p in sharded.items()}
+        with torch.random.fork_rng(devices=[]), _standing_in(module, whole):
             torch.manual_seed(_seed_of(seed, name.replace(_WRAPPER_PREFIX, "")))
-            module._parameters.update(whole)
-            try:
-                model._init_weights(module)
-            finally:
-                module._parameters.update(sharded)
+            model._init_weights(module)
         for key, parameter in sharded.items():
             assert not whole[key].isnan().any(), f"transformers does not initialise {name}.{key}"
-            _fill(parameter, whole[key].detach())
+            _fill(parameter, whole[key])
+
+
+@contextmanager
+def _standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Let tensors be module's own parameters for a while, so that transformers initialises them instead of shards."""
+    own = {name: module._parameters[name] for name in tensors}
+    module._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
+    try:
+        yield
+    finally:
+        module._parameters.update(own)
 
 
 def _seed_of(seed: int, name: str) -> int:
@@ -136,7 +151,8 @@ def find_weights(path: str) -> dict[str, Path]:
             folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
         except Exception as error:
             raise UserError(
-                f'model.path = "{path}": neither a folder nor to be had from the hub ({_first_line(error)}).'
+                f'model.path = "{path}": neither a folder nor to be had from the hub ({_one_line(error)}). '
+                "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
             ) from error
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -144,7 +160,9 @@ def find_weights(path: str) -> dict[str, Path]:
             with safe_open(file, framework="pt") as tensors:
                 files.update(dict.fromkeys(tensors.keys(), file))
         except (SafetensorError, OSError) as error:
-            raise UserError(f'model.path = "{path}": {file.name} is damaged ({_first_line(error)}).') from error
+            raise UserError(
+                f'model.path = "{path}": {file.name} is damaged ({_one_line(error)}). Copy or download it again.'
+            ) from error
     if not files:
         raise UserError(
             f'model.path = "{path}": the folder holds no *.safetensors. Save the model with '
@@ -162,8 +180,9 @@ def load_weights(model: PreTrainedModel, path: str) -> None:
     source = {name: next((n for n in (name, name.removeprefix(base)) if n in files), None) for name in wanted}
     if missing := [name for name, found in source.items() if found is None]:
         raise UserError(
-            f'model.path = "{path}": {len(missing)} of {len(wanted)} tensors of {type(model).__mro__[1].__name__} are '
-            f"not in its safetensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
+            f'model.path = "{path}": {len(missing)} of {len(wanted)} tensors of {class_name(model)} are '
+            f"not in its safetensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
+            "A file is not there, or config.json is another model's: save or download it again."
         )
     by_file: dict[Path, list[str]] = {}
     for name, found in source.items():
@@ -176,7 +195,10 @@ def load_weights(model: PreTrainedModel, path: str) -> None:
 
 def _read_shard(parameter: Tensor, stored, what: str) -> None:
     if tuple(stored.get_shape()) != tuple(parameter.shape):
-        raise UserError(f"{what} has shape {tuple(stored.get_shape())}, the model's config says {tuple(parameter.shape)}.")
+        raise UserError(
+            f"{what} has shape {tuple(stored.get_shape())}, config.json says {tuple(parameter.shape)}. "
+            "They belong to different models: save or download it again."
+        )
     if not isinstance(parameter, DTensor):
         parameter.copy_(stored[:])
         return
@@ -195,33 +217,62 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
     Collective. Tensors are gathered one by one, and rank 0 writes a file whenever 4 GiB have come together, so no rank
     holds the whole model. Written aside and renamed when complete; a folder that is there already is replaced then.
-    Parameters keep their storage dtype.
+    Parameters keep their storage dtype. UserError, on every rank, where it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     writes = dist.get_rank() == 0
-    if writes:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    parameters = list(named_parameters(model))
-    files = _plan_files({name: p.numel() * p.element_size() for name, p in parameters})
-    pending: dict[str, Tensor] = {}
-    for position, (name, parameter) in enumerate(parameters):
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        if not writes:
-            continue
-        pending[name] = whole.detach().cpu().contiguous()
-        if position + 1 == len(parameters) or files[parameters[position + 1][0]] != files[name]:
-            save_file(pending, aside / files[name], metadata={"format": "pt"})
-            pending = {}
-    if writes:
-        _write_index(files, {name: p.numel() * p.element_size() for name, p in parameters}, aside)
-        _exported_config(model).save_pretrained(aside)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    dist.barrier()
+    parameters = dict(named_parameters(model))
+    sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
+    files = _plan_files(sizes)
+    try:
+        with _failing_together(folder):
+            if writes:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+        for file in dict.fromkeys(files.values()):
+            tensors = {name: _gather(p, keep=writes) for name, p in parameters.items() if files[name] == file}
+            with _failing_together(folder):
+                if writes:
+                    save_file(tensors, aside / file, metadata={"format": "pt"})
+            del tensors  # before the next file's are gathered
+        with _failing_together(folder):
+            if writes:
+                _write_index(files, sizes, aside)
+                _exported_config(model).save_pretrained(aside)
+                if model.generation_config is not None:
+                    model.generation_config.save_pretrained(aside)
+                tokenizer.save_pretrained(aside)
+                shutil.rmtree(old, ignore_errors=True)
+                if folder.exists():  # moved, not removed in place: a folder of this name is always a whole export
+                    folder.rename(old)
+                aside.rename(folder)
+                shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
+    """Collective. The whole parameter in host memory, on the ranks that keep it."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole.detach().cpu().contiguous() if keep else None
+
+
+@contextmanager
+def _failing_together(folder: Path) -> Iterator[None]:
+    """Collective on leaving. Where a rank could not write, all raise UserError: no rank waits for one that has left."""
+    failure = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failure = _one_line(error)
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    if reason := next(filter(None, failures), None):
+        raise UserError(
+            f"{folder}: the export failed ({reason}). "
+            "Free space or change job.dump_folder, and run the same command again."
+        )
 
 
 def _plan_files(sizes: dict[str, int]) -> dict[str, str]:
@@ -245,9 +296,10 @@ def _write_index(files: dict[str, str], sizes: dict[str, int], folder: Path) -> 
 
 def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
-    config.architectures = [next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers."))]
+    config.architectures = [class_name(model)]
     return config
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."

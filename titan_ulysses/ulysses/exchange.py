@@ -10,7 +10,13 @@ On the wire each rank's block is [T, B, h_p, D], token first: the blocks receive
 the whole sequence, [S, B, h, D], and q, k and v are views of it. So sending costs one copy and receiving none; on the
 way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D] (all do at B = 1).
 
-Bytes a rank sends of q, k, v at P ranks: (P-1)/P * B * T * (Hq + 2 * sum_p hkv_p) * D * itemsize with even splits.
+Bytes that rank r sends to others, where x_p counts rank p's heads: hq_p + 2 hkv_p of q, k, v, or hq_p of the output:
+
+    sequence to heads    B * T * D * itemsize * (sum_p x_p - x_r)
+    heads to sequence    B * T * D * itemsize * (P - 1) * x_r
+
+Forward goes to the heads with q, k, v and back with the output; backward to the heads with the output's gradient and
+back with those of q, k, v. An even plan sends (P - 1)/P * B * T * (Hq + 2 Hkv) * D * itemsize of q, k and v either way.
 """
 
 from __future__ import annotations
@@ -55,6 +61,8 @@ def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTens
     if plan.is_even:
         _expect(HEADS, output=output)
         output = output.to_local()
+    elif isinstance(output, DTensor):
+        raise ValueError(f"output must be a local tensor under an uneven plan, but has {output.placements}")
     (local,) = _HeadsToSequence.apply(mesh, (plan.query,), output)
     return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
 

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint, then test, on a machine with nothing but Python installed. Arguments go to pytest:
+#   bash scripts/test.sh                      what CI runs
+#   bash scripts/test.sh --slow               also the slow tests
+#   bash scripts/test.sh tests/test_loss.py   one file
+set -euo pipefail
+source "$(dirname "$0")/env.sh" dev
+
+.venv/bin/ruff check .
+exec $PYTHON -m pytest "$@"

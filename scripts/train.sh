@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Train from one TOML file, on a machine with nothing but Python installed.
+#   bash scripts/train.sh                                            the quickstart: two CPU ranks, minutes
+#   bash scripts/train.sh configs/X.toml --training.steps 100        any config, any setting
+#   NPROC=8 bash scripts/train.sh configs/X.toml                     eight ranks (default: 2, or one a GPU)
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+
+CONFIG=configs/quickstart.toml
+if [[ $# -gt 0 && $1 != --* ]]; then
+  CONFIG=$1
+  shift
+fi
+if [[ -z ${NPROC:-} ]]; then
+  GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  NPROC=$((GPUS > 0 ? GPUS : 2))
+fi
+# Ranks that share cores: more threads than cores make all of them wait for each other.
+CORES=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
+
+exec $PYTHON scripts/launch.py --nproc-per-node "$NPROC" train.py --config "$CONFIG" "$@"

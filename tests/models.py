@@ -1,0 +1,194 @@
+"""What several tests share: tiny models, batches of packed documents, and training by plain transformers to compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_ulysses.config import Optimizer
+from titan_ulysses.data.loader import Batch
+from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.mesh import Mesh, build_mesh
+from titan_ulysses.model import hf
+from titan_ulysses.parallelize import parallelize
+from titan_ulysses.trainer import train_step
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+# LayerNorm and no step in fp32: transformers' own code stays in fp64, as llama's norms do not. No bias: that of the
+# keys has gradients that cancel to almost nothing, and AdamW divides their rounding by itself.
+STARCODER2 = {
+    "model_type": "starcoder2",
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "use_bias": False,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens [L + 1] of one document, the last of them only a label; labels that are not trained on are -100."""
+
+    tokens: Tensor
+    labels: Tensor
+
+
+Row = tuple[Document, ...]
+
+
+@dataclass
+class Record:
+    """What a training run showed, step by step, and the parameters it ended with."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_rows(lengths: list[tuple[int, ...]], *, masked: str, vocab_size: int, seed: int) -> list[Row]:
+    """Random rows of documents. masked: "none"; "uneven": every second half of a row, all of the last row, and some."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index, row in enumerate(lengths):
+        documents, start, total = [], 0, sum(row)
+        for length in row:
+            tokens = torch.randint(vocab_size, (length + 1,), generator=generator)
+            labels = tokens[1:].clone()
+            labels[-1] = -100  # what follows a document is not its next token
+            if masked == "uneven":
+                labels[torch.arange(start, start + length) >= total // 2] = -100
+                labels[torch.rand(length, generator=generator) < 0.3] = -100
+                if index == len(lengths) - 1:
+                    labels[:] = -100
+            documents.append(Document(tokens, labels))
+            start += length
+        rows.append(tuple(documents))
+    return rows
+
+
+def local_batch(rows: list[Row], mesh: Mesh) -> Batch:
+    """This rank's rows and tokens of a global micro-batch, as the loader cuts them."""
+    count = len(rows) // mesh.batch.size()
+    mine = rows[mesh.batch.get_local_rank() * count :][:count]
+    lengths = tuple(tuple(len(d.labels) for d in row) for row in mine)
+    tokens = sum(lengths[0]) // mesh.sp.size()
+    here = slice(mesh.sp.get_local_rank() * tokens, (mesh.sp.get_local_rank() + 1) * tokens)
+
+    def stack(part) -> Tensor:
+        return torch.stack([torch.cat([part(d) for d in row])[here] for row in mine])
+
+    return Batch(
+        input_ids=stack(lambda d: d.tokens[:-1]),
+        labels=stack(lambda d: d.labels),
+        position_ids=stack(lambda d: torch.arange(len(d.labels))),
+        documents=lengths,
+    )
+
+
+OPTIMIZER = Optimizer(lr=1e-2, weight_decay=0.1)
+MAX_NORM = 0.5
+
+
+@lru_cache
+def mesh_of(replicate: int, shard: int, sequence: int) -> Mesh:
+    """A rank makes each mesh once: process groups are not given back."""
+    return build_mesh(replicate=replicate, shard=shard, sequence=sequence)
+
+
+def train_sharded(
+    degrees: tuple[int, int, int], model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype, **options
+) -> Record:
+    """Train on this rank of a mesh; steps[i] holds the micro-batches of a step. Gradients are gathered, after clipping."""
+    mesh, record = mesh_of(*degrees), Record()
+    sharded = hf.build_on_meta(hf.load_model_config("", model), dtype)
+    parallelize(sharded, mesh, loss_tile_tokens=5, param_dtype=dtype, reduce_dtype=dtype, **options)
+    hf.allocate(sharded, mesh.device)
+    hf.initialize(sharded, seed=3)
+    optimizer = build_optimizer(sharded.parameters(), OPTIMIZER)
+
+    def note_gradients(*_) -> None:
+        record.gradients.append({name: p.grad.full_tensor() for name, p in hf.named_parameters(sharded)})
+
+    optimizer.register_step_pre_hook(note_gradients)
+    for micro_batches in steps:
+        batches = [local_batch(rows, mesh) for rows in micro_batches]
+        loss, norm = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
+        torch.distributed.all_reduce(loss)
+        record.losses.append(loss.item())
+        record.grad_norms.append(norm.item())
+    record.parameters = {name: p.detach().full_tensor() for name, p in hf.named_parameters(sharded)}
+    return record if torch.distributed.get_rank() == 0 else Record(record.losses, record.grad_norms)
+
+
+def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype) -> Record:
+    """The same on one process: unmodified transformers, each document a forward of its own, plain AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    record = Record()
+    plain = AutoModelForCausalLM.from_config(hf.load_model_config("", model), dtype=dtype)
+    hf.initialize(plain, seed=3)
+    o = OPTIMIZER
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    for micro_batches in steps:
+        documents = [document for rows in micro_batches for row in rows for document in row]
+        valid = sum(int((d.labels != -100).sum()) for d in documents)
+        total = torch.zeros((), dtype=dtype)
+        for document in documents:
+            logits = plain(input_ids=document.tokens[None, :-1], use_cache=False).logits[0]
+            total = total + F.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
+        loss = total / valid
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
+        record.losses.append(loss.item())
+        record.grad_norms.append(norm.item())
+        record.gradients.append({name: p.grad.clone() for name, p in plain.named_parameters()})
+        optimizer.step()
+        optimizer.zero_grad()
+    record.parameters = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    return record
+
+
+def largest_difference(found: Record, expected: Record) -> dict[str, float]:
+    """Relative differences (to the largest magnitude of each tensor), the worst of each kind and where it is."""
+    worst: dict[str, float] = {}
+
+    def note(what: str, a, b) -> None:
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        assert a.shape == b.shape, (what, a.shape, b.shape)
+        difference = ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
+        worst[what] = max(worst.get(what, 0.0), difference)
+
+    note("loss", found.losses, expected.losses)
+    note("grad norm", found.grad_norms, expected.grad_norms)
+    for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
+        assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+        for name in theirs:
+            note(f"gradient of {name}", ours[name], theirs[name])
+    assert found.parameters.keys() == expected.parameters.keys()
+    for name in expected.parameters:
+        note(f"parameter {name}", found.parameters[name], expected.parameters[name])
+    return worst

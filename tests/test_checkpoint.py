@@ -1,0 +1,319 @@
+"""Checkpoints: the same training on any mesh, whole or not there at all, and told plainly when they cannot be used."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+
+from models import OPTIMIZER, local_batch, make_rows, mesh_of
+from ranks import run_on_ranks
+from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.errors import UserError
+from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.model import hf
+from titan_ulysses.parallelize import parallelize
+from titan_ulysses.trainer import train_step
+
+Degrees = tuple[int, int, int]
+MODEL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+}
+ROWS = make_rows([(24,), (16, 8), (8, 16), (24,)], masked="none", vocab_size=61, seed=0)
+RUN_STATE = {"step": 2, "loader": {"sequences_consumed": 8}}
+
+
+class Run:
+    """A model and its optimizer on a mesh, in fp64; the values of a fresh one are those of `seed`."""
+
+    def __init__(self, degrees: Degrees, *, seed: int = 0, **changes: Any):
+        self.mesh = mesh_of(*degrees)
+        self.model = hf.build_on_meta(hf.load_model_config("", {**MODEL, **changes}), torch.float64)
+        parallelize(self.model, self.mesh, param_dtype=torch.float64, reduce_dtype=torch.float64)
+        hf.allocate(self.model, torch.device("cpu"))
+        hf.initialize(self.model, seed)
+        self.optimizer = build_optimizer(self.model.parameters(), OPTIMIZER)
+
+    def train(self, steps: int) -> Run:
+        for _ in range(steps):
+            batch = local_batch(ROWS, self.mesh)
+            train_step(self.model, self.optimizer, [batch], self.mesh, max_norm=1.0)
+        return self
+
+    def whole(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state, gathered."""
+        state = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        flat = dict(get_model_state_dict(self.model))
+        flat |= {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
+        return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in flat.items()}
+
+    def local(self) -> list[Tensor]:
+        """The bits of this rank's shards as they are now."""
+        return [p.to_local().detach().clone() for p in self.model.parameters()]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 0.0) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert (found[name] - tensor).abs().max() <= tolerance, name
+
+
+def error_of(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except UserError as error:
+        return str(error)
+    raise AssertionError("nothing was wrong")
+
+
+# --- the same training on any mesh ------------------------------------------------------------------------------------
+
+
+def save_and_go_on(degrees: Degrees, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """State at the checkpoint (two steps) and two steps later."""
+    run = Run(degrees).train(2)
+    saved = run.whole()
+    Checkpointer(folder, keep=0).save(2, run.model, run.optimizer, RUN_STATE)
+    return saved, run.train(2).whole()
+
+
+def resume(degrees: Degrees, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    run = Run(degrees, seed=1)  # other values, and an optimizer that has no state yet
+    checkpointer = Checkpointer(folder, keep=0)
+    state = checkpointer.load(checkpointer.latest(), run.model, run.optimizer)
+    return state, run.whole(), run.train(2).whole()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], dict[str, Tensor]]:
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    [(before, after), _] = run_on_ranks(2, save_and_go_on, (1, 1, 2), folder)
+    return folder, before, after
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 2), (2, 1, 1), (1, 1, 4), (1, 2, 2), (2, 1, 2)], ids=str)
+def test_resume_on_any_mesh(degrees: Degrees, saved: tuple[Path, dict, dict]) -> None:
+    folder, before, after = saved
+    replicate, shard, sequence = degrees
+    same_mesh = degrees == (1, 1, 2)
+    for state, loaded, trained in run_on_ranks(replicate * shard * sequence, resume, degrees, folder):
+        assert {name: state[name] for name in RUN_STATE} == RUN_STATE
+        assert_same(loaded, before)
+        assert_same(trained, after, tolerance=0.0 if same_mesh else 1e-12)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) == len(before)  # a checkpoint that changes nothing would pass what stands above
+    kinds = {name.split("/")[-1] for name in before if "/" in name}
+    assert kinds == {"exp_avg", "exp_avg_sq", "step"}
+
+
+# --- which checkpoints there are --------------------------------------------------------------------------------------
+
+
+def save_steps(folder: Path) -> dict[str, Any]:
+    run, found = Run((1, 1, 2)), {}
+    partial_folder = folder / ".step-1.partial"
+    if dist.get_rank() == 0:
+        partial_folder.mkdir(parents=True)
+        (partial_folder / "__9_0.distcp").write_text("left over")
+    dist.barrier()
+
+    def steps(keep: int, *wanted: int) -> tuple[list[str], int | None]:
+        checkpointer = Checkpointer(folder, keep=keep)
+        for step in wanted:
+            checkpointer.save(step, run.model, run.optimizer, {"step": step})
+        dist.barrier()
+        names = sorted(path.name for path in folder.iterdir())
+        dist.barrier()
+        return names, checkpointer.latest()
+
+    found["none yet"] = steps(2)
+    found["over a partial one"] = steps(2, 1)
+    found["keep 2"] = steps(2, 2, 10)
+    found["keep all"] = steps(0, 11, 12)
+    run.train(1)
+    Checkpointer(folder, keep=0).save(12, run.model, run.optimizer, {"step": "again"})
+    found["again"] = Checkpointer(folder, keep=0).read_state(12)["step"]
+    found["files"] = sorted(path.name for path in (folder / "step-12").iterdir())
+    found["keep 1"] = steps(1, 13)
+    found["no folder"] = Checkpointer(folder / "nothing", keep=1).latest()
+    return found
+
+
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
+    for found in run_on_ranks(2, save_steps, tmp_path / "checkpoints"):
+        assert found["none yet"] == ([".step-1.partial"], None)
+        assert found["over a partial one"] == (["step-1"], 1)
+        assert found["keep 2"] == (["step-10", "step-2"], 10)
+        assert found["keep all"] == (["step-10", "step-11", "step-12", "step-2"], 12)
+        assert found["again"] == 12, "a step that was there has been written again"
+        assert found["files"] == [".metadata", "__0_0.distcp", "__1_0.distcp", "run.json"]
+        assert found["keep 1"] == (["step-13"], 13)
+        assert found["no folder"] is None
+
+
+# --- what cannot be loaded --------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def break_run_file(path: Path, text: str) -> None:
+    (path / "run.json").write_text(text)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (lambda step: cut(step / "__1_0.distcp"), "__1_0.distcp has "),
+    "missing": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp"),
+    "metadata": (lambda step: (step / ".metadata").unlink(), ".metadata"),
+    "no run.json": (lambda step: (step / "run.json").unlink(), "run.json"),
+    "half run.json": (lambda step: cut(step / "run.json"), "JSONDecodeError"),
+    "other run.json": (partial(break_run_file, text='["files"]'), "TypeError"),
+    "poor run.json": (partial(break_run_file, text='{"files": {}}'), "'parameters'"),
+}
+
+
+def try_to_load(folders: list[Path], **changes: Any) -> list[tuple[str, bool]]:
+    """The message for each folder's last step, and whether the model kept its bits."""
+    run = Run((1, 1, 2), seed=1, **changes)
+    before, found = run.local(), []
+    for folder in folders:
+        checkpointer = Checkpointer(folder, keep=0)
+        message = error_of(lambda c=checkpointer: c.load(c.latest(), run.model, run.optimizer))
+        found.append((message, all(map(torch.equal, run.local(), before)) and not run.optimizer.state))
+    return found
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(saved: tuple, tmp_path: Path) -> None:
+    for case, (damage, _) in DAMAGES.items():
+        shutil.copytree(saved[0], tmp_path / case)
+        damage(tmp_path / case / "step-2")
+    shutil.copytree(saved[0] / "step-2", tmp_path / "truncated" / "step-1")
+    for found in run_on_ranks(2, try_to_load, [tmp_path / case for case in DAMAGES]):
+        for (case, (_, reason)), (message, unchanged) in zip(DAMAGES.items(), found, strict=True):
+            assert message.startswith(f"checkpoint.folder = {tmp_path / case}: step-2 is damaged ("), message
+            assert reason in message
+            remedy = "to resume from step 1." if case == "truncated" else "to start from the beginning."
+            assert message.endswith(f"Remove it {remedy}")
+            assert "\n" not in message
+            assert unchanged, case
+
+
+def test_contents_that_are_damaged_are_refused_too(saved: tuple[Path, dict, dict], tmp_path: Path) -> None:
+    """The sizes are right: found while reading, so the model may have changed, but every rank says so."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    file = tmp_path / "copy" / "step-2" / ".metadata"
+    file.write_bytes(bytes(file.stat().st_size))
+    for [(message, _)] in run_on_ranks(2, try_to_load, [tmp_path / "copy"], timeout=30):
+        assert message.startswith(f"checkpoint.folder = {tmp_path / 'copy'}: step-2 is damaged (rank 0: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"hidden_size": 40}, "model.embed_tokens.weight is [61, 32] there and [61, 40] here."),
+        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is absent there and [32, 32] here."),
+        ({"num_hidden_layers": 1}, "model.layers.1.self_attn.q_proj.weight is [32, 32] there and absent here."),
+    ],
+    ids=str,
+)
+def test_another_model_is_refused(changes: dict, difference: str, saved: tuple[Path, dict, dict]) -> None:
+    for [(message, unchanged)] in run_on_ranks(2, try_to_load, [saved[0]], **changes):
+        assert message.startswith(f"checkpoint.folder = {saved[0]}: step-2 holds another model: {difference}")
+        assert "Give this run another job.name" in message
+        assert unchanged
+
+
+# --- a disk that fills up ---------------------------------------------------------------------------------------------
+
+
+def with_full_disk(ranks: list[int], limit: int, act: Callable[[], str]) -> str:
+    """Let no file of these ranks grow beyond limit bytes: writes fail as they do on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        if dist.get_rank() in ranks:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        return act()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def fill_the_disk(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """Save step 1, then fail to save step 2 in every way; returns the messages and the folder after each."""
+    run, checkpointer, found = Run((1, 1, 2)).train(1), Checkpointer(folder, keep=1), {}
+    save = partial(checkpointer.save, model=run.model, optimizer=run.optimizer, state=RUN_STATE)
+    save(1)
+    expected = run.whole()
+    run.train(1)
+
+    def fail(case: str, act: Callable[[], str]) -> None:
+        message = act()
+        dist.barrier()
+        found[case] = (message, sorted(path.name for path in folder.iterdir()))
+        dist.barrier()
+
+    for case, ranks in {"all ranks": [0, 1], "rank 0": [0], "rank 1": [1]}.items():
+        fail(case, lambda ranks=ranks: with_full_disk(ranks, 20_000, lambda: error_of(partial(save, 2))))
+    with pytest.MonkeyPatch.context() as patch:  # only rank 0 publishes
+        patch.setattr(json, "dump", no_space)
+        fail("run.json", lambda: error_of(partial(save, 2)))
+
+    for parameter in run.model.parameters():
+        nn.init.constant_(parameter, 7.0)
+    checkpointer.load(1, run.model, run.optimizer)
+    assert_same(run.whole(), expected)
+    save(2)
+    found["space again"] = ("", sorted(path.name for path in folder.iterdir()))
+    return found
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_rank_waiting(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    first, second = run_on_ranks(2, fill_the_disk, folder, timeout=60)
+    assert first == second
+    _, files = first.pop("space again")
+    assert files == ["step-2"]
+    assert first.keys() == {"all ranks", "rank 0", "rank 1", "run.json"}
+    for case, (message, files) in first.items():
+        assert message.startswith(f"checkpoint.folder = {folder}: saving step 2 failed ("), case
+        assert "The checkpoint of step 1 is intact; free space or change job.dump_folder" in message, case
+        assert files == ["step-1"], case
+
+
+def save_where_no_folder_can_be(folder: Path) -> str:
+    run = Run((1, 1, 2))
+    return error_of(lambda: Checkpointer(folder, keep=1).save(1, run.model, run.optimizer, RUN_STATE))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for message in run_on_ranks(2, save_where_no_folder_can_be, tmp_path / "file" / "checkpoints", timeout=30):
+        assert message.startswith(f"checkpoint.folder = {tmp_path / 'file' / 'checkpoints'}: saving step 1 failed (")
+        assert "Not a directory" in message
+        assert "intact" not in message

@@ -1,0 +1,428 @@
+"""Ulysses: the head plan, the exchange and the attention function, each against the computation without sharding.
+
+The exchange tests use small integers, whose sums are exact in every dtype and order: they compare bit for bit.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ranks import run_on_ranks
+from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention
+from titan_ulysses.ulysses.cores import Documents, sdpa
+from titan_ulysses.ulysses.exchange import heads_to_sequence, sequence_to_heads
+from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
+
+HEAD_COUNTS = [(8, 8), (8, 2), (9, 3), (14, 2), (5, 1), (6, 6), (3, 1)]
+TOKENS, HEAD_SIZE = 3, 2
+EXACT = {"rtol": 0.0, "atol": 0.0}
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+# ---------------------------------------------------------------- the plan
+
+
+@st.composite
+def head_counts(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Hq (a multiple of Hkv, at most 1024), Hkv and P <= Hq, with small numbers as likely as large ones."""
+    limit = draw(st.sampled_from([8, 64, 1024]))
+    num_kv_heads = draw(st.integers(1, limit))
+    num_query_heads = num_kv_heads * draw(st.integers(1, limit // num_kv_heads))
+    return num_query_heads, num_kv_heads, draw(st.integers(1, num_query_heads))
+
+
+@settings(max_examples=150, deadline=None)
+@given(head_counts())
+def test_plan_partitions_query_heads_and_names_the_kv_heads_they_read(counts: tuple[int, int, int]) -> None:
+    num_query_heads, num_kv_heads, degree = counts
+    plan = plan_heads(*counts)
+    assert plan.degree == degree
+    assert plan.group_size * num_kv_heads == num_query_heads
+    assert [head for heads in plan.query for head in heads] == list(range(num_query_heads))
+    assert {len(heads) for heads in plan.query} <= {num_query_heads // degree, -(-num_query_heads // degree)}
+    for queries, keys in zip(plan.query, plan.key_value, strict=True):
+        assert list(keys) == sorted({head // plan.group_size for head in queries})
+    # DTensor cuts by size alone: the query heads and the KV heads must both be multiples of P.
+    assert plan.is_even == (num_query_heads % degree == 0 and num_kv_heads % degree == 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(head_counts())
+def test_runs_cover_each_query_head_once_with_its_kv_head(counts: tuple[int, int, int]) -> None:
+    plan = plan_heads(*counts)
+    for rank in range(plan.degree):
+        runs = plan.runs(rank)
+        assert len(runs) == 1 if plan.is_even else 1 <= len(runs) <= 3
+        reads = []
+        for queries, keys in runs:
+            group, rest = divmod(queries.stop - queries.start, keys.stop - keys.start)
+            assert rest == 0 and group > 0
+            reads += [(queries.start + i, keys.start + i // group) for i in range(queries.stop - queries.start)]
+        expected = [head // plan.group_size - plan.key_value[rank].start for head in plan.query[rank]]
+        assert reads == list(enumerate(expected))
+
+
+def test_plan_of_14_query_and_2_kv_heads_on_4_ranks() -> None:
+    plan = plan_heads(14, 2, 4)
+    assert plan.query == (range(0, 3), range(3, 7), range(7, 10), range(10, 14))
+    assert plan.key_value == (range(0, 1), range(0, 1), range(1, 2), range(1, 2))
+    assert not plan.is_even
+    assert plan_heads(9, 3, 2).runs(1) == [(slice(0, 2), slice(0, 1)), (slice(2, 5), slice(1, 2))]
+
+
+@pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), [(8, 3), (2, 4), (7, 2)])
+def test_kv_heads_must_divide_query_heads(num_query_heads: int, num_kv_heads: int) -> None:
+    with pytest.raises(ValueError, match=f"{num_kv_heads} key-value heads do not divide {num_query_heads} query heads"):
+        plan_heads(num_query_heads, num_kv_heads, 2)
+
+
+# ---------------------------------------------------------------- the exchange
+
+
+def sp_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("sp",))
+
+
+def integers(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same on every rank that passes the same seed; |x| <= 8."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def whole_qkv(plan: HeadPlan, batch: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k and v of the whole sequence, [B, S, H, D], with gradients: what the sharded computation is compared with."""
+    num_heads = (plan.query[-1].stop, plan.key_value[-1].stop, plan.key_value[-1].stop)
+    return [
+        integers(batch, plan.degree * TOKENS, heads, HEAD_SIZE, seed=seed, dtype=dtype).requires_grad_()
+        for seed, heads in enumerate(num_heads)
+    ]
+
+
+def tokens_of(rank: int, tokens: int = TOKENS) -> slice:
+    return slice(rank * tokens, (rank + 1) * tokens)
+
+
+def own_tokens(whole: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's part of the sequence, a leaf with its own gradient."""
+    rank = mesh.get_local_rank()
+    return whole.detach()[:, tokens_of(rank, whole.shape[1] // mesh.size())].clone().requires_grad_(whole.requires_grad)
+
+
+def place(local: Tensor, mesh: DeviceMesh, dim: int = 1) -> DTensor:
+    return DTensor.from_local(local, mesh, (Shard(dim),), run_check=False)
+
+
+def local_of(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def heads_of(plan: HeadPlan, rank: int) -> list[slice]:
+    return [slice(r[rank].start, r[rank].stop) for r in (plan.query, plan.key_value, plan.key_value)]
+
+
+def weighed(tensors: list[Tensor], rank: int) -> Tensor:
+    """A sum with weights of this rank's own, so that a KV head that several ranks hold gets a gradient from each."""
+    return sum((x * integers(*x.shape, seed=10 * rank + i, dtype=x.dtype)).sum() for i, x in enumerate(tensors))
+
+
+def check_sequence_to_heads(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype) -> None:
+    rank, whole = mesh.get_local_rank(), whole_qkv(plan, batch, dtype)
+    own = [own_tokens(x, mesh) for x in whole]
+    received = sequence_to_heads(*(place(x, mesh) for x in own), plan)
+    assert all(isinstance(x, DTensor) and x.placements == (Shard(2),) for x in received) == plan.is_even
+    for x, full, heads in zip(received, whole, heads_of(plan, rank), strict=True):
+        torch.testing.assert_close(local_of(x), full[:, :, heads].detach(), **EXACT)
+        if plan.is_even:
+            by_dtensor = place(own_tokens(full, mesh).detach(), mesh).redistribute(placements=(Shard(2),))
+            assert x.shape == full.shape
+            torch.testing.assert_close(x.detach().to_local(), by_dtensor.to_local(), **EXACT)
+
+    weighed([local_of(x) for x in received], rank).backward()
+    seen = [[x[:, :, heads] for x, heads in zip(whole, heads_of(plan, p), strict=True)] for p in range(plan.degree)]
+    sum(weighed(tensors, p) for p, tensors in enumerate(seen)).backward()
+    for x, full in zip(own, whole, strict=True):
+        torch.testing.assert_close(x.grad, full.grad[:, tokens_of(rank)], **EXACT)
+
+
+def check_heads_to_sequence(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype) -> None:
+    rank, (whole, _, _) = mesh.get_local_rank(), whole_qkv(plan, batch, dtype)
+    heads = heads_of(plan, rank)[0]
+    weights = integers(*whole.shape, seed=9, dtype=dtype)
+    kernels_write = {
+        "[B, S, h, D]": lambda x: x.clone(),
+        "[S, B, h, D]": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        "[B, h, S, D]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    }
+    for layout in kernels_write.values():
+        own = layout(whole.detach()[:, :, heads]).requires_grad_()
+        output = heads_to_sequence(place(own, mesh, 2) if plan.is_even else own, plan, mesh)
+        assert output.placements == (Shard(1),)
+        assert output.shape == whole.shape
+        torch.testing.assert_close(output.to_local(), whole[:, tokens_of(rank)], **EXACT)
+        (output.to_local() * weights[:, tokens_of(rank)]).sum().backward()
+        torch.testing.assert_close(own.grad, weights[:, :, heads], **EXACT)
+
+
+def check_round_trip(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(dist.get_rank())
+    num_heads = (plan.query[-1].stop, plan.key_value[-1].stop, plan.key_value[-1].stop)
+    q, k, v = (torch.randn(batch, TOKENS, heads, HEAD_SIZE).to(dtype) for heads in num_heads)
+    query, _, _ = sequence_to_heads(*(place(x, mesh) for x in (q, k, v)), plan)
+    torch.testing.assert_close(heads_to_sequence(query, plan, mesh).to_local(), q, **EXACT)
+
+
+def check_exchange(mesh: DeviceMesh) -> int:
+    """All cases on this mesh; the number of them."""
+    cases = [
+        (plan_heads(*counts, mesh.size()), batch, dtype)
+        for counts in HEAD_COUNTS
+        for batch, dtype in ((1, torch.float64), (2, torch.float64), (2, torch.bfloat16))
+        if counts[0] >= mesh.size()
+    ]
+    for case in cases:
+        for check in (check_sequence_to_heads, check_heads_to_sequence, check_round_trip):
+            try:
+                check(mesh, *case)
+            except AssertionError as error:
+                raise AssertionError(f"{check.__name__}{case}") from error
+    return len(cases)
+
+
+def exchange_over_all_ranks() -> int:
+    return check_exchange(sp_mesh())
+
+
+def exchange_over_pairs_of_ranks() -> int:
+    return check_exchange(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))["sp"])
+
+
+@pytest.mark.parametrize(("world_size", "cases"), [(2, 21), (3, 21), (4, 18)])
+def test_exchange_equals_indexing_of_whole_tensors(world_size: int, cases: int) -> None:
+    assert run_on_ranks(world_size, exchange_over_all_ranks) == [cases] * world_size
+
+
+def test_exchange_within_pairs_of_four_ranks() -> None:
+    assert run_on_ranks(4, exchange_over_pairs_of_ranks) == [21] * 4
+
+
+def placement_errors() -> dict[str, str]:
+    """What wrong placements raise, by the name of the mistake."""
+    mesh = sp_mesh()
+    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
+    even, uneven = plan_heads(2, 2, 2), plan_heads(3, 1, 2)
+    local = torch.zeros(1, TOKENS, 2, HEAD_SIZE)
+    good = place(local, mesh)
+    wrong = {
+        "replicated": DTensor.from_local(local, mesh, (Replicate(),), run_check=False),
+        "heads": place(local, mesh, 2),
+        "rows": place(local, mesh, 0),
+        "2-D mesh": DTensor.from_local(local, grid, (Replicate(), Shard(1)), run_check=False),
+        "plain tensor": local,
+    }
+    calls = {f"q {name}": lambda x=x: sequence_to_heads(x, good, good, even) for name, x in wrong.items()}
+    calls["k heads"] = lambda: sequence_to_heads(good, wrong["heads"], good, even)
+    calls["v replicated"] = lambda: sequence_to_heads(good, good, wrong["replicated"], even)
+    calls["output sequence"] = lambda: heads_to_sequence(good, even, mesh)
+    calls["output plain tensor"] = lambda: heads_to_sequence(local, even, mesh)
+    calls["output of an uneven plan"] = lambda: heads_to_sequence(wrong["heads"], uneven, mesh)
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            messages[name] = str(error)
+        else:
+            messages[name] = "nothing raised"
+    return messages
+
+
+def test_wrong_placements_are_refused_by_name() -> None:
+    for messages in run_on_ranks(2, placement_errors):
+        assert len(messages) == 10
+        for mistake, message in messages.items():
+            assert message.startswith(f"{mistake.split()[0]} must be "), f"{mistake}: {message}"
+        assert "but has (Replicate(),)" in messages["v replicated"]
+
+
+# ---------------------------------------------------------------- the attention function
+
+SEQUENCE_LENGTH = 24
+DOCUMENTS: list[Documents] = [
+    ((24,), (24,)),  # one document as long as the sequence
+    ((12, 12), (6, 6, 6, 6)),  # borders at the borders of 2 and of 4 ranks
+    ((5, 8, 11), (2, 3, 1, 16, 2)),  # borders inside a rank, documents across one and several
+    ((7, 10, 7), (7, 10, 7)),  # rows cut alike
+    ((1, 1, 10, 1, 5, 1, 5), (1,) * 24),  # documents of one token, also first and last of a rank
+]
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
+    """[B, H, S, D] each -> [B, S, Hq, D]: softmax of masked scores, with a mask of the whole sequence."""
+    ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents])
+    mask = (ids[:, None, :, None] == ids[:, None, None, :]).tril()
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
+    return (scores.softmax(dim=3) @ v).transpose(1, 2)
+
+
+def random_qkv(num_query_heads: int, num_kv_heads: int, *, seed: int = 0) -> list[Tensor]:
+    """What an attention layer computes for the whole sequence: [2, H, S, D] in fp64; the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(2, heads, SEQUENCE_LENGTH, HEAD_SIZE, generator=generator, dtype=torch.float64)
+        for heads in (num_query_heads, num_kv_heads, num_kv_heads)
+    ]
+
+
+def attend(mesh: DeviceMesh, qkv: list[Tensor], documents: Documents, **kwargs) -> Tensor:
+    ulysses = Ulysses(mesh=mesh, core=sdpa, documents=documents)
+    output, weights = ulysses_attention(nn.Identity(), *qkv, None, ulysses=ulysses, **kwargs)
+    assert weights is None
+    return output
+
+
+def attention_of_own_tokens(head_counts: list[tuple[int, int]], scaling: float | None) -> list[list[Tensor]]:
+    """Per case, this rank's part of the output [B, T, Hq, D] and of the gradients of q, k and v [B, H, T, D]."""
+    mesh = sp_mesh()
+    tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
+    results = []
+    for counts in head_counts:
+        for documents in DOCUMENTS:
+            own = [x[:, :, tokens].clone().requires_grad_() for x in random_qkv(*counts)]
+            output = attend(mesh, own, documents, scaling=scaling, sliding_window=SEQUENCE_LENGTH, dropout=0.0)
+            (output * torch.linspace(-1, 2, SEQUENCE_LENGTH)[tokens, None, None]).sum().backward()
+            results.append([output.detach(), *(x.grad for x in own)])
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_equals_eager_attention_of_each_document(world_size: int, scaling: float | None) -> None:
+    head_counts = [(8, 4), (6, 2), (5, 1)]
+    ranks = run_on_ranks(world_size, attention_of_own_tokens, head_counts, scaling)
+    cases = [(counts, documents) for counts in head_counts for documents in DOCUMENTS]
+    for (counts, documents), *parts in zip(cases, *ranks, strict=True):
+        whole = [x.requires_grad_() for x in random_qkv(*counts)]
+        expected = eager_attention(*whole, documents, HEAD_SIZE**-0.5 if scaling is None else scaling)
+        (expected * torch.linspace(-1, 2, SEQUENCE_LENGTH)[:, None, None]).sum().backward()
+        outputs, *gradients = zip(*parts, strict=True)
+        torch.testing.assert_close(torch.cat(outputs, dim=1), expected.detach(), **CLOSE)
+        for gradient, x in zip(gradients, whole, strict=True):
+            torch.testing.assert_close(torch.cat(gradient, dim=2), x.grad, **CLOSE)
+
+
+def changed_tokens(documents: Documents, counts: tuple[int, int]) -> Tensor:
+    """[S, B, T]: which of this rank's outputs change in any bit when token s of row 0 gets another q, k and v."""
+    mesh = sp_mesh()
+    tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
+    whole, others = random_qkv(*counts), random_qkv(*counts, seed=1)
+    before = attend(mesh, [x[:, :, tokens] for x in whole], documents)
+    changed = []
+    for token in range(SEQUENCE_LENGTH):
+        spoilt = [x.clone() for x in whole]
+        for x, other in zip(spoilt, others, strict=True):
+            x[0, :, token] = other[0, :, token]
+        after = attend(mesh, [x[:, :, tokens] for x in spoilt], documents)
+        changed.append((before != after).any(dim=3).any(dim=2))
+    return torch.stack(changed)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("documents", DOCUMENTS[1:4])
+def test_a_token_reaches_its_own_document_and_no_bit_of_another(world_size: int, documents: Documents) -> None:
+    changed = torch.cat(run_on_ranks(world_size, changed_tokens, documents, (6, 2)), dim=2)
+    ids = torch.arange(len(documents[0])).repeat_interleave(torch.tensor(documents[0]))
+    later_in_the_document = (ids[:, None] == ids[None, :]).triu()
+    assert torch.equal(changed[:, 0], later_in_the_document)
+    assert not changed[:, 1].any()
+
+
+def test_attention_on_one_rank_needs_no_exchange() -> None:
+    qkv = random_qkv(6, 2)
+    output = attend(SimpleNamespace(size=lambda: 1), qkv, DOCUMENTS[2], scaling=0.3)
+    torch.testing.assert_close(output, eager_attention(*qkv, DOCUMENTS[2], 0.3), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"sliding_window": SEQUENCE_LENGTH - 1}, "Identity needs sliding_window"),
+        ({"softcap": 30.0}, "Identity needs softcap"),
+        ({"s_aux": torch.zeros(6)}, "Identity needs s_aux"),
+        ({"dropout": 0.1}, "Identity asks for attention dropout"),
+        ({"ulysses": None}, "Identity did not receive the keyword `ulysses`"),
+        ({"attention_mask": torch.zeros(1)}, "Identity was given an attention mask"),
+    ],
+)
+def test_attention_refuses_what_it_cannot_do(keywords: dict, message: str) -> None:
+    ulysses = Ulysses(mesh=SimpleNamespace(size=lambda: 1), core=sdpa, documents=DOCUMENTS[0])
+    with pytest.raises(AssertionError, match=message):
+        ulysses_attention(nn.Identity(), *random_qkv(6, 2), **{"attention_mask": None, "ulysses": ulysses} | keywords)
+
+
+# ---------------------------------------------------------------- what travels
+
+
+class Wire(TorchDispatchMode):
+    """Every collective of this rank, in order: its name and, of an all-to-all, the bytes that go to other ranks."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.calls = rank, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:  # it goes first: the operators that it is made of come back here
+            return NotImplemented
+        name = func.overloadpacket.__name__
+        if name == "all_to_all_single":
+            tensor, _, split, _ = args
+            self.calls.append((name, (sum(split) - split[self.rank]) * tensor.element_size()))
+        elif "c10d" in func.namespace and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            self.calls.append((name, None))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_a_layer(head_counts: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[list, list]]:
+    """Per head count, the collectives of attention's forward and of its backward."""
+    mesh = sp_mesh()
+    tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
+    results = []
+    for counts in head_counts:
+        own = [x[:, :, tokens].to(dtype).requires_grad_() for x in random_qkv(*counts)]
+        with Wire(mesh.get_local_rank()) as forward:
+            loss = attend(mesh, own, DOCUMENTS[2]).sum()
+        with Wire(mesh.get_local_rank()) as backward:
+            loss.backward()
+        results.append((forward.calls, backward.calls))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_two_all_to_alls_each_way_send_what_the_formula_says(world_size: int, dtype: torch.dtype) -> None:
+    for rank, layers in enumerate(run_on_ranks(world_size, collectives_of_a_layer, HEAD_COUNTS[:-1], dtype)):
+        for counts, (forward, backward) in zip(HEAD_COUNTS[:-1], layers, strict=True):
+            plan = plan_heads(*counts, world_size)
+            a_head = 2 * SEQUENCE_LENGTH // world_size * HEAD_SIZE * dtype.itemsize  # B * T * D * itemsize
+            q = [len(heads) for heads in plan.query]
+            qkv = [len(queries) + 2 * len(keys) for queries, keys in zip(plan.query, plan.key_value, strict=True)]
+
+            def to_heads(heads: list[int], rank: int = rank, a_head: int = a_head) -> tuple[str, int]:
+                return "all_to_all_single", a_head * (sum(heads) - heads[rank])
+
+            def to_sequence(heads: list[int], rank: int = rank, a_head: int = a_head) -> tuple[str, int]:
+                return "all_to_all_single", a_head * (world_size - 1) * heads[rank]
+
+            assert forward == [to_heads(qkv), to_sequence(q)]
+            assert backward == [to_heads(q), to_sequence(qkv)]
+            if plan.is_even:
+                even = (world_size - 1) * a_head * (counts[0] + 2 * counts[1]) // world_size
+                assert to_heads(qkv)[1] == to_sequence(qkv)[1] == even
