@@ -1,4 +1,4 @@
-"""What several tests share: tiny models, batches of packed documents, and training by plain transformers to compare with."""
+"""What several tests share: tiny models, packed documents, and plain transformers to compare with."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def mesh_of(replicate: int, shard: int, sequence: int) -> Mesh:
 def train_sharded(
     degrees: tuple[int, int, int], model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype, **options
 ) -> Record:
-    """Train on this rank of a mesh; steps[i] holds the micro-batches of a step. Gradients are gathered, after clipping."""
+    """Train on this rank of a mesh; steps[i] holds a step's micro-batches. Gradients are noted after clipping."""
     mesh, record = mesh_of(*degrees), Record()
     sharded = hf.build_on_meta(hf.load_model_config("", model), dtype)
     parallelize(sharded, mesh, loss_tile_tokens=5, param_dtype=dtype, reduce_dtype=dtype, **options)

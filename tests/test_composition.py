@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+
 from models import LLAMA, STARCODER2, Record, Row, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+
 from ranks import RankFailure, RankTimeout, close_pools, run_on_ranks
 
 _TESTS = Path(__file__).resolve().parent

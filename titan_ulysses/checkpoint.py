@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import first_failure, one_line
 
 _RUN_FILE = "run.json"
 
@@ -62,21 +63,13 @@ class Checkpointer:
             failure = _cause(error)
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-        self._agree_on_success(step, failure)
-
-    def _agree_on_success(self, step: int, failure: str | None) -> None:
-        """Collective. UserError on every rank where one of them failed: rank 0 alone publishes, and the others wait."""
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-        reason = next(filter(None, failures), None)
-        if reason is None:
-            return
-        kept = self.latest()
-        raise UserError(
-            f"checkpoint.folder = {self.folder}: saving step {step} failed ({reason}). "
-            + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
-            + "free space or change job.dump_folder, and run the same command again to go on."
-        )
+        if reason := first_failure(failure):  # rank 0 alone publishes, and the others wait
+            kept = self.latest()
+            raise UserError(
+                f"checkpoint.folder = {self.folder}: saving step {step} failed ({reason}). "
+                + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
+                + "free space or change job.dump_folder, and run the same command again to go on."
+            )
 
     def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         # The sizes tell a damaged file from a whole one before any tensor is read.
@@ -149,4 +142,4 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_cause(inner)}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line(error)

@@ -10,7 +10,13 @@ from contextlib import contextmanager
 
 from titan_ulysses.errors import UserError
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read timeout", "Timed out waiting")
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Read timeout",
+    "Timed out waiting",
+)
 
 
 @contextmanager
@@ -28,6 +34,21 @@ def told_once() -> Iterator[None]:
     except Exception as error:
         lost = any(sign in str(error) for sign in _LOST_PEER)
         _end("error: another rank died without a word (out of memory?)." if lost else traceback.format_exc(), 1)
+
+
+def first_failure(reason: str | None) -> str | None:
+    """Collective. The reason of the first rank that has one, on every rank: so that all stop where one of them must."""
+    import torch.distributed as dist
+
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next(filter(None, reasons), None)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, short enough to stand inside a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _end(message: str, code: int) -> None:

@@ -282,7 +282,8 @@ class Trainer:
     def _say_where_everything_is(self) -> None:
         lines = [f"Done: {self.step} steps. In {self.folder}:", "  config.toml, metrics.jsonl, tensorboard/"]
         if self.config.checkpoint.enable:
-            lines.append(f"  {self.config.checkpoint.folder}/step-{self.step}  resumed by the same command with more steps")
+            newest = f"{self.config.checkpoint.folder}/step-{self.step}"
+            lines.append(f"  {newest}  from which the same command goes on with a larger training.steps")
         if self.config.checkpoint.export:
             lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
         self.console.print("\n".join(lines), highlight=False)
@@ -319,7 +320,7 @@ def _forward(model: nn.Module, batch: Batch, num_items: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a global norm of at most max_norm (0: leave them); returns the norm before, over the mesh."""
+    """Scale the gradients to a norm of at most max_norm (0: leave them). Returns the norm before, over the mesh."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients, foreach=True)
     if isinstance(norm, DTensor):

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 def open_sequences(
     config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackedSequences, PackedSequences | None]:
-    """The training stream (shuffled by documents) and, where validation is enabled, the held-out one (in order)."""
+    """The training stream and, where validation is enabled, the held-out one.
+
+    Both are shuffled by documents, the held-out one always alike: the first few sequences of it, which a validation
+    reads, are then a sample of all of it.
+    """
     from titan_ulysses.data.packing import Corpus, PackedSequences
     from titan_ulysses.data.sources import text_documents
     from titan_ulysses.data.tokenizer import encode
@@ -36,5 +40,5 @@ def open_sequences(
         training, held_out = training.split_held_out()
     return (
         PackedSequences(training, seq_len=seq_len, seed=config.training.seed),
-        held_out and PackedSequences(held_out, seq_len=seq_len, seed=0, shuffle=False, setting=held_out_setting),
+        held_out and PackedSequences(held_out, seq_len=seq_len, seed=0, setting=held_out_setting),
     )

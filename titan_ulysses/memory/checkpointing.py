@@ -7,5 +7,5 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 
 
 def checkpoint_block(block: nn.Module) -> nn.Module:
-    """Wrap one transformer block. Any signature; parameter names stay the block's own; RNG and autocast are replayed."""
+    """Wrap one transformer block, of any signature. RNG and autocast are replayed; state-dict names do not change."""
     return checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)

@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import first_failure, one_line
 
 _EXPORT_FILE_BYTES = 4 * 2**30
 _WRAPPER_PREFIX = "_checkpoint_wrapped_module."
@@ -38,12 +39,12 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
         try:
             return AutoConfig.for_model(model_type, **settings)
         except Exception as error:  # transformers raises whatever its config classes raise
-            raise UserError(f"model.config: transformers refuses it: {_one_line(error)}") from error
+            raise UserError(f"model.config: transformers refuses it: {one_line(error)}") from error
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
         raise UserError(
-            f'model.path = "{path}": no transformers model there ({_one_line(error)}). '
+            f'model.path = "{path}": no transformers model there ({one_line(error)}). '
             "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
         ) from error
 
@@ -151,7 +152,7 @@ def find_weights(path: str) -> dict[str, Path]:
             folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
         except Exception as error:
             raise UserError(
-                f'model.path = "{path}": neither a folder nor to be had from the hub ({_one_line(error)}). '
+                f'model.path = "{path}": neither a folder nor to be had from the hub ({one_line(error)}). '
                 "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
             ) from error
     files: dict[str, Path] = {}
@@ -161,7 +162,7 @@ def find_weights(path: str) -> dict[str, Path]:
                 files.update(dict.fromkeys(tensors.keys(), file))
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f'model.path = "{path}": {file.name} is damaged ({_one_line(error)}). Copy or download it again.'
+                f'model.path = "{path}": {file.name} is damaged ({one_line(error)}). Copy or download it again.'
             ) from error
     if not files:
         raise UserError(
@@ -265,10 +266,8 @@ def _failing_together(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        failure = _one_line(error)
-    failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    if reason := next(filter(None, failures), None):
+        failure = one_line(error)
+    if reason := first_failure(failure):
         raise UserError(
             f"{folder}: the export failed ({reason}). "
             "Free space or change job.dump_folder, and run the same command again."
@@ -299,7 +298,3 @@ def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
     config.architectures = [class_name(model)]
     return config
 
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " ..."

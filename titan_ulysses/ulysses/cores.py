@@ -7,7 +7,7 @@ and zero between documents, by construction: a document is a call of its own, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,15 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents, scale: float)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if len(set(documents)) == 1:
         return _sdpa_row(q, k, v, documents[0], scale)
-    return torch.cat([_sdpa_row(q[b : b + 1], k[b : b + 1], v[b : b + 1], row, scale) for b, row in enumerate(documents)])
+    rows = zip(q.split(1), k.split(1), v.split(1), documents, strict=True)
+    return torch.cat([_sdpa_row(*row, scale) for row in rows])
 
 
 def _sdpa_row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     outputs = [
-        F.scaled_dot_product_attention(
-            q[:, :, span], k[:, :, span], v[:, :, span], is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        ).transpose(1, 2)
-        for span in _spans(lengths)
+        F.scaled_dot_product_attention(*document, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        for document in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     ]
+    outputs = [output.transpose(1, 2) for output in outputs]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-
-def _spans(lengths: tuple[int, ...]) -> Iterator[slice]:
-    start = 0
-    for length in lengths:
-        yield slice(start, start + length)
-        start += length

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,16 @@ class HeadPlan:
         A rank whose range begins or ends inside a group has at most three: the rest of a group, whole groups, the
         beginning of a group. Where P divides the KV heads there is one.
         """
-        queries, runs = self.query[rank], []
-        for head in self.key_value[rank]:
-            start = max(queries.start, head * self.group_size) - queries.start
-            stop = min(queries.stop, (head + 1) * self.group_size) - queries.start
-            local = head - self.key_value[rank].start
-            if runs and (runs[-1][0].stop - runs[-1][0].start) == (stop - start) * (runs[-1][1].stop - runs[-1][1].start):
-                runs[-1] = (slice(runs[-1][0].start, stop), slice(runs[-1][1].start, local + 1))
-            else:
-                runs.append((slice(start, stop), slice(local, local + 1)))
+        mine = self.query[rank]
+        sizes = [  # how many of this rank's queries read each of its KV heads
+            min(mine.stop, (head + 1) * self.group_size) - max(mine.start, head * self.group_size)
+            for head in self.key_value[rank]
+        ]
+        runs, query, key = [], 0, 0
+        for size, equal in groupby(sizes):
+            heads = len(list(equal))
+            runs.append((slice(query, query + size * heads), slice(key, key + heads)))
+            query, key = query + size * heads, key + heads
         return runs
 
 
