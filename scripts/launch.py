@@ -3,21 +3,40 @@
 A rank has then said what is wrong; forty lines about the launcher below would hide it. Takes torchrun's arguments.
 """
 
-import os
+from __future__ import annotations
+
+import logging
+import signal
 import sys
 
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own logger, which repeats the exit code of each rank
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
 
-from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from torch.distributed.run import parse_args, run  # noqa: E402
+
+def main(argv: list[str]) -> int:
+    logging.disable(logging.ERROR)  # torchrun's own reports, which repeat the exit code of each rank
+    try:
+        run(parse_args(argv))
+    except ChildFailedError as error:
+        return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as stop:
+        return 128 + stop.sigval
+    return 0
+
+
+def _exit_code(codes: dict[int, int]) -> int:
+    """That of the first rank that told what is wrong; a negative one is the signal that ended a rank.
+
+    Where all were ended by signals, nobody has told anything: one for a reason of its own, the others because of it.
+    """
+    if told := next((code for code in codes.values() if code > 0), None):
+        return told
+    rank = next((rank for rank, code in codes.items() if code != -signal.SIGTERM), next(iter(codes)))
+    name = signal.Signals(-codes[rank]).name
+    print(f"error: rank {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}.", file=sys.stderr)
+    return 1
+
 
 if __name__ == "__main__":
-    try:
-        run(parse_args(sys.argv[1:]))
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        # The first rank to fail knows why; a rank that was ended because of it has a negative code (a signal).
-        sys.exit(next((code for code in codes if code > 0), 1))
-    except SignalException as signal:
-        sys.exit(128 + signal.sigval)
+    sys.exit(main(sys.argv[1:]))

@@ -23,12 +23,14 @@ _LOST_PEER = (
 def told_once() -> Iterator[None]:
     """Run the program: bad input ends it with its message, anything else with a traceback; on one rank only.
 
-    Exit codes: 2 for a command line or TOML file that cannot be used, 1 for anything else.
+    Exit codes: 2 for a command line or TOML file that cannot be used, 130 for Ctrl-C, 1 for anything else.
     """
     try:
         yield
     except UserError as error:
         _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:  # before the first step or after the last; between them the trainer saves and stops
+        _end("Interrupted.", 130)
     except OSError as error:
         _end(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 1)
     except Exception as error:

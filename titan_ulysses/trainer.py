@@ -52,6 +52,7 @@ class Trainer:
         if config.model.path:
             hf.find_weights(config.model.path)
         training, held_out = open_sequences(config, self.tokenizer)
+        self._check_folder()
 
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -62,9 +63,9 @@ class Trainer:
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
         self.model = self._build_model(model_config)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
-        self._open_folder()
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
+        self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
     # --- setup --------------------------------------------------------------------------------------------------------
@@ -96,6 +97,18 @@ class Trainer:
         hf.allocate(model, self.mesh.device)
         return model.train()
 
+    def _check_folder(self) -> None:
+        """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise self._unwritable(f"{nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")
+
+    def _unwritable(self, why: str) -> UserError:
+        return UserError(
+            f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} ({why}). "
+            "Choose a folder that can be written."
+        )
+
     def _open_folder(self) -> None:
         """Make the run's folder and write its resolved config. UserError where that cannot be done."""
         try:
@@ -105,10 +118,7 @@ class Trainer:
                 aside.write_text(dump_toml(self.config))
                 aside.rename(self.folder / "config.toml")
         except OSError as error:
-            raise UserError(
-                f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} ({error.strerror}). "
-                "Choose a folder that can be written."
-            ) from error
+            raise self._unwritable(error.strerror) from error
 
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
@@ -145,7 +155,6 @@ class Trainer:
         if self.step >= total and self._is_exported():
             self.console.print(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
             return
-        self._catch_signals()
         self._start_interval()
         logger = None
         if dist.get_rank() == 0:

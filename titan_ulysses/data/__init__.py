@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from titan_ulysses.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +30,8 @@ def open_sequences(
 
     def read(path: str, setting: str) -> Corpus:
         data = config.data
+        if not path:
+            raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
         texts = text_documents(path, extensions=data.extensions, encoding=data.encoding, setting=setting)
         return Corpus.from_documents(encode(tokenizer, text) for _, text in texts)
 

@@ -1,8 +1,11 @@
 """Core attention: whole sequences, this rank's heads. Ulysses does not care what attention is, so this is all of it.
 
-A core is a function `(q, k, v, *, documents, scale) -> output` with q and output [B, S, Hq, D], k and v [B, S, Hkv, D],
-where Hkv divides Hq; `documents` holds each row's document lengths on the host. Attention is causal inside a document
-and zero between documents, by construction: a document is a call of its own, and no S x S mask exists.
+A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q and output [B, S, Hq, D], k and v
+[B, S, Hkv, D], where Hkv divides Hq; `documents` holds each row's document lengths on the host. Attention is causal
+inside a document and zero between documents, by construction: a document is a call of its own, and no S x S mask exists.
+
+Keywords come only where a layer needs them: `window` (a query sees that many keys, itself included), `softcap` (scores
+become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which takes weight and gives nothing).
 """
 
 from __future__ import annotations
@@ -12,26 +15,132 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Core = Callable[..., Tensor]
 Documents = tuple[tuple[int, ...], ...]
 """Document lengths of each row, in order; each row's sum to S."""
 
+_QUERY_BLOCK = 1024
+"""Queries of one call where a mask or plain scores are needed: [block, block + window] of them, never [S, S]."""
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents, scale: float) -> Tensor:
-    """`F.scaled_dot_product_attention`, one call a document (all rows at once where they are cut alike)."""
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`: a call a document, and with a window a call a block of queries."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if window is not None and window < q.shape[2]:
+            return _in_blocks(_sdpa_block, q, k, v, window=window, scale=scale, sinks=sinks)
+        if sinks is not None:
+            # The sink's key comes first, with a query of its own that is dropped again, so that all others see it.
+            q, k, v = _with_sink(F.pad(q, (0, 0, 1, 0)), k, v, sinks, scale)
+            return _sdpa(q, k, v, scale, is_causal=True)[:, :, 1:, : v.shape[-1] - _SINK_PADDING]
+        return _sdpa(q, k, v, scale, is_causal=True)
+
+    return _each_document(attend, q, k, v, documents)
+
+
+def blockwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Plain attention by blocks of queries, recomputed in backward: exact and slow, for what no kernel here can do."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _in_blocks(_plain_block, q, k, v, window=window, scale=scale, sinks=sinks, softcap=softcap)
+
+    return _each_document(attend, q, k, v, documents)
+
+
+def _each_document(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """attend [B, H, L, D] of each document; all rows at once where they are cut alike."""
+
+    def row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        outputs = [
+            attend(*document).transpose(1, 2)
+            for document in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if len(set(documents)) == 1:
-        return _sdpa_row(q, k, v, documents[0], scale)
+        return row(q, k, v, documents[0])
     rows = zip(q.split(1), k.split(1), v.split(1), documents, strict=True)
-    return torch.cat([_sdpa_row(*row, scale) for row in rows])
+    return torch.cat([row(*one) for one in rows])
 
 
-def _sdpa_row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
-    outputs = [
-        F.scaled_dot_product_attention(*document, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-        for document in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    ]
-    outputs = [output.transpose(1, 2) for output in outputs]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+def _in_blocks(block: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options) -> Tensor:
+    """block() over the queries [start, stop) and the keys that any of them sees, with the mask between the two."""
+    outputs, length = [], q.shape[2]
+    for start in range(0, length, _QUERY_BLOCK):
+        stop = min(length, start + _QUERY_BLOCK)
+        first = 0 if window is None else max(0, start - window + 1)
+        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        outputs.append(block(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen, **options))
+    return torch.cat(outputs, dim=2)
 
+
+def _sdpa_block(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, sinks: Tensor | None) -> Tensor:
+    if sinks is None:
+        return _sdpa(q, k, v, scale, attn_mask=seen)
+    size = v.shape[-1]
+    q, k, v = _with_sink(q, k, v, sinks, scale)
+    return _sdpa(q, k, v, scale, attn_mask=F.pad(seen, (1, 0), value=True))[..., :size]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
+_SINK_PADDING = 8
+"""Head sizes grow by this much, of which the sink needs one: CUDA's kernels want multiples of 8."""
+
+
+def _with_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """One more key in front, whose score is the head's sink for every query and whose value is 0.
+
+    The score is made by one more component: sink / scale in each query, 1 in the new key, 0 in all others. As it sits
+    in the query, query heads that share a key-value head keep sinks of their own, and autograd finds their gradients.
+    """
+    column = (sinks.to(q.dtype) / scale).view(1, -1, 1, 1).expand(*q.shape[:3], 1)
+    q = F.pad(torch.cat([q, column], dim=-1), (0, _SINK_PADDING - 1))
+    k, v = (F.pad(x, (0, _SINK_PADDING, 1, 0)) for x in (k, v))
+    sink_key = torch.zeros_like(k[:, :, :1])
+    sink_key[..., -_SINK_PADDING] = 1
+    return q, torch.cat([sink_key, k[:, :, 1:]], dim=2), v
+
+
+def _plain_block(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, sinks: Tensor | None, softcap: float | None
+) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, queries, D]: no key is repeated
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            column = sinks.to(scores.dtype).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+            weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+        else:
+            weights = scores.softmax(dim=-1)
+        return torch.einsum("bhgqk,bhkd->bhgqd", weights.to(v.dtype), v).flatten(1, 2)
+
+    return checkpoint(attend, q, k, v, sinks, use_reentrant=False)

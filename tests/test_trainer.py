@@ -1,0 +1,267 @@
+"""The trainer: the same run on any mesh, what it logs, and that nothing but the model's own collectives is on the wire."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
+from ranks import run_on_ranks
+from runs import SEQ_LEN, Settings, learned, logged, train, write_documents, write_run
+from titan_ulysses.config import Config, load_config
+from titan_ulysses.data.loader import Loader
+from titan_ulysses.data.packing import Corpus, PackedSequences
+from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.metrics import attention_flops, flops_per_token
+from titan_ulysses.model import hf
+from titan_ulysses.parallelize import parallelize
+from titan_ulysses.trainer import clip_gradients, learning_rate, train_step
+
+MESHES = {  # dp_replicate, dp_shard, sp
+    "one": (1, 1, 1),
+    "sp2": (1, 1, 2),
+    "sp4": (1, 1, 4),
+    "dp2 x sp2": (1, 2, 2),
+    "rep2 x sp2": (2, 1, 2),
+}
+
+
+def on_mesh(name: str) -> Settings:
+    replicate, shard, sequence = MESHES[name]
+    return {
+        "parallelism.data_parallel_replicate_degree": replicate,
+        "parallelism.data_parallel_shard_degree": shard,
+        "parallelism.sequence_parallel_degree": sequence,
+    }
+
+
+# --- the same run on any mesh -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One config, run on every mesh: 20 steps of 8 sequences (accumulated where few ranks read), over several epochs."""
+    folder = tmp_path_factory.mktemp("runs")
+    config, held_out = write_run(folder), write_documents(folder / "held-out", documents=6, seed=1)
+    settings: Settings = {"validation.enable": True, "validation.path": str(held_out), "validation.interval": 8}
+    for name, degrees in MESHES.items():
+        run_on_ranks(math.prod(degrees), train, config, settings | on_mesh(name) | {"job.name": name})
+    return {name: folder / "outputs" / name for name in MESHES}
+
+
+def held_out_sequences(runs: dict[str, Path]) -> int:
+    files = (runs["one"].parent.parent / "held-out").iterdir()
+    return sum(file.stat().st_size + 1 for file in files) // SEQ_LEN  # a byte a token, and the end of the text
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
+def test_loss_and_gradient_norm_do_not_depend_on_the_mesh(mesh: str, runs: dict[str, Path]) -> None:
+    expected, found = learned(runs["one"]), learned(runs[mesh])
+    assert [step for step, *_ in found] == [step for step, *_ in expected] == list(range(1, 21))
+    for (step, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5), step
+        assert norm == pytest.approx(expected_norm, rel=1e-5), step
+    assert expected[-1][1] < 0.8 * expected[0][1]  # it learns: a run that stands still agrees with itself on any mesh
+
+
+@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
+def test_validation_loss_does_not_depend_on_the_mesh(mesh: str, runs: dict[str, Path]) -> None:
+    sequences = held_out_sequences(runs)
+    assert sequences % 2 and sequences > 8  # no mesh's batches are filled by the last sequences
+    expected, found = ([line for line in logged(runs[name]) if "validation_loss" in line] for name in ("one", mesh))
+    assert [line["step"] for line in found] == [line["step"] for line in expected] == [8, 16, 20]
+    for line, other in zip(found, expected, strict=True):
+        assert line["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-6)
+        assert line["validation_tokens"] == other["validation_tokens"] <= sequences * SEQ_LEN
+    assert len({line["validation_loss"] for line in found}) == 3
+
+
+# --- what a run tells -------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_run(runs: dict[str, Path]) -> None:
+    lines = [line for line in logged(runs["sp2"]) if "loss" in line]
+    for number, line in enumerate(lines, start=1):
+        assert line.keys() >= {"step", "loss", "grad_norm", "lr", "step_seconds", "peak_memory_gib", "mfu"}
+        assert line["tokens"] == number * 8 * SEQ_LEN
+        assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(8 * SEQ_LEN)
+        assert 0.05 < line["peak_memory_gib"] < 64  # GiB: torch alone takes some 0.2
+        assert line["mfu"] is None  # of a CPU nobody knows the peak
+    config = load_config(runs["sp2"] / "config.toml")
+    assert [line["lr"] for line in lines] == [learning_rate(step, config) for step in range(20)]
+
+
+def test_a_run_leaves_its_config_and_tensorboard_events(runs: dict[str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config(runs["sp4"] / "config.toml")
+    assert config.job.name == "sp4" and config.parallelism.sequence_parallel_degree == 4
+    events = EventAccumulator(str(runs["sp4"] / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert losses == [(step, pytest.approx(loss)) for step, loss, _ in learned(runs["sp4"])]
+    assert [event.step for event in events.Scalars("validation_loss")] == [8, 16, 20]
+
+
+def test_log_interval_and_the_last_step(tmp_path: Path) -> None:
+    """A line every 3 steps, about all 3 of them, and one for the last step."""
+    config = write_run(tmp_path)
+    settings: Settings = {"metrics.log_interval": 3, "training.steps": 7, "checkpoint.enable": False}
+    run_on_ranks(2, train, config, settings | on_mesh("sp2"))
+    lines = logged(tmp_path / "outputs" / "run")
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    for line, steps in zip(lines, [3, 3, 1], strict=True):
+        assert line["tokens_per_second"] * line["step_seconds"] * steps == pytest.approx(steps * 8 * SEQ_LEN)
+    assert not (tmp_path / "outputs" / "run" / "checkpoints").exists()
+
+
+# --- learning rate, clipping, FLOPs -----------------------------------------------------------------------------------
+
+
+def schedule(**settings: Any) -> list[float]:
+    steps = settings.pop("steps")
+    config = Config.model_validate(
+        {
+            "model": {"config": {"model_type": "llama"}},
+            "optimizer": {"lr": 1.0},
+            "training": {"steps": steps},
+            "lr_scheduler": {"min_lr_ratio": 0.1, **settings},
+        }
+    )
+    return [learning_rate(step, config) for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"decay_type": "constant", "steps": 4}, [1, 1, 1, 1]),
+        ({"decay_type": "constant", "steps": 4, "warmup_steps": 2}, [0.5, 1, 1, 1]),
+        ({"decay_type": "linear", "steps": 4}, [1, 0.7, 0.4, 0.1]),
+        ({"decay_type": "linear", "steps": 5, "warmup_steps": 2}, [0.5, 1, 1, 0.55, 0.1]),
+        ({"decay_type": "linear", "steps": 3, "min_lr_ratio": 0.0}, [1, 0.5, 0]),
+        ({"decay_type": "linear", "steps": 3, "min_lr_ratio": 1.0}, [1, 1, 1]),
+        ({"decay_type": "cosine", "steps": 3}, [1, 0.55, 0.1]),
+        ({"decay_type": "cosine", "steps": 5, "min_lr_ratio": 0.0}, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0]),
+        ({"decay_type": "cosine", "steps": 1}, [1]),
+        ({"decay_type": "cosine", "steps": 2, "warmup_steps": 1}, [1, 1]),
+        ({"decay_type": "cosine", "steps": 4, "warmup_steps": 4}, [0.25, 0.5, 0.75, 1]),
+        ({"decay_type": "linear", "steps": 3, "warmup_steps": 2}, [0.5, 1, 1]),
+    ],
+    ids=str,
+)
+def test_learning_rate(settings: dict[str, Any], expected: list[float]) -> None:
+    assert schedule(**settings) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("max_norm", "scale"), [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0), (math.inf, 1.0)])
+def test_clip_gradients(max_norm: float, scale: float) -> None:
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([-4.0])  # the third has none
+    assert clip_gradients(parameters, max_norm).item() == pytest.approx(5.0)
+    assert parameters[0].grad.tolist() == pytest.approx([3.0 * scale, 0.0])
+    assert parameters[1].grad.tolist() == pytest.approx([-4.0 * scale])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_of_a_tiny_llama_counted_by_hand(tied: bool) -> None:
+    hidden, intermediate, layers, heads, kv_heads, size, vocabulary = 48, 40, 2, 6, 2, 8, 61
+    table = LLAMA | {"intermediate_size": intermediate, "tie_word_embeddings": tied}
+    config = hf.load_model_config("", table)
+    attention = hidden * heads * size * 2 + hidden * kv_heads * size * 2  # q and o, k and v
+    norms = 2 * layers * hidden + hidden  # they multiply too
+    weights = layers * (attention + 3 * hidden * intermediate) + norms + hidden * vocabulary
+    assert flops_per_token(hf.build_on_meta(config, torch.float32)) == 6 * weights
+    # Forward: a head does q k^T and p v, 2 * L^2 * d FLOPs each, over half of the L^2; backward twice as many.
+    documents = ((10,), (4, 6))
+    assert attention_flops(config, documents) == layers * heads * sum(3 * 2 * L**2 * size for L in (10, 4, 6))
+
+
+def test_attention_flops_without_a_head_dim() -> None:
+    config = SimpleNamespace(num_hidden_layers=1, num_attention_heads=4, hidden_size=32)
+    assert attention_flops(config, ((3,),)) == 6 * 4 * 8 * 9
+
+
+# --- collectives ------------------------------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Every collective of this rank, in order: (operator, elements, dtype) of its first tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:  # it goes first: the operators that it is made of come back here
+            return NotImplemented
+        name = func.overloadpacket.__name__
+        if "c10d" in func.namespace and name not in ("wait_tensor", "_wrap_tensor_autograd"):
+            tensor = args[0]
+            while isinstance(tensor, (list, tuple)):
+                tensor = tensor[0]
+            self.calls.append((name, tensor.numel(), tensor.dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives_of_loading() -> list:
+    rank = dist.get_rank()
+    corpus = Corpus.from_documents([torch.arange(n).numpy() for n in (50, 7, 90)])
+    loader = Loader(PackedSequences(corpus, seq_len=16, seed=0), batch_size=2, sp_rank=rank, sp_degree=2)
+    with Collectives() as seen:
+        for _ in range(12):  # more than an epoch
+            loader.next_batch().to("cpu")
+    with Collectives() as control:
+        dist.all_reduce(torch.ones(3))
+    assert control.calls == [("allreduce_", 3, torch.float32)], control.calls
+    return seen.calls
+
+
+def test_loading_needs_no_collective() -> None:
+    assert run_on_ranks(2, collectives_of_loading) == [[], []]
+
+
+def collectives_of_a_step(layers: int, checkpoint: bool) -> tuple[list[tuple[str, int, torch.dtype]], int, int]:
+    """Of one step of one batch on (sp2), after a first one; how many elements a block has, and the model parameters."""
+    mesh = mesh_of(1, 1, 2)
+    model = hf.build_on_meta(hf.load_model_config("", LLAMA | {"num_hidden_layers": layers}), torch.float32)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    parallelize(model, mesh, checkpoint=checkpoint, param_dtype=torch.float32)
+    hf.allocate(model, mesh.device)
+    hf.initialize(model, seed=0)
+    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    batches = [local_batch(make_rows([(10, 14), (24,)], masked="none", vocab_size=61, seed=0), mesh)]
+    train_step(model, optimizer, batches, mesh, max_norm=1.0)
+    with Collectives() as seen:
+        train_step(model, optimizer, batches, mesh, max_norm=1.0)
+    return seen.calls, block, len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize(("checkpoint", "a_layer"), [(False, 4), (True, 6)], ids=["no checkpointing", "checkpointing"])
+def test_collectives_of_a_step(layers: int, checkpoint: bool, a_layer: int) -> None:
+    """Two all-to-alls a layer each way (and again where forward is recomputed), FSDP's own, a count and a norm, no more."""
+    first, second = run_on_ranks(2, collectives_of_a_step, layers, checkpoint)
+    assert first == second
+    calls, block, parameters = first
+    seen = Counter(name for name, *_ in calls)
+    assert seen.pop("all_to_all_single") == a_layer * layers
+    gathers, scatters = (
+        Counter(elements for name, elements, _ in calls if name == operator)
+        for operator in ("_allgather_base_", "_reduce_scatter_base_")
+    )
+    assert gathers[block] <= 2 * layers and scatters[block // 2] == layers
+    # The embedding is gathered at most twice; the head, and the root with the last norm, once.
+    assert seen.pop("_allgather_base_") - gathers[block] <= 4
+    assert seen.pop("_reduce_scatter_base_") - layers == 3
+    # The number of tokens, and each parameter's norm.
+    assert calls[0] == ("allreduce_", 1, torch.int64) and calls[-1] == ("all_reduce", parameters, torch.float32)
+    assert seen == {"allreduce_": 1, "all_reduce": 1}
