@@ -85,7 +85,7 @@ class Model(Section):
 
 class Data(Section):
     source: Literal["text"] = Field("text", description="Kind of data; text: plain text files, one document a file.")
-    path: PathText = Field("", description="File, folder or pattern; ~ and $VARS expand, {stdlib} is Python's standard library.")
+    path: PathText = Field("", description="File, folder or pattern; ~, $VARS and {stdlib} (Python's library) expand.")
     extensions: list[str] = Field([".txt"], min_length=1, description="Which files of a folder are read.")
     encoding: str = Field("utf-8", min_length=1, description='Text encoding; "bytes": raw, for tokenizer "bytes".')
 

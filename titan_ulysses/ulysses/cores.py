@@ -2,7 +2,7 @@
 
 A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q and output [B, S, Hq, D], k and v
 [B, S, Hkv, D], where Hkv divides Hq; `documents` holds each row's document lengths on the host. Attention is causal
-inside a document and zero between documents, by construction: a document is a call of its own, and no S x S mask exists.
+inside a document and zero between documents, by construction: a document is a call of its own. No S x S mask exists.
 
 Keywords come only where a layer needs them: `window` (a query sees that many keys, itself included), `softcap` (scores
 become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which takes weight and gives nothing).
@@ -85,8 +85,8 @@ def _each_document(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tenso
     return torch.cat([row(*one) for one in rows])
 
 
-def _in_blocks(block: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options) -> Tensor:
-    """block() over the queries [start, stop) and the keys that any of them sees, with the mask between the two."""
+def _in_blocks(block: Core, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options) -> Tensor:
+    """block(q, k, v, seen) over the queries [start, stop) and the keys that any of them sees, with the mask between the two."""
     outputs, length = [], q.shape[2]
     for start in range(0, length, _QUERY_BLOCK):
         stop = min(length, start + _QUERY_BLOCK)
