@@ -1,4 +1,4 @@
-"""The trainer: the same run on any mesh, what it logs, and that nothing but the model's own collectives is on the wire."""
+"""The trainer: the same run on any mesh, what it logs, and that only the model's own collectives are on the wire."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def on_mesh(name: str) -> Settings:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One config, run on every mesh: 20 steps of 8 sequences (accumulated where few ranks read), over several epochs."""
+    """One config, run on every mesh: 20 steps of 8 sequences (accumulated where few ranks read), several epochs."""
     folder = tmp_path_factory.mktemp("runs")
     config, held_out = write_run(folder), write_documents(folder / "held-out", documents=6, seed=1)
     settings: Settings = {"validation.enable": True, "validation.path": str(held_out), "validation.interval": 8}
@@ -248,7 +248,7 @@ def collectives_of_a_step(layers: int, checkpoint: bool) -> tuple[list[tuple[str
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize(("checkpoint", "a_layer"), [(False, 4), (True, 6)], ids=["no checkpointing", "checkpointing"])
 def test_collectives_of_a_step(layers: int, checkpoint: bool, a_layer: int) -> None:
-    """Two all-to-alls a layer each way (and again where forward is recomputed), FSDP's own, a count and a norm, no more."""
+    """Two all-to-alls a layer each way (and again for the recomputation), FSDP's own, a count and a norm, no more."""
     first, second = run_on_ranks(2, collectives_of_a_step, layers, checkpoint)
     assert first == second
     calls, block, parameters = first
