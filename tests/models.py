@@ -149,7 +149,9 @@ def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torc
     from transformers import AutoModelForCausalLM
 
     record = Record()
-    plain = AutoModelForCausalLM.from_config(hf.load_model_config("", model), dtype=dtype)
+    plain = AutoModelForCausalLM.from_config(
+        hf.load_model_config("", model), dtype=dtype, experts_implementation=hf.experts_path(dtype)
+    )
     hf.initialize(plain, seed=3)
     o = OPTIMIZER
     optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)

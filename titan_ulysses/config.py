@@ -42,6 +42,14 @@ def _positive_or_derived(value: int) -> int:
     return value
 
 
+def _core_name(name: str) -> str:
+    if name not in CORES and ":" not in name:
+        raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
+    return name
+
+
+CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
+Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived)]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
@@ -73,7 +81,9 @@ class Model(Section):
         None, description="A transformers config with its model_type; the weights start random."
     )
     tokenizer: PathText = Field("", description='"bytes", a folder or a hub name; empty: the one in model.path.')
-    attention: Literal["auto", "sdpa"] = Field("auto", description="Core attention; auto: the best the machine has.")
+    attention: Core = Field(
+        "auto", description="auto|flash|flex|sdpa|blockwise, or your own as package.module:function."
+    )
 
     @field_validator("config")
     @classmethod
@@ -85,7 +95,7 @@ class Model(Section):
 
 class Data(Section):
     source: Literal["text"] = Field("text", description="Kind of data; text: plain text files, one document a file.")
-    path: PathText = Field("", description="File, folder or pattern; ~ and $VARS expand, {stdlib} is Python's standard library.")
+    path: PathText = Field("", description="File, folder or pattern; ~, $VARS and {stdlib} (Python's library) expand.")
     extensions: list[str] = Field([".txt"], min_length=1, description="Which files of a folder are read.")
     encoding: str = Field("utf-8", min_length=1, description='Text encoding; "bytes": raw, for tokenizer "bytes".')
 

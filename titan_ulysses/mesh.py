@@ -22,7 +22,7 @@ class Mesh:
     world: DeviceMesh
     """All three dimensions: dp_replicate, dp_shard, sp."""
     fsdp: DeviceMesh
-    """For `fully_shard`: parameters are sharded over dp_shard x sp and, where it is 2-D, replicated over dp_replicate."""
+    """For `fully_shard`: parameters are sharded over dp_shard x sp and, where this is 2-D, replicated over the rest."""
     batch: DeviceMesh
     """dp_replicate x dp_shard: ranks that read different samples."""
     loss: DeviceMesh

@@ -14,15 +14,16 @@ from titan_ulysses.errors import UserError
 from titan_ulysses.memory.checkpointing import checkpoint_block
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.mesh import Mesh
+from titan_ulysses.model.families import attention_needs, check_family, head_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
-from titan_ulysses.ulysses.cores import Core, Documents, sdpa
+from titan_ulysses.ulysses.cores import Core, Documents, choose_core
 
 
 def parallelize(
     model: PreTrainedModel,
     mesh: Mesh,
     *,
-    core: Core = sdpa,
+    attention: str | Core = "auto",
     loss_tile_tokens: int = 0,
     checkpoint: bool = True,
     param_dtype: torch.dtype = torch.bfloat16,
@@ -31,11 +32,21 @@ def parallelize(
     """Wrap model, on meta or not, in place: Ulysses attention, loss head, activation checkpointing, FSDP2.
 
     Its forward then takes this rank's slice of a batch (see `_forward`). Parameters are stored in the dtype they have,
-    computed with in param_dtype and their gradients summed in reduce_dtype.
+    computed with in param_dtype and their gradients summed in reduce_dtype. attention is a core, or the name of one
+    (see `choose_core`). UserError for a model or a core that would train wrongly.
     """
-    blocks = transformer_blocks(model)
-    use_ulysses(model, mesh, core)
-    model.set_output_embeddings(LossHead(model.get_output_embeddings(), tile_tokens=loss_tile_tokens))
+    check_family(model.config)
+    if isinstance(attention, str):
+        needs, device_type = attention_needs(model.config), mesh.device.type
+        attention, _ = choose_core(attention, needs, device_type=device_type, dtype=param_dtype)
+    decoder, blocks = find_blocks(model)
+    use_ulysses(model, decoder, mesh, attention)
+    head = head_of(model.config)
+    model.set_output_embeddings(
+        LossHead(
+            model.get_output_embeddings(), tile_tokens=loss_tile_tokens, scale=head.scale, softcap=head.softcap
+        )
+    )
     if checkpoint:
         for index, block in enumerate(blocks):
             blocks[index] = checkpoint_block(block)
@@ -43,27 +54,29 @@ def parallelize(
     return model
 
 
-def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers, found by the classes that transformers itself says not to split."""
+def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder and its list of layers, found by the classes that transformers itself says not to split."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in model._no_split_modules:
-            return module
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in model._no_split_modules:
+                return module, child
     raise UserError(f"model: {type(model).__name__} has no list of decoder layers that could be sharded.")
 
 
-def use_ulysses(model: PreTrainedModel, mesh: Mesh, core: Core) -> None:
+def use_ulysses(model: PreTrainedModel, decoder: nn.Module, mesh: Mesh, core: Core) -> None:
     """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core and the documents."""
     model.config._attn_implementation = ATTENTION_NAME
     sp = mesh.sp
 
     def forward(model: PreTrainedModel, *, documents: Documents, **inputs) -> CausalLMOutputWithPast:
-        return _forward(model, ulysses=Ulysses(mesh=sp, core=core, documents=documents), **inputs)
+        return _forward(model, decoder, ulysses=Ulysses(sp, core, documents, inputs["position_ids"]), **inputs)
 
     model.forward = MethodType(forward, model)
 
 
 def _forward(
     model: PreTrainedModel,
+    decoder: nn.Module,
     *,
     ulysses: Ulysses,
     input_ids: Tensor,
@@ -77,7 +90,7 @@ def _forward(
     labels of the whole step. `.loss` is this rank's part: parts and their gradients are summed over mesh and
     accumulation. Without labels: `.logits` of this rank's tokens.
     """
-    hidden = model.base_model(
+    hidden = decoder(
         input_ids=input_ids, position_ids=position_ids, use_cache=False, ulysses=ulysses
     ).last_hidden_state
     head = model.get_output_embeddings()

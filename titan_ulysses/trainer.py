@@ -27,8 +27,9 @@ from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
 from titan_ulysses.model import hf
-from titan_ulysses.model.families import check_family
+from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.parallelize import parallelize
+from titan_ulysses.ulysses.cores import choose_core
 
 
 class Trainer:
@@ -41,7 +42,12 @@ class Trainer:
 
         # Everything that can be wrong with the input is found before a process group or a weight exists.
         model_config = hf.load_model_config(config.model.path, config.model.config)
-        check_family(model_config, config.training.seq_len)
+        check_family(model_config)
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, config.training.param_dtype)
+        self.core, self.core_reason = choose_core(
+            config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
+        )
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self.degrees = check(
             config,
@@ -89,6 +95,7 @@ class Trainer:
         parallelize(
             model,
             self.mesh,
+            attention=self.core,
             loss_tile_tokens=config.memory.loss_tile_tokens,
             checkpoint=config.activation_checkpoint.mode == "full",
             param_dtype=compute,
@@ -141,7 +148,7 @@ class Trainer:
             f"{self.loader.sequences.epoch_tokens:,} training tokens\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
-            f"a step ({d.accumulation_steps} accumulated); attention: sdpa"
+            f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + (f"\nresumed from step {self.step}" if self.step else ""),
             highlight=False,
             soft_wrap=True,

@@ -22,7 +22,8 @@ def text_documents(
 
     `path` is a file, a pattern such as `books/**/*.txt` (then whatever the extension), or a folder, walked recursively
     without hidden files and folders, `__pycache__`, `site-packages` and links to folders. `extensions` are compared
-    without case, ".md" and "md" alike. Empty files are left out. `encoding` is a Python codec, or "bytes" for the files' raw bytes.
+    without case, ".md" and "md" alike. Empty files are left out. `encoding` is a Python codec, or "bytes" for the
+    files' raw bytes.
 
     Raises `UserError`, naming `setting`, before the first document: no such path, no matching file, only empty files,
     an unknown codec; at its turn: a file that is not valid in `encoding`.
@@ -36,7 +37,7 @@ def text_documents(
     elif matches := sorted(file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()):
         files = {file.as_posix(): file for file in matches}
     else:
-        raise UserError(f'{setting} = "{path}" is not there: give an existing file or folder, or a pattern that matches files')
+        raise UserError(f'{setting} = "{path}" is not there: give a file, a folder, or a pattern that matches files')
     files = {name: file for name, file in files.items() if file.stat().st_size > 0}
     if not files:
         raise UserError(f'{setting} = "{path}" has nothing but empty files: give a file or folder with text in it')
