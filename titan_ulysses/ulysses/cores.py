@@ -221,7 +221,7 @@ def _each_document(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tenso
 
 
 def _in_blocks(block: Core, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options) -> Tensor:
-    """block(q, k, v, seen) over the queries [start, stop) and the keys that any of them sees, with the mask between the two."""
+    """block(q, k, v, seen) a block of queries, with the keys that any of them sees and the mask between the two."""
     outputs, length = [], q.shape[2]
     for start in range(0, length, _QUERY_BLOCK):
         stop = min(length, start + _QUERY_BLOCK)
