@@ -61,13 +61,13 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
-def experts_path(dtype: torch.dtype) -> str:
-    """Which of transformers' implementations of mixture-of-experts layers computes in dtype.
+def experts_path(dtype: torch.dtype) -> str | None:
+    """Which of transformers' implementations of mixture-of-experts layers computes in dtype; None: its own choice.
 
-    "grouped_mm" keeps the number of tokens of each expert on the device, so no shape depends on data on the host. It
-    has no fp64; "batched_mm" has, at the price of a copy of the weights for each token, and no such shapes either.
+    That is "grouped_mm", which keeps the number of tokens of each expert on the device, so no shape depends on data on
+    the host. It has no fp64; "batched_mm" has, at the price of a copy of the weights for each token.
     """
-    return "batched_mm" if dtype == torch.float64 else "grouped_mm"
+    return "batched_mm" if dtype == torch.float64 else None
 
 
 def class_name(model: PreTrainedModel) -> str:
