@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +202,15 @@ def test_cuda_cores(core, window, softcap):
         strict=True,
     )
     assert all((ours.double().cpu() - theirs).abs().max() < 0.1 for ours, theirs in gradients)
+
+
+def test_the_block_sparse_example(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts" / "examples"))
+    core, _ = choose("block_sparse:block_sparse")
+    tensors = inputs(with_sinks=False)
+    found = core(**tensors, documents=DOCUMENTS, scale=0.3)  # documents are shorter than a block: plain attention
+    assert (found - reference(**tensors, documents=DOCUMENTS, scale=0.3)).abs().max() < 1e-13
+    monkeypatch.setattr(sys.modules["block_sparse"], "BLOCK", 8)
+    sparse = core(**tensors, documents=DOCUMENTS, scale=0.3)
+    assert (sparse[1, :16] - found[1, :16]).abs().max() < 1e-13  # two blocks: all is seen
+    assert (sparse[1, 24:] - found[1, 24:]).abs().min() > 0
