@@ -162,6 +162,7 @@ class Trainer:
         if self.step >= total and self._is_exported():
             self.console.print(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
             return
+        self._catch_signals()
         self._start_interval()
         logger = None
         if dist.get_rank() == 0:
@@ -210,22 +211,22 @@ class Trainer:
     def _log(self, logger: MetricsLogger | None, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
-        sums = torch.tensor([loss.item(), self._attention_flops / self.degrees.sequence], dtype=torch.float64)
-        dist.all_reduce(sums)
+        attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
+        dist.all_reduce(attention)
         peak = torch.tensor(peak_memory_gib(device))
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self._clock
         tokens = steps * self.degrees.global_batch_size * config.seq_len
         peak_rate = peak_flops(device) if config.param_dtype == "bfloat16" else None
-        flops = tokens * flops_per_token(self.model) + sums[1].item()
-        if not math.isfinite(sums[0]):
+        flops = tokens * flops_per_token(self.model) + attention.item()
+        if not math.isfinite(loss):
             raise UserError(
-                f"The loss is {sums[0].item()} at step {self.step}. Lower optimizer.lr = {self.config.optimizer.lr}, "
+                f"The loss is {loss.item()} at step {self.step}. Lower optimizer.lr = {self.config.optimizer.lr}, "
                 "lengthen lr_scheduler.warmup_steps, or look at the data of this step."
             )
         if logger:
             values = {
-                "loss": sums[0].item(),
+                "loss": loss.item(),
                 "grad_norm": grad_norm.item(),
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
@@ -268,9 +269,8 @@ class Trainer:
             total += _forward(self.model, batch, one)
             count += (batch.labels != IGNORE_INDEX).sum()
         self.model.train()
-        sums = torch.stack([total, count.to(total.dtype)]).cpu()
-        dist.all_reduce(sums)
-        return {"validation_loss": (sums[0] / sums[1].clamp(min=1)).item(), "validation_tokens": int(sums[1])}
+        dist.all_reduce(count, group=self.mesh.loss.get_group())
+        return {"validation_loss": (total / count.clamp(min=1)).item(), "validation_tokens": count.item()}
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
@@ -310,7 +310,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over the batches that make it up; nothing here waits for the device.
 
-    Returns this rank's part of the loss (the loss is the sum over all ranks) and the gradient norm before clipping.
+    Returns the loss of the whole step, the same on every rank, and the gradient norm before clipping.
     """
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
     dist.all_reduce(num_items, group=mesh.loss.get_group())
