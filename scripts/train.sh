@@ -19,4 +19,4 @@ fi
 CORES=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
 
-exec $PYTHON scripts/launch.py --nproc-per-node "$NPROC" train.py --config "$CONFIG" "$@"
+exec $PYTHON scripts/launch.py --standalone --nproc-per-node "$NPROC" train.py --config "$CONFIG" "$@"

@@ -337,7 +337,7 @@ def export(degrees: tuple[int, int, int], cases: dict[str, tuple[str, str]], fol
             replaced(DTensor, "full_tensor", full_tensor),
             replaced(hf, "save_file", save_file),
         ):
-            hf.export(model, load_tokenizer("bytes"), folder / case)
+            hf.export(model, load_tokenizer("bytes"), folder / case, step=1)
         happened.append(events)
     return happened
 
@@ -386,7 +386,7 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
     """Export seed 1; then export seed 2, and fail; returns what is there after each."""
     model = sharded_model(MODELS["untied"], (1, 1, 2))
     hf.initialize(model, seed=1)
-    hf.export(model, load_tokenizer("bytes"), folder)
+    hf.export(model, load_tokenizer("bytes"), folder, step=1)
     first = parameters_of(model)
     hf.initialize(model, seed=2)
     save, owner, name = hf.save_file, *{"weights": (hf, "save_file"), "index": (hf, "_write_index")}[where]
@@ -402,7 +402,7 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
 
     with replaced(hf, "_EXPORT_FILE_BYTES", 8 * 2**10), replaced(owner, name, fail):
         try:
-            hf.export(model, load_tokenizer("bytes"), folder)
+            hf.export(model, load_tokenizer("bytes"), folder, step=1)
         except UserError as error:
             return str(error), first
     raise AssertionError("the export did not fail")
@@ -423,7 +423,7 @@ def export_twice(folder: Path) -> None:
     for seed, file_bytes in ((1, 8 * 2**10), (2, 2**30)):
         hf.initialize(model, seed)
         with replaced(hf, "_EXPORT_FILE_BYTES", file_bytes):
-            hf.export(model, load_tokenizer("bytes"), folder)
+            hf.export(model, load_tokenizer("bytes"), folder, step=1)
 
 
 def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:

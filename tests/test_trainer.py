@@ -1,4 +1,4 @@
-"""The trainer: the same run on any mesh, what it logs, and that nothing but the model's own collectives is on the wire."""
+"""The trainer: the same run on any mesh, what it logs, and that only the model's own collectives are on the wire."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def on_mesh(name: str) -> Settings:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One config, run on every mesh: 20 steps of 8 sequences (accumulated where few ranks read), over several epochs."""
+    """One config, run on every mesh: 20 steps of 8 sequences (accumulated where few ranks read), several epochs."""
     folder = tmp_path_factory.mktemp("runs")
     config, held_out = write_run(folder), write_documents(folder / "held-out", documents=6, seed=1)
     settings: Settings = {"validation.enable": True, "validation.path": str(held_out), "validation.interval": 8}

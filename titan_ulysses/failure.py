@@ -14,8 +14,6 @@ _LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
-    "Read timeout",
-    "Timed out waiting",
 )
 
 

@@ -160,33 +160,35 @@ class Trainer:
         """Train to the last step, or until SIGTERM or Ctrl-C; checkpoint, export, say where everything lies."""
         config, total = self.config, self.config.training.steps
         if self.step >= total and self._is_exported():
-            self.console.print(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
+            self._say(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
             return
-        self._catch_signals()
         self._start_interval()
         logger = None
         if dist.get_rank() == 0:
-            logger = MetricsLogger(
-                self.folder, first_step=self.step + 1, total_steps=total, console=self.console
-            )
+            logger = MetricsLogger(self.folder, first_step=self.step + 1, total_steps=total, console=self.console)
         try:
-            while self.step < total and not self._must_stop():
-                self._train_one_step(logger)
-                if config.checkpoint.enable and (self.step % config.checkpoint.interval == 0 or self.step == total):
-                    with self._off_the_clock():
-                        self._save()
-            stopped = self.step < total
-            if stopped and config.checkpoint.enable:
-                self._save()
+            with self._signals_caught():
+                while self.step < total and not self._must_stop():
+                    self._train_one_step(logger)
+                    if self._saves_now():
+                        with self._off_the_clock():
+                            self._save()
+                if self.step < total and config.checkpoint.enable:
+                    self._save()
         finally:
             if logger:
                 logger.close()
-        if stopped:
-            self.console.print(f"Stopped by a signal after step {self.step}. The same command goes on from there.")
+        if self.step < total:
+            goes_on = "The same command goes on from there." if config.checkpoint.enable else "Nothing is saved."
+            self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
             return
         if config.checkpoint.export:
-            hf.export(self.model, self.tokenizer, self.folder / "export")
+            hf.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
+
+    def _saves_now(self) -> bool:
+        checkpoint = self.config.checkpoint
+        return checkpoint.enable and (self.step % checkpoint.interval == 0 or self.step == self.config.training.steps)
 
     def _train_one_step(self, logger: MetricsLogger | None) -> None:
         config = self.config
@@ -199,7 +201,8 @@ class Trainer:
         loss, grad_norm = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
         self.step += 1
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
-        if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps:
+        # What will be saved is looked at first: a checkpoint of a diverged model would be no place to resume from.
+        if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps or self._saves_now():
             self._log(logger, loss, grad_norm, lr)
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
@@ -219,10 +222,11 @@ class Trainer:
         tokens = steps * self.degrees.global_batch_size * config.seq_len
         peak_rate = peak_flops(device) if config.param_dtype == "bfloat16" else None
         flops = tokens * flops_per_token(self.model) + attention.item()
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"The loss is {loss.item()} at step {self.step}. Lower optimizer.lr = {self.config.optimizer.lr}, "
-                "lengthen lr_scheduler.warmup_steps, or look at the data of this step."
+                f"The loss is {loss.item()} and the gradient norm {grad_norm.item()} at step {self.step}. "
+                f"Lower optimizer.lr = {self.config.optimizer.lr}, lengthen lr_scheduler.warmup_steps, "
+                "or look at the data of this step."
             )
         if logger:
             values = {
@@ -276,15 +280,20 @@ class Trainer:
         state = {"step": self.step, "loader": self.loader.state_dict()}
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
-    def _catch_signals(self) -> None:
+    @contextlib.contextmanager
+    def _signals_caught(self):
         """SIGTERM (a scheduler) and SIGINT (Ctrl-C) end the run after the step that they interrupt."""
         self._signalled = False
 
         def stop(*_) -> None:
             self._signalled = True
 
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, stop)
+        before = {name: signal.signal(name, stop) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
 
     def _must_stop(self) -> bool:
         """Whether any rank was told to stop. All ranks stop after the same step; a small host-side all-reduce."""
@@ -293,7 +302,7 @@ class Trainer:
         return bool(flag)
 
     def _is_exported(self) -> bool:
-        return not self.config.checkpoint.export or (self.folder / "export").is_dir()
+        return not self.config.checkpoint.export or hf.exported_step(self.folder / "export") == self.step
 
     def _say_where_everything_is(self) -> None:
         lines = [f"Done: {self.step} steps. In {self.folder}:", "  config.toml, metrics.jsonl, tensorboard/"]
@@ -302,7 +311,11 @@ class Trainer:
             lines.append(f"  {newest}  from which the same command goes on with a larger training.steps")
         if self.config.checkpoint.export:
             lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
-        self.console.print("\n".join(lines), highlight=False)
+        self._say("\n".join(lines))
+
+    def _say(self, text: str) -> None:
+        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def train_step(

@@ -28,6 +28,7 @@ from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 
 _EXPORT_FILE_BYTES = 4 * 2**30
+_STEP_FILE = "training_step.json"
 _WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 
 
@@ -224,12 +225,13 @@ def _read_shard(parameter: Tensor, stored, what: str) -> None:
 
 
 @torch.no_grad()
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, step: int) -> None:
     """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config, tokenizer.
 
     Collective. Tensors are gathered one by one, and rank 0 writes a file whenever 4 GiB have come together, so no rank
     holds the whole model. Written aside and renamed when complete; a folder that is there already is replaced then.
-    Parameters keep their storage dtype. UserError, on every rank, where it cannot be written.
+    Parameters keep their storage dtype. `exported_step` tells the step again. UserError, on every rank, where it cannot
+    be written.
     """
     aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     writes = dist.get_rank() == 0
@@ -254,6 +256,7 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
                 if model.generation_config is not None:
                     model.generation_config.save_pretrained(aside)
                 tokenizer.save_pretrained(aside)
+                (aside / _STEP_FILE).write_text(json.dumps({"step": step}))
                 shutil.rmtree(old, ignore_errors=True)
                 if folder.exists():  # moved, not removed in place: a folder of this name is always a whole export
                     folder.rename(old)
@@ -262,6 +265,14 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     finally:
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step of the export in folder, or None where there is none."""
+    try:
+        return json.loads((folder / _STEP_FILE).read_text())["step"]
+    except OSError:
+        return None
 
 
 def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
