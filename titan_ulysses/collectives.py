@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # What a call is called in the two namespaces in which collectives reach the dispatcher.
@@ -41,6 +42,8 @@ class CollectiveCounter(TorchDispatchMode):
         self.counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # DTensor first: what it calls comes here again, as plain tensors
         if func.namespace in ("c10d", "_c10d_functional"):
             kind = _KINDS.get(func._opname)
             if kind is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.config import Config, check, dump_toml
 from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Batch, Loader
@@ -71,6 +72,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
+        self.collectives: dict[str, dict[str, int]] = {}
         self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
@@ -198,7 +200,13 @@ class Trainer:
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, grad_norm = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+        # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
+        with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
+            loss, grad_norm = train_step(
+                self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm
+            )
+        if counter:
+            self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
         self.step += 1
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
         # What will be saved is looked at first: a checkpoint of a diverged model would be no place to resume from.
@@ -237,6 +245,7 @@ class Trainer:
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),
+                "collectives": self.collectives,
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
             logger.log(self.step, values)
