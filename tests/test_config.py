@@ -310,7 +310,7 @@ def test_help_lists_every_key_of_the_schema(flag: str, capsys: pytest.CaptureFix
     for key in keys:
         assert f"  --{key}  " in text
         assert f"      {KEYS[key].description}\n" in text
-    assert '--model.attention  auto|sdpa  (default: "auto")' in text
+    assert '--model.attention  text  (default: "auto")' in text
     assert "--optimizer.betas  list of numbers  (default: [0.9, 0.95])" in text
     assert "--model.config  table  (default: unset)" in text
 
