@@ -12,6 +12,26 @@ from transformers import PreTrainedConfig
 
 from titan_ulysses.errors import UserError
 
+CHECKED_FAMILIES = {
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "llama4_text",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+}
+"""Families that the tests compare with unmodified transformers. Any other must prove itself before it trains."""
+
+_OTHER_MODES = {"vision_config", "audio_config"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -43,10 +63,15 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
 
 def check_family(config: PreTrainedConfig) -> None:
     """Raise UserError for a model that would train wrongly: what it needs, by name."""
+    if _OTHER_MODES & config.sub_configs.keys():
+        raise UserError(
+            f'model: "{config.model_type}" is multi-modal, of which this version trains no part. Save its text part as '
+            "a model of its own, if transformers has one for it (gemma3_text, llama4_text), and train that."
+        )
     needs = []
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if others:
-        needs.append(f"layers of type {', '.join(others)}, whose state runs along the whole sequence")
+        needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
     if getattr(config, "output_router_logits", False):
         needs.append("router losses (output_router_logits)")
     needs += [f'RoPE of type "{kind}", which looks at the whole sequence' for kind in sorted(_rope_types(config))]
