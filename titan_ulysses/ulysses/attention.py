@@ -88,6 +88,9 @@ def _local_heads(
     sinks, outputs = layer["sinks"], []
     if sinks is not None:
         sinks = sinks[plan.query[rank].start : plan.query[rank].stop]
+    if not plan.query[rank]:
+        # [B, S, 0, D], which still descends from all inputs: backward, too, is a collective that every rank must join.
+        return v if sinks is None else v + sinks[:, None]
     for queries, keys in plan.runs(rank):
         local = layer if sinks is None else layer | {"sinks": sinks[queries]}
         outputs.append(_call(core, q[:, :, queries], k[:, :, keys], v[:, :, keys], local))
