@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
-
 from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.model import hf

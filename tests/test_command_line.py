@@ -288,13 +288,6 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         2,
         ['model.tokenizer = "bytes" emits ids up to 256', "vocab_size is 256", "set model.config.vocab_size = 257"],
     ),
-    "heads": (
-        keep,
-        {"parallelism.sequence_parallel_degree": 8},
-        8,
-        2,
-        ["parallelism.sequence_parallel_degree = 8 is more than the model's 4 query heads", "set it to 4 or less"],
-    ),
     "no weights": (
         weightless_model,
         {"model.config": "{}"},

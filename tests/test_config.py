@@ -462,11 +462,6 @@ def test_degrees_and_batches(degrees: tuple, batch: tuple, expected: MeshDegrees
             "num_attention_heads = 9 is not a multiple of num_key_value_heads = 2",
         ),
         (
-            {SEQUENCE: 8, "hf__num_attention_heads": 6},
-            "parallelism.sequence_parallel_degree = 8 is more than the model's 6 query heads (num_attention_heads): "
-            "set it to 6 or less",
-        ),
-        (
             {"training__param_dtype": "float64"},
             'training.reduce_dtype = "float32" would round the gradients of training.param_dtype = "float64": set ',
         ),

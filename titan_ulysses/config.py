@@ -622,9 +622,4 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int, seque
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: "
             f"change {setting('num_key_value_heads')}"
         )
-    if heads is not None and sequence > heads:
-        problems.append(
-            f"parallelism.sequence_parallel_degree = {sequence} is more than the model's {heads} query heads "
-            f"(num_attention_heads): set it to {heads} or less"
-        )
     return problems

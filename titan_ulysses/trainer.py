@@ -151,10 +151,16 @@ class Trainer:
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
+            + self._idle_ranks()
             + (f"\nresumed from step {self.step}" if self.step else ""),
             highlight=False,
             soft_wrap=True,
         )
+
+    def _idle_ranks(self) -> str:
+        heads = getattr(self.model.config, "num_attention_heads", self.degrees.sequence)
+        idle = self.degrees.sequence - heads
+        return f"\n[bold]{idle} of {heads + idle} sequence-parallel ranks have no attention head[/]" if idle > 0 else ""
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

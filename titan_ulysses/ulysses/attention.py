@@ -7,6 +7,7 @@ model's forward. So two models in one process, on different meshes, cannot touch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +70,10 @@ def ulysses_attention(
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
         query = _retuned(query, module, ulysses.position_ids)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if mesh.size() == 1:
-        return _call(ulysses.core, q, k, v, layer), None
-
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
+    if mesh.size() == 1:
+        return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
+
     placed = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
     q, k, v = (_local(x) for x in sequence_to_heads(*placed, plan))
     output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
@@ -91,10 +92,21 @@ def _local_heads(
     if not plan.query[rank]:
         # [B, S, 0, D], which still descends from all inputs: backward, too, is a collective that every rank must join.
         return v if sinks is None else v + sinks[:, None]
-    for queries, keys in plan.runs(rank):
+    for queries, keys in _bounded(plan.runs(rank), q[:, :, 0].numel()):
         local = layer if sinks is None else layer | {"sinks": sinks[queries]}
         outputs.append(_call(core, q[:, :, queries], k[:, :, keys], v[:, :, keys], local))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _bounded(runs: list[tuple[slice, slice]], head_elements: int) -> Iterator[tuple[slice, slice]]:
+    """Cut runs so that no call sees 2^31 elements, where the 32-bit indices of flash kernels and others overflow."""
+    for queries, keys in runs:
+        group = (queries.stop - queries.start) // (keys.stop - keys.start)
+        most = max(1, (2**31 - 1) // (group * head_elements))  # KV heads of one call
+        for key in range(keys.start, keys.stop, most):
+            stop = min(keys.stop, key + most)
+            first = queries.start + group * (key - keys.start)
+            yield slice(first, first + group * (stop - key)), slice(key, stop)
 
 
 def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) -> Tensor:
