@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from titan_ulysses.config import Optimizer
 from titan_ulysses.data.loader import Batch
@@ -137,7 +139,6 @@ def train_sharded(
     for micro_batches in steps:
         batches = [local_batch(rows, mesh) for rows in micro_batches]
         loss, norm = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
-        torch.distributed.all_reduce(loss)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
     record.parameters = {name: p.detach().full_tensor() for name, p in hf.named_parameters(sharded)}
@@ -149,7 +150,9 @@ def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torc
     from transformers import AutoModelForCausalLM
 
     record = Record()
-    plain = AutoModelForCausalLM.from_config(hf.load_model_config("", model), dtype=dtype)
+    plain = AutoModelForCausalLM.from_config(
+        hf.load_model_config("", model), dtype=dtype, experts_implementation=hf.experts_path(dtype)
+    )
     hf.initialize(plain, seed=3)
     o = OPTIMIZER
     optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
@@ -182,8 +185,11 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
         difference = ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
         worst[what] = max(worst.get(what, 0.0), difference)
 
-    note("loss", found.losses, expected.losses)
-    note("grad norm", found.grad_norms, expected.grad_norms)
+    for what, ours, theirs in (
+        ("loss", found.losses, expected.losses),
+        ("grad norm", found.grad_norms, expected.grad_norms),
+    ):
+        note(what, *(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs)))  # not the fp32 of Python's numbers
     for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
         assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
         for name in theirs:
@@ -192,3 +198,26 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
     for name in expected.parameters:
         note(f"parameter {name}", found.parameters[name], expected.parameters[name])
     return worst
+
+
+class KeepFp64(TorchFunctionMode):
+    """Under it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
+
+    Norms, routers and eager softmax name fp32, so that fp64 parity ends where a last bit of fp64 becomes one of fp32.
+    Not for activation checkpoints: no such mode is active in backward.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if x is torch.float32 else x for x in args)
+            kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def kept_in_fp64(train: Callable[..., Record], *args, **kwargs) -> Record:
+    """train(*args, **kwargs) under `KeepFp64`."""
+    with KeepFp64():
+        return train(*args, **kwargs)

@@ -240,7 +240,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
     "type": (keep, {"training.steps": "many"}, 1, 2, ['training.steps = "many": needs an integer']),
     "syntax": (edit("seq_len = 32", "seq_len = = 32"), {}, 1, 2, ["{}/run.toml: not valid TOML", "line 19"]),
     "learning rate": (keep, {"optimizer.lr": -0.1}, 1, 2, ["optimizer.lr = -0.1: must be at least 0"]),
-    "attention": (keep, {"model.attention": "magic"}, 1, 2, ['model.attention = "magic": needs "auto"']),
+    "attention": (keep, {"model.attention": "magic"}, 1, 2, ['model.attention = "magic": needs one of auto, flash']),
     "no data.path": (keep, {"data.path": ""}, 1, 2, ["data.path is not set: give a file or folder"]),
     "no data": (no_data, {}, 1, 1, ['data.path = "{}/data" is not there: give a']),
     "empty file": (empty_file, {}, 1, 1, ['data.path = "{}/data" has nothing but empty files: give a file']),
@@ -288,13 +288,6 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         2,
         ['model.tokenizer = "bytes" emits ids up to 256', "vocab_size is 256", "set model.config.vocab_size = 257"],
     ),
-    "heads": (
-        keep,
-        {"parallelism.sequence_parallel_degree": 8},
-        8,
-        2,
-        ["parallelism.sequence_parallel_degree = 8 is more than the model's 4 query heads", "set it to 4 or less"],
-    ),
     "no weights": (
         weightless_model,
         {"model.config": "{}"},
@@ -302,7 +295,13 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         1,
         ['model.path = "{}/model": the folder holds no *.safetensors. Save the model with'],
     ),
-    "family": (keep, {"model.config.model_type": "gemma2"}, 1, 1, ['model: "gemma2" needs', "such as llama or qwen3"]),
+    "family": (
+        keep,
+        {"model.config.model_type": "mixtral", "model.config.output_router_logits": True},
+        1,
+        1,
+        ['model: "mixtral" needs router losses (output_router_logits)', "cannot do that exactly"],
+    ),
     "output": (
         output_is_a_file,
         {},

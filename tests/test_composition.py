@@ -79,9 +79,12 @@ def test_fp32_and_activation_checkpointing(degrees, checkpoint):
     assert max(worst["loss"], worst["grad norm"]) < 1e-6, worst
 
 
-@pytest.mark.parametrize("heads", [(8, 8), (8, 1), (9, 3), (5, 1), (14, 2)], ids=lambda h: f"{h[0]} of {h[1]}")
+HEADS = [(8, 8), (8, 1), (9, 3), (5, 1), (14, 2), (3, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]} of {heads[1]}")
 def test_any_head_count(heads):
-    """P need not divide the heads, nor the key-value heads."""
+    """P need not divide the heads, nor the key-value heads; with fewer heads than ranks some ranks are idle."""
     heads = {"hidden_size": 8 * heads[0], "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     steps = steps_of("packed", "uneven", 1)
     found = run_on_ranks(4, train_sharded, MESHES["sp4"], STARCODER2 | heads, steps, torch.float64)[0]

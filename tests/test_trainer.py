@@ -248,7 +248,7 @@ def collectives_of_a_step(layers: int, checkpoint: bool) -> tuple[list[tuple[str
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize(("checkpoint", "a_layer"), [(False, 4), (True, 6)], ids=["no checkpointing", "checkpointing"])
 def test_collectives_of_a_step(layers: int, checkpoint: bool, a_layer: int) -> None:
-    """Two all-to-alls a layer each way (and again for the recomputation), FSDP's own, a count and a norm, no more."""
+    """Two all-to-alls a layer each way (and again in recomputation), FSDP's own, count, loss and norm, no more."""
     first, second = run_on_ranks(2, collectives_of_a_step, layers, checkpoint)
     assert first == second
     calls, block, parameters = first
@@ -262,6 +262,6 @@ def test_collectives_of_a_step(layers: int, checkpoint: bool, a_layer: int) -> N
     # The embedding is gathered at most twice; the head, and the root with the last norm, once.
     assert seen.pop("_allgather_base_") - gathers[block] <= 4
     assert seen.pop("_reduce_scatter_base_") - layers == 3
-    # The number of tokens, and each parameter's norm.
+    # The number of tokens, the loss, and each parameter's norm.
     assert calls[0] == ("allreduce_", 1, torch.int64) and calls[-1] == ("all_reduce", parameters, torch.float32)
-    assert seen == {"allreduce_": 1, "all_reduce": 1}
+    assert seen == {"allreduce_": 2, "all_reduce": 1}

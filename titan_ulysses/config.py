@@ -42,6 +42,14 @@ def _positive_or_derived(value: int) -> int:
     return value
 
 
+def _core_name(name: str) -> str:
+    if name not in CORES and ":" not in name:
+        raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
+    return name
+
+
+CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
+Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived)]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
@@ -73,7 +81,9 @@ class Model(Section):
         None, description="A transformers config with its model_type; the weights start random."
     )
     tokenizer: PathText = Field("", description='"bytes", a folder or a hub name; empty: the one in model.path.')
-    attention: Literal["auto", "sdpa"] = Field("auto", description="Core attention; auto: the best the machine has.")
+    attention: Core = Field(
+        "auto", description="auto|flash|flex|sdpa|blockwise, or your own as package.module:function."
+    )
 
     @field_validator("config")
     @classmethod
@@ -611,10 +621,5 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int, seque
         problems.append(
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: "
             f"change {setting('num_key_value_heads')}"
-        )
-    if heads is not None and sequence > heads:
-        problems.append(
-            f"parallelism.sequence_parallel_degree = {sequence} is more than the model's {heads} query heads "
-            f"(num_attention_heads): set it to {heads} or less"
         )
     return problems

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from titan_ulysses.errors import UserError
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -32,6 +34,11 @@ class Mesh:
     def sp(self) -> DeviceMesh:
         """The ranks that share a sample, each holding S/P of its tokens."""
         return self.world["sp"]
+
+    @cached_property
+    def whole(self) -> Mesh:
+        """The same ranks with P = 1, each with sequences of its own. Collective where it is made, at first use."""
+        return self if self.sp.size() == 1 else build_mesh()
 
     @property
     def device(self) -> torch.device:
@@ -57,11 +64,20 @@ def init_distributed() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def build_mesh(*, replicate: int = 1, shard: int = 1, sequence: int = 1) -> Mesh:
-    """The mesh over all ranks of the default process group, whose size is replicate * shard * sequence."""
-    assert replicate * shard * sequence == dist.get_world_size(), (
-        f"dp_replicate({replicate}) * dp_shard({shard}) * sp({sequence}) != WORLD_SIZE({dist.get_world_size()})"
-    )
+def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mesh:
+    """The mesh over all ranks of the default process group, which is joined first where nobody has (see above).
+
+    replicate * shard * sequence is their number; shard = -1 takes all that are left. UserError where it cannot be.
+    """
+    init_distributed()
+    world_size = dist.get_world_size()
+    if shard == -1:
+        shard = max(1, world_size // (replicate * sequence))
+    if replicate * shard * sequence != world_size:
+        raise UserError(
+            f"build_mesh: replicate({replicate}) * shard({shard}) * sequence({sequence}) is not the number of ranks, "
+            f"{world_size}: start {replicate * shard * sequence} ranks, or change the degrees."
+        )
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (replicate, shard, sequence)
     world = init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "sp"))

@@ -2,91 +2,225 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.checkpointing import checkpoint_block
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.mesh import Mesh
+from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of
+from titan_ulysses.model.proof import prove
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
-from titan_ulysses.ulysses.cores import Core, Documents, sdpa
+from titan_ulysses.ulysses.cores import Core, Documents, choose_core
 
 
 def parallelize(
     model: PreTrainedModel,
     mesh: Mesh,
     *,
-    core: Core = sdpa,
+    attention: str | Core = "auto",
     loss_tile_tokens: int = 0,
     checkpoint: bool = True,
-    param_dtype: torch.dtype = torch.bfloat16,
-    reduce_dtype: torch.dtype = torch.float32,
+    param_dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Wrap model, on meta or not, in place: Ulysses attention, loss head, activation checkpointing, FSDP2.
 
-    Its forward then takes this rank's slice of a batch (see `_forward`). Parameters are stored in the dtype they have,
-    computed with in param_dtype and their gradients summed in reduce_dtype.
+    Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
+    ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
+    default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
+    attention is a core, or the name of one (see `choose_core`). Collective. UserError for a model or a core that would
+    train wrongly.
     """
-    blocks = transformer_blocks(model)
-    use_ulysses(model, mesh, core)
-    model.set_output_embeddings(LossHead(model.get_output_embeddings(), tile_tokens=loss_tile_tokens))
+    param_dtype = param_dtype or model.dtype
+    reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
+    check_family(model.config)
+    check_dropout(model)
+    check_same_weights(model)
+    if isinstance(attention, str):
+        needs, device_type = attention_needs(model.config), mesh.device.type
+        attention, _ = choose_core(attention, needs, device_type=device_type, dtype=param_dtype)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    options = {"loss_tile_tokens": loss_tile_tokens, "checkpoint": checkpoint}
+    if model.config.model_type not in CHECKED_FAMILIES:
+        prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **options))
+    return wrap(model, mesh, attention, policy, **options)
+
+
+def wrap(
+    model: PreTrainedModel,
+    mesh: Mesh,
+    core: Core,
+    mp_policy: MixedPrecisionPolicy,
+    *,
+    loss_tile_tokens: int,
+    checkpoint: bool,
+) -> PreTrainedModel:
+    """What `parallelize` does to a model once nothing speaks against it."""
+    decoder, blocks = find_blocks(model)
+    use_ulysses(model, decoder, mesh, core)
+    head = head_of(model.config)
+    model.set_output_embeddings(
+        LossHead(
+            model.get_output_embeddings(), tile_tokens=loss_tile_tokens, scale=head.scale, softcap=head.softcap
+        )
+    )
     if checkpoint:
         for index, block in enumerate(blocks):
             blocks[index] = checkpoint_block(block)
-    shard(model, blocks, mesh, MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype))
+    shard_parameters(model, blocks, mesh, mp_policy)
     return model
 
 
-def transformer_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers, found by the classes that transformers itself says not to split."""
+@torch.no_grad()
+def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Log-probability of each label of a batch of `shard`, over the whole sequence and on each of its ranks.
+
+    [B, S], S padded to a multiple of P, in fp32 or wider: entry t is about token t + 1 given those before it in its
+    document, and 0 where there is no label. Logits exist a tile at a time. Collective; dropout, if any, is the model's
+    mode.
+    """
+    local = -model(**batch, reduction="none").loss
+    sp = model.ulysses_mesh.sp
+    slices = [torch.empty_like(local) for _ in range(sp.size())]
+    dist.all_gather(slices, local, group=sp.get_group())
+    return torch.cat(slices, dim=1)
+
+
+@contextmanager
+def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
+    """Run a sharded model with P = 1 for a while: no exchange, and whole sequences of its own on every rank.
+
+    Yields the mesh that says so, for `shard(loader, mesh)`. Parameters stay sharded as they are, so all ranks must run
+    the same number of forwards; losses, and gradients if wanted, are those of all ranks' sequences together.
+    """
+    sharded = model.ulysses_mesh
+    model.ulysses_mesh = sharded.whole
+    try:
+        yield sharded.whole
+    finally:
+        model.ulysses_mesh = sharded
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """UserError where attention drops weights: it would draw other ones on every mesh."""
+    for name, module in model.named_modules():
+        rate = getattr(module, "attention_dropout", 0.0)
+        if isinstance(rate, float | int) and rate:  # in some families it is a module
+            raise UserError(
+                f"model: attention_dropout = {rate} in {name}: dropped attention weights would depend on the mesh, and "
+                "no core has them. Set attention_dropout = 0.0 in the model's config (from_pretrained takes it too)."
+            )
+
+
+def check_same_weights(model: PreTrainedModel) -> None:
+    """Collective. UserError, on every rank, where the ranks hold different weights: each keeps a piece of its own."""
+    tensors = {name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.is_meta}
+    if not tensors:
+        return
+    with torch.no_grad():
+        sums = torch.stack([_bits(x).sum(dtype=torch.int64).cpu() for x in tensors.values()])
+    first = [sums.tolist()]
+    dist.broadcast_object_list(first, src=0)
+    differing = (name for name, mine, theirs in zip(tensors, sums.tolist(), first[0], strict=True) if mine != theirs)
+    name = next(differing, None)
+    if reason := first_failure(name and f"{name} on rank {dist.get_rank()} is not what rank 0 has"):
+        raise UserError(
+            f"model: the ranks hold different weights: {reason}. Load the same checkpoint on every rank, or set the "
+            "same seed before a random initialisation."
+        )
+
+
+def _bits(x: Tensor) -> Tensor:
+    """x's bits as integers, whose sum is exact: it does not depend on the order of summation, or on threads."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().view(integers[x.element_size()])
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder and its list of layers, found by the classes that transformers itself says not to split."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and type(module[0]).__name__ in model._no_split_modules:
-            return module
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in model._no_split_modules:
+                return module, child
     raise UserError(f"model: {type(model).__name__} has no list of decoder layers that could be sharded.")
 
 
-def use_ulysses(model: PreTrainedModel, mesh: Mesh, core: Core) -> None:
+def use_ulysses(model: PreTrainedModel, decoder: nn.Module, mesh: Mesh, core: Core) -> None:
     """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core and the documents."""
-    model.config._attn_implementation = ATTENTION_NAME
-    sp = mesh.sp
+    shared, own = model.config, copy.deepcopy(model.config)  # another model may have been made from the same config
+    own._attn_implementation = ATTENTION_NAME
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    model.ulysses_mesh = mesh
 
     def forward(model: PreTrainedModel, *, documents: Documents, **inputs) -> CausalLMOutputWithPast:
-        return _forward(model, ulysses=Ulysses(mesh=sp, core=core, documents=documents), **inputs)
+        mesh = model.ulysses_mesh
+        ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
+        return _forward(model, decoder, mesh.loss.get_group(), ulysses=ulysses, **inputs)
 
     model.forward = MethodType(forward, model)
 
 
 def _forward(
     model: PreTrainedModel,
+    decoder: nn.Module,
+    group: dist.ProcessGroup,
     *,
     ulysses: Ulysses,
     input_ids: Tensor,
     position_ids: Tensor,
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | None = None,
+    reduction: Literal["sum", "none"] = "sum",
 ) -> CausalLMOutputWithPast:
     """The forward of a causal LM, with the loss computed inside the head from hidden states.
 
     input_ids, position_ids and labels (shifted already) are this rank's [B, T]; num_items_in_batch counts the valid
-    labels of the whole step. `.loss` is this rank's part: parts and their gradients are summed over mesh and
-    accumulation. Without labels: `.logits` of this rank's tokens.
+    labels of the whole step. `.loss` is then that of all ranks of group, on each of them, while its gradient is of
+    this rank's part: gradients are summed over the mesh. With reduction = "none": the cross-entropy of each label, of
+    this rank [B, T]. Without labels: `.logits` of this rank's tokens.
     """
-    hidden = model.base_model(
+    hidden = decoder(
         input_ids=input_ids, position_ids=position_ids, use_cache=False, ulysses=ulysses
     ).last_hidden_state
     head = model.get_output_embeddings()
     if labels is None:
         return CausalLMOutputWithPast(logits=head(hidden))
-    return CausalLMOutputWithPast(loss=head(hidden, labels, num_items_in_batch))
+    loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
+    return CausalLMOutputWithPast(loss=loss if reduction == "none" else _SumOverRanks.apply(loss, group))
 
 
-def shard(model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a scalar over the ranks, whose gradient is this rank's part: FSDP sums the gradients of the parts."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = part.to(torch.float64, copy=True)  # so that the number of parts does not show in fp32
+        dist.all_reduce(total, group=group)
+        return total.to(part.dtype)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream, None
+
+
+def shard_parameters(
+    model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy
+) -> None:
     """FSDP2 over dp_shard x sp, replicated over dp_replicate; gradients are summed over the mesh, never averaged."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for block in blocks:
@@ -102,3 +236,12 @@ def shard(model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: 
             # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo has no PREMUL_SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    model.register_forward_hook(_reshard_without_backward)
+
+
+def _reshard_without_backward(model: PreTrainedModel, *_) -> None:
+    """What stays gathered for a backward that never comes would be the old weights after the next optimizer step."""
+    if not torch.is_grad_enabled():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.config import Config, check, dump_toml
 from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Batch, Loader
@@ -27,8 +28,9 @@ from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
 from titan_ulysses.model import hf
-from titan_ulysses.model.families import check_family
+from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.parallelize import parallelize
+from titan_ulysses.ulysses.cores import choose_core
 
 
 class Trainer:
@@ -41,7 +43,12 @@ class Trainer:
 
         # Everything that can be wrong with the input is found before a process group or a weight exists.
         model_config = hf.load_model_config(config.model.path, config.model.config)
-        check_family(model_config, config.training.seq_len)
+        check_family(model_config)
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, config.training.param_dtype)
+        self.core, self.core_reason = choose_core(
+            config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
+        )
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self.degrees = check(
             config,
@@ -65,6 +72,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
+        self.collectives: dict[str, dict[str, int]] = {}
         self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
@@ -89,6 +97,7 @@ class Trainer:
         parallelize(
             model,
             self.mesh,
+            attention=self.core,
             loss_tile_tokens=config.memory.loss_tile_tokens,
             checkpoint=config.activation_checkpoint.mode == "full",
             param_dtype=compute,
@@ -141,11 +150,17 @@ class Trainer:
             f"{self.loader.sequences.epoch_tokens:,} training tokens\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
-            f"a step ({d.accumulation_steps} accumulated); attention: {self.config.model.attention}"
+            f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
+            + self._idle_ranks()
             + (f"\nresumed from step {self.step}" if self.step else ""),
             highlight=False,
             soft_wrap=True,
         )
+
+    def _idle_ranks(self) -> str:
+        heads = getattr(self.model.config, "num_attention_heads", self.degrees.sequence)
+        idle = self.degrees.sequence - heads
+        return f"\n[bold]{idle} of {heads + idle} sequence-parallel ranks have no attention head[/]" if idle > 0 else ""
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -191,7 +206,13 @@ class Trainer:
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, grad_norm = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+        # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
+        with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
+            loss, grad_norm = train_step(
+                self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm
+            )
+        if counter:
+            self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
         self.step += 1
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
         # What will be saved is looked at first: a checkpoint of a diverged model would be no place to resume from.
@@ -207,29 +228,30 @@ class Trainer:
     def _log(self, logger: MetricsLogger | None, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
-        sums = torch.tensor([loss.item(), self._attention_flops / self.degrees.sequence], dtype=torch.float64)
-        dist.all_reduce(sums)
+        attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
+        dist.all_reduce(attention)
         peak = torch.tensor(peak_memory_gib(device))
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self._clock
         tokens = steps * self.degrees.global_batch_size * config.seq_len
         peak_rate = peak_flops(device) if config.param_dtype == "bfloat16" else None
-        flops = tokens * flops_per_token(self.model) + sums[1].item()
-        if not (math.isfinite(sums[0]) and math.isfinite(grad_norm)):
+        flops = tokens * flops_per_token(self.model) + attention.item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"The loss is {sums[0].item()} and the gradient norm {grad_norm.item()} at step {self.step}. "
+                f"The loss is {loss.item()} and the gradient norm {grad_norm.item()} at step {self.step}. "
                 f"Lower optimizer.lr = {self.config.optimizer.lr}, lengthen lr_scheduler.warmup_steps, "
                 "or look at the data of this step."
             )
         if logger:
             values = {
-                "loss": sums[0].item(),
+                "loss": loss.item(),
                 "grad_norm": grad_norm.item(),
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),
+                "collectives": self.collectives,
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
             logger.log(self.step, values)
@@ -266,9 +288,8 @@ class Trainer:
             total += _forward(self.model, batch, one)
             count += (batch.labels != IGNORE_INDEX).sum()
         self.model.train()
-        sums = torch.stack([total, count.to(total.dtype)]).cpu()
-        dist.all_reduce(sums)
-        return {"validation_loss": (sums[0] / sums[1].clamp(min=1)).item(), "validation_tokens": int(sums[1])}
+        dist.all_reduce(count, group=self.mesh.loss.get_group())
+        return {"validation_loss": (total / count.clamp(min=1)).item(), "validation_tokens": count.item()}
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
@@ -317,7 +338,7 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step over the batches that make it up; nothing here waits for the device.
 
-    Returns this rank's part of the loss (the loss is the sum over all ranks) and the gradient norm before clipping.
+    Returns the loss of the whole step, the same on every rank, and the gradient norm before clipping.
     """
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
     dist.all_reduce(num_items, group=mesh.loss.get_group())

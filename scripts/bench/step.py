@@ -14,12 +14,11 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import ALLOCATOR, launch, run, training_step
+
 MODEL = {
     "model_type": "llama",
     "vocab_size": 32_000,
@@ -31,7 +30,6 @@ MODEL = {
     "max_position_embeddings": 2**22,
     "tie_word_embeddings": False,
 }
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def measure(step, repeats: int) -> dict:
@@ -49,34 +47,10 @@ def measure(step, repeats: int) -> dict:
 
 def sharded(seq_len: int, repeats: int) -> None:
     """One of torchrun's ranks; rank 0 prints what all of them measured."""
-    import torch
     import torch.distributed as dist
 
-    from titan_ulysses.config import Optimizer
-    from titan_ulysses.data.loader import Batch
-    from titan_ulysses.memory.optimizer import build_optimizer
-    from titan_ulysses.mesh import build_mesh, init_distributed
-    from titan_ulysses.model import hf
-    from titan_ulysses.parallelize import parallelize
-    from titan_ulysses.trainer import train_step
-
-    init_distributed()
-    mesh = build_mesh(sequence=dist.get_world_size())
-    model = hf.build_on_meta(hf.load_model_config("", MODEL), torch.float32)
-    parallelize(model, mesh, param_dtype=torch.float32)
-    hf.allocate(model, mesh.device)
-    hf.initialize(model, seed=0)
-    optimizer = build_optimizer(model.parameters(), Optimizer())
-    rank, tokens = mesh.sp.get_local_rank(), seq_len // mesh.sp.size()
-    ids = torch.randint(MODEL["vocab_size"], (1, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    here = slice(rank * tokens, (rank + 1) * tokens)
-    batch = Batch(
-        input_ids=ids[:, :-1][:, here],
-        labels=ids[:, 1:][:, here],
-        position_ids=torch.arange(seq_len)[None, here],
-        documents=((seq_len,),),
-    )
-    found = measure(lambda: train_step(model, optimizer, [batch], mesh, max_norm=1.0), repeats)
+    step = training_step(MODEL)
+    found = measure(lambda: step(seq_len), repeats)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:
@@ -99,27 +73,6 @@ def plain(seq_len: int, repeats: int) -> None:
         optimizer.zero_grad()
 
     print(json.dumps([measure(step, repeats)]))
-
-
-def run(command: list[str], threads: int, minutes: float, memory: int | None = None) -> list[dict] | str:
-    """The measurements that a child process prints, or why there are none."""
-
-    def limit() -> None:
-        if memory is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-
-    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    try:
-        done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60 * minutes, preexec_fn=limit
-        )
-    except subprocess.TimeoutExpired:
-        return f"not finished after {minutes:g} minutes"
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    memory_words = ("can't allocate memory", "MemoryError", "bad_alloc")
-    out_of_memory = done.returncode < 0 or any(word in done.stderr for word in memory_words)
-    return "out of memory" if out_of_memory else done.stderr.strip().splitlines()[-1]
 
 
 def show(what: str, seq_len: int, found: list[dict] | str) -> None:
@@ -147,24 +100,28 @@ def main() -> None:
         return globals()[args.role](args.seq_len, args.repeats)
 
     cores = os.cpu_count() or 1
-    me = [str(Path(__file__)), "--repeats", str(args.repeats)]
-    launch = [sys.executable, "scripts/launch.py", "--nproc-per-node", str(args.ranks)]
-    ours = [*launch, *me, "--role", "sharded", "--seq-len"]
+    options = ["--repeats", str(args.repeats), "--role"]
+    ours = [*launch(args.ranks, __file__), *options, "sharded", "--seq-len"]
     print(f"llama, 4 layers, h 256, vocab 32,000, fp32, {cores} cores, median of {args.repeats} steps", flush=True)
     threads = max(1, cores // args.ranks)
-    show(f"{args.ranks} ranks", args.seq_len, run([*ours, str(args.seq_len)], threads, 20))
+
+    def show_ours(seq_len: int) -> None:
+        found = run([*ours, str(seq_len)], threads=threads, minutes=20, env=ALLOCATOR)
+        show(f"{args.ranks} ranks", seq_len, found)
+
+    show_ours(args.seq_len)
 
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     seq_len, longest = args.seq_len // 4, 0
     while True:
-        command = [sys.executable, *me, "--role", "plain", "--seq-len", str(seq_len)]
-        found = run(command, cores, args.minutes, memory=int(0.9 * available))
+        command = [sys.executable, __file__, *options, "plain", "--seq-len", str(seq_len)]
+        found = run(command, threads=cores, minutes=args.minutes, memory=int(0.9 * available), env=ALLOCATOR)
         show("plain transformers", seq_len, found)
         if isinstance(found, str):
             break
         longest, seq_len = seq_len, 2 * seq_len
     if longest and longest != args.seq_len:
-        show(f"{args.ranks} ranks", longest, run([*ours, str(longest)], threads, 20))
+        show_ours(longest)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ need the same logits: one pass over them in all, and memory flat in the sequence
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,32 +16,50 @@ from titan_ulysses.data.packing import IGNORE_INDEX
 
 _AUTOMATIC_TILE_BYTES = 64 * 2**20
 
+Options = tuple[int, float, float | None]
+"""Tokens of a tile; scale and soft-cap of the logits."""
+
 
 class LossHead(nn.Linear):
     """An `lm_head` (same weight, same bias, same names) whose forward takes labels and returns the loss.
 
     Being the module that owns the weight, it is what FSDP shards: one all-gather and one reduce-scatter serve all
-    tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32 logits.
+    tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32 logits. Families that scale or cap their
+    logits do so here: softcap * tanh(scale * logits / softcap).
     """
 
-    def __init__(self, linear: nn.Linear, *, tile_tokens: int = 0):
+    def __init__(self, linear: nn.Linear, *, tile_tokens: int = 0, scale: float = 1.0, softcap: float | None = None):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
+        self.scale, self.softcap = scale, softcap
         self.tile_tokens = tile_tokens or max(1, _AUTOMATIC_TILE_BYTES // (4 * linear.out_features))
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, num_items: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        num_items: Tensor | None = None,
+        *,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
         """hidden [B, T, h] and labels [B, T], already shifted -> this rank's part of the loss, a scalar.
 
         The part is the sum of the cross-entropy over its valid labels (not -100), in fp32 or wider, divided by
         `num_items`: the number of valid labels in the whole step, on all ranks and in all accumulated batches. The
         parts of all ranks and batches add up to the loss, and so do their gradients. Without labels: the logits.
+        With reduction = "none", under `torch.no_grad`: the cross-entropy of each label [B, T], 0 where there is none.
         """
         if labels is None:
-            return super().forward(hidden)
+            return _shape_scores(super().forward(hidden), self.scale, self.softcap)
+        options = (self.tile_tokens, self.scale, self.softcap)
+        if reduction == "none":
+            assert not torch.is_grad_enabled(), "cross-entropies of single tokens are for scoring: no gradient"
+            each = _each_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options)
+            return each.view(labels.shape)
         # Passed in, because inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
         differentiate = torch.is_grad_enabled()
         rows, labels = hidden.flatten(0, -2), labels.flatten()
-        total = _TiledCrossEntropy.apply(rows, self.weight, self.bias, labels, self.tile_tokens, differentiate)
+        total = _TiledCrossEntropy.apply(rows, self.weight, self.bias, labels, options, differentiate)
         return total / num_items.clamp(min=1)
 
 
@@ -53,9 +73,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        tile_tokens: int,
+        options: Options,
         differentiate: bool,
     ) -> Tensor:
+        tile_tokens, *shape = options
         wide = torch.promote_types(rows.dtype, torch.float32)
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs
@@ -65,7 +86,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for start in range(0, len(rows), tile_tokens):
             tile = slice(start, start + tile_tokens)
-            loss, grad_logits = _tile_loss(F.linear(rows[tile], weight, bias).to(wide), labels[tile], any(needs))
+            logits = F.linear(rows[tile], weight, bias).to(wide)
+            loss, grad_logits = _tile_loss(logits, labels[tile], *shape, any(needs))
             total += loss
             if needs_bias:
                 grad_bias += grad_logits.sum(0)
@@ -91,17 +113,52 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _tile_loss(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of cross-entropy of logits [n, V] and, written over them, its gradient softmax - one_hot."""
+def _each_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options) -> Tensor:
+    """The cross-entropy [N] of rows [N, h] with labels [N], in fp32 or wider, 0 without a label. A tile at a time."""
+    tile_tokens, scale, softcap = options
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    each = torch.empty(len(rows), dtype=wide, device=rows.device)
+    for start in range(0, len(rows), tile_tokens):
+        tile = slice(start, start + tile_tokens)
+        logits = _shape_scores(F.linear(rows[tile], weight, bias).to(wide), scale, softcap)
+        each[tile] = _cross_entropy(logits, labels[tile])[0]
+    return each
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of logits [n, V]: the cross-entropy [n], and for its gradient valid [n], index and log_normalizer [n, 1]."""
     valid = labels != IGNORE_INDEX
     index = labels.where(valid, 0).unsqueeze(1)
     log_normalizer = logits.logsumexp(dim=1, keepdim=True)
     # `where` and not a product: a row without a label gives exactly 0, also where its logits are not finite.
-    loss = (log_normalizer - logits.gather(1, index)).squeeze(1).where(valid, 0).sum()
+    loss = (log_normalizer - logits.gather(1, index)).squeeze(1).where(valid, 0)
+    return loss, valid, index, log_normalizer
+
+
+def _shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """softcap * tanh(scale * logits / softcap): what gemma, granite and cohere do to their logits."""
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _tile_loss(
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of cross-entropy of logits [n, V] and, written over them where nothing shapes them, its gradient.
+
+    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2).
+    """
+    logits = _shape_scores(logits, scale, softcap)
+    slope = scale if softcap is None else scale * (1 - (logits / softcap) ** 2)
+    each, valid, index, log_normalizer = _cross_entropy(logits, labels)
+    loss = each.sum()
     if not needs_grad:
         return loss, None
     grad = logits.sub_(log_normalizer).exp_()
     grad.scatter_add_(1, index, torch.full_like(log_normalizer, -1))
+    if scale != 1 or softcap is not None:
+        grad.mul_(slope)
     return loss, grad.masked_fill_(~valid.unsqueeze(1), 0)
 
 

@@ -1,54 +1,86 @@
-"""What differs between model families, as far as sharding must know it; what it cannot do yet is refused by name."""
+"""What differs between model families, as far as sharding must know it: attention, head, positions.
+
+All of it is read from the model's config and modules, whose names transformers shares between families. A model that
+needs what nothing here can do is refused by name: better no run than a wrong one.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
 from titan_ulysses.errors import UserError
 
-_FULL_ATTENTION = {"full_attention", "sliding_attention"}
+CHECKED_FAMILIES = {
+    "gemma2",
+    "gemma3_text",
+    "glm4",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "llama4_text",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+    "starcoder2",
+}
+"""Families that the tests compare with unmodified transformers. Any other must prove itself before it trains."""
+
+_OTHER_MODES = {"vision_config", "audio_config"}
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def check_family(config: PreTrainedConfig, seq_len: int) -> None:
-    """Raise UserError for a model whose attention or head would train wrongly: better no run than a wrong one."""
-    needs = [*_attention_needs(config, seq_len), *_head_needs(config), *_position_needs(config)]
-    if needs:
-        raise UserError(
-            f'model: "{config.model_type}" needs {"; ".join(needs)}. '
-            "This version trains models with plain causal attention and a plain linear head, such as llama or qwen3."
-        )
+@dataclass(frozen=True)
+class Head:
+    """How a family makes logits from `lm_head(hidden)`: logits * scale, then softcap * tanh(logits / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
 
 
-def _attention_needs(config: PreTrainedConfig, seq_len: int) -> list[str]:
-    needs = []
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True) and window < seq_len:
-        needs.append(f"sliding-window attention (window {window} < training.seq_len {seq_len})")
+def head_of(config: PreTrainedConfig) -> Head:
+    """gemma caps its logits, granite divides them, cohere multiplies them."""
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def attention_needs(config: PreTrainedConfig) -> set[str]:
+    """Which keywords a core must take for this model: of "window", "softcap", "sinks"."""
+    needs = set()
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        needs.add("window")
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        needs.append("soft-capped attention")
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - _FULL_ATTENTION)
-    if others:
-        needs.append(f"layers of type {', '.join(others)}")
+        needs.add("softcap")
     if config.model_type == "gpt_oss":
-        needs.append("attention sinks")
+        needs.add("sinks")
     return needs
 
 
-def _head_needs(config: PreTrainedConfig) -> list[str]:
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise UserError for a model that would train wrongly: what it needs, by name."""
+    if _OTHER_MODES & config.sub_configs.keys():
+        raise UserError(
+            f'model: "{config.model_type}" is multi-modal, of which this version trains no part. Save its text part as '
+            "a model of its own, if transformers has one for it (gemma3_text, llama4_text), and train that."
+        )
     needs = []
-    if getattr(config, "final_logit_softcapping", None) is not None:
-        needs.append("soft-capped logits (final_logit_softcapping)")
-    for factor in ("logits_scaling", "logit_scale"):
-        if getattr(config, factor, None) not in (None, 1):
-            needs.append(f"scaled logits ({factor})")
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if others:
+        needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
     if getattr(config, "output_router_logits", False):
         needs.append("router losses (output_router_logits)")
-    return needs
+    needs += [f'RoPE of type "{kind}", which looks at the whole sequence' for kind in sorted(_rope_types(config))]
+    if needs:
+        raise UserError(f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that exactly.')
 
 
-def _position_needs(config: PreTrainedConfig) -> list[str]:
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """Of the RoPE types, those that look at the largest position of what they are given, which is one rank's slice."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]  # one for each type of layer
-    kinds = sorted({parameters.get("rope_type", "default") for parameters in nested or [rope]})
-    # These two look at the largest position of what they are given, which is one rank's slice.
-    return [f'RoPE of type "{kind}"' for kind in kinds if kind in ("dynamic", "longrope")]
+    return {parameters.get("rope_type", "default") for parameters in nested or [rope]} & {"dynamic", "longrope"}

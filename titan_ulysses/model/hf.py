@@ -54,10 +54,21 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     """The model class that transformers chooses for config, with parameters on meta. config is not changed."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, experts_implementation=experts_path(dtype)
+            )
     except ValueError as error:
         raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
     return model
+
+
+def experts_path(dtype: torch.dtype) -> str | None:
+    """Which of transformers' implementations of mixture-of-experts layers computes in dtype; None: its own choice.
+
+    That is "grouped_mm", which keeps the number of tokens of each expert on the device, so no shape depends on data on
+    the host. It has no fp64; "batched_mm" has, at the price of a copy of the weights for each token.
+    """
+    return "batched_mm" if dtype == torch.float64 else None
 
 
 def class_name(model: PreTrainedModel) -> str:

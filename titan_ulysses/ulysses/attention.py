@@ -7,7 +7,9 @@ model's forward. So two models in one process, on different meshes, cannot touch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,8 @@ class Ulysses:
     """The 1-D sequence-parallel mesh of P ranks."""
     core: Core
     documents: Documents
+    position_ids: Tensor
+    """[B, T]: positions of this rank's tokens in their documents."""
 
 
 def ulysses_attention(
@@ -45,38 +49,92 @@ def ulysses_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, Hq, T, D], key and value [B, Hkv, T, D] -> [B, T, Hq, D].
 
-    Causal inside each document of `ulysses.documents`. A mask is refused: documents say all that one could.
+    Causal inside each document of `ulysses.documents`. A mask is refused: documents say all that one could. What a
+    layer wants of its attention (window, soft-cap, sinks) comes as transformers' own keywords.
     """
     name = type(module).__name__
     assert ulysses is not None, f"{name} did not receive the keyword `ulysses`: its model does not hand keywords down"
     assert attention_mask is None, f"{name} was given an attention mask"
-    for keyword in ("sliding_window", "softcap", "s_aux"):
-        window_is_idle = keyword == "sliding_window" and (kwargs.get(keyword) or 0) >= sum(ulysses.documents[0])
-        assert kwargs.get(keyword) is None or window_is_idle, f"{name} needs {keyword}, which the core cannot do"
     assert not kwargs.get("dropout"), f"{name} asks for attention dropout"
 
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if ulysses.mesh.size() == 1:
-        return ulysses.core(q, k, v, documents=ulysses.documents, scale=scale), None
-
     mesh = ulysses.mesh
+    layer = {
+        "documents": _chunked(ulysses.documents, module),
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": kwargs.get("sliding_window"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
+    if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
+        layer["window"] = None  # it hides nothing, and a core is faster without
+    if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
+        query = _retuned(query, module, ulysses.position_ids)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
+    if mesh.size() == 1:
+        return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
+
     placed = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
     q, k, v = (_local(x) for x in sequence_to_heads(*placed, plan))
-    output = _local_heads(q, k, v, plan, mesh.get_local_rank(), ulysses, scale)
+    output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
     if plan.is_even:
         output = DTensor.from_local(output, mesh, (HEADS,), run_check=False)
     return heads_to_sequence(output, plan, mesh).to_local(), None
 
 
-def _local_heads(q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, rank: int, ulysses: Ulysses, scale: float) -> Tensor:
+def _local_heads(
+    core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any], plan: HeadPlan, rank: int
+) -> Tensor:
     """Core attention over this rank's heads, one call a group size."""
-    outputs = [
-        ulysses.core(q[:, :, queries], k[:, :, keys], v[:, :, keys], documents=ulysses.documents, scale=scale)
-        for queries, keys in plan.runs(rank)
-    ]
+    sinks, outputs = layer["sinks"], []
+    if sinks is not None:
+        sinks = sinks[plan.query[rank].start : plan.query[rank].stop]
+    if not plan.query[rank]:
+        # [B, S, 0, D], which still descends from all inputs: backward, too, is a collective that every rank must join.
+        return v if sinks is None else v + sinks[:, None]
+    for queries, keys in _bounded(plan.runs(rank), q[:, :, 0].numel()):
+        local = layer if sinks is None else layer | {"sinks": sinks[queries]}
+        outputs.append(_call(core, q[:, :, queries], k[:, :, keys], v[:, :, keys], local))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _bounded(runs: list[tuple[slice, slice]], head_elements: int) -> Iterator[tuple[slice, slice]]:
+    """Cut runs so that no call sees 2^31 elements, where the 32-bit indices of flash kernels and others overflow."""
+    for queries, keys in runs:
+        group = (queries.stop - queries.start) // (keys.stop - keys.start)
+        most = max(1, (2**31 - 1) // (group * head_elements))  # KV heads of one call
+        for key in range(keys.start, keys.stop, most):
+            stop = min(keys.stop, key + most)
+            first = queries.start + group * (key - keys.start)
+            yield slice(first, first + group * (stop - key)), slice(key, stop)
+
+
+def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) -> Tensor:
+    """A core sees only the keywords that mean something in this layer: it need not know the others."""
+    return core(q, k, v, **{keyword: value for keyword, value in layer.items() if value is not None})
+
+
+def _retuned(query: Tensor, module: nn.Module, position_ids: Tensor) -> Tensor:
+    """Temperature tuning (arXiv 2501.19399) at the tokens' true positions: llama4 counts from 0 in what it is given."""
+
+    def temperature(positions: Tensor) -> Tensor:
+        steps = torch.floor((positions.float() + 1) / module.floor_scale)
+        return (torch.log1p(steps) * module.attn_scale + 1).to(torch.promote_types(query.dtype, torch.float32))
+
+    given = temperature(torch.arange(query.shape[2], device=query.device))
+    return (query * (temperature(position_ids) / given)[:, None, :, None]).to(query.dtype)
+
+
+def _chunked(documents: Documents, module: nn.Module) -> Documents:
+    """Documents cut into the chunks of a chunked-attention layer (llama4), which are documents to its attention."""
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if not types or types[module.layer_idx] != "chunked_attention":
+        return documents
+    size = config.attention_chunk_size
+    return tuple(
+        tuple(min(size, length - start) for length in row for start in range(0, length, size)) for row in documents
+    )
 
 
 def _local(x: Tensor) -> Tensor:

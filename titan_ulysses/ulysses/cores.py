@@ -10,12 +10,19 @@ become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which takes we
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import accumulate, chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from titan_ulysses.errors import UserError
 
 Core = Callable[..., Tensor]
 Documents = tuple[tuple[int, ...], ...]
@@ -66,6 +73,134 @@ def blockwise(
         return _in_blocks(_plain_block, q, k, v, window=window, scale=scale, sinks=sinks, softcap=softcap)
 
     return _each_document(attend, q, k, v, documents)
+
+
+def flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Flash attention of variable length: all documents of all rows in one call. CUDA, bf16 or fp16; flash-attn 2."""
+    from flash_attn import flash_attn_varlen_func
+
+    longest, borders = max(chain(*documents)), _borders(documents, q.device)
+    output = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)),
+        borders,
+        borders,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return output.unflatten(0, q.shape[:2])
+
+
+@lru_cache(maxsize=4)
+def _borders(documents: Documents, device: torch.device) -> Tensor:
+    """[documents + 1] int32 on device: where each document of the flattened rows starts. Made once for all layers."""
+    return torch.tensor([0, *accumulate(chain(*documents))], dtype=torch.int32).to(device, non_blocking=True)
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """FlexAttention, compiled: the documents and the window as a block mask. CUDA (on a CPU it has no backward)."""
+
+    def cap(score: Tensor, *_) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    output = _compiled_flex()(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        score_mod=None if softcap is None else cap,
+        block_mask=_block_mask(documents, window, q.device),
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return output.transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+@lru_cache(maxsize=8)
+def _block_mask(documents: Documents, window: int | None, device: torch.device) -> BlockMask:
+    """Which blocks of [S, S] are computed at all; made once for all layers of a kind."""
+    rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents]
+    document = torch.stack(rows).to(device, non_blocking=True)
+
+    def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        inside = (query >= key) & (document[row, query] == document[row, key])
+        return inside if window is None else inside & (query - key < window)
+
+    rows, length = document.shape
+    return create_block_mask(seen, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device, _compile=True)
+
+
+def choose_core(name: str, needs: set[str], *, device_type: str, dtype: torch.dtype) -> tuple[Core, str]:
+    """The core that `model.attention` names, or for "auto" the fastest one that is exact here; and why, in a sentence.
+
+    `needs` are the keywords that the model's layers will pass (see above). "package.module:function" names a core of
+    the user's own. UserError where the named core is not there, cannot run here or does not take what is needed.
+    """
+    if ":" in name:
+        cores = {name: _import_core(name)}
+    else:
+        cores = {core.__name__: core for core in (flash, flex, sdpa, blockwise)}  # the fastest first
+    obstacles = {}
+    for candidate, core in cores.items():
+        obstacle = _obstacle(core, needs, device_type, dtype)
+        if obstacle is None and name in ("auto", candidate):
+            faster = "; ".join(f"{other} {why}" for other, why in obstacles.items())
+            return core, f"attention: {candidate}" + (f" ({faster})" if name == "auto" and faster else "")
+        obstacles[candidate] = obstacle
+    if name not in obstacles:
+        raise UserError(f'model.attention = "{name}": no such core; choose auto, {", ".join(cores)}, module:function.')
+    raise UserError(
+        f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto" for one that can do this model.'
+    )
+
+
+def _obstacle(core: Core, needs: set[str], device_type: str, dtype: torch.dtype) -> str | None:
+    """Why core cannot serve, or None. What a core can do is what its signature takes."""
+    parameters = inspect.signature(core).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    lacking = needs - parameters.keys()
+    if lacking and not takes_all:
+        return f"cannot do {', '.join(sorted(lacking))}"
+    if core in (flash, flex) and device_type != "cuda":
+        return "needs a CUDA device"
+    if core is flash and dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 (training.param_dtype is {dtype})"
+    if core is flash and importlib.util.find_spec("flash_attn") is None:
+        return "needs the package flash-attn"
+    return None
+
+
+def _import_core(name: str) -> Core:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f'model.attention = "{name}": cannot be imported ({error}). Give package.module:function, on sys.path.'
+        ) from error
 
 
 def _each_document(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

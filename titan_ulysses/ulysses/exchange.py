@@ -8,7 +8,8 @@ direction. Layouts (B rows, S tokens in all, T = S/P a rank, H heads in all, h_p
 
 On the wire each rank's block is [T, B, h_p, D], token first: the blocks received from ranks 0..P-1 then already are
 the whole sequence, [S, B, h, D], and q, k and v are views of it. So sending costs one copy and receiving none; on the
-way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D] (all do at B = 1).
+way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D] (all do at B = 1). A copy
+is a strided one a tensor and stretch of ranks (`HeadPlan.stretches`), not one a rank: three in all where P divides Hkv.
 
 Bytes that rank r sends to others, where x_p counts rank p's heads: hq_p + 2 hkv_p of q, k, v, or hq_p of the output:
 
@@ -21,7 +22,8 @@ back with those of q, k, v. An even plan sends (P - 1)/P * B * T * (Hq + 2 Hkv) 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed._functional_collectives as funcol
@@ -34,8 +36,18 @@ from titan_ulysses.ulysses.heads import HeadPlan
 SEQUENCE = Shard(1)
 HEADS = Shard(2)
 
-_Ranges = Sequence[Sequence[range]]
-"""`ranges[i][p]`: the heads of the i-th tensor that rank p computes."""
+
+class _Load(NamedTuple):
+    """What one all-to-all carries."""
+
+    ranges: tuple[tuple[range, ...], ...]
+    """`ranges[i][p]`: the heads of the i-th tensor that rank p computes."""
+    stretches: tuple[range, ...]
+    """Ranks that one copy a tensor serves, see `HeadPlan.stretches`."""
+
+    def heads(self, rank: int) -> list[int]:
+        """How many heads of each tensor rank computes."""
+        return [len(ranges[rank]) for ranges in self.ranges]
 
 
 def sequence_to_heads(q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,8 +59,8 @@ def sequence_to_heads(q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan) -> tup
     """
     _expect(SEQUENCE, q=q, k=k, v=v)
     mesh = q.device_mesh
-    ranges = (plan.query, plan.key_value, plan.key_value)
-    local = _SequenceToHeads.apply(mesh, ranges, q.to_local(), k.to_local(), v.to_local())
+    load = _Load((plan.query, plan.key_value, plan.key_value), plan.stretches)
+    local = _SequenceToHeads.apply(mesh, load, q.to_local(), k.to_local(), v.to_local())
     return tuple(_placed(x, mesh) for x in local) if plan.is_even else local
 
 
@@ -63,7 +75,7 @@ def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTens
         output = output.to_local()
     elif isinstance(output, DTensor):
         raise ValueError(f"output must be a local tensor under an uneven plan, but has {output.placements}")
-    (local,) = _HeadsToSequence.apply(mesh, (plan.query,), output)
+    (local,) = _HeadsToSequence.apply(mesh, _Load((plan.query,), plan.query_stretches), output)
     return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
 
 
@@ -80,68 +92,86 @@ def _expect(placement: Shard, **tensors: Tensor) -> None:
 
 class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, ranges: _Ranges, *tensors: Tensor):
-        ctx.mesh, ctx.ranges = mesh, ranges
-        return _scatter_heads(tensors, ranges, mesh)
+    def forward(ctx, mesh: DeviceMesh, load: _Load, *tensors: Tensor):
+        ctx.mesh, ctx.load = mesh, load
+        return _scatter_heads(tensors, load, mesh)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return None, None, *_gather_heads(grads, ctx.ranges, ctx.mesh)
+        return None, None, *_gather_heads(grads, ctx.load, ctx.mesh)
 
 
 class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, ranges: _Ranges, *tensors: Tensor):
-        ctx.mesh, ctx.ranges = mesh, ranges
-        return _gather_heads(tensors, ranges, mesh)
+    def forward(ctx, mesh: DeviceMesh, load: _Load, *tensors: Tensor):
+        ctx.mesh, ctx.load = mesh, load
+        return _gather_heads(tensors, load, mesh)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return None, None, *_scatter_heads(grads, ctx.ranges, ctx.mesh)
+        return None, None, *_scatter_heads(grads, ctx.load, ctx.mesh)
 
 
-def _scatter_heads(tensors: Sequence[Tensor], ranges: _Ranges, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
     """[B, T, H_i, D] each, to [B, S, h_i, D] each (views of one buffer)."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, tokens, _, size = tensors[0].shape
-    widths = [sum(len(r[p]) for r in ranges) * tokens * batch * size for p in range(degree)]
+    widths = [sum(load.heads(p)) * tokens * batch * size for p in range(degree)]
     sent = tensors[0].new_empty(sum(widths))
-    for p, block in enumerate(sent.split(widths)):
-        parts = block.view(tokens, batch, -1, size).split([len(r[p]) for r in ranges], dim=2) if widths[p] else ()
-        for part, tensor, heads in zip(parts, tensors, ranges, strict=False):
-            part.copy_(tensor[:, :, heads[p].start : heads[p].stop].transpose(0, 1))
-    mine = [len(r[rank]) for r in ranges]
-    received = _all_to_all(sent, [widths[rank]] * degree, widths, mesh).view(degree * tokens, batch, sum(mine), size)
+    for ranks, blocks in _blocks(sent, load, tokens, batch, size):
+        for block, tensor, ranges in zip(blocks, tensors, load.ranges, strict=True):
+            block.copy_(_windows(tensor, ranges, ranks))
+    received = _all_to_all(sent, [widths[rank]] * degree, widths, mesh)
+    mine = load.heads(rank)
+    received = received.view(degree * tokens, batch, sum(mine), size)
     return tuple(part.transpose(0, 1) for part in received.split(mine, dim=2))
 
 
-def _gather_heads(tensors: Sequence[Tensor], ranges: _Ranges, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
     """[B, S, h_i, D] each, to [B, T, H_i, D] each. A head that several ranks hold (KV heads) gets their sum."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, sequence, _, size = tensors[0].shape
     tokens = sequence // degree
-    mine = [len(r[rank]) for r in ranges]
-    if len(tensors) == 1:
-        sent = tensors[0].transpose(0, 1).contiguous()
-    else:
-        sent = tensors[0].new_empty(sequence, batch, sum(mine), size)
-        for part, tensor in zip(sent.split(mine, dim=2), tensors, strict=True):
-            part.copy_(tensor.transpose(0, 1))
-    widths = [sum(len(r[p]) for r in ranges) * tokens * batch * size for p in range(degree)]
-    received = _all_to_all(sent.view(-1), widths, [widths[rank]] * degree, mesh)
-    gathered = [x.new_empty(batch, tokens, r[-1].stop, size) for x, r in zip(tensors, ranges, strict=True)]
-    for p, block in enumerate(received.split(widths)):
-        parts = block.view(tokens, batch, -1, size).split([len(r[p]) for r in ranges], dim=2) if widths[p] else ()
-        for part, whole, heads in zip(parts, gathered, ranges, strict=False):
-            _accumulate(whole, part.transpose(0, 1), heads[p], filled=heads[p - 1].stop if p else 0)
+    widths = [sum(load.heads(p)) * tokens * batch * size for p in range(degree)]
+    received = _all_to_all(_token_first(tensors), widths, [widths[rank]] * degree, mesh)
+    gathered = [x.new_empty(batch, tokens, r[-1].stop, size) for x, r in zip(tensors, load.ranges, strict=True)]
+    for ranks, blocks in _blocks(received, load, tokens, batch, size):
+        for block, whole, ranges in zip(blocks, gathered, load.ranges, strict=True):
+            filled = ranges[ranks.start - 1].stop if ranks.start else 0
+            _accumulate(_windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start)
     return tuple(gathered)
 
 
-def _accumulate(whole: Tensor, part: Tensor, heads: range, *, filled: int) -> None:
-    """Write part into whole's heads, adding where an earlier rank has written: heads below `filled`."""
-    shared = max(0, min(filled, heads.stop) - heads.start)
-    whole[:, :, heads.start : heads.start + shared].add_(part[:, :, :shared])
-    whole[:, :, heads.start + shared : heads.stop].copy_(part[:, :, shared:])
+def _token_first(tensors: Sequence[Tensor]) -> Tensor:
+    """[B, S, h_i, D] each, to one flat [S, B, sum of h_i, D]; a view where a single tensor lies like that already."""
+    views = [x.transpose(0, 1) for x in tensors]
+    return (views[0].contiguous() if len(views) == 1 else torch.cat(views, dim=2)).view(-1)
+
+
+def _blocks(buffer: Tensor, load: _Load, tokens: int, batch: int, size: int) -> Iterator[tuple[range, list[Tensor]]]:
+    """A stretch of ranks and their [ranks, T, B, h_i, D] in the buffer of an all-to-all, for each stretch."""
+    stop = 0
+    for ranks in load.stretches:
+        heads = load.heads(ranks.start)
+        start, stop = stop, stop + len(ranks) * sum(heads) * tokens * batch * size
+        yield ranks, buffer[start:stop].view(len(ranks), tokens, batch, sum(heads), size).split(heads, dim=3)
+
+
+def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
+    """[B, T, H, D] seen as [ranks, T, B, h, D]: a view. Where all have the same heads the first dimension is 1."""
+    first, last = ranges[ranks.start], ranges[ranks[-1]]
+    windows = x[:, :, first.start : last.stop].unflatten(2, (-1, len(first)))
+    return windows.permute(2, 1, 0, 3, 4)
+
+
+def _accumulate(windows: Tensor, block: Tensor, *, shared: int) -> None:
+    """Write block into windows, adding to the first `shared` heads, which earlier ranks have written."""
+    if len(windows) < len(block):
+        block = block.sum(dim=0, keepdim=True)
+    if shared:
+        windows[..., :shared, :].add_(block[..., :shared, :])
+        windows, block = windows[..., shared:, :], block[..., shared:, :]
+    windows.copy_(block)
 
 
 def _all_to_all(sent: Tensor, received: list[int], split: list[int], mesh: DeviceMesh) -> Tensor:

@@ -1,0 +1,282 @@
+"""The exchange against what it replaces, forward and backward: time, bytes on the wire, buffers.
+
+    python scripts/bench/exchange.py                                 2 and 4 gloo ranks, S 4K to 64K; then the counts
+    python scripts/bench/exchange.py --ranks 2 --seq-lens 8192
+
+Each contender moves q, k and v of one layer (h 1,024: 16 query heads of size 64, 4 KV heads, fp32) to the
+heads and its output back to the sequence, and all four gradients the other way. They take turns; a ratio is the median
+of those of each turn, so that what else the machine does reaches all alike.
+
+Counted are the all-to-alls that really happen, on gloo ranks and, up to 1,024 ranks, under fake tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from common import CACHING, launch, run
+
+HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS = 64, 16, 4
+TARGETS = {"redistribute": 5.0, "four all-to-alls": 1.1, "four, KV heads repeated": 1.3}
+
+
+# ---------------------------------------------------------------- the contenders: local q, k, v, o -> local results
+
+
+def exchange(mesh, q, k, v, o):
+    from torch.distributed.tensor import DTensor
+
+    from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
+    from titan_ulysses.ulysses.heads import plan_heads
+
+    plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
+    placed = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
+    if plan.is_even:
+        o = DTensor.from_local(o, mesh, (HEADS,), run_check=False)
+    results = [*sequence_to_heads(*placed, plan), heads_to_sequence(o, plan, mesh)]
+    return [x.to_local() if isinstance(x, DTensor) else x for x in results]
+
+
+def redistribute(mesh, q, k, v, o):
+    from torch.distributed.tensor import DTensor, Shard
+
+    def move(x, source: int, target: int):
+        placed = DTensor.from_local(x, mesh, (Shard(source),), run_check=False)
+        return placed.redistribute(placements=(Shard(target),)).to_local()
+
+    return [*(move(x, 1, 2) for x in (q, k, v)), move(o, 2, 1)]
+
+
+def four_all_to_alls(mesh, q, k, v, o):
+    """As most implementations do it: an all-to-all a tensor, contiguous before and after."""
+    import torch.distributed._functional_collectives as funcol
+
+    degree, group = mesh.size(), mesh.get_group()
+
+    def all_to_all(blocks):
+        rows = [1] * degree
+        return funcol.wait_tensor(funcol.all_to_all_single_autograd(blocks.contiguous(), rows, rows, group))
+
+    def to_heads(x):  # [B, T, H, D] -> [P, B, T, h, D] on the wire -> [B, S, h, D]
+        received = all_to_all(x.unflatten(2, (degree, -1)).permute(2, 0, 1, 3, 4))
+        return received.transpose(0, 1).flatten(1, 2).contiguous()
+
+    def to_sequence(x):  # [B, S, h, D] -> [P, B, T, h, D] on the wire -> [B, T, H, D]
+        received = all_to_all(x.unflatten(1, (degree, -1)).transpose(0, 1))
+        return received.permute(1, 2, 0, 3, 4).flatten(2, 3).contiguous()
+
+    return [*(to_heads(x) for x in (q, k, v)), to_sequence(o)]
+
+
+def four_with_repeated_kv_heads(mesh, q, k, v, o):
+    group_size = q.shape[2] // k.shape[2]
+    return four_all_to_alls(mesh, q, *(x.repeat_interleave(group_size, dim=2) for x in (k, v)), o)
+
+
+CONTENDERS: dict[str, Callable] = {
+    "exchange": exchange,
+    "redistribute": redistribute,
+    "four all-to-alls": four_all_to_alls,
+    "four, KV heads repeated": four_with_repeated_kv_heads,
+}
+
+
+def step(contender: Callable, mesh, inputs: list) -> list:
+    """Forward and backward; the results and the gradients."""
+    import torch
+
+    results = contender(mesh, *inputs)
+    gradients = torch.autograd.grad(results, inputs, grad_outputs=[torch.ones_like(x) for x in results])
+    return [*results, *gradients]
+
+
+def make_inputs(heads: tuple[int, int], plan, rank: int, seq_len: int, rows: int = 1) -> list:
+    """Local q, k, v [B, T, H, D] and o [B, S, h, D]; o is what attention would give for these queries."""
+    import torch
+
+    tokens, generator = seq_len // plan.degree, torch.Generator().manual_seed(rank)
+    shapes = [(tokens, heads[0]), (tokens, heads[1]), (tokens, heads[1]), (seq_len, len(plan.query[rank]))]
+    return [torch.randn(rows, *shape, HEAD_SIZE, generator=generator).requires_grad_() for shape in shapes]
+
+
+# ---------------------------------------------------------------- counting
+
+
+@contextmanager
+def counted() -> Iterator[list[tuple[int, int]]]:
+    """Bytes sent and received by each all-to-all, in order; what stays on the rank is counted with them."""
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if DTensor in types:  # it goes first: the operators that it is made of come back here
+                return NotImplemented
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ == "all_to_all_single":
+                calls.append((args[0].nbytes, result.nbytes))
+            return result
+
+    with Count():
+        yield calls
+
+
+def closed_form(plan, rank: int, tokens: int, itemsize: int) -> list[tuple[int, int]]:
+    """What `counted` finds in one step: q, k, v and o, then in backward the gradients of o and of q, k, v."""
+    queries = [len(heads) for heads in plan.query]
+    all_heads = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
+    head = tokens * HEAD_SIZE * itemsize  # tokens: B * T
+
+    def to_heads(heads: list[int]) -> tuple[int, int]:
+        return head * sum(heads), head * plan.degree * heads[rank]
+
+    there, back = to_heads(all_heads), to_heads(queries)
+    return [there, back[::-1], back, there[::-1]]
+
+
+# ---------------------------------------------------------------- the roles of child processes
+
+
+def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
+    """On one of several gloo ranks. Rank 0 prints, for each S: seconds a contender and turn, and counts a rank."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from titan_ulysses.ulysses.heads import plan_heads
+
+    warnings.filterwarnings("ignore")  # DTensor says that on a CPU it gathers: that is what is measured
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan, rank = plan_heads(NUM_HEADS, NUM_KV_HEADS, mesh.size()), dist.get_rank()
+    found = []
+    for seq_len in seq_lens:
+        inputs = make_inputs((NUM_HEADS, NUM_KV_HEADS), plan, rank, seq_len, rows)
+        reference = step(redistribute, mesh, inputs)
+        for name in ("exchange", "four all-to-alls"):
+            for x, expected in zip(step(CONTENDERS[name], mesh, inputs), reference, strict=True):
+                assert torch.equal(x, expected), f"{name} does not equal redistribute"
+        step(four_with_repeated_kv_heads, mesh, inputs)
+        with counted() as calls:
+            step(exchange, mesh, inputs)
+        assert calls == closed_form(plan, rank, rows * seq_len // plan.degree, 4)
+        seconds = {name: [] for name in CONTENDERS}
+        for _ in range(repeats):
+            for name, contender in CONTENDERS.items():
+                dist.barrier()
+                started = time.perf_counter()
+                step(contender, mesh, inputs)
+                dist.barrier()
+                seconds[name].append(time.perf_counter() - started)
+        found.append({"seconds": seconds, "calls": calls})
+    if rank == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
+    """Without ranks: the counts of the rank with the most heads, for each P, from the real code under fake tensors."""
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from titan_ulysses.ulysses.heads import plan_heads
+
+    found = []
+    for degree in degrees:
+        plan, seq_len = plan_heads(*heads, degree), degree * tokens
+        rank = max(range(degree), key=lambda p: len(plan.query[p]) + 2 * len(plan.key_value[p]))
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degree)
+        mesh = init_device_mesh("cpu", (degree,))
+        with FakeTensorMode(), counted() as calls:
+            step(exchange, mesh, make_inputs(heads, plan, rank, seq_len))
+        assert calls == closed_form(plan, rank, tokens, 4), (degree, calls)
+        found.append({"kv_heads_received": sum(map(len, plan.key_value)), "calls": calls})
+        dist.destroy_process_group()
+    print(json.dumps(found))
+
+
+# ---------------------------------------------------------------- the report
+
+
+def show_times(ranks: int, seq_lens: list[int], rows: int, repeats: int, minutes: float) -> None:
+    options = ["--role", "measure", "--rows", str(rows), "--repeats", str(repeats), "--seq-lens", *map(str, seq_lens)]
+    found = run(
+        [*launch(ranks, __file__), *options],
+        threads=1,
+        minutes=minutes,
+        env=CACHING,
+    )
+    if isinstance(found, str):
+        print(f"{ranks} ranks: {found}", flush=True)
+        return
+    heads = f"{NUM_HEADS}/{NUM_KV_HEADS} heads"
+    print(f"\n{ranks} gloo ranks, {heads}, fp32, B = {rows}, one thread each, median of {repeats}")
+    print(f"{'S':>8}  {'exchange':>10}  " + "  ".join(f"{f'x {name} (>= {t})':>34}" for name, t in TARGETS.items()))
+    for seq_len, one in zip(seq_lens, found, strict=True):
+        ours = one["seconds"]["exchange"]
+        ratios = [
+            statistics.median(other / own for own, other in zip(ours, one["seconds"][name], strict=True))
+            for name in TARGETS
+        ]
+        print(
+            f"{seq_len:>8,}  {1e3 * statistics.median(ours):>7.1f} ms  " + "  ".join(f"{r:>34.2f}" for r in ratios),
+            flush=True,
+        )
+    show_calls([(ranks, seq_len, one["calls"]) for seq_len, one in zip(seq_lens, found, strict=True)])
+
+
+def show_calls(rows: list[tuple[int, int, list]]) -> None:
+    print(f"{'P':>8} {'S':>12}  buffers of the all-to-alls, MiB sent + received: in, out, out backward, in backward")
+    for degree, seq_len, calls in rows:
+        parts = "  ".join(f"{sent / 2**20:8.2f} + {received / 2**20:<8.2f}" for sent, received in calls)
+        print(f"{degree:>8,} {seq_len:>12,}  {parts}  largest {max(map(sum, calls)) / 2**20:.2f}", flush=True)
+
+
+def show_counts(heads: tuple[int, int], largest: int, tokens: int) -> None:
+    degrees = [2**i for i in range(1, largest.bit_length())]
+    options = ["--role", "count", "--heads", *map(str, heads), "--ranks", *map(str, degrees), "--tokens", str(tokens)]
+    found = run([sys.executable, __file__, *options], threads=1, minutes=20)
+    if isinstance(found, str):
+        print(f"counts: {found}", flush=True)
+        return
+    print(f"\ncounted under fake tensors: {heads[0]}/{heads[1]} heads, T = {tokens:,}, the rank with the most heads")
+    show_calls([(degree, degree * tokens, one["calls"]) for degree, one in zip(degrees, found, strict=True)])
+    peaks = [max(map(sum, one["calls"])) for degree, one in zip(degrees, found, strict=True) if degree <= heads[1]]
+    spread = max(peaks) / min(peaks) - 1
+    print(f"while P <= {heads[1]}: constant within {100 * spread:.2f} %; beyond, as the closed form says")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[2**i for i in range(12, 17)])
+    parser.add_argument("--rows", type=int, default=1, help="B")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=20, help="patience a number of ranks")
+    parser.add_argument("--tokens", type=int, default=8192, help="S / P of the counts")
+    parser.add_argument("--heads", type=int, nargs=2, default=[NUM_HEADS, NUM_KV_HEADS], help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=["measure", "count"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role == "measure":
+        return measure(args.seq_lens, args.rows, args.repeats)
+    if args.role == "count":
+        return count(tuple(args.heads), args.ranks, args.tokens)
+    for ranks in args.ranks:
+        show_times(ranks, args.seq_lens, args.rows, args.repeats, args.minutes)
+    for heads in ((NUM_HEADS, NUM_KV_HEADS), (1024, 64)):
+        show_counts(heads, 1024, args.tokens)
+
+
+if __name__ == "__main__":
+    main()

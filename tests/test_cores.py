@@ -1,0 +1,216 @@
+"""Core attention against plain attention with a full mask: documents, windows, soft-caps, sinks, grouped heads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from titan_ulysses.errors import UserError
+from titan_ulysses.ulysses import cores
+from titan_ulysses.ulysses.cores import blockwise, choose_core, flash, flex, sdpa
+
+DOCUMENTS = ((10, 14, 1, 5), (30,))
+
+
+def reference(q, k, v, *, documents, scale, window=None, softcap=None, sinks=None) -> Tensor:
+    """Scores of all pairs and one mask, as no core ever does it."""
+    rows, length, heads, _ = q.shape
+    k, v = (x.repeat_interleave(heads // k.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = torch.zeros(rows, length, length, dtype=torch.bool)
+    for row, lengths in enumerate(documents):
+        start = 0
+        for size in lengths:
+            distance = torch.arange(size)[:, None] - torch.arange(size)
+            inside = (distance >= 0) & (distance < (window or size))
+            seen[row, start : start + size, start : start + size] = inside
+            start += size
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :length]
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def inputs(*, with_sinks: bool, heads=(6, 2), dtype=torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(2, 30, count, 8, generator=generator, dtype=dtype).requires_grad_()
+        for name, count in (("q", heads[0]), ("k", heads[1]), ("v", heads[1]))
+    }
+    if with_sinks:
+        tensors["sinks"] = torch.randn(heads[0], generator=generator, dtype=dtype).requires_grad_()
+    return tensors
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
+@pytest.mark.parametrize(("core", "softcap"), [(sdpa, None), (blockwise, None), (blockwise, 2.0)])
+def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads):
+    monkeypatch.setattr(cores, "_QUERY_BLOCK", 7)  # several blocks of queries in 30 tokens, the last one cut
+    tensors = inputs(with_sinks=with_sinks, heads=heads)
+    options = {"window": window, "softcap": softcap}
+    options = {name: value for name, value in options.items() if value is not None}
+    found = core(**tensors, documents=DOCUMENTS, scale=0.3, **options)
+    expected = reference(**tensors, documents=DOCUMENTS, scale=0.3, **options)
+    upstream = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
+    assert (found - expected).abs().max() < 1e-13
+    gradients = zip(
+        torch.autograd.grad(found, [*tensors.values()], upstream),
+        torch.autograd.grad(expected, [*tensors.values()], upstream),
+        strict=True,
+    )
+    assert max((ours - theirs).abs().max() for ours, theirs in gradients) < 1e-12
+
+
+@pytest.mark.parametrize("core", [sdpa, blockwise])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_document_is_alone(core, window):
+    """Changing one document changes no bit of another one's output or gradients."""
+    sizes = {"documents": DOCUMENTS, "scale": 0.3} | ({"window": window} if window else {})
+
+    def run(changed: bool) -> list[Tensor]:
+        tensors = inputs(with_sinks=False)
+        if changed:
+            with torch.no_grad():
+                for tensor in tensors.values():
+                    tensor[0, 10:24] += 1  # the second document of the first row
+        output = core(**tensors, **sizes)
+        return [output, *torch.autograd.grad(output.square().sum(), [*tensors.values()])]
+
+    for before, after in zip(run(False), run(True), strict=True):
+        assert torch.equal(before[0, :10], after[0, :10])
+        assert torch.equal(before[0, 24:], after[0, 24:])
+        assert torch.equal(before[1], after[1])
+        assert not torch.equal(before[0, 10:24], after[0, 10:24])
+
+
+@pytest.mark.parametrize("core", [sdpa, blockwise])
+def test_no_square_of_the_length(core):
+    """The largest tensor grows with S * window, not with S * S."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            flat = torch.utils._pytree.tree_leaves(out)
+            self.elements = max([self.elements, *(x.numel() for x in flat if isinstance(x, Tensor))])
+            return out
+
+    length, window = 8192, 64
+    q = torch.randn(1, length, 1, 8, requires_grad=True)
+    with Largest() as largest:
+        core(q, q, q, documents=((length,),), scale=0.3, window=window).sum().backward()
+    assert largest.elements <= cores._QUERY_BLOCK * (cores._QUERY_BLOCK + window) < length * length / 16
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def block_sparse(q: Tensor, k: Tensor, v: Tensor, *, documents, scale: float, block: int = 8) -> Tensor:
+    """A user's core: a token sees its own block and the first token of its document, nothing else."""
+    rows, length = q.shape[:2]
+    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    outputs = torch.empty_like(q)
+    for row, lengths in enumerate(documents):
+        start = 0
+        for size in lengths:
+            for first in range(start, start + size, block):
+                last = min(first + block, start + size)
+                keys = [start, *range(max(first, start + 1), last)]
+                scores = torch.einsum("qhd,khd->hqk", q[row, first:last], k[row, keys]) * scale
+                hidden = torch.tensor(keys) > torch.arange(first, last)[:, None]
+                weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+                outputs[row, first:last] = torch.einsum("hqk,khd->qhd", weights, v[row, keys])
+            start += size
+    return outputs
+
+
+def choose(name: str, needs: set[str] | None = None, device_type: str = "cpu", dtype=torch.float32):
+    return choose_core(name, needs or set(), device_type=device_type, dtype=dtype)
+
+
+def test_auto_takes_the_fastest_that_is_exact_and_says_why():
+    core, why = choose("auto")
+    assert core is sdpa and "flash needs a CUDA device" in why
+    core, why = choose("auto", {"softcap"})
+    assert core is blockwise and "sdpa cannot do softcap" in why
+    assert choose("auto", {"window", "sinks"})[0] is sdpa
+    assert choose("auto", {"sinks", "softcap"})[0] is blockwise
+    assert choose("auto", {"softcap"}, device_type="cuda")[0] in (flash, flex)
+    assert choose("auto", {"sinks"}, device_type="cuda", dtype=torch.bfloat16)[0] is sdpa
+    assert choose("flex", device_type="cuda")[0] is flex
+
+
+@pytest.mark.parametrize(
+    ("name", "needs", "device_type", "dtype", "message"),
+    [
+        ("sdpa", {"softcap"}, "cpu", torch.float32, r'model\.attention = "sdpa": cannot do softcap\. Set .*"auto"'),
+        ("flash", set(), "cpu", torch.bfloat16, "needs a CUDA device"),
+        ("flash", set(), "cuda", torch.float32, "needs bfloat16"),
+        ("flash", {"sinks"}, "cuda", torch.bfloat16, "cannot do sinks"),
+        ("flex", set(), "cpu", torch.float32, "needs a CUDA device"),
+        ("ring", set(), "cpu", torch.float32, r'model\.attention = "ring": no such core; choose auto, flash'),
+        ("nowhere:core", set(), "cpu", torch.float32, "cannot be imported"),
+        (f"{__name__}:gone", set(), "cpu", torch.float32, "cannot be imported"),
+        (f"{__name__}:block_sparse", {"window"}, "cpu", torch.float32, "cannot do window"),
+    ],
+)
+def test_a_core_that_cannot_is_refused(name, needs, device_type, dtype, message):
+    with pytest.raises(UserError, match=message):
+        choose(name, needs, device_type, dtype)
+
+
+def test_a_core_of_the_users_own():
+    core, why = choose(f"{__name__}:block_sparse")
+    assert core is sys.modules[__name__].block_sparse and __name__ in why
+    tensors = inputs(with_sinks=False)
+    found = core(**tensors, documents=DOCUMENTS, scale=0.3, block=1000)  # one block is plain attention
+    assert (found - reference(**tensors, documents=DOCUMENTS, scale=0.3)).abs().max() < 1e-13
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("core", [flash, flex, sdpa])
+def test_cuda_cores(core, window, softcap):
+    needs = {name for name, value in (("window", window), ("softcap", softcap)) if value is not None}
+    try:
+        choose_core(core.__name__, needs, device_type="cuda", dtype=torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    tensors = {k: v.detach().to("cuda", torch.bfloat16) for k, v in inputs(with_sinks=False, heads=(4, 2)).items()}
+    tensors = {k: torch.nn.functional.pad(v, (0, 8)).requires_grad_() for k, v in tensors.items()}
+    options = {"window": window, "softcap": softcap}
+    options = {name: value for name, value in options.items() if value is not None}
+    found = core(**tensors, documents=DOCUMENTS, scale=0.3, **options)
+    exact = {k: v.detach().double().cpu().requires_grad_() for k, v in tensors.items()}
+    expected = reference(**exact, documents=DOCUMENTS, scale=0.3, **options)
+    assert (found.double().cpu() - expected).abs().max() < 0.03
+    gradients = zip(
+        torch.autograd.grad(found.float().square().sum(), [*tensors.values()]),
+        torch.autograd.grad(expected.square().sum(), [*exact.values()]),
+        strict=True,
+    )
+    assert all((ours.double().cpu() - theirs).abs().max() < 0.1 for ours, theirs in gradients)
+
+
+def test_the_block_sparse_example(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts" / "examples"))
+    core, _ = choose("block_sparse:block_sparse")
+    tensors = inputs(with_sinks=False)
+    found = core(**tensors, documents=DOCUMENTS, scale=0.3)  # documents are shorter than a block: plain attention
+    assert (found - reference(**tensors, documents=DOCUMENTS, scale=0.3)).abs().max() < 1e-13
+    monkeypatch.setattr(sys.modules["block_sparse"], "BLOCK", 8)
+    sparse = core(**tensors, documents=DOCUMENTS, scale=0.3)
+    assert (sparse[1, :16] - found[1, :16]).abs().max() < 1e-13  # two blocks: all is seen
+    assert (sparse[1, 24:] - found[1, 24:]).abs().min() > 0

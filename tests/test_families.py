@@ -1,0 +1,301 @@
+"""Each family of transformers models that is said to train, against unmodified transformers in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import combinations, product
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from models import (
+    Record,
+    Row,
+    kept_in_fp64,
+    largest_difference,
+    make_rows,
+    mesh_of,
+    train_plain,
+    train_sharded,
+)
+from ranks import run_on_ranks
+from titan_ulysses.errors import UserError
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs
+from titan_ulysses.parallelize import parallelize
+from titan_ulysses.ulysses.cores import choose_core
+
+# Few parameters: AdamW divides a gradient by its own size, so that rounding shows where one is almost 0, and among ten
+# times as many there is one ten times nearer to it.
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"sliding_window": 5}
+ALTERNATING = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# What makes each family itself. No attention bias in glm4, whose RoPE turns only half of a head: the bias of the keys'
+# other half adds the same to all scores of a query, its gradient cancels, and AdamW divides rounding by rounding. The
+# key biases of qwen2 and gpt_oss are turned as a whole, and have gradients.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": WINDOW,
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {
+        **WINDOW,
+        "query_pre_attn_scalar": 4,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {**ALTERNATING, "query_pre_attn_scalar": 4},
+    "phi3": WINDOW,
+    "olmo2": {},
+    "granite": {
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "glm4": {"attention_bias": False},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "gpt_oss": {**ALTERNATING, **EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "llama4_text": {
+        **EXPERTS,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 7,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "interleave_moe_layer_step": 1,
+        "intermediate_size_mlp": 32,
+        "attn_temperature_tuning": True,
+        "floor_scale": 4,
+        "attn_scale": 0.5,
+    },
+}
+
+# Where unmodified code leaves fp64, so that parity with it as it is holds to 1e-6. With those steps kept in fp64, on
+# both sides, it holds to 1e-12 for every family.
+NORMS = "RMSNorm normalizes in fp32"
+GEMMA_NORMS = "RMSNorm normalizes and scales in fp32, so the gradients of its weights are sums in fp32"
+FALLS_TO_FP32 = {
+    "llama": NORMS,
+    "mistral": NORMS,
+    "qwen2": NORMS,
+    "qwen3": NORMS,
+    "gemma2": f"{GEMMA_NORMS}; eager attention, which is what it chooses, takes its softmax in fp32",
+    "gemma3_text": GEMMA_NORMS,
+    "phi3": NORMS,
+    "olmo2": NORMS,
+    "granite": NORMS,
+    "smollm3": NORMS,
+    "glm4": NORMS,
+    "qwen3_moe": f"{NORMS}; the router takes its softmax in fp32",
+    "gpt_oss": NORMS,
+    "llama4_text": f"{NORMS}, RoPE turns in fp32, the router takes its sigmoid in fp32",
+}
+# Here fp32 steps round differently on the two sides, by up to 1e-6 in any gradient: gemma's as above, llama4's because
+# Ulysses multiplies queries by a ratio of temperatures. AdamW's first step is the gradient divided by its own size,
+# however small: what follows it is compared by loss only, and in full with those steps kept in fp64.
+AMPLIFIED_BY_ADAMW = {"gemma2", "gemma3_text", "llama4_text"}
+
+STEPS = 3
+LENGTHS = {  # two rows of 24 tokens, cut at the borders of ranks, next to them and across them
+    "whole": [(24,), (24,)],
+    "packed": [(10, 13, 1), (6, 6, 12)],
+}
+CORES = ("sdpa", "blockwise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model_of(family: str) -> dict[str, Any]:
+    return {**SMALL, "model_type": family, **FAMILIES[family]}
+
+
+def runs(family: str, core: str) -> bool:
+    try:
+        needs = attention_needs(hf.load_model_config("", model_of(family)))
+        choose_core(core, needs, device_type="cpu", dtype=torch.float64)
+    except UserError:
+        return False
+    return True
+
+
+def steps_of(lengths: str) -> list[list[list[Row]]]:
+    return [[make_rows(LENGTHS[lengths], masked="none", vocab_size=61, seed=seed)] for seed in range(STEPS)]
+
+
+@lru_cache
+def plain(family: str, lengths: str, keep_fp64: bool) -> Record:
+    arguments = model_of(family), steps_of(lengths), torch.float64
+    return kept_in_fp64(train_plain, *arguments) if keep_fp64 else train_plain(*arguments)
+
+
+def sharded(family: str, degree: int, lengths: str, core: str, keep_fp64: bool) -> Record:
+    call = (kept_in_fp64, train_sharded) if keep_fp64 else (train_sharded,)
+    arguments = (1, 1, degree), model_of(family), steps_of(lengths), torch.float64
+    return run_on_ranks(degree, *call, *arguments, attention=core, checkpoint=not keep_fp64)[0]
+
+
+def check_in_fp64(family: str, degree: int, lengths: str, core: str) -> None:
+    worst = largest_difference(sharded(family, degree, lengths, core, True), plain(family, lengths, True))
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
+
+
+def check_as_it_is(family: str, degree: int, lengths: str, core: str) -> None:
+    found, expected = sharded(family, degree, lengths, core, False), plain(family, lengths, False)
+    if family in AMPLIFIED_BY_ADAMW:
+        found, expected = (Record(r.losses, r.grad_norms[:1], r.gradients[:1]) for r in (found, expected))
+    worst = largest_difference(found, expected)
+    assert max(worst.values()) < 1e-6, {k: v for k, v in worst.items() if v >= 1e-6}
+
+
+Case = tuple[str, int, str, str]
+EVERY_CASE: list[Case] = [
+    case for case in product(FAMILIES, (1, 2, 3, 4), LENGTHS, CORES) if case[3] == "blockwise" or runs(case[0], "sdpa")
+]
+
+
+PAIRWISE: list[Case] = [  # every family on every degree, with the other two taking turns
+    (family, degree, list(LENGTHS)[turn % 2], core if runs(family, core) else "blockwise")
+    for index, family in enumerate(FAMILIES)
+    for degree in (1, 2, 3, 4)
+    for turn in [index + degree]
+    for core in [CORES[turn // 2 % 2]]
+]
+
+
+def name_of(case: Case) -> str:
+    return "{}-sp{}-{}-{}".format(*case)
+
+
+def test_the_cases_cover_every_pair() -> None:
+    def pairs(cases: list[Case]) -> set:
+        return {(i, case[i], j, case[j]) for case in cases for i, j in combinations(range(4), 2)}
+
+    assert pairs(PAIRWISE) == pairs(EVERY_CASE)
+    assert FAMILIES.keys() == FALLS_TO_FP32.keys() <= CHECKED_FAMILIES
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=name_of)
+def test_families_in_fp64(case: Case) -> None:
+    check_in_fp64(*case)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_as_they_are(family: str) -> None:
+    check_as_it_is(family, 2, "packed", "auto")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [check_in_fp64, check_as_it_is], ids=["fp64", "as it is"])
+@pytest.mark.parametrize("case", EVERY_CASE, ids=name_of)
+def test_families_in_full(case: Case, check) -> None:
+    check(*case)
+
+
+# --- bf16 -------------------------------------------------------------------------------------------------------------
+
+
+Outcome = tuple[torch.Tensor, torch.Tensor]
+"""The loss of each label, and all gradients of their mean as one vector."""
+
+
+def _inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and labels [2, 128]: two rows of one document each, so that plain transformers needs but one forward."""
+    return torch.randint(61, (2, 2, 128), generator=torch.Generator().manual_seed(seed)).unbind()
+
+
+def _random_model(family: str, seed: int, dtype: torch.dtype, experts: str) -> PreTrainedModel:
+    """The same numbers in every dtype: those that bf16 has."""
+    table = {**model_of(family), "hidden_size": 96, "head_dim": 16, "initializer_range": 0.05}
+    config = hf.load_model_config("", table)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation=experts)
+    hf.initialize(model, seed=seed)
+    return model.to(dtype)
+
+
+def _flat(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).double().flatten() for g in gradients])
+
+
+def plain_outcome(family: str, seed: int, dtype: torch.dtype) -> Outcome:
+    model, (ids, labels) = _random_model(family, seed, dtype, hf.experts_path(dtype)), _inputs(seed)
+    logits = model(input_ids=ids, use_cache=False).logits.to(torch.promote_types(dtype, torch.float32))
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    losses.mean().backward()
+    return losses.detach().double(), _flat(p.grad for p in model.parameters())
+
+
+def sharded_outcome(family: str, seed: int) -> Outcome:
+    """As the trainer does: fp32 parameters, computed with in bf16, gradients summed over the ranks in fp32."""
+    mesh, (ids, labels) = mesh_of(1, 1, 2), _inputs(seed)
+    model = _random_model(family, seed, torch.float32, hf.experts_path(torch.bfloat16))
+    parallelize(model, mesh, param_dtype=torch.bfloat16)
+    here = slice(64 * mesh.sp.get_local_rank(), 64 * (mesh.sp.get_local_rank() + 1))
+    batch = {
+        "input_ids": ids[:, here],
+        "labels": labels[:, here],
+        "position_ids": torch.arange(128).expand(2, -1)[:, here],
+        "documents": ((128,), (128,)),
+        "num_items_in_batch": torch.tensor(labels.numel()),
+    }
+    model(**batch).loss.backward()
+    gradients = _flat(p.grad for p in model.parameters())
+    with torch.no_grad():
+        return model(**batch, reduction="none").loss.double(), gradients
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_bf16_loses_no_more_than_transformers_does(family: str) -> None:
+    """Norms of the errors against fp64 of all labels' losses (in their mean errors cancel by luck) and of gradients."""
+    ratios = bf16_ratios(family)
+    assert all(ratio <= 1.1 for ratio in ratios), ratios
+
+
+def bf16_ratios(family: str) -> list[float]:
+    """Of the losses and of the gradients: median of five sharded errors, as a share of plain transformers' own."""
+    errors: dict[str, list[tuple[float, ...]]] = {"plain": [], "sharded": []}
+    for seed in range(5):
+        exact = plain_outcome(family, seed, torch.float64)
+        ranks = run_on_ranks(2, sharded_outcome, family, seed)
+        outcomes = {
+            "plain": plain_outcome(family, seed, torch.bfloat16),
+            "sharded": (torch.cat([losses for losses, _ in ranks], dim=1), ranks[0][1]),
+        }
+        for who, outcome in outcomes.items():
+            errors[who].append(tuple((a - b).norm().item() for a, b in zip(outcome, exact, strict=True)))
+    plain, sharded = (list(map(median, zip(*errors[who], strict=True))) for who in ("plain", "sharded"))
+    assert all(error > 0 for error in plain)
+    return [ours / theirs for ours, theirs in zip(sharded, plain, strict=True)]

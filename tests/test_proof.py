@@ -1,0 +1,190 @@
+"""Families that nobody has checked: a tiny model trains sharded as it does whole, or the family is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
+
+from models import mesh_of
+from ranks import run_on_ranks
+from titan_ulysses.errors import UserError
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
+from titan_ulysses.model.proof import shrink
+from titan_ulysses.parallelize import parallelize
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+
+
+class _ShiftingMLP(LlamaMLP):
+    """A causal convolution of two taps: it mixes neighbours whose document or rank may be another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 0.1 * F.pad(x, (0, 0, 1, -1)))
+
+
+class _CountingAttention(LlamaAttention):
+    """Weighs tokens by their place in what it is given, which is no place in a document."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        steps = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        return super().forward(hidden_states * (1 + 0.1 * steps[:, None]), *args, **kwargs)
+
+
+class _CountingRoPE(LlamaRotaryEmbedding):
+    """Counts positions itself, from 0 in what it is given."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
+        return super().forward(x, torch.arange(x.shape[1], device=x.device)[None])
+
+
+class _DeafAttention(nn.Module):
+    """Attends to what it is given by itself: it does not call the function that its config names."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.values = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, None]:
+        x = hidden_states[:, None]
+        return F.scaled_dot_product_attention(x, x, self.values(x), is_causal=True)[:, 0], None
+
+
+def _raise_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("no memory left on rank 1")
+
+
+class BrokenConfig(LlamaConfig):
+    model_type = "broken_llama"
+    how: str = "nowhere"
+
+
+class BrokenForCausalLM(LlamaForCausalLM):
+    config_class = BrokenConfig
+
+    def __init__(self, config: BrokenConfig) -> None:
+        super().__init__(config)
+        if config.how == "one rank" and not self.lm_head.weight.is_meta:
+            _raise_on_rank_1()
+        if config.how == "RoPE":
+            self.model.rotary_emb = _CountingRoPE(config)
+        if config.how == "logits":
+            self.lm_head.register_forward_hook(lambda head, inputs, logits: 1.1 * logits)
+        for index, layer in enumerate(self.model.layers):
+            if config.how == "convolution":
+                layer.mlp = _ShiftingMLP(config)
+            if config.how == "positions":
+                layer.self_attn = _CountingAttention(config, index)
+            if config.how == "own attention":
+                layer.self_attn = _DeafAttention(config)
+
+
+def _parallelize(table: dict[str, Any], degrees: tuple[int, int, int]) -> str | None:
+    """What parallelize says about a model of this config, which it should leave alone; None where it takes it."""
+    if table["model_type"] == "broken_llama":
+        AutoConfig.register("broken_llama", BrokenConfig, exist_ok=True)
+        AutoModelForCausalLM.register(BrokenConfig, BrokenForCausalLM, exist_ok=True)
+    config = hf.load_model_config("", table)
+    model = hf.build_on_meta(config, torch.float32)
+    random = torch.get_rng_state()
+    try:
+        parallelize(model, mesh_of(*degrees), param_dtype=torch.float32)
+    except UserError as error:
+        return str(error)
+    assert torch.equal(random, torch.get_rng_state()), "the proof drew from the run's random numbers"
+    return None
+
+
+def verdict(table: dict[str, Any], degrees: tuple[int, int, int]) -> str | None:
+    """The same on every rank."""
+    world_size = degrees[0] * degrees[1] * degrees[2]
+    verdicts = run_on_ranks(world_size, _parallelize, {**SMALL, **table}, degrees)
+    assert len(set(verdicts)) == 1, verdicts
+    return verdicts[0]
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 1, 3)], ids=["one", "sp2", "rep2", "sp3"])
+@pytest.mark.parametrize("family", ["cohere", "gpt_neox", "mixtral"])
+def test_families_that_prove_themselves(family: str, degrees: tuple[int, int, int]) -> None:
+    assert family not in CHECKED_FAMILIES
+    assert verdict({"model_type": family}, degrees) is None
+
+
+@pytest.mark.parametrize("degrees", [(1, 1, 1), (1, 1, 2)], ids=["one", "sp2"])
+@pytest.mark.parametrize("how", ["convolution", "positions", "RoPE", "logits", "own attention"])
+def test_a_broken_family_is_refused(how: str, degrees: tuple[int, int, int]) -> None:
+    message = verdict({"model_type": "broken_llama", "how": how}, degrees)
+    if how == "RoPE" and degrees == (1, 1, 1):
+        assert message is None  # RoPE sees only distances, which on one rank are right wherever it begins to count
+        return
+    assert message is not None and message.startswith('model: "broken_llama" is not a family')
+    assert "could not prove that it does: the loss is off by" in message
+
+
+def test_the_broken_family_is_right_where_nothing_breaks_it() -> None:
+    assert verdict({"model_type": "broken_llama"}, (1, 1, 2)) is None
+
+
+def test_a_rank_that_fails_alone_stops_all() -> None:
+    message = verdict({"model_type": "broken_llama", "how": "one rank"}, (1, 1, 2))
+    assert message is not None and "no memory left on rank 1" in message
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ({"model_type": "stablelm"}, "its model does not hand keywords down"),
+        ({"model_type": "gptj", "rotary_dim": 4}, "the loss is off by"),  # it attends by itself
+        ({"model_type": "biogpt"}, "has no list of decoder layers"),
+        ({"model_type": "youtu"}, "must match"),  # keys longer than values
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_real_families_that_cannot_prove_themselves(table: dict[str, Any], reason: str) -> None:
+    message = verdict(table, (1, 1, 2))
+    assert message is not None and f'"{table["model_type"]}"' in message and reason in message, message
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        ({"model_type": "mamba"}, "layers of type linear_attention, which carry state along the sequence"),
+        ({"model_type": "qwen3_next"}, "layers of type linear_attention, which carry state along the sequence"),
+        ({"model_type": "lfm2", "full_attn_idxs": [1]}, "layers of type conv, which carry state along the sequence"),
+        ({"model_type": "gemma3"}, "multi-modal"),
+        ({"model_type": "llama4"}, "multi-modal"),
+        ({"model_type": "phi4_multimodal"}, "multi-modal"),
+        ({"model_type": "qwen3_moe", "output_router_logits": True}, "router losses (output_router_logits)"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_families_that_are_refused_by_name(table: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_family(hf.load_model_config("", table))
+    assert f'model: "{table["model_type"]}" ' in str(caught.value) and reason in str(caught.value)
+
+
+def test_shrink_shows_every_kind_of_layer() -> None:
+    types = ["full_attention", "full_attention", "sliding_attention", "full_attention"] * 8
+    config = AutoConfig.for_model("cohere2", num_hidden_layers=32, layer_types=types, num_key_value_heads=8)
+    before = config.to_dict()
+    tiny = shrink(config)
+    assert tiny.layer_types == ["full_attention", "sliding_attention"] and tiny.num_hidden_layers == 2
+    assert (tiny.num_attention_heads, tiny.num_key_value_heads, tiny.sliding_window) == (4, 2, 8)
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny).parameters()) < 100_000
+    assert config.to_dict() == before

@@ -1,0 +1,61 @@
+"""How much goes over the wire: the number and the bytes of collectives, counted from the real calls."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What a call is called in the two namespaces in which collectives reach the dispatcher.
+_KINDS = {
+    "_allgather_base_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "allgather_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "alltoall_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "broadcast_": "broadcast",
+    "broadcast": "broadcast",
+}
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collectives that are called under it, forward and backward, FSDP's and the exchange's alike.
+
+    `counts[kind]` is (calls, bytes); the bytes are those that this rank hands in, its own part included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # DTensor first: what it calls comes here again, as plain tensors
+        if func.namespace in ("c10d", "_c10d_functional"):
+            kind = _KINDS.get(func._opname)
+            if kind is not None:
+                calls, size = self.counts[kind]
+                self.counts[kind] = (calls + 1, size + _handed_in(func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def _handed_in(func, args: tuple) -> int:
+    """Bytes of the input tensors: the argument that is called so, since some calls name their output first."""
+    names = [argument.name for argument in func._schema.arguments]
+    name = next(n for n in ("input_tensors", "input_tensor", "input", "inputs", "tensors", "self") if n in names)
+    given = args[names.index(name)]
+    flat = torch.utils._pytree.tree_leaves(given)
+    return sum(t.numel() * t.element_size() for t in flat if isinstance(t, torch.Tensor))
