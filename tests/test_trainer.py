@@ -185,6 +185,19 @@ def test_flops_of_a_tiny_llama_counted_by_hand(tied: bool) -> None:
     assert attention_flops(config, documents) == layers * heads * sum(3 * 2 * L**2 * size for L in (10, 4, 6))
 
 
+def test_flops_of_experts_are_of_those_that_a_token_meets() -> None:
+    table = {k: v for k, v in LLAMA.items() if k != "intermediate_size"} | {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "tie_word_embeddings": True,
+    }
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    experts = LLAMA["num_hidden_layers"] * 4 * 3 * 16 * LLAMA["hidden_size"]
+    assert flops_per_token(model) == 6 * (sum(p.numel() for p in model.parameters()) - experts // 2)
+
+
 def test_attention_flops_without_a_head_dim() -> None:
     config = SimpleNamespace(num_hidden_layers=1, num_attention_heads=4, hidden_size=32)
     assert attention_flops(config, ((3,),)) == 6 * 4 * 8 * 9

@@ -33,10 +33,17 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_per_token(model: nn.Module) -> int:
     """FLOPs of forward and backward a token without attention's scores: 6 a weight that multiplies.
 
-    Embeddings are looked up, not multiplied; a head tied to them is multiplied. Recomputation is not counted (MFU).
+    Embeddings are looked up, not multiplied; a head tied to them is multiplied. Of a layer's experts a token meets
+    `num_experts_per_tok`. Recomputation is not counted (MFU).
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    multiplied = sum(p.numel() for p in model.parameters() if p is not embedding or p is head)
+    config = model.config
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    met = min(getattr(config, "num_experts_per_tok", None) or 1, experts)
+    multiplied = 0
+    for name, parameter in model.named_parameters():
+        if parameter is not embedding or parameter is head:
+            multiplied += parameter.numel() * met // experts if ".experts." in name else parameter.numel()
     return 6 * multiplied
 
 

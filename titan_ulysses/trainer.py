@@ -228,6 +228,7 @@ class Trainer:
     def _log(self, logger: MetricsLogger | None, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
+        loss, grad_norm = loss.item(), grad_norm.item()  # before the clock is read: the device finishes the step
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         peak = torch.tensor(peak_memory_gib(device))
@@ -238,14 +239,14 @@ class Trainer:
         flops = tokens * flops_per_token(self.model) + attention.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise UserError(
-                f"The loss is {loss.item()} and the gradient norm {grad_norm.item()} at step {self.step}. "
+                f"The loss is {loss} and the gradient norm {grad_norm} at step {self.step}. "
                 f"Lower optimizer.lr = {self.config.optimizer.lr}, lengthen lr_scheduler.warmup_steps, "
                 "or look at the data of this step."
             )
         if logger:
             values = {
-                "loss": loss.item(),
-                "grad_norm": grad_norm.item(),
+                "loss": loss,
+                "grad_norm": grad_norm,
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
                 "tokens_per_second": tokens / seconds,
