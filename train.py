@@ -14,13 +14,9 @@ def main(argv: list[str]) -> None:
     if command.print_config:
         print(dump_toml(config), end="")
         return
-    from torch.distributed import barrier, destroy_process_group  # torch: only now, so that --help is quick
-
-    from titan_ulysses.trainer import Trainer
+    from titan_ulysses.trainer import Trainer  # torch and transformers: only now, so that --help is quick
 
     Trainer(config).train()
-    barrier()  # a rank that goes first may abort one whose threads still listen to it
-    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A rank has then said what is wrong; forty lines about the launcher below would h
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -39,4 +40,7 @@ def _exit_code(codes: dict[int, int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # in the interpreter's own end, threads of torchrun's store may abort the launcher

@@ -227,7 +227,8 @@ def test_skipped_tests_are_named_by_reason(tmp_path: Path) -> None:
         "@pytest.mark.gpu\ndef test_on_gpu(): pass\n"
         "@pytest.mark.slow\n@pytest.mark.parametrize('n', [1, 2])\ndef test_long(n): pass\n"
     )
-    code = f"import pytest, sys; sys.exit(pytest.main(['-p', 'conftest', '-W', 'error', {str(tmp_path)!r}] + %r))"
+    options = ["-p", "conftest", "-W", "error", "--rootdir", str(tmp_path), str(tmp_path)]
+    code = f"import pytest, sys; sys.exit(pytest.main({options!r} + %r))"
     without, with_slow = run_python(code % []), run_python(code % ["--slow"])
     assert without.returncode == with_slow.returncode == 0, without.stdout + with_slow.stdout
     assert "1 skipped: needs a CUDA device\n  test_sample.py::test_on_gpu\n" in without.stdout

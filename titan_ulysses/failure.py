@@ -6,7 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from titan_ulysses.errors import UserError
 
@@ -25,6 +26,7 @@ def told_once() -> Iterator[None]:
     """
     try:
         yield
+        _leave_together()
     except UserError as error:
         _end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:  # before the first step or after the last; between them the trainer saves and stops
@@ -51,13 +53,30 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def _end(message: str, code: int) -> None:
-    """Print message unless another rank has told its own, and end at once: a collective must not hold the exit up."""
-    if _is_first_to_tell():
-        print(message.rstrip(), file=sys.stderr)
+def _leave_together() -> None:
+    """End a rank that has done its work, when all have: without the interpreter's own end, in which threads of a
+    process group may abort a rank whose peer has gone first."""
+    if "torch" not in sys.modules:
+        return  # --help and --print-config
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        with suppress(Exception):  # a rank that is told that its peer has gone already is late, nothing worse
+            dist.barrier()
+        _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Print message unless another rank has told its own, and end at once: a collective must not hold the exit up."""
+    if _is_first_to_tell():
+        print(message.rstrip(), file=sys.stderr)
+    _exit(code)
 
 
 def _is_first_to_tell() -> bool:
