@@ -4,7 +4,7 @@
 #   bash scripts/train.sh configs/X.toml --training.steps 100        any config, any setting
 #   NPROC=8 bash scripts/train.sh configs/X.toml                     eight ranks (default: 2, or one a GPU)
 set -euo pipefail
-source "$(dirname "$0")/env.sh"
+source "$(dirname "$0")/env.sh" "" # without an argument it would see those of this script
 
 CONFIG=configs/quickstart.toml
 if [[ $# -gt 0 && $1 != --* ]]; then
