@@ -22,9 +22,8 @@ class HeadPlan:
     one with the fewest KV heads received, sum of len(key_value[p]).
 
     With more ranks than query heads, ranks from Hq on have no heads: they join the exchange and compute no attention.
-    A head's queries are not split among ranks instead. At best that would halve attention on 2 ranks a head; equal
-    parts take 0.73 of the time, because the last queries see all keys (S = 8,192, head size 64, forward and backward),
-    and every core would have to take queries that are not the whole sequence.
+    A head's queries are not split among ranks instead: causal attention makes equal parts unequal work, and every core,
+    a user's own too, would have to take queries that are not the whole sequence.
     """
 
     query: tuple[range, ...]
