@@ -51,6 +51,7 @@ def _core_name(name: str) -> str:
 CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
+Tile = Annotated[int, Field(ge=-1)]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived)]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
@@ -124,11 +125,21 @@ class Parallelism(Section):
 
 class ActivationCheckpoint(Section):
     mode: Literal["none", "full"] = Field("full", description="full: keep block inputs only, recompute in backward.")
+    every: int = Field(1, ge=1, description="Blocks a checkpoint: of so many only the first one's input is kept.")
+    offload: Literal["none", "host", "disk"] = Field(
+        "none", description="Where these inputs wait for backward: on the device, in host memory, or in files."
+    )
+    offload_folder: PathText = Field("", description='Folder for offload = "disk"; empty: the system\'s temporary one.')
 
 
 class Memory(Section):
-    loss_tile_tokens: int = Field(
-        0, ge=0, description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits."
+    loss_tile_tokens: Tile = Field(
+        0, description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits; -1: all at once."
+    )
+    mlp_tile_tokens: Tile = Field(
+        0,
+        description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, where blocks are "
+        "checkpoints, and else -1: not tiled.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -17,13 +18,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure
-from titan_ulysses.memory.checkpointing import checkpoint_block
+from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
+from titan_ulysses.memory.offload import Offload, Store, open_store
+from titan_ulysses.memory.tiling import tile_mlp, tile_norm
 from titan_ulysses.mesh import Mesh
-from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of
+from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of, mlp_layout
 from titan_ulysses.model.proof import prove
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core, Documents, choose_core
+
+
+_SMALLEST_TILE = 1024
+"""Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
 
 
 def parallelize(
@@ -32,17 +39,22 @@ def parallelize(
     *,
     attention: str | Core = "auto",
     loss_tile_tokens: int = 0,
-    checkpoint: bool = True,
+    mlp_tile_tokens: int = 0,
+    checkpoint_every: int = 1,
+    offload: Offload = "none",
+    offload_folder: str | None = None,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Wrap model, on meta or not, in place: Ulysses attention, loss head, activation checkpointing, FSDP2.
+    """Wrap model, on meta or not, in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
     Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
     ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
     default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
-    attention is a core, or the name of one (see `choose_core`). Collective. UserError for a model or a core that would
-    train wrongly.
+    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens; 0 chooses (see `LossHead`
+    and `tile_blocks`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept
+    for backward: on the device, or as offload says in host memory, or on disk in offload_folder. Collective. UserError
+    for a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
     reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
@@ -52,8 +64,14 @@ def parallelize(
     if isinstance(attention, str):
         needs, device_type = attention_needs(model.config), mesh.device.type
         attention, _ = choose_core(attention, needs, device_type=device_type, dtype=param_dtype)
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    options = {"loss_tile_tokens": loss_tile_tokens, "checkpoint": checkpoint}
+    # Nothing is cast: activations have the dtype that parameters give them, also where a checkpoint computes again.
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    options = {
+        "loss_tile_tokens": loss_tile_tokens,
+        "mlp_tile_tokens": mlp_tile_tokens,
+        "checkpoint_every": checkpoint_every,
+        "store": open_store(offload, offload_folder, mesh.device),
+    }
     if model.config.model_type not in CHECKED_FAMILIES:
         prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **options))
     return wrap(model, mesh, attention, policy, **options)
@@ -66,21 +84,22 @@ def wrap(
     mp_policy: MixedPrecisionPolicy,
     *,
     loss_tile_tokens: int,
-    checkpoint: bool,
+    mlp_tile_tokens: int,
+    checkpoint_every: int,
+    store: Store | None,
 ) -> PreTrainedModel:
     """What `parallelize` does to a model once nothing speaks against it."""
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, mesh, core)
-    head = head_of(model.config)
-    model.set_output_embeddings(
-        LossHead(
-            model.get_output_embeddings(), tile_tokens=loss_tile_tokens, scale=head.scale, softcap=head.softcap
-        )
-    )
-    if checkpoint:
-        for index, block in enumerate(blocks):
-            blocks[index] = checkpoint_block(block)
-    shard_parameters(model, blocks, mesh, mp_policy)
+    if mlp_tile_tokens == 0 and not checkpoint_every:
+        mlp_tile_tokens = -1  # without checkpoints the tiles would be the only recomputation, and cost time
+    if mlp_tile_tokens != -1:
+        tile_blocks(model, decoder, blocks, mlp_tile_tokens or max(_SMALLEST_TILE, model.config.hidden_size))
+    use_loss_head(model, loss_tile_tokens)
+    shard_blocks(model, blocks, mesh, mp_policy)
+    if checkpoint_every:
+        checkpoint_blocks(blocks, every=checkpoint_every, store=store)
+    shard_root(model, mesh, mp_policy)
     return model
 
 
@@ -218,17 +237,51 @@ class _SumOverRanks(torch.autograd.Function):
         return upstream, None
 
 
-def shard_parameters(
-    model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy
-) -> None:
-    """FSDP2 over dp_shard x sp, replicated over dp_replicate; gradients are summed over the mesh, never averaged."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+def tile_blocks(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, tile_tokens: int) -> None:
+    """Tile what works on each token by itself: the MLP of each block with the norms around it, and all other norms."""
+    for block in blocks:
+        layout = mlp_layout(block)
+        if layout is None:
+            warnings.warn(
+                f'model: no MLP was found in {type(block).__name__} of "{model.config.model_type}" (its parts: '
+                f"{', '.join(dict(block.named_children()))}): it is not tiled, and takes memory for all tokens at once.",
+                stacklevel=2,
+            )
+        else:
+            tile_mlp(layout.mlp, layout.before, layout.after, tile_tokens=tile_tokens)
+        taken = () if layout is None else (layout.before, layout.after)
+        for norm in _norms(block):
+            if norm not in taken:
+                tile_norm(norm, tile_tokens=tile_tokens)
+    for norm in _norms(decoder):
+        tile_norm(norm, tile_tokens=tile_tokens)
+
+
+def _norms(module: nn.Module) -> Iterator[nn.Module]:
+    """Its own norms over the hidden state."""
+    return (child for child in module.children() if "norm" in type(child).__name__.lower())
+
+
+def use_loss_head(model: PreTrainedModel, tile_tokens: int) -> None:
+    """Let `lm_head` compute the loss, with what the family does to its logits."""
+    shape, linear = head_of(model.config), model.get_output_embeddings()
+    head = LossHead(linear, tile_tokens=tile_tokens, scale=shape.scale, softcap=shape.softcap)
+    model.set_output_embeddings(head)
+
+
+def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+    """FSDP2 over dp_shard x sp, replicated over dp_replicate, of each block, the embedding and the head."""
     for block in blocks:
         fully_shard(block, mesh=mesh.fsdp, mp_policy=mp_policy)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
         fully_shard(embedding, mesh=mesh.fsdp, mp_policy=mp_policy)
         # Its backward follows its forward at once: resharding between the two would gather twice.
         fully_shard(head, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+
+
+def shard_root(model: PreTrainedModel, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+    """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
     # Tied embedding and head stay in the root's group: FSDP refuses a parameter that two groups hold.
     fully_shard(model, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
     for module in model.modules():

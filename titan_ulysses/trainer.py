@@ -91,7 +91,7 @@ class Trainer:
 
     def _build_model(self, model_config):
         """Meta device -> wrapped and sharded -> memory for this rank's shards. Values come later."""
-        config = self.config
+        config, checkpoint = self.config, self.config.activation_checkpoint
         compute = getattr(torch, config.training.param_dtype)
         model = hf.build_on_meta(model_config, dtype=torch.promote_types(compute, torch.float32))  # master weights
         parallelize(
@@ -99,7 +99,10 @@ class Trainer:
             self.mesh,
             attention=self.core,
             loss_tile_tokens=config.memory.loss_tile_tokens,
-            checkpoint=config.activation_checkpoint.mode == "full",
+            mlp_tile_tokens=config.memory.mlp_tile_tokens,
+            checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
+            offload=checkpoint.offload,
+            offload_folder=checkpoint.offload_folder,
             param_dtype=compute,
             reduce_dtype=getattr(torch, config.training.reduce_dtype),
         )

@@ -24,8 +24,8 @@ class LossHead(nn.Linear):
     """An `lm_head` (same weight, same bias, same names) whose forward takes labels and returns the loss.
 
     Being the module that owns the weight, it is what FSDP shards: one all-gather and one reduce-scatter serve all
-    tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32 logits. Families that scale or cap their
-    logits do so here: softcap * tanh(scale * logits / softcap).
+    tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32 logits, -1 takes all at once. Families that
+    scale or cap their logits do so here: softcap * tanh(scale * logits / softcap).
     """
 
     def __init__(self, linear: nn.Linear, *, tile_tokens: int = 0, scale: float = 1.0, softcap: float | None = None):
@@ -51,7 +51,8 @@ class LossHead(nn.Linear):
         """
         if labels is None:
             return _shape_scores(super().forward(hidden), self.scale, self.softcap)
-        options = (self.tile_tokens, self.scale, self.softcap)
+        tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
+        options = (tile_tokens, self.scale, self.softcap)
         if reduction == "none":
             assert not torch.is_grad_enabled(), "cross-entropies of single tokens are for scoring: no gradient"
             each = _each_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options)
