@@ -28,7 +28,6 @@ from titan_ulysses.model.proof import prove
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core, Documents, choose_core
 
-
 _SMALLEST_TILE = 1024
 """Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
 
@@ -51,10 +50,10 @@ def parallelize(
     Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
     ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
     default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
-    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens; 0 chooses (see `LossHead`
-    and `tile_blocks`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept
-    for backward: on the device, or as offload says in host memory, or on disk in offload_folder. Collective. UserError
-    for a model or a core that would train wrongly.
+    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens: 0 chooses (see `LossHead`
+    and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept for
+    backward: on the device, or as offload says in host memory, or on disk in offload_folder. Collective. UserError for
+    a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
     reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
@@ -213,9 +212,7 @@ def _forward(
     this rank's part: gradients are summed over the mesh. With reduction = "none": the cross-entropy of each label, of
     this rank [B, T]. Without labels: `.logits` of this rank's tokens.
     """
-    hidden = decoder(
-        input_ids=input_ids, position_ids=position_ids, use_cache=False, ulysses=ulysses
-    ).last_hidden_state
+    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, ulysses=ulysses).last_hidden_state
     head = model.get_output_embeddings()
     if labels is None:
         return CausalLMOutputWithPast(logits=head(hidden))
@@ -242,9 +239,10 @@ def tile_blocks(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleLis
     for block in blocks:
         layout = mlp_layout(block)
         if layout is None:
+            parts = ", ".join(dict(block.named_children()))
             warnings.warn(
-                f'model: no MLP was found in {type(block).__name__} of "{model.config.model_type}" (its parts: '
-                f"{', '.join(dict(block.named_children()))}): it is not tiled, and takes memory for all tokens at once.",
+                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} (which has {parts}). It '
+                "is not tiled, and takes memory for all tokens at once.",
                 stacklevel=2,
             )
         else:

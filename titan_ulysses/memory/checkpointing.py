@@ -4,8 +4,8 @@ A segment's input is all that lives from its forward to its backward, where the 
 non-reentrant checkpoint does that (RNG and autocast replayed, any keywords). Inputs can go to host memory or to disk
 meanwhile: see `offload.py`.
 
-FSDP is applied to the blocks inside: the blocks of a segment are gathered one at a time, in forward, in the
-recomputation and in backward, except that the last one stays gathered between the last two: 3 - 1/k times a step.
+FSDP is applied to the blocks inside. In forward they are gathered one at a time; from the recomputation to their
+backward all k stay gathered. So parameters are gathered twice a step and gradients reduced once, whatever k is.
 """
 
 from __future__ import annotations
