@@ -241,8 +241,8 @@ def tile_blocks(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleLis
         if layout is None:
             parts = ", ".join(dict(block.named_children()))
             warnings.warn(
-                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} (which has {parts}). It '
-                "is not tiled, and takes memory for all tokens at once.",
+                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} (which has {parts}). '
+                "It is not tiled, and takes memory for all tokens at once.",
                 stacklevel=2,
             )
         else:
