@@ -77,7 +77,7 @@ class _Segment:
             return self._run(hidden, calls)
 
         with self.store.keeping() if self.store else nullcontext():
-            return checkpoint(run, hidden, use_reentrant=False, context_fn=lambda: (nullcontext(), _recomputing()))
+            return checkpoint(run, hidden, use_reentrant=False, context_fn=lambda: (nullcontext(), _Recomputation()))
 
     def _run(self, hidden: Tensor, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
         last = len(calls) - 1
@@ -92,12 +92,13 @@ class _Segment:
         return hidden
 
 
-@contextmanager
-def _recomputing() -> Iterator[None]:
-    _phase.recomputing = True
-    try:
-        yield
-    finally:
+class _Recomputation:
+    """Says that a segment is being computed again. A class, because with retain_graph it is entered more than once."""
+
+    def __enter__(self) -> None:
+        _phase.recomputing = True
+
+    def __exit__(self, *_) -> None:
         _phase.recomputing = False
 
 
