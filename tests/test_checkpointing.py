@@ -126,7 +126,7 @@ def counted(every: int, layers: int, offload: str) -> tuple[dict[str, int], dict
 @pytest.mark.parametrize("offload", ["none", "host"])
 @pytest.mark.parametrize(("every", "layers"), [(0, 6), (1, 6), (2, 6), (3, 6), (4, 6), (6, 6)])
 def test_how_often_things_run(every, layers, offload):
-    """With n segments of L blocks: MLPs 3 L - n times a step (each in 3 tiles), cores 2 L, gathers 2 L, reductions L."""
+    """With n segments of L blocks: MLPs 3 L - n times a step (in 3 tiles), cores 2 L, gathers 2 L, reductions L."""
     segments = -(-layers // every) if every else 0
     calls, collectives = run_on_ranks(2, counted, every, layers, offload)[0]
     mlp_runs = 3 * layers - segments if every else 2 * layers
