@@ -244,9 +244,8 @@ def cuda_gradients(offload: str, steps: int = 3) -> tuple[list[Tensor], object]:
     checkpoint_blocks(blocks, every=2, store=store)
     scale = torch.ones((), dtype=torch.float64, device=device, requires_grad=True)
     for step in range(steps):
-        x = torch.randn(
-            2**16, 4, dtype=torch.float64, device=device, generator=torch.Generator(device).manual_seed(step)
-        )
+        generator = torch.Generator(device).manual_seed(step)
+        x = torch.randn(2**16, 4, dtype=torch.float64, device=device, generator=generator)
         found = run_blocks(blocks, x, scale)
     return found, store
 
