@@ -6,14 +6,14 @@ import pytest
 
 from titan_ulysses.memory.allocator import describe_allocator, expand_segments
 
-ON = "expandable_segments:True"
+ON, SPLIT = "expandable_segments:True", "max_split_size_mb:64"
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
         ({}, {"PYTORCH_ALLOC_CONF": ON}),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_ALLOC_CONF": f"max_split_size_mb:64,{ON}"}),
+        ({"PYTORCH_ALLOC_CONF": SPLIT}, {"PYTORCH_ALLOC_CONF": f"{SPLIT},{ON}"}),
         (
             {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
             {"PYTORCH_CUDA_ALLOC_CONF": f"max_split_size_mb:64,{ON}"},
