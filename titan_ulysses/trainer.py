@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.collectives import CollectiveCounter
@@ -33,7 +35,7 @@ from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_toke
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.ulysses.cores import choose_core
+from titan_ulysses.ulysses.cores import Core, choose_core
 
 
 class Trainer:
@@ -73,7 +75,8 @@ class Trainer:
         degrees = self.degrees
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
-        self.model = self._build_model(model_config)
+        self.model = build_model(config, model_config, self.mesh, self.core)
+        hf.allocate(self.model, self.mesh.device)
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
@@ -93,28 +96,6 @@ class Trainer:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
         )
-
-    def _build_model(self, model_config):
-        """Meta device -> wrapped and sharded -> memory for this rank's shards. Values come later."""
-        config, checkpoint = self.config, self.config.activation_checkpoint
-        compute = getattr(torch, config.training.param_dtype)
-        model = hf.build_on_meta(model_config, dtype=torch.promote_types(compute, torch.float32))  # master weights
-        parallelize(
-            model,
-            self.mesh,
-            attention=self.core,
-            loss_tile_tokens=config.memory.loss_tile_tokens,
-            mlp_tile_tokens=config.memory.mlp_tile_tokens,
-            checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
-            offload=checkpoint.offload,
-            offload_folder=checkpoint.offload_folder or None,
-            compile=config.compile.enable,
-            z_loss=config.training.z_loss,
-            param_dtype=compute,
-            reduce_dtype=getattr(torch, config.training.reduce_dtype),
-        )
-        hf.allocate(model, self.mesh.device)
-        return model.train()
 
     def _check_memory(self, model_config) -> None:
         """Raise UserError where checkpoints that leave the device find no room on this node, or nothing compiles."""
@@ -367,6 +348,32 @@ class Trainer:
     def _say(self, text: str) -> None:
         """As it is: a path broken into lines cannot be copied, and brackets in it are no markup."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def build_model(
+    config: Config, model_config: PreTrainedConfig, mesh: Mesh, core: Core, *, wrap: Callable[..., Any] = parallelize
+) -> PreTrainedModel:
+    """On the meta device, wrapped and sharded. `hf.allocate` gives it memory for this rank's shards.
+
+    wrap: what parallelizes the model, in place; the planner has one that makes no collective.
+    """
+    checkpoint, compute = config.activation_checkpoint, getattr(torch, config.training.param_dtype)
+    model = hf.build_on_meta(model_config, dtype=torch.promote_types(compute, torch.float32))  # master weights
+    wrap(
+        model,
+        mesh,
+        attention=core,
+        loss_tile_tokens=config.memory.loss_tile_tokens,
+        mlp_tile_tokens=config.memory.mlp_tile_tokens,
+        checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
+        offload=checkpoint.offload,
+        offload_folder=checkpoint.offload_folder or None,
+        compile=config.compile.enable,
+        z_loss=config.training.z_loss,
+        param_dtype=compute,
+        reduce_dtype=getattr(torch, config.training.reduce_dtype),
+    )
+    return model.train()
 
 
 def train_step(
