@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,25 @@ class Moment(NamedTuple):
     phase: str
     owner: Owner
     operation: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which the most is alive, and what that is."""
+
+    bytes: int
+    moment: Moment
+    event: int
+    alive: dict[Allocation, int]
+    """bytes of each"""
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes of each component, the largest first."""
+        totals: Counter[str] = Counter()
+        for allocation, size in self.alive.items():
+            totals[allocation.component] += size
+        return {component: size for component, size in totals.most_common() if size}
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -165,6 +185,21 @@ class MemoryTracker(TorchDispatchMode):
         if change:
             self.events.append((allocation, change))
             self.moments.append(self._moment)
+
+    def peak(self, *places: Place, first: int = 0) -> Peak:
+        """The highest sum over places, from the first-th event on."""
+        total = highest = 0
+        at = first
+        for index, (allocation, change) in enumerate(self.events):
+            if allocation.place in places:
+                total += change
+                if index >= first and total > highest:
+                    highest, at = total, index
+        alive: Counter[Allocation] = Counter()
+        for allocation, change in self.events[: at + 1]:
+            if allocation.place in places:
+                alive[allocation] += change
+        return Peak(highest, self.moments[at], at, {allocation: size for allocation, size in alive.items() if size})
 
     # --- repetition -----------------------------------------------------------------------------------------------------
 

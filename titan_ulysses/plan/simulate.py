@@ -40,8 +40,9 @@ class Simulation:
     """What one rank (the first) went through in two optimizer steps."""
 
     memory: MemoryTracker
+    first_step: int
     second_step: int
-    """The first of its events in `memory.events`; before it are the setup and a step without optimizer state."""
+    """The first of their events in `memory.events`."""
     collectives: dict[str, tuple[int, int]]
     """(calls, bytes handed in) of a step, by kind"""
     model: PreTrainedModel = field(repr=False)
@@ -87,7 +88,7 @@ def simulate(
                     train_step(model, optimizer, run, mesh, max_norm=max_norm)
                 counts.append(dict(counter.counts))
         counts = counts[1] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
-    return Simulation(tracker, starts[1], counts, model)
+    return Simulation(tracker, *starts, counts, model)
 
 
 def _one_tile(tiles: list[slice]) -> list[slice]:
