@@ -130,14 +130,31 @@ class Memory(Section):
     loss_tile_tokens: int = Field(
         0, ge=0, description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits."
     )
+    parameter_offload: bool = Field(
+        False, description="Parameters, gradients and optimizer state in host memory; the optimizer steps there."
+    )
+    optimizer_offload: bool = Field(
+        False, description="Optimizer state in host memory; it visits the device a parameter at a time."
+    )
+
+
+class Quantize(Section):
+    float8: bool = Field(
+        False, description="Linear layers of the blocks multiply in float8 (torchao); GPUs from sm_89 on."
+    )
 
 
 class Optimizer(Section):
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    name: Literal["adamw", "adamw8bit", "adamw4bit"] = Field(
+        "adamw", description="AdamW with its two moments in fp32, or quantized to 8 or 4 bits (torchao)."
+    )
     lr: float = Field(3e-4, ge=0, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    stochastic_rounding: bool = Field(
+        False, description="Store parameters in bfloat16 and round their updates stochastically: no fp32 master weights."
+    )
 
 
 class LRScheduler(Section):
@@ -175,6 +192,7 @@ class Config(Section):
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     memory: Memory = Memory()
+    quantize: Quantize = Quantize()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     checkpoint: Checkpoint = Checkpoint()
@@ -527,7 +545,8 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = degrees.sequence
     else:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
-    problems += _training_problems(config, sequence) + _model_problems(config, model_config, num_token_ids, sequence)
+    problems += _training_problems(config, sequence) + _dtype_problems(config)
+    problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
     return degrees
@@ -587,6 +606,25 @@ def _training_problems(config: Config, sequence: int) -> list[str]:
         problems.append(
             f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = {training.steps}: "
             "lower the first or raise the second"
+        )
+    return problems
+
+
+def _dtype_problems(config: Config) -> list[str]:
+    dtype, problems = config.training.param_dtype, []
+    if config.optimizer.stochastic_rounding and dtype != "bfloat16":
+        problems.append(
+            f'optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "{dtype}": '
+            "set one to false or the other to \"bfloat16\""
+        )
+    if config.optimizer.name != "adamw" and dtype == "float64":
+        problems.append(
+            f'optimizer.name = "{config.optimizer.name}" computes in fp32, but training.param_dtype = "float64": '
+            'set optimizer.name = "adamw"'
+        )
+    if config.quantize.float8 and dtype != "bfloat16":
+        problems.append(
+            f'quantize.float8 = true needs training.param_dtype = "bfloat16", which is "{dtype}": set one or the other'
         )
     return problems
 

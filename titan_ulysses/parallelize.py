@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -33,6 +34,7 @@ def parallelize(
     attention: str | Core = "auto",
     loss_tile_tokens: int = 0,
     checkpoint: bool = True,
+    parameter_offload: bool = False,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
@@ -41,6 +43,7 @@ def parallelize(
     Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
     ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
     default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
+    parameter_offload keeps shards and gradients in host memory, where the optimizer then steps.
     attention is a core, or the name of one (see `choose_core`). Collective. UserError for a model or a core that would
     train wrongly.
     """
@@ -56,7 +59,8 @@ def parallelize(
     options = {"loss_tile_tokens": loss_tile_tokens, "checkpoint": checkpoint}
     if model.config.model_type not in CHECKED_FAMILIES:
         prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **options))
-    return wrap(model, mesh, attention, policy, **options)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if parameter_offload else OffloadPolicy()
+    return wrap(model, mesh, attention, policy, offload_policy=offload, **options)
 
 
 def wrap(
@@ -67,6 +71,7 @@ def wrap(
     *,
     loss_tile_tokens: int,
     checkpoint: bool,
+    offload_policy: OffloadPolicy | None = None,
 ) -> PreTrainedModel:
     """What `parallelize` does to a model once nothing speaks against it."""
     decoder, blocks = find_blocks(model)
@@ -80,7 +85,7 @@ def wrap(
     if checkpoint:
         for index, block in enumerate(blocks):
             blocks[index] = checkpoint_block(block)
-    shard_parameters(model, blocks, mesh, mp_policy)
+    shard_parameters(model, blocks, mesh, mp_policy, offload_policy or OffloadPolicy())
     return model
 
 
@@ -219,18 +224,23 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def shard_parameters(
-    model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    mesh: Mesh,
+    mp_policy: MixedPrecisionPolicy,
+    offload_policy: OffloadPolicy,
 ) -> None:
     """FSDP2 over dp_shard x sp, replicated over dp_replicate; gradients are summed over the mesh, never averaged."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shard = partial(fully_shard, mesh=mesh.fsdp, mp_policy=mp_policy, offload_policy=offload_policy)
     for block in blocks:
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=mp_policy)
+        shard(block)
     if embedding.weight is not head.weight:
-        fully_shard(embedding, mesh=mesh.fsdp, mp_policy=mp_policy)
+        shard(embedding)
         # Its backward follows its forward at once: resharding between the two would gather twice.
-        fully_shard(head, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+        shard(head, reshard_after_forward=False)
     # Tied embedding and head stay in the root's group: FSDP refuses a parameter that two groups hold.
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+    shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo has no PREMUL_SUM.

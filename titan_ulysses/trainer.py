@@ -24,12 +24,13 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
-from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.memory.optimizer import build_optimizer, check_optimizer, check_shards, describe_state
+from titan_ulysses.memory.quantize import check_float8, use_float8
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.ulysses.cores import choose_core
 
 
@@ -49,6 +50,9 @@ class Trainer:
         self.core, self.core_reason = choose_core(
             config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
         )
+        check_optimizer(config.optimizer)
+        if config.quantize.float8:
+            check_float8(device_type)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self.degrees = check(
             config,
@@ -69,7 +73,8 @@ class Trainer:
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
         self.model = self._build_model(model_config)
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        offload = config.memory.optimizer_offload
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
@@ -93,17 +98,24 @@ class Trainer:
         """Meta device -> wrapped and sharded -> memory for this rank's shards. Values come later."""
         config = self.config
         compute = getattr(torch, config.training.param_dtype)
-        model = hf.build_on_meta(model_config, dtype=torch.promote_types(compute, torch.float32))  # master weights
+        master = compute if config.optimizer.stochastic_rounding else torch.promote_types(compute, torch.float32)
+        model = hf.build_on_meta(model_config, dtype=master)
+        self.float8_layers = 0
+        if config.quantize.float8:
+            tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
+            self.float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
         parallelize(
             model,
             self.mesh,
             attention=self.core,
             loss_tile_tokens=config.memory.loss_tile_tokens,
             checkpoint=config.activation_checkpoint.mode == "full",
+            parameter_offload=config.memory.parameter_offload,
             param_dtype=compute,
             reduce_dtype=getattr(torch, config.training.reduce_dtype),
         )
-        hf.allocate(model, self.mesh.device)
+        check_shards(model.parameters(), config.optimizer)
+        hf.allocate(model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
         return model.train()
 
     def _check_folder(self) -> None:
@@ -152,6 +164,7 @@ class Trainer:
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
+            + self._memory_notes()
             + (f"\nresumed from step {self.step}" if self.step else ""),
             highlight=False,
             soft_wrap=True,
@@ -161,6 +174,20 @@ class Trainer:
         heads = getattr(self.model.config, "num_attention_heads", self.degrees.sequence)
         idle = self.degrees.sequence - heads
         return f"\n[bold]{idle} of {heads + idle} sequence-parallel ranks have no attention head[/]" if idle > 0 else ""
+
+    def _memory_notes(self) -> str:
+        memory, lines = self.config.memory, []
+        if self.float8_layers:
+            lines.append(f"float8: {self.float8_layers} linear layers")
+        if memory.parameter_offload and memory.optimizer_offload:
+            lines.append("memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it")
+        if self.mesh.device.type == "cpu":
+            on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
+            lines += [f"memory.{name} changes nothing: the device is the CPU, all is in host memory" for name in on]
+        if getattr(self.optimizer, "uses_torchao", False) and self.model.device.type == "cuda":
+            missing = missing_compiler()
+            lines += [f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"] * bool(missing)
+        return "".join(f"\n{line}" for line in lines)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -212,6 +239,7 @@ class Trainer:
                 self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm
             )
         if counter:
+            self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
         self.step += 1
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
@@ -348,10 +376,24 @@ def train_step(
         loss = _forward(model, batch, num_items)
         loss.backward()
         total += loss.detach()
+        if batch is not batches[-1]:
+            _widen_gradients(model)
     grad_norm = clip_gradients(list(model.parameters()), max_norm)
     optimizer.step()
     optimizer.zero_grad()
     return total, grad_norm
+
+
+def _widen_gradients(model: nn.Module) -> None:
+    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may be bf16."""
+    for p in model.parameters():
+        if p.grad is not None and p.grad.dtype != _wide(p.grad):
+            p.grad_dtype = None  # any
+            p.grad = p.grad.to(_wide(p.grad))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _forward(model: nn.Module, batch: Batch, num_items: Tensor) -> Tensor:
@@ -367,7 +409,11 @@ def _forward(model: nn.Module, batch: Batch, num_items: Tensor) -> Tensor:
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most max_norm (0: leave them). Returns the norm before, over the mesh."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if any(gradient.dtype != _wide(gradient) for gradient in gradients):
+        norms = [torch.linalg.vector_norm(gradient, dtype=_wide(gradient)) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    else:
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # a norm over shards is a sum still to be made
     if max_norm > 0:

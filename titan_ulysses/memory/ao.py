@@ -1,0 +1,36 @@
+"""torchao, imported when a setting needs it, without what its import says about parts that nothing here uses."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from types import ModuleType
+
+from titan_ulysses.errors import UserError
+
+_NOISE = {
+    "torchao": "Failed to load ",  # extensions for other devices and Pythons
+    "torch.utils._pytree": "<enum 'KernelPreference'> is an Enum subclass",
+}
+
+
+def require_torchao(setting: str) -> None:
+    """UserError that names setting where torchao is not installed. Imports nothing."""
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(f"{setting} needs torchao, which is not installed: pip install torchao")
+
+
+def import_torchao(module: str) -> ModuleType:
+    """The module torchao.<module>."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_NOISE[record.name])
+
+    for name in _NOISE:
+        logging.getLogger(name).addFilter(is_news)
+    try:
+        return importlib.import_module(f"torchao.{module}")
+    finally:
+        for name in _NOISE:
+            logging.getLogger(name).removeFilter(is_news)
