@@ -153,7 +153,8 @@ class Optimizer(Section):
     eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
     stochastic_rounding: bool = Field(
-        False, description="Store parameters in bfloat16 and round their updates stochastically: no fp32 master weights."
+        False,
+        description="Store parameters in bfloat16, rounded stochastically after each step; no fp32 master weights.",
     )
 
 
@@ -615,7 +616,7 @@ def _dtype_problems(config: Config) -> list[str]:
     if config.optimizer.stochastic_rounding and dtype != "bfloat16":
         problems.append(
             f'optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "{dtype}": '
-            "set one to false or the other to \"bfloat16\""
+            'set one to false or the other to "bfloat16"'
         )
     if config.optimizer.name != "adamw" and dtype == "float64":
         problems.append(

@@ -24,7 +24,13 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
-from titan_ulysses.memory.optimizer import build_optimizer, check_optimizer, check_shards, describe_state
+from titan_ulysses.memory.optimizer import (
+    build_optimizer,
+    check_optimizer,
+    check_shards,
+    describe_state,
+    missing_compiler,
+)
 from titan_ulysses.memory.quantize import check_float8, use_float8
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
@@ -184,9 +190,8 @@ class Trainer:
         if self.mesh.device.type == "cpu":
             on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
             lines += [f"memory.{name} changes nothing: the device is the CPU, all is in host memory" for name in on]
-        if getattr(self.optimizer, "uses_torchao", False) and self.model.device.type == "cuda":
-            missing = missing_compiler()
-            lines += [f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"] * bool(missing)
+        if getattr(self.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
+            lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
         return "".join(f"\n{line}" for line in lines)
 
     # --- the loop -----------------------------------------------------------------------------------------------------

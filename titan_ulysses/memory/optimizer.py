@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._triton import has_triton
 
+from titan_ulysses.ao import import_torchao, require_torchao
 from titan_ulysses.config import Optimizer as OptimizerConfig
 from titan_ulysses.errors import UserError
-from titan_ulysses.memory.ao import import_torchao, require_torchao
 
 _BITS = {"adamw8bit": 8, "adamw4bit": 4}
 _BLOCK_SIZES = {8: 256, 4: 128}  # numbers that share a scale: torchao's defaults
@@ -85,11 +87,14 @@ class ShardwiseAdamW(torch.optim.Optimizer):
     def uses_torchao(self) -> bool:
         return self.bits < 32 or self.stochastic_rounding
 
+    @property
+    def wants_compiler(self) -> bool:
+        """Whether torchao's update is worth compiling: it is a long list of small kernels on a GPU."""
+        return self.uses_torchao and any(p.is_cuda for group in self.param_groups for p in group["params"])
+
     @cached_property
     def compiled(self) -> bool:
-        """Whether torchao's update is compiled: on a GPU, where the compiler's tools are. The numbers are the same."""
-        on_gpu = any(p.device.type == "cuda" for group in self.param_groups for p in group["params"])
-        return on_gpu and self.uses_torchao and missing_compiler() is None
+        return self.wants_compiler and missing_compiler() is None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -166,7 +171,7 @@ def _update_fused(
     constants = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": group["eps"]}
     tensors = ([p], [grad], [exp_avg], [exp_avg_sq], [], [step])
     switches = {"fused": True, "amsgrad": False, "maximize": False}
-    torch.optim.adamw.adamw(*tensors, beta1=beta1, beta2=beta2, **constants, **switches)
+    adamw(*tensors, beta1=beta1, beta2=beta2, **constants, **switches)
 
 
 def _local(x: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _pieces(x: Tensor) -> list[Tensor]:
+def plain_pieces(x: Tensor) -> list[Tensor]:
     """The plain tensors that this rank's shard of x is made of: a quantized one has codes, scales and a table."""
     x = _local(x)
     if is_traceable_wrapper_subclass(x):
@@ -184,7 +189,7 @@ def _pieces(x: Tensor) -> list[Tensor]:
 
 def _pin(x: Tensor) -> None:
     """Move x's host memory to where the device reads it without the CPU."""
-    for piece in _pieces(x):
+    for piece in plain_pieces(x):
         piece.set_(piece.pin_memory())
 
 
@@ -204,7 +209,7 @@ def is_quantized(numel: int, bits: int) -> bool:
 
 def missing_compiler() -> str | None:
     """What torch.compile lacks on this machine to write GPU code, or None."""
-    if not torch.utils._triton.has_triton():
+    if not has_triton():
         return "triton"
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return "a C compiler"
@@ -228,9 +233,9 @@ def check_shards(parameters: Iterable[nn.Parameter], config: OptimizerConfig) ->
     largest = [_largest_shard(p) for p in parameters if p.requires_grad]
     if bits < 32 and not any(is_quantized(numel, bits) for numel in largest):
         raise UserError(
-            f'optimizer.name = "{config.name}": no parameter has {_SMALLEST_QUANTIZED:,} numbers or more on a rank, '
-            f"and a multiple of {_BLOCK_SIZES[bits]} (the largest has {max(largest):,}), so that nothing would be "
-            'quantized. Set optimizer.name = "adamw", or use fewer ranks or a larger model.'
+            f'optimizer.name = "{config.name}" would quantize nothing: no parameter has {_SMALLEST_QUANTIZED:,} '
+            f"numbers or more on a rank, and a multiple of {_BLOCK_SIZES[bits]} (the largest has "
+            f'{max(largest, default=0):,}). Set optimizer.name = "adamw", or use fewer ranks or a larger model.'
         )
 
 
@@ -253,11 +258,14 @@ def state_format(optimizer: torch.optim.Optimizer) -> str:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of this rank's optimizer state by dtype, as in {"uint8": 1048576, "float32": 33280}; after the first step."""
+    """Bytes of this rank's optimizer state by dtype, as in {"uint8": 1048576, "float32": 33280}.
+
+    State comes with the first step: before it there is none.
+    """
     total: Counter[str] = Counter()
     for state in optimizer.state.values():
         for value in state.values():
-            for piece in _pieces(value):
+            for piece in plain_pieces(value):
                 total[str(piece.dtype).removeprefix("torch.")] += piece.numel() * piece.element_size()
     return dict(total.most_common())
 
@@ -268,7 +276,7 @@ def describe_state(optimizer: torch.optim.Optimizer) -> str:
     by_dtype = state_bytes(optimizer)
     parameters = sum(_local(p.detach()).numel() for group in optimizer.param_groups for p in group["params"])
     kinds = ", ".join(f"{count / 2**20:,.1f} MiB {dtype}" for dtype, count in by_dtype.items())
-    places = {_pieces(state["exp_avg"])[0].device.type for state in optimizer.state.values()}
+    places = {plain_pieces(state["exp_avg"])[0].device.type for state in optimizer.state.values()}
     where = " and ".join(sorted("host" if place == "cpu" else "device" for place in places))
     return (
         f"{state_format(optimizer)}: {sum(by_dtype.values()) / max(1, parameters):.2f} bytes of state a parameter, "

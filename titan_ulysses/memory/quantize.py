@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from titan_ulysses.ao import import_torchao, require_torchao
 from titan_ulysses.errors import UserError
-from titan_ulysses.memory.ao import import_torchao, require_torchao
 
 _SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper have the tensor cores for it
 _ALIGNMENT = 16

@@ -1,17 +1,19 @@
-"""torchao, imported when a setting needs it, without what its import says about parts that nothing here uses."""
+"""torchao: imported when a setting needs it, and without what its import says about parts that nothing here uses."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from titan_ulysses.errors import UserError
 
 _NOISE = {
     "torchao": "Failed to load ",  # extensions for other devices and Pythons
-    "torch.utils._pytree": "<enum 'KernelPreference'> is an Enum subclass",
+    "torch.utils._pytree": "<enum '",  # "... is an Enum subclass and is now natively supported", of torchao's enums
 }
 
 
@@ -23,6 +25,13 @@ def require_torchao(setting: str) -> None:
 
 def import_torchao(module: str) -> ModuleType:
     """The module torchao.<module>."""
+    with quietly():
+        return importlib.import_module(f"torchao.{module}")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Import torchao, or what imports it, without exactly those messages."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(_NOISE[record.name])
@@ -30,7 +39,7 @@ def import_torchao(module: str) -> ModuleType:
     for name in _NOISE:
         logging.getLogger(name).addFilter(is_news)
     try:
-        return importlib.import_module(f"torchao.{module}")
+        yield
     finally:
         for name in _NOISE:
             logging.getLogger(name).removeFilter(is_news)
