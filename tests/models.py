@@ -181,7 +181,7 @@ class Run:
 
     def train(self, steps: int, *, accumulate: int = 1) -> Run:
         for _ in range(steps):
-            batches = [local_batch(self.rows, self.mesh) for _ in range(accumulate)]
+            batches = [local_batch(self.rows, self.mesh).to(self.mesh.device) for _ in range(accumulate)]
             loss, self.grad_norm = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=1.0)
             self.losses.append(loss.item())
         return self
@@ -203,7 +203,9 @@ class Run:
 
     def bits(self) -> dict[str, list[Tensor]]:
         """This rank's part of them as it is stored: codes and scales where it is quantized."""
-        return {name: [piece.detach().clone() for piece in plain_pieces(t.detach())] for name, t in self.state().items()}
+        return {
+            name: [piece.detach().clone() for piece in plain_pieces(t.detach())] for name, t in self.state().items()
+        }
 
     def local(self) -> list[Tensor]:
         """The bits of this rank's shards as they are now."""

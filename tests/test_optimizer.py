@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import models
 from models import make_rows
 from ranks import run_on_ranks
+from runs import write_run
 from test_checkpoint import RUN_STATE, error_of
 from titan_ulysses.ao import import_torchao
 from titan_ulysses.checkpoint import Checkpointer
@@ -72,9 +75,7 @@ class Run(models.Run):
             groups = {key: getattr(config, key) for key in ("lr", "betas", "eps", "weight_decay")}
             bits, rounding = {"adamw8bit": 8, "adamw4bit": 4}.get(config.name, 32), config.stochastic_rounding
             parameters = list(self.model.parameters())
-            self.optimizer = ShardwiseAdamW(
-                parameters, **groups, bits=bits, stochastic_rounding=rounding, offload=True
-            )
+            self.optimizer = ShardwiseAdamW(parameters, **groups, bits=bits, stochastic_rounding=rounding, offload=True)
 
 
 def same_bits(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> bool:
@@ -93,11 +94,14 @@ def weigh(optimizer: str) -> tuple[dict[str, int], int, int, int, str]:
     return state_bytes(run.optimizer), sum(sizes), sum(quantized), len(quantized), describe_state(run.optimizer)
 
 
-@pytest.mark.parametrize(("optimizer", "bits", "block"), [("adamw", 32, 0), ("adamw8bit", 8, 256), ("adamw4bit", 4, 128)])
+@pytest.mark.parametrize(
+    ("optimizer", "bits", "block"), [("adamw", 32, 0), ("adamw8bit", 8, 256), ("adamw4bit", 4, 128)]
+)
 def test_bytes_of_state(optimizer, bits, block):
     """8 bytes a parameter; 2 or 1 and two scales a block where it is quantized, with two tables of 2^bits values."""
-    for found, total, quantized, tensors, line in run_on_ranks(2, weigh, optimizer):
-        print(f"\n{line}")
+    ranks = run_on_ranks(2, weigh, optimizer)
+    print(f"\n{ranks[0][-1]}")
+    for found, total, quantized, tensors, line in ranks:
         steps = 4 * (2 * 9 + 3)  # nine parameters a layer, embedding, norm and head
         expected = {"float32": 8 * (total - quantized) + steps}
         if bits < 32:
@@ -107,7 +111,19 @@ def test_bytes_of_state(optimizer, bits, block):
         else:
             expected["float32"] += 8 * quantized
         assert found == expected
-        assert line.startswith(f"{optimizer}: {sum(expected.values()) / total:.2f} bytes of state a parameter, on a rank")
+        assert line.startswith(
+            f"{optimizer}: {sum(expected.values()) / total:.2f} bytes of state a parameter, on a rank"
+        )
+
+
+@pytest.mark.parametrize(("name", "expected"), [("adamw", 8.0), ("adamw8bit", 2.03), ("adamw4bit", 1.06)])
+def test_bytes_of_state_of_a_large_matrix(name, expected):
+    matrix = nn.Parameter(torch.zeros(1024, 512))
+    optimizer = build_optimizer([matrix], Optimizer(name=name))
+    matrix.grad = torch.zeros_like(matrix)
+    optimizer.step()
+    print(f"\n{describe_state(optimizer)}")
+    assert sum(state_bytes(optimizer).values()) / matrix.numel() == pytest.approx(expected, abs=0.01)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -146,7 +162,9 @@ def test_the_compiled_step_has_the_same_numbers(bits):
     config = Optimizer(name=f"adamw{bits}bit", lr=1e-2)
     optimizer = build_optimizer(compiled, config)
     optimizer.compiled = True  # as on a GPU
-    pairs = zip(random_steps(plain, build_optimizer(plain, config), 4), random_steps(compiled, optimizer, 4), strict=True)
+    pairs = zip(
+        random_steps(plain, build_optimizer(plain, config), 4), random_steps(compiled, optimizer, 4), strict=True
+    )
     assert all((a - b).abs().max() < 1e-6 for a, b in pairs)
 
 
@@ -155,13 +173,12 @@ def losses(optimizer: str, steps: int, **options: Any) -> list[float]:
 
 
 def test_low_bits_follow_adamw():
-    """Over 30 steps from a loss of 6.7 to 0.3, the losses stay within 2 % (8 bits) and 10 % (4 bits) of AdamW's."""
-    expected = torch.tensor(run_on_ranks(2, losses, "adamw", 30)[0])
-    assert expected[-1] < 0.1 * expected[0]
-    for optimizer, bound in (("adamw8bit", 0.02), ("adamw8bit, rounded", 0.05), ("adamw4bit", 0.1)):
-        found = torch.tensor(run_on_ranks(2, losses, optimizer, 30)[0])
-        difference = ((found - expected).abs() / expected).max().item()
-        print(f"\n{optimizer}: losses within {difference:.2%} of adamw's")
+    """Over 20 steps, each loss is within 0.02 (8 bits) or 0.2 (4 bits) of AdamW's, while they fall by 5 or more."""
+    expected = torch.tensor(run_on_ranks(2, losses, "adamw", 20)[0])
+    assert expected[0] - expected[-1] > 5
+    for optimizer, bound in (("adamw8bit", 0.02), ("adamw8bit, rounded", 0.02), ("adamw4bit", 0.2)):
+        difference = (torch.tensor(run_on_ranks(2, losses, optimizer, 20)[0]) - expected).abs().max().item()
+        print(f"\n{optimizer}: losses within {difference:.4f} of adamw's, from {expected[0]:.2f} to {expected[-1]:.2f}")
         assert 0 < difference < bound
 
 
@@ -273,7 +290,9 @@ def test_two_steps_and_two_more_are_four(optimizer, tmp_path):
         assert same_bits(now, now_saved)
 
 
-@pytest.mark.parametrize("there,here", [((1, 2, 1), (1, 1, 1)), ((1, 1, 1), (1, 2, 1)), ((1, 2, 1), (1, 2, 2))], ids=str)
+@pytest.mark.parametrize(
+    "there,here", [((1, 2, 1), (1, 1, 1)), ((1, 1, 1), (1, 2, 1)), ((1, 2, 1), (1, 2, 2))], ids=str
+)
 @each_optimizer
 def test_another_number_of_ranks(optimizer, there, here, tmp_path):
     """Everything keeps its value, but for what was too small to be quantized on two ranks and is not on one."""
@@ -342,14 +361,20 @@ def test_nothing_to_quantize():
     check_shards(parameters, Optimizer())
 
 
-def shards_of(shape: tuple[int, ...]) -> str | None:
-    mesh = models.mesh_of(*DP2).fsdp
-    whole = nn.Parameter(DTensor.from_local(torch.empty(shape[0] // 2, *shape[1:], device="meta"), mesh))
+def refused_shards(rows: int) -> str:
+    """What is said of a parameter [rows, 64] whose shards are on two ranks."""
+    shard = torch.empty(rows // 2, 64, device="meta")
+    sharded = nn.Parameter(DTensor.from_local(shard, models.mesh_of(*DP2).fsdp, [Shard(0)], run_check=False))
     try:
-        check_shards([whole], Optimizer(name="adamw4bit"))
+        check_shards([sharded], Optimizer(name="adamw4bit"))
     except UserError as error:
         return str(error)
-    return None
+    return ""
+
+
+def test_shards_count_and_not_parameters():
+    assert all("would quantize nothing" in text for text in run_on_ranks(2, refused_shards, 126))
+    assert run_on_ranks(2, refused_shards, 128) == ["", ""]
 
 
 def test_torchao_is_missing(monkeypatch):
@@ -390,21 +415,55 @@ def test_dtypes_that_do_not_go_together(settings, message):
     assert refused.value.exit_code == 2
 
 
+def test_a_run_says_what_it_keeps(tmp_path):
+    """Through train.py, whose output has nothing of torchao's import in it."""
+    settings = {
+        "training.param_dtype": "bfloat16",
+        "training.steps": "1",
+        "optimizer.name": "adamw8bit",
+        "optimizer.stochastic_rounding": "true",
+        "memory.parameter_offload": "true",
+        "memory.optimizer_offload": "true",
+        "model.config.hidden_size": "64",
+    }
+    command = [sys.executable, "train.py", "--config", str(write_run(tmp_path))]
+    command += [f"--{key}={value}" for key, value in settings.items()]
+    repository = Path(__file__).resolve().parent.parent
+    run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    for option in ("parameter_offload", "optimizer_offload"):
+        assert f"\nmemory.{option} changes nothing: the device is the CPU, all is in host memory\n" in run.stdout
+    assert "\nadamw8bit: " in run.stdout and " bytes of state a parameter, on a rank " in run.stdout
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @each_optimizer
 def test_offload_on_a_gpu_changes_no_bit(optimizer):
-    plain, offloaded = (Run((1, 1, 1), optimizer) for _ in range(2))
-    settings = Optimizer(lr=1e-2, weight_decay=0.1, **OPTIMIZERS[optimizer])
-    offloaded.optimizer = build_optimizer(offloaded.model.parameters(), settings, offload=True)
-    assert plain.train(3).losses == offloaded.train(3).losses
-    torch.cuda.synchronize()
-    kept = [value for state in offloaded.optimizer.state.values() for value in state.values() if value.dim()]
-    assert {value.device.type for value in kept} == {"cpu"}
-    host = {name: [piece.cpu() for piece in pieces] for name, pieces in plain.bits().items()}
-    assert same_bits({n: [piece.cpu() for piece in pieces] for n, pieces in offloaded.bits().items()}, host)
+    config = Optimizer(lr=1e-2, **OPTIMIZERS[optimizer])
+    mesh, dtype = models.mesh_of(1, 1, 1).fsdp, torch.bfloat16 if config.stochastic_rounding else torch.float32
+    found, bytes_found = [], []
+    for offload in (False, True):
+        whole = [p.detach().to("cuda") for p in some_parameters(dtype)]
+        parameters = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in whole]
+        before = torch.cuda.memory_allocated()
+        built = build_optimizer(parameters, config, offload=offload)
+        for step in range(3):
+            for p in parameters:
+                p.grad = distribute_tensor(torch.full(p.shape, 0.1 * (step + 1), device="cuda", dtype=dtype), mesh)
+                p.grad = p.grad.redistribute(placements=[Shard(0)])
+            built.step()
+        for p in parameters:
+            p.grad = None
+        torch.cuda.synchronize()
+        found.append([p.full_tensor().cpu() for p in parameters])
+        bytes_found.append(torch.cuda.memory_allocated() - before)
+        moments = [state[name] for state in built.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        assert {m.device.type for m in moments} == {"cpu" if offload else "cuda"}
+    assert all(map(torch.equal, *found))
+    assert bytes_found[1] < 0.1 * bytes_found[0]
 
 
 @pytest.mark.gpu

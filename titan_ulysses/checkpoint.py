@@ -47,8 +47,6 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         tensors = _tensors(model, optimizer)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # state that lives on the host may still be on its way back
         failure = None
         try:
             dcp.save(tensors, checkpoint_id=partial)  # what one rank meets here is raised on all
@@ -156,10 +154,13 @@ class Checkpointer:
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
-    return {
+    tensors = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
     }
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # state that lives on the host may still be on its way there
+    return tensors
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

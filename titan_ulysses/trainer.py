@@ -185,11 +185,11 @@ class Trainer:
         memory, lines = self.config.memory, []
         if self.float8_layers:
             lines.append(f"float8: {self.float8_layers} linear layers")
-        if memory.parameter_offload and memory.optimizer_offload:
-            lines.append("memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it")
         if self.mesh.device.type == "cpu":
             on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
             lines += [f"memory.{name} changes nothing: the device is the CPU, all is in host memory" for name in on]
+        elif memory.parameter_offload and memory.optimizer_offload:
+            lines.append("memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it")
         if getattr(self.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
             lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
         return "".join(f"\n{line}" for line in lines)
