@@ -12,8 +12,10 @@ from types import ModuleType
 from titan_ulysses.errors import UserError
 
 _NOISE = {
-    "torchao": "Failed to load ",  # extensions for other devices and Pythons
-    "torch.utils._pytree": "<enum '",  # "... is an Enum subclass and is now natively supported", of torchao's enums
+    # Extensions in C++, for other devices, Pythons or torch versions.
+    "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
+    # "... is an Enum subclass and is now natively supported", about torchao's enums.
+    "torch.utils._pytree": ("<enum '",),
 }
 
 
