@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from titan_ulysses.errors import UserError
+from titan_ulysses.model.router import unknown_router_loss
 
 CHECKED_FAMILIES = {
     "gemma2",
@@ -72,8 +73,8 @@ def check_family(config: PreTrainedConfig) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if others:
         needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
-    if getattr(config, "output_router_logits", False):
-        needs.append("router losses (output_router_logits)")
+    if reason := unknown_router_loss(config):
+        needs.append(reason)
     needs += [f'RoPE of type "{kind}", which looks at the whole sequence' for kind in sorted(_rope_types(config))]
     if needs:
         raise UserError(f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that exactly.')
