@@ -441,7 +441,7 @@ def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:
 
 ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mixtral", "output_router_logits": True}, "router losses (output_router_logits)"),
+    ({"model_type": "llama4_text", "output_router_logits": True}, "router losses (output_router_logits)"),
     ({"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 2}, "layers of type linear_attention"),
     ({"model_type": "llama", "rope_parameters": {**ROPE, "rope_type": "dynamic"}}, 'RoPE of type "dynamic"'),
     (

@@ -169,7 +169,6 @@ def test_real_families_that_cannot_prove_themselves(table: dict[str, Any], reaso
         ({"model_type": "gemma3"}, "multi-modal"),
         ({"model_type": "llama4"}, "multi-modal"),
         ({"model_type": "phi4_multimodal"}, "multi-modal"),
-        ({"model_type": "qwen3_moe", "output_router_logits": True}, "router losses (output_router_logits)"),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
