@@ -104,7 +104,15 @@ def differences(family: str, degrees: tuple[int, int, int], lengths: str, accumu
     model, steps = model_of(family), steps_of(lengths, accumulate)
     ranks = degrees[0] * degrees[1] * degrees[2]
     found = run_on_ranks(
-        ranks, kept_in_fp64, train_sharded, degrees, model, steps, torch.float64, checkpoint=False, attention="blockwise"
+        ranks,
+        kept_in_fp64,
+        train_sharded,
+        degrees,
+        model,
+        steps,
+        torch.float64,
+        checkpoint=False,
+        attention="blockwise",
     )
     assert all(other.losses == found[0].losses for other in found)
     return largest_difference(found[0], kept_in_fp64(train_plain, model, steps, torch.float64))
@@ -184,7 +192,11 @@ def check_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
 def test_checkpoints_change_no_bit(family: str, order: str) -> None:
     """Nothing is counted twice, no gradient is lost, and several forwards may wait for their backward."""
     expected = run_on_ranks(2, outcome, family, SP2, checkpoint=False)[0]
-    check_same(run_on_ranks(2, outcome, family, SP2, checkpoint=True, order=order)[0], expected, 0 if order == "aAbB" else 1e-15)
+    check_same(
+        run_on_ranks(2, outcome, family, SP2, checkpoint=True, order=order)[0],
+        expected,
+        0 if order == "aAbB" else 1e-15,
+    )
 
 
 class _Tiled(torch.autograd.Function):

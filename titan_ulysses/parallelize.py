@@ -23,6 +23,7 @@ from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of
 from titan_ulysses.model.proof import prove
+from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core, Documents, choose_core
@@ -72,12 +73,10 @@ def wrap(
 ) -> PreTrainedModel:
     """What `parallelize` does to a model once nothing speaks against it."""
     decoder, blocks = find_blocks(model)
-    use_ulysses(model, decoder, mesh, core)
+    use_ulysses(model, decoder, blocks, mesh, core)
     head = head_of(model.config)
     model.set_output_embeddings(
-        LossHead(
-            model.get_output_embeddings(), tile_tokens=loss_tile_tokens, scale=head.scale, softcap=head.softcap
-        )
+        LossHead(model.get_output_embeddings(), tile_tokens=loss_tile_tokens, scale=head.scale, softcap=head.softcap)
     )
     if checkpoint:
         for index, block in enumerate(blocks):
@@ -160,7 +159,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     raise UserError(f"model: {type(model).__name__} has no list of decoder layers that could be sharded.")
 
 
-def use_ulysses(model: PreTrainedModel, decoder: nn.Module, mesh: Mesh, core: Core) -> None:
+def use_ulysses(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, mesh: Mesh, core: Core) -> None:
     """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core and the documents."""
     shared, own = model.config, copy.deepcopy(model.config)  # another model may have been made from the same config
     own._attn_implementation = ATTENTION_NAME
@@ -168,10 +167,12 @@ def use_ulysses(model: PreTrainedModel, decoder: nn.Module, mesh: Mesh, core: Co
         if getattr(module, "config", None) is shared:
             module.config = own
     model.ulysses_mesh = mesh
-    router_loss = router_loss_of(model, decoder)
+    router_loss, ropes = router_loss_of(model, decoder), use_document_lengths(model, blocks)
 
     def forward(model: PreTrainedModel, *, documents: Documents, **inputs) -> CausalLMOutputWithPast:
         mesh = model.ulysses_mesh
+        for rope in ropes:
+            rope.begin(documents, mesh.sp.get_local_rank())
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
         return _forward(model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs)
 

@@ -226,7 +226,10 @@ class Trainer:
     def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
-        loss, grad_norm = shown.loss.item(), shown.grad_norm.item()  # before the clock is read: the device finishes the step
+        loss, grad_norm = (
+            shown.loss.item(),
+            shown.grad_norm.item(),
+        )  # before the clock is read: the device finishes the step
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         peak = torch.tensor(peak_memory_gib(device))

@@ -53,7 +53,8 @@ def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 
 
     Yields input_ids, labels (shifted, none across a border), position_ids [B, T], T = ceil(S / P), `documents`,
     `attention_mask` [B, T] where any token is padding, and `num_items_in_batch`, the number of labels in `accumulate`
-    batches on all ranks: step the optimizer once for each so many batches. UserError for a batch that cannot be what it says, or that differs between ranks that share it.
+    batches on all ranks: step the optimizer once for each so many batches. UserError for a batch that cannot be what
+    it says, or that differs between ranks that share it.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")

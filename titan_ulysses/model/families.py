@@ -75,13 +75,5 @@ def check_family(config: PreTrainedConfig) -> None:
         needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
     if reason := unknown_router_loss(config):
         needs.append(reason)
-    needs += [f'RoPE of type "{kind}", which looks at the whole sequence' for kind in sorted(_rope_types(config))]
     if needs:
         raise UserError(f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that exactly.')
-
-
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """Of the RoPE types, those that look at the largest position of what they are given, which is one rank's slice."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]  # one for each type of layer
-    return {parameters.get("rope_type", "default") for parameters in nested or [rope]} & {"dynamic", "longrope"}

@@ -73,9 +73,7 @@ def prove(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel
         )
 
 
-def _try(
-    tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], PreTrainedModel]
-) -> str | None:
+def _try(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], PreTrainedModel]) -> str | None:
     """Collective. What is wrong with a model of config tiny, the same on every rank; None where nothing is."""
     reason = None
     try:
@@ -180,9 +178,7 @@ def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """The same random numbers on every rank. No parameter is left at 0 or 1, where it would hide what it does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=_DTYPE, experts_implementation=hf.experts_path(_DTYPE)
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=_DTYPE, experts_implementation=hf.experts_path(_DTYPE))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)

@@ -80,7 +80,9 @@ class Pass:
         if self._mask is None:
             return None
         start, count = self._next_row.get(router, 0), len(logits)
-        assert start + count <= len(self._mask), "a router did not see all tokens, in order, before the first came again"
+        assert start + count <= len(self._mask), (
+            "a router did not see all tokens, in order, before the first came again"
+        )
         self._next_row[router] = (start + count) % len(self._mask)
         return self._mask[start : start + count, None]
 
