@@ -129,7 +129,7 @@ def train_sharded(
     """Train on this rank of a mesh; steps[i] holds a step's micro-batches. Gradients are noted after clipping."""
     mesh, record = mesh_of(*degrees), Record()
     sharded = hf.build_on_meta(hf.load_model_config("", model), dtype)
-    parallelize(sharded, mesh, loss_tile_tokens=5, param_dtype=dtype, reduce_dtype=dtype, **options)
+    parallelize(sharded, mesh, **{"loss_tile_tokens": 5, "param_dtype": dtype, "reduce_dtype": dtype} | options)
     hf.allocate(sharded, mesh.device)
     hf.initialize(sharded, seed=3)
     optimizer = build_optimizer(sharded.parameters(), OPTIMIZER)
@@ -215,12 +215,19 @@ class KeepFp64(TorchFunctionMode):
     """Under it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
 
     Norms, routers, their loss and eager softmax name fp32, so that fp64 parity ends where a last bit of fp64 becomes
-    one of fp32.
-    Not for activation checkpoints: no such mode is active in backward.
+    one of fp32. What backward computes again is kept too.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            loss = args[0]
+            # No mode is in force in here, nor would one be where backward computes a checkpoint again. Past the public
+            # functions, which would come here once more.
+            with self:
+                run = torch.autograd.graph._engine_run_backward
+                run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+            return None
         if func is torch.zeros or args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]

@@ -73,7 +73,7 @@ def test_llama_equals_one_plain_process(degrees, tied):
 @pytest.mark.parametrize("degrees", [MESHES["sp4"], MESHES["dp2 x sp2"]], ids=["sp4", "dp2 x sp2"])
 def test_fp32_and_activation_checkpointing(degrees, checkpoint):
     steps = steps_of("packed", "uneven", 2)
-    found = run_on_ranks(4, train_sharded, degrees, LLAMA, steps, torch.float32, checkpoint=checkpoint)[0]
+    found = run_on_ranks(4, train_sharded, degrees, LLAMA, steps, torch.float32, checkpoint_every=int(checkpoint))[0]
     worst = largest_difference(found, train_plain(LLAMA, steps, torch.float32))
     assert max(worst.values()) < 2e-4, worst  # AdamW divides by the root of its second moment: small gradients weigh
     assert max(worst["loss"], worst["grad norm"]) < 1e-6, worst

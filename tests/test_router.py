@@ -111,7 +111,7 @@ def differences(family: str, degrees: tuple[int, int, int], lengths: str, accumu
         model,
         steps,
         torch.float64,
-        checkpoint=False,
+        checkpoint_every=0,
         attention="blockwise",
     )
     assert all(other.losses == found[0].losses for other in found)
@@ -191,9 +191,9 @@ def check_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_change_no_bit(family: str, order: str) -> None:
     """Nothing is counted twice, no gradient is lost, and several forwards may wait for their backward."""
-    expected = run_on_ranks(2, outcome, family, SP2, checkpoint=False)[0]
+    expected = run_on_ranks(2, outcome, family, SP2, checkpoint_every=0)[0]
     check_same(
-        run_on_ranks(2, outcome, family, SP2, checkpoint=True, order=order)[0],
+        run_on_ranks(2, outcome, family, SP2, checkpoint_every=1, mlp_tile_tokens=-1, order=order)[0],
         expected,
         0 if order == "aAbB" else 1e-15,
     )
@@ -236,11 +236,19 @@ def tile_mlps(model: PreTrainedModel, *, context: Callable = copy_context) -> No
 
 
 @pytest.mark.parametrize("order", ["aAbB", "abAB"])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_tiles_count_once_and_get_their_gradient(checkpoint: bool, order: str) -> None:
-    expected = run_on_ranks(2, outcome, "qwen3_moe", SP2, checkpoint=False)[0]
-    options = {"checkpoint": checkpoint, "prepare": tile_mlps, "order": order}
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_tiles_count_once_and_get_their_gradient(checkpoint_every: int, order: str) -> None:
+    expected = run_on_ranks(2, outcome, "qwen3_moe", SP2, checkpoint_every=0)[0]
+    options = {"checkpoint_every": checkpoint_every, "mlp_tile_tokens": -1, "prepare": tile_mlps, "order": order}
     check_same(run_on_ranks(2, outcome, "qwen3_moe", SP2, **options)[0], expected, 1e-12)
+
+
+@pytest.mark.parametrize("checkpoint_every", [0, 1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_own_tiles(family: str, checkpoint_every: int) -> None:
+    expected = run_on_ranks(2, outcome, family, SP2, checkpoint_every=0, mode=KeepFp64)[0]
+    options = {"checkpoint_every": checkpoint_every, "mlp_tile_tokens": 5, "order": "abBA", "mode": KeepFp64}
+    check_same(run_on_ranks(2, outcome, family, SP2, **options)[0], expected, 1e-12)
 
 
 class _NoContext:
@@ -255,7 +263,7 @@ def tile_without_context(model: PreTrainedModel) -> None:
 
 def test_tiles_that_lose_the_context_of_their_forward_are_noticed() -> None:
     with pytest.raises(RankFailure, match="outside of its forward's context variables"):
-        run_on_ranks(2, outcome, "qwen3_moe", SP2, prepare=tile_without_context, checkpoint=False)
+        run_on_ranks(2, outcome, "qwen3_moe", SP2, prepare=tile_without_context, checkpoint_every=0)
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
@@ -276,7 +284,7 @@ def of_padded(degrees: tuple[int, int, int], left: bool, tiled: bool) -> Outcome
     mesh = mesh_of(*degrees)
     count = 4 // mesh.batch.size()
     mine = slice(mesh.batch.get_local_rank() * count, (mesh.batch.get_local_rank() + 1) * count)
-    model = sharded_model("qwen3_moe", degrees, checkpoint=False)
+    model = sharded_model("qwen3_moe", degrees, checkpoint_every=0)
     if tiled:
         tile_mlps(model)
     (batch,) = shard([{key: value[mine] for key, value in padded_rows(left=left).items()}], mesh)
@@ -320,7 +328,7 @@ def test_padding_in_tiles() -> None:
 
 def logits_and_scores() -> None:
     """Neither has a router loss; nor has what is evaluated between a forward and its backward any effect on it."""
-    model, batch = sharded_model("qwen3_moe", SP2, checkpoint=False), batch_of(SP2, "packed", seed=1)
+    model, batch = sharded_model("qwen3_moe", SP2, checkpoint_every=0), batch_of(SP2, "packed", seed=1)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
     gradients = []
     for visits in (False, True):
@@ -334,7 +342,7 @@ def logits_and_scores() -> None:
     assert all(torch.equal(gradients[1][name], expected) for name, expected in gradients[0].items())
     model(**inputs).logits.square().sum().backward()
     by_logits = gradients_of(model)
-    without = sharded_model("qwen3_moe", SP2, has_router_loss=False, checkpoint=False)
+    without = sharded_model("qwen3_moe", SP2, has_router_loss=False, checkpoint_every=0)
     without(**inputs).logits.square().sum().backward()
     assert all(torch.equal(by_logits[name], expected) for name, expected in gradients_of(without).items())
 
@@ -347,7 +355,7 @@ def collectives() -> list[dict[str, int]]:
     """Of a forward with backward: of a model without the loss, and of one with it."""
     counts = []
     for has_router_loss in (False, True):
-        model = sharded_model("qwen3_moe", SP2, has_router_loss=has_router_loss, checkpoint=False)
+        model = sharded_model("qwen3_moe", SP2, has_router_loss=has_router_loss, checkpoint_every=0)
         with CollectiveCounter() as counter:
             model(**batch_of(SP2, "packed", seed=1)).loss.backward()
         counts.append({kind: calls for kind, (calls, _) in counter.counts.items()})

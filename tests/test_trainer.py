@@ -247,7 +247,7 @@ def collectives_of_a_step(layers: int, checkpoint: bool) -> tuple[list[tuple[str
     mesh = mesh_of(1, 1, 2)
     model = hf.build_on_meta(hf.load_model_config("", LLAMA | {"num_hidden_layers": layers}), torch.float32)
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    parallelize(model, mesh, checkpoint=checkpoint, param_dtype=torch.float32)
+    parallelize(model, mesh, checkpoint_every=int(checkpoint), param_dtype=torch.float32)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)

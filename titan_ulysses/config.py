@@ -51,6 +51,7 @@ def _core_name(name: str) -> str:
 CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
+Tile = Annotated[int, Field(ge=-1)]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived)]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
@@ -111,6 +112,9 @@ class Training(Section):
     max_norm: float = Field(1.0, ge=0, allow_inf_nan=True, description="Clip gradients to this norm; 0: no clipping.")
     param_dtype: Dtype = Field("bfloat16", description="Dtype of parameters and activations in forward and backward.")
     reduce_dtype: Dtype = Field("float32", description="Dtype in which gradients are summed over the ranks.")
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of the squared log-normalizer of the logits, added to each token's loss; 0: off."
+    )
     deterministic: bool = Field(False, description="Deterministic algorithms only: slower, the same bits each time.")
 
 
@@ -124,12 +128,26 @@ class Parallelism(Section):
 
 class ActivationCheckpoint(Section):
     mode: Literal["none", "full"] = Field("full", description="full: keep block inputs only, recompute in backward.")
+    every: int = Field(1, ge=1, description="Blocks a checkpoint: of so many only the first one's input is kept.")
+    offload: Literal["none", "host", "disk"] = Field(
+        "none", description="Where these inputs wait for backward: on the device, in host memory, or in files."
+    )
+    offload_folder: PathText = Field("", description='Folder for offload = "disk"; empty: the system\'s temporary one.')
 
 
 class Memory(Section):
-    loss_tile_tokens: int = Field(
-        0, ge=0, description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits."
+    loss_tile_tokens: Tile = Field(
+        0, description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits; -1: all at once."
     )
+    mlp_tile_tokens: Tile = Field(
+        0,
+        description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, where blocks are "
+        "checkpoints, and else -1: not tiled.",
+    )
+
+
+class Compile(Section):
+    enable: bool = Field(False, description="Compile each block's MLP and norms (torch.compile); the first step waits.")
 
 
 class Optimizer(Section):
@@ -175,6 +193,7 @@ class Config(Section):
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     memory: Memory = Memory()
+    compile: Compile = Compile()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     checkpoint: Checkpoint = Checkpoint()
@@ -527,7 +546,8 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = degrees.sequence
     else:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
-    problems += _training_problems(config, sequence) + _model_problems(config, model_config, num_token_ids, sequence)
+    problems += _training_problems(config, sequence) + _memory_problems(config, model_config)
+    problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
     return degrees
@@ -587,6 +607,21 @@ def _training_problems(config: Config, sequence: int) -> list[str]:
         problems.append(
             f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = {training.steps}: "
             "lower the first or raise the second"
+        )
+    return problems
+
+
+def _memory_problems(config: Config, model_config: Any) -> list[str]:
+    checkpoint, layers, problems = config.activation_checkpoint, getattr(model_config, "num_hidden_layers", None), []
+    if checkpoint.mode == "none" and checkpoint.offload != "none":
+        problems.append(
+            f'activation_checkpoint.offload = "{checkpoint.offload}" moves checkpoints, and activation_checkpoint.mode '
+            '= "none" makes none: set activation_checkpoint.mode = "full"'
+        )
+    if layers is not None and checkpoint.every > layers:
+        problems.append(
+            f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} layers: set it to "
+            f"{layers} or less"
         )
     return problems
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -18,15 +19,20 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure
-from titan_ulysses.memory.checkpointing import checkpoint_block
+from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
+from titan_ulysses.memory.offload import Offload, Store, open_store
+from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.mesh import Mesh
-from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of
+from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of, mlp_layout
 from titan_ulysses.model.proof import prove
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core, Documents, choose_core
+
+_SMALLEST_TILE = 1024
+"""Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
 
 
 def parallelize(
@@ -35,17 +41,24 @@ def parallelize(
     *,
     attention: str | Core = "auto",
     loss_tile_tokens: int = 0,
-    checkpoint: bool = True,
+    mlp_tile_tokens: int = 0,
+    checkpoint_every: int = 1,
+    offload: Offload = "none",
+    offload_folder: str | None = None,
+    compile: bool = False,
+    z_loss: float = 0.0,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Wrap model, on meta or not, in place: Ulysses attention, loss head, activation checkpointing, FSDP2.
+    """Wrap model, on meta or not, in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
     Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
     ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
     default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
-    attention is a core, or the name of one (see `choose_core`). Collective. UserError for a model or a core that would
-    train wrongly.
+    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens: 0 chooses (see `LossHead`
+    and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept for
+    backward: on the device, or as offload says in host memory, or on disk in offload_folder. compile: the MLP and the
+    norms of each block. z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
     reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
@@ -55,10 +68,19 @@ def parallelize(
     if isinstance(attention, str):
         needs, device_type = attention_needs(model.config), mesh.device.type
         attention, _ = choose_core(attention, needs, device_type=device_type, dtype=param_dtype)
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-    options = {"loss_tile_tokens": loss_tile_tokens, "checkpoint": checkpoint}
+    # Nothing is cast: activations have the dtype that parameters give them, also where a checkpoint computes again.
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    options = {
+        "loss_tile_tokens": loss_tile_tokens,
+        "mlp_tile_tokens": mlp_tile_tokens,
+        "checkpoint_every": checkpoint_every,
+        "store": open_store(offload, offload_folder, mesh.device),
+        "compile": compile,
+        "z_loss": z_loss,
+    }
     if model.config.model_type not in CHECKED_FAMILIES:
-        prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **options))
+        plain = options | {"compile": False, "z_loss": 0.0}  # the proof is about the family
+        prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain))
     return wrap(model, mesh, attention, policy, **options)
 
 
@@ -69,19 +91,26 @@ def wrap(
     mp_policy: MixedPrecisionPolicy,
     *,
     loss_tile_tokens: int,
-    checkpoint: bool,
+    mlp_tile_tokens: int,
+    checkpoint_every: int,
+    store: Store | None,
+    compile: bool,
+    z_loss: float,
 ) -> PreTrainedModel:
     """What `parallelize` does to a model once nothing speaks against it."""
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, core)
-    head = head_of(model.config)
-    model.set_output_embeddings(
-        LossHead(model.get_output_embeddings(), tile_tokens=loss_tile_tokens, scale=head.scale, softcap=head.softcap)
-    )
-    if checkpoint:
-        for index, block in enumerate(blocks):
-            blocks[index] = checkpoint_block(block)
-    shard_parameters(model, blocks, mesh, mp_policy)
+    if mlp_tile_tokens == 0 and not checkpoint_every:
+        mlp_tile_tokens = -1  # without checkpoints the tiles would be the only recomputation, and cost time
+    if mlp_tile_tokens != -1:
+        tile_blocks(model, decoder, blocks, mlp_tile_tokens or max(_SMALLEST_TILE, model.config.hidden_size))
+    if compile:
+        compile_blocks(blocks)
+    use_loss_head(model, loss_tile_tokens, z_loss)
+    shard_blocks(model, blocks, mesh, mp_policy)
+    if checkpoint_every:
+        checkpoint_blocks(blocks, every=checkpoint_every, store=store)
+    shard_root(model, mesh, mp_policy)
     return model
 
 
@@ -239,17 +268,69 @@ class _SumOverRanks(torch.autograd.Function):
         return upstream, None
 
 
-def shard_parameters(
-    model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy
-) -> None:
-    """FSDP2 over dp_shard x sp, replicated over dp_replicate; gradients are summed over the mesh, never averaged."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+def tile_blocks(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, tile_tokens: int) -> None:
+    """Tile what works on each token by itself: the MLP of each block with the norms around it, and all other norms."""
+    for block in blocks:
+        layout = mlp_layout(block)
+        if layout is None:
+            parts = ", ".join(dict(block.named_children()))
+            warnings.warn(
+                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} (which has {parts}). '
+                "It is not tiled, and takes memory for all tokens at once.",
+                stacklevel=2,
+            )
+        else:
+            tile_mlp(layout.mlp, layout.before, layout.after, tile_tokens=tile_tokens)
+        taken = () if layout is None else (layout.before, layout.after)
+        for norm in _norms(block):
+            if norm not in taken:
+                tile_norm(norm, tile_tokens=tile_tokens)
+    for norm in _norms(decoder):
+        tile_norm(norm, tile_tokens=tile_tokens)
+
+
+def _norms(module: nn.Module) -> Iterator[nn.Module]:
+    """Its own norms over the hidden state."""
+    return (child for child in module.children() if "norm" in type(child).__name__.lower())
+
+
+def compile_blocks(blocks: nn.ModuleList) -> int:
+    """Compile what each block does to tokens by themselves, each part as one graph; returns the number of parts.
+
+    That is its MLP and its norms, tiled or not; what counts for a router loss breaks its graph in two. Attention stays
+    as it is: what it sees of the documents changes from step to step, and each change would compile it anew.
+    """
+    parts = []
+    for block in blocks:
+        layout = mlp_layout(block)
+        modules = [*_norms(block), *([layout.mlp] if layout else [])]
+        tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
+        parts += tiled or modules
+    for part in parts:
+        part.compile(fullgraph=not any(module._forward_hooks for module in part.modules()))
+    return len(parts)
+
+
+def use_loss_head(model: PreTrainedModel, tile_tokens: int, z_loss: float) -> None:
+    """Let `lm_head` compute the loss, with what the family does to its logits."""
+    shape, linear = head_of(model.config), model.get_output_embeddings()
+    shaping = {"scale": shape.scale, "softcap": shape.softcap, "z_loss": z_loss}
+    model.set_output_embeddings(LossHead(linear, tile_tokens=tile_tokens, **shaping))
+
+
+def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+    """FSDP2 over dp_shard x sp, replicated over dp_replicate, of each block, the embedding and the head."""
     for block in blocks:
         fully_shard(block, mesh=mesh.fsdp, mp_policy=mp_policy)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
         fully_shard(embedding, mesh=mesh.fsdp, mp_policy=mp_policy)
         # Its backward follows its forward at once: resharding between the two would gather twice.
         fully_shard(head, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+
+
+def shard_root(model: PreTrainedModel, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+    """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
     # Tied embedding and head stay in the root's group: FSDP refuses a parameter that two groups hold.
     fully_shard(model, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
     for module in model.modules():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from titan_ulysses.errors import UserError
@@ -48,6 +49,33 @@ def head_of(config: PreTrainedConfig) -> Head:
     """gemma caps its logits, granite divides them, cohere multiplies them."""
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return Head(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+@dataclass(frozen=True)
+class MLPLayout:
+    """A block's MLP and the norms that do nothing but feed it, and take its output, alone."""
+
+    mlp: nn.Module
+    before: nn.Module | None
+    after: nn.Module | None
+
+
+def mlp_layout(block: nn.Module) -> MLPLayout | None:
+    """The MLP of a transformers block, by the names that families share; None where there is none of them.
+
+    Whatever follows it in the block only adds to its output. A mixture of experts counts as an MLP.
+    """
+    parts = dict(block.named_children())
+    mlp = next((parts[name] for name in ("mlp", "feed_forward", "block_sparse_moe") if name in parts), None)
+    if mlp is None:
+        return None
+    after = parts.get("post_feedforward_layernorm", parts.get("post_mlp_layernorm"))
+    before = parts.get("pre_feedforward_layernorm")
+    # Elsewhere this one feeds the MLP, unless the family norms what comes out of attention (olmo2), or its MLP shares
+    # what it is fed with another part of the block.
+    if before is None and "post_feedforward_layernorm" not in parts and "shared_mlp" not in parts:
+        before = parts.get("post_attention_layernorm")
+    return MLPLayout(mlp, before, after)
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:

@@ -1,0 +1,204 @@
+"""Checkpoints off the device: segment inputs in host memory, or in files, from their forward to their backward.
+
+On CUDA they travel on a stream of their own through page-locked slabs, which are allocated once and used again: out
+while the next segment computes, and back one segment before backward needs them. The compute stream waits for events,
+never for the host. On a CPU the same slabs are plain memory or memory-mapped files and the copies are just made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from titan_ulysses.errors import UserError
+
+Offload = Literal["none", "host", "disk"]
+
+
+def open_store(offload: Offload, folder: str | Path | None, device: torch.device) -> Store | None:
+    """Where segment inputs go: None for "none", where they stay on the device. folder is for "disk" alone."""
+    if offload == "none":
+        return None
+    slabs = _host_slab if offload == "host" else _FileSlabs(Path(folder or tempfile.gettempdir()))
+    return CudaStore(slabs) if device.type == "cuda" else Store(slabs)
+
+
+class Kept:
+    """A tensor in a slab. The slab is free again when the last reference to this is gone: after backward."""
+
+    def __init__(self, store: Store, x: Tensor, slab: Tensor, before: Kept | None):
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.slab = slab
+        self.before = weakref.ref(before) if before is not None else lambda: None  # kept before, so needed after
+        self.fetched: tuple[Tensor, torch.cuda.Event] | None = None
+        weakref.finalize(self, store.free.setdefault(slab.numel(), []).append, slab).atexit = False
+
+    def view(self) -> Tensor:
+        return self.slab.view(self.dtype).view(self.shape)
+
+
+class Store:
+    """Keeps tensors in slabs of host memory."""
+
+    def __init__(self, make_slab: Callable[[int, torch.device], Tensor]):
+        self.make_slab = make_slab
+        self.slabs: list[Tensor] = []
+        """All that were ever made: what the store takes of the host."""
+        self.free: dict[int, list[Tensor]] = {}
+        self._latest: Callable[[], Kept | None] = lambda: None
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """What a checkpoint that begins in here saves, its input, is kept by this store."""
+        # Before its own hooks are in force, torch's checkpoint saves its inputs: ours, and an empty tensor of its own.
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+
+    def _pack(self, x: Tensor) -> Tensor | Kept:
+        if x.numel() == 0:
+            return x
+        size = x.numel() * x.element_size()
+        if self.free.get(size):
+            slab = self.free[size].pop()
+        else:
+            slab = self.make_slab(size, x.device)
+            self.slabs.append(slab)
+        kept = Kept(self, x, slab, self._latest())
+        self._latest = weakref.ref(kept)
+        self.put(x, kept)
+        return kept
+
+    def _unpack(self, kept: Tensor | Kept) -> Tensor:
+        return self.get(kept) if isinstance(kept, Kept) else kept
+
+    def put(self, x: Tensor, kept: Kept) -> None:
+        kept.view().copy_(x)
+
+    def get(self, kept: Kept) -> Tensor:
+        return kept.view().clone()
+
+
+class CudaStore(Store):
+    """The same for a CUDA device: copies beside the computation, fetched one segment ahead."""
+
+    def __init__(self, make_slab: Callable[[int, torch.device], Tensor]):
+        super().__init__(make_slab)
+        self.stream = torch.cuda.Stream()
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def put(self, x: Tensor, kept: Kept) -> None:
+        compute = torch.cuda.current_stream()
+        self.stream.wait_stream(compute)
+        with torch.cuda.stream(self.stream):
+            kept.view().copy_(x, non_blocking=True)
+            self._leaving.append((x, self.stream.record_event()))
+        while len(self._leaving) > 1:
+            # Freed memory is used again in the order of the compute stream, so that this has to wait for the copy.
+            _, copied = self._leaving.popleft()
+            compute.wait_event(copied)
+
+    def get(self, kept: Kept) -> Tensor:
+        if kept.fetched is None:
+            self._fetch(kept)
+        x, arrived = kept.fetched
+        kept.fetched = None
+        torch.cuda.current_stream().wait_event(arrived)
+        before = kept.before()
+        if before is not None and before.fetched is None:
+            self._fetch(before)
+        return x
+
+    def _fetch(self, kept: Kept) -> None:
+        """Start the copy. The memory is the compute stream's, which will free it: it must be its own by now."""
+        x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            x.copy_(kept.view(), non_blocking=True)
+            kept.fetched = x, self.stream.record_event()
+
+
+def _host_slab(size: int, device: torch.device) -> Tensor:
+    """size bytes; page-locked where a CUDA device reads them. torch's own pinned memory rounds up to a power of two."""
+    slab = torch.empty(size, dtype=torch.uint8)
+    if device.type == "cuda":
+        result = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), size, 0)
+        if int(result) != 0:
+            raise UserError(
+                f'activation_checkpoint.offload = "host": {size / 2**30:.2f} GiB of host memory could not be '
+                f"page-locked ({result}). Raise the limit (ulimit -l unlimited), or use fewer checkpoints: raise "
+                "activation_checkpoint.every."
+            )
+    return slab
+
+
+class _FileSlabs:
+    """Slabs in memory-mapped files of a folder, which the system writes out when memory is short.
+
+    The files have no name any more once they are open: nothing is left of them however the process ends.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, size: int, device: torch.device) -> Tensor:
+        try:
+            handle, name = tempfile.mkstemp(prefix="checkpoint-", dir=self.folder)
+            try:
+                os.posix_fallocate(handle, 0, size)  # a full disk is an error here, and a crash (SIGBUS) later
+                return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+            finally:
+                os.close(handle)
+                os.unlink(name)
+        except OSError as error:
+            raise UserError(
+                f"activation_checkpoint.offload_folder = {self.folder}: no room for {size / 2**30:.2f} GiB "
+                f"({error.strerror}). Choose another folder, or raise activation_checkpoint.every."
+            ) from error
+
+
+def check_room(
+    offload: Offload, folder: str | Path | None, *, shape: tuple[int, ...], itemsize: int, segments: int, processes: int
+) -> None:
+    """UserError where this node cannot hold the inputs [B, T, h] of all segments of that many processes."""
+    needed = prod(shape) * itemsize * segments * processes
+    if offload == "disk":
+        place = Path(folder or tempfile.gettempdir())
+        setting = f"activation_checkpoint.offload_folder = {place}"
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise UserError(f"{setting}: not a folder that can be written to. Make it, or name another one.")
+        free = shutil.disk_usage(place).free
+    else:
+        setting, free = f'activation_checkpoint.offload = "{offload}"', available_host_memory()
+    if offload != "none" and needed > free:
+        raise UserError(
+            f"{setting}: checkpoints take {needed / 2**30:.1f} GiB on this node ({processes} ranks x {segments} "
+            f"segments), and {free / 2**30:.1f} GiB are free. Raise activation_checkpoint.every, use more "
+            "sequence-parallel ranks on more nodes, or shorten training.seq_len."
+        )
+
+
+def available_host_memory() -> int:
+    """Bytes that this process could still get from the host: what the kernel says, within the control group's limit."""
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    fields = dict(line.split(":") for line in lines)
+    if "MemAvailable" in fields:
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    else:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        return min(available, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or "max"
+        return available
