@@ -251,6 +251,15 @@ def test_our_own_tiles(family: str, checkpoint_every: int) -> None:
     check_same(run_on_ranks(2, outcome, family, SP2, **options)[0], expected, 1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_every", [0, 1])
+def test_compiled(checkpoint_every: int) -> None:
+    """To 1e-6: fused kernels round the fp32 steps of norms otherwise."""
+    expected = run_on_ranks(2, outcome, "qwen3_moe", SP2, checkpoint_every=0)[0]
+    options = {"checkpoint_every": checkpoint_every, "mlp_tile_tokens": 5, "compile": True}
+    check_same(run_on_ranks(2, outcome, "qwen3_moe", SP2, timeout=300, **options)[0], expected, 1e-6)
+
+
 class _NoContext:
     @staticmethod
     def run(function: Callable, *args):
