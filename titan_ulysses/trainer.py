@@ -25,6 +25,7 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
+from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
@@ -58,6 +59,7 @@ class Trainer:
             model_config=model_config,
             num_token_ids=num_token_ids(self.tokenizer),
         )
+        self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)
         if config.model.path:
             hf.find_weights(config.model.path)
@@ -175,6 +177,7 @@ class Trainer:
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
+            + self._memory_notes()
             + (f"\nresumed from step {self.step}" if self.step else ""),
             highlight=False,
             soft_wrap=True,
@@ -184,6 +187,15 @@ class Trainer:
         heads = getattr(self.model.config, "num_attention_heads", self.degrees.sequence)
         idle = self.degrees.sequence - heads
         return f"\n[bold]{idle} of {heads + idle} sequence-parallel ranks have no attention head[/]" if idle > 0 else ""
+
+    def _memory_notes(self) -> str:
+        """What was chosen for the user, or changes nothing."""
+        tile, tokens, lines = self.config.memory.mlp_tile_tokens, self.batch_tokens, []
+        if tile > tokens:
+            lines.append(f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one tile")
+        if self.mesh.device.type == "cuda":
+            lines.append(describe_allocator())
+        return "".join(f"\n{line}" for line in lines)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
