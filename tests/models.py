@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from titan_ulysses.config import Optimizer
 from titan_ulysses.data.loader import Batch
@@ -141,7 +143,7 @@ def train_sharded(
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
         batches = [local_batch(rows, mesh) for rows in micro_batches]
-        loss, norm = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
+        loss, norm, _ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
     record.parameters = {name: p.detach().full_tensor() for name, p in hf.named_parameters(sharded)}
@@ -182,7 +184,7 @@ class Run:
     def train(self, steps: int, *, accumulate: int = 1) -> Run:
         for _ in range(steps):
             batches = [local_batch(self.rows, self.mesh).to(self.mesh.device) for _ in range(accumulate)]
-            loss, self.grad_norm = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=1.0)
+            loss, self.grad_norm, _ = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=1.0)
             self.losses.append(loss.item())
         return self
 
@@ -214,8 +216,6 @@ class Run:
 
 def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype) -> Record:
     """The same on one process: unmodified transformers, each document a forward of its own, plain AdamW."""
-    from transformers import AutoModelForCausalLM
-
     record = Record()
     plain = AutoModelForCausalLM.from_config(
         hf.load_model_config("", model), dtype=dtype, experts_implementation=hf.experts_path(dtype)
@@ -224,12 +224,16 @@ def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torc
     o = OPTIMIZER
     optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     for micro_batches in steps:
-        documents = [document for rows in micro_batches for row in rows for document in row]
-        valid = sum(int((d.labels != -100).sum()) for d in documents)
-        total = torch.zeros((), dtype=dtype)
-        for document in documents:
-            logits = plain(input_ids=document.tokens[None, :-1], use_cache=False).logits[0]
-            total = total + F.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
+        total, valid = torch.zeros((), dtype=dtype), 0
+        for rows in micro_batches:
+            documents = [document for row in rows for document in row]
+            outputs = [plain(input_ids=document.tokens[None, :-1], use_cache=False) for document in documents]
+            for output, document in zip(outputs, documents, strict=True):
+                total = total + F.cross_entropy(output.logits[0], document.labels, ignore_index=-100, reduction="sum")
+            labels = sum(int((d.labels != -100).sum()) for d in documents)
+            if getattr(plain.config, "output_router_logits", False):
+                total = total + labels * router_loss(plain, [output.router_logits for output in outputs])
+            valid += labels
         loss = total / valid
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
@@ -240,6 +244,13 @@ def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torc
         optimizer.zero_grad()
     record.parameters = {name: p.detach().clone() for name, p in plain.named_parameters()}
     return record
+
+
+def router_loss(plain: PreTrainedModel, logits: list[tuple[Tensor, ...]]) -> Tensor:
+    """What transformers would add to the loss if it had seen all documents, whose router logits these are, at once."""
+    layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
+    function = sys.modules[type(plain).__module__].load_balancing_loss_func
+    return plain.router_aux_loss_coef * function(layers, plain.num_experts, plain.num_experts_per_tok)
 
 
 def largest_difference(found: Record, expected: Record) -> dict[str, float]:
@@ -270,8 +281,8 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
 class KeepFp64(TorchFunctionMode):
     """Under it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
 
-    Norms, routers and eager softmax name fp32, so that fp64 parity ends where a last bit of fp64 becomes one of fp32.
-    What backward computes again is kept too.
+    Norms, routers, their loss and eager softmax name fp32, so that fp64 parity ends where a last bit of fp64 becomes
+    one of fp32. What backward computes again is kept too.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -284,7 +295,7 @@ class KeepFp64(TorchFunctionMode):
                 run = torch.autograd.graph._engine_run_backward
                 run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
             return None
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if func is torch.zeros or args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
             args = tuple(torch.float64 if x is torch.float32 else x for x in args)

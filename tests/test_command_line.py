@@ -312,10 +312,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
     ),
     "family": (
         keep,
-        {"model.config.model_type": "mixtral", "model.config.output_router_logits": True},
+        {"model.config.model_type": "llama4_text", "model.config.output_router_logits": True},
         1,
         1,
-        ['model: "mixtral" needs router losses (output_router_logits)', "cannot do that exactly"],
+        ['model: "llama4_text" needs router losses (output_router_logits)', "cannot do that exactly"],
     ),
     "output": (
         output_is_a_file,

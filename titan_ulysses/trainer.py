@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -271,9 +271,7 @@ class Trainer:
             group["lr"] = lr
         # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
-            loss, grad_norm = train_step(
-                self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm
-            )
+            shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
         if counter:
             self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
@@ -281,7 +279,7 @@ class Trainer:
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
         # What will be saved is looked at first: a checkpoint of a diverged model would be no place to resume from.
         if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps or self._saves_now():
-            self._log(logger, loss, grad_norm, lr)
+            self._log(logger, shown, lr)
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
             with self._off_the_clock():
@@ -289,10 +287,11 @@ class Trainer:
             if logger:
                 logger.log(self.step, values)
 
-    def _log(self, logger: MetricsLogger | None, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+    def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
-        loss, grad_norm = loss.item(), grad_norm.item()  # before the clock is read: the device finishes the step
+        # Before the clock is read: the device finishes the step.
+        loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         peak = torch.tensor(peak_memory_gib(device))
@@ -311,6 +310,7 @@ class Trainer:
             values = {
                 "loss": loss,
                 "grad_norm": grad_norm,
+                "router_loss": None if shown.router_loss is None else shown.router_loss.item(),
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
                 "tokens_per_second": tokens / seconds,
@@ -335,26 +335,27 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
-        """Mean loss over the held-out sequences, at most `validation.steps` global batches of them, the same each time.
+        """Mean cross-entropy of held-out sequences, at most `validation.steps` global batches of them, the same ones.
 
-        It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing.
+        It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing, and a
+        router's loss, which is of a whole batch, is left out.
         """
         config, loader, device = self.config, self.validation_loader, self.mesh.device
         global_batch = self.degrees.global_batch_size
         sequences = min(config.validation.steps * global_batch, len(loader.sequences))
         loader.load_state_dict({"sequences_consumed": 0})
-        one = torch.ones((), dtype=torch.int64, device=device)
-        total, count = torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(one)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # of cross-entropy, and the number of labels
         self.model.eval()
         for first in range(0, sequences, loader.batch_size * loader.batch_degree):
             batch = loader.next_batch().to(device)
             rows = torch.arange(loader.batch_size, device=device) + first + loader.batch_rank * loader.batch_size
             batch.labels[rows >= sequences] = IGNORE_INDEX
-            total += _forward(self.model, batch, one)
-            count += (batch.labels != IGNORE_INDEX).sum()
+            sums[0] += self.model(**vars(batch), reduction="none").loss.sum(dtype=torch.float64)
+            sums[1] += (batch.labels != IGNORE_INDEX).sum()
         self.model.train()
-        dist.all_reduce(count, group=self.mesh.loss.get_group())
-        return {"validation_loss": (total / count.clamp(min=1)).item(), "validation_tokens": count.item()}
+        dist.all_reduce(sums, group=self.mesh.loss.get_group())
+        total, count = sums.tolist()
+        return {"validation_loss": total / max(count, 1), "validation_tokens": int(count)}
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
@@ -398,26 +399,35 @@ class Trainer:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+class Step(NamedTuple):
+    """What one optimizer step showed, the same on every rank."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    """before clipping"""
+    router_loss: Tensor | None
+    """mean over the batches, without its coefficient; None for a model without one"""
+
+
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, *, max_norm: float
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step over the batches that make it up; nothing here waits for the device.
-
-    Returns the loss of the whole step, the same on every rank, and the gradient norm before clipping.
-    """
+) -> Step:
+    """One optimizer step over the batches that make it up; nothing here waits for the device."""
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
     dist.all_reduce(num_items, group=mesh.loss.get_group())
-    total = torch.zeros((), dtype=torch.float64, device=num_items.device)
+    total, router_loss = torch.zeros(2, dtype=torch.float64, device=num_items.device).unbind()
     for batch in batches:
-        loss = _forward(model, batch, num_items)
-        loss.backward()
-        total += loss.detach()
+        output = model(**vars(batch), num_items_in_batch=num_items)
+        output.loss.backward()
+        total += output.loss.detach()
+        if has_router_loss := "aux_loss" in output:
+            router_loss += output.aux_loss.detach() / len(batches)
         if batch is not batches[-1]:
             _widen_gradients(model)
     grad_norm = clip_gradients(list(model.parameters()), max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return total, grad_norm
+    return Step(total, grad_norm, router_loss if has_router_loss else None)
 
 
 def _widen_gradients(model: nn.Module) -> None:
@@ -430,16 +440,6 @@ def _widen_gradients(model: nn.Module) -> None:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _forward(model: nn.Module, batch: Batch, num_items: Tensor) -> Tensor:
-    return model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        labels=batch.labels,
-        documents=batch.documents,
-        num_items_in_batch=num_items,
-    ).loss
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:

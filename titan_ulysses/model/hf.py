@@ -59,6 +59,11 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
             )
     except ValueError as error:
         raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
+    except Exception as error:  # a family's own code raises whatever it likes
+        raise UserError(
+            f'model: transformers cannot build a "{config.model_type}" of this config ({one_line(error)}). '
+            "Set what it lacks (head_dim, num_key_value_heads) in the config."
+        ) from error
     return model
 
 
