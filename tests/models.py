@@ -22,6 +22,7 @@ from titan_ulysses.data.loader import Batch
 from titan_ulysses.memory.optimizer import build_optimizer, plain_pieces
 from titan_ulysses.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
+from titan_ulysses.model.families import attention_needs
 from titan_ulysses.parallelize import parallelize
 from titan_ulysses.trainer import train_step
 
@@ -214,12 +215,22 @@ class Run:
         return [p.to_local().detach().clone() for p in self.model.parameters()]
 
 
+def plain_model(table: dict[str, Any], dtype: torch.dtype, *, experts: str | None) -> PreTrainedModel:
+    """Unmodified transformers, with the attention that it chooses; where scores are capped, with one that caps them.
+
+    transformers 5.17 chooses sdpa for gemma2, which does not.
+    """
+    config = hf.load_model_config("", table)
+    attention = "eager" if "softcap" in attention_needs(config) else None
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, experts_implementation=experts, attn_implementation=attention
+    )
+
+
 def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype) -> Record:
     """The same on one process: unmodified transformers, each document a forward of its own, plain AdamW."""
     record = Record()
-    plain = AutoModelForCausalLM.from_config(
-        hf.load_model_config("", model), dtype=dtype, experts_implementation=hf.experts_path(dtype)
-    )
+    plain = plain_model(model, dtype, experts=hf.experts_path(dtype))
     hf.initialize(plain, seed=3)
     o = OPTIMIZER
     optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from models import LLAMA, STARCODER2, kept_in_fp64, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
@@ -51,6 +53,8 @@ def test_parity(name: str, lengths: str, degrees: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["phi3, longrope", "gemma3, by layer", "gemma3, both"])
 def test_parity_of_other_families(name: str) -> None:
+    if name == "gemma3, both" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers 5.17 cannot do longrope by kinds of layers: its long frequencies are not bound")
     check(name, "packed, on both sides", (1, 1, 2), keep_fp64=True)
 
 

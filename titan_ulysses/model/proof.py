@@ -96,7 +96,8 @@ def _try(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, C
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of config with small widths and as few layers as show every kind of layer, two at least."""
     tiny = copy.deepcopy(config)
-    tiny._attn_implementation = None  # transformers' choice for this machine
+    # transformers' choice for this machine; but 5.17 chooses sdpa also where scores are capped, which it cannot do.
+    tiny._attn_implementation = "eager" if "softcap" in attention_needs(config) else None
     if config.hidden_size > _HIDDEN:
         heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
         if kv_heads is not None:
