@@ -36,9 +36,18 @@ MESHES = {  # dp_replicate, dp_shard, sp
 }
 
 
+# What makes long sequences fit changes nothing either; the runs above keep their checkpoints on the device.
+OFFLOADED: Settings = {
+    "activation_checkpoint.every": 2,
+    "activation_checkpoint.offload": "disk",
+    "memory.mlp_tile_tokens": 7,
+    "memory.loss_tile_tokens": 5,
+}
+
+
 def on_mesh(name: str) -> Settings:
     replicate, shard, sequence = MESHES[name]
-    return {
+    return (OFFLOADED if name == "dp2 x sp2" else {}) | {
         "parallelism.data_parallel_replicate_degree": replicate,
         "parallelism.data_parallel_shard_degree": shard,
         "parallelism.sequence_parallel_degree": sequence,
@@ -84,6 +93,26 @@ def test_validation_loss_does_not_depend_on_the_mesh(mesh: str, runs: dict[str, 
         assert line["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-6)
         assert line["validation_tokens"] == other["validation_tokens"] <= sequences * SEQ_LEN
     assert len({line["validation_loss"] for line in found}) == 3
+
+
+MOE = {"model_type": "qwen3_moe", "output_router_logits": True, "router_aux_loss_coef": 0.1, "num_experts": 4}
+MOE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 1}
+
+
+def test_router_loss_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    """The batch is one micro-batch on each mesh."""
+    config = write_run(tmp_path)
+    settings: Settings = {f"model.config.{key}": value for key, value in MOE.items()} | {"training.steps": 4}
+    settings |= {"validation.enable": True, "validation.interval": 4, "checkpoint.enable": False}
+    lines = []
+    for name, rows in {"one": 8, "sp2": 8, "dp2 x sp2": 4}.items():
+        here = settings | on_mesh(name) | {"job.name": name, "training.local_batch_size": rows}
+        run_on_ranks(math.prod(MESHES[name]), train, config, here)
+        lines.append(logged(tmp_path / "outputs" / name))
+    for expected, *others in zip(*lines, strict=True):
+        for name in expected.keys() & {"loss", "grad_norm", "router_loss", "validation_loss"}:
+            assert [other[name] for other in others] == pytest.approx([expected[name]] * 2, rel=1e-4), name
+    assert all(line["router_loss"] > 1.5 for line in lines[0][:4])  # k = 2, where all experts are chosen alike
 
 
 # --- what a run tells -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
 
     config, model_config, degrees, core = resolve(case)
     mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
-    model = build_model(config, model_config, mesh, core)
+    model, _ = build_model(config, model_config, mesh, core)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model.parameters(), config.optimizer)
@@ -179,10 +180,8 @@ def profiled(case: Case) -> None:
         with torch.profiler.record_function(f"step {step} begins"):
             pass
 
-    # gloo's threads release what they have sent.
-    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, experimental_config=everywhere) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, patience_with_gloo():
         collectives = train(case, steps=2, before=mark)
     events = profile.profiler.kineto_results.events()
     began = next(event.start_ns() for event in events if event.name() == "step 0 begins")
@@ -194,6 +193,28 @@ def profiled(case: Case) -> None:
             peak = max(peak, alive)
     if dist.get_rank() == 0:
         print(json.dumps({"peak": peak, "collectives": collectives}))
+
+
+def patience_with_gloo() -> Any:
+    """A mode that waits after each collective until gloo's thread has let go of its tensors.
+
+    Otherwise it may be that thread which releases them, and the profiler hears only of what this one releases.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Patience(TorchDispatchMode):
+        sent = False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if DTensor in types:
+                return NotImplemented
+            if self.sent:
+                time.sleep(0.005)
+            self.sent = func.namespace in ("c10d", "_c10d_functional")
+            return func(*args, **(kwargs or {}))
+
+    return Patience()
 
 
 def resident(case: Case) -> None:

@@ -23,6 +23,8 @@ class Batch:
     documents: tuple[tuple[int, ...], ...]
     """the document lengths of each whole row, B tuples that sum to S, on the host: attention needs them without a
     device synchronisation"""
+    attention_mask: torch.Tensor | None = None
+    """[B, T] int64, 0 at padding, where there is any: the router loss alone needs it"""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; the copy does not make the host wait."""
@@ -37,6 +39,7 @@ class Batch:
             input_ids=move(self.input_ids),
             labels=move(self.labels),
             position_ids=move(self.position_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
         )
 
 

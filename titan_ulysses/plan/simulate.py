@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.collectives import CollectiveCounter
@@ -67,12 +68,15 @@ def simulate(
     store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=cuda)
     blocks: list[nn.Module] = []
 
-    def wrap_here(model, mesh, *, attention, offload, offload_folder, param_dtype, reduce_dtype, **rest) -> None:
+    def wrap_here(model, mesh, *, attention, param_dtype, reduce_dtype, **options) -> None:
+        """What `parallelize` does, without its questions to the other ranks."""
         blocks.extend(find_blocks(model)[1])
-        wrap(model, mesh, attention, precision(param_dtype, reduce_dtype), store=store, **rest)
+        kept = CPUOffloadPolicy(pin_memory=False) if options.pop("parameter_offload") else OffloadPolicy()
+        own = {key: value for key, value in options.items() if not key.startswith("offload")}
+        wrap(model, mesh, attention, precision(param_dtype, reduce_dtype), kept, store=store, **own | {"compile": False})
 
     with _fake_ranks(degrees) as mesh:
-        model = build_model(config, model_config, mesh, core, wrap=wrap_here)
+        model, _ = build_model(config, model_config, mesh, core, wrap=wrap_here)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
             tracker.claim(list(model.parameters()), "parameters")
