@@ -236,7 +236,7 @@ class MemoryTracker(TorchDispatchMode):
             self.place = before
 
 
-_COMPOSED = {torch.ops.aten.logsumexp.default}
+_COMPOSED = {torch.ops.aten.logsumexp.default, torch.ops.aten.logsumexp.out}
 """Operations that are made of others below the dispatcher's Python level: the others hold memory of their own."""
 
 _CASTS = {torch.ops.aten._to_copy.default}
