@@ -11,12 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from titan_ulysses.config import Optimizer
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.memory.optimizer import build_optimizer, plain_pieces
 from titan_ulysses.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
@@ -146,6 +149,70 @@ def train_sharded(
         record.grad_norms.append(norm.item())
     record.parameters = {name: p.detach().full_tensor() for name, p in hf.named_parameters(sharded)}
     return record if torch.distributed.get_rank() == 0 else Record(record.losses, record.grad_norms)
+
+
+class Run:
+    """A model and its optimizer on this rank of a mesh, to be trained step by step on the same rows."""
+
+    def __init__(
+        self,
+        degrees: tuple[int, int, int],
+        model: dict[str, Any],
+        rows: list[Row],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        param_dtype: torch.dtype | None = None,
+        optimizer: Optimizer = OPTIMIZER,
+        optimizer_offload: bool = False,
+        parameter_offload: bool = False,
+        prepare: Callable[[torch.nn.Module], Any] | None = None,
+    ):
+        """dtype: of the stored parameters; param_dtype: of the computation. prepare: is given the model on meta."""
+        self.mesh, self.rows = mesh_of(*degrees), rows
+        self.model = hf.build_on_meta(hf.load_model_config("", model), dtype)
+        if prepare:
+            prepare(self.model)
+        param_dtype = param_dtype or dtype
+        reduce_dtype = torch.promote_types(param_dtype, torch.float32)
+        dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}
+        parallelize(self.model, self.mesh, parameter_offload=parameter_offload, **dtypes)
+        hf.allocate(self.model, self.mesh.device, parameter_offload=parameter_offload)
+        hf.initialize(self.model, seed)
+        self.optimizer = build_optimizer(self.model.parameters(), optimizer, offload=optimizer_offload)
+        self.losses: list[float] = []
+
+    def train(self, steps: int, *, accumulate: int = 1) -> Run:
+        for _ in range(steps):
+            batches = [local_batch(self.rows, self.mesh).to(self.mesh.device) for _ in range(accumulate)]
+            loss, self.grad_norm, _ = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=1.0)
+            self.losses.append(loss.item())
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state by name, as they live on this rank."""
+        state = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        flat = dict(get_model_state_dict(self.model))
+        return flat | {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state, gathered; what is quantized as the numbers it stands for."""
+
+        def plain(t: Tensor) -> Tensor:
+            t = t.full_tensor() if isinstance(t, DTensor) else t
+            return (t.dequantize() if is_traceable_wrapper_subclass(t) else t).detach().clone()
+
+        return {name: plain(t) for name, t in self.state().items()}
+
+    def bits(self) -> dict[str, list[Tensor]]:
+        """This rank's part of them as it is stored: codes and scales where it is quantized."""
+        return {
+            name: [piece.detach().clone() for piece in plain_pieces(t.detach())] for name, t in self.state().items()
+        }
+
+    def local(self) -> list[Tensor]:
+        """The bits of this rank's shards as they are now."""
+        return [p.to_local().detach().clone() for p in self.model.parameters()]
 
 
 def plain_model(table: dict[str, Any], dtype: torch.dtype, *, experts: str | None) -> PreTrainedModel:

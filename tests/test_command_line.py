@@ -295,6 +295,21 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         1,
         ['model.path = "{}/model": the folder holds no *.safetensors. Save the model with'],
     ),
+    "tiles": (keep, {"memory.mlp_tile_tokens": -2}, 1, 2, ["memory.mlp_tile_tokens = -2: must be at least -1"]),
+    "offload folder": (
+        keep,
+        {"activation_checkpoint.offload": "disk", "activation_checkpoint.offload_folder": "{}/nowhere"},
+        1,
+        1,
+        ["activation_checkpoint.offload_folder = {}/nowhere: not a folder that can be written to. Make it, or name"],
+    ),
+    "offload room": (
+        keep,
+        {"activation_checkpoint.offload": "host", "training.local_batch_size": 2**40, "training.global_batch_size": -1},
+        1,
+        1,
+        ['activation_checkpoint.offload = "host": checkpoints take', "on this node (1 ranks x 2 segments), and "],
+    ),
     "family": (
         keep,
         {"model.config.model_type": "llama4_text", "model.config.output_router_logits": True},
@@ -319,6 +334,9 @@ def test_bad_input_is_refused_by_name(case: str, tmp_path: Path, monkeypatch: py
     prepare(tmp_path)
     before = contents(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    settings = {
+        k: v.replace("{}", str(tmp_path)) if isinstance(v, str) and v != "{}" else v for k, v in settings.items()
+    }
     found, message = refusal(arguments(config, settings))
     for part in parts:
         assert part.replace("{}", str(tmp_path)) in message

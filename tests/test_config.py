@@ -470,6 +470,15 @@ def test_degrees_and_batches(degrees: tuple, batch: tuple, expected: MeshDegrees
             "lr_scheduler.warmup_steps = 11 is more than training.steps = 10: lower the first or raise the second",
         ),
         (
+            {"activation_checkpoint__every": 5, "hf__num_hidden_layers": 4},
+            "activation_checkpoint.every = 5 is more than the model's 4 layers: set it to 4 or less",
+        ),
+        (
+            {"activation_checkpoint__mode": "none", "activation_checkpoint__offload": "host"},
+            'activation_checkpoint.offload = "host" moves checkpoints, and activation_checkpoint.mode = "none" makes '
+            'none: set activation_checkpoint.mode = "full"',
+        ),
+        (
             {"hf__attention_dropout": 0.1, "model__path": "/m", "model__config": None},
             "attention_dropout = 0.1: sequence-parallel attention has no dropout; set attention_dropout in the "
             "config.json of /m to 0",

@@ -144,18 +144,36 @@ class Memory(Section):
         description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, where blocks are "
         "checkpoints, and else -1: not tiled.",
     )
+    parameter_offload: bool = Field(
+        False, description="Parameters, gradients and optimizer state in host memory; the optimizer steps there."
+    )
+    optimizer_offload: bool = Field(
+        False, description="Optimizer state in host memory; it visits the device a parameter at a time."
+    )
 
 
 class Compile(Section):
     enable: bool = Field(False, description="Compile each block's MLP and norms (torch.compile); the first step waits.")
 
 
+class Quantize(Section):
+    float8: bool = Field(
+        False, description="Linear layers of the blocks multiply in float8 (torchao); GPUs from sm_89 on."
+    )
+
+
 class Optimizer(Section):
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    name: Literal["adamw", "adamw8bit", "adamw4bit"] = Field(
+        "adamw", description="AdamW with its two moments in fp32, or quantized to 8 or 4 bits (torchao)."
+    )
     lr: float = Field(3e-4, ge=0, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    stochastic_rounding: bool = Field(
+        False,
+        description="Store parameters in bfloat16, rounded stochastically after each step; no fp32 master weights.",
+    )
 
 
 class LRScheduler(Section):
@@ -194,6 +212,7 @@ class Config(Section):
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     memory: Memory = Memory()
     compile: Compile = Compile()
+    quantize: Quantize = Quantize()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     checkpoint: Checkpoint = Checkpoint()
@@ -546,7 +565,8 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = degrees.sequence
     else:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
-    problems += _training_problems(config, sequence) + _memory_problems(config, model_config)
+    problems += _training_problems(config, sequence) + _dtype_problems(config)
+    problems += _memory_problems(config, model_config)
     problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
@@ -622,6 +642,25 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
         problems.append(
             f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} layers: set it to "
             f"{layers} or less"
+        )
+    return problems
+
+
+def _dtype_problems(config: Config) -> list[str]:
+    dtype, problems = config.training.param_dtype, []
+    if config.optimizer.stochastic_rounding and dtype != "bfloat16":
+        problems.append(
+            f'optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "{dtype}": '
+            'set one to false or the other to "bfloat16"'
+        )
+    if config.optimizer.name != "adamw" and dtype == "float64":
+        problems.append(
+            f'optimizer.name = "{config.optimizer.name}" computes in fp32, but training.param_dtype = "float64": '
+            'set optimizer.name = "adamw"'
+        )
+    if config.quantize.float8 and dtype != "bfloat16":
+        problems.append(
+            f'quantize.float8 = true needs training.param_dtype = "bfloat16", which is "{dtype}": set one or the other'
         )
     return problems
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
@@ -45,6 +46,7 @@ def parallelize(
     checkpoint_every: int = 1,
     offload: Offload = "none",
     offload_folder: str | None = None,
+    parameter_offload: bool = False,
     compile: bool = False,
     z_loss: float = 0.0,
     param_dtype: torch.dtype | None = None,
@@ -57,8 +59,9 @@ def parallelize(
     default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
     attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens: 0 chooses (see `LossHead`
     and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept for
-    backward: on the device, or as offload says in host memory, or on disk in offload_folder. compile: the MLP and the
-    norms of each block. z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
+    backward: on the device, or as offload says in host memory, or on disk in offload_folder. parameter_offload keeps
+    shards and gradients in host memory, where the optimizer then steps. compile: the MLP and the norms of each block.
+    z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
     reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
@@ -81,7 +84,8 @@ def parallelize(
     if model.config.model_type not in CHECKED_FAMILIES:
         plain = options | {"compile": False, "z_loss": 0.0}  # the proof is about the family
         prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain))
-    return wrap(model, mesh, attention, policy, **options)
+    kept = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if parameter_offload else OffloadPolicy()
+    return wrap(model, mesh, attention, policy, kept, **options)
 
 
 def wrap(
@@ -89,6 +93,7 @@ def wrap(
     mesh: Mesh,
     core: Core,
     mp_policy: MixedPrecisionPolicy,
+    offload_policy: OffloadPolicy | None = None,
     *,
     loss_tile_tokens: int,
     mlp_tile_tokens: int,
@@ -107,10 +112,12 @@ def wrap(
     if compile:
         compile_blocks(blocks)
     use_loss_head(model, loss_tile_tokens, z_loss)
-    shard_blocks(model, blocks, mesh, mp_policy)
+    policies = {"mp_policy": mp_policy, "offload_policy": offload_policy or OffloadPolicy()}
+    shard = partial(fully_shard, mesh=mesh.fsdp, **policies)
+    shard_blocks(model, blocks, shard)
     if checkpoint_every:
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
-    shard_root(model, mesh, mp_policy)
+    shard_root(model, shard)
     return model
 
 
@@ -318,21 +325,21 @@ def use_loss_head(model: PreTrainedModel, tile_tokens: int, z_loss: float) -> No
     model.set_output_embeddings(LossHead(linear, tile_tokens=tile_tokens, **shaping))
 
 
-def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[..., Any]) -> None:
     """FSDP2 over dp_shard x sp, replicated over dp_replicate, of each block, the embedding and the head."""
     for block in blocks:
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=mp_policy)
+        shard(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
-        fully_shard(embedding, mesh=mesh.fsdp, mp_policy=mp_policy)
+        shard(embedding)
         # Its backward follows its forward at once: resharding between the two would gather twice.
-        fully_shard(head, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+        shard(head, reshard_after_forward=False)
 
 
-def shard_root(model: PreTrainedModel, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+def shard_root(model: PreTrainedModel, shard: Callable[..., Any]) -> None:
     """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
     # Tied embedding and head stay in the root's group: FSDP refuses a parameter that two groups hold.
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+    shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo has no PREMUL_SUM.

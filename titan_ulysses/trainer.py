@@ -27,12 +27,19 @@ from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
-from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.memory.optimizer import (
+    build_optimizer,
+    check_optimizer,
+    check_shards,
+    describe_state,
+    missing_compiler,
+)
+from titan_ulysses.memory.quantize import check_float8, use_float8
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.ulysses.cores import choose_core
 
 
@@ -52,6 +59,9 @@ class Trainer:
         self.core, self.core_reason = choose_core(
             config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
         )
+        check_optimizer(config.optimizer)
+        if config.quantize.float8:
+            check_float8(device_type)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self.degrees = check(
             config,
@@ -74,7 +84,8 @@ class Trainer:
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
         self.model = self._build_model(model_config)
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        offload = config.memory.optimizer_offload
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
@@ -98,7 +109,12 @@ class Trainer:
         """Meta device -> wrapped and sharded -> memory for this rank's shards. Values come later."""
         config, checkpoint = self.config, self.config.activation_checkpoint
         compute = getattr(torch, config.training.param_dtype)
-        model = hf.build_on_meta(model_config, dtype=torch.promote_types(compute, torch.float32))  # master weights
+        master = compute if config.optimizer.stochastic_rounding else torch.promote_types(compute, torch.float32)
+        model = hf.build_on_meta(model_config, dtype=master)
+        self.float8_layers = 0
+        if config.quantize.float8:
+            tokens = math.gcd(self.batch_tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
+            self.float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
         parallelize(
             model,
             self.mesh,
@@ -108,12 +124,14 @@ class Trainer:
             checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
             offload=checkpoint.offload,
             offload_folder=checkpoint.offload_folder or None,
+            parameter_offload=config.memory.parameter_offload,
             compile=config.compile.enable,
             z_loss=config.training.z_loss,
             param_dtype=compute,
             reduce_dtype=getattr(torch, config.training.reduce_dtype),
         )
-        hf.allocate(model, self.mesh.device)
+        check_shards(model.parameters(), config.optimizer)
+        hf.allocate(model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
         return model.train()
 
     def _check_memory(self, model_config) -> None:
@@ -190,11 +208,21 @@ class Trainer:
 
     def _memory_notes(self) -> str:
         """What was chosen for the user, or changes nothing."""
-        tile, tokens, lines = self.config.memory.mlp_tile_tokens, self.batch_tokens, []
-        if tile > tokens:
+        memory, tokens, lines = self.config.memory, self.batch_tokens, []
+        if memory.mlp_tile_tokens > tokens:
+            tile = memory.mlp_tile_tokens
             lines.append(f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one tile")
         if self.mesh.device.type == "cuda":
             lines.append(describe_allocator())
+        if self.float8_layers:
+            lines.append(f"float8: {self.float8_layers} linear layers")
+        if self.mesh.device.type == "cpu":
+            on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
+            lines += [f"memory.{name} changes nothing: the device is the CPU, all is in host memory" for name in on]
+        elif memory.parameter_offload and memory.optimizer_offload:
+            lines.append("memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it")
+        if getattr(self.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
+            lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
         return "".join(f"\n{line}" for line in lines)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -245,6 +273,7 @@ class Trainer:
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
             shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
         if counter:
+            self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
         self.step += 1
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
@@ -393,16 +422,34 @@ def train_step(
         total += output.loss.detach()
         if has_router_loss := "aux_loss" in output:
             router_loss += output.aux_loss.detach() / len(batches)
+        if batch is not batches[-1]:
+            _widen_gradients(model)
     grad_norm = clip_gradients(list(model.parameters()), max_norm)
     optimizer.step()
     optimizer.zero_grad()
     return Step(total, grad_norm, router_loss if has_router_loss else None)
 
 
+def _widen_gradients(model: nn.Module) -> None:
+    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may be bf16."""
+    for p in model.parameters():
+        if p.grad is not None and p.grad.dtype != _wide(p.grad):
+            p.grad_dtype = None  # any
+            p.grad = p.grad.to(_wide(p.grad))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most max_norm (0: leave them). Returns the norm before, over the mesh."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if any(gradient.dtype != _wide(gradient) for gradient in gradients):
+        norms = [torch.linalg.vector_norm(gradient, dtype=_wide(gradient)) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    else:
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # a norm over shards is a sum still to be made
     if max_norm > 0:
