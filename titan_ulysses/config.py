@@ -1,7 +1,7 @@
-"""The settings of a run: the TOML schema, the command line over it, and every check made before the first step.
+"""The settings of a run: the TOML schema, and every check made before the first step.
 
-Reads top to bottom: the schema, reading (`load_config`), the command line (`parse_command_line`), writing
-(`dump_toml`), checks across settings (`check`). No import of torch or transformers: `--help` answers at once.
+Reads top to bottom: the schema, reading (`load_config`), writing (`dump_toml`), checks across settings (`check`). No
+import of torch or transformers: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import date, time
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -242,7 +242,7 @@ def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return settings
     if not isinstance(base, str):
-        raise UserError(f'{path}: extends = {_show(base)}: needs one file, as in extends = "base.toml"', exit_code=2)
+        raise UserError(f'{path}: extends = {show(base)}: needs one file, as in extends = "base.toml"', exit_code=2)
     return _merge(_read_toml(path.parent / expand_path(base), chain=(*chain, path)), settings)
 
 
@@ -258,7 +258,7 @@ def _override(settings: dict[str, Any], setting: str, value: Any) -> None:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
             table = ".".join(tables[:depth])
-            raise UserError(f"{setting}: {table} = {_show(settings)} has no keys; set {table} itself", exit_code=2)
+            raise UserError(f"{setting}: {table} = {show(settings)} has no keys; set {table} itself", exit_code=2)
     settings[key] = value
 
 
@@ -298,7 +298,7 @@ def _explain(error: Any) -> str:
     reason = _BOUNDS.get(kind) or _TYPES.get(kind.split("_")[0]) or error["msg"].replace("{", "{{").replace("}", "}}")
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", '"')}
-    return f"{setting} = {_show(error['input'])}: {reason.format(section=setting, **context)}"
+    return f"{setting} = {show(error['input'])}: {reason.format(section=setting, **context)}"
 
 
 def _explain_unknown(location: Sequence[str], value: Any) -> str:
@@ -308,14 +308,14 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
         remedy = f"did you mean [{near[0]}]?" if near else f"the sections are {', '.join(SECTIONS)}"
         return f"[{key}]: no such section; {remedy}"
     section = sections[0] if sections else ""
-    if near := _nearest_keys(section, key):
+    if near := nearest_keys(section, key):
         remedy = f"did you mean {near}?"
     else:
         remedy = f"[{section}] has {', '.join(SECTIONS[section].model_fields)}" if section else "keys go into a section"
     return f"{'.'.join(location)}: no such key; {remedy}"
 
 
-def _nearest_keys(section: str, key: str) -> str:
+def nearest_keys(section: str, key: str) -> str:
     """The "section.key" most like a misspelt or misplaced one ("a or b" where several are equally near), or ""."""
     scores = {}
     for setting in KEYS:
@@ -324,119 +324,6 @@ def _nearest_keys(section: str, key: str) -> str:
         scores[setting] = SequenceMatcher(None, key.replace("-", "_"), candidate).ratio() + here
     best = max(scores.values())
     return " or ".join(s for s, score in scores.items() if score == best) if best >= 0.7 else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-class CommandLine(NamedTuple):
-    config_path: Path
-    overrides: list[tuple[str, Any]]  # ("section.key", value), in the order given: the last one counts
-    print_config: bool
-
-
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config X.toml`, `--print-config` and `--section.key value` overrides; `--help` prints `usage()`, exits 0.
-
-    `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option or lacks its value.
-    """
-    config_path, overrides, print_config = "", [], False
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument in ("-h", "--help"):
-            print(usage())
-            raise SystemExit(0)
-        option, equals, text = argument.partition("=")
-        value = text if equals else None
-        if argument == "--print-config":
-            print_config = True
-        elif option == "--config" or (option.startswith("--") and "." in option):
-            if value is None and rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            if option == "--config":
-                config_path = value or ""
-            else:
-                setting = option[2:]
-                overrides.append((setting, _override_value(setting, value)))
-        else:
-            raise UserError(_explain_option(argument), exit_code=2)
-    if not config_path:
-        raise UserError("--config is missing: say which TOML file to run, as in --config configs/X.toml", exit_code=2)
-    return CommandLine(Path(config_path), overrides, print_config)
-
-
-def _explain_option(argument: str) -> str:
-    if argument.endswith(".toml"):
-        return f"{argument}: unexpected; did you mean --config {argument}?"
-    if not argument.startswith("-"):
-        return f"{argument}: unexpected; settings are written --section.key value, lists 0.9,0.95 without spaces"
-    name = argument.lstrip("-").partition("=")[0]
-    near = get_close_matches(name, ["config", "print-config", "help", *KEYS], n=1)
-    near = near or _nearest_keys("", name).split()[:1]
-    return f"{argument}: no such option; " + (f"did you mean --{near[0]}?" if near else "see --help")
-
-
-def _override_value(setting: str, text: str | None) -> Any:
-    """The value of an override: as written for text, else TOML or JSON or comma-separated; None (no value) is true."""
-    kind = KEYS[setting].annotation if setting in KEYS else Any
-    if text is None:
-        if kind in (bool, Any):
-            return True
-        raise UserError(f"--{setting}: needs a value, as in --{setting} {_show(KEYS[setting].default)}", exit_code=2)
-    if kind is str or get_origin(kind) is Literal:
-        return text
-    value = _parse_value(text)
-    return [value] if get_origin(kind) in (list, tuple) and not isinstance(value, list) else value
-
-
-def _parse_value(text: str) -> Any:
-    """A TOML or JSON value; a list of texts without quotes (`[a,b]`, `a,b`); else the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-        if parsed.keys() == {"value"}:
-            return parsed["value"]
-    except ValueError:
-        pass
-    if text.startswith(("[", "{")):
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-    if text.startswith("[") and text.endswith("]"):
-        return [_parse_value(item.strip()) for item in text[1:-1].split(",")]
-    if "," in text and not text.startswith(("[", "{")):
-        return [_parse_value(item.strip()) for item in text.split(",")]
-    return text
-
-
-def usage() -> str:
-    """The text of --help, made from the schema: every key with its type, default and explanation."""
-    lines = [
-        "usage: torchrun --nproc-per-node N train.py --config X.toml [--section.key value ...]",
-        "       python train.py --config X.toml --print-config    show the resolved settings and stop",
-        "       python train.py --help",
-        "",
-        "Every setting is a key of the TOML file and an option. Lists: 0.9,0.95 or [0.9,0.95]. Tables, key by key:",
-        '--model.config.hidden_size 256. A file may begin with extends = "base.toml" to change another one.',
-    ]
-    for section, schema in SECTIONS.items():
-        lines += ["", f"[{section}]"]
-        for key, field in schema.model_fields.items():
-            default = "unset" if field.default is None else _toml(field.default)
-            lines.append(f"  --{section}.{key}  {_type_name(field.annotation)}  (default: {default})")
-            lines.append(f"      {field.description}")
-    return "\n".join(lines)
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    names = {str: "text", int: "integer", float: "number", bool: "true|false", list: "list of text"}
-    return (names | {tuple: "list of numbers"}).get(get_origin(kind) or kind, "table")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -480,7 +367,7 @@ def _toml(value: Any) -> str:
     raise TypeError(f"TOML has no {type(value).__name__}: {value!r}")
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A value for a message, which may be anything."""
     try:
         return _toml(value)
