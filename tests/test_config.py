@@ -113,7 +113,7 @@ def test_infinite_max_norm_is_allowed(toml: Path) -> None:
         ("lr_scheduler.min_lr_ratio", 1.5, "lr_scheduler.min_lr_ratio = 1.5: must be at most 1"),
         ("job.name", "", 'job.name = "": must not be empty'),
         ("job.name", ["a"], 'job.name = ["a"]: needs text'),
-        ("data.extensions", [], "data.extensions = []: must not be empty"),
+        ("metrics.log_interval", [], "metrics.log_interval = []: needs an integer"),
         ("data.extensions", [["txt"]], 'data.extensions[0] = ["txt"]: needs text'),
         ("data.extensions", ".txt", 'data.extensions = ".txt": needs a list'),
         ("data.encoding", "bytes", 'data.encoding = "bytes" with model.tokenizer = "": raw bytes need model.tokenizer'),

@@ -120,6 +120,8 @@ def usage() -> str:
 
 
 def _type_name(kind: Any) -> str:
+    if get_origin(kind) is list and get_args(kind) != (str,):
+        return "list of tables"
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     names = {str: "text", int: "integer", float: "number", bool: "true|false", list: "list of text"}

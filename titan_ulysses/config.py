@@ -93,11 +93,56 @@ class Model(Section):
         return config or None  # an empty table clears what a base file set: `--model.config {}`
 
 
-class Data(Section):
-    source: Literal["text"] = Field("text", description="Kind of data; text: plain text files, one document a file.")
-    path: PathText = Field("", description="File, folder or pattern; ~, $VARS and {stdlib} (Python's library) expand.")
-    extensions: list[str] = Field([".txt"], min_length=1, description="Which files of a folder are read.")
+class SourceSettings(Section):
+    """One source of documents: [data] itself, or an entry of [[data.mixture]]."""
+
+    source: Literal["text", "jsonl", "hf", "chat"] = Field(
+        "text", description="text: a document a file; jsonl: JSON lines or parquet; hf: a data set; chat: messages."
+    )
+    path: PathText = Field(
+        "", description="File, folder, pattern or data set name; ~, $VARS and {stdlib} (Python's library) expand."
+    )
+    extensions: list[str] = Field(
+        [], description="Which files of a folder are read; empty: .txt, or all that jsonl and chat can read."
+    )
     encoding: str = Field("utf-8", min_length=1, description='Text encoding; "bytes": raw, for tokenizer "bytes".')
+    text_field: str = Field("text", min_length=1, description="jsonl, hf: the field that holds the text.")
+    prompt_field: str = Field(
+        "", description="jsonl, hf: with completion_field, in place of text_field; not trained on."
+    )
+    completion_field: str = Field("", description="jsonl, hf: what follows the prompt, and is trained on.")
+    messages_field: str = Field("messages", min_length=1, description="chat: the field with the list of messages.")
+    tools_field: str = Field("tools", min_length=1, description="chat: the field with the tools, where a chat has any.")
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant", description="assistant: the assistant's turns, completions; all: every token of chats and prompts."
+    )
+    subset: str = Field("", description="hf, chat: configuration of the data set; empty: its default one.")
+    split: str = Field("train", min_length=1, description="hf, chat: split of the data set.")
+    streaming: bool = Field(False, description="hf, chat: read the data set while training; nothing is prepared.")
+    bad_lines: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A line that is not JSON, lacks its field or that the chat template refuses: stop, or count.",
+    )
+
+
+class MixtureEntry(SourceSettings):
+    weight: float = Field(1.0, gt=0, description="Share of the sequences; weights are divided by their sum.")
+
+
+class Data(SourceSettings):
+    mixture: list[MixtureEntry] = Field(
+        [],
+        description="[[data.mixture]]: several sources, each with the keys above and a weight; instead of data.path.",
+    )
+    packing: Literal["none", "concat", "best_fit"] = Field(
+        "concat", description="none: a document a sequence, padded; concat: end to end; best_fit: whole ones, padded."
+    )
+    long_documents: Literal["split", "drop"] = Field(
+        "split", description="Documents longer than training.seq_len: go on in another sequence, or are left out."
+    )
+    cache_folder: PathText = Field(
+        "", description="Where large tokenized data is kept for the next start; empty: ~/.cache/titan_ulysses."
+    )
 
 
 class Training(Section):
@@ -158,7 +203,8 @@ class Validation(Section):
     enable: bool = Field(False, description="Compute a validation loss during training.")
     interval: int = Field(100, ge=1, description="Steps between validations.")
     steps: int = Field(10, ge=1, description="Batches a validation; each is one global batch.")
-    path: PathText = Field("", description="Held-out file or folder; empty: every 100th document of data.path.")
+    path: PathText = Field("", description="Held-out data, read as [data] says; empty: every 100th document of data.")
+    split: str = Field("", description="hf, chat: split of the held-out data set; empty: data.split.")
 
 
 class Metrics(Section):
@@ -191,14 +237,45 @@ class Config(Section):
             )
         if not self.model.path and not self.model.config:
             problems.append("model.path is empty and there is no [model.config]: set one of them")
-        if self.data.encoding == "bytes" and self.model.tokenizer != "bytes":
-            tokenizer = _toml(self.model.tokenizer)
-            problems.append(
-                f'data.encoding = "bytes" with model.tokenizer = {tokenizer}: raw bytes need model.tokenizer = "bytes"'
-            )
+        problems += _data_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _data_problems(config: Config) -> list[str]:
+    data, problems = config.data, []
+    for setting, source in [("data", data), *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture))]:
+        if source.encoding == "bytes" and config.model.tokenizer != "bytes":
+            tokenizer = _toml(config.model.tokenizer)
+            problems.append(
+                f'{setting}.encoding = "bytes" with model.tokenizer = {tokenizer}: raw bytes need '
+                'model.tokenizer = "bytes"'
+            )
+        if source.encoding == "bytes" and source.source != "text":
+            problems.append(f'{setting}.encoding = "bytes" with {setting}.source = "{source.source}": JSON is text')
+        if bool(source.prompt_field) != bool(source.completion_field):
+            given, missing = sorted(("prompt_field", "completion_field"), key=lambda name: not getattr(source, name))
+            problems.append(f"{setting}.{given} is set and {setting}.{missing} is not: a prompt needs its completion")
+        if source.streaming and source.source not in ("hf", "chat"):
+            problems.append(f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = "hf"')
+        if source.streaming and (data.packing != "concat" or data.long_documents != "split"):
+            problems.append(
+                f'{setting}.streaming = true: only data.packing = "concat" with data.long_documents = "split" can pack '
+                "what is not known yet; set both, or streaming = false"
+            )
+        if source.streaming and config.validation.enable and not (config.validation.path or config.validation.split):
+            problems.append(
+                f"{setting}.streaming = true: no document can be held out of a stream; set validation.path or "
+                "validation.split"
+            )
+        if setting != "data" and not source.path:
+            problems.append(f"{setting}.path is not set: every entry of data.mixture needs a path")
+    if data.mixture and data.path:
+        problems.append(
+            f'data.path = {_toml(data.path)} and [[data.mixture]] are both set: clear one, with data.path = ""'
+        )
+    return problems
 
 
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}
@@ -269,7 +346,6 @@ _BOUNDS = {
     "less_than_equal": "must be at most {le}",
     "finite_number": "needs a finite number",
     "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
     "too_long": "needs no more than {max_length} values",
     "missing": "a value is missing from the list",
     "value_error": "{error}",
@@ -294,11 +370,16 @@ def _explain(error: Any) -> str:
         return _explain_unknown(location, error["input"])
     if not location:  # the check of the whole Config, whose lines name their settings
         return str(context["error"])
-    setting = re.sub(r"\.(\d+)\b", r"[\1]", ".".join(str(part) for part in location))
+    setting = _setting(location)
     reason = _BOUNDS.get(kind) or _TYPES.get(kind.split("_")[0]) or error["msg"].replace("{", "{{").replace("}", "}}")
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", '"')}
     return f"{setting} = {show(error['input'])}: {reason.format(section=setting, **context)}"
+
+
+def _setting(location: Sequence[str | int]) -> str:
+    """How a user would write a location: training.steps, optimizer.betas[1]."""
+    return re.sub(r"\.(\d+)\b", r"[\1]", ".".join(str(part) for part in location))
 
 
 def _explain_unknown(location: Sequence[str], value: Any) -> str:
@@ -312,7 +393,7 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
         remedy = f"did you mean {near}?"
     else:
         remedy = f"[{section}] has {', '.join(SECTIONS[section].model_fields)}" if section else "keys go into a section"
-    return f"{'.'.join(location)}: no such key; {remedy}"
+    return f"{_setting(location)}: no such key; {remedy}"
 
 
 def nearest_keys(section: str, key: str) -> str:
@@ -336,13 +417,19 @@ def dump_toml(config: Config) -> str:
     return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
 
-def _toml_table(header: str, table: dict[Any, Any]) -> list[str]:
-    lines = [f"[{header}]"]
-    lines += [f"{_toml_key(k)} = {_toml(v)}" for k, v in table.items() if not isinstance(v, dict) and v is not None]
-    for key, nested in table.items():
-        if isinstance(nested, dict):
-            lines += ["", *_toml_table(f"{header}.{_toml_key(key)}", nested)]
+def _toml_table(header: str, table: dict[Any, Any], brackets: str = "[{}]") -> list[str]:
+    lines = [brackets.format(header)]
+    nested = {key: value for key, value in table.items() if isinstance(value, dict) or _is_tables(value)}
+    lines += [f"{_toml_key(k)} = {_toml(v)}" for k, v in table.items() if k not in nested and v is not None]
+    for key, value in nested.items():
+        below = f"{header}.{_toml_key(key)}"
+        for one in value if isinstance(value, list) else [value]:
+            lines += ["", *_toml_table(below, one, "[[{}]]" if isinstance(value, list) else "[{}]")]
     return lines
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _toml_key(key: Any) -> str:
