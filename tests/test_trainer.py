@@ -19,8 +19,9 @@ from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
 from runs import SEQ_LEN, Settings, learned, logged, train, write_documents, write_run
 from titan_ulysses.config import Config, load_config
+from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.data.packing import Corpus, PackedSequences
+from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf
