@@ -6,8 +6,9 @@ and documents are told apart here and nowhere else.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,10 +183,10 @@ class PackedSequences(Sequences):
 class PaddedSequences(Sequences):
     """Documents in one piece wherever they fit, the rest of a sequence padded; random access.
 
-    A sequence holds one document, or with `best_fit` as many as fit: of the next `_LOOK_AHEAD` ones always the longest
-    that still does, and none of them waits for longer than that. Documents of more than S tokens are cut into pieces
-    of S; the label of a piece's last token is the document's next one. What goes together is decided once; each epoch
-    is a permutation of the sequences, drawn from (seed, epoch), in which every token comes once.
+    A sequence holds one document, or with `best_fit` as many as fit, as `fit` chooses them. Documents of more than S
+    tokens are cut into pieces of S; the label of a piece's last token is the document's next one. What goes together
+    is decided once; each epoch is a permutation of the sequences, drawn from (seed, epoch), in which every token comes
+    once.
 
     Raises `UserError` where there is no document.
     """
@@ -250,31 +251,24 @@ class PaddedSequences(Sequences):
 def fit(lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD) -> tuple[np.ndarray, np.ndarray]:
     """Pieces of at most `size` tokens -> (order [pieces], bounds [bins + 1]): bin b holds order[bounds[b]:bounds[b+1]].
 
-    Each bin begins with the piece that has waited longest; then, again and again, the longest of the next `look_ahead`
-    waiting pieces that fits comes in, until none does. O(pieces * log(look_ahead)).
+    Of the next `look_ahead` pieces that wait, the longest that fits comes into the bin (of equal ones the first), until
+    none does; so a bin begins with the longest of all, and short ones fill it up. O(pieces * log(look_ahead)).
     """
     assert not len(lengths) or int(lengths.max()) <= size, (lengths.max(), size)
-    sizes, order, bounds = lengths.tolist(), [], [0]
-    waiting: list[tuple[int, int]] = []  # (length, -place), sorted: of equal lengths the oldest comes last
-    placed = [False] * len(sizes)
-    arriving = oldest = 0
-    while len(order) < len(sizes):
-        space = size
-        while True:
-            while arriving < len(sizes) and len(waiting) < look_ahead:
-                insort(waiting, (sizes[arriving], -arriving))
-                arriving += 1
-            if space == size:
-                while placed[oldest]:
-                    oldest += 1
-                chosen = bisect_left(waiting, (sizes[oldest], -oldest))
-            else:
-                chosen = bisect_right(waiting, (space, 1)) - 1
-            if chosen < 0 or not waiting:
-                break
+    arriving = iter(enumerate(lengths.tolist()))
+    waiting: list[tuple[int, int]] = []  # (length, -place), sorted: of equal lengths the first comes last
+    order: list[int] = []
+    bounds, space = [0], size
+    while True:
+        for place, length in islice(arriving, look_ahead - len(waiting)):
+            insort(waiting, (length, -place))
+        chosen = bisect_right(waiting, (space, 1)) - 1
+        if chosen >= 0:
             length, place = waiting.pop(chosen)
-            placed[-place] = True
             order.append(-place)
             space -= length
-        bounds.append(len(order))
-    return np.array(order, dtype=np.int64), np.array(bounds, dtype=np.int64)
+        elif space < size:
+            bounds.append(len(order))
+            space = size
+        else:
+            return np.array(order, dtype=np.int64), np.array(bounds, dtype=np.int64)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_ulysses.config import SourceSettings
 from titan_ulysses.data.files import check_codec, digest, find_files, read_text
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import one_line
 
 TEXT_EXTENSIONS = [".txt"]
 RECORD_EXTENSIONS = [f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst")] + [".parquet"]
@@ -121,7 +123,7 @@ class RecordRows(Rows):
                     yield read_record(record, self.source, f"{name}:{number}")
             except (OSError, ValueError) as error:  # pyarrow's errors are one of these
                 raise UserError(
-                    f"{self.setting}: {file} cannot be read ({error}): repair it, or leave it out"
+                    f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or leave it out"
                 ) from error
             before += file.stat().st_size
         self.done = before
@@ -136,7 +138,7 @@ class RecordRows(Rows):
         before, codec = self.done, _CODECS.get(file.suffix.lower())
         is_json = file.name.lower().removesuffix(file.suffix.lower() if codec else "").endswith(".json")
         with open(file, "rb") as raw:
-            lines = pyarrow.CompressedInputStream(raw, codec) if codec else raw
+            lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
             for number, line in enumerate(lines, start=1):
                 if number == 1 and is_json and line.lstrip().startswith(b"["):  # one array instead of lines
                     yield from enumerate(json.loads(line + lines.read()), start=1)
@@ -147,7 +149,7 @@ class RecordRows(Rows):
 
     def _parse(self, line: bytes) -> Any:
         try:
-            return json.loads(line.decode(self.source.encoding).removeprefix("\ufeff"))
+            return json.loads(line.decode(self.source.encoding).removeprefix("\ufeff").strip())
         except (ValueError, RecursionError) as error:
             return error
 

@@ -52,6 +52,7 @@ class StreamedSequences(Sequences):
         self._index = consumed if any(position.values()) else 0
         self._epoch, self._row, self._offset = position["epoch"], position["row"], position["offset"]
         self._documents, self._document = self._read(skip=self._row), None
+        self._is_barren = self._row == 0  # no document has been met in this epoch
         self._advance(consumed)
 
     def _advance(self, index: int) -> None:
@@ -73,19 +74,18 @@ class StreamedSequences(Sequences):
 
     def _current(self) -> Encoded:
         """The document at hand, or the next one where it is used up."""
-        empty_handed = False
         while self._document is None or self._offset >= len(self._document.ids):
             if self._document is not None:
                 self._row, self._offset, self._document = self._row + 1, 0, None
             found = next(self._documents, None)
             if found is not None:
-                self._row, self._document = found
+                (self._row, self._document), self._is_barren = found, False
                 continue
-            if empty_handed:
-                raise UserError(f"{self.rows.setting}: an epoch without a document: {self.tally.notes() or 'no rows'}")
-            empty_handed = True
+            if self._is_barren:
+                why = "; ".join(self.tally.notes()) or "it is empty"
+                raise UserError(f"{self.rows.setting} has no document to train on ({why}): give data with text in it")
             self._epoch, self._row, self._offset = self._epoch + 1, 0, 0
-            self._documents = self._read(skip=0)
+            self._documents, self._is_barren = self._read(skip=0), True
         return self._document
 
     def _read(self, *, skip: int) -> Iterator[tuple[int, Encoded]]:
