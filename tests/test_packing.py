@@ -302,5 +302,5 @@ def test_a_stream_is_packed_as_documents_in_memory_are(saved: str) -> None:
 
 def test_a_stream_without_a_document_ends(tmp_path) -> None:
     datasets.Dataset.from_list([{"text": ""}] * 3).save_to_disk(tmp_path)
-    with pytest.raises(UserError, match=r"data\.path: has no document to train on \(3 empty one\(s\) left out"):
+    with pytest.raises(UserError, match=r"data\.path has no document to train on \(3 empty one\(s\) left out"):
         stream(str(tmp_path), seq_len=4, seed=0)[0]
