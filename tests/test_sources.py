@@ -440,12 +440,9 @@ def test_every_source_in_every_packing(kind: str, packing: str, tmp_path_factory
     tokens, labels = Counter(), Counter()
     for i in range(len(sequences)):
         sequence = sequences[i]
-        is_padding = (
-            np.repeat(range(len(sequence.document_lengths)), sequence.document_lengths) if packing != "concat" else None
-        )
         ids = sequence.input_ids.tolist()
-        if is_padding is not None and ids[-1] == 0:
-            ids = ids[: -sequence.document_lengths[-1]]
+        if ids[-1] == 0:
+            ids = ids[: -sequence.document_lengths[-1]]  # padding, all of it in the last document
         tokens.update(ids)
         labels.update(sequence.labels[sequence.labels != IGNORE_INDEX].tolist())
     documents = [[*text.encode(), END_OF_TEXT_ID] for text in texts]
