@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from titan_ulysses.config import dump_toml, load_config, parse_command_line
+from titan_ulysses.command_line import parse_command_line
+from titan_ulysses.config import dump_toml, load_config
 from titan_ulysses.failure import told_once
 from titan_ulysses.memory.allocator import expand_segments
 

@@ -221,6 +221,19 @@ def little_data(folder: Path) -> None:
     (folder / "data" / "a.txt").write_text("not much")
 
 
+def lines(*records: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "data" / "a.jsonl").write_text("".join(record + "\n" for record in records))
+
+    return write
+
+
+def saved_data_set(folder: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a"}])}).save_to_disk(folder / "saved")
+
+
 def weightless_model(folder: Path) -> None:
     from transformers import LlamaConfig
 
@@ -252,6 +265,41 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         1,
         1,
         ["training.seq_len = 32 is longer than all of data.path, 9 tokens", "lower training.seq_len or give more data"],
+    ),
+    "not JSON": (
+        lines('{"text": "a"}', "text: b"),
+        {"data.source": "jsonl"},
+        1,
+        1,
+        ["data.path: a.jsonl:2: not JSON (", 'Correct it, or set data.bad_lines = "skip" to leave such lines out'],
+    ),
+    "no field": (
+        lines('{"body": "a"}'),
+        {"data.source": "jsonl"},
+        1,
+        1,
+        ['data.path: a.jsonl:1: no field "text" (it has body). Correct it, or set data.bad_lines'],
+    ),
+    "no chat template": (
+        lines('{"messages": []}'),
+        {"data.source": "chat"},
+        1,
+        1,
+        ['has no chat template, which data.source = "chat" needs: take the tokenizer of the family\'s instruct model'],
+    ),
+    "no split": (
+        saved_data_set,
+        {"data.source": "hf", "data.path": "{}/saved", "data.split": "dev"},
+        1,
+        1,
+        ['data.path = "{}/saved" has no split "dev" but train: set data.split'],
+    ),
+    "empty source of a mixture": (
+        lines('{"text": ""}'),
+        {"data.path": "", "data.mixture": '[{path = "{}/data"}, {path = "{}/data", source = "jsonl"}]'},
+        1,
+        1,
+        ['data.mixture[1].path = "{}/data" has no document to train on (1 empty one(s) left out)'],
     ),
     "sequence length": (
         keep,
@@ -334,9 +382,7 @@ def test_bad_input_is_refused_by_name(case: str, tmp_path: Path, monkeypatch: py
     prepare(tmp_path)
     before = contents(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    settings = {
-        k: v.replace("{}", str(tmp_path)) if isinstance(v, str) and v != "{}" else v for k, v in settings.items()
-    }
+    settings = {key: str(value).replace("{}/", f"{tmp_path}/") for key, value in settings.items()}
     found, message = refusal(arguments(config, settings))
     for part in parts:
         assert part.replace("{}", str(tmp_path)) in message

@@ -95,8 +95,8 @@ CASES = [
     ("qwen3_moe", SP4, "whole", 1),
     ("qwen3_moe", DP2_SP2, "packed", 1),
     ("qwen3_moe", (2, 1, 2), "whole", 2),
-    ("mixtral", SP2, "whole", 1),
-    ("mixtral", DP2_SP2, "packed", 2),
+    ("mixtral", SP2, "packed", 1),
+    ("mixtral", DP2_SP2, "whole", 2),
     ("gpt_oss", SP4, "packed", 2),
     ("gpt_oss", DP2_SP2, "whole", 1),
 ]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from rich import markup
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -163,8 +164,8 @@ class Trainer:
         d, t, mesh = self.degrees, self.config.training, self.mesh
         parameters = sum(p.numel() for p in self.model.parameters())
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters, "
-            f"{self.loader.sequences.epoch_tokens:,} training tokens\n"
+            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
+            f"data: {markup.escape(self.loader.sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
@@ -287,6 +288,7 @@ class Trainer:
                 "router_loss": None if shown.router_loss is None else shown.router_loss.item(),
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
+                "epoch": self.loader.epochs(),
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),

@@ -4,10 +4,11 @@ needs no communication, and the position in the stream means the same on any mes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from titan_ulysses.data.packing import PackedSequences
+from titan_ulysses.data.packing import Sequences
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Loader:
 
     def __init__(
         self,
-        sequences: PackedSequences,
+        sequences: Sequences,
         *,
         batch_size: int,
         batch_rank: int = 0,
@@ -81,9 +82,18 @@ class Loader:
             documents=tuple(row.document_lengths for row in rows),
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """The same on every rank and for every mesh: how many sequences all ranks together have consumed."""
-        return {"sequences_consumed": self._consumed}
+    def epochs(self) -> float | dict[str, float]:
+        """How often all ranks together have read the data, by source where there are several."""
+        return self.sequences.epochs(self._consumed)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every rank and for every mesh: how many sequences all ranks together have consumed, and of data
+        that is streamed, where in it that is."""
+        state: dict[str, Any] = {"sequences_consumed": self._consumed}
+        if position := self.sequences.position(self._consumed):
+            state["position"] = position
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._consumed = int(state["sequences_consumed"])
+        self.sequences.seek(self._consumed, state.get("position"))
