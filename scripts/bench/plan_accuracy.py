@@ -210,7 +210,7 @@ def patience_with_gloo() -> Any:
             if DTensor in types:
                 return NotImplemented
             if self.sent:
-                time.sleep(0.005)
+                time.sleep(0.05)
             self.sent = func.namespace in ("c10d", "_c10d_functional")
             return func(*args, **(kwargs or {}))
 

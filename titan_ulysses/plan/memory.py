@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,6 +82,7 @@ class MemoryTracker(TorchDispatchMode):
         """where what is made now will be"""
         self.observers: list[Callable[..., None]] = []
         """called with (function, arguments, keyword arguments, result) after each operation"""
+        self.parameters_on_host = False
         self.weight = 1
         """for how many operations the present one stands"""
         self._workspace = workspace
@@ -97,25 +99,23 @@ class MemoryTracker(TorchDispatchMode):
         return False  # nothing is compiled here, and the wrapper that says so costs as much as an operation
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # DTensor first: what it calls comes here again, as plain tensors
+        if not _are_plain(types):
+            return NotImplemented  # DTensor and its like first: what they call comes here again, as plain tensors
         kwargs = kwargs or {}
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # what it does; on fake tensors it would make another
         if _is_real(types, args, kwargs):
             with unset_fake_temporarily():  # what is real, as the state of a random number generator, stays real
                 return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # the optimizer's count of its steps, which it keeps on the host
         if func is torch.ops.aten.empty_strided.default or self._thinking:
             # DTensor runs an operation on whole tensors, made for that, to know the shape of its result.
             self._thinking = func is torch.ops.aten.empty_strided.default
             return func(*args, **kwargs)
         self._look_at_resizable()
         self._where(func)
-        if func in _COMPOSED:
-            with self:
-                result = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        else:
-            result = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         self._note_results(func, args, kwargs, result)
         for observer in self.observers:
             observer(func, args, kwargs, result)
@@ -133,11 +133,27 @@ class MemoryTracker(TorchDispatchMode):
             self._note(tensor, func, component)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
-        if held := self._workspace(func, args, kwargs, result):
+        held = self._workspace(func, args, result) + _inside(func, args) + self._passing(func, args, component)
+        if held:
             kernel = self._allocation(func, (held,), torch.uint8, component)
             # Held together with what the kernel returns, and gone when it ends.
             self._add(kernel, held)
             self._add(kernel, -held)
+
+    def _passing(self, func, args, component: str | None) -> int:
+        """Bytes of copies between host and device that do not show where both are the CPU.
+
+        A shard from the host arrives on the device in its own dtype, before it is cast; that of a reduced gradient is
+        there until it has gone to the host.
+        """
+        if not self.parameters_on_host:
+            return 0
+        if component == "gathered parameters" and func in _CASTS:
+            return args[0].numel() * args[0].element_size()
+        if func.namespace == "c10d" and "reduce_scatter" in func._opname:
+            outputs = [x for x in tree_leaves(args[:1]) if isinstance(x, Tensor)]
+            return sum(x.numel() * x.element_size() for x in outputs)
+        return 0
 
     def _note(self, tensor: Tensor, func, component: str | None) -> None:
         storage = tensor.untyped_storage()
@@ -214,13 +230,14 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- what it is for -----------------------------------------------------------------------------------------------
 
-    def claim(self, tensors: Iterable[Tensor], component: str) -> None:
-        """Say, also afterwards, what the memory of tensors is for."""
+    def claim(self, tensors: Iterable[Tensor], component: str, *, place: Place | None = None) -> None:
+        """Say, also afterwards, what the memory of tensors is for, and where it is."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 for piece in plain_pieces(tensor):
                     if (found := self._alive.get(piece.untyped_storage()._cdata)) is not None:
                         found[0].component = component
+                        found[0].place = place or found[0].place
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         found = self._alive.get(tensor.untyped_storage()._cdata)
@@ -236,9 +253,6 @@ class MemoryTracker(TorchDispatchMode):
             self.place = before
 
 
-_COMPOSED = {torch.ops.aten.logsumexp.default, torch.ops.aten.logsumexp.out}
-"""Operations that are made of others below the dispatcher's Python level: the others hold memory of their own."""
-
 _CASTS = {torch.ops.aten._to_copy.default}
 
 
@@ -252,6 +266,20 @@ def _fsdp_component(func) -> str | None:
             return "gathered parameters"
         return "gradients" if "reduce_scatter" in name else None
     return None
+
+
+def _inside(func, args) -> int:
+    """Bytes of temporaries of operations that are made of others where no mode sees them."""
+    if func is torch.ops.aten.logsumexp.default:  # exp(x - max) (ATen/native/ReduceOps.cpp, logsumexp_out_impl)
+        return args[0].numel() * args[0].element_size()
+    return 0
+
+
+@cache
+def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
+    """Whether none of the tensors is of a class that consists of others."""
+    plain = (FakeTensor, nn.Parameter)
+    return all(issubclass(t, plain) or t.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl for t in types)
 
 
 def _is_real(types, args, kwargs) -> bool:

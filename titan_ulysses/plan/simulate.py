@@ -31,6 +31,7 @@ from titan_ulysses.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import find_blocks, precision, wrap
 from titan_ulysses.plan.attribution import Attribution
+from titan_ulysses.plan.cost import Cost, CostCounter
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.trainer import build_model, train_step
 from titan_ulysses.ulysses.cores import Core, Documents
@@ -46,6 +47,8 @@ class Simulation:
     """The first of their events in `memory.events`."""
     collectives: dict[str, tuple[int, int]]
     """(calls, bytes handed in) of a step, by kind"""
+    cost: Cost
+    """of a step"""
     model: PreTrainedModel = field(repr=False)
 
 
@@ -58,13 +61,17 @@ def simulate(
     cuda: bool,
     workspace: Callable[..., int] | None = None,
     documents: Documents | None = None,
+    pairs: dict | None = None,
 ) -> Simulation:
     """Simulate rank 0 of a run, with one document a row unless documents says otherwise.
 
-    cuda: checkpoints leave the device as CUDA does it, copied ahead of need. workspace: see `MemoryTracker`. The
-    process must not be in a process group, and is in none afterwards.
+    cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied ahead of need.
+    workspace: see `MemoryTracker`; pairs: see `CostCounter`. The process must not be in a process group, and is in none
+    afterwards.
     """
     tracker = MemoryTracker(workspace or (lambda *_: 0))
+    tracker.parameters_on_host = cuda and config.memory.parameter_offload
+    optimizer_offload = cuda and config.memory.optimizer_offload and not config.memory.parameter_offload
     store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=cuda)
     blocks: list[nn.Module] = []
 
@@ -79,20 +86,24 @@ def simulate(
         model, _ = build_model(config, model_config, mesh, core, wrap=wrap_here)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
-            tracker.claim(list(model.parameters()), "parameters")
+            tracker.claim(list(model.parameters()), "parameters", place="host" if tracker.parameters_on_host else None)
             tracker.attribution = Attribution(model, blocks)
             _tell_checkpoints(tracker, model, kept_on_device=store is None)
-            optimizer = build_optimizer(model.parameters(), config.optimizer)
-            _tell_optimizer(tracker, model, optimizer)
+            optimizer = build_optimizer(
+                model.parameters(), config.optimizer, offload=optimizer_offload, device_type="cuda" if cuda else "cpu"
+            )
+            _tell_optimizer(tracker, model, optimizer, state_on_host=optimizer_offload or tracker.parameters_on_host)
             batches = [_batch(config, mesh, documents) for _ in range(degrees.accumulation_steps)]
-            max_norm, counts, starts = config.training.max_norm, [], []
+            max_norm, counts, starts, costs = config.training.max_norm, [], [], []
+            counted = CostCounter(tracker, {} if pairs is None else pairs)
             for run, visit in ((batches[:1], _one_tile), (batches[:2], tracker.shortened)):
                 starts.append(len(tracker.events))
                 with visiting(visit), CollectiveCounter() as counter:
                     train_step(model, optimizer, run, mesh, max_norm=max_norm)
                 counts.append(dict(counter.counts))
-        counts = counts[1] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
-    return Simulation(tracker, *starts, counts, model)
+                costs.append(counted.take())
+    counts = counts[1] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
+    return Simulation(tracker, *starts, counts, costs[1] * (max(2, len(batches)) / 2), model)
 
 
 def _one_tile(tiles: list[slice]) -> list[slice]:
@@ -148,15 +159,19 @@ def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_devic
             module._checkpoint_wrapped_module.register_forward_pre_hook(note)
 
 
-def _tell_optimizer(tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _tell_optimizer(
+    tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer, *, state_on_host: bool
+) -> None:
     """Tell the tracker what gradients and what the optimizer's state are, once they are complete."""
     tracker.attribution.watch(optimizer)
 
     def note_gradients(*_) -> None:
-        tracker.claim([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        tracker.claim(gradients, "gradients", place="host" if tracker.parameters_on_host else None)
 
     def note_state(*_) -> None:
-        tracker.claim([list(state.values()) for state in optimizer.state.values()], "optimizer state")
+        states = [list(state.values()) for state in optimizer.state.values()]
+        tracker.claim(states, "optimizer state", place="host" if state_on_host else None)
 
     optimizer.register_step_pre_hook(note_gradients)
     optimizer.register_step_post_hook(note_state)
