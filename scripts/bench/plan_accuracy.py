@@ -121,7 +121,7 @@ def planned(case: Case) -> dict:
         cuda=False,
         documents=documents_of(case, config),
     )
-    peak = simulation.memory.peak("device", "host", first=simulation.first_step)
+    peak = simulation.memory.peak("device", "host", first=simulation.start)
     return {
         "peak": peak.bytes,
         "where": peak.moment.owner.component,

@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 
 from titan_ulysses.memory.checkpointing import output_is_needed
 
-
 _visit: ContextVar[Callable[[list[slice]], Iterable[slice]]] = ContextVar("_visit", default=iter)
 
 

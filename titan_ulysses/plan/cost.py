@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from titan_ulysses.plan.hardware import GPU
+from titan_ulysses.plan.memory import MemoryTracker
 
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 2,
@@ -53,9 +54,9 @@ class Cost:
 class CostCounter:
     """An observer of `MemoryTracker`: adds up what each operation costs, as often as it stands for."""
 
-    def __init__(self, tracker, pairs: dict[tuple, float]):
-        """pairs: of the shapes of an attention call that stands for another, the (query, key) pairs that it scores."""
-        self.cost, self._tracker, self._pairs = Cost(), tracker, pairs
+    def __init__(self, tracker: MemoryTracker, scores: dict[int | None, float]):
+        """scores: of each layer the (query, key) pairs of a row, where they are not those of the call (`Standin`)."""
+        self.cost, self._tracker, self._scores = Cost(), tracker, scores
         tracker.observers.append(self)
 
     def take(self) -> Cost:
@@ -68,7 +69,9 @@ class CostCounter:
         if func in _ATTENTION:
             backward = _ATTENTION[func] == 5
             query, key = args[1:3] if backward else args[:2]
-            pairs = self._pairs.get(attention_key(self._tracker)) or _causal_pairs(query.shape[2], key.shape[2])
+            pairs = self._scores.get(self._tracker.attribution.here().layer) or _causal_pairs(
+                query.shape[2], key.shape[2]
+            )
             products = _ATTENTION[func] * 2 * query.shape[0] * query.shape[1] * query.shape[3]
             kind = "attention backward" if backward else "attention forward"
             self.cost.amounts[stretch, kind] += products * pairs * weight
@@ -77,11 +80,6 @@ class CostCounter:
         elif func.namespace == "aten" and not func.is_view:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
             self.cost.amounts[stretch, "other kernels"] += weight * sum(x.numel() * x.element_size() for x in tensors)
-
-
-def attention_key(tracker) -> tuple:
-    """Which layer's attention is running, in forward and backward alike."""
-    return (tracker.attribution.here().layer,)
 
 
 def _causal_pairs(queries: int, keys: int) -> float:

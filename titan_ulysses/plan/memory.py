@@ -217,7 +217,7 @@ class MemoryTracker(TorchDispatchMode):
                 alive[allocation] += change
         return Peak(highest, self.moments[at], at, {allocation: size for allocation, size in alive.items() if size})
 
-    # --- repetition -----------------------------------------------------------------------------------------------------
+    # --- repetition -------------------------------------------------------------------------------------------------
 
     def shortened(self, tiles: list[slice]) -> Iterator[slice]:
         """The first two tiles and the last; the second stands for all between, as many times as there are."""

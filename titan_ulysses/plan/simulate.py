@@ -1,8 +1,8 @@
 """The real step, simulated: this project's model, wrappers and `train_step` on fake tensors and a fake process group.
 
-Nothing is computed and nothing sent, so that a laptop runs a rank of a thousand. Two steps are made: in the second the
-optimizer's state exists. Of the tiles of a function only the first two and the last are run, because all between do
-what the second does (and in the first step one); likewise of the batches that a step accumulates only the first two.
+Nothing is computed and nothing sent, so that a laptop runs a rank of a thousand. The optimizer has made a step before,
+so that its state exists. Of the tiles of a function only the first two and the last are run, because all between do
+what the second does; likewise of the batches that a step accumulates only the first two.
 
 What the simulation cannot see, because it exists only in CUDA kernels, `hardware.py` adds, each entry with its source.
 """
@@ -33,18 +33,18 @@ from titan_ulysses.parallelize import find_blocks, precision, wrap
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter
 from titan_ulysses.plan.memory import MemoryTracker
+from titan_ulysses.plan.standin import Standin
 from titan_ulysses.trainer import build_model, train_step
 from titan_ulysses.ulysses.cores import Core, Documents
 
 
 @dataclass
 class Simulation:
-    """What one rank (the first) went through in two optimizer steps."""
+    """What one rank (the first) went through in an optimizer step that is not the run's first."""
 
     memory: MemoryTracker
-    first_step: int
-    second_step: int
-    """The first of their events in `memory.events`."""
+    start: int
+    """the step's first event in `memory.events`; before it is the setup"""
     collectives: dict[str, tuple[int, int]]
     """(calls, bytes handed in) of a step, by kind"""
     cost: Cost
@@ -61,13 +61,11 @@ def simulate(
     cuda: bool,
     workspace: Callable[..., int] | None = None,
     documents: Documents | None = None,
-    pairs: dict | None = None,
 ) -> Simulation:
     """Simulate rank 0 of a run, with one document a row unless documents says otherwise.
 
     cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied ahead of need.
-    workspace: see `MemoryTracker`; pairs: see `CostCounter`. The process must not be in a process group, and is in none
-    afterwards.
+    workspace: see `MemoryTracker`. The process must not be in a process group, and is in none afterwards.
     """
     tracker = MemoryTracker(workspace or (lambda *_: 0))
     tracker.parameters_on_host = cuda and config.memory.parameter_offload
@@ -80,7 +78,9 @@ def simulate(
         blocks.extend(find_blocks(model)[1])
         kept = CPUOffloadPolicy(pin_memory=False) if options.pop("parameter_offload") else OffloadPolicy()
         own = {key: value for key, value in options.items() if not key.startswith("offload")}
-        wrap(model, mesh, attention, precision(param_dtype, reduce_dtype), kept, store=store, **own | {"compile": False})
+        wrap(
+            model, mesh, attention, precision(param_dtype, reduce_dtype), kept, store=store, **own | {"compile": False}
+        )
 
     with _fake_ranks(degrees) as mesh:
         model, _ = build_model(config, model_config, mesh, core, wrap=wrap_here)
@@ -94,21 +94,26 @@ def simulate(
             )
             _tell_optimizer(tracker, model, optimizer, state_on_host=optimizer_offload or tracker.parameters_on_host)
             batches = [_batch(config, mesh, documents) for _ in range(degrees.accumulation_steps)]
-            max_norm, counts, starts, costs = config.training.max_norm, [], [], []
-            counted = CostCounter(tracker, {} if pairs is None else pairs)
-            for run, visit in ((batches[:1], _one_tile), (batches[:2], tracker.shortened)):
-                starts.append(len(tracker.events))
-                with visiting(visit), CollectiveCounter() as counter:
+            _make_state(model, optimizer)
+            if isinstance(core, Standin):
+                core.tracker = tracker
+            counted = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
+            start, counts, max_norm = len(tracker.events), [], config.training.max_norm
+            for run in (batches[:1], batches[:2]) if len(batches) > 1 else (batches,):
+                counted.take()
+                with visiting(tracker.shortened), CollectiveCounter() as counter:
                     train_step(model, optimizer, run, mesh, max_norm=max_norm)
                 counts.append(dict(counter.counts))
-                costs.append(counted.take())
-    counts = counts[1] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
-    return Simulation(tracker, *starts, counts, costs[1] * (max(2, len(batches)) / 2), model)
+    collectives = counts[0] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
+    return Simulation(tracker, start, collectives, counted.cost * (len(batches) / len(run)), model)
 
 
-def _one_tile(tiles: list[slice]) -> list[slice]:
-    """Enough for a first step, whose only use is that the second finds the optimizer's state."""
-    return tiles[:1]
+def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimizer alone: what follows then has the optimizer's state, as every step but a run's first."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _extrapolated(one: dict, two: dict, *, batches: int) -> dict[str, tuple[int, int]]:
