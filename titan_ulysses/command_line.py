@@ -108,7 +108,7 @@ def usage() -> str:
     lines = [
         "usage: torchrun --nproc-per-node N train.py --config X.toml [--section.key value ...]",
         "       python train.py --config X.toml --print-config    show the resolved settings and stop",
-        "       python train.py --config X.toml --plan            say whether it fits a GPU, and what binds; needs none",
+        "       python train.py --config X.toml --plan            does it fit these GPUs, and what binds? Needs none",
         "       python train.py --help",
         "",
         "Every setting is a key of the TOML file and an option. Lists: 0.9,0.95 or [0.9,0.95]. Tables, key by key:",

@@ -81,7 +81,42 @@ SMALL = [
     ),
 ]
 
-CASES: list[Case] = []
+BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
+QWEN3 = {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 3}
+GEMMA2 = {"model_type": "gemma2", "head_dim": 16, "sliding_window": 256, "attn_logit_softcapping": 50.0}
+OLMO2 = {"model_type": "olmo2", "num_hidden_layers": 5}
+WIDE_VOCABULARY = {"vocab_size": 32768, "num_hidden_layers": 2}
+DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8192}
+
+CASES = [
+    case("attention, P 4, bf16", 4, training__seq_len=16384, training__param_dtype="bfloat16",
+         parallelism__sequence_parallel_degree=4, memory__mlp_tile_tokens=256),
+    case("attention, P 2, every 2", 2, model=QWEN3, training__seq_len=8192,
+         parallelism__sequence_parallel_degree=2, activation_checkpoint__every=2, memory__mlp_tile_tokens=256),
+    case("MLP, untiled, dp 2", 2, training__seq_len=4096, memory__mlp_tile_tokens=-1,
+         model={"intermediate_size": 1024}),
+    case("loss, untiled, dp 2", 2, model=WIDE_VOCABULARY, training__seq_len=4096, memory__loss_tile_tokens=-1),
+    case("loss, tiled, P 2, bf16", 2, model=WIDE_VOCABULARY | {"tie_word_embeddings": True}, training__seq_len=2048,
+         training__param_dtype="bfloat16", parallelism__sequence_parallel_degree=2, memory__loss_tile_tokens=512),
+    case("optimizer, deep, short", 1, model=DEEP, training__seq_len=128),
+    case("optimizer, 8 bits, P 2", 2, model=DEEP, training__seq_len=128, optimizer__name="adamw8bit",
+         parallelism__sequence_parallel_degree=2),
+    case("olmo2, dp 2 x P 2, every 3", 4, model=OLMO2, training__seq_len=4096,
+         parallelism__sequence_parallel_degree=2, activation_checkpoint__every=3, memory__mlp_tile_tokens=512),
+    case("HSDP 2 x P 2, offload", 4, training__seq_len=4096, training__param_dtype="bfloat16",
+         parallelism__data_parallel_replicate_degree=2, parallelism__sequence_parallel_degree=2,
+         activation_checkpoint__offload="host"),
+    case("gemma2, packed, two rows", 1, model=GEMMA2, documents=[100, 924], training__seq_len=1024,
+         training__local_batch_size=2),
+    case("3 heads on 2 ranks, tiles", 2, model={"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+         training__seq_len=6000, parallelism__sequence_parallel_degree=2, memory__mlp_tile_tokens=700),
+    case("resident, P 1, fp32", 1, model=BIG, resident=True, training__seq_len=65536, memory__mlp_tile_tokens=2048),
+    case("resident, MLP untiled", 1, model=BIG, resident=True, training__seq_len=49152, memory__mlp_tile_tokens=-1),
+    case("resident, loss untiled", 1, model=BIG | {"vocab_size": 32768}, resident=True, training__seq_len=8192,
+         memory__loss_tile_tokens=-1),
+    case("resident, P 2, offload", 2, model=BIG, resident=True, training__seq_len=98304,
+         parallelism__sequence_parallel_degree=2, activation_checkpoint__offload="host"),
+]  # fmt: skip
 
 # --- what is planned --------------------------------------------------------------------------------------------------
 

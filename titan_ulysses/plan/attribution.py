@@ -25,7 +25,7 @@ COMPONENTS = (
     "optimizer",
     "other",
 )
-"""What memory is for. "optimizer" is what its step needs besides its state; "other" the embedding, residuals, inputs."""
+"""What memory is for. "optimizer": what its step needs besides its state; "other": the embedding, residuals, inputs."""
 
 
 class Owner(NamedTuple):

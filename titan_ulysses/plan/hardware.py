@@ -42,7 +42,7 @@ class GPU:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # A100 data sheet (80 GB SXM): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s in both directions, PCIe 4 x16 31.5 GB/s;
+        # A100 data sheet (80 GB SXM): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways, PCIe 4 x16 31.5 GB/s;
         # DGX A100: 200 Gbit/s a GPU. Attention: FlashAttention-2, section 4.1: up to 73 % of the peak in forward, 63 %
         # in backward.
         GPU("A100-80GB", 79.1 * GIB, 312e12, 250e12, 227e12, 196e12, 1.63e12, 25e9, 240e9, 20e9),

@@ -45,10 +45,10 @@ def timeline(plan: Plan, path: Path, components: Sequence[str]) -> None:
     for name, place in (("backward", backward), ("optimizer", update)):
         if place is not None:
             axes.axvline(place, color="black", linewidth=0.6, linestyle=":")
-            axes.text(place, axes.get_ylim()[1], f" {name}", va="top", fontsize=8)
+            axes.text(place, 0.97, f" {name}", va="top", fontsize=8, transform=axes.get_xaxis_transform())
     reserved = sum(reserve.bytes for reserve in plan.reserves) / GIB
     axes.axhline(plan.setup.gpu_memory / GIB - reserved, color="crimson", linewidth=1)
-    axes.text(0, plan.setup.gpu_memory / GIB - reserved, " what the GPU has for tensors", va="bottom", fontsize=8)
+    axes.text(0, plan.setup.gpu_memory / GIB - reserved, " what the GPU has for tensors", va="top", fontsize=8)
     axes.set(xlim=(0, max(1, len(rows) - 1)), xlabel="operations of a step", ylabel="GiB on one GPU")
     axes.set_title(f"{plan.setup.config.job.name}: {plan.setup.config.training.seq_len:,} tokens", fontsize=10)
     handles, names = axes.get_legend_handles_labels()
