@@ -28,6 +28,7 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.memory.optimizer import (
@@ -43,6 +44,7 @@ from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_toke
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.parallelize import find_blocks, parallelize
+from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.ulysses.cores import Core, choose_core
 
 
@@ -88,11 +90,13 @@ class Trainer:
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
         self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
         hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
+        self.preflight = self._start_preflight()
         offload = config.memory.optimizer_offload
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
+        self._check_plan()
         self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
@@ -160,6 +164,26 @@ class Trainer:
             hf.initialize(self.model, self.config.training.seed)
         return 0
 
+    def _start_preflight(self) -> Preflight | None:
+        """On rank 0: the plan of this run, made while the weights are filled."""
+        if dist.get_rank():
+            return None
+        device, parameters = self.mesh.device, sum(p.numel() for p in self.model.parameters())
+        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        return Preflight(
+            self.config,
+            world_size=dist.get_world_size(),
+            parameters=parameters,
+            gpu_memory=gpu and gpu.total_memory,
+            gpu=gpu.name if gpu else "",
+        )
+
+    def _check_plan(self) -> None:
+        """UserError, on every rank, where plan.enforce is set and the plan does not fit."""
+        self.plan_lines = self.preflight.lines() if self.preflight else []
+        if obstacle := first_failure(self.preflight.obstacle() if self.preflight else None):
+            raise UserError(obstacle)
+
     def _describe(self) -> None:
         d, t, mesh = self.degrees, self.config.training, self.mesh
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -171,7 +195,8 @@ class Trainer:
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
             + self._memory_notes()
-            + (f"\nresumed from step {self.step}" if self.step else ""),
+            + (f"\nresumed from step {self.step}" if self.step else "")
+            + "".join(f"\n{line}" for line in self.plan_lines),
             highlight=False,
             soft_wrap=True,
         )
@@ -246,7 +271,12 @@ class Trainer:
             group["lr"] = lr
         # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
-            shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+            try:
+                shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+            except torch.OutOfMemoryError:
+                if self.preflight:
+                    self._say(self.preflight.components())
+                raise
         if counter:
             self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
@@ -296,6 +326,8 @@ class Trainer:
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
             logger.log(self.step, values)
+            if self.preflight and (line := self.preflight.measured(values["peak_memory_gib"])):
+                self._say(line)
         self._start_interval()
 
     def _start_interval(self) -> None:

@@ -161,7 +161,7 @@ def planned(case: Case) -> dict:
         "peak": peak.bytes,
         "where": peak.moment.owner.component,
         "phase": peak.moment.phase,
-        "collectives": simulation.collectives,
+        "collectives": {kind: list(count) for kind, count in simulation.collectives.items()},
         "components": peak.components,
     }
 
@@ -202,14 +202,20 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     return counter.counts
 
 
-def profiled(case: Case) -> None:
-    """On every rank: the highest sum of the allocator's events from the first step on; rank 0 prints its own."""
-    import torch
+def profiled(case: Case) -> dict | None:
+    """On every rank: what the allocator says of a run of two steps. Rank 0's is returned."""
     import torch.distributed as dist
 
     from titan_ulysses.mesh import init_distributed
 
     init_distributed()
+    measured = measure(case)
+    return measured if dist.get_rank() == 0 else None
+
+
+def measure(case: Case) -> dict:
+    """The highest sum of the allocator's events from the first step on, and the collectives of the second step."""
+    import torch
 
     def mark(step: int) -> None:
         with torch.profiler.record_function(f"step {step} begins"):
@@ -226,8 +232,7 @@ def profiled(case: Case) -> None:
         alive += change
         if when >= began:
             peak = max(peak, alive)
-    if dist.get_rank() == 0:
-        print(json.dumps({"peak": peak, "collectives": collectives}))
+    return {"peak": peak, "collectives": {kind: list(count) for kind, count in collectives.items()}}
 
 
 def patience_with_gloo() -> Any:
@@ -252,7 +257,7 @@ def patience_with_gloo() -> Any:
     return Patience()
 
 
-def resident(case: Case) -> None:
+def resident(case: Case) -> dict | None:
     """On every rank: how far the resident set rises above what the process takes before; rank 0 prints its own."""
     import torch.distributed as dist
 
@@ -268,8 +273,7 @@ def resident(case: Case) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
     train(case, steps=2)
     peak = memory_of_this_process("VmHWM")
-    if dist.get_rank() == 0:
-        print(json.dumps({"peak": peak - before}))
+    return {"peak": peak - before} if dist.get_rank() == 0 else None
 
 
 def memory_of_this_process(field_name: str) -> int:

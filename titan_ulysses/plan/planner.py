@@ -174,7 +174,14 @@ def make_plan(setup: Setup) -> Plan:
         cuda=True,
         workspace=cuda_workspace,
     )
-    return Plan(setup, simulation, tuple(notes))
+    plan = Plan(setup, simulation, tuple(notes))
+    weights = plan.host_components.get("parameters", 0)
+    if setup.host_memory and weights > setup.host_memory:
+        raise UserError(
+            f"plan.host_memory_gib = {setup.host_memory / GIB:g}: memory.parameter_offload = true puts "
+            f"{weights / GIB:.3g} GiB of weights there. Use more nodes, or set memory.parameter_offload = false."
+        )
+    return plan
 
 
 def _core(setup: Setup) -> tuple[Core, list[str]]:
@@ -199,12 +206,3 @@ def check_idle(setup: Setup) -> str | None:
     heads = getattr(setup.model_config, "num_attention_heads", setup.degrees.sequence)
     idle = setup.degrees.sequence - heads
     return f"{idle} of {heads + idle} sequence-parallel ranks have no attention head" if idle > 0 else None
-
-
-def check_host(setup: Setup, model_bytes: float) -> None:
-    """UserError where a node's memory is smaller than the weights that it would hold."""
-    if setup.config.memory.parameter_offload and setup.host_memory and model_bytes > setup.host_memory:
-        raise UserError(
-            f"plan.host_memory_gib = {setup.host_memory / GIB:g}: memory.parameter_offload puts "
-            f"{model_bytes / GIB:.0f} GiB of weights there. Use more nodes, or set memory.parameter_offload = false."
-        )
