@@ -88,10 +88,12 @@ OLMO2 = {"model_type": "olmo2", "num_hidden_layers": 5}
 WIDE_VOCABULARY = {"vocab_size": 32768, "num_hidden_layers": 2}
 DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8192}
 
+ATTENTION = {"intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 2}
+
 CASES = [
-    case("attention, P 4, bf16", 4, training__seq_len=16384, training__param_dtype="bfloat16",
+    case("attention, P 4, bf16", 4, model=ATTENTION, training__seq_len=16384, training__param_dtype="bfloat16",
          parallelism__sequence_parallel_degree=4, memory__mlp_tile_tokens=256),
-    case("attention, P 2, every 2", 2, model=QWEN3, training__seq_len=8192,
+    case("attention, P 2, every 2", 2, model=QWEN3 | ATTENTION, training__seq_len=8192,
          parallelism__sequence_parallel_degree=2, activation_checkpoint__every=2, memory__mlp_tile_tokens=256),
     case("MLP, untiled, dp 2", 2, training__seq_len=4096, memory__mlp_tile_tokens=-1,
          model={"intermediate_size": 1024}),
@@ -99,6 +101,9 @@ CASES = [
     case("loss, tiled, P 2, bf16", 2, model=WIDE_VOCABULARY | {"tie_word_embeddings": True}, training__seq_len=2048,
          training__param_dtype="bfloat16", parallelism__sequence_parallel_degree=2, memory__loss_tile_tokens=512),
     case("optimizer, deep, short", 1, model=DEEP, training__seq_len=128),
+    case("optimizer, 4 bits", 1, model=DEEP, training__seq_len=64, optimizer__name="adamw4bit"),
+    case("optimizer, rounding, P 2", 2, model=DEEP, training__seq_len=128, training__param_dtype="bfloat16",
+         optimizer__stochastic_rounding=True, parallelism__sequence_parallel_degree=2),
     case("optimizer, 8 bits, P 2", 2, model=DEEP, training__seq_len=128, optimizer__name="adamw8bit",
          parallelism__sequence_parallel_degree=2),
     case("olmo2, dp 2 x P 2, every 3", 4, model=OLMO2, training__seq_len=4096,
@@ -108,7 +113,7 @@ CASES = [
          activation_checkpoint__offload="host"),
     case("gemma2, packed, two rows", 1, model=GEMMA2, documents=[100, 924], training__seq_len=1024,
          training__local_batch_size=2),
-    case("3 heads on 2 ranks, tiles", 2, model={"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+    case("3 heads on 2 ranks, tiles", 2, model=ATTENTION | {"num_attention_heads": 3, "hidden_size": 96, "num_key_value_heads": 1},
          training__seq_len=6000, parallelism__sequence_parallel_degree=2, memory__mlp_tile_tokens=700),
     case("resident, P 1, fp32", 1, model=BIG, resident=True, training__seq_len=65536, memory__mlp_tile_tokens=2048),
     case("resident, MLP untiled", 1, model=BIG, resident=True, training__seq_len=49152, memory__mlp_tile_tokens=-1),

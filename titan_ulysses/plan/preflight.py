@@ -97,13 +97,13 @@ class Preflight:
         )
 
     def measured(self, peak_gib: float) -> str | None:
-        """The measured peak of tensors on the GPU next to the planned one."""
-        if self.plan is None or not self.cuda:
+        """Once: the measured peak of tensors on the GPU next to the planned one."""
+        if self.plan is None or not self.cuda or self._told:
             return None
+        self._told = True
         planned = self.plan["gpu_tensors_gib"]
-        return (
-            f"plan: {planned:.2f} GiB of tensors planned, {peak_gib:.2f} GiB measured ({peak_gib / planned - 1:+.1%})"
-        )
+        off = peak_gib / planned - 1
+        return f"plan: {planned:.2f} GiB of tensors planned, {peak_gib:.2f} GiB measured ({off:+.1%})"
 
     def components(self) -> str:
         """For who has run out of memory: what was planned."""
