@@ -8,7 +8,7 @@
 DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number is of fresh gloo processes
 of one thread each. Time: the contenders take turns, a ratio is the median of the turns'. Memory: the slope, by least
 squares over S, of the resident peak in units of h * itemsize bytes a token of a rank: how many hidden states a token
-costs. ALST's ranks and ours hold S / P tokens, FSDP2's without sequence parallelism S. The tables are written as JSON too.
+costs. ALST's ranks and ours hold S / P tokens, FSDP2's, without sequence parallelism, S. All is written as JSON, too.
 """
 
 from __future__ import annotations

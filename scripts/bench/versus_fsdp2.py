@@ -1,7 +1,7 @@
 """transformers on FSDP2 as a contender of versus.py: no sequence parallelism, torch's own checkpoint offload.
 
-transformers' own (`activation_checkpointing_enable(offload=True)`) asks for page-locked memory, which needs a GPU; torch's
-does the same and runs everywhere.
+transformers' own (`activation_checkpointing_enable(offload=True)`) asks for page-locked memory, which needs a GPU;
+torch's does the same and runs everywhere.
 """
 
 from __future__ import annotations
