@@ -119,7 +119,7 @@ def test_infinite_max_norm_is_allowed(toml: Path) -> None:
         ("data.extensions", ".txt", 'data.extensions = ".txt": needs a list'),
         ("data.encoding", "bytes", 'data.encoding = "bytes" with model.tokenizer = "": raw bytes need model.tokenizer'),
         ("model.config", 3, "model.config = 3: needs a table"),
-        ("model.config", {"hidden_size": 3}, 'model.config = {hidden_size = 3}: needs a model_type, as in '),
+        ("model.config", {"hidden_size": 3}, "model.config = {hidden_size = 3}: needs a model_type, as in "),
         ("model.config", {"model_type": "a"}, 'model.path = "gpt2" and [model.config] are both set: clear one'),
         ("model.path", "", "model.path is empty and there is no [model.config]: set one of them"),
         ("training", 3, "training = 3: needs a table: write [training]"),

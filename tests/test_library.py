@@ -404,7 +404,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "lengths fall": ({"input_ids": IDS, "cu_seq_lens_q": [0, 5, 4, 8]}, "must grow from 0 to 8"),
     "over the end of a row": ({"input_ids": IDS, "cu_seq_lens_q": [0, 3, 8]}, "goes over the end of a row of 4"),
     "two kinds of lengths": (
-        {"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "cu_seq_lens_k": [0, 2, 4, 8]}, "is not cu_seq_lens_q"
+        {"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "cu_seq_lens_k": [0, 2, 4, 8]},
+        "is not cu_seq_lens_q",
     ),
     "longest": ({"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "max_length_q": 3}, "= 3, but cu_seq_lens_q has 4"),
     "label": ({"input_ids": IDS, "labels": IDS - 1}, "labels are token ids, or -100"),

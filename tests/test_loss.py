@@ -70,6 +70,25 @@ def test_bias(tile_tokens: int) -> None:
     assert_equal_to_plain(*make((2, 7), bias=True), tile_tokens, upstream=1.0)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("tile_tokens", [1, 4, 0])
+def test_z_loss(tile_tokens: int, softcap: float | None) -> None:
+    """The squared log-normalizer is added for each label; without gradients, as in validation, it is not."""
+    linear, hidden, labels = make((2, 7), bias=True)
+    logits = linear(hidden).flatten(0, -2)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    squares = logits.logsumexp(dim=1)[labels.flatten() != -100] ** 2
+    cross_entropy = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+    expected = (cross_entropy + 0.3 * squares.sum()) / 17
+    head = LossHead(linear, tile_tokens=tile_tokens, softcap=softcap, z_loss=0.3)
+    loss = head(hidden, labels, torch.tensor(17))
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(gradients(loss, linear, hidden), gradients(expected, linear, hidden), **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(head(hidden, labels, torch.tensor(17)), cross_entropy / 17, **CLOSE)
+
+
 @pytest.mark.parametrize("upstream", [-2.5, 0.125, 0.0])
 def test_upstream_gradient_scales_every_gradient(upstream: float) -> None:
     assert_equal_to_plain(*make((2, 7), bias=True), 3, upstream=upstream)

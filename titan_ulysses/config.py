@@ -112,6 +112,9 @@ class Training(Section):
     max_norm: float = Field(1.0, ge=0, allow_inf_nan=True, description="Clip gradients to this norm; 0: no clipping.")
     param_dtype: Dtype = Field("bfloat16", description="Dtype of parameters and activations in forward and backward.")
     reduce_dtype: Dtype = Field("float32", description="Dtype in which gradients are summed over the ranks.")
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of the squared log-normalizer of the logits, added to each token's loss; 0: off."
+    )
     deterministic: bool = Field(False, description="Deterministic algorithms only: slower, the same bits each time.")
 
 
@@ -141,6 +144,10 @@ class Memory(Section):
         description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, where blocks are "
         "checkpoints, and else -1: not tiled.",
     )
+
+
+class Compile(Section):
+    enable: bool = Field(False, description="Compile each block's MLP and norms (torch.compile); the first step waits.")
 
 
 class Optimizer(Section):
@@ -186,6 +193,7 @@ class Config(Section):
     parallelism: Parallelism = Parallelism()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     memory: Memory = Memory()
+    compile: Compile = Compile()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     checkpoint: Checkpoint = Checkpoint()
@@ -538,7 +546,8 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = degrees.sequence
     else:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
-    problems += _training_problems(config, sequence) + _model_problems(config, model_config, num_token_ids, sequence)
+    problems += _training_problems(config, sequence) + _memory_problems(config, model_config)
+    problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
     return degrees
@@ -598,6 +607,21 @@ def _training_problems(config: Config, sequence: int) -> list[str]:
         problems.append(
             f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = {training.steps}: "
             "lower the first or raise the second"
+        )
+    return problems
+
+
+def _memory_problems(config: Config, model_config: Any) -> list[str]:
+    checkpoint, layers, problems = config.activation_checkpoint, getattr(model_config, "num_hidden_layers", None), []
+    if checkpoint.mode == "none" and checkpoint.offload != "none":
+        problems.append(
+            f'activation_checkpoint.offload = "{checkpoint.offload}" moves checkpoints, and activation_checkpoint.mode '
+            '= "none" makes none: set activation_checkpoint.mode = "full"'
+        )
+    if layers is not None and checkpoint.every > layers:
+        problems.append(
+            f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} layers: set it to "
+            f"{layers} or less"
         )
     return problems
 

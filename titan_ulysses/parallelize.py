@@ -21,13 +21,12 @@ from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Offload, Store, open_store
-from titan_ulysses.memory.tiling import tile_mlp, tile_norm
+from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of, mlp_layout
 from titan_ulysses.model.proof import prove
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core, Documents, choose_core
-
 
 _SMALLEST_TILE = 1024
 """Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
@@ -43,6 +42,8 @@ def parallelize(
     checkpoint_every: int = 1,
     offload: Offload = "none",
     offload_folder: str | None = None,
+    compile: bool = False,
+    z_loss: float = 0.0,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
@@ -51,10 +52,10 @@ def parallelize(
     Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
     ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
     default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
-    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens; 0 chooses (see `LossHead`
-    and `tile_blocks`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept
-    for backward: on the device, or as offload says in host memory, or on disk in offload_folder. Collective. UserError
-    for a model or a core that would train wrongly.
+    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens: 0 chooses (see `LossHead`
+    and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept for
+    backward: on the device, or as offload says in host memory, or on disk in offload_folder. compile: the MLP and the
+    norms of each block. z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
     reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
@@ -71,9 +72,12 @@ def parallelize(
         "mlp_tile_tokens": mlp_tile_tokens,
         "checkpoint_every": checkpoint_every,
         "store": open_store(offload, offload_folder, mesh.device),
+        "compile": compile,
+        "z_loss": z_loss,
     }
     if model.config.model_type not in CHECKED_FAMILIES:
-        prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **options))
+        plain = options | {"compile": False, "z_loss": 0.0}  # the proof is about the family
+        prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain))
     return wrap(model, mesh, attention, policy, **options)
 
 
@@ -87,6 +91,8 @@ def wrap(
     mlp_tile_tokens: int,
     checkpoint_every: int,
     store: Store | None,
+    compile: bool,
+    z_loss: float,
 ) -> PreTrainedModel:
     """What `parallelize` does to a model once nothing speaks against it."""
     decoder, blocks = find_blocks(model)
@@ -95,7 +101,9 @@ def wrap(
         mlp_tile_tokens = -1  # without checkpoints the tiles would be the only recomputation, and cost time
     if mlp_tile_tokens != -1:
         tile_blocks(model, decoder, blocks, mlp_tile_tokens or max(_SMALLEST_TILE, model.config.hidden_size))
-    use_loss_head(model, loss_tile_tokens)
+    if compile:
+        compile_blocks(blocks)
+    use_loss_head(model, loss_tile_tokens, z_loss)
     shard_blocks(model, blocks, mesh, mp_policy)
     if checkpoint_every:
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
@@ -213,9 +221,7 @@ def _forward(
     this rank's part: gradients are summed over the mesh. With reduction = "none": the cross-entropy of each label, of
     this rank [B, T]. Without labels: `.logits` of this rank's tokens.
     """
-    hidden = decoder(
-        input_ids=input_ids, position_ids=position_ids, use_cache=False, ulysses=ulysses
-    ).last_hidden_state
+    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, ulysses=ulysses).last_hidden_state
     head = model.get_output_embeddings()
     if labels is None:
         return CausalLMOutputWithPast(logits=head(hidden))
@@ -242,9 +248,10 @@ def tile_blocks(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleLis
     for block in blocks:
         layout = mlp_layout(block)
         if layout is None:
+            parts = ", ".join(dict(block.named_children()))
             warnings.warn(
-                f'model: no MLP was found in {type(block).__name__} of "{model.config.model_type}" (its parts: '
-                f"{', '.join(dict(block.named_children()))}): it is not tiled, and takes memory for all tokens at once.",
+                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} (which has {parts}). '
+                "It is not tiled, and takes memory for all tokens at once.",
                 stacklevel=2,
             )
         else:
@@ -262,11 +269,28 @@ def _norms(module: nn.Module) -> Iterator[nn.Module]:
     return (child for child in module.children() if "norm" in type(child).__name__.lower())
 
 
-def use_loss_head(model: PreTrainedModel, tile_tokens: int) -> None:
+def compile_blocks(blocks: nn.ModuleList) -> int:
+    """Compile what each block does to tokens by themselves, each part as one graph; returns the number of parts.
+
+    That is its MLP and its norms, tiled or not. Attention stays as it is: what it sees of the documents changes from
+    step to step, and each change would compile it anew.
+    """
+    parts = []
+    for block in blocks:
+        layout = mlp_layout(block)
+        modules = [*_norms(block), *([layout.mlp] if layout else [])]
+        tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
+        parts += tiled or modules
+    for part in parts:
+        part.compile(fullgraph=True)
+    return len(parts)
+
+
+def use_loss_head(model: PreTrainedModel, tile_tokens: int, z_loss: float) -> None:
     """Let `lm_head` compute the loss, with what the family does to its logits."""
     shape, linear = head_of(model.config), model.get_output_embeddings()
-    head = LossHead(linear, tile_tokens=tile_tokens, scale=shape.scale, softcap=shape.softcap)
-    model.set_output_embeddings(head)
+    shaping = {"scale": shape.scale, "softcap": shape.softcap, "z_loss": z_loss}
+    model.set_output_embeddings(LossHead(linear, tile_tokens=tile_tokens, **shaping))
 
 
 def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:

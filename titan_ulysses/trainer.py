@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
+from titan_ulysses.memory.offload import check_room
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
@@ -56,6 +58,7 @@ class Trainer:
             model_config=model_config,
             num_token_ids=num_token_ids(self.tokenizer),
         )
+        self._check_memory(model_config)
         if config.model.path:
             hf.find_weights(config.model.path)
         training, held_out = open_sequences(config, self.tokenizer)
@@ -102,12 +105,29 @@ class Trainer:
             mlp_tile_tokens=config.memory.mlp_tile_tokens,
             checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
             offload=checkpoint.offload,
-            offload_folder=checkpoint.offload_folder,
+            offload_folder=checkpoint.offload_folder or None,
+            compile=config.compile.enable,
+            z_loss=config.training.z_loss,
             param_dtype=compute,
             reduce_dtype=getattr(torch, config.training.reduce_dtype),
         )
         hf.allocate(model, self.mesh.device)
         return model.train()
+
+    def _check_memory(self, model_config) -> None:
+        """Raise UserError where checkpoints that leave the device find no room on this node, or nothing compiles."""
+        config, checkpoint = self.config, self.config.activation_checkpoint
+        tokens = config.training.seq_len // self.degrees.sequence
+        check_room(
+            checkpoint.offload,
+            checkpoint.offload_folder,
+            shape=(config.training.local_batch_size, tokens, model_config.hidden_size),
+            itemsize=getattr(torch, config.training.param_dtype).itemsize,
+            segments=-(-model_config.num_hidden_layers // checkpoint.every),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        )
+        if config.compile.enable and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
+            raise UserError("compile.enable = true needs a C++ compiler on a CPU: install g++, or set it to false.")
 
     def _check_folder(self) -> None:
         """Raise UserError where the run's folder cannot be made or written to; makes nothing."""

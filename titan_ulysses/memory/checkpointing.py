@@ -4,8 +4,8 @@ A segment's input is all that lives from its forward to its backward, where the 
 non-reentrant checkpoint does that (RNG and autocast replayed, any keywords). Inputs can go to host memory or to disk
 meanwhile: see `offload.py`.
 
-FSDP is applied to the blocks inside: the blocks of a segment are gathered one at a time, in forward, in the
-recomputation and in backward, except that the last one stays gathered between the last two: 3 - 1/k times a step.
+FSDP is applied to the blocks inside. In forward they are gathered one at a time; from the recomputation to their
+backward all k stay gathered. So parameters are gathered twice a step and gradients reduced once, whatever k is.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Segment:
             return self._run(hidden, calls)
 
         with self.store.keeping() if self.store else nullcontext():
-            return checkpoint(run, hidden, use_reentrant=False, context_fn=lambda: (nullcontext(), _recomputing()))
+            return checkpoint(run, hidden, use_reentrant=False, context_fn=lambda: (nullcontext(), _Recomputation()))
 
     def _run(self, hidden: Tensor, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
         last = len(calls) - 1
@@ -92,12 +92,13 @@ class _Segment:
         return hidden
 
 
-@contextmanager
-def _recomputing() -> Iterator[None]:
-    _phase.recomputing = True
-    try:
-        yield
-    finally:
+class _Recomputation:
+    """Says that a segment is being computed again. A class, because with retain_graph it is entered more than once."""
+
+    def __enter__(self) -> None:
+        _phase.recomputing = True
+
+    def __exit__(self, *_) -> None:
         _phase.recomputing = False
 
 

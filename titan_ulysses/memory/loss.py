@@ -16,8 +16,8 @@ from titan_ulysses.data.packing import IGNORE_INDEX
 
 _AUTOMATIC_TILE_BYTES = 64 * 2**20
 
-Options = tuple[int, float, float | None]
-"""Tokens of a tile; scale and soft-cap of the logits."""
+Options = tuple[int, float, float | None, float]
+"""Tokens of a tile; scale and soft-cap of the logits; weight of the z-loss."""
 
 
 class LossHead(nn.Linear):
@@ -25,13 +25,22 @@ class LossHead(nn.Linear):
 
     Being the module that owns the weight, it is what FSDP shards: one all-gather and one reduce-scatter serve all
     tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32 logits, -1 takes all at once. Families that
-    scale or cap their logits do so here: softcap * tanh(scale * logits / softcap).
+    scale or cap their logits do so here: softcap * tanh(scale * logits / softcap). While gradients are computed,
+    z_loss * (log of the sum of exp(logits))^2 is added for each label (PaLM, arXiv 2204.02311, section 5).
     """
 
-    def __init__(self, linear: nn.Linear, *, tile_tokens: int = 0, scale: float = 1.0, softcap: float | None = None):
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        tile_tokens: int = 0,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+    ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.scale, self.softcap = scale, softcap
+        self.scale, self.softcap, self.z_loss = scale, softcap, z_loss
         self.tile_tokens = tile_tokens or max(1, _AUTOMATIC_TILE_BYTES // (4 * linear.out_features))
 
     def forward(
@@ -52,7 +61,7 @@ class LossHead(nn.Linear):
         if labels is None:
             return _shape_scores(super().forward(hidden), self.scale, self.softcap)
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
-        options = (tile_tokens, self.scale, self.softcap)
+        options = (tile_tokens, self.scale, self.softcap, self.z_loss)
         if reduction == "none":
             assert not torch.is_grad_enabled(), "cross-entropies of single tokens are for scoring: no gradient"
             each = _each_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options)
@@ -116,7 +125,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 def _each_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options) -> Tensor:
     """The cross-entropy [N] of rows [N, h] with labels [N], in fp32 or wider, 0 without a label. A tile at a time."""
-    tile_tokens, scale, softcap = options
+    tile_tokens, scale, softcap, _ = options
     wide = torch.promote_types(rows.dtype, torch.float32)
     each = torch.empty(len(rows), dtype=wide, device=rows.device)
     for start in range(0, len(rows), tile_tokens):
@@ -144,23 +153,26 @@ def _shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor
 
 
 def _tile_loss(
-    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, needs_grad: bool
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, z_loss: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of cross-entropy of logits [n, V] and, written over them where nothing shapes them, its gradient.
 
-    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2).
+    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2). The z-loss, with
+    2 z_loss log_normalizer softmax for a gradient, is a part of training only.
     """
     logits = _shape_scores(logits, scale, softcap)
     slope = scale if softcap is None else scale * (1 - (logits / softcap) ** 2)
     each, valid, index, log_normalizer = _cross_entropy(logits, labels)
-    loss = each.sum()
     if not needs_grad:
-        return loss, None
+        return each.sum(), None
     grad = logits.sub_(log_normalizer).exp_()
+    if z_loss:
+        each = each + (z_loss * log_normalizer.squeeze(1) ** 2).where(valid, 0)
+        grad.mul_(1 + 2 * z_loss * log_normalizer)
     grad.scatter_add_(1, index, torch.full_like(log_normalizer, -1))
     if scale != 1 or softcap is not None:
         grad.mul_(slope)
-    return loss, grad.masked_fill_(~valid.unsqueeze(1), 0)
+    return each.sum(), grad.masked_fill_(~valid.unsqueeze(1), 0)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

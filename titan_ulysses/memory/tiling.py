@@ -12,7 +12,7 @@ the others are needed, so that the mean is 3 - 1/k.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from titan_ulysses.memory.checkpointing import output_is_needed
 
-RowFunction = Callable[[Tensor], Tensor]
-"""[1, n, h] -> [1, n, h], or as many elements in another shape: each row by itself."""
-
 
 def tile_mlp(mlp: nn.Module, before: nn.Module | None, after: nn.Module | None, *, tile_tokens: int) -> None:
     """Make mlp's forward that of `after(mlp(before(x)))`, tile by tile, and those of the norms around it nothing.
@@ -31,24 +28,7 @@ def tile_mlp(mlp: nn.Module, before: nn.Module | None, after: nn.Module | None, 
     In place and by instance, so parameters keep their modules and names. What the MLP returns besides the hidden state
     (router logits) is left out: None.
     """
-    inner = [module.forward if module is not None else None for module in (before, mlp, after)]
-    returns_tuple = False
-
-    def rows(x: Tensor) -> Tensor:
-        nonlocal returns_tuple
-        for forward in filter(None, inner):
-            x = forward(x)
-            if isinstance(x, tuple):
-                returns_tuple, x = True, x[0]
-        return x
-
-    tiled = Tiled(rows, [module for module in (before, mlp, after) if module is not None], tile_tokens)
-
-    def forward(hidden: Tensor) -> Any:
-        output = tiled(hidden)
-        return (output, None) if returns_tuple else output
-
-    mlp.forward = forward
+    mlp.forward = _TiledMLP(_Chain(before, mlp, after), tile_tokens)
     for norm in (before, after):
         if norm is not None:
             norm.forward = _identity
@@ -56,24 +36,40 @@ def tile_mlp(mlp: nn.Module, before: nn.Module | None, after: nn.Module | None, 
 
 def tile_norm(norm: nn.Module, *, tile_tokens: int) -> None:
     """Make norm's forward run tile by tile: in fp32 its backward would hold several copies of all rows."""
-    norm.forward = Tiled(norm.forward, [norm], tile_tokens, ends_block=False)
+    norm.forward = Tiled(_Chain(norm), tile_tokens, ends_block=False)
 
 
 def _identity(x: Tensor) -> Tensor:
     return x
 
 
+class _Chain(nn.Module):
+    """Modules one after the other, as they were before their forward was replaced. Their parameters, nothing else."""
+
+    def __init__(self, *modules: nn.Module | None):
+        super().__init__()
+        self.links = nn.ModuleList(module for module in modules if module is not None)
+        self.returns_tuple = False  # one of them does; known from the first forward on
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.links:
+            x = type(module).forward(module, x)
+            if isinstance(x, tuple):
+                self.returns_tuple, x = True, x[0]
+        return x
+
+
 class Tiled:
-    """rows [..., h] -> fn(rows) [..., h], `tile_tokens` rows at a time; fn may use the parameters of modules.
+    """rows [..., h] -> fn(rows) [..., h], `tile_tokens` rows at a time: [1, n, h] to as many, in any shape.
 
     Only the rows are kept for backward. Parameters are inputs of the autograd function, and their gradients are
-    accumulated over the tiles in fp32 or wider. Any number of rows; the last tile may be smaller. Under FSDP the
-    modules are parts of a gathered block, so that parameters are gathered and gradients reduced once for all tiles.
+    accumulated over the tiles in fp32 or wider. Any number of rows; the last tile may be smaller. Under FSDP fn is a
+    part of a gathered block, so that parameters are gathered and gradients reduced once for all tiles.
     Random numbers and autocast are replayed. ends_block: whatever follows fn in its block only adds to its output.
     """
 
-    def __init__(self, fn: RowFunction, modules: Sequence[nn.Module], tile_tokens: int, *, ends_block: bool = True):
-        self.fn, self.modules, self.tile_tokens, self.ends_block = fn, modules, tile_tokens, ends_block
+    def __init__(self, fn: nn.Module, tile_tokens: int, *, ends_block: bool = True):
+        self.fn, self.tile_tokens, self.ends_block = fn, tile_tokens, ends_block
         self.draws_random_numbers = False  # known from the first forward on
         self.dtype: torch.dtype | None = None  # of the output, likewise
 
@@ -81,8 +77,8 @@ class Tiled:
         return _TiledFunction.apply(self, rows, *self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that the modules hold now: under FSDP the gathered ones."""
-        return [p for module in self.modules for p in module.parameters()]
+        """Those that fn holds now: under FSDP the gathered ones."""
+        return list(self.fn.parameters())
 
     def tiles(self, rows: Tensor) -> Iterator[slice]:
         """Slices of the rows [N, h]."""
@@ -131,6 +127,14 @@ class Tiled:
             None if not needed else torch.zeros_like(x) if g is None else g.to(x.dtype)
             for needed, x, g in zip(needs, inputs, grads, strict=True)
         ]
+
+
+class _TiledMLP(Tiled):
+    """As transformers calls it: some MLPs return a tuple."""
+
+    def __call__(self, hidden: Tensor) -> Any:
+        output = super().__call__(hidden)
+        return (output, None) if self.fn.returns_tuple else output
 
 
 class _TiledFunction(torch.autograd.Function):

@@ -319,4 +319,3 @@ def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
     config.architectures = [class_name(model)]
     return config
-

@@ -1,0 +1,232 @@
+"""Checkpoints of k blocks, their inputs off the device, tiles and loss tiles together: exact, and counted."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import (
+    LLAMA,
+    OPTIMIZER,
+    STARCODER2,
+    Record,
+    Row,
+    largest_difference,
+    local_batch,
+    make_rows,
+    mesh_of,
+    train_plain,
+    train_sharded,
+)
+from ranks import run_on_ranks
+from titan_ulysses.collectives import CollectiveCounter
+from titan_ulysses.errors import UserError
+from titan_ulysses.memory.checkpointing import checkpoint_blocks
+from titan_ulysses.memory.offload import check_room, open_store
+from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.model import hf
+from titan_ulysses.parallelize import parallelize
+from titan_ulysses.trainer import train_step
+from titan_ulysses.ulysses.cores import sdpa
+
+LAYERS = 3
+MODEL = STARCODER2 | {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": LAYERS}
+FACTORS = {
+    "mlp_tile_tokens": (-1, 5, 64),
+    "loss_tile_tokens": (-1, 0, 7),
+    "checkpoint_every": (1, 2, 3),
+    "offload": ("none", "host", "disk"),
+    "sp": (1, 2, 4),
+    "dp": (1, 2),
+}
+Case = tuple
+EVERY_CASE: list[Case] = [case for case in product(*FACTORS.values()) if case[-1] * case[-2] <= 4]
+
+
+def pairs_of(case: Case) -> set[tuple]:
+    return {(i, case[i], j, case[j]) for i, j in combinations(range(len(case)), 2)}
+
+
+def pairwise() -> list[Case]:
+    """Few cases that hold every pair of settings: each time the one with the most new pairs."""
+    missing, chosen = set().union(*map(pairs_of, EVERY_CASE)), []
+    while missing:
+        chosen.append(max(EVERY_CASE, key=lambda case: len(pairs_of(case) & missing)))
+        missing -= pairs_of(chosen[-1])
+    return chosen
+
+
+def steps_of() -> list[list[list[Row]]]:
+    rows = [(10, 14), (6, 6, 12), (24,), (1, 22, 1)]
+    return [[make_rows(rows, masked="uneven", vocab_size=61, seed=10 * s + m) for m in range(2)] for s in range(3)]
+
+
+@lru_cache
+def plain() -> Record:
+    return train_plain(MODEL, steps_of(), torch.float64)
+
+
+def check(case: Case) -> None:
+    options = dict(zip(FACTORS, case, strict=True))
+    sp, dp = options.pop("sp"), options.pop("dp")
+    found = run_on_ranks(sp * dp, train_sharded, (1, dp, sp), MODEL, steps_of(), torch.float64, **options)[0]
+    worst = largest_difference(found, plain())
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
+
+
+def name_of(case: Case) -> str:
+    return "mlp {} loss {} every {} {} sp{} dp{}".format(*case)
+
+
+@pytest.mark.parametrize("case", pairwise(), ids=name_of)
+def test_equals_one_plain_process(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY_CASE, ids=name_of)
+def test_equals_one_plain_process_in_full(case):
+    check(case)
+
+
+# --- counters ---------------------------------------------------------------------------------------------------------
+
+
+def counted(every: int, layers: int, offload: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Calls of the second step on (sp2): of MLPs (tiles) and cores, and of collectives."""
+    mesh, calls = mesh_of(1, 1, 2), {"core": 0, "mlp": 0}
+    table = LLAMA | {"num_hidden_layers": layers, "tie_word_embeddings": False}
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+
+    def core(q: Tensor, k: Tensor, v: Tensor, **layer) -> Tensor:
+        calls["core"] += 1
+        return sdpa(q, k, v, **layer)
+
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
+    tiling = {"mlp_tile_tokens": 4, "checkpoint_every": every, "offload": offload}
+    parallelize(model, mesh, attention=core, param_dtype=torch.float32, **tiling)
+    hf.allocate(model, mesh.device)
+    hf.initialize(model, seed=0)
+    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh)
+    for _ in range(2):
+        calls.update(core=0, mlp=0)
+        with CollectiveCounter() as counter:
+            train_step(model, optimizer, [batch], mesh, max_norm=1.0)
+    return calls, {kind: number for kind, (number, _) in counter.counts.items()}
+
+
+@pytest.mark.parametrize("offload", ["none", "host"])
+@pytest.mark.parametrize(("every", "layers"), [(0, 6), (1, 6), (2, 6), (3, 6), (4, 6), (6, 6)])
+def test_how_often_things_run(every, layers, offload):
+    """With n segments of L blocks: MLPs 3 L - n times a step (in 3 tiles), cores 2 L, gathers 2 L, reductions L."""
+    segments = -(-layers // every) if every else 0
+    calls, collectives = run_on_ranks(2, counted, every, layers, offload)[0]
+    mlp_runs = 3 * layers - segments if every else 2 * layers
+    print(f"every {every}: {segments} segments of {layers} blocks, {mlp_runs} runs of MLPs, {collectives}")
+    assert calls == {"mlp": 3 * mlp_runs, "core": (2 if every else 1) * layers}
+    # Besides the blocks: embedding and head are gathered once, and the root with the last norm.
+    assert collectives["reduce_scatter"] == layers + 3
+    assert collectives["all_gather"] == 2 * layers + 4
+    assert collectives["all_to_all"] == (6 if every else 4) * layers
+
+
+# --- the wrapper ------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Of an odd signature, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, hidden_states: Tensor, scale: Tensor, *, shift: float = 0.0, dropout: bool = True) -> Tensor:
+        hidden_states = torch.tanh(self.linear(hidden_states)) * scale + shift
+        return nn.functional.dropout(hidden_states, 0.5) if dropout else hidden_states
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, scale: Tensor) -> list[Tensor]:
+    torch.manual_seed(1)
+    for index, block in enumerate(blocks):
+        x = block(x, scale, shift=0.1 * index) if index % 2 else block(hidden_states=x, scale=scale)
+    return list(torch.autograd.grad(x.square().sum(), [scale, *blocks.parameters()]))
+
+
+@pytest.mark.parametrize("offload", ["none", "host", "disk"])
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_any_signature_and_random_numbers(every, offload, tmp_path):
+    """A keyword tensor that needs a gradient, keywords that differ from block to block, dropout in each."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Block() for _ in range(5))
+    x, scale = torch.randn(3, 4, dtype=torch.float64), torch.ones((), dtype=torch.float64, requires_grad=True)
+    expected, names = run_blocks(blocks, x, scale), blocks.state_dict().keys()
+    store = open_store(offload, tmp_path, torch.device("cpu"))
+    checkpoint_blocks(blocks, every=every, store=store)
+    assert blocks.state_dict().keys() == names
+    for _ in range(2):
+        for a, b in zip(run_blocks(blocks, x, scale), expected, strict=True):
+            assert torch.equal(a, b)
+    if store:
+        assert len(store.slabs) == -(-5 // every), "the second pass uses the slabs of the first again"
+    assert not list(tmp_path.iterdir()), "files have no name"
+
+
+def test_two_forwards_before_two_backwards():
+    """Slabs are free only when a graph is gone, in whatever order that is."""
+    torch.manual_seed(0)
+    block = Block()
+    x = [torch.randn(3, 4, dtype=torch.float64) for _ in range(3)]
+    scale = torch.ones((), dtype=torch.float64)
+    expected = [torch.autograd.grad(block(y, scale, dropout=False).sum(), block.linear.weight)[0] for y in x]
+    blocks, store = nn.ModuleList([block]), open_store("host", None, torch.device("cpu"))
+    checkpoint_blocks(blocks, every=1, store=store)
+    outputs = [blocks[0](y, scale, dropout=False).sum() for y in x]
+    for output, gradient in zip(outputs, expected, strict=True):
+        assert torch.equal(torch.autograd.grad(output, block.linear.weight, retain_graph=True)[0], gradient)
+        assert torch.equal(torch.autograd.grad(output, block.linear.weight)[0], gradient)
+    del output, outputs
+    blocks[0](x[0], scale)
+    assert len(store.slabs) == 3
+    with torch.no_grad():
+        blocks[0](x[0], scale)
+    assert len(store.slabs) == 3
+
+
+def test_a_block_that_returns_more_than_its_hidden_state():
+    class Tuple(Block):
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+            return self.linear(hidden_states), None
+
+    blocks = nn.ModuleList([Tuple(), Tuple()])
+    checkpoint_blocks(blocks, every=2, store=None)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with pytest.raises(UserError, match=r"activation_checkpoint.every = 2: Tuple returns more .* = 1"):
+        blocks[1](blocks[0](x))
+
+
+def test_room_is_looked_at_before_the_first_step(tmp_path):
+    shape = {"shape": (1, 2**20, 4096), "itemsize": 2, "segments": 2**10, "processes": 8}  # 64 TiB
+    with pytest.raises(UserError, match=r'offload = "host": checkpoints take 65536.0 GiB .*8 ranks x 1024 segments'):
+        check_room("host", None, **shape)
+    with pytest.raises(UserError, match=r"offload_folder = .*: checkpoints take 65536.0 GiB"):
+        check_room("disk", tmp_path, **shape)
+    with pytest.raises(UserError, match=r"offload_folder = .*nowhere: not a folder"):
+        check_room("disk", tmp_path / "nowhere", **shape)
+    check_room("none", None, **shape)
+    check_room("disk", tmp_path, shape=(1, 1, 1), itemsize=2, segments=1, processes=1)
+
+
+def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path):
+    store = open_store("disk", tmp_path, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"offload_folder = .*: no room for 1073741824.00 GiB"):
+        store.make_slab(2**60, torch.device("cpu"))
+    assert not list(Path(tmp_path).iterdir())
+    assert len(os.listdir("/proc/self/fd")) < 1000
