@@ -6,9 +6,10 @@
     python scripts/bench/versus.py --profile            where our step's time goes
 
 DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number is of fresh gloo processes
-of one thread each. Time: the contenders take turns, a ratio is the median of the turns'. Memory: the slope, by least
-squares over S, of the resident peak in units of h * itemsize bytes a token of a rank: how many hidden states a token
-costs. ALST's ranks and ours hold S / P tokens, FSDP2's, without sequence parallelism, S. All is written as JSON, too.
+of one thread each. Time: the contenders take turns, a ratio is the median of the turns' (where other work takes the
+cores, look at that of CPU seconds). Memory: the slope, by least squares over S, of the resident peak in units of
+h * itemsize bytes a token of a rank: how many hidden states a token costs. ALST's ranks and ours hold S / P tokens,
+FSDP2's, without sequence parallelism, S. All is written as JSON, too.
 """
 
 from __future__ import annotations
@@ -129,36 +130,38 @@ class Match:
                     rows.append(self._show_time(contender, dtype, seq_len, turns))
         return rows
 
-    def _turn(self, dtype: str, seq_len: int) -> dict[str, float | str]:
-        """Seconds a sequence, or why not, of each contender."""
+    def _turn(self, dtype: str, seq_len: int) -> dict[str, dict[str, float] | str]:
+        """Seconds a sequence, on the clock and of rank 0's CPU, of each contender; or why not."""
         turn = {}
         for contender in self.args.contenders:
             if contender == "fsdp2" and seq_len > self.args.longest_fsdp2:
                 turn[contender] = "not tried (--longest-fsdp2)"
                 continue
-            # A short step warms up; the second traces what DeepSpeed prefetches from then on.
+            # Short steps warm up; the second traces what DeepSpeed prefetches from then on.
             found = self.child(contender, "time", dtype, [seq_len // 8] * 2 + [seq_len] * self.args.steps)
             if not isinstance(found, str):
                 sequences = self.args.ranks if contender == "fsdp2" else 1
-                found = statistics.median(found[0]["seconds"][2:]) / sequences
+                found = {key: statistics.median(found[0][key][2:]) / sequences for key in ("seconds", "cpu")}
             turn[contender] = found
         return turn
 
     def _show_time(self, contender: str, dtype: str, seq_len: int, turns: list[dict]) -> dict:
         row = {"contender": contender, "dtype": dtype, "seq_len": seq_len, "turns": [t[contender] for t in turns]}
         text = f"{dtype:<9} S {seq_len:>6,}  {CONTENDERS[contender]:<21}"
-        good = [turn for turn in turns if isinstance(turn[contender], float)]
+        good = [turn for turn in turns if not isinstance(turn[contender], str)]
         if not good:
             print(f"{text} {turns[0][contender]}", flush=True)
             return row
-        row["seconds"] = statistics.median(turn[contender] for turn in good)
-        text += f" {row['seconds']:8.2f} s a sequence"
-        ratios = [turn["ours"] / turn[contender] for turn in good if isinstance(turn.get("ours"), float)]
-        if contender != "ours" and ratios:
-            row["ratio"] = statistics.median(ratios)
-            text += f"   ours takes {row['ratio']:.2f} of it ({min(ratios):.2f} to {max(ratios):.2f})"
+        row |= {key: statistics.median(turn[contender][key] for turn in good) for key in ("seconds", "cpu")}
+        text += f" {row['seconds']:8.2f} s a sequence (CPU {row['cpu']:.2f})"
+        both = [turn for turn in good if not isinstance(turn.get("ours", ""), str)]
+        if contender != "ours" and both:
+            ratios = {key: [turn["ours"][key] / turn[contender][key] for turn in both] for key in ("seconds", "cpu")}
+            row["ratio"], row["cpu_ratio"] = (statistics.median(each) for each in ratios.values())
+            spread = f"{min(ratios['seconds']):.2f} to {max(ratios['seconds']):.2f}"
+            text += f"   ours takes {row['ratio']:.2f} of it ({spread}; CPU {row['cpu_ratio']:.2f})"
             if contender == "alst" and seq_len <= 16_384:
-                text += f"   at most {TARGET} wanted"
+                text += f", at most {TARGET} wanted"
         print(text, flush=True)
         return row
 
