@@ -197,7 +197,9 @@ def plot(table: dict[str, list[dict]], path: Any, memory: str) -> None:
                 median = [statistics.median(p) / 2**20 for p in good.values()]
                 panel.plot(list(good), median, marker="o", label=row["name"])
             ticks = sorted({s for row in rows for s in row["peaks"]})
-            panel.set(xlabel="sequence length S, tokens", ylabel=f"{memory}, MiB", xscale="log", yscale="log")
+            panel.set(xlabel="sequence length S, tokens", ylabel=f"{memory}, MiB", xscale="log")
+            panel.set_yscale("log", base=2)
+            panel.yaxis.set_major_formatter("{x:,.0f}")
             panel.set_xticks(ticks, [f"{s // 1024}K" if s >= 1024 else str(s) for s in ticks])
             panel.minorticks_off()
         panel.grid(alpha=0.3)

@@ -28,7 +28,7 @@ SMALL = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
 """Of which memory is measured: the fewer parameters, the clearer what a token costs."""
 MODELS = {"agreement": LLAMA, "time": LLAMA, "memory": SMALL}
 LOSS_TILE_BYTES = {"agreement": 64 * 2**20, "time": 64 * 2**20, "memory": 4 * 2**20}
-"""Of fp32 logits, in ours and in ALST alike."""
+"""Of fp32 logits, in ours and in ALST alike; but see --alst-loss-tile-mib."""
 CONTENDERS = {"ours": "ours", "alst": "DeepSpeed ALST", "fsdp2": "transformers + FSDP2"}
 TARGET = 0.75
 TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
@@ -87,7 +87,10 @@ class Match:
         if not (folder / "config.json").is_file():
             save_weights(folder, config)
         python, variables = self.alst if contender == "alst" else (sys.executable, {})
-        tile = LOSS_TILE_BYTES[what] // (4 * config["vocab_size"])
+        tile_bytes = LOSS_TILE_BYTES[what]
+        if (contender, what) == ("alst", "time"):
+            tile_bytes = self.args.alst_loss_tile_mib * 2**20
+        tile = tile_bytes // (4 * config["vocab_size"])
         command = [*launch(self.args.ranks, __file__, python), "--role", role, "--contender", contender]
         command += ["--folder", str(folder), "--dtype", dtype, "--loss-tile-tokens", str(tile)]
         command += ["--lengths", *map(str, lengths)]
@@ -222,6 +225,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, for times")
     parser.add_argument("--steps", type=int, default=1, help="timed steps a turn")
     parser.add_argument("--repeats", type=int, default=3, help="for memory")
+    parser.add_argument(
+        "--alst-loss-tile-mib",
+        type=int,
+        default=1024,
+        help="ALST's loss tiles where time is measured: it gathers the head's weight for each, so large ones are faster",
+    )
     parser.add_argument("--minutes", type=float, default=30, help="patience a process")
     parser.add_argument("--breakdown", action="store_true", help="only this: the tensors alive at our peak, at S = 8K")
     parser.add_argument("--profile", action="store_true", help="only this: the operators of our step, at S = 8K")
