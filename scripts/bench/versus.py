@@ -172,23 +172,27 @@ class Match:
         """Slopes of the peak over S, of all repeats together and of each."""
         rows = []
         for dtype in self.args.dtypes:
-            found = {contender: self._peaks(contender, dtype) for contender in self.args.contenders}
-            ours = found.get("ours", {}).get("units")
-            for contender, row in found.items():
+            ours = None
+            for contender in self.args.contenders:
+                row = self._peaks(contender, dtype)
                 rows.append(row)
-                if "units" not in row:
-                    print(f"{dtype:<9} {CONTENDERS[contender]:<21} {row['failed']}", flush=True)
-                    continue
-                peaks = "  ".join(f"{statistics.median(p) / 2**20:,.0f}" for p in row["peaks"].values())
-                spread = f"{min(row['each']):.2f} to {max(row['each']):.2f}"
-                text = f"{dtype:<9} {CONTENDERS[contender]:<21} {row['units']:6.2f} units a rank-token ({spread})"
-                text += f"   peaks {peaks} MiB"
-                if contender != "ours" and ours:
-                    row["ratio"] = ours / row["units"]
-                    text += f"   ours takes {row['ratio']:.2f} of it"
-                    text += f", at most {TARGET} wanted" if contender == "alst" else " a rank-token"
-                print(text, flush=True)
+                self._show_memory(row, ours)
+                ours = row.get("units") if contender == "ours" else ours
         return rows
+
+    def _show_memory(self, row: dict, ours: float | None) -> None:
+        text = f"{row['dtype']:<9} {CONTENDERS[row['contender']]:<21}"
+        if "units" not in row:
+            print(f"{text} {row['failed']}", flush=True)
+            return
+        peaks = "  ".join(f"{statistics.median(each) / 2**20:,.0f}" for each in row["peaks"].values())
+        text += f" {row['units']:6.2f} units a rank-token ({min(row['each']):.2f} to {max(row['each']):.2f})"
+        text += f"   peaks {peaks} MiB"
+        if ours is not None:
+            row["ratio"] = ours / row["units"]
+            text += f"   ours takes {row['ratio']:.2f} of it"
+            text += f", at most {TARGET} wanted" if row["contender"] == "alst" else ""
+        print(text, flush=True)
 
     def _peaks(self, contender: str, dtype: str) -> dict:
         row: dict[str, Any] = {"contender": contender, "dtype": dtype, "peaks": {}}
@@ -229,7 +233,7 @@ def main() -> None:
         "--alst-loss-tile-mib",
         type=int,
         default=1024,
-        help="ALST's loss tiles where time is measured: it gathers the head's weight for each, so large ones are faster",
+        help="ALST's loss tiles where time is measured: it gathers the head's weight for each, so large are faster",
     )
     parser.add_argument("--minutes", type=float, default=30, help="patience a process")
     parser.add_argument("--breakdown", action="store_true", help="only this: the tensors alive at our peak, at S = 8K")
