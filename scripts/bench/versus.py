@@ -252,6 +252,7 @@ def main() -> None:
 
         return versus_peak.main(args, Match)
 
+    args.contenders = [name for name in CONTENDERS if name in args.contenders]  # ours first: the others are its ratios
     match, table = Match(args), {}
     print(f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896", flush=True)
     for what in args.what:
