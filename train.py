@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from titan_ulysses.config import dump_toml, load_config, parse_command_line
+from titan_ulysses.command_line import parse_command_line
+from titan_ulysses.config import dump_toml, load_config
 from titan_ulysses.failure import told_once
+from titan_ulysses.memory.allocator import expand_segments
 
 
 def main(argv: list[str]) -> None:
@@ -14,6 +16,7 @@ def main(argv: list[str]) -> None:
     if command.print_config:
         print(dump_toml(config), end="")
         return
+    expand_segments()
     from titan_ulysses.trainer import Trainer  # torch and transformers: only now, so that --help is quick
 
     Trainer(config).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,13 +11,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from titan_ulysses.config import Optimizer
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.memory.optimizer import build_optimizer, plain_pieces
 from titan_ulysses.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
+from titan_ulysses.model.families import attention_needs
 from titan_ulysses.parallelize import parallelize
 from titan_ulysses.trainer import train_step
 
@@ -138,31 +144,107 @@ def train_sharded(
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
         batches = [local_batch(rows, mesh) for rows in micro_batches]
-        loss, norm = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
+        loss, norm, _ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
     record.parameters = {name: p.detach().full_tensor() for name, p in hf.named_parameters(sharded)}
     return record if torch.distributed.get_rank() == 0 else Record(record.losses, record.grad_norms)
 
 
+class Run:
+    """A model and its optimizer on this rank of a mesh, to be trained step by step on the same rows."""
+
+    def __init__(
+        self,
+        degrees: tuple[int, int, int],
+        model: dict[str, Any],
+        rows: list[Row],
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        param_dtype: torch.dtype | None = None,
+        optimizer: Optimizer = OPTIMIZER,
+        optimizer_offload: bool = False,
+        parameter_offload: bool = False,
+        prepare: Callable[[torch.nn.Module], Any] | None = None,
+    ):
+        """dtype: of the stored parameters; param_dtype: of the computation. prepare: is given the model on meta."""
+        self.mesh, self.rows = mesh_of(*degrees), rows
+        self.model = hf.build_on_meta(hf.load_model_config("", model), dtype)
+        if prepare:
+            prepare(self.model)
+        param_dtype = param_dtype or dtype
+        reduce_dtype = torch.promote_types(param_dtype, torch.float32)
+        dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}
+        parallelize(self.model, self.mesh, parameter_offload=parameter_offload, **dtypes)
+        hf.allocate(self.model, self.mesh.device, parameter_offload=parameter_offload)
+        hf.initialize(self.model, seed)
+        self.optimizer = build_optimizer(self.model.parameters(), optimizer, offload=optimizer_offload)
+        self.losses: list[float] = []
+
+    def train(self, steps: int, *, accumulate: int = 1) -> Run:
+        for _ in range(steps):
+            batches = [local_batch(self.rows, self.mesh).to(self.mesh.device) for _ in range(accumulate)]
+            loss, self.grad_norm, _ = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=1.0)
+            self.losses.append(loss.item())
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state by name, as they live on this rank."""
+        state = get_optimizer_state_dict(self.model, self.optimizer)["state"]
+        flat = dict(get_model_state_dict(self.model))
+        return flat | {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
+
+    def whole(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state, gathered; what is quantized as the numbers it stands for."""
+
+        def plain(t: Tensor) -> Tensor:
+            t = t.full_tensor() if isinstance(t, DTensor) else t
+            return (t.dequantize() if is_traceable_wrapper_subclass(t) else t).detach().clone()
+
+        return {name: plain(t) for name, t in self.state().items()}
+
+    def bits(self) -> dict[str, list[Tensor]]:
+        """This rank's part of them as it is stored: codes and scales where it is quantized."""
+        return {
+            name: [piece.detach().clone() for piece in plain_pieces(t.detach())] for name, t in self.state().items()
+        }
+
+    def local(self) -> list[Tensor]:
+        """The bits of this rank's shards as they are now."""
+        return [p.to_local().detach().clone() for p in self.model.parameters()]
+
+
+def plain_model(table: dict[str, Any], dtype: torch.dtype, *, experts: str | None) -> PreTrainedModel:
+    """Unmodified transformers, with the attention that it chooses; where scores are capped, with one that caps them.
+
+    transformers 5.17 chooses sdpa for gemma2, which does not.
+    """
+    config = hf.load_model_config("", table)
+    attention = "eager" if "softcap" in attention_needs(config) else None
+    return AutoModelForCausalLM.from_config(
+        config, dtype=dtype, experts_implementation=experts, attn_implementation=attention
+    )
+
+
 def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype) -> Record:
     """The same on one process: unmodified transformers, each document a forward of its own, plain AdamW."""
-    from transformers import AutoModelForCausalLM
-
     record = Record()
-    plain = AutoModelForCausalLM.from_config(
-        hf.load_model_config("", model), dtype=dtype, experts_implementation=hf.experts_path(dtype)
-    )
+    plain = plain_model(model, dtype, experts=hf.experts_path(dtype))
     hf.initialize(plain, seed=3)
     o = OPTIMIZER
     optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     for micro_batches in steps:
-        documents = [document for rows in micro_batches for row in rows for document in row]
-        valid = sum(int((d.labels != -100).sum()) for d in documents)
-        total = torch.zeros((), dtype=dtype)
-        for document in documents:
-            logits = plain(input_ids=document.tokens[None, :-1], use_cache=False).logits[0]
-            total = total + F.cross_entropy(logits, document.labels, ignore_index=-100, reduction="sum")
+        total, valid = torch.zeros((), dtype=dtype), 0
+        for rows in micro_batches:
+            documents = [document for row in rows for document in row]
+            outputs = [plain(input_ids=document.tokens[None, :-1], use_cache=False) for document in documents]
+            for output, document in zip(outputs, documents, strict=True):
+                total = total + F.cross_entropy(output.logits[0], document.labels, ignore_index=-100, reduction="sum")
+            labels = sum(int((d.labels != -100).sum()) for d in documents)
+            if getattr(plain.config, "output_router_logits", False):
+                total = total + labels * router_loss(plain, [output.router_logits for output in outputs])
+            valid += labels
         loss = total / valid
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
@@ -173,6 +255,13 @@ def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torc
         optimizer.zero_grad()
     record.parameters = {name: p.detach().clone() for name, p in plain.named_parameters()}
     return record
+
+
+def router_loss(plain: PreTrainedModel, logits: list[tuple[Tensor, ...]]) -> Tensor:
+    """What transformers would add to the loss if it had seen all documents, whose router logits these are, at once."""
+    layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
+    function = sys.modules[type(plain).__module__].load_balancing_loss_func
+    return plain.router_aux_loss_coef * function(layers, plain.num_experts, plain.num_experts_per_tok)
 
 
 def largest_difference(found: Record, expected: Record) -> dict[str, float]:
@@ -203,8 +292,8 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
 class KeepFp64(TorchFunctionMode):
     """Under it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
 
-    Norms, routers and eager softmax name fp32, so that fp64 parity ends where a last bit of fp64 becomes one of fp32.
-    What backward computes again is kept too.
+    Norms, routers, their loss and eager softmax name fp32, so that fp64 parity ends where a last bit of fp64 becomes
+    one of fp32. What backward computes again is kept too.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -217,7 +306,7 @@ class KeepFp64(TorchFunctionMode):
                 run = torch.autograd.graph._engine_run_backward
                 run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
             return None
-        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if func is torch.zeros or args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
             args = tuple(torch.float64 if x is torch.float32 else x for x in args)

@@ -15,17 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 
-from models import OPTIMIZER, local_batch, make_rows, mesh_of
+import models
+from models import make_rows
 from ranks import run_on_ranks
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.errors import UserError
-from titan_ulysses.memory.optimizer import build_optimizer
-from titan_ulysses.model import hf
-from titan_ulysses.parallelize import parallelize
-from titan_ulysses.trainer import train_step
 
 Degrees = tuple[int, int, int]
 MODEL: dict[str, Any] = {
@@ -42,33 +37,11 @@ ROWS = make_rows([(24,), (16, 8), (8, 16), (24,)], masked="none", vocab_size=61,
 RUN_STATE = {"step": 2, "loader": {"sequences_consumed": 8}}
 
 
-class Run:
-    """A model and its optimizer on a mesh, in fp64; the values of a fresh one are those of `seed`."""
+class Run(models.Run):
+    """In fp64; the values of a fresh one are those of `seed`."""
 
     def __init__(self, degrees: Degrees, *, seed: int = 0, **changes: Any):
-        self.mesh = mesh_of(*degrees)
-        self.model = hf.build_on_meta(hf.load_model_config("", {**MODEL, **changes}), torch.float64)
-        parallelize(self.model, self.mesh, param_dtype=torch.float64, reduce_dtype=torch.float64)
-        hf.allocate(self.model, torch.device("cpu"))
-        hf.initialize(self.model, seed)
-        self.optimizer = build_optimizer(self.model.parameters(), OPTIMIZER)
-
-    def train(self, steps: int) -> Run:
-        for _ in range(steps):
-            batch = local_batch(ROWS, self.mesh)
-            train_step(self.model, self.optimizer, [batch], self.mesh, max_norm=1.0)
-        return self
-
-    def whole(self) -> dict[str, Tensor]:
-        """Parameters and optimizer state, gathered."""
-        state = get_optimizer_state_dict(self.model, self.optimizer)["state"]
-        flat = dict(get_model_state_dict(self.model))
-        flat |= {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
-        return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in flat.items()}
-
-    def local(self) -> list[Tensor]:
-        """The bits of this rank's shards as they are now."""
-        return [p.to_local().detach().clone() for p in self.model.parameters()]
+        super().__init__(degrees, {**MODEL, **changes}, ROWS, seed=seed)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 0.0) -> None:

@@ -230,3 +230,66 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path):
         store.make_slab(2**60, torch.device("cpu"))
     assert not list(Path(tmp_path).iterdir())
     assert len(os.listdir("/proc/self/fd")) < 1000
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def cuda_gradients(offload: str, steps: int = 3) -> tuple[list[Tensor], object]:
+    """Of 6 blocks in segments of 2, on random rows: every gradient of the last of some steps, and the store."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    blocks = nn.ModuleList(Block() for _ in range(6)).to(device)
+    store = open_store(offload, None, device)
+    checkpoint_blocks(blocks, every=2, store=store)
+    scale = torch.ones((), dtype=torch.float64, device=device, requires_grad=True)
+    for step in range(steps):
+        generator = torch.Generator(device).manual_seed(step)
+        x = torch.randn(2**16, 4, dtype=torch.float64, device=device, generator=generator)
+        found = run_blocks(blocks, x, scale)
+    return found, store
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_cuda_offload_changes_no_bit(offload):
+    expected, _ = cuda_gradients("none")
+    found, store = cuda_gradients(offload)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(store.slabs) == 3, "allocated once, used again in every step"
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_cuda_slabs_are_page_locked():
+    _, store = cuda_gradients("host", steps=1)
+    assert all(slab.is_pinned() for slab in store.slabs)
+
+
+@pytest.mark.gpu
+def test_cuda_copies_run_beside_the_computation():
+    """Both directions on the store's own stream, and fetched a segment ahead: before it is asked for."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda_gradients("host", steps=1)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        cuda_gradients("host", steps=1)
+        torch.cuda.synchronize()
+    copies = [e for e in profiler.events() if "Memcpy" in e.name and ("DtoH" in e.name or "HtoD" in e.name)]
+    large = [e for e in copies if e.device_time > 5]
+    kernels = {e.device_resource_id for e in profiler.events() if e.device_type.name == "CUDA" and "gemm" in e.name}
+    assert len(large) >= 6 and not {e.device_resource_id for e in large} & kernels
+
+
+@pytest.mark.gpu
+def test_cuda_memory_does_not_grow_with_the_blocks():
+    """With offload, peak memory of 12 blocks is that of 6."""
+    peaks = []
+    for layers in (6, 12):
+        blocks = nn.ModuleList(Block() for _ in range(layers)).to("cuda")
+        checkpoint_blocks(blocks, every=1, store=open_store("host", None, torch.device("cuda")))
+        x = torch.randn(2**18, 4, dtype=torch.float64, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        run_blocks(blocks, x, torch.ones((), dtype=torch.float64, device="cuda", requires_grad=True))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] - peaks[0] < x.numel() * 8

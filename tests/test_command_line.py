@@ -221,6 +221,19 @@ def little_data(folder: Path) -> None:
     (folder / "data" / "a.txt").write_text("not much")
 
 
+def lines(*records: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "data" / "a.jsonl").write_text("".join(record + "\n" for record in records))
+
+    return write
+
+
+def saved_data_set(folder: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a"}])}).save_to_disk(folder / "saved")
+
+
 def weightless_model(folder: Path) -> None:
     from transformers import LlamaConfig
 
@@ -252,6 +265,41 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         1,
         1,
         ["training.seq_len = 32 is longer than all of data.path, 9 tokens", "lower training.seq_len or give more data"],
+    ),
+    "not JSON": (
+        lines('{"text": "a"}', "text: b"),
+        {"data.source": "jsonl"},
+        1,
+        1,
+        ["data.path: a.jsonl:2: not JSON (", 'Correct it, or set data.bad_lines = "skip" to leave such lines out'],
+    ),
+    "no field": (
+        lines('{"body": "a"}'),
+        {"data.source": "jsonl"},
+        1,
+        1,
+        ['data.path: a.jsonl:1: no field "text" (it has body). Correct it, or set data.bad_lines'],
+    ),
+    "no chat template": (
+        lines('{"messages": []}'),
+        {"data.source": "chat"},
+        1,
+        1,
+        ['has no chat template, which data.source = "chat" needs: take the tokenizer of the family\'s instruct model'],
+    ),
+    "no split": (
+        saved_data_set,
+        {"data.source": "hf", "data.path": "{}/saved", "data.split": "dev"},
+        1,
+        1,
+        ['data.path = "{}/saved" has no split "dev" but train: set data.split'],
+    ),
+    "empty source of a mixture": (
+        lines('{"text": ""}'),
+        {"data.path": "", "data.mixture": '[{path = "{}/data"}, {path = "{}/data", source = "jsonl"}]'},
+        1,
+        1,
+        ['data.mixture[1].path = "{}/data" has no document to train on (1 empty one(s) left out)'],
     ),
     "sequence length": (
         keep,
@@ -295,12 +343,27 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         1,
         ['model.path = "{}/model": the folder holds no *.safetensors. Save the model with'],
     ),
+    "tiles": (keep, {"memory.mlp_tile_tokens": -2}, 1, 2, ["memory.mlp_tile_tokens = -2: must be at least -1"]),
+    "offload folder": (
+        keep,
+        {"activation_checkpoint.offload": "disk", "activation_checkpoint.offload_folder": "{}/nowhere"},
+        1,
+        1,
+        ["activation_checkpoint.offload_folder = {}/nowhere: not a folder that can be written to. Make it, or name"],
+    ),
+    "offload room": (
+        keep,
+        {"activation_checkpoint.offload": "host", "training.local_batch_size": 2**40, "training.global_batch_size": -1},
+        1,
+        1,
+        ['activation_checkpoint.offload = "host": checkpoints take', "on this node (1 ranks x 2 segments), and "],
+    ),
     "family": (
         keep,
-        {"model.config.model_type": "mixtral", "model.config.output_router_logits": True},
+        {"model.config.model_type": "llama4_text", "model.config.output_router_logits": True},
         1,
         1,
-        ['model: "mixtral" needs router losses (output_router_logits)', "cannot do that exactly"],
+        ['model: "llama4_text" needs router losses (output_router_logits)', "cannot do that exactly"],
     ),
     "output": (
         output_is_a_file,
@@ -319,6 +382,7 @@ def test_bad_input_is_refused_by_name(case: str, tmp_path: Path, monkeypatch: py
     prepare(tmp_path)
     before = contents(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    settings = {key: str(value).replace("{}/", f"{tmp_path}/") for key, value in settings.items()}
     found, message = refusal(arguments(config, settings))
     for part in parts:
         assert part.replace("{}", str(tmp_path)) in message

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from titan_ulysses.command_line import parse_command_line, usage
 from titan_ulysses.config import (
     KEYS,
     SECTIONS,
@@ -19,8 +20,6 @@ from titan_ulysses.config import (
     check,
     dump_toml,
     load_config,
-    parse_command_line,
-    usage,
 )
 from titan_ulysses.errors import UserError
 
@@ -114,10 +113,22 @@ def test_infinite_max_norm_is_allowed(toml: Path) -> None:
         ("lr_scheduler.min_lr_ratio", 1.5, "lr_scheduler.min_lr_ratio = 1.5: must be at most 1"),
         ("job.name", "", 'job.name = "": must not be empty'),
         ("job.name", ["a"], 'job.name = ["a"]: needs text'),
-        ("data.extensions", [], "data.extensions = []: must not be empty"),
+        ("metrics.log_interval", [], "metrics.log_interval = []: needs an integer"),
         ("data.extensions", [["txt"]], 'data.extensions[0] = ["txt"]: needs text'),
         ("data.extensions", ".txt", 'data.extensions = ".txt": needs a list'),
         ("data.encoding", "bytes", 'data.encoding = "bytes" with model.tokenizer = "": raw bytes need model.tokenizer'),
+        ("data.source", "csv", 'data.source = "csv": needs "text", "jsonl", "hf" or "chat"'),
+        ("data.packing", "tight", 'data.packing = "tight": needs "none", "concat" or "best_fit"'),
+        ("data.prompt_field", "q", "data.prompt_field is set and data.completion_field is not: a prompt needs its"),
+        ("data.completion_field", "a", "data.completion_field is set and data.prompt_field is not: a prompt needs its"),
+        ("data.streaming", True, 'data.streaming = true with data.source = "text": set source = "hf"'),
+        ("data.mixture", [{}], "data.mixture[0].path is not set: every entry of data.mixture needs a path"),
+        ("data.mixture", [{"path": "a", "weight": 0}], "data.mixture[0].weight = 0: must be greater than 0"),
+        ("data.mixture", [{"path": "a", "weight": True}], "data.mixture[0].weight = true: needs a number"),
+        ("data.mixture", [{"pth": "a"}], "data.mixture[0].pth: no such key; did you mean data.path?"),
+        ("data.mixture", ["a"], 'data.mixture[0] = "a": needs a table'),
+        ("data.mixture", {"path": "a"}, 'data.mixture = {path = "a"}: needs a list'),
+        ("data.mixture", [{"path": "a", "encoding": "bytes"}], 'data.mixture[0].encoding = "bytes" with model.tok'),
         ("model.config", 3, "model.config = 3: needs a table"),
         ("model.config", {"hidden_size": 3}, "model.config = {hidden_size = 3}: needs a model_type, as in "),
         ("model.config", {"model_type": "a"}, 'model.path = "gpt2" and [model.config] are both set: clear one'),
@@ -163,6 +174,34 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
     }
     both = error_of(write(tmp_path, '[data]\nencoding = "bytes"\n'))
     assert both.startswith("model.path is empty") and "\ndata.encoding" in both
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"path": "a", "mixture": [{"path": "b"}]}, 'data.path = "a" and [[data.mixture]] are both set: clear one'),
+        ({"source": "jsonl", "encoding": "bytes"}, 'data.encoding = "bytes" with data.source = "jsonl": JSON is text'),
+        ({"source": "hf", "streaming": True, "packing": "none"}, 'data.streaming = true: only data.packing = "concat"'),
+        (
+            {"mixture": [{"path": "b", "source": "hf", "streaming": True}], "long_documents": "drop"},
+            'data.mixture[0].streaming = true: only data.packing = "concat" with data.long_documents = "split" can',
+        ),
+        ({"source": "hf", "streaming": True}, "data.streaming = true: no document can be held out of a stream; set"),
+    ],
+)
+def test_data_settings_that_exclude_each_other(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, '[model]\ntokenizer = "bytes"\nconfig.model_type = "llama"\n[validation]\nenable = true\n')
+    assert error_of(path, *((f"data.{key}", value) for key, value in data.items())).startswith(message)
+
+
+def test_a_mixture_reads_dumps_and_overrides(tmp_path: Path) -> None:
+    text = '[model]\npath = "gpt2"\n[[data.mixture]]\npath = "a"\nweight = 2\n[[data.mixture]]\npath = "b"\n'
+    config = load_config(write(tmp_path, text + 'source = "chat"\n'))
+    assert [(e.path, e.weight, e.source) for e in config.data.mixture] == [("a", 2.0, "text"), ("b", 1.0, "chat")]
+    dumped = dump_toml(config)
+    assert dumped.count("[[data.mixture]]\n") == 2 and load_config(write(tmp_path, dumped)) == config
+    line = parse_command_line(["--config", "x", "--data.mixture", '[{path = "c"}]'])
+    assert load_config(tmp_path / "run.toml", line.overrides).data.mixture[0].path == "c"
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -468,6 +507,15 @@ def test_degrees_and_batches(degrees: tuple, batch: tuple, expected: MeshDegrees
         (
             {"lr_scheduler__warmup_steps": 11, "training__steps": 10},
             "lr_scheduler.warmup_steps = 11 is more than training.steps = 10: lower the first or raise the second",
+        ),
+        (
+            {"activation_checkpoint__every": 5, "hf__num_hidden_layers": 4},
+            "activation_checkpoint.every = 5 is more than the model's 4 layers: set it to 4 or less",
+        ),
+        (
+            {"activation_checkpoint__mode": "none", "activation_checkpoint__offload": "host"},
+            'activation_checkpoint.offload = "host" moves checkpoints, and activation_checkpoint.mode = "none" makes '
+            'none: set activation_checkpoint.mode = "full"',
         ),
         (
             {"hf__attention_dropout": 0.1, "model__path": "/m", "model__config": None},

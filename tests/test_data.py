@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from titan_ulysses.config import SourceSettings
+from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.data.packing import IGNORE_INDEX, Corpus, PackedSequences
-from titan_ulysses.data.sources import text_documents
+from titan_ulysses.data.packing import IGNORE_INDEX, PackedSequences
+from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import encode, is_byte_tokenizer, load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
 
@@ -88,13 +90,13 @@ def test_an_epoch_loses_and_repeats_nothing_and_crosses_no_boundary(lengths, see
     input_stream, label_stream = [], []
     for i in range(-(-epochs * total // seq_len)):
         for ids, labels, positions in pieces(sequences[i]):
-            end = int(corpus.offsets[np.searchsorted(corpus.offsets, ids[0], side="right")])
+            end = int(corpus.ends[np.searchsorted(corpus.ends, ids[0], side="right")])
             assert ids == list(range(ids[0], ids[0] + len(ids))) and ids[-1] < end
             assert labels == [token + 1 if token + 1 < end else IGNORE_INDEX for token in ids]
             assert positions == list(range(len(ids)))
             input_stream += ids
             label_stream += labels
-    firsts = set(corpus.offsets[:-1].tolist())
+    firsts = set(corpus.begins.tolist())
     for epoch in range(epochs):
         part = slice(epoch * total, (epoch + 1) * total)
         assert sorted(input_stream[part]) == list(range(total))
@@ -171,9 +173,9 @@ def test_data_shorter_than_one_sequence():
 )
 def test_corpus_uses_the_smallest_type(largest, dtype):
     corpus = Corpus.from_documents([np.array([1, 2]), np.array([], dtype=np.int64), np.array([largest])])
-    assert corpus.tokens.dtype == dtype and corpus.offsets.dtype == np.int64
+    assert corpus.tokens.dtype == dtype and corpus.begins.dtype == corpus.ends.dtype == np.int64
     assert corpus.tokens.tolist() == [1, 2, largest]
-    assert corpus.offsets.tolist() == [0, 2, 3]  # the empty document is left out
+    assert (corpus.begins.tolist(), corpus.ends.tolist()) == ([0, 2], [2, 3])  # the empty document is left out
 
 
 @pytest.mark.parametrize(
@@ -181,8 +183,8 @@ def test_corpus_uses_the_smallest_type(largest, dtype):
 )
 def test_held_out_documents(count, held_out):
     train, validation = numbered_corpus([1] * count).split_held_out()
-    assert validation.tokens.tolist() == held_out
-    assert train.tokens.tolist() == [d for d in range(count) if d not in held_out]
+    assert validation.begins.tolist() == held_out
+    assert train.begins.tolist() == [d for d in range(count) if d not in held_out]
 
 
 def test_one_document_cannot_be_split():
@@ -278,6 +280,12 @@ def test_batch_moves_to_cuda():
 
 
 # --- sources
+
+
+def text_documents(path, *, extensions, encoding="utf-8", setting="data.path"):
+    """(name, text) of each file, opened at once."""
+    source = SourceSettings(path=str(path), extensions=extensions, encoding=encoding)
+    return ((row.place, row.content) for row in open_rows(source, setting))
 
 
 def write(root, files: dict[str, bytes]):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from models import (
     Record,
@@ -21,6 +21,7 @@ from models import (
     largest_difference,
     make_rows,
     mesh_of,
+    plain_model,
     train_plain,
     train_sharded,
 )
@@ -241,8 +242,7 @@ def _inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _random_model(family: str, seed: int, dtype: torch.dtype, experts: str) -> PreTrainedModel:
     """The same numbers in every dtype: those that bf16 has."""
     table = {**model_of(family), "hidden_size": 96, "head_dim": 16, "initializer_range": 0.05}
-    config = hf.load_model_config("", table)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, experts_implementation=experts)
+    model = plain_model(table, torch.bfloat16, experts=experts)
     hf.initialize(model, seed=seed)
     return model.to(dtype)
 

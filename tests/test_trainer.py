@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -19,8 +20,9 @@ from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
 from runs import SEQ_LEN, Settings, learned, logged, train, write_documents, write_run
 from titan_ulysses.config import Config, load_config
+from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.data.packing import Corpus, PackedSequences
+from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf
@@ -36,9 +38,18 @@ MESHES = {  # dp_replicate, dp_shard, sp
 }
 
 
+# What makes long sequences fit changes nothing either; the runs above keep their checkpoints on the device.
+OFFLOADED: Settings = {
+    "activation_checkpoint.every": 2,
+    "activation_checkpoint.offload": "disk",
+    "memory.mlp_tile_tokens": 7,
+    "memory.loss_tile_tokens": 5,
+}
+
+
 def on_mesh(name: str) -> Settings:
     replicate, shard, sequence = MESHES[name]
-    return {
+    return (OFFLOADED if name == "dp2 x sp2" else {}) | {
         "parallelism.data_parallel_replicate_degree": replicate,
         "parallelism.data_parallel_shard_degree": shard,
         "parallelism.sequence_parallel_degree": sequence,
@@ -86,6 +97,26 @@ def test_validation_loss_does_not_depend_on_the_mesh(mesh: str, runs: dict[str, 
     assert len({line["validation_loss"] for line in found}) == 3
 
 
+MOE = {"model_type": "qwen3_moe", "output_router_logits": True, "router_aux_loss_coef": 0.1, "num_experts": 4}
+MOE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 1}
+
+
+def test_router_loss_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    """The batch is one micro-batch on each mesh."""
+    config = write_run(tmp_path)
+    settings: Settings = {f"model.config.{key}": value for key, value in MOE.items()} | {"training.steps": 4}
+    settings |= {"validation.enable": True, "validation.interval": 4, "checkpoint.enable": False}
+    lines = []
+    for name, rows in {"one": 8, "sp2": 8, "dp2 x sp2": 4}.items():
+        here = settings | on_mesh(name) | {"job.name": name, "training.local_batch_size": rows}
+        run_on_ranks(math.prod(MESHES[name]), train, config, here)
+        lines.append(logged(tmp_path / "outputs" / name))
+    for expected, *others in zip(*lines, strict=True):
+        for name in expected.keys() & {"loss", "grad_norm", "router_loss", "validation_loss"}:
+            assert [other[name] for other in others] == pytest.approx([expected[name]] * 2, rel=1e-4), name
+    assert all(line["router_loss"] > 1.5 for line in lines[0][:4])  # k = 2, where all experts are chosen alike
+
+
 # --- what a run tells -------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +141,29 @@ def test_a_run_leaves_its_config_and_tensorboard_events(runs: dict[str, Path]) -
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(step, pytest.approx(loss)) for step, loss, _ in learned(runs["sp4"])]
     assert [event.step for event in events.Scalars("validation_loss")] == [8, 16, 20]
+
+
+def test_a_mixture_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    """Answers to prompts and texts, packed by best fit: padding, masks, an epoch count of each source."""
+    config, answers = write_run(tmp_path), tmp_path / "answers.jsonl"
+    lines = [{"q": f"{n} + {n} = ", "a": f"{2 * n}"} for n in range(30)]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    mixture = [
+        {"path": str(tmp_path / "data"), "weight": 0.75},
+        {"source": "jsonl", "path": str(answers), "prompt_field": "q", "completion_field": "a", "weight": 0.25},
+    ]
+    settings: Settings = {"data.path": "", "data.mixture": mixture, "data.packing": "best_fit", "training.steps": 3}
+    found = []
+    for name in ("one", "dp2 x sp2"):
+        degrees = MESHES[name]
+        run_on_ranks(math.prod(degrees), train, config, settings | on_mesh(name) | {"job.name": name})
+        found.append(logged(tmp_path / "outputs" / name))
+    for expected, line in zip(*found, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert line["epoch"] == expected["epoch"]
+    epochs = found[0][-1]["epoch"]
+    assert epochs.keys() == {str(tmp_path / "data"), str(answers)} and epochs[str(answers)] > 0.2
 
 
 def test_log_interval_and_the_last_step(tmp_path: Path) -> None:

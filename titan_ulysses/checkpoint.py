@@ -18,15 +18,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
+from titan_ulysses.memory.optimizer import state_format, unaligned_blocks
 
 _RUN_FILE = "run.json"
 
@@ -50,15 +46,13 @@ class Checkpointer:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
-        tensors = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
+        tensors = _tensors(model, optimizer)
         failure = None
         try:
             dcp.save(tensors, checkpoint_id=partial)  # what one rank meets here is raised on all
             if dist.get_rank() == 0:
-                self._publish(partial, final, {**state, "parameters": _shapes(model)})
+                kind = {"parameters": _shapes(model), "optimizer": state_format(optimizer)}
+                self._publish(partial, final, {**state, **kind})
         except (CheckpointException, OSError) as error:
             failure = _cause(error)
             if dist.get_rank() == 0:
@@ -98,19 +92,19 @@ class Checkpointer:
         return state
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Collective. Fills model and optimizer from step-<step>, on any mesh; returns the JSON state."""
+        """Collective. Fills model and optimizer from step-<step>, on any mesh; returns the JSON state.
+
+        Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the config's to say.
+        """
         state = self.read_state(step)
         self._expect_model(step, state["parameters"], _shapes(model))
-        tensors = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
+        self._expect_optimizer(step, state.get("optimizer", "adamw"), state_format(optimizer))
+        tensors = _tensors(model, optimizer)
         try:
-            dcp.load(tensors, checkpoint_id=self.folder / f"step-{step}")
+            self._expect_whole_blocks(step, tensors["optimizer"], getattr(optimizer, "bits", 32))
+            dcp.load(tensors, checkpoint_id=self.folder / f"step-{step}")  # in place
         except (CheckpointException, OSError, ValueError) as error:
             raise self._damaged(step, _cause(error)) from error
-        set_model_state_dict(model, tensors["model"])
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
         return state
 
     def _steps(self) -> list[int]:
@@ -131,6 +125,42 @@ class Checkpointer:
             f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here. "
             "Give this run another job.name, or the model its old settings."
         )
+
+    def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:
+        if saved != wanted:
+            raise UserError(
+                f'optimizer.name = "{wanted}": checkpoint.folder = {self.folder}: step-{step} holds the state of '
+                f'"{saved}". Set optimizer.name = "{saved}", or give this run another job.name.'
+            )
+
+    def _expect_whole_blocks(self, step: int, optimizer: dict[str, dict[str, torch.Tensor]], bits: int) -> None:
+        """Collective. UserError, before anything changes, where a rank would have to cut a block of quantized state."""
+        if bits == 32:
+            return
+        saved = dcp.FileSystemReader(self.folder / f"step-{step}").read_metadata().state_dict_metadata
+        apart = None
+        for name, state in optimizer.items():
+            chunks = [(chunk.offsets, chunk.sizes) for chunk in saved[f"optimizer.{name}.exp_avg"].chunks]
+            if unaligned_blocks(state["exp_avg"], chunks, bits):
+                apart = name
+                break
+        if name := first_failure(apart):
+            raise UserError(
+                f"checkpoint.folder = {self.folder}: step-{step} was saved on another number of ranks, and the "
+                f"{bits}-bit optimizer state of {name} cannot be cut as this run needs it: numbers that share a scale "
+                "would come apart. Resume with the dp_shard x sp of the run that saved it."
+            )
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
+    tensors = {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
+    }
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # state that lives on the host may still be on its way there
+    return tensors
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -1,7 +1,7 @@
-"""The settings of a run: the TOML schema, the command line over it, and every check made before the first step.
+"""The settings of a run: the TOML schema, and every check made before the first step.
 
-Reads top to bottom: the schema, reading (`load_config`), the command line (`parse_command_line`), writing
-(`dump_toml`), checks across settings (`check`). No import of torch or transformers: `--help` answers at once.
+Reads top to bottom: the schema, reading (`load_config`), writing (`dump_toml`), checks across settings (`check`). No
+import of torch or transformers: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import date, time
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -94,11 +94,56 @@ class Model(Section):
         return config or None  # an empty table clears what a base file set: `--model.config {}`
 
 
-class Data(Section):
-    source: Literal["text"] = Field("text", description="Kind of data; text: plain text files, one document a file.")
-    path: PathText = Field("", description="File, folder or pattern; ~, $VARS and {stdlib} (Python's library) expand.")
-    extensions: list[str] = Field([".txt"], min_length=1, description="Which files of a folder are read.")
+class SourceSettings(Section):
+    """One source of documents: [data] itself, or an entry of [[data.mixture]]."""
+
+    source: Literal["text", "jsonl", "hf", "chat"] = Field(
+        "text", description="text: a document a file; jsonl: JSON lines or parquet; hf: a data set; chat: messages."
+    )
+    path: PathText = Field(
+        "", description="File, folder, pattern or data set name; ~, $VARS and {stdlib} (Python's library) expand."
+    )
+    extensions: list[str] = Field(
+        [], description="Which files of a folder are read; empty: .txt, or all that jsonl and chat can read."
+    )
     encoding: str = Field("utf-8", min_length=1, description='Text encoding; "bytes": raw, for tokenizer "bytes".')
+    text_field: str = Field("text", min_length=1, description="jsonl, hf: the field that holds the text.")
+    prompt_field: str = Field(
+        "", description="jsonl, hf: with completion_field, in place of text_field; not trained on."
+    )
+    completion_field: str = Field("", description="jsonl, hf: what follows the prompt, and is trained on.")
+    messages_field: str = Field("messages", min_length=1, description="chat: the field with the list of messages.")
+    tools_field: str = Field("tools", min_length=1, description="chat: the field with the tools, where a chat has any.")
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant", description="assistant: the assistant's turns, completions; all: every token of chats and prompts."
+    )
+    subset: str = Field("", description="hf, chat: configuration of the data set; empty: its default one.")
+    split: str = Field("train", min_length=1, description="hf, chat: split of the data set.")
+    streaming: bool = Field(False, description="hf, chat: read the data set while training; nothing is prepared.")
+    bad_lines: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A line that is not JSON, lacks its field or that the chat template refuses: stop, or count.",
+    )
+
+
+class MixtureEntry(SourceSettings):
+    weight: float = Field(1.0, gt=0, description="Share of the sequences; weights are divided by their sum.")
+
+
+class Data(SourceSettings):
+    mixture: list[MixtureEntry] = Field(
+        [],
+        description="[[data.mixture]]: several sources, each with the keys above and a weight; instead of data.path.",
+    )
+    packing: Literal["none", "concat", "best_fit"] = Field(
+        "concat", description="none: a document a sequence, padded; concat: end to end; best_fit: whole ones, padded."
+    )
+    long_documents: Literal["split", "drop"] = Field(
+        "split", description="Documents longer than training.seq_len: go on in another sequence, or are left out."
+    )
+    cache_folder: PathText = Field(
+        "", description="Where large tokenized data is kept for the next start; empty: ~/.cache/titan_ulysses."
+    )
 
 
 class Training(Section):
@@ -144,18 +189,36 @@ class Memory(Section):
         description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, where blocks are "
         "checkpoints, and else -1: not tiled.",
     )
+    parameter_offload: bool = Field(
+        False, description="Parameters, gradients and optimizer state in host memory; the optimizer steps there."
+    )
+    optimizer_offload: bool = Field(
+        False, description="Optimizer state in host memory; it visits the device a parameter at a time."
+    )
 
 
 class Compile(Section):
     enable: bool = Field(False, description="Compile each block's MLP and norms (torch.compile); the first step waits.")
 
 
+class Quantize(Section):
+    float8: bool = Field(
+        False, description="Linear layers of the blocks multiply in float8 (torchao); GPUs from sm_89 on."
+    )
+
+
 class Optimizer(Section):
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    name: Literal["adamw", "adamw8bit", "adamw4bit"] = Field(
+        "adamw", description="AdamW with its two moments in fp32, or quantized to 8 or 4 bits (torchao)."
+    )
     lr: float = Field(3e-4, ge=0, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of the two moments.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    stochastic_rounding: bool = Field(
+        False,
+        description="Store parameters in bfloat16, rounded stochastically after each step; no fp32 master weights.",
+    )
 
 
 class LRScheduler(Section):
@@ -176,7 +239,8 @@ class Validation(Section):
     enable: bool = Field(False, description="Compute a validation loss during training.")
     interval: int = Field(100, ge=1, description="Steps between validations.")
     steps: int = Field(10, ge=1, description="Batches a validation; each is one global batch.")
-    path: PathText = Field("", description="Held-out file or folder; empty: every 100th document of data.path.")
+    path: PathText = Field("", description="Held-out data, read as [data] says; empty: every 100th document of data.")
+    split: str = Field("", description="hf, chat: split of the held-out data set; empty: data.split.")
 
 
 class Metrics(Section):
@@ -194,6 +258,7 @@ class Config(Section):
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     memory: Memory = Memory()
     compile: Compile = Compile()
+    quantize: Quantize = Quantize()
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LRScheduler = LRScheduler()
     checkpoint: Checkpoint = Checkpoint()
@@ -210,14 +275,45 @@ class Config(Section):
             )
         if not self.model.path and not self.model.config:
             problems.append("model.path is empty and there is no [model.config]: set one of them")
-        if self.data.encoding == "bytes" and self.model.tokenizer != "bytes":
-            tokenizer = _toml(self.model.tokenizer)
-            problems.append(
-                f'data.encoding = "bytes" with model.tokenizer = {tokenizer}: raw bytes need model.tokenizer = "bytes"'
-            )
+        problems += _data_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _data_problems(config: Config) -> list[str]:
+    data, problems = config.data, []
+    for setting, source in [("data", data), *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture))]:
+        if source.encoding == "bytes" and config.model.tokenizer != "bytes":
+            tokenizer = _toml(config.model.tokenizer)
+            problems.append(
+                f'{setting}.encoding = "bytes" with model.tokenizer = {tokenizer}: raw bytes need '
+                'model.tokenizer = "bytes"'
+            )
+        if source.encoding == "bytes" and source.source != "text":
+            problems.append(f'{setting}.encoding = "bytes" with {setting}.source = "{source.source}": JSON is text')
+        if bool(source.prompt_field) != bool(source.completion_field):
+            given, missing = sorted(("prompt_field", "completion_field"), key=lambda name: not getattr(source, name))
+            problems.append(f"{setting}.{given} is set and {setting}.{missing} is not: a prompt needs its completion")
+        if source.streaming and source.source not in ("hf", "chat"):
+            problems.append(f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = "hf"')
+        if source.streaming and (data.packing != "concat" or data.long_documents != "split"):
+            problems.append(
+                f'{setting}.streaming = true: only data.packing = "concat" with data.long_documents = "split" can pack '
+                "what is not known yet; set both, or streaming = false"
+            )
+        if source.streaming and config.validation.enable and not (config.validation.path or config.validation.split):
+            problems.append(
+                f"{setting}.streaming = true: no document can be held out of a stream; set validation.path or "
+                "validation.split"
+            )
+        if setting != "data" and not source.path:
+            problems.append(f"{setting}.path is not set: every entry of data.mixture needs a path")
+    if data.mixture and data.path:
+        problems.append(
+            f'data.path = {_toml(data.path)} and [[data.mixture]] are both set: clear one, with data.path = ""'
+        )
+    return problems
 
 
 SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}
@@ -261,7 +357,7 @@ def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return settings
     if not isinstance(base, str):
-        raise UserError(f'{path}: extends = {_show(base)}: needs one file, as in extends = "base.toml"', exit_code=2)
+        raise UserError(f'{path}: extends = {show(base)}: needs one file, as in extends = "base.toml"', exit_code=2)
     return _merge(_read_toml(path.parent / expand_path(base), chain=(*chain, path)), settings)
 
 
@@ -277,7 +373,7 @@ def _override(settings: dict[str, Any], setting: str, value: Any) -> None:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
             table = ".".join(tables[:depth])
-            raise UserError(f"{setting}: {table} = {_show(settings)} has no keys; set {table} itself", exit_code=2)
+            raise UserError(f"{setting}: {table} = {show(settings)} has no keys; set {table} itself", exit_code=2)
     settings[key] = value
 
 
@@ -288,7 +384,6 @@ _BOUNDS = {
     "less_than_equal": "must be at most {le}",
     "finite_number": "needs a finite number",
     "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
     "too_long": "needs no more than {max_length} values",
     "missing": "a value is missing from the list",
     "value_error": "{error}",
@@ -313,11 +408,16 @@ def _explain(error: Any) -> str:
         return _explain_unknown(location, error["input"])
     if not location:  # the check of the whole Config, whose lines name their settings
         return str(context["error"])
-    setting = re.sub(r"\.(\d+)\b", r"[\1]", ".".join(str(part) for part in location))
+    setting = _setting(location)
     reason = _BOUNDS.get(kind) or _TYPES.get(kind.split("_")[0]) or error["msg"].replace("{", "{{").replace("}", "}}")
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", '"')}
-    return f"{setting} = {_show(error['input'])}: {reason.format(section=setting, **context)}"
+    return f"{setting} = {show(error['input'])}: {reason.format(section=setting, **context)}"
+
+
+def _setting(location: Sequence[str | int]) -> str:
+    """How a user would write a location: training.steps, optimizer.betas[1]."""
+    return re.sub(r"\.(\d+)\b", r"[\1]", ".".join(str(part) for part in location))
 
 
 def _explain_unknown(location: Sequence[str], value: Any) -> str:
@@ -327,14 +427,14 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
         remedy = f"did you mean [{near[0]}]?" if near else f"the sections are {', '.join(SECTIONS)}"
         return f"[{key}]: no such section; {remedy}"
     section = sections[0] if sections else ""
-    if near := _nearest_keys(section, key):
+    if near := nearest_keys(section, key):
         remedy = f"did you mean {near}?"
     else:
         remedy = f"[{section}] has {', '.join(SECTIONS[section].model_fields)}" if section else "keys go into a section"
-    return f"{'.'.join(location)}: no such key; {remedy}"
+    return f"{_setting(location)}: no such key; {remedy}"
 
 
-def _nearest_keys(section: str, key: str) -> str:
+def nearest_keys(section: str, key: str) -> str:
     """The "section.key" most like a misspelt or misplaced one ("a or b" where several are equally near), or ""."""
     scores = {}
     for setting in KEYS:
@@ -343,119 +443,6 @@ def _nearest_keys(section: str, key: str) -> str:
         scores[setting] = SequenceMatcher(None, key.replace("-", "_"), candidate).ratio() + here
     best = max(scores.values())
     return " or ".join(s for s, score in scores.items() if score == best) if best >= 0.7 else ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-
-
-class CommandLine(NamedTuple):
-    config_path: Path
-    overrides: list[tuple[str, Any]]  # ("section.key", value), in the order given: the last one counts
-    print_config: bool
-
-
-def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config X.toml`, `--print-config` and `--section.key value` overrides; `--help` prints `usage()`, exits 0.
-
-    `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option or lacks its value.
-    """
-    config_path, overrides, print_config = "", [], False
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument in ("-h", "--help"):
-            print(usage())
-            raise SystemExit(0)
-        option, equals, text = argument.partition("=")
-        value = text if equals else None
-        if argument == "--print-config":
-            print_config = True
-        elif option == "--config" or (option.startswith("--") and "." in option):
-            if value is None and rest and not rest[0].startswith("--"):
-                value = rest.pop(0)
-            if option == "--config":
-                config_path = value or ""
-            else:
-                setting = option[2:]
-                overrides.append((setting, _override_value(setting, value)))
-        else:
-            raise UserError(_explain_option(argument), exit_code=2)
-    if not config_path:
-        raise UserError("--config is missing: say which TOML file to run, as in --config configs/X.toml", exit_code=2)
-    return CommandLine(Path(config_path), overrides, print_config)
-
-
-def _explain_option(argument: str) -> str:
-    if argument.endswith(".toml"):
-        return f"{argument}: unexpected; did you mean --config {argument}?"
-    if not argument.startswith("-"):
-        return f"{argument}: unexpected; settings are written --section.key value, lists 0.9,0.95 without spaces"
-    name = argument.lstrip("-").partition("=")[0]
-    near = get_close_matches(name, ["config", "print-config", "help", *KEYS], n=1)
-    near = near or _nearest_keys("", name).split()[:1]
-    return f"{argument}: no such option; " + (f"did you mean --{near[0]}?" if near else "see --help")
-
-
-def _override_value(setting: str, text: str | None) -> Any:
-    """The value of an override: as written for text, else TOML or JSON or comma-separated; None (no value) is true."""
-    kind = KEYS[setting].annotation if setting in KEYS else Any
-    if text is None:
-        if kind in (bool, Any):
-            return True
-        raise UserError(f"--{setting}: needs a value, as in --{setting} {_show(KEYS[setting].default)}", exit_code=2)
-    if kind is str or get_origin(kind) is Literal:
-        return text
-    value = _parse_value(text)
-    return [value] if get_origin(kind) in (list, tuple) and not isinstance(value, list) else value
-
-
-def _parse_value(text: str) -> Any:
-    """A TOML or JSON value; a list of texts without quotes (`[a,b]`, `a,b`); else the text itself."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-        if parsed.keys() == {"value"}:
-            return parsed["value"]
-    except ValueError:
-        pass
-    if text.startswith(("[", "{")):
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-    if text.startswith("[") and text.endswith("]"):
-        return [_parse_value(item.strip()) for item in text[1:-1].split(",")]
-    if "," in text and not text.startswith(("[", "{")):
-        return [_parse_value(item.strip()) for item in text.split(",")]
-    return text
-
-
-def usage() -> str:
-    """The text of --help, made from the schema: every key with its type, default and explanation."""
-    lines = [
-        "usage: torchrun --nproc-per-node N train.py --config X.toml [--section.key value ...]",
-        "       python train.py --config X.toml --print-config    show the resolved settings and stop",
-        "       python train.py --help",
-        "",
-        "Every setting is a key of the TOML file and an option. Lists: 0.9,0.95 or [0.9,0.95]. Tables, key by key:",
-        '--model.config.hidden_size 256. A file may begin with extends = "base.toml" to change another one.',
-    ]
-    for section, schema in SECTIONS.items():
-        lines += ["", f"[{section}]"]
-        for key, field in schema.model_fields.items():
-            default = "unset" if field.default is None else _toml(field.default)
-            lines.append(f"  --{section}.{key}  {_type_name(field.annotation)}  (default: {default})")
-            lines.append(f"      {field.description}")
-    return "\n".join(lines)
-
-
-def _type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    names = {str: "text", int: "integer", float: "number", bool: "true|false", list: "list of text"}
-    return (names | {tuple: "list of numbers"}).get(get_origin(kind) or kind, "table")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -468,13 +455,19 @@ def dump_toml(config: Config) -> str:
     return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
 
-def _toml_table(header: str, table: dict[Any, Any]) -> list[str]:
-    lines = [f"[{header}]"]
-    lines += [f"{_toml_key(k)} = {_toml(v)}" for k, v in table.items() if not isinstance(v, dict) and v is not None]
-    for key, nested in table.items():
-        if isinstance(nested, dict):
-            lines += ["", *_toml_table(f"{header}.{_toml_key(key)}", nested)]
+def _toml_table(header: str, table: dict[Any, Any], brackets: str = "[{}]") -> list[str]:
+    lines = [brackets.format(header)]
+    nested = {key: value for key, value in table.items() if isinstance(value, dict) or _is_tables(value)}
+    lines += [f"{_toml_key(k)} = {_toml(v)}" for k, v in table.items() if k not in nested and v is not None]
+    for key, value in nested.items():
+        below = f"{header}.{_toml_key(key)}"
+        for one in value if isinstance(value, list) else [value]:
+            lines += ["", *_toml_table(below, one, "[[{}]]" if isinstance(value, list) else "[{}]")]
     return lines
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _toml_key(key: Any) -> str:
@@ -499,7 +492,7 @@ def _toml(value: Any) -> str:
     raise TypeError(f"TOML has no {type(value).__name__}: {value!r}")
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A value for a message, which may be anything."""
     try:
         return _toml(value)
@@ -546,7 +539,8 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = degrees.sequence
     else:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
-    problems += _training_problems(config, sequence) + _memory_problems(config, model_config)
+    problems += _training_problems(config, sequence) + _dtype_problems(config)
+    problems += _memory_problems(config, model_config)
     problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
@@ -622,6 +616,25 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
         problems.append(
             f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} layers: set it to "
             f"{layers} or less"
+        )
+    return problems
+
+
+def _dtype_problems(config: Config) -> list[str]:
+    dtype, problems = config.training.param_dtype, []
+    if config.optimizer.stochastic_rounding and dtype != "bfloat16":
+        problems.append(
+            f'optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "{dtype}": '
+            'set one to false or the other to "bfloat16"'
+        )
+    if config.optimizer.name != "adamw" and dtype == "float64":
+        problems.append(
+            f'optimizer.name = "{config.optimizer.name}" computes in fp32, but training.param_dtype = "float64": '
+            'set optimizer.name = "adamw"'
+        )
+    if config.quantize.float8 and dtype != "bfloat16":
+        problems.append(
+            f'quantize.float8 = true needs training.param_dtype = "bfloat16", which is "{dtype}": set one or the other'
         )
     return problems
 

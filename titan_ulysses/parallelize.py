@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
+from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
@@ -25,6 +27,8 @@ from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of, mlp_layout
 from titan_ulysses.model.proof import prove
+from titan_ulysses.model.rope import use_document_lengths
+from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core, Documents, choose_core
 
@@ -42,6 +46,7 @@ def parallelize(
     checkpoint_every: int = 1,
     offload: Offload = "none",
     offload_folder: str | None = None,
+    parameter_offload: bool = False,
     compile: bool = False,
     z_loss: float = 0.0,
     param_dtype: torch.dtype | None = None,
@@ -54,8 +59,9 @@ def parallelize(
     default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
     attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens: 0 chooses (see `LossHead`
     and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept for
-    backward: on the device, or as offload says in host memory, or on disk in offload_folder. compile: the MLP and the
-    norms of each block. z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
+    backward: on the device, or as offload says in host memory, or on disk in offload_folder. parameter_offload keeps
+    shards and gradients in host memory, where the optimizer then steps. compile: the MLP and the norms of each block.
+    z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
     reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
@@ -78,7 +84,8 @@ def parallelize(
     if model.config.model_type not in CHECKED_FAMILIES:
         plain = options | {"compile": False, "z_loss": 0.0}  # the proof is about the family
         prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain))
-    return wrap(model, mesh, attention, policy, **options)
+    kept = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if parameter_offload else OffloadPolicy()
+    return wrap(model, mesh, attention, policy, kept, **options)
 
 
 def wrap(
@@ -86,6 +93,7 @@ def wrap(
     mesh: Mesh,
     core: Core,
     mp_policy: MixedPrecisionPolicy,
+    offload_policy: OffloadPolicy | None = None,
     *,
     loss_tile_tokens: int,
     mlp_tile_tokens: int,
@@ -96,7 +104,7 @@ def wrap(
 ) -> PreTrainedModel:
     """What `parallelize` does to a model once nothing speaks against it."""
     decoder, blocks = find_blocks(model)
-    use_ulysses(model, decoder, mesh, core)
+    use_ulysses(model, decoder, blocks, mesh, core)
     if mlp_tile_tokens == 0 and not checkpoint_every:
         mlp_tile_tokens = -1  # without checkpoints the tiles would be the only recomputation, and cost time
     if mlp_tile_tokens != -1:
@@ -104,10 +112,12 @@ def wrap(
     if compile:
         compile_blocks(blocks)
     use_loss_head(model, loss_tile_tokens, z_loss)
-    shard_blocks(model, blocks, mesh, mp_policy)
+    policies = {"mp_policy": mp_policy, "offload_policy": offload_policy or OffloadPolicy()}
+    shard = partial(fully_shard, mesh=mesh.fsdp, **policies)
+    shard_blocks(model, blocks, shard)
     if checkpoint_every:
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
-    shard_root(model, mesh, mp_policy)
+    shard_root(model, shard)
     return model
 
 
@@ -185,7 +195,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     raise UserError(f"model: {type(model).__name__} has no list of decoder layers that could be sharded.")
 
 
-def use_ulysses(model: PreTrainedModel, decoder: nn.Module, mesh: Mesh, core: Core) -> None:
+def use_ulysses(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, mesh: Mesh, core: Core) -> None:
     """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core and the documents."""
     shared, own = model.config, copy.deepcopy(model.config)  # another model may have been made from the same config
     own._attn_implementation = ATTENTION_NAME
@@ -193,11 +203,14 @@ def use_ulysses(model: PreTrainedModel, decoder: nn.Module, mesh: Mesh, core: Co
         if getattr(module, "config", None) is shared:
             module.config = own
     model.ulysses_mesh = mesh
+    router_loss, ropes = router_loss_of(model, decoder), use_document_lengths(model, blocks)
 
     def forward(model: PreTrainedModel, *, documents: Documents, **inputs) -> CausalLMOutputWithPast:
         mesh = model.ulysses_mesh
+        for rope in ropes:
+            rope.begin(documents, mesh.sp.get_local_rank())
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
-        return _forward(model, decoder, mesh.loss.get_group(), ulysses=ulysses, **inputs)
+        return _forward(model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs)
 
     model.forward = MethodType(forward, model)
 
@@ -206,27 +219,46 @@ def _forward(
     model: PreTrainedModel,
     decoder: nn.Module,
     group: dist.ProcessGroup,
+    router_loss: RouterLoss | None,
     *,
     ulysses: Ulysses,
     input_ids: Tensor,
     position_ids: Tensor,
+    attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | None = None,
     reduction: Literal["sum", "none"] = "sum",
-) -> CausalLMOutputWithPast:
+) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
     """The forward of a causal LM, with the loss computed inside the head from hidden states.
 
     input_ids, position_ids and labels (shifted already) are this rank's [B, T]; num_items_in_batch counts the valid
     labels of the whole step. `.loss` is then that of all ranks of group, on each of them, while its gradient is of
     this rank's part: gradients are summed over the mesh. With reduction = "none": the cross-entropy of each label, of
     this rank [B, T]. Without labels: `.logits` of this rank's tokens.
+
+    Where the model has a router loss (see model/router.py), `.aux_loss` is it and `.loss` includes it; attention_mask
+    [B, T], 0 at padding, tells it what not to count and means nothing else.
     """
-    hidden = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, ulysses=ulysses).last_hidden_state
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, "ulysses": ulysses}
+    sums = labels is not None and reduction == "sum"
+    if router_loss is None:
+        hidden = decoder(**inputs).last_hidden_state
+    else:
+        with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
+            hidden = decoder(**inputs, output_router_logits=False).last_hidden_state  # they are kept nowhere
+        if sums:
+            hidden, aux_loss, num_labels = routers.close(hidden, (labels != IGNORE_INDEX).sum(), group)
     head = model.get_output_embeddings()
     if labels is None:
         return CausalLMOutputWithPast(logits=head(hidden))
     loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
-    return CausalLMOutputWithPast(loss=loss if reduction == "none" else _SumOverRanks.apply(loss, group))
+    if not sums:
+        return CausalLMOutputWithPast(loss=loss)
+    loss = _SumOverRanks.apply(loss, group)
+    if router_loss is None:
+        return CausalLMOutputWithPast(loss=loss)
+    share = num_labels.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
+    return MoeCausalLMOutputWithPast(loss=loss + router_loss.coefficient * share * aux_loss, aux_loss=aux_loss)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -272,8 +304,8 @@ def _norms(module: nn.Module) -> Iterator[nn.Module]:
 def compile_blocks(blocks: nn.ModuleList) -> int:
     """Compile what each block does to tokens by themselves, each part as one graph; returns the number of parts.
 
-    That is its MLP and its norms, tiled or not. Attention stays as it is: what it sees of the documents changes from
-    step to step, and each change would compile it anew.
+    That is its MLP and its norms, tiled or not; what counts for a router loss breaks its graph in two. Attention stays
+    as it is: what it sees of the documents changes from step to step, and each change would compile it anew.
     """
     parts = []
     for block in blocks:
@@ -282,7 +314,7 @@ def compile_blocks(blocks: nn.ModuleList) -> int:
         tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
         parts += tiled or modules
     for part in parts:
-        part.compile(fullgraph=True)
+        part.compile(fullgraph=not any(module._forward_hooks for module in part.modules()))
     return len(parts)
 
 
@@ -293,21 +325,21 @@ def use_loss_head(model: PreTrainedModel, tile_tokens: int, z_loss: float) -> No
     model.set_output_embeddings(LossHead(linear, tile_tokens=tile_tokens, **shaping))
 
 
-def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[..., Any]) -> None:
     """FSDP2 over dp_shard x sp, replicated over dp_replicate, of each block, the embedding and the head."""
     for block in blocks:
-        fully_shard(block, mesh=mesh.fsdp, mp_policy=mp_policy)
+        shard(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is not head.weight:
-        fully_shard(embedding, mesh=mesh.fsdp, mp_policy=mp_policy)
+        shard(embedding)
         # Its backward follows its forward at once: resharding between the two would gather twice.
-        fully_shard(head, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+        shard(head, reshard_after_forward=False)
 
 
-def shard_root(model: PreTrainedModel, mesh: Mesh, mp_policy: MixedPrecisionPolicy) -> None:
+def shard_root(model: PreTrainedModel, shard: Callable[..., Any]) -> None:
     """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
     # Tied embedding and head stay in the root's group: FSDP refuses a parameter that two groups hold.
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=mp_policy, reshard_after_forward=False)
+    shard(model, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo has no PREMUL_SUM.

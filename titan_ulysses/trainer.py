@@ -9,10 +9,11 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from rich import markup
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,13 +26,21 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
+from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
-from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.memory.optimizer import (
+    build_optimizer,
+    check_optimizer,
+    check_shards,
+    describe_state,
+    missing_compiler,
+)
+from titan_ulysses.memory.quantize import check_float8, use_float8
 from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.ulysses.cores import choose_core
 
 
@@ -51,6 +60,9 @@ class Trainer:
         self.core, self.core_reason = choose_core(
             config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
         )
+        check_optimizer(config.optimizer)
+        if config.quantize.float8:
+            check_float8(device_type)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self.degrees = check(
             config,
@@ -58,6 +70,7 @@ class Trainer:
             model_config=model_config,
             num_token_ids=num_token_ids(self.tokenizer),
         )
+        self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)
         if config.model.path:
             hf.find_weights(config.model.path)
@@ -72,7 +85,8 @@ class Trainer:
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
         self.model = self._build_model(model_config)
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        offload = config.memory.optimizer_offload
+        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
@@ -96,7 +110,12 @@ class Trainer:
         """Meta device -> wrapped and sharded -> memory for this rank's shards. Values come later."""
         config, checkpoint = self.config, self.config.activation_checkpoint
         compute = getattr(torch, config.training.param_dtype)
-        model = hf.build_on_meta(model_config, dtype=torch.promote_types(compute, torch.float32))  # master weights
+        master = compute if config.optimizer.stochastic_rounding else torch.promote_types(compute, torch.float32)
+        model = hf.build_on_meta(model_config, dtype=master)
+        self.float8_layers = 0
+        if config.quantize.float8:
+            tokens = math.gcd(self.batch_tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
+            self.float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
         parallelize(
             model,
             self.mesh,
@@ -106,12 +125,14 @@ class Trainer:
             checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
             offload=checkpoint.offload,
             offload_folder=checkpoint.offload_folder or None,
+            parameter_offload=config.memory.parameter_offload,
             compile=config.compile.enable,
             z_loss=config.training.z_loss,
             param_dtype=compute,
             reduce_dtype=getattr(torch, config.training.reduce_dtype),
         )
-        hf.allocate(model, self.mesh.device)
+        check_shards(model.parameters(), config.optimizer)
+        hf.allocate(model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
         return model.train()
 
     def _check_memory(self, model_config) -> None:
@@ -169,12 +190,13 @@ class Trainer:
         d, t, mesh = self.degrees, self.config.training, self.mesh
         parameters = sum(p.numel() for p in self.model.parameters())
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters, "
-            f"{self.loader.sequences.epoch_tokens:,} training tokens\n"
+            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
+            f"data: {markup.escape(self.loader.sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
+            + self._memory_notes()
             + (f"\nresumed from step {self.step}" if self.step else ""),
             highlight=False,
             soft_wrap=True,
@@ -184,6 +206,25 @@ class Trainer:
         heads = getattr(self.model.config, "num_attention_heads", self.degrees.sequence)
         idle = self.degrees.sequence - heads
         return f"\n[bold]{idle} of {heads + idle} sequence-parallel ranks have no attention head[/]" if idle > 0 else ""
+
+    def _memory_notes(self) -> str:
+        """What was chosen for the user, or changes nothing."""
+        memory, tokens, lines = self.config.memory, self.batch_tokens, []
+        if memory.mlp_tile_tokens > tokens:
+            tile = memory.mlp_tile_tokens
+            lines.append(f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one tile")
+        if self.mesh.device.type == "cuda":
+            lines.append(describe_allocator())
+        if self.float8_layers:
+            lines.append(f"float8: {self.float8_layers} linear layers")
+        if self.mesh.device.type == "cpu":
+            on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
+            lines += [f"memory.{name} changes nothing: the device is the CPU, all is in host memory" for name in on]
+        elif memory.parameter_offload and memory.optimizer_offload:
+            lines.append("memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it")
+        if getattr(self.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
+            lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
+        return "".join(f"\n{line}" for line in lines)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -231,16 +272,15 @@ class Trainer:
             group["lr"] = lr
         # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
-            loss, grad_norm = train_step(
-                self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm
-            )
+            shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
         if counter:
+            self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
         self.step += 1
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
         # What will be saved is looked at first: a checkpoint of a diverged model would be no place to resume from.
         if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps or self._saves_now():
-            self._log(logger, loss, grad_norm, lr)
+            self._log(logger, shown, lr)
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
             with self._off_the_clock():
@@ -248,10 +288,11 @@ class Trainer:
             if logger:
                 logger.log(self.step, values)
 
-    def _log(self, logger: MetricsLogger | None, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+    def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
-        loss, grad_norm = loss.item(), grad_norm.item()  # before the clock is read: the device finishes the step
+        # Before the clock is read: the device finishes the step.
+        loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         peak = torch.tensor(peak_memory_gib(device))
@@ -270,8 +311,10 @@ class Trainer:
             values = {
                 "loss": loss,
                 "grad_norm": grad_norm,
+                "router_loss": None if shown.router_loss is None else shown.router_loss.item(),
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
+                "epoch": self.loader.epochs(),
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),
@@ -294,26 +337,27 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
-        """Mean loss over the held-out sequences, at most `validation.steps` global batches of them, the same each time.
+        """Mean cross-entropy of held-out sequences, at most `validation.steps` global batches of them, the same ones.
 
-        It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing.
+        It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing, and a
+        router's loss, which is of a whole batch, is left out.
         """
         config, loader, device = self.config, self.validation_loader, self.mesh.device
         global_batch = self.degrees.global_batch_size
         sequences = min(config.validation.steps * global_batch, len(loader.sequences))
         loader.load_state_dict({"sequences_consumed": 0})
-        one = torch.ones((), dtype=torch.int64, device=device)
-        total, count = torch.zeros((), dtype=torch.float64, device=device), torch.zeros_like(one)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)  # of cross-entropy, and the number of labels
         self.model.eval()
         for first in range(0, sequences, loader.batch_size * loader.batch_degree):
             batch = loader.next_batch().to(device)
             rows = torch.arange(loader.batch_size, device=device) + first + loader.batch_rank * loader.batch_size
             batch.labels[rows >= sequences] = IGNORE_INDEX
-            total += _forward(self.model, batch, one)
-            count += (batch.labels != IGNORE_INDEX).sum()
+            sums[0] += self.model(**vars(batch), reduction="none").loss.sum(dtype=torch.float64)
+            sums[1] += (batch.labels != IGNORE_INDEX).sum()
         self.model.train()
-        dist.all_reduce(count, group=self.mesh.loss.get_group())
-        return {"validation_loss": (total / count.clamp(min=1)).item(), "validation_tokens": count.item()}
+        dist.all_reduce(sums, group=self.mesh.loss.get_group())
+        total, count = sums.tolist()
+        return {"validation_loss": total / max(count, 1), "validation_tokens": int(count)}
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
@@ -357,40 +401,57 @@ class Trainer:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+class Step(NamedTuple):
+    """What one optimizer step showed, the same on every rank."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    """before clipping"""
+    router_loss: Tensor | None
+    """mean over the batches, without its coefficient; None for a model without one"""
+
+
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, *, max_norm: float
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step over the batches that make it up; nothing here waits for the device.
-
-    Returns the loss of the whole step, the same on every rank, and the gradient norm before clipping.
-    """
+) -> Step:
+    """One optimizer step over the batches that make it up; nothing here waits for the device."""
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
     dist.all_reduce(num_items, group=mesh.loss.get_group())
-    total = torch.zeros((), dtype=torch.float64, device=num_items.device)
+    total, router_loss = torch.zeros(2, dtype=torch.float64, device=num_items.device).unbind()
     for batch in batches:
-        loss = _forward(model, batch, num_items)
-        loss.backward()
-        total += loss.detach()
+        output = model(**vars(batch), num_items_in_batch=num_items)
+        output.loss.backward()
+        total += output.loss.detach()
+        if has_router_loss := "aux_loss" in output:
+            router_loss += output.aux_loss.detach() / len(batches)
+        if batch is not batches[-1]:
+            _widen_gradients(model)
     grad_norm = clip_gradients(list(model.parameters()), max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return total, grad_norm
+    return Step(total, grad_norm, router_loss if has_router_loss else None)
 
 
-def _forward(model: nn.Module, batch: Batch, num_items: Tensor) -> Tensor:
-    return model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        labels=batch.labels,
-        documents=batch.documents,
-        num_items_in_batch=num_items,
-    ).loss
+def _widen_gradients(model: nn.Module) -> None:
+    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may be bf16."""
+    for p in model.parameters():
+        if p.grad is not None and p.grad.dtype != _wide(p.grad):
+            p.grad_dtype = None  # any
+            p.grad = p.grad.to(_wide(p.grad))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most max_norm (0: leave them). Returns the norm before, over the mesh."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if any(gradient.dtype != _wide(gradient) for gradient in gradients):
+        norms = [torch.linalg.vector_norm(gradient, dtype=_wide(gradient)) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    else:
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()  # a norm over shards is a sum still to be made
     if max_norm > 0:

@@ -1,4 +1,4 @@
-"""From files to one rank's batch: `sources` -> `tokenizer` -> `packing` -> `loader`, one step a module.
+"""From data to one rank's batch: `sources` -> `encoding` -> `cache` -> `packing` -> `mixture` -> `loader`.
 
 Nothing is imported at once, so that looking at a configuration does not load torch or transformers.
 """
@@ -12,37 +12,109 @@ from titan_ulysses.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from titan_ulysses.config import Config
-    from titan_ulysses.data.packing import PackedSequences
+    from titan_ulysses.config import Config, SourceSettings
+    from titan_ulysses.data.corpus import Corpus
+    from titan_ulysses.data.packing import Sequences
 
 
-def open_sequences(
-    config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PackedSequences, PackedSequences | None]:
+def open_sequences(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequences, Sequences | None]:
     """The training stream and, where validation is enabled, the held-out one.
 
     Both are shuffled by documents, the held-out one always alike: the first few sequences of it, which a validation
-    reads, are then a sample of all of it.
+    reads, are then a sample of all of it. Held-out data is read as [data] says, or taken from each source.
     """
-    from titan_ulysses.data.packing import Corpus, PackedSequences
-    from titan_ulysses.data.sources import text_documents
-    from titan_ulysses.data.tokenizer import encode
+    data, validation = config.data, config.validation
+    apart = validation.enable and bool(validation.path or validation.split)  # given, not taken from the training data
+    if not data.mixture:
+        training, held_out = _open(config, tokenizer, data, "data.path", splits=validation.enable and not apart)
+    else:
+        training, held_out = _open_mixture(config, tokenizer, splits=validation.enable and not apart)
+    if apart:
+        changes = {"path": validation.path or data.path, "split": validation.split or data.split, "streaming": False}
+        setting = "validation.path" if validation.path else "validation.split: data.path"
+        corpus, notes = _read(config, tokenizer, data.model_copy(update=changes), setting)
+        held_out = _pack(config, corpus, setting, seed=0, notes=notes)
+    return training, held_out
 
-    def read(path: str, setting: str) -> Corpus:
-        data = config.data
-        if not path:
-            raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
-        texts = text_documents(path, extensions=data.extensions, encoding=data.encoding, setting=setting)
-        return Corpus.from_documents(encode(tokenizer, text) for _, text in texts)
 
-    seq_len, held_out_setting = config.training.seq_len, "validation.path"
-    training, held_out = read(config.data.path, "data.path"), None
-    if config.validation.enable and config.validation.path:
-        held_out = read(config.validation.path, held_out_setting)
-    elif config.validation.enable:
-        held_out_setting = "the held-out documents of data.path"
-        training, held_out = training.split_held_out()
-    return (
-        PackedSequences(training, seq_len=seq_len, seed=config.training.seed),
-        held_out and PackedSequences(held_out, seq_len=seq_len, seed=0, setting=held_out_setting),
-    )
+def _open_mixture(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, splits: bool
+) -> tuple[Sequences, Sequences | None]:
+    from titan_ulysses.data.mixture import MixedSequences
+
+    entries = config.data.mixture
+    training, held_out = {}, {}
+    for number, entry in enumerate(entries):
+        name = entry.path if entry.path not in training else f"{entry.path} ({number})"
+        setting = f"data.mixture[{number}].path"
+        training[name], held_out[name] = _open(config, tokenizer, entry, setting, splits=splits)
+    weights = [entry.weight for entry in entries]
+    mixed = MixedSequences(training, weights, seed=config.training.seed)
+    return mixed, MixedSequences(held_out, weights, seed=0) if splits else None
+
+
+def _open(
+    config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str, *, splits: bool
+) -> tuple[Sequences, Sequences | None]:
+    """The streams of one source; the second from documents held out of it, where it `splits`."""
+    seed = config.training.seed
+    if source.streaming:
+        return _stream(config, tokenizer, source, setting), None
+    corpus, notes = _read(config, tokenizer, source, setting)
+    held_out = None
+    if splits:
+        corpus, rest = corpus.split_held_out(setting=setting)
+        held_out = _pack(config, rest, f"the held-out documents of {setting}", seed=0, notes=[])
+    return _pack(config, corpus, setting, seed=seed, notes=notes), held_out
+
+
+def _read(
+    config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str
+) -> tuple[Corpus, list[str]]:
+    from titan_ulysses.data.cache import read_corpus
+    from titan_ulysses.data.encoding import Encoder
+
+    if not source.path:
+        raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
+    encoder = Encoder(tokenizer, source.train_on)
+    corpus, tally = read_corpus(source, encoder, cache_folder=config.data.cache_folder, setting=setting)
+    return corpus, tally.notes()
+
+
+def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str) -> Sequences:
+    from titan_ulysses.data.datasets import DatasetRows
+    from titan_ulysses.data.encoding import Encoder
+    from titan_ulysses.data.sources import open_rows
+    from titan_ulysses.data.stream import StreamedSequences
+
+    encoder = Encoder(tokenizer, source.train_on)
+    encoder.check(source.source)
+    rows = open_rows(source, setting)
+    if not isinstance(rows, DatasetRows):
+        raise UserError(
+            f'{setting} = "{source.path}" are files, and streaming is for data sets: set streaming = false', exit_code=2
+        )
+    training = config.training
+    skip = source.bad_lines == "skip"
+    return StreamedSequences(rows, encoder, seq_len=training.seq_len, seed=training.seed, skip_bad=skip)
+
+
+def _pack(config: Config, corpus: Corpus, setting: str, *, seed: int, notes: list[str]) -> Sequences:
+    from titan_ulysses.data.packing import PackedSequences, PaddedSequences
+
+    seq_len, packing = config.training.seq_len, config.data.packing
+    if long := int((corpus.lengths > seq_len).sum()):
+        drops = config.data.long_documents == "drop"
+        corpus = corpus.select(corpus.lengths <= seq_len) if drops else corpus
+        notes = [*notes, f"{long:,} longer than {seq_len:,} tokens {'left out' if drops else 'split'}"]
+    if not len(corpus):
+        raise UserError(
+            f'{setting}: each document is longer than training.seq_len = {seq_len}: set data.long_documents = "split"'
+        )
+    options = {"seq_len": seq_len, "seed": seed, "setting": setting}
+    if packing == "concat":
+        sequences: Sequences = PackedSequences(corpus, **options)
+    else:
+        sequences = PaddedSequences(corpus, **options, best_fit=packing == "best_fit")
+    sequences.notes += notes
+    return sequences

@@ -4,10 +4,11 @@ needs no communication, and the position in the stream means the same on any mes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from titan_ulysses.data.packing import PackedSequences
+from titan_ulysses.data.packing import Sequences
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Batch:
     documents: tuple[tuple[int, ...], ...]
     """the document lengths of each whole row, B tuples that sum to S, on the host: attention needs them without a
     device synchronisation"""
+    attention_mask: torch.Tensor | None = None
+    """[B, T] int64, 0 at padding, where there is any: the router loss alone needs it"""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; the copy does not make the host wait."""
@@ -37,6 +40,7 @@ class Batch:
             input_ids=move(self.input_ids),
             labels=move(self.labels),
             position_ids=move(self.position_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
         )
 
 
@@ -50,7 +54,7 @@ class Loader:
 
     def __init__(
         self,
-        sequences: PackedSequences,
+        sequences: Sequences,
         *,
         batch_size: int,
         batch_rank: int = 0,
@@ -78,9 +82,18 @@ class Loader:
             documents=tuple(row.document_lengths for row in rows),
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """The same on every rank and for every mesh: how many sequences all ranks together have consumed."""
-        return {"sequences_consumed": self._consumed}
+    def epochs(self) -> float | dict[str, float]:
+        """How often all ranks together have read the data, by source where there are several."""
+        return self.sequences.epochs(self._consumed)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The same on every rank and for every mesh: how many sequences all ranks together have consumed, and of data
+        that is streamed, where in it that is."""
+        state: dict[str, Any] = {"sequences_consumed": self._consumed}
+        if position := self.sequences.position(self._consumed):
+            state["position"] = position
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._consumed = int(state["sequences_consumed"])
+        self.sequences.seek(self._consumed, state.get("position"))

@@ -6,91 +6,117 @@ and documents are told apart here and nowhere else.
 
 from __future__ import annotations
 
+from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.errors import UserError
 
 IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Tokenized documents, one after the other, none of them empty."""
-
-    tokens: np.ndarray
-    """[number of tokens] uint8, uint16 or uint32, the smallest that holds every id."""
-    offsets: np.ndarray
-    """[documents + 1] int64: document d is tokens[offsets[d]:offsets[d + 1]]."""
-
-    @classmethod
-    def from_documents(cls, documents: Iterable[np.ndarray]) -> Corpus:
-        """From 1-D integer arrays of token ids; those without a token are left out."""
-        # Narrowed one by one, so that a generator of wide arrays never holds more than one of them.
-        kept = [_narrow(document) for document in documents if len(document)]
-        tokens = np.concatenate(kept) if kept else np.empty(0, dtype=np.uint8)
-        offsets = np.zeros(len(kept) + 1, dtype=np.int64)
-        np.cumsum([len(document) for document in kept], out=offsets[1:])
-        return cls(tokens, offsets)
-
-    def __len__(self) -> int:
-        """The number of documents."""
-        return len(self.offsets) - 1
-
-    def __getitem__(self, document: int) -> np.ndarray:
-        assert 0 <= document < len(self), (document, len(self))
-        return self.tokens[self.offsets[document] : self.offsets[document + 1]]
-
-    def split_held_out(self, every: int = 100) -> tuple[Corpus, Corpus]:
-        """(train, held out): the last document of each `every` is held out; of fewer than `every`, the last one.
-
-        Raises `UserError` for a single document, which leaves nothing to train on.
-        """
-        assert every >= 2, every
-        count = len(self)
-        if count < 2:
-            raise UserError(
-                f"validation.path is not set and data.path has {count} document(s), none to hold out: "
-                "set validation.path, give at least 2 documents, or set validation.enable = false"
-            )
-        held_out = {*range(every - 1, count, every)} or {count - 1}
-        train = (self[d] for d in range(count) if d not in held_out)
-        return Corpus.from_documents(train), Corpus.from_documents(self[d] for d in sorted(held_out))
-
-
-def _narrow(document: np.ndarray) -> np.ndarray:
-    smallest, largest = int(document.min()), int(document.max())
-    assert document.ndim == 1 and smallest >= 0, (document.shape, smallest)
-    return document.astype(np.min_scalar_type(largest))
+PADDING_ID = 0
+_LOOK_AHEAD = 1024
+"""Pieces among which best_fit chooses: with so many, one that nearly fits is nearly always there."""
 
 
 class Sequence(NamedTuple):
-    """S tokens, made of one or more documents or pieces of documents that must not see each other."""
+    """S tokens, made of documents, pieces of documents and padding, which must not see each other."""
 
     input_ids: torch.Tensor
     """[S] int64"""
     labels: torch.Tensor
     """[S] int64, already shifted: labels[t] is the token after input_ids[t] in its document, also where that token is
-    the first of the next sequence; `IGNORE_INDEX` at a document's last token."""
+    the first of the next sequence; `IGNORE_INDEX` at a document's last token, and where the label is not trained on."""
     position_ids: torch.Tensor
     """[S] int64, from 0 in each piece"""
     document_lengths: tuple[int, ...]
-    """the pieces' lengths; their sum is S"""
+    """the pieces' lengths, padding being the last of them; their sum is S"""
 
 
-class PackedSequences:
-    """An endless, deterministic stream of sequences of `seq_len` = S tokens, with random access.
+def cut(
+    tokens: np.ndarray, trained: np.ndarray | None, *, begin: int, end: int, document_end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, labels) [end - begin] of a piece of the document that ends at `document_end`."""
+    known = min(end + 1, document_end)  # where the document goes on, the piece's last label is the token behind it
+    following = tokens[begin + 1 : known].astype(np.int64)
+    labels = np.full(end - begin, IGNORE_INDEX, dtype=np.int64)
+    labels[: known - begin - 1] = (
+        following if trained is None else np.where(trained[begin + 1 : known], following, IGNORE_INDEX)
+    )
+    return tokens[begin:end], labels
+
+
+def join(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Sequence:
+    """One sequence of (ids, labels), filled up with padding, which is a document of its own without labels."""
+    input_ids, labels = np.full(size, PADDING_ID, dtype=np.int64), np.full(size, IGNORE_INDEX, dtype=np.int64)
+    position_ids, counting = np.empty(size, dtype=np.int64), np.arange(size)
+    lengths: list[int] = []
+    at = 0
+    for piece, its_labels in pieces:
+        stop = at + len(piece)
+        input_ids[at:stop], labels[at:stop], position_ids[at:stop] = piece, its_labels, counting[: len(piece)]
+        lengths.append(len(piece))
+        at = stop
+    if at < size:
+        position_ids[at:] = counting[: size - at]
+        lengths.append(size - at)
+    tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
+    return Sequence(*tensors, document_lengths=tuple(lengths))
+
+
+def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
+    """[count] int64: a permutation that belongs to (seed, epoch).
+
+    Sorting raw draws, because numpy keeps a bit generator's stream from release to release, but not what
+    `Generator.permutation` makes of it: a run resumed elsewhere must find the same order.
+    """
+    draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(draws, kind="stable")
+
+
+class Sequences:
+    """An endless, deterministic stream of sequences of `seq_len` = S tokens; `sequences[i]` for every i >= 0.
+
+    `len(sequences)` counts the whole sequences of one epoch, which is what a validation pass reads.
+    """
+
+    seq_len: int
+    notes: list[str]
+    """What there is to say about the data: what was left out, cut or padded."""
+
+    def __getitem__(self, index: int) -> Sequence:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def epochs(self, consumed: int) -> float | dict[str, float]:
+        """How often the data has been read after `consumed` sequences; by source where there are several."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What the stream is made of, in one line or a few."""
+        raise NotImplementedError
+
+    def position(self, consumed: int) -> dict[str, Any] | None:
+        """What else, beside the number, a stream without random access needs to go on from there; JSON."""
+        return None
+
+    def seek(self, consumed: int, position: dict[str, Any] | None) -> None:
+        """Go on after `consumed` sequences, where `position` was taken."""
+
+
+class PackedSequences(Sequences):
+    """Documents end to end, with random access.
 
     Each epoch is a permutation of the documents, drawn from (seed, epoch). The epochs' documents form one token stream
     and sequence i is its tokens [i*S, (i+1)*S), so no token of an epoch is lost or repeated. A document cut by a
     sequence's end goes on in the next sequence as a document of its own. `shuffle=False` keeps the documents' order.
-
-    `sequences[i]` works for every i >= 0; `len(sequences)` counts the whole sequences of one epoch, which is what a
-    validation pass reads. `setting` names the data in messages.
+    `setting` names the data in messages.
 
     Raises `UserError` when the data is shorter than one sequence.
     """
@@ -99,7 +125,8 @@ class PackedSequences:
         self, corpus: Corpus, *, seq_len: int, seed: int, shuffle: bool = True, setting: str = "data.path"
     ) -> None:
         self.corpus, self.seq_len, self.seed, self.shuffle = corpus, seq_len, seed, shuffle
-        self.epoch_tokens = len(corpus.tokens)
+        self.notes: list[str] = []
+        self.epoch_tokens = corpus.num_tokens
         if self.epoch_tokens < seq_len:
             raise UserError(
                 f"training.seq_len = {seq_len} is longer than all of {setting}, {self.epoch_tokens} tokens in "
@@ -111,26 +138,20 @@ class PackedSequences:
     def __len__(self) -> int:
         return self.epoch_tokens // self.seq_len
 
-    def __getitem__(self, index: int) -> Sequence:
-        size = self.seq_len
-        input_ids, labels, position_ids = (np.empty(size, dtype=np.int64) for _ in range(3))
-        counting = np.arange(size)
-        lengths: list[int] = []
-        at = 0
-        for begin, end, document_end in self._pieces(index * size):
-            stop = at + end - begin
-            input_ids[at:stop] = self.corpus.tokens[begin:end]
-            labels[at : stop - 1] = input_ids[at + 1 : stop]
-            labels[stop - 1] = self.corpus.tokens[end] if end < document_end else IGNORE_INDEX
-            position_ids[at:stop] = counting[: stop - at]
-            lengths.append(stop - at)
-            at = stop
-        assert at == size, (at, size)
-        tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
-        return Sequence(*tensors, document_lengths=tuple(lengths))
+    def epochs(self, consumed: int) -> float:
+        return consumed * self.seq_len / self.epoch_tokens
 
-    def _pieces(self, start: int) -> Iterator[tuple[int, int, int]]:
-        """The S stream tokens from `start` on as (begin, end, end of the whole document), indices into the corpus."""
+    def describe(self) -> str:
+        found = f"{len(self.corpus):,} document(s), {self.epoch_tokens:,} tokens, end to end"
+        return "; ".join([found, *self.notes])
+
+    def __getitem__(self, index: int) -> Sequence:
+        corpus = self.corpus
+        pieces = (cut(corpus.tokens, corpus.trained, **piece) for piece in self._pieces(index * self.seq_len))
+        return join(pieces, self.seq_len)
+
+    def _pieces(self, start: int) -> Iterator[dict[str, int]]:
+        """The S stream tokens from `start` on, as arguments of `cut`."""
         assert start >= 0, start
         epoch, offset = divmod(start, self.epoch_tokens)
         self._enter(epoch)
@@ -142,9 +163,9 @@ class PackedSequences:
                 epoch, place = epoch + 1, 0
                 self._enter(epoch)
             document = self._order[place]
-            begin, document_end = int(self.corpus.offsets[document]) + skipped, int(self.corpus.offsets[document + 1])
+            begin, document_end = int(self.corpus.begins[document]) + skipped, int(self.corpus.ends[document])
             end = min(document_end, begin + remaining)
-            yield begin, end, document_end
+            yield {"begin": begin, "end": end, "document_end": document_end}
             remaining -= end - begin
             place, skipped = place + 1, 0
 
@@ -153,13 +174,101 @@ class PackedSequences:
         if epoch == self._epoch:
             return
         count = len(self.corpus)
-        if self.shuffle:
-            # Sorting raw draws, because numpy keeps a bit generator's stream from release to release, but not what
-            # `Generator.permutation` makes of it: a run resumed elsewhere must find the same order.
-            draws = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(count)
-            self._order = np.argsort(draws, kind="stable")
-        else:
-            self._order = np.arange(count)
-        lengths = np.diff(self.corpus.offsets)[self._order]
+        self._order = shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+        lengths = self.corpus.lengths[self._order]
         self._starts = np.cumsum(lengths) - lengths
         self._epoch = epoch
+
+
+class PaddedSequences(Sequences):
+    """Documents in one piece wherever they fit, the rest of a sequence padded; random access.
+
+    A sequence holds one document, or with `best_fit` as many as fit, as `fit` chooses them. Documents of more than S
+    tokens are cut into pieces of S; the label of a piece's last token is the document's next one. What goes together
+    is decided once; each epoch is a permutation of the sequences, drawn from (seed, epoch), in which every token comes
+    once.
+
+    Raises `UserError` where there is no document.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        seed: int,
+        best_fit: bool = False,
+        shuffle: bool = True,
+        setting: str = "data.path",
+    ) -> None:
+        if not len(corpus):
+            raise UserError(f"{setting} has no document to train on: give more data")
+        self.corpus, self.seq_len, self.seed, self.shuffle, self.best_fit = corpus, seq_len, seed, shuffle, best_fit
+        self.notes: list[str] = []
+        order = shuffled(len(corpus), seed=seed, epoch=0) if shuffle and best_fit else np.arange(len(corpus))
+        counts = -(-corpus.lengths[order] // seq_len)
+        documents = np.repeat(order, counts)
+        number = np.arange(len(documents)) - np.repeat(
+            np.cumsum(counts) - counts, counts
+        )  # of the piece in its document
+        begins = corpus.begins[documents] + number * seq_len
+        ends = np.minimum(begins + seq_len, corpus.ends[documents])
+        places, self._bounds = np.arange(len(documents)), np.arange(len(documents) + 1)
+        if best_fit:
+            places, self._bounds = fit(ends - begins, seq_len)
+        self._pieces = np.stack([begins, ends, corpus.ends[documents]], axis=1)[places]
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def epochs(self, consumed: int) -> float:
+        return consumed / len(self)
+
+    @property
+    def fill_rate(self) -> float:
+        """Which part of the sequences is not padding."""
+        return self.corpus.num_tokens / (len(self) * self.seq_len)
+
+    def describe(self) -> str:
+        how = "best fit" if self.best_fit else "a sequence each"
+        found = f"{len(self.corpus):,} document(s), {self.corpus.num_tokens:,} tokens, {how}: {len(self):,} sequence(s)"
+        return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
+
+    def __getitem__(self, index: int) -> Sequence:
+        epoch, place = divmod(index, len(self))
+        if epoch != self._epoch:
+            count = len(self)
+            self._order = shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+            self._epoch = epoch
+        here = self._order[place]
+        pieces = self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
+        tokens, trained = self.corpus.tokens, self.corpus.trained
+        cuts = (cut(tokens, trained, begin=begin, end=end, document_end=last) for begin, end, last in pieces)
+        return join(cuts, self.seq_len)
+
+
+def fit(lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of at most `size` tokens -> (order [pieces], bounds [bins + 1]): bin b holds order[bounds[b]:bounds[b+1]].
+
+    Of the next `look_ahead` pieces that wait, the longest that fits comes into the bin (of equal ones the first), until
+    none does; so a bin begins with the longest of all, and short ones fill it up. O(pieces * log(look_ahead)).
+    """
+    assert not len(lengths) or int(lengths.max()) <= size, (lengths.max(), size)
+    arriving = iter(enumerate(lengths.tolist()))
+    waiting: list[tuple[int, int]] = []  # (length, -place), sorted: of equal lengths the first comes last
+    order: list[int] = []
+    bounds, space = [0], size
+    while True:
+        for place, length in islice(arriving, look_ahead - len(waiting)):
+            insort(waiting, (length, -place))
+        chosen = bisect_right(waiting, (space, 1)) - 1
+        if chosen >= 0:
+            length, place = waiting.pop(chosen)
+            order.append(-place)
+            space -= length
+        elif space < size:
+            bounds.append(len(order))
+            space = size
+        else:
+            return np.array(order, dtype=np.int64), np.array(bounds, dtype=np.int64)

@@ -38,6 +38,8 @@ class Rows(NamedTuple):
     """[B, S] int64, from 0 in each document"""
     documents: tuple[tuple[int, ...], ...]
     """document lengths of each row"""
+    attention_mask: Tensor
+    """[B, S] int64: 0 at padding"""
 
 
 def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 1) -> Iterator[dict[str, Any]]:
@@ -49,9 +51,10 @@ def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 
     batch to batch. All ranks of a sequence-parallel group must load the same rows, ranks along `mesh.batch` rows of
     their own, and each rank the same number of batches.
 
-    Yields input_ids, labels (shifted, none across a border), position_ids [B, T], T = ceil(S / P), `documents`, and
-    `num_items_in_batch`, the number of labels in `accumulate` batches on all ranks: step the optimizer once for each
-    so many batches. UserError for a batch that cannot be what it says, or that differs between ranks that share it.
+    Yields input_ids, labels (shifted, none across a border), position_ids [B, T], T = ceil(S / P), `documents`,
+    `attention_mask` [B, T] where any token is padding, and `num_items_in_batch`, the number of labels in `accumulate`
+    batches on all ranks: step the optimizer once for each so many batches. UserError for a batch that cannot be what
+    it says, or that differs between ranks that share it.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")
@@ -75,13 +78,8 @@ def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 
             _check_same_rows(group, mesh)
         for batch in batches:
             batch = batch.to(mesh.device)
-            yield {
-                "input_ids": batch.input_ids,
-                "labels": batch.labels,
-                "position_ids": batch.position_ids,
-                "documents": batch.documents,
-                "num_items_in_batch": counts[0],
-            }
+            fields = {name: value for name, value in vars(batch).items() if value is not None}
+            yield fields | {"num_items_in_batch": counts[0]}
         step += 1
 
 
@@ -106,7 +104,7 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
     crosses = F.pad(starts[:, 1:], (0, 1), value=True)  # the next token is another document's, or none
     labels = labels.roll(-1, dims=1).masked_fill(crosses | padding, IGNORE_INDEX)
     documents = tuple(tuple(F.pad(row.nonzero()[:, 0], (0, 1), value=len(row)).diff().tolist()) for row in starts)
-    return Rows(input_ids, labels, position_ids, documents)
+    return Rows(input_ids, labels, position_ids, documents, (~padding).long())
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -200,11 +198,13 @@ def _slice(rows: Rows, mesh: Mesh) -> Batch:
     tokens = (rows.input_ids.shape[1] + missing) // degree
     here = slice(rank * tokens, (rank + 1) * tokens)
     position_ids = torch.cat([rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1)
+    attention_mask = F.pad(rows.attention_mask, (0, missing))
     return Batch(
         input_ids=F.pad(rows.input_ids, (0, missing))[:, here],
         labels=F.pad(rows.labels, (0, missing), value=IGNORE_INDEX)[:, here],
         position_ids=position_ids[:, here],
         documents=tuple((*row, missing) for row in rows.documents) if missing else rows.documents,
+        attention_mask=None if attention_mask.all() else attention_mask[:, here],
     )
 
 

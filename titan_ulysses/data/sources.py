@@ -1,100 +1,225 @@
-"""Where documents come from. A source yields (name, text), in the same order on every machine and rank."""
+"""Where documents come from: text files, JSON lines, parquet, data sets of Hugging Face, chats.
+
+A source yields rows, each with the place where it was found, in the same order on every machine and rank. A row that
+cannot be read is no exception but a `BadRow`: what happens with it is decided in one place (`corpus.Tally`).
+"""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from glob import glob
+import json
+import re
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from titan_ulysses.config import SourceSettings
+from titan_ulysses.data.files import check_codec, digest, find_files, read_text
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import one_line
 
-RAW_BYTES = "bytes"
-# Installed packages and caches differ from machine to machine; ranks must all see the same documents.
-SKIPPED_FOLDERS = {"__pycache__", "site-packages"}
+TEXT_EXTENSIONS = [".txt"]
+RECORD_EXTENSIONS = [f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst")] + [".parquet"]
+HALF_A_CHARACTER = "half of a surrogate pair in it is no character"
+_CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
-def text_documents(
-    path: str | Path, *, extensions: Sequence[str], encoding: str = "utf-8", setting: str = "data.path"
-) -> Iterator[tuple[str, str | bytes]]:
-    """Each file under `path` as a document: (its POSIX path relative to `path`, its text), sorted by that path.
+class Completion(NamedTuple):
+    prompt: str
+    completion: str
 
-    `path` is a file, a pattern such as `books/**/*.txt` (then whatever the extension), or a folder, walked recursively
-    without hidden files and folders, `__pycache__`, `site-packages` and links to folders. `extensions` are compared
-    without case, ".md" and "md" alike. Empty files are left out. `encoding` is a Python codec, or "bytes" for the
-    files' raw bytes.
 
-    Raises `UserError`, naming `setting`, before the first document: no such path, no matching file, only empty files,
-    an unknown codec; at its turn: a file that is not valid in `encoding`.
+class Chat(NamedTuple):
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+
+
+class Row(NamedTuple):
+    place: str
+    """For messages: the file's name, and the line in it."""
+    content: str | bytes | Completion | Chat
+
+
+class BadRow(NamedTuple):
+    place: str
+    reason: str
+
+
+class RefusedRow(Exception):
+    """A row that cannot be made a document, with the reason; it becomes a `BadRow` where its place is known."""
+
+
+class Rows:
+    """All rows of one source, as often as they are iterated; `done` of `total` says how far that is (None: unknown)."""
+
+    def __init__(self) -> None:
+        self.done, self.total = 0, None
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Equal for equal content."""
+        raise NotImplementedError
+
+
+def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
+    """The rows of `source`, whose path is called `setting` in messages.
+
+    Raises `UserError` for what can be known before the first row: nothing at the path, no such data set, split or
+    field, an unknown codec.
     """
-    root = Path(path)
-    _check_codec(encoding)
-    if root.is_file():
-        files = {root.name: root}
-    elif root.is_dir():
-        files = _matching_files(root, extensions, setting)
-    elif matches := sorted(file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()):
-        files = {file.as_posix(): file for file in matches}
-    else:
-        raise UserError(f'{setting} = "{path}" is not there: give a file, a folder, or a pattern that matches files')
-    files = {name: file for name, file in files.items() if file.stat().st_size > 0}
-    if not files:
-        raise UserError(f'{setting} = "{path}" has nothing but empty files: give a file or folder with text in it')
-    return ((name, _read(file, encoding, setting)) for name, file in files.items())
+    from titan_ulysses.data.datasets import DatasetRows, is_saved_dataset
+
+    check_codec(source.encoding)
+    if source.source == "text":
+        return TextRows(source, setting)
+    if source.source == "hf" or is_saved_dataset(source.path):
+        return DatasetRows(source, setting)
+    has_files = source.source == "jsonl" or _has_files(source.path)
+    return RecordRows(source, setting) if has_files else DatasetRows(source, setting)
 
 
-def _matching_files(root: Path, extensions: Sequence[str], setting: str) -> dict[str, Path]:
-    wanted = {"." + extension.lower().lstrip(".") for extension in extensions}
-    files = _walk(root, setting)
-    matching = {name: file for name, file in files.items() if file.suffix.lower() in wanted}
-    if not matching:
-        found = Counter(file.suffix.lower() or "without extension" for file in files.values())
-        there = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(8)) or "no files at all"
-        raise UserError(
-            f'{setting} = "{root}" has no file that ends in {" ".join(sorted(wanted))} (found: {there}): '
-            "change data.extensions or the path"
-        )
-    return matching
+def _has_files(path: str) -> bool:
+    """Whether the path of a chat means files, not the name of a data set: a file's name is no data set's."""
+    return Path(path).exists() or any(sign in path for sign in "*?[") or path.lower().endswith(tuple(RECORD_EXTENSIONS))
 
 
-def _walk(root: Path, setting: str) -> dict[str, Path]:
-    """Relative POSIX path -> file, sorted by code point (`os.walk` goes in the file system's order)."""
+class TextRows(Rows):
+    """Each file a row."""
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{setting}: cannot read the folder {error.filename} ({error.strerror})") from error
+    def __init__(self, source: SourceSettings, setting: str) -> None:
+        super().__init__()
+        self.encoding, self.setting = source.encoding, setting
+        self.files = find_files(source.path, extensions=source.extensions or TEXT_EXTENSIONS, setting=setting)
+        self.total = sum(file.stat().st_size for file in self.files.values())
 
-    files = {}
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
-        for file in (Path(folder, name) for name in names if not name.startswith(".")):
-            if file.is_file():  # not a socket, not a dangling link
-                files[file.relative_to(root).as_posix()] = file
-    return dict(sorted(files.items()))
+    def __iter__(self) -> Iterator[Row]:
+        self.done = 0
+        for name, file in self.files.items():
+            yield Row(name, read_text(file, self.encoding, self.setting))
+            self.done += file.stat().st_size
 
-
-def _read(file: Path, encoding: str, setting: str) -> str | bytes:
-    raw = file.read_bytes()
-    if encoding == RAW_BYTES:
-        return raw
-    try:
-        return raw.decode(encoding)
-    except UnicodeError as error:
-        offset = getattr(error, "start", 0)
-        raise UserError(
-            f'{setting}: {file} is not {encoding} text at byte {offset} (data.encoding = "{encoding}"): '
-            'set data.encoding to the right codec, or to "bytes" with model.tokenizer = "bytes", or convert the file'
-        ) from error
+    def fingerprint(self) -> str:
+        return digest(self.files)
 
 
-def _check_codec(encoding: str) -> None:
-    if encoding == RAW_BYTES:
-        return
-    try:
-        b" ".decode(encoding)  # one byte: Python does not look the codec up for none
-    except LookupError as error:
-        raise UserError(
-            f'data.encoding = "{encoding}" is not a text codec that Python knows: use "utf-8", "latin-1" ... or "bytes"'
-        ) from error
-    except UnicodeError:
-        pass  # a codec of wider units, such as utf-16
+class RecordRows(Rows):
+    """Each record of JSON-lines, JSON and parquet files a row; `.gz` and `.zst` are unpacked while they are read."""
+
+    def __init__(self, source: SourceSettings, setting: str) -> None:
+        super().__init__()
+        self.source, self.setting = source, setting
+        self.files = find_files(source.path, extensions=source.extensions or RECORD_EXTENSIONS, setting=setting)
+        self.total = sum(file.stat().st_size for file in self.files.values())
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        before = 0
+        for name, file in self.files.items():
+            self.done = before
+            records = self._parquet if file.suffix.lower() == ".parquet" else self._json
+            try:
+                for number, record in records(file):
+                    yield read_record(record, self.source, f"{name}:{number}")
+            except (OSError, ValueError) as error:  # pyarrow's errors are one of these
+                raise UserError(
+                    f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or leave it out"
+                ) from error
+            before += file.stat().st_size
+        self.done = before
+
+    def fingerprint(self) -> str:
+        return digest(self.files)
+
+    def _json(self, file: Path) -> Iterator[tuple[int, Any]]:
+        """(line, what it holds: JSON, or the exception that it raised) of each line that is not empty."""
+        import pyarrow
+
+        before, codec = self.done, _CODECS.get(file.suffix.lower())
+        is_json = file.name.lower().removesuffix(file.suffix.lower() if codec else "").endswith(".json")
+        with open(file, "rb") as raw:
+            lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
+            for number, line in enumerate(lines, start=1):
+                if number == 1 and is_json and line.lstrip().startswith(b"["):  # one array instead of lines
+                    yield from enumerate(json.loads(line + lines.read()), start=1)
+                    return
+                if line.strip():
+                    yield number, self._parse(line)
+                self.done = before + raw.tell()
+
+    def _parse(self, line: bytes) -> Any:
+        try:
+            return json.loads(line.decode(self.source.encoding).removeprefix("\ufeff").strip())
+        except (ValueError, RecursionError) as error:
+            return error
+
+    def _parquet(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(row, its fields)."""
+        import pyarrow.parquet
+
+        before, size, number = self.done, file.stat().st_size, 0
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for group in range(table.num_row_groups):
+                for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
+                    yield from enumerate(batch.to_pylist(), start=number + 1)
+                    number += batch.num_rows
+                self.done = before + size * (group + 1) // table.num_row_groups
+
+
+def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
+    """What `source` finds in one record: its text, its prompt and completion, or its chat."""
+    if isinstance(record, ValueError | RecursionError):
+        return BadRow(place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record))
+    if not isinstance(record, dict):
+        return BadRow(place, f"a JSON {type(record).__name__}, not an object with fields")
+    if source.source == "chat":
+        return _read_chat(record, source, place)
+    names = field_names(source)
+    for name in names:
+        if not isinstance(record.get(name), str):
+            return BadRow(place, _missing(record, name, "text"))
+    texts = [record[name] for name in names]
+    return Row(place, Completion(*texts) if source.prompt_field else texts[0])
+
+
+def field_names(source: SourceSettings) -> list[str]:
+    """The fields that every row must have."""
+    if source.source == "chat":
+        return [source.messages_field]
+    return [source.prompt_field, source.completion_field] if source.prompt_field else [source.text_field]
+
+
+def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Row | BadRow:
+    messages, tools = record.get(source.messages_field), record.get(source.tools_field)
+    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+        return BadRow(place, _missing(record, source.messages_field, "a list of messages"))
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            return BadRow(place, f"message {number} has no role")
+    if isinstance(tools, str):  # data sets with one type a column keep tools, which differ, as JSON
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            return BadRow(place, f"{source.tools_field} is text but not JSON ({error})")
+    if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
+        return BadRow(place, f"{source.tools_field} is not a list of tools")
+    return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None))
+
+
+def _without_nulls(value: Any) -> Any:
+    """A table of Arrow gives every message all keys that any message has, null where it lacks them; templates ask
+    whether a key is there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _missing(record: dict[str, Any], name: str, wanted: str) -> str:
+    if name in record:
+        return f'the field "{name}" holds {json.dumps(record[name], default=str)[:40]}, not {wanted}'
+    return f'no field "{name}" (it has {", ".join(map(str, record)) or "none"})'
+
+
+def has_surrogate(text: str | bytes) -> bool:
+    """JSON can spell what no text holds, and tokenizers fail on it."""
+    return isinstance(text, str) and not text.isascii() and bool(re.search("[\ud800-\udfff]", text))

@@ -37,8 +37,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes) -> np.ndarray:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes, *, ends: bool = True) -> np.ndarray:
     """One document's token ids, 1-D, unsigned: nothing added in front, the eos token (if there is one) at the end.
+
+    `ends=False` leaves the eos token out: the text is a prompt, and something follows.
 
     What reads like a special token inside a document is encoded as the characters it is made of: a file that
     mentions `<|endoftext|>` does not end there. `bytes` are for the byte tokenizer only (`UserError`).
@@ -48,7 +50,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes) -> np.ndarray:
         ids = np.empty(len(raw) + 1, dtype=np.uint16)
         ids[:-1] = np.frombuffer(raw, dtype=np.uint8)
         ids[-1] = END_OF_TEXT_ID
-        return ids
+        return ids if ends else ids[:-1]
     if isinstance(text, bytes):
         raise UserError(f'data.encoding = "bytes" needs model.tokenizer = "{BYTES}": other tokenizers read text')
     ids = tokenizer(
@@ -59,7 +61,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes) -> np.ndarray:
         return_token_type_ids=False,
         verbose=False,  # documents longer than the tokenizer's `model_max_length` are what this project is for
     )["input_ids"]
-    if tokenizer.eos_token_id is not None:
+    if ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return np.array(ids, dtype=np.uint32)
 

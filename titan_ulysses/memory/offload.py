@@ -76,7 +76,7 @@ class Store:
             self.slabs.append(slab)
         kept = Kept(self, x, slab, self._latest())
         self._latest = weakref.ref(kept)
-        self.put(x, kept)
+        self.put(x.detach(), kept)
         return kept
 
     def _unpack(self, kept: Tensor | Kept) -> Tensor:
@@ -95,20 +95,22 @@ class CudaStore(Store):
     def __init__(self, make_slab: Callable[[int, torch.device], Tensor]):
         super().__init__(make_slab)
         self.stream = torch.cuda.Stream()
-        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._leaving: deque[tuple[weakref.ref[Kept], Tensor, torch.cuda.Event]] = deque()
 
     def put(self, x: Tensor, kept: Kept) -> None:
         compute = torch.cuda.current_stream()
         self.stream.wait_stream(compute)
         with torch.cuda.stream(self.stream):
             kept.view().copy_(x, non_blocking=True)
-            self._leaving.append((x, self.stream.record_event()))
+            self._leaving.append((weakref.ref(kept), x, self.stream.record_event()))
         while len(self._leaving) > 1:
             # Freed memory is used again in the order of the compute stream, so that this has to wait for the copy.
-            _, copied = self._leaving.popleft()
+            _, _, copied = self._leaving.popleft()
             compute.wait_event(copied)
 
     def get(self, kept: Kept) -> Tensor:
+        if self._leaving and self._leaving[-1][0]() is kept:  # the last segment's: it has hardly left
+            kept.fetched = self._leaving.pop()[1:]
         if kept.fetched is None:
             self._fetch(kept)
         x, arrived = kept.fetched

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -144,6 +145,7 @@ class _TiledFunction(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.random = _rng_state(rows.device)
         ctx.autocast = _autocast_state(rows.device.type)
+        ctx.variables = copy_context()  # what is computed again belongs to this forward (see model/router.py)
         return tiled.forward(rows.flatten(0, -2)).view(rows.shape)
 
     @staticmethod
@@ -152,7 +154,8 @@ class _TiledFunction(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         replayed = _replayed(rows.device, ctx.random) if ctx.tiled.draws_random_numbers else contextlib.nullcontext()
         with replayed, ctx.autocast:
-            grads = ctx.tiled.backward(rows.flatten(0, -2), upstream.flatten(0, -2), ctx.needs_input_grad[1:])
+            inputs = rows.flatten(0, -2), upstream.flatten(0, -2), ctx.needs_input_grad[1:]
+            grads = ctx.variables.run(ctx.tiled.backward, *inputs)
         if grads[0] is not None:
             grads[0] = grads[0].view(rows.shape)
         return None, *grads

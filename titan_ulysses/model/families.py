@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from titan_ulysses.errors import UserError
+from titan_ulysses.model.router import unknown_router_loss
 
 CHECKED_FAMILIES = {
     "gemma2",
@@ -100,15 +101,7 @@ def check_family(config: PreTrainedConfig) -> None:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if others:
         needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
-    if getattr(config, "output_router_logits", False):
-        needs.append("router losses (output_router_logits)")
-    needs += [f'RoPE of type "{kind}", which looks at the whole sequence' for kind in sorted(_rope_types(config))]
+    if reason := unknown_router_loss(config):
+        needs.append(reason)
     if needs:
         raise UserError(f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that exactly.')
-
-
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    """Of the RoPE types, those that look at the largest position of what they are given, which is one rank's slice."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)]  # one for each type of layer
-    return {parameters.get("rope_type", "default") for parameters in nested or [rope]} & {"dynamic", "longrope"}

@@ -59,6 +59,11 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
             )
     except ValueError as error:
         raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
+    except Exception as error:  # a family's own code raises whatever it likes
+        raise UserError(
+            f'model: transformers cannot build a "{config.model_type}" of this config ({one_line(error)}). '
+            "Set what it lacks (head_dim, num_key_value_heads) in the config."
+        ) from error
     return model
 
 
@@ -82,17 +87,18 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name.replace(_WRAPPER_PREFIX, ""), parameter
 
 
-def allocate(model: PreTrainedModel, device: torch.device) -> None:
+def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload: bool = False) -> None:
     """Give a sharded meta model memory on device, for its own shards only; values are undefined except for buffers.
 
-    Buffers that transformers computes and does not save (RoPE frequencies) are computed.
+    Buffers that transformers computes and does not save (RoPE frequencies) are computed. With parameter_offload the
+    shards get host memory.
     """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(parameter, []).append((module, name))
-    model.to_empty(device=device)
+    model.to_empty(device="cpu" if parameter_offload else device)
     for (first, first_name), *others in owners.values():
         for module, name in others:  # `to_empty` makes tied parameters two
             setattr(module, name, getattr(first, first_name))
@@ -102,6 +108,9 @@ def allocate(model: PreTrainedModel, device: torch.device) -> None:
                 shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
                 with _standing_in(module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}):
                     model._init_weights(module)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.mesh import Mesh
@@ -58,21 +59,13 @@ def prove(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel
     `shard(model, core)` wraps a model in place as the real one will be, but for its core and dtype: the proof is about
     the family, in fp64.
     """
-    device, reason = mesh.device, None
-    try:
-        whole = _build(shrink(config), device)
-        batch = _Batch(mesh, vocab_size=whole.config.vocab_size)
-        sharded = copy.deepcopy(whole)
-        expected = _train_whole(whole, batch)
-    except Exception as error:  # a family's own code raises whatever it likes
-        reason = f"a tiny one cannot be built and run: {one_line(error)}"
-    if (reason := first_failure(reason)) is None:  # all ranks go on, or none: what follows has collectives
-        try:
-            shard(sharded, _core_of(config))
-            reason = _difference(_train_sharded(sharded, batch, mesh), expected)
-        except Exception as error:
-            reason = one_line(error).removeprefix("model: ")
-        reason = first_failure(reason)
+    tiny = shrink(config)
+    has_router_loss = getattr(tiny, "output_router_logits", False)
+    tiny.output_router_logits = False
+    reason = _try(tiny, mesh, shard)
+    if reason is None and has_router_loss:
+        tiny.output_router_logits = True
+        reason = _try(tiny, mesh, shard)
     if reason is not None:
         raise UserError(
             f'model: "{config.model_type}" is not a family that is known to train exactly under sequence parallelism, '
@@ -80,10 +73,31 @@ def prove(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel
         )
 
 
+def _try(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], PreTrainedModel]) -> str | None:
+    """Collective. What is wrong with a model of config tiny, the same on every rank; None where nothing is."""
+    reason = None
+    try:
+        whole = _build(tiny, mesh.device)
+        batch = _Batch(mesh, whole.config)
+        sharded = copy.deepcopy(whole)
+        expected = _train_whole(whole, batch)
+    except Exception as error:  # a family's own code raises whatever it likes
+        reason = f"a tiny one cannot be built and run: {one_line(error)}"
+    if (reason := first_failure(reason)) is None:  # all ranks go on, or none: what follows has collectives
+        try:
+            shard(sharded, _core_of(tiny))
+            reason = _difference(_train_sharded(sharded, batch, mesh), expected, batch.what)
+        except Exception as error:
+            reason = one_line(error).removeprefix("model: ")
+        reason = first_failure(reason)
+    return reason
+
+
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy of config with small widths and as few layers as show every kind of layer, two at least."""
     tiny = copy.deepcopy(config)
-    tiny._attn_implementation = None  # transformers' choice for this machine
+    # transformers' choice for this machine; but 5.17 chooses sdpa also where scores are capped, which it cannot do.
+    tiny._attn_implementation = "eager" if "softcap" in attention_needs(config) else None
     if config.hidden_size > _HIDDEN:
         heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
         if kv_heads is not None:
@@ -91,8 +105,12 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
         _limit(tiny, _SIZES | dict.fromkeys((name for name in vars(tiny) if "intermediate_size" in name), _HIDDEN))
     _keep_kinds_of_layers(tiny)
     _limit(tiny, {"vocab_size": 64, "sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
-    if getattr(tiny, "initializer_range", None) is not None:
-        tiny.initializer_range = 0.2  # attention that is far from uniform
+    for name, value in {
+        "initializer_range": 0.2,  # attention that is far from uniform
+        "router_aux_loss_coef": 1.0,  # a router loss that is seen beside the other
+    }.items():
+        if getattr(tiny, name, None) is not None:
+            setattr(tiny, name, value)
     for index, token in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         if getattr(tiny, token, None) is not None:
             setattr(tiny, token, index)
@@ -133,15 +151,26 @@ def _core_of(config: PreTrainedConfig) -> Core:
 
 
 class _Batch:
-    """Two rows, one of them cut into documents off the ranks' borders. Every data-parallel rank gets the same ones."""
+    """Two rows, one of them cut into documents off the ranks' borders. Every data-parallel rank gets the same ones.
 
-    def __init__(self, mesh: Mesh, *, vocab_size: int) -> None:
+    Where there is a router loss, which is of all rows at once, both are whole: unmodified transformers has to see them
+    in one forward.
+    """
+
+    def __init__(self, mesh: Mesh, config: PreTrainedConfig) -> None:
         degree = mesh.sp.size()
         tokens = -(-32 // degree)
         length = tokens * degree
-        self.documents = ((length // 3, 1, length - length // 3 - 1), (length,))
         generator = torch.Generator().manual_seed(1)
-        self.ids, self.labels = torch.randint(vocab_size, (2, 2, length), generator=generator).to(mesh.device)
+        self.ids, self.labels = torch.randint(config.vocab_size, (2, 2, length), generator=generator).to(mesh.device)
+        self.documents = ((length // 3, 1, length - length // 3 - 1), (length,))
+        self.what = "documents packed and sharded against each document alone"
+        self.has_router_loss = getattr(config, "output_router_logits", False)
+        if self.has_router_loss:
+            self.labels = F.pad(self.ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+            self.documents = ((length,), (length,))
+            self.what = "with its router loss, sharded against both rows at once"
+        self.valid = (self.labels != IGNORE_INDEX).sum()
         self.positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.documents])
         self.here = slice(mesh.sp.get_local_rank() * tokens, (mesh.sp.get_local_rank() + 1) * tokens)
 
@@ -159,6 +188,10 @@ def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
 
 def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradients]:
     """Loss and gradients of unmodified transformers, each document alone."""
+    if batch.has_router_loss:
+        loss = model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), _gradients(model)
     total = torch.zeros((), dtype=_DTYPE, device=batch.ids.device)
     for ids, labels, lengths in zip(batch.ids, batch.labels, batch.documents, strict=True):
         for document, targets in zip(ids.split(lengths), labels.split(lengths), strict=True):
@@ -177,7 +210,7 @@ def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[T
         labels=batch.labels[:, here],
         position_ids=batch.positions[:, here].to(device),
         documents=batch.documents,
-        num_items_in_batch=torch.tensor(batch.labels.numel() * mesh.batch.size(), device=device),
+        num_items_in_batch=batch.valid * mesh.batch.size(),
     ).loss
     loss.backward()
     return loss.detach(), _gradients(model)
@@ -194,7 +227,7 @@ def _gradients(model: PreTrainedModel) -> Gradients:
     }
 
 
-def _difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients]) -> str | None:
+def _difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], what: str) -> str | None:
     """What differs most between the two, or None where nothing differs by more than rounding."""
     loss = ((found[0] - expected[0]).abs() / expected[0].abs()).item()
     scale = _NEGLIGIBLE * max(gradient.abs().max() for gradient in expected[1].values())
@@ -206,7 +239,6 @@ def _difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradien
     if worst[where] <= _TOLERANCE:
         return None
     return (
-        f"the loss is off by {loss:.1e} of itself and {where} by {worst[where]:.1e} (documents packed and sharded "
-        "against each document alone). Something besides its attention mixes tokens, or its attention is not the "
-        "causal one that it asks transformers for"
+        f"the loss is off by {loss:.1e} of itself and {where} by {worst[where]:.1e} ({what}). Something besides its "
+        "attention mixes tokens, or its attention is not the causal one that it asks transformers for"
     )

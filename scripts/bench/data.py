@@ -1,0 +1,173 @@
+"""Tokens a second of the data path, against what the quickstart trains on in that time.
+
+    python scripts/bench/data.py
+
+Tokenizing (the byte tokenizer, and a byte-level BPE of 8,192 tokens trained here) in one process and in workers, the
+loader in each packing, and how the time of one document grows with its length. The text is the source of Python's
+standard library. Two ranks then train the quickstart for a few steps: the data path should be 20 times as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, launch
+
+TARGET = 20
+
+
+def timed(work: Callable[[], Any], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Median seconds."""
+    seconds = []
+    for _ in range(repeats):
+        started = clock()
+        work()
+        seconds.append(clock() - started)
+    return statistics.median(seconds)
+
+
+def quickstart(steps: int) -> float:
+    """Tokens a second that two ranks of the quickstart train on, median of the steps after the first few."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"job.dump_folder": folder, "training.steps": steps, "lr_scheduler.warmup_steps": 1}
+        off = dict.fromkeys(("validation.enable", "checkpoint.enable", "checkpoint.export"), "false")
+        options = [f"--{key}={value}" for key, value in {**settings, **off}.items()]
+        command = [*launch(2, str(ROOT / "train.py")), "--config", "configs/quickstart.toml", *options]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        lines = (Path(folder) / "quickstart" / "metrics.jsonl").read_text().splitlines()
+    return statistics.median(json.loads(line)["tokens_per_second"] for line in lines[3:])
+
+
+def bpe(texts: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def tokenizing(name: str, tokenizer: Any, texts: list[str], consumed: float) -> Any:
+    """Prints tokens a second, one process and all cores; returns the corpus."""
+    from titan_ulysses.data.cache import _cores
+    from titan_ulysses.data.corpus import Corpus
+    from titan_ulysses.data.encoding import Encoder, encode_rows
+    from titan_ulysses.data.sources import Row
+
+    rows = [Row(str(number), text) for number, text in enumerate(texts)]
+    for workers in dict.fromkeys((1, _cores())):
+        started = time.perf_counter()
+        encoded = [*encode_rows(rows, Encoder(tokenizer), workers=workers)]
+        seconds = time.perf_counter() - started
+        show(f"tokenizing, {name}, {workers} process(es)", sum(len(one.ids) for one in encoded) / seconds, consumed)
+    return Corpus.from_documents(encoded)
+
+
+def read(loader: Any, batches: int) -> None:
+    for _ in range(batches):
+        loader.next_batch()
+
+
+def loading(corpus: Any, seq_len: int, repeats: int, consumed: float) -> None:
+    from titan_ulysses.data.loader import Loader
+    from titan_ulysses.data.packing import PackedSequences, PaddedSequences
+
+    packings = {
+        "concat": lambda **options: PackedSequences(corpus, **options),
+        "none": lambda **options: PaddedSequences(corpus, **options),
+        "best_fit": lambda **options: PaddedSequences(corpus, best_fit=True, **options),
+    }
+    for name, pack in packings.items():
+        sequences = pack(seq_len=seq_len, seed=0)
+        loader = Loader(sequences, batch_size=1, sp_rank=1, sp_degree=2)
+        batches = max(8, min(len(sequences), 2**20 // seq_len))
+        seconds = timed(partial(read, loader, batches), repeats)
+        fill_rate = getattr(sequences, "fill_rate", 1.0)  # padding is no throughput
+        what = f"loader, {name}, S {seq_len:,}, filled to {fill_rate:.1%}"
+        show(what, batches * seq_len * fill_rate / seconds, consumed)
+
+
+def through(encoder: Any, content: Any) -> int:
+    """All of the data path with one document, as one sequence; returns its tokens."""
+    from titan_ulysses.data.corpus import Corpus
+    from titan_ulysses.data.loader import Loader
+    from titan_ulysses.data.packing import PackedSequences
+    from titan_ulysses.data.sources import Row
+
+    corpus = Corpus.from_documents([encoder(Row("", content))])
+    sequences = PackedSequences(corpus, seq_len=corpus.num_tokens, seed=0)
+    Loader(sequences, batch_size=1).next_batch()
+    return corpus.num_tokens
+
+
+def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
+    """One document of 1/8, 1/4, 1/2 and 1 million tokens: text, and a chat of 16 turns of it."""
+    from titan_ulysses.data.encoding import Encoder
+    from titan_ulysses.data.sources import Chat, Row
+
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+    )
+    encoder = Encoder(tokenizer)
+    characters = len(text) / len(encoder(Row("", text)).ids)
+    for millionth in (8, 4, 2, 1):
+        size = int(characters * 1e6 / millionth)
+        piece = (text * (1 + size // len(text)))[:size]
+        roles, turn = ("user", "assistant") * 8, -(-size // 16)
+        turns = [{"role": role, "content": piece[i * turn : (i + 1) * turn]} for i, role in enumerate(roles)]
+        for kind, content in {"text": piece, "chat": Chat(turns, None)}.items():
+            work = partial(through, encoder, content)
+            tokens = work()
+            seconds = timed(work, repeats, time.process_time)  # of this process: others do not count
+            each = 1e6 * seconds / tokens
+            print(f"one {kind} of {tokens:>9,} tokens {seconds:7.2f} s of a core {each:6.2f} us a token", flush=True)
+
+
+def show(what: str, tokens_per_second: float, consumed: float) -> None:
+    times = tokens_per_second / consumed
+    met = "" if times >= TARGET else f"  below {TARGET}"
+    print(f"{what:<52} {tokens_per_second:>14,.0f} tokens/s {times:>9,.0f} x quickstart{met}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40, help="of the quickstart")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
+    from titan_ulysses.config import expand_path
+    from titan_ulysses.data.files import find_files
+    from titan_ulysses.data.tokenizer import load_tokenizer
+
+    consumed = quickstart(args.steps)
+    print(f"quickstart, two ranks: {consumed:,.0f} tokens/s", flush=True)
+    files = find_files(expand_path("{stdlib}"), extensions=[".py"])
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files.values()]
+    trained = bpe(texts[::10])
+    tokenizing("bytes", load_tokenizer("bytes"), texts, consumed)
+    corpus = tokenizing("BPE", trained, texts, consumed)
+    for seq_len in (1024, 2**17):
+        loading(corpus, seq_len, args.repeats, consumed)
+    long_documents(trained, "".join(texts[:200]), args.repeats)
+
+
+if __name__ == "__main__":
+    main()

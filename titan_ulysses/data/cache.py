@@ -1,0 +1,194 @@
+"""Rows -> a corpus. What takes more than a moment to tokenize is kept on disk, and mapped from there at the next start.
+
+A corpus on disk is a folder named by a hash of content, tokenizer and settings. It is written aside and renamed when
+it is complete, under a lock: the first process on a machine makes it, the others wait, and what a killed process has
+left is nobody's corpus. Sizes and checksums are looked at before it is used; a broken one is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from titan_ulysses.config import SourceSettings
+from titan_ulysses.data.corpus import Corpus, Tally
+from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows, size_of
+from titan_ulysses.data.sources import BadRow, Row, Rows, open_rows
+from titan_ulysses.errors import UserError
+
+SMALL_CHARACTERS = 2**23
+"""Up to here tokenizing again is quicker than starting workers, and a corpus in memory costs nothing."""
+_LAYOUT = 1  # of the files; a new one is a new key
+_BLOCK = 2**22
+
+
+def read_corpus(
+    source: SourceSettings, encoder: Encoder, *, cache_folder: str = "", setting: str = "data.path"
+) -> tuple[Corpus, Tally]:
+    """All documents of `source`. UserError for what is wrong with it, and where it holds no document."""
+    encoder.check(source.source)
+    rows, tally = open_rows(source, setting), Tally()
+    reading = iter(rows)
+    head, goes_on = _small_head(reading)
+
+    def documents() -> Iterator[Encoded]:
+        encoded = encode_rows(chain(head, reading), encoder, workers=_cores() if goes_on else 1)
+        return tally.keep(encoded, setting=setting, skip=source.bad_lines == "skip")
+
+    if goes_on:
+        parts = (_LAYOUT, rows.fingerprint(), encoder.fingerprint(), source.model_dump(exclude={"path", "weight"}))
+        key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        make = _with_bar(documents, rows, tally, setting)
+        corpus, tally = _cached(Path(cache_folder or _default_folder()), key, make, tally, encoder.dtype)
+    else:
+        corpus = Corpus.from_documents(documents())
+    if not len(corpus):
+        why = "; ".join(tally.notes()) or "it is empty"
+        raise UserError(f'{setting} = "{source.path}" has no document to train on ({why}): give data with text in it')
+    return corpus, tally
+
+
+def _small_head(rows: Iterator[Row | BadRow]) -> tuple[list[Row | BadRow], bool]:
+    """The first rows, and whether they are more than is small."""
+    head, size = [], 0
+    for row in rows:
+        head.append(row)
+        size += size_of(row)
+        if size > SMALL_CHARACTERS:
+            return head, True
+    return head, False
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_ulysses"
+
+
+def _cached(
+    folder: Path, key: str, make: Callable[[], Iterator[Encoded]], tally: Tally, dtype: np.dtype
+) -> tuple[Corpus, Tally]:
+    """The corpus in folder/key, made first where it is not there or is broken."""
+    from filelock import FileLock
+
+    final, partial = folder / key, folder / f".{key}.{os.getpid()}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            if found := _open(final):
+                return found
+            shutil.rmtree(final, ignore_errors=True)
+            try:
+                _write(partial, make(), tally, dtype)
+                partial.rename(final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_folder = {folder}: cannot keep the tokenized data there ({error.strerror or error}). Free "
+            "space, or name a folder that can be written."
+        ) from error
+    made = _open(final)
+    assert made, final
+    return made
+
+
+def _write(folder: Path, documents: Iterable[Encoded], tally: Tally, dtype: np.dtype) -> None:
+    folder.mkdir()
+    masked = False
+    with ExitStack() as opened:
+        names = ("tokens", "lengths", "trained")
+        files = {name: _Checked(opened.enter_context(open(folder / f"{name}.bin", "wb"))) for name in names}
+        for ids, trained in documents:
+            files["tokens"].write(ids.astype(dtype))
+            files["lengths"].write(np.array([len(ids)], dtype=np.int64))
+            if trained is not None:
+                assert masked or tally.documents == 1, "a source has masks of all documents or of none"
+                masked = True
+                files["trained"].write(trained)
+        described = {name: file.finish() for name, file in files.items() if name != "trained" or masked}
+    about = {"dtype": np.dtype(dtype).name, "files": described, "tally": asdict(tally)}
+    (folder / "corpus.json").write_text(json.dumps(about))
+
+
+class _Checked:
+    """A file that is written once, and its size and checksum."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._checksum = file, 0
+
+    def write(self, array: np.ndarray) -> None:
+        data = array.tobytes()
+        self._checksum = zlib.crc32(data, self._checksum)
+        self._file.write(data)
+
+    def finish(self) -> list[int]:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return [self._file.tell(), self._checksum]
+
+
+def _open(folder: Path) -> tuple[Corpus, Tally] | None:
+    """The corpus in `folder`, or None where there is none or it is not what was written."""
+    try:
+        about = json.loads((folder / "corpus.json").read_text())
+        found = {name: _map(folder / f"{name}.bin", *told) for name, told in about["files"].items()}
+        tally = Tally(**about["tally"])
+        tokens, lengths = found["tokens"].view(about["dtype"]), found["lengths"].view(np.int64)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    ends = np.cumsum(lengths)
+    trained = found["trained"].view(bool) if "trained" in found else None
+    return Corpus(tokens, ends - lengths, ends, trained), tally
+
+
+def _map(path: Path, size: int, checksum: int) -> np.ndarray:
+    """The file's bytes, not read into memory. ValueError where they are not what was written."""
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has not its {size} bytes")
+    mapped = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
+    found = 0
+    for first in range(0, size, _BLOCK):
+        found = zlib.crc32(mapped[first : first + _BLOCK], found)
+    if found != checksum:
+        raise ValueError(f"{path} has changed")
+    return mapped.view(np.ndarray)
+
+
+def _with_bar(
+    make: Callable[[], Iterator[Encoded]], rows: Rows, tally: Tally, setting: str
+) -> Callable[[], Iterator[Encoded]]:
+    """`make`, with a bar where there is a terminal."""
+
+    def made() -> Iterator[Encoded]:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns: list[Any] = [
+            TextColumn(f"tokenizing {setting}"),
+            BarColumn(),
+            TextColumn("{task.fields[tokens]:,} tokens, ETA"),
+            TimeRemainingColumn(),
+        ]
+        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=rows.total, tokens=0)
+            for document in make():
+                yield document
+                if tally.documents % 64 == 0:
+                    bar.update(task, completed=rows.done, tokens=tally.tokens)
+
+    return made

@@ -1,0 +1,128 @@
+"""Tokenized documents, in memory or mapped from files, and the account of how they came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan_ulysses.data.encoding import Encoded
+from titan_ulysses.data.sources import BadRow
+from titan_ulysses.errors import UserError
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents as spans of one array of tokens, none of them empty."""
+
+    tokens: np.ndarray
+    """[tokens] uint8, uint16 or uint32."""
+    begins: np.ndarray
+    """[documents] int64: document d is tokens[begins[d]:ends[d]]."""
+    ends: np.ndarray
+    """[documents] int64."""
+    trained: np.ndarray | None = None
+    """[tokens] bool, which tokens are to be predicted; None: all of them."""
+
+    @classmethod
+    def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
+        """From 1-D integer arrays of token ids, or `Encoded`; those without a token are left out. The tokens' type is
+        the smallest that holds every id."""
+        ids, masks = [], []
+        for document in documents:
+            encoded = document if isinstance(document, Encoded) else Encoded(document)
+            if len(encoded.ids):
+                # Narrowed one by one, so that a generator of wide arrays never holds more than one of them.
+                ids.append(_narrow(encoded.ids))
+                masks.append(encoded.trained)
+        tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint8)
+        trained = None
+        if any(mask is not None for mask in masks):
+            whole = (np.ones(len(one), bool) if mask is None else mask for one, mask in zip(ids, masks, strict=True))
+            trained = np.concatenate([*whole])
+        ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
+        return cls(tokens, np.append(0, ends)[:-1].astype(np.int64), ends, trained)
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return len(self.begins)
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        assert 0 <= document < len(self), (document, len(self))
+        return self.tokens[self.begins[document] : self.ends[document]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64."""
+        return self.ends - self.begins
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def select(self, documents: np.ndarray) -> Corpus:
+        """Some of the documents, by index or mask; nothing is copied."""
+        return Corpus(self.tokens, self.begins[documents], self.ends[documents], self.trained)
+
+    def split_held_out(self, every: int = 100, *, setting: str = "data.path") -> tuple[Corpus, Corpus]:
+        """(train, held out): the last document of each `every` is held out; of fewer than `every`, the last one.
+
+        Raises `UserError` for a single document, which leaves nothing to train on.
+        """
+        assert every >= 2, every
+        count = len(self)
+        if count < 2:
+            raise UserError(
+                f"validation.path is not set and {setting} has {count} document(s), none to hold out: "
+                "set validation.path, give at least 2 documents, or set validation.enable = false"
+            )
+        held_out = np.zeros(count, dtype=bool)
+        held_out[every - 1 :: every] = True
+        held_out[-1] |= not held_out.any()
+        return self.select(~held_out), self.select(held_out)
+
+
+def _narrow(document: np.ndarray) -> np.ndarray:
+    smallest, largest = int(document.min()), int(document.max())
+    assert document.ndim == 1 and smallest >= 0, (document.shape, smallest)
+    return document.astype(np.min_scalar_type(largest))
+
+
+@dataclass
+class Tally:
+    """What was met on the way from rows to documents; nothing is left out without being counted here."""
+
+    documents: int = 0
+    tokens: int = 0
+    empty: int = 0
+    bad: int = 0
+    first_bad: str = ""
+
+    def keep(self, encoded: Iterable[Encoded | BadRow], *, setting: str, skip: bool) -> Iterator[Encoded]:
+        """The documents that hold a token, counted. UserError for a bad row, unless they are to be skipped."""
+        for document in encoded:
+            if isinstance(document, BadRow):
+                self.bad += 1
+                self.first_bad = self.first_bad or f"{document.place}: {document.reason}"
+                if not skip:
+                    raise UserError(
+                        f"{setting}: {document.place}: {document.reason}. Correct it, or set "
+                        f'{section_of(setting)}.bad_lines = "skip" to leave such lines out and count them'
+                    )
+            elif not len(document.ids):
+                self.empty += 1
+            else:
+                self.documents += 1
+                self.tokens += len(document.ids)
+                yield document
+
+    def notes(self) -> list[str]:
+        """What was left out, if anything."""
+        notes = [f"{self.bad:,} bad line(s) skipped (the first: {self.first_bad})"] if self.bad else []
+        return notes + ([f"{self.empty:,} empty one(s) left out"] if self.empty else [])
+
+
+def section_of(setting: str) -> str:
+    """Where the keys of the source are whose path is `setting`; held-out data is read as [data] says."""
+    return "data" if setting.startswith("validation") else setting.removesuffix(".path")

@@ -1,0 +1,113 @@
+"""Data sets of Hugging Face: a folder of `save_to_disk`, a folder that `load_dataset` reads, a name on the hub."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from titan_ulysses.config import SourceSettings
+from titan_ulysses.data.sources import BadRow, Row, Rows, field_names, read_record
+from titan_ulysses.errors import UserError
+from titan_ulysses.failure import one_line
+
+_SHUFFLE_ROWS = 1000
+
+
+class DatasetRows(Rows):
+    """Each row of one split. With `source.streaming` rows are read as they are needed, and nothing is written."""
+
+    def __init__(self, source: SourceSettings, setting: str) -> None:
+        super().__init__()
+        self.source, self.setting = source, setting
+        with _quiet():
+            self.dataset = self._open()
+        names = self.dataset.column_names  # None: a stream that does not know yet
+        for name in field_names(source) if names is not None else []:
+            if name not in names:
+                raise UserError(
+                    f'{setting} = "{source.path}" has no field "{name}" (it has {", ".join(names)}); text_field, '
+                    "prompt_field and completion_field, or messages_field say which is read"
+                )
+        self.total = None if source.streaming else len(self.dataset)
+
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        return self._read(self.dataset, skip=0)
+
+    def shuffled(self, seed: int, *, skip: int = 0) -> Iterator[Row | BadRow]:
+        """A stream's rows in the order that belongs to `seed` (of its files, and within a buffer), from the skip-th on.
+
+        The rows before are read again, but not tokenized: a buffer's order cannot be entered in the middle.
+        """
+        return self._read(self.dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS), skip=skip)
+
+    def fingerprint(self) -> str:
+        return self.dataset._fingerprint  # no public name, but the one that its own cache is keyed by
+
+    def _read(self, dataset: Any, *, skip: int) -> Iterator[Row | BadRow]:
+        self.done = skip
+        try:
+            for record in islice(dataset, skip, None):
+                self.done += 1
+                yield read_record(record, self.source, f"row {self.done}")
+        except (OSError, ValueError) as error:
+            raise self._refusal(f"fails at row {self.done + 1} ({one_line(error)})") from error
+
+    def _open(self) -> Any:
+        import datasets
+
+        source = self.source
+        if is_saved_dataset(source.path):
+            try:
+                found = datasets.load_from_disk(source.path)
+            except (OSError, ValueError, KeyError) as error:
+                raise self._refusal(f"cannot be opened ({one_line(error)})") from error
+            if isinstance(found, datasets.DatasetDict):
+                if source.split not in found:
+                    raise self._refusal(f'has no split "{source.split}" but {", ".join(found)}: set data.split')
+                found = found[source.split]
+            return found.to_iterable_dataset() if source.streaming else found
+        try:
+            return datasets.load_dataset(
+                source.path, source.subset or None, split=source.split, streaming=source.streaming
+            )
+        except ConnectionError as error:
+            raise self._refusal(
+                f"is no folder here, and the hub cannot be reached ({one_line(error)}): on a machine with network, "
+                f'datasets.load_dataset("{source.path}").save_to_disk(FOLDER), then give that folder'
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:  # what data sets raise, each of their own
+            raise self._refusal(
+                f"cannot be opened ({one_line(error)}): give a folder, a name on the hub, and its data.subset and "
+                "data.split"
+            ) from error
+
+    def _refusal(self, why: str) -> UserError:
+        return UserError(f'{self.setting} = "{self.source.path}" {why}')
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Whether `path` is a folder that `save_to_disk` has written."""
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A hub that is not reached is one message, not six warnings; bars are for terminals."""
+    import datasets
+
+    logger = logging.getLogger("huggingface_hub")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,80 @@
+"""Several streams of sequences as one, in given proportions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from titan_ulysses.data.packing import Sequence, Sequences
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
+_BLOCK = 4096
+
+
+class MixedSequences(Sequences):
+    """Sequence i comes from one of the sources; each source is a stream of its own, with epochs of its own.
+
+    Which one: the fractional part of (seed's offset + i * golden ratio) falls into one of the intervals, as long as
+    the weights, that divide [0, 1). This Weyl sequence is spread so evenly that after any n sequences each source has
+    had its share to within O(log n) of them, also in each global batch. In integers modulo 2^64: the same everywhere.
+    """
+
+    def __init__(self, sources: dict[str, Sequences], weights: list[float], *, seed: int) -> None:
+        assert len(sources) == len(weights) and sources, (sources, weights)
+        self.sources, self.notes = sources, []
+        self._parts = [*sources.values()]
+        self.seq_len = self._parts[0].seq_len
+        total = sum(weights)
+        self.weights = [weight / total for weight in weights]
+        if abs(total - 1) > 1e-6:
+            shares = ", ".join(f"{weight:.4g}" for weight in self.weights)
+            self.notes.append(f"the weights sum to {total:.6g}, not 1: divided by that, they are {shares}")
+        borders = np.cumsum(weights)[:-1] / total
+        self._borders = np.array([min(int(border * 2.0**64), 2**64 - 1) for border in borders], dtype=np.uint64)
+        self._offset = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(1)
+        self._before = [np.zeros(len(sources), dtype=np.int64)]  # sequences of each source before each block
+
+    def __len__(self) -> int:
+        return max(1, int(min(len(part) / weight for part, weight in zip(self._parts, self.weights, strict=True))))
+
+    def __getitem__(self, index: int) -> Sequence:
+        source = int(self._sources(index, index + 1)[0])
+        return self._parts[source][int(self._counts(index)[source])]
+
+    def epochs(self, consumed: int) -> dict[str, float]:
+        counts = self._counts(consumed).tolist()
+        return {name: part.epochs(count) for (name, part), count in zip(self.sources.items(), counts, strict=True)}
+
+    def describe(self) -> str:
+        lines = [
+            f"{weight:.4g} of {name}: {part.describe()}"
+            for (name, part), weight in zip(self.sources.items(), self.weights, strict=True)
+        ]
+        return "\n".join([f"a mixture of {len(lines)}", *lines, *self.notes])
+
+    def position(self, consumed: int) -> dict[str, Any] | None:
+        counts = self._counts(consumed).tolist()
+        found = {name: part.position(n) for (name, part), n in zip(self.sources.items(), counts, strict=True)}
+        return found if any(found.values()) else None
+
+    def seek(self, consumed: int, position: dict[str, Any] | None) -> None:
+        for (name, part), count in zip(self.sources.items(), self._counts(consumed).tolist(), strict=True):
+            part.seek(count, (position or {}).get(name))
+
+    def _sources(self, first: int, last: int) -> np.ndarray:
+        """Which source each of the sequences [first, last) comes from."""
+        with np.errstate(over="ignore"):  # modulo 2^64 is what is meant
+            points = self._offset + np.arange(first, last, dtype=np.uint64) * np.uint64(_GOLDEN)
+        return np.searchsorted(self._borders, points, side="right")
+
+    def _counts(self, index: int) -> np.ndarray:
+        """How many of the sequences before `index` come from each source."""
+        block = index // _BLOCK
+        while len(self._before) <= block:
+            first = (len(self._before) - 1) * _BLOCK
+            self._before.append(self._before[-1] + self._count(first, first + _BLOCK))
+        return self._before[block] + self._count(block * _BLOCK, index)
+
+    def _count(self, first: int, last: int) -> np.ndarray:
+        return np.bincount(self._sources(first, last), minlength=len(self._parts))

@@ -1,0 +1,97 @@
+"""Sequences from a data set that is read while it is trained on: no random access, nothing on disk, no known end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from titan_ulysses.data.corpus import Tally
+from titan_ulysses.data.datasets import DatasetRows
+from titan_ulysses.data.encoding import Encoded, Encoder
+from titan_ulysses.data.packing import Sequence, Sequences, cut, join
+from titan_ulysses.errors import UserError
+
+
+class StreamedSequences(Sequences):
+    """Documents end to end, each epoch's in an order drawn from (seed, epoch): of the data set's files, and of the rows
+    within a buffer.
+
+    Sequences are read in growing order. Each rank tokenizes all of them, also those of other data-parallel ranks, since
+    where one sequence ends says where the next begins. `position` is the row and the token in it at which a sequence
+    begins, the same on every mesh: going on there reads the rows before it again, and tokenizes none of them.
+    """
+
+    def __init__(self, rows: DatasetRows, encoder: Encoder, *, seq_len: int, seed: int, skip_bad: bool = False) -> None:
+        self.rows, self.encoder, self.seq_len, self.seed, self.skip_bad = rows, encoder, seq_len, seed, skip_bad
+        self.notes: list[str] = []
+        self.tally = Tally()
+        self.seek(0, None)
+
+    def __len__(self) -> int:
+        raise AssertionError("a stream has no known length")
+
+    def __getitem__(self, index: int) -> Sequence:
+        self._advance(index)
+        self._index += 1
+        return join(self._pieces(), self.seq_len)
+
+    def epochs(self, consumed: int) -> float:
+        """Whole ones only: how long an epoch is shows when it ends."""
+        return float(self._epoch)
+
+    def describe(self) -> str:
+        return "; ".join(["streamed, end to end", *self.notes])
+
+    def position(self, consumed: int) -> dict[str, int]:
+        self._advance(consumed)
+        return {"epoch": self._epoch, "row": self._row, "offset": self._offset}
+
+    def seek(self, consumed: int, position: dict[str, int] | None) -> None:
+        position = position or {"epoch": 0, "row": 0, "offset": 0}
+        self._index = consumed if any(position.values()) else 0
+        self._epoch, self._row, self._offset = position["epoch"], position["row"], position["offset"]
+        self._documents, self._document = self._read(skip=self._row), None
+        self._is_barren = self._row == 0  # no document has been met in this epoch
+        self._advance(consumed)
+
+    def _advance(self, index: int) -> None:
+        """Go to where sequence `index` begins."""
+        assert index >= self._index, f"a stream goes forward: {index} after {self._index}"
+        for _ in range(self._index, index):
+            for _ in self._pieces():
+                pass
+        self._index = index
+
+    def _pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids, labels) of the next S tokens."""
+        remaining = self.seq_len
+        while remaining:
+            ids, trained = self._current()
+            begin, end = self._offset, min(len(ids), self._offset + remaining)
+            yield cut(ids, trained, begin=begin, end=end, document_end=len(ids))
+            self._offset, remaining = end, remaining - (end - begin)
+
+    def _current(self) -> Encoded:
+        """The document at hand, or the next one where it is used up."""
+        while self._document is None or self._offset >= len(self._document.ids):
+            if self._document is not None:
+                self._row, self._offset, self._document = self._row + 1, 0, None
+            found = next(self._documents, None)
+            if found is not None:
+                (self._row, self._document), self._is_barren = found, False
+                continue
+            if self._is_barren:
+                why = "; ".join(self.tally.notes()) or "it is empty"
+                raise UserError(f"{self.rows.setting} has no document to train on ({why}): give data with text in it")
+            self._epoch, self._row, self._offset = self._epoch + 1, 0, 0
+            self._documents, self._is_barren = self._read(skip=0), True
+        return self._document
+
+    def _read(self, *, skip: int) -> Iterator[tuple[int, Encoded]]:
+        """(row, document) of one epoch, from row `skip` on."""
+        seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])
+        for number, row in enumerate(self.rows.shuffled(seed, skip=skip), start=skip):
+            kept = self.tally.keep([self.encoder(row)], setting=self.rows.setting, skip=self.skip_bad)
+            for document in kept:
+                yield number, document

@@ -1,0 +1,214 @@
+"""Router losses (`output_router_logits = true`): load balancing over all tokens of a micro-batch, on whatever ranks.
+
+transformers' loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6) over the N rows of logits that the routers
+of all layers make of a micro-batch's tokens, padding left out, where p is the softmax over the E experts:
+
+    aux = E * sum_e F_e * P_e / N^2,    F_e: rows that have expert e among their top k,    P_e: sum of the rows' p_e
+
+A micro-batch is what all ranks train on in one forward, data-parallel ones too: aux does not depend on how many share
+it. Over a step of several, each adds (its labels / the step's labels) * (its mean cross-entropy + coefficient * aux):
+the mean of what transformers returns for each of them, weighted by labels as cross-entropy is.
+
+The product is of sums over everything, so no rank can differentiate its own part of it alone. But F and N are counts:
+once they are known, d aux / d p_e is E * F_e / N^2 in every row, and gradients add up over rows, tiles, layers and
+ranks. So the routers count while forward runs, one all-reduce at its end brings F, P and N together (none on the layer
+path), and in backward each router's logits get their gradient where they were made. Under activation checkpointing no
+logits are kept for it.
+
+A layer may be computed again in backward, whole (torch's checkpoint) or tile by tile. Which forward it belongs to is a
+context variable: whoever computes it again, and differentiates that, must do so in the `contextvars.copy_context()` of
+its forward, in the same order of tiles. torch's checkpoint needs nothing, because it differentiates the first graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from titan_ulysses.errors import UserError
+
+_LOSS_FUNCTION = "load_balancing_loss_func"
+_LOSS_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+"""Of the function above, of which every family's file has a copy; what takes other arguments is another loss."""
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The router loss of one model."""
+
+    coefficient: float
+    top_k: int
+
+    @contextmanager
+    def forward_pass(self, *, count: bool, mask: Tensor | None) -> Iterator[Pass]:
+        """Let the routers that run meanwhile belong to a new pass; mask [B, T] is 0 at padding."""
+        current = Pass(self.top_k, counting=count, mask=mask)
+        token = _current.set(current)
+        try:
+            yield current
+        finally:
+            _current.reset(token)
+            current.counting = False
+
+
+class Pass:
+    """One forward: what its routers have counted, then what its backward needs to know."""
+
+    def __init__(self, top_k: int, *, counting: bool, mask: Tensor | None) -> None:
+        self.top_k, self.counting = top_k, counting
+        self._mask = None if mask is None else mask.flatten()
+        self._next_row: dict[nn.Module, int] = {}
+        self._sums: Tensor | None = None
+        self.slope: Tensor | None = None
+        """[E]: the derivative of what is differentiated by any p_e; known when backward reaches the layers."""
+
+    def rows_of(self, router: nn.Module, logits: Tensor) -> Tensor | None:
+        """[n, 1]: 0 at padding, for the next n rows that router sees; None where nothing is padding.
+
+        After the last row comes the first: a layer that is computed again starts over.
+        """
+        if self._mask is None:
+            return None
+        start, count = self._next_row.get(router, 0), len(logits)
+        assert start + count <= len(self._mask), (
+            "a router did not see all tokens, in order, before the first came again"
+        )
+        self._next_row[router] = (start + count) % len(self._mask)
+        return self._mask[start : start + count, None]
+
+    @torch.no_grad()
+    def count(self, logits: Tensor, rows: Tensor | None) -> None:
+        """Add logits [n, E] to F, P and N. In fp64, so that the number of parts does not show in fp32."""
+        probabilities = _probabilities(logits)
+        chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(self.top_k).indices, 1)
+        number = probabilities.new_full((1,), len(logits))
+        if rows is not None:
+            chosen, probabilities, number = chosen * rows, probabilities * rows, rows.sum(0)
+        sums = torch.cat([chosen.sum(0), probabilities.sum(0, dtype=torch.float64), number])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def close(self, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+        """Collective. What leaves the last layer -> the same, the loss of all ranks (fp32 or wider), all their labels.
+
+        The gradient of the loss is of this rank's tokens. Whatever is made of the last layer's output must be made of
+        what is returned: backward then knows the loss's own gradient before it reaches a router.
+        """
+        assert self._sums is not None, "no router has run"
+        return _Close.apply(self, self._sums, hidden, labels, group)
+
+
+_current: ContextVar[Pass | None] = ContextVar("the forward pass that routers belong to", default=None)
+
+
+def router_loss_of(model: PreTrainedModel, decoder: nn.Module) -> RouterLoss | None:
+    """The router loss that model's config asks for, its routers made ready for it; None where it asks for none."""
+    if not getattr(model.config, "output_router_logits", False):
+        return None
+    coefficient, top_k = (getattr(model, name, None) for name in ("router_aux_loss_coef", "num_experts_per_tok"))
+    recorder = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits")
+    target, place = getattr(recorder, "target_class", None), getattr(recorder, "layer_name", None)
+    routers = [
+        module
+        for name, module in decoder.named_modules()
+        if target is not None and isinstance(module, target) and (place is None or f".{place}." in f".{name}.")
+    ]
+    if not routers or coefficient is None or top_k is None:
+        raise UserError(
+            f'model: "{model.config.model_type}" has output_router_logits = true, but '
+            f"{'its routers' if not routers else 'the weight of its router loss'} cannot be found. "
+            "Set output_router_logits = false to train without a router loss."
+        )
+    for router in routers:
+        router.register_forward_hook(partial(_attach, recorder.index))
+    return RouterLoss(coefficient, top_k)
+
+
+def unknown_router_loss(config: PreTrainedConfig) -> str | None:
+    """What about the router loss that config asks for is not the one above; None where nothing is."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if family is None or not getattr(config, "output_router_logits", False):
+        return None
+    function = getattr(sys.modules[family.__module__], _LOSS_FUNCTION, None)
+    if function is None:
+        return "router losses (output_router_logits), of which transformers has none for it"
+    if list(signature(function).parameters) != _LOSS_ARGUMENTS:
+        return "router losses (output_router_logits) of its own kind"
+    return None
+
+
+@torch.compiler.disable
+def _attach(index: int, router: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
+    """After a router has run: count its logits, and let the gradient of the loss join where its outputs are used.
+
+    Most families use the weights that a router makes of its logits, not the logits: so all its outputs pass through
+    one node, which adds to the logits' gradient. It is made in recomputations too, which must save the same tensors.
+    """
+    outputs = list(output) if isinstance(output, tuple) else [output]
+    logits, current = outputs[index], _current.get()
+    rows = current.rows_of(router, logits) if current is not None else None
+    if current is not None and current.counting:
+        current.count(logits, rows)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return output
+    others = [i for i, x in enumerate(outputs) if i != index and isinstance(x, Tensor) and x.requires_grad]
+    passed = _Attach.apply(current, rows, logits, *(outputs[i] for i in others))
+    for i, x in zip((index, *others), passed, strict=True):
+        outputs[i] = x
+    return tuple(outputs) if isinstance(output, tuple) else outputs[0]
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+
+
+class _Attach(torch.autograd.Function):
+    """A router's outputs as they are; backward adds the loss's gradient to that of its logits."""
+
+    @staticmethod
+    def forward(ctx, current: Pass | None, rows: Tensor | None, logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits)
+        ctx.current, ctx.rows = current, rows
+        return logits, *others
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *others: Tensor | None):
+        assert ctx.current is not None, "a router was computed again outside of its forward's context variables"
+        if ctx.current.slope is not None:  # otherwise only the logits of the model were asked for
+            (logits,) = ctx.saved_tensors
+            probabilities = _probabilities(logits)
+            weighted = probabilities * ctx.current.slope.to(probabilities.dtype)
+            own = weighted - probabilities * weighted.sum(-1, keepdim=True)
+            own = (own if ctx.rows is None else own * ctx.rows).to(logits.dtype)
+            grad = own if grad is None else grad + own
+        return None, None, grad, *others
+
+
+class _Close(torch.autograd.Function):
+    """Brings the ranks' counts together; backward knows the loss's gradient and goes on to the last layer."""
+
+    @staticmethod
+    def forward(ctx, current: Pass, sums: Tensor, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup):
+        totals = torch.cat([sums, labels[None].to(sums.dtype)])
+        dist.all_reduce(totals, group=group)
+        chosen, probabilities = totals[:-2].chunk(2)
+        ctx.current, ctx.slope = current, len(chosen) * chosen / totals[-2].clamp(min=1) ** 2
+        labels = totals[-1].to(labels.dtype)
+        ctx.mark_non_differentiable(labels)
+        loss = (ctx.slope * probabilities).sum().to(torch.promote_types(hidden.dtype, torch.float32))
+        return hidden, loss, labels
+
+    @staticmethod
+    def backward(ctx, grad_hidden: Tensor, upstream: Tensor, _):
+        ctx.current.slope = ctx.slope * upstream
+        return None, None, grad_hidden, None, None
