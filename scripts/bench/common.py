@@ -74,7 +74,7 @@ def training_step(
     optimizer = build_optimizer(built.parameters(), Optimizer())
 
     def step(seq_len: int, index: int = 0) -> tuple[Any, Any]:
-        return train_step(built, optimizer, [_batch(sequence(index, seq_len), mesh)], mesh, max_norm=1.0)
+        return train_step(built, optimizer, [_batch(sequence(index, seq_len), mesh)], mesh, max_norm=1.0)[:2]
 
     return step
 
