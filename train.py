@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from titan_ulysses.command_line import parse_command_line
@@ -16,6 +17,11 @@ def main(argv: list[str]) -> None:
     if command.print_config:
         print(dump_toml(config), end="")
         return
+    if command.plan:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same plan on every machine; before torch is imported
+        from titan_ulysses.plan.report import plan_and_report
+
+        return plan_and_report(config)
     expand_segments()
     from titan_ulysses.trainer import Trainer  # torch and transformers: only now, so that --help is quick
 

@@ -21,6 +21,7 @@ class CommandLine(NamedTuple):
     config_path: Path
     overrides: list[tuple[str, Any]]  # ("section.key", value), in the order given: the last one counts
     print_config: bool
+    plan: bool = False
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
@@ -28,7 +29,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
 
     `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option or lacks its value.
     """
-    config_path, overrides, print_config = "", [], False
+    config_path, overrides, print_config, plan = "", [], False, False
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -39,6 +40,8 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         value = text if equals else None
         if argument == "--print-config":
             print_config = True
+        elif argument == "--plan":
+            plan = True
         elif option == "--config" or (option.startswith("--") and "." in option):
             if value is None and rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
@@ -51,7 +54,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             raise UserError(_explain_option(argument), exit_code=2)
     if not config_path:
         raise UserError("--config is missing: say which TOML file to run, as in --config configs/X.toml", exit_code=2)
-    return CommandLine(Path(config_path), overrides, print_config)
+    return CommandLine(Path(config_path), overrides, print_config, plan)
 
 
 def _explain_option(argument: str) -> str:
@@ -60,7 +63,7 @@ def _explain_option(argument: str) -> str:
     if not argument.startswith("-"):
         return f"{argument}: unexpected; settings are written --section.key value, lists 0.9,0.95 without spaces"
     name = argument.lstrip("-").partition("=")[0]
-    near = get_close_matches(name, ["config", "print-config", "help", *KEYS], n=1)
+    near = get_close_matches(name, ["config", "print-config", "plan", "help", *KEYS], n=1)
     near = near or nearest_keys("", name).split()[:1]
     return f"{argument}: no such option; " + (f"did you mean --{near[0]}?" if near else "see --help")
 
@@ -105,6 +108,7 @@ def usage() -> str:
     lines = [
         "usage: torchrun --nproc-per-node N train.py --config X.toml [--section.key value ...]",
         "       python train.py --config X.toml --print-config    show the resolved settings and stop",
+        "       python train.py --config X.toml --plan            does it fit these GPUs, and what binds? Needs none",
         "       python train.py --help",
         "",
         "Every setting is a key of the TOML file and an option. Lists: 0.9,0.95 or [0.9,0.95]. Tables, key by key:",

@@ -243,6 +243,17 @@ class Validation(Section):
     split: str = Field("", description="hf, chat: split of the held-out data set; empty: data.split.")
 
 
+class Plan(Section):
+    gpu: str = Field("H100-80GB", min_length=1, description="GPU to plan for: A100-80GB, H100-80GB, H200, B200.")
+    gpu_memory_gib: float = Field(0, ge=0, description="Its memory, where it is not that of plan.gpu; 0: plan.gpu's.")
+    host_memory_gib: float = Field(0, ge=0, description="Host memory of a node; 0: not known, not looked at.")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs of a node.")
+    world_size: int = Field(0, ge=0, description="GPUs to plan for; 0: the product of the degrees in [parallelism].")
+    search: bool = Field(False, description="Look for the longest sequence that fits, and for the settings it takes.")
+    ladder: bool = Field(False, description="Plan what each feature adds to the longest sequence, one after the other.")
+    enforce: bool = Field(False, description="Refuse to start a run whose plan does not fit.")
+
+
 class Metrics(Section):
     log_interval: int = Field(1, ge=1, description="Steps between log lines.")
 
@@ -264,6 +275,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     metrics: Metrics = Metrics()
+    plan: Plan = Plan()
 
     @model_validator(mode="after")
     def _settings_that_exclude_each_other(self) -> Config:

@@ -71,8 +71,7 @@ def parallelize(
     if isinstance(attention, str):
         needs, device_type = attention_needs(model.config), mesh.device.type
         attention, _ = choose_core(attention, needs, device_type=device_type, dtype=param_dtype)
-    # Nothing is cast: activations have the dtype that parameters give them, also where a checkpoint computes again.
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    policy = precision(param_dtype, reduce_dtype)
     options = {
         "loss_tile_tokens": loss_tile_tokens,
         "mlp_tile_tokens": mlp_tile_tokens,
@@ -86,6 +85,12 @@ def parallelize(
         prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain))
     kept = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if parameter_offload else OffloadPolicy()
     return wrap(model, mesh, attention, policy, kept, **options)
+
+
+def precision(param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """FSDP's policy for the dtypes that are computed with, and in which gradients are summed."""
+    # Nothing is cast: activations have the dtype that parameters give them, also where a checkpoint computes again.
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
 
 
 def wrap(

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from rich import markup
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.collectives import CollectiveCounter
@@ -26,6 +28,7 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.memory.optimizer import (
@@ -41,7 +44,8 @@ from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_toke
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.parallelize import find_blocks, parallelize
-from titan_ulysses.ulysses.cores import choose_core
+from titan_ulysses.plan.preflight import Preflight
+from titan_ulysses.ulysses.cores import Core, choose_core
 
 
 class Trainer:
@@ -84,12 +88,15 @@ class Trainer:
         degrees = self.degrees
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
-        self.model = self._build_model(model_config)
+        self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
+        hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
+        self.preflight = self._start_preflight()
         offload = config.memory.optimizer_offload
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
+        self._check_plan()
         self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
@@ -105,35 +112,6 @@ class Trainer:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
         )
-
-    def _build_model(self, model_config):
-        """Meta device -> wrapped and sharded -> memory for this rank's shards. Values come later."""
-        config, checkpoint = self.config, self.config.activation_checkpoint
-        compute = getattr(torch, config.training.param_dtype)
-        master = compute if config.optimizer.stochastic_rounding else torch.promote_types(compute, torch.float32)
-        model = hf.build_on_meta(model_config, dtype=master)
-        self.float8_layers = 0
-        if config.quantize.float8:
-            tokens = math.gcd(self.batch_tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
-            self.float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
-        parallelize(
-            model,
-            self.mesh,
-            attention=self.core,
-            loss_tile_tokens=config.memory.loss_tile_tokens,
-            mlp_tile_tokens=config.memory.mlp_tile_tokens,
-            checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
-            offload=checkpoint.offload,
-            offload_folder=checkpoint.offload_folder or None,
-            parameter_offload=config.memory.parameter_offload,
-            compile=config.compile.enable,
-            z_loss=config.training.z_loss,
-            param_dtype=compute,
-            reduce_dtype=getattr(torch, config.training.reduce_dtype),
-        )
-        check_shards(model.parameters(), config.optimizer)
-        hf.allocate(model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
-        return model.train()
 
     def _check_memory(self, model_config) -> None:
         """Raise UserError where checkpoints that leave the device find no room on this node, or nothing compiles."""
@@ -186,6 +164,26 @@ class Trainer:
             hf.initialize(self.model, self.config.training.seed)
         return 0
 
+    def _start_preflight(self) -> Preflight | None:
+        """On rank 0: the plan of this run, made while the weights are filled."""
+        if dist.get_rank():
+            return None
+        device, parameters = self.mesh.device, sum(p.numel() for p in self.model.parameters())
+        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        return Preflight(
+            self.config,
+            world_size=dist.get_world_size(),
+            parameters=parameters,
+            gpu_memory=gpu and gpu.total_memory,
+            gpu=gpu.name if gpu else "",
+        )
+
+    def _check_plan(self) -> None:
+        """UserError, on every rank, where plan.enforce is set and the plan does not fit."""
+        self.plan_lines = self.preflight.lines() if self.preflight else []
+        if obstacle := first_failure(self.preflight.obstacle() if self.preflight else None):
+            raise UserError(obstacle)
+
     def _describe(self) -> None:
         d, t, mesh = self.degrees, self.config.training, self.mesh
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -197,7 +195,8 @@ class Trainer:
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
             + self._memory_notes()
-            + (f"\nresumed from step {self.step}" if self.step else ""),
+            + (f"\nresumed from step {self.step}" if self.step else "")
+            + "".join(f"\n{line}" for line in self.plan_lines),
             highlight=False,
             soft_wrap=True,
         )
@@ -272,7 +271,12 @@ class Trainer:
             group["lr"] = lr
         # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
-            shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+            try:
+                shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+            except torch.OutOfMemoryError:
+                if self.preflight:
+                    self._say(self.preflight.components())
+                raise
         if counter:
             self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
@@ -322,6 +326,8 @@ class Trainer:
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
             logger.log(self.step, values)
+            if self.preflight and (line := self.preflight.measured(values["peak_memory_gib"])):
+                self._say(line)
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -399,6 +405,41 @@ class Trainer:
     def _say(self, text: str) -> None:
         """As it is: a path broken into lines cannot be copied, and brackets in it are no markup."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def build_model(
+    config: Config, model_config: PreTrainedConfig, mesh: Mesh, core: Core, *, wrap: Callable[..., Any] = parallelize
+) -> tuple[PreTrainedModel, int]:
+    """On the meta device, wrapped and sharded; and how many of its layers compute in float8.
+
+    `hf.allocate` gives it memory for this rank's shards. wrap: what parallelizes the model, in place; the planner has
+    one that makes no collective.
+    """
+    checkpoint, compute = config.activation_checkpoint, getattr(torch, config.training.param_dtype)
+    master = compute if config.optimizer.stochastic_rounding else torch.promote_types(compute, torch.float32)
+    model = hf.build_on_meta(model_config, dtype=master)
+    float8_layers = 0
+    if config.quantize.float8:
+        tokens = config.training.local_batch_size * config.training.seq_len // mesh.sp.size()
+        tokens = math.gcd(tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
+        float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
+    wrap(
+        model,
+        mesh,
+        attention=core,
+        loss_tile_tokens=config.memory.loss_tile_tokens,
+        mlp_tile_tokens=config.memory.mlp_tile_tokens,
+        checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
+        offload=checkpoint.offload,
+        offload_folder=checkpoint.offload_folder or None,
+        parameter_offload=config.memory.parameter_offload,
+        compile=config.compile.enable,
+        z_loss=config.training.z_loss,
+        param_dtype=compute,
+        reduce_dtype=getattr(torch, config.training.reduce_dtype),
+    )
+    check_shards(model.parameters(), config.optimizer)
+    return model.train(), float8_layers
 
 
 class Step(NamedTuple):

@@ -50,6 +50,11 @@ class CheckpointedBlock(ActivationWrapper):
         super().__init__(block)
         self._segment, self._position = segment, position
 
+    @property
+    def is_first(self) -> bool:
+        """Whether what it is called with is what its segment keeps."""
+        return self._position == 0
+
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Any:
         if not torch.is_grad_enabled():
             return self._checkpoint_wrapped_module(hidden_states, *args, **kwargs)

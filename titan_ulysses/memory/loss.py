@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.memory.tiling import tiles
 
 _AUTOMATIC_TILE_BYTES = 64 * 2**20
 
@@ -94,8 +95,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if needs_rows else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
-        for start in range(0, len(rows), tile_tokens):
-            tile = slice(start, start + tile_tokens)
+        for tile in tiles(len(rows), tile_tokens):
             logits = F.linear(rows[tile], weight, bias).to(wide)
             loss, grad_logits = _tile_loss(logits, labels[tile], *shape, any(needs))
             total += loss
@@ -128,8 +128,7 @@ def _each_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None, label
     tile_tokens, scale, softcap, _ = options
     wide = torch.promote_types(rows.dtype, torch.float32)
     each = torch.empty(len(rows), dtype=wide, device=rows.device)
-    for start in range(0, len(rows), tile_tokens):
-        tile = slice(start, start + tile_tokens)
+    for tile in tiles(len(rows), tile_tokens):
         logits = _shape_scores(F.linear(rows[tile], weight, bias).to(wide), scale, softcap)
         each[tile] = _cross_entropy(logits, labels[tile])[0]
     return each

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -90,17 +91,20 @@ class Store:
 
 
 class CudaStore(Store):
-    """The same for a CUDA device: copies beside the computation, fetched one segment ahead."""
+    """The same for a CUDA device: copies beside the computation, fetched one segment ahead.
 
-    def __init__(self, make_slab: Callable[[int, torch.device], Tensor]):
+    cuda: the module of its streams. Those of torch.cpu do nothing, which is how the planner sees what is alive.
+    """
+
+    def __init__(self, make_slab: Callable[[int, torch.device], Tensor], cuda: ModuleType = torch.cuda):
         super().__init__(make_slab)
-        self.stream = torch.cuda.Stream()
+        self.cuda, self.stream = cuda, cuda.Stream()
         self._leaving: deque[tuple[weakref.ref[Kept], Tensor, torch.cuda.Event]] = deque()
 
     def put(self, x: Tensor, kept: Kept) -> None:
-        compute = torch.cuda.current_stream()
+        compute = self.cuda.current_stream()
         self.stream.wait_stream(compute)
-        with torch.cuda.stream(self.stream):
+        with self.cuda.stream(self.stream):
             kept.view().copy_(x, non_blocking=True)
             self._leaving.append((weakref.ref(kept), x, self.stream.record_event()))
         while len(self._leaving) > 1:
@@ -115,7 +119,7 @@ class CudaStore(Store):
             self._fetch(kept)
         x, arrived = kept.fetched
         kept.fetched = None
-        torch.cuda.current_stream().wait_event(arrived)
+        self.cuda.current_stream().wait_event(arrived)
         before = kept.before()
         if before is not None and before.fetched is None:
             self._fetch(before)
@@ -124,8 +128,8 @@ class CudaStore(Store):
     def _fetch(self, kept: Kept) -> None:
         """Start the copy. The memory is the compute stream's, which will free it: it must be its own by now."""
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        self.stream.wait_stream(self.cuda.current_stream())
+        with self.cuda.stream(self.stream):
             x.copy_(kept.view(), non_blocking=True)
             kept.fetched = x, self.stream.record_event()
 

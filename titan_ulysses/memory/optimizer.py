@@ -35,15 +35,20 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, offload: bool = False
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    *,
+    offload: bool = False,
+    device_type: str | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) over all parameters that are trained; sharded parameters get sharded state.
 
     offload: the state lives in host memory, and visits the device a parameter at a time. Parameters that are on the
     host themselves (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their state and their step there in any case.
+    device_type: where they are to be taken to be, by who only plans (None: where they are).
     """
     trained = [p for p in parameters if p.requires_grad]
-    offload = offload and any(p.device.type != "cpu" for p in trained)
+    offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
     options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if config.name == "adamw" and not config.stochastic_rounding and not offload:
         return torch.optim.AdamW(trained, **options, fused=True)

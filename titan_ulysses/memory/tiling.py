@@ -12,8 +12,8 @@ the others are needed, so that the mean is 3 - 1/k.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import copy_context
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar, copy_context
 from typing import Any
 
 import torch
@@ -21,6 +21,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titan_ulysses.memory.checkpointing import output_is_needed
+
+_visit: ContextVar[Callable[[list[slice]], Iterable[slice]]] = ContextVar("_visit", default=iter)
+
+
+def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
+    """The tiles of so many rows, in order; the last one may be smaller."""
+    return _visit.get()([slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)])
+
+
+@contextlib.contextmanager
+def visiting(visit: Callable[[list[slice]], Iterable[slice]]) -> Iterator[None]:
+    """Let visit say which tiles are computed at all, on this thread: for who computes no values, as the planner."""
+    token = _visit.set(visit)
+    try:
+        yield
+    finally:
+        _visit.reset(token)
 
 
 def tile_mlp(mlp: nn.Module, before: nn.Module | None, after: nn.Module | None, *, tile_tokens: int) -> None:
@@ -81,11 +98,6 @@ class Tiled:
         """Those that fn holds now: under FSDP the gathered ones."""
         return list(self.fn.parameters())
 
-    def tiles(self, rows: Tensor) -> Iterator[slice]:
-        """Slices of the rows [N, h]."""
-        for start in range(0, len(rows), self.tile_tokens):
-            yield slice(start, start + self.tile_tokens)
-
     def can_skip(self) -> bool:
         """Whether this is a recomputation that only needs the rows. Random numbers that others draw must not move."""
         return self.ends_block and not self.draws_random_numbers and not output_is_needed()
@@ -95,7 +107,7 @@ class Tiled:
         if self.can_skip():
             return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)  # no memory: nobody looks at it
         before, output = _rng_state(rows.device), None
-        for tile in self.tiles(rows):
+        for tile in tiles(len(rows), self.tile_tokens):
             y = self.fn(rows[None, tile])
             if output is None:
                 output = y.new_empty(rows.shape)
@@ -113,7 +125,7 @@ class Tiled:
         grads: list[Tensor | None] = [None] * len(inputs)
         if needs[0]:
             grads[0] = torch.empty_like(rows)
-        for tile in self.tiles(rows):
+        for tile in tiles(len(rows), self.tile_tokens):
             x = rows[None, tile].detach().requires_grad_(needs[0])
             with torch.enable_grad():
                 y = self.fn(x).view(x.shape)

@@ -1,0 +1,342 @@
+"""The planner against real ranks: peak of live tensor bytes, resident memory, bytes and counts of collectives.
+
+    python scripts/bench/plan_accuracy.py                 all configurations
+    python scripts/bench/plan_accuracy.py --only tied     those whose name contains "tied"
+    python scripts/bench/plan_accuracy.py --small         three tiny ones, as the tests do
+
+The truth is what the allocator tells torch's profiler in the real run, on gloo ranks: it knows nothing of the planner.
+Where more than 2 GiB are alive, the resident set is compared too, under an allocator that gives memory back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import ALLOCATOR, launch, run
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2**22,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration of the comparison."""
+
+    name: str
+    ranks: int
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    documents: list[int] | None = None
+    """lengths of the documents of a row; None: one"""
+    resident: bool = False
+    """more than 2 GiB are alive: the resident set is looked at"""
+
+
+def case(name: str, ranks: int = 1, *, documents=None, resident=False, model=None, **settings) -> Case:
+    """settings: section__key = value."""
+    table: dict[str, Any] = {}
+    for key, value in settings.items():
+        section, _, name_of_it = key.partition("__")
+        table.setdefault(section, {})[name_of_it] = value
+    table.setdefault("training", {}).setdefault("param_dtype", "float32")
+    return Case(name, ranks, LLAMA | (model or {}), table, documents, resident)
+
+
+SMALL = [
+    case("small, one rank", 1, training__seq_len=4096, memory__mlp_tile_tokens=512, memory__loss_tile_tokens=100),
+    case(
+        "small, P 2, bf16, offload, tied",
+        2,
+        model={"tie_word_embeddings": True},
+        training__seq_len=4096,
+        training__param_dtype="bfloat16",
+        parallelism__sequence_parallel_degree=2,
+        activation_checkpoint__every=2,
+        activation_checkpoint__offload="host",
+        memory__mlp_tile_tokens=300,
+    ),
+    case(
+        "small, P 2, packed, two batches, no checkpoints",
+        2,
+        documents=[1000, 24, 1024],
+        training__seq_len=2048,
+        training__global_batch_size=3,
+        parallelism__sequence_parallel_degree=2,
+        activation_checkpoint__mode="none",
+    ),
+]
+
+BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
+QWEN3 = {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 3}
+GEMMA2 = {"model_type": "gemma2", "head_dim": 16, "sliding_window": 256, "attn_logit_softcapping": 50.0}
+OLMO2 = {"model_type": "olmo2", "num_hidden_layers": 5}
+WIDE_VOCABULARY = {"vocab_size": 32768, "num_hidden_layers": 2}
+DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8192}
+
+CASES = [
+    case("attention, P 4, bf16", 4, training__seq_len=16384, training__param_dtype="bfloat16",
+         parallelism__sequence_parallel_degree=4, memory__mlp_tile_tokens=256),
+    case("attention, P 2, every 2", 2, model=QWEN3, training__seq_len=8192,
+         parallelism__sequence_parallel_degree=2, activation_checkpoint__every=2, memory__mlp_tile_tokens=256),
+    case("MLP, untiled, dp 2", 2, training__seq_len=4096, memory__mlp_tile_tokens=-1,
+         model={"intermediate_size": 1024}),
+    case("loss, untiled, dp 2", 2, model=WIDE_VOCABULARY, training__seq_len=4096, memory__loss_tile_tokens=-1),
+    case("loss, tiled, P 2, bf16", 2, model=WIDE_VOCABULARY | {"tie_word_embeddings": True}, training__seq_len=2048,
+         training__param_dtype="bfloat16", parallelism__sequence_parallel_degree=2, memory__loss_tile_tokens=512),
+    case("optimizer, deep, short", 1, model=DEEP, training__seq_len=128),
+    case("optimizer, 8 bits, P 2", 2, model=DEEP, training__seq_len=128, optimizer__name="adamw8bit",
+         parallelism__sequence_parallel_degree=2),
+    case("olmo2, dp 2 x P 2, every 3", 4, model=OLMO2, training__seq_len=4096,
+         parallelism__sequence_parallel_degree=2, activation_checkpoint__every=3, memory__mlp_tile_tokens=512),
+    case("HSDP 2 x P 2, offload", 4, training__seq_len=4096, training__param_dtype="bfloat16",
+         parallelism__data_parallel_replicate_degree=2, parallelism__sequence_parallel_degree=2,
+         activation_checkpoint__offload="host"),
+    case("gemma2, packed, two rows", 1, model=GEMMA2, documents=[100, 924], training__seq_len=1024,
+         training__local_batch_size=2),
+    case("3 heads on 2 ranks, tiles", 2, model={"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32},
+         training__seq_len=6000, parallelism__sequence_parallel_degree=2, memory__mlp_tile_tokens=700),
+    case("resident, P 1, fp32", 1, model=BIG, resident=True, training__seq_len=65536, memory__mlp_tile_tokens=2048),
+    case("resident, MLP untiled", 1, model=BIG, resident=True, training__seq_len=49152, memory__mlp_tile_tokens=-1),
+    case("resident, loss untiled", 1, model=BIG | {"vocab_size": 32768}, resident=True, training__seq_len=8192,
+         memory__loss_tile_tokens=-1),
+    case("resident, P 2, offload", 2, model=BIG, resident=True, training__seq_len=98304,
+         parallelism__sequence_parallel_degree=2, activation_checkpoint__offload="host"),
+]  # fmt: skip
+
+# --- what is planned --------------------------------------------------------------------------------------------------
+
+
+def resolve(case: Case) -> tuple[Any, Any, Any, Any]:
+    """The config, the transformers config, the mesh's degrees and the core of a case."""
+    import torch
+
+    from titan_ulysses.config import Config, check
+    from titan_ulysses.model import hf
+    from titan_ulysses.model.families import attention_needs
+    from titan_ulysses.ulysses.cores import choose_core
+
+    config = Config.model_validate({"model": {"config": case.model, "tokenizer": "bytes"}} | case.settings)
+    model_config = hf.load_model_config("", case.model)
+    degrees = check(config, world_size=case.ranks, model_config=model_config, num_token_ids=257)
+    dtype = getattr(torch, config.training.param_dtype)
+    core, _ = choose_core(config.model.attention, attention_needs(model_config), device_type="cpu", dtype=dtype)
+    return config, model_config, degrees, core
+
+
+def documents_of(case: Case, config: Any) -> tuple[tuple[int, ...], ...]:
+    row = tuple(case.documents or [config.training.seq_len])
+    return (row,) * config.training.local_batch_size
+
+
+def planned(case: Case) -> dict:
+    """What the planner says of rank 0."""
+    from titan_ulysses.plan.simulate import simulate
+
+    config, model_config, degrees, core = resolve(case)
+    simulation = simulate(
+        config,
+        model_config=model_config,
+        degrees=degrees,
+        core=core,
+        cuda=False,
+        documents=documents_of(case, config),
+    )
+    peak = simulation.memory.peak("device", "host", first=simulation.start)
+    return {
+        "peak": peak.bytes,
+        "where": peak.moment.owner.component,
+        "phase": peak.moment.phase,
+        "collectives": {kind: list(count) for kind, count in simulation.collectives.items()},
+        "components": peak.components,
+    }
+
+
+# --- what is true -----------------------------------------------------------------------------------------------------
+
+
+def train(case: Case, *, steps: int, before: Any = None) -> Any:
+    """Train on this rank, with random tokens; before(step) is called before each step. Returns the collectives."""
+    import torch
+
+    from titan_ulysses.collectives import CollectiveCounter
+    from titan_ulysses.data.loader import Batch
+    from titan_ulysses.memory.optimizer import build_optimizer
+    from titan_ulysses.mesh import build_mesh
+    from titan_ulysses.model import hf
+    from titan_ulysses.trainer import build_model, train_step
+
+    config, model_config, degrees, core = resolve(case)
+    mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
+    model, _ = build_model(config, model_config, mesh, core)
+    hf.allocate(model, mesh.device)
+    hf.initialize(model, seed=0)
+    optimizer = build_optimizer(model.parameters(), config.optimizer)
+    rows, tokens = config.training.local_batch_size, config.training.seq_len // degrees.sequence
+
+    def batch() -> Batch:
+        ids = torch.randint(model_config.vocab_size, (rows, tokens))
+        positions = torch.arange(tokens).expand(rows, tokens).contiguous()
+        return Batch(ids, ids.clone(), positions, documents_of(case, config))
+
+    batches = [batch() for _ in range(degrees.accumulation_steps)]
+    for step in range(steps):
+        if before:
+            before(step)
+        with CollectiveCounter() as counter:
+            train_step(model, optimizer, batches, mesh, max_norm=config.training.max_norm)
+    return counter.counts
+
+
+def profiled(case: Case) -> dict | None:
+    """On every rank: what the allocator says of a run of two steps. Rank 0's is returned."""
+    import torch.distributed as dist
+
+    from titan_ulysses.mesh import init_distributed
+
+    init_distributed()
+    measured = measure(case)
+    return measured if dist.get_rank() == 0 else None
+
+
+def measure(case: Case) -> dict:
+    """The highest sum of the allocator's events from the first step on, and the collectives of the second step."""
+    import torch
+
+    def mark(step: int) -> None:
+        with torch.profiler.record_function(f"step {step} begins"):
+            pass
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, patience_with_gloo():
+        collectives = train(case, steps=2, before=mark)
+    events = profile.profiler.kineto_results.events()
+    began = next(event.start_ns() for event in events if event.name() == "step 0 begins")
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    alive = peak = 0
+    for when, change in changes:
+        alive += change
+        if when >= began:
+            peak = max(peak, alive)
+    return {"peak": peak, "collectives": {kind: list(count) for kind, count in collectives.items()}}
+
+
+def patience_with_gloo() -> Any:
+    """A mode that waits after each collective until gloo's thread has let go of its tensors.
+
+    Otherwise it may be that thread which releases them, and the profiler hears only of what this one releases.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Patience(TorchDispatchMode):
+        sent = False
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if DTensor in types:
+                return NotImplemented
+            if self.sent:
+                time.sleep(0.05)
+            self.sent = func.namespace in ("c10d", "_c10d_functional")
+            return func(*args, **(kwargs or {}))
+
+    return Patience()
+
+
+def resident(case: Case) -> dict | None:
+    """On every rank: how far the resident set rises above what the process takes before; rank 0 prints its own."""
+    import torch.distributed as dist
+
+    from titan_ulysses.mesh import init_distributed
+
+    init_distributed()
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 8}
+    small = {"seq_len": 64 * case.ranks, "param_dtype": case.settings["training"]["param_dtype"]}
+    parallelism = {"parallelism": case.settings.get("parallelism", {})}
+    # Loads what torch loads at first use.
+    train(Case("", case.ranks, case.model | tiny, {"training": small} | parallelism), steps=1)
+    before = memory_of_this_process("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+    train(case, steps=2)
+    peak = memory_of_this_process("VmHWM")
+    return {"peak": peak - before} if dist.get_rank() == 0 else None
+
+
+def memory_of_this_process(field_name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field_name + ":"))
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def compare(case: Case, minutes: float) -> dict:
+    """Run one case three ways and print what they say; returns the relative errors."""
+    arguments = ["--case", case.name, "--role"]
+    plan = run([sys.executable, __file__, *arguments, "planned"], threads=1, minutes=minutes)
+    truth = run([*launch(case.ranks, __file__), *arguments, "profiled"], threads=1, minutes=minutes)
+    if isinstance(plan, str) or isinstance(truth, str):
+        print(f"{case.name}: plan {plan}; run {truth}", flush=True)
+        return {"failed": True}
+    error = plan["peak"] / truth["peak"] - 1
+    same = plan["collectives"] == truth["collectives"]
+    line = (
+        f"{case.name:<44} peak {truth['peak'] / 2**20:8.1f} MiB, planned {plan['peak'] / 2**20:8.1f} ({error:+.2%})"
+        f"  in {plan['where']} ({plan['phase']})  collectives {'equal' if same else 'DIFFER'}"
+    )
+    found = {"peak": abs(error), "where": plan["where"], "collectives": same}
+    if case.resident:
+        whole = run([*launch(case.ranks, __file__), *arguments, "resident"], threads=1, minutes=minutes, env=ALLOCATOR)
+        if isinstance(whole, str):
+            print(f"{case.name}: resident: {whole}", flush=True)
+            return {"failed": True}
+        off = plan["peak"] / whole["peak"] - 1
+        found["resident"] = abs(off)
+        line += f"  resident {whole['peak'] / 2**20:,.0f} MiB ({off:+.2%})"
+    print(line, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--small", action="store_true", help="the three that the tests run")
+    parser.add_argument("--minutes", type=float, default=10, help="patience a run")
+    parser.add_argument("--role", choices=["planned", "profiled", "resident"], help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    everything = {case.name: case for case in [*SMALL, *CASES]}
+    if args.role:
+        said = globals()[args.role](everything[args.case])
+        if said is not None:
+            print(json.dumps(said))
+        return
+    chosen = [c for c in (SMALL if args.small else [*SMALL, *CASES]) if args.only in c.name]
+    found = [compare(case, args.minutes) for case in chosen]
+    done = [one for one in found if "failed" not in one]
+    if done:
+        worst = max(one["peak"] for one in done)
+        where = {one["where"]: sum(other["where"] == one["where"] for other in done) for one in done}
+        print(f"{len(done)} of {len(found)} cases; worst error of the peak {worst:.2%}; peaks in {where}")
+        if whole := [one["resident"] for one in done if "resident" in one]:
+            print(f"worst error of the resident set {max(whole):.2%} in {len(whole)} cases")
+    if len(done) < len(found) or not all(one["collectives"] for one in done):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

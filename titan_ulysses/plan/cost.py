@@ -1,0 +1,163 @@
+"""What a step costs, from the same run as its memory: FLOPs, bytes moved, and the time that they take on a GPU.
+
+Time: matrix products, attention and all other kernels run one after the other, and so do the exchanges, for which the
+computation waits. FSDP's collectives and the copies of checkpoints run beside them: of these only what is longer than
+the computation counts (than that of forward for copies to the host, than that of backward for those back).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from titan_ulysses.plan.hardware import GPU
+from titan_ulysses.plan.memory import MemoryTracker
+
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 2,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 5,
+}
+"""Matrix products over the scores: two in forward; backward computes the scores again and has four gradients."""
+
+
+STRETCHES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
+"""Of the phases of a step; all else is the "update"."""
+
+
+@dataclass
+class Cost:
+    """Of one rank and one step. Additive."""
+
+    amounts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """(stretch, kind): FLOPs of "matmul", "attention forward", "attention backward", recomputation included, and bytes
+    that "other kernels" read and write"""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.amounts + other.amounts)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(Counter({key: amount * times for key, amount in self.amounts.items()}))
+
+    def total(self, kind: str) -> float:
+        return sum(amount for (_, of_kind), amount in self.amounts.items() if of_kind == kind)
+
+    @property
+    def flops(self) -> float:
+        return sum(map(self.total, ("matmul", "attention forward", "attention backward")))
+
+
+class CostCounter:
+    """An observer of `MemoryTracker`: adds up what each operation costs, as often as it stands for."""
+
+    def __init__(self, tracker: MemoryTracker, scores: dict[int | None, float]):
+        """scores: of each layer the (query, key) pairs of a row, where they are not those of the call (`Standin`)."""
+        self.cost, self._tracker, self._scores = Cost(), tracker, scores
+        tracker.observers.append(self)
+
+    def take(self) -> Cost:
+        """What has been counted since the last time."""
+        cost, self.cost = self.cost, Cost()
+        return cost
+
+    def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
+        weight, stretch = self._tracker.weight, STRETCHES.get(self._tracker.attribution.phase, "update")
+        if func in _ATTENTION:
+            backward = _ATTENTION[func] == 5
+            query, key = args[1:3] if backward else args[:2]
+            pairs = self._scores.get(self._tracker.attribution.here().layer) or _causal_pairs(
+                query.shape[2], key.shape[2]
+            )
+            products = _ATTENTION[func] * 2 * query.shape[0] * query.shape[1] * query.shape[3]
+            kind = "attention backward" if backward else "attention forward"
+            self.cost.amounts[stretch, kind] += products * pairs * weight
+        elif (packet := func._overloadpacket) in flop_registry:
+            self.cost.amounts[stretch, "matmul"] += weight * flop_registry[packet](*args, **kwargs, out_val=result)
+        elif func.namespace == "aten" and not func.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            self.cost.amounts[stretch, "other kernels"] += weight * sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _causal_pairs(queries: int, keys: int) -> float:
+    return queries * (queries + 1) / 2 if queries == keys else queries * keys
+
+
+@dataclass(frozen=True)
+class Links:
+    """Which links a rank's traffic takes."""
+
+    gpus_per_node: int
+    sequence: int
+    world: int
+
+    def exchange_seconds(self, size: float, gpu: GPU) -> float:
+        """All-to-alls over neighbours: to ranks on the same node by NVLink, to others by the network."""
+        inside = min(self.sequence, self.gpus_per_node)
+        near, far = (inside - 1) / self.sequence, (self.sequence - inside) / self.sequence
+        return max(size * near / gpu.node_link, size * far / gpu.network)
+
+    def fsdp_seconds(self, size: float, gpu: GPU) -> float:
+        """Rings over all ranks (size: of whole parameters): what comes into a node is shared by NVLink in it."""
+        inside = min(self.world, self.gpus_per_node)
+        share = (self.world - 1) / self.world
+        link = gpu.node_link if self.world <= inside else min(gpu.node_link, inside * gpu.network)
+        return size * share / link
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step, by what they are spent on."""
+
+    parts: dict[str, float]
+    """matmul, attention, other kernels, exchange: these add up."""
+    hidden: dict[str, float]
+    """FSDP, checkpoints to the host, checkpoints back: beside the others, as far as those last."""
+    waits: dict[str, float]
+    """Of each of these what the computation waits for."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values()) + max([0.0, *self.waits.values()])
+
+    @property
+    def binds(self) -> str:
+        """What makes the step as long as it is: "compute", "network" or "PCIe"."""
+        longest = max(self.waits, key=self.waits.__getitem__)
+        if self.waits[longest] > 0:
+            return "network" if longest == "FSDP" else "PCIe"
+        return "network" if 2 * self.parts["exchange"] > sum(self.parts.values()) else "compute"
+
+
+def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: float, gpu: GPU, links: Links) -> Time:
+    """exchanged and gathered: bytes of a rank and step; offloaded: bytes of its checkpoints, which go and come back."""
+    rates = {
+        "matmul": gpu.matmul,
+        "attention forward": gpu.attention_forward,
+        "attention backward": gpu.attention_backward,
+        "other kernels": gpu.memory_bandwidth,
+    }
+    seconds = Counter({key: amount / rates[key[1]] for key, amount in cost.amounts.items()})
+    exchange = links.exchange_seconds(exchanged, gpu)
+    stretches = {name: sum(s for (stretch, _), s in seconds.items() if stretch == name) for name in STRETCHES.values()}
+    forward, backward = stretches["forward"] + exchange / 3, stretches["backward"] + 2 * exchange / 3
+    hidden = {
+        "FSDP": links.fsdp_seconds(gathered, gpu),
+        "checkpoints to the host": offloaded / gpu.host_link,
+        "checkpoints back": offloaded / gpu.host_link,
+    }
+    waits = {
+        "FSDP": max(0.0, hidden["FSDP"] - forward - backward),
+        "checkpoints to the host": max(0.0, hidden["checkpoints to the host"] - forward),
+        "checkpoints back": max(0.0, hidden["checkpoints back"] - backward),
+    }
+    parts = {
+        "matmul": sum(s for (_, kind), s in seconds.items() if kind == "matmul"),
+        "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),
+        "other kernels": sum(s for (_, kind), s in seconds.items() if kind == "other kernels"),
+        "exchange": exchange,
+    }
+    return Time(parts, hidden, waits)

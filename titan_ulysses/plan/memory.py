@@ -1,0 +1,311 @@
+"""Follows every storage of a simulated step from its allocation to its end: what is alive, what for, and since when."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from titan_ulysses.plan.attribution import Attribution, Owner
+
+Place = Literal["device", "host", "disk"]
+
+
+@dataclass(eq=False)
+class Allocation:
+    """One storage, and what made it."""
+
+    component: str
+    """It may become known later what a tensor is for: that an MLP's output is a gradient, say."""
+    place: Place
+    owner: Owner
+    phase: str
+    operation: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Moment(NamedTuple):
+    """Where the step is."""
+
+    phase: str
+    owner: Owner
+    operation: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which the most is alive, and what that is."""
+
+    bytes: int
+    moment: Moment
+    event: int
+    alive: dict[Allocation, int]
+    """bytes of each"""
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes of each component, the largest first."""
+        totals: Counter[str] = Counter()
+        for allocation, size in self.alive.items():
+            totals[allocation.component] += size
+        return {component: size for component, size in totals.most_common() if size}
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Notes each allocation and release of the fake tensors under it, in order; `workspace` adds what kernels use.
+
+    workspace(function, arguments, result) -> bytes that its kernel holds while it runs, besides what it returns.
+    FSDP keeps storages and resizes them, which the dispatcher does not see: those that could be are looked at again at
+    every operation.
+    """
+
+    def __init__(self, workspace: Callable[..., int]):
+        super().__init__()
+        self.attribution: Attribution | None = None
+        self.events: list[tuple[Allocation, int]] = []
+        """(allocation, change of its bytes), in order"""
+        self.moments: list[Moment] = []
+        """of each event"""
+        self.place: Place = "device"
+        """where what is made now will be"""
+        self.observers: list[Callable[..., None]] = []
+        """called with (function, arguments, keyword arguments, result) after each operation"""
+        self.parameters_on_host = False
+        self.weight = 1
+        """for how many operations the present one stands"""
+        self._workspace = workspace
+        self._alive: dict[int, tuple[Allocation, weakref.ref]] = {}
+        self._sizes: dict[int, int] = {}
+        self._resizable: dict[int, weakref.ref] = {}
+        self._thinking = False
+        self._moment = Moment("setup", Owner("other", "setup"), "")
+
+    # --- what is alive ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper that says so costs as much as an operation
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not _are_plain(types):
+            return NotImplemented  # DTensor and its like first: what they call comes here again, as plain tensors
+        kwargs = kwargs or {}
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]  # what it does; on fake tensors it would make another
+        if _is_real(types, args, kwargs):
+            with unset_fake_temporarily():  # what is real, as the state of a random number generator, stays real
+                return func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # the optimizer's count of its steps, which it keeps on the host
+        if func is torch.ops.aten.empty_strided.default or self._thinking:
+            # DTensor runs an operation on whole tensors, made for that, to know the shape of its result.
+            self._thinking = func is torch.ops.aten.empty_strided.default
+            return func(*args, **kwargs)
+        self._look_at_resizable()
+        self._where(func)
+        result = func(*args, **kwargs)
+        self._note_results(func, args, kwargs, result)
+        for observer in self.observers:
+            observer(func, args, kwargs, result)
+        return result
+
+    def _where(self, func) -> None:
+        if self.attribution is not None:
+            self._moment = Moment(self.attribution.phase, self.attribution.here(), func._opname)
+
+    def _note_results(self, func, args, kwargs, result) -> None:
+        component = _fsdp_component(func)
+        if component is None and func in _CASTS and self._is_parameter(args[0]):
+            component = "gathered parameters"
+        for tensor in _tensors(result, kwargs):
+            self._note(tensor, func, component)
+        if func._opname == "chunk_cat":
+            self.claim(args[0], "gradients")
+        held = self._workspace(func, args, result) + _inside(func, args) + self._passing(func, args, component)
+        if held:
+            kernel = self._allocation(func, (held,), torch.uint8, component)
+            # Held together with what the kernel returns, and gone when it ends.
+            self._add(kernel, held)
+            self._add(kernel, -held)
+
+    def _passing(self, func, args, component: str | None) -> int:
+        """Bytes of copies between host and device that do not show where both are the CPU.
+
+        A shard from the host arrives on the device in its own dtype, before it is cast; that of a reduced gradient is
+        there until it has gone to the host.
+        """
+        if not self.parameters_on_host:
+            return 0
+        if component == "gathered parameters" and func in _CASTS:
+            return args[0].numel() * args[0].element_size()
+        if func.namespace == "c10d" and "reduce_scatter" in func._opname:
+            outputs = [x for x in tree_leaves(args[:1]) if isinstance(x, Tensor)]
+            return sum(x.numel() * x.element_size() for x in outputs)
+        return 0
+
+    def _note(self, tensor: Tensor, func, component: str | None) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            if size != self._sizes[key]:
+                self._resize(key, size)
+            if component is not None:
+                self._alive[key][0].component = component
+                if component == "gradients":
+                    self._resizable.pop(key, None)
+            return
+        allocation = self._allocation(func, tuple(tensor.shape), tensor.dtype, component)
+        self._alive[key] = allocation, weakref.ref(storage, lambda _: self._release(key))
+        self._sizes[key] = size
+        if func is torch.ops.aten.empty.memory_format:
+            self._resizable[key] = self._alive[key][1]
+        self._add(allocation, size)
+
+    def _allocation(self, func, shape: tuple[int, ...], dtype: torch.dtype, component: str | None) -> Allocation:
+        phase, owner, _ = self._moment
+        return Allocation(component or owner.component, self.place, owner, phase, func._opname, shape, dtype)
+
+    def _release(self, key: int) -> None:
+        allocation, _ = self._alive.pop(key)
+        self._resizable.pop(key, None)
+        self._add(allocation, -self._sizes.pop(key))
+
+    def _resize(self, key: int, size: int) -> None:
+        allocation, reference = self._alive[key]
+        self._add(allocation, size - self._sizes[key])
+        self._sizes[key] = size
+        if size:
+            self._resizable[key] = reference
+        else:
+            self._resizable.pop(key, None)  # the operation that fills it again will show it
+
+    def _look_at_resizable(self) -> None:
+        for key, reference in list(self._resizable.items()):
+            storage = reference()
+            if storage is not None and (size := storage.nbytes()) != self._sizes[key]:
+                self._resize(key, size)
+
+    def _add(self, allocation: Allocation, change: int) -> None:
+        if change:
+            self.events.append((allocation, change))
+            self.moments.append(self._moment)
+
+    def peak(self, *places: Place, first: int = 0) -> Peak:
+        """The highest sum over places, from the first-th event on."""
+        total = highest = 0
+        at = first
+        for index, (allocation, change) in enumerate(self.events):
+            if allocation.place in places:
+                total += change
+                if index >= first and total > highest:
+                    highest, at = total, index
+        alive: Counter[Allocation] = Counter()
+        for allocation, change in self.events[: at + 1]:
+            if allocation.place in places:
+                alive[allocation] += change
+        return Peak(highest, self.moments[at], at, {allocation: size for allocation, size in alive.items() if size})
+
+    # --- repetition -------------------------------------------------------------------------------------------------
+
+    def shortened(self, tiles: list[slice]) -> Iterator[slice]:
+        """The first two tiles and the last; the second stands for all between, as many times as there are."""
+        yield from tiles[:1]
+        if len(tiles) > 2:
+            before, self.weight = self.weight, self.weight * (len(tiles) - 2)
+            yield tiles[1]
+            self.weight = before
+        yield from tiles[1:][-1:]
+
+    # --- what it is for -----------------------------------------------------------------------------------------------
+
+    def claim(self, tensors: Iterable[Tensor], component: str, *, place: Place | None = None) -> None:
+        """Say, also afterwards, what the memory of tensors is for, and where it is."""
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                for piece in plain_pieces(tensor):
+                    if (found := self._alive.get(piece.untyped_storage()._cdata)) is not None:
+                        found[0].component = component
+                        found[0].place = place or found[0].place
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        found = self._alive.get(tensor.untyped_storage()._cdata)
+        return found is not None and found[0].component == "parameters"
+
+    @contextmanager
+    def placed(self, place: Place) -> Iterator[None]:
+        """What is made in here is in place."""
+        before, self.place = self.place, place
+        try:
+            yield
+        finally:
+            self.place = before
+
+
+_CASTS = {torch.ops.aten._to_copy.default}
+
+
+def _fsdp_component(func) -> str | None:
+    """What the results of FSDP's own operations are."""
+    name = func._opname
+    if func.namespace == "fsdp":
+        return "gradients" if name == "chunk_cat" else "gathered parameters"
+    if func.namespace == "c10d":
+        if "allgather" in name:
+            return "gathered parameters"
+        return "gradients" if "reduce_scatter" in name else None
+    return None
+
+
+def _inside(func, args) -> int:
+    """Bytes of temporaries of operations that are made of others where no mode sees them."""
+    if func is torch.ops.aten.logsumexp.default:  # exp(x - max) (ATen/native/ReduceOps.cpp, logsumexp_out_impl)
+        return args[0].numel() * args[0].element_size()
+    return 0
+
+
+@cache
+def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
+    """Whether none of the tensors is of a class that consists of others."""
+    plain = (FakeTensor, nn.Parameter)
+    return all(issubclass(t, plain) or t.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl for t in types)
+
+
+def _is_real(types, args, kwargs) -> bool:
+    """Whether the arguments are tensors with values, and none is fake."""
+    if any(issubclass(t, FakeTensor) for t in types):
+        return False
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    return bool(tensors) and not any(x.is_meta for x in tensors)
+
+
+def _tensors(result, kwargs) -> Iterator[Tensor]:
+    """What an operation returned, or wrote where it was told to."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (list, tuple)):
+        for x in result:
+            yield from _tensors(x, {})
+    out = kwargs.get("out")
+    if out is not None:
+        yield from _tensors(out, {})
+
+
+def plain_pieces(x: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor on this rank is made of."""
+    if isinstance(x, DTensor):
+        x = x._local_tensor
+    if hasattr(x, "__tensor_flatten__") and not isinstance(x, FakeTensor):
+        return [piece for name in x.__tensor_flatten__()[0] for piece in plain_pieces(getattr(x, name))]
+    return [x]

@@ -1,0 +1,208 @@
+"""From a simulated step to an answer: does it fit, what binds, how long is a step, how long could a sequence be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedConfig
+
+from titan_ulysses.config import Config, MeshDegrees, check
+from titan_ulysses.errors import UserError
+from titan_ulysses.metrics import attention_flops, flops_per_token
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.plan.cost import Links, Time, step_time
+from titan_ulysses.plan.hardware import GIB, GPU, Reserve, cuda_workspace, gpu_named, pinned, reserves
+from titan_ulysses.plan.memory import Peak
+from titan_ulysses.plan.simulate import Simulation, simulate
+from titan_ulysses.plan.standin import Standin
+from titan_ulysses.ulysses.cores import Core, choose_core
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is planned for: settings, model, mesh, hardware."""
+
+    config: Config
+    model_config: PreTrainedConfig
+    degrees: MeshDegrees
+    gpu: GPU
+    gpu_memory: float
+    host_memory: float | None
+    """bytes of a node; None: not known, so not looked at"""
+
+    @property
+    def world_size(self) -> int:
+        return self.degrees.data_parallel * self.degrees.sequence
+
+    @property
+    def ranks_per_node(self) -> int:
+        return min(self.world_size, self.config.plan.gpus_per_node)
+
+    @property
+    def communicators(self) -> int:
+        """Process groups with more than one rank: FSDP's, its replicas', sequence-parallel, and the loss's."""
+        d = self.degrees
+        return sum(n > 1 for n in (d.shard * d.sequence, d.replicate, d.sequence, self.world_size))
+
+
+def set_up(config: Config) -> Setup:
+    """UserError for what cannot be planned."""
+    plan = config.plan
+    gpu = gpu_named(plan.gpu)
+    model_config = hf.load_model_config(config.model.path, config.model.config)
+    check_family(model_config)
+    known = [abs(d) for d in config.parallelism.model_dump().values()]
+    world_size = plan.world_size or known[0] * known[1] * known[2]
+    degrees = check(config, world_size=world_size, model_config=model_config, num_token_ids=0)
+    return Setup(
+        config,
+        model_config,
+        degrees,
+        gpu,
+        gpu_memory=plan.gpu_memory_gib * GIB or gpu.memory,
+        host_memory=plan.host_memory_gib * GIB or None,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A simulated step on given hardware."""
+
+    setup: Setup
+    simulation: Simulation
+    notes: tuple[str, ...]
+
+    @cached_property
+    def peak(self) -> Peak:
+        return self.simulation.memory.peak("device", first=self.simulation.start)
+
+    @cached_property
+    def reserves(self) -> list[Reserve]:
+        return reserves(self.setup.gpu_memory, communicators=self.setup.communicators)
+
+    @property
+    def gpu_bytes(self) -> float:
+        """The highest need of one GPU."""
+        return self.peak.bytes + sum(reserve.bytes for reserve in self.reserves)
+
+    @cached_property
+    def host_components(self) -> dict[str, float]:
+        """Bytes of a node's host memory, by component."""
+        peak = self.simulation.memory.peak("host", first=self.simulation.start)
+        totals: Counter[str] = Counter()
+        for allocation, size in peak.alive.items():
+            # Checkpoints have slabs of exactly their size; the rest is pinned by PyTorch.
+            totals[allocation.component] += size if allocation.component == "checkpoints" else pinned(size)
+        return {component: size * self.setup.ranks_per_node for component, size in totals.most_common()}
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(self.host_components.values())
+
+    @property
+    def gpu_fits(self) -> bool:
+        return self.gpu_bytes <= self.setup.gpu_memory
+
+    @property
+    def host_fits(self) -> bool:
+        return self.setup.host_memory is None or self.host_bytes <= self.setup.host_memory
+
+    @property
+    def fits(self) -> bool:
+        return self.gpu_fits and self.host_fits
+
+    @cached_property
+    def time(self) -> Time:
+        setup, counts = self.setup, self.simulation.collectives
+
+        def size(kind: str) -> int:
+            return counts.get(kind, (0, 0))[1]
+
+        offloaded = sum(
+            bytes_
+            for allocation, bytes_ in self.simulation.memory.peak("host").alive.items()
+            if allocation.component == "checkpoints"
+        )
+        return step_time(
+            self.simulation.cost,
+            exchanged=size("all_to_all"),
+            gathered=size("all_gather") * setup.degrees.shard * setup.degrees.sequence + size("reduce_scatter"),
+            offloaded=offloaded * setup.degrees.accumulation_steps,
+            gpu=setup.gpu,
+            links=Links(setup.config.plan.gpus_per_node, setup.degrees.sequence, setup.world_size),
+        )
+
+    @cached_property
+    def model_flops(self) -> float:
+        """Of a step on one rank, recomputation not counted, as the trainer counts MFU."""
+        setup = self.setup
+        training, degrees = setup.config.training, setup.degrees
+        rows = training.local_batch_size * degrees.accumulation_steps
+        row = rows * training.seq_len * flops_per_token(self.simulation.model)
+        scores = attention_flops(setup.model_config, ((training.seq_len,),) * rows)
+        return (row + scores) / degrees.sequence
+
+    @property
+    def mfu(self) -> float:
+        return self.model_flops / self.time.seconds / self.setup.gpu.peak
+
+    @property
+    def binds(self) -> str:
+        """GPU memory or host memory where they do not suffice, else what the step's time is spent on."""
+        if not self.gpu_fits:
+            return "GPU memory"
+        return self.time.binds if self.host_fits else "host memory"
+
+
+def make_plan(setup: Setup) -> Plan:
+    """Simulate a step of setup."""
+    config = setup.config
+    core, notes = _core(setup)
+    if config.compile.enable:
+        notes.append("compile.enable: what is compiled is planned as it runs uncompiled, which needs no less memory")
+    if config.quantize.float8:
+        notes.append("quantize.float8: float8 products are planned as they are in fake tensors; their speed is not")
+    simulation = simulate(
+        config,
+        model_config=setup.model_config,
+        degrees=setup.degrees,
+        core=core,
+        cuda=True,
+        workspace=cuda_workspace,
+    )
+    plan = Plan(setup, simulation, tuple(notes))
+    weights = plan.host_components.get("parameters", 0)
+    if setup.host_memory and weights > setup.host_memory:
+        raise UserError(
+            f"plan.host_memory_gib = {setup.host_memory / GIB:g}: memory.parameter_offload = true puts "
+            f"{weights / GIB:.3g} GiB of weights there. Use more nodes, or set memory.parameter_offload = false."
+        )
+    return plan
+
+
+def _core(setup: Setup) -> tuple[Core, list[str]]:
+    """The core that a GPU would run, or what stands for it; and what is to be said about that."""
+    name, needs = setup.config.model.attention, attention_needs(setup.model_config)
+    dtype = getattr(torch, setup.config.training.param_dtype)
+    flash_can = needs <= {"window", "softcap"} and dtype == torch.bfloat16
+    if name == "flex" or name == "flash" or (name == "auto" and flash_can):
+        kernel = "flex" if name == "flex" else "flash"
+        note = (
+            f"attention: {kernel} exists only on CUDA; SDPA's flash kernel stands for it, with flash-attn 2's own "
+            "memory added (plan/hardware.py)"
+        )
+        extra = ["flex's block mask, which grows with S^2 / 128^2, is not in the plan"] if kernel == "flex" else []
+        return Standin(), [note, *extra]
+    core, reason = choose_core(name, needs, device_type="cpu", dtype=dtype)
+    return core, [reason]
+
+
+def check_idle(setup: Setup) -> str | None:
+    """How many ranks have no head to compute."""
+    heads = getattr(setup.model_config, "num_attention_heads", setup.degrees.sequence)
+    idle = setup.degrees.sequence - heads
+    return f"{idle} of {heads + idle} sequence-parallel ranks have no attention head" if idle > 0 else None

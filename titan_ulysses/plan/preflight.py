@@ -1,0 +1,168 @@
+"""A real run's plan, made beside its start by a process of its own: the run's process group leaves no room for another.
+
+before = Preflight(config, parameters=...)           rank 0, before weights are filled
+before.lines()                                       before the first step: what is planned
+before.measured(peak_gib)                            after some steps: what came of it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from titan_ulysses.config import Config
+from titan_ulysses.memory.offload import available_host_memory
+
+_PATIENCE = 5.0
+"""Seconds that the first step waits for a plan that is not ready."""
+_PATIENCE_TO_ENFORCE = 300.0
+_SMALL = 0.02
+"""Of the host's free memory: what weights and optimizer may take on a CPU without a plan being worth its seconds."""
+
+
+class Preflight:
+    """The plan of a run that starts."""
+
+    def __init__(self, config: Config, *, world_size: int, parameters: int, gpu_memory: int | None, gpu: str):
+        """parameters of the whole model; gpu_memory: bytes of this GPU, None on a CPU; gpu: what CUDA calls it."""
+        self.cuda, self.enforce = gpu_memory is not None, config.plan.enforce
+        self.plan: dict[str, Any] | None = None
+        self._why_not, self._told = "", False
+        self._process: subprocess.Popen | None = None
+        free = available_host_memory()
+        if not (self.cuda or self.enforce or 16 * parameters > _SMALL * free):
+            self._why_not = f"{16 * parameters / 2**30:.2f} GiB of weights and optimizer need none"
+            return
+        host = free if config.plan.host_memory_gib == 0 else config.plan.host_memory_gib * 2**30
+        request = {
+            "config": config.model_dump(),
+            "world_size": world_size,
+            "ranks": int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            "gpu_memory": gpu_memory,
+            "gpu": gpu,
+            "host_memory": host,
+        }
+        ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "titan_ulysses.plan.preflight"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**ours, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            text=True,
+        )
+        self._process.stdin.write(json.dumps(request))
+        self._process.stdin.close()
+        self._process.stdin = None
+
+    def lines(self) -> list[str]:
+        """What to print before the first step. Waits a few seconds at most, or, to enforce it, until there is one."""
+        self._collect(_PATIENCE_TO_ENFORCE if self.enforce else _PATIENCE)
+        if self.plan is None:
+            return [f"plan: not made: {self._why_not}"]
+        p = self.plan
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in list(p["components"].items())[:4])
+        if not self.cuda:
+            return [
+                f"plan: {p['live_gib']:.2f} GiB of tensors at the peak of a rank (GiB: {parts})",
+                f"      {p['ranks'] * p['live_gib']:.2f} GiB on this node, {p['host_memory_gib']:.1f} GiB are free",
+            ]
+        return [
+            f"plan: {p['gpu_peak_gib']:.1f} GiB of {p['gpu_memory_gib']:.1f} at the peak of a GPU (GiB: {parts})",
+            f"      host memory {p['host_peak_gib']:.1f} GiB a node; a step {p['step_seconds']:,.1f} s"
+            + ("" if p["fits"] else f"; it does not fit: {p['binds']}"),
+        ]
+
+    def obstacle(self) -> str | None:
+        """With plan.enforce: why the run must not start, or None."""
+        if not self.enforce:
+            return None
+        if self.plan is None:
+            return f"plan.enforce = true, and there is no plan: {self._why_not}"
+        if self.plan["fits"]:
+            return None
+        if not self.cuda:
+            return (
+                f"plan.enforce = true: the run needs {self.plan['ranks'] * self.plan['live_gib']:.1f} GiB of tensors "
+                f"on this node, and {self.plan['host_memory_gib']:.1f} GiB are free. Lower training.seq_len, or set "
+                "plan.enforce = false."
+            )
+        return (
+            f"plan.enforce = true: the run does not fit ({self.plan['binds']}): {self.plan['gpu_peak_gib']:.1f} GiB a "
+            f"GPU, {self.plan['host_peak_gib']:.1f} GiB of host memory a node. `train.py --plan` says what helps."
+        )
+
+    def measured(self, peak_gib: float) -> str | None:
+        """The measured peak of tensors on the GPU next to the planned one."""
+        if self.plan is None or not self.cuda:
+            return None
+        planned = self.plan["gpu_tensors_gib"]
+        return (
+            f"plan: {planned:.2f} GiB of tensors planned, {peak_gib:.2f} GiB measured ({peak_gib / planned - 1:+.1%})"
+        )
+
+    def components(self) -> str:
+        """For who has run out of memory: what was planned."""
+        if self.plan is None:
+            return ""
+        parts = "\n".join(f"  {size:8.2f} GiB  {name}" for name, size in self.plan["components"].items())
+        return f"What the plan says is alive at the peak:\n{parts}"
+
+    def _collect(self, patience: float) -> None:
+        if self._process is None:
+            return
+        started = time.perf_counter()
+        try:
+            said, complaint = self._process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+            self._why_not = f"it was not ready {time.perf_counter() - started:.0f} s after the weights (see --plan)"
+        else:
+            if self._process.returncode == 0:
+                self.plan = json.loads(said.splitlines()[-1])
+            else:
+                self._why_not = (complaint.strip().splitlines() or ["the planner ended without a word"])[-1]
+        self._process = None
+
+
+def main() -> None:
+    """Read a request from the standard input, print the plan as a line of JSON."""
+    import torch
+
+    from titan_ulysses.config import check
+    from titan_ulysses.model import hf
+    from titan_ulysses.model.families import attention_needs
+    from titan_ulysses.plan.hardware import GPUS
+    from titan_ulysses.plan.planner import Setup, make_plan
+    from titan_ulysses.plan.report import as_json
+    from titan_ulysses.plan.simulate import simulate
+    from titan_ulysses.ulysses.cores import choose_core
+
+    request = json.loads(sys.stdin.read())
+    config = Config.model_validate(request["config"])
+    model_config = hf.load_model_config(config.model.path, config.model.config)
+    degrees = check(config, world_size=request["world_size"], model_config=model_config, num_token_ids=0)
+    if request["gpu_memory"] is not None:
+        gpu = next((g for g in GPUS.values() if g.name.split("-")[0] in request["gpu"]), GPUS["H100-80GB"])
+        memory = request["gpu_memory"]
+        plan = make_plan(Setup(config, model_config, degrees, gpu, memory, request["host_memory"]))
+        print(json.dumps(as_json(plan)))
+        return
+    dtype = getattr(torch, config.training.param_dtype)
+    core, _ = choose_core(config.model.attention, attention_needs(model_config), device_type="cpu", dtype=dtype)
+    simulation = simulate(config, model_config=model_config, degrees=degrees, core=core, cuda=False)
+    peak = simulation.memory.peak("device", "host", first=simulation.start)
+    ranks, live = request["ranks"], peak.bytes / 2**30
+    free = request["host_memory"] / 2**30
+    components = {name: size / 2**30 for name, size in peak.components.items()}
+    values = {"live_gib": live, "ranks": ranks, "host_memory_gib": free, "fits": ranks * live <= free}
+    print(json.dumps(values | {"components": components}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""How long a sequence can be, and with which settings; and what each feature adds to that.
+
+Memory is affine in the sequence length, piece by piece: at each moment of the step it is a constant and a part in
+proportion to S, and the peak is the highest of such lines. So a line through two simulated lengths says where the limit
+is; it is simulated there, and the line drawn again from that point, until the length fits and the next one does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+
+from titan_ulysses.config import Config, MeshDegrees
+from titan_ulysses.errors import UserError
+from titan_ulysses.plan.planner import Plan, Setup, make_plan
+
+_UNIT = 256
+"""Lengths are multiples of so many tokens a rank."""
+_MOST = 2**27
+"""Tokens, where a search ends: positions and kernels have been tried no further."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a sequence length takes."""
+
+    seq_len: int
+    gpu: float
+    host: float
+    plan: Plan
+
+    @classmethod
+    def of(cls, plan: Plan) -> Need:
+        return cls(plan.setup.config.training.seq_len, plan.gpu_bytes, plan.host_bytes, plan)
+
+
+def with_settings(setup: Setup, changes: dict[str, object]) -> Setup:
+    """setup with other settings ("section.key" -> value); degrees follow."""
+    table = setup.config.model_dump()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        table[section][name] = value
+    config = Config.model_validate(table)
+    degrees = setup.degrees
+    sequence = config.parallelism.sequence_parallel_degree
+    if sequence != degrees.sequence:
+        shard, rest = divmod(setup.world_size, degrees.replicate * sequence)
+        if rest:
+            raise UserError(f"parallelism.sequence_parallel_degree = {sequence} does not divide {setup.world_size}")
+        degrees = MeshDegrees(degrees.replicate, shard, sequence, degrees.local_batch_size, 1)
+    return replace(setup, config=config, degrees=degrees)
+
+
+def at_length(setup: Setup, seq_len: int) -> Need:
+    return Need.of(make_plan(with_settings(setup, {"training.seq_len": seq_len})))
+
+
+def limit(setup: Setup, a: Need, b: Need) -> int:
+    """Where the lines through two lengths reach the hardware's limits, rounded down; the two are not the same."""
+    unit = _UNIT * setup.degrees.sequence
+    lengths = []
+    for memory, low, high in ((setup.gpu_memory, a.gpu, b.gpu), (setup.host_memory or inf, a.host, b.host)):
+        slope = (high - low) / (b.seq_len - a.seq_len)
+        lengths.append(inf if slope <= 0 else b.seq_len + (memory - high) / slope)
+    return max(0, int(min(*lengths, _MOST)) // unit * unit)
+
+
+def longest(setup: Setup, first: Plan | None = None, *, simulations: int = 6) -> Need | None:
+    """The longest sequence that fits, verified by simulating it; None where none does.
+
+    UserError where nothing limits it.
+    """
+    unit = _UNIT * setup.degrees.sequence
+    start = Need.of(first) if first else at_length(setup, max(unit, 64 * unit))
+    other = at_length(setup, max(unit, start.seq_len // 2 // unit * unit))
+    if other.seq_len == start.seq_len:
+        other = at_length(setup, 2 * start.seq_len)
+    known = {need.seq_len: need for need in (start, other)}
+    best: Need | None = None
+    for _ in range(simulations):
+        fitting = [need for need in known.values() if need.plan.fits]
+        failing = [need for need in known.values() if not need.plan.fits]
+        best = max(fitting, key=lambda need: need.seq_len, default=None)
+        lines = sorted(known.values(), key=lambda need: need.seq_len)
+        pair = _pair(lines, best)
+        guess = limit(setup, *pair)
+        if failing:  # the peak is convex in S: what a line promises beyond a length that fails is not there
+            guess = min(guess, min(need.seq_len for need in failing) - unit)
+        if guess < unit:
+            return best
+        if guess in known:
+            return best
+        if guess >= _MOST:
+            raise UserError(
+                f"plan.search: nothing limits the sequence below {_MOST:,} tokens with these settings; set "
+                "plan.host_memory_gib, which has no limit now"
+                if not setup.host_memory
+                else "plan.search: no limit"
+            )
+        known[guess] = at_length(setup, guess)
+    return max((n for n in known.values() if n.plan.fits), key=lambda need: need.seq_len, default=None)
+
+
+def _pair(lines: list[Need], best: Need | None) -> tuple[Need, Need]:
+    """The two lengths next to the limit: the line between the last that fits and the first that does not, or the last
+    two on one side."""
+    at = next((i for i, need in enumerate(lines) if not need.plan.fits), len(lines))
+    if at == 0:
+        return lines[0], lines[1]
+    if at == len(lines):
+        return lines[-2], lines[-1]
+    return lines[at - 1], lines[at]
+
+
+FEATURES: list[tuple[str, dict[str, object]]] = [
+    ("checkpoints in host memory", {"activation_checkpoint.offload": "host"}),
+    ("optimizer state in host memory", {"memory.optimizer_offload": True}),
+    ("parameters in host memory", {"memory.parameter_offload": True, "memory.optimizer_offload": False}),
+]
+"""In the order of what they cost in time."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The longest sequence with some settings."""
+
+    what: str
+    changes: dict[str, object]
+    need: Need | None
+
+
+def search(setup: Setup, first: Plan) -> Iterator[Found]:
+    """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature upon feature."""
+    yield Found("as configured", {}, longest(setup, first))
+    changes: dict[str, object] = {"activation_checkpoint.mode": "full", "activation_checkpoint.every": 1}
+    changes |= {"memory.mlp_tile_tokens": 0, "memory.loss_tile_tokens": 0}
+    heads = getattr(setup.model_config, "num_attention_heads", 1)
+    degrees = [p for p in range(1, setup.world_size + 1) if setup.world_size % p == 0 and p <= heads]
+    changes["parallelism.sequence_parallel_degree"] = max(degrees)
+    for what, more in [("tiles, every block a checkpoint, most ranks a sequence", {}), *FEATURES]:
+        changes = changes | more
+        if _differs(setup.config, changes):
+            yield Found(what, changes, longest(with_settings(setup, changes)))
+
+
+def ladder(setup: Setup) -> Iterator[Found]:
+    """ALST's features one after the other (arXiv 2506.13996, section 5.3), on this model and hardware."""
+    whole, tiles = -1, 0
+    degree = setup.degrees.sequence if setup.degrees.sequence > 1 else setup.world_size
+    changes: dict[str, object] = {
+        "activation_checkpoint.mode": "full",
+        "activation_checkpoint.every": 1,
+        "activation_checkpoint.offload": "none",
+        "memory.loss_tile_tokens": whole,
+        "memory.mlp_tile_tokens": whole,
+        "parallelism.sequence_parallel_degree": 1,
+    }
+    steps: list[tuple[str, dict[str, object]]] = [
+        ("FSDP and checkpoints", {}),
+        ("+ tiled loss", {"memory.loss_tile_tokens": tiles}),
+        ("+ Ulysses", {"parallelism.sequence_parallel_degree": degree}),
+        ("+ tiled MLP", {"memory.mlp_tile_tokens": tiles}),
+        ("+ offload, no tiled MLP", {"memory.mlp_tile_tokens": whole, "activation_checkpoint.offload": "host"}),
+        ("+ both", {"memory.mlp_tile_tokens": tiles}),
+    ]
+    for what, more in steps:
+        changes = changes | more
+        yield Found(what, changes, longest(with_settings(setup, changes)))
+
+
+def _differs(config: Config, changes: dict[str, object]) -> bool:
+    table = config.model_dump()
+    return any(table[key.split(".")[0]][key.split(".")[1]] != value for key, value in changes.items())

@@ -1,0 +1,195 @@
+"""The real step, simulated: this project's model, wrappers and `train_step` on fake tensors and a fake process group.
+
+Nothing is computed and nothing sent, so that a laptop runs a rank of a thousand. The optimizer has made a step before,
+so that its state exists. Of the tiles of a function only the first two and the last are run, because all between do
+what the second does; likewise of the batches that a step accumulates only the first two.
+
+What the simulation cannot see, because it exists only in CUDA kernels, `hardware.py` adds, each entry with its source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from titan_ulysses.collectives import CollectiveCounter
+from titan_ulysses.config import Config, MeshDegrees
+from titan_ulysses.data.loader import Batch
+from titan_ulysses.memory.checkpointing import CheckpointedBlock
+from titan_ulysses.memory.offload import CudaStore, Offload, Store
+from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.memory.tiling import visiting
+from titan_ulysses.mesh import Mesh, build_mesh
+from titan_ulysses.model import hf
+from titan_ulysses.parallelize import find_blocks, precision, wrap
+from titan_ulysses.plan.attribution import Attribution
+from titan_ulysses.plan.cost import Cost, CostCounter
+from titan_ulysses.plan.memory import MemoryTracker
+from titan_ulysses.plan.standin import Standin
+from titan_ulysses.trainer import build_model, train_step
+from titan_ulysses.ulysses.cores import Core, Documents
+
+
+@dataclass
+class Simulation:
+    """What one rank (the first) went through in an optimizer step that is not the run's first."""
+
+    memory: MemoryTracker
+    start: int
+    """the step's first event in `memory.events`; before it is the setup"""
+    collectives: dict[str, tuple[int, int]]
+    """(calls, bytes handed in) of a step, by kind"""
+    cost: Cost
+    """of a step"""
+    model: PreTrainedModel = field(repr=False)
+
+
+def simulate(
+    config: Config,
+    *,
+    model_config: PreTrainedConfig,
+    degrees: MeshDegrees,
+    core: Core,
+    cuda: bool,
+    workspace: Callable[..., int] | None = None,
+    documents: Documents | None = None,
+) -> Simulation:
+    """Simulate rank 0 of a run, with one document a row unless documents says otherwise.
+
+    cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied ahead of need.
+    workspace: see `MemoryTracker`. The process must not be in a process group, and is in none afterwards.
+    """
+    tracker = MemoryTracker(workspace or (lambda *_: 0))
+    tracker.parameters_on_host = cuda and config.memory.parameter_offload
+    optimizer_offload = cuda and config.memory.optimizer_offload and not config.memory.parameter_offload
+    store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=cuda)
+    blocks: list[nn.Module] = []
+
+    def wrap_here(model, mesh, *, attention, param_dtype, reduce_dtype, **options) -> None:
+        """What `parallelize` does, without its questions to the other ranks."""
+        blocks.extend(find_blocks(model)[1])
+        kept = CPUOffloadPolicy(pin_memory=False) if options.pop("parameter_offload") else OffloadPolicy()
+        own = {key: value for key, value in options.items() if not key.startswith("offload")}
+        wrap(
+            model, mesh, attention, precision(param_dtype, reduce_dtype), kept, store=store, **own | {"compile": False}
+        )
+
+    with _fake_ranks(degrees) as mesh:
+        model, _ = build_model(config, model_config, mesh, core, wrap=wrap_here)
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker:
+            hf.allocate(model, mesh.device)
+            tracker.claim(list(model.parameters()), "parameters", place="host" if tracker.parameters_on_host else None)
+            tracker.attribution = Attribution(model, blocks)
+            _tell_checkpoints(tracker, model, kept_on_device=store is None)
+            optimizer = build_optimizer(
+                model.parameters(), config.optimizer, offload=optimizer_offload, device_type="cuda" if cuda else "cpu"
+            )
+            _tell_optimizer(tracker, model, optimizer, state_on_host=optimizer_offload or tracker.parameters_on_host)
+            batches = [_batch(config, mesh, documents) for _ in range(degrees.accumulation_steps)]
+            _make_state(model, optimizer)
+            if isinstance(core, Standin):
+                core.tracker = tracker
+            counted = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
+            start, counts, max_norm = len(tracker.events), [], config.training.max_norm
+            for run in (batches[:1], batches[:2]) if len(batches) > 1 else (batches,):
+                counted.take()
+                with visiting(tracker.shortened), CollectiveCounter() as counter:
+                    train_step(model, optimizer, run, mesh, max_norm=max_norm)
+                counts.append(dict(counter.counts))
+            end = len(tracker.events)
+    collectives = counts[0] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
+    del tracker.events[end:], tracker.moments[end:]  # of the model's end
+    return Simulation(tracker, start, collectives, counted.cost * (len(batches) / len(run)), model)
+
+
+def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimizer alone: what follows then has the optimizer's state, as every step but a run's first."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _extrapolated(one: dict, two: dict, *, batches: int) -> dict[str, tuple[int, int]]:
+    """What a step of so many batches counts, from steps of one and two: all further ones do what the second does."""
+    return {
+        kind: tuple(a + (batches - 1) * (b - a) for a, b in zip(one.get(kind, (0, 0)), two[kind], strict=True))
+        for kind in two
+    }
+
+
+@contextmanager
+def _fake_ranks(degrees: MeshDegrees) -> Iterator[Mesh]:
+    """The mesh of a process group of which only this rank exists, and whose collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "the planner needs a process of its own"
+    world_size = degrees.data_parallel * degrees.sequence
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
+    finally:
+        dist.destroy_process_group()
+
+
+def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> Store | None:
+    """The store of the run, whose slabs the tracker knows to be in host memory or on disk."""
+    if offload == "none":
+        return None
+
+    def make_slab(size: int, device: torch.device) -> Tensor:
+        with tracker.placed("host" if offload == "host" else "disk"):
+            slab = torch.empty(size, dtype=torch.uint8)
+        tracker.claim(slab, "checkpoints")
+        return slab
+
+    return CudaStore(make_slab, cuda=torch.cpu) if cuda else Store(make_slab)
+
+
+def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_device: bool) -> None:
+    """Tell the tracker which tensors are the inputs of segments, as soon as a segment begins."""
+
+    def note(module: nn.Module, args: tuple) -> None:
+        if args and (kept_on_device or tracker.attribution.phase == "recomputation"):
+            tracker.claim(args[0], "checkpoints")
+
+    for module in model.modules():
+        if isinstance(module, CheckpointedBlock) and module.is_first:
+            module._checkpoint_wrapped_module.register_forward_pre_hook(note)
+
+
+def _tell_optimizer(
+    tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer, *, state_on_host: bool
+) -> None:
+    """Tell the tracker what gradients and what the optimizer's state are, once they are complete."""
+    tracker.attribution.watch(optimizer)
+
+    def note_gradients(*_) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        tracker.claim(gradients, "gradients", place="host" if tracker.parameters_on_host else None)
+
+    def note_state(*_) -> None:
+        states = [list(state.values()) for state in optimizer.state.values()]
+        tracker.claim(states, "optimizer state", place="host" if state_on_host else None)
+
+    optimizer.register_step_pre_hook(note_gradients)
+    optimizer.register_step_post_hook(note_state)
+
+
+def _batch(config: Config, mesh: Mesh, documents: Documents | None) -> Batch:
+    rows, seq_len = config.training.local_batch_size, config.training.seq_len
+    tokens = seq_len // mesh.sp.size()
+    return Batch(
+        input_ids=torch.zeros(rows, tokens, dtype=torch.int64),
+        labels=torch.zeros(rows, tokens, dtype=torch.int64),
+        position_ids=torch.zeros(rows, tokens, dtype=torch.int64),
+        documents=documents or ((seq_len,),) * rows,
+    )
