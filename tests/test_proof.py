@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
 
+from families import WIDTHS
 from models import mesh_of
 from ranks import run_on_ranks
 from titan_ulysses.errors import UserError
@@ -19,15 +20,6 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
 from titan_ulysses.model.proof import shrink
 from titan_ulysses.parallelize import parallelize
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-}
 
 
 class _ShiftingMLP(LlamaMLP):
@@ -113,7 +105,7 @@ def _parallelize(table: dict[str, Any], degrees: tuple[int, int, int]) -> str | 
 def verdict(table: dict[str, Any], degrees: tuple[int, int, int]) -> str | None:
     """The same on every rank."""
     world_size = degrees[0] * degrees[1] * degrees[2]
-    verdicts = run_on_ranks(world_size, _parallelize, {**SMALL, **table}, degrees)
+    verdicts = run_on_ranks(world_size, _parallelize, {**WIDTHS, **table}, degrees)
     assert len(set(verdicts)) == 1, verdicts
     return verdicts[0]
 
@@ -129,7 +121,7 @@ def test_families_that_prove_themselves(family: str, degrees: tuple[int, int, in
 def test_families_without_a_head_size_of_their_own(family: str) -> None:
     assert verdict({"model_type": family, "head_dim": 8}, (1, 1, 2)) is None
     with pytest.raises(UserError, match=f'cannot build a "{family}" of this config .* Set what it lacks'):
-        hf.build_on_meta(hf.load_model_config("", {**SMALL, "model_type": family}), torch.float32)
+        hf.build_on_meta(hf.load_model_config("", {**WIDTHS, "model_type": family}), torch.float32)
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 1), (1, 1, 2)], ids=["one", "sp2"])

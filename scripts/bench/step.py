@@ -17,19 +17,7 @@ import statistics
 import sys
 import time
 
-from common import ALLOCATOR, launch, run, training_step
-
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 32_000,
-    "hidden_size": 256,
-    "intermediate_size": 896,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2**22,
-    "tie_word_embeddings": False,
-}
+from common import ALLOCATOR, LLAMA, launch, run, training_step
 
 
 def measure(step, repeats: int) -> dict:
@@ -49,7 +37,7 @@ def sharded(seq_len: int, repeats: int) -> None:
     """One of torchrun's ranks; rank 0 prints what all of them measured."""
     import torch.distributed as dist
 
-    step = training_step(MODEL)
+    step = training_step(LLAMA)
     found = measure(lambda: step(seq_len), repeats)
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
@@ -62,9 +50,9 @@ def plain(seq_len: int, repeats: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL), dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA), dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(MODEL["vocab_size"], (1, seq_len), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(LLAMA["vocab_size"], (1, seq_len), generator=torch.Generator().manual_seed(0))
 
     def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -1,0 +1,247 @@
+"""What each part of ALST's recipe saves, on the machine at hand: peak memory against S, its slope, and step time.
+
+    python scripts/bench/ablation.py                             2 CPU ranks, or all GPUs; a table, JSON and a plot
+    python scripts/bench/ablation.py --what recipe --seq-lens 2048 4096 --repeats 1
+
+Three tables. `recipe`: the parts, added one by one to activation checkpointing under FSDP. `head`: the loss alone, on
+one process. `layers`: what checkpoints cost a layer, on the device and off it (on a CPU: on disk; on a GPU: in host
+memory). Every number is of fresh processes. On a CPU memory is what no file backs (RssAnon of /proc/self/status,
+sampled), with an allocator that returns what is freed, and times are taken with one that keeps it; on a GPU memory is
+what tensors take. One unit is h * itemsize bytes: a hidden state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from typing import Any
+
+from common import ALLOCATOR, CACHING, LLAMA, ROOT, launch, measure, peak_memory, run, slope, tell, training_step
+
+FOLDER = ROOT / "outputs" / "bench"
+RECIPE = {
+    "baseline": {"degree": 1, "loss_tile_tokens": -1, "mlp_tile_tokens": -1},
+    "+ tiled loss": {"loss_tile_tokens": 0},
+    "+ Ulysses": {"degree": None},
+    "+ tiled MLP": {"mlp_tile_tokens": 0},
+    "+ offloaded checkpoints": {"offload": "disk"},
+}
+"""Each with those before it; the last is all of it."""
+FLAT = 0.02
+"""The most that a slope which should be 0 may be of the one that it replaces."""
+
+
+# ---------------------------------------------------------------- the roles of child processes
+
+
+def train(args: argparse.Namespace) -> None:
+    """On every rank: two steps, the second of which has optimizer state."""
+    options = json.loads(args.options)
+    if options.get("offload") == "disk":
+        options["offload_folder"] = str(FOLDER)
+    step = training_step({**LLAMA, "num_hidden_layers": args.layers}, dtype=args.dtype, **options)
+    tell(measure(step, args.lengths))
+
+
+def head(args: argparse.Namespace) -> None:
+    """On one process: the peak of a loss head's forward and backward."""
+    import torch
+
+    from titan_ulysses.memory.loss import LossHead
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (seq_len,), hidden_size, vocab = args.lengths, LLAMA["hidden_size"], LLAMA["vocab_size"]
+    linear = torch.nn.Linear(hidden_size, vocab, bias=False, dtype=getattr(torch, args.dtype), device=device)
+    loss_head = LossHead(linear, tile_tokens=json.loads(args.options)["loss_tile_tokens"])
+    labels = torch.arange(seq_len, device=device)[None] % vocab
+    with peak_memory() as peaks:
+        hidden = torch.randn(1, seq_len, hidden_size, dtype=linear.weight.dtype, device=device, requires_grad=True)
+        loss_head(hidden, labels, torch.tensor(seq_len, device=device)).backward()
+    print(json.dumps([peaks]))
+
+
+# ---------------------------------------------------------------- the parent
+
+
+class Bench:
+    """Starts the child processes, and makes one number of what they print."""
+
+    def __init__(self, args: argparse.Namespace, on_gpu: bool):
+        self.args, self.on_gpu = args, on_gpu
+        self.unit = LLAMA["hidden_size"] * (2 if args.dtype == "bfloat16" else 4)
+        self.offload = {"offload": "host" if on_gpu else "disk"}
+
+    def child(self, role: str, lengths: list[int], options: dict, *, layers: int = 4, env: dict = ALLOCATOR) -> Any:
+        command = [sys.executable, __file__] if role == "head" else launch(self.args.ranks, __file__)
+        command += ["--role", role, "--dtype", self.args.dtype, "--options", json.dumps(options)]
+        command += ["--layers", str(layers), "--lengths", *map(str, lengths)]
+        return run(command, threads=1, minutes=self.args.minutes, env=env)
+
+    def peaks(self, role: str, seq_lens: list[int], options: dict, *, layers: int = 4) -> dict[int, list[int] | str]:
+        """Of each S: the peak bytes of a rank in each repeat, or why there are none: then nothing longer is tried."""
+        found: dict[int, list[int] | str] = {}
+        for seq_len in seq_lens:
+            lengths = [seq_len] if role == "head" else [seq_len] * 2
+            each = [self.child(role, lengths, options, layers=layers) for _ in range(self.args.repeats)]
+            failed = next((one for one in each if isinstance(one, str)), None)
+            found[seq_len] = failed or [max(rank["anonymous"] for rank in one) for one in each]
+            if failed:
+                break
+        return found
+
+    def seconds(self, seq_len: int, options: dict) -> float | str:
+        found = self.child("train", [seq_len // 8, *[seq_len] * self.args.repeats], options, env=CACHING)
+        return found if isinstance(found, str) else statistics.median(found[0]["seconds"][1:])
+
+
+def bytes_a_token(peaks: dict[int, list[int] | str]) -> float | None:
+    """The slope over S; None for less than two S."""
+    points = [(s, peak) for s, each in peaks.items() if not isinstance(each, str) for peak in each]
+    return slope(points) if len({s for s, _ in points}) > 1 else None
+
+
+def show(name: str, peaks: dict[int, list[int] | str], seq_lens: list[int], extra: str = "") -> None:
+    """A line: the median peak of each S, and the slope."""
+    cells = []
+    for seq_len in seq_lens:
+        each = peaks.get(seq_len, "-")
+        cells.append(f"{each if isinstance(each, str) else format(statistics.median(each) / 2**20, ',.0f'):>9.9}")
+    found = bytes_a_token(peaks)
+    kib = "-" if found is None else f"{found / 1024:.2f}"
+    print(f"{name:<26} {' '.join(cells)}  {kib:>9}{extra}", flush=True)
+
+
+def heading(what: str, seq_lens: list[int], extra: str = "") -> None:
+    print(f"\n{what:<26} {' '.join(f'{s:>9,}' for s in seq_lens)}  {'KiB/token':>9}{extra}", flush=True)
+
+
+def recipe(bench: Bench) -> list[dict]:
+    """The parts of the recipe, added one by one."""
+    seq_lens, options, rows = bench.args.seq_lens, {}, []
+    heading("peak MiB a rank at S =", seq_lens, f"  step at S = {seq_lens[-1]:,}")
+    for name, more in RECIPE.items():
+        options |= bench.offload if "offload" in more else more
+        peaks = bench.peaks("train", seq_lens, options)
+        done = [s for s, each in peaks.items() if not isinstance(each, str)]
+        seconds = bench.seconds(seq_lens[-1], options) if seq_lens[-1] in done else "-"
+        rows.append({"name": name, "options": dict(options), "peaks": peaks, "seconds": seconds})
+        rows[-1]["bytes_a_token"] = bytes_a_token(peaks)
+        show(name, peaks, seq_lens, f"  {seconds:8.2f} s" if isinstance(seconds, float) else f"  {seconds:.40}")
+    return rows
+
+
+def loss_head(bench: Bench) -> list[dict]:
+    """The loss alone, in one tile and in many."""
+    seq_lens, rows = bench.args.head_seq_lens, []
+    heading("loss head, MiB at S =", seq_lens)
+    for name, tile, lengths in (
+        ("one tile", -1, [s for s in seq_lens if s <= bench.args.longest_untiled]),
+        ("tiles of 64 MiB", 0, seq_lens),
+    ):
+        peaks = bench.peaks("head", lengths, {"loss_tile_tokens": tile})
+        rows.append({"name": name, "peaks": peaks, "bytes_a_token": bytes_a_token(peaks)})
+        show(name, peaks, seq_lens)
+    untiled, tiled = (row["bytes_a_token"] for row in rows)
+    if untiled and tiled is not None:
+        print(f"slope of tiles to that of one tile: {tiled / untiled:.4f} (at most {FLAT} wanted)", flush=True)
+    return rows
+
+
+def layers(bench: Bench) -> list[dict]:
+    """What checkpoints cost a token and layer: slopes over S, in which parameters and gradients do not show."""
+    seq_lens, rows = bench.args.layers_seq_lens, []
+    where = bench.offload["offload"]
+    heading("peak MiB a rank at S =", seq_lens, "  units/token of the rank")
+    for offload in ("none", where):
+        for count in bench.args.layers_counts:
+            peaks = bench.peaks("train", seq_lens, {"offload": offload}, layers=count)
+            found = bytes_a_token(peaks)
+            units = None if found is None else found * bench.args.ranks / bench.unit
+            rows.append({"offload": offload, "layers": count, "peaks": peaks, "units": units})
+            text = "  -" if units is None else f"  {units:8.2f}"
+            show(f"offload {offload}, {count} layers", peaks, seq_lens, text)
+    each = {
+        offload: slope([(row["layers"], row["units"]) for row in rows if row["offload"] == offload])
+        for offload in ("none", where)
+        if all(row["units"] is not None for row in rows if row["offload"] == offload)
+    }
+    for offload, units in each.items():
+        print(f"offload {offload}: {units:.3f} units a token of the rank and layer", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------- the plot
+
+
+def plot(table: dict[str, list[dict]], path: Any, memory: str) -> None:
+    """A panel a table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = {"recipe": "the recipe, part by part", "head": "the loss head alone", "layers": "checkpoints by depth"}
+    figure, panels = plt.subplots(1, len(table), figsize=(5.5 * len(table), 4.5), squeeze=False, layout="constrained")
+    for panel, (what, rows) in zip(panels[0], table.items(), strict=True):
+        panel.set_title(titles[what])
+        if what == "layers":
+            for offload in dict.fromkeys(row["offload"] for row in rows):
+                points = [(r["layers"], r["units"]) for r in rows if r["offload"] == offload and r["units"] is not None]
+                panel.plot(*zip(*points, strict=True), marker="o", label=f"offload {offload}") if points else None
+            panel.set(xlabel="layers", ylabel="peak memory: hidden states a token of a rank", ylim=(0, None))
+        else:
+            for row in rows:
+                good = {s: p for s, p in row["peaks"].items() if not isinstance(p, str)}
+                median = [statistics.median(p) / 2**20 for p in good.values()]
+                panel.plot(list(good), median, marker="o", label=row["name"])
+            ticks = sorted({s for row in rows for s in row["peaks"]})
+            panel.set(xlabel="sequence length S, tokens", ylabel=f"{memory}, MiB", xscale="log")
+            panel.set_yscale("log", base=2)
+            panel.yaxis.set_major_formatter("{x:,.0f}")
+            panel.set_xticks(ticks, [f"{s // 1024}K" if s >= 1024 else str(s) for s in ticks])
+            panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    tables = {"recipe": recipe, "head": loss_head, "layers": layers}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384], help="of the recipe")
+    parser.add_argument("--head-seq-lens", type=int, nargs="+", default=[2**i for i in range(11, 17)])
+    parser.add_argument("--longest-untiled", type=int, default=16_384, help="of the loss head in one tile")
+    parser.add_argument("--layers-seq-lens", type=int, nargs="+", default=[4096, 8192, 16_384])
+    parser.add_argument("--layers-counts", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--ranks", type=int, help="by default all GPUs, or 2")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="by default fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=20, help="patience a process")
+    parser.add_argument("--role", choices=["train", "head"], help=argparse.SUPPRESS)
+    parser.add_argument("--options", help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", type=int, nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role:
+        return globals()[args.role](args)
+
+    import torch
+
+    gpus = torch.cuda.device_count()  # the GPU's half of this file is untested
+    args.ranks, args.dtype = args.ranks or gpus or 2, args.dtype or ("bfloat16" if gpus else "float32")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    bench, found = Bench(args, on_gpu=gpus > 0), {}
+    kind = f"{args.ranks} {'GPU' if gpus else 'CPU'} ranks"
+    print(f"{kind}, llama, h 256, ffn 896, vocab 32,000, {args.dtype}, median of {args.repeats}", flush=True)
+    for what in args.what:
+        found[what] = tables[what](bench)
+        (FOLDER / "ablation.json").write_text(json.dumps({"settings": vars(args), **found}, indent=1))
+    plot(found, FOLDER / "ablation.png", "tensors on the GPU" if gpus else "anonymous memory of a rank")
+    print(f"\nwritten to {(FOLDER / 'ablation.json').relative_to(ROOT)} and .png beside it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Our step against DeepSpeed's ALST and against transformers on FSDP2: the same weights, sequences and steps.
+
+    python scripts/bench/versus.py                      losses must agree; then time and the slope of memory
+    python scripts/bench/versus.py --what memory --contenders ours alst --dtypes float32
+    python scripts/bench/versus.py --breakdown          which tensors are alive at our peak, and who made them
+    python scripts/bench/versus.py --profile            where our step's time goes
+
+DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number is of fresh gloo processes
+of one thread each. Time: the contenders take turns, a ratio is the median of the turns' (where other work takes the
+cores, look at that of CPU seconds). Memory: the slope, by least squares over S, of the resident peak in units of
+h * itemsize bytes a token of a rank: how many hidden states a token costs. ALST's ranks and ours hold S / P tokens,
+FSDP2's, without sequence parallelism, S. All is written as JSON, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import ALLOCATOR, CACHING, LLAMA, ROOT, launch, measure, run, slope, tell, training_step
+
+FOLDER = ROOT / "outputs" / "bench" / "versus"
+SMALL = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
+"""Of which memory is measured: the fewer parameters, the clearer what a token costs."""
+MODELS = {"agreement": LLAMA, "time": LLAMA, "memory": SMALL}
+LOSS_TILE_BYTES = {"agreement": 64 * 2**20, "time": 64 * 2**20, "memory": 4 * 2**20}
+"""Of fp32 logits, in ours and in ALST alike; but see --alst-loss-tile-mib."""
+CONTENDERS = {"ours": "ours", "alst": "DeepSpeed ALST", "fsdp2": "transformers + FSDP2"}
+TARGET = 0.75
+TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
+"""Of losses and of gradient norms, relative: at the first step; ten times that at the last."""
+OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+"""Our defaults."""
+
+
+# ---------------------------------------------------------------- the roles of child processes
+
+
+def contend(args: argparse.Namespace) -> None:
+    """On every rank: train the steps and print what they took."""
+    if args.contender == "ours":
+        step = training_step(args.folder, dtype=args.dtype, loss_tile_tokens=args.loss_tile_tokens)
+    elif args.contender == "alst":
+        from versus_alst import build_step
+
+        step = build_step(args)
+    else:
+        from versus_fsdp2 import build_step
+
+        step = build_step(args)
+    tell(measure(step, args.lengths))
+
+
+def save_weights(folder: Path, config: dict) -> None:
+    """A model's random weights, in fp32 but exact in bf16: DeepSpeed rounds them before it makes its master copy."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    model.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- the parent
+
+
+class Match:
+    """Starts contenders with what they share."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.alst = args, None
+        if "alst" in args.contenders:
+            from versus_alst import environment
+
+            self.alst = environment()
+
+    def child(self, contender: str, what: str, dtype: str, lengths: list[int], role: str = "contend") -> Any:
+        """What its ranks found, or a string that says why there is nothing."""
+        config, folder = MODELS[what], FOLDER / what
+        if not (folder / "config.json").is_file():
+            save_weights(folder, config)
+        python, variables = self.alst if contender == "alst" else (sys.executable, {})
+        tile_bytes = LOSS_TILE_BYTES[what]
+        if (contender, what) == ("alst", "time"):
+            tile_bytes = self.args.alst_loss_tile_mib * 2**20
+        tile = tile_bytes // (4 * config["vocab_size"])
+        command = [*launch(self.args.ranks, __file__, python), "--role", role, "--contender", contender]
+        command += ["--folder", str(folder), "--dtype", dtype, "--loss-tile-tokens", str(tile)]
+        command += ["--lengths", *map(str, lengths)]
+        allocator = CACHING if what == "time" else ALLOCATOR
+        return run(command, threads=1, minutes=self.args.minutes, env={**allocator, **variables})
+
+    def agreement(self) -> list[dict]:
+        """Losses and norms of some steps at a small S; ends the program where they do not agree."""
+        lengths, rows = [self.args.agreement_seq_len] * 4, []
+        for dtype in self.args.dtypes:
+            reference = None
+            for contender in self.args.contenders:
+                found = self.child(contender, "agreement", dtype, lengths)
+                if isinstance(found, str):
+                    raise SystemExit(f"{CONTENDERS[contender]}, {dtype}: {found}")
+                losses, norms = found[0]["loss"], found[0]["norm"]
+                rows.append({"contender": contender, "dtype": dtype, "losses": losses, "norms": norms})
+                print(
+                    f"{dtype:<9} {CONTENDERS[contender]:<21} loss {losses[0]:.6f} -> {losses[-1]:.6f}   "
+                    f"gradient norm {norms[0]:.5f} -> {norms[-1]:.5f}",
+                    flush=True,
+                )
+                reference = reference or (losses, norms)
+                for values, expected, tolerance in zip((losses, norms), reference, TOLERANCE[dtype], strict=True):
+                    for at, allowed in ((0, tolerance), (-1, 10 * tolerance)):
+                        if not abs(values[at] - expected[at]) <= allowed * abs(expected[at]):
+                            raise SystemExit(
+                                f"{CONTENDERS[contender]} does not train what {CONTENDERS[self.args.contenders[0]]} "
+                                f"trains: {values} against {expected}. There is nothing to compare."
+                            )
+        return rows
+
+    def time(self) -> list[dict]:
+        """Seconds of a step, in turns, and the ratio of ours to the others'."""
+        rows = []
+        for dtype in self.args.dtypes:
+            for seq_len in self.args.seq_lens:
+                turns = [self._turn(dtype, seq_len) for _ in range(self.args.rounds)]
+                for contender in self.args.contenders:
+                    rows.append(self._show_time(contender, dtype, seq_len, turns))
+        return rows
+
+    def _turn(self, dtype: str, seq_len: int) -> dict[str, dict[str, float] | str]:
+        """Seconds a sequence, on the clock and of rank 0's CPU, of each contender; or why not."""
+        turn = {}
+        for contender in self.args.contenders:
+            if contender == "fsdp2" and seq_len > self.args.longest_fsdp2:
+                turn[contender] = "not tried (--longest-fsdp2)"
+                continue
+            # Short steps warm up; the second traces what DeepSpeed prefetches from then on.
+            found = self.child(contender, "time", dtype, [seq_len // 8] * 2 + [seq_len] * self.args.steps)
+            if not isinstance(found, str):
+                sequences = self.args.ranks if contender == "fsdp2" else 1
+                found = {key: statistics.median(found[0][key][2:]) / sequences for key in ("seconds", "cpu")}
+            turn[contender] = found
+        return turn
+
+    def _show_time(self, contender: str, dtype: str, seq_len: int, turns: list[dict]) -> dict:
+        row = {"contender": contender, "dtype": dtype, "seq_len": seq_len, "turns": [t[contender] for t in turns]}
+        text = f"{dtype:<9} S {seq_len:>6,}  {CONTENDERS[contender]:<21}"
+        good = [turn for turn in turns if not isinstance(turn[contender], str)]
+        if not good:
+            print(f"{text} {turns[0][contender]}", flush=True)
+            return row
+        row |= {key: statistics.median(turn[contender][key] for turn in good) for key in ("seconds", "cpu")}
+        text += f" {row['seconds']:8.2f} s a sequence (CPU {row['cpu']:.2f})"
+        both = [turn for turn in good if not isinstance(turn.get("ours", ""), str)]
+        if contender != "ours" and both:
+            ratios = {key: [turn["ours"][key] / turn[contender][key] for turn in both] for key in ("seconds", "cpu")}
+            row["ratio"], row["cpu_ratio"] = (statistics.median(each) for each in ratios.values())
+            spread = f"{min(ratios['seconds']):.2f} to {max(ratios['seconds']):.2f}"
+            text += f"   ours takes {row['ratio']:.2f} of it ({spread}; CPU {row['cpu_ratio']:.2f})"
+            if contender == "alst" and seq_len <= 16_384:
+                text += f", at most {TARGET} wanted"
+        print(text, flush=True)
+        return row
+
+    def memory(self) -> list[dict]:
+        """Slopes of the peak over S, of all repeats together and of each."""
+        rows = []
+        for dtype in self.args.dtypes:
+            ours = None
+            for contender in self.args.contenders:
+                row = self._peaks(contender, dtype)
+                rows.append(row)
+                self._show_memory(row, ours)
+                ours = row.get("units") if contender == "ours" else ours
+        return rows
+
+    def _show_memory(self, row: dict, ours: float | None) -> None:
+        text = f"{row['dtype']:<9} {CONTENDERS[row['contender']]:<21}"
+        if "units" not in row:
+            print(f"{text} {row['failed']}", flush=True)
+            return
+        peaks = "  ".join(f"{statistics.median(each) / 2**20:,.0f}" for each in row["peaks"].values())
+        text += f" {row['units']:6.2f} units a rank-token ({min(row['each']):.2f} to {max(row['each']):.2f})"
+        text += f"   peaks {peaks} MiB"
+        if ours is not None:
+            row["ratio"] = ours / row["units"]
+            text += f"   ours takes {row['ratio']:.2f} of it"
+            text += f", at most {TARGET} wanted" if row["contender"] == "alst" else ""
+        print(text, flush=True)
+
+    def _peaks(self, contender: str, dtype: str) -> dict:
+        row: dict[str, Any] = {"contender": contender, "dtype": dtype, "peaks": {}}
+        unit = SMALL["hidden_size"] * (2 if dtype == "bfloat16" else 4)
+        share = 1 if contender == "fsdp2" else self.args.ranks
+        for seq_len in self.args.seq_lens:
+            if contender == "fsdp2" and seq_len > self.args.longest_fsdp2:
+                continue
+            peaks = row["peaks"][seq_len] = []
+            for _ in range(self.args.repeats):
+                found = self.child(contender, "memory", dtype, [seq_len] * 2)  # the second step has optimizer state
+                if isinstance(found, str):
+                    return {**row, "failed": f"S {seq_len:,}: {found}"}
+                peaks.append(statistics.mean(rank["peak"] for rank in found))
+        if len(row["peaks"]) < 2:
+            return {**row, "failed": "a slope needs two sequence lengths"}
+        runs = [[(s / share, p[i] / unit) for s, p in row["peaks"].items()] for i in range(self.args.repeats)]
+        row["each"] = [slope(points) for points in runs]
+        row["units"] = slope([point for points in runs for point in points])
+        return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS))
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[8192, 16_384, 32_768])
+    parser.add_argument(
+        "--longest-fsdp2", type=int, default=16_384, help="beyond it FSDP2, with P times the work, rests"
+    )
+    parser.add_argument("--agreement-seq-len", type=int, default=2048)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, for times")
+    parser.add_argument("--steps", type=int, default=1, help="timed steps a turn")
+    parser.add_argument("--repeats", type=int, default=3, help="for memory")
+    parser.add_argument(
+        "--alst-loss-tile-mib",
+        type=int,
+        default=1024,
+        help="ALST's loss tiles where time is measured: it gathers the head's weight for each, so large are faster",
+    )
+    parser.add_argument("--minutes", type=float, default=30, help="patience a process")
+    parser.add_argument("--breakdown", action="store_true", help="only this: the tensors alive at our peak, at S = 8K")
+    parser.add_argument("--profile", action="store_true", help="only this: the operators of our step, at S = 8K")
+    parser.add_argument("--role", choices=["contend", "breakdown", "profile"], help=argparse.SUPPRESS)
+    for name in ("--contender", "--folder", "--dtype"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--loss-tile-tokens", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--lengths", type=int, nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.role == "contend":
+        args.optimizer = OPTIMIZER
+        return contend(args)
+    if args.role or args.breakdown or args.profile:
+        import versus_peak
+
+        return versus_peak.main(args, Match)
+
+    args.contenders = [name for name in CONTENDERS if name in args.contenders]  # ours first: the others are its ratios
+    match, table = Match(args), {}
+    print(f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896", flush=True)
+    for what in args.what:
+        config = MODELS[what]
+        print(f"\n{what}: {config['num_hidden_layers']} layers, vocab {config['vocab_size']:,}", flush=True)
+        table[what] = getattr(match, what)()
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        (FOLDER / "versus.json").write_text(json.dumps({"settings": vars(args), **table}, indent=1))
+    print(f"\nwritten to {(FOLDER / 'versus.json').relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
