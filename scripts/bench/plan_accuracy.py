@@ -81,7 +81,7 @@ SMALL = [
     ),
 ]
 
-BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
+BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
 QWEN3 = {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 3}
 GEMMA2 = {"model_type": "gemma2", "head_dim": 16, "sliding_window": 256, "attn_logit_softcapping": 50.0}
 OLMO2 = {"model_type": "olmo2", "num_hidden_layers": 5}
@@ -89,6 +89,7 @@ WIDE_VOCABULARY = {"vocab_size": 32768, "num_hidden_layers": 2}
 DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8192}
 
 ATTENTION = {"intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 2}
+THREE_HEADS = {"num_attention_heads": 3, "hidden_size": 96, "num_key_value_heads": 1}
 
 CASES = [
     case("attention, P 4, bf16", 4, model=ATTENTION, training__seq_len=16384, training__param_dtype="bfloat16",
@@ -113,13 +114,17 @@ CASES = [
          activation_checkpoint__offload="host"),
     case("gemma2, packed, two rows", 1, model=GEMMA2, documents=[100, 924], training__seq_len=1024,
          training__local_batch_size=2),
-    case("3 heads on 2 ranks, tiles", 2, model=ATTENTION | {"num_attention_heads": 3, "hidden_size": 96, "num_key_value_heads": 1},
+    case("3 heads on 2 ranks, tiles", 2, model=ATTENTION | THREE_HEADS,
          training__seq_len=6000, parallelism__sequence_parallel_degree=2, memory__mlp_tile_tokens=700),
-    case("resident, P 1, fp32", 1, model=BIG, resident=True, training__seq_len=65536, memory__mlp_tile_tokens=2048),
-    case("resident, MLP untiled", 1, model=BIG, resident=True, training__seq_len=49152, memory__mlp_tile_tokens=-1),
-    case("resident, loss untiled", 1, model=BIG | {"vocab_size": 32768}, resident=True, training__seq_len=8192,
-         memory__loss_tile_tokens=-1),
-    case("resident, P 2, offload", 2, model=BIG, resident=True, training__seq_len=98304,
+    # Rows of few tokens, so that memory grows faster than the time that attention takes.
+    case("resident, tiles", 1, model=BIG, resident=True, training__seq_len=512, training__local_batch_size=160,
+         memory__mlp_tile_tokens=2048),
+    case("resident, MLP untiled", 1, model=BIG, resident=True, training__seq_len=512, training__local_batch_size=72,
+         memory__mlp_tile_tokens=-1),
+    case("resident, loss untiled", 1, model=BIG | {"vocab_size": 32768}, resident=True, training__seq_len=512,
+         training__local_batch_size=10, memory__loss_tile_tokens=-1),
+    case("resident, deep", 1, model=BIG | DEEP | {"hidden_size": 1024}, resident=True, training__seq_len=64),
+    case("resident, P 2, offload", 2, model=BIG, resident=True, training__seq_len=1024, training__local_batch_size=136,
          parallelism__sequence_parallel_degree=2, activation_checkpoint__offload="host"),
 ]  # fmt: skip
 
@@ -291,9 +296,9 @@ def memory_of_this_process(field_name: str) -> int:
 
 def compare(case: Case, minutes: float) -> dict:
     """Run one case three ways and print what they say; returns the relative errors."""
-    arguments = ["--case", case.name, "--role"]
+    arguments, threads = ["--case", case.name, "--role"], 2 // min(2, case.ranks)
     plan = run([sys.executable, __file__, *arguments, "planned"], threads=1, minutes=minutes)
-    truth = run([*launch(case.ranks, __file__), *arguments, "profiled"], threads=1, minutes=minutes)
+    truth = run([*launch(case.ranks, __file__), *arguments, "profiled"], threads=threads, minutes=minutes)
     if isinstance(plan, str) or isinstance(truth, str):
         print(f"{case.name}: plan {plan}; run {truth}", flush=True)
         return {"failed": True}
@@ -305,7 +310,12 @@ def compare(case: Case, minutes: float) -> dict:
     )
     found = {"peak": abs(error), "where": plan["where"], "collectives": same}
     if case.resident:
-        whole = run([*launch(case.ranks, __file__), *arguments, "resident"], threads=1, minutes=minutes, env=ALLOCATOR)
+        whole = run(
+            [*launch(case.ranks, __file__), *arguments, "resident"],
+            threads=threads,
+            minutes=minutes,
+            env=ALLOCATOR,
+        )
         if isinstance(whole, str):
             print(f"{case.name}: resident: {whole}", flush=True)
             return {"failed": True}
