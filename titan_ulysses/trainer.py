@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,6 @@ from rich import markup
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.collectives import CollectiveCounter
@@ -46,6 +45,9 @@ from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.ulysses.cores import Core, choose_core
+
+if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Trainer:
