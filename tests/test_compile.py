@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
+from models import LLAMA, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
+from titan_ulysses.config import Optimizer
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import compile_blocks, find_blocks, parallelize
 from titan_ulysses.trainer import train_step
 
 STEPS, LAYERS = 50, 2
+OPTIMIZER = Optimizer(lr=1e-3)
 
 
 def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], int]:
@@ -45,14 +47,14 @@ def _parts(model) -> list[torch.nn.Module]:
     ids=["tiled and offloaded", "whole and kept"],
 )
 def test_fifty_steps(options):
-    """Fused kernels round otherwise than eager ones, and training multiplies that: within 1e-3 of each loss."""
+    """Fused kernels round otherwise than eager ones, and training multiplies that: within 1e-4 of each loss."""
     eager, _, none = run_on_ranks(2, losses, False, options, timeout=300)[0]
     compiled, graphs, parts = run_on_ranks(2, losses, True, options, timeout=300)[0]
     assert (none, parts) == (0, 2 * LAYERS)
     assert graphs["breaks"] == 0 and graphs["graphs"] >= 2
     worst = max(abs(a - b) / b for a, b in zip(compiled, eager, strict=True))
     print(f"{parts} compiled parts, {graphs}, largest relative difference of a loss {worst:.1e}")
-    assert worst < 1e-3
+    assert worst < 1e-4
 
 
 def test_the_number_of_parts():
