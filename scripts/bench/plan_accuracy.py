@@ -246,23 +246,36 @@ def measure(case: Case) -> dict:
 
 
 def patience_with_gloo() -> Any:
-    """A mode that waits after each collective until gloo's thread has let go of its tensors.
+    """A mode under which it is this thread that releases what gloo's threads have sent or received.
 
-    Otherwise it may be that thread which releases them, and the profiler hears only of what this one releases.
+    The profiler hears only of what is released by a thread that it profiles, and gloo's may be the last to let go. So
+    the memory of a collective's tensors is held here too, until nobody else does, which is looked at before each
+    operation; and gloo is given a moment after each collective.
     """
+    import torch
     from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     class Patience(TorchDispatchMode):
-        sent = False
+        def __init__(self) -> None:
+            super().__init__()
+            self.held: dict[int, Any] = {}
+            self.sent = False
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if DTensor in types:
                 return NotImplemented
             if self.sent:
-                time.sleep(0.05)
+                time.sleep(0.01)
+            for key in [key for key in self.held if torch._C._storage_Use_Count(key) == 1]:
+                del self.held[key]
+            result = func(*args, **(kwargs or {}))
             self.sent = func.namespace in ("c10d", "_c10d_functional")
-            return func(*args, **(kwargs or {}))
+            if self.sent:
+                storages = [x.untyped_storage() for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+                self.held |= {storage._cdata: storage for storage in storages}
+            return result
 
     return Patience()
 
