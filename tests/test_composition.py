@@ -76,7 +76,7 @@ def test_fp32_and_activation_checkpointing(degrees, checkpoint):
     found = run_on_ranks(4, train_sharded, degrees, LLAMA, steps, torch.float32, checkpoint_every=int(checkpoint))[0]
     worst = largest_difference(found, train_plain(LLAMA, steps, torch.float32))
     assert max(worst.values()) < 2e-4, worst  # AdamW divides by the root of its second moment: small gradients weigh
-    assert max(worst["loss"], worst["grad norm"]) < 1e-6, worst
+    assert max(worst["loss"], worst["grad norm"]) < 3e-6, worst  # a few units in the last place of fp32 sums
 
 
 HEADS = [(8, 8), (8, 1), (9, 3), (5, 1), (14, 2), (3, 1), (2, 2)]
