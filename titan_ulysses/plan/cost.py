@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from titan_ulysses.plan.hardware import GPU
+from titan_ulysses.plan.hardware import GPU, HOST_BANDWIDTH
 from titan_ulysses.plan.memory import MemoryTracker
 
 _ATTENTION = {
@@ -94,6 +94,10 @@ class Links:
     sequence: int
     world: int
 
+    @property
+    def ranks_per_node(self) -> int:
+        return min(self.world, self.gpus_per_node)
+
     def exchange_seconds(self, size: float, gpu: GPU) -> float:
         """All-to-alls over neighbours: to ranks on the same node by NVLink, to others by the network."""
         inside = min(self.sequence, self.gpus_per_node)
@@ -102,7 +106,7 @@ class Links:
 
     def fsdp_seconds(self, size: float, gpu: GPU) -> float:
         """Rings over all ranks (size: of whole parameters): what comes into a node is shared by NVLink in it."""
-        inside = min(self.world, self.gpus_per_node)
+        inside = self.ranks_per_node
         share = (self.world - 1) / self.world
         link = gpu.node_link if self.world <= inside else min(gpu.node_link, inside * gpu.network)
         return size * share / link
@@ -113,9 +117,9 @@ class Time:
     """Seconds of a step, by what they are spent on."""
 
     parts: dict[str, float]
-    """matmul, attention, other kernels, exchange: these add up."""
+    """matmul, attention, other kernels, exchange, offloaded optimizer: these add up."""
     hidden: dict[str, float]
-    """FSDP, checkpoints to the host, checkpoints back: beside the others, as far as those last."""
+    """FSDP, checkpoints and parameters over PCIe: beside the others, as far as those last."""
     waits: dict[str, float]
     """Of each of these what the computation waits for."""
 
@@ -127,13 +131,29 @@ class Time:
     def binds(self) -> str:
         """What makes the step as long as it is: "compute", "network" or "PCIe"."""
         longest = max(self.waits, key=self.waits.__getitem__)
-        if self.waits[longest] > 0:
+        if self.waits[longest] > sum(self.parts.values()):
             return "network" if longest == "FSDP" else "PCIe"
-        return "network" if 2 * self.parts["exchange"] > sum(self.parts.values()) else "compute"
+        largest = max(self.parts, key=self.parts.__getitem__)
+        return {"exchange": "network", "offloaded optimizer": "PCIe"}.get(largest, "compute")
 
 
-def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: float, gpu: GPU, links: Links) -> Time:
-    """exchanged and gathered: bytes of a rank and step; offloaded: bytes of its checkpoints, which go and come back."""
+@dataclass(frozen=True)
+class Offloaded:
+    """Bytes of a rank that are in host memory."""
+
+    checkpoints: float = 0
+    """of all the batches of a step"""
+    parameters: float = 0
+    gradients: float = 0
+    optimizer_state: float = 0
+
+
+def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: Offloaded, gpu: GPU, links: Links) -> Time:
+    """exchanged and gathered: bytes of a rank and step.
+
+    Checkpoints go to the host and come back; parameters come twice and their gradients go. An optimizer whose state
+    alone is on the host fetches it and sends it back; one whose parameters are there too is as fast as host memory.
+    """
     rates = {
         "matmul": gpu.matmul,
         "attention forward": gpu.attention_forward,
@@ -146,18 +166,26 @@ def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: float
     forward, backward = stretches["forward"] + exchange / 3, stretches["backward"] + 2 * exchange / 3
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu),
-        "checkpoints to the host": offloaded / gpu.host_link,
-        "checkpoints back": offloaded / gpu.host_link,
+        "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
+        "checkpoints back": offloaded.checkpoints / gpu.host_link,
+        "parameters": (2 * offloaded.parameters + offloaded.gradients) / gpu.host_link,
     }
+    if offloaded.parameters:
+        moved = 2 * (offloaded.parameters + offloaded.optimizer_state) + offloaded.gradients
+        update = moved * links.ranks_per_node / HOST_BANDWIDTH
+    else:
+        update = 2 * offloaded.optimizer_state / gpu.host_link
     waits = {
         "FSDP": max(0.0, hidden["FSDP"] - forward - backward),
         "checkpoints to the host": max(0.0, hidden["checkpoints to the host"] - forward),
         "checkpoints back": max(0.0, hidden["checkpoints back"] - backward),
+        "parameters": max(0.0, hidden["parameters"] - forward - backward),
     }
     parts = {
         "matmul": sum(s for (_, kind), s in seconds.items() if kind == "matmul"),
         "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),
         "other kernels": sum(s for (_, kind), s in seconds.items() if kind == "other kernels"),
         "exchange": exchange,
+        "offloaded optimizer": update,
     }
     return Time(parts, hidden, waits)

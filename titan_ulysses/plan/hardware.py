@@ -59,6 +59,10 @@ GPUS = {
 }
 
 
+HOST_BANDWIDTH = 0.8 * 614e9
+"""Bytes/s of a node's host memory: two sockets of eight channels of DDR5-4800 (Xeon Scalable, 4th generation)."""
+
+
 def gpu_named(name: str) -> GPU:
     """UserError where nothing is known of it."""
     if name not in GPUS:

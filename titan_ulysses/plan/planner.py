@@ -14,7 +14,7 @@ from titan_ulysses.errors import UserError
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.plan.cost import Links, Time, step_time
+from titan_ulysses.plan.cost import Links, Offloaded, Time, step_time
 from titan_ulysses.plan.hardware import GIB, GPU, Reserve, cuda_workspace, gpu_named, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
@@ -122,16 +122,19 @@ class Plan:
         def size(kind: str) -> int:
             return counts.get(kind, (0, 0))[1]
 
-        offloaded = sum(
-            bytes_
-            for allocation, bytes_ in self.simulation.memory.peak("host").alive.items()
-            if allocation.component == "checkpoints"
-        )
+        on_host: Counter[str] = Counter()
+        for allocation, bytes_ in self.simulation.memory.peak("host", first=self.simulation.start).alive.items():
+            on_host[allocation.component] += bytes_
         return step_time(
             self.simulation.cost,
             exchanged=size("all_to_all"),
             gathered=size("all_gather") * setup.degrees.shard * setup.degrees.sequence + size("reduce_scatter"),
-            offloaded=offloaded * setup.degrees.accumulation_steps,
+            offloaded=Offloaded(
+                checkpoints=on_host["checkpoints"] * setup.degrees.accumulation_steps,
+                parameters=on_host["parameters"],
+                gradients=on_host["gradients"],
+                optimizer_state=on_host["optimizer state"],
+            ),
             gpu=setup.gpu,
             links=Links(setup.config.plan.gpus_per_node, setup.degrees.sequence, setup.world_size),
         )

@@ -104,7 +104,7 @@ def say(console: Console, plan: Plan) -> None:
 
 def say_time(console: Console, plan: Plan) -> None:
     time_ = plan.time
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time_.parts.items())
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time_.parts.items() if seconds)
     hidden = ", ".join(
         f"{name} {seconds:.1f}" + (f" (waits {time_.waits[name]:.1f})" if time_.waits[name] else "")
         for name, seconds in time_.hidden.items()
@@ -143,7 +143,8 @@ def closing(plan: Plan, longest_seq_len: int, fitting: Sequence[Need]) -> str:
         "GPU memory": f"a GPU would need {plan.gpu_bytes / GIB:.1f} GiB of {setup.gpu_memory / GIB:.1f}",
         "host memory": f"a node would need {plan.host_bytes / GIB:.0f} GiB of host memory",
     }.get(plan.binds, f"the step's time goes to {plan.binds}")
-    return f"[bold]{what} {verdict}[/]: {reason}; with these settings {longest_seq_len:,} would. {advice(plan)}"
+    longer = f"with these settings {longest_seq_len:,} would" if longest_seq_len else "with these settings none would"
+    return f"[bold]{what} {verdict}[/]: {reason}; {longer}. {advice(plan)}"
 
 
 def advice(plan: Plan) -> str:
