@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections import Counter, defaultdict
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Tiny matrices: more threads would only wait for each other, for ever where another process has their core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _TESTS = Path(__file__).resolve().parent
 for _folder in (_TESTS.parent, _TESTS):
