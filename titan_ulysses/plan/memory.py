@@ -127,7 +127,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _note_results(self, func, args, kwargs, result) -> None:
         component = _fsdp_component(func)
-        if component is None and func in _CASTS and self._is_parameter(args[0]):
+        if component is None and self._brings_parameter(func, args):
             component = "gathered parameters"
         for tensor in _tensors(result, kwargs):
             self._note(tensor, func, component)
@@ -239,9 +239,13 @@ class MemoryTracker(TorchDispatchMode):
                         found[0].component = component
                         found[0].place = place or found[0].place
 
-    def _is_parameter(self, tensor: Tensor) -> bool:
-        found = self._alive.get(tensor.untyped_storage()._cdata)
-        return found is not None and found[0].component == "parameters"
+    def _brings_parameter(self, func, args) -> bool:
+        """Whether func casts a shard for its way, or is what FSDP does instead of gathering on one rank."""
+        if func not in _COPIES:
+            return False
+        source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+        found = self._alive.get(source.untyped_storage()._cdata)
+        return found is not None and found[0].component in ("parameters", "gathered parameters")
 
     @contextmanager
     def placed(self, place: Place) -> Iterator[None]:
@@ -254,6 +258,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 _CASTS = {torch.ops.aten._to_copy.default}
+_COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
 
 def _fsdp_component(func) -> str | None:
