@@ -125,11 +125,11 @@ def tell_each(console: Console, title: str, found: Any) -> list[Found]:
     for one in found:
         all_of_them.append(one)
         if one.need is None:
-            console.print(f"  {one.what:<56} does not fit at any length", highlight=False)
+            console.print(f"  {one.what:<34} does not fit at any length", highlight=False)
         else:
             plan = one.need.plan
             console.print(
-                f"  {one.what:<40} {one.need.seq_len:>12,} tokens  {plan.time.seconds:>9,.0f} s a step", highlight=False
+                f"  {one.what:<34} {one.need.seq_len:>11,} tokens {plan.time.seconds:>9,.0f} s a step", highlight=False
             )
     return all_of_them
 

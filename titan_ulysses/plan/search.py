@@ -114,9 +114,9 @@ def _pair(lines: list[Need], best: Need | None) -> tuple[Need, Need]:
 
 
 FEATURES: list[tuple[str, dict[str, object]]] = [
-    ("checkpoints in host memory", {"activation_checkpoint.offload": "host"}),
-    ("optimizer state in host memory", {"memory.optimizer_offload": True}),
-    ("parameters in host memory", {"memory.parameter_offload": True, "memory.optimizer_offload": False}),
+    ("+ checkpoints on the host", {"activation_checkpoint.offload": "host"}),
+    ("+ optimizer state on the host", {"memory.optimizer_offload": True}),
+    ("+ parameters on the host", {"memory.parameter_offload": True, "memory.optimizer_offload": False}),
 ]
 """In the order of what they cost in time."""
 
@@ -138,7 +138,7 @@ def search(setup: Setup, first: Plan) -> Iterator[Found]:
     heads = getattr(setup.model_config, "num_attention_heads", 1)
     degrees = [p for p in range(1, setup.world_size + 1) if setup.world_size % p == 0 and p <= heads]
     changes["parallelism.sequence_parallel_degree"] = max(degrees)
-    for what, more in [("tiles, every block a checkpoint, most ranks a sequence", {}), *FEATURES]:
+    for what, more in [("tiles, checkpoints, most ranks", {}), *FEATURES]:
         changes = changes | more
         if _differs(setup.config, changes):
             yield Found(what, changes, longest(with_settings(setup, changes)))
