@@ -45,6 +45,7 @@ from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.ulysses.cores import Core, choose_core
+from titan_ulysses.ulysses.heads import idle_ranks
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -204,9 +205,9 @@ class Trainer:
         )
 
     def _idle_ranks(self) -> str:
-        heads = getattr(self.model.config, "num_attention_heads", self.degrees.sequence)
-        idle = self.degrees.sequence - heads
-        return f"\n[bold]{idle} of {heads + idle} sequence-parallel ranks have no attention head[/]" if idle > 0 else ""
+        degree = self.degrees.sequence
+        idle = idle_ranks(getattr(self.model.config, "num_attention_heads", degree), degree)
+        return f"\n[bold]{idle}[/]" if idle else ""
 
     def _memory_notes(self) -> str:
         """What was chosen for the user, or changes nothing."""

@@ -177,6 +177,8 @@ def check_room(
     offload: Offload, folder: str | Path | None, *, shape: tuple[int, ...], itemsize: int, segments: int, processes: int
 ) -> None:
     """UserError where this node cannot hold the inputs [B, T, h] of all segments of that many processes."""
+    if offload == "none":
+        return
     needed = prod(shape) * itemsize * segments * processes
     if offload == "disk":
         place = Path(folder or tempfile.gettempdir())
@@ -186,7 +188,7 @@ def check_room(
         free = shutil.disk_usage(place).free
     else:
         setting, free = f'activation_checkpoint.offload = "{offload}"', available_host_memory()
-    if offload != "none" and needed > free:
+    if needed > free:
         raise UserError(
             f"{setting}: checkpoints take {needed / 2**30:.1f} GiB on this node ({processes} ranks x {segments} "
             f"segments), and {free / 2**30:.1f} GiB are free. Raise activation_checkpoint.every, use more "

@@ -20,6 +20,7 @@ from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.ulysses.cores import Core, choose_core
+from titan_ulysses.ulysses.heads import idle_ranks
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,5 @@ def _core(setup: Setup) -> tuple[Core, list[str]]:
 
 def check_idle(setup: Setup) -> str | None:
     """How many ranks have no head to compute."""
-    heads = getattr(setup.model_config, "num_attention_heads", setup.degrees.sequence)
-    idle = setup.degrees.sequence - heads
-    return f"{idle} of {heads + idle} sequence-parallel ranks have no attention head" if idle > 0 else None
+    degree = setup.degrees.sequence
+    return idle_ranks(getattr(setup.model_config, "num_attention_heads", degree), degree)

@@ -128,3 +128,8 @@ def _continues(stretch: range, query: Sequence[range], key_value: Sequence[range
     # Several KV ranges in one stretch share no head with a rank before it: their gradients then are plain copies.
     fresh = stretch.start == 0 or first.start == key_value[stretch.start - 1].stop
     return fresh and rank.start == first.start + len(first) * len(stretch)
+
+
+def idle_ranks(heads: int, degree: int) -> str | None:
+    """What is to be said where there are more sequence-parallel ranks than query heads."""
+    return f"{degree - heads} of {degree} sequence-parallel ranks have no attention head" if degree > heads else None
