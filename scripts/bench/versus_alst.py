@@ -2,7 +2,7 @@
 
 The step puts ALST's parts (deepspeed.runtime.sequence_parallel.ulysses_sp) together as their docstrings say: ZeRO-3
 with its default settings, UlyssesSPAttentionHF over sdpa, TiledMLP with ceil(T / h) tiles, TiledFusedLogitsLoss, and
-transformers' own activation checkpointing.
+transformers' own activation checkpointing, of either kind.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model, core_attn_implementation="sdpa", sequence_parallel_size=degree, micro_batch_size=1
     )
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable({"use_reentrant": args.contender == "alst-reentrant"})
     tile(model, degree, args.loss_tile_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **args.optimizer)
     config = {
