@@ -6,7 +6,7 @@ import os
 import sys
 
 from titan_ulysses.command_line import parse_command_line
-from titan_ulysses.config import dump_toml, load_config
+from titan_ulysses.config_file import dump_toml, load_config
 from titan_ulysses.failure import told_once
 from titan_ulysses.memory.allocator import expand_segments
 

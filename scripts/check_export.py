@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from titan_ulysses.config import load_config
+from titan_ulysses.config_file import load_config
 from titan_ulysses.data import open_sequences
 
 TOLERANCE = 1e-5

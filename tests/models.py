@@ -24,7 +24,7 @@ from titan_ulysses.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.trainer import train_step
+from titan_ulysses.step import train_step
 
 LLAMA = {
     "model_type": "llama",

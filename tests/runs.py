@@ -66,7 +66,7 @@ def write_run(folder: Path, *, documents: int = 20) -> Path:
 
 def train(config: Path, settings: Settings) -> None:
     """One run, on the ranks that call this."""
-    from titan_ulysses.config import load_config
+    from titan_ulysses.config_file import load_config
     from titan_ulysses.trainer import Trainer
 
     Trainer(load_config(config, settings.items())).train()

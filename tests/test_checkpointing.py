@@ -32,7 +32,7 @@ from titan_ulysses.memory.offload import check_room, open_store
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.trainer import train_step
+from titan_ulysses.step import train_step
 from titan_ulysses.ulysses.cores import sdpa
 
 LAYERS = 3

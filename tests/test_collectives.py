@@ -11,7 +11,7 @@ from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.trainer import train_step
+from titan_ulysses.step import train_step
 
 LAYERS, ROWS, TOKENS, ITEM = 2, 2, 24, 4
 

@@ -16,7 +16,7 @@ import pytest
 import train as train_script
 from ranks import run_on_ranks
 from runs import Settings, learned, logged, train, write_run
-from titan_ulysses.config import load_config
+from titan_ulysses.config_file import load_config
 from titan_ulysses.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -479,7 +479,7 @@ if rank == 1 and how == "killed at the start":
     os.kill(os.getpid(), signal.SIGKILL)
 
 from titan_ulysses import trainer
-from titan_ulysses.config import load_config
+from titan_ulysses.config_file import load_config
 from titan_ulysses.failure import told_once
 
 train_step = trainer.train_step

@@ -11,7 +11,7 @@ from titan_ulysses.config import Optimizer
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import compile_blocks, find_blocks, parallelize
-from titan_ulysses.trainer import train_step
+from titan_ulysses.step import train_step
 
 STEPS, LAYERS = 50, 2
 OPTIMIZER = Optimizer(lr=1e-3)

@@ -11,16 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from titan_ulysses.checks import MeshDegrees, check
 from titan_ulysses.command_line import parse_command_line, usage
-from titan_ulysses.config import (
-    KEYS,
-    SECTIONS,
-    Config,
-    MeshDegrees,
-    check,
-    dump_toml,
-    load_config,
-)
+from titan_ulysses.config import KEYS, SECTIONS, Config
+from titan_ulysses.config_file import dump_toml, load_config
 from titan_ulysses.errors import UserError
 
 MODEL = {"model": {"config": {"model_type": "llama"}}}

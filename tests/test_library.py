@@ -34,7 +34,7 @@ from titan_ulysses.errors import UserError
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model import hf
-from titan_ulysses.trainer import clip_gradients, train_step
+from titan_ulysses.step import clip_gradients, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3

@@ -221,7 +221,7 @@ def test_preflight():
 @pytest.mark.parametrize("world_size", [8, 1024])
 def test_a_large_model_takes_a_minute(world_size, capsys):
     """The time is printed, not asserted: it is the machine's."""
-    from titan_ulysses.config import load_config
+    from titan_ulysses.config_file import load_config
     from titan_ulysses.plan.planner import make_plan, set_up
 
     started = time.perf_counter()

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
 from runs import SEQ_LEN, Settings, learned, logged, train, write_documents, write_run
-from titan_ulysses.config import Config, load_config
+from titan_ulysses.config import Config
+from titan_ulysses.config_file import load_config
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
@@ -27,7 +28,7 @@ from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.trainer import clip_gradients, learning_rate, train_step
+from titan_ulysses.step import clip_gradients, learning_rate, train_step
 
 MESHES = {  # dp_replicate, dp_shard, sp
     "one": (1, 1, 1),

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from titan_ulysses.data.sharding import shard
     from titan_ulysses.errors import UserError
+    from titan_ulysses.evaluation import score, whole_sequences
     from titan_ulysses.mesh import build_mesh
-    from titan_ulysses.parallelize import parallelize, score, whole_sequences
+    from titan_ulysses.parallelize import parallelize
 
 __all__ = ["UserError", "build_mesh", "parallelize", "score", "shard", "whole_sequences"]
 
@@ -26,9 +27,9 @@ _HOMES = {
     "UserError": "errors",
     "build_mesh": "mesh",
     "parallelize": "parallelize",
-    "score": "parallelize",
+    "score": "evaluation",
     "shard": "data.sharding",
-    "whole_sequences": "parallelize",
+    "whole_sequences": "evaluation",
 }
 
 

@@ -8,8 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from titan_ulysses.config import KEYS, SECTIONS, nearest_keys, show
+from titan_ulysses.config import KEYS, SECTIONS
+from titan_ulysses.config_file import nearest_keys
 from titan_ulysses.errors import UserError
+from titan_ulysses.toml import show
 
 try:
     import tomllib

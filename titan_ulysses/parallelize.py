@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, Literal
@@ -124,36 +123,6 @@ def wrap(
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
     shard_root(model, shard)
     return model
-
-
-@torch.no_grad()
-def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Log-probability of each label of a batch of `shard`, over the whole sequence and on each of its ranks.
-
-    [B, S], S padded to a multiple of P, in fp32 or wider: entry t is about token t + 1 given those before it in its
-    document, and 0 where there is no label. Logits exist a tile at a time. Collective; dropout, if any, is the model's
-    mode.
-    """
-    local = -model(**batch, reduction="none").loss
-    sp = model.ulysses_mesh.sp
-    slices = [torch.empty_like(local) for _ in range(sp.size())]
-    dist.all_gather(slices, local, group=sp.get_group())
-    return torch.cat(slices, dim=1)
-
-
-@contextmanager
-def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
-    """Run a sharded model with P = 1 for a while: no exchange, and whole sequences of its own on every rank.
-
-    Yields the mesh that says so, for `shard(loader, mesh)`. Parameters stay sharded as they are, so all ranks must run
-    the same number of forwards; losses, and gradients if wanted, are those of all ranks' sequences together.
-    """
-    sharded = model.ulysses_mesh
-    model.ulysses_mesh = sharded.whole
-    try:
-        yield sharded.whole
-    finally:
-        model.ulysses_mesh = sharded
 
 
 def check_dropout(model: PreTrainedModel) -> None:

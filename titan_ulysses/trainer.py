@@ -8,47 +8,46 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from rich import markup
 from rich.console import Console
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from titan_ulysses.build import build_model
 from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.checks import check
 from titan_ulysses.collectives import CollectiveCounter
-from titan_ulysses.config import Config, check, dump_toml
+from titan_ulysses.config import Config
+from titan_ulysses.config_file import dump_toml
 from titan_ulysses.data import open_sequences
-from titan_ulysses.data.loader import Batch, Loader
-from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
+from titan_ulysses.evaluation import mean_loss
 from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.memory.optimizer import (
     build_optimizer,
     check_optimizer,
-    check_shards,
     describe_state,
     missing_compiler,
 )
-from titan_ulysses.memory.quantize import check_float8, use_float8
-from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
+from titan_ulysses.memory.quantize import check_float8
+from titan_ulysses.mesh import build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.plan.preflight import Preflight
-from titan_ulysses.ulysses.cores import Core, choose_core
+from titan_ulysses.step import Step, learning_rate, train_step
+from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.ulysses.heads import idle_ranks
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
-    from transformers import PreTrainedConfig, PreTrainedModel
+    pass
 
 
 class Trainer:
@@ -344,29 +343,10 @@ class Trainer:
         yield
         self._clock += time.perf_counter() - started
 
-    @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
-        """Mean cross-entropy of held-out sequences, at most `validation.steps` global batches of them, the same ones.
-
-        It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing, and a
-        router's loss, which is of a whole batch, is left out.
-        """
-        config, loader, device = self.config, self.validation_loader, self.mesh.device
-        global_batch = self.degrees.global_batch_size
-        sequences = min(config.validation.steps * global_batch, len(loader.sequences))
-        loader.load_state_dict({"sequences_consumed": 0})
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # of cross-entropy, and the number of labels
-        self.model.eval()
-        for first in range(0, sequences, loader.batch_size * loader.batch_degree):
-            batch = loader.next_batch().to(device)
-            rows = torch.arange(loader.batch_size, device=device) + first + loader.batch_rank * loader.batch_size
-            batch.labels[rows >= sequences] = IGNORE_INDEX
-            sums[0] += self.model(**vars(batch), reduction="none").loss.sum(dtype=torch.float64)
-            sums[1] += (batch.labels != IGNORE_INDEX).sum()
-        self.model.train()
-        dist.all_reduce(sums, group=self.mesh.loss.get_group())
-        total, count = sums.tolist()
-        return {"validation_loss": total / max(count, 1), "validation_tokens": int(count)}
+        sequences = self.config.validation.steps * self.degrees.global_batch_size
+        loss, tokens = mean_loss(self.model, self.validation_loader, self.mesh, sequences=sequences)
+        return {"validation_loss": loss, "validation_tokens": tokens}
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
@@ -408,106 +388,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         """As it is: a path broken into lines cannot be copied, and brackets in it are no markup."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def build_model(
-    config: Config, model_config: PreTrainedConfig, mesh: Mesh, core: Core, *, wrap: Callable[..., Any] = parallelize
-) -> tuple[PreTrainedModel, int]:
-    """On the meta device, wrapped and sharded; and how many of its layers compute in float8.
-
-    `hf.allocate` gives it memory for this rank's shards. wrap: what parallelizes the model, in place; the planner has
-    one that makes no collective.
-    """
-    checkpoint, compute = config.activation_checkpoint, getattr(torch, config.training.param_dtype)
-    master = compute if config.optimizer.stochastic_rounding else torch.promote_types(compute, torch.float32)
-    model = hf.build_on_meta(model_config, dtype=master)
-    float8_layers = 0
-    if config.quantize.float8:
-        tokens = config.training.local_batch_size * config.training.seq_len // mesh.sp.size()
-        tokens = math.gcd(tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
-        float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
-    wrap(
-        model,
-        mesh,
-        attention=core,
-        loss_tile_tokens=config.memory.loss_tile_tokens,
-        mlp_tile_tokens=config.memory.mlp_tile_tokens,
-        checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
-        offload=checkpoint.offload,
-        offload_folder=checkpoint.offload_folder or None,
-        parameter_offload=config.memory.parameter_offload,
-        compile=config.compile.enable,
-        z_loss=config.training.z_loss,
-        param_dtype=compute,
-        reduce_dtype=getattr(torch, config.training.reduce_dtype),
-    )
-    check_shards(model.parameters(), config.optimizer)
-    return model.train(), float8_layers
-
-
-class Step(NamedTuple):
-    """What one optimizer step showed, the same on every rank."""
-
-    loss: Tensor
-    grad_norm: Tensor
-    """before clipping"""
-    router_loss: Tensor | None
-    """mean over the batches, without its coefficient; None for a model without one"""
-
-
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, *, max_norm: float
-) -> Step:
-    """One optimizer step over the batches that make it up; nothing here waits for the device."""
-    num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
-    dist.all_reduce(num_items, group=mesh.loss.get_group())
-    total, router_loss = torch.zeros(2, dtype=torch.float64, device=num_items.device).unbind()
-    for batch in batches:
-        output = model(**vars(batch), num_items_in_batch=num_items)
-        output.loss.backward()
-        total += output.loss.detach()
-        if has_router_loss := "aux_loss" in output:
-            router_loss += output.aux_loss.detach() / len(batches)
-        if batch is not batches[-1]:
-            _widen_gradients(model)
-    grad_norm = clip_gradients(list(model.parameters()), max_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    return Step(total, grad_norm, router_loss if has_router_loss else None)
-
-
-def _widen_gradients(model: nn.Module) -> None:
-    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may be bf16."""
-    for p in model.parameters():
-        if p.grad is not None and p.grad.dtype != _wide(p.grad):
-            p.grad_dtype = None  # any
-            p.grad = p.grad.to(_wide(p.grad))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most max_norm (0: leave them). Returns the norm before, over the mesh."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if any(gradient.dtype != _wide(gradient) for gradient in gradients):
-        norms = [torch.linalg.vector_norm(gradient, dtype=_wide(gradient)) for gradient in gradients]
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-    else:
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # a norm over shards is a sum still to be made
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return norm
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """The learning rate of the step-th step, counted from 0: linear warmup, then decay to min_lr_ratio at the last."""
-    schedule, peak = config.lr_scheduler, config.optimizer.lr
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    done = (step - schedule.warmup_steps) / max(1, config.training.steps - 1 - schedule.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule.decay_type]
-    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape)

@@ -59,7 +59,7 @@ def training_step(
     from titan_ulysses.mesh import build_mesh, init_distributed
     from titan_ulysses.model import hf
     from titan_ulysses.parallelize import parallelize
-    from titan_ulysses.trainer import train_step
+    from titan_ulysses.step import train_step
 
     init_distributed()
     mesh = build_mesh(sequence=degree or dist.get_world_size())

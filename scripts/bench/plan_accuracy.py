@@ -135,7 +135,8 @@ def resolve(case: Case) -> tuple[Any, Any, Any, Any]:
     """The config, the transformers config, the mesh's degrees and the core of a case."""
     import torch
 
-    from titan_ulysses.config import Config, check
+    from titan_ulysses.checks import check
+    from titan_ulysses.config import Config
     from titan_ulysses.model import hf
     from titan_ulysses.model.families import attention_needs
     from titan_ulysses.ulysses.cores import choose_core
@@ -183,12 +184,13 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     """Train on this rank, with random tokens; before(step) is called before each step. Returns the collectives."""
     import torch
 
+    from titan_ulysses.build import build_model
     from titan_ulysses.collectives import CollectiveCounter
     from titan_ulysses.data.loader import Batch
     from titan_ulysses.memory.optimizer import build_optimizer
     from titan_ulysses.mesh import build_mesh
     from titan_ulysses.model import hf
-    from titan_ulysses.trainer import build_model, train_step
+    from titan_ulysses.step import train_step
 
     config, model_config, degrees, core = resolve(case)
     mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)

@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedConfig
 
-from titan_ulysses.config import Config, MeshDegrees, check
+from titan_ulysses.checks import MeshDegrees, check
+from titan_ulysses.config import Config
 from titan_ulysses.errors import UserError
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf

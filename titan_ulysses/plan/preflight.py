@@ -134,7 +134,7 @@ def main() -> None:
     """Read a request from the standard input, print the plan as a line of JSON."""
     import torch
 
-    from titan_ulysses.config import check
+    from titan_ulysses.checks import check
     from titan_ulysses.model import hf
     from titan_ulysses.model.families import attention_needs
     from titan_ulysses.plan.hardware import GPUS

@@ -12,11 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from titan_ulysses.config import Config, show
+from titan_ulysses.config import Config
 from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.hardware import GIB
 from titan_ulysses.plan.planner import Plan, check_idle, make_plan, set_up
 from titan_ulysses.plan.search import Found, Need, at_length, ladder, limit, search, with_settings
+from titan_ulysses.toml import show
 
 
 def plan_and_report(config: Config) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 
-from titan_ulysses.config import Config, MeshDegrees
+from titan_ulysses.checks import MeshDegrees
+from titan_ulysses.config import Config
 from titan_ulysses.errors import UserError
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 

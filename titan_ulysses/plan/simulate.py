@@ -20,8 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from titan_ulysses.build import build_model
+from titan_ulysses.checks import MeshDegrees
 from titan_ulysses.collectives import CollectiveCounter
-from titan_ulysses.config import Config, MeshDegrees
+from titan_ulysses.config import Config
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, Offload, Store
@@ -34,7 +36,7 @@ from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.plan.standin import Standin
-from titan_ulysses.trainer import build_model, train_step
+from titan_ulysses.step import train_step
 from titan_ulysses.ulysses.cores import Core, Documents
 
 

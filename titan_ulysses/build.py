@@ -1,0 +1,55 @@
+"""The model that a config describes: built on meta, wrapped and sharded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from titan_ulysses.config import Config
+from titan_ulysses.memory.optimizer import check_shards
+from titan_ulysses.memory.quantize import use_float8
+from titan_ulysses.mesh import Mesh
+from titan_ulysses.model import hf
+from titan_ulysses.parallelize import find_blocks, parallelize
+from titan_ulysses.ulysses.cores import Core
+
+if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def build_model(
+    config: Config, model_config: PreTrainedConfig, mesh: Mesh, core: Core, *, wrap: Callable[..., Any] = parallelize
+) -> tuple[PreTrainedModel, int]:
+    """On the meta device, wrapped and sharded; and how many of its layers compute in float8.
+
+    `hf.allocate` gives it memory for this rank's shards. wrap: what parallelizes the model, in place; the planner has
+    one that makes no collective.
+    """
+    checkpoint, compute = config.activation_checkpoint, getattr(torch, config.training.param_dtype)
+    master = compute if config.optimizer.stochastic_rounding else torch.promote_types(compute, torch.float32)
+    model = hf.build_on_meta(model_config, dtype=master)
+    float8_layers = 0
+    if config.quantize.float8:
+        tokens = config.training.local_batch_size * config.training.seq_len // mesh.sp.size()
+        tokens = math.gcd(tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
+        float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
+    wrap(
+        model,
+        mesh,
+        attention=core,
+        loss_tile_tokens=config.memory.loss_tile_tokens,
+        mlp_tile_tokens=config.memory.mlp_tile_tokens,
+        checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
+        offload=checkpoint.offload,
+        offload_folder=checkpoint.offload_folder or None,
+        parameter_offload=config.memory.parameter_offload,
+        compile=config.compile.enable,
+        z_loss=config.training.z_loss,
+        param_dtype=compute,
+        reduce_dtype=getattr(torch, config.training.reduce_dtype),
+    )
+    check_shards(model.parameters(), config.optimizer)
+    return model.train(), float8_layers

@@ -1,0 +1,84 @@
+"""One optimizer step: forward and backward over its batches, clipping, the optimizer; and the learning rate it has."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_ulysses.config import Config
+from titan_ulysses.data.loader import Batch
+from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.mesh import Mesh
+
+
+class Step(NamedTuple):
+    """What one optimizer step showed, the same on every rank."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    """before clipping"""
+    router_loss: Tensor | None
+    """mean over the batches, without its coefficient; None for a model without one"""
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, *, max_norm: float
+) -> Step:
+    """One optimizer step over the batches that make it up; nothing here waits for the device."""
+    num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
+    dist.all_reduce(num_items, group=mesh.loss.get_group())
+    total, router_loss = torch.zeros(2, dtype=torch.float64, device=num_items.device).unbind()
+    for batch in batches:
+        output = model(**vars(batch), num_items_in_batch=num_items)
+        output.loss.backward()
+        total += output.loss.detach()
+        if has_router_loss := "aux_loss" in output:
+            router_loss += output.aux_loss.detach() / len(batches)
+        if batch is not batches[-1]:
+            _widen_gradients(model)
+    grad_norm = clip_gradients(list(model.parameters()), max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return Step(total, grad_norm, router_loss if has_router_loss else None)
+
+
+def _widen_gradients(model: nn.Module) -> None:
+    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may be bf16."""
+    for p in model.parameters():
+        if p.grad is not None and p.grad.dtype != _wide(p.grad):
+            p.grad_dtype = None  # any
+            p.grad = p.grad.to(_wide(p.grad))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients to a norm of at most max_norm (0: leave them). Returns the norm before, over the mesh."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if any(gradient.dtype != _wide(gradient) for gradient in gradients):
+        norms = [torch.linalg.vector_norm(gradient, dtype=_wide(gradient)) for gradient in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    else:
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()  # a norm over shards is a sum still to be made
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The learning rate of the step-th step, counted from 0: linear warmup, then decay to min_lr_ratio at the last."""
+    schedule, peak = config.lr_scheduler, config.optimizer.lr
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    done = (step - schedule.warmup_steps) / max(1, config.training.steps - 1 - schedule.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule.decay_type]
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape)
