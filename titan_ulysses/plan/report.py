@@ -31,7 +31,7 @@ def plan_and_report(config: Config) -> None:
     say(console, plan)
     found = tell_each(console, "longest sequences", search(setup, plan)) if config.plan.search else []
     steps = tell_each(console, "feature ladder", ladder(setup)) if config.plan.ladder else []
-    fitting = [one.need for one in found if one.need]
+    fitting = [one for one in found if one.need]
     best = found[0].need if found else _estimate(plan)
     values = as_json(plan) | {
         "longest_seq_len": best.seq_len if isinstance(best, Need) else best,
@@ -135,8 +135,8 @@ def tell_each(console: Console, title: str, found: Any) -> list[Found]:
     return all_of_them
 
 
-def closing(plan: Plan, longest_seq_len: int, fitting: Sequence[Need]) -> str:
-    """One sentence: fits or not, what binds, what helps most."""
+def closing(plan: Plan, longest_seq_len: int, found: Sequence[Found]) -> str:
+    """One sentence: fits or not, what binds, what helps most; found: what a search found to fit."""
     setup = plan.setup
     what = f"{setup.config.training.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}"
     verdict = "fit" if plan.fits else "do not fit"
@@ -145,7 +145,13 @@ def closing(plan: Plan, longest_seq_len: int, fitting: Sequence[Need]) -> str:
         "host memory": f"a node would need {plan.host_bytes / GIB:.0f} GiB of host memory",
     }.get(plan.binds, f"the step's time goes to {plan.binds}")
     longer = f"with these settings {longest_seq_len:,} would" if longest_seq_len else "with these settings none would"
-    return f"[bold]{what} {verdict}[/]: {reason}; {longer}. {advice(plan)}"
+    best = max(found, key=lambda one: one.need.seq_len, default=None)
+    if best and best.changes:
+        settings = " ".join(f"--{key} {show(value)}" for key, value in best.changes.items())
+        helps = f"The longest found is {best.need.seq_len:,}: {settings}"
+    else:
+        helps = advice(plan)
+    return f"[bold]{what} {verdict}[/]: {reason}; {longer}. {helps}"
 
 
 def advice(plan: Plan) -> str:

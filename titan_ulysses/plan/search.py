@@ -118,8 +118,12 @@ FEATURES: list[tuple[str, dict[str, object]]] = [
     ("+ checkpoints on the host", {"activation_checkpoint.offload": "host"}),
     ("+ optimizer state on the host", {"memory.optimizer_offload": True}),
     ("+ parameters on the host", {"memory.parameter_offload": True, "memory.optimizer_offload": False}),
+    (
+        "bf16 weights, 8-bit state on the GPU",
+        {"memory.parameter_offload": False, "optimizer.name": "adamw8bit", "optimizer.stochastic_rounding": True},
+    ),
 ]
-"""In the order of what they cost in time."""
+"""In the order of what they cost in time; the last, which is quicker, trains with other numbers."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,10 @@ class Found:
 
 
 def search(setup: Setup, first: Plan) -> Iterator[Found]:
-    """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature upon feature."""
+    """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature upon feature.
+
+    Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it longer.
+    """
     yield Found("as configured", {}, longest(setup, first))
     changes: dict[str, object] = {"activation_checkpoint.mode": "full", "activation_checkpoint.every": 1}
     changes |= {"memory.mlp_tile_tokens": 0, "memory.loss_tile_tokens": 0}
@@ -140,9 +147,32 @@ def search(setup: Setup, first: Plan) -> Iterator[Found]:
     degrees = [p for p in range(1, setup.world_size + 1) if setup.world_size % p == 0 and p <= heads]
     changes["parallelism.sequence_parallel_degree"] = max(degrees)
     for what, more in [("tiles, checkpoints, most ranks", {}), *FEATURES]:
+        if "optimizer.stochastic_rounding" in more and setup.config.training.param_dtype != "bfloat16":
+            continue
         changes = changes | more
+        found = Found(what, changes, longest(with_settings(setup, changes)))
         if _differs(setup.config, changes):
-            yield Found(what, changes, longest(with_settings(setup, changes)))
+            yield found
+        yield from _fewer_checkpoints(setup, found)
+
+
+def _fewer_checkpoints(setup: Setup, found: Found) -> Iterator[Found]:
+    layers = getattr(setup.model_config, "num_hidden_layers", 1)
+    every = 1
+    while found.need and _host_ends(found.need.plan) and 2 * every <= layers:
+        every *= 2
+        changes = found.changes | {"activation_checkpoint.every": every}
+        other = Found(f"    {every} blocks a checkpoint", changes, longest(with_settings(setup, changes)))
+        if other.need is None or other.need.seq_len <= found.need.seq_len:
+            return
+        yield (found := other)
+
+
+def _host_ends(plan: Plan) -> bool:
+    """Whether it is host memory that a longer sequence would not find."""
+    room = 0.98  # a step of a search is smaller
+    setup = plan.setup
+    return setup.host_memory is not None and plan.host_bytes > room * setup.host_memory
 
 
 def ladder(setup: Setup) -> Iterator[Found]:

@@ -1,0 +1,136 @@
+"""ALST's published runs of Llama-8B on H100s next to this project's plans for them. Planned: nothing here ran on a GPU.
+
+    python scripts/bench/alst_published.py                    everything, minutes
+    python scripts/bench/alst_published.py --what runs        the three longest sequences and the two step times
+    python scripts/bench/alst_published.py --what ladder      the feature ladder on eight GPUs, itemised
+
+Published: arXiv 2506.13996, sections 5.2 and 5.3; the settings of each run: ArcticTraining,
+projects/sequence-parallelism/run-h100-*.yml. In all of them DeepSpeed keeps the optimizer, and with it the fp32 master
+weights, in host memory (`offload_optimizer`), on one GPU the bf16 weights as well. The same here is
+memory.parameter_offload: FSDP2 keeps master weights, gradients and optimizer state there, and the GPU what is gathered.
+
+The ladder: for each of ALST's steps our longest sequence, planned, next to theirs. The gap is what the plan for their
+length takes beyond (or leaves of) the GPU; the items are by how much each component is larger at their length than at
+our longest, which fills the GPU. They must add up to the gap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from typing import Any
+
+from common import ROOT
+
+CONFIG = ROOT / "configs" / "llama3_8b.toml"
+OUTPUT = ROOT / "outputs" / "bench" / "alst_published.json"
+LIKE_ALST = {"memory.parameter_offload": True}
+RUNS: list[tuple[str, dict[str, Any], float | None]] = [
+    ("1 GPU, 500K", {"plan.world_size": 1, "training.seq_len": 500_000}, None),
+    ("8 GPUs, 3.7M", {"plan.world_size": 8, "training.seq_len": 3_700_000}, 3600 + 47 * 60 + 35),
+    ("32 GPUs, 15M", {"plan.world_size": 32, "training.seq_len": 15_000_000}, None),
+]
+"""What, settings, and the published seconds of a step."""
+BASELINE: tuple[str, dict[str, Any], float | None] = (
+    "8 GPUs, 32K, baseline",
+    {
+        "plan.world_size": 8,
+        "training.seq_len": 32_000,
+        "parallelism.sequence_parallel_degree": 1,
+        "activation_checkpoint.offload": "none",
+        "memory.loss_tile_tokens": -1,
+        "memory.mlp_tile_tokens": -1,
+    },
+    17,
+)
+"""Without any part of ALST; each GPU has a sequence of its own."""
+LADDER = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000]
+"""ALST's longest sequences, step by step as `plan/search.py` takes them."""
+CLOSE = 0.05
+"""How far the items may be from the gap."""
+
+
+def plan_of(settings: dict[str, Any]) -> Any:
+    from titan_ulysses.config_file import load_config
+    from titan_ulysses.plan.planner import make_plan, set_up
+
+    changes = LIKE_ALST | settings
+    degree = changes.setdefault("parallelism.sequence_parallel_degree", changes["plan.world_size"])
+    changes["training.seq_len"] -= changes["training.seq_len"] % degree
+    return make_plan(set_up(load_config(CONFIG, changes.items())))
+
+
+def runs() -> list[dict]:
+    """Whether what ALST trained fits here, and how long a step is."""
+    from titan_ulysses.plan.hardware import GIB
+    from titan_ulysses.plan.report import as_json
+
+    print("published runs                fits   GPU GiB  host GiB   step s   ALST's     MFU  FLOPs' rate  planned in")
+    found = []
+    for what, settings, published in [*RUNS, BASELINE]:
+        started = time.perf_counter()
+        plan = plan_of(settings)
+        took = time.perf_counter() - started
+        rate = plan.simulation.cost.flops / plan.time.seconds / 1e12
+        theirs = f"{published:8,.0f}" if published else f"{'-':>8}"
+        print(
+            f"{what:<28} {'yes' if plan.fits else 'no':>5} {plan.gpu_bytes / GIB:9.1f} {plan.host_bytes / GIB:9.0f} "
+            f"{plan.time.seconds:8,.0f} {theirs} {plan.mfu:7.1%} {rate:7.0f} TFLOP/s {took:6.0f} s",
+            flush=True,
+        )
+        found.append({"what": what, "published_seconds": published} | as_json(plan))
+    for one in found:
+        if theirs := one["published_seconds"]:
+            parts = ", ".join(f"{name} {s:,.1f}" for name, s in one["seconds"].items() if s > 0.05)
+            print(f"{one['what']}: ours takes {one['step_seconds'] / theirs:.2f} of ALST's step: {parts}")
+    return found
+
+
+def ladder() -> list[dict]:
+    """Step by step: ALST's length, ours, and what is between them."""
+    from titan_ulysses.config_file import load_config
+    from titan_ulysses.plan import search
+    from titan_ulysses.plan.hardware import GIB
+    from titan_ulysses.plan.planner import set_up
+    from titan_ulysses.plan.report import gpu_components
+
+    setup = set_up(load_config(CONFIG, LIKE_ALST.items()))
+    print("\nfeature ladder, 8 GPUs               ALST's       ours   at ALST's: GiB   gap GiB   items GiB", flush=True)
+    found = []
+    for rung, theirs in zip(search.ladder(setup), LADDER, strict=True):
+        rung_setup = search.with_settings(setup, rung.changes)
+        degree = rung_setup.degrees.sequence
+        there = search.at_length(rung_setup, theirs - theirs % degree).plan
+        here = rung.need.plan
+        items = Counter(gpu_components(there))
+        items.subtract(gpu_components(here))
+        gap, total = there.gpu_bytes - setup.gpu_memory, sum(items.values())
+        binding = here.setup.host_memory and here.host_bytes > 0.99 * here.setup.host_memory
+        print(
+            f"{rung.what:<32} {theirs:>10,} {rung.need.seq_len:>10,} {there.gpu_bytes / GIB:16.1f} {gap / GIB:9.2f} "
+            f"{total / GIB:11.2f}" + ("  (host memory is what ends ours)" if binding else ""),
+            flush=True,
+        )
+        print("    " + ", ".join(f"{k} {v / GIB:+.2f}" for k, v in items.most_common() if abs(v) > 0.005 * GIB))
+        close = abs(total - gap) <= CLOSE * abs(gap) or abs(total - gap) < 0.1 * GIB
+        print(f"    items are within {CLOSE:.0%} of the gap: {'yes' if close else 'NO'}", flush=True)
+        found.append({"what": rung.what, "theirs": theirs, "ours": rung.need.seq_len, "gap": gap, "items": dict(items)})
+    return found
+
+
+def main() -> None:
+    tables = {"runs": runs, "ladder": ladder}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
+    args = parser.parse_args()
+    print("planned (simulated), not measured")
+    table = {what: tables[what]() for what in args.what}
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps(table, indent=1))
+    print(f"written to {OUTPUT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
