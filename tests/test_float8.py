@@ -20,7 +20,7 @@ from titan_ulysses.config import Optimizer
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.errors import UserError
 from titan_ulysses.memory.quantize import check_float8, use_float8
-from titan_ulysses.model import hf
+from titan_ulysses.model import hf, weights
 from titan_ulysses.parallelize import find_blocks
 
 MODEL: dict[str, Any] = {
@@ -88,7 +88,7 @@ def test_no_layer_at_all():
 def train(steps: int, float8: bool, folder: Path | None = None) -> tuple[list[float], int, dict[str, torch.Tensor]]:
     run = Run(float8=float8).train(steps)
     if folder:
-        hf.export(run.model, load_tokenizer("bytes"), folder, step=steps)
+        weights.export(run.model, load_tokenizer("bytes"), folder, step=steps)
     return run.losses, len(float8_layers(run.model)), run.whole()
 
 
@@ -116,7 +116,7 @@ def test_export_and_load(tmp_path):
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
     run = Run(float8=True)
-    hf.load_weights(run.model, str(folder))
+    weights.load(run.model, str(folder))
     return {name: p.full_tensor() for name, p in hf.named_parameters(run.model)}
 
 

@@ -23,7 +23,7 @@ from models import mesh_of
 from ranks import run_on_ranks
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.errors import UserError
-from titan_ulysses.model import hf
+from titan_ulysses.model import hf, weights
 from titan_ulysses.model.families import check_family
 from titan_ulysses.parallelize import parallelize
 
@@ -161,7 +161,7 @@ def test_build_on_meta_allocates_nothing_and_leaves_the_config_alone() -> None:
     assert model.config is not config
 
 
-# --- load_weights -----------------------------------------------------------------------------------------------------
+# --- weights.load -----------------------------------------------------------------------------------------------------
 
 
 class CountingSlice:
@@ -202,8 +202,8 @@ def load(degrees: tuple[int, int, int], folders: dict[str, tuple[str, str]]) -> 
     for case, (name, folder) in folders.items():
         reads: list[int] = []
         model = sharded_model(MODELS[name], degrees)
-        with replaced(hf, "safe_open", counting_open(reads)):
-            hf.load_weights(model, folder)
+        with replaced(weights, "safe_open", counting_open(reads)):
+            weights.load(model, folder)
         found[case] = (parameters_of(model), sum(reads))
     return found
 
@@ -241,7 +241,7 @@ def test_a_base_model_without_a_head_loads_into_a_tied_one(tmp_path: Path) -> No
     plain = plain_model(MODELS["tied"], seed=5)
     plain.model.save_pretrained(tmp_path)  # names without the prefix "model."
     model = plain_model(MODELS["tied"])
-    hf.load_weights(model, str(tmp_path))
+    weights.load(model, str(tmp_path))
     assert_same(parameters_of(model), parameters_of(plain))
 
 
@@ -278,7 +278,7 @@ def test_weights_that_cannot_be_loaded(how: str, message: str, tmp_path: Path) -
     plain_model(MODELS["untied"]).save_pretrained(tmp_path)
     damage(how, tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        hf.load_weights(plain_model(MODELS["untied"]), str(tmp_path))
+        weights.load(plain_model(MODELS["untied"]), str(tmp_path))
     assert str(caught.value).startswith(f'model.path = "{tmp_path}": ')
     assert "\n" not in str(caught.value)
 
@@ -291,7 +291,7 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         assert str(caught.value).startswith(f'model.path = "{path}": no transformers model there (')
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=f'model.path = "{tmp_path / "nothing"}": neither a folder nor .*Give a folder'):
-        hf.find_weights(str(tmp_path / "nothing"))
+        weights.find(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("table", [{"model_type": "lama"}, {}, {**MODELS["untied"], "hidden_size": "wide"}])
@@ -317,9 +317,9 @@ def export(degrees: tuple[int, int, int], cases: dict[str, tuple[str, str]], fol
     happened = []
     for case, (name, source) in cases.items():
         model = sharded_model(MODELS[name], degrees)
-        hf.load_weights(model, source)
+        weights.load(model, source)
         events: list[tuple[str, Any]] = []
-        gather, save, gathered = DTensor.full_tensor, hf.save_file, []
+        gather, save, gathered = DTensor.full_tensor, weights.save_file, []
 
         def full_tensor(tensor: DTensor, gather=gather, gathered=gathered, events=events) -> Tensor:
             held = sum(size for storage, size in gathered if not storage.expired())
@@ -333,11 +333,11 @@ def export(degrees: tuple[int, int, int], cases: dict[str, tuple[str, str]], fol
             save(tensors, file, **kwargs)
 
         with (
-            replaced(hf, "_EXPORT_FILE_BYTES", file_bytes),
+            replaced(weights, "_EXPORT_FILE_BYTES", file_bytes),
             replaced(DTensor, "full_tensor", full_tensor),
-            replaced(hf, "save_file", save_file),
+            replaced(weights, "save_file", save_file),
         ):
-            hf.export(model, load_tokenizer("bytes"), folder / case, step=1)
+            weights.export(model, load_tokenizer("bytes"), folder / case, step=1)
         happened.append(events)
     return happened
 
@@ -386,10 +386,10 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
     """Export seed 1; then export seed 2, and fail; returns what is there after each."""
     model = sharded_model(MODELS["untied"], (1, 1, 2))
     hf.initialize(model, seed=1)
-    hf.export(model, load_tokenizer("bytes"), folder, step=1)
+    weights.export(model, load_tokenizer("bytes"), folder, step=1)
     first = parameters_of(model)
     hf.initialize(model, seed=2)
-    save, owner, name = hf.save_file, *{"weights": (hf, "save_file"), "index": (hf, "_write_index")}[where]
+    save, name = weights.save_file, {"weights": "save_file", "index": "_write_index"}[where]
     calls: list[Any] = []
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -400,9 +400,9 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         save(*args, **kwargs)
 
-    with replaced(hf, "_EXPORT_FILE_BYTES", 8 * 2**10), replaced(owner, name, fail):
+    with replaced(weights, "_EXPORT_FILE_BYTES", 8 * 2**10), replaced(weights, name, fail):
         try:
-            hf.export(model, load_tokenizer("bytes"), folder, step=1)
+            weights.export(model, load_tokenizer("bytes"), folder, step=1)
         except UserError as error:
             return str(error), first
     raise AssertionError("the export did not fail")
@@ -422,8 +422,8 @@ def export_twice(folder: Path) -> None:
     model = sharded_model(MODELS["untied"], (1, 1, 2))
     for seed, file_bytes in ((1, 8 * 2**10), (2, 2**30)):
         hf.initialize(model, seed)
-        with replaced(hf, "_EXPORT_FILE_BYTES", file_bytes):
-            hf.export(model, load_tokenizer("bytes"), folder, step=1)
+        with replaced(weights, "_EXPORT_FILE_BYTES", file_bytes):
+            weights.export(model, load_tokenizer("bytes"), folder, step=1)
 
 
 def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from titan_ulysses.memory.optimizer import (
 from titan_ulysses.memory.quantize import check_float8
 from titan_ulysses.mesh import build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
-from titan_ulysses.model import hf
+from titan_ulysses.model import hf, weights
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.step import Step, learning_rate, train_step
@@ -79,7 +79,7 @@ class Trainer:
         self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)
         if config.model.path:
-            hf.find_weights(config.model.path)
+            weights.find(config.model.path)
         training, held_out = open_sequences(config, self.tokenizer)
         self._check_folder()
 
@@ -161,7 +161,7 @@ class Trainer:
             self.loader.load_state_dict(state["loader"])
             return latest
         if self.config.model.path:
-            hf.load_weights(self.model, self.config.model.path)
+            weights.load(self.model, self.config.model.path)
         else:
             hf.initialize(self.model, self.config.training.seed)
         return 0
@@ -256,7 +256,7 @@ class Trainer:
             self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
             return
         if config.checkpoint.export:
-            hf.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
+            weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
 
     def _saves_now(self) -> bool:
@@ -374,7 +374,7 @@ class Trainer:
         return bool(flag)
 
     def _is_exported(self) -> bool:
-        return not self.config.checkpoint.export or hf.exported_step(self.folder / "export") == self.step
+        return not self.config.checkpoint.export or weights.exported_step(self.folder / "export") == self.step
 
     def _say_where_everything_is(self) -> None:
         lines = [f"Done: {self.step} steps. In {self.folder}:", "  config.toml, metrics.jsonl, tensorboard/"]

@@ -57,7 +57,7 @@ def training_step(
     from titan_ulysses.config import Optimizer
     from titan_ulysses.memory.optimizer import build_optimizer
     from titan_ulysses.mesh import build_mesh, init_distributed
-    from titan_ulysses.model import hf
+    from titan_ulysses.model import hf, weights
     from titan_ulysses.parallelize import parallelize
     from titan_ulysses.step import train_step
 
@@ -68,7 +68,7 @@ def training_step(
     parallelize(built, mesh, param_dtype=getattr(torch, dtype), **options)
     hf.allocate(built, mesh.device)
     if folder:
-        hf.load_weights(built, folder)
+        weights.load(built, folder)
     else:
         hf.initialize(built, seed=0)
     optimizer = build_optimizer(built.parameters(), Optimizer())

@@ -1,34 +1,24 @@
-"""Build, fill and export unmodified transformers models, none of which ever needs a whole model in one place.
+"""Build unmodified transformers models, none of which ever needs a whole model in one place.
 
 A model is built on the meta device (`build_on_meta`), sharded by `parallelize`, and then filled in place: from random
-numbers that do not depend on the mesh (`initialize`), or from a folder of safetensors, of which each rank reads only
-its own rows (`load_weights`). `export` gathers one tensor at a time.
+numbers that do not depend on the mesh (`initialize`), or from a folder of safetensors (`weights.py`).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.errors import UserError
-from titan_ulysses.failure import first_failure, one_line
+from titan_ulysses.failure import one_line
 
-_EXPORT_FILE_BYTES = 4 * 2**30
-_STEP_FILE = "training_step.json"
 _WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 
 
@@ -158,173 +148,3 @@ def _fill(parameter: Tensor, whole: Tensor) -> None:
         parameter.to_local().copy_(shard.to_local())
     else:
         parameter.copy_(whole)
-
-
-# --- safetensors in ---------------------------------------------------------------------------------------------------
-
-
-def find_weights(path: str) -> dict[str, Path]:
-    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there are none."""
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
-        except Exception as error:
-            raise UserError(
-                f'model.path = "{path}": neither a folder nor to be had from the hub ({one_line(error)}). '
-                "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
-            ) from error
-    files: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                files.update(dict.fromkeys(tensors.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f'model.path = "{path}": {file.name} is damaged ({one_line(error)}). Copy or download it again.'
-            ) from error
-    if not files:
-        raise UserError(
-            f'model.path = "{path}": the folder holds no *.safetensors. Save the model with '
-            "`save_pretrained(folder)` of a current transformers, or use [model.config] for random weights."
-        )
-    return files
-
-
-@torch.no_grad()
-def load_weights(model: PreTrainedModel, path: str) -> None:
-    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else."""
-    files = find_weights(path)
-    base = model.base_model_prefix + "."
-    wanted = dict(named_parameters(model))
-    source = {name: next((n for n in (name, name.removeprefix(base)) if n in files), None) for name in wanted}
-    if missing := [name for name, found in source.items() if found is None]:
-        raise UserError(
-            f'model.path = "{path}": {len(missing)} of {len(wanted)} tensors of {class_name(model)} are '
-            f"not in its safetensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
-            "A file is not there, or config.json is another model's: save or download it again."
-        )
-    by_file: dict[Path, list[str]] = {}
-    for name, found in source.items():
-        by_file.setdefault(files[found], []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as tensors:
-            for name in names:
-                _read_shard(wanted[name], tensors.get_slice(source[name]), f'model.path = "{path}": {source[name]}')
-
-
-def _read_shard(parameter: Tensor, stored, what: str) -> None:
-    if tuple(stored.get_shape()) != tuple(parameter.shape):
-        raise UserError(
-            f"{what} has shape {tuple(stored.get_shape())}, config.json says {tuple(parameter.shape)}. "
-            "They belong to different models: save or download it again."
-        )
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(stored[:])
-        return
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if all(shape):
-        local = stored[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-        parameter.to_local().copy_(local)
-
-
-# --- safetensors out --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, step: int) -> None:
-    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config, tokenizer.
-
-    Collective. Tensors are gathered one by one, and rank 0 writes a file whenever 4 GiB have come together, so no rank
-    holds the whole model. Written aside and renamed when complete; a folder that is there already is replaced then.
-    Parameters keep their storage dtype. `exported_step` tells the step again. UserError, on every rank, where it cannot
-    be written.
-    """
-    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    writes = dist.get_rank() == 0
-    parameters = dict(named_parameters(model))
-    sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
-    files = _plan_files(sizes)
-    try:
-        with _failing_together(folder):
-            if writes:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-        for file in dict.fromkeys(files.values()):
-            tensors = {name: _gather(p, keep=writes) for name, p in parameters.items() if files[name] == file}
-            with _failing_together(folder):
-                if writes:
-                    save_file(tensors, aside / file, metadata={"format": "pt"})
-            del tensors  # before the next file's are gathered
-        with _failing_together(folder):
-            if writes:
-                _write_index(files, sizes, aside)
-                _exported_config(model).save_pretrained(aside)
-                if model.generation_config is not None:
-                    model.generation_config.save_pretrained(aside)
-                tokenizer.save_pretrained(aside)
-                (aside / _STEP_FILE).write_text(json.dumps({"step": step}))
-                shutil.rmtree(old, ignore_errors=True)
-                if folder.exists():  # moved, not removed in place: a folder of this name is always a whole export
-                    folder.rename(old)
-                aside.rename(folder)
-                shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if writes:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def exported_step(folder: Path) -> int | None:
-    """The step of the export in folder, or None where there is none."""
-    try:
-        return json.loads((folder / _STEP_FILE).read_text())["step"]
-    except OSError:
-        return None
-
-
-def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
-    """Collective. The whole parameter in host memory, on the ranks that keep it."""
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return whole.detach().cpu().contiguous() if keep else None
-
-
-@contextmanager
-def _failing_together(folder: Path) -> Iterator[None]:
-    """Collective on leaving. Where a rank could not write, all raise UserError: no rank waits for one that has left."""
-    failure = None
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        failure = one_line(error)
-    if reason := first_failure(failure):
-        raise UserError(
-            f"{folder}: the export failed ({reason}). "
-            "Free space or change job.dump_folder, and run the same command again."
-        )
-
-
-def _plan_files(sizes: dict[str, int]) -> dict[str, str]:
-    """The file of each tensor, known before any is gathered because the names hold the number of files."""
-    number, room, numbers = 0, 0, {}
-    for name, size in sizes.items():
-        if size > room:
-            number, room = number + 1, _EXPORT_FILE_BYTES
-        room -= size
-        numbers[name] = number
-    if number == 1:
-        return dict.fromkeys(sizes, "model.safetensors")
-    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
-
-
-def _write_index(files: dict[str, str], sizes: dict[str, int], folder: Path) -> None:
-    if len(set(files.values())) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
-    config = copy.deepcopy(model.config)
-    config.architectures = [class_name(model)]
-    return config
