@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import lru_cache
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,6 +250,27 @@ def cuda_gradients(offload: str, steps: int = 3) -> tuple[list[Tensor], object]:
         x = torch.randn(2**16, 4, dtype=torch.float64, device=device, generator=generator)
         found = run_blocks(blocks, x, scale)
     return found, store
+
+
+def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
+    """With a stand-in for CUDA: the lock goes with the slab, also where only a view of it was left."""
+    locked: dict[int, int] = {}
+
+    def register(address: int, size: int, flags: int) -> int:
+        locked[address] = size
+        return 0
+
+    cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    slab = open_store("host", None, torch.device("cpu")).make_slab(4096, torch.device("cuda"))
+    assert list(locked.items()) == [(slab.data_ptr(), 4096)]
+    view = slab[8:].view(torch.float32)
+    del slab
+    gc.collect()
+    assert locked
+    del view
+    gc.collect()
+    assert not locked
 
 
 @pytest.mark.gpu

