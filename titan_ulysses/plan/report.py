@@ -30,7 +30,9 @@ def plan_and_report(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     say(console, plan)
     found = tell_each(console, "longest sequences", search(setup, plan)) if config.plan.search else []
-    steps = tell_each(console, "feature ladder", ladder(setup)) if config.plan.ladder else []
+    steps = (
+        tell_each(console, "feature ladder", ladder(setup, found[0] if found else None)) if config.plan.ladder else []
+    )
     fitting = [one for one in found if one.need]
     best = found[0].need if found else _estimate(plan)
     values = as_json(plan) | {

@@ -18,6 +18,8 @@ from titan_ulysses.plan.planner import Plan, Setup, make_plan
 
 _UNIT = 256
 """Lengths are multiples of so many tokens a rank."""
+_CLOSE = 0.01
+"""What is found with changed settings may be too short by this share: it spares a simulation each time."""
 _MOST = 2**27
 """Tokens, where a search ends: positions and kernels have been tried no further."""
 
@@ -67,13 +69,16 @@ def limit(setup: Setup, a: Need, b: Need) -> int:
     return max(0, int(min(*lengths, _MOST)) // unit * unit)
 
 
-def longest(setup: Setup, first: Plan | None = None, *, simulations: int = 6) -> Need | None:
+def longest(
+    setup: Setup, first: Plan | None = None, *, near: int = 0, close: float = 0.0, simulations: int = 6
+) -> Need | None:
     """The longest sequence that fits, verified by simulating it; None where none does.
 
-    UserError where nothing limits it.
+    first: a plan at some length. near: a length to begin with otherwise. close: the share of its length by which it may
+    be too short. UserError where nothing limits it.
     """
     unit = _UNIT * setup.degrees.sequence
-    start = Need.of(first) if first else at_length(setup, max(unit, 64 * unit))
+    start = Need.of(first) if first else at_length(setup, max(unit, near // unit * unit or 64 * unit))
     other = at_length(setup, max(unit, start.seq_len // 2 // unit * unit))
     if other.seq_len == start.seq_len:
         other = at_length(setup, 2 * start.seq_len)
@@ -88,9 +93,7 @@ def longest(setup: Setup, first: Plan | None = None, *, simulations: int = 6) ->
         guess = limit(setup, *pair)
         if failing:  # the peak is convex in S: what a line promises beyond a length that fails is not there
             guess = min(guess, min(need.seq_len for need in failing) - unit)
-        if guess < unit:
-            return best
-        if guess in known:
+        if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
             return best
         if guess >= _MOST:
             raise UserError(
@@ -140,7 +143,8 @@ def search(setup: Setup, first: Plan) -> Iterator[Found]:
 
     Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it longer.
     """
-    yield Found("as configured", {}, longest(setup, first))
+    found = configured = Found("as configured", {}, longest(setup, first))
+    yield configured
     changes: dict[str, object] = {"activation_checkpoint.mode": "full", "activation_checkpoint.every": 1}
     changes |= {"memory.mlp_tile_tokens": 0, "memory.loss_tile_tokens": 0}
     heads = getattr(setup.model_config, "num_attention_heads", 1)
@@ -150,10 +154,17 @@ def search(setup: Setup, first: Plan) -> Iterator[Found]:
         if "optimizer.stochastic_rounding" in more and setup.config.training.param_dtype != "bfloat16":
             continue
         changes = changes | more
-        found = Found(what, changes, longest(with_settings(setup, changes)))
         if _differs(setup.config, changes):
+            found = _found(what, setup, changes, near=found)
             yield found
+        else:
+            found = replace(configured, changes=changes)
         yield from _fewer_checkpoints(setup, found)
+
+
+def _found(what: str, setup: Setup, changes: dict[str, object], *, near: Found | None = None) -> Found:
+    length = near.need.seq_len if near and near.need else 0
+    return Found(what, changes, longest(with_settings(setup, changes), near=length, close=_CLOSE))
 
 
 def _fewer_checkpoints(setup: Setup, found: Found) -> Iterator[Found]:
@@ -162,7 +173,7 @@ def _fewer_checkpoints(setup: Setup, found: Found) -> Iterator[Found]:
     while found.need and _host_ends(found.need.plan) and 2 * every <= layers:
         every *= 2
         changes = found.changes | {"activation_checkpoint.every": every}
-        other = Found(f"    {every} blocks a checkpoint", changes, longest(with_settings(setup, changes)))
+        other = _found(f"    {every} blocks a checkpoint", setup, changes, near=found)
         if other.need is None or other.need.seq_len <= found.need.seq_len:
             return
         yield (found := other)
@@ -175,8 +186,11 @@ def _host_ends(plan: Plan) -> bool:
     return setup.host_memory is not None and plan.host_bytes > room * setup.host_memory
 
 
-def ladder(setup: Setup) -> Iterator[Found]:
-    """ALST's features one after the other (arXiv 2506.13996, section 5.3), on this model and hardware."""
+def ladder(setup: Setup, configured: Found | None = None) -> Iterator[Found]:
+    """ALST's features one after the other (arXiv 2506.13996, section 5.3), on this model and hardware.
+
+    configured: what has been found with the settings as they are.
+    """
     whole, tiles = -1, 0
     degree = setup.degrees.sequence if setup.degrees.sequence > 1 else setup.world_size
     changes: dict[str, object] = {
@@ -195,9 +209,13 @@ def ladder(setup: Setup) -> Iterator[Found]:
         ("+ offload, no tiled MLP", {"memory.mlp_tile_tokens": whole, "activation_checkpoint.offload": "host"}),
         ("+ both", {"memory.mlp_tile_tokens": tiles}),
     ]
+    found = None
     for what, more in steps:
         changes = changes | more
-        yield Found(what, changes, longest(with_settings(setup, changes)))
+        if configured and not _differs(setup.config, changes):
+            yield replace(configured, what=what, changes=changes)
+        else:
+            yield (found := _found(what, setup, changes, near=found))
 
 
 def _differs(config: Config, changes: dict[str, object]) -> bool:
