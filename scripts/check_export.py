@@ -1,11 +1,13 @@
-"""Does plain transformers get the loss that the run logged? Opens <run>/export and evaluates the held-out text.
+"""Does plain transformers get the loss that a run logged? Opens <run>/export and evaluates the held-out text.
 
     python scripts/check_export.py outputs/quickstart
+    python scripts/check_export.py outputs/before --model MODEL --config X.toml      of --evaluate: the model it had
 
 Each document is a forward of its own, on one process, with transformers' own attention and torch's cross-entropy.
-Exits with 1 where the two losses differ by more than 1e-5.
+Exits with 1 where the two losses differ by more than --tolerance.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,14 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from titan_ulysses.config_file import load_config
 from titan_ulysses.data import open_sequences
 
-TOLERANCE = 1e-5
-
 
 @torch.no_grad()
-def held_out_loss(run: Path, tokens: int) -> float:
-    """Mean cross-entropy of the exported model over the first `tokens` predicted tokens of the held-out text."""
-    model = AutoModelForCausalLM.from_pretrained(run / "export").eval()
-    _, held_out = open_sequences(load_config(run / "config.toml"), AutoTokenizer.from_pretrained(run / "export"))
+def held_out_loss(folder: Path, config: Path, tokens: int) -> float:
+    """Mean cross-entropy of the model in folder over the first `tokens` predicted tokens of the held-out text."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    settings = load_config(config, [("validation.enable", True)])
+    _, held_out = open_sequences(settings, AutoTokenizer.from_pretrained(folder))
     total, count, index = 0.0, 0, 0
     while count < tokens:
         sequence, start = held_out[index], 0
@@ -39,17 +40,31 @@ def held_out_loss(run: Path, tokens: int) -> float:
     return total / count
 
 
-def main() -> None:
-    run = Path(sys.argv[1])
+def logged(run: Path, *, evaluation: bool) -> tuple[float, int]:
+    """The held-out loss, and how many tokens it is the mean of: of --evaluate, or of the run's last validation."""
+    if evaluation:
+        found = json.loads((run / "evaluation.json").read_text())
+        return found["loss"], found["tokens"]
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    logged = [line for line in lines if "validation_loss" in line][-1]
-    found = held_out_loss(run, logged["validation_tokens"])
-    difference = abs(found - logged["validation_loss"])
+    last = [line for line in lines if "validation_loss" in line][-1]
+    return last["validation_loss"], last["validation_tokens"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--model", type=Path, help="compare with evaluation.json, of this folder's weights")
+    parser.add_argument("--config", type=Path, help="that the run had (default: config.toml of the run)")
+    parser.add_argument("--tolerance", type=float, default=1e-5)
+    args = parser.parse_args()
+    loss, tokens = logged(args.run, evaluation=args.model is not None)
+    found = held_out_loss(args.model or args.run / "export", args.config or args.run / "config.toml", tokens)
+    difference = abs(found - loss)
     print(
-        f"held-out loss of step {logged['step']}: the run logged {logged['validation_loss']:.8f}, "
-        f"plain transformers gets {found:.8f}, difference {difference:.1e} over {logged['validation_tokens']:,} tokens"
+        f"held-out loss: the run logged {loss:.8f}, plain transformers gets {found:.8f}, "
+        f"difference {difference:.1e} over {tokens:,} tokens"
     )
-    sys.exit(difference > TOLERANCE)
+    sys.exit(difference > args.tolerance)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ train() { NPROC=$1 bash scripts/train.sh scripts/examples/smollm2.toml --paralle
 echo "== The loss before training equals plain transformers', on 1, 2 and 4 ranks (of which 9 heads are no multiple)"
 for P in 1 2 4; do
   train $P --evaluate --job.name smollm2_before_$P
-  $PYTHON scripts/check_export.py outputs/smollm2_before_$P --model $FOLDER/model --tolerance 1e-4
+  $PYTHON scripts/check_export.py outputs/smollm2_before_$P --model $FOLDER/model \
+    --config scripts/examples/smollm2.toml --tolerance 1e-4
 done
 
 [[ $# -gt 0 ]] || set -- 1 2 3
