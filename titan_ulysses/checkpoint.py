@@ -35,7 +35,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The last complete step, or None."""
-        return max(self._steps(), default=None)
+        return max(self.steps(), default=None)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Collective. Writes step-<step>, then removes what is older than the last `keep`. UserError if it cannot."""
@@ -52,9 +52,9 @@ class Checkpointer:
             dcp.save(tensors, checkpoint_id=partial)  # what one rank meets here is raised on all
             if dist.get_rank() == 0:
                 kind = {"parameters": _shapes(model), "optimizer": state_format(optimizer)}
-                self._publish(partial, final, {**state, **kind})
+                self.publish(partial, final, {**state, **kind})
         except (CheckpointException, OSError) as error:
-            failure = _cause(error)
+            failure = cause(error)
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
         if reason := first_failure(failure):  # rank 0 alone publishes, and the others wait
@@ -65,7 +65,8 @@ class Checkpointer:
                 + "free space or change job.dump_folder, and run the same command again to go on."
             )
 
-    def _publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+    def publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        """Make the folder `partial`, which DCP has written, the checkpoint `final`, and remove what is too old."""
         # The sizes tell a damaged file from a whole one before any tensor is read.
         state["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         with open(partial / _RUN_FILE, "w") as file:
@@ -73,7 +74,7 @@ class Checkpointer:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(final)
-        steps = sorted(self._steps())
+        steps = sorted(self.steps())
         for old in steps[: -self.keep] if self.keep else []:
             shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
@@ -94,25 +95,32 @@ class Checkpointer:
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Collective. Fills model and optimizer from step-<step>, on any mesh; returns the JSON state.
 
-        Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the config's to say.
+        Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the config's to say. One
+        that scripts/convert.py has made holds no optimizer state, and leaves the optimizer as it is.
         """
         state = self.read_state(step)
         self._expect_model(step, state["parameters"], _shapes(model))
-        self._expect_optimizer(step, state.get("optimizer", "adamw"), state_format(optimizer))
-        tensors = _tensors(model, optimizer)
+        saved_optimizer = state.get("optimizer", "adamw")
+        if saved_optimizer is None:
+            tensors = {"model": get_model_state_dict(model)}
+        else:
+            self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
+            tensors = _tensors(model, optimizer)
         try:
-            self._expect_whole_blocks(step, tensors["optimizer"], getattr(optimizer, "bits", 32))
+            if saved_optimizer is not None:
+                self._expect_whole_blocks(step, tensors["optimizer"], getattr(optimizer, "bits", 32))
             dcp.load(tensors, checkpoint_id=self.folder / f"step-{step}")  # in place
         except (CheckpointException, OSError, ValueError) as error:
-            raise self._damaged(step, _cause(error)) from error
+            raise self._damaged(step, cause(error)) from error
         return state
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints that are there, in any order."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return [int(name) for name in names if name.isdigit()]
 
     def _damaged(self, step: int, why: str) -> UserError:
-        others = sorted(set(self._steps()) - {step})
+        others = sorted(set(self.steps()) - {step})
         remedy = f"Remove it to resume from step {others[-1]}" if others else "Remove it to start from the beginning"
         return UserError(f"checkpoint.folder = {self.folder}: step-{step} is damaged ({why}). {remedy}.")
 
@@ -167,9 +175,9 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in get_model_state_dict(model).items()}
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The innermost reason in one line: DCP wraps what a rank met in an exception of its own."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {_cause(inner)}"
+        return f"rank {rank}: {cause(inner)}"
     return one_line(error)

@@ -46,7 +46,7 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
     else:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
     problems += _training_problems(config, sequence) + _dtype_problems(config)
-    problems += _memory_problems(config, model_config)
+    problems += _memory_problems(config, model_config) + _profiling_problems(config)
     problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
@@ -124,6 +124,16 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
             f"{layers} or less"
         )
     return problems
+
+
+def _profiling_problems(config: Config) -> list[str]:
+    p = config.profiling
+    if not p.enable_profiling or p.profile_freq >= p.profiler_warmup + p.profiler_active:
+        return []
+    return [
+        f"profiling.profile_freq = {p.profile_freq} has no room for profiler_warmup({p.profiler_warmup}) + "
+        f"profiler_active({p.profiler_active}) steps: raise it to {p.profiler_warmup + p.profiler_active}"
+    ]
 
 
 def _dtype_problems(config: Config) -> list[str]:

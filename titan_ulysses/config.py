@@ -241,6 +241,25 @@ class Plan(Section):
 
 class Metrics(Section):
     log_interval: int = Field(1, ge=1, description="Steps between log lines.")
+    enable_wandb: bool = Field(
+        False, description="Log to Weights & Biases too, as job.name; WANDB_PROJECT and its other variables count."
+    )
+
+
+class Profiling(Section):
+    enable_profiling: bool = Field(False, description="Write traces of the torch profiler, a file a rank.")
+    save_traces_folder: str = Field(
+        "profile_traces", min_length=1, description="Folder of the traces inside the run's folder."
+    )
+    profile_freq: int = Field(10, ge=1, description="Steps from one trace, or snapshot, to the next.")
+    profiler_active: int = Field(1, ge=1, description="Steps in a trace: the last ones of every profile_freq.")
+    profiler_warmup: int = Field(3, ge=0, description="Steps before these that are traced and thrown away.")
+    enable_memory_snapshot: bool = Field(
+        False, description="CUDA: write what the allocator did, every profile_freq steps and when memory runs out."
+    )
+    save_memory_snapshot_folder: str = Field(
+        "memory_snapshot", min_length=1, description="Folder of the snapshots inside the run's folder."
+    )
 
 
 class Config(Section):
@@ -260,6 +279,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
     plan: Plan = Plan()
 
     @model_validator(mode="after")

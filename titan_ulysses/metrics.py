@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a console line a step, `metrics.jsonl`, TensorBoard; and what its numbers mean."""
+"""What a run tells while it trains: a console line a step, `metrics.jsonl`, TensorBoard, W&B; what its numbers mean."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import PreTrainedConfig
+
+from titan_ulysses.wandb_run import WandbRun
 
 # Dense bf16 FLOP/s, from NVIDIA's data sheets; the first name contained in the device's name counts.
 _PEAK_FLOPS = {
@@ -65,15 +67,17 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsLogger:
-    """Writes one logged step to the console, to metrics.jsonl and to TensorBoard. Only rank 0 has one.
+    """Writes one logged step to the console, to metrics.jsonl, to TensorBoard and to wandb. Only rank 0 has one.
 
     Resuming at `first_step` drops what a killed run logged after that step, so that no step is logged twice.
     """
 
-    def __init__(self, folder: Path, *, first_step: int, total_steps: int, console: Console):
+    def __init__(
+        self, folder: Path, *, first_step: int, total_steps: int, console: Console, wandb: WandbRun | None = None
+    ):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
 
-        self.console = console
+        self.console, self._wandb = console, wandb
         self._file = _reopen(folder / "metrics.jsonl", before=first_step)
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
         self._total = total_steps
@@ -96,6 +100,8 @@ class MetricsLogger:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(step, values)
         self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=True)
         self._bar.update(self._task, completed=step)
 
@@ -103,6 +109,8 @@ class MetricsLogger:
         self._bar.stop()
         self._file.close()
         self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()
 
 
 def _reopen(path: Path, *, before: int):

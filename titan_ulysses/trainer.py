@@ -34,6 +34,7 @@ from titan_ulysses.memory.optimizer import (
     build_optimizer,
     check_optimizer,
     describe_state,
+    expected_bytes,
     missing_compiler,
 )
 from titan_ulysses.memory.quantize import check_float8
@@ -41,10 +42,13 @@ from titan_ulysses.mesh import build_mesh, init_distributed
 from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
 from titan_ulysses.model import hf, weights
 from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.plan.disk import disk_needs
 from titan_ulysses.plan.preflight import Preflight
+from titan_ulysses.profiling import check_profiling, profiled
 from titan_ulysses.step import Step, learning_rate, train_step
 from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.ulysses.heads import idle_ranks
+from titan_ulysses.wandb_run import WandbRun, check_wandb
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     pass
@@ -69,6 +73,9 @@ class Trainer:
         check_optimizer(config.optimizer)
         if config.quantize.float8:
             check_float8(device_type)
+        check_profiling(config.profiling, device_type)
+        if config.metrics.enable_wandb:
+            check_wandb()
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self.degrees = check(
             config,
@@ -92,6 +99,8 @@ class Trainer:
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
         self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
         hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
+        if config.model.path:
+            weights.keep_generation_config(self.model, config.model.path)
         self.preflight = self._start_preflight()
         offload = config.memory.optimizer_offload
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
@@ -160,8 +169,9 @@ class Trainer:
             state = self.checkpointer.load(latest, self.model, self.optimizer)
             self.loader.load_state_dict(state["loader"])
             return latest
-        if self.config.model.path:
-            weights.load(self.model, self.config.model.path)
+        if path := self.config.model.path:
+            if unknown := weights.load(self.model, path):
+                self._say(weights.describe_unknown(unknown, self.model, path))
         else:
             hf.initialize(self.model, self.config.training.seed)
         return 0
@@ -181,9 +191,19 @@ class Trainer:
         )
 
     def _check_plan(self) -> None:
-        """UserError, on every rank, where plan.enforce is set and the plan does not fit."""
+        """UserError, on every rank, where plan.enforce is set and the plan does not fit, or no checkpoint would."""
         self.plan_lines = self.preflight.lines() if self.preflight else []
-        if obstacle := first_failure(self.preflight.obstacle() if self.preflight else None):
+        disk = disk_needs(
+            self.config,
+            self.folder,
+            tensors=hf.state_of(self.model),
+            optimizer=expected_bytes(self.optimizer),
+            there=len(self.checkpointer.steps()),
+            done=self.step,
+        )
+        self.plan_lines += disk.lines()
+        obstacle = self.preflight.obstacle() if self.preflight else None
+        if obstacle := first_failure(obstacle or disk.obstacle()):
             raise UserError(obstacle)
 
     def _describe(self) -> None:
@@ -238,11 +258,18 @@ class Trainer:
         self._start_interval()
         logger = None
         if dist.get_rank() == 0:
-            logger = MetricsLogger(self.folder, first_step=self.step + 1, total_steps=total, console=self.console)
+            logger = MetricsLogger(
+                self.folder,
+                first_step=self.step + 1,
+                total_steps=total,
+                console=self.console,
+                wandb=self._start_wandb(),
+            )
         try:
-            with self._signals_caught():
+            with self._signals_caught(), profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
                 while self.step < total and not self._must_stop():
                     self._train_one_step(logger)
+                    step_is_over(self.step)
                     if self._saves_now():
                         with self._off_the_clock():
                             self._save()
@@ -258,6 +285,11 @@ class Trainer:
         if config.checkpoint.export:
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
+
+    def _start_wandb(self) -> WandbRun | None:
+        if not self.config.metrics.enable_wandb:
+            return None
+        return WandbRun(self.folder, name=self.config.job.name, config=self.config.model_dump(), say=self._say)
 
     def _saves_now(self) -> bool:
         checkpoint = self.config.checkpoint

@@ -77,6 +77,11 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name.replace(_WRAPPER_PREFIX, ""), parameter
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones under each of their names) and persistent buffers, named as in the unwrapped model."""
+    return {name.replace(_WRAPPER_PREFIX, ""): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
 def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload: bool = False) -> None:
     """Give a sharded meta model memory on device, for its own shards only; values are undefined except for buffers.
 
