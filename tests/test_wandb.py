@@ -1,4 +1,4 @@
-"""Weights & Biases, by a stand-in that notes what it is told: the records of metrics.jsonl, one run also when resumed."""
+"""Weights & Biases, by a stand-in that takes notes: the records of metrics.jsonl, and one run also when resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from ranks import run_on_ranks
 from runs import Settings, learned, logged, train, write_run
@@ -54,8 +53,6 @@ def train_with(config: Path, settings: Settings, fails: str = "") -> tuple[list[
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setitem(sys.modules, "wandb", stand_in)
         patch.delenv("WANDB_PROJECT", raising=False)
-        # The test's ranks share a process each with later runs, whose console must not be quiet on rank 0.
-        patch.setenv("RANK", str(dist.get_rank()))
         train(config, settings)
     return stand_in.calls, printed.getvalue()
 

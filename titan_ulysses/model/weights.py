@@ -346,7 +346,7 @@ def _failing_together(folder: Path) -> Iterator[None]:
     if reason := first_failure(failure):
         raise UserError(
             f"{folder}: the export failed ({reason}). "
-            "Free space or change job.dump_folder, and run the same command again."
+            "Free space or choose another place, and run the same command again."
         )
 
 
