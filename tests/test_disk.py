@@ -18,7 +18,7 @@ from titan_ulysses.plan.disk import DiskNeeds, disk_needs
 
 SETTINGS: Settings = {
     "parallelism.sequence_parallel_degree": 2,
-    "training.steps": 2,
+    "training.steps": 3,
     "checkpoint.export": True,
     "model.config.hidden_size": 256,
     "model.config.intermediate_size": 512,
@@ -41,7 +41,7 @@ def test_the_estimate_is_what_is_written(optimizer: str, tmp_path: Path) -> None
     settings = SETTINGS | {"optimizer.name": optimizer}
     found, other = run_on_ranks(2, train_and_estimate, write_run(tmp_path), settings)
     run = tmp_path / "outputs" / "run"
-    written = sum(file.stat().st_size for file in (run / "checkpoints" / "step-2").iterdir())
+    written = sum(file.stat().st_size for file in (run / "checkpoints" / "step-3").iterdir())
     assert found.model + found.optimizer == pytest.approx(written, rel=0.1)
     assert found.export == pytest.approx((run / "export" / "model.safetensors").stat().st_size, rel=0.02)
     assert (found.checkpoints, found.model, found.export) == (1, other.model, other.export)
