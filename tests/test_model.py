@@ -49,7 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
     # Its embedding is tied, and holds a buffer as well: the factor that hidden states begin with.
     "gemma": {"model_type": "gemma", **SMALL, "head_dim": 8},
     # Eight tensors of experts a layer in the files, two in the model.
-    "experts": {"model_type": "qwen3_moe", **SMALL, "num_experts": 4, "num_experts_per_tok": 2},
+    "experts": {
+        "model_type": "qwen3_moe",
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },
 }
 MESHES = {2: [(1, 1, 2)], 4: [(1, 2, 2), (2, 2, 1)]}
 MESH_CASES = [pytest.param(world, mesh, id=f"{mesh}") for world, meshes in MESHES.items() for mesh in meshes]
