@@ -143,7 +143,8 @@ def to_checkpoint(source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        dcp.save({"model": tensors}, checkpoint_id=partial, planner=ReadWhenWritten(fetch), no_dist=True)
+        writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)  # what is in one file, DCP has in memory
+        dcp.save({"model": tensors}, storage_writer=writer, planner=ReadWhenWritten(fetch), no_dist=True)
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         state = {"step": step, "loader": {"sequences_consumed": 0}, "parameters": shapes, "optimizer": None}
         Checkpointer(target.parent, keep=0).publish(partial, target, state)

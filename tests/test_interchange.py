@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from families import FAMILIES, SMALL, model_of
@@ -27,6 +31,7 @@ from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
 from titan_ulysses.parallelize import find_blocks, parallelize, shard_blocks, shard_root
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from convert import ReadWhenWritten  # noqa: E402
 from convert import main as convert  # noqa: E402
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
@@ -295,17 +300,49 @@ def test_a_checkpoint_becomes_what_the_run_exports(run: Path, tmp_path: Path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
 
 
+def printed_by(config: Path, settings: dict[str, Any]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(config, settings)
+    return printed.getvalue()
+
+
 def test_a_folder_becomes_a_checkpoint_that_a_run_starts_from(run: Path, tmp_path: Path) -> None:
-    """The losses are those of a run that is given the folder as its model."""
-    config, outputs = run.parent.parent / "run.toml", run.parent
-    convert([str(run / "export"), str(outputs / "converted" / "checkpoints" / "step-0")])
+    """The losses are those of a run that is given the folder as its model, which tells what it does not use."""
+    config, outputs, folder = run.parent.parent / "run.toml", run.parent, tmp_path / "folder"
+    shutil.copytree(run / "export", folder)
+    save_file({**tensors_in(folder), "visual": torch.ones(2)}, folder / "model.safetensors")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "max_new_tokens": 99}')
+    held = largest_that_is_held(partial(convert, [str(folder), str(outputs / "converted" / "checkpoints" / "step-0")]))
+    largest = max(t.nbytes for t in AutoModelForCausalLM.from_pretrained(folder).state_dict().values())
+    assert 0 < held <= 2 * largest, "more than one tensor is in memory, and what DCP makes of it"
     steps = {"training.steps": 2, "training.seed": 1}
     train_on_two(config, steps | {"job.name": "converted"})
-    path = steps | {"job.name": "path", "model.path": str(run / "export"), "model.config": {}}
-    run_on_ranks(2, train, config, path | ON_TWO)
+    path = steps | {"job.name": "path", "model.path": str(folder), "model.config": {}, "checkpoint.export": True}
+    printed, other = run_on_ranks(2, printed_by, config, path | ON_TWO)
+    assert printed.count("1 tensor there that Qwen3MoeForCausalLM does not have, left out: visual\n") == 1
+    assert other == ""
     assert learned(outputs / "converted") == learned(outputs / "path") != learned(run)
     saved = json.loads((outputs / "converted" / "checkpoints" / "step-2" / "run.json").read_text())
     assert saved["optimizer"] == "adamw"
+    assert GenerationConfig.from_pretrained(outputs / "path" / "export").max_new_tokens == 99
+
+
+def largest_that_is_held(act: Callable[[], None]) -> int:
+    """Bytes of what was read for DCP and still in memory when the next tensor had been read, at the most."""
+    read: list[tuple[StorageWeakRef, int]] = []
+    most, lookup = 0, ReadWhenWritten.lookup_object
+
+    def noted(planner: ReadWhenWritten, index: Any) -> Tensor:
+        nonlocal most
+        tensor = lookup(planner, index)
+        read.append((StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()))
+        most = max(most, sum(size for storage, size in read if not storage.expired()))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReadWhenWritten, "lookup_object", noted)
+        act()
+    return most
 
 
 def test_conversions_that_cannot_be(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
