@@ -89,7 +89,8 @@ def test_what_is_said() -> None:
     [line] = DiskNeeds(free=20 * 2**30, **sizes).lines()
     assert line == "disk: 3 checkpoints of 3.00 GiB and an export of 1.00 GiB to be written, 20.00 GiB are free"
     tight = DiskNeeds(free=7 * 2**30, **sizes)
-    [line] = tight.lines()
-    assert "it will be full. Free 3.00 GiB, lower checkpoint.keep_latest_k" in line and tight.obstacle() is None
+    _, line = tight.lines()
+    assert "THE DISK WILL BE FULL. Free 3.00 GiB, lower checkpoint.keep_latest_k" in line
+    assert tight.obstacle() is None
     assert "a checkpoint takes about 3.00 GiB" in DiskNeeds(free=2 * 2**30, **sizes).obstacle()
     assert DiskNeeds(free=0, **{**sizes, "checkpoints": 0}).obstacle() is None

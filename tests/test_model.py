@@ -23,6 +23,7 @@ from models import mesh_of
 from ranks import run_on_ranks
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.errors import UserError
+from titan_ulysses.model import folder as folder_of_files
 from titan_ulysses.model import hf, weights
 from titan_ulysses.model.families import check_family
 from titan_ulysses.parallelize import parallelize
@@ -210,7 +211,7 @@ def load(degrees: tuple[int, int, int], folders: dict[str, tuple[str, str]]) -> 
     for case, (name, folder) in folders.items():
         reads: list[int] = []
         model = sharded_model(MODELS[name], degrees)
-        with replaced(weights, "safe_open", counting_open(reads)):
+        with replaced(folder_of_files, "safe_open", counting_open(reads)):
             weights.load(model, folder)
         found[case] = (parameters_of(model), sum(reads))
     return found

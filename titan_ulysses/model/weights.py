@@ -1,7 +1,7 @@
 """Safetensors in and out: a sharded model from a folder, of which each rank reads its own rows, and back to one.
 
 `load` fills a sharded model in place; `export` gathers a few tensors at a time. Neither needs a whole model in one
-place. What the files call their tensors, and how they are put together, is layout.py's to say.
+place. folder.py knows the files, and layout.py what the tensors are called in them and how they are put together.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -27,94 +26,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.model import hf
+from titan_ulysses.model.folder import INDEX_FILE, SINGLE_FILE, Get, find, opened, some, without_data
 from titan_ulysses.model.layout import Layout, Read
 
 _EXPORT_FILE_BYTES = 4 * 2**30
 _STEP_FILE = "training_step.json"
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 _GENERATION_FILE = "generation_config.json"
-_AGAIN = "Copy or download it again."
-
-Get = Callable[[str], Any]
-"""A tensor of the files by its name there, as a slice that is read when it is indexed."""
-
-
-# --- which file holds what --------------------------------------------------------------------------------------------
-
-
-def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
-    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there are none.
-
-    As in transformers: model.safetensors, or the files that the index names; where there is neither, all of them.
-    setting: what the user calls the path.
-    """
-    folder, where = _folder(path, setting), f'{setting} = "{path}"'
-    index: dict[str, str] | None = None
-    if (folder / _SINGLE_FILE).exists():
-        files = [folder / _SINGLE_FILE]
-    elif (folder / _INDEX_FILE).exists():
-        index = _read_index(folder, where)
-        files = [folder / name for name in sorted(set(index.values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            f"{where}: the folder holds no *.safetensors. Save the model with "
-            "`save_pretrained(folder)` of a current transformers, or use [model.config] for random weights."
-        )
-    held = {file: _names_in(file, where) for file in files}
-    if index is None:
-        return {name: file for file, names in held.items() for name in names}
-    for name, file in index.items():
-        if name not in held[folder / file]:
-            raise UserError(f"{where}: {_INDEX_FILE} says that {file} holds {name}, and it does not. {_AGAIN}")
-    return {name: folder / file for name, file in index.items()}
-
-
-def _folder(path: str, setting: str) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        # What vendors put beside the files of transformers is as large, and not wanted.
-        aside = ["*/*", "consolidated*"]
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=aside))
-    except Exception as error:
-        raise UserError(
-            f'{setting} = "{path}": neither a folder nor to be had from the hub ({one_line(error)}). '
-            "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
-        ) from error
-
-
-def _read_index(folder: Path, where: str) -> dict[str, str]:
-    """The file of each tensor as the folder's index has it; all of them are there."""
-    try:
-        index = dict(json.loads((folder / _INDEX_FILE).read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: {_INDEX_FILE} is damaged ({one_line(error)}). {_AGAIN}") from error
-    files = sorted(set(index.values()))
-    if absent := [name for name in files if not (folder / name).exists()]:
-        raise UserError(
-            f"{where}: {len(absent)} of the {len(files)} files that {_INDEX_FILE} names are not there: "
-            f"{some(absent)}. Copy or download them."
-        )
-    return index
-
-
-def _names_in(file: Path, where: str) -> set[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return set(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: {file.name} is damaged ({one_line(error)}). {_AGAIN}") from error
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names of what may be many."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
 
 # --- in ---------------------------------------------------------------------------------------------------------------
 
@@ -134,11 +51,11 @@ def load(model: PreTrainedModel, path: str, *, setting: str = "model.path") -> l
     _check_complete(layout, reads, files, hf.class_name(model), where)
     made = {read.target for read in reads}
     twins = [r for r in reads if layout.main[r.target] != r.target and layout.main[r.target] in made]
-    for get, read in _opened([read for read in reads if read not in twins], files):
+    for get, read in opened([read for read in reads if read not in twins], files):
         for part, stored in _parts(read, state, get):
             part.copy_(stored)
     twin = None
-    for get, read in _opened(twins, files):
+    for get, read in opened(twins, files):
         if not all(torch.equal(part, stored.to(part)) for part, stored in _parts(read, state, get)):
             twin = read.target
     if twin := first_failure(twin):
@@ -162,7 +79,7 @@ def open_folder(
     found = _check_complete(layout, reads, files, hf.class_name(plain), f'{setting} = "{path}"')
 
     def fetch(name: str) -> Tensor:
-        for get, read in _opened([found[layout.main[name]][0]], files):
+        for get, read in opened([found[layout.main[name]][0]], files):
             made = {layout.main[made]: tensor for made, tensor in _whole(read, get).items()}
         return made[layout.main[name]]
 
@@ -175,27 +92,14 @@ def describe_unknown(names: list[str], model: PreTrainedModel, path: str, *, set
     return f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left out: {some(names)}'
 
 
-def _opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Read]]:
-    """Each read with its files open; what is mapped counts as memory, so they are closed when it is over."""
-
-    def of(read: Read) -> list[Path]:
-        return sorted({files[name] for name in read.names})
-
-    for needed, group in groupby(sorted(reads, key=of), key=of):
-        with ExitStack() as stack:
-            tensors = {file: stack.enter_context(safe_open(file, framework="pt")) for file in needed}
-            for read in group:
-                yield (lambda name, tensors=tensors: tensors[files[name]].get_slice(name)), read
-
-
 def _check_complete(
     layout: Layout, reads: list[Read], files: dict[str, Path], model: str, where: str
 ) -> dict[str, tuple[Read, Tensor]]:
     """How each tensor of the model is read, by main name, and it without data. UserError where it cannot be."""
     found: dict[str, tuple[Read, Tensor]] = {}
-    for get, read in _opened(reads, files):
+    for get, read in opened(reads, files):
         try:
-            made = read.convert({p: [_without_data(get(n)) for n in names] for p, names in read.sources.items()})
+            made = read.convert({p: [without_data(get(n)) for n in names] for p, names in read.sources.items()})
         except Exception:  # a conversion that lacks a part may fail in any way; which part, is said below
             continue
         for name, tensor in made.items():
@@ -219,12 +123,6 @@ def _check_complete(
         f"{where}: {name} has shape {shape}, config.json says {tuple(wanted[wrong[0]])}. "
         "They belong to different models: save or download it again."
     )
-
-
-def _without_data(stored: Any) -> Tensor:
-    """A tensor of a file on meta: its shape, and its dtype, for which nothing is read."""
-    shape = stored.get_shape()
-    return torch.empty(shape, dtype=stored[tuple(slice(0, 0) for _ in shape) or ...].dtype, device="meta")
 
 
 def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Tensor, Tensor]]:
@@ -365,14 +263,14 @@ def _plan_files(sizes: list[int]) -> list[str]:
         room -= size
         numbers.append(number)
     if number == 1:
-        return [_SINGLE_FILE] * len(sizes)
+        return [SINGLE_FILE] * len(sizes)
     return [f"model-{n:05d}-of-{number:05d}.safetensors" for n in numbers]
 
 
 def _write_index(files: dict[str, str], size: int, folder: Path) -> None:
     if len(set(files.values())) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": files}
-        (folder / _INDEX_FILE).write_text(json.dumps(index, indent=2))
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
 
 
 def _write_configs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int, folder: Path) -> None:

@@ -49,7 +49,7 @@ class DiskNeeds:
         if needed <= self.free:
             return [line]
         remedy = "lower checkpoint.keep_latest_k, or name another job.dump_folder"
-        return [f"[bold]{line}: it will be full. Free {_gib(needed - self.free)}, {remedy}[/]"]
+        return [f"{line}:", f"      THE DISK WILL BE FULL. Free {_gib(needed - self.free)}, {remedy}."]
 
 
 def disk_needs(
