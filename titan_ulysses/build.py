@@ -13,6 +13,8 @@ from titan_ulysses.memory.optimizer import check_shards
 from titan_ulysses.memory.quantize import use_float8
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model import hf
+from titan_ulysses.model.freezing import freeze, narrow_frozen
+from titan_ulysses.model.lora import add_adapters
 from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.ulysses.cores import Core
 
@@ -36,6 +38,10 @@ def build_model(
         tokens = config.training.local_batch_size * config.training.seq_len // mesh.sp.size()
         tokens = math.gcd(tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
         float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
+    if config.lora.rank:
+        add_adapters(model, config.lora, base=config.model.path)
+    freeze(model, config.model.freeze)
+    narrow_frozen(model, compute)
     wrap(
         model,
         mesh,

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.memory.optimizer import state_format, unaligned_blocks
+from titan_ulysses.model.names import unwrapped
 
 _RUN_FILE = "run.json"
 
@@ -155,7 +156,7 @@ class Checkpointer:
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
     tensors = {
-        "model": get_model_state_dict(model),
+        "model": _trained_state(model),
         "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
     }
     if torch.cuda.is_available():
@@ -163,8 +164,16 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     return tensors
 
 
+def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state by name, without what is frozen: a run that resumes has that from where it began."""
+    # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second name.
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {unwrapped(name) for name, p in named if not p.requires_grad}
+    return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
+
+
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(p.shape) for name, p in get_model_state_dict(model).items()}
+    return {name: list(p.shape) for name, p in _trained_state(model).items()}
 
 
 def _cause(error: BaseException) -> str:

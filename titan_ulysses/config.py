@@ -70,6 +70,9 @@ class Model(Section):
     attention: Core = Field(
         "auto", description="auto|flash|flex|sdpa|blockwise, or your own as package.module:function."
     )
+    freeze: list[str] = Field(
+        [], description='Parameters that are not trained, as patterns of their names: "model.embed_tokens.*".'
+    )
 
     @field_validator("config")
     @classmethod
@@ -77,6 +80,17 @@ class Model(Section):
         if config and not isinstance(config.get("model_type"), str):
             raise ValueError('needs a model_type, as in model_type = "llama"')
         return config or None  # an empty table clears what a base file set: `--model.config {}`
+
+
+class LoRA(Section):
+    rank: int = Field(0, ge=0, description="Train adapters of this rank (LoRA), and nothing else; 0: no adapters.")
+    alpha: float = Field(16.0, gt=0, description="What adapters add is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training.")
+    target_modules: list[str] = Field(
+        [],
+        description='Which linear layers get one: names ("q_proj") or patterns ("layers.1?.mlp.*"); empty: all but the '
+        "head.",
+    )
 
 
 class SourceSettings(Section):
@@ -248,6 +262,7 @@ class Config(Section):
 
     job: Job = Job()
     model: Model = Model()
+    lora: LoRA = LoRA()
     data: Data = Data()
     training: Training = Training()
     parallelism: Parallelism = Parallelism()
@@ -272,10 +287,27 @@ class Config(Section):
             )
         if not self.model.path and not self.model.config:
             problems.append("model.path is empty and there is no [model.config]: set one of them")
-        problems += _data_problems(self)
+        problems += _lora_problems(self) + _data_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _lora_problems(config: Config) -> list[str]:
+    lora, problems = config.lora, []
+    if not lora.rank:
+        return problems
+    if config.model.freeze:
+        problems.append(
+            f"lora.rank = {lora.rank} and model.freeze = {to_toml(config.model.freeze)} are both set: with LoRA all of "
+            "the model is frozen. Clear one, with lora.rank = 0 or model.freeze = []"
+        )
+    if lora.dropout and config.compile.enable:
+        problems.append(
+            f"lora.dropout = {lora.dropout} with compile.enable = true: compiled code would drop other inputs when it "
+            "computes again in backward. Set lora.dropout = 0, or compile.enable = false"
+        )
+    return problems
 
 
 def _data_problems(config: Config) -> list[str]:

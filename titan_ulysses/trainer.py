@@ -38,9 +38,17 @@ from titan_ulysses.memory.optimizer import (
 )
 from titan_ulysses.memory.quantize import check_float8
 from titan_ulysses.mesh import build_mesh, init_distributed
-from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
+from titan_ulysses.metrics import (
+    MetricsLogger,
+    attention_flops,
+    describe_parameters,
+    flops_per_token,
+    peak_flops,
+    peak_memory_gib,
+)
 from titan_ulysses.model import hf, weights
 from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.model.lora import check_lora, initialize_adapters
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.step import Step, learning_rate, train_step
 from titan_ulysses.ulysses.cores import choose_core
@@ -67,6 +75,7 @@ class Trainer:
             config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
         )
         check_optimizer(config.optimizer)
+        check_lora(config.lora)
         if config.quantize.float8:
             check_float8(device_type)
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
@@ -156,15 +165,22 @@ class Trainer:
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
         latest = self.checkpointer.latest() if self.config.checkpoint.enable else None
-        if latest is not None:
-            state = self.checkpointer.load(latest, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"])
-            return latest
+        # A checkpoint holds what is trained: the rest comes again from where it came.
+        if latest is None or any(not p.requires_grad for p in self.model.parameters()):
+            self._initialize()
+        if latest is None:
+            return 0
+        state = self.checkpointer.load(latest, self.model, self.optimizer)
+        self.loader.load_state_dict(state["loader"])
+        return latest
+
+    def _initialize(self) -> None:
+        """Fill the model as a run that begins has it."""
         if self.config.model.path:
             weights.load(self.model, self.config.model.path)
         else:
             hf.initialize(self.model, self.config.training.seed)
-        return 0
+        initialize_adapters(self.model, self.config.training.seed)
 
     def _start_preflight(self) -> Preflight | None:
         """On rank 0: the plan of this run, made while the weights are filled."""
@@ -188,9 +204,8 @@ class Trainer:
 
     def _describe(self) -> None:
         d, t, mesh = self.degrees, self.config.training, self.mesh
-        parameters = sum(p.numel() for p in self.model.parameters())
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
+            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {describe_parameters(self.model)}\n"
             f"data: {markup.escape(self.loader.sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
@@ -256,6 +271,8 @@ class Trainer:
             self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
             return
         if config.checkpoint.export:
+            if config.lora.rank:
+                weights.save_adapters(self.model, self.folder / "adapter")
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
 
@@ -383,6 +400,8 @@ class Trainer:
             lines.append(f"  {newest}  from which the same command goes on with a larger training.steps")
         if self.config.checkpoint.export:
             lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
+            if self.config.lora.rank:
+                lines.append("  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this began with")
         self._say("\n".join(lines))
 
     def _say(self, text: str) -> None:

@@ -24,7 +24,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
-from titan_ulysses.model.hf import class_name, named_parameters
+from titan_ulysses.model.hf import base_parameters, class_name, named_parameters
+from titan_ulysses.model.lora import ADAPTER, Delta, deltas
+from titan_ulysses.model.names import is_adapter
 
 _EXPORT_FILE_BYTES = 4 * 2**30
 _STEP_FILE = "training_step.json"
@@ -65,7 +67,7 @@ def load(model: PreTrainedModel, path: str) -> None:
     """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else."""
     files = find(path)
     base = model.base_model_prefix + "."
-    wanted = dict(named_parameters(model))
+    wanted = dict(base_parameters(model))
     source = {name: next((n for n in (name, name.removeprefix(base)) if n in files), None) for name in wanted}
     if missing := [name for name, found in source.items() if found is None]:
         raise UserError(
@@ -103,13 +105,13 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 
     Collective. Tensors are gathered one by one, and rank 0 writes a file whenever 4 GiB have come together, so no rank
     holds the whole model. Written aside and renamed when complete; a folder that is there already is replaced then.
-    Parameters keep their storage dtype. `exported_step` tells the step again. UserError, on every rank, where it cannot
-    be written.
+    Parameters keep their storage dtype; adapters are merged into them, in the adapters'. `exported_step` tells the step
+    again. UserError, on every rank, where it cannot be written.
     """
     aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     writes = dist.get_rank() == 0
-    parameters = dict(named_parameters(model))
-    sizes = {name: p.numel() * p.element_size() for name, p in parameters.items()}
+    parameters, added = dict(base_parameters(model)), deltas(model)
+    sizes = {name: p.numel() * added.get(name, p).dtype.itemsize for name, p in parameters.items()}
     files = _plan_files(sizes)
     try:
         with _failing_together(folder):
@@ -117,7 +119,8 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
         for file in dict.fromkeys(files.values()):
-            tensors = {name: _gather(p, keep=writes) for name, p in parameters.items() if files[name] == file}
+            here = {name: p for name, p in parameters.items() if files[name] == file}
+            tensors = {name: _gather_merged(p, added.get(name), keep=writes) for name, p in here.items()}
             with _failing_together(folder):
                 if writes:
                     save_file(tensors, aside / file, metadata={"format": "pt"})
@@ -152,6 +155,37 @@ def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
     """Collective. The whole parameter in host memory, on the ranks that keep it."""
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().cpu().contiguous() if keep else None
+
+
+def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Tensor | None:
+    """Collective. The same with what an adapter adds to it."""
+    whole = _gather(parameter, keep=keep)
+    if delta is None:
+        return whole
+    a, b = (_gather(p, keep=keep) for p in (delta.a, delta.b))
+    return delta.added_to(whole, a, b) if keep else None
+
+
+@torch.no_grad()
+def save_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapters as `peft.PeftModel.from_pretrained(base, folder)` opens them. Collective, as `export` is."""
+    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    writes = dist.get_rank() == 0
+    adapters = {name: p for name, p in named_parameters(model) if is_adapter(name)}
+    # peft leaves the adapter's name out, and has the model inside two modules of its own.
+    names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
+    tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
+    with _failing_together(folder):
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+            model.peft_config[ADAPTER].save_pretrained(aside)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            aside.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
