@@ -478,7 +478,25 @@ def test_degrees_and_batches(degrees: tuple, batch: tuple, expected: MeshDegrees
         (
             {"hf__max_position_embeddings": 2047},
             "training.seq_len = 2048 is longer than the model's max_position_embeddings = 2047: lower training.seq_len,"
-            " or raise model.config.max_position_embeddings",
+            " or raise model.config.max_position_embeddings, or stretch RoPE with [model.rope_scaling]",
+        ),
+        (
+            {
+                "model__rope_scaling": {"rope_type": "yarn", "factor": 1.5},
+                "hf__max_position_embeddings": 1536,
+                "hf__rope_parameters": {"rope_type": "yarn", "factor": 1.5},
+            },
+            "training.seq_len = 2048 is longer than 1536, which model.rope_scaling.factor = 1.5 makes of the model's "
+            "1024: set the factor to 2, or lower training.seq_len",
+        ),
+        (
+            {"hf__max_position_embeddings": 1000, "hf__rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "training.seq_len = 2048 is longer than the model's max_position_embeddings = 2000: lower ",
+        ),
+        (
+            {"hf__vocab_size": 9, "model__path": "/m", "model__config": None},
+            'model.tokenizer = "" emits ids up to 9, but the model\'s vocab_size is 9: set model.tokenizer to one that '
+            "belongs to the model or set model.resize_embeddings = 1",
         ),
         (
             {"hf__vocab_size": 9},

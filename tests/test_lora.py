@@ -62,7 +62,7 @@ def fill(model: nn.Module) -> None:
             hf.fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
-# --- the same training as peft's ----------------------------------------------------------------------------------------
+# --- the same training as peft's --------------------------------------------------------------------------------------
 
 
 def train_adapters(degrees: tuple[int, int, int]) -> Record:
@@ -88,7 +88,7 @@ def test_parity_with_peft(degrees: tuple[int, int, int], by_peft: Record) -> Non
 
 
 def slope_of_dropout() -> tuple[float, float, float]:
-    """Along a direction, with the same random numbers each time: the gradient's slope, the loss's; and a loss without."""
+    """Along a direction, with the same random numbers: the gradient's slope, the loss's; what dropout does to it."""
     run = models.Run(
         (1, 1, 2), STARCODER2, STEPS[0][0], prepare=lambda model: add_adapters(model, LoRA(rank=3, dropout=0.4))
     )
@@ -279,7 +279,7 @@ def test_another_rank_is_another_model(runs: Path) -> None:
         run_on_ranks(2, train, runs / "run.toml", settings)
 
 
-# --- settings -----------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 def targets(*patterns: str) -> set[str]:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from rich import markup
 from rich.console import Console
 
-from titan_ulysses.build import build_model
-from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.build import build_model, load_model_config
+from titan_ulysses.checkpoint import Checkpointer, check_weights, is_checkpoint, load_weights, needs_base
 from titan_ulysses.checks import check
 from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.config import Config
@@ -47,6 +47,7 @@ from titan_ulysses.metrics import (
     peak_memory_gib,
 )
 from titan_ulysses.model import hf, weights
+from titan_ulysses.model.embeddings import fill_new_rows, token_parameters
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.model.lora import check_lora, initialize_adapters
 from titan_ulysses.plan.preflight import Preflight
@@ -67,7 +68,9 @@ class Trainer:
         self.folder = Path(config.job.dump_folder) / config.job.name
 
         # Everything that can be wrong with the input is found before a process group or a weight exists.
-        model_config = hf.load_model_config(config.model.path, config.model.config)
+        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        token_ids = num_token_ids(self.tokenizer)
+        model_config = load_model_config(config, num_token_ids=token_ids)
         check_family(model_config)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, config.training.param_dtype)
@@ -78,17 +81,15 @@ class Trainer:
         check_lora(config.lora)
         if config.quantize.float8:
             check_float8(device_type)
-        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         self.degrees = check(
             config,
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             model_config=model_config,
-            num_token_ids=num_token_ids(self.tokenizer),
+            num_token_ids=token_ids,
         )
         self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)
-        if config.model.path:
-            weights.find(config.model.path)
+        self._check_weights()
         training, held_out = open_sequences(config, self.tokenizer)
         self._check_folder()
 
@@ -139,6 +140,22 @@ class Trainer:
         if config.compile.enable and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
             raise UserError("compile.enable = true needs a C++ compiler on a CPU: install g++, or set it to false.")
 
+    def _check_weights(self) -> None:
+        """Raise UserError where there are no weights to begin with; reads none of them."""
+        if is_checkpoint(initial := self.config.checkpoint.initial_load_path):
+            check_weights(initial)
+        if (source := self._safetensors()) and source[0]:
+            weights.find(source[0], setting=source[1])
+
+    def _safetensors(self) -> tuple[str, str] | None:
+        """The folder of weights to begin with ("": random ones) and the setting that names it; None: none is needed."""
+        initial = self.config.checkpoint.initial_load_path
+        if is_checkpoint(initial) and not needs_base(initial):
+            return None
+        if initial and not is_checkpoint(initial):
+            return initial, "checkpoint.initial_load_path"
+        return self.config.model.path, "model.path"
+
     def _check_folder(self) -> None:
         """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
@@ -176,11 +193,16 @@ class Trainer:
 
     def _initialize(self) -> None:
         """Fill the model as a run that begins has it."""
-        if self.config.model.path:
-            weights.load(self.model, self.config.model.path)
-        else:
-            hf.initialize(self.model, self.config.training.seed)
-        initialize_adapters(self.model, self.config.training.seed)
+        initial, seed = self.config.checkpoint.initial_load_path, self.config.training.seed
+        initialize_adapters(self.model, seed)
+        if (source := self._safetensors()) and source[0]:
+            growing = token_parameters(self.model) if self.config.model.resize_embeddings else ()
+            known = weights.load(self.model, source[0], setting=source[1], growing=growing)
+            fill_new_rows(self.model, known, seed)
+        elif source:
+            hf.initialize(self.model, seed)
+        if is_checkpoint(initial):
+            load_weights(initial, self.model)
 
     def _start_preflight(self) -> Preflight | None:
         """On rank 0: the plan of this run, made while the weights are filled."""
@@ -212,11 +234,18 @@ class Trainer:
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
             + self._memory_notes()
-            + (f"\nresumed from step {self.step}" if self.step else "")
+            + self._beginning()
             + "".join(f"\n{line}" for line in self.plan_lines),
             highlight=False,
             soft_wrap=True,
         )
+
+    def _beginning(self) -> str:
+        initial = self.config.checkpoint.initial_load_path
+        if self.step:
+            ignored = f"; checkpoint.initial_load_path = {initial} is for runs that begin" if initial else ""
+            return f"\nresumed from step {self.step}{ignored}"
+        return f"\nbegins with the weights of {initial}" if initial else ""
 
     def _idle_ranks(self) -> str:
         degree = self.degrees.sequence

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.model.names import matching, plain
@@ -29,3 +31,27 @@ def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> int:
+    """Of the frozen parameters, by their bits: the same on every mesh; 0 where nothing is frozen. Collective."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not frozen:
+        return 0
+    total = torch.stack(
+        [bits(p.to_local() if isinstance(p, DTensor) else p).sum(dtype=torch.int64) for p in frozen]
+    ).sum()
+    first = frozen[0]  # all are sharded alike
+    if isinstance(first, DTensor):
+        total = total.to(first.device_mesh.device_type)
+        for dimension, placement in enumerate(first.placements):
+            if placement.is_shard():
+                dist.all_reduce(total, group=first.device_mesh.get_group(dimension))
+    return total.item()
+
+
+def bits(x: Tensor) -> Tensor:
+    """x's bits as integers, whose sum is exact: it does not depend on the order of summation, or on threads."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().view(integers[x.element_size()])

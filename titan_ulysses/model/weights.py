@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,8 +32,11 @@ _EXPORT_FILE_BYTES = 4 * 2**30
 _STEP_FILE = "training_step.json"
 
 
-def find(path: str) -> dict[str, Path]:
-    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there are none."""
+def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
+    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there are none.
+
+    setting: the one that names path.
+    """
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -42,7 +45,7 @@ def find(path: str) -> dict[str, Path]:
             folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
         except Exception as error:
             raise UserError(
-                f'model.path = "{path}": neither a folder nor to be had from the hub ({one_line(error)}). '
+                f'{setting} = "{path}": neither a folder nor to be had from the hub ({one_line(error)}). '
                 "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
             ) from error
     files: dict[str, Path] = {}
@@ -52,26 +55,31 @@ def find(path: str) -> dict[str, Path]:
                 files.update(dict.fromkeys(tensors.keys(), file))
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f'model.path = "{path}": {file.name} is damaged ({one_line(error)}). Copy or download it again.'
+                f'{setting} = "{path}": {file.name} is damaged ({one_line(error)}). Copy or download it again.'
             ) from error
     if not files:
         raise UserError(
-            f'model.path = "{path}": the folder holds no *.safetensors. Save the model with '
+            f'{setting} = "{path}": the folder holds no *.safetensors. Save the model with '
             "`save_pretrained(folder)` of a current transformers, or use [model.config] for random weights."
         )
     return files
 
 
 @torch.no_grad()
-def load(model: PreTrainedModel, path: str) -> None:
-    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else."""
-    files = find(path)
+def load(
+    model: PreTrainedModel, path: str, *, setting: str = "model.path", growing: Collection[str] = ()
+) -> dict[str, int]:
+    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else.
+
+    Parameters that are growing may have fewer rows there; returned is how many, of those that have.
+    """
+    files, fewer = find(path, setting=setting), {}
     base = model.base_model_prefix + "."
     wanted = dict(base_parameters(model))
     source = {name: next((n for n in (name, name.removeprefix(base)) if n in files), None) for name in wanted}
     if missing := [name for name, found in source.items() if found is None]:
         raise UserError(
-            f'model.path = "{path}": {len(missing)} of {len(wanted)} tensors of {class_name(model)} are '
+            f'{setting} = "{path}": {len(missing)} of {len(wanted)} tensors of {class_name(model)} are '
             f"not in its safetensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
             "A file is not there, or config.json is another model's: save or download it again."
         )
@@ -81,22 +89,29 @@ def load(model: PreTrainedModel, path: str) -> None:
     for file, names in by_file.items():
         with safe_open(file, framework="pt") as tensors:
             for name in names:
-                _read_shard(wanted[name], tensors.get_slice(source[name]), f'model.path = "{path}": {source[name]}')
+                stored, parameter = tensors.get_slice(source[name]), wanted[name]
+                rows = stored.get_shape()[0] if name in growing else len(parameter)
+                if rows < len(parameter):
+                    fewer[name] = rows
+                _read_shard(parameter, stored, f'{setting} = "{path}": {source[name]}', rows=min(rows, len(parameter)))
+    return fewer
 
 
-def _read_shard(parameter: Tensor, stored, what: str) -> None:
-    if tuple(stored.get_shape()) != tuple(parameter.shape):
+def _read_shard(parameter: Tensor, stored, what: str, *, rows: int) -> None:
+    """Fill the first rows of parameter, or of this rank's shard what belongs to them."""
+    if tuple(stored.get_shape()) != (rows, *parameter.shape[1:]):
         raise UserError(
             f"{what} has shape {tuple(stored.get_shape())}, config.json says {tuple(parameter.shape)}. "
             "They belong to different models: save or download it again."
         )
     if not isinstance(parameter, DTensor):
-        parameter.copy_(stored[:])
+        parameter[:rows].copy_(stored[:])
         return
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    if all(shape):
+    shape = (min(shape[0], rows - offset[0]), *shape[1:])
+    if shape[0] > 0 and all(shape):
         local = stored[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-        parameter.to_local().copy_(local)
+        parameter.to_local()[: shape[0]].copy_(local)
 
 
 @torch.no_grad()
