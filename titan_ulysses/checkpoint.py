@@ -181,8 +181,8 @@ def needs_base(path: str) -> bool:
 def load_weights(path: str, model: nn.Module) -> None:
     """Collective. Fill model from the step-N folder at path, of any mesh: what was trained there, no optimizer state.
 
-    What is not there must have been frozen there, and is as it is; adapters may be new. UserError, before anything
-    changes, where names or shapes do not fit.
+    What is not there must have been frozen there, and be in the model already; adapters may be new. UserError, before
+    anything changes, where names, shapes or what was frozen do not fit.
     """
     saved = _read_run_file(Path(path))
     wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
@@ -197,6 +197,11 @@ def load_weights(path: str, model: nn.Module) -> None:
     if problem:
         hint = " Set lora.rank and lora.target_modules as that run had them." if is_adapter(name) else ""
         raise UserError(f"checkpoint.initial_load_path = {path} holds another model: {problem}.{hint}")
+    if saved.get("frozen", 0) and saved["frozen"] != fingerprint(model):
+        raise UserError(
+            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen here, and only the rest "
+            "is saved. Begin with the export/ of that run, or with its model.path, model.freeze and [lora]."
+        )
     tensors = {name: wanted[name] for name in saved["parameters"]}
     try:
         dcp.load({"model": tensors}, checkpoint_id=path)  # in place

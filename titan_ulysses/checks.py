@@ -159,13 +159,14 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int, seque
         factor = config.model.rope_scaling["factor"]
         original = round(positions / factor)
         problems.append(
-            f"training.seq_len = {seq_len} is longer than {positions}, which model.rope_scaling.factor = {factor} makes of "
-            f"the model's {original}: set the factor to {-(-seq_len // original)}, or lower training.seq_len"
+            f"training.seq_len = {seq_len} is longer than {positions}, which model.rope_scaling.factor = {factor} "
+            f"makes of the model's {original}: set the factor to {-(-seq_len // original)}, or lower training.seq_len"
         )
     elif positions is not None and seq_len > positions:
         problems.append(
             f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = {positions}: lower "
-            f"training.seq_len, or raise {setting('max_position_embeddings')}, or stretch RoPE with [model.rope_scaling]"
+            f"training.seq_len, or raise {setting('max_position_embeddings')}, or stretch RoPE with "
+            "[model.rope_scaling]"
         )
     if vocab_size is not None and num_token_ids > vocab_size:
         remedy = f"model.config.vocab_size = {num_token_ids}" if config.model.config else "model.resize_embeddings = 1"
