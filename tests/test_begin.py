@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from models import mesh_of
-from ranks import RankFailure, run_on_ranks
-from runs import learned, train, write_run
+from ranks import run_on_ranks
+from runs import learned, refusal, train, write_run
 from titan_ulysses.config_file import load_config
 from titan_ulysses.model import hf, weights
 from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
@@ -48,17 +48,16 @@ def begin_with(config: Path, name: str, part: str) -> dict[str, str]:
 
 
 def refused(config: Path, settings: dict[str, Any]) -> str:
-    with pytest.raises(RankFailure) as caught:
-        run(config, "refused", settings)
-    assert not outputs(config, "refused").exists()
-    return str(caught.value)
+    first, second = run_on_ranks(2, refusal, config, SETTINGS | {"job.name": "refused"} | settings)
+    assert first == second and not outputs(config, "refused").exists()
+    return first
 
 
-# --- the weights of another run -----------------------------------------------------------------------------------------
+# --- the weights of another run ---------------------------------------------------------------------------------------
 
 
 def test_weights_of_a_checkpoint_or_an_export(config: Path) -> None:
-    """They are the same weights, with a fresh optimizer and the data from its beginning; a run that resumes has its own."""
+    """The same weights, with a fresh optimizer and the data from its beginning; a run that resumes has its own."""
     settings = {"optimizer.lr": 0.0, "lr_scheduler.warmup_steps": 0}
     checkpoint = run(config, "from checkpoint", begin_with(config, "first", "checkpoints/step-2"))
     export = run(config, "from export", begin_with(config, "first", "export"))

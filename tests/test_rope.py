@@ -161,8 +161,8 @@ def test_a_scaled_config_is_that_of_transformers(name: str) -> None:
         ({"rope_type": "yarn", "factor": 0.5}, "model.rope_scaling.factor = 0.5: needs a number of at least 1"),
         (
             YARN | {"original_max_position_embeddings": 12},
-            "model.rope_scaling.original_max_position_embeddings = 12: needs a number of tokens, at most the model's own "
-            "max_position_embeddings = 11",
+            "model.rope_scaling.original_max_position_embeddings = 12: needs a number of tokens, at most the model's "
+            "own max_position_embeddings = 11",
         ),
         (LONG | {"long_factor": [1.0]}, "model.rope_scaling.long_factor = [1.0]: needs 4 numbers, one for each pair"),
     ],

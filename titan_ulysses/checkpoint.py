@@ -199,8 +199,8 @@ def load_weights(path: str, model: nn.Module) -> None:
         raise UserError(f"checkpoint.initial_load_path = {path} holds another model: {problem}.{hint}")
     if saved.get("frozen", 0) and saved["frozen"] != fingerprint(model):
         raise UserError(
-            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen here, and only the rest "
-            "is saved. Begin with the export/ of that run, or with its model.path, model.freeze and [lora]."
+            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen here, and only the "
+            "rest is saved. Begin with the export/ of that run, or with its model.path, model.freeze and [lora]."
         )
     tensors = {name: wanted[name] for name in saved["parameters"]}
     try:
