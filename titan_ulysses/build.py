@@ -13,7 +13,6 @@ from titan_ulysses.memory.optimizer import check_shards
 from titan_ulysses.memory.quantize import use_float8
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model import hf
-from titan_ulysses.model.embeddings import grow_vocabulary
 from titan_ulysses.model.freezing import freeze, narrow_frozen
 from titan_ulysses.model.lora import add_adapters
 from titan_ulysses.model.rope_scaling import scale_rope
@@ -24,16 +23,11 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def load_model_config(config: Config, *, num_token_ids: int = 0) -> PreTrainedConfig:
-    """The transformers config of the model that [model] describes: loaded or written out, then changed as it says.
-
-    num_token_ids: the tokenizer's largest id + 1, as far as the vocabulary is to grow with it.
-    """
+def load_model_config(config: Config) -> PreTrainedConfig:
+    """The transformers config of the model: loaded or written out, with the RoPE that the run asks for."""
     model_config = hf.load_model_config(config.model.path, config.model.config)
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
-    if config.model.resize_embeddings:
-        grow_vocabulary(model_config, num_token_ids=num_token_ids, multiple=config.model.resize_embeddings)
     return model_config
 
 
@@ -54,7 +48,7 @@ def build_model(
         tokens = math.gcd(tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
         float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
     if config.lora.rank:
-        add_adapters(model, config.lora, base=config.model.path)
+        add_adapters(model, config.lora)
     freeze(model, config.model.freeze)
     narrow_frozen(model, compute)
     wrap(

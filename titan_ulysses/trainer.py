@@ -47,7 +47,7 @@ from titan_ulysses.metrics import (
     peak_memory_gib,
 )
 from titan_ulysses.model import hf, weights
-from titan_ulysses.model.embeddings import fill_new_rows, token_parameters
+from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.model.lora import check_lora, initialize_adapters
 from titan_ulysses.plan.preflight import Preflight
@@ -68,9 +68,7 @@ class Trainer:
         self.folder = Path(config.job.dump_folder) / config.job.name
 
         # Everything that can be wrong with the input is found before a process group or a weight exists.
-        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        token_ids = num_token_ids(self.tokenizer)
-        model_config = load_model_config(config, num_token_ids=token_ids)
+        model_config = load_model_config(config)
         check_family(model_config)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, config.training.param_dtype)
@@ -81,6 +79,10 @@ class Trainer:
         check_lora(config.lora)
         if config.quantize.float8:
             check_float8(device_type)
+        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        token_ids = num_token_ids(self.tokenizer)
+        if multiple := config.model.resize_embeddings:
+            grow_vocabulary(model_config, num_token_ids=token_ids, multiple=multiple)
         self.degrees = check(
             config,
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
@@ -301,7 +303,8 @@ class Trainer:
             return
         if config.checkpoint.export:
             if config.lora.rank:
-                weights.save_adapters(self.model, self.folder / "adapter")
+                base, _ = self._safetensors() or ("", "")
+                weights.save_adapters(self.model, self.folder / "adapter", base=base)
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
 

@@ -31,13 +31,12 @@ def check_lora(settings: LoRA) -> None:
         raise UserError(f"lora.rank = {settings.rank} needs peft, which is not installed: pip install peft")
 
 
-def add_adapters(model: PreTrainedModel, settings: LoRA, *, base: str = "") -> int:
+def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     """Give linear layers an adapter each and freeze all else, in place and before sharding; returns how many got one.
 
     settings.target_modules are names or patterns (see `names.matching`); without any, all linear layers except the
     head, which is peft's "all-linear". What a layer computes is then W x + (alpha / rank) B A dropout(x), with A
-    [rank, in] and B [out, rank] of W's dtype. base: the folder or hub name of the model, which a saved adapter names.
-    UserError for a pattern that matches no linear layer.
+    [rank, in] and B [out, rank] of W's dtype. UserError for a pattern that matches no linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -55,7 +54,6 @@ def add_adapters(model: PreTrainedModel, settings: LoRA, *, base: str = "") -> i
         lora_dropout=settings.dropout,
         target_modules=sorted(targets),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base or None,
     )
     with torch.device(next(model.parameters()).device):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
@@ -91,12 +89,12 @@ class Delta(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.b.dtype
+        """Of the merged weight: that of the adapter, or fp32."""
+        return torch.promote_types(self.b.dtype, torch.float32)
 
     def added_to(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The merged weight, in the adapter's dtype or wider; a and b are gathered."""
-        wide = torch.promote_types(torch.promote_types(weight.dtype, self.dtype), torch.float32)
-        return weight.to(wide) + self.scale * (b.to(wide) @ a.to(wide))
+        """The merged weight; all of them gathered."""
+        return weight.to(self.dtype) + self.scale * (b.to(self.dtype) @ a.to(self.dtype))
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:

@@ -182,8 +182,11 @@ def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Ten
 
 
 @torch.no_grad()
-def save_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapters as `peft.PeftModel.from_pretrained(base, folder)` opens them. Collective, as `export` is."""
+def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
+    """Write the adapters as `peft.PeftModel.from_pretrained(model, folder)` opens them. Collective, as `export` is.
+
+    base: the folder or hub name of the model that they belong to, "" where it has none; noted with them.
+    """
     aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     writes = dist.get_rank() == 0
     adapters = {name: p for name, p in named_parameters(model) if is_adapter(name)}
@@ -195,7 +198,9 @@ def save_adapters(model: PreTrainedModel, folder: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-            model.peft_config[ADAPTER].save_pretrained(aside)
+            settings = copy.copy(model.peft_config[ADAPTER])
+            settings.base_model_name_or_path = base or None
+            settings.save_pretrained(aside)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)
