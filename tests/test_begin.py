@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from models import mesh_of
 from ranks import run_on_ranks
 from runs import learned, refusal, train, write_run
+from titan_ulysses.begin import describe_beginning
 from titan_ulysses.config_file import load_config
 from titan_ulysses.model import hf, weights
 from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {"training.steps": 2, "parallelism.sequence_parallel_degree": 2, "checkpoint.export": True}
 ADAPTERS = {"lora.rank": 4, "optimizer.lr": 0.03}
@@ -74,9 +73,9 @@ def test_weights_of_a_checkpoint_or_an_export(config: Path) -> None:
 def test_what_a_run_says_of_it(config: Path) -> None:
     settings = load_config(config, begin_with(config, "first", "export").items())
     path = outputs(config, "first") / "export"
-    begun, resumed = (Trainer._beginning(SimpleNamespace(config=settings, step=step)) for step in (0, 3))
-    assert begun.strip() == f"begins with the weights of {path}"
-    assert resumed.strip() == f"resumed from step 3; checkpoint.initial_load_path = {path} is for runs that begin"
+    assert describe_beginning(settings, 0) == f"begins with the weights of {path}"
+    assert describe_beginning(settings, 3) == f"resumed from step 3; {path} is for runs that begin"
+    assert describe_beginning(load_config(config), 0) == ""
 
 
 def test_adapters_beside_another_runs_weights(config: Path) -> None:

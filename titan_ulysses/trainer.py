@@ -16,8 +16,9 @@ import torch.distributed as dist
 from rich import markup
 from rich.console import Console
 
+from titan_ulysses.begin import base_of, check_beginning, describe_beginning, initialize
 from titan_ulysses.build import build_model, load_model_config
-from titan_ulysses.checkpoint import Checkpointer, check_weights, is_checkpoint, load_weights, needs_base
+from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.checks import check
 from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.config import Config
@@ -47,9 +48,9 @@ from titan_ulysses.metrics import (
     peak_memory_gib,
 )
 from titan_ulysses.model import hf, weights
-from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
+from titan_ulysses.model.embeddings import grow_vocabulary
 from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.model.lora import check_lora, initialize_adapters
+from titan_ulysses.model.lora import check_lora
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.step import Step, learning_rate, train_step
 from titan_ulysses.ulysses.cores import choose_core
@@ -91,7 +92,9 @@ class Trainer:
         )
         self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)
-        self._check_weights()
+        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        if self._begins():
+            check_beginning(config)
         training, held_out = open_sequences(config, self.tokenizer)
         self._check_folder()
 
@@ -107,7 +110,6 @@ class Trainer:
         self.preflight = self._start_preflight()
         offload = config.memory.optimizer_offload
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
-        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
@@ -142,21 +144,11 @@ class Trainer:
         if config.compile.enable and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
             raise UserError("compile.enable = true needs a C++ compiler on a CPU: install g++, or set it to false.")
 
-    def _check_weights(self) -> None:
-        """Raise UserError where there are no weights to begin with; reads none of them."""
-        if is_checkpoint(initial := self.config.checkpoint.initial_load_path):
-            check_weights(initial)
-        if (source := self._safetensors()) and source[0]:
-            weights.find(source[0], setting=source[1])
-
-    def _safetensors(self) -> tuple[str, str] | None:
-        """The folder of weights to begin with ("": random ones) and the setting that names it; None: none is needed."""
-        initial = self.config.checkpoint.initial_load_path
-        if is_checkpoint(initial) and not needs_base(initial):
-            return None
-        if initial and not is_checkpoint(initial):
-            return initial, "checkpoint.initial_load_path"
-        return self.config.model.path, "model.path"
+    def _begins(self) -> bool:
+        """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
+        if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
+            return True
+        return self.checkpointer.latest() is None
 
     def _check_folder(self) -> None:
         """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
@@ -184,27 +176,13 @@ class Trainer:
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
         latest = self.checkpointer.latest() if self.config.checkpoint.enable else None
-        # A checkpoint holds what is trained: the rest comes again from where it came.
-        if latest is None or any(not p.requires_grad for p in self.model.parameters()):
-            self._initialize()
+        if self._begins():
+            initialize(self.model, self.config)
         if latest is None:
             return 0
         state = self.checkpointer.load(latest, self.model, self.optimizer)
         self.loader.load_state_dict(state["loader"])
         return latest
-
-    def _initialize(self) -> None:
-        """Fill the model as a run that begins has it."""
-        initial, seed = self.config.checkpoint.initial_load_path, self.config.training.seed
-        initialize_adapters(self.model, seed)
-        if (source := self._safetensors()) and source[0]:
-            growing = token_parameters(self.model) if self.config.model.resize_embeddings else ()
-            known = weights.load(self.model, source[0], setting=source[1], growing=growing)
-            fill_new_rows(self.model, known, seed)
-        elif source:
-            hf.initialize(self.model, seed)
-        if is_checkpoint(initial):
-            load_weights(initial, self.model)
 
     def _start_preflight(self) -> Preflight | None:
         """On rank 0: the plan of this run, made while the weights are filled."""
@@ -236,18 +214,11 @@ class Trainer:
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
             + self._memory_notes()
-            + self._beginning()
+            + (f"\n{beginning}" if (beginning := describe_beginning(self.config, self.step)) else "")
             + "".join(f"\n{line}" for line in self.plan_lines),
             highlight=False,
             soft_wrap=True,
         )
-
-    def _beginning(self) -> str:
-        initial = self.config.checkpoint.initial_load_path
-        if self.step:
-            ignored = f"; checkpoint.initial_load_path = {initial} is for runs that begin" if initial else ""
-            return f"\nresumed from step {self.step}{ignored}"
-        return f"\nbegins with the weights of {initial}" if initial else ""
 
     def _idle_ranks(self) -> str:
         degree = self.degrees.sequence
@@ -303,8 +274,8 @@ class Trainer:
             return
         if config.checkpoint.export:
             if config.lora.rank:
-                base, _ = self._safetensors() or ("", "")
-                weights.save_adapters(self.model, self.folder / "adapter", base=base)
+                base = base_of(config)
+                weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
 
