@@ -21,7 +21,12 @@ from titan_ulysses.model import hf, weights
 from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
 from titan_ulysses.parallelize import parallelize
 
-SETTINGS: dict[str, Any] = {"training.steps": 2, "parallelism.sequence_parallel_degree": 2, "checkpoint.export": True}
+SETTINGS: dict[str, Any] = {
+    "lr_scheduler.warmup_steps": 0,
+    "training.steps": 2,
+    "parallelism.sequence_parallel_degree": 2,
+    "checkpoint.export": True,
+}
 ADAPTERS = {"lora.rank": 4, "optimizer.lr": 0.03}
 
 
@@ -57,7 +62,7 @@ def refused(config: Path, settings: dict[str, Any]) -> str:
 
 def test_weights_of_a_checkpoint_or_an_export(config: Path) -> None:
     """The same weights, with a fresh optimizer and the data from its beginning; a run that resumes has its own."""
-    settings = {"optimizer.lr": 0.0, "lr_scheduler.warmup_steps": 0}
+    settings = {"optimizer.lr": 0.0}
     checkpoint = run(config, "from checkpoint", begin_with(config, "first", "checkpoints/step-2"))
     export = run(config, "from export", begin_with(config, "first", "export"))
     assert learned(checkpoint) == learned(export)

@@ -144,7 +144,7 @@ def test_initialisation_does_not_depend_on_the_mesh() -> None:
     a, b = (parameters[f"model.layers.0.mlp.up_proj.lora_{part}.default.weight"] for part in "AB")
     bound = LLAMA["hidden_size"] ** -0.5
     assert 0.9 * bound < a.abs().max() <= bound and not b.any()
-    assert len({float(p[0, 0]) for name, p in parameters.items() if ".lora_A." in name}) == 2 * 7
+    assert len({p[0, 0].item() for name, p in parameters.items() if ".lora_A." in name}) == 2 * 7
     plain = hf.build_on_meta(hf.load_model_config("", LLAMA), torch.float64)
     hf.allocate(plain, torch.device("cpu"))
     hf.initialize(plain, seed=0)
@@ -161,6 +161,7 @@ WIDE = {
     "intermediate_size": 96,
     "num_attention_heads": 4,
     "head_dim": 16,
+    "num_hidden_layers": 1,
 }
 COMPOSED: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -206,10 +207,10 @@ def test_with_other_features() -> None:
     assert alone[-1] < 0.9 * alone[0]
     assert all(facts["base kept"] for _, facts in found.values())
     assert found["parameter offload"][0] == alone
-    for name, tolerance in {"8 bits": 0.02, "float8": 0.05, "compiled": 0.01}.items():
+    for name in ("8 bits", "float8", "compiled"):
         assert found[name][0] != alone, name
-        assert found[name][0] == pytest.approx(alone, rel=tolerance), name
-    assert found["float8"][1]["float8 layers"] == 2 * 7
+        assert found[name][0] == pytest.approx(alone, abs=0.1), name
+    assert found["float8"][1]["float8 layers"] == 7
     assert found["compiled"][1]["graphs"] >= 2 and found["compiled"][1]["breaks"] == 0
     assert found["8 bits"][1]["quantized"] > 0
 
@@ -236,7 +237,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base.save_pretrained(folder / "base")
     settings = {"model.config": {}, "model.path": str(folder / "base"), "training.param_dtype": "bfloat16"}
     settings |= {"lora.rank": 4, "lora.dropout": 0.1, "checkpoint.export": True, "checkpoint.interval": 2}
-    settings |= {"lr_scheduler.decay_type": "constant", "parallelism.sequence_parallel_degree": 2, "optimizer.lr": 0.03}
+    settings |= {
+        "lr_scheduler.decay_type": "constant",
+        "lr_scheduler.warmup_steps": 0,
+        "parallelism.sequence_parallel_degree": 2,
+        "optimizer.lr": 0.03,
+    }
     for name, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         run_on_ranks(2, train, config, settings | {"job.name": name, "training.steps": steps})
     return folder

@@ -7,7 +7,7 @@ made: adapters are built on meta and sharded with the layers they belong to, and
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,13 +41,13 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     from peft import LoraConfig, inject_adapter_in_model
 
     head = model.get_output_embeddings()
-    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if not linear:
         raise UserError(f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for adapters.')
-    targets = linear
+    targets: Iterable[str] = linear
     if settings.target_modules:
         setting, what = "lora.target_modules", "linear layer that can have an adapter"
-        targets = matching(settings.target_modules, sorted(linear), setting=setting, what=what, tails=True)
+        targets = matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
