@@ -149,7 +149,7 @@ def test_bad_value(tmp_path: Path, setting: str, value: Any, message: str) -> No
         ("checkpoint.steps", 1, "checkpoint.steps: no such key; did you mean training.steps or validation.steps?"),
         ("metrics.zzz", 1, "metrics.zzz: no such key; [metrics] has log_interval"),
         ("trainning.steps", 1, "[trainning]: no such section; did you mean [training]?"),
-        ("xyz.steps", 1, "[xyz]: no such section; the sections are job, model, data, "),
+        ("xyz.steps", 1, "[xyz]: no such section; the sections are job, model, lora, data, "),
         ("lr", 1, "lr: no such key; did you mean optimizer.lr?"),
         ("zzz", 1, "zzz: no such key; keys go into a section"),
     ],
