@@ -86,6 +86,7 @@ SMALL = [
         training__param_dtype="bfloat16",
         parallelism__sequence_parallel_degree=2,
         memory__mlp_tile_tokens=300,
+        memory__loss_tile_tokens=100,
         lora__rank=4,
     ),
 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titan_ulysses.ao import quietly
 from titan_ulysses.config import LoRA
 from titan_ulysses.errors import UserError
 from titan_ulysses.model import hf
@@ -38,7 +39,8 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     head, which is peft's "all-linear". What a layer computes is then W x + (alpha / rank) B A dropout(x), with A
     [rank, in] and B [out, rank] of W's dtype. UserError for a pattern that matches no linear layer.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    with quietly():  # peft imports torchao wherever it is installed
+        from peft import LoraConfig, inject_adapter_in_model
 
     head = model.get_output_embeddings()
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
@@ -55,7 +57,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         target_modules=sorted(targets),
         task_type="CAUSAL_LM",
     )
-    with torch.device(next(model.parameters()).device):
+    with quietly(), torch.device(next(model.parameters()).device):
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for _, layer in _adapted_layers(model):
         for part in (layer.lora_A, layer.lora_B):
