@@ -21,11 +21,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+from titan_ulysses.begin import base_of
+from titan_ulysses.build import load_model_config
 from titan_ulysses.checkpoint import Checkpointer, cause
 from titan_ulysses.config_file import load_config
-from titan_ulysses.data.tokenizer import load_tokenizer
+from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
 from titan_ulysses.model import hf, weights
+from titan_ulysses.model.embeddings import grow_vocabulary
 
 HELP = """\
 SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with safetensors, config and
@@ -72,21 +75,24 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
     reader = dcp.FileSystemReader(source)
     saved = {n.removeprefix("model."): m for n, m in tensors_in(reader).items() if n.startswith("model.")}
-    model_config = hf.load_model_config(config.model.path, config.model.config)
+    if state.get("frozen", 0):
+        raise UserError(f"{source}: what is frozen is not in it. The run's own export/ has the whole model.")
+    model_config, tokenizer = load_model_config(config), load_tokenizer(config.model.tokenizer or config.model.path)
+    if multiple := config.model.resize_embeddings:
+        grow_vocabulary(model_config, num_token_ids=num_token_ids(tokenizer), multiple=multiple)
     parameter_dtype = next(meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point)
     plain = hf.build_on_meta(model_config, parameter_dtype)
     expect_same(
         source, {n: list(m.size) for n, m in saved.items()}, {n: list(t.shape) for n, t in hf.state_of(plain).items()}
     )
-    if config.model.path:
-        weights.keep_generation_config(plain, config.model.path)
+    if base := base_of(config):
+        weights.keep_generation_config(plain, base.path)
 
     def fetch(name: str) -> Tensor:
         tensor = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
         dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
         return tensor
 
-    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     weights.export(plain, tokenizer, target, step=state["step"], fetch=fetch)
 
 

@@ -97,7 +97,7 @@ def round_trip(case: str, source: Path, target: Path, degrees: tuple[int, int, i
     hf.allocate(model, torch.device("cpu"))
     for tensor in hf.state_of(model).values():
         tensor.data.fill_(torch.nan)
-    unknown = weights.load(model, str(source))
+    unknown, _ = weights.load(model, str(source))
     with pytest.MonkeyPatch.context() as patch:
         if case in SEVERAL_FILES:
             patch.setattr(weights, "_EXPORT_FILE_BYTES", FEW_BYTES)
@@ -190,7 +190,7 @@ def test_the_index_says_which_file_a_tensor_is_in(folder: Path) -> None:
     save_file(wrong, folder / "consolidated.safetensors")
     save_file(wrong, folder / "a.safetensors")
     model = empty_model(LLAMA)
-    assert weights.load(model, str(folder)) == []
+    assert weights.load(model, str(folder)).unknown == []
     assert_same_bits(model.state_dict(), expected)
 
 
@@ -218,7 +218,7 @@ def test_tensors_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old files have it, and nobody needs it
     save_file(tensors, tmp_path / "model.safetensors")
     model = empty_model(LLAMA)
-    unknown = weights.load(model, str(tmp_path))
+    unknown, _ = weights.load(model, str(tmp_path))
     assert unknown == [f"visual.{letter}" for letter in "abcd"]
     line = weights.describe_unknown(unknown, model, str(tmp_path))
     assert "4 tensors there that LlamaForCausalLM does not have, left out: visual.a, visual.b, visual.c, ..." in line
@@ -231,7 +231,7 @@ def test_a_tied_tensor_may_have_either_name(keep: str, tmp_path: Path) -> None:
         del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
     model = empty_model(TIED)
-    assert weights.load(model, str(tmp_path)) == []
+    assert weights.load(model, str(tmp_path)).unknown == []
     assert torch.equal(model.lm_head.weight, tensors_of_untied(equal=True)["lm_head.weight"])
     assert not any(tensor.isnan().any() for tensor in model.state_dict().values())
 

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.memory.optimizer import state_format, unaligned_blocks
+from titan_ulysses.model.freezing import fingerprint
+from titan_ulysses.model.names import is_adapter, plain, unwrapped
 
 _RUN_FILE = "run.json"
 
@@ -47,11 +49,15 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         tensors = _tensors(model, optimizer)
+        kind = {
+            "parameters": _shapes(model),
+            "frozen": fingerprint(model),
+            "optimizer": state_format(optimizer),
+        }
         failure = None
         try:
             dcp.save(tensors, checkpoint_id=partial)  # what one rank meets here is raised on all
             if dist.get_rank() == 0:
-                kind = {"parameters": _shapes(model), "optimizer": state_format(optimizer)}
                 self.publish(partial, final, {**state, **kind})
         except (CheckpointException, OSError) as error:
             failure = cause(error)
@@ -80,17 +86,10 @@ class Checkpointer:
 
     def read_state(self, step: int) -> dict[str, Any]:
         """The JSON state saved with step, after checking that its files are all there. UserError if damaged."""
-        folder = self.folder / f"step-{step}"
         try:
-            state = json.loads((folder / _RUN_FILE).read_text())
-            files, _ = dict(state["files"]), dict(state["parameters"])
-            sizes = {name: (folder / name).stat().st_size for name in files}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(step, f"{type(error).__name__}: {error}") from error
-        for name, size in files.items():
-            if sizes[name] != size:
-                raise self._damaged(step, f"{name} has {sizes[name]} of {size} bytes")
-        return state
+            return _read_run_file(self.folder / f"step-{step}")
+        except ValueError as error:
+            raise self._damaged(step, str(error)) from error
 
     def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Collective. Fills model and optimizer from step-<step>, on any mesh; returns the JSON state.
@@ -100,9 +99,10 @@ class Checkpointer:
         """
         state = self.read_state(step)
         self._expect_model(step, state["parameters"], _shapes(model))
+        self._expect_frozen(step, state.get("frozen", 0), fingerprint(model))
         saved_optimizer = state.get("optimizer", "adamw")
         if saved_optimizer is None:
-            tensors = {"model": get_model_state_dict(model)}
+            tensors = {"model": _trained_state(model)}
         else:
             self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
             tensors = _tensors(model, optimizer)
@@ -134,6 +134,14 @@ class Checkpointer:
             "Give this run another job.name, or the model its old settings."
         )
 
+    def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
+        if saved != wanted:
+            raise UserError(
+                f"checkpoint.folder = {self.folder}: what is frozen here is not what step-{step} was trained "
+                "beside. Has what model.path names changed, or training.param_dtype? Give this run what it began with, "
+                "or another job.name."
+            )
+
     def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:
         if saved != wanted:
             raise UserError(
@@ -160,10 +168,75 @@ class Checkpointer:
             )
 
 
+def is_checkpoint(path: str) -> bool:
+    """Whether path is a step-N folder that a run has saved, rather than one of safetensors."""
+    return bool(path) and (Path(path) / _RUN_FILE).is_file()
+
+
+def check_weights(path: str) -> None:
+    """UserError where the step-N folder at path, as checkpoint.initial_load_path, is damaged. Needs no model."""
+    try:
+        _read_run_file(Path(path))
+    except ValueError as error:
+        raise UserError(f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({error}).") from error
+
+
+def needs_base(path: str) -> bool:
+    """Whether the run that saved the step-N folder at path had frozen parameters, which are not in it."""
+    return bool(_read_run_file(Path(path)).get("frozen", 0))
+
+
+def load_weights(path: str, model: nn.Module) -> None:
+    """Collective. Fill model from the step-N folder at path, of any mesh: what was trained there, no optimizer state.
+
+    What is not there must have been frozen there, and be in the model already; adapters may be new. UserError, before
+    anything changes, where names, shapes or what was frozen do not fit.
+    """
+    saved = _read_run_file(Path(path))
+    wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
+    problem = None
+    for name in dict.fromkeys((*saved["parameters"], *wanted)):
+        there, here = saved["parameters"].get(name), list(wanted[name].shape) if name in wanted else None
+        if there is None and (is_adapter(name) or saved.get("frozen", 0)):
+            continue
+        if there != here:
+            problem = f"{name} is {there or 'absent'} there and {here or 'absent'} here"
+            break
+    if problem:
+        hint = " Set lora.rank and lora.target_modules as that run had them." if is_adapter(name) else ""
+        raise UserError(f"checkpoint.initial_load_path = {path} holds another model: {problem}.{hint}")
+    if saved.get("frozen", 0) and saved["frozen"] != fingerprint(model):
+        raise UserError(
+            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen here, and only the "
+            "rest is saved. Begin with the export/ of that run, or with its model.path, model.freeze and [lora]."
+        )
+    tensors = {name: wanted[name] for name in saved["parameters"]}
+    try:
+        dcp.load({"model": tensors}, checkpoint_id=path)  # in place
+    except (CheckpointException, OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({cause(error)})."
+        ) from error
+
+
+def _read_run_file(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint, after checking that its files are all there. ValueError if it is damaged."""
+    try:
+        state = json.loads((folder / _RUN_FILE).read_text())
+        files, _ = dict(state["files"]), dict(state["parameters"])
+        sizes = {name: (folder / name).stat().st_size for name in files}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    for name, size in files.items():
+        if sizes[name] != size:
+            raise ValueError(f"{name} has {sizes[name]} of {size} bytes")
+    return state
+
+
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
     """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
     tensors = {
-        "model": get_model_state_dict(model),
+        "model": _trained_state(model),
         "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
     }
     if torch.cuda.is_available():
@@ -171,8 +244,16 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     return tensors
 
 
+def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state by name, without what is frozen: a run that resumes has that from where it began."""
+    # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second name.
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {unwrapped(name) for name, p in named if not p.requires_grad}
+    return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
+
+
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(p.shape) for name, p in get_model_state_dict(model).items()}
+    return {name: list(p.shape) for name, p in _trained_state(model).items()}
 
 
 def cause(error: BaseException) -> str:

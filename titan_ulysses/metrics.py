@@ -35,18 +35,28 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_per_token(model: nn.Module) -> int:
     """FLOPs of forward and backward a token without attention's scores: 6 a weight that multiplies.
 
-    Embeddings are looked up, not multiplied; a head tied to them is multiplied. Of a layer's experts a token meets
-    `num_experts_per_tok`. Recomputation is not counted (MFU).
+    Of those, 2 are its gradient's, which a frozen one has not, and 2 that of its input, which what lies before
+    everything that is trained has not. Embeddings are looked up, not multiplied; a head tied to them is multiplied. Of
+    a layer's experts a token meets `num_experts_per_tok`. Recomputation is not counted (MFU).
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     config = model.config
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     met = min(getattr(config, "num_experts_per_tok", None) or 1, experts)
-    multiplied = 0
+    flops, backward_passes = 0, False
     for name, parameter in model.named_parameters():
+        backward_passes |= parameter.requires_grad
         if parameter is not embedding or parameter is head:
-            multiplied += parameter.numel() * met // experts if ".experts." in name else parameter.numel()
-    return 6 * multiplied
+            each = 6 if parameter.requires_grad else 4 if backward_passes else 2
+            flops += each * (parameter.numel() * met // experts if ".experts." in name else parameter.numel())
+    return flops
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """How many there are, and how many of them are trained."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total:,} parameters" + (f", of which {trained:,} are trained" if trained < total else "")
 
 
 def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], ...]) -> int:

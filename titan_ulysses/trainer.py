@@ -16,7 +16,8 @@ import torch.distributed as dist
 from rich import markup
 from rich.console import Console
 
-from titan_ulysses.build import build_model
+from titan_ulysses.begin import base_of, check_beginning, describe_beginning, initialize
+from titan_ulysses.build import build_model, load_model_config
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.checks import check
 from titan_ulysses.collectives import CollectiveCounter
@@ -39,9 +40,18 @@ from titan_ulysses.memory.optimizer import (
 )
 from titan_ulysses.memory.quantize import check_float8
 from titan_ulysses.mesh import build_mesh, init_distributed
-from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
+from titan_ulysses.metrics import (
+    MetricsLogger,
+    attention_flops,
+    describe_parameters,
+    flops_per_token,
+    peak_flops,
+    peak_memory_gib,
+)
 from titan_ulysses.model import hf, weights
+from titan_ulysses.model.embeddings import grow_vocabulary
 from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.model.lora import check_lora
 from titan_ulysses.plan.disk import disk_needs
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.profiling import check_profiling, profiled
@@ -63,7 +73,7 @@ class Trainer:
         self.folder = Path(config.job.dump_folder) / config.job.name
 
         # Everything that can be wrong with the input is found before a process group or a weight exists.
-        model_config = hf.load_model_config(config.model.path, config.model.config)
+        model_config = load_model_config(config)
         check_family(model_config)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, config.training.param_dtype)
@@ -71,22 +81,27 @@ class Trainer:
             config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
         )
         check_optimizer(config.optimizer)
+        check_lora(config.lora)
         if config.quantize.float8:
             check_float8(device_type)
         check_profiling(config.profiling, device_type)
         if config.metrics.enable_wandb:
             check_wandb()
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        token_ids = num_token_ids(self.tokenizer)
+        if multiple := config.model.resize_embeddings:
+            grow_vocabulary(model_config, num_token_ids=token_ids, multiple=multiple)
         self.degrees = check(
             config,
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             model_config=model_config,
-            num_token_ids=num_token_ids(self.tokenizer),
+            num_token_ids=token_ids,
         )
         self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)
-        if config.model.path:
-            weights.find(config.model.path)
+        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        if self._begins():
+            check_beginning(config)
         training, held_out = open_sequences(config, self.tokenizer)
         self._check_folder()
 
@@ -99,12 +114,11 @@ class Trainer:
         self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
         self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
         hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
-        if config.model.path:
-            weights.keep_generation_config(self.model, config.model.path)
+        if base := base_of(config):
+            weights.keep_generation_config(self.model, base.path)
         self.preflight = self._start_preflight()
         offload = config.memory.optimizer_offload
         self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
-        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
@@ -139,6 +153,12 @@ class Trainer:
         if config.compile.enable and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
             raise UserError("compile.enable = true needs a C++ compiler on a CPU: install g++, or set it to false.")
 
+    def _begins(self) -> bool:
+        """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
+        if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
+            return True
+        return self.checkpointer.latest() is None
+
     def _check_folder(self) -> None:
         """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
@@ -165,16 +185,14 @@ class Trainer:
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
         latest = self.checkpointer.latest() if self.config.checkpoint.enable else None
-        if latest is not None:
-            state = self.checkpointer.load(latest, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"])
-            return latest
-        if path := self.config.model.path:
-            if unknown := weights.load(self.model, path):
-                self._say(weights.describe_unknown(unknown, self.model, path))
-        else:
-            hf.initialize(self.model, self.config.training.seed)
-        return 0
+        note = initialize(self.model, self.config) if self._begins() else None
+        if note:
+            self._say(note)
+        if latest is None:
+            return 0
+        state = self.checkpointer.load(latest, self.model, self.optimizer)
+        self.loader.load_state_dict(state["loader"])
+        return latest
 
     def _start_preflight(self) -> Preflight | None:
         """On rank 0: the plan of this run, made while the weights are filled."""
@@ -208,16 +226,15 @@ class Trainer:
 
     def _describe(self) -> None:
         d, t, mesh = self.degrees, self.config.training, self.mesh
-        parameters = sum(p.numel() for p in self.model.parameters())
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
+            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {describe_parameters(self.model)}\n"
             f"data: {markup.escape(self.loader.sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
             + self._memory_notes()
-            + (f"\nresumed from step {self.step}" if self.step else "")
+            + (f"\n{beginning}" if (beginning := describe_beginning(self.config, self.step)) else "")
             + "".join(f"\n{line}" for line in self.plan_lines),
             highlight=False,
             soft_wrap=True,
@@ -283,6 +300,9 @@ class Trainer:
             self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
             return
         if config.checkpoint.export:
+            if config.lora.rank:
+                base = base_of(config)
+                weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
 
@@ -415,6 +435,8 @@ class Trainer:
             lines.append(f"  {newest}  from which the same command goes on with a larger training.steps")
         if self.config.checkpoint.export:
             lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
+            if self.config.lora.rank:
+                lines.append("  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this began with")
         self._say("\n".join(lines))
 
     def _say(self, text: str) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.model import hf
 from titan_ulysses.model.folder import INDEX_FILE, SINGLE_FILE, Get, find, opened, some, without_data
 from titan_ulysses.model.layout import Layout, Read
+from titan_ulysses.model.lora import ADAPTER, Delta, deltas
+from titan_ulysses.model.names import is_adapter
 
 _EXPORT_FILE_BYTES = 4 * 2**30
 _STEP_FILE = "training_step.json"
@@ -36,19 +39,29 @@ _GENERATION_FILE = "generation_config.json"
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
+class Loaded(NamedTuple):
+    """What `load` met."""
+
+    unknown: list[str]
+    """Names of tensors in the files that the model does not have."""
+    fewer_rows: dict[str, int]
+    """How many rows there were for the parameters that have more."""
+
+
 @torch.no_grad()
-def load(model: PreTrainedModel, path: str, *, setting: str = "model.path") -> list[str]:
+def load(model: PreTrainedModel, path: str, *, setting: str = "model.path", growing: Collection[str] = ()) -> Loaded:
     """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else.
 
     What the files hold in another form is put together first: of experts that are stored one by one a rank reads
     those that it holds; anything else is read whole, a tensor at a time. Persistent buffers are filled too. Collective
-    where there is a process group. Returns the names of the tensors in the files that the model does not have.
-    UserError where the files do not have all of the model's, or have them in another shape.
+    where there is a process group. UserError where the files do not have all of the model's tensors, or have them in
+    another shape; those that are growing may have fewer rows there, and get those.
     """
     files, where = find(path, setting=setting), f'{setting} = "{path}"'
     layout, state = Layout(model), hf.state_of(model)
     reads, unknown = layout.reads(set(files))
-    _check_complete(layout, reads, files, hf.class_name(model), where)
+    growing = {layout.main[name] for name in growing}
+    found = _check_complete(layout, reads, files, hf.class_name(model), where, growing=growing)
     made = {read.target for read in reads}
     twins = [r for r in reads if layout.main[r.target] != r.target and layout.main[r.target] in made]
     for get, read in opened([read for read in reads if read not in twins], files):
@@ -63,7 +76,8 @@ def load(model: PreTrainedModel, path: str, *, setting: str = "model.path") -> l
             f"{where}: {layout.main[twin]} and {twin} differ in the files, and are one tensor by config.json. "
             "Set tie_word_embeddings = false there."
         )
-    return unknown
+    rows = {name: len(found[name][1]) for name in growing}
+    return Loaded(unknown, {name: count for name, count in rows.items() if count < len(state[name])})
 
 
 def open_folder(
@@ -93,7 +107,7 @@ def describe_unknown(names: list[str], model: PreTrainedModel, path: str, *, set
 
 
 def _check_complete(
-    layout: Layout, reads: list[Read], files: dict[str, Path], model: str, where: str
+    layout: Layout, reads: list[Read], files: dict[str, Path], model: str, where: str, *, growing: Collection[str] = ()
 ) -> dict[str, tuple[Read, Tensor]]:
     """How each tensor of the model is read, by main name, and it without data. UserError where it cannot be."""
     found: dict[str, tuple[Read, Tensor]] = {}
@@ -105,7 +119,12 @@ def _check_complete(
         for name, tensor in made.items():
             found.setdefault(layout.main[name], (read, tensor))
     wanted = {name: tensor.shape for name, tensor in layout.state.items() if layout.main[name] == name}
-    wrong = [name for name, shape in wanted.items() if name not in found or found[name][1].shape != shape]
+
+    def fits(name: str, shape: torch.Size) -> bool:
+        there = found[name][1].shape if name in found else None
+        return there == shape or name in growing and there is not None and there[1:] == shape[1:] and there < shape
+
+    wrong = [name for name, shape in wanted.items() if not fits(name, shape)]
     if not wrong:
         return found
     expected = layout.expected()
@@ -129,10 +148,13 @@ def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Ten
     """This rank's part of each tensor that read makes, and what the files have for it."""
     if read.converter is None or read.stacks:
         part, index = _part(state[read.target])
-        if not part.numel():
-            return
         if read.converter is None:
-            yield part, get(read.names[0])[index]
+            stored = get(read.names[0])
+            part, index = _within(part, index, stored.get_shape())
+            if part.numel():
+                yield part, stored[index]
+            return
+        if not part.numel():
             return
         experts, *within = index
         [made] = read.convert({p: [get(n)[...] for n in names[experts]] for p, names in read.sources.items()}).values()
@@ -153,6 +175,14 @@ def _part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
         return tensor, tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def _within(part: Tensor, index: tuple[slice, ...], shape: list[int]) -> tuple[Tensor, tuple[slice, ...]]:
+    """That of the part that is among the first shape[0] rows."""
+    if not shape or index[0].stop <= shape[0]:
+        return part, index
+    rows = max(0, shape[0] - index[0].start)
+    return part[:rows], (slice(index[0].start, index[0].start + rows), *index[1:])
 
 
 # --- out --------------------------------------------------------------------------------------------------------------
@@ -178,15 +208,15 @@ def export(
     Collective. Tensors are gathered one by one (or fetched by name, for a model without data), brought into the form
     that `save_pretrained` gives them, and rank 0 writes a file whenever 4 GiB have come together, so no rank holds the
     whole model. Written aside and renamed when complete; a folder that is there already is replaced then. Parameters
-    keep their storage dtype. `exported_step` tells the step again. UserError, on every rank, where it cannot be
-    written.
+    keep their storage dtype; adapters are merged into them, in the adapters'. `exported_step` tells the step again.
+    UserError, on every rank, where it cannot be written.
     """
     aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    layout, state = Layout(model), hf.state_of(model)
-    fetch = fetch or (lambda name: _gather(state[name], keep=writes))
-    groups = layout.writes()
-    sizes = [_sizes_in_files(layout, {name: state[name] for name in names}) for names in groups]
+    layout, state, added = Layout(model), hf.state_of(model), deltas(model)
+    fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
+    groups, dtypes = layout.writes(), {name: added.get(name, tensor).dtype for name, tensor in state.items()}
+    sizes = [_sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names}) for names in groups]
     files = _plan_files([sum(named.values()) for named in sizes])
     try:
         with _failing_together(folder):
@@ -233,6 +263,42 @@ def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
     return whole.detach().cpu().contiguous() if keep else None
 
 
+def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Tensor | None:
+    """Collective. The same with what an adapter adds to it."""
+    whole = _gather(parameter, keep=keep)
+    if delta is None:
+        return whole
+    a, b = (_gather(p, keep=keep) for p in (delta.a, delta.b))
+    return delta.added_to(whole, a, b) if keep else None
+
+
+@torch.no_grad()
+def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
+    """Write the adapters as `peft.PeftModel.from_pretrained(model, folder)` opens them. Collective, as `export` is.
+
+    base: the folder or hub name of the model that they belong to, "" where it has none; noted with them.
+    """
+    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    writes = dist.get_rank() == 0
+    adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
+    # peft leaves the adapter's name out, and has the model inside two modules of its own.
+    names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
+    tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
+    with _failing_together(folder):
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+            settings = copy.copy(model.peft_config[ADAPTER])
+            settings.base_model_name_or_path = base or None
+            settings.save_pretrained(aside)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            aside.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def _failing_together(folder: Path) -> Iterator[None]:
     """Collective on leaving. Where a rank could not write, all raise UserError: no rank waits for one that has left."""
@@ -248,10 +314,10 @@ def _failing_together(folder: Path) -> Iterator[None]:
         )
 
 
-def _sizes_in_files(layout: Layout, tensors: dict[str, Tensor]) -> dict[str, int]:
+def _sizes_in_files(layout: Layout, kinds: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, int]:
     """Bytes of what a group of tensors becomes in files."""
-    without_data = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
-    return {name: t.numel() * t.element_size() for name, t in layout.in_files(without_data).items()}
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
+    return {name: t.numel() * t.element_size() for name, t in layout.in_files(tensors).items()}
 
 
 def _plan_files(sizes: list[int]) -> list[str]:

@@ -134,8 +134,8 @@ def main() -> None:
     """Read a request from the standard input, print the plan as a line of JSON."""
     import torch
 
+    from titan_ulysses.build import load_model_config
     from titan_ulysses.checks import check
-    from titan_ulysses.model import hf
     from titan_ulysses.model.families import attention_needs
     from titan_ulysses.plan.hardware import GPUS
     from titan_ulysses.plan.planner import Setup, make_plan
@@ -145,7 +145,7 @@ def main() -> None:
 
     request = json.loads(sys.stdin.read())
     config = Config.model_validate(request["config"])
-    model_config = hf.load_model_config(config.model.path, config.model.config)
+    model_config = load_model_config(config)
     degrees = check(config, world_size=request["world_size"], model_config=model_config, num_token_ids=0)
     if request["gpu_memory"] is not None:
         gpu = next((g for g in GPUS.values() if g.name.split("-")[0] in request["gpu"]), GPUS["H100-80GB"])
