@@ -227,6 +227,12 @@ def exported_step(folder: Path) -> int | None:
         return None
 
 
+def exported_bytes(model: PreTrainedModel) -> int:
+    """Of the tensors in an export of model."""
+    once = {id(tensor): tensor.numel() * tensor.element_size() for tensor in hf.state_of(model).values()}
+    return sum(once.values())
+
+
 def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
     """Collective. The whole parameter in host memory, on the ranks that keep it."""
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
