@@ -21,6 +21,7 @@ SETTINGS: Settings = {
     "checkpoint.export": True,
     "model.config.hidden_size": 256,
     "model.config.intermediate_size": 512,
+    "model.config.vocab_size": 4096,
     "model.config.tie_word_embeddings": True,
 }
 
