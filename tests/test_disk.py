@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from ranks import run_on_ranks
 from runs import Settings, train, write_run
@@ -22,6 +21,7 @@ SETTINGS: Settings = {
     "checkpoint.export": True,
     "model.config.hidden_size": 256,
     "model.config.intermediate_size": 512,
+    "model.config.vocab_size": 4096,
     "model.config.tie_word_embeddings": True,
 }
 
@@ -42,7 +42,7 @@ def test_the_estimate_is_what_is_written(optimizer: str, tmp_path: Path) -> None
     found, other = run_on_ranks(2, train_and_estimate, write_run(tmp_path), settings)
     run = tmp_path / "outputs" / "run"
     written = sum(file.stat().st_size for file in (run / "checkpoints" / "step-3").iterdir())
-    assert found.model + found.optimizer == pytest.approx(written, rel=0.1)
+    assert found.model + found.optimizer == pytest.approx(written, rel=0.03)
     assert found.export == pytest.approx((run / "export" / "model.safetensors").stat().st_size, rel=0.02)
     assert (found.checkpoints, found.model, found.export) == (1, other.model, other.export)
 
@@ -67,14 +67,11 @@ def test_a_run_whose_checkpoint_has_no_room_is_refused(tmp_path: Path) -> None:
 def needs(**changes) -> DiskNeeds:
     checkpoint = {"interval": 10, **{k: v for k, v in changes.items() if k in ("interval", "keep_latest_k", "enable")}}
     table = {"model": {"config": {"model_type": "llama"}}, "checkpoint": checkpoint, "training": {"steps": 95}}
-    weight = torch.empty(2**20, device="meta")
-    tensors = {"a": weight, "tied to a": weight}
     place = {"there": changes.get("there", 0), "done": changes.get("done", 0)}
-    return disk_needs(Config.model_validate(table), Path("nowhere"), tensors=tensors, optimizer=2**23, **place)
+    return disk_needs(Config.model_validate(table), Path("nowhere"), model=1, optimizer=2, export=1, **place)
 
 
 def test_how_many_checkpoints_there_will_be() -> None:
-    assert needs().model == 2 * needs().export == 2**23
     assert needs(keep_latest_k=2).checkpoints == 3  # the third is complete before the first goes
     assert needs(keep_latest_k=2, there=2).checkpoints == 1
     assert needs(keep_latest_k=0).checkpoints == 10  # 10, 20, ..., 90 and the last step

@@ -350,6 +350,10 @@ def test_conversions_that_cannot_be(run: Path, tmp_path: Path, capsys: pytest.Ca
     shutil.copytree(step, tmp_path / "checkpoints" / "step-2")
     other = (run / "config.toml").read_text().replace("moe_intermediate_size = 16", "moe_intermediate_size = 8")
     (tmp_path / "other.toml").write_text(other)
+    shutil.copytree(step, tmp_path / "frozen" / "step-2")
+    told = json.loads((step / "run.json").read_text()) | {"frozen": 5}
+    (tmp_path / "frozen" / "step-2" / "run.json").write_text(json.dumps(told))
+    frozen = str(tmp_path / "frozen" / "step-2")
     alone, new = str(tmp_path / "checkpoints" / "step-2"), str(tmp_path / "new")
     cases = {
         (str(tmp_path / "nothing"), new): "no such folder",
@@ -357,6 +361,7 @@ def test_conversions_that_cannot_be(run: Path, tmp_path: Path, capsys: pytest.Ca
         (str(run / "export"), new): "a checkpoint is a folder named step-N",
         (alone, new): "no config.toml in the folders above",
         (alone, new, "--config", str(tmp_path / "other.toml")): "holds another model than config.toml describes: model",
+        (frozen, new, "--config", str(run / "config.toml")): "what is frozen is not in it",
         (str(tmp_path / "checkpoints"), str(tmp_path / "step-0")): "no transformers model there",
     }
     for arguments, message in cases.items():

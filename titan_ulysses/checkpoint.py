@@ -256,6 +256,11 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(p.shape) for name, p in _trained_state(model).items()}
 
 
+def saved_bytes(model: nn.Module) -> int:
+    """Of the model in a checkpoint, by all ranks together; a tied tensor is there under each of its names."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _trained_state(model).values())
+
+
 def cause(error: BaseException) -> str:
     """The innermost reason in one line: DCP wraps what a rank met in an exception of its own."""
     if isinstance(error, CheckpointException) and error.failures:

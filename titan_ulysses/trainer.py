@@ -18,7 +18,7 @@ from rich.console import Console
 
 from titan_ulysses.begin import base_of, check_beginning, describe_beginning, initialize
 from titan_ulysses.build import build_model, load_model_config
-from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.checkpoint import Checkpointer, saved_bytes
 from titan_ulysses.checks import check
 from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.config import Config
@@ -214,8 +214,9 @@ class Trainer:
         disk = disk_needs(
             self.config,
             self.folder,
-            tensors=hf.state_of(self.model),
+            model=saved_bytes(self.model),
             optimizer=expected_bytes(self.optimizer),
+            export=weights.exported_bytes(self.model),
             there=len(self.checkpointer.steps()),
             done=self.step,
         )

@@ -257,6 +257,13 @@ def exported_step(folder: Path) -> int | None:
         return None
 
 
+def exported_bytes(model: PreTrainedModel) -> int:
+    """Of the tensors in an export of model."""
+    added = deltas(model)
+    once = {id(t): t.numel() * added.get(name, t).dtype.itemsize for name, t in hf.state_of(model).items()}
+    return sum(once.values())
+
+
 def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
     """Collective. The whole parameter in host memory, on the ranks that keep it."""
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -6,8 +6,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from titan_ulysses.config import Config
 
 _SMALL = 0.02
@@ -53,26 +51,23 @@ class DiskNeeds:
 
 
 def disk_needs(
-    config: Config, folder: Path, *, tensors: dict[str, Tensor], optimizer: int, there: int, done: int
+    config: Config, folder: Path, *, model: int, optimizer: int, export: int, there: int, done: int
 ) -> DiskNeeds:
     """Of a run whose files go to folder, which is made or not, after step `done`.
 
-    tensors: the model's, with whole shapes and under each of their names; optimizer: bytes of its state; there: how
-    many checkpoints there are.
+    model, optimizer: bytes of a checkpoint; export: bytes of the export; there: how many checkpoints there are.
     """
     checkpoint, last = config.checkpoint, config.training.steps
     to_come = sum(step % checkpoint.interval == 0 or step == last for step in range(done + 1, last + 1))
     if checkpoint.keep_latest_k:  # the oldest goes when the newest is complete
         to_come = min(to_come, max(1, checkpoint.keep_latest_k + 1 - there))
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    once = {id(tensor): sizes[name] for name, tensor in tensors.items()}
     return DiskNeeds(
         folder=config.job.dump_folder,
         free=shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free,
-        model=sum(sizes.values()),
+        model=model,
         optimizer=optimizer,
         checkpoints=to_come if checkpoint.enable else 0,
-        export=sum(once.values()) if checkpoint.export else 0,
+        export=export if checkpoint.export else 0,
     )
 
 
