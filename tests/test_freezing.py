@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+import models
 from models import LLAMA, STARCODER2, Record, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
 from titan_ulysses.errors import UserError
 from titan_ulysses.memory import loss
 from titan_ulysses.model import hf
-from titan_ulysses.model.freezing import freeze, narrow_frozen
+from titan_ulysses.model.freezing import fingerprint, freeze, narrow_frozen
 
 STEPS = [[make_rows([(10, 13, 1), (6, 6, 12)], masked="uneven", vocab_size=61, seed=seed)] for seed in range(3)]
 TIED = {**STARCODER2, "tie_word_embeddings": True}
@@ -75,6 +76,29 @@ def test_a_frozen_head_makes_no_gradient_of_its_weight(monkeypatch: pytest.Monke
 
 def build(**changes: Any) -> nn.Module:
     return hf.build_on_meta(hf.load_model_config("", LLAMA | changes), torch.float32)
+
+
+FROZEN = ["model.embed_tokens.*", "*.mlp.*"]
+
+
+def fingerprint_of(degrees: tuple[int, int, int]) -> int:
+    return fingerprint(models.Run(degrees, LLAMA, STEPS[0][0], prepare=partial(freeze, patterns=FROZEN)).model)
+
+
+def test_the_fingerprint_is_that_of_the_frozen_numbers_on_any_mesh() -> None:
+    model = hf.build_on_meta(hf.load_model_config("", LLAMA), torch.float64)
+    hf.allocate(model, torch.device("cpu"))
+    hf.initialize(model, seed=0)
+    assert fingerprint(model) == 0
+    freeze(model, FROZEN)
+    expected = fingerprint(model)
+    for degrees in [(1, 2, 1), (2, 1, 1)]:
+        assert run_on_ranks(2, fingerprint_of, degrees) == [expected, expected]
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+        assert fingerprint(model) == expected
+        model.model.layers[1].mlp.up_proj.weight[0, 0] *= 1 + 1e-15
+        assert fingerprint(model) != expected
 
 
 def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
@@ -285,6 +287,18 @@ def test_another_rank_is_another_model(runs: Path) -> None:
         assert "step-4 holds another model: " in message and "lora_A.default.weight is [4, 32] there and" in message
 
 
+def test_another_base_is_refused(runs: Path) -> None:
+    """Beside other frozen numbers the adapters would be worth nothing."""
+    shutil.copytree(runs / "base", runs / "other")
+    tensors = load_file(runs / "other" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, runs / "other" / "model.safetensors", metadata={"format": "pt"})
+    settings = {"model.config": {}, "model.path": str(runs / "other"), "training.param_dtype": "bfloat16"}
+    settings |= {"lora.rank": 4, "job.name": "parts"}
+    for message in run_on_ranks(2, refusal, runs / "run.toml", settings):
+        assert "what is frozen here is not what step-4 was trained beside. Has what model.path names changed" in message
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +335,15 @@ def test_patterns_that_match_nothing(pattern: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         targets("v_proj", pattern)
     assert str(caught.value).startswith('lora.target_modules = ["v_proj", ') and message in str(caught.value)
+
+
+def test_layers_that_peft_takes_for_experts() -> None:
+    table = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0]}
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    with pytest.raises(UserError, match='in a "qwen3_moe" peft adapts model.layers.0.mlp.* as a part of a mixture'):
+        add_adapters(model, SETTINGS)
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    assert add_adapters(model, LoRA(rank=3, target_modules=["self_attn.*"])) == 2 * 4
 
 
 def test_what_is_counted() -> None:

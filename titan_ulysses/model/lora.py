@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from titan_ulysses.ao import quietly
 from titan_ulysses.config import LoRA
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import one_line
 from titan_ulysses.model import hf
 from titan_ulysses.model.names import matching, plain
 
@@ -36,8 +37,9 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     """Give linear layers an adapter each and freeze all else, in place and before sharding; returns how many got one.
 
     settings.target_modules are names or patterns (see `names.matching`); without any, all linear layers except the
-    head, which is peft's "all-linear". What a layer computes is then W x + (alpha / rank) B A dropout(x), with A
-    [rank, in] and B [out, rank] of W's dtype. UserError for a pattern that matches no linear layer.
+    head, which is peft's "all-linear"; but the experts of a mixture, which are no layers of their own, get none. What
+    a layer computes is then W x + (alpha / rank) B A dropout(x), with A [rank, in] and B [out, rank] of W's dtype.
+    UserError for a pattern that matches no linear layer.
     """
     with quietly():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
@@ -58,7 +60,17 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         task_type="CAUSAL_LM",
     )
     with quietly(), torch.device(next(model.parameters()).device):
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        try:
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: peft refuses them: {one_line(error)}") from error
+    if other := sorted({name for name, _ in _adapted_layers(model)} ^ set(targets)):
+        # By their names it takes shared experts and dense MLPs of some mixtures for the experts.
+        raise UserError(
+            f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a part of a mixture of '
+            "experts, which cannot be sharded. Name other layers, as in lora.target_modules = "
+            '["q_proj", "k_proj", "v_proj", "o_proj"].'
+        )
     for _, layer in _adapted_layers(model):
         for part in (layer.lora_A, layer.lora_B):
             part.to(layer.base_layer.weight.dtype)
