@@ -91,17 +91,19 @@ class Checkpointer:
                 raise self._damaged(step, f"{name} has {sizes[name]} of {size} bytes")
         return state
 
-    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Collective. Fills model and optimizer from step-<step>, on any mesh; returns the JSON state.
+    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        """Collective. Fills model and, where there is one, optimizer from step-<step>, on any mesh; returns the JSON
+        state.
 
         Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the config's to say.
         """
         state = self.read_state(step)
         self._expect_model(step, state["parameters"], _shapes(model))
-        self._expect_optimizer(step, state.get("optimizer", "adamw"), state_format(optimizer))
+        if optimizer is not None:
+            self._expect_optimizer(step, state.get("optimizer", "adamw"), state_format(optimizer))
         tensors = _tensors(model, optimizer)
         try:
-            self._expect_whole_blocks(step, tensors["optimizer"], getattr(optimizer, "bits", 32))
+            self._expect_whole_blocks(step, tensors.get("optimizer", {}), getattr(optimizer, "bits", 32))
             dcp.load(tensors, checkpoint_id=self.folder / f"step-{step}")  # in place
         except (CheckpointException, OSError, ValueError) as error:
             raise self._damaged(step, _cause(error)) from error
@@ -152,12 +154,11 @@ class Checkpointer:
             )
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
     """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
-    tensors = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
-    }
+    tensors = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # state that lives on the host may still be on its way there
     return tensors

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import mean_loss
+from titan_ulysses.evaluation import Evaluation, evaluate
 from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
@@ -38,7 +39,14 @@ from titan_ulysses.memory.optimizer import (
 )
 from titan_ulysses.memory.quantize import check_float8
 from titan_ulysses.mesh import build_mesh, init_distributed
-from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
+from titan_ulysses.metrics import (
+    MetricsLogger,
+    attention_flops,
+    describe_validation,
+    flops_per_token,
+    peak_flops,
+    peak_memory_gib,
+)
 from titan_ulysses.model import hf, weights
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.plan.preflight import Preflight
@@ -46,14 +54,18 @@ from titan_ulysses.step import Step, learning_rate, train_step
 from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.ulysses.heads import idle_ranks
 
-if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
-    pass
+if TYPE_CHECKING:
+    from titan_ulysses.data.packing import Sequences
 
 
 class Trainer:
-    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started."""
+    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started.
 
-    def __init__(self, config: Config):
+    With trains = False there is no training data, no optimizer and no plan, and the run's files stay as they are:
+    `evaluate` is what is left.
+    """
+
+    def __init__(self, config: Config, *, trains: bool = True):
         self.config = config
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
         self.folder = Path(config.job.dump_folder) / config.job.name
@@ -80,8 +92,11 @@ class Trainer:
         self._check_memory(model_config)
         if config.model.path:
             weights.find(config.model.path)
-        training, held_out = open_sequences(config, self.tokenizer)
+        training, held_out = open_sequences(config, self.tokenizer, trains=trains)
         self._check_folder()
+        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        if not trains:
+            self._check_weights()
 
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -89,23 +104,27 @@ class Trainer:
         init_distributed()
         degrees = self.degrees
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
-        self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
+        self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
         self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
         hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
-        self.preflight = self._start_preflight()
-        offload = config.memory.optimizer_offload
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
-        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        self.preflight, self.optimizer = None, None
+        if trains:
+            self.preflight = self._start_preflight()
+            offload = config.memory.optimizer_offload
+            self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
-        self._open_folder()  # only now: a refused command must not replace the config of the run that is there
+        if trains:
+            self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
     # --- setup --------------------------------------------------------------------------------------------------------
 
-    def _loader(self, sequences) -> Loader:
+    def _loader(self, sequences: Sequences | None) -> Loader | None:
         mesh = self.mesh
+        if sequences is None:
+            return None
         return Loader(
             sequences,
             batch_size=self.config.training.local_batch_size,
@@ -144,21 +163,37 @@ class Trainer:
 
     def _open_folder(self) -> None:
         """Make the run's folder and write its resolved config. UserError where that cannot be done."""
+        self._write("config.toml", dump_toml(self.config))
+
+    def _write(self, name: str, text: str) -> None:
+        """A file of the run's folder, which is made, by rank 0; whole or not at all."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
-                aside = self.folder / ".config.toml.partial"
-                aside.write_text(dump_toml(self.config))
-                aside.rename(self.folder / "config.toml")
+                aside = self.folder / f".{name}.partial"
+                aside.write_text(text)
+                aside.rename(self.folder / name)
         except OSError as error:
             raise self._unwritable(error.strerror) from error
 
+    def _check_weights(self) -> None:
+        """UserError where there is no model to evaluate but a random one."""
+        if self._latest() is None and not self.config.model.path:
+            raise UserError(
+                f"--evaluate: there is no model yet: {self.checkpointer.folder} has no checkpoint, and model.path is "
+                "not set. Train first, or set model.path to a folder with weights, such as the export/ of a run."
+            )
+
+    def _latest(self) -> int | None:
+        return self.checkpointer.latest() if self.config.checkpoint.enable else None
+
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
-        latest = self.checkpointer.latest() if self.config.checkpoint.enable else None
+        latest = self._latest()
         if latest is not None:
             state = self.checkpointer.load(latest, self.model, self.optimizer)
-            self.loader.load_state_dict(state["loader"])
+            if self.loader:
+                self.loader.load_state_dict(state["loader"])
             return latest
         if self.config.model.path:
             weights.load(self.model, self.config.model.path)
@@ -191,13 +226,13 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         self.console.print(
             f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
-            f"data: {markup.escape(self.loader.sequences.describe())}\n"
+            f"data: {markup.escape((self.loader or self.validation_loader).sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
             f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
             + self._idle_ranks()
             + self._memory_notes()
-            + (f"\nresumed from step {self.step}" if self.step else "")
+            + (f"\nresumed from step {self.step}" if self.step and self.loader else "")
             + "".join(f"\n{line}" for line in self.plan_lines),
             highlight=False,
             soft_wrap=True,
@@ -227,6 +262,18 @@ class Trainer:
             lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
         return "".join(f"\n{line}" for line in lines)
 
+    # --- validation alone ---------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """The model that training would go on from, on the held-out data: to the console and <run>/evaluation.json."""
+        is_checkpoint = self._latest() is not None
+        weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else self.config.model.path
+        found = self._validate(None)
+        values = {"weights": str(weights_of), "held_out": self.validation_loader.sequences.describe()}
+        self._write("evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n")
+        self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
+        self._say(f"Written to {self.folder / 'evaluation.json'}")
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -235,12 +282,14 @@ class Trainer:
         if self.step >= total and self._is_exported():
             self._say(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
             return
-        self._start_interval()
         logger = None
         if dist.get_rank() == 0:
-            logger = MetricsLogger(self.folder, first_step=self.step + 1, total_steps=total, console=self.console)
+            logger = MetricsLogger(self.folder, steps_done=self.step, total_steps=total, console=self.console)
         try:
             with self._signals_caught():
+                if self.step == 0 and config.validation.enable:
+                    self._validate(logger)
+                self._start_interval()
                 while self.step < total and not self._must_stop():
                     self._train_one_step(logger)
                     if self._saves_now():
@@ -290,9 +339,7 @@ class Trainer:
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
             with self._off_the_clock():
-                values = self._validate()
-            if logger:
-                logger.log(self.step, values)
+                self._validate(logger)
 
     def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
@@ -324,6 +371,7 @@ class Trainer:
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),
+                "planned_memory_gib": self.preflight.planned_gib,
                 "collectives": self.collectives,
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
@@ -343,10 +391,13 @@ class Trainer:
         yield
         self._clock += time.perf_counter() - started
 
-    def _validate(self) -> dict[str, Any]:
+    def _validate(self, logger: MetricsLogger | None) -> Evaluation:
         sequences = self.config.validation.steps * self.degrees.global_batch_size
-        loss, tokens = mean_loss(self.model, self.validation_loader, self.mesh, sequences=sequences)
-        return {"validation_loss": loss, "validation_tokens": tokens}
+        found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
+        if logger:
+            names = ("loss", "tokens", "by_position")
+            logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
+        return found
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
