@@ -112,18 +112,14 @@ def draw_positions(runs: dict[str, Lines], path: Path) -> None:
     """The first validation of each run dashed, the last one solid."""
     import numpy as np
 
-    validated = {
-        name: found for name, lines in runs.items() if (found := [x for x in lines if x.get("validation_by_position")])
-    }
-    firsts = sorted({first for found in validated.values() for line in found for first, *_ in positions_of(line)})
+    firsts = sorted({first for lines in runs.values() for line in validations(lines) for first, *_ in ranges_of(line)})
     places = {first: place for place, first in enumerate(firsts)}
     with picture(path, size=(9, 5)) as (figure, axes):
-        for name, lines, color in colored(validated):
-            for line, style in [(lines[0], "o--"), *([(lines[-1], "o-")] if len(lines) > 1 else [])]:
-                x, losses = [places[first] for first, *_ in positions_of(line)], [y for _, y, _ in positions_of(line)]
-                label = f"{name}: step {line['step']}"
-                face = "white" if style == "o--" else color
-                axes.plot(x, losses, style, color=color, markerfacecolor=face, label=label)
+        for name, lines, color in colored(runs):
+            for line in [*validations(lines)[:1], *validations(lines)[1:][-1:]]:
+                style, face = ("o--", "white") if line is validations(lines)[0] else ("o-", color)
+                x, losses = zip(*((places[first], loss) for first, loss, _ in ranges_of(line)), strict=True)
+                axes.plot(x, losses, style, color=color, markerfacecolor=face, label=f"{name}: step {line['step']}")
         axes.set_xticks(range(len(firsts)), [f"{first:,}" for first in firsts], rotation=45 if len(firsts) > 12 else 0)
         right = axes.secondary_yaxis("right", functions=(np.exp, lambda x: np.log(np.maximum(x, 1e-9))))
         right.set_ylabel("perplexity")
@@ -141,7 +137,12 @@ def round_between(low: float, high: float) -> list[float]:
     return [low + (high - low) * share for share in (0.2, 0.5, 0.8)]
 
 
-def positions_of(line: dict[str, Any]) -> list[tuple[int, float, int]]:
+def validations(lines: Lines) -> Lines:
+    return [line for line in lines if line.get("validation_by_position")]
+
+
+def ranges_of(line: dict[str, Any]) -> list[tuple[int, float, int]]:
+    """(first position, loss, labels) of each range."""
     return line["validation_by_position"]
 
 
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     runs = read_runs(arguments.runs)
     output = arguments.output or arguments.runs[0] / "plots"
     pictures = {"loss": draw_loss, "memory": draw_memory, "speed": draw_speed, "positions": draw_positions}
-    if not any(line.get("validation_by_position") for lines in runs.values() for line in lines):
+    if not any(map(validations, runs.values())):
         del pictures["positions"]
     for name, draw in pictures.items():
         draw(runs, output / f"{name}.png")
