@@ -101,7 +101,9 @@ class MetricsLogger:
         for name, value in values.items():
             if isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(name, value, step)
-        self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=True)
+        # A terminal's lines end between words; a log file's lines do not end early.
+        wraps = self.console.is_terminal
+        self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=not wraps)
         self._bar.update(self._task, completed=step)
 
     def close(self) -> None:
@@ -150,10 +152,9 @@ def _line(step: int, total: int, values: dict[str, Any]) -> str:
     head = f"step {step:>{len(str(total))}}/{total}  "
     if "validation_loss" in values:
         loss, *more = describe_validation(values["validation_loss"], values["validation_by_position"])
-        return "\n".join([f"{head}[bold]validation {loss}[/]", *(" " * len(head) + line for line in more)])
-    mfu = "n/a" if values["mfu"] is None else f"{values['mfu']:.1%}"
-    return (
+        return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
+    return (  # of 80 columns where there is no MFU to tell
         f"{head}[bold]loss {values['loss']:.4f}[/]  "
-        f"grad norm {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  "
-        f"MFU {mfu}  peak {values['peak_memory_gib']:.2f} GiB"
+        f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  "
+        f"peak {values['peak_memory_gib']:.2f} GiB" + ("" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}")
     )

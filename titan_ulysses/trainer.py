@@ -225,17 +225,17 @@ class Trainer:
         d, t, mesh = self.degrees, self.config.training, self.mesh
         parameters = sum(p.numel() for p in self.model.parameters())
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
+            f"[bold]{markup.escape(self.config.job.name)}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
             f"data: {markup.escape((self.loader or self.validation_loader).sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
-            f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
+            f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(self.core_reason)}"
             + self._idle_ranks()
             + self._memory_notes()
             + (f"\nresumed from step {self.step}" if self.step and self.loader else "")
-            + "".join(f"\n{line}" for line in self.plan_lines),
+            + "".join(f"\n{markup.escape(line)}" for line in self.plan_lines),
             highlight=False,
-            soft_wrap=True,
+            soft_wrap=not self.console.is_terminal,
         )
 
     def _idle_ranks(self) -> str:
