@@ -142,7 +142,7 @@ def test_before_the_first_step_and_without_training(tmp_path: Path) -> None:
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     held_out = write_documents(tmp_path / "held-out", documents=6, seed=1)
     settings = SP2 | {"validation.enable": True, "validation.path": held_out, "validation.steps": 0}
-    settings |= {"training.steps": 2, "validation.interval": 10}
+    settings |= {"training.steps": 2, "validation.interval": 10, "lr_scheduler.warmup_steps": 1}
     run_on_ranks(2, train_main, config, settings | {"checkpoint.enable": False})
     first = logged(run)
     run_on_ranks(2, train_main, config, settings | {"checkpoint.export": True})  # nothing was saved: it begins again
