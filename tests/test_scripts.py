@@ -130,7 +130,7 @@ def write_metrics(folder: Path, *, steps: int, positions: bool = True, planned: 
             lines.append({"step": step, "validation_loss": 5 - step / steps, "validation_by_position": ranges})
         if step:
             values = {"loss": 5 - step / steps + draw.random(), "tokens_per_second": 100.0, "step_seconds": 0.1}
-            lines.append({"step": step, **values, "peak_memory_gib": 1.5, "planned_memory_gib": planned})
+            lines.append({"step": step, **values, "peak_memory_gib": 0.5 + steps, "planned_memory_gib": planned})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
     return folder
 
@@ -149,7 +149,8 @@ def test_pictures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         pixels = image.imread(file)[..., :3]
         for color in plot.COLORS[:2] if file.name != "positions.png" else plot.COLORS[1:2]:  # a line of each run
             wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-            assert ((torch.tensor(pixels) - wanted).abs().amax(-1) < 0.02).sum() > 50, (file, color)
+            drawn = ((torch.tensor(pixels) - wanted).abs().amax(-1) < 0.02).sum().item()
+            assert drawn > 20, (file, color, drawn)
 
 
 def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
