@@ -46,12 +46,14 @@ def timeline(plan: Plan, path: Path, components: Sequence[str]) -> None:
         for name, place in (("backward", backward), ("optimizer", update)):
             if place is not None:
                 axes.axvline(place, color="black", linewidth=0.6, linestyle=":")
-                axes.text(place, 0.97, f" {name}", va="top", fontsize=8, transform=axes.get_xaxis_transform())
+                axes.text(place, 1.0, f" {name}", va="bottom", fontsize=8, transform=axes.get_xaxis_transform())
         reserved = sum(reserve.bytes for reserve in plan.reserves) / GIB
         axes.axhline(plan.setup.gpu_memory / GIB - reserved, color=COLORS[1], linewidth=1)
         axes.text(0, plan.setup.gpu_memory / GIB - reserved, " what the GPU has for tensors", va="top", fontsize=8)
         axes.set(xlim=(0, max(1, len(rows) - 1)), xlabel="operations of a step", ylabel="GiB on one GPU")
-        axes.set_title(f"{plan.setup.config.job.name}: {plan.setup.config.training.seq_len:,} tokens", fontsize=10)
+        axes.set_title(
+            f"{plan.setup.config.job.name}: {plan.setup.config.training.seq_len:,} tokens", fontsize=10, pad=16
+        )
         handles, names = axes.get_legend_handles_labels()
         used = [(h, n) for h, n, row in zip(handles, names, heights, strict=True) if row.max() > 0.005 * heights.max()]
         axes.legend(*zip(*reversed(used), strict=True), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
