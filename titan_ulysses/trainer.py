@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -437,5 +438,12 @@ class Trainer:
         self._say("\n".join(lines))
 
     def _say(self, text: str) -> None:
-        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup."""
+        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup. What is too long for a
+        terminal goes on in another line after a word."""
+        if self.console.is_terminal:
+            text = "\n".join(map(self._between_words, text.splitlines()))
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _between_words(self, line: str) -> str:
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(line, self.console.width, subsequent_indent="    ", **whole)
