@@ -91,8 +91,9 @@ class Checkpointer:
         except ValueError as error:
             raise self._damaged(step, str(error)) from error
 
-    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Collective. Fills model and optimizer from step-<step>, on any mesh; returns the JSON state.
+    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        """Collective. Fills model and, where there is one, optimizer from step-<step>, on any mesh; returns the JSON
+        state.
 
         Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the config's to say. One
         that scripts/convert.py has made holds no optimizer state, and leaves the optimizer as it is.
@@ -102,13 +103,12 @@ class Checkpointer:
         self._expect_frozen(step, state.get("frozen", 0), fingerprint(model))
         saved_optimizer = state.get("optimizer", "adamw")
         if saved_optimizer is None:
-            tensors = {"model": _trained_state(model)}
-        else:
+            optimizer = None
+        if optimizer is not None:
             self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
-            tensors = _tensors(model, optimizer)
+        tensors = _tensors(model, optimizer)
         try:
-            if saved_optimizer is not None:
-                self._expect_whole_blocks(step, tensors["optimizer"], getattr(optimizer, "bits", 32))
+            self._expect_whole_blocks(step, tensors.get("optimizer", {}), getattr(optimizer, "bits", 32))
             dcp.load(tensors, checkpoint_id=self.folder / f"step-{step}")  # in place
         except (CheckpointException, OSError, ValueError) as error:
             raise self._damaged(step, cause(error)) from error
@@ -233,12 +233,11 @@ def _read_run_file(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
     """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
-    tensors = {
-        "model": _trained_state(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer)["state"],
-    }
+    tensors = {"model": _trained_state(model)}
+    if optimizer is not None:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # state that lives on the host may still be on its way there
     return tensors

@@ -251,9 +251,9 @@ class Checkpoint(Section):
 
 
 class Validation(Section):
-    enable: bool = Field(False, description="Compute a validation loss during training.")
+    enable: bool = Field(False, description="Compute a validation loss before the first step and during training.")
     interval: int = Field(100, ge=1, description="Steps between validations.")
-    steps: int = Field(10, ge=1, description="Batches a validation; each is one global batch.")
+    steps: int = Field(10, ge=0, description="Global batches a validation; 0: all held-out data, on any mesh the same.")
     path: PathText = Field("", description="Held-out data, read as [data] says; empty: every 100th document of data.")
     split: str = Field("", description="hf, chat: split of the held-out data set; empty: data.split.")
 

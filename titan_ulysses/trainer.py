@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import signal
+import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import mean_loss
+from titan_ulysses.evaluation import Evaluation, evaluate
 from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
@@ -44,6 +46,7 @@ from titan_ulysses.metrics import (
     MetricsLogger,
     attention_flops,
     describe_parameters,
+    describe_validation,
     flops_per_token,
     peak_flops,
     peak_memory_gib,
@@ -60,14 +63,18 @@ from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.ulysses.heads import idle_ranks
 from titan_ulysses.wandb_run import WandbRun, check_wandb
 
-if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
-    pass
+if TYPE_CHECKING:
+    from titan_ulysses.data.packing import Sequences
 
 
 class Trainer:
-    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started."""
+    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started.
 
-    def __init__(self, config: Config):
+    With trains = False there is no training data, no optimizer and no plan, and the run's files stay as they are:
+    `evaluate` is what is left.
+    """
+
+    def __init__(self, config: Config, *, trains: bool = True):
         self.config = config
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
         self.folder = Path(config.job.dump_folder) / config.job.name
@@ -102,8 +109,10 @@ class Trainer:
         self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
         if self._begins():
             check_beginning(config)
-        training, held_out = open_sequences(config, self.tokenizer)
+        training, held_out = open_sequences(config, self.tokenizer, trains=trains)
         self._check_folder()
+        if not trains:
+            self._check_weights()
 
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -111,24 +120,29 @@ class Trainer:
         init_distributed()
         degrees = self.degrees
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
-        self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
+        self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
         self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
         hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
         if base := base_of(config):
             weights.keep_generation_config(self.model, base.path)
-        self.preflight = self._start_preflight()
-        offload = config.memory.optimizer_offload
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
+        self.preflight, self.optimizer = None, None
+        if trains:
+            self.preflight = self._start_preflight()
+            offload = config.memory.optimizer_offload
+            self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
-        self._open_folder()  # only now: a refused command must not replace the config of the run that is there
+        if trains:
+            self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
     # --- setup --------------------------------------------------------------------------------------------------------
 
-    def _loader(self, sequences) -> Loader:
+    def _loader(self, sequences: Sequences | None) -> Loader | None:
         mesh = self.mesh
+        if sequences is None:
+            return None
         return Loader(
             sequences,
             batch_size=self.config.training.local_batch_size,
@@ -157,7 +171,7 @@ class Trainer:
         """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
         if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
             return True
-        return self.checkpointer.latest() is None
+        return self._latest() is None
 
     def _check_folder(self) -> None:
         """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
@@ -173,25 +187,41 @@ class Trainer:
 
     def _open_folder(self) -> None:
         """Make the run's folder and write its resolved config. UserError where that cannot be done."""
+        self._write("config.toml", dump_toml(self.config))
+
+    def _write(self, name: str, text: str) -> None:
+        """A file of the run's folder, which is made, by rank 0; whole or not at all."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
-                aside = self.folder / ".config.toml.partial"
-                aside.write_text(dump_toml(self.config))
-                aside.rename(self.folder / "config.toml")
+                aside = self.folder / f".{name}.partial"
+                aside.write_text(text)
+                aside.rename(self.folder / name)
         except OSError as error:
             raise self._unwritable(error.strerror) from error
 
+    def _check_weights(self) -> None:
+        """UserError where there is no model to evaluate but a random one."""
+        if self._latest() is None and not (self.config.model.path or self.config.checkpoint.initial_load_path):
+            raise UserError(
+                f"--evaluate: there is no model yet: {self.checkpointer.folder} has no checkpoint, and model.path is "
+                "not set. Train first, or set model.path to a folder with weights, such as the export/ of a run."
+            )
+
+    def _latest(self) -> int | None:
+        return self.checkpointer.latest() if self.config.checkpoint.enable else None
+
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
-        latest = self.checkpointer.latest() if self.config.checkpoint.enable else None
         note = initialize(self.model, self.config) if self._begins() else None
         if note:
             self._say(note)
+        latest = self._latest()
         if latest is None:
             return 0
         state = self.checkpointer.load(latest, self.model, self.optimizer)
-        self.loader.load_state_dict(state["loader"])
+        if self.loader:
+            self.loader.load_state_dict(state["loader"])
         return latest
 
     def _start_preflight(self) -> Preflight | None:
@@ -211,6 +241,8 @@ class Trainer:
     def _check_plan(self) -> None:
         """UserError, on every rank, where plan.enforce is set and the plan does not fit, or no checkpoint would."""
         self.plan_lines = self.preflight.lines() if self.preflight else []
+        if self.optimizer is None:
+            return
         disk = disk_needs(
             self.config,
             self.folder,
@@ -227,18 +259,24 @@ class Trainer:
 
     def _describe(self) -> None:
         d, t, mesh = self.degrees, self.config.training, self.mesh
+        beginning = describe_beginning(self.config, self.step) if self.loader else ""
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {describe_parameters(self.model)}\n"
-            f"data: {markup.escape(self.loader.sequences.describe())}\n"
+            f"[bold]{markup.escape(self.config.job.name)}[/]: {hf.class_name(self.model)}, "
+            f"{describe_parameters(self.model)}\n"
+            f"data: {markup.escape((self.loader or self.validation_loader).sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
-            f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
+            f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(self.core_reason)}"
             + self._idle_ranks()
             + self._memory_notes()
-            + (f"\n{beginning}" if (beginning := describe_beginning(self.config, self.step)) else "")
-            + "".join(f"\n{line}" for line in self.plan_lines),
+            + (
+                f"\n{markup.escape(beginning)}"
+                if self.loader and (beginning := describe_beginning(self.config, self.step))
+                else ""
+            )
+            + "".join(f"\n{markup.escape(line)}" for line in self.plan_lines),
             highlight=False,
-            soft_wrap=True,
+            soft_wrap=not self.console.is_terminal,
         )
 
     def _idle_ranks(self) -> str:
@@ -265,6 +303,19 @@ class Trainer:
             lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
         return "".join(f"\n{line}" for line in lines)
 
+    # --- validation alone ---------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """The model that training would go on from, on the held-out data: to the console and <run>/evaluation.json."""
+        is_checkpoint = self._latest() is not None
+        initial = self.config.checkpoint.initial_load_path or self.config.model.path
+        weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
+        found = self._validate(None)
+        values = {"weights": str(weights_of), "held_out": self.validation_loader.sequences.describe()}
+        self._write("evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n")
+        self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
+        self._say(f"Written to {self.folder / 'evaluation.json'}")
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -273,24 +324,27 @@ class Trainer:
         if self.step >= total and self._is_exported():
             self._say(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
             return
-        self._start_interval()
         logger = None
         if dist.get_rank() == 0:
             logger = MetricsLogger(
                 self.folder,
-                first_step=self.step + 1,
+                steps_done=self.step,
                 total_steps=total,
                 console=self.console,
                 wandb=self._start_wandb(),
             )
         try:
-            with self._signals_caught(), profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
-                while self.step < total and not self._must_stop():
-                    self._train_one_step(logger)
-                    step_is_over(self.step)
-                    if self._saves_now():
-                        with self._off_the_clock():
-                            self._save()
+            with self._signals_caught():
+                if self.step == 0 and config.validation.enable:
+                    self._validate(logger)
+                self._start_interval()
+                with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
+                    while self.step < total and not self._must_stop():
+                        self._train_one_step(logger)
+                        step_is_over(self.step)
+                        if self._saves_now():
+                            with self._off_the_clock():
+                                self._save()
                 if self.step < total and config.checkpoint.enable:
                     self._save()
         finally:
@@ -343,9 +397,7 @@ class Trainer:
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
             with self._off_the_clock():
-                values = self._validate()
-            if logger:
-                logger.log(self.step, values)
+                self._validate(logger)
 
     def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
@@ -377,6 +429,7 @@ class Trainer:
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),
+                "planned_memory_gib": self.preflight.planned_gib,
                 "collectives": self.collectives,
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
@@ -396,10 +449,13 @@ class Trainer:
         yield
         self._clock += time.perf_counter() - started
 
-    def _validate(self) -> dict[str, Any]:
+    def _validate(self, logger: MetricsLogger | None) -> Evaluation:
         sequences = self.config.validation.steps * self.degrees.global_batch_size
-        loss, tokens = mean_loss(self.model, self.validation_loader, self.mesh, sequences=sequences)
-        return {"validation_loss": loss, "validation_tokens": tokens}
+        found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
+        if logger:
+            names = ("loss", "tokens", "by_position")
+            logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
+        return found
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
@@ -441,5 +497,12 @@ class Trainer:
         self._say("\n".join(lines))
 
     def _say(self, text: str) -> None:
-        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup."""
+        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup. What is too long for a
+        terminal goes on in another line after a word."""
+        if self.console.is_terminal:
+            text = "\n".join(map(self._between_words, text.splitlines()))
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _between_words(self, line: str) -> str:
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(line, self.console.width, subsequent_indent="    ", **whole)

@@ -96,12 +96,17 @@ class Preflight:
             f"GPU, {self.plan['host_peak_gib']:.1f} GiB of host memory a node. `train.py --plan` says what helps."
         )
 
+    @property
+    def planned_gib(self) -> float | None:
+        """The planned peak of tensors on the GPU; None where there is no plan, or no GPU whose allocator could tell."""
+        return self.plan["gpu_tensors_gib"] if self.plan is not None and self.cuda else None
+
     def measured(self, peak_gib: float) -> str | None:
         """Once: the measured peak of tensors on the GPU next to the planned one."""
-        if self.plan is None or not self.cuda or self._told:
+        planned = self.planned_gib
+        if planned is None or self._told:
             return None
         self._told = True
-        planned = self.plan["gpu_tensors_gib"]
         off = peak_gib / planned - 1
         return f"plan: {planned:.2f} GiB of tensors planned, {peak_gib:.2f} GiB measured ({off:+.1%})"
 
