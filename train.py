@@ -10,10 +10,18 @@ from titan_ulysses.config_file import dump_toml, load_config
 from titan_ulysses.failure import told_once
 from titan_ulysses.memory.allocator import expand_segments
 
+EVALUATION = (
+    ("validation.enable", True),
+    # What only training needs is not asked for: no room for checkpoints, no library of an optimizer.
+    ("activation_checkpoint.offload", "none"),
+    ("optimizer.name", "adamw"),
+)
+"""Settings that --evaluate changes."""
+
 
 def main(argv: list[str]) -> None:
     command = parse_command_line(argv)
-    config = load_config(command.config_path, command.overrides)
+    config = load_config(command.config_path, [*command.overrides, *(EVALUATION if command.evaluate else ())])
     if command.print_config:
         print(dump_toml(config), end="")
         return
@@ -25,6 +33,8 @@ def main(argv: list[str]) -> None:
     expand_segments()
     from titan_ulysses.trainer import Trainer  # torch and transformers: only now, so that --help is quick
 
+    if command.evaluate:
+        return Trainer(config, trains=False).evaluate()
     Trainer(config).train()
 
 

@@ -41,6 +41,8 @@ def _exit_code(codes: dict[int, int]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
+    if sys.stdout.isatty():
+        print("\x1b[?25h", end="")  # a rank that was killed while it had a bar has left the cursor hidden
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # in the interpreter's own end, threads of torchrun's store may abort the launcher

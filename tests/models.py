@@ -128,19 +128,37 @@ def mesh_of(replicate: int, shard: int, sequence: int) -> Mesh:
     return build_mesh(replicate=replicate, shard=shard, sequence=sequence)
 
 
+Act = Callable[[PreTrainedModel], Any]
+
+
 def train_sharded(
-    degrees: tuple[int, int, int], model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype, **options
+    degrees: tuple[int, int, int],
+    model: dict[str, Any],
+    steps: list[list[list[Row]]],
+    dtype: torch.dtype,
+    *,
+    prepare: Act | None = None,
+    fill: Act | None = None,
+    **options,
 ) -> Record:
-    """Train on this rank of a mesh; steps[i] holds a step's micro-batches. Gradients are noted after clipping."""
+    """Train on this rank of a mesh; steps[i] holds a step's micro-batches. Gradients are noted after clipping.
+
+    prepare is given the model on meta, fill once more when it is initialized.
+    """
     mesh, record = mesh_of(*degrees), Record()
     sharded = hf.build_on_meta(hf.load_model_config("", model), dtype)
+    if prepare:
+        prepare(sharded)
     parallelize(sharded, mesh, **{"loss_tile_tokens": 5, "param_dtype": dtype, "reduce_dtype": dtype} | options)
     hf.allocate(sharded, mesh.device)
     hf.initialize(sharded, seed=3)
+    if fill:
+        fill(sharded)
     optimizer = build_optimizer(sharded.parameters(), OPTIMIZER)
 
     def note_gradients(*_) -> None:
-        record.gradients.append({name: p.grad.full_tensor() for name, p in hf.named_parameters(sharded)})
+        gradients = {name: p.grad for name, p in hf.named_parameters(sharded) if p.grad is not None}
+        record.gradients.append({name: gradient.full_tensor() for name, gradient in gradients.items()})
 
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
@@ -168,8 +186,12 @@ class Run:
         optimizer_offload: bool = False,
         parameter_offload: bool = False,
         prepare: Callable[[torch.nn.Module], Any] | None = None,
+        wrap: dict[str, Any] | None = None,
     ):
-        """dtype: of the stored parameters; param_dtype: of the computation. prepare: is given the model on meta."""
+        """dtype: of the stored parameters; param_dtype: of the computation. prepare: is given the model on meta.
+
+        wrap: more options of `parallelize`.
+        """
         self.mesh, self.rows = mesh_of(*degrees), rows
         self.model = hf.build_on_meta(hf.load_model_config("", model), dtype)
         if prepare:
@@ -177,7 +199,7 @@ class Run:
         param_dtype = param_dtype or dtype
         reduce_dtype = torch.promote_types(param_dtype, torch.float32)
         dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}
-        parallelize(self.model, self.mesh, parameter_offload=parameter_offload, **dtypes)
+        parallelize(self.model, self.mesh, parameter_offload=parameter_offload, **dtypes, **wrap or {})
         hf.allocate(self.model, self.mesh.device, parameter_offload=parameter_offload)
         hf.initialize(self.model, seed)
         self.optimizer = build_optimizer(self.model.parameters(), optimizer, offload=optimizer_offload)
@@ -228,13 +250,24 @@ def plain_model(table: dict[str, Any], dtype: torch.dtype, *, experts: str | Non
     )
 
 
-def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torch.dtype) -> Record:
+def train_plain(
+    model: dict[str, Any],
+    steps: list[list[list[Row]]],
+    dtype: torch.dtype,
+    *,
+    prepare: Act | None = None,
+    fill: Act | None = None,
+) -> Record:
     """The same on one process: unmodified transformers, each document a forward of its own, plain AdamW."""
     record = Record()
     plain = plain_model(model, dtype, experts=hf.experts_path(dtype))
+    if prepare:
+        prepare(plain)
     hf.initialize(plain, seed=3)
-    o = OPTIMIZER
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    if fill:
+        fill(plain)
+    o, trained = OPTIMIZER, [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     for micro_batches in steps:
         total, valid = torch.zeros((), dtype=dtype), 0
         for rows in micro_batches:
@@ -251,10 +284,11 @@ def train_plain(model: dict[str, Any], steps: list[list[list[Row]]], dtype: torc
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
-        record.gradients.append({name: p.grad.clone() for name, p in plain.named_parameters()})
+        gradients = {name: p.grad for name, p in hf.named_parameters(plain) if p.grad is not None}
+        record.gradients.append({name: gradient.clone() for name, gradient in gradients.items()})
         optimizer.step()
         optimizer.zero_grad()
-    record.parameters = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    record.parameters = {name: p.detach().clone() for name, p in hf.named_parameters(plain)}
     return record
 
 

@@ -72,6 +72,17 @@ def train(config: Path, settings: Settings) -> None:
     Trainer(load_config(config, settings.items())).train()
 
 
+def refusal(config: Path, settings: Settings) -> str:
+    """Why such a run does not start."""
+    from titan_ulysses.errors import UserError
+
+    try:
+        train(config, settings)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("it started")
+
+
 def logged(run: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl; a line that is still being written is not one yet."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

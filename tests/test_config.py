@@ -149,7 +149,7 @@ def test_bad_value(tmp_path: Path, setting: str, value: Any, message: str) -> No
         ("checkpoint.steps", 1, "checkpoint.steps: no such key; did you mean training.steps or validation.steps?"),
         ("metrics.zzz", 1, "metrics.zzz: no such key; [metrics] has log_interval"),
         ("trainning.steps", 1, "[trainning]: no such section; did you mean [training]?"),
-        ("xyz.steps", 1, "[xyz]: no such section; the sections are job, model, data, "),
+        ("xyz.steps", 1, "[xyz]: no such section; the sections are job, model, lora, data, "),
         ("lr", 1, "lr: no such key; did you mean optimizer.lr?"),
         ("zzz", 1, "zzz: no such key; keys go into a section"),
     ],
@@ -478,7 +478,25 @@ def test_degrees_and_batches(degrees: tuple, batch: tuple, expected: MeshDegrees
         (
             {"hf__max_position_embeddings": 2047},
             "training.seq_len = 2048 is longer than the model's max_position_embeddings = 2047: lower training.seq_len,"
-            " or raise model.config.max_position_embeddings",
+            " or raise model.config.max_position_embeddings, or stretch RoPE with [model.rope_scaling]",
+        ),
+        (
+            {
+                "model__rope_scaling": {"rope_type": "yarn", "factor": 1.5},
+                "hf__max_position_embeddings": 1536,
+                "hf__rope_parameters": {"rope_type": "yarn", "factor": 1.5},
+            },
+            "training.seq_len = 2048 is longer than 1536, which model.rope_scaling.factor = 1.5 makes of the model's "
+            "1024: set the factor to 2, or lower training.seq_len",
+        ),
+        (
+            {"hf__max_position_embeddings": 1000, "hf__rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "training.seq_len = 2048 is longer than the model's max_position_embeddings = 2000: lower ",
+        ),
+        (
+            {"hf__vocab_size": 9, "model__path": "/m", "model__config": None},
+            'model.tokenizer = "" emits ids up to 9, but the model\'s vocab_size is 9: set model.tokenizer to one that '
+            "belongs to the model or set model.resize_embeddings = 1",
         ),
         (
             {"hf__vocab_size": 9},

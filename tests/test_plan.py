@@ -49,7 +49,7 @@ def measure(index: int) -> dict:
     return module.measure(module.SMALL[index])
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(4))
 def test_the_plan_is_what_real_ranks_take(index):
     module = bench()
     case = module.SMALL[index]

@@ -14,6 +14,7 @@ from ranks import run_on_ranks
 from titan_ulysses.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.rope import use_document_lengths
+from titan_ulysses.model.rope_scaling import scale_rope
 
 BOUND = 11
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
@@ -29,7 +30,13 @@ PLAIN = {"rope_type": "default", "rope_theta": 100.0}
 GEMMA3 = {**LLAMA, "model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA3 |= {"sliding_window": 5, "query_pre_attn_scalar": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PHI3 = {**LLAMA, "model_type": "phi3", "pad_token_id": 0, "original_max_position_embeddings": BOUND}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.5, "beta_fast": 4.0, "beta_slow": 0.5}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 2.5, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS: dict[str, dict[str, Any]] = {
+    "linear": {**STARCODER2, "rope_parameters": LINEAR},
+    "yarn": {**STARCODER2, "rope_parameters": {**YARN, "original_max_position_embeddings": BOUND}},
+    "llama3": {**STARCODER2, "rope_parameters": {**LLAMA3, "original_max_position_embeddings": BOUND}},
     "dynamic": {**STARCODER2, "rope_parameters": DYNAMIC},
     "longrope": {**STARCODER2, "rope_parameters": LONG},
     "phi3, longrope": {**PHI3, "rope_parameters": LONG},
@@ -49,6 +56,11 @@ LENGTHS = {
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_parity(name: str, lengths: str, degrees: tuple[int, int, int]) -> None:
     check(name, lengths, degrees, keep_fp64=False)
+
+
+@pytest.mark.parametrize("name", ["linear", "yarn", "llama3"])
+def test_parity_of_types_that_do_not_look_at_lengths(name: str) -> None:
+    check(name, "packed, on both sides", (1, 1, 2), keep_fp64=False)
 
 
 @pytest.mark.parametrize("name", ["phi3, longrope", "gemma3, by layer", "gemma3, both"])
@@ -93,3 +105,69 @@ def test_inside_the_layers_it_is_refused() -> None:
     model.model.layers[0].rotary = model.model.rotary_emb
     with pytest.raises(UserError, match='has RoPE of type "dynamic" inside its layers'):
         use_document_lengths(model, model.model.layers)
+
+
+# --- [model.rope_scaling] ---------------------------------------------------------------------------------------------
+
+SHORT = {**STARCODER2, "max_position_embeddings": BOUND, "rope_parameters": PLAIN}
+PHI3_SHORT = {**PHI3, "max_position_embeddings": BOUND, "rope_parameters": PLAIN}
+GEMMA3_SHORT = {**GEMMA3, "max_position_embeddings": BOUND}
+GEMMA3_SHORT["rope_parameters"] = {"sliding_attention": PLAIN, "full_attention": {**PLAIN, "rope_theta": 1000.0}}
+ORIGINAL = {"original_max_position_embeddings": BOUND}
+# A model, the table of its run, and what transformers is given for the same.
+SCALED: dict[str, tuple[dict, dict, dict, int]] = {
+    "linear": (SHORT, {"type": "linear", "factor": 2.5}, LINEAR, 27),
+    "dynamic": (SHORT, {"rope_type": "dynamic", "factor": 3.0}, DYNAMIC, BOUND),
+    "yarn": (SHORT, {key: YARN[key] for key in ("rope_type", "factor", "beta_fast", "beta_slow")}, YARN | ORIGINAL, 27),
+    "longrope": (SHORT, {key: LONG[key] for key in LONG if "original" not in key}, LONG, 44),
+    "longrope, phi3": (PHI3_SHORT, {key: LONG[key] for key in LONG if "original" not in key}, LONG, 44),
+    "llama3, of less": (SHORT, LLAMA3 | {"original_max_position_embeddings": 8}, None, 20),
+    "again": (SHORT | {"rope_parameters": YARN | {"original_max_position_embeddings": 5}}, LLAMA3, None, 12),
+    "another theta": (SHORT, LINEAR | {"rope_theta": 7.0}, LINEAR | {"rope_theta": 7.0}, 27),
+    "gemma3": (
+        GEMMA3_SHORT,
+        {"rope_type": "linear", "factor": 2.5},
+        {"sliding_attention": PLAIN, "full_attention": LINEAR | {"rope_theta": 1000.0}},
+        27,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scaled_config_is_that_of_transformers(name: str) -> None:
+    """The same config as one that is written out: what it trains like, `test_parity` says."""
+    model, table, parameters, length = SCALED[name]
+    config = hf.load_model_config("", model)
+    before = dict(table)
+    scale_rope(config, table)
+    assert table == before and config.max_position_embeddings == length
+    if parameters is None:  # the original length is the one that the table, or the model's own RoPE, names
+        parameters = LLAMA3 | {"original_max_position_embeddings": {"llama3, of less": 8, "again": 5}[name]}
+    expected = hf.load_model_config("", model | {"rope_parameters": parameters, "max_position_embeddings": length})
+    assert config.to_dict() == expected.to_dict()
+    assert hf.build_on_meta(config, torch.float32).config.rope_parameters == expected.rope_parameters
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"factor": 2}, "model.rope_scaling.rope_type = None: the types are linear, dynamic, yarn, longrope, llama3"),
+        ({"rope_type": "ntk", "factor": 2}, 'model.rope_scaling.rope_type = "ntk": the types are linear, dynamic, '),
+        (
+            {"rope_type": "linear", "factor": 2, "beta_fast": 3},
+            'model.rope_scaling.beta_fast: "linear" has no such key, it has factor, rope_theta',
+        ),
+        ({"rope_type": "llama3", "factor": 2}, '"llama3" needs high_freq_factor, low_freq_factor'),
+        ({"rope_type": "yarn", "factor": 0.5}, "model.rope_scaling.factor = 0.5: needs a number of at least 1"),
+        (
+            YARN | {"original_max_position_embeddings": 12},
+            "model.rope_scaling.original_max_position_embeddings = 12: needs a number of tokens, at most the model's "
+            "own max_position_embeddings = 11",
+        ),
+        (LONG | {"long_factor": [1.0]}, "model.rope_scaling.long_factor = [1.0]: needs 4 numbers, one for each pair"),
+    ],
+)
+def test_tables_that_are_refused(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        scale_rope(hf.load_model_config("", SHORT), table)
+    assert message in str(caught.value)

@@ -13,11 +13,22 @@ from titan_ulysses.memory.optimizer import check_shards
 from titan_ulysses.memory.quantize import use_float8
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model import hf
+from titan_ulysses.model.freezing import freeze, narrow_frozen
+from titan_ulysses.model.lora import add_adapters
+from titan_ulysses.model.rope_scaling import scale_rope
 from titan_ulysses.parallelize import find_blocks, parallelize
 from titan_ulysses.ulysses.cores import Core
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def load_model_config(config: Config) -> PreTrainedConfig:
+    """The transformers config of the model: loaded or written out, with the RoPE that the run asks for."""
+    model_config = hf.load_model_config(config.model.path, config.model.config)
+    if config.model.rope_scaling:
+        scale_rope(model_config, config.model.rope_scaling)
+    return model_config
 
 
 def build_model(
@@ -36,6 +47,10 @@ def build_model(
         tokens = config.training.local_batch_size * config.training.seq_len // mesh.sp.size()
         tokens = math.gcd(tokens, max(0, config.memory.mlp_tile_tokens))  # of a call: all, or a tile
         float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    freeze(model, config.model.freeze)
+    narrow_frozen(model, compute)
     wrap(
         model,
         mesh,

@@ -46,7 +46,7 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
     else:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
     problems += _training_problems(config, sequence) + _dtype_problems(config)
-    problems += _memory_problems(config, model_config)
+    problems += _memory_problems(config, model_config) + _profiling_problems(config)
     problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
@@ -126,6 +126,16 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
     return problems
 
 
+def _profiling_problems(config: Config) -> list[str]:
+    p = config.profiling
+    if not p.enable_profiling or p.profile_freq >= p.profiler_warmup + p.profiler_active:
+        return []
+    return [
+        f"profiling.profile_freq = {p.profile_freq} has no room for profiler_warmup({p.profiler_warmup}) + "
+        f"profiler_active({p.profiler_active}) steps: raise it to {p.profiler_warmup + p.profiler_active}"
+    ]
+
+
 def _dtype_problems(config: Config) -> list[str]:
     dtype, problems = config.training.param_dtype, []
     if config.optimizer.stochastic_rounding and dtype != "bfloat16":
@@ -153,18 +163,27 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int, seque
         return f"model.config.{key}" if config.model.config else f"{key} in the config.json of {config.model.path}"
 
     problems, seq_len = [], config.training.seq_len
-    positions, vocab_size, dropout = value("max_position_embeddings"), value("vocab_size"), value("attention_dropout")
+    positions, vocab_size, dropout = _longest_sequence(model_config), value("vocab_size"), value("attention_dropout")
     heads, kv_heads = value("num_attention_heads"), value("num_key_value_heads")
-    if positions is not None and seq_len > positions:
+    if positions is not None and seq_len > positions and config.model.rope_scaling:
+        factor = config.model.rope_scaling["factor"]
+        original = round(positions / factor)
         problems.append(
-            f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = {positions}: "
-            f"lower training.seq_len, or raise {setting('max_position_embeddings')}"
+            f"training.seq_len = {seq_len} is longer than {positions}, which model.rope_scaling.factor = {factor} "
+            f"makes of the model's {original}: set the factor to {-(-seq_len // original)}, or lower training.seq_len"
+        )
+    elif positions is not None and seq_len > positions:
+        problems.append(
+            f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = {positions}: lower "
+            f"training.seq_len, or raise {setting('max_position_embeddings')}, or stretch RoPE with "
+            "[model.rope_scaling]"
         )
     if vocab_size is not None and num_token_ids > vocab_size:
-        remedy = f" or set model.config.vocab_size = {num_token_ids}" if config.model.config else ""
+        remedy = f"model.config.vocab_size = {num_token_ids}" if config.model.config else "model.resize_embeddings = 1"
         problems.append(
             f"model.tokenizer = {to_toml(config.model.tokenizer)} emits ids up to {num_token_ids - 1}, "
-            f"but the model's vocab_size is {vocab_size}: set model.tokenizer to one that belongs to the model{remedy}"
+            f"but the model's vocab_size is {vocab_size}: set model.tokenizer to one that belongs to the "
+            f"model or set {remedy}"
         )
     if dropout:
         problems.append(
@@ -177,3 +196,11 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int, seque
             f"change {setting('num_key_value_heads')}"
         )
     return problems
+
+
+def _longest_sequence(model_config: Any) -> int | None:
+    """How long sequences may be by the model's positions; None where it does not say."""
+    longest, rope = (getattr(model_config, key, None) for key in ("max_position_embeddings", "rope_parameters"))
+    rope = (rope or {}).get("full_attention", rope or {})
+    # Of this type alone the frequencies ask for the original length where others have the new one.
+    return int(longest * rope["factor"]) if longest and rope.get("rope_type") == "dynamic" else longest

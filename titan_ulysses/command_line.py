@@ -24,14 +24,16 @@ class CommandLine(NamedTuple):
     overrides: list[tuple[str, Any]]  # ("section.key", value), in the order given: the last one counts
     print_config: bool
     plan: bool = False
+    evaluate: bool = False
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config X.toml`, `--print-config` and `--section.key value` overrides; `--help` prints `usage()`, exits 0.
+    """Read `--config X.toml`, `--print-config`, `--plan`, `--evaluate` and `--section.key value` overrides; `--help`
+    prints `usage()` and exits 0.
 
     `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option or lacks its value.
     """
-    config_path, overrides, print_config, plan = "", [], False, False
+    config_path, overrides, flags = "", [], dict.fromkeys(("print-config", "plan", "evaluate"), False)
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -40,10 +42,8 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             raise SystemExit(0)
         option, equals, text = argument.partition("=")
         value = text if equals else None
-        if argument == "--print-config":
-            print_config = True
-        elif argument == "--plan":
-            plan = True
+        if argument[2:] in flags and argument.startswith("--"):
+            flags[argument[2:]] = True
         elif option == "--config" or (option.startswith("--") and "." in option):
             if value is None and rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
@@ -56,7 +56,7 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             raise UserError(_explain_option(argument), exit_code=2)
     if not config_path:
         raise UserError("--config is missing: say which TOML file to run, as in --config configs/X.toml", exit_code=2)
-    return CommandLine(Path(config_path), overrides, print_config, plan)
+    return CommandLine(Path(config_path), overrides, *flags.values())
 
 
 def _explain_option(argument: str) -> str:
@@ -65,7 +65,7 @@ def _explain_option(argument: str) -> str:
     if not argument.startswith("-"):
         return f"{argument}: unexpected; settings are written --section.key value, lists 0.9,0.95 without spaces"
     name = argument.lstrip("-").partition("=")[0]
-    near = get_close_matches(name, ["config", "print-config", "plan", "help", *KEYS], n=1)
+    near = get_close_matches(name, ["config", "print-config", "plan", "evaluate", "help", *KEYS], n=1)
     near = near or nearest_keys("", name).split()[:1]
     return f"{argument}: no such option; " + (f"did you mean --{near[0]}?" if near else "see --help")
 
@@ -111,6 +111,7 @@ def usage() -> str:
         "usage: torchrun --nproc-per-node N train.py --config X.toml [--section.key value ...]",
         "       python train.py --config X.toml --print-config    show the resolved settings and stop",
         "       python train.py --config X.toml --plan            does it fit these GPUs, and what binds? Needs none",
+        "       torchrun ... train.py --config X.toml --evaluate  validate the run's model alone, into evaluation.json",
         "       python train.py --help",
         "",
         "Every setting is a key of the TOML file and an option. Lists: 0.9,0.95 or [0.9,0.95]. Tables, key by key:",

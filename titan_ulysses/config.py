@@ -70,6 +70,17 @@ class Model(Section):
     attention: Core = Field(
         "auto", description="auto|flash|flex|sdpa|blockwise, or your own as package.module:function."
     )
+    rope_scaling: dict[str, Any] | None = Field(
+        None, description="RoPE for longer sequences: rope_type (linear|dynamic|yarn|longrope|llama3), factor, ..."
+    )
+    resize_embeddings: int = Field(
+        0,
+        ge=0,
+        description="Let a model grow to its tokenizer's tokens, up to a multiple of this many; 0: it must fit.",
+    )
+    freeze: list[str] = Field(
+        [], description='Parameters that are not trained, as patterns of their names: "model.embed_tokens.*".'
+    )
 
     @field_validator("config")
     @classmethod
@@ -77,6 +88,22 @@ class Model(Section):
         if config and not isinstance(config.get("model_type"), str):
             raise ValueError('needs a model_type, as in model_type = "llama"')
         return config or None  # an empty table clears what a base file set: `--model.config {}`
+
+    @field_validator("rope_scaling")
+    @classmethod
+    def _may_be_cleared(cls, table: dict[str, Any] | None) -> dict[str, Any] | None:
+        return table or None
+
+
+class LoRA(Section):
+    rank: int = Field(0, ge=0, description="Train adapters of this rank (LoRA), and nothing else; 0: no adapters.")
+    alpha: float = Field(16.0, gt=0, description="What adapters add is multiplied by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training.")
+    target_modules: list[str] = Field(
+        [],
+        description='Which linear layers get one: names ("q_proj") or patterns ("layers.1?.mlp.*"); empty: all but the '
+        "head.",
+    )
 
 
 class SourceSettings(Section):
@@ -217,13 +244,16 @@ class Checkpoint(Section):
     interval: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_latest_k: int = Field(2, ge=0, description="How many to keep; 0: all.")
     folder: str = Field("checkpoints", min_length=1, description="Folder of the checkpoints inside the run's folder.")
+    initial_load_path: PathText = Field(
+        "", description="Weights to begin with, in place of model.path's: safetensors, or a step-N folder of a run."
+    )
     export: bool = Field(True, description="At the end, write export/ for transformers' from_pretrained.")
 
 
 class Validation(Section):
-    enable: bool = Field(False, description="Compute a validation loss during training.")
+    enable: bool = Field(False, description="Compute a validation loss before the first step and during training.")
     interval: int = Field(100, ge=1, description="Steps between validations.")
-    steps: int = Field(10, ge=1, description="Batches a validation; each is one global batch.")
+    steps: int = Field(10, ge=0, description="Global batches a validation; 0: all held-out data, on any mesh the same.")
     path: PathText = Field("", description="Held-out data, read as [data] says; empty: every 100th document of data.")
     split: str = Field("", description="hf, chat: split of the held-out data set; empty: data.split.")
 
@@ -241,6 +271,25 @@ class Plan(Section):
 
 class Metrics(Section):
     log_interval: int = Field(1, ge=1, description="Steps between log lines.")
+    enable_wandb: bool = Field(
+        False, description="Log to Weights & Biases too, as job.name; WANDB_PROJECT and its other variables count."
+    )
+
+
+class Profiling(Section):
+    enable_profiling: bool = Field(False, description="Write traces of the torch profiler, a file a rank.")
+    save_traces_folder: str = Field(
+        "profile_traces", min_length=1, description="Folder of the traces inside the run's folder."
+    )
+    profile_freq: int = Field(10, ge=1, description="Steps from one trace, or snapshot, to the next.")
+    profiler_active: int = Field(1, ge=1, description="Steps in a trace: the last ones of every profile_freq.")
+    profiler_warmup: int = Field(3, ge=0, description="Steps before these that are traced and thrown away.")
+    enable_memory_snapshot: bool = Field(
+        False, description="CUDA: write what the allocator did, every profile_freq steps and when memory runs out."
+    )
+    save_memory_snapshot_folder: str = Field(
+        "memory_snapshot", min_length=1, description="Folder of the snapshots inside the run's folder."
+    )
 
 
 class Config(Section):
@@ -248,6 +297,7 @@ class Config(Section):
 
     job: Job = Job()
     model: Model = Model()
+    lora: LoRA = LoRA()
     data: Data = Data()
     training: Training = Training()
     parallelism: Parallelism = Parallelism()
@@ -260,6 +310,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     metrics: Metrics = Metrics()
+    profiling: Profiling = Profiling()
     plan: Plan = Plan()
 
     @model_validator(mode="after")
@@ -272,10 +323,32 @@ class Config(Section):
             )
         if not self.model.path and not self.model.config:
             problems.append("model.path is empty and there is no [model.config]: set one of them")
-        problems += _data_problems(self)
+        problems += _lora_problems(self) + _data_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _lora_problems(config: Config) -> list[str]:
+    lora, problems = config.lora, []
+    if not lora.rank:
+        return problems
+    if config.model.freeze:
+        problems.append(
+            f"lora.rank = {lora.rank} and model.freeze = {to_toml(config.model.freeze)} are both set: with LoRA all of "
+            "the model is frozen. Clear one, with lora.rank = 0 or model.freeze = []"
+        )
+    if config.model.resize_embeddings:
+        problems.append(
+            f"lora.rank = {lora.rank} and model.resize_embeddings = {config.model.resize_embeddings} are both set: "
+            "LoRA would leave the rows of new tokens as they begin. Set one of them to 0"
+        )
+    if lora.dropout and config.compile.enable:
+        problems.append(
+            f"lora.dropout = {lora.dropout} with compile.enable = true: compiled code would drop other inputs when it "
+            "computes again in backward. Set lora.dropout = 0, or compile.enable = false"
+        )
+    return problems
 
 
 def _data_problems(config: Config) -> list[str]:

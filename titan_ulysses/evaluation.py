@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,24 +49,61 @@ def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
         model.ulysses_mesh = sharded
 
 
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: int) -> tuple[float, int]:
-    """Mean cross-entropy of the loader's first sequences (at most all there are), and the number of labels in them.
+class Evaluation(NamedTuple):
+    """Mean cross-entropies in nats, the same on every rank and mesh."""
 
-    It does not depend on the mesh: rows beyond the last sequence, which fill up a batch, count nothing, and a
-    router's loss, which is of a whole batch, is left out. Collective.
+    loss: float
+    tokens: int
+    """labels that it is the mean of"""
+    by_position: list[tuple[int, float, int]]
+    """(first position, mean loss, labels) of each range of positions that has a label; see `position_edges`"""
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "perplexity": self.perplexity}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that is too large for a float."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
+def position_edges(seq_len: int) -> list[int]:
+    """Where ranges of positions begin: 0, 1, 2, 4, 8, ... below seq_len.
+
+    Position t of a document predicts its token t + 1 from t + 1 tokens, so each range has twice the context of the one
+    before. A document that is cut by the end of a sequence goes on as a document of its own, from position 0.
     """
-    sequences = min(sequences, len(loader.sequences))
+    return [0, *(2**power for power in range((seq_len - 1).bit_length()))]
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: int = 0) -> Evaluation:
+    """Mean cross-entropy of the loader's first sequences (0, or more than there are: all), in all and by position.
+
+    It does not depend on the mesh or on how sequences are batched: rows beyond the last sequence, which fill up a
+    batch, count nothing, and a router's loss, which is of a whole batch, is left out. Dropout is off. Collective.
+    """
+    sequences = min(sequences or len(loader.sequences), len(loader.sequences))
     loader.load_state_dict({"sequences_consumed": 0})
-    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)  # of cross-entropy, and the number of labels
+    edges = position_edges(loader.sequences.seq_len)
+    borders = torch.tensor(edges[1:], device=mesh.device)
+    sums = torch.zeros(2, len(edges), dtype=torch.float64, device=mesh.device)  # of cross-entropies; of labels
+    trains = model.training
     model.eval()
     for first in range(0, sequences, loader.batch_size * loader.batch_degree):
-        batch = loader.next_batch().to(mesh.device)
-        rows = torch.arange(loader.batch_size, device=mesh.device) + first + loader.batch_rank * loader.batch_size
-        batch.labels[rows >= sequences] = IGNORE_INDEX
-        sums[0] += model(**vars(batch), reduction="none").loss.sum(dtype=torch.float64)
-        sums[1] += (batch.labels != IGNORE_INDEX).sum()
-    model.train()
+        batch = loader.next_batch()
+        batch.labels[max(0, sequences - first - loader.batch_rank * loader.batch_size) :] = IGNORE_INDEX
+        batch = batch.to(mesh.device)
+        losses = model(**vars(batch), reduction="none").loss.double()
+        places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
+        for total, values in zip(sums, (losses, (batch.labels != IGNORE_INDEX).double()), strict=True):
+            total.index_add_(0, places, values.flatten())
+    model.train(trains)
     dist.all_reduce(sums, group=mesh.loss.get_group())
-    total, count = sums.tolist()
-    return total / max(count, 1), int(count)
+    losses, counts = sums.tolist()
+    ranges = [(edge, loss / n, int(n)) for edge, loss, n in zip(edges, losses, counts, strict=True) if n]
+    return Evaluation(sum(losses) / max(1, sum(counts)), int(sum(counts)), ranges)

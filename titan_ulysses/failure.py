@@ -39,9 +39,14 @@ def told_once() -> Iterator[None]:
 
 
 def first_failure(reason: str | None) -> str | None:
-    """Collective. The reason of the first rank that has one, on every rank: so that all stop where one of them must."""
+    """Collective. The reason of the first rank that has one, on every rank: so that all stop where one of them must.
+
+    Without a process group there is one rank.
+    """
     import torch.distributed as dist
 
+    if not dist.is_initialized():
+        return reason
     reasons: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(reasons, reason)
     return next(filter(None, reasons), None)

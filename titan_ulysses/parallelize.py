@@ -25,6 +25,7 @@ from titan_ulysses.memory.offload import Offload, Store, open_store
 from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of, mlp_layout
+from titan_ulysses.model.freezing import bits
 from titan_ulysses.model.proof import prove
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
@@ -142,7 +143,7 @@ def check_same_weights(model: PreTrainedModel) -> None:
     if not tensors:
         return
     with torch.no_grad():
-        sums = torch.stack([_bits(x).sum(dtype=torch.int64).cpu() for x in tensors.values()])
+        sums = torch.stack([bits(x).sum(dtype=torch.int64).cpu() for x in tensors.values()])
     first = [sums.tolist()]
     dist.broadcast_object_list(first, src=0)
     differing = (name for name, mine, theirs in zip(tensors, sums.tolist(), first[0], strict=True) if mine != theirs)
@@ -152,12 +153,6 @@ def check_same_weights(model: PreTrainedModel) -> None:
             f"model: the ranks hold different weights: {reason}. Load the same checkpoint on every rank, or set the "
             "same seed before a random initialisation."
         )
-
-
-def _bits(x: Tensor) -> Tensor:
-    """x's bits as integers, whose sum is exact: it does not depend on the order of summation, or on threads."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.detach().view(integers[x.element_size()])
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import signal
+import textwrap
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from rich import markup
 from rich.console import Console
 
-from titan_ulysses.build import build_model
-from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.begin import base_of, check_beginning, describe_beginning, initialize
+from titan_ulysses.build import build_model, load_model_config
+from titan_ulysses.checkpoint import Checkpointer, saved_bytes
 from titan_ulysses.checks import check
 from titan_ulysses.collectives import CollectiveCounter
 from titan_ulysses.config import Config
@@ -26,7 +29,7 @@ from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import mean_loss
+from titan_ulysses.evaluation import Evaluation, evaluate
 from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
@@ -34,29 +37,50 @@ from titan_ulysses.memory.optimizer import (
     build_optimizer,
     check_optimizer,
     describe_state,
+    expected_bytes,
     missing_compiler,
 )
 from titan_ulysses.memory.quantize import check_float8
 from titan_ulysses.mesh import build_mesh, init_distributed
-from titan_ulysses.metrics import MetricsLogger, attention_flops, flops_per_token, peak_flops, peak_memory_gib
+from titan_ulysses.metrics import (
+    MetricsLogger,
+    attention_flops,
+    describe_parameters,
+    describe_validation,
+    flops_per_token,
+    peak_flops,
+    peak_memory_gib,
+)
 from titan_ulysses.model import hf, weights
+from titan_ulysses.model.embeddings import grow_vocabulary
 from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.model.lora import check_lora
+from titan_ulysses.plan.disk import disk_needs
 from titan_ulysses.plan.preflight import Preflight
+from titan_ulysses.profiling import check_profiling, profiled
 from titan_ulysses.step import Step, learning_rate, train_step
 from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.ulysses.heads import idle_ranks
+from titan_ulysses.wandb_run import WandbRun, check_wandb
+
+if TYPE_CHECKING:
+    from titan_ulysses.data.packing import Sequences
 
 
 class Trainer:
-    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started."""
+    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started.
 
-    def __init__(self, config: Config):
+    With trains = False there is no training data, no optimizer and no plan, and the run's files stay as they are:
+    `evaluate` is what is left.
+    """
+
+    def __init__(self, config: Config, *, trains: bool = True):
         self.config = config
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
         self.folder = Path(config.job.dump_folder) / config.job.name
 
         # Everything that can be wrong with the input is found before a process group or a weight exists.
-        model_config = hf.load_model_config(config.model.path, config.model.config)
+        model_config = load_model_config(config)
         check_family(model_config)
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = getattr(torch, config.training.param_dtype)
@@ -64,21 +88,31 @@ class Trainer:
             config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
         )
         check_optimizer(config.optimizer)
+        check_lora(config.lora)
         if config.quantize.float8:
             check_float8(device_type)
+        check_profiling(config.profiling, device_type)
+        if config.metrics.enable_wandb:
+            check_wandb()
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        token_ids = num_token_ids(self.tokenizer)
+        if multiple := config.model.resize_embeddings:
+            grow_vocabulary(model_config, num_token_ids=token_ids, multiple=multiple)
         self.degrees = check(
             config,
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             model_config=model_config,
-            num_token_ids=num_token_ids(self.tokenizer),
+            num_token_ids=token_ids,
         )
         self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)
-        if config.model.path:
-            weights.find(config.model.path)
-        training, held_out = open_sequences(config, self.tokenizer)
+        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        if self._begins():
+            check_beginning(config)
+        training, held_out = open_sequences(config, self.tokenizer, trains=trains)
         self._check_folder()
+        if not trains:
+            self._check_weights()
 
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
@@ -86,23 +120,29 @@ class Trainer:
         init_distributed()
         degrees = self.degrees
         self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
-        self.loader, self.validation_loader = self._loader(training), held_out and self._loader(held_out)
+        self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
         self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
         hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
-        self.preflight = self._start_preflight()
-        offload = config.memory.optimizer_offload
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
-        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        if base := base_of(config):
+            weights.keep_generation_config(self.model, base.path)
+        self.preflight, self.optimizer = None, None
+        if trains:
+            self.preflight = self._start_preflight()
+            offload = config.memory.optimizer_offload
+            self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
-        self._open_folder()  # only now: a refused command must not replace the config of the run that is there
+        if trains:
+            self._open_folder()  # only now: a refused command must not replace the config of the run that is there
         self._describe()
 
     # --- setup --------------------------------------------------------------------------------------------------------
 
-    def _loader(self, sequences) -> Loader:
+    def _loader(self, sequences: Sequences | None) -> Loader | None:
         mesh = self.mesh
+        if sequences is None:
+            return None
         return Loader(
             sequences,
             batch_size=self.config.training.local_batch_size,
@@ -127,6 +167,12 @@ class Trainer:
         if config.compile.enable and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
             raise UserError("compile.enable = true needs a C++ compiler on a CPU: install g++, or set it to false.")
 
+    def _begins(self) -> bool:
+        """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
+        if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
+            return True
+        return self._latest() is None
+
     def _check_folder(self) -> None:
         """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
         nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
@@ -141,27 +187,42 @@ class Trainer:
 
     def _open_folder(self) -> None:
         """Make the run's folder and write its resolved config. UserError where that cannot be done."""
+        self._write("config.toml", dump_toml(self.config))
+
+    def _write(self, name: str, text: str) -> None:
+        """A file of the run's folder, which is made, by rank 0; whole or not at all."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
-                aside = self.folder / ".config.toml.partial"
-                aside.write_text(dump_toml(self.config))
-                aside.rename(self.folder / "config.toml")
+                aside = self.folder / f".{name}.partial"
+                aside.write_text(text)
+                aside.rename(self.folder / name)
         except OSError as error:
             raise self._unwritable(error.strerror) from error
 
+    def _check_weights(self) -> None:
+        """UserError where there is no model to evaluate but a random one."""
+        if self._latest() is None and not (self.config.model.path or self.config.checkpoint.initial_load_path):
+            raise UserError(
+                f"--evaluate: there is no model yet: {self.checkpointer.folder} has no checkpoint, and model.path is "
+                "not set. Train first, or set model.path to a folder with weights, such as the export/ of a run."
+            )
+
+    def _latest(self) -> int | None:
+        return self.checkpointer.latest() if self.config.checkpoint.enable else None
+
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
-        latest = self.checkpointer.latest() if self.config.checkpoint.enable else None
-        if latest is not None:
-            state = self.checkpointer.load(latest, self.model, self.optimizer)
+        note = initialize(self.model, self.config) if self._begins() else None
+        if note:
+            self._say(note)
+        latest = self._latest()
+        if latest is None:
+            return 0
+        state = self.checkpointer.load(latest, self.model, self.optimizer)
+        if self.loader:
             self.loader.load_state_dict(state["loader"])
-            return latest
-        if self.config.model.path:
-            weights.load(self.model, self.config.model.path)
-        else:
-            hf.initialize(self.model, self.config.training.seed)
-        return 0
+        return latest
 
     def _start_preflight(self) -> Preflight | None:
         """On rank 0: the plan of this run, made while the weights are filled."""
@@ -178,26 +239,40 @@ class Trainer:
         )
 
     def _check_plan(self) -> None:
-        """UserError, on every rank, where plan.enforce is set and the plan does not fit."""
+        """UserError, on every rank, where plan.enforce is set and the plan does not fit, or no checkpoint would."""
         self.plan_lines = self.preflight.lines() if self.preflight else []
-        if obstacle := first_failure(self.preflight.obstacle() if self.preflight else None):
+        if self.optimizer is None:
+            return
+        disk = disk_needs(
+            self.config,
+            self.folder,
+            model=saved_bytes(self.model),
+            optimizer=expected_bytes(self.optimizer),
+            export=weights.exported_bytes(self.model),
+            there=len(self.checkpointer.steps()),
+            done=self.step,
+        )
+        self.plan_lines += disk.lines()
+        obstacle = self.preflight.obstacle() if self.preflight else None
+        if obstacle := first_failure(obstacle or disk.obstacle()):
             raise UserError(obstacle)
 
     def _describe(self) -> None:
         d, t, mesh = self.degrees, self.config.training, self.mesh
-        parameters = sum(p.numel() for p in self.model.parameters())
+        beginning = describe_beginning(self.config, self.step) if self.loader else ""
         self.console.print(
-            f"[bold]{self.config.job.name}[/]: {hf.class_name(self.model)}, {parameters:,} parameters\n"
-            f"data: {markup.escape(self.loader.sequences.describe())}\n"
+            f"[bold]{markup.escape(self.config.job.name)}[/]: {hf.class_name(self.model)}, "
+            f"{describe_parameters(self.model)}\n"
+            f"data: {markup.escape((self.loader or self.validation_loader).sequences.describe())}\n"
             f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
             f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
-            f"a step ({d.accumulation_steps} accumulated)\n{self.core_reason}"
+            f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(self.core_reason)}"
             + self._idle_ranks()
             + self._memory_notes()
-            + (f"\nresumed from step {self.step}" if self.step else "")
-            + "".join(f"\n{line}" for line in self.plan_lines),
+            + (f"\n{markup.escape(beginning)}" if beginning else "")
+            + "".join(f"\n{markup.escape(line)}" for line in self.plan_lines),
             highlight=False,
-            soft_wrap=True,
+            soft_wrap=not self.console.is_terminal,
         )
 
     def _idle_ranks(self) -> str:
@@ -224,6 +299,19 @@ class Trainer:
             lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
         return "".join(f"\n{line}" for line in lines)
 
+    # --- validation alone ---------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """The model that training would go on from, on the held-out data: to the console and <run>/evaluation.json."""
+        is_checkpoint = self._latest() is not None
+        initial = self.config.checkpoint.initial_load_path or self.config.model.path
+        weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
+        found = self._validate(None)
+        values = {"weights": str(weights_of), "held_out": self.validation_loader.sequences.describe()}
+        self._write("evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n")
+        self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
+        self._say(f"Written to {self.folder / 'evaluation.json'}")
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -232,17 +320,27 @@ class Trainer:
         if self.step >= total and self._is_exported():
             self._say(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
             return
-        self._start_interval()
         logger = None
         if dist.get_rank() == 0:
-            logger = MetricsLogger(self.folder, first_step=self.step + 1, total_steps=total, console=self.console)
+            logger = MetricsLogger(
+                self.folder,
+                steps_done=self.step,
+                total_steps=total,
+                console=self.console,
+                wandb=self._start_wandb(),
+            )
         try:
             with self._signals_caught():
-                while self.step < total and not self._must_stop():
-                    self._train_one_step(logger)
-                    if self._saves_now():
-                        with self._off_the_clock():
-                            self._save()
+                if self.step == 0 and config.validation.enable:
+                    self._validate(logger)
+                self._start_interval()
+                with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
+                    while self.step < total and not self._must_stop():
+                        self._train_one_step(logger)
+                        step_is_over(self.step)
+                        if self._saves_now():
+                            with self._off_the_clock():
+                                self._save()
                 if self.step < total and config.checkpoint.enable:
                     self._save()
         finally:
@@ -253,8 +351,16 @@ class Trainer:
             self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
             return
         if config.checkpoint.export:
+            if config.lora.rank:
+                base = base_of(config)
+                weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say_where_everything_is()
+
+    def _start_wandb(self) -> WandbRun | None:
+        if not self.config.metrics.enable_wandb:
+            return None
+        return WandbRun(self.folder, name=self.config.job.name, config=self.config.model_dump(), say=self._say)
 
     def _saves_now(self) -> bool:
         checkpoint = self.config.checkpoint
@@ -287,9 +393,7 @@ class Trainer:
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
             with self._off_the_clock():
-                values = self._validate()
-            if logger:
-                logger.log(self.step, values)
+                self._validate(logger)
 
     def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
@@ -321,6 +425,7 @@ class Trainer:
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),
+                "planned_memory_gib": self.preflight.planned_gib,
                 "collectives": self.collectives,
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
@@ -340,10 +445,13 @@ class Trainer:
         yield
         self._clock += time.perf_counter() - started
 
-    def _validate(self) -> dict[str, Any]:
+    def _validate(self, logger: MetricsLogger | None) -> Evaluation:
         sequences = self.config.validation.steps * self.degrees.global_batch_size
-        loss, tokens = mean_loss(self.model, self.validation_loader, self.mesh, sequences=sequences)
-        return {"validation_loss": loss, "validation_tokens": tokens}
+        found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
+        if logger:
+            names = ("loss", "tokens", "by_position")
+            logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
+        return found
 
     def _save(self) -> None:
         state = {"step": self.step, "loader": self.loader.state_dict()}
@@ -380,8 +488,17 @@ class Trainer:
             lines.append(f"  {newest}  from which the same command goes on with a larger training.steps")
         if self.config.checkpoint.export:
             lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
+            if self.config.lora.rank:
+                lines.append("  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this began with")
         self._say("\n".join(lines))
 
     def _say(self, text: str) -> None:
-        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup."""
+        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup. What is too long for a
+        terminal goes on in another line after a word."""
+        if self.console.is_terminal:
+            text = "\n".join(map(self._between_words, text.splitlines()))
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _between_words(self, line: str) -> str:
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.fill(line, self.console.width, subsequent_indent="    ", **whole)

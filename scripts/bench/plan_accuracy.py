@@ -79,6 +79,16 @@ SMALL = [
         parallelism__sequence_parallel_degree=2,
         activation_checkpoint__mode="none",
     ),
+    case(
+        "small, P 2, bf16, LoRA",
+        2,
+        training__seq_len=4096,
+        training__param_dtype="bfloat16",
+        parallelism__sequence_parallel_degree=2,
+        memory__mlp_tile_tokens=300,
+        memory__loss_tile_tokens=100,
+        lora__rank=4,
+    ),
 ]
 
 BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
@@ -190,6 +200,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     from titan_ulysses.memory.optimizer import build_optimizer
     from titan_ulysses.mesh import build_mesh
     from titan_ulysses.model import hf
+    from titan_ulysses.model.lora import initialize_adapters
     from titan_ulysses.step import train_step
 
     config, model_config, degrees, core = resolve(case)
@@ -197,6 +208,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     model, _ = build_model(config, model_config, mesh, core)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
+    initialize_adapters(model, seed=0)
     optimizer = build_optimizer(model.parameters(), config.optimizer)
     rows, tokens = config.training.local_batch_size, config.training.seq_len // degrees.sequence
 

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from titan_ulysses.data.packing import Sequences
 
 
-def open_sequences(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequences, Sequences | None]:
-    """The training stream and, where validation is enabled, the held-out one.
+def open_sequences(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, trains: bool = True
+) -> tuple[Sequences | None, Sequences | None]:
+    """The training stream, unless nothing `trains`, and, where validation is enabled, the held-out one.
 
     Both are shuffled by documents, the held-out one always alike: the first few sequences of it, which a validation
     reads, are then a sample of all of it. Held-out data is read as [data] says, or taken from each source.
     """
     data, validation = config.data, config.validation
     apart = validation.enable and bool(validation.path or validation.split)  # given, not taken from the training data
-    if not data.mixture:
+    if apart and not trains:
+        training = None
+    elif not data.mixture:
         training, held_out = _open(config, tokenizer, data, "data.path", splits=validation.enable and not apart)
     else:
         training, held_out = _open_mixture(config, tokenizer, splits=validation.enable and not apart)
@@ -34,7 +38,7 @@ def open_sequences(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[
         setting = "validation.path" if validation.path else "validation.split: data.path"
         corpus, notes = _read(config, tokenizer, data.model_copy(update=changes), setting)
         held_out = _pack(config, corpus, setting, seed=0, notes=notes)
-    return training, held_out
+    return training if trains else None, held_out
 
 
 def _open_mixture(

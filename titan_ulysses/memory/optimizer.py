@@ -275,6 +275,18 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return dict(total.most_common())
 
 
+def expected_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the state of all ranks together, replicas counted once, that there will be after the first step."""
+    bits = getattr(optimizer, "bits", 32)
+    total = 0.0
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        each = float(torch.promote_types(p.dtype, torch.float32).itemsize)
+        if is_quantized(_largest_shard(p), bits):
+            each = bits / 8 + 4 / _BLOCK_SIZES[bits]  # and a scale in fp32 for each block
+        total += len(_MOMENTS) * each * p.numel()
+    return int(total)
+
+
 @torch.no_grad()
 def describe_state(optimizer: torch.optim.Optimizer) -> str:
     """A line on the state of this rank: bytes a parameter, by dtype, where. After the first step."""

@@ -97,6 +97,12 @@ def check_family(config: PreTrainedConfig) -> None:
             f'model: "{config.model_type}" is multi-modal, of which this version trains no part. Save its text part as '
             "a model of its own, if transformers has one for it (gemma3_text, llama4_text), and train that."
         )
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(
+            f'model: the weights are quantized ("{getattr(method, "value", method)}", by quantization_config of '
+            "config.json), and cannot be trained so. Take the model in bf16, or save it dequantized by transformers."
+        )
     needs = []
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if others:

@@ -18,8 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import one_line
-
-_WRAPPER_PREFIX = "_checkpoint_wrapped_module."
+from titan_ulysses.model.names import is_adapter, plain
 
 
 def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
@@ -74,7 +73,16 @@ def class_name(model: PreTrainedModel) -> str:
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Each parameter once (tied ones by their first name), under the names of the unwrapped transformers model."""
     for name, parameter in model.named_parameters():
-        yield name.replace(_WRAPPER_PREFIX, ""), parameter
+        yield plain(name), parameter
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters (tied ones under each of their names) and persistent buffers, named as transformers knows them.
+
+    Without the adapters of lora.py.
+    """
+    state = model.state_dict(keep_vars=True)
+    return {plain(name): tensor for name, tensor in state.items() if not is_adapter(name)}
 
 
 def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload: bool = False) -> None:
@@ -96,7 +104,7 @@ def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload:
         for module in model.modules():
             if module._buffers:  # a scaled embedding has parameters too, which are not to be touched
                 shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
-                with _standing_in(module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}):
+                with standing_in(module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}):
                     model._init_weights(module)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -107,25 +115,26 @@ def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload:
 def initialize(model: PreTrainedModel, seed: int) -> None:
     """Fill the model with transformers' own random initialisation, drawn from (seed, module name), then sliced.
 
+    Without its adapters, if it has any (see lora.py).
     Every mesh, and every number of ranks, gets the same numbers. Needs the memory of the largest module at a time.
     """
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
         sharded = {k: p for k, p in module._parameters.items() if p is not None and p not in seen}
-        if not sharded:
+        if not sharded or is_adapter(f"{name}."):
             continue
         seen.update(sharded.values())
         whole = {k: torch.full(p.shape, torch.nan, dtype=p.dtype) for k, p in sharded.items()}
-        with torch.random.fork_rng(devices=[]), _standing_in(module, whole):
-            torch.manual_seed(_seed_of(seed, name.replace(_WRAPPER_PREFIX, "")))
+        with torch.random.fork_rng(devices=[]), standing_in(module, whole):
+            torch.manual_seed(seed_of(seed, plain(name)))
             model._init_weights(module)
         for key, parameter in sharded.items():
             assert not whole[key].isnan().any(), f"transformers does not initialise {name}.{key}"
-            _fill(parameter, whole[key])
+            fill(parameter, whole[key])
 
 
 @contextmanager
-def _standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Let tensors be module's own parameters for a while, so that transformers initialises them instead of shards."""
     own = {name: module._parameters[name] for name in tensors}
     module._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
@@ -135,11 +144,13 @@ def _standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None
         module._parameters.update(own)
 
 
-def _seed_of(seed: int, name: str) -> int:
+def seed_of(seed: int, name: str) -> int:
+    """A seed for what has this name: no other one's, and the same on every mesh."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _fill(parameter: Tensor, whole: Tensor) -> None:
+def fill(parameter: Tensor, whole: Tensor) -> None:
+    """Give a parameter, or this rank's shard of it, the values of whole."""
     if isinstance(parameter, DTensor):
         # src_data_rank=None: every rank has the whole tensor and cuts its own shard, without communication.
         shard = distribute_tensor(

@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedConfig
 
+from titan_ulysses.build import load_model_config
 from titan_ulysses.checks import MeshDegrees, check
 from titan_ulysses.config import Config
 from titan_ulysses.errors import UserError
 from titan_ulysses.metrics import attention_flops, flops_per_token
-from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.plan.cost import Links, Offloaded, Time, step_time
 from titan_ulysses.plan.hardware import GIB, GPU, Reserve, cuda_workspace, gpu_named, pinned, reserves
@@ -55,7 +55,7 @@ def set_up(config: Config) -> Setup:
     """UserError for what cannot be planned."""
     plan = config.plan
     gpu = gpu_named(plan.gpu)
-    model_config = hf.load_model_config(config.model.path, config.model.config)
+    model_config = load_model_config(config)
     check_family(model_config)
     known = [abs(d) for d in config.parallelism.model_dump().values()]
     world_size = plan.world_size or known[0] * known[1] * known[2]
@@ -169,6 +169,8 @@ def make_plan(setup: Setup) -> Plan:
     core, notes = _core(setup)
     if config.compile.enable:
         notes.append("compile.enable: what is compiled is planned as it runs uncompiled, which needs no less memory")
+    if config.model.resize_embeddings:
+        notes.append("model.resize_embeddings: planned with the vocabulary that the model has")
     if config.quantize.float8:
         notes.append("quantize.float8: float8 products are planned as they are in fake tensors; their speed is not")
     simulation = simulate(

@@ -96,12 +96,17 @@ class Preflight:
             f"GPU, {self.plan['host_peak_gib']:.1f} GiB of host memory a node. `train.py --plan` says what helps."
         )
 
+    @property
+    def planned_gib(self) -> float | None:
+        """The planned peak of tensors on the GPU; None where there is no plan, or no GPU whose allocator could tell."""
+        return self.plan["gpu_tensors_gib"] if self.plan is not None and self.cuda else None
+
     def measured(self, peak_gib: float) -> str | None:
         """Once: the measured peak of tensors on the GPU next to the planned one."""
-        if self.plan is None or not self.cuda or self._told:
+        planned = self.planned_gib
+        if planned is None or self._told:
             return None
         self._told = True
-        planned = self.plan["gpu_tensors_gib"]
         off = peak_gib / planned - 1
         return f"plan: {planned:.2f} GiB of tensors planned, {peak_gib:.2f} GiB measured ({off:+.1%})"
 
@@ -134,8 +139,8 @@ def main() -> None:
     """Read a request from the standard input, print the plan as a line of JSON."""
     import torch
 
+    from titan_ulysses.build import load_model_config
     from titan_ulysses.checks import check
-    from titan_ulysses.model import hf
     from titan_ulysses.model.families import attention_needs
     from titan_ulysses.plan.hardware import GPUS
     from titan_ulysses.plan.planner import Setup, make_plan
@@ -145,7 +150,7 @@ def main() -> None:
 
     request = json.loads(sys.stdin.read())
     config = Config.model_validate(request["config"])
-    model_config = hf.load_model_config(config.model.path, config.model.config)
+    model_config = load_model_config(config)
     degrees = check(config, world_size=request["world_size"], model_config=model_config, num_token_ids=0)
     if request["gpu_memory"] is not None:
         gpu = next((g for g in GPUS.values() if g.name.split("-")[0] in request["gpu"]), GPUS["H100-80GB"])

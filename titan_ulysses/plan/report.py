@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from titan_ulysses.config import Config
+from titan_ulysses.pictures import has_matplotlib
 from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.hardware import GIB
 from titan_ulysses.plan.planner import Plan, check_idle, make_plan, set_up
@@ -232,11 +233,8 @@ def _found_json(one: Found) -> dict[str, Any]:
 
 def _draw(plan: Plan, steps: list[Found], folder: Path) -> str:
     """The pictures, and what to say of them."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not has_matplotlib():
         return " (no pictures: pip install matplotlib)"
-    matplotlib.use("Agg")
     from titan_ulysses.plan import plots
 
     plots.timeline(plan, folder / "plan_memory.png", COMPONENTS)

@@ -115,7 +115,8 @@ def simulate(
 def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """A step of the optimizer alone: what follows then has the optimizer's state, as every step but a run's first."""
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
 

@@ -1,0 +1,168 @@
+"""Pictures of one run or several: loss, memory, speed, and where in a document the loss falls.
+
+    python scripts/plot.py outputs/quickstart
+    python scripts/plot.py outputs/short outputs/long --output pictures
+
+Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run validated,
+positions.png to --output (plots/ in the first folder). Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from titan_ulysses.errors import UserError
+from titan_ulysses.failure import told_once
+from titan_ulysses.pictures import COLORS, has_matplotlib, picture
+
+Lines = list[dict[str, Any]]
+_SMOOTHED = 100
+"""Points from which on a curve is shown with its running mean, over a fiftieth of it."""
+
+
+def read_runs(folders: list[Path]) -> dict[str, Lines]:
+    """The lines of each run's metrics.jsonl by the run's name. UserError where there are none."""
+    runs: dict[str, Lines] = {}
+    for folder in folders:
+        try:
+            text = (folder / "metrics.jsonl").read_text()
+        except OSError as error:
+            raise UserError(
+                f"{folder}/metrics.jsonl: {error.strerror}. Give the folder of a run, <job.dump_folder>/<job.name>."
+            ) from error
+        whole = text[: text.rfind("\n") + 1]  # of a run that goes on
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not lines:
+            raise UserError(f"{folder}/metrics.jsonl is empty: the run has logged nothing yet.")
+        name = folder.resolve().name
+        runs[str(folder) if name in runs else name] = lines
+    return runs
+
+
+def values(lines: Lines, key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the lines that have one."""
+    found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def colored(runs: dict[str, Lines]) -> Iterator[tuple[str, Lines, str]]:
+    for number, (name, lines) in enumerate(runs.items()):
+        yield name, lines, COLORS[number % len(COLORS)]
+
+
+def curve(axes: Any, steps: list[int], found: list[float], *, label: str, color: str) -> None:
+    """Values over steps; where there are many, pale, and their running mean."""
+    marker = {"marker": "."} if len(steps) < 30 else {}
+    if len(steps) < _SMOOTHED:
+        axes.plot(steps, found, color=color, label=label, **marker)
+        return
+    import numpy as np
+
+    width = len(steps) // 50
+    mean = np.convolve(found, np.ones(width) / width, mode="valid")
+    axes.plot(steps, found, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps[width // 2 :][: len(mean)], mean, color=color, label=label)
+
+
+def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = "optimizer step") -> None:
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles and not figure.legends:  # below the axes: there it covers nothing
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
+
+
+def draw_loss(runs: dict[str, Lines], path: Path) -> None:
+    with picture(path, size=(9, 5)) as (figure, axes):
+        for name, lines, color in colored(runs):
+            curve(axes, *values(lines, "loss"), label=f"{name}: training", color=color)
+            steps, losses = values(lines, "validation_loss")
+            if steps:
+                axes.plot(steps, losses, "o--", color=color, markerfacecolor="white", label=f"{name}: validation")
+        finish(figure, axes, ylabel="loss, nats a token")
+
+
+def draw_memory(runs: dict[str, Lines], path: Path) -> None:
+    with picture(path, size=(9, 4.5)) as (figure, axes):
+        for name, lines, color in colored(runs):
+            axes.plot(*values(lines, "peak_memory_gib"), color=color, label=f"{name}: measured")
+            steps, planned = values(lines, "planned_memory_gib")
+            if steps:
+                axes.plot(steps, planned, ":", color=color, label=f"{name}: planned")
+        axes.set_ylim(0, None)
+        finish(figure, axes, ylabel="peak memory of a rank so far, GiB")
+
+
+def draw_speed(runs: dict[str, Lines], path: Path) -> None:
+    with picture(path, size=(9, 7), panels=(2, 1)) as (figure, panels):
+        keys = {"tokens_per_second": "tokens a second, all ranks", "step_seconds": "seconds a step"}
+        for axes, (key, label) in zip(panels, keys.items(), strict=True):
+            for name, lines, color in colored(runs):
+                curve(axes, *values(lines, key), label=name, color=color)
+            axes.set_ylim(0, None)
+            finish(figure, axes, ylabel=label)
+
+
+def draw_positions(runs: dict[str, Lines], path: Path) -> None:
+    """The first validation of each run dashed, the last one solid."""
+    import numpy as np
+
+    firsts = sorted({first for lines in runs.values() for line in validations(lines) for first, *_ in ranges_of(line)})
+    places = {first: place for place, first in enumerate(firsts)}
+    with picture(path, size=(9, 5)) as (figure, axes):
+        for name, lines, color in colored(runs):
+            for line in [*validations(lines)[:1], *validations(lines)[1:][-1:]]:
+                style, face = ("o--", "white") if line is validations(lines)[0] else ("o-", color)
+                x, losses = zip(*((places[first], loss) for first, loss, _ in ranges_of(line)), strict=True)
+                axes.plot(x, losses, style, color=color, markerfacecolor=face, label=f"{name}: step {line['step']}")
+        axes.set_xticks(range(len(firsts)), [f"{first:,}" for first in firsts], rotation=45 if len(firsts) > 12 else 0)
+        right = axes.secondary_yaxis("right", functions=(np.exp, lambda x: np.log(np.maximum(x, 1e-9))))
+        right.set_ylabel("perplexity")
+        ticks = round_between(*np.exp(axes.get_ylim()))
+        right.set_yticks(ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
+        finish(figure, axes, ylabel="validation loss, nats a token", xlabel="position in the document, from ... on")
+
+
+def round_between(low: float, high: float) -> list[float]:
+    """A few round numbers between two perplexities, for a logarithmic axis."""
+    for leading in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+        found = [digit * 10.0**power for power in range(7) for digit in leading if low < digit * 10.0**power < high]
+        if len(found) > 2:
+            return found
+    return [low + (high - low) * share for share in (0.2, 0.5, 0.8)]
+
+
+def validations(lines: Lines) -> Lines:
+    return [line for line in lines if line.get("validation_by_position")]
+
+
+def ranges_of(line: dict[str, Any]) -> list[tuple[int, float, int]]:
+    """(first position, loss, labels) of each range."""
+    return line["validation_by_position"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: plots/ in the first RUN")
+    arguments = parser.parse_args(argv)
+    if not has_matplotlib():
+        raise UserError("scripts/plot.py needs matplotlib: pip install matplotlib")
+    runs = read_runs(arguments.runs)
+    output = arguments.output or arguments.runs[0] / "plots"
+    pictures = {"loss": draw_loss, "memory": draw_memory, "speed": draw_speed, "positions": draw_positions}
+    if not any(map(validations, runs.values())):
+        del pictures["positions"]
+    for name, draw in pictures.items():
+        draw(runs, output / f"{name}.png")
+        print(output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    with told_once():
+        main()

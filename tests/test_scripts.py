@@ -1,0 +1,172 @@
+"""scripts/eval_needle.py against plain transformers; scripts/plot.py."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import eval_needle  # noqa: E402
+import plot  # noqa: E402
+
+from models import LLAMA  # noqa: E402
+from ranks import run_on_ranks  # noqa: E402
+from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
+from titan_ulysses.errors import UserError  # noqa: E402
+
+TOKENIZER = load_tokenizer("bytes")
+
+# --- the needle map ---------------------------------------------------------------------------------------------------
+
+TEXT = [*("the quick brown fox jumps over the lazy dog. " * 20).encode()]
+
+
+def trial(**changes: Any) -> eval_needle.Trial:
+    return eval_needle.make_trial(
+        TOKENIZER, TEXT, **{"length": 200, "depth": 0.5, "candidates": 8, "seed": "0 200 1"} | changes
+    )
+
+
+def test_a_trial() -> None:
+    """All of it has the length that was asked for; the needle stands at its depth; only one code is in the text."""
+    made = {depth: trial(depth=depth) for depth in (0, 0.25, 0.5, 1)}
+    texts = {depth: bytes(one.prompt).decode() for depth, one in made.items()}
+    key = texts[0].removesuffix(" is").rpartition(" ")[2]
+    code, *others = (bytes(one).decode() for one in made[0].codes)
+    needle = f"\nThe secret code of {key} is{code}.\n"
+    for depth, text in texts.items():
+        assert len(text) + len(code) == 200 and text.endswith(f"\nThe secret code of {key} is")
+        before, found, after = text.partition(needle)
+        room = len(before) + len(after) - len(f"\nThe secret code of {key} is")
+        assert found and len(before) == round(depth * room)
+        assert text.count(code) == 1 and not any(other in text for other in others)
+    assert len({code, *others}) == 8 and made[0].codes == made[1].codes  # of one seed, at every depth
+    assert trial() == made[0.5] and trial(seed="0 200 2").codes != made[0.5].codes
+
+
+def test_trials_that_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"--lengths 60: needle and question alone are \d+ tokens"):
+        trial(length=60)
+    with pytest.raises(UserError, match="--lengths 2000: --text has 900 tokens only"):
+        trial(length=2000)
+
+
+def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is as probable as another does not count as found."""
+    scores = {100: [-1.0, -2.0, -3.0, -4.0, -3.0, -9.0], 150: [-5.0, -5.0, -6.0, float("nan"), -1.0, -2.0]}
+    monkeypatch.setattr(eval_needle, "code_scores", lambda *_, length: scores[length])
+    options = SimpleNamespace(lengths=[100, 150], depths=[0.0], candidates=3, trials=2, seed=0)
+    one, two = eval_needle.find_needles(None, None, TOKENIZER, TEXT, options)
+    assert (one.length, one.accuracy, one.log_probability) == (100, 0.5, pytest.approx(-2.5 / 6))  # " 12345": 6 bytes
+    assert two.accuracy == 0
+
+
+def tiny_model(folder: Path) -> Any:
+    table = LLAMA | {"vocab_size": 257, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**table), dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return model
+
+
+ARGUMENTS = ["--lengths", "120", "101", "--depths", "0", "1", "--trials", "2", "--candidates", "3", "--seed", "5"]
+
+
+def needle_main(arguments: list[str]) -> str | None:
+    """What is wrong, if anything."""
+    try:
+        return eval_needle.main(arguments)
+    except UserError as error:
+        return str(error)
+
+
+def test_the_map_is_that_of_plain_transformers(tmp_path: Path) -> None:
+    """Two ranks, of which the second has the question and a padded end."""
+    model, text, output = tiny_model(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
+    text.write_bytes(bytes(TEXT))
+    arguments = [str(tmp_path / "model"), *ARGUMENTS, "--text", str(text), "--output", str(output)]
+    assert run_on_ranks(2, needle_main, arguments) == [None, None]
+    found = json.loads((output / "needle.json").read_text())
+    assert found["chance"] == pytest.approx(1 / 3) and found["lengths"] == [101, 120]
+    cells = iter(found["cells"])
+    for length in (101, 120):
+        for depth in (0, 1):
+            trials = [trial(length=length, depth=depth, candidates=3, seed=f"5 {length} {n}") for n in range(2)]
+            sums = [[log_probability(model, one.prompt, code) for code in one.codes] for one in trials]
+            cell = next(cells)
+            assert (cell["length"], cell["depth"]) == (length, depth)
+            assert cell["accuracy"] == sum(max(row) == row[0] for row in sums) / 2
+            assert cell["log_probability"] == pytest.approx(sum(row[0] for row in sums) / 2 / 6, rel=1e-5)
+    assert (output / "needle.png").exists() == eval_needle.has_matplotlib()
+    for message in run_on_ranks(2, needle_main, [*arguments, "--lengths", "257"]):
+        assert message.startswith("--lengths 257 is longer than the model's max_position_embeddings = 256")
+
+
+@torch.no_grad()
+def log_probability(model: Any, prompt: list[int], code: list[int]) -> float:
+    logits = model(input_ids=torch.tensor([[*prompt, *code]])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(code)[:, None]).sum().item()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def write_metrics(folder: Path, *, steps: int, positions: bool = True, planned: float | None = None) -> Path:
+    folder.mkdir()
+    draw, lines = random.Random(0), []
+    for step in range(steps + 1):
+        if step in (0, steps) and positions:
+            ranges = [(first, 5 - step / steps - first / 50, 10) for first in (0, 1, 2, 4, 8)]
+            lines.append({"step": step, "validation_loss": 5 - step / steps, "validation_by_position": ranges})
+        if step:
+            values = {"loss": 5 - step / steps + draw.random(), "tokens_per_second": 100.0, "step_seconds": 0.1}
+            lines.append({"step": step, **values, "peak_memory_gib": 0.5 + steps, "planned_memory_gib": planned})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
+    return folder
+
+
+def test_pictures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    long = write_metrics(tmp_path / "long", steps=300, planned=1.4)
+    short = write_metrics(tmp_path / "short", steps=3, positions=False)
+    plot.main([str(short)])
+    assert sorted(file.name for file in (short / "plots").iterdir()) == ["loss.png", "memory.png", "speed.png"]
+    plot.main([str(short), str(long), "--output", str(tmp_path / "pictures")])
+    names = ["loss.png", "memory.png", "positions.png", "speed.png"]
+    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == names
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 4
+    for file in (tmp_path / "pictures").iterdir():
+        pixels = image.imread(file)[..., :3]
+        for color in plot.COLORS[:2] if file.name != "positions.png" else plot.COLORS[1:2]:  # a line of each run
+            wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            drawn = ((torch.tensor(pixels) - wanted).abs().amax(-1) < 0.02).sum().item()
+            assert drawn > 20, (file, color, drawn)
+
+
+def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="metrics.jsonl is empty: the run has logged nothing yet"):
+        plot.read_runs([tmp_path])
+    with pytest.raises(UserError, match="nowhere/metrics.jsonl: No such file or directory. Give the folder of a run"):
+        plot.read_runs([tmp_path / "nowhere"])
+    monkeypatch.setattr(plot, "has_matplotlib", lambda: False)
+    with pytest.raises(UserError, match="needs matplotlib: pip install matplotlib"):
+        plot.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(2, 2000, [10, 100, 1000]), (2, 60, [3, 10, 30]), (4, 25, [5, 10, 20]), (6.5, 7.5, [6.7, 7.0, 7.3])],
+)
+def test_round_perplexities(low: float, high: float, ticks: list[float]) -> None:
+    assert plot.round_between(low, high) == pytest.approx(ticks)

@@ -1,0 +1,68 @@
+"""Embeddings and heads that grow by rows for tokens that the model does not know yet."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from titan_ulysses.model import hf
+
+if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def grow_vocabulary(config: PreTrainedConfig, *, num_token_ids: int, multiple: int) -> int:
+    """Let config's vocabulary hold num_token_ids, in place, rounded up to a multiple; returns by how much it grows.
+
+    It never shrinks: 0 where it holds them already.
+    """
+    before = config.vocab_size
+    if num_token_ids > before:
+        config.vocab_size = -(-num_token_ids // multiple) * multiple
+    return config.vocab_size - before
+
+
+def token_parameters(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters that have a row a token: embedding and head, once where they are tied."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = {embedding.weight, head.weight, head.bias} - {None}
+    return {name for name, p in hf.named_parameters(model) if p in own}
+
+
+@torch.no_grad()
+def fill_new_rows(model: PreTrainedModel, known: dict[str, int], seed: int) -> None:
+    """Fill what lies beyond the first known[name] rows of these parameters as `resize_token_embeddings` does.
+
+    That is near the mean of the known rows (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), by transformers'
+    own code, drawn from (seed, name): the same numbers on every mesh. Collective; needs the memory of three such
+    parameters in fp32.
+    """
+    for name, parameter in hf.named_parameters(model):
+        if (rows := known.get(name, len(parameter))) == len(parameter):
+            continue
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.clone()
+        new = whole[rows:]
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(hf.seed_of(seed, name))
+                new.copy_(_drawn(model, whole[:rows].cpu(), len(new)))
+        if dist.is_initialized():  # not computed twice: another kind of CPU might round otherwise
+            dist.broadcast(new, src=0)
+        hf.fill(parameter, whole)
+
+
+def _drawn(model: PreTrainedModel, known: Tensor, added: int) -> Tensor:
+    """As many new rows as are added to those that are known."""
+    new = SimpleNamespace(weight=SimpleNamespace(data=known.new_empty(added, *known.shape[1:])))
+    if known.dim() == 1:
+        new.bias = new.weight
+        model._init_added_lm_head_bias_with_mean(SimpleNamespace(bias=SimpleNamespace(data=known)), new, added)
+    else:
+        old = SimpleNamespace(weight=SimpleNamespace(data=known, dtype=known.dtype))
+        model._init_added_embeddings_weights_with_mean(old, new, len(known), added)
+    return new.weight.data

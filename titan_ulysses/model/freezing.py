@@ -1,0 +1,57 @@
+"""Parameters that are not trained: which, and how they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_ulysses.errors import UserError
+from titan_ulysses.model.names import matching, plain
+from titan_ulysses.toml import to_toml
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters whose names a pattern matches, before sharding. Tied ones go by any of their names.
+
+    UserError where a pattern matches nothing, or nothing is left to train.
+    """
+    named = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    for name in matching(patterns, named, setting="model.freeze", what="parameter"):
+        named[name].requires_grad_(False)
+    if not any(p.requires_grad for p in named.values()):
+        raise UserError(f"model.freeze = {to_toml(list(patterns))} freezes every parameter: leave some to train.")
+
+
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store frozen parameters in dtype, that of the computation: there is no update whose sum would need more."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> int:
+    """Of the frozen parameters, by their bits: the same on every mesh; 0 where nothing is frozen. Collective."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not frozen:
+        return 0
+    total = torch.stack(
+        [bits(p.to_local() if isinstance(p, DTensor) else p).sum(dtype=torch.int64) for p in frozen]
+    ).sum()
+    first = frozen[0]  # all are sharded alike
+    if isinstance(first, DTensor):
+        total = total.to(first.device_mesh.device_type)
+        for dimension, placement in enumerate(first.placements):
+            if placement.is_shard():
+                dist.all_reduce(total, group=first.device_mesh.get_group(dimension))
+    return total.item()
+
+
+def bits(x: Tensor) -> Tensor:
+    """x's bits as integers, whose sum is exact: it does not depend on the order of summation, or on threads."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return x.detach().view(integers[x.element_size()])

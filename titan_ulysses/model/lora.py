@@ -1,0 +1,125 @@
+"""LoRA (arXiv 2106.09685) through peft: adapters beside the linear layers of a model whose own parameters are frozen.
+
+peft's modules do the computing and its folder format is what is saved. What is ours is when and where numbers are
+made: adapters are built on meta and sharded with the layers they belong to, and filled from (seed, name).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from titan_ulysses.ao import quietly
+from titan_ulysses.config import LoRA
+from titan_ulysses.errors import UserError
+from titan_ulysses.failure import one_line
+from titan_ulysses.model import hf
+from titan_ulysses.model.names import matching, plain
+
+if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""peft's name of a model's only adapter."""
+
+
+def check_lora(settings: LoRA) -> None:
+    """UserError where peft is not installed. Needs no model."""
+    if settings.rank and importlib.util.find_spec("peft") is None:
+        raise UserError(f"lora.rank = {settings.rank} needs peft, which is not installed: pip install peft")
+
+
+def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
+    """Give linear layers an adapter each and freeze all else, in place and before sharding; returns how many got one.
+
+    settings.target_modules are names or patterns (see `names.matching`); without any, all linear layers except the
+    head, which is peft's "all-linear"; but the experts of a mixture, which are no layers of their own, get none. What
+    a layer computes is then W x + (alpha / rank) B A dropout(x), with A [rank, in] and B [out, rank] of W's dtype.
+    UserError for a pattern that matches no linear layer.
+    """
+    with quietly():  # peft imports torchao wherever it is installed
+        from peft import LoraConfig, inject_adapter_in_model
+
+    head = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    if not linear:
+        raise UserError(f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for adapters.')
+    targets: Iterable[str] = linear
+    if settings.target_modules:
+        setting, what = "lora.target_modules", "linear layer that can have an adapter"
+        targets = matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM",
+    )
+    with quietly(), torch.device(next(model.parameters()).device):
+        try:
+            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: peft refuses them: {one_line(error)}") from error
+    if other := sorted({name for name, _ in _adapted_layers(model)} ^ set(targets)):
+        # By their names it takes shared experts and dense MLPs of some mixtures for the experts.
+        raise UserError(
+            f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a part of a mixture of '
+            "experts, which cannot be sharded. Name other layers, as in lora.target_modules = "
+            '["q_proj", "k_proj", "v_proj", "o_proj"].'
+        )
+    for _, layer in _adapted_layers(model):
+        for part in (layer.lora_A, layer.lora_B):
+            part.to(layer.base_layer.weight.dtype)
+    return len(targets)
+
+
+@torch.no_grad()
+def initialize_adapters(model: nn.Module, seed: int) -> None:
+    """Fill the adapters, if any, as peft does: A uniform (Kaiming), B zero; drawn from (seed, name), then sliced."""
+    for name, layer in _adapted_layers(model):
+        a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        whole = {m: torch.empty(m.weight.shape, dtype=m.weight.dtype) for m in (a, b)}
+        with (
+            torch.random.fork_rng(devices=[]),
+            hf.standing_in(a, {"weight": whole[a]}),
+            hf.standing_in(b, {"weight": whole[b]}),
+        ):
+            torch.manual_seed(hf.seed_of(seed, f"{name}.lora"))
+            layer.reset_lora_parameters(ADAPTER, True)
+        for module, values in whole.items():
+            hf.fill(module.weight, values)
+
+
+class Delta(NamedTuple):
+    """What an adapter adds to a weight: scale * b @ a."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the merged weight: that of the adapter, or fp32."""
+        return torch.promote_types(self.b.dtype, torch.float32)
+
+    def added_to(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The merged weight; all of them gathered."""
+        return weight.to(self.dtype) + self.scale * (b.to(self.dtype) @ a.to(self.dtype))
+
+
+def deltas(model: nn.Module) -> dict[str, Delta]:
+    """Of each weight that has an adapter, by the weight's plain name."""
+    return {
+        f"{name}.weight": Delta(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
+        for name, layer in _adapted_layers(model)
+    }
+
+
+def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            yield plain(name), module
