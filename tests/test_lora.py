@@ -362,6 +362,8 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     check_lora(LoRA())
     with pytest.raises(UserError, match="lora.rank = 3 needs peft, which is not installed: pip install peft"):
         check_lora(SETTINGS)
+    with pytest.raises(UserError, match="pip install peft"):  # also where a run is only planned
+        targets()
 
 
 @pytest.mark.parametrize(
