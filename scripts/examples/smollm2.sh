@@ -4,7 +4,7 @@
 # Stops where a number is not what it should be.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-source scripts/env.sh plot,peft
+source scripts/env.sh plot,lora
 source scripts/examples/smollm2_prepare.sh
 
 train() { NPROC=$1 bash scripts/train.sh scripts/examples/smollm2.toml --parallelism.sequence_parallel_degree "$@"; }

@@ -3,7 +3,7 @@
 #   bash scripts/examples/smollm2_lora.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-source scripts/env.sh plot,peft
+source scripts/env.sh plot,lora
 source scripts/examples/smollm2_prepare.sh
 
 NPROC=2 bash scripts/train.sh scripts/examples/smollm2_lora.toml "$@"
