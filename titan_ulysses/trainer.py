@@ -8,17 +8,16 @@ import math
 import os
 import shutil
 import signal
-import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from rich import markup
 from rich.console import Console
 
-from titan_ulysses.begin import base_of, check_beginning, describe_beginning, initialize
+from titan_ulysses import announce
+from titan_ulysses.begin import base_of, check_beginning, initialize
 from titan_ulysses.build import build_model, load_model_config
 from titan_ulysses.checkpoint import Checkpointer, saved_bytes
 from titan_ulysses.checks import check
@@ -31,21 +30,18 @@ from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
 from titan_ulysses.evaluation import Evaluation, evaluate
 from titan_ulysses.failure import first_failure
-from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.memory.optimizer import (
     build_optimizer,
     check_optimizer,
     describe_state,
     expected_bytes,
-    missing_compiler,
 )
 from titan_ulysses.memory.quantize import check_float8
 from titan_ulysses.mesh import build_mesh, init_distributed
 from titan_ulysses.metrics import (
     MetricsLogger,
     attention_flops,
-    describe_parameters,
     describe_validation,
     flops_per_token,
     peak_flops,
@@ -60,7 +56,6 @@ from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.profiling import check_profiling, profiled
 from titan_ulysses.step import Step, learning_rate, train_step
 from titan_ulysses.ulysses.cores import choose_core
-from titan_ulysses.ulysses.heads import idle_ranks
 from titan_ulysses.wandb_run import WandbRun, check_wandb
 
 if TYPE_CHECKING:
@@ -135,7 +130,7 @@ class Trainer:
         self._check_plan()
         if trains:
             self._open_folder()  # only now: a refused command must not replace the config of the run that is there
-        self._describe()
+        announce.begin(self)
 
     # --- setup --------------------------------------------------------------------------------------------------------
 
@@ -257,48 +252,6 @@ class Trainer:
         if obstacle := first_failure(obstacle or disk.obstacle()):
             raise UserError(obstacle)
 
-    def _describe(self) -> None:
-        d, t, mesh = self.degrees, self.config.training, self.mesh
-        beginning = describe_beginning(self.config, self.step) if self.loader else ""
-        self.console.print(
-            f"[bold]{markup.escape(self.config.job.name)}[/]: {hf.class_name(self.model)}, "
-            f"{describe_parameters(self.model)}\n"
-            f"data: {markup.escape((self.loader or self.validation_loader).sequences.describe())}\n"
-            f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
-            f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
-            f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(self.core_reason)}"
-            + self._idle_ranks()
-            + self._memory_notes()
-            + (f"\n{markup.escape(beginning)}" if beginning else "")
-            + "".join(f"\n{markup.escape(line)}" for line in self.plan_lines),
-            highlight=False,
-            soft_wrap=not self.console.is_terminal,
-        )
-
-    def _idle_ranks(self) -> str:
-        degree = self.degrees.sequence
-        idle = idle_ranks(getattr(self.model.config, "num_attention_heads", degree), degree)
-        return f"\n[bold]{idle}[/]" if idle else ""
-
-    def _memory_notes(self) -> str:
-        """What was chosen for the user, or changes nothing."""
-        memory, tokens, lines = self.config.memory, self.batch_tokens, []
-        if memory.mlp_tile_tokens > tokens:
-            tile = memory.mlp_tile_tokens
-            lines.append(f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one tile")
-        if self.mesh.device.type == "cuda":
-            lines.append(describe_allocator())
-        if self.float8_layers:
-            lines.append(f"float8: {self.float8_layers} linear layers")
-        if self.mesh.device.type == "cpu":
-            on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
-            lines += [f"memory.{name} changes nothing: the device is the CPU, all is in host memory" for name in on]
-        elif memory.parameter_offload and memory.optimizer_offload:
-            lines.append("memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it")
-        if getattr(self.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
-            lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
-        return "".join(f"\n{line}" for line in lines)
-
     # --- validation alone ---------------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
@@ -355,7 +308,7 @@ class Trainer:
                 base = base_of(config)
                 weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
-        self._say_where_everything_is()
+        self._say(announce.end(self))
 
     def _start_wandb(self) -> WandbRun | None:
         if not self.config.metrics.enable_wandb:
@@ -481,24 +434,5 @@ class Trainer:
     def _is_exported(self) -> bool:
         return not self.config.checkpoint.export or weights.exported_step(self.folder / "export") == self.step
 
-    def _say_where_everything_is(self) -> None:
-        lines = [f"Done: {self.step} steps. In {self.folder}:", "  config.toml, metrics.jsonl, tensorboard/"]
-        if self.config.checkpoint.enable:
-            newest = f"{self.config.checkpoint.folder}/step-{self.step}"
-            lines.append(f"  {newest}  from which the same command goes on with a larger training.steps")
-        if self.config.checkpoint.export:
-            lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
-            if self.config.lora.rank:
-                lines.append("  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this began with")
-        self._say("\n".join(lines))
-
     def _say(self, text: str) -> None:
-        """As it is: a path broken into lines cannot be copied, and brackets in it are no markup. What is too long for a
-        terminal goes on in another line after a word."""
-        if self.console.is_terminal:
-            text = "\n".join(map(self._between_words, text.splitlines()))
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    def _between_words(self, line: str) -> str:
-        whole = {"break_long_words": False, "break_on_hyphens": False}
-        return textwrap.fill(line, self.console.width, subsequent_indent="    ", **whole)
+        announce.say(self.console, text)
