@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +70,7 @@ def test_one_run_with_the_records_of_metrics_jsonl(tmp_path: Path) -> None:
     assert (started["project"], started["name"], started["resume"]) == ("titan_ulysses", "run", "allow")
     assert started["config"]["training"]["steps"] == 4 and started["dir"] == str(run)
     told = [{"step": call[1], **call[2]} for calls in (first, second) for call in calls if call[0] == "log"]
+    told = json.loads(json.dumps(told))
     assert told == [{name: value for name, value in line.items() if value is not None} for line in logged(run)]
     assert any("validation_loss" in values for values in told)
 
