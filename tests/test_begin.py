@@ -120,6 +120,25 @@ def test_weights_that_do_not_fit(config: Path) -> None:
     assert f"checkpoint.initial_load_path = {damaged}: the checkpoint is damaged (__1_0.distcp has 0 of" in message
 
 
+def test_longer_sequences_are_in_the_export(config: Path) -> None:
+    """A model of 128 positions goes on with 256."""
+    settings = begin_with(config, "first", "export") | {"training.seq_len": 256, "training.global_batch_size": 2}
+    message = refused(config, settings | {"model.rope_scaling": {"rope_type": "yarn", "factor": 1.5}})
+    assert message == (
+        "training.seq_len = 256 is longer than 192, which model.rope_scaling.factor = 1.5 makes of the model's 128: "
+        "set the factor to 2, or lower training.seq_len"
+    )
+    longer = run(config, "longer", settings | {"model.rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    exported = AutoModelForCausalLM.from_pretrained(longer / "export").config
+    assert exported.max_position_embeddings == 256
+    assert exported.rope_parameters == {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 128,
+    }
+
+
 # --- vocabularies -----------------------------------------------------------------------------------------------------
 
 TABLE = {"model_type": "llama", "vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}

@@ -219,8 +219,8 @@ def test_with_other_features() -> None:
 
 def test_the_plan_shrinks() -> None:
     whole, adapters = plan_of(training__seq_len=64), plan_of(training__seq_len=64, lora__rank=2)
-    for component in ("parameters", "optimizer state", "gradients"):
-        assert adapters.peak.components.get(component, 0) < 0.7 * whole.peak.components[component], component
+    for component, share in {"parameters": 0.7, "optimizer state": 0.2, "gradients": 0.2}.items():
+        assert adapters.peak.components.get(component, 0) < share * whole.peak.components[component], component
     assert adapters.gpu_bytes < whole.gpu_bytes
     assert adapters.simulation.cost.flops < whole.simulation.cost.flops
 
@@ -362,6 +362,8 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     check_lora(LoRA())
     with pytest.raises(UserError, match="lora.rank = 3 needs peft, which is not installed: pip install peft"):
         check_lora(SETTINGS)
+    with pytest.raises(UserError, match="pip install peft"):  # also where a run is only planned
+        targets()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ made: adapters are built on meta and sharded with the layers they belong to, and
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,30 +41,24 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     a layer computes is then W x + (alpha / rank) B A dropout(x), with A [rank, in] and B [out, rank] of W's dtype.
     UserError for a pattern that matches no linear layer.
     """
+    check_lora(settings)
+    targets = _targets(model, settings)
     with quietly():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
 
-    head = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    if not linear:
-        raise UserError(f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for adapters.')
-    targets: Iterable[str] = linear
-    if settings.target_modules:
-        setting, what = "lora.target_modules", "linear layer that can have an adapter"
-        targets = matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=sorted(targets),
-        task_type="CAUSAL_LM",
-    )
-    with quietly(), torch.device(next(model.parameters()).device):
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=sorted(targets),
+            task_type="CAUSAL_LM",
+        )
         try:
-            inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+            with torch.device(next(model.parameters()).device):
+                inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"lora.target_modules: peft refuses them: {one_line(error)}") from error
-    if other := sorted({name for name, _ in _adapted_layers(model)} ^ set(targets)):
+    if other := sorted({name for name, _ in _adapted_layers(model)} ^ targets):
         # By their names it takes shared experts and dense MLPs of some mixtures for the experts.
         raise UserError(
             f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a part of a mixture of '
@@ -75,6 +69,18 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         for part in (layer.lora_A, layer.lora_B):
             part.to(layer.base_layer.weight.dtype)
     return len(targets)
+
+
+def _targets(model: PreTrainedModel, settings: LoRA) -> set[str]:
+    """The names of the layers that get an adapter."""
+    head = model.get_output_embeddings()
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    if not linear:
+        raise UserError(f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for adapters.')
+    if not settings.target_modules:
+        return set(linear)
+    setting, what = "lora.target_modules", "linear layer that can have an adapter"
+    return matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
 
 
 @torch.no_grad()
