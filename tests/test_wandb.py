@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ class StandIn(ModuleType):
 
     def __init__(self, fails: str):
         super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)  # other packages ask whether there is one
         self.fails, self.calls = fails, []
 
     def _note(self, call: str, *details: Any) -> None:

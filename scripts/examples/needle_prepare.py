@@ -2,9 +2,9 @@
 
     python scripts/examples/needle_prepare.py FOLDER
 
-Writes FOLDER/<tokens>/train.jsonl and held_out.jsonl for sequences of 256 and 1024 bytes. A line's prompt is text of
-Python's standard library in which one, two or four codes stand anywhere; its completion, which alone is trained on,
-asks for all of them in any order, in the words of eval_needle.
+Writes FOLDER/<tokens>/train.jsonl and held_out.jsonl for sequences of 128 and 1024 bytes. A line's prompt is text of
+Python's standard library in which codes stand anywhere; its completion, which alone is trained on, asks for some of
+them in any order, in the words of eval_needle.
 """
 
 import json
@@ -18,18 +18,19 @@ from eval_needle import ANSWER, NEEDLE, QUESTION, draw_codes, draw_key
 from titan_ulysses.config import expand_path
 from titan_ulysses.data.files import find_files
 
-LINES = {256: 24_000, 1024: 6_000}
+LINES = {128: 40_000, 1024: 6_000}
 HELD_OUT = 200
+_ASKED = QUESTION + ANSWER + "."
 
 
 def line(text: str, size: int, draw: random.Random) -> dict[str, str]:
     """A prompt and its completion, which with the end of the text are `size` bytes."""
-    count = draw.choice([1, 2, 4] if size > 256 else [1, 2])
-    keys = {draw_key(draw) for _ in range(count)}
-    codes = dict(zip(sorted(keys), draw_codes(draw, len(keys)), strict=True))
-    completion = "".join(
-        (QUESTION + ANSWER + ".").format(key=key, code=codes[key]) for key in draw.sample([*codes], len(codes))
-    )
+    needle, asked = (len(template.format(key="abcdef", code="12345")) for template in (NEEDLE, _ASKED))
+    count = draw.randint(1, min(4, (size - 1 - asked) // needle))
+    keys = sorted({draw_key(draw) for _ in range(count)})
+    codes = dict(zip(keys, draw_codes(draw, len(keys)), strict=True))
+    questions = draw.randint(1, min(8, (size - 1 - count * needle) // asked))
+    completion = "".join(_ASKED.format(key=key, code=codes[key]) for key in draw.choices(keys, k=questions))
     needles = [NEEDLE.format(key=key, code=code) for key, code in codes.items()]
     draw.shuffle(needles)
     room = size - 1 - len(completion) - sum(map(len, needles))
