@@ -10,10 +10,10 @@ DATA=outputs/needle-data
 $PYTHON scripts/examples/needle_prepare.py $DATA
 # Short sequences first, two at a time: the fact is near, and a step is quick.
 $LAUNCH train.py --config scripts/examples/needle.toml
-# Then sequences of which each rank has half.
-$LAUNCH train.py --config scripts/examples/needle.toml --job.name needle-1024 --model.config {} \
-  --model.path outputs/needle-256/export --data.path $DATA/1024/train.jsonl \
-  --validation.path $DATA/1024/held_out.jsonl --parallelism.sequence_parallel_degree 2 --training.seq_len 1024 \
-  --training.local_batch_size 8 --training.steps 120 --optimizer.lr 1e-3
-$LAUNCH scripts/eval_needle.py outputs/needle-1024/export --lengths 256 512 1024 --output outputs/needle-1024/needle
-$PYTHON scripts/plot.py outputs/needle-256 outputs/needle-1024 --output outputs/needle-1024/plots
+# Then sequences four times as long, of which each rank has half.
+$LAUNCH train.py --config scripts/examples/needle.toml --job.name needle-512 --model.config {} \
+  --model.path outputs/needle-128/export --data.path $DATA/512/train.jsonl --validation.path $DATA/512/held_out.jsonl \
+  --parallelism.sequence_parallel_degree 2 --training.seq_len 512 --training.steps 150 --optimizer.lr 2e-3 \
+  --lr_scheduler.warmup_steps 10 --lr_scheduler.decay_type cosine
+$LAUNCH scripts/eval_needle.py outputs/needle-512/export --lengths 128 256 512 1024 --output outputs/needle-512/needle
+$PYTHON scripts/plot.py outputs/needle-128 outputs/needle-512 --output outputs/needle-512/plots

@@ -2,9 +2,9 @@
 
     python scripts/examples/needle_prepare.py FOLDER
 
-Writes FOLDER/<tokens>/train.jsonl and held_out.jsonl for sequences of 128 and 1024 bytes. A line's prompt is text of
-Python's standard library in which codes stand anywhere; its completion, which alone is trained on, asks for some of
-them in any order, in the words of eval_needle.
+Writes FOLDER/<bytes>/train.jsonl and held_out.jsonl for sequences of 128 and 512 bytes. A line's prompt is
+text of Python's standard library in which a code stands anywhere; its completion, which alone is trained on, is the
+question of eval_needle with its answer.
 """
 
 import json
@@ -18,28 +18,18 @@ from eval_needle import ANSWER, NEEDLE, QUESTION, draw_codes, draw_key
 from titan_ulysses.config import expand_path
 from titan_ulysses.data.files import find_files
 
-LINES = {128: 40_000, 1024: 6_000}
+LINES = {128: 40_000, 512: 4_000}
 HELD_OUT = 200
-_ASKED = QUESTION + ANSWER + "."
 
 
 def line(text: str, size: int, draw: random.Random) -> dict[str, str]:
     """A prompt and its completion, which with the end of the text are `size` bytes."""
-    needle, asked = (len(template.format(key="abcdef", code="12345")) for template in (NEEDLE, _ASKED))
-    count = draw.randint(1, min(4, (size - 1 - asked) // needle))
-    keys = sorted({draw_key(draw) for _ in range(count)})
-    codes = dict(zip(keys, draw_codes(draw, len(keys)), strict=True))
-    questions = draw.randint(1, min(8, (size - 1 - count * needle) // asked))
-    completion = "".join(_ASKED.format(key=key, code=codes[key]) for key in draw.choices(keys, k=questions))
-    needles = [NEEDLE.format(key=key, code=code) for key, code in codes.items()]
-    draw.shuffle(needles)
-    room = size - 1 - len(completion) - sum(map(len, needles))
-    begin = draw.randrange(len(text) - room)
+    key, (code,) = draw_key(draw), draw_codes(draw, 1)
+    needle, question = (template.format(key=key, code=code) for template in (NEEDLE, QUESTION + ANSWER + "."))
+    room = size - 1 - len(needle) - len(question)
+    begin, depth = draw.randrange(len(text) - room), draw.randrange(room + 1)
     hay = text[begin : begin + room]
-    cuts = [0, *sorted(draw.randrange(room + 1) for _ in needles), room]
-    pieces = [hay[first:last] for first, last in zip(cuts, cuts[1:], strict=False)]
-    prompt = pieces[0] + "".join(needle + piece for needle, piece in zip(needles, pieces[1:], strict=True))
-    return {"prompt": prompt, "completion": completion}
+    return {"prompt": hay[:depth] + needle + hay[depth:], "completion": question}
 
 
 def main() -> None:
