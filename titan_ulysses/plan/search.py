@@ -141,7 +141,7 @@ class Found:
 def search(setup: Setup, first: Plan) -> Iterator[Found]:
     """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature upon feature.
 
-    Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it longer.
+    Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it longer, and go on to.
     """
     found = configured = Found("as configured", {}, longest(setup, first))
     yield configured
@@ -153,13 +153,17 @@ def search(setup: Setup, first: Plan) -> Iterator[Found]:
     for what, more in [("tiles, checkpoints, most ranks", {}), *FEATURES]:
         if "optimizer.stochastic_rounding" in more and setup.config.training.param_dtype != "bfloat16":
             continue
+        if more and not _differs(with_settings(setup, changes).config, more):
+            continue  # it is on already
         changes = changes | more
         if _differs(setup.config, changes):
             found = _found(what, setup, changes, near=found)
             yield found
         else:
             found = replace(configured, changes=changes)
-        yield from _fewer_checkpoints(setup, found)
+        for longer in _fewer_checkpoints(setup, found):
+            yield longer
+            found, changes = longer, longer.changes
 
 
 def _found(what: str, setup: Setup, changes: dict[str, object], *, near: Found | None = None) -> Found:
@@ -169,7 +173,7 @@ def _found(what: str, setup: Setup, changes: dict[str, object], *, near: Found |
 
 def _fewer_checkpoints(setup: Setup, found: Found) -> Iterator[Found]:
     layers = getattr(setup.model_config, "num_hidden_layers", 1)
-    every = 1
+    every = found.changes["activation_checkpoint.every"]
     while found.need and _host_ends(found.need.plan) and 2 * every <= layers:
         every *= 2
         changes = found.changes | {"activation_checkpoint.every": every}
