@@ -32,8 +32,8 @@ def held_out_loss(folder: Path, config: Path, tokens: int) -> float:
         for length in sequence.document_lengths:
             span = slice(start, start + length)
             logits = model(input_ids=sequence.input_ids[None, span], use_cache=False).logits[0]
-            # Its own sum, one number after the other in fp32, is off by some 1e-6 of the mean.
-            total += F.cross_entropy(logits.float(), sequence.labels[span], reduction="none").double().sum().item()
+            # Of 49,152 fp32 logits on a CPU, torch's own is off by 7e-6, always to the same side.
+            total += F.cross_entropy(logits.double(), sequence.labels[span], reduction="sum").item()
             count += int((sequence.labels[span] != -100).sum())
             start += length
         index += 1
