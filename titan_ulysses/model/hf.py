@@ -10,6 +10,7 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,9 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
+        absent = path.startswith(("/", ".")) and not Path(path).exists()  # of which transformers says it is no hub name
         raise UserError(
-            f'model.path = "{path}": no transformers model there ({one_line(error)}). '
+            f'model.path = "{path}": no transformers model there ({"no such folder" if absent else one_line(error)}). '
             "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
         ) from error
 
