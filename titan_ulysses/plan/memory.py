@@ -82,6 +82,7 @@ class MemoryTracker(TorchDispatchMode):
         """where what is made now will be"""
         self.observers: list[Callable[..., None]] = []
         """called with (function, arguments, keyword arguments, result) after each operation"""
+        self.recording = True
         self.parameters_on_host = False
         self.weight = 1
         """for how many operations the present one stands"""
@@ -198,7 +199,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._resize(key, size)
 
     def _add(self, allocation: Allocation, change: int) -> None:
-        if change:
+        if change and self.recording:
             self.events.append((allocation, change))
             self.moments.append(self._moment)
 

@@ -106,9 +106,8 @@ def simulate(
                 with visiting(tracker.shortened), CollectiveCounter() as counter:
                     train_step(model, optimizer, run, mesh, max_norm=max_norm)
                 counts.append(dict(counter.counts))
-            end = len(tracker.events)
+            tracker.recording = False  # what follows is the model's end
     collectives = counts[0] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
-    del tracker.events[end:], tracker.moments[end:]  # of the model's end
     return Simulation(tracker, start, collectives, counted.cost * (len(batches) / len(run)), model)
 
 
