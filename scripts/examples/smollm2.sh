@@ -26,7 +26,8 @@ done
 $PYTHON scripts/examples/learned.py 0.05 "${RUNS[@]}"
 
 echo "== One step at 8,192 tokens"
-train 2 --training.seq_len 8192 --training.steps 1 --validation.enable false --checkpoint.enable false \
+train 2 --training.seq_len 8192 --training.steps 1 --lr_scheduler.warmup_steps 0 --validation.enable false \
+  --checkpoint.enable false \
   --checkpoint.export false --job.name smollm2_8192
 
 $PYTHON scripts/plot.py "${RUNS[@]}"
