@@ -301,7 +301,7 @@ def resident(case: Case) -> dict | None:
     from titan_ulysses.mesh import init_distributed
 
     init_distributed()
-    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64, "head_dim": 8}
+    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512, "head_dim": 8}
     small = {"seq_len": 64 * case.ranks, "param_dtype": case.settings["training"]["param_dtype"]}
     parallelism = {"parallelism": case.settings.get("parallelism", {})}
     # Loads what torch loads at first use.

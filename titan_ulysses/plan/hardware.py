@@ -132,6 +132,20 @@ def cuda_workspace(func, args: tuple, result) -> int:
     return 0
 
 
+def cpu_workspace(func, args: tuple, result) -> int:
+    """Bytes that SDPA's flash kernel on a CPU holds while it runs, in backward.
+
+    For each thread two tiles of scores, of up to 256 queries and 512 keys, in fp32 or wider
+    (ATen/native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention_backward).
+    """
+    if func is not _FLASH_BACKWARD:
+        return 0
+    queries, keys = args[1].shape[2], args[2].shape[2]
+    rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
+    scores = 2 * min(rows, queries) * min(512, keys)
+    return torch.get_num_threads() * scores * max(4, args[1].element_size())
+
+
 def pinned(size: int) -> int:
     """Bytes of page-locked host memory that PyTorch takes for size of them (CachingHostAllocator: a power of two)."""
     return 1 << max(0, size - 1).bit_length()

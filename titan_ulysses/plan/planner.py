@@ -16,7 +16,7 @@ from titan_ulysses.errors import UserError
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.plan.cost import Links, Offloaded, Time, step_time
-from titan_ulysses.plan.hardware import GIB, GPU, Reserve, cuda_workspace, gpu_named, pinned, reserves
+from titan_ulysses.plan.hardware import GIB, GPU, Reserve, gpu_named, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
 from titan_ulysses.plan.standin import Standin
@@ -179,7 +179,6 @@ def make_plan(setup: Setup) -> Plan:
         degrees=setup.degrees,
         core=core,
         cuda=True,
-        workspace=cuda_workspace,
     )
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)

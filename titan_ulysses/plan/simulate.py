@@ -9,7 +9,7 @@ What the simulation cannot see, because it exists only in CUDA kernels, `hardwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +34,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.parallelize import find_blocks, precision, wrap
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter
+from titan_ulysses.plan.hardware import cpu_workspace, cuda_workspace
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.step import train_step
@@ -61,15 +62,14 @@ def simulate(
     degrees: MeshDegrees,
     core: Core,
     cuda: bool,
-    workspace: Callable[..., int] | None = None,
     documents: Documents | None = None,
 ) -> Simulation:
     """Simulate rank 0 of a run, with one document a row unless documents says otherwise.
 
     cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied ahead of need.
-    workspace: see `MemoryTracker`. The process must not be in a process group, and is in none afterwards.
+    The process must not be in a process group, and is in none afterwards.
     """
-    tracker = MemoryTracker(workspace or (lambda *_: 0))
+    tracker = MemoryTracker(cuda_workspace if cuda else cpu_workspace)
     tracker.parameters_on_host = cuda and config.memory.parameter_offload
     optimizer_offload = cuda and config.memory.optimizer_offload and not config.memory.parameter_offload
     store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=cuda)
