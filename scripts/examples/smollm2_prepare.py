@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HELD_OUT = {"hamlet", "twelfth-night"}
-TURNS = 8
+TURNS = 4
 """Messages of a chat."""
 
 
