@@ -127,13 +127,13 @@ CASES = [
     case("3 heads on 2 ranks, tiles", 2, model=ATTENTION | THREE_HEADS,
          training__seq_len=6000, parallelism__sequence_parallel_degree=2, memory__mlp_tile_tokens=700),
     # Rows of few tokens, so that memory grows faster than the time that attention takes.
-    case("resident, tiles", 1, model=BIG, resident=True, training__seq_len=512, training__local_batch_size=160,
+    case("resident, tiles", 1, model=BIG, resident=True, training__seq_len=512, training__local_batch_size=192,
          memory__mlp_tile_tokens=2048),
     case("resident, MLP untiled", 1, model=BIG, resident=True, training__seq_len=512, training__local_batch_size=72,
          memory__mlp_tile_tokens=-1),
     case("resident, loss untiled", 1, model=BIG | {"vocab_size": 32768}, resident=True, training__seq_len=512,
-         training__local_batch_size=10, memory__loss_tile_tokens=-1),
-    case("resident, deep", 1, model=BIG | DEEP | {"hidden_size": 1024}, resident=True, training__seq_len=64),
+         training__local_batch_size=12, memory__loss_tile_tokens=-1),
+    case("resident, deep", 1, model=BIG | DEEP | {"hidden_size": 1152}, resident=True, training__seq_len=64),
     case("resident, P 2, offload", 2, model=BIG, resident=True, training__seq_len=1024, training__local_batch_size=136,
          parallelism__sequence_parallel_degree=2, activation_checkpoint__offload="host"),
 ]  # fmt: skip
