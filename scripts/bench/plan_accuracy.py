@@ -11,6 +11,7 @@ Where more than 2 GiB are alive, the resident set is compared too, under an allo
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -245,6 +246,7 @@ def measure(case: Case) -> dict:
         with torch.profiler.record_function(f"step {step} begins"):
             pass
 
+    gc.collect()  # what an earlier case left would be released, and so subtracted, in this one
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile, patience_with_gloo():
         collectives = train(case, steps=2, before=mark)
