@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A tiny model learns to find what it has read, from nothing to its map; about six minutes on two CPU cores:
+# A tiny model learns to find what it has read, from nothing to its map, in some minutes on two CPU cores:
 #   bash scripts/examples/needle.sh
 set -euo pipefail
 source "$(dirname "$0")/../env.sh" plot

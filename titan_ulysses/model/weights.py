@@ -211,7 +211,7 @@ def export(
     keep their storage dtype; adapters are merged into them, in the adapters'. `exported_step` tells the step again.
     UserError, on every rank, where it cannot be written.
     """
-    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    aside = folder.with_name(f".{folder.name}.partial")
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
     fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
@@ -239,14 +239,20 @@ def export(
                 where = {name: file for file, named in zip(files, sizes, strict=True) for name in named}
                 _write_index(where, sum(sum(named.values()) for named in sizes), aside)
                 _write_configs(model, tokenizer, step, aside)
-                shutil.rmtree(old, ignore_errors=True)
-                if folder.exists():  # moved, not removed in place: a folder of this name is always a whole export
-                    folder.rename(old)
-                aside.rename(folder)
-                shutil.rmtree(old, ignore_errors=True)
+                _publish(aside, folder)
     finally:
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    """Let the complete folder aside take folder's place, by renames: what has its name is always whole."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def exported_step(folder: Path) -> int | None:
@@ -285,7 +291,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
 
     base: the folder or hub name of the model that they belong to, "" where it has none; noted with them.
     """
-    aside, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    aside = folder.with_name(f".{folder.name}.partial")
     writes = dist.get_rank() == 0
     adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
     # peft leaves the adapter's name out, and has the model inside two modules of its own.
@@ -299,11 +305,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
             settings = copy.copy(model.peft_config[ADAPTER])
             settings.base_model_name_or_path = base or None
             settings.save_pretrained(aside)
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                folder.rename(old)
-            aside.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
+            _publish(aside, folder)
 
 
 @contextmanager
