@@ -25,10 +25,9 @@ from titan_ulysses.begin import base_of
 from titan_ulysses.build import load_model_config
 from titan_ulysses.checkpoint import Checkpointer, cause
 from titan_ulysses.config_file import load_config
-from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
+from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.errors import UserError
 from titan_ulysses.model import hf, weights
-from titan_ulysses.model.embeddings import grow_vocabulary
 
 HELP = """\
 SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with safetensors, config and
@@ -78,8 +77,6 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     if state.get("frozen", 0):
         raise UserError(f"{source}: what is frozen is not in it. The run's own export/ has the whole model.")
     model_config, tokenizer = load_model_config(config), load_tokenizer(config.model.tokenizer or config.model.path)
-    if multiple := config.model.resize_embeddings:
-        grow_vocabulary(model_config, num_token_ids=num_token_ids(tokenizer), multiple=multiple)
     parameter_dtype = next(meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point)
     plain = hf.build_on_meta(model_config, parameter_dtype)
     expect_same(

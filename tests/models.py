@@ -221,9 +221,16 @@ class Run:
     def whole(self) -> dict[str, Tensor]:
         """Parameters and optimizer state, gathered; what is quantized as the numbers it stands for."""
 
+        def numbers(t: Tensor) -> Tensor:
+            return t.dequantize() if is_traceable_wrapper_subclass(t) else t
+
         def plain(t: Tensor) -> Tensor:
-            t = t.full_tensor() if isinstance(t, DTensor) else t
-            return (t.dequantize() if is_traceable_wrapper_subclass(t) else t).detach().clone()
+            if isinstance(t, DTensor):
+                # Before they are gathered: gathering codes and scales is two collectives in flight at once, in which
+                # gloo corrupts the heap (torch 2.13; a process in thousands dies of it).
+                local, layout = numbers(t.to_local()), {"shape": t.shape, "stride": t.stride()}
+                t = DTensor.from_local(local, t.device_mesh, t.placements, run_check=False, **layout).full_tensor()
+            return numbers(t).detach().clone()
 
         return {name: plain(t) for name, t in self.state().items()}
 

@@ -91,6 +91,14 @@ def test_the_plan_is_the_step():
     assert kept.simulation.cost.flops < tiled.simulation.cost.flops, "nothing is computed again"
 
 
+def test_a_vocabulary_is_planned_as_it_will_be():
+    """The byte tokenizer has 257 ids."""
+    small = {"model__config": LLAMA | {"vocab_size": 41, "max_position_embeddings": 4096}}
+    assert plan_of(**small, model__resize_embeddings=64).simulation.model.config.vocab_size == 320
+    with pytest.raises(UserError, match="model.tokenizer"):
+        plan_of(**small, model__resize_embeddings=64, model__tokenizer="no/such/tokenizer")
+
+
 def test_everything_has_an_owner():
     plan = plan_of(parallelism__sequence_parallel_degree=2, plan__world_size=4)
     by_component = plan.simulation.memory

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titan_ulysses.config import Config
+from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.memory.optimizer import check_shards
 from titan_ulysses.memory.quantize import use_float8
 from titan_ulysses.mesh import Mesh
 from titan_ulysses.model import hf
+from titan_ulysses.model.embeddings import grow_vocabulary
 from titan_ulysses.model.freezing import freeze, narrow_frozen
 from titan_ulysses.model.lora import add_adapters
 from titan_ulysses.model.rope_scaling import scale_rope
@@ -24,10 +26,13 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 
 
 def load_model_config(config: Config) -> PreTrainedConfig:
-    """The transformers config of the model: loaded or written out, with the RoPE that the run asks for."""
+    """The transformers config of the model: loaded or written out, with the RoPE and the tokens that a run wants."""
     model_config = hf.load_model_config(config.model.path, config.model.config)
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
+    if multiple := config.model.resize_embeddings:
+        tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        grow_vocabulary(model_config, num_token_ids=num_token_ids(tokenizer), multiple=multiple)
     return model_config
 
 

@@ -48,7 +48,6 @@ from titan_ulysses.metrics import (
     peak_memory_gib,
 )
 from titan_ulysses.model import hf, weights
-from titan_ulysses.model.embeddings import grow_vocabulary
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.model.lora import check_lora
 from titan_ulysses.plan.disk import disk_needs
@@ -90,14 +89,11 @@ class Trainer:
         if config.metrics.enable_wandb:
             check_wandb()
         self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        token_ids = num_token_ids(self.tokenizer)
-        if multiple := config.model.resize_embeddings:
-            grow_vocabulary(model_config, num_token_ids=token_ids, multiple=multiple)
         self.degrees = check(
             config,
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             model_config=model_config,
-            num_token_ids=token_ids,
+            num_token_ids=num_token_ids(self.tokenizer),
         )
         self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
         self._check_memory(model_config)

@@ -16,15 +16,10 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def grow_vocabulary(config: PreTrainedConfig, *, num_token_ids: int, multiple: int) -> int:
-    """Let config's vocabulary hold num_token_ids, in place, rounded up to a multiple; returns by how much it grows.
-
-    It never shrinks: 0 where it holds them already.
-    """
-    before = config.vocab_size
-    if num_token_ids > before:
+def grow_vocabulary(config: PreTrainedConfig, *, num_token_ids: int, multiple: int) -> None:
+    """Let config's vocabulary hold num_token_ids, in place, rounded up to a multiple. It never shrinks."""
+    if num_token_ids > config.vocab_size:
         config.vocab_size = -(-num_token_ids // multiple) * multiple
-    return config.vocab_size - before
 
 
 def token_parameters(model: PreTrainedModel) -> set[str]:

@@ -169,8 +169,6 @@ def make_plan(setup: Setup) -> Plan:
     core, notes = _core(setup)
     if config.compile.enable:
         notes.append("compile.enable: what is compiled is planned as it runs uncompiled, which needs no less memory")
-    if config.model.resize_embeddings:
-        notes.append("model.resize_embeddings: planned with the vocabulary that the model has")
     if config.quantize.float8:
         notes.append("quantize.float8: float8 products are planned as they are in fake tensors; their speed is not")
     simulation = simulate(

@@ -17,7 +17,7 @@ from typing import Any
 from titan_ulysses.config import Config
 from titan_ulysses.memory.offload import available_host_memory
 
-_PATIENCE = 5.0
+_PATIENCE = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
 _PATIENCE_TO_ENFORCE = 300.0
 _SMALL = 0.02
