@@ -96,17 +96,20 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for tile in tiles(len(rows), tile_tokens):
-            logits = F.linear(rows[tile], weight, bias).to(wide)
-            loss, grad_logits = _tile_loss(logits, labels[tile], *shape, any(needs))
+            valid = labels[tile] != IGNORE_INDEX
+            # A row without a label is left out before and behind the logits, which are so much larger. By `where` and
+            # not by a product: it gives exactly 0, also where it is not finite.
+            x = rows[tile].where(valid.unsqueeze(1), 0)
+            loss, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
             total += loss
             if needs_bias:
-                grad_bias += grad_logits.sum(0)
+                grad_bias += valid.to(wide) @ grad_logits
             if grad_logits is not None:
                 grad_logits = grad_logits.to(rows.dtype)
             if needs_rows:
-                torch.mm(grad_logits, weight, out=grad_rows[tile])
+                torch.mm(grad_logits, weight, out=grad_rows[tile]).masked_fill_(~valid.unsqueeze(1), 0)
             if needs_weight:
-                _add_product(grad_weight, grad_logits.t(), rows[tile])
+                _add_product(grad_weight, grad_logits.t(), x)
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
         return total
@@ -129,19 +132,26 @@ def _each_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None, label
     wide = torch.promote_types(rows.dtype, torch.float32)
     each = torch.empty(len(rows), dtype=wide, device=rows.device)
     for tile in tiles(len(rows), tile_tokens):
-        logits = _shape_scores(F.linear(rows[tile], weight, bias).to(wide), scale, softcap)
-        each[tile] = _cross_entropy(logits, labels[tile])[0]
+        scores = _scores(rows[tile], weight, bias, scale, softcap)
+        each[tile] = _cross_entropy(scores, labels[tile], labels[tile] != IGNORE_INDEX)[0]
     return each
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of logits [n, V]: the cross-entropy [n], and for its gradient valid [n], index and log_normalizer [n, 1]."""
-    valid = labels != IGNORE_INDEX
+def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """[n, V] of rows [n, h], in fp32 or wider where they are shaped: elsewhere they are widened as they are read."""
+    logits = F.linear(x, weight, bias)
+    if scale != 1 or softcap is not None:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _shape_scores(logits, scale, softcap)
+
+
+def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of scores [n, V]: the cross-entropy [n], 0 where it is not valid; and for its gradient the index [n, 1] of the
+    labels and the log-probabilities [n, V], in fp32 or wider."""
     index = labels.where(valid, 0).unsqueeze(1)
-    log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-    # `where` and not a product: a row without a label gives exactly 0, also where its logits are not finite.
-    loss = (log_normalizer - logits.gather(1, index)).squeeze(1).where(valid, 0)
-    return loss, valid, index, log_normalizer
+    # One kernel, which reads the scores once; logsumexp is five, with a buffer of its own.
+    log_probabilities = scores.log_softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return (-log_probabilities.gather(1, index)).squeeze(1).where(valid, 0), index, log_probabilities
 
 
 def _shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -152,26 +162,36 @@ def _shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor
 
 
 def _tile_loss(
-    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, z_loss: float, needs_grad: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    valid: Tensor,
+    shape: tuple[float, float | None, float],
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of cross-entropy of logits [n, V] and, written over them where nothing shapes them, its gradient.
+    """Sum of cross-entropy of rows [n, h], and its gradient by their logits [n, V], in fp32 or wider.
 
-    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2). The z-loss, with
-    2 z_loss log_normalizer softmax for a gradient, is a part of training only.
+    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2). It is not 0 in
+    rows that are not valid: what is made of it leaves them out. The z-loss, with 2 z_loss log_normalizer softmax for a
+    gradient, is a part of training only.
     """
-    logits = _shape_scores(logits, scale, softcap)
-    slope = scale if softcap is None else scale * (1 - (logits / softcap) ** 2)
-    each, valid, index, log_normalizer = _cross_entropy(logits, labels)
+    scale, softcap, z_loss = shape
+    scores = _scores(x, weight, bias, scale, softcap)
+    slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
+    each, index, log_probabilities = _cross_entropy(scores, labels, valid)
     if not needs_grad:
         return each.sum(), None
-    grad = logits.sub_(log_normalizer).exp_()
     if z_loss:
+        log_normalizer = scores.gather(1, index) - log_probabilities.gather(1, index)
         each = each + (z_loss * log_normalizer.squeeze(1) ** 2).where(valid, 0)
+    grad = log_probabilities.exp_()
+    if z_loss:
         grad.mul_(1 + 2 * z_loss * log_normalizer)
-    grad.scatter_add_(1, index, torch.full_like(log_normalizer, -1))
+    grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
     if scale != 1 or softcap is not None:
         grad.mul_(slope)
-    return each.sum(), grad.masked_fill_(~valid.unsqueeze(1), 0)
+    return each.sum(), grad
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
