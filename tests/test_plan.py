@@ -212,7 +212,7 @@ def test_preflight():
     """A process of its own; nothing of it is left in this one."""
     from titan_ulysses.plan.preflight import Preflight
 
-    run = {"world_size": 1, "parameters": 10**5, "gpu": ""}
+    run = {"world_size": 1, "model_bytes": 10**6, "gpu": ""}
     small = Preflight(config(), **run, gpu_memory=None)
     assert small.lines()[0].startswith("plan: not made: 0.00 GiB") and small.obstacle() is None
     enforced = Preflight(config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None)

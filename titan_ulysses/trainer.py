@@ -219,12 +219,12 @@ class Trainer:
         """On rank 0: the plan of this run, made while the weights are filled."""
         if dist.get_rank():
             return None
-        device, parameters = self.mesh.device, sum(p.numel() for p in self.model.parameters())
+        device, parameters = self.mesh.device, list(self.model.parameters())
         gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         return Preflight(
             self.config,
             world_size=dist.get_world_size(),
-            parameters=parameters,
+            model_bytes=sum(p.numel() * (16 if p.requires_grad else p.itemsize) for p in parameters),
             gpu_memory=gpu and gpu.total_memory,
             gpu=gpu.name if gpu else "",
         )

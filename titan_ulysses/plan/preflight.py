@@ -1,6 +1,6 @@
 """A real run's plan, made beside its start by a process of its own: the run's process group leaves no room for another.
 
-before = Preflight(config, parameters=...)           rank 0, before weights are filled
+before = Preflight(config, model_bytes=...)          rank 0, before weights are filled
 before.lines()                                       before the first step: what is planned
 before.measured(peak_gib)                            after some steps: what came of it
 """
@@ -27,15 +27,16 @@ _SMALL = 0.02
 class Preflight:
     """The plan of a run that starts."""
 
-    def __init__(self, config: Config, *, world_size: int, parameters: int, gpu_memory: int | None, gpu: str):
-        """parameters of the whole model; gpu_memory: bytes of this GPU, None on a CPU; gpu: what CUDA calls it."""
+    def __init__(self, config: Config, *, world_size: int, model_bytes: int, gpu_memory: int | None, gpu: str):
+        """model_bytes: about what weights, gradients and optimizer take in all; gpu_memory: bytes of this GPU, None on
+        a CPU; gpu: what CUDA calls it."""
         self.cuda, self.enforce = gpu_memory is not None, config.plan.enforce
         self.plan: dict[str, Any] | None = None
         self._why_not, self._told = "", False
         self._process: subprocess.Popen | None = None
         free = available_host_memory()
-        if not (self.cuda or self.enforce or 16 * parameters > _SMALL * free):
-            self._why_not = f"{16 * parameters / 2**30:.2f} GiB of weights and optimizer need none"
+        if not (self.cuda or self.enforce or model_bytes > _SMALL * free):
+            self._why_not = f"{model_bytes / 2**30:.2f} GiB of weights and optimizer need none"
             return
         host = free if config.plan.host_memory_gib == 0 else config.plan.host_memory_gib * 2**30
         request = {
