@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
             return AutoConfig.for_model(model_type, **settings)
         except Exception as error:  # transformers raises whatever its config classes raise
             raise UserError(f"model.config: transformers refuses it: {one_line(error)}") from error
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # what comes of its retries is told below, once
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
@@ -39,6 +43,8 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
             f'model.path = "{path}": no transformers model there ({"no such folder" if absent else one_line(error)}). '
             "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
         ) from error
+    finally:
+        hub.setLevel(level)
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
