@@ -227,7 +227,7 @@ class Run:
         def plain(t: Tensor) -> Tensor:
             if isinstance(t, DTensor):
                 # Before they are gathered: gathering codes and scales is two collectives in flight at once, in which
-                # gloo corrupts the heap (torch 2.13; a process in thousands dies of it).
+                # gloo corrupts the heap (torch 2.13: within a hundred rounds of a test a rank dies).
                 local, layout = numbers(t.to_local()), {"shape": t.shape, "stride": t.stride()}
                 t = DTensor.from_local(local, t.device_mesh, t.placements, run_check=False, **layout).full_tensor()
             return numbers(t).detach().clone()

@@ -134,7 +134,7 @@ class MemoryTracker(TorchDispatchMode):
             self._note(tensor, func, component)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
-        held = self._workspace(func, args, result) + _inside(func, args) + self._passing(func, args, component)
+        held = self._workspace(func, args, result) + self._passing(func, args, component)
         if held:
             kernel = self._allocation(func, (held,), torch.uint8, component)
             # Held together with what the kernel returns, and gone when it ends.
@@ -272,13 +272,6 @@ def _fsdp_component(func) -> str | None:
             return "gathered parameters"
         return "gradients" if "reduce_scatter" in name else None
     return None
-
-
-def _inside(func, args) -> int:
-    """Bytes of temporaries of operations that are made of others where no mode sees them."""
-    if func is torch.ops.aten.logsumexp.default:  # exp(x - max) (ATen/native/ReduceOps.cpp, logsumexp_out_impl)
-        return args[0].numel() * args[0].element_size()
-    return 0
 
 
 @cache
