@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from inspect import signature
 from types import MethodType
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from titan_ulysses.data.packing import IGNORE_INDEX
@@ -24,9 +26,16 @@ from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Offload, Store, open_store
 from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.mesh import Mesh
-from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs, check_family, head_of, mlp_layout
+from titan_ulysses.model.families import (
+    CHECKED_FAMILIES,
+    MLPLayout,
+    attention_needs,
+    check_family,
+    head_of,
+    mlp_layout,
+)
 from titan_ulysses.model.freezing import bits
-from titan_ulysses.model.proof import prove
+from titan_ulysses.model.proof import Tilings, prove
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
@@ -82,9 +91,21 @@ def parallelize(
     }
     if model.config.model_type not in CHECKED_FAMILIES:
         plain = options | {"compile": False, "z_loss": 0.0}  # the proof is about the family
-        prove(model.config, mesh, lambda tiny, core: wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain))
+
+        def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
+            wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain | tiling)
+
+        options |= prove(model.config, mesh, shard, _tilings(options))
     kept = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if parameter_offload else OffloadPolicy()
     return wrap(model, mesh, attention, policy, kept, **options)
+
+
+def _tilings(options: dict[str, Any]) -> Tilings:
+    """How the blocks of a family that nobody has checked may be tiled, best first, by options of `wrap`."""
+    whole = {"not tiled": {"mlp_tile_tokens": -1}}
+    if options["mlp_tile_tokens"] == -1:
+        return whole
+    return {"tiled with its norms": {}, "tiled without its norms": {"tile_norms_with_mlp": False}} | whole
 
 
 def precision(param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -106,19 +127,25 @@ def wrap(
     store: Store | None,
     compile: bool,
     z_loss: float,
+    tile_norms_with_mlp: bool = True,
 ) -> PreTrainedModel:
-    """What `parallelize` does to a model once nothing speaks against it."""
+    """What `parallelize` does to a model once nothing speaks against it. tile_norms_with_mlp: see `tile_blocks`."""
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, core)
     if mlp_tile_tokens == 0 and not checkpoint_every:
         mlp_tile_tokens = -1  # without checkpoints the tiles would be the only recomputation, and cost time
     if mlp_tile_tokens != -1:
-        tile_blocks(model, decoder, blocks, mlp_tile_tokens or max(_SMALLEST_TILE, model.config.hidden_size))
+        tile_tokens = mlp_tile_tokens or max(_SMALLEST_TILE, model.config.hidden_size)
+        tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=tile_norms_with_mlp)
     if compile:
         compile_blocks(blocks)
-    use_loss_head(model, loss_tile_tokens, z_loss)
+    use_loss_head(model, decoder, loss_tile_tokens, z_loss)
     policies = {"mp_policy": mp_policy, "offload_policy": offload_policy or OffloadPolicy()}
-    shard = partial(fully_shard, mesh=mesh.fsdp, **policies)
+
+    def shard(module: nn.Module, **options) -> None:
+        use_one_dtype(module)
+        fully_shard(module, mesh=mesh.fsdp, **policies, **options)
+
     shard_blocks(model, blocks, shard)
     if checkpoint_every:
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
@@ -127,14 +154,25 @@ def wrap(
 
 
 def check_dropout(model: PreTrainedModel) -> None:
-    """UserError where attention drops weights: it would draw other ones on every mesh."""
-    for name, module in model.named_modules():
-        rate = getattr(module, "attention_dropout", 0.0)
-        if isinstance(rate, float | int) and rate:  # in some families it is a module
-            raise UserError(
-                f"model: attention_dropout = {rate} in {name}: dropped attention weights would depend on the mesh, and "
-                "no core has them. Set attention_dropout = 0.0 in the model's config (from_pretrained takes it too)."
-            )
+    """UserError for dropout of attention weights and of layers, by the many names that families have for them."""
+    remedy = "in the model's config (from_pretrained takes it too)."
+    nested = [value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig)]
+    holders = [("", vars(config)) for config in (model.config, *nested)]
+    holders += [(f" in {name}", vars(module)) for name, module in model.named_modules()]
+    for place, settings in holders:
+        for key, rate in settings.items():
+            if "drop" not in key or not isinstance(rate, float | int) or not rate:
+                continue  # in some families it is a module
+            if "att" in key:
+                raise UserError(
+                    f"model: {key} = {rate}{place}: dropped attention weights would depend on the mesh, and no core "
+                    f"has them. Set {key} = 0.0 {remedy}"
+                )
+            if key in ("layerdrop", "decoder_layerdrop"):
+                raise UserError(
+                    f"model: {key} = {rate}{place}: each rank would skip other layers, and wait for ever for those "
+                    f"that do not skip them. Set {key} = 0.0 {remedy}"
+                )
 
 
 def check_same_weights(model: PreTrainedModel) -> None:
@@ -157,11 +195,20 @@ def check_same_weights(model: PreTrainedModel) -> None:
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The decoder and its list of layers, found by the classes that transformers itself says not to split."""
+    name = type(model).__name__
     for module in model.modules():
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in model._no_split_modules:
-                return module, child
-    raise UserError(f"model: {type(model).__name__} has no list of decoder layers that could be sharded.")
+            if not isinstance(child, nn.ModuleList) or not len(child):
+                continue
+            if type(child[0]).__name__ not in (model._no_split_modules or ()):
+                continue
+            if "input_ids" not in signature(module.forward).parameters:
+                raise UserError(
+                    f"model: {name} keeps its layers in a {type(module).__name__}, which takes no token ids: this "
+                    "version trains models whose decoder goes from token ids to hidden states."
+                )
+            return module, child
+    raise UserError(f"model: {name} has no list of decoder layers that could be sharded.")
 
 
 def use_ulysses(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, mesh: Mesh, core: Core) -> None:
@@ -244,8 +291,14 @@ class _SumOverRanks(torch.autograd.Function):
         return upstream, None
 
 
-def tile_blocks(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, tile_tokens: int) -> None:
-    """Tile what works on each token by itself: the MLP of each block with the norms around it, and all other norms."""
+def tile_blocks(
+    model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, tile_tokens: int, *, norms_with_mlp: bool = True
+) -> None:
+    """Tile what works on each token by itself: the MLP of each block with the norms around it, and all other norms.
+
+    norms_with_mlp = False: for a family whose blocks are not built as `mlp_layout` reads them. The MLP is tiled by
+    itself, and computed when its block is computed again.
+    """
     for block in blocks:
         layout = mlp_layout(block)
         if layout is None:
@@ -256,7 +309,9 @@ def tile_blocks(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleLis
                 stacklevel=2,
             )
         else:
-            tile_mlp(layout.mlp, layout.before, layout.after, tile_tokens=tile_tokens)
+            if not norms_with_mlp:
+                layout = MLPLayout(layout.mlp)
+            tile_mlp(layout.mlp, layout.before, layout.after, tile_tokens=tile_tokens, ends_block=layout.ends_block)
         taken = () if layout is None else (layout.before, layout.after)
         for norm in _norms(block):
             if norm not in taken:
@@ -287,11 +342,33 @@ def compile_blocks(blocks: nn.ModuleList) -> int:
     return len(parts)
 
 
-def use_loss_head(model: PreTrainedModel, tile_tokens: int, z_loss: float) -> None:
+def use_loss_head(model: PreTrainedModel, decoder: nn.Module, tile_tokens: int, z_loss: float) -> None:
     """Let `lm_head` compute the loss, with what the family does to its logits."""
-    shape, linear = head_of(model.config), model.get_output_embeddings()
+    shape, linear = head_of(model, decoder), model.get_output_embeddings()
     shaping = {"scale": shape.scale, "softcap": shape.softcap, "z_loss": z_loss}
     model.set_output_embeddings(LossHead(linear, tile_tokens=tile_tokens, **shaping))
+
+
+def use_one_dtype(module: nn.Module) -> None:
+    """Store what is trained in module, and not sharded yet, in the dtype that most of it has: FSDP takes only one.
+
+    transformers keeps routers in fp32 when it loads a mixture of experts in bf16.
+    """
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)}
+    elements = Counter()
+    for parameter in trained.values():
+        elements[parameter.dtype] += parameter.numel()
+    if len(elements) < 2:
+        return
+    dtype = elements.most_common(1)[0][0]
+    odd = {name: p for name, p in trained.items() if p.dtype != dtype}
+    for parameter in odd.values():
+        parameter.data = parameter.data.to(dtype)
+    warnings.warn(
+        f"model: {', '.join(odd)} of {type(module).__name__} is now stored in {dtype}, as most of it is: FSDP shards "
+        f"parameters of one dtype. To keep more, load the model in torch.float32 and give param_dtype={dtype}.",
+        stacklevel=2,
+    )
 
 
 def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[..., Any]) -> None:

@@ -40,13 +40,20 @@ def visiting(visit: Callable[[list[slice]], Iterable[slice]]) -> Iterator[None]:
         _visit.reset(token)
 
 
-def tile_mlp(mlp: nn.Module, before: nn.Module | None, after: nn.Module | None, *, tile_tokens: int) -> None:
+def tile_mlp(
+    mlp: nn.Module,
+    before: nn.Module | None,
+    after: nn.Module | None,
+    *,
+    tile_tokens: int,
+    ends_block: bool = True,
+) -> None:
     """Make mlp's forward that of `after(mlp(before(x)))`, tile by tile, and those of the norms around it nothing.
 
     In place and by instance, so parameters keep their modules and names. What the MLP returns besides the hidden state
-    (router logits) is left out: None.
+    (router logits) is left out: None. ends_block: see `Tiled`.
     """
-    mlp.forward = _TiledMLP(_Chain(before, mlp, after), tile_tokens)
+    mlp.forward = _TiledMLP(_Chain(before, mlp, after), tile_tokens, ends_block=ends_block)
     for norm in (before, after):
         if norm is not None:
             norm.forward = _identity

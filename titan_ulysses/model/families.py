@@ -1,25 +1,43 @@
 """What differs between model families, as far as sharding must know it: attention, head, positions.
 
-All of it is read from the model's config and modules, whose names transformers shares between families. A model that
-needs what nothing here can do is refused by name: better no run than a wrong one.
+All of it is read from the model's config and modules, whose names transformers shares between families, or found by
+running the family's own forward. A model that needs what nothing here can do is refused by name: better no run than a
+wrong one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from titan_ulysses.errors import UserError
+from titan_ulysses.failure import one_line
 from titan_ulysses.model.router import unknown_router_loss
 
 CHECKED_FAMILIES = {
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
     "gemma2",
     "gemma3_text",
+    "gemma4_text",
     "glm4",
+    "glm4_moe",
+    "glm4_moe_lite",
     "gpt_oss",
     "granite",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hyperclovax",
     "llama",
     "llama4_text",
     "mistral",
@@ -28,7 +46,9 @@ CHECKED_FAMILIES = {
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "sarvam_moe",
     "smollm3",
+    "solar_open",
     "starcoder2",
 }
 """Families that the tests compare with unmodified transformers. Any other must prove itself before it trains."""
@@ -39,16 +59,78 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class Head:
-    """How a family makes logits from `lm_head(hidden)`: logits * scale, then softcap * tanh(logits / softcap)."""
+    """How a family makes logits from `lm_head(hidden)`: softcap * tanh(scale * logits / softcap)."""
 
     scale: float = 1.0
     softcap: float | None = None
 
+    def shape(self, logits: Tensor) -> Tensor:
+        """Logits as the family returns them, from those of `lm_head`."""
+        logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-def head_of(config: PreTrainedConfig) -> Head:
-    """gemma caps its logits, granite divides them, cohere multiplies them."""
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
+    """What the family's own forward does to its logits, found by running it on known numbers.
+
+    For one call the decoder hands known hidden states on, and `lm_head` copies a hidden state to all logits. So no
+    name of a config's key decides: families divide by the same key that others multiply by, or do not read it. gemma
+    caps its logits, granite divides and cohere multiplies them, minicpm3 divides what `lm_head` is given. UserError
+    for a head that does anything else.
+    """
+    head, name = model.get_output_embeddings(), type(model).__name__
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"model: the head of {name} is a {type(head).__name__}, which is not a linear layer.")
+    small, large = 2.0**-40, 2.0**100  # tanh leaves the one as it is, and makes 1 of the other; both are in fp32 too
+    known = torch.tensor([small, large, -8, -3, -1, -0.5, 0.5, 2, 4], dtype=torch.float64)
+    try:
+        logits = _logits_of(model, decoder, head, known).double()
+    except Exception as error:  # a family's own code raises whatever it likes
+        raise UserError(
+            f"model: the forward of {name} does more than to call its decoder and its head ({one_line(error)}), which "
+            "is all that sequence parallelism computes of it."
+        ) from error
+    scale = logits[0].item() / small
+    found = Head(
+        scale=1.0 if math.isclose(scale, 1.0, rel_tol=1e-6) else scale,
+        softcap=logits[1].item() if logits[1] < math.sqrt(large) else None,
+    )
+    if not torch.allclose(found.shape(known), logits, rtol=1e-5):
+        raise UserError(
+            f"model: {name} makes its logits of what its lm_head gives in a way that this version does not know: it "
+            "does more than to multiply them and to cap them by tanh."
+        )
+    return found
+
+
+class _Handed(BaseModelOutputWithPast):
+    """What a decoder returns: a hidden state, and None under any name that a family asks for besides."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@torch.no_grad()
+def _logits_of(model: PreTrainedModel, decoder: nn.Module, head: nn.Linear, hidden: Tensor) -> Tensor:
+    """[N]: the logits that model's forward makes where the decoder returns, and the head copies, hidden [N]."""
+    rows = hidden[None, :, None].expand(1, -1, head.in_features)
+    stand_ins = {
+        decoder: lambda *_, **__: _Handed(last_hidden_state=rows),
+        head: lambda x: x[..., :1].expand(*x.shape[:-1], head.out_features),
+    }
+    own_forwards = {module: vars(module).get("forward") for module in stand_ins}
+    for module, stand_in in stand_ins.items():
+        module.forward = stand_in
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64)
+        # The class's own: whoever asks may have replaced the instance's.
+        outputs = type(model).forward(model, input_ids=ids, use_cache=False, return_dict=True)
+    finally:
+        for module, forward in own_forwards.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+    return outputs.logits[0, :, 0]
 
 
 @dataclass(frozen=True)
@@ -56,26 +138,33 @@ class MLPLayout:
     """A block's MLP and the norms that do nothing but feed it, and take its output, alone."""
 
     mlp: nn.Module
-    before: nn.Module | None
-    after: nn.Module | None
+    before: nn.Module | None = None
+    after: nn.Module | None = None
+    ends_block: bool = False
+    """Whether whatever follows them in the block only adds to their output: backward then does not need it."""
+
+
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+_NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2")
 
 
 def mlp_layout(block: nn.Module) -> MLPLayout | None:
     """The MLP of a transformers block, by the names that families share; None where there is none of them.
 
-    Whatever follows it in the block only adds to its output. A mixture of experts counts as an MLP.
+    A mixture of experts counts as an MLP. What the names promise of a family that nobody has checked, its proof tries.
     """
     parts = dict(block.named_children())
-    mlp = next((parts[name] for name in ("mlp", "feed_forward", "block_sparse_moe") if name in parts), None)
+    mlp = next((parts[name] for name in _MLPS if name in parts), None)
     if mlp is None:
         return None
-    after = parts.get("post_feedforward_layernorm", parts.get("post_mlp_layernorm"))
-    before = parts.get("pre_feedforward_layernorm")
+    beside = "experts" in parts  # gemma4: the last norm takes the sum of both
+    after = None if beside else next((parts[name] for name in _NORMS_AFTER if name in parts), None)
+    before = parts.get("pre_feedforward_layernorm", parts.get("pre_mlp_layernorm"))
     # Elsewhere this one feeds the MLP, unless the family norms what comes out of attention (olmo2), or its MLP shares
     # what it is fed with another part of the block.
     if before is None and "post_feedforward_layernorm" not in parts and "shared_mlp" not in parts:
         before = parts.get("post_attention_layernorm")
-    return MLPLayout(mlp, before, after)
+    return MLPLayout(mlp, before, after, ends_block=not beside and "per_layer_input_gate" not in parts)
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:
@@ -103,11 +192,28 @@ def check_family(config: PreTrainedConfig) -> None:
             f'model: the weights are quantized ("{getattr(method, "value", method)}", by quantization_config of '
             "config.json), and cannot be trained so. Take the model in bf16, or save it dequantized by transformers."
         )
-    needs = []
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    needs = [*_looks_ahead(config)]
+    others = sorted(set(own(config, "layer_types") or ()) - _KNOWN_LAYERS)
     if others:
         needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
     if reason := unknown_router_loss(config):
         needs.append(reason)
     if needs:
         raise UserError(f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that exactly.')
+
+
+def own(config: PreTrainedConfig, key: str) -> Any:
+    """The value of a key that config's class declares; None for any other, which the family does not read."""
+    declared = hasattr(type(config), key) or is_dataclass(config) and key in {field.name for field in fields(config)}
+    return getattr(config, key, None) if declared else None
+
+
+def _looks_ahead(config: PreTrainedConfig) -> Iterator[str]:
+    """What in config lets tokens attend to later ones, in words. transformers' masks obey is_causal in any family."""
+    if not getattr(config, "is_causal", True):
+        yield "attention to later tokens (is_causal = false in its config), where this version's is causal"
+    elif (ahead := own(config, "use_bidirectional_attention")) and ahead != "vision":  # gemma4: of images only
+        yield (
+            f"attention to later tokens (use_bidirectional_attention = {str(ahead).lower()} in its config), where this "
+            "version's is causal"
+        )

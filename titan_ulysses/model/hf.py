@@ -16,7 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import one_line
@@ -54,12 +60,13 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), dtype=dtype, experts_implementation=experts_path(dtype)
             )
-    except ValueError as error:
-        raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
     except Exception as error:  # a family's own code raises whatever it likes
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
+        unset = [key for key in ("head_dim", "num_key_value_heads") if getattr(config, key, 0) is None]
         raise UserError(
-            f'model: transformers cannot build a "{config.model_type}" of this config ({one_line(error)}). '
-            "Set what it lacks (head_dim, num_key_value_heads) in the config."
+            f'model: transformers cannot build a "{config.model_type}" of this config ({type(error).__name__}: '
+            f"{one_line(error)})." + (f" Set what it lacks ({', '.join(unset)}) in the config." if unset else "")
         ) from error
     return model
 

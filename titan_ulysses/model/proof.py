@@ -9,8 +9,10 @@ logits than `lm_head`.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,11 @@ _SIZES = {
     "num_attention_heads": 4,
     "head_dim": 16,
     "rotary_dim": 8,
+    "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "q_lora_rank": _HIDDEN,
+    "kv_lora_rank": _HIDDEN,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -52,28 +58,61 @@ _SIZES = {
 Gradients = dict[str, Tensor]
 
 
-@torch.enable_grad()
-def prove(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], PreTrainedModel]) -> None:
-    """Collective. UserError, on every rank, for a family that does not train sharded as it does whole.
+Tilings = dict[str, dict[str, Any]]
+"""Ways to tile a block, in words, and the options of `parallelize.wrap` that make them."""
 
-    `shard(model, core)` wraps a model in place as the real one will be, but for its core and dtype: the proof is about
-    the family, in fp64.
+Shard = Callable[[PreTrainedModel, Core, dict[str, Any]], None]
+
+
+@torch.enable_grad()
+def prove(config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings) -> dict[str, Any]:
+    """Collective. The first of tilings with which a family trains sharded as it does whole, the same on every rank.
+
+    `shard(model, core, options)` wraps a model in place as the real one will be, but for its core and dtype: the proof
+    is about the family, in fp64. UserError, on every rank, where not even the last of tilings is right.
     """
-    tiny = shrink(config)
-    has_router_loss = getattr(tiny, "output_router_logits", False)
-    tiny.output_router_logits = False
-    reason = _try(tiny, mesh, shard)
-    if reason is None and has_router_loss:
-        tiny.output_router_logits = True
-        reason = _try(tiny, mesh, shard)
+
+    def reason_against(tiling: str) -> str | None:
+        return _try(config, mesh, lambda model, core: shard(model, core, tilings[tiling]))
+
+    best, *others = tilings
+    reason = reason_against(best)
+    if reason is None:
+        return tilings[best]
+    if others:  # the last of them first: it assumes least, and what is wrong with it is wrong with the family
+        reason = reason_against(others[-1])
     if reason is not None:
         raise UserError(
             f'model: "{config.model_type}" is not a family that is known to train exactly under sequence parallelism, '
             f"and a tiny model of it could not prove that it does: {reason.rstrip('.')}. Choose another model."
         )
+    tiling = next((name for name in others[:-1] if reason_against(name) is None), others[-1])
+    warnings.warn(
+        f'model: the blocks of "{config.model_type}" are not built like those of the families that this version knows: '
+        f"the MLP is {tiling}, which is exact, and takes more time or memory.",
+        stacklevel=3,
+    )
+    return tilings[tiling]
 
 
-def _try(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], PreTrainedModel]) -> str | None:
+def _try(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]) -> str | None:
+    """Collective. What is wrong with a tiny model, with its router loss and without, the same on every rank."""
+    reason, has_router_loss = None, False
+    try:
+        tiny = shrink(config)
+        has_router_loss = getattr(tiny, "output_router_logits", False)
+        tiny.output_router_logits = False
+    except Exception as error:  # a family's own code raises whatever it likes
+        reason = f"a tiny one cannot be described: {_raised(error)}"
+    if (reason := first_failure(reason)) is None:
+        reason = _try_once(tiny, mesh, shard)
+    if reason is None and has_router_loss:
+        tiny.output_router_logits = True
+        reason = _try_once(tiny, mesh, shard)
+    return reason
+
+
+def _try_once(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]) -> str | None:
     """Collective. What is wrong with a model of config tiny, the same on every rank; None where nothing is."""
     reason = None
     try:
@@ -81,16 +120,22 @@ def _try(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, C
         batch = _Batch(mesh, whole.config)
         sharded = copy.deepcopy(whole)
         expected = _train_whole(whole, batch)
-    except Exception as error:  # a family's own code raises whatever it likes
-        reason = f"a tiny one cannot be built and run: {one_line(error)}"
+    except Exception as error:
+        reason = f"a tiny one cannot be built and run: {_raised(error)}"
     if (reason := first_failure(reason)) is None:  # all ranks go on, or none: what follows has collectives
         try:
             shard(sharded, _core_of(tiny))
             reason = _difference(_train_sharded(sharded, batch, mesh), expected, batch.what)
+        except UserError as error:
+            reason = str(error).removeprefix("model: ")
         except Exception as error:
-            reason = one_line(error).removeprefix("model: ")
+            reason = f"its own code fails when it runs sharded ({_raised(error)})"
         reason = first_failure(reason)
     return reason
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -104,7 +149,8 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
             tiny.num_key_value_heads = 1 if kv_heads == 1 else 4 if kv_heads == heads else 2
         _limit(tiny, _SIZES | dict.fromkeys((name for name in vars(tiny) if "intermediate_size" in name), _HIDDEN))
     _keep_kinds_of_layers(tiny)
-    _limit(tiny, {"vocab_size": 64, "sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
+    _limit(tiny, {"vocab_size": 64, "vocab_size_per_layer_input": 64})
+    _limit(tiny, {"sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
     for name, value in {
         "initializer_range": 0.2,  # attention that is far from uniform
         "router_aux_loss_coef": 1.0,  # a router loss that is seen beside the other
@@ -133,7 +179,7 @@ def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
 
 def _limit(config: PreTrainedConfig, values: dict[str, int]) -> None:
     for name, value in values.items():
-        if getattr(config, name, None):
+        if isinstance(getattr(config, name, None), int):
             with suppress(AttributeError):  # a property that follows from the others
                 setattr(config, name, min(getattr(config, name), value))
 
@@ -144,7 +190,7 @@ def _core_of(config: PreTrainedConfig) -> Core:
 
     def core(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents, scale: float, **features) -> Tensor:
         if hidden := sorted(features.keys() - needs):
-            raise UserError(f"its attention asks for {', '.join(hidden)}, of which its config says nothing")
+            raise UserError(f"its attention layers ask for {', '.join(hidden)}, of which its config says nothing")
         return blockwise(q, k, v, documents=documents, scale=scale, **features)
 
     return core
@@ -181,6 +227,7 @@ def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=_DTYPE, experts_implementation=hf.experts_path(_DTYPE))
         with torch.no_grad():
+            model.to(_DTYPE)  # also what the family keeps in fp32
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model.to(device).eval()  # dropout off
@@ -240,5 +287,6 @@ def _difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradien
         return None
     return (
         f"the loss is off by {loss:.1e} of itself and {where} by {worst[where]:.1e} ({what}). Something besides its "
-        "attention mixes tokens, or its attention is not the causal one that it asks transformers for"
+        "attention mixes tokens, or it counts positions itself, or its attention is not the causal one that it asks "
+        "transformers for"
     )

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
+from titan_ulysses.errors import UserError
 from titan_ulysses.ulysses.cores import Core, Documents
 from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
@@ -52,11 +53,7 @@ def ulysses_attention(
     Causal inside each document of `ulysses.documents`. A mask is refused: documents say all that one could. What a
     layer wants of its attention (window, soft-cap, sinks) comes as transformers' own keywords.
     """
-    name = type(module).__name__
-    assert ulysses is not None, f"{name} did not receive the keyword `ulysses`: its model does not hand keywords down"
-    assert attention_mask is None, f"{name} was given an attention mask"
-    assert not kwargs.get("dropout"), f"{name} asks for attention dropout"
-
+    _check_call(module, attention_mask, ulysses, **kwargs)
     mesh = ulysses.mesh
     layer = {
         "documents": _chunked(ulysses.documents, module),
@@ -80,6 +77,32 @@ def ulysses_attention(
     if plan.is_even:
         output = DTensor.from_local(output, mesh, (HEADS,), run_check=False)
     return heads_to_sequence(output, plan, mesh).to_local(), None
+
+
+def _check_call(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    ulysses: Ulysses | None,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **_,
+) -> None:
+    """UserError for what a layer asks of its attention, and no core could do."""
+    name = type(module).__name__
+    if ulysses is None:
+        raise UserError(
+            f"model: {name} is not told of documents and ranks: its model does not hand keywords down to its attention."
+        )
+    if attention_mask is not None:
+        raise UserError(f"model: {name} has an attention mask of its own, where documents say all that is masked here.")
+    if dropout:
+        raise UserError(
+            f"model: {name} drops attention weights (at a rate of {dropout}), which would depend on the mesh. Set its "
+            "dropout to 0.0 in the model's config."
+        )
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UserError(f"model: {name} attends to later tokens too (is_causal = False), where every core is causal.")
 
 
 def _local_heads(
@@ -129,7 +152,10 @@ def _chunked(documents: Documents, module: nn.Module) -> Documents:
     """Documents cut into the chunks of a chunked-attention layer (llama4), which are documents to its attention."""
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
-    if not types or types[module.layer_idx] != "chunked_attention":
+    # Other families keep such keys too, if a config.json has them, and do not read them.
+    if not types or not hasattr(type(config), "attention_chunk_size"):
+        return documents
+    if types[module.layer_idx] != "chunked_attention":
         return documents
     size = config.attention_chunk_size
     return tuple(
