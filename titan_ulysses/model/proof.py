@@ -103,7 +103,7 @@ def _try(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel,
         has_router_loss = getattr(tiny, "output_router_logits", False)
         tiny.output_router_logits = False
     except Exception as error:  # a family's own code raises whatever it likes
-        reason = f"a tiny one cannot be described: {_raised(error)}"
+        reason = f"its config does not let it be made small ({_raised(error)})"
     if (reason := first_failure(reason)) is None:
         reason = _try_once(tiny, mesh, shard)
     if reason is None and has_router_loss:
@@ -121,7 +121,7 @@ def _try_once(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedMod
         sharded = copy.deepcopy(whole)
         expected = _train_whole(whole, batch)
     except Exception as error:
-        reason = f"a tiny one cannot be built and run: {_raised(error)}"
+        reason = f"a tiny one cannot be built and run ({_raised(error)})"
     if (reason := first_failure(reason)) is None:  # all ranks go on, or none: what follows has collectives
         try:
             shard(sharded, _core_of(tiny))
