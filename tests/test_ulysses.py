@@ -29,6 +29,8 @@ from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
 
 HEAD_COUNTS = [(8, 8), (8, 2), (9, 3), (14, 2), (5, 1), (6, 6), (3, 1), (7, 7)]
 TOKENS, HEAD_SIZE = 3, 2
+VALUE_SIZES = (2, 1, 5)
+"""Values have heads of the size of queries and keys, and smaller and larger ones, as latent attention has."""
 EXACT = {"rtol": 0.0, "atol": 0.0}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -155,12 +157,17 @@ def integers(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def whole_qkv(plan: HeadPlan, batch: int, dtype: torch.dtype) -> list[Tensor]:
+def heads_and_sizes(plan: HeadPlan, value_size: int) -> list[tuple[int, int]]:
+    """Of q, k and v."""
+    keys = plan.key_value[-1].stop
+    return [(plan.query[-1].stop, HEAD_SIZE), (keys, HEAD_SIZE), (keys, value_size)]
+
+
+def whole_qkv(plan: HeadPlan, batch: int, dtype: torch.dtype, value_size: int) -> list[Tensor]:
     """q, k and v of the whole sequence, [B, S, H, D], with gradients: what the sharded computation is compared with."""
-    num_heads = (plan.query[-1].stop, plan.key_value[-1].stop, plan.key_value[-1].stop)
     return [
-        integers(batch, plan.degree * TOKENS, heads, HEAD_SIZE, seed=seed, dtype=dtype).requires_grad_()
-        for seed, heads in enumerate(num_heads)
+        integers(batch, plan.degree * TOKENS, heads, size, seed=seed, dtype=dtype).requires_grad_()
+        for seed, (heads, size) in enumerate(heads_and_sizes(plan, value_size))
     ]
 
 
@@ -191,8 +198,8 @@ def weighed(tensors: list[Tensor], rank: int) -> Tensor:
     return sum((x * integers(*x.shape, seed=10 * rank + i, dtype=x.dtype)).sum() for i, x in enumerate(tensors))
 
 
-def check_sequence_to_heads(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype) -> None:
-    rank, whole = mesh.get_local_rank(), whole_qkv(plan, batch, dtype)
+def check_sequence_to_heads(mesh: DeviceMesh, plan: HeadPlan, *case) -> None:
+    rank, whole = mesh.get_local_rank(), whole_qkv(plan, *case)
     own = [own_tokens(x, mesh) for x in whole]
     received = sequence_to_heads(*(place(x, mesh) for x in own), plan)
     assert all(isinstance(x, DTensor) and x.placements == (Shard(2),) for x in received) == plan.is_even
@@ -210,8 +217,8 @@ def check_sequence_to_heads(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype:
         torch.testing.assert_close(x.grad, full.grad[:, tokens_of(rank)], **EXACT)
 
 
-def check_heads_to_sequence(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype) -> None:
-    rank, (whole, _, _) = mesh.get_local_rank(), whole_qkv(plan, batch, dtype)
+def check_heads_to_sequence(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype, _: int) -> None:
+    rank, (whole, _, _) = mesh.get_local_rank(), whole_qkv(plan, batch, dtype, HEAD_SIZE)
     heads = heads_of(plan, rank)[0]
     weights = integers(*whole.shape, seed=9, dtype=dtype)
     kernels_write = {
@@ -229,10 +236,10 @@ def check_heads_to_sequence(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype:
         torch.testing.assert_close(own.grad, weights[:, :, heads], **EXACT)
 
 
-def check_round_trip(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype) -> None:
+def check_round_trip(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype, value_size: int) -> None:
     torch.manual_seed(dist.get_rank())
-    num_heads = (plan.query[-1].stop, plan.key_value[-1].stop, plan.key_value[-1].stop)
-    q, k, v = (torch.randn(batch, TOKENS, heads, HEAD_SIZE).to(dtype) for heads in num_heads)
+    shapes = heads_and_sizes(plan, value_size)
+    q, k, v = (torch.randn(batch, TOKENS, heads, size).to(dtype) for heads, size in shapes)
     query, _, _ = sequence_to_heads(*(place(x, mesh) for x in (q, k, v)), plan)
     torch.testing.assert_close(heads_to_sequence(query, plan, mesh).to_local(), q, **EXACT)
 
@@ -240,9 +247,11 @@ def check_round_trip(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.
 def check_exchange(mesh: DeviceMesh) -> int:
     """All cases on this mesh; the number of them."""
     cases = [
-        (plan_heads(*counts, mesh.size()), batch, dtype)
+        (plan_heads(*counts, mesh.size()), batch, dtype, value_size)
         for counts in HEAD_COUNTS
-        for batch, dtype in ((1, torch.float64), (2, torch.float64), (2, torch.bfloat16))
+        for (batch, dtype), value_size in zip(
+            ((1, torch.float64), (2, torch.float64), (2, torch.bfloat16)), VALUE_SIZES, strict=True
+        )
     ]
     for case in cases:
         for check in (check_sequence_to_heads, check_heads_to_sequence, check_round_trip):
@@ -330,12 +339,14 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale
     return (scores.softmax(dim=3) @ v).transpose(1, 2)
 
 
-def random_qkv(num_query_heads: int, num_kv_heads: int, *, seed: int = 0) -> list[Tensor]:
+def random_qkv(
+    num_query_heads: int, num_kv_heads: int, *, value_size: int = HEAD_SIZE, seed: int = 0
+) -> list[Tensor]:
     """What an attention layer computes for the whole sequence: [2, H, S, D] in fp64; the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(2, heads, SEQUENCE_LENGTH, HEAD_SIZE, generator=generator, dtype=torch.float64)
-        for heads in (num_query_heads, num_kv_heads, num_kv_heads)
+        torch.randn(2, heads, SEQUENCE_LENGTH, size, generator=generator, dtype=torch.float64)
+        for heads, size in ((num_query_heads, HEAD_SIZE), (num_kv_heads, HEAD_SIZE), (num_kv_heads, value_size))
     ]
 
 
@@ -346,26 +357,31 @@ def attend(mesh: DeviceMesh, qkv: list[Tensor], documents: Documents, **kwargs) 
     return output
 
 
-def attention_of_own_tokens(head_counts: list[tuple[int, int]], scaling: float | None) -> list[list[Tensor]]:
-    """Per case, this rank's part of the output [B, T, Hq, D] and of the gradients of q, k and v [B, H, T, D]."""
+# Sizes take turns: each meets every pair of head counts, and every set of documents.
+ATTENTION_CASES = [
+    (counts, documents, VALUE_SIZES[turn % 3])
+    for turn, (counts, documents) in enumerate(product(HEAD_COUNTS, DOCUMENTS))
+]
+
+
+def attention_of_own_tokens(cases: list[tuple], scaling: float | None) -> list[list[Tensor]]:
+    """Per case, this rank's part of the output [B, T, Hq, Dv] and of the gradients of q, k and v [B, H, T, D]."""
     mesh = sp_mesh()
     tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
     results = []
-    for counts in head_counts:
-        for documents in DOCUMENTS:
-            own = [x[:, :, tokens].clone().requires_grad_() for x in random_qkv(*counts)]
-            output = attend(mesh, own, documents, scaling=scaling, sliding_window=SEQUENCE_LENGTH, dropout=0.0)
-            (output * torch.linspace(-1, 2, SEQUENCE_LENGTH)[tokens, None, None]).sum().backward()
-            results.append([output.detach(), *(x.grad for x in own)])
+    for counts, documents, value_size in cases:
+        own = [x[:, :, tokens].clone().requires_grad_() for x in random_qkv(*counts, value_size=value_size)]
+        output = attend(mesh, own, documents, scaling=scaling, sliding_window=SEQUENCE_LENGTH, dropout=0.0)
+        (output * torch.linspace(-1, 2, SEQUENCE_LENGTH)[tokens, None, None]).sum().backward()
+        results.append([output.detach(), *(x.grad for x in own)])
     return results
 
 
 @pytest.mark.parametrize(("world_size", "scaling"), [(2, None), (3, 0.3), (4, None)])
 def test_attention_equals_eager_attention_of_each_document(world_size: int, scaling: float | None) -> None:
-    ranks = run_on_ranks(world_size, attention_of_own_tokens, HEAD_COUNTS, scaling)
-    cases = list(product(HEAD_COUNTS, DOCUMENTS))
-    for (counts, documents), *parts in zip(cases, *ranks, strict=True):
-        whole = [x.requires_grad_() for x in random_qkv(*counts)]
+    ranks = run_on_ranks(world_size, attention_of_own_tokens, ATTENTION_CASES, scaling)
+    for (counts, documents, value_size), *parts in zip(ATTENTION_CASES, *ranks, strict=True):
+        whole = [x.requires_grad_() for x in random_qkv(*counts, value_size=value_size)]
         expected = eager_attention(*whole, documents, HEAD_SIZE**-0.5 if scaling is None else scaling)
         (expected * torch.linspace(-1, 2, SEQUENCE_LENGTH)[:, None, None]).sum().backward()
         outputs, *gradients = zip(*parts, strict=True)
@@ -478,13 +494,13 @@ class Copies(TorchDispatchMode):
         return result
 
 
-def copies_of_the_exchange(head_counts: list[tuple[int, int]], batch: int) -> list[list[list[int]]]:
+def copies_of_the_exchange(head_counts: list[tuple[int, int]], batch: int, value_size: int) -> list[list[list[int]]]:
     """Per head count: the copies in q, k, v to the heads, its backward, the output's way back, its backward."""
     mesh, results = sp_mesh(), []
     for counts in head_counts:
         plan, rank = plan_heads(*counts, mesh.size()), mesh.get_local_rank()
-        own = [own_tokens(x, mesh) for x in whole_qkv(plan, batch, torch.float32)]
-        shape = (mesh.size() * TOKENS, batch, len(plan.query[rank]), HEAD_SIZE)
+        own = [own_tokens(x, mesh) for x in whole_qkv(plan, batch, torch.float32, value_size)]
+        shape = (mesh.size() * TOKENS, batch, len(plan.query[rank]), value_size)
         output = torch.ones(shape).transpose(0, 1).requires_grad_()  # as a kernel writes it: [S, B, h, D]
         placed = place(output, mesh, 2) if plan.is_even else output
         with Copies() as there:
@@ -502,19 +518,24 @@ def copies_of_the_exchange(head_counts: list[tuple[int, int]], batch: int) -> li
     return results
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_exchange_copies_once_on_each_side_at_most(batch: int) -> None:
-    for rank, layers in enumerate(run_on_ranks(2, copies_of_the_exchange, HEAD_COUNTS, batch)):
+def numbers_of_qkv(plan: HeadPlan, value_size: int) -> list[int]:
+    """How many numbers a token of q, k and v each rank computes with."""
+    heads = zip(plan.query, plan.key_value, strict=True)
+    return [HEAD_SIZE * (len(q) + len(kv)) + value_size * len(kv) for q, kv in heads]
+
+
+@pytest.mark.parametrize(("batch", "value_size"), [(1, 2), (2, 3)])
+def test_the_exchange_copies_once_on_each_side_at_most(batch: int, value_size: int) -> None:
+    for rank, layers in enumerate(run_on_ranks(2, copies_of_the_exchange, HEAD_COUNTS, batch, value_size)):
         for counts, (there, there_backward, back, back_backward) in zip(HEAD_COUNTS, layers, strict=True):
-            plan = plan_heads(*counts, 2)
-            a_head = batch * TOKENS * HEAD_SIZE
-            all_heads = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
-            assert sum(there) == a_head * sum(all_heads)  # packed; received as it lies
-            assert there_backward[0] == 2 * a_head * all_heads[rank]  # packed in one
-            assert sum(there_backward[1:]) == a_head * sum(all_heads)  # a KV head of two ranks is written and added to
-            assert sum(back) == sum(back_backward) == a_head * counts[0]  # sent as it lies; packed
+            plan, tokens = plan_heads(*counts, 2), batch * TOKENS
+            numbers = numbers_of_qkv(plan, value_size)
+            assert sum(there) == tokens * sum(numbers)  # packed; received as it lies
+            assert sum(there_backward[:3]) == 2 * tokens * numbers[rank]  # packed
+            assert sum(there_backward[3:]) == tokens * sum(numbers)  # a KV head of two ranks is written and added to
+            assert sum(back) == sum(back_backward) == tokens * value_size * counts[0]  # sent as it lies; packed
             if plan.is_even:
-                assert [len(there), len(there_backward), len(back), len(back_backward)] == [3, 4, 1, 1]
+                assert [len(there), len(there_backward), len(back), len(back_backward)] == [3, 6, 1, 1]
 
 
 @pytest.mark.parametrize(("counts", "degree"), [((8, 2), 2), ((14, 2), 4), ((3, 1), 4), ((64, 8), 1024)])
@@ -524,17 +545,17 @@ def test_attention_under_fake_tensors_has_the_shapes_of_real_ones(counts: tuple[
         try:
             mesh = sp_mesh()
             with FakeTensorMode():
-                heads = (counts[0], counts[1], counts[1])
-                own = [torch.empty(2, h, TOKENS, HEAD_SIZE, requires_grad=True) for h in heads]
+                shapes = heads_and_sizes(plan_heads(*counts, degree), VALUE_SIZES[1])
+                own = [torch.empty(2, heads, TOKENS, size, requires_grad=True) for heads, size in shapes]
                 output = attend(mesh, own, ((TOKENS * degree,),) * 2)
                 output.sum().backward()
-            assert output.shape == (2, TOKENS, counts[0], HEAD_SIZE)
+            assert output.shape == (2, TOKENS, counts[0], VALUE_SIZES[1])
             assert all(isinstance(x.grad, FakeTensor) and x.grad.shape == x.shape for x in own)
         finally:
             dist.destroy_process_group()
 
 
-def compiled_and_not(head_counts: list[tuple[int, int]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+def compiled_and_not(cases: list[tuple[int, int, int]]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Output and gradients of a function around attention as it is, and compiled into a single graph."""
     mesh, results = sp_mesh(), []
     tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
@@ -542,10 +563,11 @@ def compiled_and_not(head_counts: list[tuple[int, int]]) -> list[tuple[list[Tens
     def block(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(mesh, (2 * q, k, v), DOCUMENTS[2]) + 1
 
-    for counts in head_counts:
+    for *counts, value_size in cases:
         pair = []
         for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)):
-            own = [x[:, :, tokens].clone().requires_grad_() for x in random_qkv(*counts)]
+            whole = random_qkv(*counts, value_size=value_size)
+            own = [x[:, :, tokens].clone().requires_grad_() for x in whole]
             output = function(*own)
             output.sum().backward()
             pair.append([output.detach(), *(x.grad for x in own)])
@@ -554,18 +576,21 @@ def compiled_and_not(head_counts: list[tuple[int, int]]) -> list[tuple[list[Tens
 
 
 def test_attention_compiles_to_one_graph_with_the_same_results() -> None:
-    for eager, compiled in chain(*run_on_ranks(2, compiled_and_not, [(8, 4), (5, 1), (1, 1)])):
+    for eager, compiled in chain(*run_on_ranks(2, compiled_and_not, [(8, 4, 2), (5, 1, 3), (1, 1, 2)])):
         for expected, found in zip(eager, compiled, strict=True):
             torch.testing.assert_close(found, expected, **EXACT)
 
 
-def collectives_of_a_layer(head_counts: list[tuple[int, int]], dtype: torch.dtype) -> list[tuple[list, list]]:
+def collectives_of_a_layer(
+    head_counts: list[tuple[int, int]], dtype: torch.dtype, value_size: int
+) -> list[tuple[list, list]]:
     """Per head count, the collectives of attention's forward and of its backward."""
     mesh = sp_mesh()
     tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
     results = []
     for counts in head_counts:
-        own = [x[:, :, tokens].to(dtype).requires_grad_() for x in random_qkv(*counts)]
+        whole = random_qkv(*counts, value_size=value_size)
+        own = [x[:, :, tokens].to(dtype).requires_grad_() for x in whole]
         with Wire(mesh.get_local_rank()) as forward:
             loss = attend(mesh, own, DOCUMENTS[2]).sum()
         with Wire(mesh.get_local_rank()) as backward:
@@ -575,23 +600,26 @@ def collectives_of_a_layer(head_counts: list[tuple[int, int]], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_two_all_to_alls_each_way_send_what_the_formula_says(world_size: int, dtype: torch.dtype) -> None:
-    for rank, layers in enumerate(run_on_ranks(world_size, collectives_of_a_layer, HEAD_COUNTS, dtype)):
+@pytest.mark.parametrize(("dtype", "value_size"), [(torch.float64, 2), (torch.float64, 3), (torch.bfloat16, 1)])
+def test_two_all_to_alls_each_way_send_what_the_formula_says(
+    world_size: int, dtype: torch.dtype, value_size: int
+) -> None:
+    ranks = run_on_ranks(world_size, collectives_of_a_layer, HEAD_COUNTS, dtype, value_size)
+    for rank, layers in enumerate(ranks):
         for counts, (forward, backward) in zip(HEAD_COUNTS, layers, strict=True):
             plan = plan_heads(*counts, world_size)
-            a_head = 2 * SEQUENCE_LENGTH // world_size * HEAD_SIZE * dtype.itemsize  # B * T * D * itemsize
-            q = [len(heads) for heads in plan.query]
-            qkv = [len(queries) + 2 * len(keys) for queries, keys in zip(plan.query, plan.key_value, strict=True)]
+            tokens = 2 * SEQUENCE_LENGTH // world_size * dtype.itemsize  # B * T * itemsize
+            output = [value_size * len(heads) for heads in plan.query]
+            qkv = numbers_of_qkv(plan, value_size)
 
-            def to_heads(heads: list[int], rank: int = rank, a_head: int = a_head) -> tuple[str, int]:
-                return "all_to_all_single", a_head * (sum(heads) - heads[rank])
+            def to_heads(numbers: list[int], rank: int = rank, tokens: int = tokens) -> tuple[str, int]:
+                return "all_to_all_single", tokens * (sum(numbers) - numbers[rank])
 
-            def to_sequence(heads: list[int], rank: int = rank, a_head: int = a_head) -> tuple[str, int]:
-                return "all_to_all_single", a_head * (world_size - 1) * heads[rank]
+            def to_sequence(numbers: list[int], rank: int = rank, tokens: int = tokens) -> tuple[str, int]:
+                return "all_to_all_single", tokens * (world_size - 1) * numbers[rank]
 
-            assert forward == [to_heads(qkv), to_sequence(q)]
-            assert backward == [to_heads(q), to_sequence(qkv)]
+            assert forward == [to_heads(qkv), to_sequence(output)]
+            assert backward == [to_heads(output), to_sequence(qkv)]
             if plan.is_even:
-                even = (world_size - 1) * a_head * (counts[0] + 2 * counts[1]) // world_size
-                assert to_heads(qkv)[1] == to_sequence(qkv)[1] == even
+                a_token = HEAD_SIZE * (counts[0] + counts[1]) + value_size * counts[1]
+                assert to_heads(qkv)[1] == to_sequence(qkv)[1] == (world_size - 1) * tokens * a_token // world_size

@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_ulysses.plan.memory import MemoryTracker
-from titan_ulysses.ulysses.cores import Documents
+from titan_ulysses.ulysses.cores import Documents, with_equal_sizes
 
 
 class Standin:
     """SDPA's flash kernel over whole rows, for kernels that see documents and windows in one call.
 
     What such a kernel takes, saves and returns does not depend on documents or windows. How many scores they leave, a
-    row, is noted for each layer.
+    row, is noted for each layer. Where values have a size of their own it pads as the core `flash` does; flex, which
+    need not, takes that much less.
     """
 
     def __init__(self) -> None:
@@ -34,9 +35,12 @@ class Standin:
     ) -> Tensor:
         pairs = sum(_pairs(length, window) for row in documents for length in row)
         self.scores[self.tracker.attribution.here().layer] = pairs / len(documents)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        grouped = q.shape[2] != k.shape[2]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=grouped)
+
+        return with_equal_sizes(attend, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
 def _pairs(length: int, window: int | None) -> float:

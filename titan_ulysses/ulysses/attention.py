@@ -48,7 +48,8 @@ def ulysses_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, Hq, T, D], key and value [B, Hkv, T, D] -> [B, T, Hq, D].
+    """transformers' attention interface: query [B, Hq, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] ->
+    [B, T, Hq, Dv]. Dv is D but in latent attention and a few others.
 
     Causal inside each document of `ulysses.documents`. A mask is refused: documents say all that one could. What a
     layer wants of its attention (window, soft-cap, sinks) comes as transformers' own keywords.
@@ -113,9 +114,10 @@ def _local_heads(
     if sinks is not None:
         sinks = sinks[plan.query[rank].start : plan.query[rank].stop]
     if not plan.query[rank]:
-        # [B, S, 0, D], which still descends from all inputs: backward, too, is a collective that every rank must join.
+        # [B, S, 0, Dv], which still descends from all inputs: backward, too, is a collective that every rank must join.
         return v if sinks is None else v + sinks[:, None]
-    for queries, keys in _bounded(plan.runs(rank), q[:, :, 0].numel()):
+    head_elements = max(x[:, :, 0].numel() for x in (q, v))
+    for queries, keys in _bounded(plan.runs(rank), head_elements):
         local = layer if sinks is None else layer | {"sinks": sinks[queries]}
         outputs.append(_call(core, q[:, :, queries], k[:, :, keys], v[:, :, keys], local))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

@@ -1,8 +1,9 @@
 """Core attention: whole sequences, this rank's heads. Ulysses does not care what attention is, so this is all of it.
 
-A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q and output [B, S, Hq, D], k and v
-[B, S, Hkv, D], where Hkv divides Hq; `documents` holds each row's document lengths on the host. Attention is causal
-inside a document and zero between documents, by construction: a document is a call of its own. No S x S mask exists.
+A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q [B, S, Hq, D], k [B, S, Hkv, D], v
+[B, S, Hkv, Dv] and output [B, S, Hq, Dv], where Hkv divides Hq; `documents` holds each row's document lengths on the
+host. Dv is not D in latent attention. Attention is causal inside a document and zero between documents, by
+construction: a document is a call of its own. No S x S mask exists.
 
 Keywords come only where a layer needs them: `window` (a query sees that many keys, itself included), `softcap` (scores
 become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which takes weight and gives nothing).
@@ -89,18 +90,21 @@ def flash(
     from flash_attn import flash_attn_varlen_func
 
     longest, borders = max(chain(*documents)), _borders(documents, q.device)
-    output = flash_attn_varlen_func(
-        *(x.flatten(0, 1) for x in (q, k, v)),
-        borders,
-        borders,
-        longest,
-        longest,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
-    )
-    return output.unflatten(0, q.shape[:2])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_varlen_func(
+            *(x.flatten(0, 1) for x in (q, k, v)),
+            borders,
+            borders,
+            longest,
+            longest,
+            softmax_scale=scale,
+            causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            softcap=softcap or 0.0,
+        )
+
+    return with_equal_sizes(attend, q, k, v).unflatten(0, q.shape[:2])
 
 
 @lru_cache(maxsize=4)
@@ -241,7 +245,27 @@ def _sdpa_block(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **options)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+    return with_equal_sizes(attend, q, k, v)
+
+
+def with_equal_sizes(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """attend(q, k, v), for kernels that know one head size: the smaller of D and Dv is filled up with zeros.
+
+    That is exact: zeros in q and k add nothing to a score, and those in v give columns of zeros, which are cut off.
+    flash-attn 2 refuses unequal sizes, and given them `F.scaled_dot_product_attention` leaves its flash kernels for
+    slower ones, which on a CPU hold all S x S scores.
+    """
+    size, value_size = q.shape[-1], v.shape[-1]
+    if size == value_size:
+        return attend(q, k, v)
+    if size > value_size:
+        v = F.pad(v, (0, size - value_size))
+    else:
+        q, k = (F.pad(x, (0, value_size - size)) for x in (q, k))
+    return attend(q, k, v)[..., :value_size]
 
 
 _SINK_PADDING = 8

@@ -1,23 +1,26 @@
 """The exchange of Ulysses: from a shard of the sequence with all heads to the whole sequence with a shard of the heads.
 
 One all-to-all brings q, k and v together, one takes the output back; each has its autograd, which is the other's
-direction. Layouts (B rows, S tokens in all, T = S/P a rank, H heads in all, h_p heads of rank p, D head size):
+direction. Layouts (B rows, S tokens in all, T = S/P a rank, H heads in all, h_p heads of rank p, D head size, which
+may be another one in v than in q and k, as in latent attention):
 
     sequence-sharded  [B, T, H, D]    placed Shard(1) of [B, S, H, D]
     heads-sharded     [B, S, h, D]    placed Shard(2) of [B, S, H, D] where the plan is even
 
-On the wire each rank's block is [T, B, h_p, D], token first: the blocks received from ranks 0..P-1 then already are
-the whole sequence, [S, B, h, D], and q, k and v are views of it. So sending costs one copy and receiving none; on the
-way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D] (all do at B = 1). A copy
-is a strided one a tensor and stretch of ranks (`HeadPlan.stretches`), not one a rank: three in all where P divides Hkv.
+On the wire each rank's block is [T, B, x_p], token first, with x_p numbers a token: of all heads of q, then k, then v.
+The blocks received from ranks 0..P-1 then already are the whole sequence, [S, B, x], and q, k and v are views of it. So
+sending costs one copy and receiving none; on the way back receiving costs one, and sending none where the attention
+kernel wrote [S, B, h, D] (all do at B = 1). A copy is a strided one a tensor and stretch of ranks
+(`HeadPlan.stretches`), not one a rank: three in all where P divides Hkv.
 
-Bytes that rank r sends to others, where x_p counts rank p's heads: hq_p + 2 hkv_p of q, k, v, or hq_p of the output:
+Bytes that rank r sends to others, where x_p is Dq * (hq_p + hkv_p) + Dv * hkv_p of q, k, v, or Dv * hq_p of the output:
 
-    sequence to heads    B * T * D * itemsize * (sum_p x_p - x_r)
-    heads to sequence    B * T * D * itemsize * (P - 1) * x_r
+    sequence to heads    B * T * itemsize * (sum_p x_p - x_r)
+    heads to sequence    B * T * itemsize * (P - 1) * x_r
 
 Forward goes to the heads with q, k, v and back with the output; backward to the heads with the output's gradient and
-back with those of q, k, v. An even plan sends (P - 1)/P * B * T * (Hq + 2 Hkv) * D * itemsize of q, k and v either way.
+back with those of q, k, v. An even plan sends (P - 1)/P * B * T * (Dq * (Hq + Hkv) + Dv * Hkv) * itemsize of q, k and v
+either way.
 """
 
 from __future__ import annotations
@@ -44,22 +47,30 @@ class _Load(NamedTuple):
     """`ranges[i][p]`: the heads of the i-th tensor that rank p computes."""
     stretches: tuple[range, ...]
     """Ranks that one copy a tensor serves, see `HeadPlan.stretches`."""
+    sizes: tuple[int, ...]
+    """The head size of each tensor."""
 
-    def heads(self, rank: int) -> list[int]:
-        """How many heads of each tensor rank computes."""
-        return [len(ranges[rank]) for ranges in self.ranges]
+    def widths(self, rank: int) -> list[int]:
+        """Numbers a token that rank computes with, of each tensor: heads times their size."""
+        return [len(ranges[rank]) * size for ranges, size in zip(self.ranges, self.sizes, strict=True)]
+
+    def split(self, block: Tensor, rank: int) -> list[Tensor]:
+        """[..., x] as each tensor's [..., h_i, D_i] for rank: views."""
+        parts = zip(block.split(self.widths(rank), dim=-1), self.sizes, strict=True)
+        return [part.unflatten(-1, (part.shape[-1] // size, size)) for part, size in parts]
 
 
 def sequence_to_heads(q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:
     """Bring whole sequences to the rank of each head, in one all-to-all.
 
-    q is [B, S, Hq, D], k and v [B, S, Hkv, D], all placed `Shard(1)` on a 1-D mesh of P ranks. Returns [B, S, heads, D]
-    placed `Shard(2)` where the plan is even; otherwise the local tensors [B, S, h_p, D], whose heads the plan names.
+    q is [B, S, Hq, Dq], k [B, S, Hkv, Dq], v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D mesh of P ranks. Returns
+    [B, S, heads, D] placed `Shard(2)` where the plan is even; otherwise the local [B, S, h_p, D], whose heads it names.
     ValueError for any other placement.
     """
     _expect(SEQUENCE, q=q, k=k, v=v)
     mesh = q.device_mesh
-    load = _Load((plan.query, plan.key_value, plan.key_value), plan.stretches)
+    sizes = tuple(x.shape[3] for x in (q, k, v))
+    load = _Load((plan.query, plan.key_value, plan.key_value), plan.stretches, sizes)
     local = _SequenceToHeads.apply(mesh, load, q.to_local(), k.to_local(), v.to_local())
     return tuple(_placed(x, mesh) for x in local) if plan.is_even else local
 
@@ -75,7 +86,8 @@ def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTens
         output = output.to_local()
     elif isinstance(output, DTensor):
         raise ValueError(f"output must be a local tensor under an uneven plan, but has {output.placements}")
-    (local,) = _HeadsToSequence.apply(mesh, _Load((plan.query,), plan.query_stretches), output)
+    load = _Load((plan.query,), plan.query_stretches, (output.shape[3],))
+    (local,) = _HeadsToSequence.apply(mesh, load, output)
     return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
 
 
@@ -113,48 +125,53 @@ class _HeadsToSequence(torch.autograd.Function):
 
 
 def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
-    """[B, T, H_i, D] each, to [B, S, h_i, D] each (views of one buffer)."""
+    """[B, T, H_i, D_i] each, to [B, S, h_i, D_i] each (views of one buffer)."""
     rank, degree = mesh.get_local_rank(), mesh.size()
-    batch, tokens, _, size = tensors[0].shape
-    widths = [sum(load.heads(p)) * tokens * batch * size for p in range(degree)]
-    sent = tensors[0].new_empty(sum(widths))
-    for ranks, blocks in _blocks(sent, load, tokens, batch, size):
+    batch, tokens = tensors[0].shape[:2]
+    split = [batch * tokens * sum(load.widths(p)) for p in range(degree)]
+    sent = tensors[0].new_empty(sum(split))
+    for ranks, blocks in _blocks(sent, load, tokens, batch):
         for block, tensor, ranges in zip(blocks, tensors, load.ranges, strict=True):
             block.copy_(_windows(tensor, ranges, ranks))
-    received = _all_to_all(sent, [widths[rank]] * degree, widths, mesh)
-    mine = load.heads(rank)
-    received = received.view(degree * tokens, batch, sum(mine), size)
-    return tuple(part.transpose(0, 1) for part in received.split(mine, dim=2))
+    received = _all_to_all(sent, [split[rank]] * degree, split, mesh)
+    received = received.view(degree * tokens, batch, sum(load.widths(rank)))
+    return tuple(part.transpose(0, 1) for part in load.split(received, rank))
 
 
 def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
-    """[B, S, h_i, D] each, to [B, T, H_i, D] each. A head that several ranks hold (KV heads) gets their sum."""
+    """[B, S, h_i, D_i] each, to [B, T, H_i, D_i] each. A head that several ranks hold (KV heads) gets their sum."""
     rank, degree = mesh.get_local_rank(), mesh.size()
-    batch, sequence, _, size = tensors[0].shape
+    batch, sequence = tensors[0].shape[:2]
     tokens = sequence // degree
-    widths = [sum(load.heads(p)) * tokens * batch * size for p in range(degree)]
-    received = _all_to_all(_token_first(tensors), widths, [widths[rank]] * degree, mesh)
-    gathered = [x.new_empty(batch, tokens, r[-1].stop, size) for x, r in zip(tensors, load.ranges, strict=True)]
-    for ranks, blocks in _blocks(received, load, tokens, batch, size):
+    split = [batch * tokens * sum(load.widths(p)) for p in range(degree)]
+    received = _all_to_all(_token_first(tensors, load, rank), split, [split[rank]] * degree, mesh)
+    shapes = [(batch, tokens, r[-1].stop, size) for r, size in zip(load.ranges, load.sizes, strict=True)]
+    gathered = [tensors[0].new_empty(shape) for shape in shapes]
+    for ranks, blocks in _blocks(received, load, tokens, batch):
         for block, whole, ranges in zip(blocks, gathered, load.ranges, strict=True):
             filled = ranges[ranks.start - 1].stop if ranks.start else 0
             _accumulate(_windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start)
     return tuple(gathered)
 
 
-def _token_first(tensors: Sequence[Tensor]) -> Tensor:
-    """[B, S, h_i, D] each, to one flat [S, B, sum of h_i, D]; a view where a single tensor lies like that already."""
+def _token_first(tensors: Sequence[Tensor], load: _Load, rank: int) -> Tensor:
+    """[B, S, h_i, D_i] each, to one flat [S, B, x]; a view where a single tensor lies like that already."""
     views = [x.transpose(0, 1) for x in tensors]
-    return (views[0].contiguous() if len(views) == 1 else torch.cat(views, dim=2)).view(-1)
+    if len(views) == 1:
+        return views[0].contiguous().view(-1)
+    packed = tensors[0].new_empty(*views[0].shape[:2], sum(load.widths(rank)))
+    for part, view in zip(load.split(packed, rank), views, strict=True):
+        part.copy_(view)
+    return packed.view(-1)
 
 
-def _blocks(buffer: Tensor, load: _Load, tokens: int, batch: int, size: int) -> Iterator[tuple[range, list[Tensor]]]:
-    """A stretch of ranks and their [ranks, T, B, h_i, D] in the buffer of an all-to-all, for each stretch."""
+def _blocks(buffer: Tensor, load: _Load, tokens: int, batch: int) -> Iterator[tuple[range, list[Tensor]]]:
+    """A stretch of ranks and their [ranks, T, B, h_i, D_i] in the buffer of an all-to-all, for each stretch."""
     stop = 0
     for ranks in load.stretches:
-        heads = load.heads(ranks.start)
-        start, stop = stop, stop + len(ranks) * sum(heads) * tokens * batch * size
-        yield ranks, buffer[start:stop].view(len(ranks), tokens, batch, sum(heads), size).split(heads, dim=3)
+        width = sum(load.widths(ranks.start))
+        start, stop = stop, stop + len(ranks) * tokens * batch * width
+        yield ranks, load.split(buffer[start:stop].view(len(ranks), tokens, batch, width), ranks.start)
 
 
 def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
