@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 # Few parameters: AdamW divides a gradient by its own size, so that rounding shows where one is almost 0, and among ten
 # times as many there is one ten times nearer to it.
 WIDTHS: dict[str, Any] = {
@@ -26,6 +28,12 @@ SMALL: dict[str, Any] = {
 WINDOW = {"sliding_window": 5}
 ALTERNATING = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 6}
+# One layer without experts and one with, of which each token gets two: of the better group, where there are groups.
+SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTED = {**SPARSE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+GROUPS = {"n_group": 2, "topk_group": 1}
 # What makes each family itself. No attention bias in glm4, whose RoPE turns only half of a head: the bias of the keys'
 # other half adds the same to all scores of a query, its gradient cancels, and AdamW divides rounding by rounding. The
 # key biases of qwen2 and gpt_oss are turned as a whole, and have gradients.
@@ -71,7 +79,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "floor_scale": 4,
         "attn_scale": 0.5,
     },
+    "deepseek_v2": {**LATENT, **ROUTED, **GROUPS, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": {**LATENT, **ROUTED, **GROUPS},
+    "dots1": {**ROUTED, **GROUPS, **WINDOW, "max_window_layers": 1},
+    "glm4_moe": {**ROUTED, **GROUPS, "use_qk_norm": True},
+    "glm4_moe_lite": {**LATENT, **ROUTED, "mlp_layer_types": ["dense", "sparse"]},
+    "ernie4_5_moe": {**SPARSE, "moe_num_experts": 4, "moe_num_shared_experts": 1},
+    "exaone_moe": {**SPARSE, **GROUPS, **WINDOW, "num_experts": 4, "sliding_window_pattern": 2},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hy_v3": {**SPARSE, "num_experts": 4},
+    "solar_open": {**ROUTED, **GROUPS},
+    "sarvam_moe": {**ROUTED, **GROUPS},
+    "hyperclovax": {
+        "use_post_norm": True,
+        "logits_scaling": 0.5,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "gemma4_text": {
+        **ALTERNATING,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 61,
+        "final_logit_softcapping": 3.0,
+    },
 }
+FAMILIES = {family: own for family, own in FAMILIES.items() if family in CONFIG_MAPPING}  # older transformers lacks some
 
 
 def model_of(family: str) -> dict[str, Any]:

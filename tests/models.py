@@ -252,9 +252,12 @@ def plain_model(table: dict[str, Any], dtype: torch.dtype, *, experts: str | Non
     """
     config = hf.load_model_config("", table)
     attention = "eager" if "softcap" in attention_needs(config) else None
-    return AutoModelForCausalLM.from_config(
+    model = AutoModelForCausalLM.from_config(
         config, dtype=dtype, experts_implementation=experts, attn_implementation=attention
     )
+    for parameter in model.parameters():  # routers are in fp32 whatever dtype says
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def train_plain(

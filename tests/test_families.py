@@ -51,11 +51,25 @@ FALLS_TO_FP32 = {
     "qwen3_moe": f"{NORMS}; the router takes its softmax in fp32",
     "gpt_oss": NORMS,
     "llama4_text": f"{NORMS}, RoPE turns in fp32, the router takes its sigmoid in fp32",
+    "deepseek_v2": f"{NORMS}, RoPE turns in fp32, the router scores in fp32",
+    "deepseek_v3": f"{NORMS}, the router scores in fp32",
+    "dots1": f"{NORMS}, the router scores in fp32",
+    "glm4_moe": f"{NORMS}, the router scores in fp32",
+    "glm4_moe_lite": f"{NORMS}, the router scores in fp32",
+    "ernie4_5_moe": f"{NORMS}, RoPE turns in fp32, the router scores in fp32",
+    "exaone_moe": f"{NORMS}, the router scores in fp32",
+    "hunyuan_v1_moe": f"{NORMS}; the router takes its softmax in fp32",
+    "hy_v3": f"{NORMS}, the router scores in fp32, experts are added up in fp32",
+    "solar_open": f"{NORMS}, the router scores in fp32",
+    "sarvam_moe": f"{NORMS}, the router scores in fp32",
+    "hyperclovax": NORMS,
+    "gemma4_text": GEMMA_NORMS,
 }
+FALLS_TO_FP32 = {family: where for family, where in FALLS_TO_FP32.items() if family in FAMILIES}
 # Here fp32 steps round differently on the two sides, by up to 1e-6 in any gradient: gemma's as above, llama4's because
 # Ulysses multiplies queries by a ratio of temperatures. AdamW's first step is the gradient divided by its own size,
 # however small: what follows it is compared by loss only, and in full with those steps kept in fp64.
-AMPLIFIED_BY_ADAMW = {"gemma2", "gemma3_text", "llama4_text"}
+AMPLIFIED_BY_ADAMW = {"gemma2", "gemma3_text", "gemma4_text", "llama4_text", "deepseek_v2", "sarvam_moe"}
 
 STEPS = 3
 LENGTHS = {  # two rows of 24 tokens, cut at the borders of ranks, next to them and across them

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import reduce
 from inspect import signature
 from types import MethodType
 from typing import Any, Literal
@@ -355,20 +356,22 @@ def use_one_dtype(module: nn.Module) -> None:
     transformers keeps routers in fp32 when it loads a mixture of experts in bf16.
     """
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)}
-    elements = Counter()
+    elements: Counter[torch.dtype] = Counter()
     for parameter in trained.values():
         elements[parameter.dtype] += parameter.numel()
     if len(elements) < 2:
         return
     dtype = elements.most_common(1)[0][0]
+    widest = reduce(torch.promote_types, elements)
     odd = {name: p for name, p in trained.items() if p.dtype != dtype}
     for parameter in odd.values():
         parameter.data = parameter.data.to(dtype)
-    warnings.warn(
-        f"model: {', '.join(odd)} of {type(module).__name__} is now stored in {dtype}, as most of it is: FSDP shards "
-        f"parameters of one dtype. To keep more, load the model in torch.float32 and give param_dtype={dtype}.",
-        stacklevel=2,
-    )
+    if widest != dtype:
+        warnings.warn(
+            f"model: {', '.join(odd)} of {type(module).__name__} is now stored in {dtype}, as most of it is: FSDP "
+            f"shards parameters of one dtype. To keep more, load the model in {widest} and give param_dtype={dtype}.",
+            stacklevel=2,
+        )
 
 
 def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[..., Any]) -> None:

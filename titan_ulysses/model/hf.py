@@ -54,7 +54,10 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model class that transformers chooses for config, with parameters on meta. config is not changed."""
+    """The model class that transformers chooses for config, on meta. config is not changed.
+
+    All its parameters have dtype, also those that transformers would keep in fp32 (routers): FSDP takes only one.
+    """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -68,6 +71,8 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
             f'model: transformers cannot build a "{config.model_type}" of this config ({type(error).__name__}: '
             f"{one_line(error)})." + (f" Set what it lacks ({', '.join(unset)}) in the config." if unset else "")
         ) from error
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     return model
 
 
