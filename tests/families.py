@@ -32,7 +32,8 @@ LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope
 LATENT |= {"num_key_value_heads": 6}
 # One layer without experts and one with, of which each token gets two: of the better group, where there are groups.
 SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-ROUTED = {**SPARSE, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+ROUTED = {**SPARSE, "n_routed_experts": 4, "n_shared_experts": 1, "routed_scaling_factor": 1.5}
+ROUTED |= {"first_k_dense_replace": 1}
 GROUPS = {"n_group": 2, "topk_group": 1}
 # What makes each family itself. No attention bias in glm4, whose RoPE turns only half of a head: the bias of the keys'
 # other half adds the same to all scores of a query, its gradient cancels, and AdamW divides rounding by rounding. The
@@ -105,7 +106,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
     },
 }
-FAMILIES = {family: own for family, own in FAMILIES.items() if family in CONFIG_MAPPING}  # older transformers lacks some
+FAMILIES = {family: own for family, own in FAMILIES.items() if family in CONFIG_MAPPING}  # 5.17 lacks some
 
 
 def model_of(family: str) -> dict[str, Any]:

@@ -39,18 +39,8 @@ MODELS: dict[str, dict[str, Any]] = {
     **{family: model_of(family) for family in FAMILIES},
     "starcoder2": STARCODER2,
     "tied": TIED,
-    # Not checked for training, and stored in ways of their own: experts under another name; a buffer that is saved.
+    # Not checked for training, and stored in a way of its own: experts under another name.
     "mixtral": {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-    "glm4_moe": {
-        **SMALL,
-        "model_type": "glm4_moe",
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
 }
 FEW_BYTES = 12_000
 """Of a file, where there are to be several."""

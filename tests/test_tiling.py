@@ -135,6 +135,8 @@ LAYOUTS = {family: ("mlp", "post_attention_layernorm", "-") for family in FAMILI
     "olmo2": ("mlp", "-", "post_feedforward_layernorm"),
     "glm4": ("mlp", "post_attention_layernorm", "post_mlp_layernorm"),
     "llama4_text": ("feed_forward", "post_attention_layernorm", "-"),
+    "hyperclovax": ("mlp", "post_attention_layernorm", "post_norm2"),
+    "gemma4_text": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 
 
