@@ -102,6 +102,23 @@ MOE = {"model_type": "qwen3_moe", "output_router_logits": True, "router_aux_loss
 MOE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 1}
 
 
+LATENT = {"model_type": "youtu", "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 8}
+LATENT |= {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+
+
+def test_latent_attention_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    """Queries and keys of 12, values of 6; three heads on two ranks."""
+    config = write_run(tmp_path)
+    settings: Settings = {f"model.config.{key}": value for key, value in LATENT.items()}
+    settings |= {"training.steps": 3, "checkpoint.enable": False}
+    for name in ("one", "sp2"):
+        here = settings | on_mesh(name) | {"job.name": name}
+        run_on_ranks(math.prod(MESHES[name]), train, config, here)
+    one, sharded = (learned(tmp_path / "outputs" / name) for name in ("one", "sp2"))
+    for (step, *expected), (_, *found) in zip(one, sharded, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5), step
+
+
 def test_router_loss_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
     """The batch is one micro-batch on each mesh."""
     config = write_run(tmp_path)
@@ -258,6 +275,14 @@ def test_flops_of_experts_are_of_those_that_a_token_meets() -> None:
 def test_attention_flops_without_a_head_dim() -> None:
     config = SimpleNamespace(num_hidden_layers=1, num_attention_heads=4, hidden_size=32)
     assert attention_flops(config, ((3,),)) == 6 * 4 * 8 * 9
+
+
+def test_attention_flops_of_heads_of_two_sizes() -> None:
+    """In latent attention `head_dim` is that of RoPE: q k^T is of 128 + 64, p v of 128."""
+    latent = hf.load_model_config("", {"model_type": "deepseek_v3", "num_hidden_layers": 1})
+    assert latent.head_dim == 64
+    heads = latent.num_attention_heads
+    assert attention_flops(latent, ((3,),)) == 3 * heads * (2 * 9 * 192 + 2 * 9 * 128) // 2
 
 
 # --- collectives ------------------------------------------------------------------------------------------------------
