@@ -28,7 +28,7 @@ from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.step import clip_gradients, learning_rate, train_step
+from titan_ulysses.step import clip_gradients, gradient_norm, learning_rate, train_step
 
 MESHES = {  # dp_replicate, dp_shard, sp
     "one": (1, 1, 1),
@@ -243,6 +243,46 @@ def test_clip_gradients(max_norm: float, scale: float) -> None:
     assert clip_gradients(parameters, max_norm).item() == pytest.approx(5.0)
     assert parameters[0].grad.tolist() == pytest.approx([3.0 * scale, 0.0])
     assert parameters[1].grad.tolist() == pytest.approx([-4.0 * scale])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_norm_of_millions_of_numbers(dtype: torch.dtype) -> None:
+    """Of magnitudes apart by many orders, in several parts of which the last is cut; some in other places."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1500, 1500), (7,), (0,), (1200, 1000)]
+    gradients = [torch.randn(size, generator=generator) for size in sizes]
+    gradients = [(g * torch.randn(g.shape, generator=generator).exp() * 1e-3).to(dtype) for g in gradients]
+    gradients[3] = gradients[3].t()  # not as it lies in memory
+    exact = torch.cat([g.flatten() for g in gradients]).double().norm().item()
+    norm = gradient_norm(gradients)
+    assert norm.item() == pytest.approx(exact, rel=1e-13 if dtype == torch.float64 else 1e-7)
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert gradient_norm([]).item() == 0
+
+
+def norm_of_a_step(degrees: tuple[int, int, int]) -> tuple[float, float]:
+    """The gradient norm of an fp32 step, and the root of an fp64 sum over the same gradients, gathered."""
+    mesh = mesh_of(*degrees)
+    table = LLAMA | {"vocab_size": 20_000, "hidden_size": 96, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    parallelize(model, mesh)
+    hf.allocate(model, mesh.device)
+    hf.initialize(model, seed=0)
+    batch = local_batch(make_rows([(10, 14), (24,)], masked="none", vocab_size=20_000, seed=0), mesh)
+    model(**vars(batch), num_items_in_batch=torch.tensor(45)).loss.backward()
+    norm = clip_gradients(list(model.parameters()), 0)
+    squares = [p.grad.full_tensor().double().square().sum() for p in model.parameters()]
+    return norm.item(), torch.stack(squares).sum().sqrt().item()
+
+
+def test_the_gradient_norm_does_not_depend_on_the_mesh() -> None:
+    """With a head of 1.9M gradients, enough for a sum in fp32 to show."""
+    norms = {}
+    for name, degrees in MESHES.items():
+        for norm, exact in run_on_ranks(math.prod(degrees), norm_of_a_step, degrees):
+            assert norm == pytest.approx(exact, rel=1e-7), name
+            norms[name] = norm
+    assert list(norms.values()) == pytest.approx([norms["one"]] * len(MESHES), rel=1e-6), norms
 
 
 @pytest.mark.parametrize("tied", [False, True])
