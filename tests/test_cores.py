@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.ulysses import cores
@@ -38,24 +40,32 @@ def reference(q, k, v, *, documents, scale, window=None, softcap=None, sinks=Non
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def inputs(*, with_sinks: bool, heads=(6, 2), dtype=torch.float64) -> dict[str, Tensor]:
+def inputs(
+    *, with_sinks: bool, heads=(6, 2), value_size: int = 8, dtype=torch.float64
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        name: torch.randn(2, 30, count, 8, generator=generator, dtype=dtype).requires_grad_()
-        for name, count in (("q", heads[0]), ("k", heads[1]), ("v", heads[1]))
+        name: torch.randn(2, 30, count, size, generator=generator, dtype=dtype).requires_grad_()
+        for name, count, size in (
+            ("q", heads[0], 8),
+            ("k", heads[1], 8),
+            ("v", heads[1], value_size),
+        )
     }
     if with_sinks:
         tensors["sinks"] = torch.randn(heads[0], generator=generator, dtype=dtype).requires_grad_()
     return tensors
 
 
-@pytest.mark.parametrize("heads", [(6, 2), (3, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "value_size"), [((6, 2), 8), ((6, 2), 5), ((3, 3), 4), ((5, 1), 13)], ids=str
+)
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
 @pytest.mark.parametrize(("core", "softcap"), [(sdpa, None), (blockwise, None), (blockwise, 2.0)])
-def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads):
+def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads, value_size):
     monkeypatch.setattr(cores, "_QUERY_BLOCK", 7)  # several blocks of queries in 30 tokens, the last one cut
-    tensors = inputs(with_sinks=with_sinks, heads=heads)
+    tensors = inputs(with_sinks=with_sinks, heads=heads, value_size=value_size)
     options = {"window": window, "softcap": softcap}
     options = {name: value for name, value in options.items() if value is not None}
     found = core(**tensors, documents=DOCUMENTS, scale=0.3, **options)
@@ -92,25 +102,60 @@ def test_a_document_is_alone(core, window):
         assert not torch.equal(before[0, 10:24], after[0, 10:24])
 
 
+class Largest(TorchDispatchMode):
+    """The most elements that an operation returned a tensor of."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        flat = torch.utils._pytree.tree_leaves(out)
+        self.elements = max([self.elements, *(x.numel() for x in flat if isinstance(x, Tensor))])
+        return out
+
+
 @pytest.mark.parametrize("core", [sdpa, blockwise])
 def test_no_square_of_the_length(core):
     """The largest tensor grows with S * window, not with S * S."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            flat = torch.utils._pytree.tree_leaves(out)
-            self.elements = max([self.elements, *(x.numel() for x in flat if isinstance(x, Tensor))])
-            return out
-
     length, window = 8192, 64
     q = torch.randn(1, length, 1, 8, requires_grad=True)
     with Largest() as largest:
         core(q, q, q, documents=((length,),), scale=0.3, window=window).sum().backward()
     assert largest.elements <= cores._QUERY_BLOCK * (cores._QUERY_BLOCK + window) < length * length / 16
+
+
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize(("size", "value_size"), [(24, 16), (16, 24)])
+def test_values_of_another_size_stay_on_the_flash_kernel(size, value_size, with_sinks):
+    """Given unequal sizes SDPA would hold all scores, S x S, on a CPU; the flash kernel holds none."""
+    length = 1024
+    q = torch.randn(1, length, 2, size, requires_grad=True)
+    k, v = (torch.randn(1, length, 1, n, requires_grad=True) for n in (size, value_size))
+    options = {"sinks": torch.zeros(2)} if with_sinks else {}
+    with Largest() as largest:
+        sdpa(q, k, v, documents=((length,),), scale=0.3, **options).sum().backward()
+    assert largest.elements <= 2 * (length + 1) * (24 + cores._SINK_PADDING) < length * length / 8
+
+
+def test_flash_is_given_equal_sizes(monkeypatch):
+    """flash-attn takes no others; what stands for it here refuses them, as it does."""
+    asked = []
+
+    def varlen(q, k, v, borders, *_, softmax_scale, **options) -> Tensor:
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        asked.append(options | {"borders": borders.tolist()})
+        whole = (x[None] for x in (q, k, v))
+        return reference(*whole, documents=((10, 14, 1, 5, 30),), scale=softmax_scale)[0]
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    for value_size in (8, 5, 13):
+        tensors = inputs(with_sinks=False, value_size=value_size)
+        found = flash(**tensors, documents=DOCUMENTS, scale=0.3)
+        expected = reference(**tensors, documents=DOCUMENTS, scale=0.3)
+        assert found.shape == expected.shape and (found - expected).abs().max() < 1e-13
+        gradients = [torch.autograd.grad(x.square().sum(), [*tensors.values()]) for x in (found, expected)]
+        assert max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) < 1e-12
+    assert asked[0]["borders"] == [0, 10, 24, 25, 30, 60] and asked[0]["causal"]
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -179,16 +224,18 @@ def test_a_core_of_the_users_own():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("value_size", [8, 24])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("core", [flash, flex, sdpa])
-def test_cuda_cores(core, window, softcap):
+def test_cuda_cores(core, window, softcap, value_size):
     needs = {name for name, value in (("window", window), ("softcap", softcap)) if value is not None}
     try:
         choose_core(core.__name__, needs, device_type="cuda", dtype=torch.bfloat16)
     except UserError as error:
         pytest.skip(str(error))
-    tensors = {k: v.detach().to("cuda", torch.bfloat16) for k, v in inputs(with_sinks=False, heads=(4, 2)).items()}
+    tensors = inputs(with_sinks=False, heads=(4, 2), value_size=value_size)
+    tensors = {k: v.detach().to("cuda", torch.bfloat16) for k, v in tensors.items()}
     tensors = {k: torch.nn.functional.pad(v, (0, 8)).requires_grad_() for k, v in tensors.items()}
     options = {"window": window, "softcap": softcap}
     options = {name: value for name, value in options.items() if value is not None}

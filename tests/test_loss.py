@@ -214,12 +214,25 @@ def test_weight_gradient_does_not_lose_precision_with_tiles(monkeypatch: pytest.
     assert bad > 3 * whole, "the check above could not fail"
 
 
-def test_loss_is_fp32_or_wider_and_gradients_have_the_parameters_dtype() -> None:
+@pytest.mark.parametrize("tile_tokens", [1, 4096], ids=["between tiles", "in a tile"])
+@pytest.mark.parametrize("differentiate", [True, False])
+def test_thousands_of_cross_entropies_add_up_without_an_error(tile_tokens: int, differentiate: bool) -> None:
+    """In fp32 one after the other they are off by 1e-6, and by another amount for each number of tiles."""
+    linear, hidden, labels = make((1, 2048))
+    head, hidden = LossHead(linear.float(), tile_tokens=tile_tokens), hidden.detach().float()
+    with torch.no_grad():
+        each = head(hidden, labels, reduction="none").double()
+    with torch.set_grad_enabled(differentiate):
+        loss = head(hidden, labels, torch.tensor(2048))
+    torch.testing.assert_close(loss.detach(), each.sum() / 2048, rtol=1e-14, atol=0.0)
+
+
+def test_loss_is_fp64_and_gradients_have_the_parameters_dtype() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         linear, hidden, labels = make((2, 7), bias=True)
         linear, hidden = linear.to(dtype), hidden.detach().to(dtype).requires_grad_()
         loss = LossHead(linear, tile_tokens=3)(hidden, labels, torch.tensor(14))
-        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert loss.dtype == torch.float64  # what ranks add up
         assert {gradient.dtype for gradient in gradients(loss, linear, hidden)} == {dtype}
 
 

@@ -49,7 +49,7 @@ def measure(index: int) -> dict:
     return module.measure(module.SMALL[index])
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_the_plan_is_what_real_ranks_take(index):
     module = bench()
     case = module.SMALL[index]
@@ -89,6 +89,34 @@ def test_the_plan_is_the_step():
     kept = plan_of(**model, activation_checkpoint__mode="none", memory__mlp_tile_tokens=256)
     assert "checkpoints" not in kept.peak.components
     assert kept.simulation.cost.flops < tiled.simulation.cost.flops, "nothing is computed again"
+
+
+def test_an_exchange_of_heads_of_two_sizes_is_planned():
+    """Bytes of all-to-alls by the closed form, for the kernel that a GPU would run, with experts."""
+    latent = {
+        "model_type": "deepseek_v3",
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "num_key_value_heads": 6,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    model = {k: v for k, v in LLAMA.items() if k != "head_dim"} | latent
+    plan = plan_of(
+        model__config=model | {"max_position_embeddings": 2**20},
+        parallelism__sequence_parallel_degree=2,
+    )
+    calls, size = plan.simulation.collectives["all_to_all"]
+    # Each of 2 layers, in bf16: q, k, v and the output; recomputed, and backward: three times.
+    assert calls == 2 * 2 * 3
+    assert size == 2 * 3 * 4096 // 2 * 2 * (24 * (6 + 6) + 12 * 6 + 12 * 6)
 
 
 def test_a_vocabulary_is_planned_as_it_will_be():

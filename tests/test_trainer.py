@@ -28,7 +28,7 @@ from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
-from titan_ulysses.step import clip_gradients, learning_rate, train_step
+from titan_ulysses.step import clip_gradients, gradient_norm, learning_rate, train_step
 
 MESHES = {  # dp_replicate, dp_shard, sp
     "one": (1, 1, 1),
@@ -100,6 +100,23 @@ def test_validation_loss_does_not_depend_on_the_mesh(mesh: str, runs: dict[str, 
 
 MOE = {"model_type": "qwen3_moe", "output_router_logits": True, "router_aux_loss_coef": 0.1, "num_experts": 4}
 MOE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 1}
+
+
+LATENT = {"model_type": "youtu", "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 8}
+LATENT |= {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+
+
+def test_latent_attention_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    """Queries and keys of 12, values of 6; three heads on two ranks."""
+    config = write_run(tmp_path)
+    settings: Settings = {f"model.config.{key}": value for key, value in LATENT.items()}
+    settings |= {"training.steps": 3, "checkpoint.enable": False}
+    for name in ("one", "sp2"):
+        here = settings | on_mesh(name) | {"job.name": name}
+        run_on_ranks(math.prod(MESHES[name]), train, config, here)
+    one, sharded = (learned(tmp_path / "outputs" / name) for name in ("one", "sp2"))
+    for (step, *expected), (_, *found) in zip(one, sharded, strict=True):
+        assert found == pytest.approx(expected, rel=1e-5), step
 
 
 def test_router_loss_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
@@ -228,6 +245,46 @@ def test_clip_gradients(max_norm: float, scale: float) -> None:
     assert parameters[1].grad.tolist() == pytest.approx([-4.0 * scale])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_norm_of_millions_of_numbers(dtype: torch.dtype) -> None:
+    """Of magnitudes apart by many orders, in several parts of which the last is cut; some in other places."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1500, 1500), (7,), (0,), (1200, 1000)]
+    gradients = [torch.randn(size, generator=generator) for size in sizes]
+    gradients = [(g * torch.randn(g.shape, generator=generator).exp() * 1e-3).to(dtype) for g in gradients]
+    gradients[3] = gradients[3].t()  # not as it lies in memory
+    exact = torch.cat([g.flatten() for g in gradients]).double().norm().item()
+    norm = gradient_norm(gradients)
+    assert norm.item() == pytest.approx(exact, rel=1e-13 if dtype == torch.float64 else 1e-7)
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert gradient_norm([]).item() == 0
+
+
+def norm_of_a_step(degrees: tuple[int, int, int]) -> tuple[float, float]:
+    """The gradient norm of an fp32 step, and the root of an fp64 sum over the same gradients, gathered."""
+    mesh = mesh_of(*degrees)
+    table = LLAMA | {"vocab_size": 20_000, "hidden_size": 96, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    parallelize(model, mesh)
+    hf.allocate(model, mesh.device)
+    hf.initialize(model, seed=0)
+    batch = local_batch(make_rows([(10, 14), (24,)], masked="none", vocab_size=20_000, seed=0), mesh)
+    model(**vars(batch), num_items_in_batch=torch.tensor(45)).loss.backward()
+    norm = clip_gradients(list(model.parameters()), 0)
+    squares = [p.grad.full_tensor().double().square().sum() for p in model.parameters()]
+    return norm.item(), torch.stack(squares).sum().sqrt().item()
+
+
+def test_the_gradient_norm_does_not_depend_on_the_mesh() -> None:
+    """With a head of 1.9M gradients, enough for a sum in fp32 to show."""
+    norms = {}
+    for name, degrees in MESHES.items():
+        for norm, exact in run_on_ranks(math.prod(degrees), norm_of_a_step, degrees):
+            assert norm == pytest.approx(exact, rel=1e-7), name
+            norms[name] = norm
+    assert list(norms.values()) == pytest.approx([norms["one"]] * len(MESHES), rel=1e-6), norms
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_of_a_tiny_llama_counted_by_hand(tied: bool) -> None:
     hidden, intermediate, layers, heads, kv_heads, size, vocabulary = 48, 40, 2, 6, 2, 8, 61
@@ -258,6 +315,14 @@ def test_flops_of_experts_are_of_those_that_a_token_meets() -> None:
 def test_attention_flops_without_a_head_dim() -> None:
     config = SimpleNamespace(num_hidden_layers=1, num_attention_heads=4, hidden_size=32)
     assert attention_flops(config, ((3,),)) == 6 * 4 * 8 * 9
+
+
+def test_attention_flops_of_heads_of_two_sizes() -> None:
+    """In latent attention `head_dim` is that of RoPE: q k^T is of 128 + 64, p v of 128."""
+    latent = hf.load_model_config("", {"model_type": "deepseek_v3", "num_hidden_layers": 1})
+    assert latent.head_dim == 64
+    heads = latent.num_attention_heads
+    assert attention_flops(latent, ((3,),)) == 3 * heads * (2 * 9 * 192 + 2 * 9 * 128) // 2
 
 
 # --- collectives ------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from families import SMALL
+from models import kept_in_fp64, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
 from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention
 from titan_ulysses.ulysses.cores import Documents, sdpa
@@ -454,6 +456,29 @@ def test_attention_refuses_what_it_cannot_do(keywords: dict, message: str) -> No
     ulysses = Ulysses(SimpleNamespace(size=lambda: 1), sdpa, DOCUMENTS[0], position_ids=None)
     with pytest.raises(AssertionError, match=message):
         ulysses_attention(nn.Identity(), *random_qkv(6, 2), **{"attention_mask": None, "ulysses": ulysses} | keywords)
+
+
+# Dense, as the first layers of deepseek are: this is about attention. 5 heads leave no rank like another.
+LATENT = {k: v for k, v in SMALL.items() if k != "head_dim"} | {
+    "model_type": "deepseek_v3",
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "first_k_dense_replace": 2,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+}
+
+
+@pytest.mark.parametrize(("degree", "value_size"), [(2, 12), (3, 4)])
+def test_latent_attention_trains_as_unmodified_transformers(degree: int, value_size: int) -> None:
+    model = LATENT | {"v_head_dim": value_size}
+    steps = [[make_rows([(10, 13, 1), (6, 6, 12)], masked="none", vocab_size=61, seed=0)]]
+    arguments = (1, 1, degree), model, steps, torch.float64
+    found = run_on_ranks(degree, kept_in_fp64, train_sharded, *arguments, attention="sdpa")[0]
+    worst = largest_difference(found, kept_in_fp64(train_plain, model, steps, torch.float64))
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
 
 # ---------------------------------------------------------------- what travels

@@ -271,7 +271,7 @@ def _forward(
     loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
     if not sums:
         return CausalLMOutputWithPast(loss=loss)
-    loss = _SumOverRanks.apply(loss, group)
+    loss = _SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
     if router_loss is None:
         return CausalLMOutputWithPast(loss=loss)
     share = num_labels.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
@@ -279,17 +279,18 @@ def _forward(
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of a scalar over the ranks, whose gradient is this rank's part: FSDP sums the gradients of the parts."""
+    """The sum of a fp64 scalar over the ranks, then in dtype; its gradient is this rank's part: FSDP sums the
+    gradients of the parts."""
 
     @staticmethod
-    def forward(ctx, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = part.to(torch.float64, copy=True)  # so that the number of parts does not show in fp32
+    def forward(ctx, part: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> Tensor:
+        total = part.clone()
         dist.all_reduce(total, group=group)
-        return total.to(part.dtype)
+        return total.to(dtype)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream, None
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream.to(torch.float64), None, None
 
 
 def tile_blocks(

@@ -32,6 +32,20 @@ LLAMA = {
     "max_position_embeddings": 2**22,
     "tie_word_embeddings": False,
 }
+# Values have heads of another size than queries and keys.
+LATENT = {
+    "model_type": "youtu",
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,13 @@ SMALL = [
         memory__mlp_tile_tokens=300,
         memory__loss_tile_tokens=100,
         lora__rank=4,
+    ),
+    case(
+        "small, P 2, latent attention",
+        2,
+        model=LATENT,
+        training__seq_len=2048,
+        parallelism__sequence_parallel_degree=2,
     ),
 ]
 
@@ -243,6 +264,7 @@ def measure(case: Case) -> dict:
     import torch
 
     def mark(step: int) -> None:
+        gc.collect()  # what the proof of a family left
         with torch.profiler.record_function(f"step {step} begins"):
             pass
 

@@ -54,9 +54,10 @@ class LossHead(nn.Linear):
     ) -> Tensor:
         """hidden [B, T, h] and labels [B, T], already shifted -> this rank's part of the loss, a scalar.
 
-        The part is the sum of the cross-entropy over its valid labels (not -100), in fp32 or wider, divided by
-        `num_items`: the number of valid labels in the whole step, on all ranks and in all accumulated batches. The
-        parts of all ranks and batches add up to the loss, and so do their gradients. Without labels: the logits.
+        The part is the sum of the cross-entropy over its valid labels (not -100), divided by `num_items`: the number of
+        valid labels in the whole step, on all ranks and in all accumulated batches. The parts of all ranks and batches
+        add up to the loss, and so do their gradients. A cross-entropy is computed in fp32 or wider; sums, the part
+        among them, are fp64, so that the number of tiles and ranks does not show. Without labels: the logits.
         With reduction = "none", under `torch.no_grad`: the cross-entropy of each label [B, T], 0 where there is none.
         """
         if labels is None:
@@ -75,7 +76,8 @@ class LossHead(nn.Linear):
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropy over rows [N, h] with labels [N]; gradients are computed in forward, scaled in backward."""
+    """Sum of cross-entropy over rows [N, h] with labels [N], in fp64; gradients are computed in forward, and scaled in
+    backward."""
 
     @staticmethod
     def forward(
@@ -91,7 +93,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(rows.dtype, torch.float32)
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs
-        total = torch.zeros((), dtype=wide, device=rows.device)
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
         grad_rows = torch.empty_like(rows) if needs_rows else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
@@ -170,7 +172,7 @@ def _tile_loss(
     shape: tuple[float, float | None, float],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of cross-entropy of rows [n, h], and its gradient by their logits [n, V], in fp32 or wider.
+    """Sum of cross-entropy of rows [n, h] in fp64, and its gradient by their logits [n, V] in fp32 or wider.
 
     That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2). It is not 0 in
     rows that are not valid: what is made of it leaves them out. The z-loss, with 2 z_loss log_normalizer softmax for a
@@ -181,7 +183,7 @@ def _tile_loss(
     slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
     each, index, log_probabilities = _cross_entropy(scores, labels, valid)
     if not needs_grad:
-        return each.sum(), None
+        return each.sum(dtype=torch.float64), None
     if z_loss:
         log_normalizer = scores.gather(1, index) - log_probabilities.gather(1, index)
         each = each + (z_loss * log_normalizer.squeeze(1) ** 2).where(valid, 0)
@@ -191,7 +193,7 @@ def _tile_loss(
     grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
     if scale != 1 or softcap is not None:
         grad.mul_(slope)
-    return each.sum(), grad
+    return each.sum(dtype=torch.float64), grad
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
