@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -13,11 +15,14 @@ from typing import Any
 
 import pytest
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ranks import run_on_ranks
 from runs import Settings, refusal, train, write_run
 from titan_ulysses.checkpoint_reader import open_checkpoint
+from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.errors import UserError
+from titan_ulysses.model import hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from convert import main as convert  # noqa: E402
@@ -149,3 +154,106 @@ def test_what_a_checkpoint_may_ask_for(config: Path, tmp_path: Path) -> None:
     (newer / ".metadata").rename(newer / "__0.metadata")
     with pytest.raises(ValueError, match="No such file"):
         open_checkpoint(newer, where="")
+
+
+# --- folders of models and tokenizers ---------------------------------------------------------------------------------
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+NAMES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+OWN = dict(zip(NAMES, ("configuration_x.XConfig", "modeling_x.XModel", "modeling_x.XForCausalLM"), strict=True))
+ADOPTED = {name: reference.replace(".X", ".LLama_") for name, reference in OWN.items()}
+"""As a folder names the code that its model had before transformers adopted it."""
+
+
+@pytest.fixture
+def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The questions that were asked."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "y")
+    return asked
+
+
+def write_folder(folder: Path, made: Path, *, tokenizer: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """A model's config, a tokenizer, and code that makes the file `made` when it is imported."""
+    load_tokenizer("bytes").save_pretrained(folder)
+    about = json.loads((folder / "tokenizer_config.json").read_text()) | (tokenizer or {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "config.json").write_text(json.dumps(MODEL | settings))
+    for name in ("configuration_x", "modeling_x", "tokenization_x"):
+        (folder / f"{name}.py").write_text(f"open({str(made)!r}, 'w')\nclass XConfig: pass\n")
+    return folder
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "of its own": (
+        {"model_type": "x", "auto_map": OWN},
+        "(AutoConfig = configuration_x.XConfig under auto_map in its config), which is not run. transformers has no "
+        'class for "x".',
+    ),
+    "of a known name": (
+        {"auto_map": {"AutoModelForCausalLM": "other/repository--modeling_x.XForCausalLM"}},
+        "(AutoModelForCausalLM = other/repository--modeling_x.XForCausalLM under auto_map in its config), which is not "
+        'run. transformers for "llama" has LlamaForCausalLM.',
+    ),
+    "without a head": (
+        {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "modeling_x.ViTForCausalLM"}},
+        'transformers has no class for "vit".',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_with_code_of_its_own(case: str, tmp_path: Path, nobody_answers: list[str]) -> None:
+    settings, reason = REFUSED[case]
+    folder, config = write_folder(tmp_path / "model", tmp_path / "made", **settings), write_run(tmp_path / "run")
+    message = refusal(config, {"model.config": {}, "model.path": str(folder)})
+    assert message.startswith(f'model.path = "{folder}": the model is code of its own (') and reason in message
+    if case != "of its own":  # of which [model.config] knows nothing
+        message = refusal(config, {"model.config": MODEL | settings})
+        assert message.startswith("model.config: the model is code of its own (") and reason in message
+    assert not nobody_answers and not (tmp_path / "made").exists()
+
+
+def test_a_tokenizer_with_code_of_its_own(tmp_path: Path, nobody_answers: list[str]) -> None:
+    config = write_run(tmp_path / "run")
+    for number, auto_map in enumerate(({"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, ["tokenization_x.X"])):
+        tokenizer = {"auto_map": auto_map, "tokenizer_class": "XTokenizer"}
+        folder = write_folder(tmp_path / str(number), tmp_path / "made", tokenizer=tokenizer)
+        message = refusal(config, {"model.tokenizer": str(folder)})
+        assert message.startswith(f'model.tokenizer = "{folder}": the tokenizer is code of its own (AutoTokenizer = ')
+    known = {"auto_map": {"AutoTokenizer": ["tokenization_x.GPT2Tokenizer", None]}}
+    folder = write_folder(tmp_path / "known", tmp_path / "made", tokenizer=known)
+    ids = [load_tokenizer(name)("to be").input_ids for name in ("bytes", str(folder))]
+    assert ids[0] == ids[1]
+    assert not nobody_answers and not (tmp_path / "made").exists()
+
+
+def train_and_listen(config: Path, settings: Settings) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        train(config, settings)
+    return said.getvalue()
+
+
+def test_a_model_that_transformers_has_adopted(tmp_path: Path, nobody_answers: list[str]) -> None:
+    """Its own class is used, and that is said; the export names no code that is not there."""
+    config, folder = write_run(tmp_path), write_folder(tmp_path / "model", tmp_path / "made", auto_map=ADOPTED)
+    model = AutoModelForCausalLM.from_config(hf.load_model_config("", MODEL))
+    model.save_pretrained(tmp_path / "weights")
+    shutil.copy(tmp_path / "weights" / "model.safetensors", folder)
+    settings = SETTINGS | {"model.config": {}, "model.path": str(folder), "checkpoint.export": True}
+    said, _ = run_on_ranks(2, train_and_listen, config, settings)
+    assert "LlamaForCausalLM" in said and f"not run: {', '.join(ADOPTED.values())}, named in" in said
+    export = json.loads((tmp_path / "outputs" / "run" / "export" / "config.json").read_text())
+    assert export["model_type"] == "llama" and "auto_map" not in export
+    assert not (tmp_path / "made").exists()
+    AutoConfig.from_pretrained(folder)  # as plain transformers has it
+    assert not nobody_answers
