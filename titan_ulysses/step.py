@@ -13,7 +13,10 @@ from torch.distributed.tensor import DTensor
 from titan_ulysses.config import Config
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.failure import first_failure
+from titan_ulysses.memory.optimizer import plain_pieces
 from titan_ulysses.mesh import Mesh
+from titan_ulysses.model.hf import named_parameters
 
 
 class Step(NamedTuple):
@@ -72,6 +75,22 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
+
+
+@torch.no_grad()
+def parameter_not_finite(model: nn.Module) -> str | None:
+    """Collective. The name of a trained parameter with a NaN or an infinity, the same on every rank; None: all are
+    finite.
+
+    Waits for the device, and reads every shard once. The optimizer's moments need no look of their own: what is NaN in
+    them is NaN in their parameter after the same step.
+    """
+    trained = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
+    pieces = [(name, x) for name, p in trained for x in plain_pieces(p) if x.numel()]
+    finite = [torch.linalg.vector_norm(x, math.inf).isfinite() for _, x in pieces]
+    found = torch.stack(finite).tolist() if finite else []
+    bad = (name for (name, _), is_finite in zip(pieces, found, strict=True) if not is_finite)
+    return first_failure(next(bad, None))
 
 
 def learning_rate(step: int, config: Config) -> float:
