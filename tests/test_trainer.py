@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import signal
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
-from runs import SEQ_LEN, Settings, learned, logged, train, write_documents, write_run
+from runs import SEQ_LEN, Settings, learned, logged, refusal, train, write_documents, write_run
 from titan_ulysses.config import Config
 from titan_ulysses.config_file import load_config
 from titan_ulysses.data.corpus import Corpus
@@ -29,6 +32,7 @@ from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
 from titan_ulysses.step import clip_gradients, gradient_norm, learning_rate, train_step
+from titan_ulysses.trainer import Trainer
 
 MESHES = {  # dp_replicate, dp_shard, sp
     "one": (1, 1, 1),
@@ -196,6 +200,44 @@ def test_log_interval_and_the_last_step(tmp_path: Path) -> None:
     for line, steps in zip(lines, [3, 3, 1], strict=True):
         assert line["tokens_per_second"] * line["step_seconds"] * steps == pytest.approx(steps * 8 * SEQ_LEN)
     assert not (tmp_path / "outputs" / "run" / "checkpoints").exists()
+
+
+# --- a model that has diverged ----------------------------------------------------------------------------------------
+
+
+def stopped_by_a_signal(config: Path, settings: Settings, *, after: int) -> str:
+    """The refusal of a run that gets SIGTERM while it makes this step."""
+    train_one_step = Trainer._train_one_step
+
+    def signalled(trainer: Trainer, *args) -> None:
+        if trainer.step + 1 == after:
+            signal.raise_signal(signal.SIGTERM)
+        train_one_step(trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_one_step", signalled)
+        return refusal(config, settings)
+
+
+def test_a_model_that_has_diverged_is_never_saved(tmp_path: Path) -> None:
+    """Seen by no loss that is logged: two steps between two logs, then a signal; and the update of the last step."""
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    settings: Settings = on_mesh("sp2") | {"lr_scheduler.warmup_steps": 0, "checkpoint.export": True}
+    settings |= {"checkpoint.interval": 100, "metrics.log_interval": 100}
+    run_on_ranks(2, train, config, settings | {"training.steps": 1, "checkpoint.export": False})
+    before = sorted(run.glob("**/*.safetensors")), sorted((run / "checkpoints").glob("*"))
+    wild = settings | {"optimizer.lr": 1e30, "training.steps": 100}
+    for message in run_on_ranks(2, partial(stopped_by_a_signal, after=4), config, wild):
+        assert re.match(r"The loss is \S+ and the gradient norm nan at step 3\. Nothing of it is saved; ", message)
+        assert "; the last checkpoint is of step 1. Lower optimizer.lr = 1e+30" in message
+    last = settings | {"optimizer.lr": 1e39, "training.steps": 2}
+    for enable in (True, False):  # to be saved, and to be exported alone
+        name = {} if enable else {"checkpoint.enable": False, "job.name": "export", "training.steps": 1}
+        for message in run_on_ranks(2, refusal, config, last | name):
+            what = f"The update of step {2 if enable else 1} has left model.embed_tokens.weight with numbers that are "
+            assert message.startswith(f"{what}not finite. Nothing of it is saved"), message
+    assert before == (sorted(run.glob("**/*.safetensors")), sorted((run / "checkpoints").glob("*")))
+    assert not (tmp_path / "outputs" / "export" / "export").exists()
 
 
 # --- learning rate, clipping, FLOPs -----------------------------------------------------------------------------------

@@ -17,8 +17,11 @@ from torch.distributed.tensor.placement_types import Placement
 from titan_ulysses.config import Config
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.failure import first_failure
+from titan_ulysses.memory.optimizer import plain_pieces
 from titan_ulysses.memory.tiling import tiles
 from titan_ulysses.mesh import Mesh
+from titan_ulysses.model.hf import named_parameters
 
 _NORM_PART = 2**20
 """Numbers of a gradient that are copied to fp64 at once: 8 MiB. On a CPU more are slower, as they leave the cache."""
@@ -101,9 +104,24 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _norms(gradient: Tensor) -> list[Tensor]:
-    """Norms in fp64 of its parts, small enough for their copies in fp64."""
+    """Norms in fp64 of its parts, small enough for their copies in fp64; of an empty shard one, which is 0."""
     flat = gradient.flatten()
-    return [torch.linalg.vector_norm(flat[part].double()) for part in tiles(flat.numel(), _NORM_PART)]
+    return [torch.linalg.vector_norm(flat[part].double()) for part in tiles(max(1, flat.numel()), _NORM_PART)]
+
+
+def parameter_not_finite(model: nn.Module) -> str | None:
+    """Collective. The name of a trained parameter with a NaN or an infinity, the same on every rank; None: all are
+    finite.
+
+    Waits for the device, and reads every shard once. The optimizer's moments need no look of their own: what is NaN in
+    them is NaN in their parameter after the same step.
+    """
+    trained = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
+    pieces = [(name, x) for name, p in trained for x in plain_pieces(p) if x.numel()]
+    finite = [torch.linalg.vector_norm(x, math.inf).isfinite() for _, x in pieces]
+    found = torch.stack(finite).tolist() if finite else []
+    bad = (name for (name, _), is_finite in zip(pieces, found, strict=True) if not is_finite)
+    return first_failure(next(bad, None))
 
 
 def learning_rate(step: int, config: Config) -> float:

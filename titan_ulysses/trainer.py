@@ -53,7 +53,7 @@ from titan_ulysses.model.lora import check_lora
 from titan_ulysses.plan.disk import disk_needs
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.profiling import check_profiling, profiled
-from titan_ulysses.step import Step, learning_rate, train_step
+from titan_ulysses.step import Step, learning_rate, parameter_not_finite, train_step
 from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.wandb_run import WandbRun, check_wandb
 
@@ -122,6 +122,8 @@ class Trainer:
             offload = config.memory.optimizer_offload
             self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
         self.step = self._resume_or_initialize()
+        self._unseen: list[Step] = []
+        """what the steps showed whose numbers nobody has looked at"""
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
         if trains:
@@ -300,6 +302,7 @@ class Trainer:
             self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
             return
         if config.checkpoint.export:
+            self._expect_finite_model()
             if config.lora.rank:
                 base = base_of(config)
                 weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
@@ -331,12 +334,12 @@ class Trainer:
                 if self.preflight:
                     self._say(self.preflight.components())
                 raise
+        self._unseen.append(shown)
         if counter:
             self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
         self.step += 1
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
-        # What will be saved is looked at first: a checkpoint of a diverged model would be no place to resume from.
         if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps or self._saves_now():
             self._log(logger, shown, lr)
         validation = config.validation
@@ -348,6 +351,7 @@ class Trainer:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
         # Before the clock is read: the device finishes the step.
+        self._expect_finite_steps()
         loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
@@ -357,12 +361,6 @@ class Trainer:
         tokens = steps * self.degrees.global_batch_size * config.seq_len
         peak_rate = peak_flops(device) if config.param_dtype == "bfloat16" else None
         flops = tokens * flops_per_token(self.model) + attention.item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
-                f"The loss is {loss} and the gradient norm {grad_norm} at step {self.step}. "
-                f"Lower optimizer.lr = {self.config.optimizer.lr}, lengthen lr_scheduler.warmup_steps, "
-                "or look at the data of this step."
-            )
         if logger:
             values = {
                 "loss": loss,
@@ -402,7 +400,30 @@ class Trainer:
             logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
         return found
 
+    def _expect_finite_steps(self) -> None:
+        """UserError where a step that nobody has looked at had no finite loss or gradient. Waits for the device."""
+        for step, shown in enumerate(self._unseen, start=self.step + 1 - len(self._unseen)):
+            loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise self._diverged(f"The loss is {loss} and the gradient norm {grad_norm} at step {step}")
+        self._unseen.clear()
+
+    def _expect_finite_model(self) -> None:
+        """UserError where the model has diverged: by its last steps, or by its last update, of which no loss knows."""
+        self._expect_finite_steps()
+        if name := parameter_not_finite(self.model):
+            raise self._diverged(f"The update of step {self.step} has left {name} with numbers that are not finite")
+
+    def _diverged(self, what: str) -> UserError:
+        last = self._latest()
+        kept = "" if last is None else f"; the last checkpoint is of step {last}"
+        return UserError(
+            f"{what}. Nothing of it is saved{kept}. Lower optimizer.lr = {self.config.optimizer.lr}, lengthen "
+            "lr_scheduler.warmup_steps, or look at the data of this step."
+        )
+
     def _save(self) -> None:
+        self._expect_finite_model()
         state = {"step": self.step, "loader": self.loader.state_dict()}
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
