@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure
+from titan_ulysses.guard import guard
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Offload, Store, open_store
@@ -123,6 +124,7 @@ def wrap(
     if checkpoint_every:
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
     shard_root(model, shard)
+    guard(model)
     return model
 
 
@@ -219,6 +221,8 @@ def _forward(
             hidden, aux_loss, num_labels = routers.close(hidden, (labels != IGNORE_INDEX).sum(), group)
     head = model.get_output_embeddings()
     if labels is None:
+        if torch.is_grad_enabled():
+            head.set_unshard_in_backward(True)  # these have a gradient that needs the weight
         return CausalLMOutputWithPast(logits=head(hidden))
     loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
     if not sums:
@@ -299,27 +303,25 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
     for block in blocks:
         shard(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:
-        shard(embedding)
-        # Its backward follows its forward at once: resharding between the two would gather twice.
-        shard(head, reshard_after_forward=False)
+    # Tied they are one group, gathered from the first to the last: FSDP refuses a parameter that two groups hold.
+    for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:
+        shard(group)
+        group[0].set_unshard_in_backward(not all(_rests_in_backward(module) for module in group))
+
+
+def _rests_in_backward(module: nn.Module) -> bool:
+    """Whether its backward needs no weight: a loss head has computed its gradients in forward, a look-up's is a sum."""
+    is_look_up = type(module).forward is nn.Embedding.forward or type(module).__name__.endswith("ScaledWordEmbedding")
+    return isinstance(module, LossHead) or is_look_up
 
 
 def shard_root(model: PreTrainedModel, shard: Callable[..., Any]) -> None:
     """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
-    # Tied embedding and head stay in the root's group: FSDP refuses a parameter that two groups hold.
-    shard(model, reshard_after_forward=False)
+    # Nothing stays gathered behind a forward, which FSDP would let the root do: a backward may never come, and then
+    # the model would show gathered parameters without gradients, and compute with them after the next step.
+    shard(model, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo has no PREMUL_SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    model.register_forward_hook(_reshard_without_backward)
-
-
-def _reshard_without_backward(model: PreTrainedModel, *_) -> None:
-    """What stays gathered for a backward that never comes would be the old weights after the next optimizer step."""
-    if not torch.is_grad_enabled():
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
