@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,9 +46,7 @@ class Loop:
         loss = self.model(**self.batch(index)).loss
         loss.backward()
         between()
-        parameters = list(self.model.parameters())
-        assert all(isinstance(p, DTensor) for p in parameters)
-        self.shown += [loss.item(), clip_gradients(parameters, 0.5).item()]
+        self.shown += [loss.item(), clip_gradients(list(self.model.parameters()), 0.5).item()]
         self.optimizer.step()
         between()
         self.optimizer.zero_grad()
@@ -103,15 +102,19 @@ def in_any_order(tied: bool, every: int) -> tuple[list[list[float]], list[dict[s
     """What is shown and left by three steps alone, and by three with everything else between their parts."""
     loops = [Loop(tied=tied, checkpoint_every=every) for _ in range(2)]
     disturbed = loops[1]
+    visits = [
+        disturbed.forward_alone,
+        partial(disturbed.broken_off, Interrupted, "model.layers.1.mlp"),
+        disturbed.evaluation,
+        partial(disturbed.broken_off, KeyboardInterrupt, "model.norm"),
+        disturbed.logits_alone,
+        partial(disturbed.broken_off, Interrupted, "lm_head"),
+    ]
 
     def between() -> None:
-        disturbed.forward_alone()
-        disturbed.broken_off(Interrupted, "model.layers.1.mlp")
-        disturbed.evaluation()
-        disturbed.broken_off(KeyboardInterrupt, "model.norm")
-        disturbed.broken_off(Interrupted, "lm_head")
-        disturbed.logits_alone()
-        disturbed.forward_alone()
+        for visit in visits:
+            visit()
+            assert all(isinstance(p, DTensor) for p in disturbed.model.parameters())
 
     for index in range(3):
         loops[0].step(index)
