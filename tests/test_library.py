@@ -205,6 +205,23 @@ def test_the_loss_is_the_one_that_transformers_returns() -> None:
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-6)
 
 
+def names_and_shapes(model: PreTrainedModel) -> list[dict[str, Any]]:
+    named = (model.state_dict().items(), model.named_parameters(), model.named_buffers())
+    shapes = [{name: tuple(tensor.shape) for name, tensor in pairs} for pairs in named]
+    return [*shapes, dict.fromkeys(name for name, _ in model.named_modules())]
+
+
+def sharded_names(every: int) -> list[dict[str, Any]]:
+    return names_and_shapes(parallelize(real_model(), mesh_of(*SP2), checkpoint_every=every))
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_names_are_those_of_the_model_before(every: int) -> None:
+    """Of parameters, buffers and modules, in their order."""
+    found, expected = run_on_ranks(2, sharded_names, every)[0], names_and_shapes(real_model())
+    assert [list(names.items()) for names in found] == [list(names.items()) for names in expected]
+
+
 # --- the loop against the trainer -------------------------------------------------------------------------------------
 
 

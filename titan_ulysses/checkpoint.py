@@ -24,7 +24,7 @@ from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.memory.optimizer import state_format, unaligned_blocks
 from titan_ulysses.model.freezing import fingerprint
-from titan_ulysses.model.names import is_adapter, plain, unwrapped
+from titan_ulysses.model.names import is_adapter, plain
 
 _RUN_FILE = "run.json"
 
@@ -247,7 +247,7 @@ def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's state by name, without what is frozen: a run that resumes has that from where it began."""
     # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second name.
     named = model.named_parameters(remove_duplicate=False)
-    frozen = {unwrapped(name) for name, p in named if not p.requires_grad}
+    frozen = {name for name, p in named if not p.requires_grad}
     return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
 
 
