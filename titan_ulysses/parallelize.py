@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,15 @@ from titan_ulysses.ulysses.cores import Core, Documents, choose_core
 _SMALLEST_TILE = 1024
 """Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
 
+_ELSEWHERE = "Call titan_ulysses.save_pretrained(model, folder) on every rank, which writes what from_pretrained opens"
+_REFUSED = {
+    "save_pretrained": f"model.save_pretrained: each rank has a piece of the model. {_ELSEWHERE}.",
+    "push_to_hub": f"model.push_to_hub: each rank has a piece of the model. {_ELSEWHERE}, and upload that folder.",
+    "generate": f"model.generate: the sharded model keeps no keys and values of tokens before. {_ELSEWHERE}, and "
+    "generate with that model.",
+}
+"""What transformers' models can do and the sharded one cannot."""
+
 
 def parallelize(
     model: PreTrainedModel,
@@ -55,13 +64,15 @@ def parallelize(
 ) -> PreTrainedModel:
     """Wrap model, on meta or not, in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
-    Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
-    ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
-    default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
-    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens: 0 chooses (see `LossHead`
-    and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept for
-    backward: on the device, or as offload says in host memory, or on disk in offload_folder. parameter_offload keeps
-    shards and gradients in host memory, where the optimizer then steps. compile: the MLP and the norms of each block.
+    Its forward then takes the batches of `shard` (see `_forward`), in any order with backward, step and evaluation (see
+    `guard`). Names stay as they are; `save_pretrained` and `save_checkpoint` of this package save it. A model that is
+    not on meta must be the same on all ranks; each keeps its shard of it. Parameters are stored in the dtype they have,
+    computed with in param_dtype (by default the model's own) and their gradients summed in reduce_dtype (by default
+    fp32, or wider as param_dtype is). attention is a core, or the name of one (see `choose_core`). Tiles are numbers of
+    tokens: 0 chooses (see `LossHead` and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no
+    checkpoints) only the input is kept for backward: on the device, or as offload says in host memory, or on disk in
+    offload_folder. parameter_offload keeps shards and gradients in host memory, where the optimizer then steps.
+    compile: the MLP and the norms of each block.
     z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
@@ -125,7 +136,13 @@ def wrap(
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
     shard_root(model, shard)
     guard(model)
+    for name, reason in _REFUSED.items():
+        setattr(model, name, partial(_refuse, reason))
     return model
+
+
+def _refuse(reason: str, *_, **__) -> NoReturn:
+    raise UserError(reason)
 
 
 def check_dropout(model: PreTrainedModel) -> None:
@@ -176,10 +193,21 @@ def use_ulysses(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleLis
     model.ulysses_mesh = mesh
     router_loss, ropes = router_loss_of(model, decoder), use_document_lengths(model, blocks)
 
-    def forward(model: PreTrainedModel, *, documents: Documents, **inputs) -> CausalLMOutputWithPast:
+    def forward(
+        model: PreTrainedModel,
+        *others: Any,
+        documents: Documents | None = None,
+        reaches: Documents | None = None,
+        **inputs: Any,
+    ) -> CausalLMOutputWithPast:
+        if others or documents is None:
+            raise UserError(
+                "model: the sharded model takes the batches of `titan_ulysses.shard(loader, mesh)`, as in "
+                "model(**batch): each rank needs its slice of a sequence, and the documents of the whole."
+            )
         mesh = model.ulysses_mesh
         for rope in ropes:
-            rope.begin(documents, mesh.sp.get_local_rank())
+            rope.begin(documents, reaches or documents, mesh.sp.get_local_rank())
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
         return _forward(model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs)
 
