@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, PreTrainedModel
 
+from families import model_of
 from models import (
     LLAMA,
     OPTIMIZER,
     STARCODER2,
     Record,
     Row,
+    kept_in_fp64,
     largest_difference,
     local_batch,
     make_rows,
@@ -43,7 +46,9 @@ Loaded = dict[str, Any]
 
 def real_model(table: dict[str, Any] = STARCODER2, *, seed: int = 3, dtype: torch.dtype = torch.float64):
     """A model with memory and weights, as from_pretrained returns it."""
-    model = AutoModelForCausalLM.from_config(hf.load_model_config("", table), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(
+        hf.load_model_config("", table), dtype=dtype, experts_implementation=hf.experts_path(dtype)
+    )
     hf.initialize(model, seed)
     return model
 
@@ -203,6 +208,110 @@ def test_the_loss_is_the_one_that_transformers_returns() -> None:
     expected = [plain(**{"labels": batch["input_ids"]} | batch).loss.item() for batch in batches]
     found = run_on_ranks(2, losses_of_loaded, batches)
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-6)
+
+
+# --- positions that start anywhere ------------------------------------------------------------------------------------
+
+DYNAMIC = STARCODER2 | {
+    "max_position_embeddings": 11,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0},
+}
+LEFT_PADDED = torch.tensor([[0] * 4 + [1] * 19, [1] * 23])
+Piece = tuple[int, slice]
+WHOLE: list[Piece] = [(0, slice(0, 23)), (1, slice(0, 23))]
+
+
+def ahead(row: list[int]) -> Loaded:
+    """Both rows count like this one."""
+    return {"position_ids": torch.tensor([row, row])}
+
+
+# What is given beside the ids, and what of the rows is a document.
+GIVEN: dict[str, tuple[Loaded, list[Piece]]] = {
+    "from 5": (ahead([*range(5, 28)]), WHOLE),
+    "left padding that is counted": (
+        ahead([*range(23)]) | {"attention_mask": LEFT_PADDED},
+        [(0, slice(4, 23)), (1, slice(0, 23))],
+    ),
+    "falling back to 3": (
+        ahead([*range(7, 17), *range(3, 16)]),
+        [(row, slice(*ends)) for row in (0, 1) for ends in ((0, 10), (10, 23))],
+    ),
+    "a jump in a row with a mask": (
+        ahead([*range(10), *range(30, 43)]) | {"attention_mask": torch.ones(2, 23).long()},
+        WHOLE,
+    ),
+}
+
+
+def loss_and_gradients(table: dict[str, Any], given: Loaded) -> tuple[float, dict[str, Tensor]]:
+    mesh = mesh_of(*SP2)
+    model = parallelize(real_model(table), mesh)
+    (batch,) = shard([given], mesh)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def plain_loss_and_gradients(
+    table: dict[str, Any], given: Loaded, pieces: list[Piece]
+) -> tuple[float, dict[str, Tensor]]:
+    """Of transformers, which sees each document alone, with the positions given."""
+    plain, total, labels = real_model(table), 0.0, 0
+    rotary = plain.model.rotary_emb
+    for row, here in pieces:
+        plain.model.rotary_emb = deepcopy(rotary)  # "dynamic" remembers how long the longest was
+        ids, positions = (given[key][row, here][None] for key in ("input_ids", "position_ids"))
+        mask = torch.ones_like(ids)
+        logits = plain(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        total = total + F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
+        labels += ids.shape[1] - 1
+    loss = total / labels
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in plain.named_parameters()}
+
+
+@pytest.mark.parametrize("case", [*GIVEN, "llama4, from 5"])
+def test_positions_that_start_anywhere(case: str) -> None:
+    """llama4 tunes the temperature by a token's place in what it is given, whatever its position."""
+    given, pieces = GIVEN[case.removeprefix("llama4, ")]
+    given = given | {"input_ids": torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))}
+    table = model_of("llama4_text") if "llama4" in case else DYNAMIC
+    expected, gradients = kept_in_fp64(plain_loss_and_gradients, table, given, pieces)
+    for loss, found in run_on_ranks(2, kept_in_fp64, loss_and_gradients, table, given):
+        assert loss == pytest.approx(expected, rel=1e-12)
+        for name, gradient in gradients.items():
+            assert (found[name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), name
+
+
+def test_a_row_that_transformers_takes_for_packed_is_packed() -> None:
+    """The very batch, to 1e-6 as transformers computes its loss in fp32: a jump is a border where there is no mask."""
+    ids = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
+    batch = ahead([*range(5, 15), *range(30, 43)]) | {"input_ids": ids}
+    labels = ids.clone()
+    labels[:, 10] = -100  # across the border, which transformers' loss does not look for
+    expected = real_model()(**batch, labels=labels, use_cache=False).loss.item()
+    assert run_on_ranks(2, losses_of_loaded, [batch])[0] == [pytest.approx(expected, rel=1e-6)]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def names_and_shapes(model: PreTrainedModel) -> list[dict[str, Any]]:
+    named = (model.state_dict().items(), model.named_parameters(), model.named_buffers())
+    shapes = [{name: tuple(tensor.shape) for name, tensor in pairs} for pairs in named]
+    return [*shapes, dict.fromkeys(name for name, _ in model.named_modules())]
+
+
+def sharded_names(every: int) -> list[dict[str, Any]]:
+    return names_and_shapes(parallelize(real_model(), mesh_of(*SP2), checkpoint_every=every))
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_names_are_those_of_the_model_before(every: int) -> None:
+    """Of parameters, buffers and modules, in their order."""
+    found, expected = run_on_ranks(2, sharded_names, every)[0], names_and_shapes(real_model())
+    assert [list(names.items()) for names in found] == [list(names.items()) for names in expected]
 
 
 # --- the loop against the trainer -------------------------------------------------------------------------------------
@@ -380,6 +489,24 @@ def test_labels_positions_and_documents_of_a_padded_and_packed_row() -> None:
     assert rows.documents == ((2, 3, 2, 1),)
 
 
+def test_what_a_jump_of_positions_is() -> None:
+    """A border where nothing else speaks of documents, as in transformers; else what that says."""
+    ids, jump = torch.arange(6)[None], torch.tensor([[4, 5, 6, 9, 10, 11]])
+    batch = {"input_ids": ids, "position_ids": jump}
+
+    def documents(**others: Any) -> list[tuple[int, ...]]:
+        rows = read_rows(batch | others)
+        assert torch.equal(rows.position_ids, jump)
+        return [*rows.documents, *rows.reaches]
+
+    assert documents() == [(3, 3), (7, 12)]
+    assert documents(attention_mask=torch.ones(1, 6)) == [(6,), (12,)]
+    assert documents(seq_idx=torch.zeros(1, 6)) == [(6,), (12,)]
+    assert documents(seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]])) == [(3, 3), (7, 12)]
+    assert documents(cu_seq_lens_q=[0, 3, 6]) == [(3, 3), (7, 12)]
+    assert read_rows({"input_ids": ids}).reaches is None
+
+
 IDS = torch.arange(8).view(2, 4)
 BAD: dict[str, tuple[Any, str]] = {
     "no mapping": ([IDS], 'must be a mapping with "input_ids"'),
@@ -391,7 +518,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "4-D mask": ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 4, 4)}, r"4 dimensions, \[2, 1, 4, 4\]"),
     "mask values": ({"input_ids": IDS, "attention_mask": IDS}, "values other than 0 and 1"),
     "mask with a hole": ({"input_ids": IDS, "attention_mask": [[1, 1, 1, 1], [1, 0, 1, 1]]}, "a hole in row 1"),
-    "positions not from 0": ({"input_ids": IDS, "position_ids": IDS}, "is 4 at token 0 of row 1, which is token 0"),
+    "positions fall back inside": (
+        {"input_ids": IDS, "position_ids": [[5, 6, 7, 8], [5, 6, 2, 3]], "seq_idx": [[0, 0, 0, 0], [0, 0, 0, 0]]},
+        'batch\\["seq_idx"\\] and batch\\["position_ids"\\] disagree: .* at token 2 of row 1',
+    ),
     "positions and seq_idx": (
         {"input_ids": IDS, "position_ids": [[0, 1, 2, 3], [0, 1, 0, 1]], "seq_idx": [[0, 0, 0, 0], [0, 1, 1, 1]]},
         'batch\\["seq_idx"\\] and batch\\["position_ids"\\] disagree: .* at token 1 of row 1',

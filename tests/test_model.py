@@ -83,10 +83,6 @@ def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in whole.items()}
 
 
-def buffers_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name.replace("_checkpoint_wrapped_module.", ""): buffer for name, buffer in model.named_buffers()}
-
-
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -119,7 +115,7 @@ def initialise(degrees: tuple[int, int, int], seed: int) -> dict[str, tuple[dict
         torch.manual_seed(dist.get_rank())  # the state of a rank's generator is no part of the result
         model = sharded_model(table, degrees)
         hf.initialize(model, seed)
-        found[name] = (parameters_of(model), buffers_of(model))
+        found[name] = (parameters_of(model), dict(model.named_buffers()))
         assert model.config.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
     return found
 
@@ -130,7 +126,7 @@ def test_random_weights_and_buffers_do_not_depend_on_the_mesh(world: int, degree
         for name, (parameters, buffers) in found.items():
             plain = plain_model(MODELS[name])
             assert_same(parameters, parameters_of(plain))
-            assert_same(buffers, buffers_of(plain))
+            assert_same(buffers, dict(plain.named_buffers()))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -138,7 +134,8 @@ def test_buffers_are_those_that_transformers_computes(name: str) -> None:
     config = hf.load_model_config("", MODELS[name])
     model = hf.build_on_meta(config, torch.float32)
     hf.allocate(model, torch.device("cpu"))
-    assert_same(buffers_of(model), buffers_of(AutoModelForCausalLM.from_config(config, dtype=torch.float32)))
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
 
 
 def test_random_weights_follow_the_config_and_the_seed() -> None:

@@ -4,7 +4,16 @@ A training loop of one's own needs these names, and no trainer and no config fil
 
     mesh = build_mesh(sequence=2)
     model = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh)
-    for batch in shard(loader, mesh): ...
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    state = load_checkpoint("checkpoints", model, optimizer)  # {"step": 0} at first
+    for batch in shard(islice(loader, state["step"], None), mesh):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state["step"] += 1
+        if state["step"] % 100 == 0:
+            save_checkpoint("checkpoints", model, optimizer, state)
+    save_pretrained(model, "trained", tokenizer)  # for AutoModelForCausalLM.from_pretrained
 """
 
 from __future__ import annotations
@@ -20,13 +29,27 @@ if TYPE_CHECKING:
     from titan_ulysses.evaluation import score, whole_sequences
     from titan_ulysses.mesh import build_mesh
     from titan_ulysses.parallelize import parallelize
+    from titan_ulysses.saving import load_checkpoint, save_checkpoint, save_pretrained
 
-__all__ = ["UserError", "build_mesh", "parallelize", "score", "shard", "whole_sequences"]
+__all__ = [
+    "UserError",
+    "build_mesh",
+    "load_checkpoint",
+    "parallelize",
+    "save_checkpoint",
+    "save_pretrained",
+    "score",
+    "shard",
+    "whole_sequences",
+]
 
 _HOMES = {
     "UserError": "errors",
     "build_mesh": "mesh",
+    "load_checkpoint": "saving",
     "parallelize": "parallelize",
+    "save_checkpoint": "saving",
+    "save_pretrained": "saving",
     "score": "evaluation",
     "shard": "data.sharding",
     "whole_sequences": "evaluation",

@@ -25,7 +25,7 @@ from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.memory.optimizer import state_format, unaligned_blocks
 from titan_ulysses.model.freezing import fingerprint
-from titan_ulysses.model.names import is_adapter, plain, unwrapped
+from titan_ulysses.model.names import is_adapter, plain
 
 _RUN_FILE = "run.json"
 
@@ -33,8 +33,12 @@ _RUN_FILE = "run.json"
 class Checkpointer:
     """Save and load model, optimizer and a JSON-able state in `folder`, keeping the last `keep` (0: all)."""
 
+    # In messages: what names the folder, what gives a run another one, and what moves it to another disk.
+    setting, other, place = "checkpoint.folder", "another job.name", "job.dump_folder"
+
     def __init__(self, folder: Path, *, keep: int):
         self.folder, self.keep = folder, keep
+        self.where = f"{self.setting} = {folder}"
 
     def latest(self) -> int | None:
         """The last complete step, or None."""
@@ -67,9 +71,9 @@ class Checkpointer:
         if reason := first_failure(failure):  # rank 0 alone publishes, and the others wait
             kept = self.latest()
             raise UserError(
-                f"checkpoint.folder = {self.folder}: saving step {step} failed ({reason}). "
+                f"{self.where}: saving step {step} failed ({reason}). "
                 + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
-                + "free space or change job.dump_folder, and run the same command again to go on."
+                + f"free space or change {self.place}, and run the same command again to go on."
             )
 
     def publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
@@ -125,31 +129,30 @@ class Checkpointer:
     def _damaged(self, step: int, why: str) -> UserError:
         others = sorted(set(self.steps()) - {step})
         remedy = f"Remove it to resume from step {others[-1]}" if others else "Remove it to start from the beginning"
-        return UserError(f"checkpoint.folder = {self.folder}: step-{step} is damaged ({why}). {remedy}.")
+        return UserError(f"{self.where}: step-{step} is damaged ({why}). {remedy}.")
 
     def _expect_model(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
         if saved == wanted:
             return
         name = next(n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n))
         raise UserError(
-            f"checkpoint.folder = {self.folder}: step-{step} holds another model: {name} is "
+            f"{self.where}: step-{step} holds another model: {name} is "
             f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here. "
-            "Give this run another job.name, or the model its old settings."
+            f"Give this run {self.other}, or the model its old settings."
         )
 
     def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
         if saved != wanted:
             raise UserError(
-                f"checkpoint.folder = {self.folder}: what is frozen here is not what step-{step} was trained "
-                "beside. Has what model.path names changed, or training.param_dtype? Give this run what it began with, "
-                "or another job.name."
+                f"{self.where}: what is frozen here is not what step-{step} was trained beside. Has what model.path "
+                f"names changed, or training.param_dtype? Give this run what it began with, or {self.other}."
             )
 
     def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:
         if saved != wanted:
             raise UserError(
-                f'optimizer.name = "{wanted}": checkpoint.folder = {self.folder}: step-{step} holds the state of '
-                f'"{saved}". Set optimizer.name = "{saved}", or give this run another job.name.'
+                f'optimizer.name = "{wanted}": {self.where}: step-{step} holds the state of '
+                f'"{saved}". Set optimizer.name = "{saved}", or give this run {self.other}.'
             )
 
     def _expect_whole_blocks(
@@ -171,7 +174,7 @@ class Checkpointer:
                 break
         if name := first_failure(apart):
             raise UserError(
-                f"checkpoint.folder = {self.folder}: step-{step} was saved on another number of ranks, and the "
+                f"{self.where}: step-{step} was saved on another number of ranks, and the "
                 f"{bits}-bit optimizer state of {name} cannot be cut as this run needs it: numbers that share a scale "
                 "would come apart. Resume with the dp_shard x sp of the run that saved it."
             )
@@ -257,7 +260,7 @@ def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's state by name, without what is frozen: a run that resumes has that from where it began."""
     # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second name.
     named = model.named_parameters(remove_duplicate=False)
-    frozen = {unwrapped(name) for name, p in named if not p.requires_grad}
+    frozen = {name for name, p in named if not p.requires_grad}
     return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from inspect import signature
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure
+from titan_ulysses.guard import guard
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Offload, Store, open_store
@@ -45,6 +46,15 @@ from titan_ulysses.ulysses.cores import Core, Documents, choose_core
 _SMALLEST_TILE = 1024
 """Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
 
+_ELSEWHERE = "Call titan_ulysses.save_pretrained(model, folder) on every rank, which writes what from_pretrained opens"
+_REFUSED = {
+    "save_pretrained": f"model.save_pretrained: each rank has a piece of the model. {_ELSEWHERE}.",
+    "push_to_hub": f"model.push_to_hub: each rank has a piece of the model. {_ELSEWHERE}, and upload that folder.",
+    "generate": f"model.generate: the sharded model keeps no keys and values of tokens before. {_ELSEWHERE}, and "
+    "generate with that model.",
+}
+"""What transformers' models can do and the sharded one cannot."""
+
 
 def parallelize(
     model: PreTrainedModel,
@@ -64,13 +74,15 @@ def parallelize(
 ) -> PreTrainedModel:
     """Wrap model, on meta or not, in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
-    Its forward then takes the batches of `shard` (see `_forward`). A model that is not on meta must be the same on all
-    ranks; each keeps its shard of it. Parameters are stored in the dtype they have, computed with in param_dtype (by
-    default the model's own) and their gradients summed in reduce_dtype (by default fp32, or wider as param_dtype is).
-    attention is a core, or the name of one (see `choose_core`). Tiles are numbers of tokens: 0 chooses (see `LossHead`
-    and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no checkpoints) only the input is kept for
-    backward: on the device, or as offload says in host memory, or on disk in offload_folder. parameter_offload keeps
-    shards and gradients in host memory, where the optimizer then steps. compile: the MLP and the norms of each block.
+    Its forward then takes the batches of `shard` (see `_forward`), in any order with backward, step and evaluation (see
+    `guard`). Names stay as they are; `save_pretrained` and `save_checkpoint` of this package save it. A model that is
+    not on meta must be the same on all ranks; each keeps its shard of it. Parameters are stored in the dtype they have,
+    computed with in param_dtype (by default the model's own) and their gradients summed in reduce_dtype (by default
+    fp32, or wider as param_dtype is). attention is a core, or the name of one (see `choose_core`). Tiles are numbers of
+    tokens: 0 chooses (see `LossHead` and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no
+    checkpoints) only the input is kept for backward: on the device, or as offload says in host memory, or on disk in
+    offload_folder. parameter_offload keeps shards and gradients in host memory, where the optimizer then steps.
+    compile: the MLP and the norms of each block.
     z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
     """
     param_dtype = param_dtype or model.dtype
@@ -151,7 +163,14 @@ def wrap(
     if checkpoint_every:
         checkpoint_blocks(blocks, every=checkpoint_every, store=store)
     shard_root(model, shard)
+    guard(model)
+    for name, reason in _REFUSED.items():
+        setattr(model, name, partial(_refuse, reason))
     return model
+
+
+def _refuse(reason: str, *_, **__) -> NoReturn:
+    raise UserError(reason)
 
 
 def check_dropout(model: PreTrainedModel) -> None:
@@ -222,10 +241,21 @@ def use_ulysses(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleLis
     model.ulysses_mesh = mesh
     router_loss, ropes = router_loss_of(model, decoder), use_document_lengths(model, blocks)
 
-    def forward(model: PreTrainedModel, *, documents: Documents, **inputs) -> CausalLMOutputWithPast:
+    def forward(
+        model: PreTrainedModel,
+        *others: Any,
+        documents: Documents | None = None,
+        reaches: Documents | None = None,
+        **inputs: Any,
+    ) -> CausalLMOutputWithPast:
+        if others or documents is None:
+            raise UserError(
+                "model: the sharded model takes the batches of `titan_ulysses.shard(loader, mesh)`, as in "
+                "model(**batch): each rank needs its slice of a sequence, and the documents of the whole."
+            )
         mesh = model.ulysses_mesh
         for rope in ropes:
-            rope.begin(documents, mesh.sp.get_local_rank())
+            rope.begin(documents, reaches or documents, mesh.sp.get_local_rank())
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
         return _forward(model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs)
 
@@ -267,6 +297,8 @@ def _forward(
             hidden, aux_loss, num_labels = routers.close(hidden, (labels != IGNORE_INDEX).sum(), group)
     head = model.get_output_embeddings()
     if labels is None:
+        if torch.is_grad_enabled():
+            head.set_unshard_in_backward(True)  # these have a gradient that needs the weight
         return CausalLMOutputWithPast(logits=head(hidden))
     loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
     if not sums:
@@ -382,27 +414,25 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
     for block in blocks:
         shard(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:
-        shard(embedding)
-        # Its backward follows its forward at once: resharding between the two would gather twice.
-        shard(head, reshard_after_forward=False)
+    # Tied they are one group, gathered from the first to the last: FSDP refuses a parameter that two groups hold.
+    for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:
+        shard(group)
+        group[0].set_unshard_in_backward(not all(_rests_in_backward(module) for module in group))
+
+
+def _rests_in_backward(module: nn.Module) -> bool:
+    """Whether its backward needs no weight: a loss head has computed its gradients in forward, a look-up's is a sum."""
+    is_look_up = type(module).forward is nn.Embedding.forward or type(module).__name__.endswith("ScaledWordEmbedding")
+    return isinstance(module, LossHead) or is_look_up
 
 
 def shard_root(model: PreTrainedModel, shard: Callable[..., Any]) -> None:
     """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
-    # Tied embedding and head stay in the root's group: FSDP refuses a parameter that two groups hold.
-    shard(model, reshard_after_forward=False)
+    # Nothing stays gathered behind a forward, which FSDP would let the root do: a backward may never come, and then
+    # the model would show gathered parameters without gradients, and compute with them after the next step.
+    shard(model, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo has no PREMUL_SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    model.register_forward_hook(_reshard_without_backward)
-
-
-def _reshard_without_backward(model: PreTrainedModel, *_) -> None:
-    """What stays gathered for a backward that never comes would be the old weights after the next optimizer step."""
-    if not torch.is_grad_enabled():
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()

@@ -26,6 +26,9 @@ class Batch:
     device synchronisation"""
     attention_mask: torch.Tensor | None = None
     """[B, T] int64, 0 at padding, where there is any: the router loss alone needs it"""
+    reaches: tuple[tuple[int, ...], ...] | None = None
+    """the largest position of each document, plus 1, where positions are not counted from 0: RoPE whose frequencies
+    depend on it looks there instead of at the lengths"""
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; the copy does not make the host wait."""

@@ -23,6 +23,7 @@ from titan_ulysses.mesh import Mesh
 
 _CHECK_EVERY = 100
 """Steps between two comparisons of what the ranks of a sequence-parallel group have loaded."""
+Documents = tuple[tuple[int, ...], ...]
 _TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
 _BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -35,11 +36,13 @@ class Rows(NamedTuple):
     labels: Tensor
     """[B, S] int64, shifted: the label of a token is the next one of its document"""
     position_ids: Tensor
-    """[B, S] int64, from 0 in each document"""
-    documents: tuple[tuple[int, ...], ...]
+    """[B, S] int64, as given, or from 0 in each document"""
+    documents: Documents
     """document lengths of each row"""
     attention_mask: Tensor
     """[B, S] int64: 0 at padding"""
+    reaches: Documents | None
+    """the largest position of each document, plus 1, where that is not the length of each"""
 
 
 def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 1) -> Iterator[dict[str, Any]]:
@@ -47,14 +50,15 @@ def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 
 
     A batch is a mapping with `input_ids` [B, S] and, where there are any, `labels` (unshifted, as in transformers;
     without them every token is a label), `attention_mask` [B, S] (padding on either side), and documents packed in a
-    row: `position_ids` that restart, `seq_idx`, or `cu_seq_lens_q` over all B * S tokens. B and S may change from
+    row: `position_ids` that fall back, `seq_idx`, or `cu_seq_lens_q` over all B * S tokens. Positions may begin
+    anywhere, and are computed with as given; where they jump ahead, see `_starts_of_positions`. B and S may change from
     batch to batch. All ranks of a sequence-parallel group must load the same rows, ranks along `mesh.batch` rows of
-    their own, and each rank the same number of batches.
+    their own, and each rank the same number of batches. `loader` is read no further than the step that is yielded.
 
     Yields input_ids, labels (shifted, none across a border), position_ids [B, T], T = ceil(S / P), `documents`,
-    `attention_mask` [B, T] where any token is padding, and `num_items_in_batch`, the number of labels in `accumulate`
-    batches on all ranks: step the optimizer once for each so many batches. UserError for a batch that cannot be what
-    it says, or that differs between ranks that share it.
+    `reaches` where positions are not counted from 0, `attention_mask` [B, T] where any token is padding, and
+    `num_items_in_batch`, the number of labels in `accumulate` batches on all ranks: step the optimizer once for each so
+    many batches. UserError for a batch that cannot be what it says, or that differs between ranks that share it.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")
@@ -90,21 +94,20 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
     padding = _padding(tensors)
     starts = _document_starts(tensors, padding)
     index = torch.arange(input_ids.shape[1])
-    position_ids = index - (index * starts).cummax(dim=1).values
-    given = tensors.get("position_ids", position_ids)
-    if (wrong := (given != position_ids) & ~padding).any():
-        row, token = wrong.nonzero()[0].tolist()
-        raise UserError(
-            f'batch["position_ids"] is {given[row, token]} at token {token} of row {row}, which is token '
-            f"{position_ids[row, token]} of its document. Positions count from 0 in each document."
-        )
+    position_ids = counted = index - (index * starts).cummax(dim=1).values
+    if "position_ids" in tensors:
+        position_ids = tensors["position_ids"].where(~padding, counted)
     labels = tensors.get("labels", input_ids)
     if ((labels < 0) & (labels != IGNORE_INDEX)).any():
         raise UserError(f'batch["labels"] has {labels.min()}: labels are token ids, or {IGNORE_INDEX} for none.')
     crosses = F.pad(starts[:, 1:], (0, 1), value=True)  # the next token is another document's, or none
     labels = labels.roll(-1, dims=1).masked_fill(crosses | padding, IGNORE_INDEX)
     documents = tuple(tuple(F.pad(row.nonzero()[:, 0], (0, 1), value=len(row)).diff().tolist()) for row in starts)
-    return Rows(input_ids, labels, position_ids, documents, (~padding).long())
+    reaches = None
+    if not torch.equal(position_ids, counted):
+        pieces = [row.split(lengths) for row, lengths in zip(position_ids, documents, strict=True)]
+        reaches = tuple(tuple(int(piece.max()) + 1 for piece in row) for row in pieces)
+    return Rows(input_ids, labels, position_ids, documents, (~padding).long(), reaches)
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -147,12 +150,12 @@ def _padding(tensors: dict[str, Tensor]) -> Tensor:
 def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
     """[B, S] bool: where a document begins. Padding is a document; what else tells of documents must tell the same."""
     said = {}
-    if "position_ids" in tensors:
-        said["position_ids"] = F.pad(tensors["position_ids"].diff(dim=1) != 1, (1, 0), value=True)
     if "seq_idx" in tensors:
         said["seq_idx"] = F.pad(tensors["seq_idx"].diff(dim=1) != 0, (1, 0), value=True)
     if "cu_seq_lens_q" in tensors:
         said["cu_seq_lens_q"] = _starts_of_lengths(tensors)
+    if "position_ids" in tensors:
+        said = {"position_ids": _starts_of_positions(tensors, next(iter(said.values()), None))} | said
     before = F.pad(padding[:, :-1], (1, 0))
     edge, inside = padding != before, padding & before
     edge[:, 0] = True
@@ -167,6 +170,19 @@ def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
             )
         first, starts = key, its
     return starts
+
+
+def _starts_of_positions(tensors: dict[str, Tensor], told: Tensor | None) -> Tensor:
+    """[B, S] bool: where positions fall back; and where they jump ahead, what the other keys have told.
+
+    Without any: transformers takes a jump for a border in rows without a mask (`find_packed_sequence_indices`), and
+    elsewhere computes over it.
+    """
+    steps = tensors["position_ids"].diff(dim=1)
+    begins, jumps = F.pad(steps != 1, (1, 0), value=True), F.pad(steps > 1, (1, 0))
+    if told is not None:
+        return begins.where(~jumps, told)
+    return begins & ~jumps if "attention_mask" in tensors else begins
 
 
 def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
@@ -199,12 +215,17 @@ def _slice(rows: Rows, mesh: Mesh) -> Batch:
     here = slice(rank * tokens, (rank + 1) * tokens)
     position_ids = torch.cat([rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1)
     attention_mask = F.pad(rows.attention_mask, (0, missing))
+
+    def filled(of_documents: Documents) -> Documents:
+        return tuple((*row, missing) for row in of_documents) if missing else of_documents
+
     return Batch(
         input_ids=F.pad(rows.input_ids, (0, missing))[:, here],
         labels=F.pad(rows.labels, (0, missing), value=IGNORE_INDEX)[:, here],
         position_ids=position_ids[:, here],
-        documents=tuple((*row, missing) for row in rows.documents) if missing else rows.documents,
+        documents=filled(rows.documents),
         attention_mask=None if attention_mask.all() else attention_mask[:, here],
+        reaches=None if rows.reaches is None else filled(rows.reaches),
     )
 
 

@@ -13,11 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.utils.checkpoint import checkpoint
 
 from titan_ulysses.errors import UserError
@@ -27,12 +27,14 @@ from titan_ulysses.memory.offload import Store
 def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None) -> None:
     """Make every `every` blocks, in place, a segment whose input is kept in store (None: where it is).
 
-    State-dict names do not change. The last segment may be shorter.
+    No name changes, because no module is put around a block: it gets a class of its own, as FSDP gives it one. The last
+    segment may be shorter.
     """
     for first in range(0, len(blocks), every):
         segment = _Segment(list(blocks[first : first + every]), store)
         for position, block in enumerate(segment.blocks):
-            blocks[first + position] = CheckpointedBlock(block, segment, position)
+            block.__class__ = _checkpointed(type(block))
+            block.checkpoint_segment, block.checkpoint_position = segment, position
 
 
 def output_is_needed() -> bool:
@@ -43,22 +45,29 @@ def output_is_needed() -> bool:
 _phase = threading.local()  # CUDA's backward, and with it the recomputation, has a thread of its own
 
 
-class CheckpointedBlock(ActivationWrapper):
-    """Stands where a block of a segment stood. All but the last one only note what they are called with."""
+class CheckpointedBlock(nn.Module):
+    """What a block of a segment becomes. Of a segment, all but the last only note what they are called with.
 
-    def __init__(self, block: nn.Module, segment: _Segment, position: int):
-        super().__init__(block)
-        self._segment, self._position = segment, position
+    The call changes, and not `forward`: the hooks of FSDP, which gather the block, are to run inside the checkpoint.
+    """
 
-    @property
-    def is_first(self) -> bool:
-        """Whether what it is called with is what its segment keeps."""
-        return self._position == 0
+    checkpoint_segment: _Segment
+    checkpoint_position: int
+    """in the segment"""
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Any:
+    def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Any:
         if not torch.is_grad_enabled():
-            return self._checkpoint_wrapped_module(hidden_states, *args, **kwargs)
-        return self._segment.call(self._position, hidden_states, args, kwargs)
+            return self.run_block(hidden_states, *args, **kwargs)
+        return self.checkpoint_segment.call(self.checkpoint_position, hidden_states, args, kwargs)
+
+    def run_block(self, hidden_states: Tensor, *args, **kwargs) -> Any:
+        """The call of the block itself."""
+        return super().__call__(hidden_states, *args, **kwargs)
+
+
+@cache
+def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (CheckpointedBlock, kind), {"__module__": __name__})
 
 
 class _Segment:
@@ -88,7 +97,7 @@ class _Segment:
         last = len(calls) - 1
         for position, (block, (args, kwargs)) in enumerate(zip(self.blocks, calls, strict=True)):
             with _last_block() if position == last else nullcontext():
-                hidden = block(hidden, *args, **kwargs)
+                hidden = block.run_block(hidden, *args, **kwargs)
             if position < last and not isinstance(hidden, Tensor):
                 raise UserError(
                     f"activation_checkpoint.every = {len(calls)}: {type(block).__name__} returns more than its hidden "

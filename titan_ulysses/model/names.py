@@ -10,19 +10,13 @@ from fnmatch import fnmatchcase
 from titan_ulysses.errors import UserError
 from titan_ulysses.toml import to_toml
 
-_CHECKPOINT = "_checkpoint_wrapped_module."
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
 _ADAPTED = re.compile(r"\.base_layer(?=\.|$)")
 
 
-def unwrapped(name: str) -> str:
-    """The name of a parameter or module as it is without the wrappers of activation checkpointing."""
-    return name.replace(_CHECKPOINT, "")
-
-
 def plain(name: str) -> str:
-    """The name of a parameter or module in the transformers model, which knows neither those nor adapters."""
-    return _ADAPTED.sub("", unwrapped(name))
+    """The name of a parameter or module in the transformers model, which knows no adapters."""
+    return _ADAPTED.sub("", name)
 
 
 def is_adapter(name: str) -> bool:

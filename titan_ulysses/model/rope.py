@@ -29,12 +29,14 @@ class DocumentRoPE:
         self.rotary = rotary
         self.turn = MethodType(inspect.unwrap(type(rotary).forward), rotary)  # without its look at the positions
         self.documents: Documents = ()
+        self.reaches: Documents = ()
         self.sp_rank = 0
         rotary.forward = self.forward
 
-    def begin(self, documents: Documents, sp_rank: int) -> None:
-        """Tell it of a forward: the lengths of each row's documents, and whose slice of the rows this is."""
-        self.documents, self.sp_rank = documents, sp_rank
+    def begin(self, documents: Documents, reaches: Documents, sp_rank: int) -> None:
+        """Tell it of a forward: of each row's documents the lengths, and how far their positions reach, which is what
+        counts as a length here; and whose slice of the rows this is."""
+        self.documents, self.reaches, self.sp_rank = documents, reaches, sp_rank
 
     def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Tensor | tuple[Tensor, ...]:
         """position_ids [B, T] -> what transformers makes of them (cos and sin, each [B, T, d])."""
@@ -43,7 +45,7 @@ class DocumentRoPE:
         if kind not in LENGTH_DEPENDENT:
             return self.turn(x, position_ids, **of_layer)
         bound = self._bound(kind, layer_type)
-        lengths = [[self._counts_as(length, kind, bound) for length in row] for row in self.documents]
+        lengths = [[self._counts_as(length, kind, bound) for length in row] for row in self.reaches]
         several = sorted({length for row in lengths for length in row})
         turned = []
         for length in several:

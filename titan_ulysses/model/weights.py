@@ -197,18 +197,19 @@ def keep_generation_config(model: PreTrainedModel, path: str) -> None:
 @torch.no_grad()
 def export(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     *,
-    step: int,
+    step: int | None = None,
     fetch: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config, tokenizer.
+    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config, tokenizer if given.
 
     Collective. Tensors are gathered one by one (or fetched by name, for a model without data), brought into the form
     that `save_pretrained` gives them, and rank 0 writes a file whenever 4 GiB have come together, so no rank holds the
     whole model. Written aside and renamed when complete; a folder that is there already is replaced then. Parameters
-    keep their storage dtype; adapters are merged into them, in the adapters'. `exported_step` tells the step again.
+    keep their storage dtype; adapters are merged into them, in the adapters'. `exported_step` tells the step again,
+    where one was given.
     UserError, on every rank, where it cannot be written.
     """
     aside = folder.with_name(f".{folder.name}.partial")
@@ -348,13 +349,17 @@ def _write_index(files: dict[str, str], size: int, folder: Path) -> None:
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
 
 
-def _write_configs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, step: int, folder: Path) -> None:
+def _write_configs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, step: int | None, folder: Path
+) -> None:
     _exported_config(model).save_pretrained(folder)
     if model.generation_config is not None:
         # As it came: `save_pretrained` refuses what many a model on the hub has, at the end of a run.
         model.generation_config.to_json_file(folder / _GENERATION_FILE)
-    tokenizer.save_pretrained(folder)
-    (folder / _STEP_FILE).write_text(json.dumps({"step": step}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if step is not None:
+        (folder / _STEP_FILE).write_text(json.dumps({"step": step}))
 
 
 def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.model.families import mlp_layout
 
@@ -111,8 +110,6 @@ def _owners(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, Ow
     owners: dict[nn.Module, Owner] = {}
 
     def visit(module: nn.Module, name: str, above: Owner) -> None:
-        if isinstance(module, CheckpointedBlock):  # it only notes its call
-            return visit(module._checkpoint_wrapped_module, name, above)
         component = above.component if above.component != "other" else _component(module, mlps)
         owners[module] = owner = Owner(component, name or "model", layers.get(module, above.layer))
         for child_name, child in module.named_children():

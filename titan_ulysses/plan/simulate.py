@@ -164,8 +164,8 @@ def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_devic
             tracker.claim(args[0], "checkpoints")
 
     for module in model.modules():
-        if isinstance(module, CheckpointedBlock) and module.is_first:
-            module._checkpoint_wrapped_module.register_forward_pre_hook(note)
+        if isinstance(module, CheckpointedBlock) and module.checkpoint_position == 0:
+            module.register_forward_pre_hook(note)
 
 
 def _tell_optimizer(

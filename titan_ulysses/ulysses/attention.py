@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,7 +36,18 @@ class Ulysses:
     core: Core
     documents: Documents
     position_ids: Tensor
-    """[B, T]: positions of this rank's tokens in their documents."""
+    """[B, T]: positions of this rank's tokens, which may begin anywhere."""
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[B, T]: of this rank's tokens in their documents, from 0."""
+        tokens, device = self.position_ids.shape[1], self.position_ids.device
+        here = torch.arange(tokens, device=device) + self.mesh.get_local_rank() * tokens
+        rows = []
+        for row in self.documents:
+            starts = torch.tensor([0, *accumulate(row)][:-1]).to(device)
+            rows.append(here - starts[torch.bucketize(here, starts, right=True) - 1])
+        return torch.stack(rows)
 
 
 def ulysses_attention(
@@ -66,7 +79,7 @@ def ulysses_attention(
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
         layer["window"] = None  # it hides nothing, and a core is faster without
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
-        query = _retuned(query, module, ulysses.position_ids)
+        query = _retuned(query, module, ulysses.places)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
     if mesh.size() == 1:
@@ -139,15 +152,15 @@ def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) ->
     return core(q, k, v, **{keyword: value for keyword, value in layer.items() if value is not None})
 
 
-def _retuned(query: Tensor, module: nn.Module, position_ids: Tensor) -> Tensor:
-    """Temperature tuning (arXiv 2501.19399) at the tokens' true positions: llama4 counts from 0 in what it is given."""
+def _retuned(query: Tensor, module: nn.Module, places: Tensor) -> Tensor:
+    """Temperature tuning (arXiv 2501.19399) at the tokens' true places: llama4 counts from 0 in what it is given."""
 
     def temperature(positions: Tensor) -> Tensor:
         steps = torch.floor((positions.float() + 1) / module.floor_scale)
         return (torch.log1p(steps) * module.attn_scale + 1).to(torch.promote_types(query.dtype, torch.float32))
 
     given = temperature(torch.arange(query.shape[2], device=query.device))
-    return (query * (temperature(position_ids) / given)[:, None, :, None]).to(query.dtype)
+    return (query * (temperature(places) / given)[:, None, :, None]).to(query.dtype)
 
 
 def _chunked(documents: Documents, module: nn.Module) -> Documents:
