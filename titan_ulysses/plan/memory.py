@@ -192,6 +192,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _allocation(self, func, shape: tuple[int, ...], dtype: torch.dtype, component: str | None) -> Allocation:
         phase, owner, _, made_in = self._moment
+        if component is None and FSDP in made_in:
+            component = "gradients" if phase == "backward" else "gathered parameters"
         return Allocation(component or owner.component, self.place, owner, phase, func._opname, shape, dtype, made_in)
 
     def _release(self, key: int) -> None:
@@ -259,7 +261,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _brings_parameter(self, func, args) -> bool:
         """Whether func casts a shard for its way, or is what FSDP does instead of gathering on one rank."""
-        if func not in _COPIES:
+        if func not in _COPIES or self._moment.phase == "optimizer":
             return False
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
         found = self._alive.get(source.untyped_storage()._cdata)
@@ -279,6 +281,7 @@ _CASTS = {torch.ops.aten._to_copy.default}
 _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
 
+FSDP = "FSDP"
 WORKSPACE = "workspace"
 """Stands among `makers` for a kernel that made it for itself."""
 _PACKAGE = str(Path(__file__).parents[1])
@@ -306,7 +309,7 @@ def _maker(code: CodeType) -> str:
     """What a function is called among `makers`, or nothing."""
     file = Path(code.co_filename)
     if "_fully_shard" in file.parts:
-        return "FSDP"
+        return FSDP
     if code.co_name == "apply_rotary_pos_emb":
         return code.co_name
     is_ours = code.co_filename.startswith(_PACKAGE) and file.parent.name in ("memory", "ulysses")

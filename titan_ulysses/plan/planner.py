@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -155,6 +156,11 @@ class Plan:
         rates = kernel_rates(setup.gpu) | {"exchange": 1 / exchange if exchange else inf}
         share = simulation.batches / setup.degrees.accumulation_steps
         return clock(simulation.ticks, self.time, rates=rates, share=share)
+
+    def seconds_at(self, event: int) -> float:
+        """When a change of the step's memory happens, in planned seconds since the step began."""
+        over = bisect_right(self.clock, event, key=lambda end: end[0])
+        return self.clock[over - 1][1] if over else 0.0
 
     @cached_property
     def model_flops(self) -> float:

@@ -12,7 +12,6 @@ from matplotlib import colormaps
 
 from titan_ulysses.pictures import COLORS, picture
 from titan_ulysses.plan.attribution import COMPONENTS
-from titan_ulysses.plan.cost import STRETCHES
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import Found
 from titan_ulysses.plan.words import component_name, size_text, time_unit_of, unit_of
@@ -30,9 +29,8 @@ class Timeline(NamedTuple):
     """seconds at which each column ends"""
     alive: list[dict[str, int]]
     """of each column: bytes by component, at its highest moment"""
-    backward: float | None
-    update: float | None
-    """seconds at which they begin"""
+    begins: list[tuple[str, float]]
+    """what begins at which second: the backward pass of each batch, and the update: clipping and the optimizer"""
     peak: tuple[float, int]
     """seconds and bytes of the highest moment"""
 
@@ -40,35 +38,37 @@ class Timeline(NamedTuple):
 def timeline_of(plan: Plan) -> Timeline:
     """The device's memory over the planned time of a step, column by column."""
     memory, start = plan.simulation.memory, plan.simulation.start
-    total = plan.clock[-1][1] if plan.clock else 0.0
-    width = total / _COLUMNS or 1.0
+    width = (plan.clock[-1][1] or 1.0) / _COLUMNS
     alive = Counter()
     for allocation, change in memory.events[:start]:
         if allocation.place == "device":
             alive[allocation.component] += change
-    columns = [alive.copy()] + [Counter() for _ in range(_COLUMNS - 1)]
-    begins: dict[str, float] = {}
-    ticks, now, column, peak = iter([*plan.clock, (len(memory.events) + 1, total)]), 0.0, 0, (0.0, 0)
-    ends_before, then = next(ticks)
+    columns = [alive.copy()]
     for index, (allocation, change) in enumerate(memory.events[start:], start):
-        while ends_before <= index:  # that operation is over
-            now = then
-            ends_before, then = next(ticks)
-        reached = min(int(now / width), _COLUMNS - 1)
-        for later in range(column + 1, reached + 1):
-            columns[later] = alive.copy()
-        column = reached
-        begins.setdefault(STRETCHES.get(memory.moments[index].phase, "update"), now)
-        if allocation.place != "device":
-            continue
-        alive[allocation.component] += change
-        if (size := alive.total()) > columns[column].total():
-            columns[column] = alive.copy()
-            peak = max(peak, (now, size), key=lambda moment: moment[1])
-    for later in range(column + 1, _COLUMNS):
-        columns[later] = alive.copy()
+        now = plan.seconds_at(index)
+        while len(columns) < min(now / width, _COLUMNS):
+            columns.append(alive.copy())
+        if allocation.place == "device":
+            alive[allocation.component] += change
+            if alive.total() > columns[-1].total():
+                columns[-1] = alive.copy()
+    columns += [alive.copy() for _ in range(_COLUMNS - len(columns))]
     ends = [width * (index + 1) for index in range(_COLUMNS)]
-    return Timeline(ends, columns, begins.get("backward"), begins.get("update"), peak)
+    return Timeline(ends, columns, _begins(plan), (plan.seconds_at(plan.peak.event), plan.peak.bytes))
+
+
+def _begins(plan: Plan) -> list[tuple[str, float]]:
+    begins = []
+    stretch, ended, backward_ended = "forward", 0.0, 0.0
+    for tick, (_, end) in zip(plan.simulation.ticks, plan.clock, strict=True):
+        if tick.stretch == "backward":
+            if stretch == "forward":
+                begins.append(("backward", ended))
+            backward_ended = end
+        if tick.stretch != "update":
+            stretch = tick.stretch
+        ended = end
+    return [*begins, ("update", backward_ended)]
 
 
 def timeline(plan: Plan, path: Path) -> None:
@@ -87,7 +87,7 @@ def timeline(plan: Plan, path: Path) -> None:
         axes.stackplot(ends, stacked, labels=names, colors=colors, linewidth=0, step="pre")
         axes.set(xlim=(0, ends[-1]), ylim=(0, 1.15 * (max(limit, peak) if limit < _IN_SIGHT * peak else peak)))
         _mark(axes, line, time_unit)
-        _mark_limit(axes, limit, peak, unit_name)
+        _mark_limit(axes, limit, peak, unit)
         axes.plot([when], [peak], marker="v", color="black", clip_on=False)
         left = when > ends[-1] / 2
         axes.annotate(
@@ -111,29 +111,27 @@ def timeline(plan: Plan, path: Path) -> None:
 
 def _mark(axes: Any, line: Timeline, time_unit: float) -> None:
     """Where backward and the update begin."""
-    last = line.ends[-1]
-    for name, begins in (("backward", line.backward), ("update", line.update)):
-        if begins is not None:
-            axes.axvline(begins / time_unit, color="black", linewidth=0.6, linestyle=":")
-            at_the_end = begins > 0.9 * last
-            axes.text(
-                begins / time_unit,
-                1.0,
-                f"{name} " if at_the_end else f" {name}",
-                ha="right" if at_the_end else "left",
-                va="bottom",
-                fontsize=8,
-                transform=axes.get_xaxis_transform(),
-            )
+    for name, seconds in line.begins:
+        place, at_the_end = seconds / time_unit, seconds > 0.9 * line.ends[-1]
+        axes.axvline(place, color="black", linewidth=0.6, linestyle=":")
+        axes.text(
+            place,
+            1.0,
+            f" {name} ",
+            ha="right" if at_the_end else "left",
+            va="bottom",
+            fontsize=8,
+            transform=axes.get_xaxis_transform(),
+        )
 
 
-def _mark_limit(axes: Any, limit: float, peak: float, unit_name: str) -> None:
-    """What the GPU has for tensors: a line where it is in sight, else words."""
+def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
+    """What the GPU has for tensors, in unit: a line where it is in sight, else words."""
     if limit < _IN_SIGHT * peak:
         axes.axhline(limit, color=COLORS[1], linewidth=1)
         axes.text(0, limit, " what the GPU has for tensors", va="bottom", fontsize=8)
     else:
-        words = f" the GPU has {limit:,.0f} {unit_name} for tensors, {limit / peak:,.0f} times the peak"
+        words = f" the GPU has {size_text(limit * unit)} for tensors, {limit / peak:,.0f} times the peak"
         axes.text(0, 0.98, words, va="top", fontsize=8, transform=axes.transAxes)
 
 

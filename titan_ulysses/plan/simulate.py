@@ -104,7 +104,9 @@ def simulate(
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _tell_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
+            tracker.claim(list(model.buffers()), "other", label="buffers of the model")
             batches = [_batch(config, mesh, documents) for _ in range(degrees.accumulation_steps)]
+            tracker.claim([vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions")
             _make_state(model, optimizer)
             if isinstance(core, Standin):
                 core.tracker = tracker

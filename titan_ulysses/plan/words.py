@@ -6,8 +6,8 @@ is there ("q, k, v after the exchange"). A kernel has the name of what runs on t
 
 from __future__ import annotations
 
-from titan_ulysses.plan.attribution import Owner
-from titan_ulysses.plan.memory import WORKSPACE, Allocation, Moment
+from titan_ulysses.plan.attribution import OUTSIDE, Owner
+from titan_ulysses.plan.memory import FSDP, WORKSPACE, Allocation, Moment
 
 COMPONENT_NAMES = {
     "parameters": "parameters (this rank's shards)",
@@ -20,7 +20,7 @@ COMPONENT_NAMES = {
     "norm": "activations of norms",
     "loss head": "loss head (logits, gradients)",
     "optimizer": "temporaries of the optimizer",
-    "other": "embedding, residuals, inputs",
+    "other": "hidden states, embedding, inputs",
     "fragmentation": "fragmentation (3 %, assumed)",
 }
 """Of the components whose key alone would not say what they are."""
@@ -30,8 +30,9 @@ _PHASES = {
     "recomputation": "the backward pass, while a block is recomputed",
     "backward": "the backward pass",
     "optimizer": "the optimizer's update",
-    "update": "the step, outside of forward and backward",
+    "update": "the step outside of forward and backward: label count, gradient norm, clipping",
 }
+_BOOKKEEPING = "label count, loss, gradient norm"
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _KERNELS = {
@@ -50,7 +51,17 @@ _KERNELS = {
 }
 """Kernels whose operator's name would not be recognised. The others are called by it."""
 
-_SHORT_NAMES = {"_to_copy": "change of dtype", "cat": "concatenation", "clone": "copy"}
+_SHORT_NAMES = {
+    "_to_copy": "change of dtype",
+    "cat": "concatenation",
+    "clone": "copy",
+    "add": "sum",
+    "sub": "difference",
+    "mul": "product",
+    "div": "quotient",
+    "pow": "power",
+}
+"""Of what an operator leaves."""
 _ELEMENTWISE = ("add", "sub", "mul", "div", "neg", "pow", "where", "clamp", "sum", "mean", "rsqrt", "abs")
 _BUFFERS = ("empty", "new_empty", "empty_like", "zeros", "zeros_like", "new_zeros", "full", "new_full")
 _PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "linear")
@@ -61,7 +72,7 @@ _PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "linear")
 def unit_of(size: float) -> tuple[float, str]:
     """The unit in which so many bytes read best: (its bytes, its name)."""
     units = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
-    return next((unit for unit in units if size >= unit[0]), (1.0, "bytes"))
+    return next((unit for unit in units if size >= 0.1 * unit[0]), (1.0, "bytes"))
 
 
 def size_text(size: float) -> str:
@@ -106,22 +117,24 @@ def tensor_name(allocation: Allocation) -> str:
         return "optimizer: temporary of its update"
     if component == "gathered parameters":
         return f"parameters of {group_name(owner.layer)}, gathered by FSDP"
-    if "FSDP" in allocation.made_in:
+    if FSDP in allocation.made_in:
         what = "gradients" if allocation.phase == "backward" else "parameters"
         return f"{what} of {group_name(owner.layer)}, {'being reduced' if what == 'gradients' else 'gathered'} by FSDP"
     if component == "gradients":
         return f"{module_name(owner)}: gradient of its weight"
     if component == "checkpoints":
         return "checkpoint: input of a block"
+    if owner.module in (OUTSIDE.module, "setup"):
+        return "loss and its gradient" if allocation.phase == "backward" else _BOOKKEEPING
     return f"{module_name(owner)}: {_role(allocation)}"
 
 
 def moment_name(moment: Moment) -> str:
     """In which phase of the step, in which part of the model, and in which kernel."""
     phase = _PHASES.get(moment.phase, moment.phase)
-    if moment.phase == "optimizer":
+    if moment.phase in ("optimizer", "update"):
         return phase
-    if "FSDP" in moment.made_in:
+    if FSDP in moment.made_in:
         what = "gathers parameters" if moment.phase in ("forward", "recomputation") else "reduces gradients"
         return f"{phase}, where FSDP {what} of {group_name(moment.owner.layer)}"
     return f"{phase}, in {module_name(moment.owner)}, at {kernel_name(moment.operation)}"
@@ -195,6 +208,7 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
         "empty_like": "gradient of the hidden states",
         "where": "hidden states of a tile",
         "_to_copy": "gradient of a tile's logits",
+        "div": "the loss",
     },
     "loss.backward": {"": "gradient of its weight"},
     "apply_rotary_pos_emb": {"": "q or k with rotary embedding"},
