@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from models import LLAMA
 from ranks import run_on_ranks
 from titan_ulysses.config import Config
 from titan_ulysses.errors import UserError
+from titan_ulysses.pictures import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -194,12 +198,208 @@ def test_the_longest_sequence_fits_and_the_next_does_not():
     assert not at_length(setup, int(1.02 * found.seq_len)).plan.fits
 
 
-def test_a_search_that_nothing_limits():
-    from titan_ulysses.plan.planner import set_up
-    from titan_ulysses.plan.search import longest
+def test_a_search_that_nothing_limits(capsys):
+    """It ends where the planner looks no further, which is no finding, and says so."""
+    from rich.console import Console
 
-    with pytest.raises(UserError, match="nothing limits the sequence below .* tokens"):
-        longest(set_up(config(plan__gpu_memory_gib=1e9)))
+    from titan_ulysses.plan.planner import set_up
+    from titan_ulysses.plan.report import closing, tell_each
+    from titan_ulysses.plan.search import Found, is_open, longest
+
+    setup = set_up(config(plan__gpu_memory_gib=1e9))
+    need = longest(setup, near=2**25)
+    assert need.seq_len == 2**27 and is_open(setup, need.seq_len) and need.plan.fits
+    found = [Found("tiles", {"memory.mlp_tile_tokens": 0}, need)]
+    tell_each(Console(width=100), "longest", found)
+    assert "at least 134,217,728 tokens" in capsys.readouterr().out
+    said = closing(need.plan, need.seq_len, found)
+    assert "at least 134,217,728 tokens fit: the planner looks no further" in said
+    assert "plan.host_memory_gib is not set" in said
+
+
+def test_an_estimate_from_a_short_sequence():
+    """What its peak is made of need not grow with it; a long one's does."""
+    from titan_ulysses.plan.planner import make_plan, set_up
+    from titan_ulysses.plan.report import closing
+    from titan_ulysses.plan.search import at_length, estimate
+
+    model = LLAMA | {"vocab_size": 20_000, "num_hidden_layers": 1, "max_position_embeddings": 8192}
+    setup = set_up(config(model__config=model, training__seq_len=512, plan__gpu_memory_gib=4))
+    plan = make_plan(setup)
+    found = estimate(setup, plan)
+    assert at_length(setup, int(0.8 * found)).plan.fits
+    assert not at_length(setup, int(1.2 * found)).plan.fits
+    said = closing(plan, found, [])
+    assert f"about {found:,} tokens fit. (Beyond 8,192, its max_position_embeddings" in said
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+CASES = {
+    "sharded": {
+        "parallelism__sequence_parallel_degree": 2,
+        "plan__world_size": 4,
+        "activation_checkpoint__offload": "host",
+        "memory__mlp_tile_tokens": 300,
+        "memory__loss_tile_tokens": 500,
+    },
+    "no checkpoints": {
+        "model__config": LLAMA | {"tie_word_embeddings": True, "max_position_embeddings": 4096},
+        "activation_checkpoint__mode": "none",
+        "training__global_batch_size": 3,
+        "training__seq_len": 512,
+    },
+    "all on the host": {"memory__parameter_offload": True, "plan__world_size": 2, "training__seq_len": 512},
+    "LoRA": {
+        "lora__rank": 4,
+        "training__param_dtype": "float32",
+        "memory__optimizer_offload": True,
+        "training__seq_len": 512,
+    },
+}
+RAW = re.compile(r"for_cpu|empty|zeros|_to_copy|all_to_all|_foreach|reduce_scatter|\bdiv\b|\(_|\bat _|setup|the step")
+"""Words of operators and of the simulation, which mean nothing to who reads a plan."""
+
+
+@cache
+def planned(case: str):
+    return plan_of(**CASES[case])
+
+
+def test_the_peak_in_words():
+    """In those of the GPU and of the model, not of what stands for them here."""
+    from titan_ulysses.plan.report import as_json, largest
+    from titan_ulysses.plan.words import moment_name
+
+    sharded = planned("sharded")
+    assert (
+        moment_name(sharded.peak.moment) == "the backward pass, in attention of layer 1, at flash attention's backward"
+    )
+    assert as_json(sharded)["peak"]["operation"] == "flash attention's backward"
+    lines = largest(sharded)
+    assert lines[0] == "   0.80 MiB  attention of layer 1: workspace of flash attention's backward kernel"
+    assert lines[1] == "   0.31 MiB  attention of layer 1: q, k, v after the exchange  [163840] bfloat16"
+    assert "   0.19 MiB  checkpoint: input of layer 1  [1, 2048, 48] bfloat16" in lines
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_has_a_name(case):
+    from titan_ulysses.plan import words
+
+    plan = planned(case)
+    memory, start = plan.simulation.memory, plan.simulation.start
+    names = {words.tensor_name(a): a for a in [*(a for a, _ in memory.events[start:]), *plan.peak.alive]}
+    assert not {name: a.operation for name, a in names.items() if RAW.search(name) and a.place == "device"}
+    assert not RAW.search(words.moment_name(plan.peak.moment))
+    if case == "sharded":
+        assert words._ROLES.keys() <= {maker for a in names.values() for maker in a.made_in}, "no function has moved"
+        kinds = {re.sub(r"\d+", "N", name) for name in names}
+        assert {
+            "MLP of layer N: intermediate of a tile",
+            "attention of layer N, q_proj: output",
+            "attention of layer N: gradients of q, k, v as they are received",
+            "attention of layer N: q or k with rotary embedding",
+            "gradients of layer N, being reduced by FSDP",
+            "gradients of embedding, final norm and head, reduced (this rank's shards)",
+            "loss head: logits of a tile",
+            "optimizer state: first moment of model.layers.N.mlp.up_proj.weight",
+            "parameter model.layers.N.self_attn.q_proj.weight",
+            "parameters of layer N, gathered by FSDP",
+        } <= kinds
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (3.7 * 2**30, "3.70 GiB"),
+        (903.3 * 2**30, "903.3 GiB"),
+        (2**20, "1.00 MiB"),
+        (64_000, "62.50 KiB"),
+        (16, "16 bytes"),
+    ],
+)
+def test_sizes(size, text):
+    from titan_ulysses.plan.words import size_text
+
+    assert size_text(size) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(12_093, "3 h 21 min"), (146, "2 min 26 s"), (34.51, "34.5 s"), (0.0371, "37.1 ms"), (1e-6, "less than 0.01 ms")],
+)
+def test_durations(seconds, text):
+    from titan_ulysses.plan.words import time_text
+
+    assert time_text(seconds) == text
+
+
+@pytest.mark.parametrize("case", ["sharded", "all on the host", "LoRA"])
+def test_the_clock_ends_with_the_step(case):
+    """Whatever is waited for."""
+    plan = planned(case)
+    assert plan.clock[-1][1] == pytest.approx(plan.time.seconds)
+    assert sorted(plan.clock) == plan.clock
+
+
+def drawn(plan, path, monkeypatch):
+    """The axes of the plan's picture."""
+    from titan_ulysses.plan import plots
+
+    kept = []
+
+    @contextmanager
+    def keeping(*args, **kwargs):
+        with picture(*args, **kwargs) as (figure, axes):
+            yield figure, axes
+            kept.append(axes)
+
+    monkeypatch.setattr(plots, "picture", keeping)
+    plots.timeline(plan, path)
+    return kept[0]
+
+
+def test_the_picture_of_a_small_model(tmp_path, monkeypatch):
+    """In units that show something, over time, with its peak marked."""
+    pytest.importorskip("matplotlib")
+    sharded = planned("sharded")
+    axes = drawn(sharded, tmp_path / "plan.png", monkeypatch)
+    peak = sharded.peak.bytes / 2**20
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert axes.get_ylabel() == "MiB on one GPU" and peak < axes.get_ylim()[1] < 2 * peak
+    assert axes.get_xlabel() == "planned time in the step, ms"
+    assert axes.get_xlim() == pytest.approx((0, 1e3 * sharded.time.seconds))
+    (marker,) = [line for line in axes.lines if line.get_marker() == "v"]
+    at = marker.get_xydata()[0]
+    assert at[1] == pytest.approx(peak)
+    words = [text.get_text().strip() for text in axes.texts]
+    assert f"peak: {peak:.2f} MiB of tensors" in words
+    assert any(word.startswith("the GPU has 75.") and "times the peak" in word for word in words)
+    backward = axes.texts[words.index("backward")].get_position()[0]
+    assert 0.1 * axes.get_xlim()[1] < backward < at[0] < axes.get_xlim()[1]
+    update = axes.texts[words.index("update")].get_position()[0]
+    assert at[0] < update <= axes.get_xlim()[1]
+
+
+def test_the_picture_has_the_peak_where_it_lasts():
+    """The longer a kernel, the wider: here it is attention's backward, which holds the most."""
+    from titan_ulysses.plan.plots import timeline_of
+
+    plan = plan_of(training__seq_len=262_144)
+    line = timeline_of(plan)
+    heights = [column.total() for column in line.alive]
+    assert max(heights) == plan.peak.bytes and line.ends[-1] == pytest.approx(plan.time.seconds)
+    share = sum(height > 0.95 * plan.peak.bytes for height in heights) / len(heights)
+    assert share == pytest.approx(5 / 18, rel=0.1), "5 of the 2 + 2 + 5 products over the scores, in one of 2 layers"
+
+
+def test_a_picture_of_accumulated_batches(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    plan = planned("no checkpoints")
+    axes = drawn(plan, tmp_path / "plan.png", monkeypatch)
+    assert "the first 2 of 3 batches, and the update" in axes.get_xlabel()
+    assert plan.clock[-1][1] == pytest.approx(2 / 3 * plan.time.seconds, rel=0.05)
+    assert [text.get_text().strip() for text in axes.texts].count("backward") == 2
 
 
 def test_a_report(tmp_path, capsys):
@@ -212,9 +412,12 @@ def test_a_report(tmp_path, capsys):
     assert said["fits"] and said["step_seconds"] > 0
     assert sum(said["components"].values()) == pytest.approx(said["gpu_peak_gib"])
     shown = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"\b0\.0+ (GiB|MiB|KiB|s|ms)\b| 0\.0%", shown), "small numbers are in small units"
+    assert re.search(r"a step: 0\.\d+ ms, MFU .* the time to launch kernels", shown)
+    assert re.search(r"activations of attention │ [\d.]+ (MiB|KiB) │", shown)
     assert "2 of 8 sequence-parallel ranks have no attention head" in shown
     assert "flash exists only on CUDA" in shown
-    assert "4,096 tokens on 8 x B200 fit" in shown
+    assert "4,096 tokens on 8 x B200 fit." in shown
 
 
 @pytest.mark.parametrize(
@@ -242,12 +445,13 @@ def test_preflight():
 
     run = {"world_size": 1, "model_bytes": 10**6, "gpu": ""}
     small = Preflight(config(), **run, gpu_memory=None)
-    assert small.lines()[0].startswith("plan: not made: 0.00 GiB") and small.obstacle() is None
+    assert small.lines()[0].startswith("plan: not made: weights and optimizer take only 0.95 MiB")
+    assert small.obstacle() is None
     enforced = Preflight(config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None)
-    assert "GiB of tensors at the peak of a rank" in enforced.lines()[0]
+    assert "MiB of tensors at the peak of a rank" in enforced.lines()[0]
     assert "plan.enforce = true: the run needs" in enforced.obstacle()
     gpu = Preflight(config(plan__enforce=True), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
-    assert "GiB of 79.0 at the peak of a GPU" in gpu.lines()[0]
+    assert "GiB of 79.00 GiB at the peak of a GPU" in gpu.lines()[0]
     assert gpu.obstacle() is None
     assert "measured (" in gpu.measured(1.0) and gpu.measured(1.0) is None
     assert not dist.is_initialized()

@@ -35,6 +35,10 @@ class Owner(NamedTuple):
     layer: int | None = None
 
 
+OUTSIDE = Owner("other", "the step")
+"""Of what no module does."""
+
+
 class Attribution:
     """Follows which module's forward, recomputation or backward is running, by hooks on the model's own modules.
 
@@ -44,11 +48,10 @@ class Attribution:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
         """blocks: the decoder's layers as they were before they became checkpoints."""
-        self.outside = Owner("other", "the step")
         self._running: list[Owner] = []
         self._owners: dict[int, Owner] = {}
         self._numbered = torch.autograd._get_sequence_nr()
-        self._latest = self.outside
+        self._latest = OUTSIDE
         self._optimizer_runs = False
         for module, owner in _owners(model, blocks).items():
             # First of all hooks: what FSDP does before a module's forward is for this module.
@@ -95,7 +98,7 @@ class Attribution:
         else:
             node = torch._C._current_autograd_node()
             # A node without a number of ours sums up gradients, or was made in a backward: of whatever ran before it.
-            owner = self.outside if node is None else self._owners.get(node._sequence_nr(), self._latest)
+            owner = OUTSIDE if node is None else self._owners.get(node._sequence_nr(), self._latest)
         made = torch.autograd._get_sequence_nr()
         for number in range(self._numbered, made):
             self._owners[number] = owner

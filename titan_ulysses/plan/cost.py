@@ -8,7 +8,9 @@ the computation counts (than that of forward for copies to the host, than that o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ _ATTENTION = {
 
 STRETCHES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
 """Of the phases of a step; all else is the "update"."""
+
+KINDS = ("matmul", "attention forward", "attention backward", "other kernels")
 
 
 @dataclass
@@ -51,17 +55,34 @@ class Cost:
         return sum(map(self.total, ("matmul", "attention forward", "attention backward")))
 
 
+class Tick(NamedTuple):
+    """One operation on the clock of a step."""
+
+    event: int
+    """how many of `MemoryTracker.events` came before the operation ended"""
+    stretch: str
+    kind: str
+    """as in `Cost.amounts`, or "exchange", whose amount is in bytes"""
+    amount: float
+    """of this kind and stretch, up to and with this operation"""
+
+
 class CostCounter:
     """An observer of `MemoryTracker`: adds up what each operation costs, as often as it stands for."""
 
     def __init__(self, tracker: MemoryTracker, scores: dict[int | None, float]):
         """scores: of each layer the (query, key) pairs of a row, where they are not those of the call (`Standin`)."""
         self.cost, self._tracker, self._scores = Cost(), tracker, scores
+        self.ticks: list[Tick] = []
+        self._exchanged: Counter[str] = Counter()
+        """bytes, by stretch"""
+        self._latest: Counter[tuple[str, str]] = Counter()
         tracker.observers.append(self)
 
     def take(self) -> Cost:
         """What has been counted since the last time."""
         cost, self.cost = self.cost, Cost()
+        self.ticks, self._exchanged, self._latest = [], Counter(), Counter()
         return cost
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
@@ -80,6 +101,18 @@ class CostCounter:
         elif func.namespace == "aten" and not func.is_view:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
             self.cost.amounts[stretch, "other kernels"] += weight * sum(x.numel() * x.element_size() for x in tensors)
+        elif func._opname == "all_to_all_single":
+            self._exchanged[stretch] += args[0].numel() * args[0].element_size()
+        self._tick(stretch)
+
+    def _tick(self, stretch: str) -> None:
+        """Note the amounts that the operation changed."""
+        event, amounts = len(self._tracker.events), self.cost.amounts
+        now = {kind: amounts[stretch, kind] for kind in KINDS} | {"exchange": self._exchanged[stretch]}
+        for kind, amount in now.items():
+            if amount != self._latest[stretch, kind]:
+                self._latest[stretch, kind] = amount
+                self.ticks.append(Tick(event, stretch, kind, amount))
 
 
 def _causal_pairs(queries: int, keys: int) -> float:
@@ -148,18 +181,19 @@ class Offloaded:
     optimizer_state: float = 0
 
 
+def kernel_rates(gpu: GPU) -> dict[str, float]:
+    """FLOP/s of the kinds of products, bytes/s of the other kernels."""
+    rates = gpu.matmul, gpu.attention_forward, gpu.attention_backward, gpu.memory_bandwidth
+    return dict(zip(KINDS, rates, strict=True))
+
+
 def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: Offloaded, gpu: GPU, links: Links) -> Time:
     """exchanged and gathered: bytes of a rank and step.
 
     Checkpoints go to the host and come back; parameters come twice and their gradients go. An optimizer whose state
     alone is on the host fetches it and sends it back; one whose parameters are there too is as fast as host memory.
     """
-    rates = {
-        "matmul": gpu.matmul,
-        "attention forward": gpu.attention_forward,
-        "attention backward": gpu.attention_backward,
-        "other kernels": gpu.memory_bandwidth,
-    }
+    rates = kernel_rates(gpu)
     seconds = Counter({key: amount / rates[key[1]] for key, amount in cost.amounts.items()})
     exchange = links.exchange_seconds(exchanged, gpu)
     stretches = {name: sum(s for (stretch, _), s in seconds.items() if stretch == name) for name in STRETCHES.values()}
@@ -189,3 +223,33 @@ def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: Offlo
         "offloaded optimizer": update,
     }
     return Time(parts, hidden, waits)
+
+
+def clock(ticks: Sequence[Tick], time: Time, *, rates: dict[str, float], share: float) -> list[tuple[int, float]]:
+    """When each operation of a simulated step ends: (events before its end, seconds since the step began).
+
+    rates: amounts a second, of the exchange too. share: of the step's batches, how much was simulated. What the
+    computation waits for is spread over the stretch that waits, as is the transfer of an offloaded optimizer.
+    """
+    latest: Counter[tuple[str, str]] = Counter()
+    own: list[float] = []
+    for tick in ticks:
+        key = tick.stretch, tick.kind
+        own.append((tick.amount - latest[key]) / rates[tick.kind])
+        latest[key] = tick.amount
+    totals = Counter()
+    for tick, seconds in zip(ticks, own, strict=True):
+        totals[tick.stretch] += seconds
+    longest = max(time.waits, key=time.waits.__getitem__)
+    waiting = {"checkpoints to the host": {"forward"}, "checkpoints back": {"backward"}}.get(
+        longest, {"forward", "backward"}
+    )
+    over = sum(totals[stretch] for stretch in waiting)
+    slower = {stretch: 1 + share * time.waits[longest] / over for stretch in waiting} if over else {}
+    if totals["update"]:
+        slower["update"] = 1 + time.parts["offloaded optimizer"] / totals["update"]
+    ends, now = [], 0.0
+    for tick, seconds in zip(ticks, own, strict=True):
+        now += seconds * slower.get(tick.stretch, 1.0)
+        ends.append((tick.event, now))
+    return ends

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from types import CodeType
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,6 +37,10 @@ class Allocation:
     operation: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    made_in: tuple[str, ...] = ()
+    """see `makers`"""
+    label: str = ""
+    """its name, where that is known and does not follow from the rest"""
 
 
 class Moment(NamedTuple):
@@ -42,6 +49,8 @@ class Moment(NamedTuple):
     phase: str
     owner: Owner
     operation: str
+    made_in: tuple[str, ...] = ()
+    """see `makers`"""
 
 
 @dataclass(frozen=True)
@@ -117,16 +126,19 @@ class MemoryTracker(TorchDispatchMode):
         self._look_at_resizable()
         self._where(func)
         result = func(*args, **kwargs)
-        self._note_results(func, args, kwargs, result)
+        kernel = self._note_results(func, args, kwargs, result)
         for observer in self.observers:
             observer(func, args, kwargs, result)
+        if kernel is not None:  # gone when it ends
+            self._add(*kernel)
         return result
 
     def _where(self, func) -> None:
         if self.attribution is not None:
-            self._moment = Moment(self.attribution.phase, self.attribution.here(), func._opname)
+            self._moment = Moment(self.attribution.phase, self.attribution.here(), func._opname, makers())
 
-    def _note_results(self, func, args, kwargs, result) -> None:
+    def _note_results(self, func, args, kwargs, result) -> tuple[Allocation, int] | None:
+        """Note what func returned. Returns what its kernel holds besides, and the change of its bytes at the end."""
         component = _fsdp_component(func)
         if component is None and self._brings_parameter(func, args):
             component = "gathered parameters"
@@ -134,12 +146,16 @@ class MemoryTracker(TorchDispatchMode):
             self._note(tensor, func, component)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
-        held = self._workspace(func, args, result) + self._passing(func, args, component)
-        if held:
-            kernel = self._allocation(func, (held,), torch.uint8, component)
-            # Held together with what the kernel returns, and gone when it ends.
-            self._add(kernel, held)
-            self._add(kernel, -held)
+        workspace, passing = self._workspace(func, args, result), self._passing(func, args, component)
+        if not workspace and not passing:
+            return None
+        kernel = self._allocation(func, (), torch.uint8, component)
+        if workspace:
+            kernel.made_in = (WORKSPACE,)
+        else:
+            kernel.label = "parameters or gradients between host and GPU"
+        self._add(kernel, workspace + passing)  # together with what the kernel returns
+        return kernel, -workspace - passing
 
     def _passing(self, func, args, component: str | None) -> int:
         """Bytes of copies between host and device that do not show where both are the CPU.
@@ -175,8 +191,10 @@ class MemoryTracker(TorchDispatchMode):
         self._add(allocation, size)
 
     def _allocation(self, func, shape: tuple[int, ...], dtype: torch.dtype, component: str | None) -> Allocation:
-        phase, owner, _ = self._moment
-        return Allocation(component or owner.component, self.place, owner, phase, func._opname, shape, dtype)
+        phase, owner, _, made_in = self._moment
+        if component is None and FSDP in made_in:
+            component = "gradients" if phase == "backward" else "gathered parameters"
+        return Allocation(component or owner.component, self.place, owner, phase, func._opname, shape, dtype, made_in)
 
     def _release(self, key: int) -> None:
         allocation, _ = self._alive.pop(key)
@@ -231,18 +249,19 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- what it is for -----------------------------------------------------------------------------------------------
 
-    def claim(self, tensors: Iterable[Tensor], component: str, *, place: Place | None = None) -> None:
-        """Say, also afterwards, what the memory of tensors is for, and where it is."""
+    def claim(self, tensors: Iterable[Tensor], component: str, *, place: Place | None = None, label: str = "") -> None:
+        """Say, also afterwards, what the memory of tensors is for, where it is, and what it is called."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 for piece in plain_pieces(tensor):
                     if (found := self._alive.get(piece.untyped_storage()._cdata)) is not None:
                         found[0].component = component
                         found[0].place = place or found[0].place
+                        found[0].label = label or found[0].label
 
     def _brings_parameter(self, func, args) -> bool:
         """Whether func casts a shard for its way, or is what FSDP does instead of gathering on one rank."""
-        if func not in _COPIES:
+        if func not in _COPIES or self._moment.phase == "optimizer":
             return False
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
         found = self._alive.get(source.untyped_storage()._cdata)
@@ -260,6 +279,41 @@ class MemoryTracker(TorchDispatchMode):
 
 _CASTS = {torch.ops.aten._to_copy.default}
 _COPIES = _CASTS | {torch.ops.aten.copy_.default}
+
+
+FSDP = "FSDP"
+WORKSPACE = "workspace"
+"""Stands among `makers` for a kernel that made it for itself."""
+_PACKAGE = str(Path(__file__).parents[1])
+_MAKERS = 3
+
+
+def makers() -> tuple[str, ...]:
+    """The functions that are running, innermost first, of those that know what a tensor is: this project's
+    ("exchange._scatter_heads"), "FSDP", and transformers' rotary embedding. Operators say only how one was made.
+    What calls a block that is being computed again has nothing to do with what the block makes."""
+    found: list[str] = []
+    frame = sys._getframe(1)
+    while frame is not None and len(found) < _MAKERS:
+        name = _maker(frame.f_code)
+        if name == "checkpointing._run":
+            break
+        if name and name not in found:
+            found.append(name)
+        frame = frame.f_back
+    return tuple(found)
+
+
+@cache
+def _maker(code: CodeType) -> str:
+    """What a function is called among `makers`, or nothing."""
+    file = Path(code.co_filename)
+    if "_fully_shard" in file.parts:
+        return FSDP
+    if code.co_name == "apply_rotary_pos_emb":
+        return code.co_name
+    is_ours = code.co_filename.startswith(_PACKAGE) and file.parent.name in ("memory", "ulysses")
+    return f"{file.stem}.{code.co_name}" if is_ours and not code.co_name.startswith("<") else ""
 
 
 def _fsdp_component(func) -> str | None:

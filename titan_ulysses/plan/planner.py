@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,7 +17,7 @@ from titan_ulysses.config import Config
 from titan_ulysses.errors import UserError
 from titan_ulysses.metrics import attention_flops, flops_per_token
 from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.plan.cost import Links, Offloaded, Time, step_time
+from titan_ulysses.plan.cost import Links, Offloaded, Time, clock, kernel_rates, step_time
 from titan_ulysses.plan.hardware import GIB, GPU, Reserve, gpu_named, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
@@ -138,8 +140,27 @@ class Plan:
                 optimizer_state=on_host["optimizer state"],
             ),
             gpu=setup.gpu,
-            links=Links(setup.config.plan.gpus_per_node, setup.degrees.sequence, setup.world_size),
+            links=self._links,
         )
+
+    @property
+    def _links(self) -> Links:
+        setup = self.setup
+        return Links(setup.config.plan.gpus_per_node, setup.degrees.sequence, setup.world_size)
+
+    @cached_property
+    def clock(self) -> list[tuple[int, float]]:
+        """When each simulated operation ends: (events of its memory before that, seconds since the step began)."""
+        setup, simulation = self.setup, self.simulation
+        exchange = self._links.exchange_seconds(1.0, setup.gpu)
+        rates = kernel_rates(setup.gpu) | {"exchange": 1 / exchange if exchange else inf}
+        share = simulation.batches / setup.degrees.accumulation_steps
+        return clock(simulation.ticks, self.time, rates=rates, share=share)
+
+    def seconds_at(self, event: int) -> float:
+        """When a change of the step's memory happens, in planned seconds since the step began."""
+        over = bisect_right(self.clock, event, key=lambda end: end[0])
+        return self.clock[over - 1][1] if over else 0.0
 
     @cached_property
     def model_flops(self) -> float:
@@ -168,9 +189,9 @@ def make_plan(setup: Setup) -> Plan:
     config = setup.config
     core, notes = _core(setup)
     if config.compile.enable:
-        notes.append("compile.enable: what is compiled is planned as it runs uncompiled, which needs no less memory")
+        notes.append("compile.enable: planned as it runs without compilation, which needs as much memory or more")
     if config.quantize.float8:
-        notes.append("quantize.float8: float8 products are planned as they are in fake tensors; their speed is not")
+        notes.append("quantize.float8: memory is planned with float8 products, time with the speed of bf16 products")
     simulation = simulate(
         config,
         model_config=setup.model_config,
@@ -196,10 +217,12 @@ def _core(setup: Setup) -> tuple[Core, list[str]]:
     if name == "flex" or name == "flash" or (name == "auto" and flash_can):
         kernel = "flex" if name == "flex" else "flash"
         note = (
-            f"attention: {kernel} exists only on CUDA; SDPA's flash kernel stands for it, with flash-attn 2's own "
-            "memory added (plan/hardware.py)"
+            f"attention: {kernel} exists only on CUDA. It is planned as SDPA's flash kernel, with the workspace that "
+            "flash-attn 2 takes in backward added (titan_ulysses/plan/hardware.py)"
         )
-        extra = ["flex's block mask, which grows with S^2 / 128^2, is not in the plan"] if kernel == "flex" else []
+        extra = (
+            ["attention: flex's block mask, four int32 arrays of (S / 128)^2, is missing"] if kernel == "flex" else []
+        )
         return Standin(), [note, *extra]
     core, reason = choose_core(name, needs, device_type="cpu", dtype=dtype)
     return core, [reason]

@@ -5,58 +5,134 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 
 from titan_ulysses.pictures import COLORS, picture
-from titan_ulysses.plan.hardware import GIB
+from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import Found
+from titan_ulysses.plan.words import component_name, size_text, time_unit_of, unit_of
 
-_POINTS = 2000
+_COLUMNS = 1000
+"""Of the timeline: each shows the highest moment of its part of the step."""
+_IN_SIGHT = 4
+"""How many times higher than the peak the GPU's limit may be to be drawn."""
 
 
-def timeline(plan: Plan, path: Path, components: Sequence[str]) -> None:
-    """GPU memory through the step, stacked by component, over the operations that change it."""
+class Timeline(NamedTuple):
+    """What a GPU holds through a step."""
+
+    ends: list[float]
+    """seconds at which each column ends"""
+    alive: list[dict[str, int]]
+    """of each column: bytes by component, at its highest moment"""
+    begins: list[tuple[str, float]]
+    """what begins at which second: the backward pass of each batch, and the update: clipping and the optimizer"""
+    peak: tuple[float, int]
+    """seconds and bytes of the highest moment"""
+
+
+def timeline_of(plan: Plan) -> Timeline:
+    """The device's memory over the planned time of a step, column by column."""
     memory, start = plan.simulation.memory, plan.simulation.start
-    alive: Counter[str] = Counter()
+    width = (plan.clock[-1][1] or 1.0) / _COLUMNS
+    alive = Counter()
     for allocation, change in memory.events[:start]:
         if allocation.place == "device":
             alive[allocation.component] += change
-    every = max(1, (len(memory.events) - start) // _POINTS)
-    rows, phases = [], []
-    highest, its_row = 0, None
-    for index, (allocation, change) in enumerate(memory.events[start:]):
+    columns = [alive.copy()]
+    for index, (allocation, change) in enumerate(memory.events[start:], start):
+        now = plan.seconds_at(index)
+        while len(columns) < min(now / width, _COLUMNS):
+            columns.append(alive.copy())
         if allocation.place == "device":
             alive[allocation.component] += change
-        total = sum(alive.values())
-        if total > highest:  # of the events between two points the highest is shown
-            highest, its_row = total, [alive[c] for c in components]
-        if index % every == every - 1:
-            rows.append(its_row or [alive[c] for c in components])
-            phases.append(memory.moments[start + index].phase)
-            highest, its_row = 0, None
-    heights = np.array(rows).T / GIB
+            if alive.total() > columns[-1].total():
+                columns[-1] = alive.copy()
+    columns += [alive.copy() for _ in range(_COLUMNS - len(columns))]
+    ends = [width * (index + 1) for index in range(_COLUMNS)]
+    return Timeline(ends, columns, _begins(plan), (plan.seconds_at(plan.peak.event), plan.peak.bytes))
+
+
+def _begins(plan: Plan) -> list[tuple[str, float]]:
+    begins = []
+    stretch, ended, backward_ended = "forward", 0.0, 0.0
+    for tick, (_, end) in zip(plan.simulation.ticks, plan.clock, strict=True):
+        if tick.stretch == "backward":
+            if stretch == "forward":
+                begins.append(("backward", ended))
+            backward_ended = end
+        if tick.stretch != "update":
+            stretch = tick.stretch
+        ended = end
+    return [*begins, ("update", backward_ended)]
+
+
+def timeline(plan: Plan, path: Path) -> None:
+    """GPU memory over the planned time of a step, stacked by component; its peak is marked."""
+    line = timeline_of(plan)
+    unit, unit_name = unit_of(line.peak[1])
+    time_unit, time_name = time_unit_of(line.ends[-1])
+    heights = np.array([[column[name] / unit for column in line.alive] for name in COMPONENTS])
+    ends = np.array([0.0, *line.ends]) / time_unit
+    when, peak = line.peak[0] / time_unit, line.peak[1] / unit
+    limit = (plan.setup.gpu_memory - sum(reserve.bytes for reserve in plan.reserves)) / unit
     with picture(path, size=(10, 5)) as (_, axes):
-        colors = colormaps["tab20"].colors
-        axes.stackplot(np.arange(len(rows)), heights, labels=components, colors=colors[: len(components)], linewidth=0)
-        backward = next((i for i, phase in enumerate(phases) if phase in ("backward", "recomputation")), None)
-        update = next((i for i, phase in enumerate(phases) if phase == "optimizer"), None)
-        for name, place in (("backward", backward), ("optimizer", update)):
-            if place is not None:
-                axes.axvline(place, color="black", linewidth=0.6, linestyle=":")
-                axes.text(place, 1.0, f" {name}", va="bottom", fontsize=8, transform=axes.get_xaxis_transform())
-        reserved = sum(reserve.bytes for reserve in plan.reserves) / GIB
-        axes.axhline(plan.setup.gpu_memory / GIB - reserved, color=COLORS[1], linewidth=1)
-        axes.text(0, plan.setup.gpu_memory / GIB - reserved, " what the GPU has for tensors", va="top", fontsize=8)
-        axes.set(xlim=(0, max(1, len(rows) - 1)), xlabel="operations of a step", ylabel="GiB on one GPU")
-        axes.set_title(
-            f"{plan.setup.config.job.name}: {plan.setup.config.training.seq_len:,} tokens", fontsize=10, pad=16
+        stacked = np.concatenate([heights[:, :1], heights], axis=1)
+        names = [component_name(name) for name in COMPONENTS]
+        colors = colormaps["tab20"].colors[: len(names)]
+        axes.stackplot(ends, stacked, labels=names, colors=colors, linewidth=0, step="pre")
+        axes.set(xlim=(0, ends[-1]), ylim=(0, 1.15 * (max(limit, peak) if limit < _IN_SIGHT * peak else peak)))
+        _mark(axes, line, time_unit)
+        _mark_limit(axes, limit, peak, unit)
+        axes.plot([when], [peak], marker="v", color="black", clip_on=False)
+        left = when > ends[-1] / 2
+        axes.annotate(
+            f"peak: {size_text(line.peak[1])} of tensors",
+            (when, peak),
+            xytext=(-8 if left else 8, 5),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=8,
         )
+        drawn, batches = plan.simulation.batches, plan.setup.degrees.accumulation_steps
+        of_them = f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
+        axes.set(xlabel=f"planned time in the step, {time_name}{of_them}", ylabel=f"{unit_name} on one GPU")
+        setup, config = plan.setup, plan.setup.config
+        title = f"{config.job.name}: {config.training.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}"
+        axes.set_title(title, fontsize=10, pad=16)
         handles, names = axes.get_legend_handles_labels()
-        used = [(h, n) for h, n, row in zip(handles, names, heights, strict=True) if row.max() > 0.005 * heights.max()]
+        used = [(h, n) for h, n, row in zip(handles, names, heights, strict=True) if row.max() > 0.005 * peak]
         axes.legend(*zip(*reversed(used), strict=True), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+
+
+def _mark(axes: Any, line: Timeline, time_unit: float) -> None:
+    """Where backward and the update begin."""
+    for name, seconds in line.begins:
+        place, at_the_end = seconds / time_unit, seconds > 0.9 * line.ends[-1]
+        axes.axvline(place, color="black", linewidth=0.6, linestyle=":")
+        axes.text(
+            place,
+            1.0,
+            f" {name} ",
+            ha="right" if at_the_end else "left",
+            va="bottom",
+            fontsize=8,
+            transform=axes.get_xaxis_transform(),
+        )
+
+
+def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
+    """What the GPU has for tensors, in unit: a line where it is in sight, else words."""
+    if limit < _IN_SIGHT * peak:
+        axes.axhline(limit, color=COLORS[1], linewidth=1)
+        axes.text(0, limit, " what the GPU has for tensors", va="bottom", fontsize=8)
+    else:
+        words = f" the GPU has {size_text(limit * unit)} for tensors, {limit / peak:,.0f} times the peak"
+        axes.text(0, 0.98, words, va="top", fontsize=8, transform=axes.transAxes)
 
 
 def ladder(steps: Sequence[Found], path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from titan_ulysses.config import Config
 from titan_ulysses.memory.offload import available_host_memory
+from titan_ulysses.plan.words import component_name, size_text, time_text
 
 _PATIENCE = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
@@ -36,7 +37,7 @@ class Preflight:
         self._process: subprocess.Popen | None = None
         free = available_host_memory()
         if not (self.cuda or self.enforce or model_bytes > _SMALL * free):
-            self._why_not = f"{model_bytes / 2**30:.2f} GiB of weights and optimizer need none"
+            self._why_not = f"weights and optimizer take only {size_text(model_bytes)}"
             return
         host = free if config.plan.host_memory_gib == 0 else config.plan.host_memory_gib * 2**30
         request = {
@@ -66,15 +67,15 @@ class Preflight:
         if self.plan is None:
             return [f"plan: not made: {self._why_not}"]
         p = self.plan
-        parts = ", ".join(f"{name} {size:.2f}" for name, size in list(p["components"].items())[:4])
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in list(p["components"].items())[:4])
         if not self.cuda:
             return [
-                f"plan: {p['live_gib']:.2f} GiB of tensors at the peak of a rank (GiB: {parts})",
-                f"      {p['ranks'] * p['live_gib']:.2f} GiB on this node, {p['host_memory_gib']:.1f} GiB are free",
+                f"plan: {_gib(p['live_gib'])} of tensors at the peak of a rank ({parts})",
+                f"      {_gib(p['ranks'] * p['live_gib'])} on this node, {_gib(p['host_memory_gib'])} are free",
             ]
         return [
-            f"plan: {p['gpu_peak_gib']:.1f} GiB of {p['gpu_memory_gib']:.1f} at the peak of a GPU (GiB: {parts})",
-            f"      host memory {p['host_peak_gib']:.1f} GiB a node; a step {p['step_seconds']:,.1f} s"
+            f"plan: {_gib(p['gpu_peak_gib'])} of {_gib(p['gpu_memory_gib'])} at the peak of a GPU ({parts})",
+            f"      host memory {_gib(p['host_peak_gib'])} a node; a step {time_text(p['step_seconds'])}"
             + ("" if p["fits"] else f"; it does not fit: {p['binds']}"),
         ]
 
@@ -88,13 +89,13 @@ class Preflight:
             return None
         if not self.cuda:
             return (
-                f"plan.enforce = true: the run needs {self.plan['ranks'] * self.plan['live_gib']:.1f} GiB of tensors "
-                f"on this node, and {self.plan['host_memory_gib']:.1f} GiB are free. Lower training.seq_len, or set "
+                f"plan.enforce = true: the run needs {_gib(self.plan['ranks'] * self.plan['live_gib'])} of tensors "
+                f"on this node, and {_gib(self.plan['host_memory_gib'])} are free. Lower training.seq_len, or set "
                 "plan.enforce = false."
             )
         return (
-            f"plan.enforce = true: the run does not fit ({self.plan['binds']}): {self.plan['gpu_peak_gib']:.1f} GiB a "
-            f"GPU, {self.plan['host_peak_gib']:.1f} GiB of host memory a node. `train.py --plan` says what helps."
+            f"plan.enforce = true: the run does not fit ({self.plan['binds']}): {_gib(self.plan['gpu_peak_gib'])} a "
+            f"GPU, {_gib(self.plan['host_peak_gib'])} of host memory a node. `train.py --plan` says what helps."
         )
 
     @property
@@ -109,13 +110,15 @@ class Preflight:
             return None
         self._told = True
         off = peak_gib / planned - 1
-        return f"plan: {planned:.2f} GiB of tensors planned, {peak_gib:.2f} GiB measured ({off:+.1%})"
+        return f"plan: {_gib(planned)} of tensors planned, {_gib(peak_gib)} measured ({off:+.1%})"
 
     def components(self) -> str:
         """For who has run out of memory: what was planned."""
         if self.plan is None:
             return ""
-        parts = "\n".join(f"  {size:8.2f} GiB  {name}" for name, size in self.plan["components"].items())
+        parts = "\n".join(
+            f"  {_gib(size):>11}  {component_name(name)}" for name, size in self.plan["components"].items()
+        )
         return f"What the plan says is alive at the peak:\n{parts}"
 
     def _collect(self, patience: float) -> None:
@@ -134,6 +137,10 @@ class Preflight:
             else:
                 self._why_not = (complaint.strip().splitlines() or ["the planner ended without a word"])[-1]
         self._process = None
+
+
+def _gib(gib: float) -> str:
+    return size_text(gib * 2**30)
 
 
 def main() -> None:

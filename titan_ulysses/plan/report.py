@@ -14,11 +14,16 @@ from rich.table import Table
 
 from titan_ulysses.config import Config
 from titan_ulysses.pictures import has_matplotlib
-from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.hardware import GIB
-from titan_ulysses.plan.planner import Plan, check_idle, make_plan, set_up
-from titan_ulysses.plan.search import Found, Need, at_length, ladder, limit, search, with_settings
+from titan_ulysses.plan.planner import Plan, Setup, check_idle, make_plan, set_up
+from titan_ulysses.plan.search import Found, estimate, is_open, ladder, search, with_settings
+from titan_ulysses.plan.words import component_name, kernel_name, moment_name, size_text, tensor_name, time_text
 from titan_ulysses.toml import show
+
+_LARGEST = 6
+"""Tensors of the peak that are listed."""
+_SHORT = 1.0
+"""Seconds of a step in which kernels may be too small to hide their launch."""
 
 
 def plan_and_report(config: Config) -> None:
@@ -30,15 +35,15 @@ def plan_and_report(config: Config) -> None:
     folder = Path(config.job.dump_folder) / config.job.name
     folder.mkdir(parents=True, exist_ok=True)
     say(console, plan)
-    found = tell_each(console, "longest sequences", search(setup, plan)) if config.plan.search else []
-    steps = (
-        tell_each(console, "feature ladder", ladder(setup, found[0] if found else None)) if config.plan.ladder else []
-    )
-    fitting = [one for one in found if one.need]
-    best = found[0].need if found else _estimate(plan)
+    found = tell_each(console, "longest sequences that fit", search(setup, plan)) if config.plan.search else []
+    first = found[0] if found else None
+    rungs = "longest sequences with ALST's features, one after the other"
+    steps = tell_each(console, rungs, ladder(setup, first)) if config.plan.ladder else []
+    best = (first.need.seq_len if first.need else 0) if first else estimate(setup, plan)
     values = as_json(plan) | {
-        "longest_seq_len": best.seq_len if isinstance(best, Need) else best,
+        "longest_seq_len": best,
         "longest_seq_len_verified": bool(found),
+        "longest_seq_len_is_at_least": is_open(setup, best),
         "search": [_found_json(one) for one in found],
         "ladder": [_found_json(one) for one in steps],
     }
@@ -46,22 +51,12 @@ def plan_and_report(config: Config) -> None:
     aside.write_text(json.dumps(values, indent=2))
     os.replace(aside, folder / "plan.json")
     pictures = _draw(plan, steps, folder)
-    console.print(closing(plan, values["longest_seq_len"], fitting), highlight=False)
+    console.print(closing(plan, best, found), highlight=False, soft_wrap=True)
     console.print(
-        f"[dim]{folder}/plan.json{pictures}; planned in {time.perf_counter() - started:.0f} s[/]",
+        f"[dim]{folder}/plan.json{pictures}; planned in {time_text(time.perf_counter() - started)}[/]",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _estimate(plan: Plan) -> int:
-    """The longest sequence with these settings, by one more simulation and the line through both; not verified."""
-    setup, own = plan.setup, Need.of(plan)
-    unit = 256 * setup.degrees.sequence
-    other = at_length(setup, max(unit, (own.seq_len // 2 if plan.fits else own.seq_len // 4) // unit * unit))
-    if other.seq_len == own.seq_len:
-        other = at_length(setup, 2 * own.seq_len)
-    return limit(setup, *sorted((own, other), key=lambda need: need.seq_len))
 
 
 # --- the console ------------------------------------------------------------------------------------------------------
@@ -71,90 +66,131 @@ def say(console: Console, plan: Plan) -> None:
     """Everything about one plan."""
     setup, config = plan.setup, plan.setup.config
     d, t = setup.degrees, config.training
-    idle = check_idle(setup)
-    console.print(
+
+    def tell(line: str, **style: Any) -> None:
+        console.print(line, highlight=False, soft_wrap=True, **style)
+
+    tell(
         f"[bold]{config.job.name}[/] planned for {setup.world_size} x {setup.gpu.name} "
-        f"({setup.gpu_memory / GIB:.1f} GiB each, {config.plan.gpus_per_node} a node)\n"
-        f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence}; {t.seq_len:,} tokens a sequence, "
-        f"{t.seq_len // d.sequence:,} a rank" + (f"\n[bold]{idle}[/]" if idle else ""),
-        highlight=False,
+        f"({size_text(setup.gpu_memory)} each, {config.plan.gpus_per_node} a node)"
     )
+    tell(
+        f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence}; {t.seq_len:,} tokens a sequence, "
+        f"{t.seq_len // d.sequence:,} a rank"
+    )
+    if idle := check_idle(setup):
+        tell(f"[bold]{idle}[/]")
     for note in plan.notes:
-        console.print(f"[dim]{note}[/]", highlight=False)
+        tell(f"[dim]{note}[/]")
+    console.print(_components(plan))
+    tell(f"The peak is in {moment_name(plan.peak.moment)}. The largest tensors then:")
+    for line in largest(plan):
+        tell(f"  {line}", markup=False)
+    if plan.host_bytes:
+        limit_of_it = f" of {size_text(setup.host_memory)}" if setup.host_memory else ""
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.host_components.items())
+        tell(f"host memory of a node: {size_text(plan.host_bytes)}{limit_of_it} ({parts})")
+    for line in time_lines(plan):
+        tell(line)
+
+
+def _components(plan: Plan) -> Table:
+    """The breakdown of the peak."""
     table = Table("component", title="GPU memory at the peak", title_justify="left", min_width=60)
-    table.add_column("GiB", justify="right")
+    table.add_column("size", justify="right")
     table.add_column("share", justify="right")
     for name, size in gpu_components(plan).items():
-        table.add_row(name, f"{size / GIB:.2f}", f"{size / plan.gpu_bytes:.1%}")
+        if not size:
+            continue
+        share = size / plan.gpu_bytes
+        table.add_row(component_name(name), size_text(size), f"{share:.1%}" if share >= 0.001 else "< 0.1%")
     table.add_section()
-    table.add_row("[bold]all[/]", f"[bold]{plan.gpu_bytes / GIB:.2f}[/]", f"of {setup.gpu_memory / GIB:.1f}")
-    console.print(table)
-    moment = plan.peak.moment
-    console.print(f"The peak is in {moment.phase}, {moment.owner.module}, at {moment.operation}. Largest there:")
-    for allocation, size in sorted(plan.peak.alive.items(), key=lambda item: -item[1])[:6]:
-        console.print(
-            f"  {size / GIB:7.2f} GiB  {allocation.component}: {allocation.owner.module} {allocation.operation} "
-            f"{list(allocation.shape)}",
-            highlight=False,
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-    if plan.host_bytes:
-        limit_of_it = f" of {setup.host_memory / GIB:.0f}" if setup.host_memory else ""
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.host_components.items())
-        console.print(f"host memory of a node: {plan.host_bytes / GIB:.1f} GiB{limit_of_it} ({parts})", highlight=False)
-    say_time(console, plan)
+    table.add_row("[bold]all[/]", f"[bold]{size_text(plan.gpu_bytes)}[/]", f"of {size_text(plan.setup.gpu_memory)}")
+    return table
 
 
-def say_time(console: Console, plan: Plan) -> None:
+def largest(plan: Plan) -> list[str]:
+    """The largest tensors at the peak, a line each."""
+    lines = []
+    for allocation, size in sorted(plan.peak.alive.items(), key=lambda item: -item[1])[:_LARGEST]:
+        shape = f"  {list(allocation.shape)} {str(allocation.dtype).removeprefix('torch.')}" if allocation.shape else ""
+        lines.append(f"{size_text(size):>11}  {tensor_name(allocation)}{shape}")
+    return lines
+
+
+def time_lines(plan: Plan) -> list[str]:
+    """The planned time of a step, by what it goes to, and what goes over the wire."""
     time_ = plan.time
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in time_.parts.items() if seconds)
-    hidden = ", ".join(
-        f"{name} {seconds:.1f}" + (f" (waits {time_.waits[name]:.1f})" if time_.waits[name] else "")
-        for name, seconds in time_.hidden.items()
-        if seconds
-    )
-    counts = ", ".join(f"{k} {n} ({b / GIB:.1f} GiB)" for k, (n, b) in sorted(plan.simulation.collectives.items()))
-    console.print(
-        f"step: {time_.seconds:,.1f} s, MFU {plan.mfu:.1%} ({parts}; beside them {hidden or 'nothing'})\n"
-        f"collectives a rank: {counts}",
-        highlight=False,
-    )
+
+    def listed(parts: dict[str, float]) -> list[str]:
+        return [f"{name} {time_text(seconds)}" for name, seconds in parts.items() if seconds]
+
+    at_once = listed(time_.hidden)
+    longest = max(time_.waits, key=time_.waits.__getitem__)
+    collectives = sorted(plan.simulation.collectives.items())
+    counts = ", ".join(f"{kind} {calls} calls, {size_text(size)}" for kind, (calls, size) in collectives)
+    lines = [
+        f"a step: {time_text(time_.seconds)}, MFU {plan.mfu:.1%}",
+        f"  one after the other: {', '.join(listed(time_.parts))}",
+    ]
+    if at_once:
+        lines.append(f"  at the same time: {', '.join(at_once)}")
+    if waits := time_.waits[longest]:
+        lines.append(f"  waiting for {longest}: {time_text(waits)}")
+    if time_.seconds < _SHORT:
+        lines.append("  not planned: the time to launch kernels, which makes short steps longer than this")
+    return [*lines, f"  collectives of a rank: {counts}"]
 
 
 def tell_each(console: Console, title: str, found: Any) -> list[Found]:
     """Show each as it is found: a search takes minutes."""
-    console.print(f"[bold]{title}[/] (each verified by simulation)")
+    console.print(f"[bold]{title}[/] (each verified by simulation)", soft_wrap=True)
     all_of_them = []
     for one in found:
         all_of_them.append(one)
         if one.need is None:
-            console.print(f"  {one.what:<34} does not fit at any length", highlight=False)
+            console.print(f"  {one.what:<36} does not fit at any length", highlight=False)
         else:
-            plan = one.need.plan
+            plan, most = one.need.plan, "at least " if is_open(one.need.plan.setup, one.need.seq_len) else ""
             console.print(
-                f"  {one.what:<34} {one.need.seq_len:>11,} tokens {plan.time.seconds:>9,.0f} s a step", highlight=False
+                f"  {one.what:<36} {f'{most}{one.need.seq_len:,}':>11} tokens, a step {time_text(plan.time.seconds)}",
+                highlight=False,
             )
     return all_of_them
 
 
 def closing(plan: Plan, longest_seq_len: int, found: Sequence[Found]) -> str:
-    """One sentence: fits or not, what binds, what helps most; found: what a search found to fit."""
+    """In plain words: fits or not, what limits it, what helps most; found: what a search found."""
     setup = plan.setup
     what = f"{setup.config.training.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}"
     verdict = "fit" if plan.fits else "do not fit"
     reason = {
-        "GPU memory": f"a GPU would need {plan.gpu_bytes / GIB:.1f} GiB of {setup.gpu_memory / GIB:.1f}",
-        "host memory": f"a node would need {plan.host_bytes / GIB:.0f} GiB of host memory",
-    }.get(plan.binds, f"the step's time goes to {plan.binds}")
-    longer = f"with these settings {longest_seq_len:,} would" if longest_seq_len else "with these settings none would"
-    best = max(found, key=lambda one: one.need.seq_len, default=None)
+        "GPU memory": f"A GPU would need {size_text(plan.gpu_bytes)} of {size_text(setup.gpu_memory)}.",
+        "host memory": f"A node would need {size_text(plan.host_bytes)} of host memory.",
+    }.get(plan.binds, f"Most of a step's time goes to {plan.binds}.")
+    longer = _longest_sentence(setup, longest_seq_len, verified=bool(found))
+    best = max((one for one in found if one.need), key=lambda one: one.need.seq_len, default=None)
     if best and best.changes:
         settings = " ".join(f"--{key} {show(value)}" for key, value in best.changes.items())
         helps = f"The longest found is {best.need.seq_len:,}: {settings}"
     else:
         helps = advice(plan)
-    return f"[bold]{what} {verdict}[/]: {reason}; {longer}. {helps}"
+    return f"[bold]{what} {verdict}.[/] {reason} {longer} {helps}"
+
+
+def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
+    if not seq_len:
+        return "No length fits with these settings."
+    if is_open(setup, seq_len):
+        sentence = f"With these settings at least {seq_len:,} tokens fit: the planner looks no further."
+        if not setup.host_memory:
+            sentence += " Host memory was not looked at: plan.host_memory_gib is not set."
+    else:
+        sentence = f"With these settings {'up to' if verified else 'about'} {seq_len:,} tokens fit."
+    positions = getattr(setup.model_config, "max_position_embeddings", None)
+    if positions and seq_len > positions:
+        sentence += f" (Beyond {positions:,}, its max_position_embeddings, the model needs model.rope_scaling.)"
+    return sentence
 
 
 def advice(plan: Plan) -> str:
@@ -184,13 +220,13 @@ def advice(plan: Plan) -> str:
         (size, c) for size, c in changes if any(table[k.split(".")[0]][k.split(".")[1]] != v for k, v in c.items())
     ]
     if not open_ or max(size for size, _ in open_) <= 0:
-        return "More memory, or more GPUs a sequence, is what would help."
+        return "Only GPUs with more memory, or more GPUs a sequence, would help."
     _, change = max(open_, key=lambda item: item[0])
     other = make_plan(with_settings(setup, change))
     settings = ", ".join(f"{key} = {show(value)}" for key, value in change.items())
     if plan.binds == "host memory":
-        return f"What helps most: {settings} (host memory then {other.host_bytes / GIB:.0f} GiB a node)."
-    return f"What helps most: {settings} (the GPU's peak then is {other.gpu_bytes / GIB:.1f} GiB)."
+        return f"What lowers host memory most: {settings} (to {size_text(other.host_bytes)} a node)."
+    return f"What lowers the GPU's peak most: {settings} (to {size_text(other.gpu_bytes)})."
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -217,7 +253,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mfu": plan.mfu,
         "components": {name: size / GIB for name, size in gpu_components(plan).items()},
         "host_components": {name: size / GIB for name, size in plan.host_components.items()},
-        "peak": {"phase": moment.phase, "module": moment.owner.module, "operation": moment.operation},
+        "peak": {"phase": moment.phase, "module": moment.owner.module, "operation": kernel_name(moment.operation)},
         "seconds": plan.time.parts | {f"{name} (beside)": s for name, s in plan.time.hidden.items()},
         "collectives": {k: {"calls": n, "bytes": b} for k, (n, b) in plan.simulation.collectives.items()},
         "reserves": {reserve.what: reserve.source for reserve in plan.reserves},
@@ -237,7 +273,7 @@ def _draw(plan: Plan, steps: list[Found], folder: Path) -> str:
         return " (no pictures: pip install matplotlib)"
     from titan_ulysses.plan import plots
 
-    plots.timeline(plan, folder / "plan_memory.png", COMPONENTS)
+    plots.timeline(plan, folder / "plan_memory.png")
     if steps:
         plots.ladder(steps, folder / "plan_ladder.png")
     return ", plan_memory.png" + (", plan_ladder.png" if steps else "")

@@ -22,6 +22,11 @@ _CLOSE = 0.01
 """What is found with changed settings may be too short by this share: it spares a simulation each time."""
 _MOST = 2**27
 """Tokens, where a search ends: positions and kernels have been tried no further."""
+_REACH = 64
+"""How many times longer than any simulated length the next one may be: what a short sequence needs most memory for need
+not be what a long one does."""
+_TRUSTED = 4
+"""The same for a length that is only estimated."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,36 @@ def limit(setup: Setup, a: Need, b: Need) -> int:
     return max(0, int(min(*lengths, _MOST)) // unit * unit)
 
 
+def is_open(setup: Setup, seq_len: int) -> bool:
+    """Whether no memory limits seq_len, but only that the planner looks no further."""
+    return seq_len >= _MOST // (unit := _UNIT * setup.degrees.sequence) * unit
+
+
+def estimate(setup: Setup, first: Plan) -> int:
+    """About the longest sequence that fits, by lines through a few simulated lengths, not verified; 0 where none does.
+
+    first: a plan of setup, at any length.
+    """
+    unit, own = _UNIT * setup.degrees.sequence, Need.of(first)
+    other = at_length(setup, max(unit, own.seq_len // (2 if first.fits else 4) // unit * unit))
+    if other.seq_len == own.seq_len:
+        other = at_length(setup, 2 * own.seq_len)
+    known = [own, other]
+    while True:
+        known.sort(key=lambda need: need.seq_len)
+        guess, farthest = limit(setup, *_pair(known)), known[-1].seq_len
+        if guess <= _TRUSTED * farthest:
+            return guess
+        known.append(at_length(setup, min(guess, _REACH * farthest)))
+
+
 def longest(
     setup: Setup, first: Plan | None = None, *, near: int = 0, close: float = 0.0, simulations: int = 6
 ) -> Need | None:
     """The longest sequence that fits, verified by simulating it; None where none does.
 
     first: a plan at some length. near: a length to begin with otherwise. close: the share of its length by which it may
-    be too short. UserError where nothing limits it.
+    be too short. Where nothing limits it, that is the longest that is looked at (see `is_open`).
     """
     unit = _UNIT * setup.degrees.sequence
     start = Need.of(first) if first else at_length(setup, max(unit, near // unit * unit or 64 * unit))
@@ -89,24 +117,16 @@ def longest(
         failing = [need for need in known.values() if not need.plan.fits]
         best = max(fitting, key=lambda need: need.seq_len, default=None)
         lines = sorted(known.values(), key=lambda need: need.seq_len)
-        pair = _pair(lines, best)
-        guess = limit(setup, *pair)
+        guess = min(limit(setup, *_pair(lines)), _REACH * lines[-1].seq_len)
         if failing:  # the peak is convex in S: what a line promises beyond a length that fails is not there
             guess = min(guess, min(need.seq_len for need in failing) - unit)
         if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
             return best
-        if guess >= _MOST:
-            raise UserError(
-                f"plan.search: nothing limits the sequence below {_MOST:,} tokens with these settings; set "
-                "plan.host_memory_gib, which has no limit now"
-                if not setup.host_memory
-                else "plan.search: no limit"
-            )
         known[guess] = at_length(setup, guess)
     return max((n for n in known.values() if n.plan.fits), key=lambda need: need.seq_len, default=None)
 
 
-def _pair(lines: list[Need], best: Need | None) -> tuple[Need, Need]:
+def _pair(lines: list[Need]) -> tuple[Need, Need]:
     """The two lengths next to the limit: the line between the last that fits and the first that does not, or the last
     two on one side."""
     at = next((i for i, need in enumerate(lines) if not need.plan.fits), len(lines))
@@ -211,7 +231,7 @@ def ladder(setup: Setup, configured: Found | None = None) -> Iterator[Found]:
         ("+ Ulysses", {"parallelism.sequence_parallel_degree": degree}),
         ("+ tiled MLP", {"memory.mlp_tile_tokens": tiles}),
         ("+ offload, no tiled MLP", {"memory.mlp_tile_tokens": whole, "activation_checkpoint.offload": "host"}),
-        ("+ both", {"memory.mlp_tile_tokens": tiles}),
+        ("+ offload and tiled MLP", {"memory.mlp_tile_tokens": tiles}),
     ]
     found = None
     for what, more in steps:

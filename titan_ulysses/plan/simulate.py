@@ -31,12 +31,14 @@ from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.memory.tiling import visiting
 from titan_ulysses.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
+from titan_ulysses.model.names import unwrapped
 from titan_ulysses.parallelize import find_blocks, precision, wrap
 from titan_ulysses.plan.attribution import Attribution
-from titan_ulysses.plan.cost import Cost, CostCounter
+from titan_ulysses.plan.cost import Cost, CostCounter, Tick
 from titan_ulysses.plan.hardware import cpu_workspace, cuda_workspace
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.plan.standin import Standin
+from titan_ulysses.plan.words import group_name
 from titan_ulysses.step import train_step
 from titan_ulysses.ulysses.cores import Core, Documents
 
@@ -52,6 +54,10 @@ class Simulation:
     """(calls, bytes handed in) of a step, by kind"""
     cost: Cost
     """of a step"""
+    ticks: list[Tick]
+    """when its operations end"""
+    batches: int
+    """how many of a step's batches were simulated: each further one does what the second does"""
     model: PreTrainedModel = field(repr=False)
 
 
@@ -88,27 +94,34 @@ def simulate(
         model, _ = build_model(config, model_config, mesh, core, wrap=wrap_here)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
-            tracker.claim(list(model.parameters()), "parameters", place="host" if tracker.parameters_on_host else None)
+            for name, parameter in model.named_parameters():
+                place = "host" if tracker.parameters_on_host else None
+                tracker.claim([parameter], "parameters", place=place, label=f"parameter {unwrapped(name)}")
             tracker.attribution = Attribution(model, blocks)
             _tell_checkpoints(tracker, model, kept_on_device=store is None)
             optimizer = build_optimizer(
                 model.parameters(), config.optimizer, offload=optimizer_offload, device_type="cuda" if cuda else "cpu"
             )
-            _tell_optimizer(tracker, model, optimizer, state_on_host=optimizer_offload or tracker.parameters_on_host)
+            state_on_host = optimizer_offload or tracker.parameters_on_host
+            _tell_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
+            tracker.claim(list(model.buffers()), "other", label="buffers of the model")
             batches = [_batch(config, mesh, documents) for _ in range(degrees.accumulation_steps)]
+            tracker.claim([vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions")
             _make_state(model, optimizer)
             if isinstance(core, Standin):
                 core.tracker = tracker
             counted = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
-            start, counts, max_norm = len(tracker.events), [], config.training.max_norm
+            counts, max_norm = [], config.training.max_norm
             for run in (batches[:1], batches[:2]) if len(batches) > 1 else (batches,):
+                start = len(tracker.events)
                 counted.take()
                 with visiting(tracker.shortened), CollectiveCounter() as counter:
                     train_step(model, optimizer, run, mesh, max_norm=max_norm)
                 counts.append(dict(counter.counts))
             tracker.recording = False  # what follows is the model's end
     collectives = counts[0] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
-    return Simulation(tracker, start, collectives, counted.cost * (len(batches) / len(run)), model)
+    cost = counted.cost * (len(batches) / len(run))
+    return Simulation(tracker, start, collectives, cost, counted.ticks, len(run), model)
 
 
 def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -159,28 +172,47 @@ def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> S
 def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_device: bool) -> None:
     """Tell the tracker which tensors are the inputs of segments, as soon as a segment begins."""
 
-    def note(module: nn.Module, args: tuple) -> None:
-        if args and (kept_on_device or tracker.attribution.phase == "recomputation"):
-            tracker.claim(args[0], "checkpoints")
+    def note(layer: int):
+        def hook(module: nn.Module, args: tuple) -> None:
+            if args and (kept_on_device or tracker.attribution.phase == "recomputation"):
+                tracker.claim(args[0], "checkpoints", label=f"checkpoint: input of layer {layer}")
 
-    for module in model.modules():
-        if isinstance(module, CheckpointedBlock) and module.checkpoint_position == 0:
-            module.register_forward_pre_hook(note)
+        return hook
+
+    blocks = (module for module in model.modules() if isinstance(module, CheckpointedBlock))
+    for layer, block in enumerate(blocks):
+        if block.checkpoint_position == 0:
+            block.register_forward_pre_hook(note(layer))
 
 
 def _tell_optimizer(
-    tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer, *, state_on_host: bool
+    tracker: MemoryTracker,
+    model: nn.Module,
+    blocks: list[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    *,
+    state_on_host: bool,
 ) -> None:
     """Tell the tracker what gradients and what the optimizer's state are, once they are complete."""
     tracker.attribution.watch(optimizer)
 
+    names = {parameter: unwrapped(name) for name, parameter in model.named_parameters()}
+    layers = {parameter: layer for layer, block in enumerate(blocks) for parameter in block.parameters()}
+    moments = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
+
     def note_gradients(*_) -> None:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        tracker.claim(gradients, "gradients", place="host" if tracker.parameters_on_host else None)
+        place = "host" if tracker.parameters_on_host else None
+        for parameter in names:
+            if parameter.grad is not None:  # those that FSDP reduced together share their memory
+                label = f"gradients of {group_name(layers.get(parameter))}, reduced (this rank's shards)"
+                tracker.claim([parameter.grad], "gradients", place=place, label=label)
 
     def note_state(*_) -> None:
-        states = [list(state.values()) for state in optimizer.state.values()]
-        tracker.claim(states, "optimizer state", place="host" if state_on_host else None)
+        place = "host" if state_on_host else None
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                label = f"optimizer state: {moments.get(key, key)} of {names[parameter]}"
+                tracker.claim([value], "optimizer state", place=place, label=label)
 
     optimizer.register_step_pre_hook(note_gradients)
     optimizer.register_step_post_hook(note_state)

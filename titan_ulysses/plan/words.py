@@ -1,0 +1,218 @@
+"""What the planner calls things: sizes, durations, components, and each tensor and moment of a simulated step.
+
+A tensor is named as its reader knows it: by the part of the model that it belongs to ("MLP of layer 7"), and by what it
+is there ("q, k, v after the exchange"). A kernel has the name of what runs on the GPU, not of what stands for it here.
+"""
+
+from __future__ import annotations
+
+from titan_ulysses.plan.attribution import OUTSIDE, Owner
+from titan_ulysses.plan.memory import FSDP, WORKSPACE, Allocation, Moment
+
+COMPONENT_NAMES = {
+    "parameters": "parameters (this rank's shards)",
+    "gathered parameters": "parameters gathered by FSDP",
+    "gradients": "gradients of parameters",
+    "optimizer state": "optimizer state",
+    "checkpoints": "checkpoints (inputs of blocks)",
+    "attention": "activations of attention",
+    "MLP": "activations of MLPs",
+    "norm": "activations of norms",
+    "loss head": "loss head (logits, gradients)",
+    "optimizer": "temporaries of the optimizer",
+    "other": "hidden states, embedding, inputs",
+    "fragmentation": "fragmentation (3 %, assumed)",
+}
+"""Of the components whose key alone would not say what they are."""
+
+_PHASES = {
+    "forward": "the forward pass",
+    "recomputation": "the backward pass, while a block is recomputed",
+    "backward": "the backward pass",
+    "optimizer": "the optimizer's update",
+    "update": "the step outside of forward and backward: label count, gradient norm, clipping",
+}
+_BOOKKEEPING = "label count, loss, gradient norm"
+
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+_KERNELS = {
+    _FLASH: "flash attention",
+    f"{_FLASH}_backward": "flash attention's backward",
+    "all_to_all_single": "the exchange (all-to-all)",
+    "_log_softmax": "log-softmax",
+    "mm": "a matrix product",
+    "addmm": "a matrix product",
+    "bmm": "a matrix product",
+    "_scaled_mm": "a float8 matrix product",
+    "_to_copy": "a change of dtype",
+    "clone": "a copy",
+    "copy_": "a copy",
+    "cat": "a concatenation",
+}
+"""Kernels whose operator's name would not be recognised. The others are called by it."""
+
+_SHORT_NAMES = {
+    "_to_copy": "change of dtype",
+    "cat": "concatenation",
+    "clone": "copy",
+    "add": "sum",
+    "sub": "difference",
+    "mul": "product",
+    "div": "quotient",
+    "pow": "power",
+}
+"""Of what an operator leaves."""
+_ELEMENTWISE = ("add", "sub", "mul", "div", "neg", "pow", "where", "clamp", "sum", "mean", "rsqrt", "abs")
+_BUFFERS = ("empty", "new_empty", "empty_like", "zeros", "zeros_like", "new_zeros", "full", "new_full")
+_PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "linear")
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def unit_of(size: float) -> tuple[float, str]:
+    """The unit in which so many bytes read best: (its bytes, its name)."""
+    units = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+    return next((unit for unit in units if size >= 0.1 * unit[0]), (1.0, "bytes"))
+
+
+def size_text(size: float) -> str:
+    """Bytes as "31.87 GiB", "512.0 MiB" or "16 bytes"."""
+    unit, name = unit_of(size)
+    value = size / unit
+    if unit == 1:
+        return f"{value:.0f} {name}"
+    return f"{value:,.1f} {name}" if value >= 100 else f"{value:.2f} {name}"
+
+
+def time_unit_of(seconds: float) -> tuple[float, str]:
+    """The unit in which so many seconds read best: (its seconds, its name)."""
+    units = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
+    return next((unit for unit in units if seconds >= 2 * unit[0]), (1e-3, "ms") if seconds < 1 else (1.0, "s"))
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as "1 h 41 min", "2 min 26 s", "34.5 s" or "37.1 ms"."""
+    if seconds >= 7200:
+        return f"{seconds // 3600:,.0f} h {seconds % 3600 // 60:.0f} min"
+    if seconds >= 120:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    if seconds >= 1:
+        return f"{seconds:.1f} s"
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-5 else "less than 0.01 ms"
+
+
+# --- tensors and moments ----------------------------------------------------------------------------------------------
+
+
+def component_name(component: str) -> str:
+    return COMPONENT_NAMES.get(component, component)
+
+
+def tensor_name(allocation: Allocation) -> str:
+    """Whose memory it is, and what is in it."""
+    if allocation.label:
+        return allocation.label
+    component, owner = allocation.component, allocation.owner
+    if allocation.phase == "optimizer":
+        return "optimizer: temporary of its update"
+    if component == "gathered parameters":
+        return f"parameters of {group_name(owner.layer)}, gathered by FSDP"
+    if FSDP in allocation.made_in:
+        what = "gradients" if allocation.phase == "backward" else "parameters"
+        return f"{what} of {group_name(owner.layer)}, {'being reduced' if what == 'gradients' else 'gathered'} by FSDP"
+    if component == "gradients":
+        return f"{module_name(owner)}: gradient of its weight"
+    if component == "checkpoints":
+        return "checkpoint: input of a block"
+    if owner.module in (OUTSIDE.module, "setup"):
+        return "loss and its gradient" if allocation.phase == "backward" else _BOOKKEEPING
+    return f"{module_name(owner)}: {_role(allocation)}"
+
+
+def moment_name(moment: Moment) -> str:
+    """In which phase of the step, in which part of the model, and in which kernel."""
+    phase = _PHASES.get(moment.phase, moment.phase)
+    if moment.phase in ("optimizer", "update"):
+        return phase
+    if FSDP in moment.made_in:
+        what = "gathers parameters" if moment.phase in ("forward", "recomputation") else "reduces gradients"
+        return f"{phase}, where FSDP {what} of {group_name(moment.owner.layer)}"
+    return f"{phase}, in {module_name(moment.owner)}, at {kernel_name(moment.operation)}"
+
+
+def kernel_name(operation: str) -> str:
+    name = operation.strip("_")
+    return _KERNELS.get(operation, f"an elementwise kernel ({name})" if name in _ELEMENTWISE else name)
+
+
+def module_name(owner: Owner) -> str:
+    """ "attention of layer 1, q_proj"; outside of the layers the module's own path."""
+    if owner.layer is None:
+        return "loss head" if owner.component == "loss head" else owner.module
+    inside = owner.module.partition(f".{owner.layer}.")[2].split(".")
+    if owner.component in ("attention", "MLP"):
+        return ", ".join([f"{owner.component} of layer {owner.layer}", *filter(None, [".".join(inside[1:])])])
+    return f"{inside[0]} of layer {owner.layer}" if inside[0] else f"layer {owner.layer}"
+
+
+def group_name(layer: int | None) -> str:
+    """What FSDP gathers and reduces together: a layer, or all that is outside of the layers."""
+    return "embedding, final norm and head" if layer is None else f"layer {layer}"
+
+
+def _role(allocation: Allocation) -> str:
+    """What a tensor is to the module that made it."""
+    operation, made_in = allocation.operation, allocation.made_in
+    for function, roles in _ROLES.items():
+        if function in made_in:
+            role = roles.get(operation) or roles.get("")
+            if role:
+                return role[allocation.phase == "backward"] if isinstance(role, tuple) else role
+    recomputed = "tiling.forward" in made_in  # in a tile of backward too, where no hook says so
+    is_gradient = allocation.phase == "backward" and not recomputed
+    tile = " of a tile" if recomputed or "tiling.backward" in made_in else ""
+    if operation == _FLASH:
+        return "output of flash attention" if len(allocation.shape) == 4 else "log-sum-exp of flash attention"
+    if operation == f"{_FLASH}_backward":
+        return "gradient of q, k or v from flash attention"
+    if operation in _PRODUCTS:
+        return f"gradient of its input{tile and ', of a tile'}" if is_gradient else f"output{tile}"
+    if operation == "embedding" or (operation == "add" and allocation.component == "other" and not is_gradient):
+        return "hidden states"
+    if operation in _BUFFERS:
+        return "gradient" if is_gradient else "output"
+    if is_gradient:
+        return f"sum of gradients{tile}" if operation == "add" else f"gradient of an intermediate{tile}"
+    return f"intermediate{tile}" if tile else f"intermediate ({_SHORT_NAMES.get(operation, operation.strip('_'))})"
+
+
+_ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
+    "exchange._scatter_heads": {
+        "new_empty": ("q, k, v packed for the exchange", "gradient of the output, packed for the exchange"),
+        "all_to_all_single": ("q, k, v after the exchange", "gradient of the output, after the exchange"),
+    },
+    "exchange._gather_heads": {
+        "all_to_all_single": ("output as it is received", "gradients of q, k, v as they are received"),
+        "new_empty": ("output after the exchange", "gradient of q, k or v after the exchange"),
+        "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
+    },
+    "tiling._accumulate": {"": "gradients of its weights, summed over the tiles"},
+    "tiling.backward": {"empty_like": "gradient of its input"},
+    "tiling.forward": {"new_empty": "output", "empty_like": "output"},
+    "loss._scores": {"": "logits of a tile"},
+    "loss._cross_entropy": {"_to_copy": "logits of a tile", "": "log-probabilities of a tile"},
+    "loss._add_product": {"": "gradient of its weight, of a tile"},
+    "loss._tile_loss": {"": "gradient of a tile's logits"},
+    "loss.forward": {
+        "zeros_like": "gradient of its weight",
+        "empty_like": "gradient of the hidden states",
+        "where": "hidden states of a tile",
+        "_to_copy": "gradient of a tile's logits",
+        "div": "the loss",
+    },
+    "loss.backward": {"": "gradient of its weight"},
+    "apply_rotary_pos_emb": {"": "q or k with rotary embedding"},
+    WORKSPACE: {"": "workspace of flash attention's backward kernel"},
+}
+"""By the function that made it (`memory.makers`, the first that is found here) and the operation ("": any other): what
+it is in forward, and where it differs in backward."""
