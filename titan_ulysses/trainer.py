@@ -398,7 +398,7 @@ class Trainer:
         sequences = self.config.validation.steps * self.degrees.global_batch_size
         found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
         if logger:
-            names = ("loss", "tokens", "by_position")
+            names = ("loss", "tokens", "sequences", "by_position")
             logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
         return found
 
