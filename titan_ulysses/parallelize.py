@@ -156,11 +156,16 @@ def check_same_weights(model: PreTrainedModel) -> None:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder and its list of layers, found by the classes that transformers itself says not to split."""
+    """The decoder and its list of layers, found by the classes that transformers itself says not to split.
+
+    They may be sharded already, and in checkpoints.
+    """
     for module in model.modules():
         for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) and type(child[0]).__name__ in model._no_split_modules:
-                return module, child
+            if isinstance(child, nn.ModuleList) and len(child):
+                block = getattr(child[0], "_checkpoint_wrapped_module", child[0])
+                if {kind.__name__ for kind in type(block).__mro__} & {*model._no_split_modules}:
+                    return module, child
     raise UserError(f"model: {type(model).__name__} has no list of decoder layers that could be sharded.")
 
 
