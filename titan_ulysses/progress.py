@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -32,6 +33,11 @@ class BlockWork:
     What has begun counts when the next begins.
     """
 
+    forward: int
+    """what a token counts in a forward through all blocks"""
+    training: int
+    """what it counts in a step: forward, backward and what is computed again"""
+
     def __init__(self, blocks: Sequence[nn.Module], *, embedding_is_trained: bool, checkpoint_every: int):
         """blocks: of the model, wrapped; checkpoint_every: how many of them are a checkpoint, 0: none."""
         trained = (i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
@@ -44,11 +50,6 @@ class BlockWork:
             inner = getattr(block, "_checkpoint_wrapped_module", block)
             inner.register_forward_pre_hook(self._enter, with_kwargs=True)
             inner.register_forward_hook(self._leave)
-
-    forward: int
-    """what a token counts in a forward through all blocks"""
-    training: int
-    """what it counts in a step: forward, backward and what is computed again"""
 
     def take(self) -> int:
         """What was done, and let it begin at 0 again."""
@@ -89,7 +90,7 @@ class Progress:
     """
 
     def __init__(self, console: Console, *, total: int, done: int = 0, work: BlockWork | None = None):
-        self.part = ""
+        self.part, self._console = "", console
         self._total, self._done, self._work = total, done, work
         self._expected, self._is_step = 0, False
         self._periods: deque[float] = deque(maxlen=100)
@@ -146,7 +147,7 @@ class Progress:
             return None
         return (self._total - self._done - fraction) * (now - self._part_began) / fraction
 
-    def _line(self) -> Table:
+    def _line(self) -> Constrain:
         now, fraction = time.monotonic(), self.fraction
         is_slow = self._expected and now - self._part_began > _SLOW
         label = self.part or f"{self._done} of {self._total} steps"
@@ -161,7 +162,8 @@ class Progress:
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
         line.add_row(f"[bold]{label}[/]" + (f" {fraction:4.0%}" if is_slow else ""), bar, times)
-        return line
+        # Room behind it for the ^C that a terminal writes by itself: in a line of its own it would leave ours standing.
+        return Constrain(line, self._console.width - 3)
 
 
 def duration(seconds: float) -> str:
