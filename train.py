@@ -19,7 +19,13 @@ EVALUATION = (
 """Settings that --evaluate changes."""
 
 
+_ONE_PROCESS = {"-h", "--help", "--print-config", "--plan"}
+"""What needs no ranks."""
+
+
 def main(argv: list[str]) -> None:
+    if os.environ.get("RANK", "0") != "0" and _ONE_PROCESS & {*argv}:
+        return  # said once, also where several ranks are started
     command = parse_command_line(argv)
     config = load_config(command.config_path, [*command.overrides, *(EVALUATION if command.evaluate else ())])
     if command.print_config:

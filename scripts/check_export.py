@@ -18,16 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_ulysses.config_file import load_config
 from titan_ulysses.data import open_sequences
+from titan_ulysses.evaluation import spread
 
 
 @torch.no_grad()
-def held_out_loss(folder: Path, config: Path, tokens: int) -> float:
-    """Mean cross-entropy of the model in folder over the first `tokens` predicted tokens of the held-out text."""
+def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> float:
+    """Mean cross-entropy of the model in folder over the `tokens` labels of so many sequences of the held-out text."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     settings = load_config(config, [("validation.enable", True)])
     _, held_out = open_sequences(settings, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-    total, count, index = 0.0, 0, 0
-    while count < tokens:
+    total, count = 0.0, 0
+    for index in spread(len(held_out), sequences):
         sequence, start = held_out[index], 0
         for length in sequence.document_lengths:
             span = slice(start, start + length)
@@ -36,19 +37,18 @@ def held_out_loss(folder: Path, config: Path, tokens: int) -> float:
             total += F.cross_entropy(logits.double(), sequence.labels[span], reduction="sum").item()
             count += int((sequence.labels[span] != -100).sum())
             start += length
-        index += 1
     assert count == tokens, f"the run validated on {tokens} tokens, these sequences have {count}"
     return total / count
 
 
-def logged(run: Path, *, evaluation: bool) -> tuple[float, int]:
-    """The held-out loss, and how many tokens it is the mean of: of --evaluate, or of the run's last validation."""
+def logged(run: Path, *, evaluation: bool) -> tuple[float, int, int]:
+    """The held-out loss, and of how many tokens in how many sequences: of --evaluate, or of the last validation."""
     if evaluation:
         found = json.loads((run / "evaluation.json").read_text())
-        return found["loss"], found["tokens"]
+        return found["loss"], found["tokens"], found["sequences"]
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     last = [line for line in lines if "validation_loss" in line][-1]
-    return last["validation_loss"], last["validation_tokens"]
+    return last["validation_loss"], last["validation_tokens"], last["validation_sequences"]
 
 
 def main() -> None:
@@ -58,8 +58,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="that the run had (default: config.toml of the run)")
     parser.add_argument("--tolerance", type=float, default=1e-5)
     args = parser.parse_args()
-    loss, tokens = logged(args.run, evaluation=args.model is not None)
-    found = held_out_loss(args.model or args.run / "export", args.config or args.run / "config.toml", tokens)
+    loss, tokens, sequences = logged(args.run, evaluation=args.model is not None)
+    found = held_out_loss(args.model or args.run / "export", args.config or args.run / "config.toml", tokens, sequences)
     difference = abs(found - loss)
     print(
         f"held-out loss: the run logged {loss:.8f}, plain transformers gets {found:.8f}, "

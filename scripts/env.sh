@@ -1,12 +1,12 @@
 # Sourced by the scripts beside it: makes .venv at the repository's root and installs the project, once.
-# usage: source scripts/env.sh [extras, such as dev]    leaves $PYTHON and the root as working directory
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON=.venv/bin/python
+# usage: source scripts/env.sh [extras, such as dev]    leaves $ROOT, $PYTHON, and the working directory as it is
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=$ROOT/.venv/bin/python
 # Installed again when pyproject.toml changes or more extras are asked for.
-_wanted="$(cksum < pyproject.toml) ${1:-}"
-if ! grep -qxF "$_wanted" .venv/installed 2>/dev/null; then
-  echo "Installing into .venv (once; a few minutes) ..." >&2
-  [ -x $PYTHON ] || python3 -m venv .venv
-  $PYTHON -m pip install --quiet --disable-pip-version-check --editable ".${1:+[$1]}"
-  echo "$_wanted" >> .venv/installed
+_wanted="$(cksum < "$ROOT/pyproject.toml") ${1:-}"
+if ! grep -qxF "$_wanted" "$ROOT/.venv/installed" 2>/dev/null; then
+  echo "Installing into $ROOT/.venv (once; a few minutes) ..." >&2
+  [ -x "$PYTHON" ] || python3 -m venv "$ROOT/.venv"
+  "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${1:+[$1]}"
+  echo "$_wanted" >> "$ROOT/.venv/installed"
 fi

@@ -1,6 +1,7 @@
 """torchrun, except that a failed rank ends it with the rank's exit code and not with the launcher's own traceback.
 
 A rank has then said what is wrong; forty lines about the launcher below would hide it. Takes torchrun's arguments.
+A signal is handed on to the ranks, which finish their step and save; torchrun would kill them after 30 seconds.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
+_DAY = 24 * 60 * 60
+
 
 def main(argv: list[str]) -> int:
+    # Until the ranks have ended, whose step may take long: a second Ctrl-C ends them at once.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_DAY))
     logging.disable(logging.ERROR)  # torchrun's own reports, which repeat the exit code of each rank
     try:
         run(parse_args(argv))

@@ -4,7 +4,8 @@
     python scripts/plot.py outputs/short outputs/long --output pictures
 
 Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run validated,
-positions.png to --output (plots/ in the first folder). Needs matplotlib.
+positions.png to --output, for a single run by default to its plots/. Curves that coincide show side by side: those
+of later runs are thinner, and lie on the others. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import told_once
 from titan_ulysses.pictures import COLORS, has_matplotlib, picture
 
 Lines = list[dict[str, Any]]
+MARKERS = "os^Dv*P"
 _SMOOTHED = 100
 """Points from which on a curve is shown with its running mean, over a fiftieth of it."""
 
@@ -49,23 +51,41 @@ def values(lines: Lines, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-def colored(runs: dict[str, Lines]) -> Iterator[tuple[str, Lines, str]]:
+class Run(NamedTuple):
+    """A run and how it is drawn."""
+
+    name: str
+    lines: Lines
+    color: str
+    width: float
+    """of its lines, points: where runs coincide, the earlier one is a rim around the later one"""
+    marker: str
+
+    @property
+    def style(self) -> dict[str, Any]:
+        return {"color": self.color, "linewidth": self.width, "markersize": 4 + 1.5 * self.width}
+
+
+def drawn(runs: dict[str, Lines]) -> Iterator[Run]:
+    """Each run in a colour, a width and with a marker of its own."""
+    rim = min(2.2, 8 / len(runs))
     for number, (name, lines) in enumerate(runs.items()):
-        yield name, lines, COLORS[number % len(COLORS)]
+        color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+        yield Run(name, lines, color, 1.6 + rim * (len(runs) - 1 - number), marker)
 
 
-def curve(axes: Any, steps: list[int], found: list[float], *, label: str, color: str) -> None:
+def curve(axes: Any, run: Run, key: str, *, label: str) -> None:
     """Values over steps; where there are many, pale, and their running mean."""
-    marker = {"marker": "."} if len(steps) < 30 else {}
+    steps, found = values(run.lines, key)
     if len(steps) < _SMOOTHED:
-        axes.plot(steps, found, color=color, label=label, **marker)
+        axes.plot(steps, found, run.marker + "-" if len(steps) < 30 else "-", label=label, **run.style)
         return
     import numpy as np
 
     width = len(steps) // 50
     mean = np.convolve(found, np.ones(width) / width, mode="valid")
-    axes.plot(steps, found, color=color, alpha=0.25, linewidth=0.8)
-    axes.plot(steps[width // 2 :][: len(mean)], mean, color=color, label=label)
+    axes.plot(steps, found, color=run.color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps[width // 2 :][: len(mean)], mean, label=label, **run.style)
 
 
 def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = "optimizer step") -> None:
@@ -79,21 +99,22 @@ def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = "optimizer step
 
 def draw_loss(runs: dict[str, Lines], path: Path) -> None:
     with picture(path, size=(9, 5)) as (figure, axes):
-        for name, lines, color in colored(runs):
-            curve(axes, *values(lines, "loss"), label=f"{name}: training", color=color)
-            steps, losses = values(lines, "validation_loss")
+        for run in drawn(runs):
+            curve(axes, run, "loss", label=f"{run.name}: training")
+            steps, losses = values(run.lines, "validation_loss")
             if steps:
-                axes.plot(steps, losses, "o--", color=color, markerfacecolor="white", label=f"{name}: validation")
+                style = run.style | {"markerfacecolor": "white", "label": f"{run.name}: validation"}
+                axes.plot(steps, losses, run.marker + "--", **style)
         finish(figure, axes, ylabel="loss, nats a token")
 
 
 def draw_memory(runs: dict[str, Lines], path: Path) -> None:
     with picture(path, size=(9, 4.5)) as (figure, axes):
-        for name, lines, color in colored(runs):
-            axes.plot(*values(lines, "peak_memory_gib"), color=color, label=f"{name}: measured")
-            steps, planned = values(lines, "planned_memory_gib")
+        for run in drawn(runs):
+            axes.plot(*values(run.lines, "peak_memory_gib"), label=f"{run.name}: measured", **run.style)
+            steps, planned = values(run.lines, "planned_memory_gib")
             if steps:
-                axes.plot(steps, planned, ":", color=color, label=f"{name}: planned")
+                axes.plot(steps, planned, ":", label=f"{run.name}: planned", **run.style)
         axes.set_ylim(0, None)
         finish(figure, axes, ylabel="peak memory of a rank so far, GiB")
 
@@ -102,8 +123,8 @@ def draw_speed(runs: dict[str, Lines], path: Path) -> None:
     with picture(path, size=(9, 7), panels=(2, 1)) as (figure, panels):
         keys = {"tokens_per_second": "tokens a second, all ranks", "step_seconds": "seconds a step"}
         for axes, (key, label) in zip(panels, keys.items(), strict=True):
-            for name, lines, color in colored(runs):
-                curve(axes, *values(lines, key), label=name, color=color)
+            for run in drawn(runs):
+                curve(axes, run, key, label=run.name)
             axes.set_ylim(0, None)
             finish(figure, axes, ylabel=label)
 
@@ -115,11 +136,13 @@ def draw_positions(runs: dict[str, Lines], path: Path) -> None:
     firsts = sorted({first for lines in runs.values() for line in validations(lines) for first, *_ in ranges_of(line)})
     places = {first: place for place, first in enumerate(firsts)}
     with picture(path, size=(9, 5)) as (figure, axes):
-        for name, lines, color in colored(runs):
-            for line in [*validations(lines)[:1], *validations(lines)[1:][-1:]]:
-                style, face = ("o--", "white") if line is validations(lines)[0] else ("o-", color)
+        for run in drawn(runs):
+            found = validations(run.lines)
+            for line in [*found[:1], *found[1:][-1:]]:
+                dashes, face = ("--", "white") if line is found[0] else ("-", run.color)
                 x, losses = zip(*((places[first], loss) for first, loss, _ in ranges_of(line)), strict=True)
-                axes.plot(x, losses, style, color=color, markerfacecolor=face, label=f"{name}: step {line['step']}")
+                style = run.style | {"markerfacecolor": face, "label": f"{run.name}: step {line['step']}"}
+                axes.plot(x, losses, run.marker + dashes, **style)
         axes.set_xticks(range(len(firsts)), [f"{first:,}" for first in firsts], rotation=45 if len(firsts) > 12 else 0)
         right = axes.secondary_yaxis("right", functions=(np.exp, lambda x: np.log(np.maximum(x, 1e-9))))
         right.set_ylabel("perplexity")
@@ -149,11 +172,13 @@ def ranges_of(line: dict[str, Any]) -> list[tuple[int, float, int]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: plots/ in the first RUN")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to; default, of one RUN: its plots/")
     arguments = parser.parse_args(argv)
     if not has_matplotlib():
         raise UserError("scripts/plot.py needs matplotlib: pip install matplotlib")
     runs = read_runs(arguments.runs)
+    if len(runs) > 1 and not arguments.output:
+        raise UserError("Several runs in one picture belong to none of them: say where to with --output FOLDER.")
     output = arguments.output or arguments.runs[0] / "plots"
     pictures = {"loss": draw_loss, "memory": draw_memory, "speed": draw_speed, "positions": draw_positions}
     if not any(map(validations, runs.values())):

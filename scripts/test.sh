@@ -5,6 +5,7 @@
 #   bash scripts/test.sh tests/test_loss.py   one file
 set -euo pipefail
 source "$(dirname "$0")/env.sh" dev
+cd "$ROOT"
 
 .venv/bin/ruff check .
-exec $PYTHON -m pytest "$@"
+exec "$PYTHON" -m pytest "$@"

@@ -157,6 +157,10 @@ def test_stopped_by_a_signal(
     step = learned(run)[-1][0]
     assert 5 <= step < 40
     assert out.splitlines()[-1] == f"Stopped by a signal after step {step}. The same command goes on from there."
+    if stop is not sigterm_to_one_rank:  # it is the second rank, and the first one speaks
+        name, again = ("SIGINT", " Ctrl-C again ends at once, without one.") if stop is ctrl_c else ("SIGTERM", "")
+        answer = f"{name} received: stopping after step {step}, then saving a checkpoint.{again}"
+        assert answer in out.splitlines()
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{step}"]
     run_on_ranks(2, train, config, settings)
     assert learned(run) == undisturbed
@@ -459,6 +463,14 @@ def test_help_does_not_import_torch() -> None:
     )
     code, out, err = python("-c", program)
     assert (code, err) == (0, "") and out.startswith("usage: torchrun")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--plan", "--print-config"])
+def test_what_needs_one_process_is_said_once(flag: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    """On the second of several ranks that somebody has started, nothing is."""
+    monkeypatch.setenv("RANK", "1")
+    train_script.main(["--config", "configs/quickstart.toml", flag])
+    assert capsys.readouterr() == ("", "")
 
 
 def test_print_config_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

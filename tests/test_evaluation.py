@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 from bisect import bisect_right
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train as train_script
 from models import STARCODER2, mesh_of, plain_model
@@ -19,8 +22,9 @@ from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
+from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import Evaluation, evaluate, perplexity, position_edges
+from titan_ulysses.evaluation import Evaluation, evaluate, perplexity, position_edges, spread
 from titan_ulysses.metrics import describe_validation, short
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
@@ -30,34 +34,42 @@ Case = tuple[tuple[int, int, int], int]
 """dp_replicate, dp_shard, sp; and the rows of a rank's batch"""
 
 
-def sequences() -> PackedSequences:
-    """Documents of 1 to 60 tokens, of which some tokens are not trained on; more sequences than are evaluated."""
+def documents() -> list[Encoded]:
+    """150 tokens, of which some are not trained on, in documents of 1 to 60: 6 sequences and a quarter, end to end."""
     draw = np.random.default_rng(0)
-    lengths = [60, 1, 7, 40, 23, 2, 30, 24, 11]
-    documents = [Encoded(draw.integers(61, size=n), draw.random(n) < 0.8) for n in lengths]
-    return PackedSequences(Corpus.from_documents(documents), seq_len=SEQ_LEN, seed=0)
+    return [Encoded(draw.integers(61, size=n), draw.random(n) < 0.8) for n in (60, 1, 7, 40, 23, 2, 9, 8)]
+
+
+def sequences() -> PackedSequences:
+    return PackedSequences(Corpus.from_documents(documents()), seq_len=SEQ_LEN, seed=0, shuffle=False, once=True)
 
 
 # --- the value --------------------------------------------------------------------------------------------------------
 
 
-def by_plain_transformers() -> Evaluation:
-    """Each document is a forward of its own."""
-    plain, edges = plain_model(STARCODER2, torch.float64, experts=None).eval(), [0, 1, 2, 4, 8, 16]
-    hf.initialize(plain, seed=3)
+def by_plain_transformers(model: Any, texts: list[Encoded], *, seq_len: int) -> Evaluation:
+    """What the README says of data that is packed end to end.
+
+    A piece ends where a document or a sequence does, and is a forward of its own, from position 0.
+    Each token of a document but its first one is predicted, once.
+    """
+    edges, at = position_edges(seq_len), 0
     losses, counts = [0.0] * len(edges), [0] * len(edges)
-    for sequence in (sequences()[i] for i in range(SEQUENCES)):
-        parts = zip(*(part.split(sequence.document_lengths) for part in sequence[:2]), strict=True)
-        for ids, labels in parts:
+    for ids, trained in texts:
+        begin = 0
+        while begin < len(ids):
+            end = min(len(ids), begin + seq_len - at % seq_len)
             with torch.no_grad():
-                logits = plain(input_ids=ids[None], use_cache=False).logits[0]
-            for position, loss in enumerate(F.cross_entropy(logits, labels, reduction="none").tolist()):
-                if labels[position] != -100:
+                logits = model(input_ids=torch.from_numpy(ids[None, begin:end].astype(np.int64))).logits[0]
+            for position, row in enumerate(logits.double().log_softmax(-1)[: len(ids) - begin - 1]):
+                label = begin + position + 1
+                if trained is None or trained[label]:
                     place = bisect_right(edges, position) - 1
-                    losses[place] += loss
+                    losses[place] -= row[int(ids[label])].item()
                     counts[place] += 1
-    ranges = [(edge, loss / n, n) for edge, loss, n in zip(edges, losses, counts, strict=True)]
-    return Evaluation(sum(losses) / sum(counts), sum(counts), ranges)
+            at, begin = at + end - begin, end
+    ranges = [(edge, loss / n, n) for edge, loss, n in zip(edges, losses, counts, strict=True) if n]
+    return Evaluation(sum(losses) / sum(counts), sum(counts), -(-at // seq_len), ranges)
 
 
 def evaluated(cases: list[Case]) -> list[tuple[Evaluation, bool]]:
@@ -76,8 +88,10 @@ def evaluated(cases: list[Case]) -> list[tuple[Evaluation, bool]]:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
         )
-        loader.next_batch()  # wherever the loader is
-        found.append((evaluate(model.train(batch_size == 2), loader, mesh, sequences=SEQUENCES), model.training))
+        found.append((evaluate(model.train(batch_size == 2), loader, mesh), model.training))
+        with pytest.raises(UserError, match=r"none of the tokens of 1 held-out sequence\(s\) is a label"):
+            loader.sequences.corpus.trained[: SEQ_LEN + 1] = False
+            evaluate(model, loader, mesh, sequences=1)
     return found
 
 
@@ -90,13 +104,15 @@ MESHES: dict[int, list[Case]] = {
 
 @pytest.mark.parametrize("world_size", MESHES)
 def test_the_value_depends_neither_on_the_mesh_nor_on_the_batches(world_size: int) -> None:
-    expected = by_plain_transformers()
-    assert len(sequences()) > SEQUENCES and expected.tokens < SEQUENCES * SEQ_LEN
+    plain = plain_model(STARCODER2, torch.float64, experts=None).eval()
+    hf.initialize(plain, seed=3)
+    expected = by_plain_transformers(plain, documents(), seq_len=SEQ_LEN)
+    assert expected.sequences == SEQUENCES and 90 < expected.tokens < 150 - len(documents())
     for of_a_rank in run_on_ranks(world_size, evaluated, MESHES[world_size]):
         for (found, trains), (_, batch_size) in zip(of_a_rank, MESHES[world_size], strict=True):
             assert trains == (batch_size == 2)  # as it was
             assert found.loss == pytest.approx(expected.loss, rel=1e-12)
-            assert found.tokens == expected.tokens
+            assert (found.tokens, found.sequences) == (expected.tokens, SEQUENCES)
             assert [(first, n) for first, _, n in found.by_position] == [(e, n) for e, _, n in expected.by_position]
             losses, wanted = ([loss for _, loss, _ in one.by_position] for one in (found, expected))
             assert losses == pytest.approx(wanted, rel=1e-12)
@@ -107,6 +123,11 @@ def test_the_value_depends_neither_on_the_mesh_nor_on_the_batches(world_size: in
 )
 def test_ranges_of_positions(seq_len: int, edges: list[int]) -> None:
     assert position_edges(seq_len) == edges
+
+
+def test_a_part_of_the_data_is_spread_over_it() -> None:
+    assert spread(10, 0) == spread(10, 12) == list(range(10))
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(10, 1) == [0]
 
 
 def test_perplexity() -> None:
@@ -172,6 +193,33 @@ def test_before_the_first_step_and_without_training(tmp_path: Path) -> None:
         assert found["by_position"] == [pytest.approx(one, rel=1e-6) for one in after["validation_by_position"]]
         assert found["weights"].endswith("export" if changes.get("model.path") else "checkpoints/step-2")
         assert contents(run) == kept
+
+
+def test_all_of_the_held_out_data(tmp_path: Path) -> None:
+    """4,559 tokens are four sequences of 1,024 and less than half of a fifth; another text is no whole sequence."""
+    config, tokenizer = write_run(tmp_path), load_tokenizer("bytes")
+    table = {"model_type": "llama", "vocab_size": 257, "hidden_size": 32, "intermediate_size": 48}
+    table |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**table), dtype=torch.float32).eval()
+    plain.save_pretrained(tmp_path / "model")
+    settings = SP2 | {"model.config": "{}", "model.path": tmp_path / "model", "validation.steps": 0}
+    settings |= {"training.seq_len": 1024, "validation.path": tmp_path / "held-out"}
+    for lengths in ([3000, 1500, 56], [40]):
+        shutil.rmtree(tmp_path / "held-out", ignore_errors=True)
+        (tmp_path / "held-out").mkdir()
+        draw, texts = random.Random(0), []
+        for number, length in enumerate(lengths):
+            text = "".join(draw.choices("etaoin shrdlu", k=length))
+            (tmp_path / "held-out" / f"{number}.txt").write_text(text)
+            texts.append(Encoded(encode(tokenizer, text)))  # and the end of the text
+        total = sum(len(one.ids) for one in texts)
+        assert total in (4559, 41)
+        run_on_ranks(2, train_main, config, settings, "--evaluate")
+        found = json.loads((tmp_path / "outputs" / "run" / "evaluation.json").read_text())
+        expected = by_plain_transformers(plain, texts, seq_len=1024)
+        assert found["tokens"] == expected.tokens == total - len(lengths)
+        assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
 
 
 def refused(config: Path, settings: Settings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -439,21 +440,33 @@ def test_what_cannot_be_planned(settings, message):
         plan_of(**settings)
 
 
-def test_preflight():
-    """A process of its own; nothing of it is left in this one."""
+def test_preflight(monkeypatch):
+    """A process of its own; nothing of it is left in this one. On a busy machine it is ready after the first step."""
+    from titan_ulysses.plan import preflight
     from titan_ulysses.plan.preflight import Preflight
 
     run = {"world_size": 1, "model_bytes": 10**6, "gpu": ""}
     small = Preflight(config(), **run, gpu_memory=None)
     assert small.lines()[0].startswith("plan: not made: weights and optimizer take only 0.95 MiB")
+    assert small.lines()[0].endswith("`python train.py --plan` with these settings makes one.")
     assert small.obstacle() is None
+    assert small.news() == small.measured(1.0) == []
     enforced = Preflight(config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None)
     assert "MiB of tensors at the peak of a rank" in enforced.lines()[0]
     assert "plan.enforce = true: the run needs" in enforced.obstacle()
-    gpu = Preflight(config(plan__enforce=True), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
-    assert "GiB of 79.00 GiB at the peak of a GPU" in gpu.lines()[0]
+    assert "of tensors planned; a rank's process has had 1.50 GiB: all memory of" in enforced.measured(1.5)[0]
+    monkeypatch.setattr(preflight, "_PATIENCE", 0.0)
+    gpu = Preflight(config(), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
+    assert gpu.lines() == ["plan: not ready after 0 s (the machine is busy): it follows when it is"]
+    assert gpu.news() == []
+    gpu._reader.join()
+    assert "GiB of 79.00 GiB at the peak of a GPU" in gpu.news()[0] and gpu.news() == []
+    gpu.enforce = True
     assert gpu.obstacle() is None
-    assert "measured (" in gpu.measured(1.0) and gpu.measured(1.0) is None
+    assert "measured (" in gpu.measured(1.0)[0] and gpu.measured(1.0) == []
+    left = Preflight(config(), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
+    left.close()
+    assert left._process.returncode == -signal.SIGKILL and left.plan is None
     assert not dist.is_initialized()
 
 

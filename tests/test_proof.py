@@ -170,7 +170,10 @@ def verdict(table: dict[str, Any], degrees: tuple[int, int, int]) -> str | None:
     return verdicts[0]
 
 
-@pytest.mark.parametrize("table", [LATENT | {"model_type": "youtu"}, LATENT | {"model_type": "minicpm3", "dim_model_base": 6}])
+@pytest.mark.parametrize(
+    "table",
+    [LATENT | {"model_type": "youtu"}, LATENT | {"model_type": "minicpm3", "dim_model_base": 6}],
+)
 def test_other_families_that_prove_themselves(table: dict[str, Any]) -> None:
     assert table["model_type"] not in CHECKED_FAMILIES
     assert verdict(table, (1, 1, 2)) is None

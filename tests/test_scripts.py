@@ -1,21 +1,27 @@
-"""scripts/eval_needle.py against plain transformers; scripts/plot.py."""
+"""scripts/eval_needle.py against plain transformers; scripts/plot.py; scripts/train.sh and scripts/launch.py."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import config_from_args
 from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import eval_needle  # noqa: E402
+import launch  # noqa: E402
 import plot  # noqa: E402
 
 from models import LLAMA  # noqa: E402
@@ -153,6 +159,22 @@ def test_pictures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             assert drawn > 20, (file, color, drawn)
 
 
+def test_curves_that_coincide_are_told_apart(tmp_path: Path) -> None:
+    """Three runs with the same numbers: each one's colour is in each picture. They go where they are told to go."""
+    image = pytest.importorskip("matplotlib.image")
+    runs = [str(write_metrics(tmp_path / name, steps=120, planned=1.4)) for name in "abc"]
+    with pytest.raises(UserError, match="say where to with --output FOLDER"):
+        plot.main(runs)
+    plot.main([*runs, "--output", str(tmp_path / "pictures")])
+    assert not (tmp_path / "a" / "plots").exists()
+    for file in (tmp_path / "pictures").iterdir():
+        pixels = torch.tensor(image.imread(file)[..., :3])
+        axes = pixels[: int(0.7 * len(pixels))]  # the legend is below
+        for color in plot.COLORS[:3]:
+            wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            assert ((axes - wanted).abs().amax(-1) < 0.02).sum() > 200, (file, color)
+
+
 def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl is empty: the run has logged nothing yet"):
@@ -170,3 +192,54 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_round_perplexities(low: float, high: float, ticks: list[float]) -> None:
     assert plot.round_between(low, high) == pytest.approx(ticks)
+
+
+# --- the launchers ----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_may_finish_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a signal: torchrun's own patience is 30 seconds."""
+    seen = []
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setattr(launch, "run", lambda args: seen.append(config_from_args(args)[0].shutdown_timeout))
+    assert launch.main(["--standalone", "train.py"]) == 0
+    assert seen == [24 * 60 * 60]
+
+
+@pytest.fixture
+def train_sh(tmp_path: Path) -> Callable[..., list[str]]:
+    """What scripts/train.sh prints, in a clone whose Python says in which folder it is called with what."""
+    clone, here = tmp_path / "clone", tmp_path / "here"
+    for folder in (clone / "scripts", clone / ".venv" / "bin", here):
+        folder.mkdir(parents=True)
+    for name in ("scripts/train.sh", "scripts/env.sh", "pyproject.toml"):
+        shutil.copy(ROOT / name, clone / name)
+    python = clone / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "in $PWD: $*"\n')
+    python.chmod(0o755)
+    with open(clone / "pyproject.toml") as project:
+        checksum = subprocess.run(["cksum"], stdin=project, capture_output=True, text=True, check=True).stdout
+    (clone / ".venv" / "installed").write_text(f"{checksum.strip()} \n")
+
+    def run(*arguments: str) -> list[str]:
+        command = ["bash", "../clone/scripts/train.sh", *arguments]
+        environment = os.environ | {"NPROC": "3"}
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return done.stdout.replace(str(tmp_path), "~").splitlines()
+
+    return run
+
+
+def test_paths_count_from_where_the_user_stands(train_sh: Callable[..., list[str]]) -> None:
+    start = "in ~/here: ~/clone/scripts/launch.py --standalone --nproc-per-node 3 ~/clone/train.py --config"
+    assert train_sh("my.toml", "--data.path", "notes") == [f"{start} my.toml --data.path notes"]
+    assert train_sh("--training.steps", "3") == [f"{start} ~/clone/configs/quickstart.toml --training.steps 3"]
+
+
+def test_help_is_printed_once(train_sh: Callable[..., list[str]]) -> None:
+    """By one process, and not by every rank; likewise a plan."""
+    *usage, settings = train_sh("--help")
+    assert usage[0] == "Train from one TOML file, on a machine with nothing but Python installed."
+    assert settings == "in ~/here: ~/clone/train.py --config ~/clone/configs/quickstart.toml --help"
+    assert train_sh("my.toml", "--plan") == ["in ~/here: ~/clone/train.py --config my.toml --plan"]

@@ -20,6 +20,8 @@ import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from titan_ulysses.config import Config, SourceSettings
 from titan_ulysses.data import cache, open_sequences
@@ -491,12 +493,20 @@ def test_an_empty_source_of_a_mixture_is_named(tmp_path: Path) -> None:
     assert str(caught.value).startswith(start)
 
 
+def test_held_out_data_without_a_label(tmp_path: Path) -> None:
+    """Each document is one token: there is nothing that it could be predicted from."""
+    path = write_lines(tmp_path / "a.jsonl", ["j"] * 3)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"j": 0}, unk_token="j")))
+    settings = configured(tmp_path, {"source": "jsonl", "path": path}, enable=True)
+    with pytest.raises(UserError, match="the held-out documents of data.path: no document has more than one token"):
+        open_sequences(settings, words)
+
+
 def test_held_out_of_each_source_and_given(tmp_path: Path) -> None:
     one, two = write_lines(tmp_path / "a.jsonl", ["j" * 19] * 100), write_lines(tmp_path / "b.jsonl", ["k" * 19] * 100)
     mixture = [{"source": "jsonl", "path": one, "weight": 0.5}, {"source": "jsonl", "path": two, "weight": 0.5}]
     _, held_out = opened(tmp_path, {"mixture": mixture}, enable=True)
-    letters = {chr(token) for i in range(4) for token in held_out[i].input_ids.tolist() if token < 256}
-    assert letters == {"j", "k"}
+    assert [chr(held_out[i].input_ids[0]) for i in range(len(held_out))] == [*"jjkk"]  # 20 tokens each, padded to 32
     _, given_apart = opened(tmp_path, {"mixture": mixture, "source": "jsonl"}, enable=True, path=two)
     assert given_apart.epoch_tokens == 2000
     tables = {

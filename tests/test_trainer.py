@@ -6,12 +6,14 @@ import json
 import math
 import re
 import signal
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.memory.optimizer import build_optimizer
-from titan_ulysses.metrics import attention_flops, flops_per_token
+from titan_ulysses.metrics import PeakMemory, attention_flops, flops_per_token
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
 from titan_ulysses.step import clip_gradients, gradient_norm, learning_rate, train_step
@@ -77,7 +79,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def held_out_sequences(runs: dict[str, Path]) -> int:
     files = (runs["one"].parent.parent / "held-out").iterdir()
-    return sum(file.stat().st_size + 1 for file in files) // SEQ_LEN  # a byte a token, and the end of the text
+    return -(-sum(file.stat().st_size + 1 for file in files) // SEQ_LEN)  # a byte a token, and the end of the text
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
@@ -154,6 +156,27 @@ def test_metrics_of_a_run(runs: dict[str, Path]) -> None:
         assert line["mfu"] is None  # of a CPU nobody knows the peak
     config = load_config(runs["sp2"] / "config.toml")
     assert [line["lr"] for line in lines] == [learning_rate(step, config) for step in range(20)]
+
+
+def growth_of_the_peak() -> list[float]:
+    """MiB, after 200 MiB of a file are mapped and read, and after an array of 64 MiB has come and gone."""
+    memory, found = PeakMemory(torch.device("cpu")), []
+    before = memory.gib()
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    pages = np.memmap(library, dtype=np.uint8, mode="r", shape=200 * 2**20)
+    assert pages[::4096].max() > 0
+    found.append(1024 * (memory.gib() - before))
+    np.ones(64 * 2**20, dtype=np.uint8)
+    found.append(1024 * (memory.gib() - before))
+    assert not memory.counts_files
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell only of all resident pages")
+def test_peak_memory_is_of_what_the_process_owns() -> None:
+    """On a CPU. A data cache is files that are mapped."""
+    [(mapped, allocated)] = run_on_ranks(1, growth_of_the_peak)
+    assert mapped < 8 and 60 < allocated < 72
 
 
 def test_a_run_leaves_its_config_and_tensorboard_events(runs: dict[str, Path]) -> None:

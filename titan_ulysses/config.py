@@ -253,7 +253,9 @@ class Checkpoint(Section):
 class Validation(Section):
     enable: bool = Field(False, description="Compute a validation loss before the first step and during training.")
     interval: int = Field(100, ge=1, description="Steps between validations.")
-    steps: int = Field(10, ge=0, description="Global batches a validation; 0: all held-out data, on any mesh the same.")
+    steps: int = Field(
+        10, ge=0, description="Global batches a validation, spread evenly over the held-out data; 0: all of it."
+    )
     path: PathText = Field("", description="Held-out data, read as [data] says; empty: every 100th document of data.")
     split: str = Field("", description="hf, chat: split of the held-out data set; empty: data.split.")
 

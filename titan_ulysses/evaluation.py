@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.errors import UserError
 from titan_ulysses.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class Evaluation(NamedTuple):
     loss: float
     tokens: int
     """labels that it is the mean of"""
+    sequences: int
+    """sequences that were read, see `spread`"""
     by_position: list[tuple[int, float, int]]
     """(first position, mean loss, labels) of each range of positions that has a label; see `position_edges`"""
 
@@ -80,24 +83,34 @@ def position_edges(seq_len: int) -> list[int]:
     return [0, *(2**power for power in range((seq_len - 1).bit_length()))]
 
 
+def spread(total: int, count: int) -> list[int]:
+    """Which `count` of `total` held-out sequences are read, evenly spread and in order; 0, or too many: all."""
+    count = min(count or total, total)
+    return [i * total // count for i in range(count)]
+
+
+def held_out_batches(loader: Loader, sequences: int) -> list[list[int]]:
+    """The indices of `sequences` held-out sequences (see `spread`), a list a global micro-batch."""
+    chosen, size = spread(len(loader.sequences), sequences), loader.batch_size * loader.batch_degree
+    return [chosen[first : first + size] for first in range(0, len(chosen), size)]
+
+
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: int = 0) -> Evaluation:
-    """Mean cross-entropy of the loader's first sequences (0, or more than there are: all), in all and by position.
+    """Mean cross-entropy of the loader's sequences (of so many of them, see `spread`; 0: all), in all and by position.
 
-    It does not depend on the mesh or on how sequences are batched: rows beyond the last sequence, which fill up a
-    batch, count nothing, and a router's loss, which is of a whole batch, is left out. Dropout is off. Collective.
+    It does not depend on the mesh or on how sequences are batched: rows that fill up a batch count nothing, nor does
+    padding, and a router's loss, which is of a whole batch, is left out. Dropout is off. UserError where nothing that
+    was read has a label. Collective.
     """
-    sequences = min(sequences or len(loader.sequences), len(loader.sequences))
-    loader.load_state_dict({"sequences_consumed": 0})
+    batches = held_out_batches(loader, sequences)
     edges = position_edges(loader.sequences.seq_len)
     borders = torch.tensor(edges[1:], device=mesh.device)
     sums = torch.zeros(2, len(edges), dtype=torch.float64, device=mesh.device)  # of cross-entropies; of labels
     trains = model.training
     model.eval()
-    for first in range(0, sequences, loader.batch_size * loader.batch_degree):
-        batch = loader.next_batch()
-        batch.labels[max(0, sequences - first - loader.batch_rank * loader.batch_size) :] = IGNORE_INDEX
-        batch = batch.to(mesh.device)
+    for indices in batches:
+        batch = loader.read(indices).to(mesh.device)
         losses = model(**vars(batch), reduction="none").loss.double()
         places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
         for total, values in zip(sums, (losses, (batch.labels != IGNORE_INDEX).double()), strict=True):
@@ -105,5 +118,11 @@ def evaluate(model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: i
     model.train(trains)
     dist.all_reduce(sums, group=mesh.loss.get_group())
     losses, counts = sums.tolist()
+    read, tokens = sum(map(len, batches)), int(sum(counts))
+    if not tokens:
+        raise UserError(
+            f"validation: none of the tokens of {read} held-out sequence(s) is a label. Raise validation.steps, or set "
+            "it to 0 to read all of the data."
+        )
     ranges = [(edge, loss / n, int(n)) for edge, loss, n in zip(edges, losses, counts, strict=True) if n]
-    return Evaluation(sum(losses) / max(1, sum(counts)), int(sum(counts)), ranges)
+    return Evaluation(sum(losses) / tokens, tokens, read, ranges)

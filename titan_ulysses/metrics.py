@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -79,11 +79,41 @@ def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
     return size, getattr(config, "v_head_dim", None) or size
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory so far: allocated by torch on a CUDA device, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+class PeakMemory:
+    """The highest memory so far: on a CUDA device, what torch has allocated there since the process began.
+
+    On a CPU, what is the process's own since this object was made: anonymous and shared memory, without the
+    files that are mapped, such as the data cache, whose pages the system takes back when it needs them. Linux
+    keeps only the peak of all resident pages: what of them was files is read at each look, after which that
+    peak begins anew (for `ru_maxrss` too). So files that come and go between two looks are an error, of their
+    size at most. Where the system has no such figures, all resident pages count, and `counts_files` is True.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._peak, self._files = device, 0, 0
+        self.counts_files = False
+        if device.type == "cpu":
+            self._look()
+            self._peak = 0  # until now there was loading, which maps the weights' files
+
+    def gib(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        self._look()
+        return self._peak / 2**30
+
+    def _look(self) -> None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
+            fields = dict(line.split(":", 1) for line in lines)
+            peak, now, files = (1024 * int(fields[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile"))
+        except (OSError, KeyError):
+            self.counts_files = True
+            peak = now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            files = 0
+        self._peak = max(self._peak, now - files, peak - max(files, self._files))
+        self._files = files
 
 
 class MetricsLogger:
@@ -103,38 +133,37 @@ class MetricsLogger:
         self._file = _reopen(folder / "metrics.jsonl", before=first_step)
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
         self._total = total_steps
-        self._bar = Progress(
-            TextColumn("[bold]training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,  # a log file gets lines, no bars
-        )
-        self._task = self._bar.add_task("training", total=total_steps, completed=steps_done)
-        self._bar.start()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One object a logged step: `step` and values (None where a number is not known)."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, step)
+        for name, value in scalars(values):
+            self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(step, values)
         # A terminal's lines end between words; a log file's lines do not end early.
         wraps = self.console.is_terminal
         self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=not wraps)
-        self._bar.update(self._task, completed=step)
 
     def close(self) -> None:
-        self._bar.stop()
         self._file.close()
         self._tensorboard.close()
         if self._wandb:
             self._wandb.close()
+
+
+def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of each number, for TensorBoard: `collectives/all_to_all/bytes`, `epoch/<source>`, and the
+    loss by position as `validation_by_position/from_00512`, in whose order the names are sorted."""
+    for name, value in values.items():
+        if name == "validation_by_position":
+            width = len(str(value[-1][0]))
+            yield from ((f"{prefix}{name}/from_{first:0{width}}", mean) for first, mean, _ in value)
+        elif isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value
 
 
 def _reopen(path: Path, *, before: int):

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from inspect import signature
 from types import MethodType
 from typing import Any, Literal, NoReturn
@@ -214,13 +214,16 @@ def check_same_weights(model: PreTrainedModel) -> None:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder and its list of layers, found by the classes that transformers itself says not to split."""
-    name = type(model).__name__
+    """The decoder and its list of layers, found by the classes that transformers itself says not to split.
+
+    They may be sharded already, and in checkpoints: their classes then descend from those.
+    """
+    name, classes = type(model).__name__, {*(model._no_split_modules or ())}
     for module in model.modules():
         for child in module.children():
             if not isinstance(child, nn.ModuleList) or not len(child):
                 continue
-            if type(child[0]).__name__ not in (model._no_split_modules or ()):
+            if not classes & {kind.__name__ for kind in type(child[0]).__mro__}:
                 continue
             if "input_ids" not in signature(module.forward).parameters:
                 raise UserError(

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +27,7 @@ from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import Evaluation, evaluate
+from titan_ulysses.evaluation import Evaluation, evaluate, held_out_batches
 from titan_ulysses.failure import first_failure
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.memory.optimizer import (
@@ -41,18 +40,21 @@ from titan_ulysses.memory.quantize import check_float8
 from titan_ulysses.mesh import build_mesh, init_distributed
 from titan_ulysses.metrics import (
     MetricsLogger,
+    PeakMemory,
     attention_flops,
     describe_validation,
     flops_per_token,
     peak_flops,
-    peak_memory_gib,
 )
 from titan_ulysses.model import hf, weights
 from titan_ulysses.model.families import attention_needs, check_family
 from titan_ulysses.model.lora import check_lora
+from titan_ulysses.parallelize import find_blocks
 from titan_ulysses.plan.disk import disk_needs
 from titan_ulysses.plan.preflight import Preflight
 from titan_ulysses.profiling import check_profiling, profiled
+from titan_ulysses.progress import BlockWork, Progress, shows
+from titan_ulysses.signals import StopSignals
 from titan_ulysses.step import Step, learning_rate, parameter_not_finite, train_step
 from titan_ulysses.ulysses.cores import choose_core
 from titan_ulysses.wandb_run import WandbRun, check_wandb
@@ -257,7 +259,8 @@ class Trainer:
         is_checkpoint = self._latest() is not None
         initial = self.config.checkpoint.initial_load_path or self.config.model.path
         weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
-        found = self._validate(None)
+        with self._progress(steps=1, done=0) as self.progress:
+            found = self._validate(None)
         values = {"weights": str(weights_of), "held_out": self.validation_loader.sequences.describe()}
         self._write("evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n")
         self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
@@ -280,23 +283,18 @@ class Trainer:
                 console=self.console,
                 wandb=self._start_wandb(),
             )
+        self.peak_memory, self._first_step = PeakMemory(self.mesh.device), self.step
         try:
-            with self._signals_caught():
-                if self.step == 0 and config.validation.enable:
-                    self._validate(logger)
-                self._start_interval()
-                with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
-                    while self.step < total and not self._must_stop():
-                        self._train_one_step(logger)
-                        step_is_over(self.step)
-                        if self._saves_now():
-                            with self._off_the_clock():
-                                self._save()
-                if self.step < total and config.checkpoint.enable:
-                    self._save()
+            with (
+                self._progress(steps=total, done=self.step) as self.progress,
+                StopSignals(self._acknowledge) as self.signals,
+            ):
+                self._train_steps(logger)
         finally:
             if logger:
                 logger.close()
+            if self.preflight:
+                self.preflight.close()
         if self.step < total:
             goes_on = "The same command goes on from there." if config.checkpoint.enable else "Nothing is saved."
             self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
@@ -308,6 +306,25 @@ class Trainer:
                 weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
             weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
         self._say(announce.end(self))
+
+    def _train_steps(self, logger: MetricsLogger | None) -> None:
+        config, total = self.config, self.config.training.steps
+        if self.step == 0 and config.validation.enable:
+            self._validate(logger)
+        self._start_interval()
+        tokens = self.batch_tokens * self.degrees.accumulation_steps
+        with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
+            while self.step < total:
+                self.progress.begin(f"step {self.step + 1}", tokens=tokens, trains=True, is_step=True)
+                if self._must_stop():
+                    break
+                self._train_one_step(logger)
+                step_is_over(self.step)
+                if self._saves_now():
+                    with self._off_the_clock():
+                        self._save()
+        if self.step < total and config.checkpoint.enable:
+            self._save()
 
     def _start_wandb(self) -> WandbRun | None:
         if not self.config.metrics.enable_wandb:
@@ -339,6 +356,7 @@ class Trainer:
             self._say(describe_state(self.optimizer))
             self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
         self.step += 1
+        self.progress.finish_step()
         self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
         if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps or self._saves_now():
             self._log(logger, shown, lr)
@@ -355,7 +373,7 @@ class Trainer:
         loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
-        peak = torch.tensor(peak_memory_gib(device))
+        peak = torch.tensor(self.peak_memory.gib())
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self._clock
         tokens = steps * self.degrees.global_batch_size * config.seq_len
@@ -377,9 +395,16 @@ class Trainer:
                 "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
             }
             logger.log(self.step, values)
-            if self.preflight and (line := self.preflight.measured(values["peak_memory_gib"])):
+            for line in self._plan_news(values["peak_memory_gib"]):
                 self._say(line)
         self._start_interval()
+
+    def _plan_news(self, peak_gib: float) -> list[str]:
+        """The plan, where it was not ready at the start; what came of it, once a step had the optimizer's state."""
+        lines, steps = self.preflight.news(), self.step - self._first_step
+        if steps > 1 or self.step == self.config.training.steps:
+            lines += self.preflight.measured(peak_gib, counts_files=self.peak_memory.counts_files)
+        return lines
 
     def _start_interval(self) -> None:
         """Begin what the next log line is about."""
@@ -394,9 +419,11 @@ class Trainer:
 
     def _validate(self, logger: MetricsLogger | None) -> Evaluation:
         sequences = self.config.validation.steps * self.degrees.global_batch_size
+        tokens = self.batch_tokens * len(held_out_batches(self.validation_loader, sequences))
+        self.progress.begin(f"validation at step {self.step}", tokens=tokens, is_step=self.optimizer is None)
         found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
         if logger:
-            names = ("loss", "tokens", "by_position")
+            names = ("loss", "tokens", "sequences", "by_position")
             logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
         return found
 
@@ -424,27 +451,30 @@ class Trainer:
 
     def _save(self) -> None:
         self._expect_finite_model()
+        self.progress.begin(f"checkpoint of step {self.step}")
         state = {"step": self.step, "loader": self.loader.state_dict()}
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
-    @contextlib.contextmanager
-    def _signals_caught(self):
-        """SIGTERM (a scheduler) and SIGINT (Ctrl-C) end the run after the step that they interrupt."""
-        self._signalled = False
+    def _progress(self, *, steps: int, done: int) -> Progress:
+        """Of so many steps. Where there is a terminal, and only there, the blocks' work is counted."""
+        work, checkpoint = None, self.config.activation_checkpoint
+        if shows(self.console):
+            work = BlockWork(
+                find_blocks(self.model)[1],
+                embedding_is_trained=self.model.get_input_embeddings().weight.requires_grad,
+                checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
+            )
+        return Progress(self.console, total=steps, done=done, work=work)
 
-        def stop(*_) -> None:
-            self._signalled = True
-
-        before = {name: signal.signal(name, stop) for name in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(name, handler)
+    def _acknowledge(self, name: str) -> None:
+        """Say at once what a signal leads to."""
+        then = "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
+        again = " Ctrl-C again ends at once, without one." if name == "SIGINT" else ""
+        self._say(f"{name} received: stopping after {self.progress.part}, {then}.{again}")
 
     def _must_stop(self) -> bool:
         """Whether any rank was told to stop. All ranks stop after the same step; a small host-side all-reduce."""
-        flag = torch.tensor(int(self._signalled))
+        flag = torch.tensor(int(self.signals.received))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 

@@ -3,6 +3,7 @@
 #   bash scripts/examples/needle.sh
 set -euo pipefail
 source "$(dirname "$0")/../env.sh" plot
+cd "$ROOT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 LAUNCH="$PYTHON scripts/launch.py --standalone --nproc-per-node 2"
 DATA=outputs/needle-data

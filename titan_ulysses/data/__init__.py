@@ -22,8 +22,8 @@ def open_sequences(
 ) -> tuple[Sequences | None, Sequences | None]:
     """The training stream, unless nothing `trains`, and, where validation is enabled, the held-out one.
 
-    Both are shuffled by documents, the held-out one always alike: the first few sequences of it, which a validation
-    reads, are then a sample of all of it. Held-out data is read as [data] says, or taken from each source.
+    Training data is shuffled and has no end. Held-out data has every token once, in the order of its files, and where a
+    sequence is not filled, padding; it is read as [data] says, or taken from each source.
     """
     data, validation = config.data, config.validation
     apart = validation.enable and bool(validation.path or validation.split)  # given, not taken from the training data
@@ -37,14 +37,14 @@ def open_sequences(
         changes = {"path": validation.path or data.path, "split": validation.split or data.split, "streaming": False}
         setting = "validation.path" if validation.path else "validation.split: data.path"
         corpus, notes = _read(config, tokenizer, data.model_copy(update=changes), setting)
-        held_out = _pack(config, corpus, setting, seed=0, notes=notes)
+        held_out = _pack(config, corpus, setting, held_out=True, notes=notes)
     return training if trains else None, held_out
 
 
 def _open_mixture(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, splits: bool
 ) -> tuple[Sequences, Sequences | None]:
-    from titan_ulysses.data.mixture import MixedSequences
+    from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
 
     entries = config.data.mixture
     training, held_out = {}, {}
@@ -54,22 +54,21 @@ def _open_mixture(
         training[name], held_out[name] = _open(config, tokenizer, entry, setting, splits=splits)
     weights = [entry.weight for entry in entries]
     mixed = MixedSequences(training, weights, seed=config.training.seed)
-    return mixed, MixedSequences(held_out, weights, seed=0) if splits else None
+    return mixed, ChainedSequences(held_out) if splits else None
 
 
 def _open(
     config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str, *, splits: bool
 ) -> tuple[Sequences, Sequences | None]:
     """The streams of one source; the second from documents held out of it, where it `splits`."""
-    seed = config.training.seed
     if source.streaming:
         return _stream(config, tokenizer, source, setting), None
     corpus, notes = _read(config, tokenizer, source, setting)
     held_out = None
     if splits:
         corpus, rest = corpus.split_held_out(setting=setting)
-        held_out = _pack(config, rest, f"the held-out documents of {setting}", seed=0, notes=[])
-    return _pack(config, corpus, setting, seed=seed, notes=notes), held_out
+        held_out = _pack(config, rest, f"the held-out documents of {setting}", held_out=True, notes=[])
+    return _pack(config, corpus, setting, held_out=False, notes=notes), held_out
 
 
 def _read(
@@ -103,7 +102,7 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSe
     return StreamedSequences(rows, encoder, seq_len=training.seq_len, seed=training.seed, skip_bad=skip)
 
 
-def _pack(config: Config, corpus: Corpus, setting: str, *, seed: int, notes: list[str]) -> Sequences:
+def _pack(config: Config, corpus: Corpus, setting: str, *, held_out: bool, notes: list[str]) -> Sequences:
     from titan_ulysses.data.packing import PackedSequences, PaddedSequences
 
     seq_len, packing = config.training.seq_len, config.data.packing
@@ -115,9 +114,11 @@ def _pack(config: Config, corpus: Corpus, setting: str, *, seed: int, notes: lis
         raise UserError(
             f'{setting}: each document is longer than training.seq_len = {seq_len}: set data.long_documents = "split"'
         )
-    options = {"seq_len": seq_len, "seed": seed, "setting": setting}
+    if held_out and corpus.lengths.max() < 2:
+        raise UserError(f"{setting}: no document has more than one token, so that none is predicted: give longer ones")
+    options = {"seq_len": seq_len, "seed": config.training.seed, "shuffle": not held_out, "setting": setting}
     if packing == "concat":
-        sequences: Sequences = PackedSequences(corpus, **options)
+        sequences: Sequences = PackedSequences(corpus, **options, once=held_out)
     else:
         sequences = PaddedSequences(corpus, **options, best_fit=packing == "best_fit")
     sequences.notes += notes

@@ -3,12 +3,13 @@ needs no communication, and the position in the stream means the same on any mes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from titan_ulysses.data.packing import Sequences
+from titan_ulysses.data.packing import IGNORE_INDEX, Sequences
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,21 @@ class Loader:
         self._consumed = 0  # sequences, by all ranks together
 
     def next_batch(self) -> Batch:
-        first = self._consumed + self.batch_rank * self.batch_size
-        rows = [self.sequences[i] for i in range(first, first + self.batch_size)]
+        first = self._consumed
         self._consumed += self.batch_size * self.batch_degree
+        return self.read(range(first, self._consumed))
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """This rank's part of the global micro-batch of these sequences, wherever the stream is.
+
+        Where they are too few to fill it, rows without a label do.
+        """
+        assert 0 < len(indices) <= self.batch_size * self.batch_degree, len(indices)
+        first = self.batch_rank * self.batch_size
+        rows = [self.sequences[i] for i in indices[first : first + self.batch_size]]
+        if missing := self.batch_size - len(rows):
+            row = self.sequences[indices[0]]
+            rows += [row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))] * missing
         return Batch(
             input_ids=torch.stack([row.input_ids[self._slice] for row in rows]),
             labels=torch.stack([row.labels[self._slice] for row in rows]),

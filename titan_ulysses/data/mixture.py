@@ -1,7 +1,9 @@
-"""Several streams of sequences as one, in given proportions."""
+"""Several streams of sequences as one: in given proportions, or one after the other."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -34,9 +36,6 @@ class MixedSequences(Sequences):
         self._borders = np.array([min(int(border * 2.0**64), 2**64 - 1) for border in borders], dtype=np.uint64)
         self._offset = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(1)
         self._before = [np.zeros(len(sources), dtype=np.int64)]  # sequences of each source before each block
-
-    def __len__(self) -> int:
-        return max(1, int(min(len(part) / weight for part, weight in zip(self._parts, self.weights, strict=True))))
 
     def __getitem__(self, index: int) -> Sequence:
         source = int(self._sources(index, index + 1)[0])
@@ -78,3 +77,24 @@ class MixedSequences(Sequences):
 
     def _count(self, first: int, last: int) -> np.ndarray:
         return np.bincount(self._sources(first, last), minlength=len(self._parts))
+
+
+class ChainedSequences(Sequences):
+    """The held-out sequences of several sources, one source after the other: whatever its weight, all of each, once."""
+
+    def __init__(self, sources: dict[str, Sequences]) -> None:
+        self.sources, self.notes = sources, []
+        self._parts = [*sources.values()]
+        self.seq_len = self._parts[0].seq_len
+        self._ends = [*accumulate(len(part) for part in self._parts)]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sequence:
+        source = bisect_right(self._ends, index)
+        return self._parts[source][index - (self._ends[source - 1] if source else 0)]
+
+    def describe(self) -> str:
+        lines = [f"{name}: {part.describe()}" for name, part in self.sources.items()]
+        return "\n".join([f"{len(lines)} sources, one after the other", *lines])

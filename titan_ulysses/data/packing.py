@@ -81,7 +81,7 @@ def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
 class Sequences:
     """An endless, deterministic stream of sequences of `seq_len` = S tokens; `sequences[i]` for every i >= 0.
 
-    `len(sequences)` counts the whole sequences of one epoch, which is what a validation pass reads.
+    `len(sequences)` counts those of one epoch, where they are whole: of held-out data they hold every token once.
     """
 
     seq_len: int
@@ -116,18 +116,25 @@ class PackedSequences(Sequences):
     Each epoch is a permutation of the documents, drawn from (seed, epoch). The epochs' documents form one token stream
     and sequence i is its tokens [i*S, (i+1)*S), so no token of an epoch is lost or repeated. A document cut by a
     sequence's end goes on in the next sequence as a document of its own. `shuffle=False` keeps the documents' order.
-    `setting` names the data in messages.
+    `once`: there is one epoch, and padding fills its last sequence. `setting` names the data in messages.
 
-    Raises `UserError` when the data is shorter than one sequence.
+    Raises `UserError` when the data is shorter than one sequence, unless it is read once.
     """
 
     def __init__(
-        self, corpus: Corpus, *, seq_len: int, seed: int, shuffle: bool = True, setting: str = "data.path"
+        self,
+        corpus: Corpus,
+        *,
+        seq_len: int,
+        seed: int,
+        shuffle: bool = True,
+        once: bool = False,
+        setting: str = "data.path",
     ) -> None:
-        self.corpus, self.seq_len, self.seed, self.shuffle = corpus, seq_len, seed, shuffle
+        self.corpus, self.seq_len, self.seed, self.shuffle, self.once = corpus, seq_len, seed, shuffle, once
         self.notes: list[str] = []
         self.epoch_tokens = corpus.num_tokens
-        if self.epoch_tokens < seq_len:
+        if self.epoch_tokens < seq_len and not once:
             raise UserError(
                 f"training.seq_len = {seq_len} is longer than all of {setting}, {self.epoch_tokens} tokens in "
                 f"{len(corpus)} document(s): lower training.seq_len or give more data"
@@ -136,7 +143,7 @@ class PackedSequences(Sequences):
         self._order = self._starts = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return self.epoch_tokens // self.seq_len
+        return -(-self.epoch_tokens // self.seq_len) if self.once else self.epoch_tokens // self.seq_len
 
     def epochs(self, consumed: int) -> float:
         return consumed * self.seq_len / self.epoch_tokens
@@ -151,8 +158,8 @@ class PackedSequences(Sequences):
         return join(pieces, self.seq_len)
 
     def _pieces(self, start: int) -> Iterator[dict[str, int]]:
-        """The S stream tokens from `start` on, as arguments of `cut`."""
-        assert start >= 0, start
+        """The S stream tokens from `start` on, or as many as there are, as arguments of `cut`."""
+        assert start >= 0 and not (self.once and start >= self.epoch_tokens), start
         epoch, offset = divmod(start, self.epoch_tokens)
         self._enter(epoch)
         place = int(np.searchsorted(self._starts, offset, side="right")) - 1
@@ -160,6 +167,8 @@ class PackedSequences(Sequences):
         remaining = self.seq_len
         while remaining:
             if place == len(self._order):
+                if self.once:
+                    return
                 epoch, place = epoch + 1, 0
                 self._enter(epoch)
             document = self._order[place]

@@ -2,7 +2,9 @@
 
 before = Preflight(config, model_bytes=...)          rank 0, before weights are filled
 before.lines()                                       before the first step: what is planned
+before.news()                                        later: the same, where it was not ready then
 before.measured(peak_gib)                            after some steps: what came of it
+before.close()                                       at the end
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-import time
+import threading
 from typing import Any
 
 from titan_ulysses.config import Config
@@ -33,11 +35,13 @@ class Preflight:
         a CPU; gpu: what CUDA calls it."""
         self.cuda, self.enforce = gpu_memory is not None, config.plan.enforce
         self.plan: dict[str, Any] | None = None
-        self._why_not, self._told = "", False
+        self._why_not = "it is not ready"
+        self._reported = self._compared = False
         self._process: subprocess.Popen | None = None
         free = available_host_memory()
         if not (self.cuda or self.enforce or model_bytes > _SMALL * free):
             self._why_not = f"weights and optimizer take only {size_text(model_bytes)}"
+            self._reported = True
             return
         host = free if config.plan.host_memory_gib == 0 else config.plan.host_memory_gib * 2**30
         request = {
@@ -56,16 +60,41 @@ class Preflight:
             stderr=subprocess.PIPE,
             env={**ours, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             text=True,
+            start_new_session=True,  # Ctrl-C is the run's
         )
-        self._process.stdin.write(json.dumps(request))
-        self._process.stdin.close()
-        self._process.stdin = None
+        # The pipe stays open: where it ends, so has the run, and the planner ends too.
+        self._lifeline, self._process.stdin = self._process.stdin, None
+        self._lifeline.write(json.dumps(request) + "\n")
+        self._lifeline.flush()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def lines(self) -> list[str]:
         """What to print before the first step. Waits a few seconds at most, or, to enforce it, until there is one."""
-        self._collect(_PATIENCE_TO_ENFORCE if self.enforce else _PATIENCE)
+        if self._process:
+            patience = _PATIENCE_TO_ENFORCE if self.enforce else _PATIENCE
+            self._reader.join(patience)
+            if self._reader.is_alive() and not self.enforce:
+                return [f"plan: not ready after {patience:.0f} s (the machine is busy): it follows when it is"]
+        self._reported = True
+        return self._describe()
+
+    def news(self) -> list[str]:
+        """What `lines` could not say yet, once it is known. Waits for nothing."""
+        if self._reported or self._reader.is_alive():
+            return []
+        self._reported = True
+        return self._describe()
+
+    def close(self) -> None:
+        """End the planner, if it still works."""
+        if self._process:
+            self._process.kill()
+            self._reader.join()
+
+    def _describe(self) -> list[str]:
         if self.plan is None:
-            return [f"plan: not made: {self._why_not}"]
+            return [f"plan: not made: {self._why_not}. `python train.py --plan` with these settings makes one."]
         p = self.plan
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in list(p["components"].items())[:4])
         if not self.cuda:
@@ -84,7 +113,7 @@ class Preflight:
         if not self.enforce:
             return None
         if self.plan is None:
-            return f"plan.enforce = true, and there is no plan: {self._why_not}"
+            return f"plan.enforce = true, and there is no plan: {self._why_not}. `train.py --plan` says more."
         if self.plan["fits"]:
             return None
         if not self.cuda:
@@ -103,14 +132,20 @@ class Preflight:
         """The planned peak of tensors on the GPU; None where there is no plan, or no GPU whose allocator could tell."""
         return self.plan["gpu_tensors_gib"] if self.plan is not None and self.cuda else None
 
-    def measured(self, peak_gib: float) -> str | None:
-        """Once: the measured peak of tensors on the GPU next to the planned one."""
-        planned = self.planned_gib
-        if planned is None or self._told:
-            return None
-        self._told = True
-        off = peak_gib / planned - 1
-        return f"plan: {_gib(planned)} of tensors planned, {_gib(peak_gib)} measured ({off:+.1%})"
+    def measured(self, peak_gib: float, *, counts_files: bool = False) -> list[str]:
+        """Once: the measured peak next to the planned one, and on a CPU (see `PeakMemory`), why they differ."""
+        if self.plan is None or self._compared:
+            return []
+        self._compared = True
+        if self.cuda:
+            planned = self.planned_gib
+            off = f"{peak_gib / planned - 1:+.1%}"
+            return [f"plan: {_gib(planned)} of tensors planned, {_gib(peak_gib)} measured ({off})"]
+        what = "all that is in memory, with files that are mapped" if counts_files else "all memory of its own"
+        return [
+            f"plan: {_gib(self.plan['live_gib'])} of tensors planned; a rank's process has had {_gib(peak_gib)}: "
+            f"{what}, so beside tensors Python, its libraries, and what the allocator has not given back"
+        ]
 
     def components(self) -> str:
         """For who has run out of memory: what was planned."""
@@ -121,22 +156,20 @@ class Preflight:
         )
         return f"What the plan says is alive at the peak:\n{parts}"
 
-    def _collect(self, patience: float) -> None:
-        if self._process is None:
-            return
-        started = time.perf_counter()
-        try:
-            said, complaint = self._process.communicate(timeout=patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-            self._why_not = f"it was not ready {time.perf_counter() - started:.0f} s after the weights (see --plan)"
+    def _read(self) -> None:
+        """What the planner says, when it has ended."""
+        said, complaint = self._process.communicate()
+        self._lifeline.close()
+        if self._process.returncode == 0:
+            self.plan = json.loads(said.splitlines()[-1])
         else:
-            if self._process.returncode == 0:
-                self.plan = json.loads(said.splitlines()[-1])
-            else:
-                self._why_not = (complaint.strip().splitlines() or ["the planner ended without a word"])[-1]
-        self._process = None
+            self._why_not = (complaint.strip().splitlines() or ["the planner ended without a word"])[-1]
+
+
+def _end_with_the_run() -> None:
+    """The run's end of the pipe is closed when it ends, however that is."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _gib(gib: float) -> str:
@@ -156,7 +189,8 @@ def main() -> None:
     from titan_ulysses.plan.simulate import simulate
     from titan_ulysses.ulysses.cores import choose_core
 
-    request = json.loads(sys.stdin.read())
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
     config = Config.model_validate(request["config"])
     model_config = load_model_config(config)
     degrees = check(config, world_size=request["world_size"], model_config=model_config, num_token_ids=0)
