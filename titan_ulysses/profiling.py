@@ -51,10 +51,13 @@ def _traces(config: Profiling, folder: Path, first_step: int) -> Iterator[StepIs
     warmup, active = config.profiler_warmup, config.profiler_active
     plan = schedule(wait=config.profile_freq - warmup - active, warmup=warmup, active=active)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-    finished = first_step - 1
+    finished = written = first_step - 1
 
     def write(profiler: profile) -> None:
-        profiler.export_chrome_trace(str(_file(folder, f"step-{finished}", "trace.json")))
+        nonlocal written
+        if finished > written:  # the profiler's own end may come just after a trace that is written already
+            profiler.export_chrome_trace(str(_file(folder, f"step-{finished}", "trace.json")))
+            written = finished
 
     with profile(
         activities=activities, schedule=lambda index: plan(first_step - 1 + index), on_trace_ready=write

@@ -1,0 +1,648 @@
+"""Every key of the schema through the front door: what a run does with it that it does not do at the key's default.
+
+`EFFECTS` has a case or more for each key. A case is run twice, for two steps of `Trainer` (a key of [plan] by
+`train.py --plan`): with the key at `value`, and with the key at its default, both with what else the case `needs`.
+`effect(run, default)` must hold of the first run, and `effect(default, default)` must not. That config.toml names the
+key is no effect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import pytest
+import torch
+from torch import Tensor
+
+from material import BASE, MODEL, as_toml
+from observed import (
+    Observer,
+    Seen,
+    begins_with_export,
+    bytes_of,
+    computed,
+    labels,
+    losses,
+    material_of,
+    moved_bytes,
+    near,
+    norms,
+    numbers,
+    same_weights,
+    tokens,
+)
+from runs import Settings
+from titan_ulysses.config import KEYS
+from titan_ulysses.config_file import load_config
+from titan_ulysses.profiling import profiled
+
+EMBEDDING, SILU = "model.embed_tokens.weight", "aten::silu"
+
+
+Effect = Callable[[Seen, Seen], bool]
+"""Of a run with the key, and the same run without."""
+
+
+class Case(NamedTuple):
+    value: Any
+    effect: Effect
+    needs: Settings = {}
+    same: bool = False
+    """whether losses and gradient norms must be those of the other run"""
+    ranks: int = 1
+    watch: str = ""
+    """see `observed.see`"""
+
+
+# --- what a run can be asked ------------------------------------------------------------------------------------------
+
+
+def wrote(path: str) -> Effect:
+    return lambda run, _: any(file == path or file.startswith(f"{path}/") for file in run.files)
+
+
+def said(text: str) -> Effect:
+    return lambda run, _: text in run.said
+
+
+def refused(*words: str) -> Effect:
+    return lambda run, _: all(word in run.refused for word in words)
+
+
+def logs(name: str, value: Any) -> Effect:
+    """That a metric of each logged step is this."""
+    return lambda run, _: near(run.of_steps(name), value)
+
+
+def steps_kept(run: Seen) -> set[str]:
+    return {part for file in run.files for part in file.split("/") if part.startswith("step-")}
+
+
+def traced_steps(run: Seen) -> int:
+    """How many optimizer steps are in the trace that ends with step 2."""
+    file = run.folder / "outputs/run/profile_traces/step-2/rank0_trace.json"
+    trace = json.loads(file.read_text()) if file.exists() else {"traceEvents": []}
+    return sum(event.get("name") == "Optimizer.step#AdamW.step" for event in trace["traceEvents"])
+
+
+def own_core(q: Tensor, k: Tensor, v: Tensor, *, documents: Any, scale: float) -> Tensor:
+    """A core of the user's own: each query takes the mean of all values of its row."""
+    return (
+        v.mean(dim=1, keepdim=True)
+        .repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+        .expand(q.shape)
+    )
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+# How data is told to be read, and how many of its tokens are trained on: a document is a sequence, so none is lost.
+COUNTED: Settings = {
+    "data.packing": "none",
+    "training.seq_len": 256,
+    "validation.enable": True,
+    "validation.steps": 0,
+}
+RECORDS: Settings = {"data.source": "jsonl", "data.path": "$MATERIAL/records.jsonl"}
+HELD_OUT_RECORDS: Settings = RECORDS | COUNTED | {"validation.path": "$MATERIAL/records.jsonl"}
+CHATS: Settings = COUNTED | {"data.source": "chat", "data.path": "$MATERIAL/chats.jsonl"}
+CHATS |= {"model.tokenizer": "$MATERIAL/pairs", "validation.path": "$MATERIAL/chats.jsonl"}
+DATASET: Settings = {"data.source": "hf", "data.path": "$MATERIAL/dataset"}
+PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/run/export"}
+LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
+SAVED: Settings = {"checkpoint.enable": None}
+VALIDATED: Settings = {"validation.enable": True}
+TRACED: Settings = {
+    "profiling.enable_profiling": True,
+    "profiling.profile_freq": 2,
+    "profiling.profiler_warmup": 1,
+}
+SLOW_ADAM: Settings = {
+    "optimizer.eps": 1.0,
+    "optimizer.weight_decay": 0.0,
+    "lr_scheduler.decay_type": "constant",
+}
+"""AdamW whose update is the gradient itself, so that its size is seen."""
+PLAN: Settings = {"training.seq_len": 4096, "training.param_dtype": None}
+PLAN_OF_TWO: Settings = PLAN | {"parallelism.sequence_parallel_degree": 2}
+SMALL_GPU: Settings = PLAN | {
+    "plan.gpu_memory_gib": 1.5,
+    "model.config": MODEL | {"max_position_embeddings": 2**27},
+}
+
+JOB = {
+    "job.name": [Case("other", wrote("outputs/other/metrics.jsonl"))],
+    "job.dump_folder": [Case("elsewhere", wrote("elsewhere/run/metrics.jsonl"))],
+}
+MODELS = {
+    "model.path": [
+        Case(
+            "$MATERIAL/earlier/run/export",
+            lambda run, _: begins_with_export(run),
+            {"model.config": None},
+        )
+    ],
+    "model.config": [
+        Case(MODEL, said("LlamaForCausalLM, "), {"model.config": None}),
+        Case(MODEL | {"model_type": "qwen3", "head_dim": 16}, said("Qwen3ForCausalLM, ")),
+    ],
+    "model.tokenizer": [
+        Case("bytes", lambda run, _: f"{bytes_of(run, 'texts'):,} tokens" in run.said, PRETRAINED),
+    ],
+    "model.attention": [
+        Case("blockwise", said("\nattention: blockwise\n"), same=True),
+        Case("sdpa", said("\nattention: sdpa\n"), same=True),
+        Case("test_every_key:own_core", said("\nattention: test_every_key:own_core\n")),
+        Case(
+            "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))
+        ),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [Case("flash", refused('model.attention = "flash"', "CUDA"))]
+        ),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [Case("flex", refused('model.attention = "flex"', "CUDA"))]
+        ),
+    ],
+    "model.rope_scaling": [
+        Case(
+            {"rope_type": "linear", "factor": 2.0},
+            lambda run, default: not near(losses(run)[0], losses(default)[0]),
+        ),
+        Case(
+            {"rope_type": "yarn", "factor": 4.0},
+            lambda run, _: len(losses(run)) == 2,
+            {"model.config": MODEL | {"max_position_embeddings": 8}},
+        ),
+    ],
+    "model.resize_embeddings": [
+        Case(
+            64,
+            lambda run, _: not run.refused and run.weights[EMBEDDING].shape[0] == 320,
+            {"model.config": MODEL | {"vocab_size": 200}},
+        )
+    ],
+    "model.freeze": [Case(["model.embed_tokens.*"], lambda run, _: run.kept() == {EMBEDDING})],
+    "lora.rank": [
+        Case(
+            4, lambda run, _: 0 < len(run.kept()) == sum("lora" not in name for name in run.initial)
+        ),
+        Case(
+            4, wrote("outputs/run/adapter/adapter_model.safetensors"), {"checkpoint.export": None}
+        ),
+    ],
+    "lora.alpha": [
+        Case(32.0, lambda run, default: near(norms(run)[0], 2 * norms(default)[0]), LORA)
+    ],
+    "lora.dropout": [
+        # B is 0 at first: what is dropped shows in its gradient, and not yet in the loss.
+        Case(
+            0.5,
+            lambda run, default: (
+                near(losses(run)[0], losses(default)[0]) and not near(norms(run), norms(default))
+            ),
+            LORA,
+        )
+    ],
+    "lora.target_modules": [
+        Case(
+            ["q_proj"],
+            lambda run, _: {n.split(".")[-4] for n in run.initial if "lora" in n} == {"q_proj"},
+            LORA,
+        )
+    ],
+}
+DATA = {
+    "data.source": [
+        Case("jsonl", said("data: 12 document(s)"), {"data.path": "$MATERIAL/mixed"}),
+        Case("hf", said("data: 9 document(s)"), {"data.path": "$MATERIAL/dataset"}),
+        Case("chat", said("data: 6 document(s)"), CHATS),
+    ],
+    "data.path": [Case("$MATERIAL/texts", said("data: 20 document(s)"))],
+    "data.extensions": [Case([".md"], said("data: 2 document(s)"))],
+    "data.encoding": [
+        Case(
+            "latin-1",
+            lambda run, _: f"{bytes_of(run, 'latin') + 80:,} tokens" in run.said,
+            {"data.path": "$MATERIAL/latin"},
+        ),
+        Case(
+            "bytes",
+            lambda run, _: f"{bytes_of(run, 'latin'):,} tokens" in run.said,
+            {"data.path": "$MATERIAL/latin"},
+        ),
+    ],
+    "data.text_field": [
+        Case("body", lambda run, _: labels(run) == 12 * len("another text"), HELD_OUT_RECORDS)
+    ],
+    "data.prompt_field": [
+        Case(
+            "q",
+            lambda run, _: labels(run) == 12 * len("1234\n"),
+            HELD_OUT_RECORDS | {"data.completion_field": "a"},
+        )
+    ],
+    "data.completion_field": [
+        Case(
+            "a",
+            lambda run, _: labels(run) == 12 * len("1234\n"),
+            HELD_OUT_RECORDS | {"data.prompt_field": "q"},
+        )
+    ],
+    "data.messages_field": [
+        Case("conversation", lambda run, default: labels(run) > 1.5 * labels(default), CHATS)
+    ],
+    "data.tools_field": [
+        Case("functions", lambda run, default: tokens(run) > tokens(default), CHATS)
+    ],
+    "data.train_on": [
+        Case(
+            "all",
+            lambda run, default: tokens(run) == tokens(default) and labels(run) > labels(default),
+            CHATS,
+        ),
+        Case(
+            "all",
+            lambda run, _: labels(run) == 12 * len("what is it? 1234"),
+            HELD_OUT_RECORDS | {"data.prompt_field": "q", "data.completion_field": "a"},
+        ),
+    ],
+    "data.subset": [
+        Case("other", said("data: 5 document(s)"), DATASET | {"data.path": "$MATERIAL/subsets"})
+    ],
+    "data.split": [Case("rest", said("data: 4 document(s)"), DATASET)],
+    "data.streaming": [Case(True, said("data: streamed"), DATASET)],
+    "data.bad_lines": [
+        Case("skip", said("1 bad line(s) skipped"), RECORDS | {"data.path": "$MATERIAL/bad.jsonl"})
+    ],
+    "data.mixture": [
+        Case(
+            [
+                {"path": "$MATERIAL/texts", "weight": 3.0},
+                {"path": "$MATERIAL/records.jsonl", "source": "jsonl", "weight": 1.0},
+            ],
+            lambda run, _: (
+                "data: a mixture of 2\n0.75 of " in run.said and len(run.of_steps("epoch")[0]) == 2
+            ),
+            {"data.path": None},
+        )
+    ],
+    "data.packing": [
+        Case("none", said("a sequence each")),
+        Case("best_fit", said("best fit")),
+    ],
+    "data.long_documents": [Case("drop", said("longer than 32 tokens left out"))],
+    "data.cache_folder": [
+        Case("kept", lambda run, _: any(f.startswith("kept/") for f in run.files), watch="cache")
+    ],
+}
+TRAINING = {
+    "training.seq_len": [Case(64, logs("tokens", [64, 128]))],
+    "training.local_batch_size": [Case(2, logs("tokens", [64, 128]))],
+    "training.global_batch_size": [Case(2, said("2 sequence(s) a step (2 accumulated)"))],
+    "training.steps": [
+        Case(3, lambda run, _: len(losses(run)) == 3 and "\nDone: 3 steps." in run.said)
+    ],
+    "training.seed": [
+        Case(1, lambda run, default: not run.initial[EMBEDDING].equal(default.initial[EMBEDDING])),
+        Case(
+            1,
+            lambda run, default: losses(run)[0] != losses(default)[0] and begins_with_export(run),
+            PRETRAINED,
+        ),
+    ],
+    "training.max_norm": [
+        Case(1e-3, lambda run, default: 1e-4 < run.moved() / default.moved() < 1e-2, SLOW_ADAM),
+        Case(0.0, lambda run, default: run.moved() > 1.5 * default.moved(), SLOW_ADAM),
+        Case(float("inf"), lambda run, default: run.moved() > 1.5 * default.moved(), SLOW_ADAM),
+    ],
+    "training.param_dtype": [
+        Case(
+            "float32",
+            lambda run, default: (
+                moved_bytes(run, "all_gather") == 2 * moved_bytes(default, "all_gather")
+            ),
+            ranks=2,
+        ),
+        Case(
+            "float64",
+            lambda run, _: not run.refused and run.weights[EMBEDDING].dtype == torch.float64,
+            {"training.reduce_dtype": "float64"},
+        ),
+    ],
+    "training.reduce_dtype": [
+        Case(
+            dtype,
+            lambda run, default, times=times: near(
+                moved_bytes(run, "reduce_scatter"), times * moved_bytes(default, "reduce_scatter")
+            ),
+            ranks=2,
+        )
+        for dtype, times in {"bfloat16": 0.5, "float64": 2.0}.items()
+    ],
+    "training.z_loss": [
+        Case(
+            0.01,
+            lambda run, default: (
+                losses(run)[0] > 1.01 * losses(default)[0]
+                and run.of_validations("loss")[0] == default.of_validations("loss")[0]
+            ),
+            VALIDATED,
+        )
+    ],
+    "training.deterministic": [Case(True, lambda run, _: run.facts["deterministic"])],
+    "parallelism.data_parallel_replicate_degree": [
+        Case(
+            2,
+            lambda run, default: (
+                "mesh: dp_replicate 2 x dp_shard 1 x sp 1 " in run.said
+                and moved_bytes(run, "all_reduce")
+                > 4 * numbers(run)
+                > moved_bytes(default, "all_reduce")
+            ),
+            ranks=2,
+            same=True,
+        )
+    ],
+    "parallelism.data_parallel_shard_degree": [
+        Case(2, refused("dp_shard(2) x sp(1) = 2 is not WORLD_SIZE(1): start 2 ranks")),
+        Case(
+            1,
+            said("dp_replicate 2 x dp_shard 1"),
+            {"parallelism.data_parallel_replicate_degree": -1},
+            ranks=2,
+        ),
+    ],
+    "parallelism.sequence_parallel_degree": [
+        Case(
+            2,
+            lambda run, _: (
+                "32 tokens a sequence, 16 a rank" in run.said and moved_bytes(run, "all_to_all") > 0
+            ),
+            ranks=2,
+        )
+    ],
+}
+MEMORY = {
+    "activation_checkpoint.mode": [
+        Case(
+            "none",
+            lambda run, default: computed(run, SILU) < computed(default, SILU),
+            same=True,
+            watch="operators",
+        )
+    ],
+    "activation_checkpoint.every": [
+        Case(
+            2,
+            lambda run, default: computed(run, SILU) > computed(default, SILU),
+            same=True,
+            watch="operators",
+        )
+    ],
+    "activation_checkpoint.offload": [
+        Case("host", lambda run, _: run.facts["slabs"] == 2 * [4 * 32 * 64], same=True),
+        Case("disk", lambda run, _: len(run.facts["mapped"]) == 2, same=True),
+    ],
+    "activation_checkpoint.offload_folder": [
+        Case(
+            "$MATERIAL",
+            lambda run, _: set(run.facts["mapped"]) == {str(material_of(run))},
+            {"activation_checkpoint.offload": "disk"},
+            same=True,
+        ),
+        Case(
+            "nowhere",
+            refused("activation_checkpoint.offload_folder = nowhere"),
+            {"activation_checkpoint.offload": "disk"},
+        ),
+    ],
+    "memory.loss_tile_tokens": [
+        Case(
+            5,
+            lambda run, _: computed(run, "aten::_log_softmax", rows=5) > 0,
+            same=True,
+            watch="operators",
+        )
+    ],
+    "memory.mlp_tile_tokens": [
+        Case(7, lambda run, _: computed(run, SILU, rows=7) > 0, same=True, watch="operators"),
+        Case(
+            7,
+            lambda run, _: computed(run, SILU, rows=7) > 0,
+            {"activation_checkpoint.mode": "none"},
+            watch="operators",
+        ),
+    ],
+    "memory.parameter_offload": [
+        Case(
+            True, said("memory.parameter_offload changes nothing: the device is the CPU"), same=True
+        )
+    ],
+    "memory.optimizer_offload": [
+        Case(
+            True, said("memory.optimizer_offload changes nothing: the device is the CPU"), same=True
+        )
+    ],
+    "compile.enable": [Case(True, lambda run, _: run.facts["graphs"] >= 2, same=True)],
+    "quantize.float8": [Case(True, refused("quantize.float8 = true needs a GPU"))],
+}
+OPTIMIZER = {
+    "optimizer.name": [
+        Case("adamw8bit", said("adamw8bit: 2.")),
+        Case("adamw4bit", said("adamw4bit: 1.")),
+    ],
+    "optimizer.lr": [
+        Case(1e-2, logs("lr", [1e-2, 1e-3])),
+        Case(0.0, lambda run, _: run.moved() == 0),
+    ],
+    "optimizer.betas": [
+        # The first update does not depend on them.
+        Case(
+            [0.5, 0.5],
+            lambda run, default: (
+                near(losses(run), losses(default)) and not same_weights(run, default)
+            ),
+        )
+    ],
+    "optimizer.eps": [Case(1.0, lambda run, default: run.moved() < 0.3 * default.moved())],
+    # Bytes that no text has: their rows have no gradient.
+    "optimizer.weight_decay": [
+        Case(0.0, lambda run, _: run.weights[EMBEDDING][1].equal(run.initial[EMBEDDING][1]))
+    ],
+    "optimizer.stochastic_rounding": [
+        Case(
+            True,
+            lambda run, _: run.weights[EMBEDDING].dtype == torch.bfloat16,
+            {"training.param_dtype": None},
+        )
+    ],
+    "lr_scheduler.warmup_steps": [Case(2, logs("lr", [1.5e-4, 3e-4]))],
+    "lr_scheduler.decay_type": [
+        Case("constant", logs("lr", [3e-4, 3e-4])),
+        Case("linear", logs("lr", [3e-4, 2.1e-4, 1.2e-4, 0.3e-4]), {"training.steps": 4}),
+    ],
+    "lr_scheduler.min_lr_ratio": [Case(0.5, logs("lr", [3e-4, 1.5e-4]))],
+}
+CHECKPOINT = {
+    "checkpoint.enable": [
+        Case(
+            False,
+            lambda run, _: bool(run.lines) and not any("/step-" in file for file in run.files),
+        )
+    ],
+    "checkpoint.interval": [Case(1, wrote("outputs/run/checkpoints/step-1"), SAVED)],
+    "checkpoint.keep_latest_k": [
+        Case(1, lambda run, _: steps_kept(run) == {"step-2"}, SAVED | {"checkpoint.interval": 1}),
+        Case(
+            0,
+            lambda run, _: len(steps_kept(run)) == 3,
+            SAVED | {"checkpoint.interval": 1, "training.steps": 3},
+        ),
+    ],
+    "checkpoint.folder": [Case("kept", wrote("outputs/run/kept/step-2/run.json"), SAVED)],
+    "checkpoint.initial_load_path": [
+        Case("$MATERIAL/earlier/run/export", lambda run, _: begins_with_export(run)),
+        Case("$MATERIAL/earlier/run/checkpoints/step-2", lambda run, _: begins_with_export(run)),
+    ],
+    "checkpoint.export": [
+        Case(False, lambda run, _: bool(run.lines) and not any("/export/" in f for f in run.files))
+    ],
+    "validation.enable": [
+        Case(True, lambda run, _: [line["step"] for line in run.lines] == [0, 1, 2, 2])
+    ],
+    "validation.interval": [
+        Case(1, lambda run, _: len(run.of_validations("loss")) == 3, VALIDATED)
+    ],
+    "validation.steps": [
+        Case(1, lambda run, default: labels(run) < labels(default), VALIDATED),
+        Case(
+            0,
+            lambda run, default: labels(run) > labels(default),
+            VALIDATED | {"validation.path": "$MATERIAL/texts"},
+        ),
+    ],
+    "validation.path": [
+        Case(
+            "$MATERIAL/mixed", lambda run, _: labels(run) == 12 * len("the text"), RECORDS | COUNTED
+        ),
+    ],
+    "validation.split": [
+        Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED)
+    ],
+    "metrics.log_interval": [Case(2, lambda run, _: [line["step"] for line in run.lines] == [2])],
+    "metrics.enable_wandb": [
+        Case(
+            True,
+            lambda run, _: (
+                [call[0] for call in run.facts["wandb"]] == ["init", "log", "log", "finish"]
+            ),
+            watch="wandb",
+        )
+    ],
+    "profiling.enable_profiling": [
+        Case(True, wrote("outputs/run/profile_traces/step-2/rank0_trace.json"), TRACED, same=True)
+    ],
+    "profiling.save_traces_folder": [
+        Case("traces", wrote("outputs/run/traces/step-2/rank0_trace.json"), TRACED)
+    ],
+    "profiling.profile_freq": [Case(2, wrote("outputs/run/profile_traces/step-2"), TRACED)],
+    "profiling.profiler_active": [
+        Case(2, lambda run, _: traced_steps(run) == 2, TRACED | {"profiling.profiler_warmup": 0})
+    ],
+    "profiling.profiler_warmup": [
+        Case(0, lambda run, _: traced_steps(run) == 1, TRACED | {"profiling.profile_freq": 1}),
+    ],
+    "profiling.enable_memory_snapshot": [
+        Case(True, refused("profiling.enable_memory_snapshot = true", "this run is on cpu"))
+    ],
+    "profiling.save_memory_snapshot_folder": [],  # see test_memory_snapshots
+}
+PLANNED = {
+    "plan.gpu": [Case("A100-80GB", said("planned for 1 x A100-80GB"), PLAN)],
+    "plan.gpu_memory_gib": [
+        Case(0.1, lambda run, _: run.facts["gpu_memory_gib"] == 0.1 and not run.facts["fits"], PLAN)
+    ],
+    "plan.host_memory_gib": [
+        Case(
+            1e-4,
+            lambda run, _: run.facts["binds"] == "host memory",
+            PLAN | {"activation_checkpoint.offload": "host"},
+        )
+    ],
+    "plan.gpus_per_node": [
+        Case(
+            1,
+            lambda run, default: run.facts["step_seconds"] > default.facts["step_seconds"],
+            PLAN_OF_TWO,
+        )
+    ],
+    "plan.world_size": [Case(4, said("mesh: dp_replicate 1 x dp_shard 4"), PLAN)],
+    "plan.search": [Case(True, lambda run, _: bool(run.facts["search"]), SMALL_GPU)],
+    "plan.ladder": [Case(True, lambda run, _: bool(run.facts["ladder"]), SMALL_GPU)],
+    "plan.enforce": [
+        Case(True, refused("plan.enforce = true: the run needs"), {"plan.host_memory_gib": 1e-6})
+    ],
+}
+EFFECTS: dict[str, list[Case]] = (
+    JOB | MODELS | DATA | TRAINING | MEMORY | OPTIMIZER | CHECKPOINT | PLANNED
+)
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------
+
+CASES = [
+    pytest.param(key, case, id=f"{key}-{case.value}"[:70])
+    for key, cases in EFFECTS.items()
+    for case in cases
+]
+
+
+@pytest.mark.parametrize(("key", "case"), CASES)
+def test_effect(key: str, case: Case, observe: Observer) -> None:
+    if key.startswith("lora"):
+        pytest.importorskip("peft")
+    without = {name: value for name, value in (BASE | case.needs).items() if name != key}
+    options = {
+        "ranks": case.ranks,
+        "watch": case.watch,
+        "plans": key.startswith("plan.") and key != "plan.enforce",
+    }
+    run, default = observe(without | {key: case.value}, **options), observe(without, **options)
+    told = f"{run.refused or run.said}\n--- and at the default:\n{default.refused or default.said}"
+    assert case.effect(run, default), f"no effect\n{told}"
+    assert not case.effect(default, default), f"the same at the default\n{told}"
+    if case.same:
+        assert near(losses(run), losses(default)) and near(norms(run), norms(default)), told
+
+
+def test_the_table_has_every_key() -> None:
+    """And of a key with a few values, every one."""
+    assert EFFECTS.keys() == KEYS.keys()
+    for key, field in KEYS.items():
+        if get_origin(field.annotation) is Literal:
+            values = {case.value for case in EFFECTS[key]}
+            assert values == {*get_args(field.annotation)} - {field.default}, key
+
+
+def test_memory_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA a run refuses them. What `Trainer` calls, told where its files go, next to torch's own part."""
+    dumped: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **_: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dumped.append)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    settings = {"profiling.enable_memory_snapshot": True, "profiling.profile_freq": 2}
+    for more in ({}, {"profiling.save_memory_snapshot_folder": "elsewhere"}):
+        (tmp_path / "run.toml").write_text(as_toml(BASE | settings | more))
+        config = load_config(tmp_path / "run.toml")
+        with profiled(config.profiling, tmp_path, 1) as step_is_over:
+            step_is_over(1)
+            step_is_over(2)
+    expected = ["memory_snapshot/step-2/rank0", "elsewhere/step-2/rank0"]
+    assert dumped == [f"{tmp_path}/{folder}_memory_snapshot.pickle" for folder in expected]
