@@ -258,7 +258,7 @@ class Sandbox:
         if not folder.exists():
             folder.mkdir(parents=True)
             for name, first in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
-                skip = 'if [[ $1 == -m && $2 == pip ]]; then exit 0; fi\n' if name == "python" else ""
+                skip = "if [[ $1 == -m && $2 == pip ]]; then exit 0; fi\n" if name == "python" else ""
                 (folder / name).write_text(f'#!/bin/bash\n{skip}exec {shlex.quote(sys.executable)} {first}"$@"\n')
                 (folder / name).chmod(0o755)
         path = os.pathsep.join([str(folder), os.environ["PATH"]])
