@@ -2,7 +2,7 @@
 
     python scripts/bench/alst_published.py                    everything, minutes
     python scripts/bench/alst_published.py --what runs        the three longest sequences and the two step times
-    python scripts/bench/alst_published.py --what ladder      the feature ladder on eight GPUs, itemised
+    python scripts/bench/alst_published.py --what ladder      the feature ladder on eight GPUs, itemised and drawn
 
 Published: arXiv 2506.13996, sections 5.2 and 5.3; the settings of each run: ArcticTraining,
 projects/sequence-parallelism/run-h100-*.yml. In all of them DeepSpeed keeps the optimizer, and with it the fp32 master
@@ -20,12 +20,14 @@ import argparse
 import json
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from common import ROOT
 
 CONFIG = ROOT / "configs" / "llama3_8b.toml"
 OUTPUT = ROOT / "outputs" / "bench" / "alst_published.json"
+PICTURE = ROOT / "docs" / "memory_ladder.png"
 LIKE_ALST = {"memory.parameter_offload": True}
 RUNS: list[tuple[str, dict[str, Any], float | None]] = [
     ("1 GPU, 500K", {"plan.world_size": 1, "training.seq_len": 500_000}, None),
@@ -120,16 +122,40 @@ def ladder() -> list[dict]:
     return found
 
 
+def draw(steps: list[dict], path: Path) -> None:
+    """The longest sequence of each step of the ladder: ALST's, measured, and ours, planned; on a logarithmic axis."""
+    from titan_ulysses.pictures import COLORS, picture
+
+    with picture(path, size=(8, 4.4)) as (_, axes):
+        contenders = {"theirs": "ALST, measured (arXiv 2506.13996)", "ours": "titan_ulysses, planned: simulated"}
+        for number, (key, label) in enumerate(contenders.items()):
+            lengths = [step[key] for step in steps]
+            places = [-place - 0.38 * number for place in range(len(steps))]
+            axes.barh(places, lengths, height=0.36, color=COLORS[(4, 0)[number]], label=label)
+            for place, length in zip(places, lengths, strict=True):
+                axes.text(length, place, f" {length:,}", va="center", fontsize=8)
+        axes.set_yticks([-place - 0.19 for place in range(len(steps))], [step["what"] for step in steps])
+        axes.set_xscale("log")
+        longest = max(step[key] for step in steps for key in contenders)
+        axes.set(xlim=(10_000, longest * 5), xlabel="longest sequence, tokens (logarithmic)")
+        axes.set_title("Llama-3-8B on one node of eight H100-80GB, 1.9 TB of host memory", fontsize=10)
+        axes.legend(loc="upper right", frameon=False, fontsize=9)
+
+
 def main() -> None:
     tables = {"runs": runs, "ladder": ladder}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
+    parser.add_argument("--picture", type=Path, default=PICTURE, help="of the ladder (default: docs/memory_ladder.png)")
     args = parser.parse_args()
     print("planned (simulated), not measured")
     table = {what: tables[what]() for what in args.what}
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text(json.dumps(table, indent=1))
     print(f"written to {OUTPUT.relative_to(ROOT)}")
+    if "ladder" in table:
+        draw(table["ladder"], args.picture)
+        print(f"drawn: {args.picture}")
 
 
 if __name__ == "__main__":
