@@ -343,6 +343,19 @@ def test_the_clock_ends_with_the_step(case):
     assert sorted(plan.clock) == plan.clock
 
 
+def test_the_clock_waits():
+    """What the computation waits for makes the stretch that waits longer; the update is as long as its transfer."""
+    from titan_ulysses.plan.cost import Tick, Time, clock
+
+    ticks = [Tick(1, "forward", "matmul", 10.0), Tick(3, "backward", "matmul", 20.0), Tick(4, "update", "matmul", 10.0)]
+    parts = {"matmul": 4.0, "offloaded optimizer": 5.0}
+    back = Time(parts, {}, {"FSDP": 0.0, "checkpoints back": 6.0})
+    assert clock(ticks, back, rates={"matmul": 10.0}, share=1) == [(1, 1.0), (3, 9.0), (4, 15.0)]
+    both = Time(parts, {}, {"FSDP": 6.0, "checkpoints back": 0.0})
+    assert clock(ticks, both, rates={"matmul": 10.0}, share=0.5) == [(1, 2.0), (3, 6.0), (4, 12.0)]
+    assert back.seconds == 15.0
+
+
 def drawn(plan, path, monkeypatch):
     """The axes of the plan's picture."""
     from titan_ulysses.plan import plots

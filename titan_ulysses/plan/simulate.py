@@ -94,9 +94,7 @@ def simulate(
         model, _ = build_model(config, model_config, mesh, core, wrap=wrap_here)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
-            for name, parameter in model.named_parameters():
-                place = "host" if tracker.parameters_on_host else None
-                tracker.claim([parameter], "parameters", place=place, label=f"parameter {unwrapped(name)}")
+            _tell_model(tracker, model)
             tracker.attribution = Attribution(model, blocks)
             _tell_checkpoints(tracker, model, kept_on_device=store is None)
             optimizer = build_optimizer(
@@ -104,7 +102,6 @@ def simulate(
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _tell_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
-            tracker.claim(list(model.buffers()), "other", label="buffers of the model")
             batches = [_batch(config, mesh, documents) for _ in range(degrees.accumulation_steps)]
             tracker.claim([vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions")
             _make_state(model, optimizer)
@@ -167,6 +164,14 @@ def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> S
         return slab
 
     return CudaStore(make_slab, cuda=torch.cpu) if cuda else Store(make_slab)
+
+
+def _tell_model(tracker: MemoryTracker, model: nn.Module) -> None:
+    """Tell the tracker which tensors are the model's own."""
+    for name, parameter in model.named_parameters():
+        place = "host" if tracker.parameters_on_host else None
+        tracker.claim([parameter], "parameters", place=place, label=f"parameter {unwrapped(name)}")
+    tracker.claim(list(model.buffers()), "other", label="buffers of the model")
 
 
 def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_device: bool) -> None:
