@@ -24,7 +24,7 @@ from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import Evaluation, evaluate, perplexity, position_edges, spread
+from titan_ulysses.evaluation import Evaluation, evaluate, held_out_batches, perplexity, position_edges, spread
 from titan_ulysses.metrics import describe_validation, short
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import parallelize
@@ -88,6 +88,7 @@ def evaluated(cases: list[Case]) -> list[tuple[Evaluation, bool]]:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
         )
+        assert sum(held_out_batches(loader, 2), []) == [0, 3]  # a part of the data is spread over it
         found.append((evaluate(model.train(batch_size == 2), loader, mesh), model.training))
         with pytest.raises(UserError, match=r"none of the tokens of 1 held-out sequence\(s\) is a label"):
             loader.sequences.corpus.trained[: SEQ_LEN + 1] = False

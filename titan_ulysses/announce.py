@@ -57,6 +57,8 @@ def _choices(run: Trainer) -> list[str]:
         lines += [f"memory.{name} changes nothing: the device is the CPU, all is in host memory" for name in on]
     elif memory.parameter_offload and memory.optimizer_offload:
         lines.append("memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it")
+    if run.peak_memory.counts_files:
+        lines.append("peak memory counts the pages of mapped files too: this system does not tell them apart")
     if getattr(run.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
         lines.append(f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing")
     return lines

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 1.0
@@ -59,7 +60,8 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             self._first = number, now
-            self._tell(signal.Signals(number).name)
+            with suppress(OSError):  # nobody is left to tell
+                self._tell(signal.Signals(number).name)
         elif self._first[0] == signal.SIGINT and now - self._first[1] > _PATIENCE:
             if sys.stdout.isatty():
                 os.write(1, b"\x1b[?25h\n")  # a bar has hidden the cursor

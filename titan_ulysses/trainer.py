@@ -130,6 +130,7 @@ class Trainer:
         self._check_plan()
         if trains:
             self._open_folder()  # only now: a refused command must not replace the config of the run that is there
+        self.peak_memory = PeakMemory(self.mesh.device)
         announce.begin(self)
 
     # --- setup --------------------------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ class Trainer:
                 console=self.console,
                 wandb=self._start_wandb(),
             )
-        self.peak_memory, self._first_step = PeakMemory(self.mesh.device), self.step
+        self._first_step = self.step
         try:
             with (
                 self._progress(steps=total, done=self.step) as self.progress,
