@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from titan_ulysses.command_line import parse_command_line
-from titan_ulysses.config_file import dump_toml, load_config
-from titan_ulysses.failure import told_once
+from titan_ulysses.config.cli import parse_command_line
+from titan_ulysses.config.load import dump_toml, load_config
+from titan_ulysses.distributed.failure import told_once
 from titan_ulysses.memory.allocator import expand_segments
 
 EVALUATION = (
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
         return plan_and_report(config)
     expand_segments()
-    from titan_ulysses.trainer import Trainer  # torch and transformers: only now, so that --help is quick
+    from titan_ulysses.train.trainer import Trainer  # torch and transformers: only now, so that --help is quick
 
     if command.evaluate:
         return Trainer(config, trains=False).evaluate()

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from titan_ulysses.config_file import load_config
+from titan_ulysses.config.load import load_config
 from titan_ulysses.data import open_sequences
-from titan_ulysses.evaluation import spread
+from titan_ulysses.train.evaluation import spread
 
 
 @torch.no_grad()

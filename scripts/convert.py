@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from titan_ulysses.begin import base_of
-from titan_ulysses.build import load_model_config
-from titan_ulysses.checkpoint import Checkpointer, cause
-from titan_ulysses.checkpoint_reader import open_checkpoint
-from titan_ulysses.config_file import load_config
+from titan_ulysses.checkpoint import safetensors as weights
+from titan_ulysses.checkpoint.dcp import Checkpointer, cause
+from titan_ulysses.checkpoint.initial import base_of
+from titan_ulysses.checkpoint.reader import open_checkpoint
+from titan_ulysses.config.load import load_config
 from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.model import hf, weights
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model import hf
+from titan_ulysses.setup.build import load_model_config
 
 HELP = """\
 SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with safetensors, config and

@@ -25,17 +25,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from titan_ulysses.config import expand_path
+from titan_ulysses.checkpoint import safetensors as weights
+from titan_ulysses.config.schema import expand_path
+from titan_ulysses.data.adapter import shard
 from titan_ulysses.data.files import find_files, read_text
-from titan_ulysses.data.sharding import shard
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import score
-from titan_ulysses.failure import told_once
-from titan_ulysses.mesh import Mesh, build_mesh, init_distributed
-from titan_ulysses.model import hf, weights
-from titan_ulysses.parallelize import parallelize
-from titan_ulysses.pictures import SHADES, has_matplotlib, picture
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import told_once
+from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
+from titan_ulysses.model import hf
+from titan_ulysses.observability.pictures import SHADES, has_matplotlib, picture
+from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.evaluation import score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import told_once
-from titan_ulysses.pictures import COLORS, has_matplotlib, picture
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import told_once
+from titan_ulysses.observability.pictures import COLORS, has_matplotlib, picture
 
 Lines = list[dict[str, Any]]
 MARKERS = "os^Dv*P"

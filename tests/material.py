@@ -8,7 +8,7 @@ from typing import Any
 
 from ranks import run_on_ranks
 from runs import Settings, train, write_documents
-from titan_ulysses.toml import to_toml
+from titan_ulysses.config.toml import to_toml
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",

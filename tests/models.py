@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from titan_ulysses.config import Optimizer
+from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.memory.optimizer import build_optimizer, plain_pieces
-from titan_ulysses.mesh import Mesh, build_mesh
+from titan_ulysses.distributed.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
-from titan_ulysses.parallelize import parallelize
-from titan_ulysses.step import train_step
+from titan_ulysses.optim.adamw import build_optimizer, plain_pieces
+from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.step import train_step
 
 LLAMA = {
     "model_type": "llama",

@@ -28,8 +28,8 @@ from runs import logged
 
 if TYPE_CHECKING:
     from runs import Settings
-    from titan_ulysses.config import Config
-    from titan_ulysses.trainer import Trainer
+    from titan_ulysses.config.schema import Config
+    from titan_ulysses.train.trainer import Trainer
 
 _MANY_STEPS = 10
 """A run that is to make more steps is sent SIGTERM when it has logged two of them."""
@@ -114,9 +114,9 @@ def see(folder: Path, environment: dict[str, str], *, watch: str = "") -> Seen:
     """
     import torch
 
-    from titan_ulysses.config_file import load_config
-    from titan_ulysses.errors import UserError
-    from titan_ulysses.trainer import Trainer
+    from titan_ulysses.config.load import load_config
+    from titan_ulysses.distributed.errors import UserError
+    from titan_ulysses.train.trainer import Trainer
 
     seen, said = Seen(folder), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
@@ -144,7 +144,7 @@ def see(folder: Path, environment: dict[str, str], *, watch: str = "") -> Seen:
 def see_plan(folder: Path, environment: dict[str, str]) -> Seen:
     """`train.py --plan` of <folder>/run.toml, in this process: it needs one without a process group."""
     import train as train_script
-    from titan_ulysses.errors import UserError
+    from titan_ulysses.distributed.errors import UserError
 
     seen, said = Seen(folder), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):

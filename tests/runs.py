@@ -66,15 +66,15 @@ def write_run(folder: Path, *, documents: int = 20) -> Path:
 
 def train(config: Path, settings: Settings) -> None:
     """One run, on the ranks that call this."""
-    from titan_ulysses.config_file import load_config
-    from titan_ulysses.trainer import Trainer
+    from titan_ulysses.config.load import load_config
+    from titan_ulysses.train.trainer import Trainer
 
     Trainer(load_config(config, settings.items())).train()
 
 
 def refusal(config: Path, settings: Settings) -> str:
     """Why such a run does not start."""
-    from titan_ulysses.errors import UserError
+    from titan_ulysses.distributed.errors import UserError
 
     try:
         train(config, settings)

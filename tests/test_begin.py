@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 from models import mesh_of
 from ranks import run_on_ranks
 from runs import learned, refusal, train, write_run
-from titan_ulysses.begin import describe_beginning
-from titan_ulysses.config_file import load_config
-from titan_ulysses.model import hf, weights
+from titan_ulysses.checkpoint import safetensors as weights
+from titan_ulysses.checkpoint.initial import describe_beginning
+from titan_ulysses.config.load import load_config
+from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.setup.parallelize import parallelize
 
 SETTINGS: dict[str, Any] = {
     "lr_scheduler.warmup_steps": 0,

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from titan_ulysses.config import SourceSettings
+from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.sources import BadRow, Chat, Row, read_record
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 import models
 from models import make_rows
 from ranks import run_on_ranks
-from titan_ulysses.checkpoint import Checkpointer
-from titan_ulysses.errors import UserError
+from titan_ulysses.checkpoint.dcp import Checkpointer
+from titan_ulysses.distributed.errors import UserError
 
 Degrees = tuple[int, int, int]
 MODEL: dict[str, Any] = {

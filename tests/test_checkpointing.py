@@ -27,14 +27,14 @@ from models import (
     train_sharded,
 )
 from ranks import run_on_ranks
-from titan_ulysses.collectives import CollectiveCounter
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.collectives import CollectiveCounter
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.offload import check_room, open_store
-from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.model import hf
-from titan_ulysses.parallelize import parallelize
-from titan_ulysses.step import train_step
+from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.cores import sdpa
 
 LAYERS = 3

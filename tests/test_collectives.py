@@ -7,11 +7,11 @@ import torch
 
 from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
-from titan_ulysses.collectives import CollectiveCounter
-from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.model import hf
-from titan_ulysses.parallelize import parallelize
-from titan_ulysses.step import train_step
+from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.step import train_step
 
 LAYERS, ROWS, TOKENS, ITEM = 2, 2, 24, 4
 

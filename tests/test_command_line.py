@@ -16,8 +16,8 @@ import pytest
 import train as train_script
 from ranks import run_on_ranks
 from runs import Settings, learned, logged, train, write_run
-from titan_ulysses.config_file import load_config
-from titan_ulysses.errors import UserError
+from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SP2: Settings = {"parallelism.sequence_parallel_degree": 2}
@@ -450,7 +450,7 @@ def test_one_process_says_what_is_wrong_and_no_more(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_outside_the_loop() -> None:
-    program = "from titan_ulysses.failure import told_once\nwith told_once(): raise KeyboardInterrupt"
+    program = "from titan_ulysses.distributed.failure import told_once\nwith told_once(): raise KeyboardInterrupt"
     assert python("-c", program) == (130, "", "Interrupted.\n")
 
 
@@ -490,9 +490,9 @@ rank = int(os.environ["RANK"])
 if rank == 1 and how == "killed at the start":
     os.kill(os.getpid(), signal.SIGKILL)
 
-from titan_ulysses import trainer
-from titan_ulysses.config_file import load_config
-from titan_ulysses.failure import told_once
+from titan_ulysses.train import trainer
+from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.failure import told_once
 
 train_step = trainer.train_step
 steps = 0

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from models import LLAMA, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
 from runs import Settings, logged, train, write_run
-from titan_ulysses.config import Optimizer
-from titan_ulysses.memory.optimizer import build_optimizer
+from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.model import hf
-from titan_ulysses.parallelize import compile_blocks, find_blocks, parallelize
-from titan_ulysses.step import train_step
+from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.setup.parallelize import compile_blocks, find_blocks, parallelize
+from titan_ulysses.train.step import train_step
 
 # nn.LayerNorm is a class of torch's own, where Dynamo looks into none.
 GPT2 = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 128}

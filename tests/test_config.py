@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from titan_ulysses.checks import MeshDegrees, check
-from titan_ulysses.command_line import parse_command_line, usage
-from titan_ulysses.config import KEYS, SECTIONS, Config
-from titan_ulysses.config_file import dump_toml, load_config
-from titan_ulysses.errors import UserError
+from titan_ulysses.config.cli import parse_command_line, usage
+from titan_ulysses.config.load import dump_toml, load_config
+from titan_ulysses.config.schema import KEYS, SECTIONS, Config
+from titan_ulysses.config.validate import MeshDegrees, check
+from titan_ulysses.distributed.errors import UserError
 
 MODEL = {"model": {"config": {"model_type": "llama"}}}
 
@@ -57,7 +57,7 @@ def test_every_number_is_bounded(toml: Path, number: str) -> None:
 
 
 def test_the_import_is_light() -> None:
-    code = "import sys, titan_ulysses.config; print(*({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    code = "import sys, titan_ulysses.config.schema; print(*({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 

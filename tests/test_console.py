@@ -23,7 +23,7 @@ from rich.console import Console
 
 from ranks import run_on_ranks
 from runs import Settings, train, write_run
-from titan_ulysses import progress
+from titan_ulysses.observability import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -31,8 +31,8 @@ import sys, time
 from pathlib import Path
 import torch
 from rich.console import Console
-from titan_ulysses import progress
-from titan_ulysses.metrics import MetricsLogger
+from titan_ulysses.observability import progress
+from titan_ulysses.observability.metrics import MetricsLogger
 
 progress._SLOW = 0.3
 ranges = [(first, 5.0, 9) for first in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
@@ -202,7 +202,7 @@ def test_time_left_at_any_length_of_a_step(monkeypatch: pytest.MonkeyPatch) -> N
 
 def parts_of_a_run(config: Path, settings: Settings) -> list[tuple[str, int, int]]:
     """(part, work that was done, work that was expected) of a run on what it takes for a terminal; [] on rank 1."""
-    from titan_ulysses import trainer
+    from titan_ulysses.train import trainer
 
     found = []
 
@@ -245,7 +245,7 @@ def test_work_within_a_step_and_a_validation(case: str, tmp_path: Path) -> None:
 
 BUSY = """
 import hashlib, sys, time
-from titan_ulysses.signals import StopSignals
+from titan_ulysses.train.signals import StopSignals
 
 with StopSignals(lambda name: print(name, time.monotonic(), flush=True)) as signals:
     print("go", flush=True)

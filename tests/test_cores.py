@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.ulysses import cores
 from titan_ulysses.ulysses.cores import blockwise, choose_core, flash, flex, sdpa
 

@@ -10,10 +10,10 @@ import pytest
 
 from ranks import run_on_ranks
 from runs import Settings, train, write_run
-from titan_ulysses import trainer
-from titan_ulysses.config import Config
-from titan_ulysses.errors import UserError
-from titan_ulysses.plan.disk import DiskNeeds, disk_needs
+from titan_ulysses.checkpoint.disk import DiskNeeds, disk_needs
+from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.train import trainer
 
 SETTINGS: Settings = {
     "parallelism.sequence_parallel_degree": 2,

@@ -31,9 +31,9 @@ import train as train_script
 from models import LLAMA, make_rows, mesh_of
 from ranks import run_on_ranks
 from titan_ulysses import parallelize, shard
-from titan_ulysses.config import KEYS, SECTIONS
+from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

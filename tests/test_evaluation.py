@@ -23,11 +23,11 @@ from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.evaluation import Evaluation, evaluate, held_out_batches, perplexity, position_edges, spread
-from titan_ulysses.metrics import describe_validation, short
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.observability.metrics import describe_validation, short
+from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches, perplexity, position_edges, spread
 
 SEQ_LEN, SEQUENCES = 24, 7  # neither batches of 2 or 3 nor two data-parallel ranks divide them
 Case = tuple[tuple[int, int, int], int]

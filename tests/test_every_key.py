@@ -35,9 +35,9 @@ from observed import (
     tokens,
 )
 from runs import Settings
-from titan_ulysses.config import KEYS
-from titan_ulysses.config_file import load_config
-from titan_ulysses.profiling import profiled
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.schema import KEYS
+from titan_ulysses.observability.profiling import profiled
 
 EMBEDDING, SILU = "model.embed_tokens.weight", "aten::silu"
 

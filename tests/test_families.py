@@ -27,10 +27,10 @@ from models import (
     train_sharded,
 )
 from ranks import run_on_ranks
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.ulysses.cores import choose_core
 
 # Where unmodified code leaves fp64, so that parity with it as it is holds to 1e-6. With those steps kept in fp64, on

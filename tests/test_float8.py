@@ -16,12 +16,13 @@ from torch import nn
 import models
 from models import make_rows
 from ranks import run_on_ranks
-from titan_ulysses.config import Optimizer
+from titan_ulysses.checkpoint import safetensors as weights
+from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.memory.quantize import check_float8, use_float8
-from titan_ulysses.model import hf, weights
-from titan_ulysses.parallelize import find_blocks
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model import hf
+from titan_ulysses.model.float8 import check_float8, use_float8
+from titan_ulysses.setup.parallelize import find_blocks
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",

@@ -12,7 +12,7 @@ from torch import nn
 import models
 from models import LLAMA, STARCODER2, Record, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory import loss
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import fingerprint, freeze, narrow_frozen

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from models import LLAMA, Run, local_batch, make_rows
 from ranks import run_on_ranks
-from titan_ulysses.errors import UserError
-from titan_ulysses.step import clip_gradients
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.train.step import clip_gradients
 
 ROWS = [make_rows([(10, 14), (24,)], masked="uneven", vocab_size=61, seed=seed) for seed in range(4)]
 SP2 = (1, 1, 2)

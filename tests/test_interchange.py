@@ -24,11 +24,12 @@ from families import FAMILIES, SMALL, model_of
 from models import LLAMA, STARCODER2, mesh_of
 from ranks import run_on_ranks
 from runs import learned, train, write_run
+from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.model import hf, weights
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
-from titan_ulysses.parallelize import find_blocks, parallelize, shard_blocks, shard_root
+from titan_ulysses.setup.parallelize import find_blocks, parallelize, shard_blocks, shard_root
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from convert import ReadWhenWritten  # noqa: E402

@@ -31,12 +31,12 @@ from models import (
 )
 from ranks import RankFailure, run_on_ranks
 from titan_ulysses import build_mesh, parallelize, score, shard, whole_sequences
-from titan_ulysses.data.sharding import read_rows
-from titan_ulysses.errors import UserError
-from titan_ulysses.memory.optimizer import build_optimizer
-from titan_ulysses.mesh import Mesh
+from titan_ulysses.data.adapter import read_rows
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.model import hf
-from titan_ulysses.step import clip_gradients, train_step
+from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.train.step import clip_gradients, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
@@ -557,7 +557,7 @@ def test_accumulate() -> None:
 
 def load_differently(what: str, degrees: tuple[int, int, int]) -> str:
     """The message that this rank gets; rank 1 loads something else than rank 0, from the first step on or later."""
-    from titan_ulysses.data import sharding
+    from titan_ulysses.data import adapter as sharding
 
     sharding._CHECK_EVERY = 2
     rank, mesh = torch.distributed.get_rank(), mesh_of(*degrees)
@@ -640,9 +640,9 @@ def test_degrees_that_are_not_the_number_of_ranks() -> None:
 def test_the_public_names_are_the_functions_whatever_was_imported_first() -> None:
     code = (
         "import sys, titan_ulysses; assert 'torch' not in sys.modules\n"
-        "from titan_ulysses.parallelize import parallelize as inner\n"
+        "from titan_ulysses.setup.parallelize import parallelize as inner\n"
         "from titan_ulysses import *\n"
-        "assert parallelize is inner is titan_ulysses.parallelize and callable(shard) and callable(build_mesh)\n"
+        "assert parallelize is inner is titan_ulysses.setup.parallelize and callable(shard) and callable(build_mesh)\n"
         "assert build_mesh().sp.size() == 1\n"  # which joins a process group of one
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

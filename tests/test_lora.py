@@ -28,14 +28,14 @@ from ranks import run_on_ranks
 from runs import learned, refusal, train, write_run
 from test_float8 import emulate_float8
 from test_plan import plan_of
-from titan_ulysses.config import LoRA, Optimizer
-from titan_ulysses.config_file import load_config
-from titan_ulysses.errors import UserError
-from titan_ulysses.memory.optimizer import is_quantized
-from titan_ulysses.metrics import describe_parameters, flops_per_token
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.schema import LoRA, Optimizer
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import add_adapters, check_lora, initialize_adapters
 from titan_ulysses.model.names import is_adapter
+from titan_ulysses.observability.metrics import describe_parameters, flops_per_token
+from titan_ulysses.optim.adamw import is_quantized
 
 SETTINGS = LoRA(rank=3, alpha=6)
 STEPS = [

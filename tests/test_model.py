@@ -21,12 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from models import mesh_of
 from ranks import run_on_ranks
+from titan_ulysses.checkpoint import folder as folder_of_files
+from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.model import folder as folder_of_files
-from titan_ulysses.model import hf, weights
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model import hf
 from titan_ulysses.model.families import check_family
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.setup.parallelize import parallelize
 
 SMALL = {
     "vocab_size": 64,

@@ -21,12 +21,12 @@ from models import make_rows
 from ranks import run_on_ranks
 from runs import write_run
 from test_checkpoint import RUN_STATE, error_of
-from titan_ulysses.ao import import_torchao
-from titan_ulysses.checkpoint import Checkpointer
-from titan_ulysses.checks import check
-from titan_ulysses.config import Config, Optimizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.memory.optimizer import (
+from titan_ulysses.checkpoint.dcp import Checkpointer
+from titan_ulysses.config.schema import Config, Optimizer
+from titan_ulysses.config.validate import check
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model.torchao import import_torchao
+from titan_ulysses.optim.adamw import (
     ShardwiseAdamW,
     build_optimizer,
     check_optimizer,
@@ -34,7 +34,7 @@ from titan_ulysses.memory.optimizer import (
     describe_state,
     state_bytes,
 )
-from titan_ulysses.step import clip_gradients
+from titan_ulysses.train.step import clip_gradients
 
 Degrees = tuple[int, int, int]
 # On one rank all matrices are large enough to be quantized; on two those of the attention are not, the others are.

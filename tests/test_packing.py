@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from titan_ulysses.config import SourceSettings
+from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.datasets import DatasetRows
 from titan_ulysses.data.encoding import Encoded, Encoder
@@ -22,7 +22,7 @@ from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
 from titan_ulysses.data.packing import IGNORE_INDEX, PackedSequences, PaddedSequences, Sequences, fit
 from titan_ulysses.data.stream import StreamedSequences
 from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 document_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)

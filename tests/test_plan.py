@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from models import LLAMA
 from ranks import run_on_ranks
-from titan_ulysses.config import Config
-from titan_ulysses.errors import UserError
-from titan_ulysses.pictures import picture
+from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.observability.pictures import picture
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -487,7 +487,7 @@ def test_preflight(monkeypatch):
 @pytest.mark.parametrize("world_size", [8, 1024])
 def test_a_large_model_takes_a_minute(world_size, capsys):
     """The time is printed, not asserted: it is the machine's."""
-    from titan_ulysses.config_file import load_config
+    from titan_ulysses.config.load import load_config
     from titan_ulysses.plan.planner import make_plan, set_up
 
     started = time.perf_counter()

@@ -9,10 +9,10 @@ import pytest
 
 from ranks import run_on_ranks
 from runs import Settings, learned, logged, train, write_run
-from titan_ulysses.checks import check
-from titan_ulysses.config import Config, Profiling
-from titan_ulysses.errors import UserError
-from titan_ulysses.profiling import check_profiling
+from titan_ulysses.config.schema import Config, Profiling
+from titan_ulysses.config.validate import check
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.observability.profiling import check_profiling
 
 SETTINGS: Settings = {"parallelism.sequence_parallel_degree": 2, "lr_scheduler.decay_type": "constant"}
 PROFILED: Settings = {

@@ -16,11 +16,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from families import LATENT, WIDTHS
 from models import mesh_of
 from ranks import run_on_ranks
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
-from titan_ulysses.model.proof import shrink
-from titan_ulysses.parallelize import parallelize
+from titan_ulysses.model.verification import shrink
+from titan_ulysses.setup.parallelize import parallelize
 
 
 class _ShiftingMLP(LlamaMLP):

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from models import LLAMA, STARCODER2, kept_in_fp64, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.rope_scaling import scale_rope

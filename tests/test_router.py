@@ -31,8 +31,8 @@ from models import (
 )
 from ranks import RankFailure, run_on_ranks
 from titan_ulysses import parallelize, shard
-from titan_ulysses.collectives import CollectiveCounter
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.collectives import CollectiveCounter
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import check_family
 

@@ -27,7 +27,7 @@ import plot  # noqa: E402
 from models import LLAMA  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
-from titan_ulysses.errors import UserError  # noqa: E402
+from titan_ulysses.distributed.errors import UserError  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from titan_ulysses.config import Config, SourceSettings
+from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data import cache, open_sequences
 from titan_ulysses.data.cache import read_corpus
 from titan_ulysses.data.corpus import Corpus, Tally
@@ -31,7 +31,7 @@ from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows
 from titan_ulysses.data.packing import IGNORE_INDEX, Sequences
 from titan_ulysses.data.sources import BadRow, Completion, Row, open_rows
 from titan_ulysses.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 TOKENIZER = load_tokenizer("bytes")
 RECORDS = [{"text": text, "n": i} for i, text in enumerate(["one", "zwei ä", "三\n", "four\u2028still four"])]
@@ -368,7 +368,7 @@ def test_a_cache_folder_that_cannot_be(source: SourceSettings, counted: Counter,
 
 READER = """
 import sys
-from titan_ulysses.config import SourceSettings
+from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data import cache
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.tokenizer import load_tokenizer

@@ -24,17 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
 from runs import SEQ_LEN, Settings, learned, logged, refusal, train, write_documents, write_run
-from titan_ulysses.config import Config
-from titan_ulysses.config_file import load_config
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.schema import Config
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
-from titan_ulysses.memory.optimizer import build_optimizer
-from titan_ulysses.metrics import PeakMemory, attention_flops, flops_per_token
 from titan_ulysses.model import hf
-from titan_ulysses.parallelize import parallelize
-from titan_ulysses.step import clip_gradients, gradient_norm, learning_rate, train_step
-from titan_ulysses.trainer import Trainer
+from titan_ulysses.observability.metrics import PeakMemory, attention_flops, flops_per_token
+from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.step import clip_gradients, gradient_norm, learning_rate, train_step
+from titan_ulysses.train.trainer import Trainer
 
 MESHES = {  # dp_replicate, dp_shard, sp
     "one": (1, 1, 1),

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ranks import run_on_ranks
 from runs import Settings, refusal, train, write_run
-from titan_ulysses.checkpoint_reader import open_checkpoint
+from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))

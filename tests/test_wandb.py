@@ -15,8 +15,8 @@ import pytest
 
 from ranks import run_on_ranks
 from runs import Settings, learned, logged, train, write_run
-from titan_ulysses import wandb_run
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.observability import wandb as wandb_run
 
 SETTINGS: Settings = {
     "parallelism.sequence_parallel_degree": 2,

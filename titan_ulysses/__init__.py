@@ -1,4 +1,4 @@
-"""titan_ulysses: train unmodified Hugging Face causal LMs on very long sequences, with nothing but PyTorch.
+"""titan_ulysses: train unmodified Hugging Face causal LMs on very long sequences, PyTorch-native and without DeepSpeed.
 
 A training loop of one's own needs these names, and no trainer and no config file:
 
@@ -18,18 +18,16 @@ A training loop of one's own needs these names, and no trainer and no config fil
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from titan_ulysses.data.sharding import shard
-    from titan_ulysses.errors import UserError
-    from titan_ulysses.evaluation import score, whole_sequences
-    from titan_ulysses.mesh import build_mesh
-    from titan_ulysses.parallelize import parallelize
-    from titan_ulysses.saving import load_checkpoint, save_checkpoint, save_pretrained
+    from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, save_pretrained
+    from titan_ulysses.data.adapter import shard
+    from titan_ulysses.distributed.errors import UserError
+    from titan_ulysses.distributed.mesh import build_mesh
+    from titan_ulysses.setup.parallelize import parallelize
+    from titan_ulysses.train.evaluation import score, whole_sequences
 
 __all__ = [
     "UserError",
@@ -44,15 +42,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "UserError": "errors",
-    "build_mesh": "mesh",
-    "load_checkpoint": "saving",
-    "parallelize": "parallelize",
-    "save_checkpoint": "saving",
-    "save_pretrained": "saving",
-    "score": "evaluation",
-    "shard": "data.sharding",
-    "whole_sequences": "evaluation",
+    "UserError": "distributed.errors",
+    "build_mesh": "distributed.mesh",
+    "load_checkpoint": "checkpoint.saving",
+    "parallelize": "setup.parallelize",
+    "save_checkpoint": "checkpoint.saving",
+    "save_pretrained": "checkpoint.saving",
+    "score": "train.evaluation",
+    "shard": "data.adapter",
+    "whole_sequences": "train.evaluation",
 }
 
 
@@ -61,13 +59,3 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-class _Package(ModuleType):
-    """Python binds a submodule to its package once it is imported: for `parallelize` it is to be the function."""
-
-    def __setattr__(self, name: str, value) -> None:
-        super().__setattr__(name, getattr(value, name) if name in _HOMES and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -55,7 +55,7 @@ CLOSE = 0.05
 
 
 def plan_of(settings: dict[str, Any]) -> Any:
-    from titan_ulysses.config_file import load_config
+    from titan_ulysses.config.load import load_config
     from titan_ulysses.plan.planner import make_plan, set_up
 
     changes = LIKE_ALST | settings
@@ -92,7 +92,7 @@ def runs() -> list[dict]:
 
 def ladder() -> list[dict]:
     """Step by step: ALST's length, ours, and what is between them."""
-    from titan_ulysses.config_file import load_config
+    from titan_ulysses.config.load import load_config
     from titan_ulysses.plan import search
     from titan_ulysses.plan.hardware import GIB
     from titan_ulysses.plan.planner import set_up
@@ -124,7 +124,7 @@ def ladder() -> list[dict]:
 
 def draw(steps: list[dict], path: Path) -> None:
     """The longest sequence of each step of the ladder: ALST's, measured, and ours, planned; on a logarithmic axis."""
-    from titan_ulysses.pictures import COLORS, picture
+    from titan_ulysses.observability.pictures import COLORS, picture
 
     with picture(path, size=(8, 4.4)) as (_, axes):
         contenders = {"theirs": "ALST, measured (arXiv 2506.13996)", "ours": "titan_ulysses, planned: simulated"}

@@ -54,12 +54,13 @@ def training_step(
     import torch
     import torch.distributed as dist
 
-    from titan_ulysses.config import Optimizer
-    from titan_ulysses.memory.optimizer import build_optimizer
-    from titan_ulysses.mesh import build_mesh, init_distributed
-    from titan_ulysses.model import hf, weights
-    from titan_ulysses.parallelize import parallelize
-    from titan_ulysses.step import train_step
+    from titan_ulysses.checkpoint import safetensors as weights
+    from titan_ulysses.config.schema import Optimizer
+    from titan_ulysses.distributed.mesh import build_mesh, init_distributed
+    from titan_ulysses.model import hf
+    from titan_ulysses.optim.adamw import build_optimizer
+    from titan_ulysses.setup.parallelize import parallelize
+    from titan_ulysses.train.step import train_step
 
     init_distributed()
     mesh = build_mesh(sequence=degree or dist.get_world_size())

@@ -167,8 +167,8 @@ def resolve(case: Case) -> tuple[Any, Any, Any, Any]:
     """The config, the transformers config, the mesh's degrees and the core of a case."""
     import torch
 
-    from titan_ulysses.checks import check
-    from titan_ulysses.config import Config
+    from titan_ulysses.config.schema import Config
+    from titan_ulysses.config.validate import check
     from titan_ulysses.model import hf
     from titan_ulysses.model.families import attention_needs
     from titan_ulysses.ulysses.cores import choose_core
@@ -216,14 +216,14 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     """Train on this rank, with random tokens; before(step) is called before each step. Returns the collectives."""
     import torch
 
-    from titan_ulysses.build import build_model
-    from titan_ulysses.collectives import CollectiveCounter
     from titan_ulysses.data.loader import Batch
-    from titan_ulysses.memory.optimizer import build_optimizer
-    from titan_ulysses.mesh import build_mesh
+    from titan_ulysses.distributed.collectives import CollectiveCounter
+    from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.model import hf
     from titan_ulysses.model.lora import initialize_adapters
-    from titan_ulysses.step import train_step
+    from titan_ulysses.optim.adamw import build_optimizer
+    from titan_ulysses.setup.build import build_model
+    from titan_ulysses.train.step import train_step
 
     config, model_config, degrees, core = resolve(case)
     mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
@@ -252,7 +252,7 @@ def profiled(case: Case) -> dict | None:
     """On every rank: what the allocator says of a run of two steps. Rank 0's is returned."""
     import torch.distributed as dist
 
-    from titan_ulysses.mesh import init_distributed
+    from titan_ulysses.distributed.mesh import init_distributed
 
     init_distributed()
     measured = measure(case)
@@ -322,7 +322,7 @@ def resident(case: Case) -> dict | None:
     """On every rank: how far the resident set rises above what the process takes before; rank 0 prints its own."""
     import torch.distributed as dist
 
-    from titan_ulysses.mesh import init_distributed
+    from titan_ulysses.distributed.mesh import init_distributed
 
     init_distributed()
     tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512, "head_dim": 8}

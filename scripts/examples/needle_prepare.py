@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval_needle import ANSWER, NEEDLE, QUESTION, draw_codes, draw_key
 
-from titan_ulysses.config import expand_path
+from titan_ulysses.config.schema import expand_path
 from titan_ulysses.data.files import find_files
 
 LINES = {128: 40_000, 512: 4_000}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from titan_ulysses.config import Config, SourceSettings
+    from titan_ulysses.config.schema import Config, SourceSettings
     from titan_ulysses.data.corpus import Corpus
     from titan_ulysses.data.packing import Sequences
 

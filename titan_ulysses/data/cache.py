@@ -21,11 +21,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from titan_ulysses.config import SourceSettings
+from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus, Tally
 from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows, size_of
 from titan_ulysses.data.sources import BadRow, Row, Rows, open_rows
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 SMALL_CHARACTERS = 2**23
 """Up to here tokenizing again is quicker than starting workers, and a corpus in memory costs nothing."""

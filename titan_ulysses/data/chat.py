@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from titan_ulysses.data.sources import HALF_A_CHARACTER, Chat, RefusedRow, has_surrogate
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import one_line
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

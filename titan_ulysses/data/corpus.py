@@ -9,7 +9,7 @@ import numpy as np
 
 from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.sources import BadRow
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from titan_ulysses.config import SourceSettings
+from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.sources import BadRow, Row, Rows, field_names, read_record
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import one_line
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 
 _SHUFFLE_ROWS = 1000
 

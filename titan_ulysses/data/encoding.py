@@ -19,7 +19,7 @@ import numpy as np
 from titan_ulysses.data.chat import check_chat_template, encode_chat
 from titan_ulysses.data.sources import HALF_A_CHARACTER, BadRow, Chat, Completion, RefusedRow, Row, has_surrogate
 from titan_ulysses.data.tokenizer import encode, num_token_ids
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from glob import glob
 from hashlib import blake2b
 from pathlib import Path
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 RAW_BYTES = "bytes"
 # Installed packages and caches differ from machine to machine; ranks must all see the same documents.

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from titan_ulysses.data.corpus import Corpus
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 IGNORE_INDEX = -100
 PADDING_ID = 0

@@ -13,10 +13,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_ulysses.config import SourceSettings
+from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.files import check_codec, digest, find_files, read_text
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import one_line
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 
 TEXT_EXTENSIONS = [".txt"]
 RECORD_EXTENSIONS = [f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst")] + [".parquet"]

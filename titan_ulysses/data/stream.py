@@ -10,7 +10,7 @@ from titan_ulysses.data.corpus import Tally
 from titan_ulysses.data.datasets import DatasetRows
 from titan_ulysses.data.encoding import Encoded, Encoder
 from titan_ulysses.data.packing import Sequence, Sequences, cut, join
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 
 class StreamedSequences(Sequences):

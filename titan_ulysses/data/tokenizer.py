@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

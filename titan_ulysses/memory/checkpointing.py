@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.offload import Store
 
 

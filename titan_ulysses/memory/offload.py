@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 Offload = Literal["none", "host", "disk"]
 

@@ -1,6 +1,6 @@
 """Unmodified transformers models: built on meta, sharded, then filled; exported as transformers opens them."""
 
-from titan_ulysses.ao import quietly
+from titan_ulysses.model.torchao import quietly
 
 with quietly():
     import transformers.modeling_utils  # noqa: F401  imports torchao wherever it is installed

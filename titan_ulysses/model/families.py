@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import one_line
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.model.router import unknown_router_loss
 
 CHECKED_FAMILIES = {

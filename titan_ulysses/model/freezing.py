@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.config.toml import to_toml
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.names import matching, plain
-from titan_ulysses.toml import to_toml
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import one_line
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.model.names import is_adapter, plain
 from titan_ulysses.model.remote_code import check_model_code
 

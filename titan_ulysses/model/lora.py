@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from titan_ulysses.ao import quietly
-from titan_ulysses.config import LoRA
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import one_line
+from titan_ulysses.config.schema import LoRA
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.model import hf
 from titan_ulysses.model.names import matching, plain
+from titan_ulysses.model.torchao import quietly
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedModel

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from titan_ulysses.errors import UserError
-from titan_ulysses.toml import to_toml
+from titan_ulysses.config.toml import to_toml
+from titan_ulysses.distributed.errors import UserError
 
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
 _ADAPTED = re.compile(r"\.base_layer(?=\.|$)")

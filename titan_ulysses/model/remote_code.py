@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 _MODELS = {"AutoModel": MODEL_MAPPING, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING}
 

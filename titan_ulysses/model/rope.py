@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 Documents = tuple[tuple[int, ...], ...]
 LENGTH_DEPENDENT = {"dynamic", "longrope"}

@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from titan_ulysses.errors import UserError
-from titan_ulysses.failure import one_line
-from titan_ulysses.toml import show
+from titan_ulysses.config.toml import show
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 
 _ORIGINAL = "original_max_position_embeddings"
 # Needed and possible keys of each type; rope_theta is possible everywhere.

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 _LOSS_FUNCTION = "load_balancing_loss_func"
 _LOSS_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]

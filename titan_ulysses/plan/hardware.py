@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 GIB = 2**30
 

@@ -11,17 +11,17 @@ from math import inf
 import torch
 from transformers import PreTrainedConfig
 
-from titan_ulysses.build import load_model_config
-from titan_ulysses.checks import MeshDegrees, check
-from titan_ulysses.config import Config
-from titan_ulysses.errors import UserError
-from titan_ulysses.metrics import attention_flops, flops_per_token
+from titan_ulysses.config.schema import Config
+from titan_ulysses.config.validate import MeshDegrees, check
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.observability.metrics import attention_flops, flops_per_token
 from titan_ulysses.plan.cost import Links, Offloaded, Time, clock, kernel_rates, step_time
 from titan_ulysses.plan.hardware import GIB, GPU, Reserve, gpu_named, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
 from titan_ulysses.plan.standin import Standin
+from titan_ulysses.setup.build import load_model_config
 from titan_ulysses.ulysses.cores import Core, choose_core
 from titan_ulysses.ulysses.heads import idle_ranks
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import colormaps
 
-from titan_ulysses.pictures import COLORS, picture
+from titan_ulysses.observability.pictures import COLORS, picture
 from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import Found

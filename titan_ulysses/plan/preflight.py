@@ -16,7 +16,7 @@ import sys
 import threading
 from typing import Any
 
-from titan_ulysses.config import Config
+from titan_ulysses.config.schema import Config
 from titan_ulysses.memory.offload import available_host_memory
 from titan_ulysses.plan.words import component_name, size_text, time_text
 
@@ -180,13 +180,13 @@ def main() -> None:
     """Read a request from the standard input, print the plan as a line of JSON."""
     import torch
 
-    from titan_ulysses.build import load_model_config
-    from titan_ulysses.checks import check
+    from titan_ulysses.config.validate import check
     from titan_ulysses.model.families import attention_needs
     from titan_ulysses.plan.hardware import GPUS
     from titan_ulysses.plan.planner import Setup, make_plan
     from titan_ulysses.plan.report import as_json
     from titan_ulysses.plan.simulate import simulate
+    from titan_ulysses.setup.build import load_model_config
     from titan_ulysses.ulysses.cores import choose_core
 
     request = json.loads(sys.stdin.readline())

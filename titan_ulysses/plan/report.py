@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from titan_ulysses.config import Config
-from titan_ulysses.pictures import has_matplotlib
+from titan_ulysses.config.schema import Config
+from titan_ulysses.config.toml import show
+from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.plan.hardware import GIB
 from titan_ulysses.plan.planner import Plan, Setup, check_idle, make_plan, set_up
 from titan_ulysses.plan.search import Found, estimate, is_open, ladder, search, with_settings
 from titan_ulysses.plan.words import component_name, kernel_name, moment_name, size_text, tensor_name, time_text
-from titan_ulysses.toml import show
 
 _LARGEST = 6
 """Tensors of the peak that are listed."""

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
 
-from titan_ulysses.checks import MeshDegrees
-from titan_ulysses.config import Config
-from titan_ulysses.errors import UserError
+from titan_ulysses.config.schema import Config
+from titan_ulysses.config.validate import MeshDegrees
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 
 _UNIT = 256

@@ -20,26 +20,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.build import build_model
-from titan_ulysses.checks import MeshDegrees
-from titan_ulysses.collectives import CollectiveCounter
-from titan_ulysses.config import Config
+from titan_ulysses.config.schema import Config
+from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Batch
+from titan_ulysses.distributed.collectives import CollectiveCounter
+from titan_ulysses.distributed.mesh import Mesh, build_mesh
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, Offload, Store
-from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.memory.tiling import visiting
-from titan_ulysses.mesh import Mesh, build_mesh
 from titan_ulysses.model import hf
-from titan_ulysses.model.names import unwrapped
-from titan_ulysses.parallelize import find_blocks, precision, wrap
+from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter, Tick
 from titan_ulysses.plan.hardware import cpu_workspace, cuda_workspace
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.words import group_name
-from titan_ulysses.step import train_step
+from titan_ulysses.setup.build import build_model
+from titan_ulysses.setup.parallelize import find_blocks, precision, wrap
+from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.cores import Core, Documents
 
 
@@ -170,7 +169,7 @@ def _tell_model(tracker: MemoryTracker, model: nn.Module) -> None:
     """Tell the tracker which tensors are the model's own."""
     for name, parameter in model.named_parameters():
         place = "host" if tracker.parameters_on_host else None
-        tracker.claim([parameter], "parameters", place=place, label=f"parameter {unwrapped(name)}")
+        tracker.claim([parameter], "parameters", place=place, label=f"parameter {name}")
     tracker.claim(list(model.buffers()), "other", label="buffers of the model")
 
 
@@ -201,7 +200,7 @@ def _tell_optimizer(
     """Tell the tracker what gradients and what the optimizer's state are, once they are complete."""
     tracker.attribution.watch(optimizer)
 
-    names = {parameter: unwrapped(name) for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
     layers = {parameter: layer for layer, block in enumerate(blocks) for parameter in block.parameters()}
     moments = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
 

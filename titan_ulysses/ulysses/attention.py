@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.ulysses.cores import Core, Documents
 from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads

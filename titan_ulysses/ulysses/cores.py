@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from titan_ulysses.errors import UserError
+from titan_ulysses.distributed.errors import UserError
 
 Core = Callable[..., Tensor]
 Documents = tuple[tuple[int, ...], ...]

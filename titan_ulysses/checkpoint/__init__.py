@@ -1,0 +1,1 @@
+"""Weights on disk: DCP checkpoints, safetensors in and out, initial weights, room on disk."""

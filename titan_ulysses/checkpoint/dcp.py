@@ -1,0 +1,281 @@
+"""Checkpoints through DCP: saved by all ranks, readable on any mesh, published whole or not at all.
+
+`checkpoints/step-N/` holds DCP's files (model and optimizer, by parameter name) and `run.json` (the rest: step, data
+position, what model it is). It is written as `.step-N.partial` and renamed when complete, so a checkpoint that is
+there is good, whatever happened while another was being written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+from titan_ulysses.checkpoint.reader import CheckpointReader, open_checkpoint
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.model.freezing import fingerprint
+from titan_ulysses.model.names import is_adapter, plain
+from titan_ulysses.optim.adamw import state_format, unaligned_blocks
+
+_RUN_FILE = "run.json"
+
+
+class Checkpointer:
+    """Save and load model, optimizer and a JSON-able state in `folder`, keeping the last `keep` (0: all)."""
+
+    # In messages: what names the folder, what gives a run another one, and what moves it to another disk.
+    setting, other, place = "checkpoint.folder", "another job.name", "job.dump_folder"
+
+    def __init__(self, folder: Path, *, keep: int):
+        self.folder, self.keep = folder, keep
+        self.where = f"{self.setting} = {folder}"
+
+    def latest(self) -> int | None:
+        """The last complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Collective. Writes step-<step>, then removes what is older than the last `keep`. UserError if it cannot."""
+        final = self.folder / f"step-{step}"
+        partial = self.folder / f".step-{step}.partial"
+        if final.exists():
+            return
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        tensors = _tensors(model, optimizer)
+        kind = {
+            "parameters": _shapes(model),
+            "frozen": fingerprint(model),
+            "optimizer": state_format(optimizer),
+        }
+        failure = None
+        try:
+            dcp.save(tensors, checkpoint_id=partial)  # what one rank meets here is raised on all
+            if dist.get_rank() == 0:
+                self.publish(partial, final, {**state, **kind})
+        except (CheckpointException, OSError) as error:
+            failure = cause(error)
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+        if reason := first_failure(failure):  # rank 0 alone publishes, and the others wait
+            kept = self.latest()
+            raise UserError(
+                f"{self.where}: saving step {step} failed ({reason}). "
+                + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
+                + f"free space or change {self.place}, and run the same command again to go on."
+            )
+
+    def publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        """Make the folder `partial`, which DCP has written, the checkpoint `final`, and remove what is too old."""
+        # The sizes tell a damaged file from a whole one before any tensor is read.
+        state["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        with open(partial / _RUN_FILE, "w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(final)
+        steps = sorted(self.steps())
+        for old in steps[: -self.keep] if self.keep else []:
+            shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+
+    def read_state(self, step: int) -> dict[str, Any]:
+        """The JSON state saved with step, after checking that its files are all there. UserError if damaged."""
+        try:
+            return _read_run_file(self.folder / f"step-{step}")
+        except ValueError as error:
+            raise self._damaged(step, str(error)) from error
+
+    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        """Collective. Fills model and, where there is one, optimizer from step-<step>, on any mesh; returns the JSON
+        state.
+
+        Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the config's to say. One
+        that scripts/convert.py has made holds no optimizer state, and leaves the optimizer as it is.
+        """
+        state = self.read_state(step)
+        self._expect_model(step, state["parameters"], _shapes(model))
+        self._expect_frozen(step, state.get("frozen", 0), fingerprint(model))
+        saved_optimizer = state.get("optimizer", "adamw")
+        if saved_optimizer is None:
+            optimizer = None
+        if optimizer is not None:
+            self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
+        folder, where = self.folder / f"step-{step}", f"checkpoint.folder = {self.folder}: step-{step}"
+        try:
+            reader = open_checkpoint(folder, where=where)
+            tensors, bits = _tensors(model, optimizer), getattr(optimizer, "bits", 32)
+            self._expect_whole_blocks(step, reader, tensors.get("optimizer", {}), bits)
+            dcp.load(tensors, storage_reader=reader)  # in place
+        except (CheckpointException, OSError, ValueError) as error:
+            raise self._damaged(step, cause(error)) from error
+        return state
+
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints that are there, in any order."""
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return [int(name) for name in names if name.isdigit()]
+
+    def _damaged(self, step: int, why: str) -> UserError:
+        others = sorted(set(self.steps()) - {step})
+        remedy = f"Remove it to resume from step {others[-1]}" if others else "Remove it to start from the beginning"
+        return UserError(f"{self.where}: step-{step} is damaged ({why}). {remedy}.")
+
+    def _expect_model(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+        if saved == wanted:
+            return
+        name = next(n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n))
+        raise UserError(
+            f"{self.where}: step-{step} holds another model: {name} is "
+            f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here. "
+            f"Give this run {self.other}, or the model its old settings."
+        )
+
+    def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
+        if saved != wanted:
+            raise UserError(
+                f"{self.where}: what is frozen here is not what step-{step} was trained beside. Has what model.path "
+                f"names changed, or training.param_dtype? Give this run what it began with, or {self.other}."
+            )
+
+    def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:
+        if saved != wanted:
+            raise UserError(
+                f'optimizer.name = "{wanted}": {self.where}: step-{step} holds the state of '
+                f'"{saved}". Set optimizer.name = "{saved}", or give this run {self.other}.'
+            )
+
+    def _expect_whole_blocks(
+        self,
+        step: int,
+        reader: CheckpointReader,
+        optimizer: dict[str, dict[str, torch.Tensor]],
+        bits: int,
+    ) -> None:
+        """Collective. UserError, before anything changes, where a rank would have to cut a block of quantized state."""
+        if bits == 32:
+            return
+        saved = reader.read_metadata().state_dict_metadata
+        apart = None
+        for name, state in optimizer.items():
+            chunks = [(chunk.offsets, chunk.sizes) for chunk in saved[f"optimizer.{name}.exp_avg"].chunks]
+            if unaligned_blocks(state["exp_avg"], chunks, bits):
+                apart = name
+                break
+        if name := first_failure(apart):
+            raise UserError(
+                f"{self.where}: step-{step} was saved on another number of ranks, and the "
+                f"{bits}-bit optimizer state of {name} cannot be cut as this run needs it: numbers that share a scale "
+                "would come apart. Resume with the dp_shard x sp of the run that saved it."
+            )
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether path is a step-N folder that a run has saved, rather than one of safetensors."""
+    return bool(path) and (Path(path) / _RUN_FILE).is_file()
+
+
+def check_weights(path: str) -> None:
+    """UserError where the step-N folder at path, as checkpoint.initial_load_path, is damaged. Needs no model."""
+    try:
+        _read_run_file(Path(path))
+    except ValueError as error:
+        raise UserError(f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({error}).") from error
+
+
+def needs_base(path: str) -> bool:
+    """Whether the run that saved the step-N folder at path had frozen parameters, which are not in it."""
+    return bool(_read_run_file(Path(path)).get("frozen", 0))
+
+
+def load_weights(path: str, model: nn.Module) -> None:
+    """Collective. Fill model from the step-N folder at path, of any mesh: what was trained there, no optimizer state.
+
+    What is not there must have been frozen there, and be in the model already; adapters may be new. UserError, before
+    anything changes, where names, shapes or what was frozen do not fit.
+    """
+    saved = _read_run_file(Path(path))
+    wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
+    problem = None
+    for name in dict.fromkeys((*saved["parameters"], *wanted)):
+        there, here = saved["parameters"].get(name), list(wanted[name].shape) if name in wanted else None
+        if there is None and (is_adapter(name) or saved.get("frozen", 0)):
+            continue
+        if there != here:
+            problem = f"{name} is {there or 'absent'} there and {here or 'absent'} here"
+            break
+    if problem:
+        hint = " Set lora.rank and lora.target_modules as that run had them." if is_adapter(name) else ""
+        raise UserError(f"checkpoint.initial_load_path = {path} holds another model: {problem}.{hint}")
+    if saved.get("frozen", 0) and saved["frozen"] != fingerprint(model):
+        raise UserError(
+            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen here, and only the "
+            "rest is saved. Begin with the export/ of that run, or with its model.path, model.freeze and [lora]."
+        )
+    tensors = {name: wanted[name] for name in saved["parameters"]}
+    try:
+        reader = open_checkpoint(Path(path), where=f"checkpoint.initial_load_path = {path}")
+        dcp.load({"model": tensors}, storage_reader=reader)  # in place
+    except (CheckpointException, OSError, ValueError) as error:
+        raise UserError(
+            f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({cause(error)})."
+        ) from error
+
+
+def _read_run_file(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint, after checking that its files are all there. ValueError if it is damaged."""
+    try:
+        state = json.loads((folder / _RUN_FILE).read_text())
+        files, _ = dict(state["files"]), dict(state["parameters"])
+        sizes = {name: (folder / name).stat().st_size for name in files}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    for name, size in files.items():
+        if sizes[name] != size:
+            raise ValueError(f"{name} has {sizes[name]} of {size} bytes")
+    return state
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
+    """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
+    tensors = {"model": _trained_state(model)}
+    if optimizer is not None:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # state that lives on the host may still be on its way there
+    return tensors
+
+
+def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state by name, without what is frozen: a run that resumes has that from where it began."""
+    # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second name.
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, p in named if not p.requires_grad}
+    return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in _trained_state(model).items()}
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Of the model in a checkpoint, by all ranks together; a tied tensor is there under each of its names."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _trained_state(model).values())
+
+
+def cause(error: BaseException) -> str:
+    """The innermost reason in one line: DCP wraps what a rank met in an exception of its own."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {cause(inner)}"
+    return one_line(error)

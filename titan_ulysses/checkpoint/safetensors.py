@@ -1,0 +1,370 @@
+"""Safetensors in and out: a sharded model from a folder, of which each rank reads its own rows, and back to one.
+
+`load` fills a sharded model in place; `export` gathers a few tensors at a time. Neither needs a whole model in one
+place. folder.py knows the files, and layout.py what the tensors are called in them and how they are put together.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from titan_ulysses.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Get, find, opened, some, without_data
+from titan_ulysses.checkpoint.layout import Layout, Read
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.model import hf
+from titan_ulysses.model.lora import ADAPTER, Delta, deltas
+from titan_ulysses.model.names import is_adapter
+
+_EXPORT_FILE_BYTES = 4 * 2**30
+_STEP_FILE = "training_step.json"
+_GENERATION_FILE = "generation_config.json"
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+
+
+class Loaded(NamedTuple):
+    """What `load` met."""
+
+    unknown: list[str]
+    """Names of tensors in the files that the model does not have."""
+    fewer_rows: dict[str, int]
+    """How many rows there were for the parameters that have more."""
+
+
+@torch.no_grad()
+def load(model: PreTrainedModel, path: str, *, setting: str = "model.path", growing: Collection[str] = ()) -> Loaded:
+    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else.
+
+    What the files hold in another form is put together first: of experts that are stored one by one a rank reads
+    those that it holds; anything else is read whole, a tensor at a time. Persistent buffers are filled too. Collective
+    where there is a process group. UserError where the files do not have all of the model's tensors, or have them in
+    another shape; those that are growing may have fewer rows there, and get those.
+    """
+    files, where = find(path, setting=setting), f'{setting} = "{path}"'
+    layout, state = Layout(model), hf.state_of(model)
+    reads, unknown = layout.reads(set(files))
+    growing = {layout.main[name] for name in growing}
+    found = _check_complete(layout, reads, files, hf.class_name(model), where, growing=growing)
+    made = {read.target for read in reads}
+    twins = [r for r in reads if layout.main[r.target] != r.target and layout.main[r.target] in made]
+    for get, read in opened([read for read in reads if read not in twins], files):
+        for part, stored in _parts(read, state, get):
+            part.copy_(stored)
+    twin = None
+    for get, read in opened(twins, files):
+        if not all(torch.equal(part, stored.to(part)) for part, stored in _parts(read, state, get)):
+            twin = read.target
+    if twin := first_failure(twin):
+        raise UserError(
+            f"{where}: {layout.main[twin]} and {twin} differ in the files, and are one tensor by config.json. "
+            "Set tie_word_embeddings = false there."
+        )
+    rows = {name: len(found[name][1]) for name in growing}
+    return Loaded(unknown, {name: count for name, count in rows.items() if count < len(state[name])})
+
+
+def open_folder(
+    plain: PreTrainedModel, path: str, *, setting: str
+) -> tuple[dict[str, Tensor], Callable[[str], Tensor], list[str]]:
+    """The safetensors at path as `plain`, which is on meta, has its tensors; no more than one read is in memory.
+
+    Returns all of them without data, in the dtype of the files; a function that reads one by its name; and the names
+    of those that the model does not have. UserError as in `load`.
+    """
+    files, layout = find(path, setting=setting), Layout(plain)
+    reads, unknown = layout.reads(set(files))
+    found = _check_complete(layout, reads, files, hf.class_name(plain), f'{setting} = "{path}"')
+
+    def fetch(name: str) -> Tensor:
+        for get, read in opened([found[layout.main[name]][0]], files):
+            made = {layout.main[made]: tensor for made, tensor in _whole(read, get).items()}
+        return made[layout.main[name]]
+
+    return {name: found[main][1] for name, main in layout.main.items()}, fetch, unknown
+
+
+def describe_unknown(names: list[str], model: PreTrainedModel, path: str, *, setting: str = "model.path") -> str:
+    """A line about tensors that files hold and the model does not."""
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    return f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left out: {some(names)}'
+
+
+def _check_complete(
+    layout: Layout, reads: list[Read], files: dict[str, Path], model: str, where: str, *, growing: Collection[str] = ()
+) -> dict[str, tuple[Read, Tensor]]:
+    """How each tensor of the model is read, by main name, and it without data. UserError where it cannot be."""
+    found: dict[str, tuple[Read, Tensor]] = {}
+    for get, read in opened(reads, files):
+        try:
+            made = read.convert({p: [without_data(get(n)) for n in names] for p, names in read.sources.items()})
+        except Exception:  # a conversion that lacks a part may fail in any way; which part, is said below
+            continue
+        for name, tensor in made.items():
+            found.setdefault(layout.main[name], (read, tensor))
+    wanted = {name: tensor.shape for name, tensor in layout.state.items() if layout.main[name] == name}
+
+    def fits(name: str, shape: torch.Size) -> bool:
+        there = found[name][1].shape if name in found else None
+        return there == shape or name in growing and there is not None and there[1:] == shape[1:] and there < shape
+
+    wrong = [name for name, shape in wanted.items() if not fits(name, shape)]
+    if not wrong:
+        return found
+    expected = layout.expected()
+    if missing := [stored for name in wrong for stored in expected.get(name, [name]) if stored not in files]:
+        total = len({stored for names in expected.values() for stored in names})
+        raise UserError(
+            f"{where}: {len(missing)} of {total} tensors of {model} are not in its safetensors: {some(missing)}. "
+            "A file is not there, or config.json is another model's: save or download it again."
+        )
+    name, shape = wrong[0], "that its parts do not make"
+    if name in found:
+        read, tensor = found[name]
+        name, shape = name if read.converter else read.names[0], tuple(tensor.shape)
+    raise UserError(
+        f"{where}: {name} has shape {shape}, config.json says {tuple(wanted[wrong[0]])}. "
+        "They belong to different models: save or download it again."
+    )
+
+
+def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of each tensor that read makes, and what the files have for it."""
+    if read.converter is None or read.stacks:
+        part, index = _part(state[read.target])
+        if read.converter is None:
+            stored = get(read.names[0])
+            part, index = _within(part, index, stored.get_shape())
+            if part.numel():
+                yield part, stored[index]
+            return
+        if not part.numel():
+            return
+        experts, *within = index
+        [made] = read.convert({p: [get(n)[...] for n in names[experts]] for p, names in read.sources.items()}).values()
+        yield part, made[(slice(None), *within)]
+        return
+    for name, made in _whole(read, get).items():
+        part, index = _part(state[name])
+        yield part, made[index]
+
+
+def _whole(read: Read, get: Get) -> dict[str, Tensor]:
+    return read.convert({pattern: [get(name)[...] for name in names] for pattern, names in read.sources.items()})
+
+
+def _part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank holds of a tensor, and where in it that is."""
+    if not isinstance(tensor, DTensor):
+        return tensor, tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def _within(part: Tensor, index: tuple[slice, ...], shape: list[int]) -> tuple[Tensor, tuple[slice, ...]]:
+    """That of the part that is among the first shape[0] rows."""
+    if not shape or index[0].stop <= shape[0]:
+        return part, index
+    rows = max(0, shape[0] - index[0].start)
+    return part[:rows], (slice(index[0].start, index[0].start + rows), *index[1:])
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+def keep_generation_config(model: PreTrainedModel, path: str) -> None:
+    """Give model what the folder (or hub model) at path says about generation, for `export` to hand it on."""
+    with suppress(OSError):  # it has none, and keeps what transformers derives from config.json
+        model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+@torch.no_grad()
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    step: int | None = None,
+    fetch: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config, tokenizer if given.
+
+    Collective. Tensors are gathered one by one (or fetched by name, for a model without data), brought into the form
+    that `save_pretrained` gives them, and rank 0 writes a file whenever 4 GiB have come together, so no rank holds the
+    whole model. Written aside and renamed when complete; a folder that is there already is replaced then. Parameters
+    keep their storage dtype; adapters are merged into them, in the adapters'. `exported_step` tells the step again,
+    where one was given.
+    UserError, on every rank, where it cannot be written.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    layout, state, added = Layout(model), hf.state_of(model), deltas(model)
+    fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
+    groups, dtypes = layout.writes(), {name: added.get(name, tensor).dtype for name, tensor in state.items()}
+    sizes = [_sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names}) for names in groups]
+    files = _plan_files([sum(named.values()) for named in sizes])
+    try:
+        with _failing_together(folder):
+            if writes:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+        for file, numbered in groupby(range(len(groups)), key=files.__getitem__):
+            tensors: dict[str, Tensor] = {}
+            for number in numbered:
+                group = {name: fetch(name) for name in groups[number]}
+                if writes:
+                    tensors |= {name: t.contiguous() for name, t in layout.in_files(group).items()}
+                del group
+            with _failing_together(folder):
+                if writes:
+                    save_file(tensors, aside / file, metadata={"format": "pt"})
+            del tensors  # before the next file's are gathered
+        with _failing_together(folder):
+            if writes:
+                where = {name: file for file, named in zip(files, sizes, strict=True) for name in named}
+                _write_index(where, sum(sum(named.values()) for named in sizes), aside)
+                _write_configs(model, tokenizer, step, aside)
+                _publish(aside, folder)
+    finally:
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    """Let the complete folder aside take folder's place, by renames: what has its name is always whole."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step of the export in folder, or None where there is none."""
+    try:
+        return json.loads((folder / _STEP_FILE).read_text())["step"]
+    except OSError:
+        return None
+
+
+def exported_bytes(model: PreTrainedModel) -> int:
+    """Of the tensors in an export of model."""
+    added = deltas(model)
+    once = {id(t): t.numel() * added.get(name, t).dtype.itemsize for name, t in hf.state_of(model).items()}
+    return sum(once.values())
+
+
+def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
+    """Collective. The whole parameter in host memory, on the ranks that keep it."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return whole.detach().cpu().contiguous() if keep else None
+
+
+def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Tensor | None:
+    """Collective. The same with what an adapter adds to it."""
+    whole = _gather(parameter, keep=keep)
+    if delta is None:
+        return whole
+    a, b = (_gather(p, keep=keep) for p in (delta.a, delta.b))
+    return delta.added_to(whole, a, b) if keep else None
+
+
+@torch.no_grad()
+def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
+    """Write the adapters as `peft.PeftModel.from_pretrained(model, folder)` opens them. Collective, as `export` is.
+
+    base: the folder or hub name of the model that they belong to, "" where it has none; noted with them.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    writes = dist.get_rank() == 0
+    adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
+    # peft leaves the adapter's name out, and has the model inside two modules of its own.
+    names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
+    tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
+    with _failing_together(folder):
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+            settings = copy.copy(model.peft_config[ADAPTER])
+            settings.base_model_name_or_path = base or None
+            settings.save_pretrained(aside)
+            _publish(aside, folder)
+
+
+@contextmanager
+def _failing_together(folder: Path) -> Iterator[None]:
+    """Collective on leaving. Where a rank could not write, all raise UserError: no rank waits for one that has left."""
+    failure = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failure = one_line(error)
+    if reason := first_failure(failure):
+        raise UserError(
+            f"{folder}: the export failed ({reason}). "
+            "Free space or choose another place, and run the same command again."
+        )
+
+
+def _sizes_in_files(layout: Layout, kinds: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, int]:
+    """Bytes of what a group of tensors becomes in files."""
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
+    return {name: t.numel() * t.element_size() for name, t in layout.in_files(tensors).items()}
+
+
+def _plan_files(sizes: list[int]) -> list[str]:
+    """The file of each group, known before any is gathered because the names hold the number of files."""
+    number, room, numbers = 0, 0, []
+    for size in sizes:
+        if size > room:
+            number, room = number + 1, _EXPORT_FILE_BYTES
+        room -= size
+        numbers.append(number)
+    if number == 1:
+        return [SINGLE_FILE] * len(sizes)
+    return [f"model-{n:05d}-of-{number:05d}.safetensors" for n in numbers]
+
+
+def _write_index(files: dict[str, str], size: int, folder: Path) -> None:
+    if len(set(files.values())) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
+
+
+def _write_configs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, step: int | None, folder: Path
+) -> None:
+    _exported_config(model).save_pretrained(folder)
+    if model.generation_config is not None:
+        # As it came: `save_pretrained` refuses what many a model on the hub has, at the end of a run.
+        model.generation_config.to_json_file(folder / _GENERATION_FILE)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if step is not None:
+        (folder / _STEP_FILE).write_text(json.dumps({"step": step}))
+
+
+def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
+    config = copy.deepcopy(model.config)
+    config.architectures = [hf.class_name(model)]
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # it names code that is not in the folder, and was not run
+    return config

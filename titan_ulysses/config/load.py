@@ -1,0 +1,149 @@
+"""A TOML file and overrides into a `Config`, with errors in the user's words; and a `Config` into TOML."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from titan_ulysses.config.schema import KEYS, SECTIONS, Config, expand_path
+from titan_ulysses.config.toml import show, table_to_toml
+from titan_ulysses.distributed.errors import UserError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any]] = ()) -> Config:
+    """Read a TOML file (after the file that it `extends`), apply ("section.key", value) overrides, and validate.
+
+    Raises UserError (exit code 2) with a line for each problem: file, syntax, unknown key, wrong type, out of bounds.
+    """
+    settings = _read_toml(Path(path), chain=())
+    for setting, value in overrides:
+        _override(settings, setting, value)
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors(include_url=False)]
+        raise UserError("\n".join(lines), exit_code=2) from None
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved settings as TOML that `load_config` reads back to an equal Config; None is left out."""
+    tables = (table_to_toml(section, table) for section, table in config.model_dump().items())
+    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+
+
+def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's tables merged over those of its `extends`; `chain` holds the files that led here."""
+    path = path.resolve()
+    named_by = f'"extends" of {chain[-1]}' if chain else "--config"
+    if path in chain:
+        circle = " -> ".join(str(p) for p in (*chain[chain.index(path) :], path))
+        raise UserError(f"extends goes in a circle: {circle}; remove one of these lines", exit_code=2)
+    try:
+        settings = tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path in {named_by}", exit_code=2) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {named_by} needs a readable file", exit_code=2) from None
+    except ValueError as error:  # broken TOML (the message has line and column), or not UTF-8
+        raise UserError(f"{path}: not valid TOML: {error}", exit_code=2) from None
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise UserError(f'{path}: extends = {show(base)}: needs one file, as in extends = "base.toml"', exit_code=2)
+    return _merge(_read_toml(path.parent / expand_path(base), chain=(*chain, path)), settings)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Tables merge, key by key; anything else above replaces what is below."""
+    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return {**below, **above, **{key: _merge(below[key], above[key]) for key in both}}
+
+
+def _override(settings: dict[str, Any], setting: str, value: Any) -> None:
+    *tables, key = setting.split(".")
+    for depth, name in enumerate(tables, start=1):
+        settings = settings.setdefault(name, {})
+        if not isinstance(settings, dict):
+            table = ".".join(tables[:depth])
+            raise UserError(f"{setting}: {table} = {show(settings)} has no keys; set {table} itself", exit_code=2)
+    settings[key] = value
+
+
+_BOUNDS = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "needs a finite number",
+    "string_too_short": "must not be empty",
+    "too_long": "needs no more than {max_length} values",
+    "missing": "a value is missing from the list",
+    "value_error": "{error}",
+    "literal_error": "needs {expected}",
+}
+_TYPES = {  # the first word of pydantic's error types: int_parsing, int_type, int_from_float, ...
+    "int": "needs an integer",
+    "float": "needs a number",
+    "bool": "needs true or false",
+    "string": "needs text",
+    "list": "needs a list",
+    "tuple": "needs a list",
+    "dict": "needs a table",
+    "model": "needs a table: write [{section}] and its keys below it",
+}
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors as a line for the user: setting, value, what it needs."""
+    location, kind, context = error["loc"], error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _explain_unknown(location, error["input"])
+    if not location:  # the check of the whole Config, whose lines name their settings
+        return str(context["error"])
+    setting = _setting(location)
+    reason = _BOUNDS.get(kind) or _TYPES.get(kind.split("_")[0]) or error["msg"].replace("{", "{{").replace("}", "}}")
+    if kind == "literal_error":
+        context = {"expected": context["expected"].replace("'", '"')}
+    return f"{setting} = {show(error['input'])}: {reason.format(section=setting, **context)}"
+
+
+def _setting(location: Sequence[str | int]) -> str:
+    """How a user would write a location: training.steps, optimizer.betas[1]."""
+    return re.sub(r"\.(\d+)\b", r"[\1]", ".".join(str(part) for part in location))
+
+
+def _explain_unknown(location: Sequence[str], value: Any) -> str:
+    *sections, key = location
+    if not sections and isinstance(value, dict):
+        near = get_close_matches(key, SECTIONS, n=1)
+        remedy = f"did you mean [{near[0]}]?" if near else f"the sections are {', '.join(SECTIONS)}"
+        return f"[{key}]: no such section; {remedy}"
+    section = sections[0] if sections else ""
+    if near := nearest_keys(section, key):
+        remedy = f"did you mean {near}?"
+    else:
+        remedy = f"[{section}] has {', '.join(SECTIONS[section].model_fields)}" if section else "keys go into a section"
+    return f"{_setting(location)}: no such key; {remedy}"
+
+
+def nearest_keys(section: str, key: str) -> str:
+    """The "section.key" most like a misspelt or misplaced one ("a or b" where several are equally near), or ""."""
+    scores = {}
+    for setting in KEYS:
+        candidate_section, candidate = setting.split(".")
+        here = 0.2 if candidate_section == section else 0.0  # a typo is likelier than a key in the wrong section
+        scores[setting] = SequenceMatcher(None, key.replace("-", "_"), candidate).ratio() + here
+    best = max(scores.values())
+    return " or ".join(s for s, score in scores.items() if score == best) if best >= 0.7 else ""

@@ -1,0 +1,92 @@
+"""The device mesh: dp_replicate x dp_shard x sp, and the views of it that each part of training needs.
+
+SP is the innermost dimension, so that the all-to-alls of a layer stay between neighbours (one node's NVLink);
+dp_shard is next, because FSDP shards parameters over dp_shard x sp; dp_replicate is outermost.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from titan_ulysses.distributed.errors import UserError
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One DeviceMesh and its flattened views. Built by `build_mesh`."""
+
+    world: DeviceMesh
+    """All three dimensions: dp_replicate, dp_shard, sp."""
+    fsdp: DeviceMesh
+    """For `fully_shard`: parameters are sharded over dp_shard x sp and, where this is 2-D, replicated over the rest."""
+    batch: DeviceMesh
+    """dp_replicate x dp_shard: ranks that read different samples."""
+    loss: DeviceMesh
+    """Every rank: the loss and its gradients are sums over all of them."""
+
+    @cached_property
+    def sp(self) -> DeviceMesh:
+        """The ranks that share a sample, each holding S/P of its tokens."""
+        return self.world["sp"]
+
+    @cached_property
+    def whole(self) -> Mesh:
+        """The same ranks with P = 1, each with sequences of its own. Collective where it is made, at first use."""
+        return self if self.sp.size() == 1 else build_mesh()
+
+    @property
+    def device(self) -> torch.device:
+        kind = self.world.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def init_distributed() -> None:
+    """Join the default process group: torchrun's where its variables are set, a group of one otherwise.
+
+    NCCL moves CUDA tensors and gloo CPU tensors; which of them exist is decided by the machine, not by a setting.
+    A process group that the caller has made already is kept.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mesh:
+    """The mesh over all ranks of the default process group, which is joined first where nobody has (see above).
+
+    replicate * shard * sequence is their number; shard = -1 takes all that are left. UserError where it cannot be.
+    """
+    init_distributed()
+    world_size = dist.get_world_size()
+    if shard == -1:
+        shard = max(1, world_size // (replicate * sequence))
+    if replicate * shard * sequence != world_size:
+        raise UserError(
+            f"build_mesh: replicate({replicate}) * shard({shard}) * sequence({sequence}) is not the number of ranks, "
+            f"{world_size}: start {replicate * shard * sequence} ranks, or change the degrees."
+        )
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = (replicate, shard, sequence)
+    world = init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "sp"))
+    fsdp = world["dp_shard", "sp"]._flatten("fsdp")
+    if replicate > 1:
+        fsdp = DeviceMesh._concatenate([world["dp_replicate"], fsdp])
+    return Mesh(
+        world=world,
+        fsdp=fsdp,
+        batch=world["dp_replicate", "dp_shard"]._flatten("batch"),
+        loss=world._flatten("loss"),
+    )

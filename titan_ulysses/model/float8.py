@@ -1,0 +1,59 @@
+"""float8 training: the matrix products of the blocks' linear layers in 8 bits, through torchao (arXiv 2209.05433)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model.torchao import import_torchao, require_torchao
+
+_SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper have the tensor cores for it
+_ALIGNMENT = 16
+_ROUTERS = ("gate", "router")  # a wrong expert costs more than these small products save
+
+
+def check_float8(device_type: str) -> None:
+    """UserError where this machine cannot multiply in float8. Needs no model."""
+    require_torchao("quantize.float8 = true")
+    if device_type != "cuda":
+        raise UserError(f"quantize.float8 = true needs a GPU, and this run is on {device_type}: set it to false.")
+    capability = torch.cuda.get_device_capability()
+    if capability < _SMALLEST_CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (capability, _SMALLEST_CAPABILITY))
+        raise UserError(
+            f"quantize.float8 = true needs compute capability {need} (L4, H100, B200), and "
+            f"{torch.cuda.get_device_name()} has {have}: set it to false."
+        )
+
+
+def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = False) -> int:
+    """Let the linear layers of blocks multiply in float8, in place and before sharding; returns how many do.
+
+    Those whose sizes are multiples of 16, except routers. Parameters keep their names, dtype and values: each product
+    scales and casts its two operands (a scale a tensor: on a rank, its own tokens; e5m2 for the gradients of outputs,
+    e4m3 else). tokens: of one call on a rank; operands are padded, at the price of a copy, where that is no multiple
+    of 16. emulate: the same numbers on any device, slowly, for tests. UserError where no layer is converted.
+    """
+    float8 = import_torchao("float8")
+    config = float8.Float8LinearConfig(pad_inner_dim=tokens % _ALIGNMENT != 0, emulate=emulate)
+    blocks = list(blocks)
+    named = [item for block in blocks for item in block.named_modules()]
+    converted = sum(_can_be_float8(module, name) for name, module in named)
+    if not converted:
+        sizes = sorted({(m.in_features, m.out_features) for _, m in named if isinstance(m, nn.Linear)})
+        raise UserError(
+            f"quantize.float8 = true: no linear layer of the blocks has sizes that are multiples of {_ALIGNMENT} "
+            f"({', '.join(f'{i} x {o}' for i, o in sizes[:4])}). Set it to false, or change the model's sizes."
+        )
+    for block in blocks:
+        float8.convert_to_float8_training(block, module_filter_fn=_can_be_float8, config=config)
+    return converted
+
+
+def _can_be_float8(module: nn.Module, name: str) -> bool:
+    # A subclass has a forward of its own, which would be lost.
+    is_plain = type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS
+    return is_plain and module.in_features % _ALIGNMENT == 0 and module.out_features % _ALIGNMENT == 0

@@ -1,0 +1,297 @@
+"""A family that nobody has checked must prove itself: a tiny model of it, sharded and packed, against the whole.
+
+The proof runs the family's own code before the real model is touched: unmodified, each document alone, in one process;
+and sharded over the run's mesh, with the documents packed. Layers that carry state along the sequence, look past a
+document's border or keep to a position of their own come out different, and so does a head that does more to its
+logits than `lm_head`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import attention_needs
+from titan_ulysses.ulysses.cores import Core, Documents, blockwise
+
+_TOLERANCE = 1e-5
+"""Above what fp32 steps inside a family make of fp64, far below what one wrong token does."""
+
+_NEGLIGIBLE = 1e-2
+"""Gradients are compared on a scale of at least this part of the largest: one that cancels is nothing but noise."""
+
+_DTYPE = torch.float64
+_HIDDEN = 64
+_SIZES = {
+    "hidden_size": _HIDDEN,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "rotary_dim": 8,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "q_lora_rank": _HIDDEN,
+    "kv_lora_rank": _HIDDEN,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+}
+"""Widths of the tiny model, for those of these names that a config has; never more than it has."""
+
+Gradients = dict[str, Tensor]
+
+
+Tilings = dict[str, dict[str, Any]]
+"""Ways to tile a block, in words, and the options of `parallelize.wrap` that make them."""
+
+Shard = Callable[[PreTrainedModel, Core, dict[str, Any]], None]
+
+
+@torch.enable_grad()
+def prove(config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings) -> dict[str, Any]:
+    """Collective. The first of tilings with which a family trains sharded as it does whole, the same on every rank.
+
+    `shard(model, core, options)` wraps a model in place as the real one will be, but for its core and dtype: the proof
+    is about the family, in fp64. UserError, on every rank, where not even the last of tilings is right.
+    """
+
+    def reason_against(tiling: str) -> str | None:
+        return _try(config, mesh, lambda model, core: shard(model, core, tilings[tiling]))
+
+    best, *others = tilings
+    reason = reason_against(best)
+    if reason is None:
+        return tilings[best]
+    if others:  # the last of them first: it assumes least, and what is wrong with it is wrong with the family
+        reason = reason_against(others[-1])
+    if reason is not None:
+        raise UserError(
+            f'model: "{config.model_type}" is not a family that is known to train exactly under sequence parallelism, '
+            f"and a tiny model of it could not prove that it does: {reason.rstrip('.')}. Choose another model."
+        )
+    tiling = next((name for name in others[:-1] if reason_against(name) is None), others[-1])
+    warnings.warn(
+        f'model: the blocks of "{config.model_type}" are not built like those of the families that this version knows: '
+        f"the MLP is {tiling}, which is exact, and takes more time or memory.",
+        stacklevel=3,
+    )
+    return tilings[tiling]
+
+
+def _try(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]) -> str | None:
+    """Collective. What is wrong with a tiny model, with its router loss and without, the same on every rank."""
+    reason, has_router_loss = None, False
+    try:
+        tiny = shrink(config)
+        has_router_loss = getattr(tiny, "output_router_logits", False)
+        tiny.output_router_logits = False
+    except Exception as error:  # a family's own code raises whatever it likes
+        reason = f"its config does not let it be made small ({_raised(error)})"
+    if (reason := first_failure(reason)) is None:
+        reason = _try_once(tiny, mesh, shard)
+    if reason is None and has_router_loss:
+        tiny.output_router_logits = True
+        reason = _try_once(tiny, mesh, shard)
+    return reason
+
+
+def _try_once(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]) -> str | None:
+    """Collective. What is wrong with a model of config tiny, the same on every rank; None where nothing is."""
+    reason = None
+    try:
+        whole = _build(tiny, mesh.device)
+        batch = _Batch(mesh, whole.config)
+        sharded = copy.deepcopy(whole)
+        expected = _train_whole(whole, batch)
+    except Exception as error:
+        reason = f"a tiny one cannot be built and run ({_raised(error)})"
+    if (reason := first_failure(reason)) is None:  # all ranks go on, or none: what follows has collectives
+        try:
+            shard(sharded, _core_of(tiny))
+            reason = _difference(_train_sharded(sharded, batch, mesh), expected, batch.what)
+        except UserError as error:
+            reason = str(error).removeprefix("model: ")
+        except Exception as error:
+            reason = f"its own code fails when it runs sharded ({_raised(error)})"
+        reason = first_failure(reason)
+    return reason
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of config with small widths and as few layers as show every kind of layer, two at least."""
+    tiny = copy.deepcopy(config)
+    # transformers' choice for this machine; but 5.17 chooses sdpa also where scores are capped, which it cannot do.
+    tiny._attn_implementation = "eager" if "softcap" in attention_needs(config) else None
+    if config.hidden_size > _HIDDEN:
+        heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+        if kv_heads is not None:
+            tiny.num_key_value_heads = 1 if kv_heads == 1 else 4 if kv_heads == heads else 2
+        _limit(tiny, _SIZES | dict.fromkeys((name for name in vars(tiny) if "intermediate_size" in name), _HIDDEN))
+    _keep_kinds_of_layers(tiny)
+    _limit(tiny, {"vocab_size": 64, "vocab_size_per_layer_input": 64})
+    _limit(tiny, {"sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
+    for name, value in {
+        "initializer_range": 0.2,  # attention that is far from uniform
+        "router_aux_loss_coef": 1.0,  # a router loss that is seen beside the other
+    }.items():
+        if getattr(tiny, name, None) is not None:
+            setattr(tiny, name, value)
+    for index, token in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+        if getattr(tiny, token, None) is not None:
+            setattr(tiny, token, index)
+    return tiny
+
+
+def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
+    """The first layer of each kind, told apart by the config's lists of one entry a layer; two if there is one kind."""
+    layers = tiny.num_hidden_layers
+    lists = {k: v for k, v in vars(tiny).items() if isinstance(v, list | tuple) and len(v) == layers}
+    lists = {k: v for k, v in lists.items() if list(v) != list(range(layers))}  # that one holds indices of layers
+    kinds = [repr([values[layer] for values in lists.values()]) for layer in range(layers)]
+    chosen = sorted({kinds.index(kind) for kind in kinds})
+    if len(chosen) == 1:
+        chosen = list(range(min(2, layers)))
+    for name, values in lists.items():
+        setattr(tiny, name, type(values)(values[layer] for layer in chosen))
+    tiny.num_hidden_layers = len(chosen)
+
+
+def _limit(config: PreTrainedConfig, values: dict[str, int]) -> None:
+    for name, value in values.items():
+        if isinstance(getattr(config, name, None), int):
+            with suppress(AttributeError):  # a property that follows from the others
+                setattr(config, name, min(getattr(config, name), value))
+
+
+def _core_of(config: PreTrainedConfig) -> Core:
+    """Plain attention with what config says its layers need, which is what the run's core was chosen by."""
+    needs = attention_needs(config)
+
+    def core(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents, scale: float, **features) -> Tensor:
+        if hidden := sorted(features.keys() - needs):
+            raise UserError(f"its attention layers ask for {', '.join(hidden)}, of which its config says nothing")
+        return blockwise(q, k, v, documents=documents, scale=scale, **features)
+
+    return core
+
+
+class _Batch:
+    """Two rows, one of them cut into documents off the ranks' borders. Every data-parallel rank gets the same ones.
+
+    Where there is a router loss, which is of all rows at once, both are whole: unmodified transformers has to see them
+    in one forward.
+    """
+
+    def __init__(self, mesh: Mesh, config: PreTrainedConfig) -> None:
+        degree = mesh.sp.size()
+        tokens = -(-32 // degree)
+        length = tokens * degree
+        generator = torch.Generator().manual_seed(1)
+        self.ids, self.labels = torch.randint(config.vocab_size, (2, 2, length), generator=generator).to(mesh.device)
+        self.documents = ((length // 3, 1, length - length // 3 - 1), (length,))
+        self.what = "documents packed and sharded against each document alone"
+        self.has_router_loss = getattr(config, "output_router_logits", False)
+        if self.has_router_loss:
+            self.labels = F.pad(self.ids[:, 1:], (0, 1), value=IGNORE_INDEX)
+            self.documents = ((length,), (length,))
+            self.what = "with its router loss, sharded against both rows at once"
+        self.valid = (self.labels != IGNORE_INDEX).sum()
+        self.positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.documents])
+        self.here = slice(mesh.sp.get_local_rank() * tokens, (mesh.sp.get_local_rank() + 1) * tokens)
+
+
+def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The same random numbers on every rank. No parameter is left at 0 or 1, where it would hide what it does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=_DTYPE,
+            experts_implementation=hf.experts_path(_DTYPE),
+            trust_remote_code=False,
+        )
+        with torch.no_grad():
+            model.to(_DTYPE)  # also what the family keeps in fp32
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model.to(device).eval()  # dropout off
+
+
+def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradients]:
+    """Loss and gradients of unmodified transformers, each document alone."""
+    if batch.has_router_loss:
+        loss = model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), _gradients(model)
+    total = torch.zeros((), dtype=_DTYPE, device=batch.ids.device)
+    for ids, labels, lengths in zip(batch.ids, batch.labels, batch.documents, strict=True):
+        for document, targets in zip(ids.split(lengths), labels.split(lengths), strict=True):
+            logits = model(input_ids=document[None], use_cache=False).logits[0]
+            total = total + F.cross_entropy(logits.to(_DTYPE), targets, reduction="sum")
+    loss = total / batch.labels.numel()
+    loss.backward()
+    return loss.detach(), _gradients(model)
+
+
+def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[Tensor, Gradients]:
+    """Loss and gradients over the mesh, whole ones on every rank."""
+    here, device = batch.here, batch.ids.device
+    loss = model(
+        input_ids=batch.ids[:, here],
+        labels=batch.labels[:, here],
+        position_ids=batch.positions[:, here].to(device),
+        documents=batch.documents,
+        num_items_in_batch=batch.valid * mesh.batch.size(),
+    ).loss
+    loss.backward()
+    return loss.detach(), _gradients(model)
+
+
+def _gradients(model: PreTrainedModel) -> Gradients:
+    return {
+        name: torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+        if p.grad is None
+        else p.grad.full_tensor()
+        if isinstance(p.grad, DTensor)
+        else p.grad
+        for name, p in hf.named_parameters(model)
+    }
+
+
+def _difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], what: str) -> str | None:
+    """What differs most between the two, or None where nothing differs by more than rounding."""
+    loss = ((found[0] - expected[0]).abs() / expected[0].abs()).item()
+    scale = _NEGLIGIBLE * max(gradient.abs().max() for gradient in expected[1].values())
+    worst = {"the loss": loss}
+    for name, whole in expected[1].items():
+        difference = (found[1][name] - whole).abs().max() / whole.abs().max().clamp(min=scale)
+        worst[f"the gradient of {name}"] = difference.item()
+    where = max(worst, key=lambda name: worst[name] if worst[name] == worst[name] else torch.inf)
+    if worst[where] <= _TOLERANCE:
+        return None
+    return (
+        f"the loss is off by {loss:.1e} of itself and {where} by {worst[where]:.1e} ({what}). Something besides its "
+        "attention mixes tokens, or it counts positions itself, or its attention is not the causal one that it asks "
+        "transformers for"
+    )

@@ -1,0 +1,1 @@
+"""Metrics, Weights & Biases, profiles and pictures."""

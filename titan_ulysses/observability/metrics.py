@@ -1,0 +1,214 @@
+"""What a run tells while it trains: a console line a step, `metrics.jsonl`, TensorBoard, W&B; what its numbers mean."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedConfig
+
+from titan_ulysses.observability.wandb import WandbRun
+from titan_ulysses.train.evaluation import perplexity
+
+# Dense bf16 FLOP/s, from NVIDIA's data sheets; the first name contained in the device's name counts.
+_PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of one device, or None where it is not known (then MFU is not known either)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for known, flops in _PEAK_FLOPS.items() if known in name), None)
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """FLOPs of forward and backward a token without attention's scores: 6 a weight that multiplies.
+
+    Of those, 2 are its gradient's, which a frozen one has not, and 2 that of its input, which what lies before
+    everything that is trained has not. Embeddings are looked up, not multiplied; a head tied to them is multiplied. Of
+    a layer's experts a token meets `num_experts_per_tok`. Recomputation is not counted (MFU).
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    config = model.config
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    met = min(getattr(config, "num_experts_per_tok", None) or 1, experts)
+    flops, backward_passes = 0, False
+    for name, parameter in model.named_parameters():
+        backward_passes |= parameter.requires_grad
+        if parameter is not embedding or parameter is head:
+            each = 6 if parameter.requires_grad else 4 if backward_passes else 2
+            flops += each * (parameter.numel() * met // experts if ".experts." in name else parameter.numel())
+    return flops
+
+
+def describe_parameters(model: nn.Module) -> str:
+    """How many there are, and how many of them are trained."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{total:,} parameters" + (f", of which {trained:,} are trained" if trained < total else "")
+
+
+def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], ...]) -> int:
+    """FLOPs of forward and backward of causal attention over documents of L tokens: 3 * layers * Hq * (D + Dv) * L^2.
+
+    That is matrix products of 2 * L^2 * D and 2 * L^2 * Dv a head in forward, half of it masked away, and twice as many
+    in backward.
+    """
+    squares = sum(length * length for row in documents for length in row)
+    return 3 * config.num_hidden_layers * config.num_attention_heads * sum(_head_sizes(config)) * squares
+
+
+def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
+    """Sizes of a head of queries and keys, and of values. In latent attention `head_dim` is that of RoPE alone."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if (without_rope := getattr(config, "qk_nope_head_dim", None)) is not None:
+        size = without_rope + config.qk_rope_head_dim
+    return size, getattr(config, "v_head_dim", None) or size
+
+
+class PeakMemory:
+    """The highest memory so far: on a CUDA device, what torch has allocated there since the process began.
+
+    On a CPU, what is the process's own since this object was made: anonymous and shared memory, without the
+    files that are mapped, such as the data cache, whose pages the system takes back when it needs them. Linux
+    keeps only the peak of all resident pages: what of them was files is read at each look, after which that
+    peak begins anew (for `ru_maxrss` too). So files that come and go between two looks are an error, of their
+    size at most. Where the system has no such figures, all resident pages count, and `counts_files` is True.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._peak, self._files = device, 0, 0
+        self.counts_files = False
+        if device.type == "cpu":
+            self._look()
+            self._peak = 0  # until now there was loading, which maps the weights' files
+
+    def gib(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        self._look()
+        return self._peak / 2**30
+
+    def _look(self) -> None:
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
+            fields = dict(line.split(":", 1) for line in lines)
+            peak, now, files = (1024 * int(fields[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile"))
+        except (OSError, KeyError):
+            self.counts_files = True
+            peak = now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            files = 0
+        self._peak = max(self._peak, now - files, peak - max(files, self._files))
+        self._files = files
+
+
+class MetricsLogger:
+    """Writes one logged step to the console, to metrics.jsonl, to TensorBoard and to wandb. Only rank 0 has one.
+
+    Resuming after `steps_done` steps drops what a killed run logged after them, so that no step is logged twice; a run
+    that begins drops everything, also what was logged before the first step.
+    """
+
+    def __init__(
+        self, folder: Path, *, steps_done: int, total_steps: int, console: Console, wandb: WandbRun | None = None
+    ):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
+
+        self.console, self._wandb = console, wandb
+        first_step = steps_done + 1 if steps_done else 0
+        self._file = _reopen(folder / "metrics.jsonl", before=first_step)
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
+        self._total = total_steps
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """One object a logged step: `step` and values (None where a number is not known)."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in scalars(values):
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(step, values)
+        # A terminal's lines end between words; a log file's lines do not end early.
+        wraps = self.console.is_terminal
+        self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=not wraps)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+        if self._wandb:
+            self._wandb.close()
+
+
+def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, number) of each number, for TensorBoard: `collectives/all_to_all/bytes`, `epoch/<source>`, and the
+    loss by position as `validation_by_position/from_00512`, in whose order the names are sorted."""
+    for name, value in values.items():
+        if name == "validation_by_position":
+            width = len(str(value[-1][0]))
+            yield from ((f"{prefix}{name}/from_{first:0{width}}", mean) for first, mean, _ in value)
+        elif isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value
+
+
+def _reopen(path: Path, *, before: int):
+    """Open a JSON-lines file to append, keeping only the lines of earlier steps; cut lines of a kill are dropped."""
+    if path.exists():
+        aside = path.with_name(f".{path.name}.partial")
+        with open(path) as old, open(aside, "w") as new:
+            for line in old:
+                if line.endswith("\n") and json.loads(line)["step"] < before:
+                    new.write(line)
+        os.replace(aside, path)
+    return open(path, "a")
+
+
+def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int]]) -> list[str]:
+    """A line about the loss, and one about where in a document it falls (see `Evaluation`): in at most five ranges of
+    positions, each up to where the next one begins."""
+    ranges = list(by_position)
+    groups = []
+    while ranges:  # by twos, from the last one, since it is the far positions that tell whether context is used
+        size = 2 if len(groups) < 4 else len(ranges)
+        groups.append(ranges[-size:])
+        del ranges[-size:]
+    means = []
+    for group in reversed(groups):
+        mean = sum(mean * labels for _, mean, labels in group) / sum(labels for *_, labels in group)
+        means.append(f"{short(group[0][0])}+ {mean:.3f}")
+    return [f"loss {loss:.4f}  perplexity {perplexity(loss):,.2f}", f"by position: {'  '.join(means)}"]
+
+
+def short(count: int) -> str:
+    """A number of tokens in few characters: 512, 64K, 1M. Of powers of two nothing is lost."""
+    for unit, name in ((2**20, "M"), (2**10, "K")):
+        if count >= unit and count % unit == 0:
+            return f"{count // unit}{name}"
+    return str(count)
+
+
+def _line(step: int, total: int, values: dict[str, Any]) -> str:
+    head = f"step {step:>{len(str(total))}}/{total}  "
+    if "validation_loss" in values:
+        loss, *more = describe_validation(values["validation_loss"], values["validation_by_position"])
+        return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
+    return (  # of 80 columns where there is no MFU to tell
+        f"{head}[bold]loss {values['loss']:.4f}[/]  "
+        f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  "
+        f"peak {values['peak_memory_gib']:.2f} GiB" + ("" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}")
+    )

@@ -1,0 +1,1 @@
+"""Optimizers: AdamW, also with low-bit or offloaded state."""

@@ -1,0 +1,1 @@
+"""The training loop: one optimizer step, the trainer, evaluation, and what a run prints."""

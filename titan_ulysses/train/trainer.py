@@ -1,0 +1,487 @@
+"""Setup and the training loop, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from titan_ulysses.checkpoint import safetensors as weights
+from titan_ulysses.checkpoint.dcp import Checkpointer, saved_bytes
+from titan_ulysses.checkpoint.disk import disk_needs
+from titan_ulysses.checkpoint.initial import base_of, check_beginning, initialize
+from titan_ulysses.config.load import dump_toml
+from titan_ulysses.config.schema import Config
+from titan_ulysses.config.validate import check
+from titan_ulysses.data import open_sequences
+from titan_ulysses.data.loader import Loader
+from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
+from titan_ulysses.distributed.collectives import CollectiveCounter
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.mesh import build_mesh, init_distributed
+from titan_ulysses.memory.offload import check_room
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.model.float8 import check_float8
+from titan_ulysses.model.lora import check_lora
+from titan_ulysses.observability.metrics import (
+    MetricsLogger,
+    PeakMemory,
+    attention_flops,
+    describe_validation,
+    flops_per_token,
+    peak_flops,
+)
+from titan_ulysses.observability.profiling import check_profiling, profiled
+from titan_ulysses.observability.progress import BlockWork, Progress, shows
+from titan_ulysses.observability.wandb import WandbRun, check_wandb
+from titan_ulysses.optim.adamw import (
+    build_optimizer,
+    check_optimizer,
+    describe_state,
+    expected_bytes,
+)
+from titan_ulysses.plan.preflight import Preflight
+from titan_ulysses.setup.build import build_model, load_model_config
+from titan_ulysses.setup.parallelize import find_blocks
+from titan_ulysses.train import summary as announce
+from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
+from titan_ulysses.train.signals import StopSignals
+from titan_ulysses.train.step import Step, learning_rate, parameter_not_finite, train_step
+from titan_ulysses.ulysses.cores import choose_core
+
+if TYPE_CHECKING:
+    from titan_ulysses.data.packing import Sequences
+
+
+class Trainer:
+    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started.
+
+    With trains = False there is no training data, no optimizer and no plan, and the run's files stay as they are:
+    `evaluate` is what is left.
+    """
+
+    def __init__(self, config: Config, *, trains: bool = True):
+        self.config = config
+        self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
+        self.folder = Path(config.job.dump_folder) / config.job.name
+
+        # Everything that can be wrong with the input is found before a process group or a weight exists.
+        model_config = load_model_config(config)
+        check_family(model_config)
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = getattr(torch, config.training.param_dtype)
+        self.core, self.core_reason = choose_core(
+            config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
+        )
+        check_optimizer(config.optimizer)
+        check_lora(config.lora)
+        if config.quantize.float8:
+            check_float8(device_type)
+        check_profiling(config.profiling, device_type)
+        if config.metrics.enable_wandb:
+            check_wandb()
+        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+        self.degrees = check(
+            config,
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            model_config=model_config,
+            num_token_ids=num_token_ids(self.tokenizer),
+        )
+        self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
+        self._check_memory(model_config)
+        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        if self._begins():
+            check_beginning(config)
+        training, held_out = open_sequences(config, self.tokenizer, trains=trains)
+        self._check_folder()
+        if not trains:
+            self._check_weights()
+
+        if config.training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            torch.use_deterministic_algorithms(True)
+        init_distributed()
+        degrees = self.degrees
+        self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
+        self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
+        self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
+        hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
+        if base := base_of(config):
+            weights.keep_generation_config(self.model, base.path)
+        self.preflight, self.optimizer = None, None
+        if trains:
+            self.preflight = self._start_preflight()
+            offload = config.memory.optimizer_offload
+            self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
+        self.step = self._resume_or_initialize()
+        self._unseen: list[Step] = []
+        """what the steps showed whose numbers nobody has looked at"""
+        self.collectives: dict[str, dict[str, int]] = {}
+        self._check_plan()
+        if trains:
+            self._open_folder()  # only now: a refused command must not replace the config of the run that is there
+        self.peak_memory = PeakMemory(self.mesh.device)
+        announce.begin(self)
+
+    # --- setup --------------------------------------------------------------------------------------------------------
+
+    def _loader(self, sequences: Sequences | None) -> Loader | None:
+        mesh = self.mesh
+        if sequences is None:
+            return None
+        return Loader(
+            sequences,
+            batch_size=self.config.training.local_batch_size,
+            batch_rank=mesh.batch.get_local_rank(),
+            batch_degree=mesh.batch.size(),
+            sp_rank=mesh.sp.get_local_rank(),
+            sp_degree=mesh.sp.size(),
+        )
+
+    def _check_memory(self, model_config) -> None:
+        """Raise UserError where checkpoints that leave the device find no room on this node, or nothing compiles."""
+        config, checkpoint = self.config, self.config.activation_checkpoint
+        tokens = config.training.seq_len // self.degrees.sequence
+        check_room(
+            checkpoint.offload,
+            checkpoint.offload_folder,
+            shape=(config.training.local_batch_size, tokens, model_config.hidden_size),
+            itemsize=getattr(torch, config.training.param_dtype).itemsize,
+            segments=-(-model_config.num_hidden_layers // checkpoint.every),
+            processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        )
+        if config.compile.enable and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
+            raise UserError("compile.enable = true needs a C++ compiler on a CPU: install g++, or set it to false.")
+
+    def _begins(self) -> bool:
+        """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
+        if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
+            return True
+        return self._latest() is None
+
+    def _check_folder(self) -> None:
+        """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
+        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+            raise self._unwritable(f"{nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")
+
+    def _unwritable(self, why: str) -> UserError:
+        return UserError(
+            f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} ({why}). "
+            "Choose a folder that can be written."
+        )
+
+    def _open_folder(self) -> None:
+        """Make the run's folder and write its resolved config. UserError where that cannot be done."""
+        self._write("config.toml", dump_toml(self.config))
+
+    def _write(self, name: str, text: str) -> None:
+        """A file of the run's folder, which is made, by rank 0; whole or not at all."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if dist.get_rank() == 0:
+                aside = self.folder / f".{name}.partial"
+                aside.write_text(text)
+                aside.rename(self.folder / name)
+        except OSError as error:
+            raise self._unwritable(error.strerror) from error
+
+    def _check_weights(self) -> None:
+        """UserError where there is no model to evaluate but a random one."""
+        if self._latest() is None and not (self.config.model.path or self.config.checkpoint.initial_load_path):
+            raise UserError(
+                f"--evaluate: there is no model yet: {self.checkpointer.folder} has no checkpoint, and model.path is "
+                "not set. Train first, or set model.path to a folder with weights, such as the export/ of a run."
+            )
+
+    def _latest(self) -> int | None:
+        return self.checkpointer.latest() if self.config.checkpoint.enable else None
+
+    def _resume_or_initialize(self) -> int:
+        """Fill the model; returns the number of steps already done."""
+        note = initialize(self.model, self.config) if self._begins() else None
+        if note:
+            self._say(note)
+        latest = self._latest()
+        if latest is None:
+            return 0
+        state = self.checkpointer.load(latest, self.model, self.optimizer)
+        if self.loader:
+            self.loader.load_state_dict(state["loader"])
+        return latest
+
+    def _start_preflight(self) -> Preflight | None:
+        """On rank 0: the plan of this run, made while the weights are filled."""
+        if dist.get_rank():
+            return None
+        device, parameters = self.mesh.device, list(self.model.parameters())
+        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        return Preflight(
+            self.config,
+            world_size=dist.get_world_size(),
+            model_bytes=sum(p.numel() * (16 if p.requires_grad else p.itemsize) for p in parameters),
+            gpu_memory=gpu and gpu.total_memory,
+            gpu=gpu.name if gpu else "",
+        )
+
+    def _check_plan(self) -> None:
+        """UserError, on every rank, where plan.enforce is set and the plan does not fit, or no checkpoint would."""
+        self.plan_lines = self.preflight.lines() if self.preflight else []
+        if self.optimizer is None:
+            return
+        disk = disk_needs(
+            self.config,
+            self.folder,
+            model=saved_bytes(self.model),
+            optimizer=expected_bytes(self.optimizer),
+            export=weights.exported_bytes(self.model),
+            there=len(self.checkpointer.steps()),
+            done=self.step,
+        )
+        self.plan_lines += disk.lines()
+        obstacle = self.preflight.obstacle() if self.preflight else None
+        if obstacle := first_failure(obstacle or disk.obstacle()):
+            raise UserError(obstacle)
+
+    # --- validation alone ---------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> None:
+        """The model that training would go on from, on the held-out data: to the console and <run>/evaluation.json."""
+        is_checkpoint = self._latest() is not None
+        initial = self.config.checkpoint.initial_load_path or self.config.model.path
+        weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
+        with self._progress(steps=1, done=0) as self.progress:
+            found = self._validate(None)
+        values = {"weights": str(weights_of), "held_out": self.validation_loader.sequences.describe()}
+        self._write("evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n")
+        self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
+        self._say(f"Written to {self.folder / 'evaluation.json'}")
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the last step, or until SIGTERM or Ctrl-C; checkpoint, export, say where everything lies."""
+        config, total = self.config, self.config.training.steps
+        if self.step >= total and self._is_exported():
+            self._say(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
+            return
+        logger = None
+        if dist.get_rank() == 0:
+            logger = MetricsLogger(
+                self.folder,
+                steps_done=self.step,
+                total_steps=total,
+                console=self.console,
+                wandb=self._start_wandb(),
+            )
+        self._first_step = self.step
+        try:
+            with (
+                self._progress(steps=total, done=self.step) as self.progress,
+                StopSignals(self._acknowledge) as self.signals,
+            ):
+                self._train_steps(logger)
+        finally:
+            if logger:
+                logger.close()
+            if self.preflight:
+                self.preflight.close()
+        if self.step < total:
+            goes_on = "The same command goes on from there." if config.checkpoint.enable else "Nothing is saved."
+            self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
+            return
+        if config.checkpoint.export:
+            self._expect_finite_model()
+            if config.lora.rank:
+                base = base_of(config)
+                weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
+            weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
+        self._say(announce.end(self))
+
+    def _train_steps(self, logger: MetricsLogger | None) -> None:
+        config, total = self.config, self.config.training.steps
+        if self.step == 0 and config.validation.enable:
+            self._validate(logger)
+        self._start_interval()
+        tokens = self.batch_tokens * self.degrees.accumulation_steps
+        with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
+            while self.step < total:
+                self.progress.begin(f"step {self.step + 1}", tokens=tokens, trains=True, is_step=True)
+                if self._must_stop():
+                    break
+                self._train_one_step(logger)
+                step_is_over(self.step)
+                if self._saves_now():
+                    with self._off_the_clock():
+                        self._save()
+        if self.step < total and config.checkpoint.enable:
+            self._save()
+
+    def _start_wandb(self) -> WandbRun | None:
+        if not self.config.metrics.enable_wandb:
+            return None
+        return WandbRun(self.folder, name=self.config.job.name, config=self.config.model_dump(), say=self._say)
+
+    def _saves_now(self) -> bool:
+        checkpoint = self.config.checkpoint
+        return checkpoint.enable and (self.step % checkpoint.interval == 0 or self.step == self.config.training.steps)
+
+    def _train_one_step(self, logger: MetricsLogger | None) -> None:
+        config = self.config
+        # Dropout, where a model has it, draws from (seed, step, rank): a resumed run draws the same.
+        torch.manual_seed(hash((config.training.seed, self.step, dist.get_rank())))
+        batches = [self.loader.next_batch().to(self.mesh.device) for _ in range(self.degrees.accumulation_steps)]
+        lr = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
+        with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
+            try:
+                shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+            except torch.OutOfMemoryError:
+                if self.preflight:
+                    self._say(self.preflight.components())
+                raise
+        self._unseen.append(shown)
+        if counter:
+            self._say(describe_state(self.optimizer))
+            self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
+        self.step += 1
+        self.progress.finish_step()
+        self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
+        if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps or self._saves_now():
+            self._log(logger, shown, lr)
+        validation = config.validation
+        if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
+            with self._off_the_clock():
+                self._validate(logger)
+
+    def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
+        """Everything that must wait for the device happens here, and only on steps that are logged."""
+        steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
+        # Before the clock is read: the device finishes the step.
+        self._expect_finite_steps()
+        loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
+        attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
+        dist.all_reduce(attention)
+        peak = torch.tensor(self.peak_memory.gib())
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        seconds = time.perf_counter() - self._clock
+        tokens = steps * self.degrees.global_batch_size * config.seq_len
+        peak_rate = peak_flops(device) if config.param_dtype == "bfloat16" else None
+        flops = tokens * flops_per_token(self.model) + attention.item()
+        if logger:
+            values = {
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "router_loss": None if shown.router_loss is None else shown.router_loss.item(),
+                "lr": lr,
+                "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
+                "epoch": self.loader.epochs(),
+                "tokens_per_second": tokens / seconds,
+                "step_seconds": seconds / steps,
+                "peak_memory_gib": peak.item(),
+                "planned_memory_gib": self.preflight.planned_gib,
+                "collectives": self.collectives,
+                "mfu": flops / seconds / (peak_rate * dist.get_world_size()) if peak_rate else None,
+            }
+            logger.log(self.step, values)
+            for line in self._plan_news(values["peak_memory_gib"]):
+                self._say(line)
+        self._start_interval()
+
+    def _plan_news(self, peak_gib: float) -> list[str]:
+        """The plan, where it was not ready at the start; what came of it, once a step had the optimizer's state."""
+        lines, steps = self.preflight.news(), self.step - self._first_step
+        if steps > 1 or self.step == self.config.training.steps:
+            lines += self.preflight.measured(peak_gib, counts_files=self.peak_memory.counts_files)
+        return lines
+
+    def _start_interval(self) -> None:
+        """Begin what the next log line is about."""
+        self._clock, self._logged_step, self._attention_flops = time.perf_counter(), self.step, 0
+
+    @contextlib.contextmanager
+    def _off_the_clock(self):
+        """Validation and checkpoints do not count as time of training steps."""
+        started = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - started
+
+    def _validate(self, logger: MetricsLogger | None) -> Evaluation:
+        sequences = self.config.validation.steps * self.degrees.global_batch_size
+        tokens = self.batch_tokens * len(held_out_batches(self.validation_loader, sequences))
+        self.progress.begin(f"validation at step {self.step}", tokens=tokens, is_step=self.optimizer is None)
+        found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
+        if logger:
+            names = ("loss", "tokens", "sequences", "by_position")
+            logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
+        return found
+
+    def _expect_finite_steps(self) -> None:
+        """UserError where a step that nobody has looked at had no finite loss or gradient. Waits for the device."""
+        for step, shown in enumerate(self._unseen, start=self.step + 1 - len(self._unseen)):
+            loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise self._diverged(f"The loss is {loss} and the gradient norm {grad_norm} at step {step}")
+        self._unseen.clear()
+
+    def _expect_finite_model(self) -> None:
+        """UserError where the model has diverged: by its last steps, or by its last update, of which no loss knows."""
+        self._expect_finite_steps()
+        if name := parameter_not_finite(self.model):
+            raise self._diverged(f"The update of step {self.step} has left {name} with numbers that are not finite")
+
+    def _diverged(self, what: str) -> UserError:
+        last = self._latest()
+        kept = "" if last is None else f"; the last checkpoint is of step {last}"
+        return UserError(
+            f"{what}. Nothing of it is saved{kept}. Lower optimizer.lr = {self.config.optimizer.lr}, lengthen "
+            "lr_scheduler.warmup_steps, or look at the data of this step."
+        )
+
+    def _save(self) -> None:
+        self._expect_finite_model()
+        self.progress.begin(f"checkpoint of step {self.step}")
+        state = {"step": self.step, "loader": self.loader.state_dict()}
+        self.checkpointer.save(self.step, self.model, self.optimizer, state)
+
+    def _progress(self, *, steps: int, done: int) -> Progress:
+        """Of so many steps. Where there is a terminal, and only there, the blocks' work is counted."""
+        work, checkpoint = None, self.config.activation_checkpoint
+        if shows(self.console):
+            work = BlockWork(
+                find_blocks(self.model)[1],
+                embedding_is_trained=self.model.get_input_embeddings().weight.requires_grad,
+                checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
+            )
+        return Progress(self.console, total=steps, done=done, work=work)
+
+    def _acknowledge(self, name: str) -> None:
+        """Say at once what a signal leads to."""
+        then = "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
+        again = " Ctrl-C again ends at once, without one." if name == "SIGINT" else ""
+        self._say(f"{name} received: stopping after {self.progress.part}, {then}.{again}")
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was told to stop. All ranks stop after the same step; a small host-side all-reduce."""
+        flag = torch.tensor(int(self.signals.received))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _is_exported(self) -> bool:
+        return not self.config.checkpoint.export or weights.exported_step(self.folder / "export") == self.step
+
+    def _say(self, text: str) -> None:
+        announce.say(self.console, text)
