@@ -22,14 +22,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.dcp import Checkpointer, cause
+from titan_ulysses.checkpoint.dcp import Checkpointer, cause, first_difference
 from titan_ulysses.checkpoint.initial import base_of
 from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.config.load import load_config
-from titan_ulysses.data.tokenizer import load_tokenizer
+from titan_ulysses.config.validate import ranks_of
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.files import partial_path
 from titan_ulysses.model import hf
-from titan_ulysses.setup.build import load_model_config
+from titan_ulysses.setup.resolve import resolve, resolve_model
+from titan_ulysses.ulysses.cores import blockwise
 
 HELP = """\
 SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with safetensors, config and
@@ -82,9 +84,11 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     saved = {n.removeprefix("model."): m for n, m in entries.items() if n.startswith("model.")}
     if state.get("frozen", 0):
         raise UserError(f"{source}: what is frozen is not in it. The run's own export/ has the whole model.")
-    model_config, tokenizer = load_model_config(config), load_tokenizer(config.model.tokenizer or config.model.path)
+    spec = resolve(
+        config, world_size=ranks_of(config), device_type="cpu", with_tokenizer=True, select=no_attention
+    )
     parameter_dtype = next(meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point)
-    plain = hf.build_on_meta(model_config, parameter_dtype)
+    plain = hf.build_on_meta(spec.model_config, parameter_dtype)
     expect_same(
         source, {n: list(m.size) for n, m in saved.items()}, {n: list(t.shape) for n, t in hf.state_of(plain).items()}
     )
@@ -96,7 +100,12 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
         dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
         return tensor
 
-    weights.export(plain, tokenizer, target, step=state["step"], fetch=fetch)
+    weights.export(plain, spec.tokenizer, target, step=state["step"], fetch=fetch)
+
+
+def no_attention(*_: Any, **__: Any) -> tuple[Any, str]:
+    """Nothing is computed here: a run that needs a GPU's attention is converted anywhere."""
+    return blockwise, "attention: none"
 
 
 def config_above(source: Path) -> Path:
@@ -114,10 +123,10 @@ def step_of(folder: Path) -> int:
 
 
 def expect_same(source: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    if name := next((n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)), None):
+    if difference := first_difference(saved, wanted):
         raise UserError(
-            f"{source}: holds another model than config.toml describes: {name} is {saved.get(name, 'absent')} there "
-            f"and {wanted.get(name, 'absent')} by the config. Name the config.toml of its run with --config."
+            f"{source}: holds another model than config.toml describes: {difference.text} by the "
+            "config. Name the config.toml of its run with --config."
         )
 
 
@@ -138,11 +147,11 @@ class ReadWhenWritten(DefaultSavePlanner):
 def to_checkpoint(source: Path, target: Path) -> None:
     """Write the safetensors of the folder `source` as the checkpoint `target`, without optimizer state."""
     step = step_of(target)
-    plain = hf.build_on_meta(hf.load_model_config(str(source), None), torch.float32)
+    plain = hf.build_on_meta(resolve_model(str(source)).model_config, torch.float32)
     tensors, fetch, unknown = weights.open_folder(plain, str(source), setting="SOURCE")
     if unknown:
         print(weights.describe_unknown(unknown, plain, str(source), setting="SOURCE"))
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)  # what is in one file, DCP has in memory

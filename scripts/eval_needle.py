@@ -36,6 +36,7 @@ from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.model import hf
 from titan_ulysses.observability.pictures import SHADES, has_matplotlib, picture
 from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.setup.resolve import resolve_model
 from titan_ulysses.train.evaluation import score
 
 if TYPE_CHECKING:
@@ -115,17 +116,19 @@ def read_haystack(tokenizer: PreTrainedTokenizerBase, path: str, *, tokens: int,
 
 def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
     """Sharded, in the device's usual dtype. UserError where its positions do not reach so far."""
-    config = hf.load_model_config(folder, None)
-    positions = getattr(config, "max_position_embeddings", None)
+    dtype = "bfloat16" if mesh.device.type == "cuda" else "float32"
+    spec = resolve_model(
+        folder, world_size=mesh.loss.size(), device_type=mesh.device.type, param_dtype=dtype
+    )
+    positions = getattr(spec.model_config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise UserError(
             f"--lengths {longest} is longer than the model's max_position_embeddings = {positions}: give shorter ones, "
             f"or raise it in {folder}/config.json."
         )
     weights.find(folder)
-    dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
-    model = hf.build_on_meta(config, dtype)
-    parallelize(model, mesh, param_dtype=dtype)
+    model = hf.build_on_meta(spec.model_config, spec.options.param_dtype)
+    parallelize(model, mesh, spec.options)
     hf.allocate(model, mesh.device)
     weights.load(model, folder)
     return model.eval()

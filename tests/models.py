@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.mesh import Mesh, build_mesh
+from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
-from titan_ulysses.optim.adamw import build_optimizer, plain_pieces
+from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 
@@ -103,11 +104,9 @@ def local_batch(rows: list[Row], mesh: Mesh) -> Batch:
     count = len(rows) // mesh.batch.size()
     mine = rows[mesh.batch.get_local_rank() * count :][:count]
     lengths = tuple(tuple(len(d.labels) for d in row) for row in mine)
-    tokens = sum(lengths[0]) // mesh.sp.size()
-    here = slice(mesh.sp.get_local_rank() * tokens, (mesh.sp.get_local_rank() + 1) * tokens)
 
     def stack(part) -> Tensor:
-        return torch.stack([torch.cat([part(d) for d in row])[here] for row in mine])
+        return mesh.local_slice(torch.stack([torch.cat([part(d) for d in row]) for row in mine]))
 
     return Batch(
         input_ids=stack(lambda d: d.tokens[:-1]),

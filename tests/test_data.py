@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.data.packing import IGNORE_INDEX, PackedSequences
+from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import encode, is_byte_tokenizer, load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 few = settings(max_examples=40, deadline=None)
 document_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)

@@ -277,11 +277,10 @@ def sharded_outcome(family: str, seed: int) -> Outcome:
     mesh, (ids, labels) = mesh_of(1, 1, 2), _inputs(seed)
     model = _random_model(family, seed, torch.float32, hf.experts_path(torch.bfloat16))
     parallelize(model, mesh, param_dtype=torch.bfloat16)
-    here = slice(64 * mesh.sp.get_local_rank(), 64 * (mesh.sp.get_local_rank() + 1))
     batch = {
-        "input_ids": ids[:, here],
-        "labels": labels[:, here],
-        "position_ids": torch.arange(128).expand(2, -1)[:, here],
+        "input_ids": mesh.local_slice(ids),
+        "labels": mesh.local_slice(labels),
+        "position_ids": mesh.local_slice(torch.arange(128).expand(2, -1)),
         "documents": ((128,), (128,)),
         "num_items_in_batch": torch.tensor(labels.numel()),
     }

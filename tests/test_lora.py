@@ -31,6 +31,7 @@ from test_plan import plan_of
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import LoRA, Optimizer
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import add_adapters, check_lora, initialize_adapters
 from titan_ulysses.model.names import is_adapter
@@ -60,7 +61,7 @@ def fill(model: nn.Module) -> None:
     initialize_adapters(model, seed=5)
     for name, parameter in hf.named_parameters(model):
         if ".lora_B." in name:
-            generator = torch.Generator().manual_seed(hf.seed_of(0, name))
+            generator = torch.Generator().manual_seed(seed_of(0, name))
             hf.fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 

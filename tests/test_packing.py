@@ -19,10 +19,11 @@ from titan_ulysses.data.datasets import DatasetRows
 from titan_ulysses.data.encoding import Encoded, Encoder
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
-from titan_ulysses.data.packing import IGNORE_INDEX, PackedSequences, PaddedSequences, Sequences, fit
+from titan_ulysses.data.packing import PackedSequences, PaddedSequences, Sequences, fit
 from titan_ulysses.data.stream import StreamedSequences
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 document_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)

@@ -320,7 +320,7 @@ def test_every_tensor_has_a_name(case):
     ],
 )
 def test_sizes(size, text):
-    from titan_ulysses.plan.words import size_text
+    from titan_ulysses.observability.units import size_text
 
     assert size_text(size) == text
 
@@ -455,8 +455,8 @@ def test_what_cannot_be_planned(settings, message):
 
 def test_preflight(monkeypatch):
     """A process of its own; nothing of it is left in this one. On a busy machine it is ready after the first step."""
-    from titan_ulysses.plan import preflight
-    from titan_ulysses.plan.preflight import Preflight
+    from titan_ulysses.train import preflight
+    from titan_ulysses.train.preflight import Preflight
 
     run = {"world_size": 1, "model_bytes": 10**6, "gpu": ""}
     small = Preflight(config(), **run, gpu_memory=None)

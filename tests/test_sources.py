@@ -28,10 +28,11 @@ from titan_ulysses.data import cache, open_sequences
 from titan_ulysses.data.cache import read_corpus
 from titan_ulysses.data.corpus import Corpus, Tally
 from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows
-from titan_ulysses.data.packing import IGNORE_INDEX, Sequences
+from titan_ulysses.data.packing import Sequences
 from titan_ulysses.data.sources import BadRow, Completion, Row, open_rows
 from titan_ulysses.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 TOKENIZER = load_tokenizer("bytes")
 RECORDS = [{"text": text, "n": i} for i, text in enumerate(["one", "zwei ä", "三\n", "four\u2028still four"])]

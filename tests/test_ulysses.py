@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from families import SMALL
 from models import kept_in_fp64, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
+from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention
-from titan_ulysses.ulysses.cores import Documents, sdpa
+from titan_ulysses.ulysses.cores import sdpa
 from titan_ulysses.ulysses.exchange import heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
 

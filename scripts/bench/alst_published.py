@@ -66,7 +66,7 @@ def plan_of(settings: dict[str, Any]) -> Any:
 
 def runs() -> list[dict]:
     """Whether what ALST trained fits here, and how long a step is."""
-    from titan_ulysses.plan.hardware import GIB
+    from titan_ulysses.distributed.hardware import GIB
     from titan_ulysses.plan.report import as_json
 
     print("published runs                fits   GPU GiB  host GiB   step s   ALST's     MFU  FLOPs' rate  planned in")
@@ -93,8 +93,8 @@ def runs() -> list[dict]:
 def ladder() -> list[dict]:
     """Step by step: ALST's length, ours, and what is between them."""
     from titan_ulysses.config.load import load_config
+    from titan_ulysses.distributed.hardware import GIB
     from titan_ulysses.plan import search
-    from titan_ulysses.plan.hardware import GIB
     from titan_ulysses.plan.planner import set_up
     from titan_ulysses.plan.report import gpu_components
 

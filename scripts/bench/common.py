@@ -60,16 +60,19 @@ def training_step(
     from titan_ulysses.model import hf
     from titan_ulysses.optim.adamw import build_optimizer
     from titan_ulysses.setup.parallelize import parallelize
+    from titan_ulysses.setup.resolve import resolve_model
     from titan_ulysses.train.step import train_step
 
     init_distributed()
     mesh = build_mesh(sequence=degree or dist.get_world_size())
-    folder, table = (model, None) if isinstance(model, str) else ("", model)
-    built = hf.build_on_meta(hf.load_model_config(folder, table), torch.float32)
-    parallelize(built, mesh, param_dtype=getattr(torch, dtype), **options)
+    spec = resolve_model(
+        model, world_size=dist.get_world_size(), device_type=mesh.device.type, param_dtype=dtype
+    )
+    built = hf.build_on_meta(spec.model_config, torch.float32)
+    parallelize(built, mesh, spec.options, **options)
     hf.allocate(built, mesh.device)
-    if folder:
-        weights.load(built, folder)
+    if isinstance(model, str):
+        weights.load(built, model)
     else:
         hf.initialize(built, seed=0)
     optimizer = build_optimizer(built.parameters(), Optimizer())
@@ -85,15 +88,13 @@ def _batch(ids: Any, mesh: Any) -> Any:
     import torch
 
     from titan_ulysses.data.loader import Batch
-    from titan_ulysses.data.packing import IGNORE_INDEX
+    from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
-    tokens = len(ids) // mesh.sp.size()
-    here = slice(mesh.sp.get_local_rank() * tokens, (mesh.sp.get_local_rank() + 1) * tokens)
     labels = torch.cat([ids[1:], ids.new_tensor([IGNORE_INDEX])])
     return Batch(
-        input_ids=ids[None, here],
-        labels=labels[None, here],
-        position_ids=torch.arange(len(ids))[None, here],
+        input_ids=mesh.local_slice(ids[None]),
+        labels=mesh.local_slice(labels[None]),
+        position_ids=mesh.local_slice(torch.arange(len(ids))[None]),
         documents=((len(ids),),),
     ).to(mesh.device)
 

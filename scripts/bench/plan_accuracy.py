@@ -163,22 +163,12 @@ CASES = [
 # --- what is planned --------------------------------------------------------------------------------------------------
 
 
-def resolve(case: Case) -> tuple[Any, Any, Any, Any]:
-    """The config, the transformers config, the mesh's degrees and the core of a case."""
-    import torch
-
+def spec_of(case: Case) -> Any:
     from titan_ulysses.config.schema import Config
-    from titan_ulysses.config.validate import check
-    from titan_ulysses.model import hf
-    from titan_ulysses.model.families import attention_needs
-    from titan_ulysses.ulysses.cores import choose_core
+    from titan_ulysses.setup.resolve import resolve
 
-    config = Config.model_validate({"model": {"config": case.model, "tokenizer": "bytes"}} | case.settings)
-    model_config = hf.load_model_config("", case.model)
-    degrees = check(config, world_size=case.ranks, model_config=model_config, num_token_ids=257)
-    dtype = getattr(torch, config.training.param_dtype)
-    core, _ = choose_core(config.model.attention, attention_needs(model_config), device_type="cpu", dtype=dtype)
-    return config, model_config, degrees, core
+    table = {"model": {"config": case.model, "tokenizer": "bytes"}} | case.settings
+    return resolve(Config.model_validate(table), world_size=case.ranks, device_type="cpu")
 
 
 def documents_of(case: Case, config: Any) -> tuple[tuple[int, ...], ...]:
@@ -190,15 +180,8 @@ def planned(case: Case) -> dict:
     """What the planner says of rank 0."""
     from titan_ulysses.plan.simulate import simulate
 
-    config, model_config, degrees, core = resolve(case)
-    simulation = simulate(
-        config,
-        model_config=model_config,
-        degrees=degrees,
-        core=core,
-        cuda=False,
-        documents=documents_of(case, config),
-    )
+    spec = spec_of(case)
+    simulation = simulate(spec, cuda=False, documents=documents_of(case, spec.config))
     peak = simulation.memory.peak("device", "host", first=simulation.start)
     return {
         "peak": peak.bytes,
@@ -225,9 +208,10 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     from titan_ulysses.setup.build import build_model
     from titan_ulysses.train.step import train_step
 
-    config, model_config, degrees, core = resolve(case)
+    spec = spec_of(case)
+    config, degrees = spec.config, spec.degrees
     mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
-    model, _ = build_model(config, model_config, mesh, core)
+    model, _ = build_model(spec, mesh)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     initialize_adapters(model, seed=0)
@@ -235,7 +219,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     rows, tokens = config.training.local_batch_size, config.training.seq_len // degrees.sequence
 
     def batch() -> Batch:
-        ids = torch.randint(model_config.vocab_size, (rows, tokens))
+        ids = torch.randint(spec.model_config.vocab_size, (rows, tokens))
         positions = torch.arange(tokens).expand(rows, tokens).contiguous()
         return Batch(ids, ids.clone(), positions, documents_of(case, config))
 

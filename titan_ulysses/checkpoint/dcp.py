@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from titan_ulysses.checkpoint.reader import CheckpointReader, open_checkpoint
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.files import partial_path
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.names import is_adapter, plain
 from titan_ulysses.optim.adamw import state_format, unaligned_blocks
@@ -47,7 +48,7 @@ class Checkpointer:
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Collective. Writes step-<step>, then removes what is older than the last `keep`. UserError if it cannot."""
         final = self.folder / f"step-{step}"
-        partial = self.folder / f".step-{step}.partial"
+        partial = partial_path(final)
         if final.exists():
             return
         if dist.get_rank() == 0:
@@ -132,14 +133,11 @@ class Checkpointer:
         return UserError(f"{self.where}: step-{step} is damaged ({why}). {remedy}.")
 
     def _expect_model(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-        if saved == wanted:
-            return
-        name = next(n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n))
-        raise UserError(
-            f"{self.where}: step-{step} holds another model: {name} is "
-            f"{saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here. "
-            f"Give this run {self.other}, or the model its old settings."
-        )
+        if difference := first_difference(saved, wanted):
+            raise UserError(
+                f"{self.where}: step-{step} holds another model: {difference.text} here. "
+                f"Give this run {self.other}, or the model its old settings."
+            )
 
     def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
         if saved != wanted:
@@ -180,6 +178,26 @@ class Checkpointer:
             )
 
 
+class Difference(NamedTuple):
+    """The first parameter whose shape is not the same in a checkpoint and in a model."""
+
+    name: str
+    text: str
+    """the name and the shape in the checkpoint ("there"), then that in the model"""
+
+
+def first_difference(
+    saved: dict[str, list[int]], wanted: dict[str, list[int]]
+) -> Difference | None:
+    """Compare the names and shapes in a checkpoint with those of a model; None where they are equal."""
+    for name in dict.fromkeys((*wanted, *saved)):
+        there, here = saved.get(name), wanted.get(name)
+        if there != here:
+            absent = "absent"
+            return Difference(name, f"{name} is {there or absent} there and {here or absent}")
+    return None
+
+
 def is_checkpoint(path: str) -> bool:
     """Whether path is a step-N folder that a run has saved, rather than one of safetensors."""
     return bool(path) and (Path(path) / _RUN_FILE).is_file()
@@ -206,17 +224,19 @@ def load_weights(path: str, model: nn.Module) -> None:
     """
     saved = _read_run_file(Path(path))
     wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
-    problem = None
-    for name in dict.fromkeys((*saved["parameters"], *wanted)):
-        there, here = saved["parameters"].get(name), list(wanted[name].shape) if name in wanted else None
-        if there is None and (is_adapter(name) or saved.get("frozen", 0)):
-            continue
-        if there != here:
-            problem = f"{name} is {there or 'absent'} there and {here or 'absent'} here"
-            break
-    if problem:
-        hint = " Set lora.rank and lora.target_modules as that run had them." if is_adapter(name) else ""
-        raise UserError(f"checkpoint.initial_load_path = {path} holds another model: {problem}.{hint}")
+    shapes = {
+        name: list(tensor.shape)
+        for name, tensor in wanted.items()
+        # What was frozen is not saved, and adapters may be new.
+        if name in saved["parameters"] or not (is_adapter(name) or saved.get("frozen", 0))
+    }
+    if difference := first_difference(saved["parameters"], shapes):
+        hint = ""
+        if is_adapter(difference.name):
+            hint = " Set lora.rank and lora.target_modules as that run had them."
+        raise UserError(
+            f"checkpoint.initial_load_path = {path} holds another model: {difference.text} here.{hint}"
+        )
     if saved.get("frozen", 0) and saved["frozen"] != fingerprint(model):
         raise UserError(
             f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen here, and only the "

@@ -28,6 +28,7 @@ from titan_ulysses.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Get, find, 
 from titan_ulysses.checkpoint.layout import Layout, Read
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.files import partial_path, replace_folder
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
 from titan_ulysses.model.names import is_adapter
@@ -212,7 +213,7 @@ def export(
     where one was given.
     UserError, on every rank, where it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = partial_path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
     fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
@@ -240,20 +241,10 @@ def export(
                 where = {name: file for file, named in zip(files, sizes, strict=True) for name in named}
                 _write_index(where, sum(sum(named.values()) for named in sizes), aside)
                 _write_configs(model, tokenizer, step, aside)
-                _publish(aside, folder)
+                replace_folder(aside, folder)
     finally:
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
-
-
-def _publish(aside: Path, folder: Path) -> None:
-    """Let the complete folder aside take folder's place, by renames: what has its name is always whole."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def exported_step(folder: Path) -> int | None:
@@ -292,7 +283,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
 
     base: the folder or hub name of the model that they belong to, "" where it has none; noted with them.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
+    aside = partial_path(folder)
     writes = dist.get_rank() == 0
     adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
     # peft leaves the adapter's name out, and has the model inside two modules of its own.
@@ -306,7 +297,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
             settings = copy.copy(model.peft_config[ADAPTER])
             settings.base_model_name_or_path = base or None
             settings.save_pretrained(aside)
-            _publish(aside, folder)
+            replace_folder(aside, folder)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def _core_name(name: str) -> str:
 
 
 CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
+"""Names of core attentions; after "auto" the fastest first. They are functions of ulysses/cores.py."""
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
 Tile = Annotated[int, Field(ge=-1)]

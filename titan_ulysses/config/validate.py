@@ -31,6 +31,14 @@ class MeshDegrees:
         return self.local_batch_size * self.data_parallel * self.accumulation_steps
 
 
+def ranks_of(config: Config) -> int:
+    """How many ranks the mesh's degrees make. A degree that is to be derived (-1) counts as 1."""
+    degrees = config.parallelism
+    replicate = abs(degrees.data_parallel_replicate_degree)
+    shard = abs(degrees.data_parallel_shard_degree)
+    return replicate * shard * abs(degrees.sequence_parallel_degree)
+
+
 def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: int) -> MeshDegrees:
     """Every check across settings, world size, model and tokenizer, made before a process group or a weight exists.
 

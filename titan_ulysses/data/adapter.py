@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
 
 _CHECK_EVERY = 100
 """Steps between two comparisons of what the ranks of a sequence-parallel group have loaded."""
-Documents = tuple[tuple[int, ...], ...]
 _TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
 _BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -209,10 +208,7 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
 
 def _slice(rows: Rows, mesh: Mesh) -> Batch:
     """This rank's tokens. Where P does not divide S, the rest is a document of its own, without labels."""
-    degree, rank = mesh.sp.size(), mesh.sp.get_local_rank()
-    missing = -rows.input_ids.shape[1] % degree
-    tokens = (rows.input_ids.shape[1] + missing) // degree
-    here = slice(rank * tokens, (rank + 1) * tokens)
+    missing = -rows.input_ids.shape[1] % mesh.sp.size()
     position_ids = torch.cat([rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1)
     attention_mask = F.pad(rows.attention_mask, (0, missing))
 
@@ -220,11 +216,11 @@ def _slice(rows: Rows, mesh: Mesh) -> Batch:
         return tuple((*row, missing) for row in of_documents) if missing else of_documents
 
     return Batch(
-        input_ids=F.pad(rows.input_ids, (0, missing))[:, here],
-        labels=F.pad(rows.labels, (0, missing), value=IGNORE_INDEX)[:, here],
-        position_ids=position_ids[:, here],
+        input_ids=mesh.local_slice(F.pad(rows.input_ids, (0, missing))),
+        labels=mesh.local_slice(F.pad(rows.labels, (0, missing), value=IGNORE_INDEX)),
+        position_ids=mesh.local_slice(position_ids),
         documents=filled(rows.documents),
-        attention_mask=None if attention_mask.all() else attention_mask[:, here],
+        attention_mask=None if attention_mask.all() else mesh.local_slice(attention_mask),
         reaches=None if rows.reaches is None else filled(rows.reaches),
     )
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from titan_ulysses.data.packing import IGNORE_INDEX, Sequences
+from titan_ulysses.data.packing import Sequences
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, local_slice
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ class Loader:
         assert sequences.seq_len % sp_degree == 0, (sequences.seq_len, sp_degree)
         self.sequences = sequences
         self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
-        local = sequences.seq_len // sp_degree
-        self._slice = slice(sp_rank * local, (sp_rank + 1) * local)
+        self.sp_rank, self.sp_degree = sp_rank, sp_degree
         self._consumed = 0  # sequences, by all ranks together
 
     def next_batch(self) -> Batch:
@@ -91,10 +91,15 @@ class Loader:
         if missing := self.batch_size - len(rows):
             row = self.sequences[indices[0]]
             rows += [row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))] * missing
+
+        def stacked(whole_rows: list[torch.Tensor]) -> torch.Tensor:
+            place = {"rank": self.sp_rank, "degree": self.sp_degree}
+            return torch.stack([local_slice(row, **place, dim=0) for row in whole_rows])
+
         return Batch(
-            input_ids=torch.stack([row.input_ids[self._slice] for row in rows]),
-            labels=torch.stack([row.labels[self._slice] for row in rows]),
-            position_ids=torch.stack([row.position_ids[self._slice] for row in rows]),
+            input_ids=stacked([row.input_ids for row in rows]),
+            labels=stacked([row.labels for row in rows]),
+            position_ids=stacked([row.position_ids for row in rows]),
             documents=tuple(row.document_lengths for row in rows),
         )
 

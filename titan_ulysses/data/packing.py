@@ -16,8 +16,8 @@ import torch
 
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 PADDING_ID = 0
 _LOOK_AHEAD = 1024
 """Pieces among which best_fit chooses: with so many, one that nearly fits is nearly always there."""

@@ -12,9 +12,11 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import local_slice
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class Mesh:
     def whole(self) -> Mesh:
         """The same ranks with P = 1, each with sequences of its own. Collective where it is made, at first use."""
         return self if self.sp.size() == 1 else build_mesh()
+
+    def local_slice(self, whole: Tensor, *, dim: int = 1) -> Tensor:
+        """This rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...] (see `local_slice`)."""
+        return local_slice(whole, rank=self.sp.get_local_rank(), degree=self.sp.size(), dim=dim)
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.data.packing import IGNORE_INDEX
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.tiling import tiles
 
 _AUTOMATIC_TILE_BYTES = 64 * 2**20

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -44,7 +45,7 @@ def fill_new_rows(model: PreTrainedModel, known: dict[str, int], seed: int) -> N
         new = whole[rows:]
         if not dist.is_initialized() or dist.get_rank() == 0:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hf.seed_of(seed, name))
+                torch.manual_seed(seed_of(seed, name))
                 new.copy_(_drawn(model, whole[:rows].cpu(), len(new)))
         if dist.is_initialized():  # not computed twice: another kind of CPU might round otherwise
             dist.broadcast(new, src=0)

@@ -7,7 +7,6 @@ numbers that do not depend on the mesh (`initialize`), or from a folder of safet
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from transformers import (
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model.names import is_adapter, plain
 from titan_ulysses.model.remote_code import check_model_code
 
@@ -171,11 +171,6 @@ def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]
         yield
     finally:
         module._parameters.update(own)
-
-
-def seed_of(seed: int, name: str) -> int:
-    """A seed for what has this name: no other one's, and the same on every mesh."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def fill(parameter: Tensor, whole: Tensor) -> None:

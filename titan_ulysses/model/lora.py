@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from titan_ulysses.config.schema import LoRA
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.names import matching, plain
 from titan_ulysses.model.torchao import quietly
@@ -94,7 +95,7 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
             hf.standing_in(a, {"weight": whole[a]}),
             hf.standing_in(b, {"weight": whole[b]}),
         ):
-            torch.manual_seed(hf.seed_of(seed, f"{name}.lora"))
+            torch.manual_seed(seed_of(seed, f"{name}.lora"))
             layer.reset_lora_parameters(ADAPTER, True)
         for module, values in whole.items():
             hf.fill(module.weight, values)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import local_slice
 
 Documents = tuple[tuple[int, ...], ...]
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
@@ -84,7 +85,8 @@ class DocumentRoPE:
             torch.tensor(counts).repeat_interleave(torch.tensor(row))
             for counts, row in zip(lengths, self.documents, strict=True)
         ]
-        return torch.stack(rows)[:, self.sp_rank * tokens : (self.sp_rank + 1) * tokens]
+        whole = torch.stack(rows)
+        return local_slice(whole, rank=self.sp_rank, degree=whole.shape[1] // tokens)
 
 
 def _chosen(mine: Tensor, several: list[int], turned: list[Tensor]) -> Tensor:

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
-from titan_ulysses.ulysses.cores import Core, Documents, blockwise
+from titan_ulysses.ulysses.cores import Core, blockwise
 
 _TOLERANCE = 1e-5
 """Above what fp32 steps inside a family make of fp64, far below what one wrong token does."""
@@ -205,8 +205,7 @@ class _Batch:
 
     def __init__(self, mesh: Mesh, config: PreTrainedConfig) -> None:
         degree = mesh.sp.size()
-        tokens = -(-32 // degree)
-        length = tokens * degree
+        length = degree * -(-32 // degree)
         generator = torch.Generator().manual_seed(1)
         self.ids, self.labels = torch.randint(config.vocab_size, (2, 2, length), generator=generator).to(mesh.device)
         self.documents = ((length // 3, 1, length - length // 3 - 1), (length,))
@@ -218,7 +217,6 @@ class _Batch:
             self.what = "with its router loss, sharded against both rows at once"
         self.valid = (self.labels != IGNORE_INDEX).sum()
         self.positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.documents])
-        self.here = slice(mesh.sp.get_local_rank() * tokens, (mesh.sp.get_local_rank() + 1) * tokens)
 
 
 def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
@@ -256,11 +254,10 @@ def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradien
 
 def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[Tensor, Gradients]:
     """Loss and gradients over the mesh, whole ones on every rank."""
-    here, device = batch.here, batch.ids.device
     loss = model(
-        input_ids=batch.ids[:, here],
-        labels=batch.labels[:, here],
-        position_ids=batch.positions[:, here].to(device),
+        input_ids=mesh.local_slice(batch.ids),
+        labels=mesh.local_slice(batch.labels),
+        position_ids=mesh.local_slice(batch.positions).to(batch.ids.device),
         documents=batch.documents,
         num_items_in_batch=batch.valid * mesh.batch.size(),
     ).loss

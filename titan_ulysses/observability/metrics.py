@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,23 +15,8 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedConfig
 
+from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.observability.wandb import WandbRun
-from titan_ulysses.train.evaluation import perplexity
-
-# Dense bf16 FLOP/s, from NVIDIA's data sheets; the first name contained in the device's name counts.
-_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of one device, or None where it is not known (then MFU is not known either)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for known, flops in _PEAK_FLOPS.items() if known in name), None)
 
 
 def flops_per_token(model: nn.Module) -> int:
@@ -169,13 +154,16 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 def _reopen(path: Path, *, before: int):
     """Open a JSON-lines file to append, keeping only the lines of earlier steps; cut lines of a kill are dropped."""
     if path.exists():
-        aside = path.with_name(f".{path.name}.partial")
-        with open(path) as old, open(aside, "w") as new:
+        with whole_file(path) as aside, open(path) as old, open(aside, "w") as new:
             for line in old:
                 if line.endswith("\n") and json.loads(line)["step"] < before:
                     new.write(line)
-        os.replace(aside, path)
     return open(path, "a")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), inf where that is too large for a float."""
+    return math.exp(loss) if not loss > 700 else math.inf
 
 
 def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int]]) -> list[str]:

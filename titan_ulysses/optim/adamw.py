@@ -6,7 +6,6 @@ a parameter at a time, so that its state can come from the host for its step and
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shutil
 import warnings
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.adamw import adamw
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._triton import has_triton
 
 from titan_ulysses.config.schema import Optimizer as OptimizerConfig
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.seeds import seed_of
+from titan_ulysses.distributed.tensors import local_shard, plain_pieces
 from titan_ulysses.model.torchao import import_torchao, require_torchao
 
 _BITS = {"adamw8bit": 8, "adamw4bit": 4}
@@ -124,10 +124,10 @@ class ShardwiseAdamW(torch.optim.Optimizer):
             # torchao counts on the host, PyTorch's fused kernel where the parameter is.
             state["step"] = torch.zeros((), device="cpu" if self.uses_torchao else p.device)
             state.update({name: self._zero_moment(p, signed=name == "exp_avg") for name in _MOMENTS})
-        kept = [_local(state[name]) for name in _MOMENTS]
+        kept = [local_shard(state[name]) for name in _MOMENTS]
         # copy=True: the way there and back is the same where the device is the CPU, as it is in the tests.
         moments = [m.to(p.device, non_blocking=True, copy=True) for m in kept] if self.offload else kept
-        tensors = (_local(p.detach()), _local(p.grad), state["step"], *moments)
+        tensors = (local_shard(p.detach()), local_shard(p.grad), state["step"], *moments)
         if self.uses_torchao:
             if self.stochastic_rounding:
                 torch.manual_seed(_rounding_seed(p, int(state["step"]), index))
@@ -152,7 +152,7 @@ class ShardwiseAdamW(torch.optim.Optimizer):
 
     def _zero_moment(self, p: nn.Parameter, *, signed: bool) -> Tensor:
         """Zeros in the shape and layout of p: a DTensor where p is one, quantized where p's shard can be."""
-        local = _local(p.detach())
+        local = local_shard(p.detach())
         if is_quantized(local.numel(), self.bits):
             module = import_torchao(f"optim.subclass_{self.bits}bit")
             kind = getattr(module, f"OptimState{self.bits}bit")
@@ -179,19 +179,6 @@ def _update_fused(
     adamw(*tensors, beta1=beta1, beta2=beta2, **constants, **switches)
 
 
-def _local(x: Tensor) -> Tensor:
-    """This rank's shard of x, sharing its memory (under no_grad)."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def plain_pieces(x: Tensor) -> list[Tensor]:
-    """The plain tensors that this rank's shard of x is made of: a quantized one has codes, scales and a table."""
-    x = _local(x)
-    if is_traceable_wrapper_subclass(x):
-        return [getattr(x, name) for name in x.__tensor_flatten__()[0]]
-    return [x]
-
-
 def _pin(x: Tensor) -> None:
     """Move x's host memory to where the device reads it without the CPU."""
     for piece in plain_pieces(x):
@@ -203,8 +190,7 @@ def _rounding_seed(p: nn.Parameter, step: int, index: int) -> int:
     if isinstance(p, DTensor):
         coordinates = zip(p.device_mesh.get_coordinate(), p.placements, strict=True)
         place = tuple(coordinate for coordinate, placement in coordinates if placement.is_shard())
-    digest = hashlib.blake2b(f"{step}:{index}:{place}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return seed_of(step, index, place)
 
 
 def is_quantized(numel: int, bits: int) -> bool:
@@ -291,7 +277,7 @@ def expected_bytes(optimizer: torch.optim.Optimizer) -> int:
 def describe_state(optimizer: torch.optim.Optimizer) -> str:
     """A line on the state of this rank: bytes a parameter, by dtype, where. After the first step."""
     by_dtype = state_bytes(optimizer)
-    parameters = sum(_local(p.detach()).numel() for group in optimizer.param_groups for p in group["params"])
+    parameters = sum(local_shard(p.detach()).numel() for group in optimizer.param_groups for p in group["params"])
     kinds = ", ".join(f"{count / 2**20:,.1f} MiB {dtype}" for dtype, count in by_dtype.items())
     places = {plain_pieces(state["exp_avg"])[0].device.type for state in optimizer.state.values()}
     where = " and ".join(sorted("host" if place == "cpu" else "device" for place in places))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from titan_ulysses.plan.hardware import GPU, HOST_BANDWIDTH
+from titan_ulysses.distributed.hardware import GPU, HOST_BANDWIDTH
 from titan_ulysses.plan.memory import MemoryTracker
 
 _ATTENTION = {

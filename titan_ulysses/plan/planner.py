@@ -12,17 +12,19 @@ import torch
 from transformers import PreTrainedConfig
 
 from titan_ulysses.config.schema import Config
-from titan_ulysses.config.validate import MeshDegrees, check
+from titan_ulysses.config.validate import MeshDegrees, ranks_of
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.model.families import attention_needs, check_family
+from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
+from titan_ulysses.model.families import attention_needs
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
 from titan_ulysses.plan.cost import Links, Offloaded, Time, clock, kernel_rates, step_time
-from titan_ulysses.plan.hardware import GIB, GPU, Reserve, gpu_named, pinned, reserves
+from titan_ulysses.plan.cuda_memory import Reserve, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
 from titan_ulysses.plan.standin import Standin
-from titan_ulysses.setup.build import load_model_config
-from titan_ulysses.ulysses.cores import Core, choose_core
+from titan_ulysses.setup.options import select_core
+from titan_ulysses.setup.resolve import RunSpec, resolve
+from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.heads import idle_ranks
 
 
@@ -30,13 +32,23 @@ from titan_ulysses.ulysses.heads import idle_ranks
 class Setup:
     """What is planned for: settings, model, mesh, hardware."""
 
-    config: Config
-    model_config: PreTrainedConfig
-    degrees: MeshDegrees
+    spec: RunSpec
     gpu: GPU
     gpu_memory: float
     host_memory: float | None
     """bytes of a node; None: not known, so not looked at"""
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        return self.spec.model_config
+
+    @property
+    def degrees(self) -> MeshDegrees:
+        return self.spec.degrees
 
     @property
     def world_size(self) -> int:
@@ -57,19 +69,35 @@ def set_up(config: Config) -> Setup:
     """UserError for what cannot be planned."""
     plan = config.plan
     gpu = gpu_named(plan.gpu)
-    model_config = load_model_config(config)
-    check_family(model_config)
-    known = [abs(d) for d in config.parallelism.model_dump().values()]
-    world_size = plan.world_size or known[0] * known[1] * known[2]
-    degrees = check(config, world_size=world_size, model_config=model_config, num_token_ids=0)
     return Setup(
-        config,
-        model_config,
-        degrees,
+        resolve_for_plan(config, world_size=plan.world_size or ranks_of(config)),
         gpu,
         gpu_memory=plan.gpu_memory_gib * GIB or gpu.memory,
         host_memory=plan.host_memory_gib * GIB or None,
     )
+
+
+def resolve_for_plan(config: Config, *, world_size: int) -> RunSpec:
+    """What config means on so many GPUs, with the core attention that stands for theirs."""
+    return resolve(config, world_size=world_size, device_type="cuda", select=_select_planned_core)
+
+
+def _select_planned_core(
+    name: str, model_config: PreTrainedConfig, *, device_type: str, dtype: torch.dtype
+) -> tuple[Core, str]:
+    """The core that a GPU would run, or what stands for it here; and what is to be said about that."""
+    needs = attention_needs(model_config)
+    flash_can = needs <= {"window", "softcap"} and dtype == torch.bfloat16
+    if name not in ("flex", "flash") and not (name == "auto" and flash_can):
+        return select_core(name, model_config, device_type="cpu", dtype=dtype)
+    kernel = "flex" if name == "flex" else "flash"
+    note = (
+        f"attention: {kernel} exists only on CUDA. It is planned as SDPA's flash kernel, with the "
+        "workspace that flash-attn 2 takes in backward added (titan_ulysses/plan/cuda_memory.py)"
+    )
+    if kernel == "flex":
+        note += ". flex's block mask, four int32 arrays of (S / 128)^2, is missing"
+    return Standin(), note
 
 
 @dataclass(frozen=True)
@@ -187,18 +215,12 @@ class Plan:
 def make_plan(setup: Setup) -> Plan:
     """Simulate a step of setup."""
     config = setup.config
-    core, notes = _core(setup)
+    notes = [setup.spec.core_reason]
     if config.compile.enable:
         notes.append("compile.enable: planned as it runs without compilation, which needs as much memory or more")
     if config.quantize.float8:
         notes.append("quantize.float8: memory is planned with float8 products, time with the speed of bf16 products")
-    simulation = simulate(
-        config,
-        model_config=setup.model_config,
-        degrees=setup.degrees,
-        core=core,
-        cuda=True,
-    )
+    simulation = simulate(setup.spec, cuda=True)
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)
     if setup.host_memory and weights > setup.host_memory:
@@ -207,25 +229,6 @@ def make_plan(setup: Setup) -> Plan:
             f"{weights / GIB:.3g} GiB of weights there. Use more nodes, or set memory.parameter_offload = false."
         )
     return plan
-
-
-def _core(setup: Setup) -> tuple[Core, list[str]]:
-    """The core that a GPU would run, or what stands for it; and what is to be said about that."""
-    name, needs = setup.config.model.attention, attention_needs(setup.model_config)
-    dtype = getattr(torch, setup.config.training.param_dtype)
-    flash_can = needs <= {"window", "softcap"} and dtype == torch.bfloat16
-    if name == "flex" or name == "flash" or (name == "auto" and flash_can):
-        kernel = "flex" if name == "flex" else "flash"
-        note = (
-            f"attention: {kernel} exists only on CUDA. It is planned as SDPA's flash kernel, with the workspace that "
-            "flash-attn 2 takes in backward added (titan_ulysses/plan/hardware.py)"
-        )
-        extra = (
-            ["attention: flex's block mask, four int32 arrays of (S / 128)^2, is missing"] if kernel == "flex" else []
-        )
-        return Standin(), [note, *extra]
-    core, reason = choose_core(name, needs, device_type="cpu", dtype=dtype)
-    return core, [reason]
 
 
 def check_idle(setup: Setup) -> str | None:

@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib import colormaps
 
 from titan_ulysses.observability.pictures import COLORS, picture
+from titan_ulysses.observability.units import size_text, time_unit_of, unit_of
 from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import Found
-from titan_ulysses.plan.words import component_name, size_text, time_unit_of, unit_of
+from titan_ulysses.plan.words import component_name
 
 _COLUMNS = 1000
 """Of the timeline: each shows the highest moment of its part of the step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,13 @@ from rich.table import Table
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.toml import show
+from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.pictures import has_matplotlib
-from titan_ulysses.plan.hardware import GIB
+from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.planner import Plan, Setup, check_idle, make_plan, set_up
 from titan_ulysses.plan.search import Found, estimate, is_open, ladder, search, with_settings
-from titan_ulysses.plan.words import component_name, kernel_name, moment_name, size_text, tensor_name, time_text
+from titan_ulysses.plan.words import component_name, kernel_name, moment_name, tensor_name
 
 _LARGEST = 6
 """Tensors of the peak that are listed."""
@@ -47,9 +48,8 @@ def plan_and_report(config: Config) -> None:
         "search": [_found_json(one) for one in found],
         "ladder": [_found_json(one) for one in steps],
     }
-    aside = folder / ".plan.json.partial"
-    aside.write_text(json.dumps(values, indent=2))
-    os.replace(aside, folder / "plan.json")
+    with whole_file(folder / "plan.json") as partial:
+        partial.write_text(json.dumps(values, indent=2))
     pictures = _draw(plan, steps, folder)
     console.print(closing(plan, best, found), highlight=False, soft_wrap=True)
     console.print(

@@ -57,7 +57,7 @@ def with_settings(setup: Setup, changes: dict[str, object]) -> Setup:
         if rest:
             raise UserError(f"parallelism.sequence_parallel_degree = {sequence} does not divide {setup.world_size}")
         degrees = MeshDegrees(degrees.replicate, shard, sequence, degrees.local_batch_size, 1)
-    return replace(setup, config=config, degrees=degrees)
+    return replace(setup, spec=setup.spec.with_config(config, degrees))
 
 
 def at_length(setup: Setup, seq_len: int) -> Need:

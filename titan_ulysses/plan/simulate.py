@@ -4,27 +4,28 @@ Nothing is computed and nothing sent, so that a laptop runs a rank of a thousand
 so that its state exists. Of the tiles of a function only the first two and the last are run, because all between do
 what the second does; likewise of the batches that a step accumulates only the first two.
 
-What the simulation cannot see, because it exists only in CUDA kernels, `hardware.py` adds, each entry with its source.
+What the simulation cannot see, because it exists only in CUDA kernels, `cuda_memory.py` adds,
+each entry with its source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.mesh import Mesh, build_mesh
+from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, Offload, Store
 from titan_ulysses.memory.tiling import visiting
@@ -32,14 +33,15 @@ from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter, Tick
-from titan_ulysses.plan.hardware import cpu_workspace, cuda_workspace
+from titan_ulysses.plan.cuda_memory import cpu_workspace, cuda_workspace
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.words import group_name
 from titan_ulysses.setup.build import build_model
-from titan_ulysses.setup.parallelize import find_blocks, precision, wrap
+from titan_ulysses.setup.options import ParallelOptions
+from titan_ulysses.setup.parallelize import find_blocks, wrap
+from titan_ulysses.setup.resolve import RunSpec
 from titan_ulysses.train.step import train_step
-from titan_ulysses.ulysses.cores import Core, Documents
 
 
 @dataclass
@@ -60,37 +62,30 @@ class Simulation:
     model: PreTrainedModel = field(repr=False)
 
 
-def simulate(
-    config: Config,
-    *,
-    model_config: PreTrainedConfig,
-    degrees: MeshDegrees,
-    core: Core,
-    cuda: bool,
-    documents: Documents | None = None,
-) -> Simulation:
+def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -> Simulation:
     """Simulate rank 0 of a run, with one document a row unless documents says otherwise.
 
     cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied ahead of need.
     The process must not be in a process group, and is in none afterwards.
     """
+    config, core = spec.config, spec.core
     tracker = MemoryTracker(cuda_workspace if cuda else cpu_workspace)
     tracker.parameters_on_host = cuda and config.memory.parameter_offload
-    optimizer_offload = cuda and config.memory.optimizer_offload and not config.memory.parameter_offload
+    optimizer_offload = (
+        cuda and config.memory.optimizer_offload and not config.memory.parameter_offload
+    )
     store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=cuda)
     blocks: list[nn.Module] = []
+    if isinstance(core, Standin):
+        core.begin(tracker)
 
-    def wrap_here(model, mesh, *, attention, param_dtype, reduce_dtype, **options) -> None:
-        """What `parallelize` does, without its questions to the other ranks."""
+    def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
+        """What `parallelize` does, without its questions to the other ranks, and not compiled."""
         blocks.extend(find_blocks(model)[1])
-        kept = CPUOffloadPolicy(pin_memory=False) if options.pop("parameter_offload") else OffloadPolicy()
-        own = {key: value for key, value in options.items() if not key.startswith("offload")}
-        wrap(
-            model, mesh, attention, precision(param_dtype, reduce_dtype), kept, store=store, **own | {"compile": False}
-        )
+        wrap(model, mesh, replace(options, compile=False), store=store)
 
-    with _fake_ranks(degrees) as mesh:
-        model, _ = build_model(config, model_config, mesh, core, wrap=wrap_here)
+    with _fake_ranks(spec.degrees) as mesh:
+        model, _ = build_model(spec, mesh, wrap=wrap_here)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
             _tell_model(tracker, model)
@@ -101,11 +96,9 @@ def simulate(
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _tell_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
-            batches = [_batch(config, mesh, documents) for _ in range(degrees.accumulation_steps)]
+            batches = [_batch(config, mesh, documents) for _ in range(spec.degrees.accumulation_steps)]
             tracker.claim([vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions")
             _make_state(model, optimizer)
-            if isinstance(core, Standin):
-                core.tracker = tracker
             counted = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
             counts, max_norm = [], config.training.max_norm
             for run in (batches[:1], batches[:2]) if len(batches) > 1 else (batches,):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.plan.memory import MemoryTracker
-from titan_ulysses.ulysses.cores import Documents, with_equal_sizes
+from titan_ulysses.ulysses.cores import with_equal_sizes
 
 
 class Standin:
@@ -20,7 +21,10 @@ class Standin:
     def __init__(self) -> None:
         self.scores: dict[int | None, float] = {}
         self.tracker: MemoryTracker | None = None
-        """set by `simulate`"""
+
+    def begin(self, tracker: MemoryTracker) -> None:
+        """Forget the simulation before, and note the scores of the one that tracker follows."""
+        self.scores, self.tracker = {}, tracker
 
     def __call__(
         self,

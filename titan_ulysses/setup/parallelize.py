@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial, reduce
 from inspect import signature
 from types import MethodType
@@ -19,18 +20,17 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
-from titan_ulysses.memory.offload import Offload, Store, open_store
+from titan_ulysses.memory.offload import Store, open_store
 from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     MLPLayout,
-    attention_needs,
     check_family,
     head_of,
     mlp_layout,
@@ -40,8 +40,9 @@ from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.model.verification import Tilings, prove
 from titan_ulysses.setup.guard import guard
+from titan_ulysses.setup.options import ParallelOptions, select_core
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
-from titan_ulysses.ulysses.cores import Core, Documents, choose_core
+from titan_ulysses.ulysses.cores import Core
 
 _SMALLEST_TILE = 1024
 """Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
@@ -57,116 +58,124 @@ _REFUSED = {
 
 
 def parallelize(
-    model: PreTrainedModel,
-    mesh: Mesh,
-    *,
-    attention: str | Core = "auto",
-    loss_tile_tokens: int = 0,
-    mlp_tile_tokens: int = 0,
-    checkpoint_every: int = 1,
-    offload: Offload = "none",
-    offload_folder: str | None = None,
-    parameter_offload: bool = False,
-    compile: bool = False,
-    z_loss: float = 0.0,
-    param_dtype: torch.dtype | None = None,
-    reduce_dtype: torch.dtype | None = None,
+    model: PreTrainedModel, mesh: Mesh, options: ParallelOptions | None = None, **fields: Any
 ) -> PreTrainedModel:
-    """Wrap model, on meta or not, in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
+    """Wrap model in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
-    Its forward then takes the batches of `shard` (see `_forward`), in any order with backward, step and evaluation (see
-    `guard`). Names stay as they are; `save_pretrained` and `save_checkpoint` of this package save it. A model that is
-    not on meta must be the same on all ranks; each keeps its shard of it. Parameters are stored in the dtype they have,
-    computed with in param_dtype (by default the model's own) and their gradients summed in reduce_dtype (by default
-    fp32, or wider as param_dtype is). attention is a core, or the name of one (see `choose_core`). Tiles are numbers of
-    tokens: 0 chooses (see `LossHead` and `wrap`), -1 takes all at once. Of every checkpoint_every blocks (0: no
-    checkpoints) only the input is kept for backward: on the device, or as offload says in host memory, or on disk in
-    offload_folder. parameter_offload keeps shards and gradients in host memory, where the optimizer then steps.
-    compile: the MLP and the norms of each block.
-    z_loss: see `LossHead`. Collective. UserError for a model or a core that would train wrongly.
+    options, or its fields as keywords: `parallelize(model, mesh, offload="host")`.
+
+    The model's forward then takes the batches of `shard` (see `_forward`), in any order with
+    backward, step and evaluation (see `guard`). Names stay as they are; `save_pretrained` and
+    `save_checkpoint` of this package save it. The model may be on meta. One that is not must be the
+    same on all ranks, and each keeps its shard of it.
+
+    Collective. UserError for a model or a core that would train wrongly.
     """
-    param_dtype = param_dtype or model.dtype
-    reduce_dtype = reduce_dtype or torch.promote_types(param_dtype, torch.float32)
+    options = replace(options or ParallelOptions(), **fields).resolved(model.dtype)
     check_family(model.config)
     check_dropout(model)
     check_same_weights(model)
-    if isinstance(attention, str):
-        needs, device_type = attention_needs(model.config), mesh.device.type
-        attention, _ = choose_core(attention, needs, device_type=device_type, dtype=param_dtype)
-    policy = precision(param_dtype, reduce_dtype)
-    options = {
-        "loss_tile_tokens": loss_tile_tokens,
-        "mlp_tile_tokens": mlp_tile_tokens,
-        "checkpoint_every": checkpoint_every,
-        "store": open_store(offload, offload_folder, mesh.device),
-        "compile": compile,
-        "z_loss": z_loss,
-    }
+    if isinstance(options.attention, str):
+        core, _ = select_core(
+            options.attention,
+            model.config,
+            device_type=mesh.device.type,
+            dtype=options.param_dtype,
+        )
+        options = replace(options, attention=core)
+    store = open_store(options.offload, options.offload_folder, mesh.device)
     if model.config.model_type not in CHECKED_FAMILIES:
-        plain = options | {"compile": False, "z_loss": 0.0}  # the proof is about the family
-
-        def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
-            wrap(tiny, mesh, core, MixedPrecisionPolicy(), **plain | tiling)
-
-        options |= prove(model.config, mesh, shard, _tilings(options))
-    kept = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if parameter_offload else OffloadPolicy()
-    return wrap(model, mesh, attention, policy, kept, **options)
+        options = _verified(model.config, mesh, options, store)
+    return wrap(model, mesh, options, store=store)
 
 
-def _tilings(options: dict[str, Any]) -> Tilings:
-    """How the blocks of a family that nobody has checked may be tiled, best first, by options of `wrap`."""
+def _verified(
+    config: PreTrainedConfig, mesh: Mesh, options: ParallelOptions, store: Store | None
+) -> ParallelOptions:
+    """Collective. The options with which a family that nobody has checked trains exactly."""
+    # Verification is about the family, in fp64: what has nothing to do with that is left out.
+    plain = replace(
+        options,
+        compile=False,
+        z_loss=0.0,
+        parameter_offload=False,
+        param_dtype=None,
+        reduce_dtype=None,
+    )
+
+    def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
+        wrap(tiny, mesh, replace(plain, attention=core, **tiling), store=store)
+
+    return replace(options, **prove(config, mesh, shard, _tilings(options)))
+
+
+def _tilings(options: ParallelOptions) -> Tilings:
+    """How the blocks of a family that nobody has checked may be tiled, the best way first."""
     whole = {"not tiled": {"mlp_tile_tokens": -1}}
-    if options["mlp_tile_tokens"] == -1:
+    if options.mlp_tile_tokens == -1:
         return whole
-    return {"tiled with its norms": {}, "tiled without its norms": {"tile_norms_with_mlp": False}} | whole
-
-
-def precision(param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """FSDP's policy for the dtypes that are computed with, and in which gradients are summed."""
-    # Nothing is cast: activations have the dtype that parameters give them, also where a checkpoint computes again.
-    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    with_norms = {"tiled with its norms": {}}
+    without_norms = {"tiled without its norms": {"tile_norms_with_mlp": False}}
+    return with_norms | without_norms | whole
 
 
 def wrap(
-    model: PreTrainedModel,
-    mesh: Mesh,
-    core: Core,
-    mp_policy: MixedPrecisionPolicy,
-    offload_policy: OffloadPolicy | None = None,
-    *,
-    loss_tile_tokens: int,
-    mlp_tile_tokens: int,
-    checkpoint_every: int,
-    store: Store | None,
-    compile: bool,
-    z_loss: float,
-    tile_norms_with_mlp: bool = True,
+    model: PreTrainedModel, mesh: Mesh, options: ParallelOptions, *, store: Store | None
 ) -> PreTrainedModel:
-    """What `parallelize` does to a model once nothing speaks against it. tile_norms_with_mlp: see `tile_blocks`."""
-    decoder, blocks = find_blocks(model)
-    use_ulysses(model, decoder, blocks, mesh, core)
-    if mlp_tile_tokens == 0 and not checkpoint_every:
-        mlp_tile_tokens = -1  # without checkpoints the tiles would be the only recomputation, and cost time
-    if mlp_tile_tokens != -1:
-        tile_tokens = mlp_tile_tokens or max(_SMALLEST_TILE, model.config.hidden_size)
-        tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=tile_norms_with_mlp)
-    if compile:
-        compile_blocks(blocks)
-    use_loss_head(model, decoder, loss_tile_tokens, z_loss)
-    policies = {"mp_policy": mp_policy, "offload_policy": offload_policy or OffloadPolicy()}
+    """What `parallelize` does to a model once nothing speaks against it: each wrapper in its order.
 
-    def shard(module: nn.Module, **options) -> None:
-        use_one_dtype(module)
-        fully_shard(module, mesh=mesh.fsdp, **policies, **options)
+    options.attention is a core here. store keeps the inputs of activation checkpoints off the device.
+    """
+    decoder, blocks = find_blocks(model)
+    use_ulysses(model, decoder, blocks, mesh, options.attention)
+    tile_tokens = _mlp_tile_tokens(options, model.config.hidden_size)
+    if tile_tokens != -1:
+        tile_blocks(
+            model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp
+        )
+    if options.compile:
+        compile_blocks(blocks)
+    use_loss_head(model, decoder, options.loss_tile_tokens, options.z_loss)
+    policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
+
+    def shard(*modules: nn.Module, **how) -> None:
+        """Gather these together, as one group of FSDP."""
+        use_one_dtype(*modules)
+        fully_shard(list(modules), mesh=mesh.fsdp, **policies, **how)
 
     shard_blocks(model, blocks, shard)
-    if checkpoint_every:
-        checkpoint_blocks(blocks, every=checkpoint_every, store=store)
+    if options.checkpoint_every:
+        checkpoint_blocks(blocks, every=options.checkpoint_every, store=store)
     shard_root(model, shard)
     guard(model)
     for name, reason in _REFUSED.items():
         setattr(model, name, partial(_refuse, reason))
     return model
+
+
+def _mlp_tile_tokens(options: ParallelOptions, hidden_size: int) -> int:
+    if options.mlp_tile_tokens:
+        return options.mlp_tile_tokens
+    if not options.checkpoint_every:
+        return -1  # without checkpoints the tiles would be the only recomputation, and cost time
+    return max(_SMALLEST_TILE, hidden_size)
+
+
+def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:
+    """FSDP's policy for the dtypes that are computed with, and in which gradients are summed."""
+    return MixedPrecisionPolicy(
+        param_dtype=options.param_dtype,
+        reduce_dtype=options.reduce_dtype,
+        # Nothing is cast: activations have the dtype that parameters give them, also where a
+        # checkpoint computes again.
+        cast_forward_inputs=False,
+    )
+
+
+def _offloading(options: ParallelOptions, mesh: Mesh) -> OffloadPolicy:
+    if not options.parameter_offload:
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
 
 
 def _refuse(reason: str, *_, **__) -> NoReturn:
@@ -388,12 +397,17 @@ def use_loss_head(model: PreTrainedModel, decoder: nn.Module, tile_tokens: int, 
     model.set_output_embeddings(LossHead(linear, tile_tokens=tile_tokens, **shaping))
 
 
-def use_one_dtype(module: nn.Module) -> None:
-    """Store what is trained in module, and not sharded yet, in the dtype that most of it has: FSDP takes only one.
+def use_one_dtype(*modules: nn.Module) -> None:
+    """Store what is trained in modules, and not sharded yet, in the dtype that most of it has: FSDP takes only one.
 
     transformers keeps routers in fp32 when it loads a mixture of experts in bf16.
     """
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)}
+    trained = {
+        name: parameter
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not isinstance(parameter, DTensor)
+    }
     elements: Counter[torch.dtype] = Counter()
     for parameter in trained.values():
         elements[parameter.dtype] += parameter.numel()
@@ -406,7 +420,7 @@ def use_one_dtype(module: nn.Module) -> None:
         parameter.data = parameter.data.to(dtype)
     if widest != dtype:
         warnings.warn(
-            f"model: {', '.join(odd)} of {type(module).__name__} is now stored in {dtype}, as most of it is: FSDP "
+            f"model: {', '.join(odd)} of {type(modules[0]).__name__} is now stored in {dtype}, as most of it is: FSDP "
             f"shards parameters of one dtype. To keep more, load the model in {widest} and give param_dtype={dtype}.",
             stacklevel=2,
         )
@@ -419,7 +433,7 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # Tied they are one group, gathered from the first to the last: FSDP refuses a parameter that two groups hold.
     for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:
-        shard(group)
+        shard(*group)
         group[0].set_unshard_in_backward(not all(_rests_in_backward(module) for module in group))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,9 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, join_slices
+from titan_ulysses.observability.metrics import perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,7 @@ def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     sp = model.ulysses_mesh.sp
     slices = [torch.empty_like(local) for _ in range(sp.size())]
     dist.all_gather(slices, local, group=sp.get_group())
-    return torch.cat(slices, dim=1)
+    return join_slices(slices)
 
 
 @contextmanager
@@ -67,11 +67,6 @@ class Evaluation(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {**self._asdict(), "perplexity": self.perplexity}
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), inf where that is too large for a float."""
-    return math.exp(loss) if not loss > 700 else math.inf
 
 
 def position_edges(seq_len: int) -> list[int]:

@@ -16,12 +16,12 @@ from torch.distributed.tensor.placement_types import Placement
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.distributed.failure import first_failure
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.memory.tiling import tiles
 from titan_ulysses.model.hf import named_parameters
-from titan_ulysses.optim.adamw import plain_pieces
 
 _NORM_PART = 2**20
 """Numbers of a gradient that are copied to fp64 at once: 8 MiB. On a CPU more are slower, as they leave the cache."""

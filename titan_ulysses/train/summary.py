@@ -29,7 +29,7 @@ def begin(run: Trainer) -> None:
         f"data: {markup.escape((run.loader or run.validation_loader).sequences.describe())}\n"
         f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on {mesh.device.type}; "
         f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; {d.global_batch_size} sequence(s) "
-        f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(run.core_reason)}"
+        f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(run.spec.core_reason)}"
         + "".join(f"\n{line}" for line in _choices(run))
         + (f"\n{markup.escape(beginning)}" if beginning else "")
         + "".join(f"\n{markup.escape(line)}" for line in run.plan_lines),
@@ -40,7 +40,7 @@ def begin(run: Trainer) -> None:
 
 def _choices(run: Trainer) -> list[str]:
     """What was chosen for the user, or changes nothing."""
-    memory, tokens, degree, lines = run.config.memory, run.batch_tokens, run.degrees.sequence, []
+    memory, tokens, degree, lines = run.config.memory, run.spec.local_tokens, run.degrees.sequence, []
     if idle := idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree):
         lines.append(f"[bold]{idle}[/]")
     if unused := describe_unused_code(run.model.config):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,44 +20,39 @@ from titan_ulysses.checkpoint.disk import disk_needs
 from titan_ulysses.checkpoint.initial import base_of, check_beginning, initialize
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
-from titan_ulysses.config.validate import check
 from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.distributed.hardware import peak_flops
 from titan_ulysses.distributed.mesh import build_mesh, init_distributed
-from titan_ulysses.memory.offload import check_room
+from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
-from titan_ulysses.model.families import attention_needs, check_family
-from titan_ulysses.model.float8 import check_float8
-from titan_ulysses.model.lora import check_lora
 from titan_ulysses.observability.metrics import (
     MetricsLogger,
     PeakMemory,
     attention_flops,
     describe_validation,
     flops_per_token,
-    peak_flops,
 )
-from titan_ulysses.observability.profiling import check_profiling, profiled
+from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
-from titan_ulysses.observability.wandb import WandbRun, check_wandb
+from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.optim.adamw import (
     build_optimizer,
-    check_optimizer,
     describe_state,
     expected_bytes,
 )
-from titan_ulysses.plan.preflight import Preflight
-from titan_ulysses.setup.build import build_model, load_model_config
+from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.parallelize import find_blocks
+from titan_ulysses.setup.resolve import check_machine, resolve
 from titan_ulysses.train import summary as announce
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
+from titan_ulysses.train.preflight import Preflight
 from titan_ulysses.train.signals import StopSignals
 from titan_ulysses.train.step import Step, learning_rate, parameter_not_finite, train_step
-from titan_ulysses.ulysses.cores import choose_core
 
 if TYPE_CHECKING:
     from titan_ulysses.data.packing import Sequences
@@ -76,65 +70,74 @@ class Trainer:
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
         self.folder = Path(config.job.dump_folder) / config.job.name
 
-        # Everything that can be wrong with the input is found before a process group or a weight exists.
-        model_config = load_model_config(config)
-        check_family(model_config)
-        device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = getattr(torch, config.training.param_dtype)
-        self.core, self.core_reason = choose_core(
-            config.model.attention, attention_needs(model_config), device_type=device_type, dtype=dtype
-        )
-        check_optimizer(config.optimizer)
-        check_lora(config.lora)
-        if config.quantize.float8:
-            check_float8(device_type)
-        check_profiling(config.profiling, device_type)
-        if config.metrics.enable_wandb:
-            check_wandb()
-        self.tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
-        self.degrees = check(
+        training, held_out = self._resolve(trains=trains)
+        self._build(training, held_out)
+        self._start(trains=trains)
+
+    # --- resolve: what can be wrong with the input, before a process group or a weight exists -----
+
+    def _resolve(self, *, trains: bool) -> tuple[Sequences | None, Sequences | None]:
+        """Find what is wrong with the input; returns the training and the held-out sequences."""
+        config = self.config
+        self.spec = resolve(
             config,
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            model_config=model_config,
-            num_token_ids=num_token_ids(self.tokenizer),
+            device_type="cuda" if torch.cuda.is_available() else "cpu",
+            with_tokenizer=True,
         )
-        self.batch_tokens = config.training.local_batch_size * config.training.seq_len // self.degrees.sequence
-        self._check_memory(model_config)
-        self.checkpointer = Checkpointer(self.folder / config.checkpoint.folder, keep=config.checkpoint.keep_latest_k)
+        self.degrees = self.spec.degrees
+        check_machine(self.spec)
+        folder = self.folder / config.checkpoint.folder
+        self.checkpointer = Checkpointer(folder, keep=config.checkpoint.keep_latest_k)
         if self._begins():
             check_beginning(config)
-        training, held_out = open_sequences(config, self.tokenizer, trains=trains)
+        sequences = open_sequences(config, self.spec.tokenizer, trains=trains)
         self._check_folder()
         if not trains:
             self._check_weights()
+        return sequences
 
+    # --- build: mesh, loaders, model --------------------------------------------------------------
+
+    def _build(self, training: Sequences | None, held_out: Sequences | None) -> None:
+        """Join the process group, and make the mesh, the loaders and the model, whose memory is empty."""
+        config, degrees = self.config, self.degrees
         if config.training.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
             torch.use_deterministic_algorithms(True)
         init_distributed()
-        degrees = self.degrees
-        self.mesh = build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
+        self.mesh = build_mesh(
+            replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence
+        )
         self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
-        self.model, self.float8_layers = build_model(config, model_config, self.mesh, self.core)
-        hf.allocate(self.model, self.mesh.device, parameter_offload=config.memory.parameter_offload)
+        self.model, self.float8_layers = build_model(self.spec, self.mesh)
+        offload = config.memory.parameter_offload
+        hf.allocate(self.model, self.mesh.device, parameter_offload=offload)
         if base := base_of(config):
             weights.keep_generation_config(self.model, base.path)
+
+    # --- start: weights, optimizer, plan, folder --------------------------------------------------
+
+    def _start(self, *, trains: bool) -> None:
+        """Fill the model as it begins or goes on, and say what the run is."""
         self.preflight, self.optimizer = None, None
         if trains:
             self.preflight = self._start_preflight()
-            offload = config.memory.optimizer_offload
-            self.optimizer = build_optimizer(self.model.parameters(), config.optimizer, offload=offload)
+            self.optimizer = build_optimizer(
+                self.model.parameters(),
+                self.config.optimizer,
+                offload=self.config.memory.optimizer_offload,
+            )
         self.step = self._resume_or_initialize()
         self._unseen: list[Step] = []
         """what the steps showed whose numbers nobody has looked at"""
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
         if trains:
-            self._open_folder()  # only now: a refused command must not replace the config of the run that is there
+            # Only now: a refused command must not replace the config of the run that is there.
+            self._open_folder()
         self.peak_memory = PeakMemory(self.mesh.device)
         announce.begin(self)
-
-    # --- setup --------------------------------------------------------------------------------------------------------
 
     def _loader(self, sequences: Sequences | None) -> Loader | None:
         mesh = self.mesh
@@ -148,21 +151,6 @@ class Trainer:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
         )
-
-    def _check_memory(self, model_config) -> None:
-        """Raise UserError where checkpoints that leave the device find no room on this node, or nothing compiles."""
-        config, checkpoint = self.config, self.config.activation_checkpoint
-        tokens = config.training.seq_len // self.degrees.sequence
-        check_room(
-            checkpoint.offload,
-            checkpoint.offload_folder,
-            shape=(config.training.local_batch_size, tokens, model_config.hidden_size),
-            itemsize=getattr(torch, config.training.param_dtype).itemsize,
-            segments=-(-model_config.num_hidden_layers // checkpoint.every),
-            processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        )
-        if config.compile.enable and not (torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++"))):
-            raise UserError("compile.enable = true needs a C++ compiler on a CPU: install g++, or set it to false.")
 
     def _begins(self) -> bool:
         """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
@@ -191,9 +179,8 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
-                aside = self.folder / f".{name}.partial"
-                aside.write_text(text)
-                aside.rename(self.folder / name)
+                with whole_file(self.folder / name) as partial:
+                    partial.write_text(text)
         except OSError as error:
             raise self._unwritable(error.strerror) from error
 
@@ -306,7 +293,7 @@ class Trainer:
             if config.lora.rank:
                 base = base_of(config)
                 weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
-            weights.export(self.model, self.tokenizer, self.folder / "export", step=self.step)
+            weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=self.step)
         self._say(announce.end(self))
 
     def _train_steps(self, logger: MetricsLogger | None) -> None:
@@ -340,7 +327,7 @@ class Trainer:
     def _train_one_step(self, logger: MetricsLogger | None) -> None:
         config = self.config
         # Dropout, where a model has it, draws from (seed, step, rank): a resumed run draws the same.
-        torch.manual_seed(hash((config.training.seed, self.step, dist.get_rank())))
+        torch.manual_seed(seed_of(config.training.seed, self.step, dist.get_rank()))
         batches = [self.loader.next_batch().to(self.mesh.device) for _ in range(self.degrees.accumulation_steps)]
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
@@ -379,7 +366,8 @@ class Trainer:
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self._clock
         tokens = steps * self.degrees.global_batch_size * config.seq_len
-        peak_rate = peak_flops(device) if config.param_dtype == "bfloat16" else None
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        peak_rate = peak_flops(device_name) if config.param_dtype == "bfloat16" else None
         flops = tokens * flops_per_token(self.model) + attention.item()
         if logger:
             values = {

@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.ulysses.cores import Core, Documents
+from titan_ulysses.distributed.sequence import Documents, local_slice
+from titan_ulysses.distributed.tensors import local_shard
+from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
 
@@ -42,7 +44,9 @@ class Ulysses:
     def places(self) -> Tensor:
         """[B, T]: of this rank's tokens in their documents, from 0."""
         tokens, device = self.position_ids.shape[1], self.position_ids.device
-        here = torch.arange(tokens, device=device) + self.mesh.get_local_rank() * tokens
+        rank, degree = self.mesh.get_local_rank(), self.mesh.size()
+        every = torch.arange(tokens * degree, device=device)
+        here = local_slice(every, rank=rank, degree=degree, dim=0)
         rows = []
         for row in self.documents:
             starts = torch.tensor([0, *accumulate(row)][:-1]).to(device)
@@ -86,7 +90,7 @@ def ulysses_attention(
         return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
 
     placed = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
-    q, k, v = (_local(x) for x in sequence_to_heads(*placed, plan))
+    q, k, v = (local_shard(x) for x in sequence_to_heads(*placed, plan))
     output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
     if plan.is_even:
         output = DTensor.from_local(output, mesh, (HEADS,), run_check=False)
@@ -176,10 +180,6 @@ def _chunked(documents: Documents, module: nn.Module) -> Documents:
     return tuple(
         tuple(min(size, length - start) for length in row for start in range(0, length, size)) for row in documents
     )
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 AttentionInterface.register(ATTENTION_NAME, ulysses_attention)

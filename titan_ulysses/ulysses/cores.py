@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from titan_ulysses.config.schema import CORES
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import Documents
 
 Core = Callable[..., Tensor]
-Documents = tuple[tuple[int, ...], ...]
-"""Document lengths of each row, in order; each row's sum to S."""
 
 _QUERY_BLOCK = 1024
 """Queries of one call where a mask or plain scores are needed: [block, block + window] of them, never [S, S]."""
@@ -163,10 +163,8 @@ def choose_core(name: str, needs: set[str], *, device_type: str, dtype: torch.dt
     `needs` are the keywords that the model's layers will pass (see above). "package.module:function" names a core of
     the user's own. UserError where the named core is not there, cannot run here or does not take what is needed.
     """
-    if ":" in name:
-        cores = {name: _import_core(name)}
-    else:
-        cores = {core.__name__: core for core in (flash, flex, sdpa, blockwise)}  # the fastest first
+    of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
+    cores = {name: _import_core(name)} if ":" in name else of_this_file
     obstacles = {}
     for candidate, core in cores.items():
         obstacle = _obstacle(core, needs, device_type, dtype)

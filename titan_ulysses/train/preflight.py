@@ -18,7 +18,7 @@ from typing import Any
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.memory.offload import available_host_memory
-from titan_ulysses.plan.words import component_name, size_text, time_text
+from titan_ulysses.observability.units import size_text, time_text
 
 _PATIENCE = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
@@ -54,7 +54,7 @@ class Preflight:
         }
         ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "titan_ulysses.plan.preflight"],
+            [sys.executable, "-m", "titan_ulysses.plan"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -152,7 +152,7 @@ class Preflight:
         if self.plan is None:
             return ""
         parts = "\n".join(
-            f"  {_gib(size):>11}  {component_name(name)}" for name, size in self.plan["components"].items()
+            f"  {_gib(size):>11}  {name}" for name, size in self.plan["components_in_words"].items()
         )
         return f"What the plan says is alive at the peak:\n{parts}"
 
@@ -166,50 +166,5 @@ class Preflight:
             self._why_not = (complaint.strip().splitlines() or ["the planner ended without a word"])[-1]
 
 
-def _end_with_the_run() -> None:
-    """The run's end of the pipe is closed when it ends, however that is."""
-    sys.stdin.read()
-    os._exit(1)
-
-
 def _gib(gib: float) -> str:
     return size_text(gib * 2**30)
-
-
-def main() -> None:
-    """Read a request from the standard input, print the plan as a line of JSON."""
-    import torch
-
-    from titan_ulysses.config.validate import check
-    from titan_ulysses.model.families import attention_needs
-    from titan_ulysses.plan.hardware import GPUS
-    from titan_ulysses.plan.planner import Setup, make_plan
-    from titan_ulysses.plan.report import as_json
-    from titan_ulysses.plan.simulate import simulate
-    from titan_ulysses.setup.build import load_model_config
-    from titan_ulysses.ulysses.cores import choose_core
-
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_the_run, daemon=True).start()
-    config = Config.model_validate(request["config"])
-    model_config = load_model_config(config)
-    degrees = check(config, world_size=request["world_size"], model_config=model_config, num_token_ids=0)
-    if request["gpu_memory"] is not None:
-        gpu = next((g for g in GPUS.values() if g.name.split("-")[0] in request["gpu"]), GPUS["H100-80GB"])
-        memory = request["gpu_memory"]
-        plan = make_plan(Setup(config, model_config, degrees, gpu, memory, request["host_memory"]))
-        print(json.dumps(as_json(plan)))
-        return
-    dtype = getattr(torch, config.training.param_dtype)
-    core, _ = choose_core(config.model.attention, attention_needs(model_config), device_type="cpu", dtype=dtype)
-    simulation = simulate(config, model_config=model_config, degrees=degrees, core=core, cuda=False)
-    peak = simulation.memory.peak("device", "host", first=simulation.start)
-    ranks, live = request["ranks"], peak.bytes / 2**30
-    free = request["host_memory"] / 2**30
-    components = {name: size / 2**30 for name, size in peak.components.items()}
-    values = {"live_gib": live, "ranks": ranks, "host_memory_gib": free, "fits": ranks * live <= free}
-    print(json.dumps(values | {"components": components}))
-
-
-if __name__ == "__main__":
-    main()

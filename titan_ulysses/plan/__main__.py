@@ -1,0 +1,64 @@
+"""The plan of a run that starts: `python -m titan_ulysses.plan`, a process of its own beside the run.
+
+It reads a request, a line of JSON, from the standard input (see `train/preflight.py`), prints the
+plan as a line of JSON, and ends when the input does, since the run has ended then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from typing import Any
+
+from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.hardware import GIB, GPUS, gpu_of_device
+from titan_ulysses.plan.planner import Setup, make_plan, resolve_for_plan
+from titan_ulysses.plan.report import as_json
+from titan_ulysses.plan.simulate import simulate
+from titan_ulysses.plan.words import component_name
+from titan_ulysses.setup.resolve import resolve
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_run, daemon=True).start()
+    values = _plan_for_cpu(request) if request["gpu_memory"] is None else _plan_for_gpu(request)
+    named = {component_name(name): size for name, size in values["components"].items()}
+    print(json.dumps(values | {"components_in_words": named}))
+
+
+def _plan_for_gpu(request: dict[str, Any]) -> dict[str, Any]:
+    spec = resolve_for_plan(
+        Config.model_validate(request["config"]), world_size=request["world_size"]
+    )
+    gpu = gpu_of_device(request["gpu"]) or GPUS["H100-80GB"]
+    plan = make_plan(Setup(spec, gpu, request["gpu_memory"], request["host_memory"]))
+    return as_json(plan)
+
+
+def _plan_for_cpu(request: dict[str, Any]) -> dict[str, Any]:
+    """All tensors of a rank, wherever they are: on a CPU that is one memory."""
+    config = Config.model_validate(request["config"])
+    spec = resolve(config, world_size=request["world_size"], device_type="cpu")
+    simulation = simulate(spec, cuda=False)
+    peak = simulation.memory.peak("device", "host", first=simulation.start)
+    ranks, live, free = request["ranks"], peak.bytes / GIB, request["host_memory"] / GIB
+    return {
+        "live_gib": live,
+        "ranks": ranks,
+        "host_memory_gib": free,
+        "fits": ranks * live <= free,
+        "components": {name: size / GIB for name, size in peak.components.items()},
+    }
+
+
+def _end_with_the_run() -> None:
+    """The run's end of the pipe is closed when the run ends, whatever ends it."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
