@@ -295,7 +295,7 @@ def sharded_outcome(family: str, seed: int) -> Outcome:
         return model(**batch, reduction="none").loss.double(), gradients
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_bf16_loses_no_more_than_transformers_does(family: str) -> None:
     """Norms of the errors against fp64 of all labels' losses (in their mean errors cancel by luck) and of gradients."""
     ratios = bf16_ratios(family)
@@ -373,4 +373,4 @@ def test_experts_that_are_loaded_in_bf16_train(tmp_path: Path) -> None:
     for family, (losses, dtypes, warned) in outcomes.items():
         assert losses == pytest.approx(expected[family], rel=5e-3), family
         assert dtypes == {torch.bfloat16}
-        assert ("gate.weight" in warned and "is now stored in torch.bfloat16" in warned) == (family in mixed), family
+        assert ("mlp.gate." in warned and "is now stored in torch.bfloat16" in warned) == (family in mixed), family
