@@ -267,7 +267,7 @@ def test_a_family_that_cannot_be_made_small() -> None:
         ({"model_type": "llama", "is_causal": False}, "attention to later tokens (is_causal = false"),
         ({"model_type": "gemma2", **AHEAD}, "attention to later tokens (use_bidirectional_attention = true"),
         ({"model_type": "gemma3_text", **AHEAD}, "attention to later tokens (use_bidirectional_attention = true"),
-        ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, "attention to later tokens"),
+        ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, '(use_bidirectional_attention = "all"'),
         ({"model_type": "gemma3"}, "multi-modal"),
         ({"model_type": "llama4"}, "multi-modal"),
         ({"model_type": "phi4_multimodal"}, "multi-modal"),

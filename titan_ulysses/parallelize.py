@@ -103,10 +103,17 @@ def parallelize(
 
 def _tilings(options: dict[str, Any]) -> Tilings:
     """How the blocks of a family that nobody has checked may be tiled, best first, by options of `wrap`."""
-    whole = {"not tiled": {"mlp_tile_tokens": -1}}
-    if options["mlp_tile_tokens"] == -1:
-        return whole
-    return {"tiled with its norms": {}, "tiled without its norms": {"tile_norms_with_mlp": False}} | whole
+    untiled = {"not tiled": {"mlp_tile_tokens": -1}}
+    if not _tile_tokens(options["mlp_tile_tokens"], options["checkpoint_every"], width=1):
+        return untiled
+    return {"tiled with its norms": {}, "tiled without its norms": {"tile_norms_with_mlp": False}} | untiled
+
+
+def _tile_tokens(chosen: int, checkpoint_every: int, *, width: int) -> int:
+    """Tokens of an MLP's tile, of a model of that width; 0: no tiles."""
+    if chosen == -1 or not (chosen or checkpoint_every):
+        return 0  # without checkpoints the tiles would be the only recomputation, and cost time
+    return chosen or max(_SMALLEST_TILE, width)
 
 
 def precision(param_dtype: torch.dtype, reduce_dtype: torch.dtype) -> MixedPrecisionPolicy:
@@ -133,10 +140,7 @@ def wrap(
     """What `parallelize` does to a model once nothing speaks against it. tile_norms_with_mlp: see `tile_blocks`."""
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, core)
-    if mlp_tile_tokens == 0 and not checkpoint_every:
-        mlp_tile_tokens = -1  # without checkpoints the tiles would be the only recomputation, and cost time
-    if mlp_tile_tokens != -1:
-        tile_tokens = mlp_tile_tokens or max(_SMALLEST_TILE, model.config.hidden_size)
+    if tile_tokens := _tile_tokens(mlp_tile_tokens, checkpoint_every, width=model.config.hidden_size):
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=tile_norms_with_mlp)
     if compile:
         compile_blocks(blocks)
