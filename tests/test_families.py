@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import combinations, product
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import FAMILIES, model_of
 from models import (
@@ -208,7 +210,7 @@ OBEYED: dict[str, dict[str, Any]] = {
     "gemma2": {"layer_types": ["full_attention", "sliding_attention"], "final_logit_softcapping": None},
     "gemma3_text": {"layer_types": None, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
     "gemma4_text": {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
-    | {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 0},
+    | {"num_kv_shared_layers": 1, "rms_norm_eps": 1e-2},
     "llama4_text": {"layer_types": None, "no_rope_layers": [0, 1]},
     "exaone_moe": {"layer_types": ["full_attention", "sliding_attention"]},
 }
@@ -223,7 +225,7 @@ IGNORED: dict[str, dict[str, Any]] = {
 }
 """What it does not read, though others do."""
 EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
-EXPERTS |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+EXPERTS |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
 KEYS = [pytest.param(f, keys, id=f"{f}-obeys") for f, keys in OBEYED.items() if f in FAMILIES]
 KEYS += [pytest.param(f, keys, id=f"{f}-ignores") for f, keys in IGNORED.items() if f in FAMILIES]
 KEYS += [pytest.param("gemma4_text", EXPERTS, id="gemma4_text-experts")] if "gemma4_text" in FAMILIES else []
@@ -254,7 +256,9 @@ def _inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _random_model(family: str, seed: int, dtype: torch.dtype, experts: str) -> PreTrainedModel:
     """The same numbers in every dtype: those that bf16 has."""
-    table = {**model_of(family), "hidden_size": 96, "head_dim": 16, "initializer_range": 0.05}
+    table = {**model_of(family), "hidden_size": 96, "initializer_range": 0.05}
+    if "qk_rope_head_dim" not in table:
+        table["head_dim"] = 16
     model = plain_model(table, torch.bfloat16, experts=experts)
     hf.initialize(model, seed=seed)
     return model.to(dtype)
@@ -290,7 +294,7 @@ def sharded_outcome(family: str, seed: int) -> Outcome:
         return model(**batch, reduction="none").loss.double(), gradients
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_bf16_loses_no_more_than_transformers_does(family: str) -> None:
     """Norms of the errors against fp64 of all labels' losses (in their mean errors cancel by luck) and of gradients."""
     ratios = bf16_ratios(family)
@@ -312,3 +316,60 @@ def bf16_ratios(family: str) -> list[float]:
     plain, sharded = (list(map(median, zip(*errors[who], strict=True))) for who in ("plain", "sharded"))
     assert all(error > 0 for error in plain)
     return [ours / theirs for ours, theirs in zip(sharded, plain, strict=True)]
+
+
+def train_loaded(folders: dict[str, Path]) -> dict[str, tuple[list[float], set[torch.dtype], str]]:
+    """A loop of one's own: losses of three steps, dtypes that are trained, and what was warned of."""
+    mesh, (ids, labels), outcomes = mesh_of(1, 1, 2), _inputs(0), {}
+    here = slice(64 * mesh.sp.get_local_rank(), 64 * (mesh.sp.get_local_rank() + 1))
+    for family, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        with pytest.warns(UserWarning) if _is_mixed(model) else nullcontext([]) as warned:
+            parallelize(model, mesh)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(3):
+            loss = model(
+                input_ids=ids[:, here],
+                labels=labels[:, here],
+                position_ids=torch.arange(128).expand(2, -1)[:, here],
+                documents=((128,), (128,)),
+                num_items_in_batch=torch.tensor(labels.numel()),
+            ).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+        outcomes[family] = losses, dtypes, " ".join(str(w.message) for w in warned)
+    return outcomes
+
+
+def _is_mixed(model: PreTrainedModel) -> bool:
+    return len({p.dtype for p in model.parameters() if p.requires_grad}) > 1
+
+
+def test_experts_that_are_loaded_in_bf16_train(tmp_path: Path) -> None:
+    """transformers keeps their routers in fp32; FSDP shards one dtype."""
+    ids, labels = _inputs(0)
+    families = [family for family in ROUTERS_IN_FP32 if family in FAMILIES]
+    expected, mixed = {}, set()
+    for family in families:
+        _random_model(family, 0, torch.float32, "grouped_mm").save_pretrained(tmp_path / family)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / family, dtype=torch.bfloat16)
+        mixed |= {family} if _is_mixed(plain) else set()
+        optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+        expected[family] = []
+        for _ in range(3):
+            logits = plain(input_ids=ids, use_cache=False).logits.float()
+            loss = F.cross_entropy(logits.transpose(1, 2), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            expected[family].append(loss.item())
+    assert len(mixed) >= 8
+    outcomes = run_on_ranks(2, train_loaded, {family: tmp_path / family for family in families})[0]
+    for family, (losses, dtypes, warned) in outcomes.items():
+        assert losses == pytest.approx(expected[family], rel=5e-3), family
+        assert dtypes == {torch.bfloat16}
+        assert ("mlp.gate." in warned and "is now stored in torch.bfloat16" in warned) == (family in mixed), family

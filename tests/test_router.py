@@ -54,6 +54,7 @@ SMALL: dict[str, Any] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 5, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "mixtral": {"num_local_experts": 4},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_num_shared_experts": 1},
     "gpt_oss": {"num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
 }
 SP2, SP4, DP2_SP2 = (1, 1, 2), (1, 1, 4), (1, 2, 2)
@@ -97,6 +98,7 @@ CASES = [
     ("qwen3_moe", (2, 1, 2), "whole", 2),
     ("mixtral", SP2, "packed", 1),
     ("mixtral", DP2_SP2, "whole", 2),
+    ("ernie4_5_moe", SP2, "packed", 1),
     ("gpt_oss", SP4, "packed", 2),
     ("gpt_oss", DP2_SP2, "whole", 1),
 ]

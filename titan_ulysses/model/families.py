@@ -8,7 +8,6 @@ wrong one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.model.router import unknown_router_loss
+from titan_ulysses.toml import to_toml
 
 CHECKED_FAMILIES = {
     "deepseek_v2",
@@ -192,7 +192,9 @@ def check_family(config: PreTrainedConfig) -> None:
             f'model: the weights are quantized ("{getattr(method, "value", method)}", by quantization_config of '
             "config.json), and cannot be trained so. Take the model in bf16, or save it dequantized by transformers."
         )
-    needs = [*_looks_ahead(config)]
+    needs = []
+    if reason := _looks_ahead(config):
+        needs.append(reason)
     others = sorted(set(own(config, "layer_types") or ()) - _KNOWN_LAYERS)
     if others:
         needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
@@ -208,12 +210,11 @@ def own(config: PreTrainedConfig, key: str) -> Any:
     return getattr(config, key, None) if declared else None
 
 
-def _looks_ahead(config: PreTrainedConfig) -> Iterator[str]:
-    """What in config lets tokens attend to later ones, in words. transformers' masks obey is_causal in any family."""
-    if not getattr(config, "is_causal", True):
-        yield "attention to later tokens (is_causal = false in its config), where this version's is causal"
-    elif (ahead := own(config, "use_bidirectional_attention")) and ahead != "vision":  # gemma4: of images only
-        yield (
-            f"attention to later tokens (use_bidirectional_attention = {str(ahead).lower()} in its config), where this "
-            "version's is causal"
-        )
+def _looks_ahead(config: PreTrainedConfig) -> str | None:
+    """What in config lets tokens attend to later ones, in words; None where nothing does."""
+    key, value = "use_bidirectional_attention", own(config, "use_bidirectional_attention")
+    if not value or value == "vision":  # gemma4: of images only
+        key, value = "is_causal", getattr(config, "is_causal", True)  # transformers' masks obey it in any family
+        if value:
+            return None
+    return f"attention to later tokens ({key} = {to_toml(value)} in its config), where all of it is causal here"

@@ -53,7 +53,9 @@ def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], 
     in backward.
     """
     squares = sum(length * length for row in documents for length in row)
-    return 3 * config.num_hidden_layers * config.num_attention_heads * sum(_head_sizes(config)) * squares
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    sizes = sum(sum(_head_sizes(layer)) for layer in layers) * (config.num_hidden_layers // len(layers))
+    return 3 * config.num_attention_heads * sizes * squares
 
 
 def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:

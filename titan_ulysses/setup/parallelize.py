@@ -112,7 +112,7 @@ def _verified(
 def _tilings(options: ParallelOptions) -> Tilings:
     """How the blocks of a family that nobody has checked may be tiled, the best way first."""
     whole = {"not tiled": {"mlp_tile_tokens": -1}}
-    if options.mlp_tile_tokens == -1:
+    if _mlp_tile_tokens(options, hidden_size=1) == -1:
         return whole
     with_norms = {"tiled with its norms": {}}
     without_norms = {"tiled without its norms": {"tile_norms_with_mlp": False}}
