@@ -122,6 +122,7 @@ def test_an_exchange_of_heads_of_two_sizes_is_planned():
     # Each of 2 layers, in bf16: q, k, v and the output; recomputed, and backward: three times.
     assert calls == 2 * 2 * 3
     assert size == 2 * 3 * 4096 // 2 * 2 * (24 * (6 + 6) + 12 * 6 + 12 * 6)
+    assert max(change for _, change in plan.simulation.memory.events) < 4096**2, "no scores of S x S"
 
 
 def test_a_vocabulary_is_planned_as_it_will_be():

@@ -459,6 +459,23 @@ def test_attention_refuses_what_it_cannot_do(keywords: dict, message: str) -> No
         ulysses_attention(nn.Identity(), *random_qkv(6, 2), **{"attention_mask": None, "ulysses": ulysses} | keywords)
 
 
+@pytest.mark.parametrize(("size", "value_size"), [(2**9, 2**10), (2**10, 2**9)])
+def test_no_call_sees_2_to_the_31_elements(size: int, value_size: int) -> None:
+    """Of three heads with 2^30 numbers in q or v a core sees one at a time."""
+    length, calls = 2**20, []
+
+    def core(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
+        calls.append([q.numel(), k.numel(), v.numel()])
+        return q.new_empty(*q.shape[:3], v.shape[3])
+
+    sizes = (size, size, value_size)
+    qkv = [torch.empty(1, 3, length, n, device="meta") for n in sizes]
+    ulysses = Ulysses(SimpleNamespace(size=lambda: 1), core, ((length,),), position_ids=None)
+    output, _ = ulysses_attention(nn.Identity(), *qkv, None, ulysses=ulysses)
+    assert output.shape == (1, length, 3, value_size)
+    assert len(calls) == 3 and max(map(max, calls)) < 2**31
+
+
 # Dense, as the first layers of deepseek are: this is about attention. 5 heads leave no rank like another.
 LATENT = {k: v for k, v in SMALL.items() if k != "head_dim"} | {
     "model_type": "deepseek_v3",
