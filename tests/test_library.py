@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from models import (
 from ranks import RankFailure, run_on_ranks
 from titan_ulysses import build_mesh, parallelize, score, shard, whole_sequences
 from titan_ulysses.data.sharding import read_rows
+from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.errors import UserError
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.mesh import Mesh
@@ -638,6 +641,16 @@ def test_degrees_that_are_not_the_number_of_ranks() -> None:
 # --- the README -------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def run_readme(path: str) -> tuple[float, list[int]]:
     """Both blocks of the section, one after the other, and what they leave: the last loss, the scores' shape."""
     section = (ROOT / "README.md").read_text().split("## Your own training loop")[1].split("\n## ")[0]
@@ -645,10 +658,12 @@ def run_readme(path: str) -> tuple[float, list[int]]:
     assert len(blocks) == 2
     rows = make_rows([(23,)] * 6, masked="none", vocab_size=61, seed=0)
     names = {"path": path, "loader": [plain_rows(rows[:2])] * 8, "validation": [plain_rows(rows[4:])]}
+    names["tokenizer"] = load_tokenizer("bytes")
     first = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh_of(*SP2))
     before = [first(**batch).loss.item() for batch in shard(names["loader"][:1], mesh_of(*SP2))]
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    with working_in(Path(path)):
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
     assert names["loss"] < before[0]
     assert names["losses"][0].item() == pytest.approx(-names["log_probabilities"].sum().item() / 44, rel=0.02)
     return names["loss"].item(), list(names["log_probabilities"].shape)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import titan_ulysses
 from models import LLAMA, make_rows, mesh_of
 from ranks import run_on_ranks
-from test_library import Loaded, plain_rows, real_model, whole_parameters
+from test_library import Loaded, plain_rows, real_model, whole_parameters, working_in
 from titan_ulysses import load_checkpoint, parallelize, save_checkpoint, save_pretrained, shard
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.data.tokenizer import load_tokenizer
@@ -78,16 +76,6 @@ class Loop:
 
 
 # --- the example ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
 
 
 def run_example(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:

@@ -16,14 +16,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_ulysses.data.loader import Batch
+from titan_ulysses.data.loader import Batch, Documents
 from titan_ulysses.data.packing import IGNORE_INDEX
 from titan_ulysses.errors import UserError
 from titan_ulysses.mesh import Mesh
 
 _CHECK_EVERY = 100
 """Steps between two comparisons of what the ranks of a sequence-parallel group have loaded."""
-Documents = tuple[tuple[int, ...], ...]
 _TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
 _BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
