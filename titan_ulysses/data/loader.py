@@ -12,6 +12,9 @@ import torch
 from titan_ulysses.data.packing import Sequences
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, local_slice
 
+Documents = tuple[tuple[int, ...], ...]
+"""a number for each document of each row"""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -23,12 +26,12 @@ class Batch:
     """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` where nothing is predicted"""
     position_ids: torch.Tensor
     """[B, T] int64, positions in the document, not in the slice"""
-    documents: tuple[tuple[int, ...], ...]
+    documents: Documents
     """the document lengths of each whole row, B tuples that sum to S, on the host: attention needs them without a
     device synchronisation"""
     attention_mask: torch.Tensor | None = None
     """[B, T] int64, 0 at padding, where there is any: the router loss alone needs it"""
-    reaches: tuple[tuple[int, ...], ...] | None = None
+    reaches: Documents | None = None
     """the largest position of each document, plus 1, where positions are not counted from 0: RoPE whose frequencies
     depend on it looks there instead of at the lengths"""
 

@@ -8,7 +8,7 @@ that are not what they should be are refused, because nothing can make them righ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -37,8 +37,7 @@ def guard(model: PreTrainedModel) -> None:
     rank that does it: from a forward or an optimizer's step while gradients are there of a backward that was broken
     off; from a backward whose forward was before the last step.
     """
-    if not _guards:
-        register_optimizer_step_pre_hook(_before_step)
+    _watch_optimizers()
     model.fsdp_guard = Guard(model)
     _guards.add(model.fsdp_guard)
 
@@ -128,6 +127,12 @@ class Guard:
                 "model: an optimizer has stepped between this forward and its backward, whose gradients would be of "
                 "neither the old parameters nor the new. Call backward before optimizer.step(), or forward again."
             )
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Once a process."""
+    register_optimizer_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:

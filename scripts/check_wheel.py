@@ -1,0 +1,94 @@
+"""A training loop of one's own, from the first step to the saved folder, with the package that is installed.
+
+    python check_wheel.py            in an empty folder; scripts/check_wheel.sh makes one, and an environment
+
+Two ranks train three steps; others train two, stop, and go on from the checkpoint for the third. Exits with 1 unless
+both folders hold the same bits, and plain transformers computes from them the logits that the sharded model had.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import titan_ulysses
+from titan_ulysses import build_mesh, load_checkpoint, parallelize, save_checkpoint, save_pretrained, shard
+
+STEPS, VOCABULARY = 3, 61
+# LayerNorm, and no step in fp32: what differs from plain transformers is rounding in fp64.
+MODEL = {
+    "model_type": "starcoder2",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+
+
+def batch_of(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)}
+
+
+def train(folder: str, steps: int) -> None:
+    """On this rank of two: up to `steps` steps, from the last checkpoint in folder or from the start."""
+    mesh = build_mesh(sequence=2)
+    model = parallelize(AutoModelForCausalLM.from_pretrained("start", dtype=torch.float64), mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    state = load_checkpoint(f"{folder}/checkpoints", model, optimizer)
+    for batch in shard(islice(map(batch_of, range(steps)), state["step"], None), mesh):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state["step"] += 1
+        if dist.get_rank() == 0:
+            print(f"{folder}: step {state['step']}, loss {loss.item():.6f}")
+        save_checkpoint(f"{folder}/checkpoints", model, optimizer, state)
+    save_pretrained(model, f"{folder}/trained")
+    (batch,) = shard([batch_of(0)], mesh)
+    with torch.no_grad():
+        mine = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    slices = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(slices, mine)
+    if dist.get_rank() == 0:
+        torch.save(torch.cat(slices, dim=1), f"{folder}/logits.pt")
+
+
+def on_two_ranks(folder: str, steps: int) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder, str(steps)]
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def main() -> None:
+    print(f"titan_ulysses from {Path(titan_ulysses.__file__).parent}")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL), dtype=torch.float64).save_pretrained("start")
+    on_two_ranks("at once", STEPS)
+    on_two_ranks("in two parts", STEPS - 1)
+    on_two_ranks("in two parts", STEPS)
+    at_once, in_parts = (load_file(f"{folder}/trained/model.safetensors") for folder in ("at once", "in two parts"))
+    same = [name for name, tensor in at_once.items() if torch.equal(tensor, in_parts[name])]
+    print(f"{len(same)} of {len(at_once)} tensors of the two folders are the same bits")
+    plain = AutoModelForCausalLM.from_pretrained("in two parts/trained", dtype=torch.float64).eval()
+    with torch.no_grad():
+        logits = plain(**batch_of(0)).logits
+    difference = (logits - torch.load("in two parts/logits.pt", weights_only=True)).abs().max().item()
+    print(f"logits differ by {difference:.1e} of {logits.abs().max().item():.2f} from plain transformers")
+    if len(same) < len(at_once) or not difference < 1e-12:
+        sys.exit("not the same")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        train(sys.argv[1], int(sys.argv[2]))
+    else:
+        main()
