@@ -59,7 +59,9 @@ def describe_unused_code(config: PreTrainedConfig) -> str | None:
 
 def _model_code(settings: dict[str, Any]) -> dict[str, str]:
     """What `auto_map` names for what is built here, such as {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}."""
-    auto_map = settings.get("auto_map") or {}
+    auto_map = settings.get("auto_map")
+    if not isinstance(auto_map, dict):  # which transformers passes over, too
+        return {}
     return {name: str(auto_map[name]) for name in ("AutoConfig", *_MODELS) if auto_map.get(name)}
 
 

@@ -129,8 +129,6 @@ class Trainer:
                 offload=self.config.memory.optimizer_offload,
             )
         self.step = self._resume_or_initialize()
-        self._unseen: list[Step] = []
-        """what the steps showed whose numbers nobody has looked at"""
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
         if trains:
@@ -399,6 +397,7 @@ class Trainer:
     def _start_interval(self) -> None:
         """Begin what the next log line is about."""
         self._clock, self._logged_step, self._attention_flops = time.perf_counter(), self.step, 0
+        self._unseen: list[Step] = []  # of these steps nobody has looked at the numbers
 
     @contextlib.contextmanager
     def _off_the_clock(self):
@@ -423,7 +422,6 @@ class Trainer:
             loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise self._diverged(f"The loss is {loss} and the gradient norm {grad_norm} at step {step}")
-        self._unseen.clear()
 
     def _expect_finite_model(self) -> None:
         """UserError where the model has diverged: by its last steps, or by its last update, of which no loss knows."""
