@@ -410,11 +410,15 @@ def test_the_picture_has_the_peak_where_it_lasts():
 
 def test_a_picture_of_accumulated_batches(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    from titan_ulysses.plan.plots import timeline_of
+
     plan = planned("no checkpoints")
     axes = drawn(plan, tmp_path / "plan.png", monkeypatch)
     assert "the first 2 of 3 batches, and the update" in axes.get_xlabel()
     assert plan.clock[-1][1] == pytest.approx(2 / 3 * plan.time.seconds, rel=0.05)
     assert [text.get_text().strip() for text in axes.texts].count("backward") == 2
+    heights = [column.total() for column in timeline_of(plan).alive]
+    assert heights[0] < 0.5 * max(heights), "the simulated step of one batch is not in it"
 
 
 def test_a_report(tmp_path, capsys):
