@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import os
-import re
->>>>>>> work-library
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,17 +31,9 @@ from models import (
 )
 from ranks import RankFailure, run_on_ranks
 from titan_ulysses import build_mesh, parallelize, score, shard, whole_sequences
-<<<<<<< HEAD
 from titan_ulysses.data.adapter import read_rows
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
-=======
-from titan_ulysses.data.sharding import read_rows
-from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.errors import UserError
-from titan_ulysses.memory.optimizer import build_optimizer
-from titan_ulysses.mesh import Mesh
->>>>>>> work-library
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.train.step import clip_gradients, train_step
@@ -648,45 +634,7 @@ def test_degrees_that_are_not_the_number_of_ranks() -> None:
     assert "replicate(1) * shard(1) * sequence(3) is not the number of ranks, 2: start 3 ranks" in message
 
 
-<<<<<<< HEAD
 # --- the package ------------------------------------------------------------------------------------------------------
-=======
-# --- the README -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-def run_readme(path: str) -> tuple[float, list[int]]:
-    """Both blocks of the section, one after the other, and what they leave: the last loss, the scores' shape."""
-    section = (ROOT / "README.md").read_text().split("## Your own training loop")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 2
-    rows = make_rows([(23,)] * 6, masked="none", vocab_size=61, seed=0)
-    names = {"path": path, "loader": [plain_rows(rows[:2])] * 8, "validation": [plain_rows(rows[4:])]}
-    names["tokenizer"] = load_tokenizer("bytes")
-    first = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh_of(*SP2))
-    before = [first(**batch).loss.item() for batch in shard(names["loader"][:1], mesh_of(*SP2))]
-    with working_in(Path(path)):
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), names)
-    assert names["loss"] < before[0]
-    assert names["losses"][0].item() == pytest.approx(-names["log_probabilities"].sum().item() / 44, rel=0.02)
-    return names["loss"].item(), list(names["log_probabilities"].shape)
-
-
-def test_the_loop_of_the_readme(tmp_path: Path) -> None:
-    real_model(LLAMA, dtype=torch.float32).save_pretrained(tmp_path)
-    found = run_on_ranks(2, run_readme, str(tmp_path))
-    assert found[0] == found[1] and found[0][1] == [2, 24]
->>>>>>> work-library
 
 
 def test_the_public_names_are_the_functions_whatever_was_imported_first() -> None:

@@ -16,17 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-<<<<<<< HEAD:titan_ulysses/data/adapter.py
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
-=======
-from titan_ulysses.data.loader import Batch, Documents
-from titan_ulysses.data.packing import IGNORE_INDEX
-from titan_ulysses.errors import UserError
-from titan_ulysses.mesh import Mesh
->>>>>>> work-library:titan_ulysses/data/sharding.py
 
 _CHECK_EVERY = 100
 """Steps between two comparisons of what the ranks of a sequence-parallel group have loaded."""

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 
 from titan_ulysses.data.packing import Sequences
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, local_slice
-
-Documents = tuple[tuple[int, ...], ...]
-"""a number for each document of each row"""
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, local_slice
 
 
 @dataclass(frozen=True)
