@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from titan_ulysses.errors import UserError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -19,6 +18,7 @@ from test_library import Loaded, plain_rows, real_model, whole_parameters, worki
 from titan_ulysses import load_checkpoint, parallelize, save_checkpoint, save_pretrained, shard
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.data.tokenizer import load_tokenizer
+from titan_ulysses.distributed.errors import UserError
 
 SP2, DP2 = (1, 1, 2), (1, 2, 1)
 Degrees = tuple[int, int, int]

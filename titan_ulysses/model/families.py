@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.model.router import unknown_router_loss
-from titan_ulysses.toml import to_toml
 
 CHECKED_FAMILIES = {
     "deepseek_v2",
