@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -362,3 +365,14 @@ def kept_in_fp64(train: Callable[..., Record], *args, **kwargs) -> Record:
     """train(*args, **kwargs) under `KeepFp64`."""
     with KeepFp64():
         return train(*args, **kwargs)
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """The working directory of this process, for a while."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

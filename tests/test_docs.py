@@ -28,7 +28,7 @@ from torch.distributed.run import parse_args as parse_torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train as train_script
-from models import LLAMA, make_rows, mesh_of
+from models import LLAMA, make_rows, mesh_of, working_in
 from ranks import run_on_ranks
 from titan_ulysses import parallelize, shard
 from titan_ulysses.config.schema import KEYS, SECTIONS
@@ -469,12 +469,15 @@ def run_the_library_page(path: str) -> tuple[float, list[int]]:
     rows = make_rows([(23,)] * 6, masked="none", vocab_size=61, seed=0)
     ids = [torch.stack([document.tokens[:-1] for (document,) in rows[start : start + 2]]) for start in (0, 4)]
     names: dict[str, Any] = {"path": path, "loader": [{"input_ids": ids[0]}] * 8, "validation": [{"input_ids": ids[1]}]}
+    names["tokenizer"] = load_tokenizer("bytes")
     mesh = mesh_of(1, 1, 2)
     first = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh)
     before = [first(**batch).loss.item() for batch in shard(names["loader"][:1], mesh)]
-    for block in found:
-        exec(compile(block, "library.md", "exec"), names)
+    with working_in(Path(path)):
+        for block in found:
+            exec(compile(block, "library.md", "exec"), names)
     assert names["loss"] < before[0]
+    assert (Path(path) / "trained" / "config.json").exists()
     assert names["losses"][0].item() == pytest.approx(-names["log_probabilities"].sum().item() / 44, rel=0.02)
     return names["loss"].item(), list(names["log_probabilities"].shape)
 

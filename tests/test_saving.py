@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import titan_ulysses
-from models import LLAMA, make_rows, mesh_of
+from models import LLAMA, make_rows, mesh_of, working_in
 from ranks import run_on_ranks
-from test_library import Loaded, plain_rows, real_model, whole_parameters, working_in
+from test_library import Loaded, plain_rows, real_model, whole_parameters
 from titan_ulysses import load_checkpoint, parallelize, save_checkpoint, save_pretrained, shard
 from titan_ulysses.checkpoint import Checkpointer
 from titan_ulysses.data.tokenizer import load_tokenizer
