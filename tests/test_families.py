@@ -349,6 +349,12 @@ def _is_mixed(model: PreTrainedModel) -> bool:
     return len({p.dtype for p in model.parameters() if p.requires_grad}) > 1
 
 
+def test_a_model_is_built_in_one_dtype() -> None:
+    for family in FAMILIES:
+        model = hf.build_on_meta(hf.load_model_config("", model_of(family)), torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, family
+
+
 def test_experts_that_are_loaded_in_bf16_train(tmp_path: Path) -> None:
     """transformers keeps their routers in fp32; FSDP shards one dtype."""
     ids, labels = _inputs(0)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
@@ -158,7 +159,11 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
             torch.manual_seed(seed_of(seed, plain(name)))
             model._init_weights(module)
         for key, parameter in sharded.items():
-            assert not whole[key].isnan().any(), f"transformers does not initialise {name}.{key}"
+            if whole[key].isnan().any():
+                raise UserError(
+                    f"model: transformers {transformers.__version__} has no random numbers for {plain(name)}.{key}. "
+                    "Begin with weights (model.path), or take a newer transformers."
+                )
             fill(parameter, whole[key])
 
 
