@@ -257,7 +257,7 @@ def test_the_norm_of_millions_of_numbers(dtype: torch.dtype) -> None:
     norm = gradient_norm(gradients)
     assert norm.item() == pytest.approx(exact, rel=1e-13 if dtype == torch.float64 else 1e-7)
     assert norm.dtype == torch.promote_types(dtype, torch.float32)
-    assert gradient_norm([]).item() == 0
+    assert gradient_norm([]).item() == gradient_norm([torch.zeros(0)]).item() == 0
 
 
 def norm_of_a_step(degrees: tuple[int, int, int]) -> tuple[float, float]:
