@@ -54,11 +54,13 @@ class LossHead(nn.Linear):
     ) -> Tensor:
         """hidden [B, T, h] and labels [B, T], already shifted -> this rank's part of the loss, a scalar.
 
-        The part is the sum of the cross-entropy over its valid labels (not -100), divided by `num_items`: the number of
-        valid labels in the whole step, on all ranks and in all accumulated batches. The parts of all ranks and batches
-        add up to the loss, and so do their gradients. A cross-entropy is computed in fp32 or wider; sums, the part
-        among them, are fp64, so that the number of tiles and ranks does not show. Without labels: the logits.
-        With reduction = "none", under `torch.no_grad`: the cross-entropy of each label [B, T], 0 where there is none.
+        The part is the sum of the cross-entropy over its valid labels (not -100), divided by
+        `num_items`: the number of valid labels in the whole step, on all ranks and in all
+        accumulated batches. The parts of all ranks and batches add up to the loss, and so do their
+        gradients. Each cross-entropy is computed in fp32 or wider. Their sums, and so the part, are
+        fp64, so that the number of tiles and ranks does not show. Without labels: the logits. With
+        reduction = "none", under `torch.no_grad`: the cross-entropy of each label [B, T], 0 where
+        there is none.
         """
         if labels is None:
             return _shape_scores(super().forward(hidden), self.scale, self.softcap)
@@ -76,8 +78,10 @@ class LossHead(nn.Linear):
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropy over rows [N, h] with labels [N], in fp64; gradients are computed in forward, and scaled in
-    backward."""
+    """Sum of cross-entropy over rows [N, h] with labels [N], in fp64.
+
+    Gradients are computed in forward and scaled in backward.
+    """
 
     @staticmethod
     def forward(
@@ -172,7 +176,7 @@ def _tile_loss(
     shape: tuple[float, float | None, float],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of cross-entropy of rows [n, h] in fp64, and its gradient by their logits [n, V] in fp32 or wider.
+    """Sum of cross-entropy of rows [n, h], fp64; its gradient by the logits [n, V], fp32 or wider.
 
     That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2). It is not 0 in
     rows that are not valid: what is made of it leaves them out. The z-loss, with 2 z_loss log_normalizer softmax for a

@@ -47,10 +47,10 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], ...]) -> int:
-    """FLOPs of forward and backward of causal attention over documents of L tokens: 3 * layers * Hq * (D + Dv) * L^2.
+    """FLOPs of forward and backward of causal attention over documents of L tokens.
 
-    That is matrix products of 2 * L^2 * D and 2 * L^2 * Dv a head in forward, half of it masked away, and twice as many
-    in backward.
+    They are 3 * layers * Hq * (D + Dv) * L^2: a head has two matrix products in forward, of 2 * L^2
+    * D and 2 * L^2 * Dv, half of it masked away, and twice as many in backward.
     """
     squares = sum(length * length for row in documents for length in row)
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
@@ -59,7 +59,7 @@ def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], 
 
 
 def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """Sizes of a head of queries and keys, and of values. In latent attention `head_dim` is that of RoPE alone."""
+    """D of queries and keys, Dv of values. In latent attention `head_dim` is that of RoPE alone."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if (without_rope := getattr(config, "qk_nope_head_dim", None)) is not None:
         size = without_rope + config.qk_rope_head_dim

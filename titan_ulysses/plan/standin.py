@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,9 +15,9 @@ from titan_ulysses.ulysses.cores import with_equal_sizes
 class Standin:
     """SDPA's flash kernel over whole rows, for kernels that see documents and windows in one call.
 
-    What such a kernel takes, saves and returns does not depend on documents or windows. How many scores they leave, a
-    row, is noted for each layer. Where values have a size of their own it pads as the core `flash` does; flex, which
-    need not, takes that much less.
+    What such a kernel takes, saves and returns does not depend on documents or windows. How many
+    scores they leave, a row, is noted for each layer. Where values have a size of their own it
+    pads, as the core `flash` does. flex needs no padding, and takes that much less.
     """
 
     def __init__(self) -> None:
@@ -41,9 +43,9 @@ class Standin:
         self.scores[self.tracker.attribution.here().layer] = pairs / len(documents)
         grouped = q.shape[2] != k.shape[2]
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, scale=scale, is_causal=True, enable_gqa=grouped)
-
+        attend = partial(
+            F.scaled_dot_product_attention, scale=scale, is_causal=True, enable_gqa=grouped
+        )
         return with_equal_sizes(attend, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 

@@ -323,8 +323,10 @@ def _forward(
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum of a fp64 scalar over the ranks, then in dtype; its gradient is this rank's part: FSDP sums the
-    gradients of the parts."""
+    """The sum over the ranks of a scalar in fp64, as dtype.
+
+    Its gradient is that of this rank's part: FSDP sums the gradients of the parts.
+    """
 
     @staticmethod
     def forward(ctx, part: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> Tensor:

@@ -24,7 +24,7 @@ from titan_ulysses.memory.tiling import tiles
 from titan_ulysses.model.hf import named_parameters
 
 _NORM_PART = 2**20
-"""Numbers of a gradient that are copied to fp64 at once: 8 MiB. On a CPU more are slower, as they leave the cache."""
+"""Numbers of a gradient copied to fp64 at once, 8 MiB: on a CPU larger copies are slower."""
 
 
 class Step(NamedTuple):
@@ -71,8 +71,10 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most max_norm (0: leave them). Returns what `gradient_norm`
-    was before."""
+    """Scale the gradients to a norm of at most max_norm (0: leave them).
+
+    Returns the norm before, see `gradient_norm`.
+    """
     norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
@@ -81,13 +83,13 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients as one vector, with the shards of all ranks: a scalar, the same on
-    every rank, in the widest dtype of the gradients, fp32 at least.
+    """The 2-norm of all gradients as one vector, with the shards of all ranks.
 
-    Squares are added up in fp64. In fp32 the sum of 135M of them comes out too small, by 1e-4 or more
-    and by another amount on every mesh. Collective: one all-reduce.
+    A scalar, the same on every rank, in the widest dtype of the gradients, fp32 at least. Squares
+    are added up in fp64: in fp32 the sum of 135M of them comes out too small, by 1e-4 or more, and
+    by another amount on every mesh. Collective: one all-reduce.
     """
-    norms: defaultdict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
+    norms: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
         if isinstance(gradient, DTensor):
             norms[gradient.device_mesh, gradient.placements] += _norms(gradient.to_local())
@@ -104,9 +106,10 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _norms(gradient: Tensor) -> list[Tensor]:
-    """Norms in fp64 of its parts, small enough for their copies in fp64; of an empty shard one, which is 0."""
+    """Norms in fp64 of its parts, each short enough for a copy in fp64."""
     flat = gradient.flatten()
-    return [torch.linalg.vector_norm(flat[part].double()) for part in tiles(max(1, flat.numel()), _NORM_PART)]
+    parts = tiles(max(1, flat.numel()), _NORM_PART)  # one at least, also of a shard without numbers
+    return [torch.linalg.vector_norm(flat[part].double()) for part in parts]
 
 
 def parameter_not_finite(model: nn.Module) -> str | None:

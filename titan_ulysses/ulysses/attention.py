@@ -65,11 +65,12 @@ def ulysses_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, Hq, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv] ->
-    [B, T, Hq, Dv]. Dv is D but in latent attention and a few others.
+    """transformers' attention interface: -> [B, T, Hq, Dv].
 
-    Causal inside each document of `ulysses.documents`. A mask is refused: documents say all that one could. What a
-    layer wants of its attention (window, soft-cap, sinks) comes as transformers' own keywords.
+    query is [B, Hq, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv]; Dv is D but in latent
+    attention. Causal inside each document of `ulysses.documents`. A mask is refused: documents say
+    all that one could. What a layer wants of its attention (window, soft-cap, sinks) comes as
+    transformers' own keywords.
     """
     _check_call(module, attention_mask, ulysses, **kwargs)
     mesh = ulysses.mesh
@@ -131,7 +132,8 @@ def _local_heads(
     if sinks is not None:
         sinks = sinks[plan.query[rank].start : plan.query[rank].stop]
     if not plan.query[rank]:
-        # [B, S, 0, Dv], which still descends from all inputs: backward, too, is a collective that every rank must join.
+        # [B, S, 0, Dv], which still descends from all inputs: backward, too, is a collective that
+        # every rank must join.
         return v if sinks is None else v + sinks[:, None]
     head_elements = max(x[:, :, 0].numel() for x in (q, v))
     for queries, keys in _bounded(plan.runs(rank), head_elements):

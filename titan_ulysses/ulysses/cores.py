@@ -1,9 +1,10 @@
 """Core attention: whole sequences, this rank's heads. Ulysses does not care what attention is, so this is all of it.
 
-A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q [B, S, Hq, D], k [B, S, Hkv, D], v
-[B, S, Hkv, Dv] and output [B, S, Hq, Dv], where Hkv divides Hq; `documents` holds each row's document lengths on the
-host. Dv is not D in latent attention. Attention is causal inside a document and zero between documents, by
-construction: a document is a call of its own. No S x S mask exists.
+A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q [B, S, Hq, D], k [B, S,
+Hkv, D], v [B, S, Hkv, Dv] and output [B, S, Hq, Dv], where Hkv divides Hq; Dv is not D in latent
+attention. `documents` holds each row's document lengths on the host. Attention is causal inside a
+document and zero between documents, by construction: a document is a call of its own. No S x S mask
+exists.
 
 Keywords come only where a layer needs them: `window` (a query sees that many keys, itself included), `softcap` (scores
 become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which takes weight and gives nothing).
@@ -14,7 +15,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain
 
 import torch
@@ -243,18 +244,20 @@ def _sdpa_block(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, 
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1], **options)
-
+    grouped = q.shape[1] != k.shape[1]
+    attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=grouped, **options)
     return with_equal_sizes(attend, q, k, v)
 
 
-def with_equal_sizes(attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """attend(q, k, v), for kernels that know one head size: the smaller of D and Dv is filled up with zeros.
+def with_equal_sizes(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """attend(q, k, v) for kernels of one head size: the smaller of D and Dv gets zeros behind.
 
-    That is exact: zeros in q and k add nothing to a score, and those in v give columns of zeros, which are cut off.
-    flash-attn 2 refuses unequal sizes, and given them `F.scaled_dot_product_attention` leaves its flash kernels for
-    slower ones, which on a CPU hold all S x S scores.
+    That is exact: zeros in q and k add nothing to a score, and those in v give columns of zeros,
+    which are cut off. flash-attn 2 refuses unequal sizes. Given them,
+    `F.scaled_dot_product_attention` leaves its flash kernels for slower ones, which on a CPU hold
+    all S x S scores.
     """
     size, value_size = q.shape[-1], v.shape[-1]
     if size == value_size:

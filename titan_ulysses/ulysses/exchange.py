@@ -1,26 +1,29 @@
 """The exchange of Ulysses: from a shard of the sequence with all heads to the whole sequence with a shard of the heads.
 
-One all-to-all brings q, k and v together, one takes the output back; each has its autograd, which is the other's
-direction. Layouts (B rows, S tokens in all, T = S/P a rank, H heads in all, h_p heads of rank p, D head size, which
-may be another one in v than in q and k, as in latent attention):
+One all-to-all brings q, k and v together, one takes the output back; each has its autograd, which
+is the other's direction. Layouts (B rows, S tokens in all, T = S/P a rank, H heads in all, h_p
+heads of rank p, D head size, which in latent attention is another one in v and the output, Dv, than
+in q and k, Dq):
 
     sequence-sharded  [B, T, H, D]    placed Shard(1) of [B, S, H, D]
     heads-sharded     [B, S, h, D]    placed Shard(2) of [B, S, H, D] where the plan is even
 
-On the wire each rank's block is [T, B, x_p], token first, with x_p numbers a token: of all heads of q, then k, then v.
-The blocks received from ranks 0..P-1 then already are the whole sequence, [S, B, x], and q, k and v are views of it. So
-sending costs one copy and receiving none; on the way back receiving costs one, and sending none where the attention
-kernel wrote [S, B, h, D] (all do at B = 1). A copy is a strided one a tensor and stretch of ranks
-(`HeadPlan.stretches`), not one a rank: three in all where P divides Hkv.
+On the wire each rank's block is [T, B, x_p], token first, where the x_p numbers of a token are all
+heads of q, then of k, then of v. The blocks received from ranks 0..P-1 then already are the whole
+sequence, [S, B, x], and q, k and v are views of it. So sending costs one copy and receiving none;
+on the way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D]
+(all do at B = 1). A copy is a strided one a tensor and stretch of ranks (`HeadPlan.stretches`), not
+one a rank: three in all where P divides Hkv.
 
-Bytes that rank r sends to others, where x_p is Dq * (hq_p + hkv_p) + Dv * hkv_p of q, k, v, or Dv * hq_p of the output:
+Bytes that rank r sends to others, with x_p = Dq * (hq_p + hkv_p) + Dv * hkv_p for q, k, v, or Dv *
+hq_p for the output:
 
     sequence to heads    B * T * itemsize * (sum_p x_p - x_r)
     heads to sequence    B * T * itemsize * (P - 1) * x_r
 
-Forward goes to the heads with q, k, v and back with the output; backward to the heads with the output's gradient and
-back with those of q, k, v. An even plan sends (P - 1)/P * B * T * (Dq * (Hq + Hkv) + Dv * Hkv) * itemsize of q, k and v
-either way.
+Forward goes to the heads with q, k, v and back with the output; backward to the heads with the
+output's gradient and back with those of q, k, v. An even plan sends, of q, k and v and either way,
+(P - 1)/P * B * T * (Dq * (Hq + Hkv) + Dv * Hkv) * itemsize.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class _Load(NamedTuple):
 
     def widths(self, rank: int) -> list[int]:
         """Numbers a token that rank computes with, of each tensor: heads times their size."""
-        return [len(ranges[rank]) * size for ranges, size in zip(self.ranges, self.sizes, strict=True)]
+        pairs = zip(self.ranges, self.sizes, strict=True)
+        return [len(ranges[rank]) * size for ranges, size in pairs]
 
     def split(self, block: Tensor, rank: int) -> list[Tensor]:
         """[..., x] as each tensor's [..., h_i, D_i] for rank: views."""
@@ -63,9 +67,9 @@ class _Load(NamedTuple):
 def sequence_to_heads(q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:
     """Bring whole sequences to the rank of each head, in one all-to-all.
 
-    q is [B, S, Hq, Dq], k [B, S, Hkv, Dq], v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D mesh of P ranks. Returns
-    [B, S, heads, D] placed `Shard(2)` where the plan is even; otherwise the local [B, S, h_p, D], whose heads it names.
-    ValueError for any other placement.
+    q is [B, S, Hq, Dq], k [B, S, Hkv, Dq], v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D mesh
+    of P ranks. Returns [B, S, heads, D] placed `Shard(2)` where the plan is even; otherwise the
+    local tensors [B, S, h_p, D], whose heads the plan names. ValueError for any other placement.
     """
     _expect(SEQUENCE, q=q, k=k, v=v)
     mesh = q.device_mesh
@@ -139,14 +143,14 @@ def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> 
 
 
 def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
-    """[B, S, h_i, D_i] each, to [B, T, H_i, D_i] each. A head that several ranks hold (KV heads) gets their sum."""
+    """[B, S, h_i, D_i] each, to [B, T, H_i, D_i]. A KV head of several ranks gets their sum."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, sequence = tensors[0].shape[:2]
     tokens = sequence // degree
     split = [batch * tokens * sum(load.widths(p)) for p in range(degree)]
     received = _all_to_all(_token_first(tensors, load, rank), split, [split[rank]] * degree, mesh)
-    shapes = [(batch, tokens, r[-1].stop, size) for r, size in zip(load.ranges, load.sizes, strict=True)]
-    gathered = [tensors[0].new_empty(shape) for shape in shapes]
+    shapes = [(r[-1].stop, size) for r, size in zip(load.ranges, load.sizes, strict=True)]
+    gathered = [tensors[0].new_empty(batch, tokens, *shape) for shape in shapes]
     for ranks, blocks in _blocks(received, load, tokens, batch):
         for block, whole, ranges in zip(blocks, gathered, load.ranges, strict=True):
             filled = ranges[ranks.start - 1].stop if ranks.start else 0
@@ -155,7 +159,7 @@ def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> t
 
 
 def _token_first(tensors: Sequence[Tensor], load: _Load, rank: int) -> Tensor:
-    """[B, S, h_i, D_i] each, to one flat [S, B, x]; a view where a single tensor lies like that already."""
+    """[B, S, h_i, D_i] each, to one flat [S, B, x]: a view where a single tensor lies like that."""
     views = [x.transpose(0, 1) for x in tensors]
     if len(views) == 1:
         return views[0].contiguous().view(-1)
@@ -165,13 +169,16 @@ def _token_first(tensors: Sequence[Tensor], load: _Load, rank: int) -> Tensor:
     return packed.view(-1)
 
 
-def _blocks(buffer: Tensor, load: _Load, tokens: int, batch: int) -> Iterator[tuple[range, list[Tensor]]]:
-    """A stretch of ranks and their [ranks, T, B, h_i, D_i] in the buffer of an all-to-all, for each stretch."""
+def _blocks(
+    buffer: Tensor, load: _Load, tokens: int, batch: int
+) -> Iterator[tuple[range, list[Tensor]]]:
+    """Each stretch of ranks, and their [ranks, T, B, h_i, D_i] in the buffer of an all-to-all."""
     stop = 0
     for ranks in load.stretches:
         width = sum(load.widths(ranks.start))
         start, stop = stop, stop + len(ranks) * tokens * batch * width
-        yield ranks, load.split(buffer[start:stop].view(len(ranks), tokens, batch, width), ranks.start)
+        block = buffer[start:stop].view(len(ranks), tokens, batch, width)
+        yield ranks, load.split(block, ranks.start)
 
 
 def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
