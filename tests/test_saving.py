@@ -16,7 +16,7 @@ from models import LLAMA, make_rows, mesh_of, working_in
 from ranks import run_on_ranks
 from test_library import Loaded, plain_rows, real_model, whole_parameters
 from titan_ulysses import load_checkpoint, parallelize, save_checkpoint, save_pretrained, shard
-from titan_ulysses.checkpoint import Checkpointer
+from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 
