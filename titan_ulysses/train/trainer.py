@@ -299,7 +299,7 @@ class Trainer:
         if self.step == 0 and config.validation.enable:
             self._validate(logger)
         self._start_interval()
-        tokens = self.batch_tokens * self.degrees.accumulation_steps
+        tokens = self.spec.local_tokens * self.degrees.accumulation_steps
         with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
             while self.step < total:
                 self.progress.begin(f"step {self.step + 1}", tokens=tokens, trains=True, is_step=True)
@@ -408,7 +408,7 @@ class Trainer:
 
     def _validate(self, logger: MetricsLogger | None) -> Evaluation:
         sequences = self.config.validation.steps * self.degrees.global_batch_size
-        tokens = self.batch_tokens * len(held_out_batches(self.validation_loader, sequences))
+        tokens = self.spec.local_tokens * len(held_out_batches(self.validation_loader, sequences))
         self.progress.begin(f"validation at step {self.step}", tokens=tokens, is_step=self.optimizer is None)
         found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
         if logger:
