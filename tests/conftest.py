@@ -63,6 +63,14 @@ def rank_pools() -> Iterator[None]:
     close_pools()
 
 
+@pytest.fixture(scope="session")
+def observe(tmp_path_factory: pytest.TempPathFactory):
+    """An `Observer` of whole runs, which remembers them: see observed.py."""
+    from observed import Observer
+
+    return Observer(tmp_path_factory.mktemp("observed"))
+
+
 def _has_cuda() -> bool:
     import torch
 

@@ -1,9 +1,13 @@
-"""One run of `Trainer` on a rank, or one `--plan`, as somebody sees it who looks from outside."""
+"""Runs of `Trainer`, and plans, as somebody sees them who looks from outside: what they said, wrote, logged, trained.
+
+`Observer` makes them, `Seen` is what came of one, and the functions below it are what is asked of that.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -12,20 +16,28 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from material import as_toml, write_earlier_run, write_material
+from ranks import run_on_ranks
 from runs import logged
 
-MANY_STEPS = 10
-"""A run that is to make more steps than so many is told to stop once it has logged some."""
+if TYPE_CHECKING:
+    from runs import Settings
+    from titan_ulysses.config import Config
+    from titan_ulysses.trainer import Trainer
+
+_MANY_STEPS = 10
+"""A run that is to make more steps is sent SIGTERM when it has logged two of them."""
 
 
 @dataclass
 class Seen:
-    """What came of a run in the folder `folder`, which was its working directory."""
+    """What came of a run, or a plan, in the folder `folder`, which was its working directory."""
 
     folder: Path
     refused: str = ""
@@ -33,7 +45,7 @@ class Seen:
     said: str = ""
     """on the console"""
     files: set[str] = field(default_factory=set)
-    """that it wrote, by their path in folder"""
+    """that are there, by their path below folder"""
     lines: list[dict[str, Any]] = field(default_factory=list)
     """of metrics.jsonl"""
     initial: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +53,7 @@ class Seen:
     weights: dict[str, Any] = field(default_factory=dict)
     """and after the last one"""
     facts: dict[str, Any] = field(default_factory=dict)
-    """what only the process itself can tell, see `_look_around`, and what was watched"""
+    """of a run what only its process can tell (see `_look_around`), of a plan what plan.json holds"""
 
     def of_steps(self, name: str) -> list[Any]:
         """A metric of each logged training step."""
@@ -57,12 +69,49 @@ class Seen:
 
     def kept(self) -> set[str]:
         """Names of the parameters that are as they were, to the bit."""
-        return {name for name, before in self.initial.items() if before.equal(self.weights[name])}
+        names = self.initial.keys() & self.weights.keys()
+        return {name for name in names if self.initial[name].equal(self.weights[name])}
 
 
-def see(folder: Path, toml: str, environment: dict[str, str], *, watch: str = "") -> Seen:
-    """Run `Trainer` on the ranks that call this, from a TOML file, as train.py does. Everything that is set for the
-    process is set back. watch: see `_prepare` and `_watching`."""
+class Observer:
+    """Makes runs in folders of their own below `folder`; what has been run is not run again."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {"MATERIAL": str(folder / "material"), "HOME": str(folder)}
+        self._known: dict[Any, Seen] = {}
+        self._numbers = count()
+        write_material(folder / "material")
+        write_earlier_run(folder / "material")
+
+    def __call__(
+        self, settings: Settings, *, ranks: int = 1, watch: str = "", plans: bool = False
+    ) -> Seen:
+        """Of `Trainer` on so many ranks what rank 0 shows, or of `train.py --plan`. watch: see `see`.
+
+        settings: all of them, as in TOML, except those that are None; "$MATERIAL" is the folder of `material.py`.
+        """
+        toml = as_toml(settings)
+        key = (toml, ranks, watch, plans)
+        if key not in self._known:
+            here = self.folder / f"run-{next(self._numbers)}"
+            here.mkdir()
+            (here / "run.toml").write_text(toml)
+            if plans:
+                self._known[key] = see_plan(here, self.environment)
+            else:
+                self._known[key] = run_on_ranks(
+                    ranks, see, here, self.environment, watch=watch, timeout=300
+                )[0]
+        return self._known[key]
+
+
+def see(folder: Path, environment: dict[str, str], *, watch: str = "") -> Seen:
+    """Run `Trainer` on the ranks that call this, as train.py does, from <folder>/run.toml.
+
+    watch: "operators" counts what is computed, "wandb" has a stand-in for it, "cache" keeps tokens on the disk however
+    few they are. What is set for the process is set back.
+    """
     import torch
 
     from titan_ulysses.config_file import load_config
@@ -70,9 +119,6 @@ def see(folder: Path, toml: str, environment: dict[str, str], *, watch: str = ""
     from titan_ulysses.trainer import Trainer
 
     seen, said = Seen(folder), io.StringIO()
-    folder.mkdir(parents=True, exist_ok=True)
-    rank = int(os.environ.get("RANK", 0))
-    (folder / f"run-{rank}.toml").write_text(toml)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.chdir(folder)
         for name, value in environment.items():
@@ -81,7 +127,7 @@ def see(folder: Path, toml: str, environment: dict[str, str], *, watch: str = ""
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         try:
-            config = load_config(folder / f"run-{rank}.toml")
+            config = load_config("run.toml")
             run = Trainer(config)
             seen.initial = _whole(run.model)
             with _watching(watch, seen.facts), _stopped(config):
@@ -92,10 +138,38 @@ def see(folder: Path, toml: str, environment: dict[str, str], *, watch: str = ""
             seen.refused = str(error)
         finally:
             torch.use_deterministic_algorithms(False)
+    return _with_files(seen, said)
+
+
+def see_plan(folder: Path, environment: dict[str, str]) -> Seen:
+    """`train.py --plan` of <folder>/run.toml, in this process: it needs one without a process group."""
+    import train as train_script
+    from titan_ulysses.errors import UserError
+
+    seen, said = Seen(folder), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.chdir(folder)
+        # It sets the second for its process, so that it is set back.
+        for name, value in (environment | {"CUDA_VISIBLE_DEVICES": ""}).items():
+            patch.setenv(name, value)
+        try:
+            train_script.main(["--config", "run.toml", "--plan"])
+            seen.facts = json.loads((folder / "outputs" / "run" / "plan.json").read_text())
+        except UserError as error:
+            seen.refused = str(error)
+    return _with_files(seen, said)
+
+
+def _with_files(seen: Seen, said: io.StringIO) -> Seen:
     seen.said = said.getvalue()
-    seen.files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    if metrics := [*folder.rglob("metrics.jsonl")]:
-        seen.lines = logged(metrics[0].parent)
+    seen.files = {
+        path.relative_to(seen.folder).as_posix()
+        for path in seen.folder.rglob("*")
+        if path.is_file()
+    }
+    seen.lines = [
+        line for file in seen.folder.rglob("metrics.jsonl") for line in logged(file.parent)
+    ]
     return seen
 
 
@@ -105,14 +179,19 @@ def _whole(model: Any) -> dict[str, Any]:
     from titan_ulysses.model import hf
 
     named = hf.named_parameters(model)
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in named
+    }
 
 
 @contextlib.contextmanager
-def _stopped(config: Any) -> Iterator[None]:
-    """Send this process SIGTERM once a long run has logged two steps."""
-    over = threading.Event()
-    metrics = Path(config.job.dump_folder) / config.job.name / "metrics.jsonl"
+def _stopped(config: Config) -> Iterator[None]:
+    """Send this process SIGTERM in a long run."""
+    over, metrics = (
+        threading.Event(),
+        Path(config.job.dump_folder) / config.job.name / "metrics.jsonl",
+    )
 
     def stop() -> None:
         while not over.wait(0.01):
@@ -120,32 +199,15 @@ def _stopped(config: Any) -> Iterator[None]:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    watcher = threading.Thread(target=stop, daemon=True)
-    if config.training.steps > MANY_STEPS:
-        watcher.start()
+    if config.training.steps > _MANY_STEPS:
+        threading.Thread(target=stop, daemon=True).start()
     try:
         yield
     finally:
         over.set()
 
 
-def _look_around(run: Any) -> dict[str, Any]:
-    """What a run has made of its process."""
-    import torch
-
-    stores = {id(s): s for m in run.model.modules() if (s := getattr(getattr(m, "_segment", None), "store", None))}
-    mapped = Path("/proc/self/maps").read_text() if Path("/proc/self/maps").exists() else ""
-    return {
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "slabs": [slab.numel() for store in stores.values() for slab in store.slabs],
-        "mapped": re.findall(r"(/\S*)/checkpoint-\S+ \(deleted\)", mapped),
-        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        "wandb": getattr(sys.modules.get("wandb"), "calls", None),
-    }
-
-
 def _prepare(watch: str, patch: pytest.MonkeyPatch) -> None:
-    """wandb: a stand-in takes notes of what it is told; cache: tokens go to the disk however few they are."""
     if watch == "wandb":
         from test_wandb import StandIn
 
@@ -160,7 +222,6 @@ def _prepare(watch: str, patch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def _watching(watch: str, facts: dict[str, Any]) -> Iterator[None]:
-    """operators: how often each (name, shape of the first input) is computed."""
     if watch != "operators":
         yield
         return
@@ -168,5 +229,95 @@ def _watching(watch: str, facts: dict[str, Any]) -> Iterator[None]:
 
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         yield
-    calls = ((e.name, tuple(e.input_shapes[0]) if e.input_shapes else ()) for e in profiler.events())
+    # (name, shape of the first input) -> calls
+    calls = ((event.name, tuple((event.input_shapes or [[]])[0])) for event in profiler.events())
     facts["operators"] = Counter(calls)
+
+
+def _look_around(run: Trainer) -> dict[str, Any]:
+    """What a run has made of its process."""
+    import torch
+
+    segments = (getattr(module, "_segment", None) for module in run.model.modules())
+    stores = {id(segment.store): segment.store for segment in segments if segment and segment.store}
+    maps = Path("/proc/self/maps")
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        # Bytes of each piece of host memory or disk that checkpoints wait in, and the folders of those on disk.
+        "slabs": [slab.numel() for store in stores.values() for slab in store.slabs],
+        "mapped": re.findall(
+            r"(/\S*)/checkpoint-\S+ \(deleted\)", maps.read_text() if maps.exists() else ""
+        ),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "wandb": getattr(sys.modules.get("wandb"), "calls", []),
+    }
+
+
+# --- what is asked of them --------------------------------------------------------------------------------------------
+
+
+def near(one: Any, other: Any) -> bool:
+    """Equal but for the order in which fp32 sums are added."""
+    return one == pytest.approx(other, rel=2e-5)
+
+
+def losses(run: Seen) -> list[float]:
+    return run.of_steps("loss")
+
+
+def norms(run: Seen) -> list[float]:
+    return run.of_steps("grad_norm")
+
+
+def labels(run: Seen) -> int:
+    """How many the last validation looked at; 0 without one."""
+    return [0, *run.of_validations("tokens")][-1]
+
+
+def tokens(run: Seen) -> int:
+    """How many the data is said to have; 0 where nothing is said."""
+    found = re.search(r"([\d,]+) tokens, ", run.said)
+    return int(found[1].replace(",", "")) if found else 0
+
+
+def numbers(run: Seen) -> int:
+    """How many parameters there are."""
+    return sum(parameter.numel() for parameter in run.weights.values())
+
+
+def same_weights(run: Seen, other: Seen) -> bool:
+    return run.weights.keys() == other.weights.keys() and all(
+        run.weights[name].equal(parameter) for name, parameter in other.weights.items()
+    )
+
+
+def moved_bytes(run: Seen, collective: str) -> int:
+    """That a step hands to this kind of collective."""
+    return run.of_steps("collectives")[0].get(collective, {"bytes": 0})["bytes"]
+
+
+def computed(run: Seen, name: str, *, rows: int | None = None) -> int:
+    """How often an operator was called; of first inputs [..., rows, numbers] alone."""
+    calls = run.facts["operators"].items()
+    return sum(
+        n for (operator, shape), n in calls if operator == name and rows in (None, *shape[-2:-1])
+    )
+
+
+def material_of(run: Seen) -> Path:
+    return run.folder.parent / "material"
+
+
+def bytes_of(run: Seen, folder: str) -> int:
+    """Tokens of the byte tokenizer: a byte, and the end of a text."""
+    return sum(file.stat().st_size + 1 for file in (material_of(run) / folder).glob("*.txt"))
+
+
+def begins_with_export(run: Seen) -> bool:
+    """Whether it began with the weights that the earlier run has left."""
+    from safetensors.torch import load_file
+
+    saved = load_file(material_of(run) / "earlier" / "run" / "export" / "model.safetensors")
+    return bool(run.initial) and all(
+        run.initial[name].equal(tensor) for name, tensor in saved.items()
+    )

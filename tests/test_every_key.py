@@ -1,57 +1,44 @@
-"""Every key of the schema through the front door: what a run does with it at another value, and does not at its default.
+"""Every key of the schema through the front door: what a run does with it that it does not do at the key's default.
 
-`EFFECTS` has a case or more for each key. A case runs `Trainer` for two steps (a key of [plan]: `train.py --plan`) twice:
-with the key at `value`, and with the key at its default, both with what else it `needs`. `effect(run, default)` must
-hold of the first run and not of the second. That config.toml names the key is no effect.
+`EFFECTS` has a case or more for each key. A case is run twice, for two steps of `Trainer` (a key of [plan] by
+`train.py --plan`): with the key at `value`, and with the key at its default, both with what else the case `needs`.
+`effect(run, default)` must hold of the first run, and `effect(default, default)` must not. That config.toml names the
+key is no effect.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-import train as train_script
-from observed import Seen, see
-from ranks import run_on_ranks
-from runs import Settings, write_documents
+from material import BASE, MODEL, as_toml
+from observed import (
+    Observer,
+    Seen,
+    begins_with_export,
+    bytes_of,
+    computed,
+    labels,
+    losses,
+    material_of,
+    moved_bytes,
+    near,
+    norms,
+    numbers,
+    same_weights,
+    tokens,
+)
+from runs import Settings
 from titan_ulysses.config import KEYS
-from titan_ulysses.errors import UserError
-from titan_ulysses.toml import to_toml
+from titan_ulysses.config_file import load_config
+from titan_ulysses.profiling import profiled
 
-MODEL: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.2,
-}
-BASE: Settings = {
-    "model.config": MODEL,
-    "model.tokenizer": "bytes",
-    "data.path": "$MATERIAL/texts",
-    "training.seq_len": 32,
-    "training.steps": 2,
-    "training.param_dtype": "float32",
-    "checkpoint.enable": False,
-    "checkpoint.export": False,
-}
-"""A case's `needs` come over these; None leaves a key out."""
 EMBEDDING, SILU = "model.embed_tokens.weight", "aten::silu"
 
 
@@ -73,37 +60,6 @@ class Case(NamedTuple):
 # --- what a run can be asked ------------------------------------------------------------------------------------------
 
 
-def near(one: Any, other: Any) -> bool:
-    return one == pytest.approx(other, rel=2e-5)
-
-
-def losses(run: Seen) -> list[float]:
-    return run.of_steps("loss")
-
-
-def norms(run: Seen) -> list[float]:
-    return run.of_steps("grad_norm")
-
-
-def labels(run: Seen) -> int:
-    """How many a validation looked at; 0 without one."""
-    return [0, *run.of_validations("tokens")][-1]
-
-
-def tokens(run: Seen) -> int:
-    """How many the data is said to have; 0 where nothing is said."""
-    found = re.search(r"([\d,]+) tokens, ", run.said)
-    return int(found[1].replace(",", "")) if found else 0
-
-
-def numbers(run: Seen) -> int:
-    return sum(parameter.numel() for parameter in run.weights.values())
-
-
-def same_weights(run: Seen, other: Seen) -> bool:
-    return all(run.weights[name].equal(parameter) for name, parameter in other.weights.items())
-
-
 def wrote(path: str) -> Effect:
     return lambda run, _: any(file == path or file.startswith(f"{path}/") for file in run.files)
 
@@ -121,32 +77,6 @@ def logs(name: str, value: Any) -> Effect:
     return lambda run, _: near(run.of_steps(name), value)
 
 
-def moved_bytes(run: Seen, collective: str) -> int:
-    return run.of_steps("collectives")[0].get(collective, {"bytes": 0})["bytes"]
-
-
-def computed(run: Seen, name: str, *, rows: int | None = None) -> int:
-    """How often an operator was called; of first inputs [..., rows, numbers] alone."""
-    calls = run.facts["operators"].items()
-    return sum(n for (operator, shape), n in calls if operator == name and rows in (None, *shape[-2:-1]))
-
-
-def material_of(run: Seen) -> Path:
-    return run.folder.parent / "material"
-
-
-def bytes_of(run: Seen, folder: str) -> int:
-    """Tokens of the byte tokenizer: a byte, and the end of a text."""
-    return sum(file.stat().st_size + 1 for file in (material_of(run) / folder).glob("*.txt"))
-
-
-def begins_with_export(run: Seen) -> bool:
-    from safetensors.torch import load_file
-
-    saved = load_file(material_of(run) / "earlier" / "run" / "export" / "model.safetensors")
-    return bool(run.initial) and all(run.initial[name].equal(tensor) for name, tensor in saved.items())
-
-
 def steps_kept(run: Seen) -> set[str]:
     return {part for file in run.files for part in file.split("/") if part.startswith("step-")}
 
@@ -160,7 +90,11 @@ def traced_steps(run: Seen) -> int:
 
 def own_core(q: Tensor, k: Tensor, v: Tensor, *, documents: Any, scale: float) -> Tensor:
     """A core of the user's own: each query takes the mean of all values of its row."""
-    return v.mean(dim=1, keepdim=True).repeat_interleave(q.shape[2] // v.shape[2], dim=2).expand(q.shape)
+    return (
+        v.mean(dim=1, keepdim=True)
+        .repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+        .expand(q.shape)
+    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -181,19 +115,36 @@ PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/r
 LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
 SAVED: Settings = {"checkpoint.enable": None}
 VALIDATED: Settings = {"validation.enable": True}
-TRACED: Settings = {"profiling.enable_profiling": True, "profiling.profile_freq": 2, "profiling.profiler_warmup": 1}
-SLOW_ADAM: Settings = {"optimizer.eps": 1.0, "optimizer.weight_decay": 0.0, "lr_scheduler.decay_type": "constant"}
+TRACED: Settings = {
+    "profiling.enable_profiling": True,
+    "profiling.profile_freq": 2,
+    "profiling.profiler_warmup": 1,
+}
+SLOW_ADAM: Settings = {
+    "optimizer.eps": 1.0,
+    "optimizer.weight_decay": 0.0,
+    "lr_scheduler.decay_type": "constant",
+}
 """AdamW whose update is the gradient itself, so that its size is seen."""
 PLAN: Settings = {"training.seq_len": 4096, "training.param_dtype": None}
 PLAN_OF_TWO: Settings = PLAN | {"parallelism.sequence_parallel_degree": 2}
-SMALL_GPU: Settings = PLAN | {"plan.gpu_memory_gib": 1.5, "model.config": MODEL | {"max_position_embeddings": 2**27}}
+SMALL_GPU: Settings = PLAN | {
+    "plan.gpu_memory_gib": 1.5,
+    "model.config": MODEL | {"max_position_embeddings": 2**27},
+}
 
 JOB = {
     "job.name": [Case("other", wrote("outputs/other/metrics.jsonl"))],
     "job.dump_folder": [Case("elsewhere", wrote("elsewhere/run/metrics.jsonl"))],
 }
 MODELS = {
-    "model.path": [Case("$MATERIAL/earlier/run/export", lambda run, _: begins_with_export(run), {"model.config": None})],
+    "model.path": [
+        Case(
+            "$MATERIAL/earlier/run/export",
+            lambda run, _: begins_with_export(run),
+            {"model.config": None},
+        )
+    ],
     "model.config": [
         Case(MODEL, said("LlamaForCausalLM, "), {"model.config": None}),
         Case(MODEL | {"model_type": "qwen3", "head_dim": 16}, said("Qwen3ForCausalLM, ")),
@@ -205,12 +156,25 @@ MODELS = {
         Case("blockwise", said("\nattention: blockwise\n"), same=True),
         Case("sdpa", said("\nattention: sdpa\n"), same=True),
         Case("test_every_key:own_core", said("\nattention: test_every_key:own_core\n")),
-        Case("test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))),
-        *([] if torch.cuda.is_available() else [Case("flash", refused('model.attention = "flash"', "CUDA"))]),
-        *([] if torch.cuda.is_available() else [Case("flex", refused('model.attention = "flex"', "CUDA"))]),
+        Case(
+            "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))
+        ),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [Case("flash", refused('model.attention = "flash"', "CUDA"))]
+        ),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [Case("flex", refused('model.attention = "flex"', "CUDA"))]
+        ),
     ],
     "model.rope_scaling": [
-        Case({"rope_type": "linear", "factor": 2.0}, lambda run, default: not near(losses(run)[0], losses(default)[0])),
+        Case(
+            {"rope_type": "linear", "factor": 2.0},
+            lambda run, default: not near(losses(run)[0], losses(default)[0]),
+        ),
         Case(
             {"rope_type": "yarn", "factor": 4.0},
             lambda run, _: len(losses(run)) == 2,
@@ -226,16 +190,32 @@ MODELS = {
     ],
     "model.freeze": [Case(["model.embed_tokens.*"], lambda run, _: run.kept() == {EMBEDDING})],
     "lora.rank": [
-        Case(4, lambda run, _: 0 < len(run.kept()) == sum("lora" not in name for name in run.initial)),
-        Case(4, wrote("outputs/run/adapter/adapter_model.safetensors"), {"checkpoint.export": None}),
+        Case(
+            4, lambda run, _: 0 < len(run.kept()) == sum("lora" not in name for name in run.initial)
+        ),
+        Case(
+            4, wrote("outputs/run/adapter/adapter_model.safetensors"), {"checkpoint.export": None}
+        ),
     ],
-    "lora.alpha": [Case(32.0, lambda run, default: near(norms(run)[0], 2 * norms(default)[0]), LORA)],
+    "lora.alpha": [
+        Case(32.0, lambda run, default: near(norms(run)[0], 2 * norms(default)[0]), LORA)
+    ],
     "lora.dropout": [
         # B is 0 at first: what is dropped shows in its gradient, and not yet in the loss.
-        Case(0.5, lambda run, default: near(losses(run)[0], losses(default)[0]) and not near(norms(run), norms(default)), LORA)
+        Case(
+            0.5,
+            lambda run, default: (
+                near(losses(run)[0], losses(default)[0]) and not near(norms(run), norms(default))
+            ),
+            LORA,
+        )
     ],
     "lora.target_modules": [
-        Case(["q_proj"], lambda run, _: {n.split(".")[-4] for n in run.initial if "lora" in n} == {"q_proj"}, LORA)
+        Case(
+            ["q_proj"],
+            lambda run, _: {n.split(".")[-4] for n in run.initial if "lora" in n} == {"q_proj"},
+            LORA,
+        )
     ],
 }
 DATA = {
@@ -247,37 +227,69 @@ DATA = {
     "data.path": [Case("$MATERIAL/texts", said("data: 20 document(s)"))],
     "data.extensions": [Case([".md"], said("data: 2 document(s)"))],
     "data.encoding": [
-        Case("latin-1", lambda run, _: f"{bytes_of(run, 'latin') + 80:,} tokens" in run.said, {"data.path": "$MATERIAL/latin"}),
-        Case("bytes", lambda run, _: f"{bytes_of(run, 'latin'):,} tokens" in run.said, {"data.path": "$MATERIAL/latin"}),
+        Case(
+            "latin-1",
+            lambda run, _: f"{bytes_of(run, 'latin') + 80:,} tokens" in run.said,
+            {"data.path": "$MATERIAL/latin"},
+        ),
+        Case(
+            "bytes",
+            lambda run, _: f"{bytes_of(run, 'latin'):,} tokens" in run.said,
+            {"data.path": "$MATERIAL/latin"},
+        ),
     ],
-    "data.text_field": [Case("body", lambda run, _: labels(run) == 12 * len("another text"), HELD_OUT_RECORDS)],
+    "data.text_field": [
+        Case("body", lambda run, _: labels(run) == 12 * len("another text"), HELD_OUT_RECORDS)
+    ],
     "data.prompt_field": [
-        Case("q", lambda run, _: labels(run) == 12 * len("1234\n"), HELD_OUT_RECORDS | {"data.completion_field": "a"})
+        Case(
+            "q",
+            lambda run, _: labels(run) == 12 * len("1234\n"),
+            HELD_OUT_RECORDS | {"data.completion_field": "a"},
+        )
     ],
     "data.completion_field": [
-        Case("a", lambda run, _: labels(run) == 12 * len("1234\n"), HELD_OUT_RECORDS | {"data.prompt_field": "q"})
+        Case(
+            "a",
+            lambda run, _: labels(run) == 12 * len("1234\n"),
+            HELD_OUT_RECORDS | {"data.prompt_field": "q"},
+        )
     ],
-    "data.messages_field": [Case("conversation", lambda run, default: labels(run) > 1.5 * labels(default), CHATS)],
-    "data.tools_field": [Case("functions", lambda run, default: tokens(run) > tokens(default), CHATS)],
+    "data.messages_field": [
+        Case("conversation", lambda run, default: labels(run) > 1.5 * labels(default), CHATS)
+    ],
+    "data.tools_field": [
+        Case("functions", lambda run, default: tokens(run) > tokens(default), CHATS)
+    ],
     "data.train_on": [
-        Case("all", lambda run, default: tokens(run) == tokens(default) and labels(run) > labels(default), CHATS),
+        Case(
+            "all",
+            lambda run, default: tokens(run) == tokens(default) and labels(run) > labels(default),
+            CHATS,
+        ),
         Case(
             "all",
             lambda run, _: labels(run) == 12 * len("what is it? 1234"),
             HELD_OUT_RECORDS | {"data.prompt_field": "q", "data.completion_field": "a"},
         ),
     ],
-    "data.subset": [Case("other", said("data: 5 document(s)"), DATASET | {"data.path": "$MATERIAL/subsets"})],
+    "data.subset": [
+        Case("other", said("data: 5 document(s)"), DATASET | {"data.path": "$MATERIAL/subsets"})
+    ],
     "data.split": [Case("rest", said("data: 4 document(s)"), DATASET)],
     "data.streaming": [Case(True, said("data: streamed"), DATASET)],
-    "data.bad_lines": [Case("skip", said("1 bad line(s) skipped"), RECORDS | {"data.path": "$MATERIAL/bad.jsonl"})],
+    "data.bad_lines": [
+        Case("skip", said("1 bad line(s) skipped"), RECORDS | {"data.path": "$MATERIAL/bad.jsonl"})
+    ],
     "data.mixture": [
         Case(
             [
                 {"path": "$MATERIAL/texts", "weight": 3.0},
                 {"path": "$MATERIAL/records.jsonl", "source": "jsonl", "weight": 1.0},
             ],
-            lambda run, _: "data: a mixture of 2\n0.75 of " in run.said and len(run.of_steps("epoch")[0]) == 2,
+            lambda run, _: (
+                "data: a mixture of 2\n0.75 of " in run.said and len(run.of_steps("epoch")[0]) == 2
+            ),
             {"data.path": None},
         )
     ],
@@ -286,16 +298,24 @@ DATA = {
         Case("best_fit", said("best fit")),
     ],
     "data.long_documents": [Case("drop", said("longer than 32 tokens left out"))],
-    "data.cache_folder": [Case("kept", lambda run, _: any(f.startswith("kept/") for f in run.files), watch="cache")],
+    "data.cache_folder": [
+        Case("kept", lambda run, _: any(f.startswith("kept/") for f in run.files), watch="cache")
+    ],
 }
 TRAINING = {
     "training.seq_len": [Case(64, logs("tokens", [64, 128]))],
     "training.local_batch_size": [Case(2, logs("tokens", [64, 128]))],
     "training.global_batch_size": [Case(2, said("2 sequence(s) a step (2 accumulated)"))],
-    "training.steps": [Case(3, lambda run, _: len(losses(run)) == 3 and "\nDone: 3 steps." in run.said)],
+    "training.steps": [
+        Case(3, lambda run, _: len(losses(run)) == 3 and "\nDone: 3 steps." in run.said)
+    ],
     "training.seed": [
         Case(1, lambda run, default: not run.initial[EMBEDDING].equal(default.initial[EMBEDDING])),
-        Case(1, lambda run, default: losses(run)[0] != losses(default)[0] and begins_with_export(run), PRETRAINED),
+        Case(
+            1,
+            lambda run, default: losses(run)[0] != losses(default)[0] and begins_with_export(run),
+            PRETRAINED,
+        ),
     ],
     "training.max_norm": [
         Case(1e-3, lambda run, default: 1e-4 < run.moved() / default.moved() < 1e-2, SLOW_ADAM),
@@ -303,7 +323,13 @@ TRAINING = {
         Case(float("inf"), lambda run, default: run.moved() > 1.5 * default.moved(), SLOW_ADAM),
     ],
     "training.param_dtype": [
-        Case("float32", lambda run, default: moved_bytes(run, "all_gather") == 2 * moved_bytes(default, "all_gather"), ranks=2),
+        Case(
+            "float32",
+            lambda run, default: (
+                moved_bytes(run, "all_gather") == 2 * moved_bytes(default, "all_gather")
+            ),
+            ranks=2,
+        ),
         Case(
             "float64",
             lambda run, _: not run.refused and run.weights[EMBEDDING].dtype == torch.float64,
@@ -323,8 +349,10 @@ TRAINING = {
     "training.z_loss": [
         Case(
             0.01,
-            lambda run, default: losses(run)[0] > 1.01 * losses(default)[0]
-            and run.of_validations("loss")[0] == default.of_validations("loss")[0],
+            lambda run, default: (
+                losses(run)[0] > 1.01 * losses(default)[0]
+                and run.of_validations("loss")[0] == default.of_validations("loss")[0]
+            ),
             VALIDATED,
         )
     ],
@@ -332,26 +360,51 @@ TRAINING = {
     "parallelism.data_parallel_replicate_degree": [
         Case(
             2,
-            lambda run, default: "mesh: dp_replicate 2 x dp_shard 1 x sp 1 " in run.said
-            and moved_bytes(run, "all_reduce") > 4 * numbers(run) > moved_bytes(default, "all_reduce"),
+            lambda run, default: (
+                "mesh: dp_replicate 2 x dp_shard 1 x sp 1 " in run.said
+                and moved_bytes(run, "all_reduce")
+                > 4 * numbers(run)
+                > moved_bytes(default, "all_reduce")
+            ),
             ranks=2,
             same=True,
         )
     ],
     "parallelism.data_parallel_shard_degree": [
         Case(2, refused("dp_shard(2) x sp(1) = 2 is not WORLD_SIZE(1): start 2 ranks")),
-        Case(1, said("dp_replicate 2 x dp_shard 1"), {"parallelism.data_parallel_replicate_degree": -1}, ranks=2),
+        Case(
+            1,
+            said("dp_replicate 2 x dp_shard 1"),
+            {"parallelism.data_parallel_replicate_degree": -1},
+            ranks=2,
+        ),
     ],
     "parallelism.sequence_parallel_degree": [
-        Case(2, lambda run, _: "32 tokens a sequence, 16 a rank" in run.said and moved_bytes(run, "all_to_all") > 0, ranks=2)
+        Case(
+            2,
+            lambda run, _: (
+                "32 tokens a sequence, 16 a rank" in run.said and moved_bytes(run, "all_to_all") > 0
+            ),
+            ranks=2,
+        )
     ],
 }
 MEMORY = {
     "activation_checkpoint.mode": [
-        Case("none", lambda run, default: computed(run, SILU) < computed(default, SILU), same=True, watch="operators")
+        Case(
+            "none",
+            lambda run, default: computed(run, SILU) < computed(default, SILU),
+            same=True,
+            watch="operators",
+        )
     ],
     "activation_checkpoint.every": [
-        Case(2, lambda run, default: computed(run, SILU) > computed(default, SILU), same=True, watch="operators")
+        Case(
+            2,
+            lambda run, default: computed(run, SILU) > computed(default, SILU),
+            same=True,
+            watch="operators",
+        )
     ],
     "activation_checkpoint.offload": [
         Case("host", lambda run, _: run.facts["slabs"] == 2 * [4 * 32 * 64], same=True),
@@ -364,17 +417,39 @@ MEMORY = {
             {"activation_checkpoint.offload": "disk"},
             same=True,
         ),
-        Case("nowhere", refused("activation_checkpoint.offload_folder = nowhere"), {"activation_checkpoint.offload": "disk"}),
+        Case(
+            "nowhere",
+            refused("activation_checkpoint.offload_folder = nowhere"),
+            {"activation_checkpoint.offload": "disk"},
+        ),
     ],
     "memory.loss_tile_tokens": [
-        Case(5, lambda run, _: computed(run, "aten::_log_softmax", rows=5) > 0, same=True, watch="operators")
+        Case(
+            5,
+            lambda run, _: computed(run, "aten::_log_softmax", rows=5) > 0,
+            same=True,
+            watch="operators",
+        )
     ],
     "memory.mlp_tile_tokens": [
         Case(7, lambda run, _: computed(run, SILU, rows=7) > 0, same=True, watch="operators"),
-        Case(7, lambda run, _: computed(run, SILU, rows=7) > 0, {"activation_checkpoint.mode": "none"}, watch="operators"),
+        Case(
+            7,
+            lambda run, _: computed(run, SILU, rows=7) > 0,
+            {"activation_checkpoint.mode": "none"},
+            watch="operators",
+        ),
     ],
-    "memory.parameter_offload": [Case(True, said("memory.parameter_offload changes nothing: the device is the CPU"), same=True)],
-    "memory.optimizer_offload": [Case(True, said("memory.optimizer_offload changes nothing: the device is the CPU"), same=True)],
+    "memory.parameter_offload": [
+        Case(
+            True, said("memory.parameter_offload changes nothing: the device is the CPU"), same=True
+        )
+    ],
+    "memory.optimizer_offload": [
+        Case(
+            True, said("memory.optimizer_offload changes nothing: the device is the CPU"), same=True
+        )
+    ],
     "compile.enable": [Case(True, lambda run, _: run.facts["graphs"] >= 2, same=True)],
     "quantize.float8": [Case(True, refused("quantize.float8 = true needs a GPU"))],
 }
@@ -383,16 +458,30 @@ OPTIMIZER = {
         Case("adamw8bit", said("adamw8bit: 2.")),
         Case("adamw4bit", said("adamw4bit: 1.")),
     ],
-    "optimizer.lr": [Case(1e-2, logs("lr", [1e-2, 1e-3])), Case(0.0, lambda run, _: run.moved() == 0)],
+    "optimizer.lr": [
+        Case(1e-2, logs("lr", [1e-2, 1e-3])),
+        Case(0.0, lambda run, _: run.moved() == 0),
+    ],
     "optimizer.betas": [
         # The first update does not depend on them.
-        Case([0.5, 0.5], lambda run, default: near(losses(run), losses(default)) and not same_weights(run, default))
+        Case(
+            [0.5, 0.5],
+            lambda run, default: (
+                near(losses(run), losses(default)) and not same_weights(run, default)
+            ),
+        )
     ],
     "optimizer.eps": [Case(1.0, lambda run, default: run.moved() < 0.3 * default.moved())],
     # Bytes that no text has: their rows have no gradient.
-    "optimizer.weight_decay": [Case(0.0, lambda run, _: run.weights[EMBEDDING][1].equal(run.initial[EMBEDDING][1]))],
+    "optimizer.weight_decay": [
+        Case(0.0, lambda run, _: run.weights[EMBEDDING][1].equal(run.initial[EMBEDDING][1]))
+    ],
     "optimizer.stochastic_rounding": [
-        Case(True, lambda run, _: run.weights[EMBEDDING].dtype == torch.bfloat16, {"training.param_dtype": None})
+        Case(
+            True,
+            lambda run, _: run.weights[EMBEDDING].dtype == torch.bfloat16,
+            {"training.param_dtype": None},
+        )
     ],
     "lr_scheduler.warmup_steps": [Case(2, logs("lr", [1.5e-4, 3e-4]))],
     "lr_scheduler.decay_type": [
@@ -402,36 +491,67 @@ OPTIMIZER = {
     "lr_scheduler.min_lr_ratio": [Case(0.5, logs("lr", [3e-4, 1.5e-4]))],
 }
 CHECKPOINT = {
-    "checkpoint.enable": [Case(False, lambda run, _: bool(run.lines) and not any("/step-" in file for file in run.files))],
+    "checkpoint.enable": [
+        Case(
+            False,
+            lambda run, _: bool(run.lines) and not any("/step-" in file for file in run.files),
+        )
+    ],
     "checkpoint.interval": [Case(1, wrote("outputs/run/checkpoints/step-1"), SAVED)],
     "checkpoint.keep_latest_k": [
         Case(1, lambda run, _: steps_kept(run) == {"step-2"}, SAVED | {"checkpoint.interval": 1}),
-        Case(0, lambda run, _: len(steps_kept(run)) == 3, SAVED | {"checkpoint.interval": 1, "training.steps": 3}),
+        Case(
+            0,
+            lambda run, _: len(steps_kept(run)) == 3,
+            SAVED | {"checkpoint.interval": 1, "training.steps": 3},
+        ),
     ],
     "checkpoint.folder": [Case("kept", wrote("outputs/run/kept/step-2/run.json"), SAVED)],
     "checkpoint.initial_load_path": [
         Case("$MATERIAL/earlier/run/export", lambda run, _: begins_with_export(run)),
         Case("$MATERIAL/earlier/run/checkpoints/step-2", lambda run, _: begins_with_export(run)),
     ],
-    "checkpoint.export": [Case(False, lambda run, _: bool(run.lines) and not any("/export/" in f for f in run.files))],
-    "validation.enable": [Case(True, lambda run, _: [line["step"] for line in run.lines] == [0, 1, 2, 2])],
-    "validation.interval": [Case(1, lambda run, _: len(run.of_validations("loss")) == 3, VALIDATED)],
+    "checkpoint.export": [
+        Case(False, lambda run, _: bool(run.lines) and not any("/export/" in f for f in run.files))
+    ],
+    "validation.enable": [
+        Case(True, lambda run, _: [line["step"] for line in run.lines] == [0, 1, 2, 2])
+    ],
+    "validation.interval": [
+        Case(1, lambda run, _: len(run.of_validations("loss")) == 3, VALIDATED)
+    ],
     "validation.steps": [
         Case(1, lambda run, default: labels(run) < labels(default), VALIDATED),
-        Case(0, lambda run, default: labels(run) > labels(default), VALIDATED | {"validation.path": "$MATERIAL/texts"}),
+        Case(
+            0,
+            lambda run, default: labels(run) > labels(default),
+            VALIDATED | {"validation.path": "$MATERIAL/texts"},
+        ),
     ],
     "validation.path": [
-        Case("$MATERIAL/mixed", lambda run, _: labels(run) == 12 * len("the text"), RECORDS | COUNTED),
+        Case(
+            "$MATERIAL/mixed", lambda run, _: labels(run) == 12 * len("the text"), RECORDS | COUNTED
+        ),
     ],
-    "validation.split": [Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED)],
+    "validation.split": [
+        Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED)
+    ],
     "metrics.log_interval": [Case(2, lambda run, _: [line["step"] for line in run.lines] == [2])],
     "metrics.enable_wandb": [
-        Case(True, lambda run, _: [call[0] for call in run.facts["wandb"]] == ["init", "log", "log", "finish"], watch="wandb")
+        Case(
+            True,
+            lambda run, _: (
+                [call[0] for call in run.facts["wandb"]] == ["init", "log", "log", "finish"]
+            ),
+            watch="wandb",
+        )
     ],
     "profiling.enable_profiling": [
         Case(True, wrote("outputs/run/profile_traces/step-2/rank0_trace.json"), TRACED, same=True)
     ],
-    "profiling.save_traces_folder": [Case("traces", wrote("outputs/run/traces/step-2/rank0_trace.json"), TRACED)],
+    "profiling.save_traces_folder": [
+        Case("traces", wrote("outputs/run/traces/step-2/rank0_trace.json"), TRACED)
+    ],
     "profiling.profile_freq": [Case(2, wrote("outputs/run/profile_traces/step-2"), TRACED)],
     "profiling.profiler_active": [
         Case(2, lambda run, _: traced_steps(run) == 2, TRACED | {"profiling.profiler_warmup": 0})
@@ -446,134 +566,54 @@ CHECKPOINT = {
 }
 PLANNED = {
     "plan.gpu": [Case("A100-80GB", said("planned for 1 x A100-80GB"), PLAN)],
-    "plan.gpu_memory_gib": [Case(0.1, lambda run, _: run.facts["gpu_memory_gib"] == 0.1 and not run.facts["fits"], PLAN)],
+    "plan.gpu_memory_gib": [
+        Case(0.1, lambda run, _: run.facts["gpu_memory_gib"] == 0.1 and not run.facts["fits"], PLAN)
+    ],
     "plan.host_memory_gib": [
-        Case(1e-4, lambda run, _: run.facts["binds"] == "host memory", PLAN | {"activation_checkpoint.offload": "host"})
+        Case(
+            1e-4,
+            lambda run, _: run.facts["binds"] == "host memory",
+            PLAN | {"activation_checkpoint.offload": "host"},
+        )
     ],
     "plan.gpus_per_node": [
-        Case(1, lambda run, default: run.facts["step_seconds"] > default.facts["step_seconds"], PLAN_OF_TWO)
+        Case(
+            1,
+            lambda run, default: run.facts["step_seconds"] > default.facts["step_seconds"],
+            PLAN_OF_TWO,
+        )
     ],
     "plan.world_size": [Case(4, said("mesh: dp_replicate 1 x dp_shard 4"), PLAN)],
     "plan.search": [Case(True, lambda run, _: bool(run.facts["search"]), SMALL_GPU)],
     "plan.ladder": [Case(True, lambda run, _: bool(run.facts["ladder"]), SMALL_GPU)],
-    "plan.enforce": [Case(True, refused("plan.enforce = true: the run needs"), {"plan.host_memory_gib": 1e-6})],
+    "plan.enforce": [
+        Case(True, refused("plan.enforce = true: the run needs"), {"plan.host_memory_gib": 1e-6})
+    ],
 }
-EFFECTS: dict[str, list[Case]] = JOB | MODELS | DATA | TRAINING | MEMORY | OPTIMIZER | CHECKPOINT | PLANNED
+EFFECTS: dict[str, list[Case]] = (
+    JOB | MODELS | DATA | TRAINING | MEMORY | OPTIMIZER | CHECKPOINT | PLANNED
+)
 
 
-# --- the runs ---------------------------------------------------------------------------------------------------------
+# --- the tests -------------------------------------------------------------------------------------------------------
 
-
-def write_material(folder: Path) -> None:
-    """Data of every kind, a tokenizer with a chat template, and what an earlier run has left."""
-    write_documents(folder / "texts", documents=20, seed=0)
-    for number in range(2):
-        (folder / "texts" / f"{number}.md").write_text("# Notes that are no text\n")
-    (folder / "latin").mkdir()
-    for number in range(20):
-        (folder / "latin" / f"{number}.txt").write_text("\xc4pfel und \xd6l f\xfcr \xc4rzte", encoding="latin-1")
-    write_records(folder)
-    tokenizer = pair_tokenizer()
-    tokenizer.save_pretrained(folder / "pairs")
-    earlier = BASE | {"model.tokenizer": str(folder / "pairs"), "training.seed": 5, "job.dump_folder": str(folder / "earlier")}
-    earlier |= {"checkpoint.enable": None, "checkpoint.export": None}
-    run = run_on_ranks(1, see, folder / "earlier", as_toml(earlier), {"MATERIAL": str(folder)})[0]
-    assert not run.refused
-
-
-def write_records(folder: Path) -> None:
-    record = {"text": "the text", "body": "another text", "q": "what is it? ", "a": "1234"}
-    lines = "".join(json.dumps(record) + "\n" for _ in range(12))
-    (folder / "mixed").mkdir()
-    (folder / "mixed" / "one.txt").write_text("the only text of this folder, with more than 32 bytes")
-    for path, text in {"records.jsonl": lines, "mixed/records.jsonl": lines, "bad.jsonl": lines + "{broken\n"}.items():
-        (folder / path).write_text(text)
-    call = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    messages = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a tale"}]
-    chat = {"messages": messages, "conversation": 2 * messages, "functions": call}
-    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for _ in range(6)))
-    rows = [{"text": f"row {number} of nine"} for number in range(9)]
-    table = datasets.Dataset.from_list(rows)
-    datasets.DatasetDict({"train": table, "rest": table.select(range(4))}).save_to_disk(folder / "dataset")
-    (folder / "subsets").mkdir()
-    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "other"))
-    (folder / "subsets" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    for name, count in {"one": 3, "other": 5}.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows[:count])
-        (folder / "subsets" / f"{name}.jsonl").write_text(text)
-
-
-def pair_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most 320 tokens, with a chat template."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<end>"]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(["that thesis is these tastes, it is the taste of toast"] * 5, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
-    tokenizer.chat_template = (
-        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role + ': ' + m.content + '<end>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    return tokenizer
-
-
-def as_toml(settings: Settings) -> str:
-    return "".join(f"{key} = {to_toml(value)}\n" for key, value in settings.items() if value is not None)
-
-
-def plan(folder: Path, toml: str) -> Seen:
-    """`train.py --plan`, in this process: it needs one without a process group."""
-    folder.mkdir()
-    (folder / "plan.toml").write_text(toml)
-    seen, told = Seen(folder), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
-        patch.chdir(folder)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # which it sets: to be set back
-        try:
-            train_script.main(["--config", "plan.toml", "--plan"])
-            seen.facts = json.loads((folder / "outputs" / "run" / "plan.json").read_text())
-        except UserError as error:
-            seen.refused = str(error)
-    seen.said = told.getvalue()
-    return seen
-
-
-Observe = Callable[..., Seen]
-
-
-@pytest.fixture(scope="module")
-def observe(tmp_path_factory: pytest.TempPathFactory) -> Observe:
-    """observe(settings, ranks=, watch=, plans=): what came of it on rank 0; what has been run is not run again."""
-    folder = tmp_path_factory.mktemp("every-key")
-    write_material(folder / "material")
-    environment = {"MATERIAL": str(folder / "material"), "HOME": str(folder)}
-    known: dict[Any, Seen] = {}
-
-    def observe(settings: Settings, *, ranks: int = 1, watch: str = "", plans: bool = False) -> Seen:
-        toml = as_toml(settings)
-        key = (toml, ranks, watch, plans)
-        if key not in known:
-            here = folder / f"run-{len(known)}"
-            if plans:
-                known[key] = plan(here, toml.replace("$MATERIAL", environment["MATERIAL"]))
-            else:
-                known[key] = run_on_ranks(ranks, see, here, toml, environment, watch=watch, timeout=600)[0]
-        return known[key]
-
-    return observe
-
-
-CASES = [pytest.param(key, case, id=f"{key}-{case.value}"[:70]) for key, cases in EFFECTS.items() for case in cases]
+CASES = [
+    pytest.param(key, case, id=f"{key}-{case.value}"[:70])
+    for key, cases in EFFECTS.items()
+    for case in cases
+]
 
 
 @pytest.mark.parametrize(("key", "case"), CASES)
-def test_effect(key: str, case: Case, observe: Observe, tmp_path: Path) -> None:
+def test_effect(key: str, case: Case, observe: Observer) -> None:
     if key.startswith("lora"):
         pytest.importorskip("peft")
     without = {name: value for name, value in (BASE | case.needs).items() if name != key}
-    options = {"ranks": case.ranks, "watch": case.watch, "plans": key.startswith("plan.") and key != "plan.enforce"}
+    options = {
+        "ranks": case.ranks,
+        "watch": case.watch,
+        "plans": key.startswith("plan.") and key != "plan.enforce",
+    }
     run, default = observe(without | {key: case.value}, **options), observe(without, **options)
     told = f"{run.refused or run.said}\n--- and at the default:\n{default.refused or default.said}"
     assert case.effect(run, default), f"no effect\n{told}"
@@ -589,3 +629,20 @@ def test_the_table_has_every_key() -> None:
         if get_origin(field.annotation) is Literal:
             values = {case.value for case in EFFECTS[key]}
             assert values == {*get_args(field.annotation)} - {field.default}, key
+
+
+def test_memory_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA a run refuses them. What `Trainer` calls, told where its files go, next to torch's own part."""
+    dumped: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **_: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dumped.append)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    settings = {"profiling.enable_memory_snapshot": True, "profiling.profile_freq": 2}
+    for more in ({}, {"profiling.save_memory_snapshot_folder": "elsewhere"}):
+        (tmp_path / "run.toml").write_text(as_toml(BASE | settings | more))
+        config = load_config(tmp_path / "run.toml")
+        with profiled(config.profiling, tmp_path, 1) as step_is_over:
+            step_is_over(1)
+            step_is_over(2)
+    expected = ["memory_snapshot/step-2/rank0", "elsewhere/step-2/rank0"]
+    assert dumped == [f"{tmp_path}/{folder}_memory_snapshot.pickle" for folder in expected]
