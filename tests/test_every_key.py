@@ -126,12 +126,17 @@ SLOW_ADAM: Settings = {
     "lr_scheduler.decay_type": "constant",
 }
 """AdamW whose update is the gradient itself, so that its size is seen."""
-PLAN: Settings = {"training.seq_len": 4096, "training.param_dtype": None}
+# One layer and one tile: a simulation of a fraction of a second, of which a plan has three.
+PLAN: Settings = {
+    "training.seq_len": 1024,
+    "model.config": MODEL | {"num_hidden_layers": 1, "max_position_embeddings": 2**27},
+}
 PLAN_OF_TWO: Settings = PLAN | {"parallelism.sequence_parallel_degree": 2}
 SMALL_GPU: Settings = PLAN | {
-    "plan.gpu_memory_gib": 1.5,
-    "model.config": MODEL | {"max_position_embeddings": 2**27},
+    "plan.gpu_memory_gib": 0.7,
+    "activation_checkpoint.offload": "host",
 }
+
 
 JOB = {
     "job.name": [Case("other", wrote("outputs/other/metrics.jsonl"))],
@@ -565,29 +570,40 @@ CHECKPOINT = {
     "profiling.save_memory_snapshot_folder": [],  # see test_memory_snapshots
 }
 PLANNED = {
-    "plan.gpu": [Case("A100-80GB", said("planned for 1 x A100-80GB"), PLAN)],
+    "plan.gpu": [Case("A100-80GB", said("planned for 2 x A100-80GB"), PLAN_OF_TWO)],
     "plan.gpu_memory_gib": [
-        Case(0.1, lambda run, _: run.facts["gpu_memory_gib"] == 0.1 and not run.facts["fits"], PLAN)
-    ],
-    "plan.host_memory_gib": [
         Case(
-            1e-4,
-            lambda run, _: run.facts["binds"] == "host memory",
-            PLAN | {"activation_checkpoint.offload": "host"},
+            0.5,
+            lambda run, _: run.facts["gpu_memory_gib"] == 0.5 and not run.facts["fits"],
+            PLAN_OF_TWO,
         )
     ],
+    "plan.host_memory_gib": [
+        Case(1e-5, lambda run, _: run.facts["binds"] == "host memory", SMALL_GPU)
+    ],
     "plan.gpus_per_node": [
+        # From then on the exchange goes over the network.
         Case(
             1,
             lambda run, default: run.facts["step_seconds"] > default.facts["step_seconds"],
             PLAN_OF_TWO,
         )
     ],
-    "plan.world_size": [Case(4, said("mesh: dp_replicate 1 x dp_shard 4"), PLAN)],
-    "plan.search": [Case(True, lambda run, _: bool(run.facts["search"]), SMALL_GPU)],
-    "plan.ladder": [Case(True, lambda run, _: bool(run.facts["ladder"]), SMALL_GPU)],
+    "plan.world_size": [Case(4, said("mesh: dp_replicate 1 x dp_shard 2 x sp 2"), PLAN_OF_TWO)],
+    "plan.search": [
+        Case(
+            True,
+            lambda run, _: len(run.facts["search"]) > 1 and run.facts["longest_seq_len_verified"],
+            SMALL_GPU,
+        )
+    ],
+    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 6, SMALL_GPU)],
     "plan.enforce": [
-        Case(True, refused("plan.enforce = true: the run needs"), {"plan.host_memory_gib": 1e-6})
+        Case(
+            True,
+            refused("plan.enforce = true: the run needs"),
+            {"plan.host_memory_gib": 1e-6},
+        )
     ],
 }
 EFFECTS: dict[str, list[Case]] = (
