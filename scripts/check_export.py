@@ -23,9 +23,9 @@ from titan_ulysses.data import open_sequences
 @torch.no_grad()
 def held_out_loss(folder: Path, config: Path, tokens: int) -> float:
     """Mean cross-entropy of the model in folder over the first `tokens` predicted tokens of the held-out text."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     settings = load_config(config, [("validation.enable", True)])
-    _, held_out = open_sequences(settings, AutoTokenizer.from_pretrained(folder))
+    _, held_out = open_sequences(settings, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     total, count, index = 0.0, 0, 0
     while count < tokens:
         sequence, start = held_out[index], 0

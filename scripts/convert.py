@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from titan_ulysses.begin import base_of
 from titan_ulysses.build import load_model_config
 from titan_ulysses.checkpoint import Checkpointer, cause
+from titan_ulysses.checkpoint_reader import open_checkpoint
 from titan_ulysses.config_file import load_config
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.errors import UserError
@@ -72,8 +73,12 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     """Write the model of the checkpoint `source` to the folder `target`, as the run itself exports it."""
     config = load_config(config_path or config_above(source))
     state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
-    reader = dcp.FileSystemReader(source)
-    saved = {n.removeprefix("model."): m for n, m in tensors_in(reader).items() if n.startswith("model.")}
+    try:
+        reader = open_checkpoint(source, where=str(source))
+    except ValueError as error:
+        raise UserError(f"{source}: the checkpoint is damaged ({error}). Take another one.") from error
+    entries = reader.read_metadata().state_dict_metadata
+    saved = {n.removeprefix("model."): m for n, m in entries.items() if n.startswith("model.")}
     if state.get("frozen", 0):
         raise UserError(f"{source}: what is frozen is not in it. The run's own export/ has the whole model.")
     model_config, tokenizer = load_model_config(config), load_tokenizer(config.model.tokenizer or config.model.path)
@@ -105,13 +110,6 @@ def step_of(folder: Path) -> int:
     if not (folder.name.startswith("step-") and number.isdigit()):
         raise UserError(f"{folder}: a checkpoint is a folder named step-N, as in step-0.")
     return int(number)
-
-
-def tensors_in(reader: dcp.FileSystemReader) -> dict[str, Any]:
-    try:
-        return reader.read_metadata().state_dict_metadata
-    except Exception as error:  # it is a pickle
-        raise UserError(f"{reader.path}: .metadata is damaged ({error}). Take another checkpoint.") from error
 
 
 def expect_same(source: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:

@@ -32,8 +32,8 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.folder)
-    tokenizer = AutoTokenizer.from_pretrained(args.folder)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=False)
     if args.adapter:
         from peft import PeftModel
 

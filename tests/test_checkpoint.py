@@ -193,12 +193,16 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(saved: tuple, t
 
 
 def test_contents_that_are_damaged_are_refused_too(saved: tuple[Path, dict, dict], tmp_path: Path) -> None:
-    """The sizes are right: found while reading, so the model may have changed, but every rank says so."""
-    shutil.copytree(saved[0], tmp_path / "copy")
-    file = tmp_path / "copy" / "step-2" / ".metadata"
-    file.write_bytes(bytes(file.stat().st_size))
-    for [(message, _)] in run_on_ranks(2, try_to_load, [tmp_path / "copy"], timeout=30):
-        assert message.startswith(f"checkpoint.folder = {tmp_path / 'copy'}: step-2 is damaged (rank 0: ")
+    """The sizes are right. A tensor's bytes are found while reading, when the model may have changed already."""
+    files = {".metadata": ".metadata: ", "__1_0.distcp": "rank "}
+    for name in files:
+        shutil.copytree(saved[0], tmp_path / name)
+        file = tmp_path / name / "step-2" / name
+        file.write_bytes(bytes(file.stat().st_size))
+    for found in run_on_ranks(2, try_to_load, [tmp_path / name for name in files], timeout=30):
+        for (name, reason), (message, unchanged) in zip(files.items(), found, strict=True):
+            assert message.startswith(f"checkpoint.folder = {tmp_path / name}: step-2 is damaged ({reason}")
+            assert unchanged or name != ".metadata"
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,63 @@
-"""Compiled MLPs and norms: how many, in one graph each, and what it does to fifty steps of training."""
+"""Compiled MLPs and norms: a run with them is the run without, and how many they are, in one graph each."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from models import LLAMA, local_batch, make_rows, mesh_of
 from ranks import run_on_ranks
+from runs import Settings, logged, train, write_run
 from titan_ulysses.config import Optimizer
 from titan_ulysses.memory.optimizer import build_optimizer
 from titan_ulysses.model import hf
 from titan_ulysses.parallelize import compile_blocks, find_blocks, parallelize
 from titan_ulysses.step import train_step
 
+# nn.LayerNorm is a class of torch's own, where Dynamo looks into none.
+GPT2 = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 128}
+GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+TILED: Settings = {"memory.mlp_tile_tokens": 16}
+WHOLE: Settings = {"memory.mlp_tile_tokens": -1, "activation_checkpoint.mode": "none"}
 STEPS, LAYERS = 50, 2
 OPTIMIZER = Optimizer(lr=1e-3)
+
+
+def graphs_of(config: Path, settings: Settings) -> int:
+    """How many graphs a run compiles."""
+    torch._dynamo.utils.counters.clear()
+    train(config, settings)
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    ("model", "memory"),
+    [
+        pytest.param({}, TILED, id="llama, tiled"),
+        pytest.param({"model.config": GPT2}, WHOLE, id="gpt2, whole"),
+        pytest.param({}, WHOLE, id="llama, whole", marks=pytest.mark.slow),
+        pytest.param({"model.config": GPT2}, TILED, id="gpt2, tiled", marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_run(model: Settings, memory: Settings, tmp_path: Path) -> None:
+    """Has the losses of an eager one, and its collectives are counted alike."""
+    config = write_run(tmp_path)
+    settings = memory | {"parallelism.sequence_parallel_degree": 2, "checkpoint.enable": False, "training.steps": 3}
+    settings |= {"training.global_batch_size": 4} | (model or {"model.config.num_hidden_layers": 1})
+    graphs = {}
+    for name, enable in {"eager": False, "compiled": True}.items():
+        run = settings | {"job.name": name, "compile.enable": enable}
+        graphs[name] = run_on_ranks(2, graphs_of, config, run, timeout=300)[0]
+    assert graphs["eager"] == 0 and graphs["compiled"] >= 2
+    eager, compiled = (logged(tmp_path / "outputs" / name) for name in graphs)
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=1e-6)
+    assert [line["grad_norm"] for line in compiled] == pytest.approx([line["grad_norm"] for line in eager], rel=1e-5)
+    assert [line["collectives"] for line in compiled] == [line["collectives"] for line in eager]
+    assert eager[0]["collectives"]["all_to_all"]["calls"] >= 8 and eager[-1]["loss"] < eager[0]["loss"]
 
 
 def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], int]:
@@ -24,7 +67,7 @@ def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], 
     mesh = mesh_of(1, 1, 2)
     model = hf.build_on_meta(hf.load_model_config("", LLAMA | {"num_hidden_layers": LAYERS}), torch.float32)
     parallelize(model, mesh, param_dtype=torch.float32, compile=compiled, **options)
-    parts = sum(m._compiled_call_impl is not None for m in _parts(model))
+    parts = sum("forward" in vars(part) for part in _parts(model, whole=options.get("mlp_tile_tokens") is None))
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer, found = build_optimizer(model.parameters(), OPTIMIZER), []
@@ -34,13 +77,14 @@ def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], 
     return found, {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}, parts
 
 
-def _parts(model) -> list[torch.nn.Module]:
+def _parts(model: PreTrainedModel, *, whole: bool) -> Iterator[torch.nn.Module]:
     """Each block's MLP and first norm, or what stands for them in the tiles."""
     for block in model.model.layers:
         for module in (block.mlp, block.input_layernorm):
-            yield getattr(module.forward, "fn", module)
+            yield module if whole else module.forward.fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"mlp_tile_tokens": 5, "checkpoint_every": 2, "offload": "host"}, {"checkpoint_every": 0}],

@@ -13,6 +13,7 @@ from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.memory.optimizer import missing_compiler
 from titan_ulysses.metrics import describe_parameters
 from titan_ulysses.model import hf
+from titan_ulysses.model.remote_code import describe_unused_code
 from titan_ulysses.ulysses.heads import idle_ranks
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def _choices(run: Trainer) -> list[str]:
     memory, tokens, degree, lines = run.config.memory, run.batch_tokens, run.degrees.sequence, []
     if idle := idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree):
         lines.append(f"[bold]{idle}[/]")
+    if unused := describe_unused_code(run.model.config):
+        lines.append(markup.escape(unused))
     if memory.mlp_tile_tokens > tokens:
         tile = memory.mlp_tile_tokens
         lines.append(f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one tile")

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from titan_ulysses.checkpoint_reader import CheckpointReader, open_checkpoint
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import first_failure, one_line
 from titan_ulysses.memory.optimizer import state_format, unaligned_blocks
@@ -106,10 +107,12 @@ class Checkpointer:
             optimizer = None
         if optimizer is not None:
             self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
-        tensors = _tensors(model, optimizer)
+        folder, where = self.folder / f"step-{step}", f"checkpoint.folder = {self.folder}: step-{step}"
         try:
-            self._expect_whole_blocks(step, tensors.get("optimizer", {}), getattr(optimizer, "bits", 32))
-            dcp.load(tensors, checkpoint_id=self.folder / f"step-{step}")  # in place
+            reader = open_checkpoint(folder, where=where)
+            tensors, bits = _tensors(model, optimizer), getattr(optimizer, "bits", 32)
+            self._expect_whole_blocks(step, reader, tensors.get("optimizer", {}), bits)
+            dcp.load(tensors, storage_reader=reader)  # in place
         except (CheckpointException, OSError, ValueError) as error:
             raise self._damaged(step, cause(error)) from error
         return state
@@ -149,11 +152,17 @@ class Checkpointer:
                 f'"{saved}". Set optimizer.name = "{saved}", or give this run another job.name.'
             )
 
-    def _expect_whole_blocks(self, step: int, optimizer: dict[str, dict[str, torch.Tensor]], bits: int) -> None:
+    def _expect_whole_blocks(
+        self,
+        step: int,
+        reader: CheckpointReader,
+        optimizer: dict[str, dict[str, torch.Tensor]],
+        bits: int,
+    ) -> None:
         """Collective. UserError, before anything changes, where a rank would have to cut a block of quantized state."""
         if bits == 32:
             return
-        saved = dcp.FileSystemReader(self.folder / f"step-{step}").read_metadata().state_dict_metadata
+        saved = reader.read_metadata().state_dict_metadata
         apart = None
         for name, state in optimizer.items():
             chunks = [(chunk.offsets, chunk.sizes) for chunk in saved[f"optimizer.{name}.exp_avg"].chunks]
@@ -212,7 +221,8 @@ def load_weights(path: str, model: nn.Module) -> None:
         )
     tensors = {name: wanted[name] for name in saved["parameters"]}
     try:
-        dcp.load({"model": tensors}, checkpoint_id=path)  # in place
+        reader = open_checkpoint(Path(path), where=f"checkpoint.initial_load_path = {path}")
+        dcp.load({"model": tensors}, storage_reader=reader)  # in place
     except (CheckpointException, OSError, ValueError) as error:
         raise UserError(
             f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({cause(error)})."

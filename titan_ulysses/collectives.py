@@ -41,6 +41,11 @@ class CollectiveCounter(TorchDispatchMode):
         super().__init__()
         self.counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles nothing under a mode that wants to see what is compiled. There are no collectives in it."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented  # DTensor first: what it calls comes here again, as plain tensors

@@ -283,7 +283,9 @@ def compile_blocks(blocks: nn.ModuleList) -> int:
         tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
         parts += tiled or modules
     for part in parts:
-        part.compile(fullgraph=not any(module._forward_hooks for module in part.modules()))
+        # Not `part.compile()`: where the class is one of torch's own, as nn.LayerNorm, Dynamo skips all that it calls.
+        whole = not any(module._forward_hooks for module in part.modules())
+        part.forward = torch.compile(part.forward, fullgraph=whole)
     return len(parts)
 
 

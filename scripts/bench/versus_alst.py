@@ -79,7 +79,12 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
 
     deepspeed.init_distributed("gloo")
     rank, degree = dist.get_rank(), dist.get_world_size()
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+    ).train()
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model, core_attn_implementation="sdpa", sequence_parallel_size=degree, micro_batch_size=1
     )

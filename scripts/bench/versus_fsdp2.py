@@ -26,7 +26,12 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
     from transformers import AutoModelForCausalLM
 
     dist.init_process_group("gloo")
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+    ).train()
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
     layers = model.model.layers
     for index, layer in enumerate(layers):

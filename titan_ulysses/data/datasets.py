@@ -73,7 +73,11 @@ class DatasetRows(Rows):
             return found.to_iterable_dataset() if source.streaming else found
         try:
             return datasets.load_dataset(
-                source.path, source.subset or None, split=source.split, streaming=source.streaming
+                source.path,
+                source.subset or None,
+                split=source.split,
+                streaming=source.streaming,
+                trust_remote_code=False,  # before datasets 4 it would ask
             )
         except ConnectionError as error:
             raise self._refusal(

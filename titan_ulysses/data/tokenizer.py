@@ -26,8 +26,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return _byte_tokenizer()
     from transformers import AutoTokenizer
 
+    from titan_ulysses.model.remote_code import check_tokenizer_code
+
     try:
-        return AutoTokenizer.from_pretrained(name)
+        check_tokenizer_code(name, f'model.tokenizer = "{name}"')
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         # A folder without tokenizer files fails in any of these ways, depending on what is missing.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__

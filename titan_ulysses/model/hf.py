@@ -21,12 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from titan_ulysses.errors import UserError
 from titan_ulysses.failure import one_line
 from titan_ulysses.model.names import is_adapter, plain
+from titan_ulysses.model.remote_code import check_model_code
 
 
 def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
     """The transformers config of `model.path` (a folder or hub name) or of the table `[model.config]`."""
     if table is not None:
         settings = copy.deepcopy(table)
+        check_model_code(settings, "model.config")
         model_type = settings.pop("model_type", None)
         try:
             return AutoConfig.for_model(model_type, **settings)
@@ -36,7 +38,11 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
     level = hub.level
     hub.setLevel(logging.ERROR)  # what comes of its retries is told below, once
     try:
-        return AutoConfig.from_pretrained(path)
+        settings, _ = PreTrainedConfig.get_config_dict(path)
+        check_model_code(settings, f'model.path = "{path}"')
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:
         absent = path.startswith(("/", ".")) and not Path(path).exists()  # of which transformers says it is no hub name
         raise UserError(
@@ -52,7 +58,10 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, experts_implementation=experts_path(dtype)
+                copy.deepcopy(config),
+                dtype=dtype,
+                experts_implementation=experts_path(dtype),
+                trust_remote_code=False,
             )
     except ValueError as error:
         raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error

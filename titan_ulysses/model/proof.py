@@ -179,7 +179,12 @@ def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """The same random numbers on every rank. No parameter is left at 0 or 1, where it would hide what it does."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=_DTYPE, experts_implementation=hf.experts_path(_DTYPE))
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=_DTYPE,
+            experts_implementation=hf.experts_path(_DTYPE),
+            trust_remote_code=False,
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)

@@ -360,4 +360,6 @@ def _write_configs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
 def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
     config.architectures = [hf.class_name(model)]
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # it names code that is not in the folder, and was not run
     return config

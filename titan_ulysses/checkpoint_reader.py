@@ -1,0 +1,116 @@
+"""Read DCP's checkpoints without running what is in them.
+
+DCP keeps the table of contents of a checkpoint, `.metadata`, as a pickle, and a pickle calls whatever it names. Here it
+may name the few classes that DCP writes there and nothing else. What it describes are tensors in files of its own
+folder, which DCP reads with `weights_only`; an entry of any other kind DCP would unpickle, so there are none.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from titan_ulysses.errors import UserError
+from titan_ulysses.failure import first_failure, one_line
+
+_CLASSES = (
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+    TensorProperties,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    _StorageInfo,
+    _MEM_FORMAT_ENCODING,
+)
+_NAMED = {(kind.__module__, kind.__name__): kind for kind in (*_CLASSES, torch.Size)} | {
+    ("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
+}
+
+
+class Refused(ValueError):
+    """What a checkpoint asks for and does not get."""
+
+
+class CheckpointReader(dcp.FileSystemReader):
+    """DCP's reader of the folder of a checkpoint, with a table of contents that is read once, and cannot run code."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self) -> Metadata:
+        """The table of contents. `Refused` where it asks for more than a checkpoint of tensors needs."""
+        if self._metadata is None:
+            with open(Path(self.path) / ".metadata", "rb") as file:
+                metadata = _unpickled(file)
+            _expect_own_files(Path(self.path), metadata)
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            self._metadata = metadata
+        return self._metadata
+
+
+def open_checkpoint(folder: Path, *, where: str) -> CheckpointReader:
+    """Collective. The reader of the checkpoint in folder, its table of contents read.
+
+    where: what the user calls it. UserError, on every rank, where it asks for what it does not get; ValueError where it
+    is damaged.
+    """
+    reader, refusal, damage = CheckpointReader(folder), None, None
+    try:
+        reader.read_metadata()
+    except Refused as error:
+        refusal = str(error)
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        damage = one_line(error)
+    if refusal := first_failure(refusal):
+        raise UserError(
+            f"{where} is refused: {refusal}. Nothing of it was run or read. Take checkpoints from those you trust."
+        )
+    if damage := first_failure(damage):
+        raise ValueError(f".metadata: {damage}")
+    return reader
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        named = (module, name)
+        if named in _NAMED:
+            return _NAMED[named]
+        if named == ("torch.serialization", "_get_layout"):
+            return {"torch.strided": torch.strided}.__getitem__
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
+            return lambda *parts: "/".join(parts)  # where it was saved, which nobody asks for
+        raise Refused(f"its .metadata names {module}.{name}, which no checkpoint of tensors needs, and which might run")
+
+
+def _unpickled(file: Any) -> Metadata:
+    before = [dict(vars(kind)) for kind in _CLASSES]
+    metadata = _Unpickler(file).load()
+    if before != [dict(vars(kind)) for kind in _CLASSES]:  # a pickle may also set attributes of what it names
+        raise Refused("its .metadata changes the classes that it names")
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"it holds a {type(metadata).__name__}")
+    return metadata
+
+
+def _expect_own_files(folder: Path, metadata: Metadata) -> None:
+    """Refused where a tensor is said to be in a file outside of folder: absolute, by "..", or through a link."""
+    for path in sorted({info.relative_path for info in metadata.storage_data.values()}):
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            raise Refused(f"its .metadata names the file {path}, which is not in the checkpoint's folder")
