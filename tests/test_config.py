@@ -181,11 +181,38 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
             'data.mixture[0].streaming = true: only data.packing = "concat" with data.long_documents = "split" can',
         ),
         ({"source": "hf", "streaming": True}, "data.streaming = true: no document can be held out of a stream; set"),
+        (
+            {"prompt_field": "q", "completion_field": "a"},
+            'data.prompt_field = "q" with data.source = "text": it is read from jsonl and hf alone. Set data.source',
+        ),
+        (
+            {"mixture": [{"path": "b", "source": "jsonl", "subset": "de"}]},
+            'data.mixture[0].subset = "de" with data.mixture[0].source = "jsonl": it is read from hf and chat alone.',
+        ),
+        (
+            {"mixture": [{"path": "b", "source": "chat"}], "train_on": "all"},
+            'data.train_on = "all" with [[data.mixture]]: each entry has a train_on of its own. Set it there',
+        ),
     ],
 )
 def test_data_settings_that_exclude_each_other(tmp_path: Path, data: dict[str, Any], message: str) -> None:
     path = write(tmp_path, '[model]\ntokenizer = "bytes"\nconfig.model_type = "llama"\n[validation]\nenable = true\n')
     assert error_of(path, *((f"data.{key}", value) for key, value in data.items())).startswith(message)
+
+
+def test_files_have_no_split_to_be_held_out(toml: Path) -> None:
+    """They would be trained on and held out."""
+    split, enable = ("validation.split", "test"), ("validation.enable", True)
+    for source in ("text", "jsonl"):
+        message = error_of(toml, split, enable, ("data.source", source))
+        assert message.startswith(f'validation.split = "test" with data.source = "{source}": files have no splits. Set')
+    assert load_config(toml, [split, enable, ("data.source", "hf")]).validation.split == "test"
+
+
+def test_data_says_how_held_out_data_is_read_beside_a_mixture(toml: Path) -> None:
+    mixture = [("data.mixture", [{"path": "b"}]), ("data.source", "chat"), ("validation.path", "held-out.jsonl")]
+    assert load_config(toml, [*mixture, ("validation.enable", True)]).data.source == "chat"
+    assert error_of(toml, *mixture).startswith('data.source = "chat" with [[data.mixture]]')
 
 
 def test_a_mixture_reads_dumps_and_overrides(tmp_path: Path) -> None:

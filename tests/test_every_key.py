@@ -539,7 +539,13 @@ CHECKPOINT = {
         ),
     ],
     "validation.split": [
-        Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED)
+        Case("rest", refused('validation.split = "rest" with data.source = "text"'), VALIDATED),
+        Case(
+            "rest",
+            refused("validation.split: data.path = ", 'which have no split "rest"'),
+            CHATS | {"validation.path": None},
+        ),
+        Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED),
     ],
     "metrics.log_interval": [Case(2, lambda run, _: [line["step"] for line in run.lines] == [2])],
     "metrics.enable_wandb": [
@@ -552,7 +558,8 @@ CHECKPOINT = {
         )
     ],
     "profiling.enable_profiling": [
-        Case(True, wrote("outputs/run/profile_traces/step-2/rank0_trace.json"), TRACED, same=True)
+        Case(True, refused("profiling.profile_freq = 10 is more than training.steps = 2")),
+        Case(True, wrote("outputs/run/profile_traces/step-2/rank0_trace.json"), TRACED, same=True),
     ],
     "profiling.save_traces_folder": [
         Case("traces", wrote("outputs/run/traces/step-2/rank0_trace.json"), TRACED)

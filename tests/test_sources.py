@@ -102,6 +102,14 @@ def test_every_format_holds_the_same_rows(name: str, tmp_path: Path) -> None:
     assert [Path(row.place).name for row in found] == [f"{file}:{line}" for line in lines]
 
 
+def test_files_have_no_splits_and_no_subsets(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES)
+    for key in ("split", "subset"):
+        source = SourceSettings(source="chat", path=str(tmp_path / "a.jsonl"), **{key: "test"})
+        with pytest.raises(UserError, match=f'a.jsonl" are files, which have no {key} "test": give a data set'):
+            open_rows(source)
+
+
 def test_files_of_a_folder_come_in_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "sub/a.json", "a.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -135,13 +135,18 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
 
 
 def _profiling_problems(config: Config) -> list[str]:
-    p = config.profiling
-    if not p.enable_profiling or p.profile_freq >= p.profiler_warmup + p.profiler_active:
-        return []
-    return [
-        f"profiling.profile_freq = {p.profile_freq} has no room for profiler_warmup({p.profiler_warmup}) + "
-        f"profiler_active({p.profiler_active}) steps: raise it to {p.profiler_warmup + p.profiler_active}"
-    ]
+    p, steps, problems = config.profiling, config.training.steps, []
+    if p.enable_profiling and p.profile_freq < p.profiler_warmup + p.profiler_active:
+        problems.append(
+            f"profiling.profile_freq = {p.profile_freq} has no room for profiler_warmup({p.profiler_warmup}) + "
+            f"profiler_active({p.profiler_active}) steps: raise it to {p.profiler_warmup + p.profiler_active}"
+        )
+    elif p.enable_profiling and p.profile_freq > steps:
+        problems.append(
+            f"profiling.profile_freq = {p.profile_freq} is more than training.steps = {steps}, and a trace is of the "
+            f"last steps of every profile_freq: there would be none. Set it to {steps} or less"
+        )
+    return problems
 
 
 def _dtype_problems(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from titan_ulysses.data.encoding import Encoded
+from titan_ulysses.data.files import section_of
 from titan_ulysses.data.sources import BadRow
 from titan_ulysses.distributed.errors import UserError
 
@@ -121,8 +122,3 @@ class Tally:
         """What was left out, if anything."""
         notes = [f"{self.bad:,} bad line(s) skipped (the first: {self.first_bad})"] if self.bad else []
         return notes + ([f"{self.empty:,} empty one(s) left out"] if self.empty else [])
-
-
-def section_of(setting: str) -> str:
-    """Where the keys of the source are whose path is `setting`; held-out data is read as [data] says."""
-    return "data" if setting.startswith("validation") else setting.removesuffix(".path")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_ulysses.config.schema import SourceSettings
+from titan_ulysses.data.files import section_of
 from titan_ulysses.data.sources import BadRow, Row, Rows, field_names, read_record
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
@@ -68,7 +69,8 @@ class DatasetRows(Rows):
                 raise self._refusal(f"cannot be opened ({one_line(error)})") from error
             if isinstance(found, datasets.DatasetDict):
                 if source.split not in found:
-                    raise self._refusal(f'has no split "{source.split}" but {", ".join(found)}: set data.split')
+                    there = ", ".join(found)
+                    raise self._refusal(f'has no split "{source.split}" but {there}: set {self._key("split")}')
                 found = found[source.split]
             return found.to_iterable_dataset() if source.streaming else found
         try:
@@ -86,9 +88,14 @@ class DatasetRows(Rows):
             ) from error
         except (OSError, ValueError, RuntimeError) as error:  # what data sets raise, each of their own
             raise self._refusal(
-                f"cannot be opened ({one_line(error)}): give a folder, a name on the hub, and its data.subset and "
-                "data.split"
+                f"cannot be opened ({one_line(error)}): give a folder, a name on the hub, and its "
+                f"{self._key('subset')} and {self._key('split')}"
             ) from error
+
+    def _key(self, key: str) -> str:
+        """Where the user sets it: the split of held-out data is not in [data]."""
+        apart = key == "split" and self.setting.startswith("validation.split")
+        return "validation.split" if apart else f"{section_of(self.setting)}.{key}"
 
     def _refusal(self, why: str) -> UserError:
         return UserError(f'{self.setting} = "{self.source.path}" {why}')

@@ -17,6 +17,11 @@ RAW_BYTES = "bytes"
 SKIPPED_FOLDERS = {"__pycache__", "site-packages"}
 
 
+def section_of(setting: str) -> str:
+    """Where the keys of the source are whose path is `setting`; held-out data is read as [data] says."""
+    return "data" if setting.startswith("validation") else setting.removesuffix(".path")
+
+
 def find_files(path: str | Path, *, extensions: Sequence[str], setting: str = "data.path") -> dict[str, Path]:
     """Name -> file for each file under `path` that is not empty, sorted by the name, its POSIX path below `path`.
 
@@ -50,7 +55,7 @@ def _matching_files(root: Path, extensions: Sequence[str], setting: str) -> dict
         there = ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(8)) or "no files at all"
         raise UserError(
             f'{setting} = "{root}" has no file that ends in {" ".join(sorted(wanted))} (found: {there}): '
-            "change data.extensions or the path"
+            f"change {section_of(setting)}.extensions or the path"
         )
     return matching
 
@@ -96,14 +101,14 @@ def read_text(file: Path, encoding: str, setting: str) -> str | bytes:
     try:
         return raw.decode(encoding)
     except UnicodeError as error:
-        offset = getattr(error, "start", 0)
+        offset, key = getattr(error, "start", 0), f"{section_of(setting)}.encoding"
         raise UserError(
-            f'{setting}: {file} is not {encoding} text at byte {offset} (data.encoding = "{encoding}"): '
-            'set data.encoding to the right codec, or to "bytes" with model.tokenizer = "bytes", or convert the file'
+            f'{setting}: {file} is not {encoding} text at byte {offset} ({key} = "{encoding}"): set {key} to the right '
+            'codec, or to "bytes" with model.tokenizer = "bytes", or convert the file'
         ) from error
 
 
-def check_codec(encoding: str) -> None:
+def check_codec(encoding: str, setting: str) -> None:
     """UserError where Python has no such text codec."""
     if encoding == RAW_BYTES:
         return
@@ -111,7 +116,8 @@ def check_codec(encoding: str) -> None:
         b" ".decode(encoding)  # one byte: Python does not look the codec up for none
     except LookupError as error:
         raise UserError(
-            f'data.encoding = "{encoding}" is not a text codec that Python knows: use "utf-8", "latin-1" ... or "bytes"'
+            f'{section_of(setting)}.encoding = "{encoding}" is not a text codec that Python knows: use "utf-8", '
+            '"latin-1" ... or "bytes"'
         ) from error
     except UnicodeError:
         pass  # a codec of wider units, such as utf-16

@@ -71,13 +71,17 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
     """
     from titan_ulysses.data.datasets import DatasetRows, is_saved_dataset
 
-    check_codec(source.encoding)
+    check_codec(source.encoding, setting)
     if source.source == "text":
         return TextRows(source, setting)
     if source.source == "hf" or is_saved_dataset(source.path):
         return DatasetRows(source, setting)
-    has_files = source.source == "jsonl" or _has_files(source.path)
-    return RecordRows(source, setting) if has_files else DatasetRows(source, setting)
+    if source.source != "jsonl" and not _has_files(source.path):
+        return DatasetRows(source, setting)
+    for key, value in {"split": source.split, "subset": source.subset}.items():
+        if value != SourceSettings.model_fields[key].default:
+            raise UserError(f'{setting} = "{source.path}" are files, which have no {key} "{value}": give a data set')
+    return RecordRows(source, setting)
 
 
 def _has_files(path: str) -> bool:
