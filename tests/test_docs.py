@@ -61,6 +61,7 @@ SHORTER = {
     "scripts/bench/ulysses.py": "--seq-len 512 --rounds 1",
     "scripts/bench/ablation.py": "--seq-lens 256 512 --head-seq-lens 256 512 --longest-untiled 512 "
     "--layers-seq-lens 256 512 --layers-counts 1 2",
+    "scripts/bench/alst_published.py --what ladder": "--picture outputs/memory_ladder.png",
     "scripts/bench/alst_published.py": "",
     "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 --training.seq_len 65536",
 }
