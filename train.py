@@ -7,7 +7,7 @@ import sys
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import dump_toml, load_config
-from titan_ulysses.distributed.failure import told_once
+from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.memory.allocator import expand_segments
 
 EVALUATION = (
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
     from titan_ulysses.train.trainer import Trainer  # torch and transformers: only now, so that --help is quick
 
     if command.evaluate:
-        return Trainer(config, trains=False).evaluate()
+        return Trainer(config, eval_only=True).evaluate()
     Trainer(config).train()
 
 
 if __name__ == "__main__":
-    with told_once():
+    with exit_on_error():
         main(sys.argv[1:])

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer, cause, first_difference
-from titan_ulysses.checkpoint.initial import base_of
+from titan_ulysses.checkpoint.initial import base_weights
 from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.validate import ranks_of
@@ -92,7 +92,7 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     expect_same(
         source, {n: list(m.size) for n, m in saved.items()}, {n: list(t.shape) for n, t in hf.state_of(plain).items()}
     )
-    if base := base_of(config):
+    if base := base_weights(config):
         weights.keep_generation_config(plain, base.path)
 
     def fetch(name: str) -> Tensor:

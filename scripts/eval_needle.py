@@ -31,7 +31,7 @@ from titan_ulysses.data.adapter import shard
 from titan_ulysses.data.files import find_files, read_text
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import told_once
+from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.model import hf
 from titan_ulysses.observability.pictures import SHADES, has_matplotlib, picture
@@ -244,5 +244,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_once():
+    with exit_on_error():
         main()

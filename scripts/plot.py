@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import told_once
+from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.observability.pictures import COLORS, has_matplotlib, picture
 
 Lines = list[dict[str, Any]]
@@ -189,5 +189,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_once():
+    with exit_on_error():
         main()

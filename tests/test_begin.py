@@ -16,7 +16,7 @@ from models import mesh_of
 from ranks import run_on_ranks
 from runs import learned, refusal, train, write_run
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.initial import describe_beginning
+from titan_ulysses.checkpoint.initial import describe_initial_weights
 from titan_ulysses.config.load import load_config
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
@@ -79,9 +79,9 @@ def test_weights_of_a_checkpoint_or_an_export(config: Path) -> None:
 def test_what_a_run_says_of_it(config: Path) -> None:
     settings = load_config(config, begin_with(config, "first", "export").items())
     path = outputs(config, "first") / "export"
-    assert describe_beginning(settings, 0) == f"begins with the weights of {path}"
-    assert describe_beginning(settings, 3) == f"resumed from step 3; {path} is for runs that begin"
-    assert describe_beginning(load_config(config), 0) == ""
+    assert describe_initial_weights(settings, 0) == f"begins with the weights of {path}"
+    assert describe_initial_weights(settings, 3) == f"resumed from step 3; {path} is for runs that begin"
+    assert describe_initial_weights(load_config(config), 0) == ""
 
 
 def test_adapters_beside_another_runs_weights(config: Path) -> None:

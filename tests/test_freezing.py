@@ -15,7 +15,7 @@ from ranks import run_on_ranks
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory import loss
 from titan_ulysses.model import hf
-from titan_ulysses.model.freezing import fingerprint, freeze, narrow_frozen
+from titan_ulysses.model.freezing import cast_frozen_params, fingerprint, freeze
 
 STEPS = [[make_rows([(10, 13, 1), (6, 6, 12)], masked="uneven", vocab_size=61, seed=seed)] for seed in range(3)]
 TIED = {**STARCODER2, "tie_word_embeddings": True}
@@ -104,7 +104,7 @@ def test_the_fingerprint_is_that_of_the_frozen_numbers_on_any_mesh() -> None:
 def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation() -> None:
     model = build(tie_word_embeddings=True)
     freeze(model, ["model.embed_tokens.*"])
-    narrow_frozen(model, torch.bfloat16)
+    cast_frozen_params(model, torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == {"model.embed_tokens.weight"}
 

@@ -19,7 +19,7 @@ from titan_ulysses.data.datasets import DatasetRows
 from titan_ulysses.data.encoding import Encoded, Encoder
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
-from titan_ulysses.data.packing import PackedSequences, PaddedSequences, Sequences, fit
+from titan_ulysses.data.packing import PackedSequences, PaddedSequences, SampleStream, best_fit_bins
 from titan_ulysses.data.stream import StreamedSequences
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
@@ -27,7 +27,7 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 document_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
-PACKINGS: dict[str, Callable[..., Sequences]] = {
+PACKINGS: dict[str, Callable[..., SampleStream]] = {
     "concat": PackedSequences,
     "none": PaddedSequences,
     "best_fit": lambda corpus, **options: PaddedSequences(corpus, best_fit=True, **options),
@@ -82,7 +82,7 @@ def test_an_epoch_holds_every_token_and_every_label_once(packing: str, lengths, 
     assert labels == Counter(labels_of_an_epoch(corpus) * int(epochs))
 
 
-HELD_OUT: dict[str, Callable[..., Sequences]] = {
+HELD_OUT: dict[str, Callable[..., SampleStream]] = {
     "concat": lambda corpus, **options: PackedSequences(corpus, once=True, **options),
     "none": PaddedSequences,
     "best_fit": PACKINGS["best_fit"],
@@ -155,7 +155,7 @@ def naive_fit(lengths: list[int], size: int, look_ahead: int) -> list[list[int]]
 @few
 @given(lengths=st.lists(st.integers(1, 20), max_size=30), look_ahead=st.integers(1, 8))
 def test_best_fit_is_the_naive_one(lengths: list[int], look_ahead: int) -> None:
-    order, bounds = fit(np.array(lengths, dtype=np.int64), 20, look_ahead)
+    order, bounds = best_fit_bins(np.array(lengths, dtype=np.int64), 20, look_ahead)
     found = [order[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
     assert found == naive_fit(lengths, 20, look_ahead)
 
@@ -175,7 +175,7 @@ def test_no_document() -> None:
 # --- resumed anywhere, on any mesh
 
 
-def mixture(corpus: Corpus, *, seq_len: int, seed: int) -> Sequences:
+def mixture(corpus: Corpus, *, seq_len: int, seed: int) -> SampleStream:
     sources = {
         "a": PackedSequences(corpus, seq_len=seq_len, seed=seed),
         "b": PaddedSequences(numbered_corpus([3, 9, 14]), seq_len=seq_len, seed=seed),
@@ -198,11 +198,11 @@ def stream(path: str, *, seq_len: int, seed: int) -> StreamedSequences:
 
 
 @pytest.fixture(params=["concat", "none", "best_fit", "mixture", "stream", "mixture with a stream"])
-def opened(request: pytest.FixtureRequest, saved: str) -> Callable[[int], Sequences]:
+def opened(request: pytest.FixtureRequest, saved: str) -> Callable[[int], SampleStream]:
     """seed -> a new stream of sequences of 8 tokens."""
     corpus = numbered_corpus([7, 20, 3, 11, 1, 16, 8], masks=3)
 
-    def make(seed: int) -> Sequences:
+    def make(seed: int) -> SampleStream:
         options = {"seq_len": 8, "seed": seed}
         if request.param == "mixture":
             return mixture(corpus, **options)
@@ -216,7 +216,7 @@ def opened(request: pytest.FixtureRequest, saved: str) -> Callable[[int], Sequen
     return make
 
 
-def read_on_mesh(make: Callable[[int], Sequences], seed: int, state: dict, mesh: tuple[int, int, int], steps: int):
+def read_on_mesh(make: Callable[[int], SampleStream], seed: int, state: dict, mesh: tuple[int, int, int], steps: int):
     """(rows of `steps` global batches, state afterwards) of all ranks of a mesh: batch size, dp, sp."""
     batch_size, dp, sp = mesh
     ranks = [

@@ -206,12 +206,12 @@ def test_a_search_that_nothing_limits(capsys):
 
     from titan_ulysses.plan.planner import set_up
     from titan_ulysses.plan.report import closing, tell_each
-    from titan_ulysses.plan.search import Found, is_open, longest
+    from titan_ulysses.plan.search import SearchResult, is_open, longest
 
     setup = set_up(config(plan__gpu_memory_gib=1e9))
     need = longest(setup, near=2**25)
     assert need.seq_len == 2**27 and is_open(setup, need.seq_len) and need.plan.fits
-    found = [Found("tiles", {"memory.mlp_tile_tokens": 0}, need)]
+    found = [SearchResult("tiles", {"memory.mlp_tile_tokens": 0}, need)]
     tell_each(Console(width=100), "longest", found)
     assert "at least 134,217,728 tokens" in capsys.readouterr().out
     said = closing(need.plan, need.seq_len, found)

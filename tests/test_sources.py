@@ -26,10 +26,11 @@ from transformers import PreTrainedTokenizerFast
 from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data import cache, open_sequences
 from titan_ulysses.data.cache import read_corpus
-from titan_ulysses.data.corpus import Corpus, Tally
+from titan_ulysses.data.corpus import Corpus, CorpusStats
 from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows
-from titan_ulysses.data.packing import Sequences
-from titan_ulysses.data.sources import BadRow, Completion, Row, open_rows
+from titan_ulysses.data.packing import SampleStream
+from titan_ulysses.data.rows import open_rows
+from titan_ulysses.data.sources import BadRow, Completion, Row
 from titan_ulysses.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
@@ -291,7 +292,7 @@ def source(tmp_path: Path) -> SourceSettings:
     return SourceSettings(source="jsonl", path=str(tmp_path / "a.jsonl"), bad_lines="skip")
 
 
-def read(source: SourceSettings, **settings: Any) -> tuple[Corpus, Tally]:
+def read(source: SourceSettings, **settings: Any) -> tuple[Corpus, CorpusStats]:
     encoder = Encoder(TOKENIZER, source.train_on)
     return read_corpus(source, encoder, cache_folder=str(Path(source.path).parent / "cache"), **settings)
 
@@ -301,7 +302,7 @@ def test_a_cache_is_made_once_and_mapped(source: SourceSettings, counted: Counte
     assert counted["rows"] == 5 and contents(made) == [[*text, 256] for text in (b"one", b"two", b"three")]
     again, told = read(source)
     assert counted["rows"] == 5
-    assert contents(again) == contents(made) and told == tally == Tally(3, 14, 1, 1, tally.first_bad)
+    assert contents(again) == contents(made) and told == tally == CorpusStats(3, 14, 1, 1, tally.first_bad)
     assert again.tokens.dtype == np.uint16 and again.trained is None
     array = again.tokens
     while not isinstance(array, np.memmap):
@@ -415,7 +416,7 @@ def configured(tmp_path: Path, data: dict[str, Any], seq_len: int = 16, **valida
     )
 
 
-def opened(tmp_path: Path, data: dict[str, Any], **settings: Any) -> tuple[Sequences, Sequences | None]:
+def opened(tmp_path: Path, data: dict[str, Any], **settings: Any) -> tuple[SampleStream, SampleStream | None]:
     return open_sequences(configured(tmp_path, data, **settings), TOKENIZER)
 
 

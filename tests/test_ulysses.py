@@ -104,10 +104,10 @@ def test_no_balanced_plan_sends_fewer_kv_heads(num_kv_heads: int, group_size: in
 def test_stretches_are_the_busy_ranks_with_regular_ranges(counts: tuple[int, int, int]) -> None:
     plan = plan_heads(*counts)
     busy = [rank for rank, heads in enumerate(plan.query) if heads]
-    of_both, of_queries = (plan.stretches, (plan.query, plan.key_value)), (plan.query_stretches, (plan.query,))
-    for stretches, all_ranges in (of_both, of_queries):
-        assert [rank for ranks in stretches for rank in ranks] == busy
-        for ranks, ranges in product(stretches, all_ranges):
+    of_both, of_queries = (plan.rank_groups, (plan.query, plan.key_value)), (plan.query_rank_groups, (plan.query,))
+    for rank_groups, all_ranges in (of_both, of_queries):
+        assert [rank for ranks in rank_groups for rank in ranks] == busy
+        for ranks, ranges in product(rank_groups, all_ranges):
             mine = [ranges[rank] for rank in ranks]
             assert len(set(map(len, mine))) == 1
             together = [head for heads in mine for head in heads]
@@ -116,7 +116,7 @@ def test_stretches_are_the_busy_ranks_with_regular_ranges(counts: tuple[int, int
             if one_after_another and len(mine) > 1 and ranks.start:
                 assert ranges[ranks.start - 1].stop == mine[0].start
     if plan.is_even:
-        assert plan.stretches == plan.query_stretches == (range(plan.degree),)
+        assert plan.rank_groups == plan.query_rank_groups == (range(plan.degree),)
 
 
 def test_plan_of_14_query_and_2_kv_heads_on_4_ranks() -> None:
@@ -132,14 +132,14 @@ def test_plan_of_1024_ranks_takes_little_time_and_one_copy_where_it_can() -> Non
     plan = plan_heads(1536, 512, 1024)  # two ranks a KV head: 2 queries and 1
     assert time.process_time() - started < 5
     assert sum(map(len, plan.key_value)) == 1024
-    assert plan_heads(1024, 1, 1024).stretches == (range(1024),)  # MQA: all read the one KV head
+    assert plan_heads(1024, 1, 1024).rank_groups == (range(1024),)  # MQA: all read the one KV head
 
 
 def test_ranks_beyond_the_query_heads_are_idle() -> None:
     plan = plan_heads(3, 1, 5)
     assert [len(heads) for heads in plan.query] == [1, 1, 1, 0, 0]
     assert [len(heads) for heads in plan.key_value] == [1, 1, 1, 0, 0]
-    assert plan.runs(4) == [] and plan.stretches == (range(0, 3),) and not plan.is_even
+    assert plan.runs(4) == [] and plan.rank_groups == (range(0, 3),) and not plan.is_even
 
 
 @pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), [(8, 3), (2, 4), (7, 2)])

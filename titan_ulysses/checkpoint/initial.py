@@ -22,7 +22,7 @@ class Safetensors(NamedTuple):
     setting: str
 
 
-def base_of(config: Config) -> Safetensors | None:
+def base_weights(config: Config) -> Safetensors | None:
     """Where the model's own weights come from; None where they are random or in a checkpoint of this project."""
     initial = config.checkpoint.initial_load_path
     if is_checkpoint(initial):  # of frozen parameters it holds nothing
@@ -34,11 +34,11 @@ def _model_path(config: Config) -> Safetensors | None:
     return Safetensors(config.model.path, "model.path") if config.model.path else None
 
 
-def check_beginning(config: Config) -> None:
+def check_initial_weights(config: Config) -> None:
     """UserError where there are no weights to begin with, or where they are damaged. Reads none of them."""
     if is_checkpoint(config.checkpoint.initial_load_path):
         check_weights(config.checkpoint.initial_load_path)
-    if base := base_of(config):
+    if base := base_weights(config):
         weights.find(base.path, setting=base.setting)
 
 
@@ -48,7 +48,7 @@ def initialize(model: PreTrainedModel, config: Config) -> str | None:
     Returns a line about tensors that are there and that the model does not have, if any.
     """
     initial, seed, note = config.checkpoint.initial_load_path, config.training.seed, None
-    if base := base_of(config):
+    if base := base_weights(config):
         growing = token_parameters(model) if config.model.resize_embeddings else ()
         loaded = weights.load(model, base.path, setting=base.setting, growing=growing)
         fill_new_rows(model, loaded.fewer_rows, seed)
@@ -62,7 +62,7 @@ def initialize(model: PreTrainedModel, config: Config) -> str | None:
     return note
 
 
-def describe_beginning(config: Config, step: int) -> str:
+def describe_initial_weights(config: Config, step: int) -> str:
     """A line on where the weights of a run at step come from, or nothing."""
     initial = config.checkpoint.initial_load_path
     if step:

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
     from titan_ulysses.config.schema import Config, SourceSettings
     from titan_ulysses.data.corpus import Corpus
-    from titan_ulysses.data.packing import Sequences
+    from titan_ulysses.data.packing import SampleStream
 
 
 def open_sequences(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, trains: bool = True
-) -> tuple[Sequences | None, Sequences | None]:
-    """The training stream, unless nothing `trains`, and, where validation is enabled, the held-out one.
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, eval_only: bool = False
+) -> tuple[SampleStream | None, SampleStream | None]:
+    """The training stream, unless `eval_only`, and, where validation is enabled, the held-out one.
 
     Training data is shuffled and has no end. Held-out data has every token once, in the order of its files, and where a
     sequence is not filled, padding; it is read as [data] says, or taken from each source.
     """
     data, validation = config.data, config.validation
     apart = validation.enable and bool(validation.path or validation.split)  # given, not taken from the training data
-    if apart and not trains:
+    if apart and eval_only:
         training = None
     elif not data.mixture:
         training, held_out = _open(config, tokenizer, data, "data.path", splits=validation.enable and not apart)
@@ -38,12 +38,12 @@ def open_sequences(
         setting = "validation.path" if validation.path else "validation.split: data.path"
         corpus, notes = _read(config, tokenizer, data.model_copy(update=changes), setting)
         held_out = _pack(config, corpus, setting, held_out=True, notes=notes)
-    return training if trains else None, held_out
+    return None if eval_only else training, held_out
 
 
 def _open_mixture(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, splits: bool
-) -> tuple[Sequences, Sequences | None]:
+) -> tuple[SampleStream, SampleStream | None]:
     from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
 
     entries = config.data.mixture
@@ -59,7 +59,7 @@ def _open_mixture(
 
 def _open(
     config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str, *, splits: bool
-) -> tuple[Sequences, Sequences | None]:
+) -> tuple[SampleStream, SampleStream | None]:
     """The streams of one source; the second from documents held out of it, where it `splits`."""
     if source.streaming:
         return _stream(config, tokenizer, source, setting), None
@@ -84,10 +84,10 @@ def _read(
     return corpus, tally.notes()
 
 
-def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str) -> Sequences:
+def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str) -> SampleStream:
     from titan_ulysses.data.datasets import DatasetRows
     from titan_ulysses.data.encoding import Encoder
-    from titan_ulysses.data.sources import open_rows
+    from titan_ulysses.data.rows import open_rows
     from titan_ulysses.data.stream import StreamedSequences
 
     encoder = Encoder(tokenizer, source.train_on)
@@ -102,7 +102,7 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSe
     return StreamedSequences(rows, encoder, seq_len=training.seq_len, seed=training.seed, skip_bad=skip)
 
 
-def _pack(config: Config, corpus: Corpus, setting: str, *, held_out: bool, notes: list[str]) -> Sequences:
+def _pack(config: Config, corpus: Corpus, setting: str, *, held_out: bool, notes: list[str]) -> SampleStream:
     from titan_ulysses.data.packing import PackedSequences, PaddedSequences
 
     seq_len, packing = config.training.seq_len, config.data.packing
@@ -118,7 +118,7 @@ def _pack(config: Config, corpus: Corpus, setting: str, *, held_out: bool, notes
         raise UserError(f"{setting}: no document has more than one token, so that none is predicted: give longer ones")
     options = {"seq_len": seq_len, "seed": config.training.seed, "shuffle": not held_out, "setting": setting}
     if packing == "concat":
-        sequences: Sequences = PackedSequences(corpus, **options, once=held_out)
+        sequences: SampleStream = PackedSequences(corpus, **options, once=held_out)
     else:
         sequences = PaddedSequences(corpus, **options, best_fit=packing == "best_fit")
     sequences.notes += notes

@@ -22,9 +22,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from titan_ulysses.config.schema import SourceSettings
-from titan_ulysses.data.corpus import Corpus, Tally
+from titan_ulysses.data.corpus import Corpus, CorpusStats
 from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows, size_of
-from titan_ulysses.data.sources import BadRow, Row, Rows, open_rows
+from titan_ulysses.data.rows import open_rows
+from titan_ulysses.data.sources import BadRow, Row, Rows
 from titan_ulysses.distributed.errors import UserError
 
 SMALL_CHARACTERS = 2**23
@@ -35,10 +36,10 @@ _BLOCK = 2**22
 
 def read_corpus(
     source: SourceSettings, encoder: Encoder, *, cache_folder: str = "", setting: str = "data.path"
-) -> tuple[Corpus, Tally]:
+) -> tuple[Corpus, CorpusStats]:
     """All documents of `source`. UserError for what is wrong with it, and where it holds no document."""
     encoder.check(source.source)
-    rows, tally = open_rows(source, setting), Tally()
+    rows, tally = open_rows(source, setting), CorpusStats()
     reading = iter(rows)
     head, goes_on = _small_head(reading)
 
@@ -79,8 +80,8 @@ def _default_folder() -> Path:
 
 
 def _cached(
-    folder: Path, key: str, make: Callable[[], Iterator[Encoded]], tally: Tally, dtype: np.dtype
-) -> tuple[Corpus, Tally]:
+    folder: Path, key: str, make: Callable[[], Iterator[Encoded]], tally: CorpusStats, dtype: np.dtype
+) -> tuple[Corpus, CorpusStats]:
     """The corpus in folder/key, made first where it is not there or is broken."""
     from filelock import FileLock
 
@@ -106,7 +107,7 @@ def _cached(
     return made
 
 
-def _write(folder: Path, documents: Iterable[Encoded], tally: Tally, dtype: np.dtype) -> None:
+def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype) -> None:
     folder.mkdir()
     masked = False
     with ExitStack() as opened:
@@ -141,12 +142,12 @@ class _Checked:
         return [self._file.tell(), self._checksum]
 
 
-def _open(folder: Path) -> tuple[Corpus, Tally] | None:
+def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
     """The corpus in `folder`, or None where there is none or it is not what was written."""
     try:
         about = json.loads((folder / "corpus.json").read_text())
         found = {name: _map(folder / f"{name}.bin", *told) for name, told in about["files"].items()}
-        tally = Tally(**about["tally"])
+        tally = CorpusStats(**about["tally"])
         tokens, lengths = found["tokens"].view(about["dtype"]), found["lengths"].view(np.int64)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -169,7 +170,7 @@ def _map(path: Path, size: int, checksum: int) -> np.ndarray:
 
 
 def _with_bar(
-    make: Callable[[], Iterator[Encoded]], rows: Rows, tally: Tally, setting: str
+    make: Callable[[], Iterator[Encoded]], rows: Rows, tally: CorpusStats, setting: str
 ) -> Callable[[], Iterator[Encoded]]:
     """`make`, with a bar where there is a terminal."""
 

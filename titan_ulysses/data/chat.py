@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from titan_ulysses.data.sources import HALF_A_CHARACTER, Chat, RefusedRow, has_surrogate
+from titan_ulysses.data.sources import LONE_SURROGATE_ERROR, Chat, RefusedRow, has_surrogate
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 
@@ -48,7 +48,7 @@ def encode_chat(
     """
     text = _render(tokenizer, chat, len(chat.messages))
     if has_surrogate(text):
-        raise RefusedRow(HALF_A_CHARACTER)
+        raise RefusedRow(LONE_SURROGATE_ERROR)
     _refuse_messages_left_out(tokenizer, chat, text)
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     if train_on == "all":

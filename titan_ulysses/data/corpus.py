@@ -91,7 +91,7 @@ def _narrow(document: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class Tally:
+class CorpusStats:
     """What was met on the way from rows to documents; nothing is left out without being counted here."""
 
     documents: int = 0

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from titan_ulysses.data.chat import check_chat_template, encode_chat
-from titan_ulysses.data.sources import HALF_A_CHARACTER, BadRow, Chat, Completion, RefusedRow, Row, has_surrogate
+from titan_ulysses.data.sources import LONE_SURROGATE_ERROR, BadRow, Chat, Completion, RefusedRow, Row, has_surrogate
 from titan_ulysses.data.tokenizer import encode, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 
@@ -60,7 +60,7 @@ class Encoder:
         if isinstance(content, Chat):
             return Encoded(*encode_chat(self.tokenizer, content, train_on=self.train_on))
         if any(has_surrogate(text) for text in (content if isinstance(content, Completion) else [content])):
-            raise RefusedRow(HALF_A_CHARACTER)
+            raise RefusedRow(LONE_SURROGATE_ERROR)
         if isinstance(content, Completion):
             prompt = encode(self.tokenizer, content.prompt, ends=False)
             completion = encode(self.tokenizer, content.completion)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from titan_ulysses.data.packing import Sequences
+from titan_ulysses.data.packing import SampleStream
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, local_slice
 
 
@@ -59,7 +59,7 @@ class Loader:
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: SampleStream,
         *,
         batch_size: int,
         batch_rank: int = 0,

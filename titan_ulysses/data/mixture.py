@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from titan_ulysses.data.packing import Sequence, Sequences
+from titan_ulysses.data.packing import PackedSample, SampleStream
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 _BLOCK = 4096
 
 
-class MixedSequences(Sequences):
+class MixedSequences(SampleStream):
     """Sequence i comes from one of the sources; each source is a stream of its own, with epochs of its own.
 
     Which one: the fractional part of (seed's offset + i * golden ratio) falls into one of the intervals, as long as
@@ -22,7 +22,7 @@ class MixedSequences(Sequences):
     had its share to within O(log n) of them, also in each global batch. In integers modulo 2^64: the same everywhere.
     """
 
-    def __init__(self, sources: dict[str, Sequences], weights: list[float], *, seed: int) -> None:
+    def __init__(self, sources: dict[str, SampleStream], weights: list[float], *, seed: int) -> None:
         assert len(sources) == len(weights) and sources, (sources, weights)
         self.sources, self.notes = sources, []
         self._parts = [*sources.values()]
@@ -37,7 +37,7 @@ class MixedSequences(Sequences):
         self._offset = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(1)
         self._before = [np.zeros(len(sources), dtype=np.int64)]  # sequences of each source before each block
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> PackedSample:
         source = int(self._sources(index, index + 1)[0])
         return self._parts[source][int(self._counts(index)[source])]
 
@@ -79,10 +79,10 @@ class MixedSequences(Sequences):
         return np.bincount(self._sources(first, last), minlength=len(self._parts))
 
 
-class ChainedSequences(Sequences):
+class ChainedSequences(SampleStream):
     """The held-out sequences of several sources, one source after the other: whatever its weight, all of each, once."""
 
-    def __init__(self, sources: dict[str, Sequences]) -> None:
+    def __init__(self, sources: dict[str, SampleStream]) -> None:
         self.sources, self.notes = sources, []
         self._parts = [*sources.values()]
         self.seq_len = self._parts[0].seq_len
@@ -91,7 +91,7 @@ class ChainedSequences(Sequences):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> PackedSample:
         source = bisect_right(self._ends, index)
         return self._parts[source][index - (self._ends[source - 1] if source else 0)]
 

@@ -23,7 +23,7 @@ _LOOK_AHEAD = 1024
 """Pieces among which best_fit chooses: with so many, one that nearly fits is nearly always there."""
 
 
-class Sequence(NamedTuple):
+class PackedSample(NamedTuple):
     """S tokens, made of documents, pieces of documents and padding, which must not see each other."""
 
     input_ids: torch.Tensor
@@ -37,7 +37,7 @@ class Sequence(NamedTuple):
     """the pieces' lengths, padding being the last of them; their sum is S"""
 
 
-def cut(
+def slice_document(
     tokens: np.ndarray, trained: np.ndarray | None, *, begin: int, end: int, document_end: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, labels) [end - begin] of a piece of the document that ends at `document_end`."""
@@ -50,7 +50,7 @@ def cut(
     return tokens[begin:end], labels
 
 
-def join(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Sequence:
+def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> PackedSample:
     """One sequence of (ids, labels), filled up with padding, which is a document of its own without labels."""
     input_ids, labels = np.full(size, PADDING_ID, dtype=np.int64), np.full(size, IGNORE_INDEX, dtype=np.int64)
     position_ids, counting = np.empty(size, dtype=np.int64), np.arange(size)
@@ -65,7 +65,7 @@ def join(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> Sequence
         position_ids[at:] = counting[: size - at]
         lengths.append(size - at)
     tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
-    return Sequence(*tensors, document_lengths=tuple(lengths))
+    return PackedSample(*tensors, document_lengths=tuple(lengths))
 
 
 def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -78,7 +78,7 @@ def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(draws, kind="stable")
 
 
-class Sequences:
+class SampleStream:
     """An endless, deterministic stream of sequences of `seq_len` = S tokens; `sequences[i]` for every i >= 0.
 
     `len(sequences)` counts those of one epoch, where they are whole: of held-out data they hold every token once.
@@ -88,7 +88,7 @@ class Sequences:
     notes: list[str]
     """What there is to say about the data: what was left out, cut or padded."""
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> PackedSample:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -110,7 +110,7 @@ class Sequences:
         """Go on after `consumed` sequences, where `position` was taken."""
 
 
-class PackedSequences(Sequences):
+class PackedSequences(SampleStream):
     """Documents end to end, with random access.
 
     Each epoch is a permutation of the documents, drawn from (seed, epoch). The epochs' documents form one token stream
@@ -152,13 +152,14 @@ class PackedSequences(Sequences):
         found = f"{len(self.corpus):,} document(s), {self.epoch_tokens:,} tokens, end to end"
         return "; ".join([found, *self.notes])
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> PackedSample:
         corpus = self.corpus
-        pieces = (cut(corpus.tokens, corpus.trained, **piece) for piece in self._pieces(index * self.seq_len))
-        return join(pieces, self.seq_len)
+        spans = self._pieces(index * self.seq_len)
+        pieces = (slice_document(corpus.tokens, corpus.trained, **span) for span in spans)
+        return concat_pieces(pieces, self.seq_len)
 
     def _pieces(self, start: int) -> Iterator[dict[str, int]]:
-        """The S stream tokens from `start` on, or as many as there are, as arguments of `cut`."""
+        """The S stream tokens from `start` on, or as many as there are, as arguments of `slice_document`."""
         assert start >= 0 and not (self.once and start >= self.epoch_tokens), start
         epoch, offset = divmod(start, self.epoch_tokens)
         self._enter(epoch)
@@ -189,7 +190,7 @@ class PackedSequences(Sequences):
         self._epoch = epoch
 
 
-class PaddedSequences(Sequences):
+class PaddedSequences(SampleStream):
     """Documents in one piece wherever they fit, the rest of a sequence padded; random access.
 
     A sequence holds one document, or with `best_fit` as many as fit, as `fit` chooses them. Documents of more than S
@@ -224,7 +225,7 @@ class PaddedSequences(Sequences):
         ends = np.minimum(begins + seq_len, corpus.ends[documents])
         places, self._bounds = np.arange(len(documents)), np.arange(len(documents) + 1)
         if best_fit:
-            places, self._bounds = fit(ends - begins, seq_len)
+            places, self._bounds = best_fit_bins(ends - begins, seq_len)
         self._pieces = np.stack([begins, ends, corpus.ends[documents]], axis=1)[places]
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -244,7 +245,7 @@ class PaddedSequences(Sequences):
         found = f"{len(self.corpus):,} document(s), {self.corpus.num_tokens:,} tokens, {how}: {len(self):,} sequence(s)"
         return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> PackedSample:
         epoch, place = divmod(index, len(self))
         if epoch != self._epoch:
             count = len(self)
@@ -253,11 +254,11 @@ class PaddedSequences(Sequences):
         here = self._order[place]
         pieces = self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
         tokens, trained = self.corpus.tokens, self.corpus.trained
-        cuts = (cut(tokens, trained, begin=begin, end=end, document_end=last) for begin, end, last in pieces)
-        return join(cuts, self.seq_len)
+        cuts = (slice_document(tokens, trained, begin=begin, end=end, document_end=last) for begin, end, last in pieces)
+        return concat_pieces(cuts, self.seq_len)
 
 
-def fit(lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD) -> tuple[np.ndarray, np.ndarray]:
+def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD) -> tuple[np.ndarray, np.ndarray]:
     """Pieces of at most `size` tokens -> (order [pieces], bounds [bins + 1]): bin b holds order[bounds[b]:bounds[b+1]].
 
     Of the next `look_ahead` pieces that wait, the longest that fits comes into the bin (of equal ones the first), until

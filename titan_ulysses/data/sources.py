@@ -1,7 +1,7 @@
 """Where documents come from: text files, JSON lines, parquet, data sets of Hugging Face, chats.
 
 A source yields rows, each with the place where it was found, in the same order on every machine and rank. A row that
-cannot be read is no exception but a `BadRow`: what happens with it is decided in one place (`corpus.Tally`).
+cannot be read is no exception but a `BadRow`: what happens with it is decided in one place (`corpus.CorpusStats`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_ulysses.config.schema import SourceSettings
-from titan_ulysses.data.files import check_codec, digest, find_files, read_text
+from titan_ulysses.data.files import digest, find_files, read_text
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 
 TEXT_EXTENSIONS = [".txt"]
 RECORD_EXTENSIONS = [f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst")] + [".parquet"]
-HALF_A_CHARACTER = "half of a surrogate pair in it is no character"
+LONE_SURROGATE_ERROR = "half of a surrogate pair in it is no character"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -61,32 +61,6 @@ class Rows:
     def fingerprint(self) -> str:
         """Equal for equal content."""
         raise NotImplementedError
-
-
-def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
-    """The rows of `source`, whose path is called `setting` in messages.
-
-    Raises `UserError` for what can be known before the first row: nothing at the path, no such data set, split or
-    field, an unknown codec.
-    """
-    from titan_ulysses.data.datasets import DatasetRows, is_saved_dataset
-
-    check_codec(source.encoding, setting)
-    if source.source == "text":
-        return TextRows(source, setting)
-    if source.source == "hf" or is_saved_dataset(source.path):
-        return DatasetRows(source, setting)
-    if source.source != "jsonl" and not _has_files(source.path):
-        return DatasetRows(source, setting)
-    for key, value in {"split": source.split, "subset": source.subset}.items():
-        if value != SourceSettings.model_fields[key].default:
-            raise UserError(f'{setting} = "{source.path}" are files, which have no {key} "{value}": give a data set')
-    return RecordRows(source, setting)
-
-
-def _has_files(path: str) -> bool:
-    """Whether the path of a chat means files, not the name of a data set: a file's name is no data set's."""
-    return Path(path).exists() or any(sign in path for sign in "*?[") or path.lower().endswith(tuple(RECORD_EXTENSIONS))
 
 
 class TextRows(Rows):

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from titan_ulysses.data.corpus import Tally
+from titan_ulysses.data.corpus import CorpusStats
 from titan_ulysses.data.datasets import DatasetRows
 from titan_ulysses.data.encoding import Encoded, Encoder
-from titan_ulysses.data.packing import Sequence, Sequences, cut, join
+from titan_ulysses.data.packing import PackedSample, SampleStream, concat_pieces, slice_document
 from titan_ulysses.distributed.errors import UserError
 
 
-class StreamedSequences(Sequences):
+class StreamedSequences(SampleStream):
     """Documents end to end, each epoch's in an order drawn from (seed, epoch): of the data set's files, and of the rows
     within a buffer.
 
@@ -25,16 +25,16 @@ class StreamedSequences(Sequences):
     def __init__(self, rows: DatasetRows, encoder: Encoder, *, seq_len: int, seed: int, skip_bad: bool = False) -> None:
         self.rows, self.encoder, self.seq_len, self.seed, self.skip_bad = rows, encoder, seq_len, seed, skip_bad
         self.notes: list[str] = []
-        self.tally = Tally()
+        self.tally = CorpusStats()
         self.seek(0, None)
 
     def __len__(self) -> int:
         raise AssertionError("a stream has no known length")
 
-    def __getitem__(self, index: int) -> Sequence:
+    def __getitem__(self, index: int) -> PackedSample:
         self._advance(index)
         self._index += 1
-        return join(self._pieces(), self.seq_len)
+        return concat_pieces(self._pieces(), self.seq_len)
 
     def epochs(self, consumed: int) -> float:
         """Whole ones only: how long an epoch is shows when it ends."""
@@ -69,7 +69,7 @@ class StreamedSequences(Sequences):
         while remaining:
             ids, trained = self._current()
             begin, end = self._offset, min(len(ids), self._offset + remaining)
-            yield cut(ids, trained, begin=begin, end=end, document_end=len(ids))
+            yield slice_document(ids, trained, begin=begin, end=end, document_end=len(ids))
             self._offset, remaining = end, remaining - (end - begin)
 
     def _current(self) -> Encoded:

@@ -53,11 +53,11 @@ class CollectiveCounter(TorchDispatchMode):
             kind = _KINDS.get(func._opname)
             if kind is not None:
                 calls, size = self.counts[kind]
-                self.counts[kind] = (calls + 1, size + _handed_in(func, args))
+                self.counts[kind] = (calls + 1, size + _input_bytes(func, args))
         return func(*args, **(kwargs or {}))
 
 
-def _handed_in(func, args: tuple) -> int:
+def _input_bytes(func, args: tuple) -> int:
     """Bytes of the input tensors: the argument that is called so, since some calls name their output first."""
     names = [argument.name for argument in func._schema.arguments]
     name = next(n for n in ("input_tensors", "input_tensor", "input", "inputs", "tensors", "self") if n in names)

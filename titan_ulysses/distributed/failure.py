@@ -19,7 +19,7 @@ _LOST_PEER = (
 
 
 @contextmanager
-def told_once() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Run the program: bad input ends it with its message, anything else with a traceback; on one rank only.
 
     Exit codes: 2 for a command line or TOML file that cannot be used, 130 for Ctrl-C, 1 for anything else.

@@ -90,7 +90,7 @@ class _Segment:
         def run(hidden: Tensor) -> Any:
             return self._run(hidden, calls)
 
-        with self.store.keeping() if self.store else nullcontext():
+        with self.store.offload_saved_tensors() if self.store else nullcontext():
             return checkpoint(run, hidden, use_reentrant=False, context_fn=lambda: (nullcontext(), _Recomputation()))
 
     def _run(self, hidden: Tensor, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:

@@ -35,10 +35,10 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     return CudaStore(slabs) if device.type == "cuda" else Store(slabs)
 
 
-class Kept:
+class OffloadedTensor:
     """A tensor in a slab. The slab is free again when the last reference to this is gone: after backward."""
 
-    def __init__(self, store: Store, x: Tensor, slab: Tensor, before: Kept | None):
+    def __init__(self, store: Store, x: Tensor, slab: Tensor, before: OffloadedTensor | None):
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.slab = slab
         self.before = weakref.ref(before) if before is not None else lambda: None  # kept before, so needed after
@@ -57,16 +57,16 @@ class Store:
         self.slabs: list[Tensor] = []
         """All that were ever made: what the store takes of the host."""
         self.free: dict[int, list[Tensor]] = {}
-        self._latest: Callable[[], Kept | None] = lambda: None
+        self._latest: Callable[[], OffloadedTensor | None] = lambda: None
 
     @contextmanager
-    def keeping(self) -> Iterator[None]:
+    def offload_saved_tensors(self) -> Iterator[None]:
         """What a checkpoint that begins in here saves, its input, is kept by this store."""
         # Before its own hooks are in force, torch's checkpoint saves its inputs: ours, and an empty tensor of its own.
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
-    def _pack(self, x: Tensor) -> Tensor | Kept:
+    def _pack(self, x: Tensor) -> Tensor | OffloadedTensor:
         if x.numel() == 0:
             return x
         size = x.numel() * x.element_size()
@@ -75,18 +75,18 @@ class Store:
         else:
             slab = self.make_slab(size, x.device)
             self.slabs.append(slab)
-        kept = Kept(self, x, slab, self._latest())
+        kept = OffloadedTensor(self, x, slab, self._latest())
         self._latest = weakref.ref(kept)
         self.put(x.detach(), kept)
         return kept
 
-    def _unpack(self, kept: Tensor | Kept) -> Tensor:
-        return self.get(kept) if isinstance(kept, Kept) else kept
+    def _unpack(self, kept: Tensor | OffloadedTensor) -> Tensor:
+        return self.get(kept) if isinstance(kept, OffloadedTensor) else kept
 
-    def put(self, x: Tensor, kept: Kept) -> None:
+    def put(self, x: Tensor, kept: OffloadedTensor) -> None:
         kept.view().copy_(x)
 
-    def get(self, kept: Kept) -> Tensor:
+    def get(self, kept: OffloadedTensor) -> Tensor:
         return kept.view().clone()
 
 
@@ -99,9 +99,9 @@ class CudaStore(Store):
     def __init__(self, make_slab: Callable[[int, torch.device], Tensor], cuda: ModuleType = torch.cuda):
         super().__init__(make_slab)
         self.cuda, self.stream = cuda, cuda.Stream()
-        self._leaving: deque[tuple[weakref.ref[Kept], Tensor, torch.cuda.Event]] = deque()
+        self._leaving: deque[tuple[weakref.ref[OffloadedTensor], Tensor, torch.cuda.Event]] = deque()
 
-    def put(self, x: Tensor, kept: Kept) -> None:
+    def put(self, x: Tensor, kept: OffloadedTensor) -> None:
         compute = self.cuda.current_stream()
         self.stream.wait_stream(compute)
         with self.cuda.stream(self.stream):
@@ -112,7 +112,7 @@ class CudaStore(Store):
             _, _, copied = self._leaving.popleft()
             compute.wait_event(copied)
 
-    def get(self, kept: Kept) -> Tensor:
+    def get(self, kept: OffloadedTensor) -> Tensor:
         if self._leaving and self._leaving[-1][0]() is kept:  # the last segment's: it has hardly left
             kept.fetched = self._leaving.pop()[1:]
         if kept.fetched is None:
@@ -125,7 +125,7 @@ class CudaStore(Store):
             self._fetch(before)
         return x
 
-    def _fetch(self, kept: Kept) -> None:
+    def _fetch(self, kept: OffloadedTensor) -> None:
         """Start the copy. The memory is the compute stream's, which will free it: it must be its own by now."""
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
         self.stream.wait_stream(self.cuda.current_stream())

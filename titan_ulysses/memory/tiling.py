@@ -31,7 +31,7 @@ def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
 
 
 @contextlib.contextmanager
-def visiting(visit: Callable[[list[slice]], Iterable[slice]]) -> Iterator[None]:
+def override_tiles(visit: Callable[[list[slice]], Iterable[slice]]) -> Iterator[None]:
     """Let visit say which tiles are computed at all, on this thread: for who computes no values, as the planner."""
     token = _visit.set(visit)
     try:

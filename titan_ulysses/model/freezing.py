@@ -26,7 +26,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         raise UserError(f"model.freeze = {to_toml(list(patterns))} freezes every parameter: leave some to train.")
 
 
-def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_frozen_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Store frozen parameters in dtype, that of the computation: there is no update whose sum would need more."""
     for parameter in model.parameters():
         if not parameter.requires_grad:

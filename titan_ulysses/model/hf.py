@@ -134,7 +134,7 @@ def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload:
         for module in model.modules():
             if module._buffers:  # a scaled embedding has parameters too, which are not to be touched
                 shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
-                with standing_in(module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}):
+                with swap_parameters(module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}):
                     model._init_weights(module)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -155,7 +155,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
             continue
         seen.update(sharded.values())
         whole = {k: torch.full(p.shape, torch.nan, dtype=p.dtype) for k, p in sharded.items()}
-        with torch.random.fork_rng(devices=[]), standing_in(module, whole):
+        with torch.random.fork_rng(devices=[]), swap_parameters(module, whole):
             torch.manual_seed(seed_of(seed, plain(name)))
             model._init_weights(module)
         for key, parameter in sharded.items():
@@ -168,7 +168,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
 
 
 @contextmanager
-def standing_in(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+def swap_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Let tensors be module's own parameters for a while, so that transformers initialises them instead of shards."""
     own = {name: module._parameters[name] for name in tensors}
     module._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})

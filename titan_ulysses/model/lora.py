@@ -19,7 +19,7 @@ from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.names import matching, plain
-from titan_ulysses.model.torchao import quietly
+from titan_ulysses.model.torchao import suppress_torchao_warnings
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     """
     check_lora(settings)
     targets = _targets(model, settings)
-    with quietly():  # peft imports torchao wherever it is installed
+    with suppress_torchao_warnings():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(
@@ -92,8 +92,8 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
         whole = {m: torch.empty(m.weight.shape, dtype=m.weight.dtype) for m in (a, b)}
         with (
             torch.random.fork_rng(devices=[]),
-            hf.standing_in(a, {"weight": whole[a]}),
-            hf.standing_in(b, {"weight": whole[b]}),
+            hf.swap_parameters(a, {"weight": whole[a]}),
+            hf.swap_parameters(b, {"weight": whole[b]}),
         ):
             torch.manual_seed(seed_of(seed, f"{name}.lora"))
             layer.reset_lora_parameters(ADAPTER, True)

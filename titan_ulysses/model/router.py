@@ -50,9 +50,9 @@ class RouterLoss:
     top_k: int
 
     @contextmanager
-    def forward_pass(self, *, count: bool, mask: Tensor | None) -> Iterator[Pass]:
+    def forward_pass(self, *, count: bool, mask: Tensor | None) -> Iterator[RouterLossPass]:
         """Let the routers that run meanwhile belong to a new pass; mask [B, T] is 0 at padding."""
-        current = Pass(self.top_k, counting=count, mask=mask)
+        current = RouterLossPass(self.top_k, counting=count, mask=mask)
         token = _current.set(current)
         try:
             yield current
@@ -61,7 +61,7 @@ class RouterLoss:
             current.counting = False
 
 
-class Pass:
+class RouterLossPass:
     """One forward: what its routers have counted, then what its backward needs to know."""
 
     def __init__(self, top_k: int, *, counting: bool, mask: Tensor | None) -> None:
@@ -97,7 +97,7 @@ class Pass:
         sums = torch.cat([chosen.sum(0), probabilities.sum(0, dtype=torch.float64), number])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def close(self, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce(self, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
         """Collective. What leaves the last layer -> the same, the loss of all ranks (fp32 or wider), all their labels.
 
         The gradient of the loss is of this rank's tokens. Whatever is made of the last layer's output must be made of
@@ -107,7 +107,7 @@ class Pass:
         return _Close.apply(self, self._sums, hidden, labels, group)
 
 
-_current: ContextVar[Pass | None] = ContextVar("the forward pass that routers belong to", default=None)
+_current: ContextVar[RouterLossPass | None] = ContextVar("the forward pass that routers belong to", default=None)
 
 
 def router_loss_of(model: PreTrainedModel, decoder: nn.Module) -> RouterLoss | None:
@@ -175,7 +175,9 @@ class _Attach(torch.autograd.Function):
     """A router's outputs as they are; backward adds the loss's gradient to that of its logits."""
 
     @staticmethod
-    def forward(ctx, current: Pass | None, rows: Tensor | None, logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx, current: RouterLossPass | None, rows: Tensor | None, logits: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits)
         ctx.current, ctx.rows = current, rows
@@ -198,7 +200,7 @@ class _Close(torch.autograd.Function):
     """Brings the ranks' counts together; backward knows the loss's gradient and goes on to the last layer."""
 
     @staticmethod
-    def forward(ctx, current: Pass, sums: Tensor, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup):
+    def forward(ctx, current: RouterLossPass, sums: Tensor, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup):
         totals = torch.cat([sums, labels[None].to(sums.dtype)])
         dist.all_reduce(totals, group=group)
         chosen, probabilities = totals[:-2].chunk(2)

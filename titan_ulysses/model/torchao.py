@@ -27,12 +27,12 @@ def require_torchao(setting: str) -> None:
 
 def import_torchao(module: str) -> ModuleType:
     """The module torchao.<module>."""
-    with quietly():
+    with suppress_torchao_warnings():
         return importlib.import_module(f"torchao.{module}")
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def suppress_torchao_warnings() -> Iterator[None]:
     """Import torchao, or what imports it, without exactly those messages."""
 
     def is_news(record: logging.LogRecord) -> bool:

@@ -65,7 +65,7 @@ Shard = Callable[[PreTrainedModel, Core, dict[str, Any]], None]
 
 
 @torch.enable_grad()
-def prove(config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings) -> dict[str, Any]:
+def verify_family(config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings) -> dict[str, Any]:
     """Collective. The first of tilings with which a family trains sharded as it does whole, the same on every rank.
 
     `shard(model, core, options)` wraps a model in place as the real one will be, but for its core and dtype: the proof

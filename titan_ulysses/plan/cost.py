@@ -161,7 +161,7 @@ class Time:
         return sum(self.parts.values()) + max([0.0, *self.waits.values()])
 
     @property
-    def binds(self) -> str:
+    def bottleneck(self) -> str:
         """What makes the step as long as it is: "compute", "network" or "PCIe"."""
         longest = max(self.waits, key=self.waits.__getitem__)
         if self.waits[longest] > sum(self.parts.values()):

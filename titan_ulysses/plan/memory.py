@@ -99,7 +99,7 @@ class MemoryTracker(TorchDispatchMode):
         self._alive: dict[int, tuple[Allocation, weakref.ref]] = {}
         self._sizes: dict[int, int] = {}
         self._resizable: dict[int, weakref.ref] = {}
-        self._thinking = False
+        self._in_shape_propagation = False
         self._moment = Moment("setup", Owner("other", "setup"), "")
 
     # --- what is alive ------------------------------------------------------------------------------------------------
@@ -119,9 +119,9 @@ class MemoryTracker(TorchDispatchMode):
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # the optimizer's count of its steps, which it keeps on the host
-        if func is torch.ops.aten.empty_strided.default or self._thinking:
+        if func is torch.ops.aten.empty_strided.default or self._in_shape_propagation:
             # DTensor runs an operation on whole tensors, made for that, to know the shape of its result.
-            self._thinking = func is torch.ops.aten.empty_strided.default
+            self._in_shape_propagation = func is torch.ops.aten.empty_strided.default
             return func(*args, **kwargs)
         self._look_at_resizable()
         self._where(func)
@@ -146,7 +146,7 @@ class MemoryTracker(TorchDispatchMode):
             self._note(tensor, func, component)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
-        workspace, passing = self._workspace(func, args, result), self._passing(func, args, component)
+        workspace, passing = self._workspace(func, args, result), self._transient_bytes(func, args, component)
         if not workspace and not passing:
             return None
         kernel = self._allocation(func, (), torch.uint8, component)
@@ -157,7 +157,7 @@ class MemoryTracker(TorchDispatchMode):
         self._add(kernel, workspace + passing)  # together with what the kernel returns
         return kernel, -workspace - passing
 
-    def _passing(self, func, args, component: str | None) -> int:
+    def _transient_bytes(self, func, args, component: str | None) -> int:
         """Bytes of copies between host and device that do not show where both are the CPU.
 
         A shard from the host arrives on the device in its own dtype, before it is cast; that of a reduced gradient is

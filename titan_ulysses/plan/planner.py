@@ -205,11 +205,11 @@ class Plan:
         return self.model_flops / self.time.seconds / self.setup.gpu.peak
 
     @property
-    def binds(self) -> str:
+    def bottleneck(self) -> str:
         """GPU memory or host memory where they do not suffice, else what the step's time is spent on."""
         if not self.gpu_fits:
             return "GPU memory"
-        return self.time.binds if self.host_fits else "host memory"
+        return self.time.bottleneck if self.host_fits else "host memory"
 
 
 def make_plan(setup: Setup) -> Plan:

@@ -14,7 +14,7 @@ from titan_ulysses.observability.pictures import COLORS, picture
 from titan_ulysses.observability.units import size_text, time_unit_of, unit_of
 from titan_ulysses.plan.attribution import COMPONENTS
 from titan_ulysses.plan.planner import Plan
-from titan_ulysses.plan.search import Found
+from titan_ulysses.plan.search import SearchResult
 from titan_ulysses.plan.words import component_name
 
 _COLUMNS = 1000
@@ -136,7 +136,7 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
         axes.text(0, 0.98, words, va="top", fontsize=8, transform=axes.transAxes)
 
 
-def ladder(steps: Sequence[Found], path: Path) -> None:
+def ladder(steps: Sequence[SearchResult], path: Path) -> None:
     """The longest sequence of each step of the feature ladder, on a logarithmic axis."""
     lengths = [step.need.seq_len if step.need else 0 for step in steps]
     with picture(path, size=(8, 0.6 * len(steps) + 1.2)) as (_, axes):

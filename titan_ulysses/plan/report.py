@@ -18,7 +18,7 @@ from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.planner import Plan, Setup, check_idle, make_plan, set_up
-from titan_ulysses.plan.search import Found, estimate, is_open, ladder, search, with_settings
+from titan_ulysses.plan.search import SearchResult, estimate, is_open, ladder, search, with_settings
 from titan_ulysses.plan.words import component_name, kernel_name, moment_name, tensor_name
 
 _LARGEST = 6
@@ -142,7 +142,7 @@ def time_lines(plan: Plan) -> list[str]:
     return [*lines, f"  collectives of a rank: {counts}"]
 
 
-def tell_each(console: Console, title: str, found: Any) -> list[Found]:
+def tell_each(console: Console, title: str, found: Any) -> list[SearchResult]:
     """Show each as it is found: a search takes minutes."""
     console.print(f"[bold]{title}[/] (each verified by simulation)", soft_wrap=True)
     all_of_them = []
@@ -159,7 +159,7 @@ def tell_each(console: Console, title: str, found: Any) -> list[Found]:
     return all_of_them
 
 
-def closing(plan: Plan, longest_seq_len: int, found: Sequence[Found]) -> str:
+def closing(plan: Plan, longest_seq_len: int, found: Sequence[SearchResult]) -> str:
     """In plain words: fits or not, what limits it, what helps most; found: what a search found."""
     setup = plan.setup
     what = f"{setup.config.training.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}"
@@ -167,7 +167,7 @@ def closing(plan: Plan, longest_seq_len: int, found: Sequence[Found]) -> str:
     reason = {
         "GPU memory": f"A GPU would need {size_text(plan.gpu_bytes)} of {size_text(setup.gpu_memory)}.",
         "host memory": f"A node would need {size_text(plan.host_bytes)} of host memory.",
-    }.get(plan.binds, f"Most of a step's time goes to {plan.binds}.")
+    }.get(plan.bottleneck, f"Most of a step's time goes to {plan.bottleneck}.")
     longer = _longest_sentence(setup, longest_seq_len, verified=bool(found))
     best = max((one for one in found if one.need), key=lambda one: one.need.seq_len, default=None)
     if best and best.changes:
@@ -199,7 +199,7 @@ def advice(plan: Plan) -> str:
     table = config.model_dump()
     alive = plan.peak.components
     changes: list[tuple[float, dict[str, Any]]] = []
-    if plan.binds == "host memory":
+    if plan.bottleneck == "host memory":
         every = config.activation_checkpoint.every
         layers = getattr(setup.model_config, "num_hidden_layers", every)
         if every < layers:
@@ -224,7 +224,7 @@ def advice(plan: Plan) -> str:
     _, change = max(open_, key=lambda item: item[0])
     other = make_plan(with_settings(setup, change))
     settings = ", ".join(f"{key} = {show(value)}" for key, value in change.items())
-    if plan.binds == "host memory":
+    if plan.bottleneck == "host memory":
         return f"What lowers host memory most: {settings} (to {size_text(other.host_bytes)} a node)."
     return f"What lowers the GPU's peak most: {settings} (to {size_text(other.gpu_bytes)})."
 
@@ -241,7 +241,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     moment = plan.peak.moment
     return {
         "fits": plan.fits,
-        "binds": plan.binds,
+        "binds": plan.bottleneck,
         "gpu": plan.setup.gpu.name,
         "world_size": plan.setup.world_size,
         "seq_len": plan.setup.config.training.seq_len,
@@ -261,13 +261,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _found_json(one: Found) -> dict[str, Any]:
+def _found_json(one: SearchResult) -> dict[str, Any]:
     if one.need is None:
         return {"what": one.what, "settings": one.changes, "seq_len": None}
     return {"what": one.what, "settings": one.changes, "seq_len": one.need.seq_len} | as_json(one.need.plan)
 
 
-def _draw(plan: Plan, steps: list[Found], folder: Path) -> str:
+def _draw(plan: Plan, steps: list[SearchResult], folder: Path) -> str:
     """The pictures, and what to say of them."""
     if not has_matplotlib():
         return " (no pictures: pip install matplotlib)"

@@ -30,7 +30,7 @@ _TRUSTED = 4
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """What a sequence length takes."""
 
     seq_len: int
@@ -39,7 +39,7 @@ class Need:
     plan: Plan
 
     @classmethod
-    def of(cls, plan: Plan) -> Need:
+    def of(cls, plan: Plan) -> MemoryNeed:
         return cls(plan.setup.config.training.seq_len, plan.gpu_bytes, plan.host_bytes, plan)
 
 
@@ -60,11 +60,11 @@ def with_settings(setup: Setup, changes: dict[str, object]) -> Setup:
     return replace(setup, spec=setup.spec.with_config(config, degrees))
 
 
-def at_length(setup: Setup, seq_len: int) -> Need:
-    return Need.of(make_plan(with_settings(setup, {"training.seq_len": seq_len})))
+def at_length(setup: Setup, seq_len: int) -> MemoryNeed:
+    return MemoryNeed.of(make_plan(with_settings(setup, {"training.seq_len": seq_len})))
 
 
-def limit(setup: Setup, a: Need, b: Need) -> int:
+def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
     """Where the lines through two lengths reach the hardware's limits, rounded down; the two are not the same."""
     unit = _UNIT * setup.degrees.sequence
     lengths = []
@@ -84,7 +84,7 @@ def estimate(setup: Setup, first: Plan) -> int:
 
     first: a plan of setup, at any length.
     """
-    unit, own = _UNIT * setup.degrees.sequence, Need.of(first)
+    unit, own = _UNIT * setup.degrees.sequence, MemoryNeed.of(first)
     other = at_length(setup, max(unit, own.seq_len // (2 if first.fits else 4) // unit * unit))
     if other.seq_len == own.seq_len:
         other = at_length(setup, 2 * own.seq_len)
@@ -99,19 +99,19 @@ def estimate(setup: Setup, first: Plan) -> int:
 
 def longest(
     setup: Setup, first: Plan | None = None, *, near: int = 0, close: float = 0.0, simulations: int = 6
-) -> Need | None:
+) -> MemoryNeed | None:
     """The longest sequence that fits, verified by simulating it; None where none does.
 
     first: a plan at some length. near: a length to begin with otherwise. close: the share of its length by which it may
     be too short. Where nothing limits it, that is the longest that is looked at (see `is_open`).
     """
     unit = _UNIT * setup.degrees.sequence
-    start = Need.of(first) if first else at_length(setup, max(unit, near // unit * unit or 64 * unit))
+    start = MemoryNeed.of(first) if first else at_length(setup, max(unit, near // unit * unit or 64 * unit))
     other = at_length(setup, max(unit, start.seq_len // 2 // unit * unit))
     if other.seq_len == start.seq_len:
         other = at_length(setup, 2 * start.seq_len)
     known = {need.seq_len: need for need in (start, other)}
-    best: Need | None = None
+    best: MemoryNeed | None = None
     for _ in range(simulations):
         fitting = [need for need in known.values() if need.plan.fits]
         failing = [need for need in known.values() if not need.plan.fits]
@@ -126,7 +126,7 @@ def longest(
     return max((n for n in known.values() if n.plan.fits), key=lambda need: need.seq_len, default=None)
 
 
-def _pair(lines: list[Need]) -> tuple[Need, Need]:
+def _pair(lines: list[MemoryNeed]) -> tuple[MemoryNeed, MemoryNeed]:
     """The two lengths next to the limit: the line between the last that fits and the first that does not, or the last
     two on one side."""
     at = next((i for i, need in enumerate(lines) if not need.plan.fits), len(lines))
@@ -150,20 +150,20 @@ FEATURES: list[tuple[str, dict[str, object]]] = [
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The longest sequence with some settings."""
 
     what: str
     changes: dict[str, object]
-    need: Need | None
+    need: MemoryNeed | None
 
 
-def search(setup: Setup, first: Plan) -> Iterator[Found]:
+def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
     """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature upon feature.
 
     Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it longer, and go on to.
     """
-    found = configured = Found("as configured", {}, longest(setup, first))
+    found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
     changes: dict[str, object] = {"activation_checkpoint.mode": "full", "activation_checkpoint.every": 1}
     changes |= {"memory.mlp_tile_tokens": 0, "memory.loss_tile_tokens": 0}
@@ -186,12 +186,12 @@ def search(setup: Setup, first: Plan) -> Iterator[Found]:
             found, changes = longer, longer.changes
 
 
-def _found(what: str, setup: Setup, changes: dict[str, object], *, near: Found | None = None) -> Found:
+def _found(what: str, setup: Setup, changes: dict[str, object], *, near: SearchResult | None = None) -> SearchResult:
     length = near.need.seq_len if near and near.need else 0
-    return Found(what, changes, longest(with_settings(setup, changes), near=length, close=_CLOSE))
+    return SearchResult(what, changes, longest(with_settings(setup, changes), near=length, close=_CLOSE))
 
 
-def _fewer_checkpoints(setup: Setup, found: Found) -> Iterator[Found]:
+def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResult]:
     layers = getattr(setup.model_config, "num_hidden_layers", 1)
     every = found.changes["activation_checkpoint.every"]
     while found.need and _host_ends(found.need.plan) and 2 * every <= layers:
@@ -210,7 +210,7 @@ def _host_ends(plan: Plan) -> bool:
     return setup.host_memory is not None and plan.host_bytes > room * setup.host_memory
 
 
-def ladder(setup: Setup, configured: Found | None = None) -> Iterator[Found]:
+def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[SearchResult]:
     """ALST's features one after the other (arXiv 2506.13996, section 5.3), on this model and hardware.
 
     configured: what has been found with the settings as they are.

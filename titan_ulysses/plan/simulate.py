@@ -28,7 +28,7 @@ from titan_ulysses.distributed.mesh import Mesh, build_mesh
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, Offload, Store
-from titan_ulysses.memory.tiling import visiting
+from titan_ulysses.memory.tiling import override_tiles
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
@@ -104,7 +104,7 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
             for run in (batches[:1], batches[:2]) if len(batches) > 1 else (batches,):
                 start = len(tracker.events)
                 counted.take()
-                with visiting(tracker.shortened), CollectiveCounter() as counter:
+                with override_tiles(tracker.shortened), CollectiveCounter() as counter:
                     train_step(model, optimizer, run, mesh, max_norm=max_norm)
                 counts.append(dict(counter.counts))
             tracker.recording = False  # what follows is the model's end

@@ -11,7 +11,7 @@ import torch
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.model import hf
 from titan_ulysses.model.float8 import use_float8
-from titan_ulysses.model.freezing import freeze, narrow_frozen
+from titan_ulysses.model.freezing import cast_frozen_params, freeze
 from titan_ulysses.model.lora import add_adapters
 from titan_ulysses.optim.adamw import check_shards
 from titan_ulysses.setup.parallelize import find_blocks, parallelize
@@ -43,7 +43,7 @@ def build_model(
     if config.lora.rank:
         add_adapters(model, config.lora)
     freeze(model, config.model.freeze)
-    narrow_frozen(model, compute)
+    cast_frozen_params(model, compute)
     wrap(model, mesh, spec.options)
     check_shards(model.parameters(), config.optimizer)
     return model.train(), float8_layers

@@ -38,7 +38,7 @@ from titan_ulysses.model.families import (
 from titan_ulysses.model.freezing import bits
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
-from titan_ulysses.model.verification import Tilings, prove
+from titan_ulysses.model.verification import Tilings, verify_family
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, select_core
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
@@ -106,7 +106,7 @@ def _verified(
     def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
         wrap(tiny, mesh, replace(plain, attention=core, **tiling), store=store)
 
-    return replace(options, **prove(config, mesh, shard, _tilings(options)))
+    return replace(options, **verify_family(config, mesh, shard, _tilings(options)))
 
 
 def _tilings(options: ParallelOptions) -> Tilings:
@@ -306,7 +306,7 @@ def _forward(
         with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
             hidden = decoder(**inputs, output_router_logits=False).last_hidden_state  # they are kept nowhere
         if sums:
-            hidden, aux_loss, num_labels = routers.close(hidden, (labels != IGNORE_INDEX).sum(), group)
+            hidden, aux_loss, num_labels = routers.reduce(hidden, (labels != IGNORE_INDEX).sum(), group)
     head = model.get_output_embeddings()
     if labels is None:
         if torch.is_grad_enabled():

@@ -20,9 +20,9 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.memory.offload import available_host_memory
 from titan_ulysses.observability.units import size_text, time_text
 
-_PATIENCE = 30.0
+_TIMEOUT_S = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
-_PATIENCE_TO_ENFORCE = 300.0
+_ENFORCE_TIMEOUT_S = 300.0
 _SMALL = 0.02
 """Of the host's free memory: what weights and optimizer may take on a CPU without a plan being worth its seconds."""
 
@@ -72,7 +72,7 @@ class Preflight:
     def lines(self) -> list[str]:
         """What to print before the first step. Waits a few seconds at most, or, to enforce it, until there is one."""
         if self._process:
-            patience = _PATIENCE_TO_ENFORCE if self.enforce else _PATIENCE
+            patience = _ENFORCE_TIMEOUT_S if self.enforce else _TIMEOUT_S
             self._reader.join(patience)
             if self._reader.is_alive() and not self.enforce:
                 return [f"plan: not ready after {patience:.0f} s (the machine is busy): it follows when it is"]

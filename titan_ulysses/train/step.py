@@ -27,7 +27,7 @@ _NORM_PART = 2**20
 """Numbers of a gradient copied to fp64 at once, 8 MiB: on a CPU larger copies are slower."""
 
 
-class Step(NamedTuple):
+class StepMetrics(NamedTuple):
     """What one optimizer step showed, the same on every rank."""
 
     loss: Tensor
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, *, max_norm: float
-) -> Step:
+) -> StepMetrics:
     """One optimizer step over the batches that make it up; nothing here waits for the device."""
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
     dist.all_reduce(num_items, group=mesh.loss.get_group())
@@ -51,14 +51,14 @@ def train_step(
         if has_router_loss := "aux_loss" in output:
             router_loss += output.aux_loss.detach() / len(batches)
         if batch is not batches[-1]:
-            _widen_gradients(model)
+            _upcast_grads_to_fp32(model)
     grad_norm = clip_gradients(list(model.parameters()), max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return Step(total, grad_norm, router_loss if has_router_loss else None)
+    return StepMetrics(total, grad_norm, router_loss if has_router_loss else None)
 
 
-def _widen_gradients(model: nn.Module) -> None:
+def _upcast_grads_to_fp32(model: nn.Module) -> None:
     """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may be bf16."""
     for p in model.parameters():
         if p.grad is not None and p.grad.dtype != _wide(p.grad):

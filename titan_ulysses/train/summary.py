@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich import markup
 from rich.console import Console
 
-from titan_ulysses.checkpoint.initial import describe_beginning
+from titan_ulysses.checkpoint.initial import describe_initial_weights
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.model import hf
 from titan_ulysses.model.remote_code import describe_unused_code
@@ -17,13 +17,42 @@ from titan_ulysses.optim.adamw import missing_compiler
 from titan_ulysses.ulysses.heads import idle_ranks
 
 if TYPE_CHECKING:
-    from titan_ulysses.train.trainer import Trainer
+    from pathlib import Path
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from titan_ulysses.config.schema import Config
+    from titan_ulysses.config.validate import MeshDegrees
+    from titan_ulysses.data.loader import Loader
+    from titan_ulysses.distributed.mesh import Mesh
+    from titan_ulysses.observability.metrics import PeakMemory
+    from titan_ulysses.setup.resolve import RunSpec
 
 
-def begin(run: Trainer) -> None:
+class Run(Protocol):
+    """What is read of a `Trainer` here."""
+
+    config: Config
+    spec: RunSpec
+    degrees: MeshDegrees
+    folder: Path
+    console: Console
+    mesh: Mesh
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer | None
+    loader: Loader | None
+    validation_loader: Loader | None
+    step: int
+    float8_layers: int
+    plan_lines: list[str]
+    peak_memory: PeakMemory
+
+
+def print_run_summary(run: Run) -> None:
     """Model, data, mesh, what was chosen for the user, where the weights come from, and the plan."""
     d, t, mesh = run.degrees, run.config.training, run.mesh
-    beginning = describe_beginning(run.config, run.step) if run.loader else ""
+    beginning = describe_initial_weights(run.config, run.step) if run.loader else ""
     run.console.print(
         f"[bold]{markup.escape(run.config.job.name)}[/]: {hf.class_name(run.model)}, {describe_parameters(run.model)}\n"
         f"data: {markup.escape((run.loader or run.validation_loader).sequences.describe())}\n"
@@ -38,7 +67,7 @@ def begin(run: Trainer) -> None:
     )
 
 
-def _choices(run: Trainer) -> list[str]:
+def _choices(run: Run) -> list[str]:
     """What was chosen for the user, or changes nothing."""
     memory, tokens, degree, lines = run.config.memory, run.spec.local_tokens, run.degrees.sequence, []
     if idle := idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree):
@@ -64,7 +93,8 @@ def _choices(run: Trainer) -> list[str]:
     return lines
 
 
-def end(run: Trainer) -> str:
+def print_completion(run: Run) -> None:
+    """Where everything lies that the run has written."""
     lines = [f"Done: {run.step} steps. In {run.folder}:", "  config.toml, metrics.jsonl, tensorboard/"]
     if run.config.checkpoint.enable:
         newest = f"{run.config.checkpoint.folder}/step-{run.step}"
@@ -73,10 +103,10 @@ def end(run: Trainer) -> str:
         lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
         if run.config.lora.rank:
             lines.append("  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this began with")
-    return "\n".join(lines)
+    print_wrapped(run.console, "\n".join(lines))
 
 
-def say(console: Console, text: str) -> None:
+def print_wrapped(console: Console, text: str) -> None:
     """As it is: a path broken into lines cannot be copied, and brackets in it are no markup. What is too long for a
     terminal goes on in another line after a word."""
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer, saved_bytes
 from titan_ulysses.checkpoint.disk import disk_needs
-from titan_ulysses.checkpoint.initial import base_of, check_beginning, initialize
+from titan_ulysses.checkpoint.initial import base_weights, check_initial_weights, initialize
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data import open_sequences
@@ -48,35 +48,35 @@ from titan_ulysses.optim.adamw import (
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.parallelize import find_blocks
 from titan_ulysses.setup.resolve import check_machine, resolve
-from titan_ulysses.train import summary as announce
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
 from titan_ulysses.train.preflight import Preflight
 from titan_ulysses.train.signals import StopSignals
-from titan_ulysses.train.step import Step, learning_rate, parameter_not_finite, train_step
+from titan_ulysses.train.step import StepMetrics, learning_rate, parameter_not_finite, train_step
+from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
 
 if TYPE_CHECKING:
-    from titan_ulysses.data.packing import Sequences
+    from titan_ulysses.data.packing import SampleStream
 
 
 class Trainer:
     """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started.
 
-    With trains = False there is no training data, no optimizer and no plan, and the run's files stay as they are:
+    With eval_only there is no training data, no optimizer and no plan, and the run's files stay as they are:
     `evaluate` is what is left.
     """
 
-    def __init__(self, config: Config, *, trains: bool = True):
+    def __init__(self, config: Config, *, eval_only: bool = False):
         self.config = config
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
         self.folder = Path(config.job.dump_folder) / config.job.name
 
-        training, held_out = self._resolve(trains=trains)
+        training, held_out = self._resolve(eval_only=eval_only)
         self._build(training, held_out)
-        self._start(trains=trains)
+        self._start(eval_only=eval_only)
 
     # --- resolve: what can be wrong with the input, before a process group or a weight exists -----
 
-    def _resolve(self, *, trains: bool) -> tuple[Sequences | None, Sequences | None]:
+    def _resolve(self, *, eval_only: bool) -> tuple[SampleStream | None, SampleStream | None]:
         """Find what is wrong with the input; returns the training and the held-out sequences."""
         config = self.config
         self.spec = resolve(
@@ -89,17 +89,17 @@ class Trainer:
         check_machine(self.spec)
         folder = self.folder / config.checkpoint.folder
         self.checkpointer = Checkpointer(folder, keep=config.checkpoint.keep_latest_k)
-        if self._begins():
-            check_beginning(config)
-        sequences = open_sequences(config, self.spec.tokenizer, trains=trains)
+        if self._needs_base_weights():
+            check_initial_weights(config)
+        sequences = open_sequences(config, self.spec.tokenizer, eval_only=eval_only)
         self._check_folder()
-        if not trains:
+        if eval_only:
             self._check_weights()
         return sequences
 
     # --- build: mesh, loaders, model --------------------------------------------------------------
 
-    def _build(self, training: Sequences | None, held_out: Sequences | None) -> None:
+    def _build(self, training: SampleStream | None, held_out: SampleStream | None) -> None:
         """Join the process group, and make the mesh, the loaders and the model, whose memory is empty."""
         config, degrees = self.config, self.degrees
         if config.training.deterministic:
@@ -113,15 +113,15 @@ class Trainer:
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
         offload = config.memory.parameter_offload
         hf.allocate(self.model, self.mesh.device, parameter_offload=offload)
-        if base := base_of(config):
+        if base := base_weights(config):
             weights.keep_generation_config(self.model, base.path)
 
     # --- start: weights, optimizer, plan, folder --------------------------------------------------
 
-    def _start(self, *, trains: bool) -> None:
+    def _start(self, *, eval_only: bool) -> None:
         """Fill the model as it begins or goes on, and say what the run is."""
         self.preflight, self.optimizer = None, None
-        if trains:
+        if not eval_only:
             self.preflight = self._start_preflight()
             self.optimizer = build_optimizer(
                 self.model.parameters(),
@@ -131,13 +131,13 @@ class Trainer:
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
-        if trains:
+        if not eval_only:
             # Only now: a refused command must not replace the config of the run that is there.
             self._open_folder()
         self.peak_memory = PeakMemory(self.mesh.device)
-        announce.begin(self)
+        print_run_summary(self)
 
-    def _loader(self, sequences: Sequences | None) -> Loader | None:
+    def _loader(self, sequences: SampleStream | None) -> Loader | None:
         mesh = self.mesh
         if sequences is None:
             return None
@@ -150,7 +150,7 @@ class Trainer:
             sp_degree=mesh.sp.size(),
         )
 
-    def _begins(self) -> bool:
+    def _needs_base_weights(self) -> bool:
         """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
         if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
             return True
@@ -195,7 +195,7 @@ class Trainer:
 
     def _resume_or_initialize(self) -> int:
         """Fill the model; returns the number of steps already done."""
-        note = initialize(self.model, self.config) if self._begins() else None
+        note = initialize(self.model, self.config) if self._needs_base_weights() else None
         if note:
             self._say(note)
         latest = self._latest()
@@ -289,10 +289,10 @@ class Trainer:
         if config.checkpoint.export:
             self._expect_finite_model()
             if config.lora.rank:
-                base = base_of(config)
+                base = base_weights(config)
                 weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
             weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=self.step)
-        self._say(announce.end(self))
+        print_completion(self)
 
     def _train_steps(self, logger: MetricsLogger | None) -> None:
         config, total = self.config, self.config.training.steps
@@ -308,7 +308,7 @@ class Trainer:
                 self._train_one_step(logger)
                 step_is_over(self.step)
                 if self._saves_now():
-                    with self._off_the_clock():
+                    with self._excluded_from_step_time():
                         self._save()
         if self.step < total and config.checkpoint.enable:
             self._save()
@@ -349,10 +349,10 @@ class Trainer:
             self._log(logger, shown, lr)
         validation = config.validation
         if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
-            with self._off_the_clock():
+            with self._excluded_from_step_time():
                 self._validate(logger)
 
-    def _log(self, logger: MetricsLogger | None, shown: Step, lr: float) -> None:
+    def _log(self, logger: MetricsLogger | None, shown: StepMetrics, lr: float) -> None:
         """Everything that must wait for the device happens here, and only on steps that are logged."""
         steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
         # Before the clock is read: the device finishes the step.
@@ -397,10 +397,10 @@ class Trainer:
     def _start_interval(self) -> None:
         """Begin what the next log line is about."""
         self._clock, self._logged_step, self._attention_flops = time.perf_counter(), self.step, 0
-        self._unseen: list[Step] = []  # of these steps nobody has looked at the numbers
+        self._unseen: list[StepMetrics] = []  # of these steps nobody has looked at the numbers
 
     @contextlib.contextmanager
-    def _off_the_clock(self):
+    def _excluded_from_step_time(self):
         """Validation and checkpoints do not count as time of training steps."""
         started = time.perf_counter()
         yield
@@ -470,4 +470,4 @@ class Trainer:
         return not self.config.checkpoint.export or weights.exported_step(self.folder / "export") == self.step
 
     def _say(self, text: str) -> None:
-        announce.say(self.console, text)
+        print_wrapped(self.console, text)

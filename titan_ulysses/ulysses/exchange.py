@@ -12,7 +12,7 @@ On the wire each rank's block is [T, B, x_p], token first, where the x_p numbers
 heads of q, then of k, then of v. The blocks received from ranks 0..P-1 then already are the whole
 sequence, [S, B, x], and q, k and v are views of it. So sending costs one copy and receiving none;
 on the way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D]
-(all do at B = 1). A copy is a strided one a tensor and stretch of ranks (`HeadPlan.stretches`), not
+(all do at B = 1). A copy is a strided one a tensor and stretch of ranks (`HeadPlan.rank_groups`), not
 one a rank: three in all where P divides Hkv.
 
 Bytes that rank r sends to others, with x_p = Dq * (hq_p + hkv_p) + Dv * hkv_p for q, k, v, or Dv *
@@ -43,13 +43,13 @@ SEQUENCE = Shard(1)
 HEADS = Shard(2)
 
 
-class _Load(NamedTuple):
+class _ExchangeSpec(NamedTuple):
     """What one all-to-all carries."""
 
     ranges: tuple[tuple[range, ...], ...]
     """`ranges[i][p]`: the heads of the i-th tensor that rank p computes."""
-    stretches: tuple[range, ...]
-    """Ranks that one copy a tensor serves, see `HeadPlan.stretches`."""
+    rank_groups: tuple[range, ...]
+    """Ranks that one copy a tensor serves, see `HeadPlan.rank_groups`."""
     sizes: tuple[int, ...]
     """The head size of each tensor."""
 
@@ -74,7 +74,7 @@ def sequence_to_heads(q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan) -> tup
     _expect(SEQUENCE, q=q, k=k, v=v)
     mesh = q.device_mesh
     sizes = tuple(x.shape[3] for x in (q, k, v))
-    load = _Load((plan.query, plan.key_value, plan.key_value), plan.stretches, sizes)
+    load = _ExchangeSpec((plan.query, plan.key_value, plan.key_value), plan.rank_groups, sizes)
     local = _SequenceToHeads.apply(mesh, load, q.to_local(), k.to_local(), v.to_local())
     return tuple(_placed(x, mesh) for x in local) if plan.is_even else local
 
@@ -90,7 +90,7 @@ def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTens
         output = output.to_local()
     elif isinstance(output, DTensor):
         raise ValueError(f"output must be a local tensor under an uneven plan, but has {output.placements}")
-    load = _Load((plan.query,), plan.query_stretches, (output.shape[3],))
+    load = _ExchangeSpec((plan.query,), plan.query_rank_groups, (output.shape[3],))
     (local,) = _HeadsToSequence.apply(mesh, load, output)
     return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
 
@@ -108,7 +108,7 @@ def _expect(placement: Shard, **tensors: Tensor) -> None:
 
 class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, load: _Load, *tensors: Tensor):
+    def forward(ctx, mesh: DeviceMesh, load: _ExchangeSpec, *tensors: Tensor):
         ctx.mesh, ctx.load = mesh, load
         return _scatter_heads(tensors, load, mesh)
 
@@ -119,7 +119,7 @@ class _SequenceToHeads(torch.autograd.Function):
 
 class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, load: _Load, *tensors: Tensor):
+    def forward(ctx, mesh: DeviceMesh, load: _ExchangeSpec, *tensors: Tensor):
         ctx.mesh, ctx.load = mesh, load
         return _gather_heads(tensors, load, mesh)
 
@@ -128,7 +128,7 @@ class _HeadsToSequence(torch.autograd.Function):
         return None, None, *_scatter_heads(grads, ctx.load, ctx.mesh)
 
 
-def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+def _scatter_heads(tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh) -> tuple[Tensor, ...]:
     """[B, T, H_i, D_i] each, to [B, S, h_i, D_i] each (views of one buffer)."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, tokens = tensors[0].shape[:2]
@@ -142,7 +142,7 @@ def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> 
     return tuple(part.transpose(0, 1) for part in load.split(received, rank))
 
 
-def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+def _gather_heads(tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh) -> tuple[Tensor, ...]:
     """[B, S, h_i, D_i] each, to [B, T, H_i, D_i]. A KV head of several ranks gets their sum."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, sequence = tensors[0].shape[:2]
@@ -158,7 +158,7 @@ def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> t
     return tuple(gathered)
 
 
-def _token_first(tensors: Sequence[Tensor], load: _Load, rank: int) -> Tensor:
+def _token_first(tensors: Sequence[Tensor], load: _ExchangeSpec, rank: int) -> Tensor:
     """[B, S, h_i, D_i] each, to one flat [S, B, x]: a view where a single tensor lies like that."""
     views = [x.transpose(0, 1) for x in tensors]
     if len(views) == 1:
@@ -170,11 +170,11 @@ def _token_first(tensors: Sequence[Tensor], load: _Load, rank: int) -> Tensor:
 
 
 def _blocks(
-    buffer: Tensor, load: _Load, tokens: int, batch: int
+    buffer: Tensor, load: _ExchangeSpec, tokens: int, batch: int
 ) -> Iterator[tuple[range, list[Tensor]]]:
     """Each stretch of ranks, and their [ranks, T, B, h_i, D_i] in the buffer of an all-to-all."""
     stop = 0
-    for ranks in load.stretches:
+    for ranks in load.rank_groups:
         width = sum(load.widths(ranks.start))
         start, stop = stop, stop + len(ranks) * tokens * batch * width
         block = buffer[start:stop].view(len(ranks), tokens, batch, width)

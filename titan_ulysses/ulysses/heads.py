@@ -32,13 +32,13 @@ class HeadPlan:
     """`key_value[p]`: the KV heads that those read."""
     group_size: int
     """Query heads that read one KV head: Hq / Hkv."""
-    stretches: tuple[range, ...]
+    rank_groups: tuple[range, ...]
     """Ranks in a row to whom one strided copy can bring queries, and one their KV heads; idle ranks are in none.
 
     Their ranges are equally long, those of queries following one another and those of KV heads either doing the same
     or all being one. An even plan has one stretch, and so has MQA with P query heads.
     """
-    query_stretches: tuple[range, ...]
+    query_rank_groups: tuple[range, ...]
     """The same for queries alone."""
 
     @property
@@ -81,8 +81,8 @@ def plan_heads(num_query_heads: int, num_kv_heads: int, degree: int) -> HeadPlan
         range(heads.start // group_size, -(-heads.stop // group_size) if heads else heads.start // group_size)
         for heads in query
     )
-    stretches, query_stretches = _stretches(query, key_value), _stretches(query, query)
-    return HeadPlan(query, key_value, group_size, stretches, query_stretches)
+    rank_groups, query_rank_groups = _rank_groups(query, key_value), _rank_groups(query, query)
+    return HeadPlan(query, key_value, group_size, rank_groups, query_rank_groups)
 
 
 def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
@@ -108,26 +108,26 @@ def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
     return sizes
 
 
-def _stretches(query: Sequence[range], key_value: Sequence[range]) -> tuple[range, ...]:
-    stretches: list[range] = []
+def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[range, ...]:
+    rank_groups: list[range] = []
     for rank, heads in enumerate(query):
-        if stretches and heads and _continues(stretches[-1], query, key_value):
-            stretches[-1] = range(stretches[-1].start, rank + 1)
+        if rank_groups and heads and _continues(rank_groups[-1], query, key_value):
+            rank_groups[-1] = range(rank_groups[-1].start, rank + 1)
         elif heads:
-            stretches.append(range(rank, rank + 1))
-    return tuple(stretches)
+            rank_groups.append(range(rank, rank + 1))
+    return tuple(rank_groups)
 
 
-def _continues(stretch: range, query: Sequence[range], key_value: Sequence[range]) -> bool:
+def _continues(ranks: range, query: Sequence[range], key_value: Sequence[range]) -> bool:
     """Whether the rank behind stretch belongs to it."""
-    first, rank = key_value[stretch.start], key_value[stretch.stop]
-    if len(query[stretch.stop]) != len(query[stretch.start]) or len(rank) != len(first):
+    first, rank = key_value[ranks.start], key_value[ranks.stop]
+    if len(query[ranks.stop]) != len(query[ranks.start]) or len(rank) != len(first):
         return False
-    if rank == key_value[stretch.stop - 1]:
+    if rank == key_value[ranks.stop - 1]:
         return rank == first
     # Several KV ranges in one stretch share no head with a rank before it: their gradients then are plain copies.
-    fresh = stretch.start == 0 or first.start == key_value[stretch.start - 1].stop
-    return fresh and rank.start == first.start + len(first) * len(stretch)
+    fresh = ranks.start == 0 or first.start == key_value[ranks.start - 1].stop
+    return fresh and rank.start == first.start + len(first) * len(ranks)
 
 
 def idle_ranks(heads: int, degree: int) -> str | None:
