@@ -1,4 +1,6 @@
-"""Train a Hugging Face causal LM on long sequences: `torchrun --nproc-per-node N train.py --config configs/X.toml`."""
+"""Train a Hugging Face causal LM on long sequences: `torchrun --nproc-per-node N train.py --config
+configs/X.toml`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from titan_ulysses.memory.allocator import expand_segments
 
 EVALUATION = (
     ("validation.enable", True),
-    # What only training needs is not asked for: no room for checkpoints, no library of an optimizer.
+    # What only training needs is not asked for: no room for checkpoints, no library of an
+    # optimizer.
     ("activation_checkpoint.offload", "none"),
     ("optimizer.name", "adamw"),
 )
@@ -27,17 +30,23 @@ def main(argv: list[str]) -> None:
     if os.environ.get("RANK", "0") != "0" and _ONE_PROCESS & {*argv}:
         return  # said once, also where several ranks are started
     command = parse_command_line(argv)
-    config = load_config(command.config_path, [*command.overrides, *(EVALUATION if command.evaluate else ())])
+    config = load_config(
+        command.config_path, [*command.overrides, *(EVALUATION if command.evaluate else ())]
+    )
     if command.print_config:
         print(dump_toml(config), end="")
         return
     if command.plan:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same plan on every machine; before torch is imported
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # the same plan on every machine; before torch is imported
+        )
         from titan_ulysses.plan.report import plan_and_report
 
         return plan_and_report(config)
     expand_segments()
-    from titan_ulysses.train.trainer import Trainer  # torch and transformers: only now, so that --help is quick
+    from titan_ulysses.train.trainer import (
+        Trainer,
+    )  # torch and transformers: only now, so that --help is quick
 
     if command.evaluate:
         return Trainer(config, eval_only=True).evaluate()

@@ -1,10 +1,12 @@
-"""Does plain transformers get the loss that a run logged? Opens <run>/export and evaluates the held-out text.
+"""Does plain transformers get the loss that a run logged? Opens <run>/export and evaluates the
+held-out text.
 
     python scripts/check_export.py outputs/quickstart
-    python scripts/check_export.py outputs/before --model MODEL --config X.toml      of --evaluate: the model it had
+    python scripts/check_export.py outputs/before --model MODEL --config X.toml
+        of --evaluate: the model it had
 
-Each document is a forward of its own, on one process, with transformers' own attention and torch's cross-entropy.
-Exits with 1 where the two losses differ by more than --tolerance.
+Each document is a forward of its own, on one process, with transformers' own attention and torch's
+cross-entropy. Exits with 1 where the two losses differ by more than --tolerance.
 """
 
 import argparse
@@ -23,10 +25,16 @@ from titan_ulysses.train.evaluation import spread
 
 @torch.no_grad()
 def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> float:
-    """Mean cross-entropy of the model in folder over the `tokens` labels of so many sequences of the held-out text."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    """Mean cross-entropy of the model in folder over the `tokens` labels of so many sequences of
+    the held-out text.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     settings = load_config(config, [("validation.enable", True)])
-    _, held_out = open_sequences(settings, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    _, held_out = open_sequences(
+        settings, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    )
     total, count = 0.0, 0
     for index in spread(len(held_out), sequences):
         sequence, start = held_out[index], 0
@@ -42,7 +50,9 @@ def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> fl
 
 
 def logged(run: Path, *, evaluation: bool) -> tuple[float, int, int]:
-    """The held-out loss, and of how many tokens in how many sequences: of --evaluate, or of the last validation."""
+    """The held-out loss, and of how many tokens in how many sequences: of --evaluate, or of the
+    last validation.
+    """
     if evaluation:
         found = json.loads((run / "evaluation.json").read_text())
         return found["loss"], found["tokens"], found["sequences"]
@@ -52,14 +62,25 @@ def logged(run: Path, *, evaluation: bool) -> tuple[float, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
-    parser.add_argument("--model", type=Path, help="compare with evaluation.json, of this folder's weights")
-    parser.add_argument("--config", type=Path, help="that the run had (default: config.toml of the run)")
+    parser.add_argument(
+        "--model", type=Path, help="compare with evaluation.json, of this folder's weights"
+    )
+    parser.add_argument(
+        "--config", type=Path, help="that the run had (default: config.toml of the run)"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-5)
     args = parser.parse_args()
     loss, tokens, sequences = logged(args.run, evaluation=args.model is not None)
-    found = held_out_loss(args.model or args.run / "export", args.config or args.run / "config.toml", tokens, sequences)
+    found = held_out_loss(
+        args.model or args.run / "export",
+        args.config or args.run / "config.toml",
+        tokens,
+        sequences,
+    )
     difference = abs(found - loss)
     print(
         f"held-out loss: the run logged {loss:.8f}, plain transformers gets {found:.8f}, "

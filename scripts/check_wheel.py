@@ -1,9 +1,11 @@
-"""A training loop of one's own, from the first step to the saved folder, with the package that is installed.
+"""A training loop of one's own, from the first step to the saved folder, with the package that is
+installed.
 
-    python check_wheel.py            in an empty folder; scripts/check_wheel.sh makes one, and an environment
+    python check_wheel.py  in an empty folder; scripts/check_wheel.sh makes one, and an environment
 
-Two ranks train three steps; others train two, stop, and go on from the checkpoint for the third. Exits with 1 unless
-both folders hold the same bits, and plain transformers computes from them the logits that the sharded model had.
+Two ranks train three steps; others train two, stop, and go on from the checkpoint for the third.
+Exits with 1 unless both folders hold the same bits, and plain transformers computes from them the
+logits that the sharded model had.
 """
 
 from __future__ import annotations
@@ -19,7 +21,14 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import titan_ulysses
-from titan_ulysses import build_mesh, load_checkpoint, parallelize, save_checkpoint, save_pretrained, shard
+from titan_ulysses import (
+    build_mesh,
+    load_checkpoint,
+    parallelize,
+    save_checkpoint,
+    save_pretrained,
+    shard,
+)
 
 STEPS, VOCABULARY = 3, 61
 # LayerNorm, and no step in fp32: what differs from plain transformers is rounding in fp64.
@@ -40,7 +49,9 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
 
 
 def train(folder: str, steps: int) -> None:
-    """On this rank of two: up to `steps` steps, from the last checkpoint in folder or from the start."""
+    """On this rank of two: up to `steps` steps, from the last checkpoint in folder or from the
+    start.
+    """
     mesh = build_mesh(sequence=2)
     model = parallelize(AutoModelForCausalLM.from_pretrained("start", dtype=torch.float64), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -65,24 +76,42 @@ def train(folder: str, steps: int) -> None:
 
 
 def on_two_ranks(folder: str, steps: int) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, folder, str(steps)]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        __file__,
+        folder,
+        str(steps),
+    ]
     subprocess.run([sys.executable, *command], check=True)
 
 
 def main() -> None:
     print(f"titan_ulysses from {Path(titan_ulysses.__file__).parent}")
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL), dtype=torch.float64).save_pretrained("start")
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**MODEL), dtype=torch.float64
+    ).save_pretrained("start")
     on_two_ranks("at once", STEPS)
     on_two_ranks("in two parts", STEPS - 1)
     on_two_ranks("in two parts", STEPS)
-    at_once, in_parts = (load_file(f"{folder}/trained/model.safetensors") for folder in ("at once", "in two parts"))
+    at_once, in_parts = (
+        load_file(f"{folder}/trained/model.safetensors") for folder in ("at once", "in two parts")
+    )
     same = [name for name, tensor in at_once.items() if torch.equal(tensor, in_parts[name])]
     print(f"{len(same)} of {len(at_once)} tensors of the two folders are the same bits")
     plain = AutoModelForCausalLM.from_pretrained("in two parts/trained", dtype=torch.float64).eval()
     with torch.no_grad():
         logits = plain(**batch_of(0)).logits
-    difference = (logits - torch.load("in two parts/logits.pt", weights_only=True)).abs().max().item()
-    print(f"logits differ by {difference:.1e} of {logits.abs().max().item():.2f} from plain transformers")
+    difference = (
+        (logits - torch.load("in two parts/logits.pt", weights_only=True)).abs().max().item()
+    )
+    print(
+        f"logits differ by {difference:.1e} of {logits.abs().max().item():.2f} from plain "
+        "transformers"
+    )
     if len(same) < len(at_once) or not difference < 1e-12:
         sys.exit("not the same")
 

@@ -1,10 +1,11 @@
-"""A run's checkpoint as a folder that transformers opens, and such a folder as a checkpoint that a run starts from.
+"""A run's checkpoint as a folder that transformers opens, and such a folder as a checkpoint that a
+run starts from.
 
     python scripts/convert.py outputs/books/checkpoints/step-500 ~/models/books-500
     python scripts/convert.py ~/models/SmolLM2-135M outputs/books/checkpoints/step-0
 
-One process, no GPU, no process group. In memory are one tensor at a time (of a layer's experts: what belongs
-together), and to safetensors what a file of 4 GiB holds.
+One process, no GPU, no process group. In memory are one tensor at a time (of a layer's experts:
+what belongs together), and to safetensors what a file of 4 GiB holds.
 """
 
 from __future__ import annotations
@@ -34,21 +35,29 @@ from titan_ulysses.setup.resolve import resolve, resolve_model
 from titan_ulysses.ulysses.cores import blockwise
 
 HELP = """\
-SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with safetensors, config and
-tokenizer, for AutoModelForCausalLM.from_pretrained. The model and the tokenizer are those of the run's config.toml.
+SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with \
+safetensors, config and
+tokenizer, for AutoModelForCausalLM.from_pretrained. The model and the tokenizer are those of \
+the run's config.toml.
 
-SOURCE is a folder with config.json and *.safetensors: TARGET is a checkpoint to be made, named step-N (step-0 in the
-checkpoints folder of a run that has not begun): the model alone, with an optimizer that begins afresh."""
+SOURCE is a folder with config.json and *.safetensors: TARGET is a checkpoint to be made, named \
+step-N (step-0 in the
+checkpoints folder of a run that has not begun): the model alone, with an optimizer that begins \
+afresh."""
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.split("\n\n")[0],
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, help="a checkpoint, or a folder with safetensors")
     parser.add_argument("target", type=Path, help="the folder to be made")
     parser.add_argument(
-        "--config", type=Path, help="config.toml of the checkpoint's run, if it is not in a folder above"
+        "--config",
+        type=Path,
+        help="config.toml of the checkpoint's run, if it is not in a folder above",
     )
     arguments = parser.parse_args(argv)
     source, target = (path.expanduser().absolute() for path in (arguments.source, arguments.target))
@@ -69,28 +78,42 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{target} is complete")
 
 
-# --- to safetensors ---------------------------------------------------------------------------------------------------
+# --- to safetensors -------------------------------------------------------------------------------
 
 
 def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None:
-    """Write the model of the checkpoint `source` to the folder `target`, as the run itself exports it."""
+    """Write the model of the checkpoint `source` to the folder `target`, as the run itself exports
+    it.
+    """
     config = load_config(config_path or config_above(source))
     state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
     try:
         reader = open_checkpoint(source, where=str(source))
     except ValueError as error:
-        raise UserError(f"{source}: the checkpoint is damaged ({error}). Take another one.") from error
+        raise UserError(
+            f"{source}: the checkpoint is damaged ({error}). Take another one."
+        ) from error
     entries = reader.read_metadata().state_dict_metadata
     saved = {n.removeprefix("model."): m for n, m in entries.items() if n.startswith("model.")}
     if state.get("frozen", 0):
-        raise UserError(f"{source}: what is frozen is not in it. The run's own export/ has the whole model.")
+        raise UserError(
+            f"{source}: what is frozen is not in it. The run's own export/ has the whole model."
+        )
     spec = resolve(
-        config, world_size=ranks_of(config), device_type="cpu", with_tokenizer=True, select=no_attention
+        config,
+        world_size=ranks_of(config),
+        device_type="cpu",
+        with_tokenizer=True,
+        select=no_attention,
     )
-    parameter_dtype = next(meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point)
+    parameter_dtype = next(
+        meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point
+    )
     plain = hf.build_on_meta(spec.model_config, parameter_dtype)
     expect_same(
-        source, {n: list(m.size) for n, m in saved.items()}, {n: list(t.shape) for n, t in hf.state_of(plain).items()}
+        source,
+        {n: list(m.size) for n, m in saved.items()},
+        {n: list(t.shape) for n, t in hf.state_of(plain).items()},
     )
     if base := base_weights(config):
         weights.keep_generation_config(plain, base.path)
@@ -109,9 +132,14 @@ def no_attention(*_: Any, **__: Any) -> tuple[Any, str]:
 
 
 def config_above(source: Path) -> Path:
-    found = next((folder / "config.toml" for folder in source.parents if (folder / "config.toml").exists()), None)
+    found = next(
+        (folder / "config.toml" for folder in source.parents if (folder / "config.toml").exists()),
+        None,
+    )
     if found is None:
-        raise UserError(f"{source}: no config.toml in the folders above: name that of its run with --config.")
+        raise UserError(
+            f"{source}: no config.toml in the folders above: name that of its run with --config."
+        )
     return found
 
 
@@ -130,7 +158,7 @@ def expect_same(source: Path, saved: dict[str, list[int]], wanted: dict[str, lis
         )
 
 
-# --- to a checkpoint --------------------------------------------------------------------------------------------------
+# --- to a checkpoint ------------------------------------------------------------------------------
 
 
 class ReadWhenWritten(DefaultSavePlanner):
@@ -145,7 +173,9 @@ class ReadWhenWritten(DefaultSavePlanner):
 
 
 def to_checkpoint(source: Path, target: Path) -> None:
-    """Write the safetensors of the folder `source` as the checkpoint `target`, without optimizer state."""
+    """Write the safetensors of the folder `source` as the checkpoint `target`, without optimizer
+    state.
+    """
     step = step_of(target)
     plain = hf.build_on_meta(resolve_model(str(source)).model_config, torch.float32)
     tensors, fetch, unknown = weights.open_folder(plain, str(source), setting="SOURCE")
@@ -154,10 +184,19 @@ def to_checkpoint(source: Path, target: Path) -> None:
     partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)  # what is in one file, DCP has in memory
-        dcp.save({"model": tensors}, storage_writer=writer, planner=ReadWhenWritten(fetch), no_dist=True)
+        writer = dcp.FileSystemWriter(
+            partial, single_file_per_rank=False
+        )  # what is in one file, DCP has in memory
+        dcp.save(
+            {"model": tensors}, storage_writer=writer, planner=ReadWhenWritten(fetch), no_dist=True
+        )
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        state = {"step": step, "loader": {"sequences_consumed": 0}, "parameters": shapes, "optimizer": None}
+        state = {
+            "step": step,
+            "loader": {"sequences_consumed": 0},
+            "parameters": shapes,
+            "optimizer": None,
+        }
         Checkpointer(target.parent, keep=0).publish(partial, target, state)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

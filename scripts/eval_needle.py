@@ -1,13 +1,15 @@
-"""Does a model find what it has read? A map over the length of a text and the depth at which a fact stands in it.
+"""Does a model find what it has read? A map over the length of a text and the depth at which a fact
+stands in it.
 
     python scripts/eval_needle.py outputs/quickstart/export --lengths 512 1024
     torchrun --nproc-per-node 8 scripts/eval_needle.py MODEL --lengths 65536 262144 --trials 4
 
-A needle, "The secret code of zorabi is 48213.", is put into a text, and the text ends with "The secret code of zorabi
-is". Nothing is generated: of some codes that could follow, the right one and others that the text does not hold, the
-log-probability of each is computed in one forward a code, the ranks sharing the sequence. Accuracy is how often the
-right code has the highest one; guessing finds 1 in --candidates. Lengths are tokens of all of it; depth 0 is the
-beginning of the text, 1 its end. The same seed makes the same texts and needles, in a row of the map at every depth.
+A needle, "The secret code of zorabi is 48213.", is put into a text, and the text ends with "The
+secret code of zorabi is". Nothing is generated: of some codes that could follow, the right one and
+others that the text does not hold, the log-probability of each is computed in one forward a code,
+the ranks sharing the sequence. Accuracy is how often the right code has the highest one; guessing
+finds 1 in --candidates. Lengths are tokens of all of it; depth 0 is the beginning of the text, 1
+its end. The same seed makes the same texts and needles, in a row of the map at every depth.
 
 Writes needle.json and, where matplotlib is installed, needle.png to --output.
 """
@@ -77,9 +79,16 @@ def draw_codes(draw: random.Random, count: int) -> list[str]:
 
 
 def make_trial(
-    tokenizer: PreTrainedTokenizerBase, text: Sequence[int], *, length: int, depth: float, candidates: int, seed: str
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sequence[int],
+    *,
+    length: int,
+    depth: float,
+    candidates: int,
+    seed: str,
 ) -> Trial:
-    """Of `length` tokens with the longest code. `seed` chooses the key, the codes and which part of text is taken.
+    """Of `length` tokens with the longest code. `seed` chooses the key, the codes and which part of
+    text is taken.
 
     UserError where needle and question leave no room for a text, or text is shorter than that.
     """
@@ -92,19 +101,30 @@ def make_trial(
     codes = [ids(ANSWER, one) for one in (code, *others)]
     needle, question = ids(NEEDLE), ids(QUESTION)
     first = tokenizer("")["input_ids"][:1]
-    start = first if first == [tokenizer.bos_token_id] else []  # what the model expects in front, if anything
+    start = (
+        first if first == [tokenizer.bos_token_id] else []
+    )  # what the model expects in front, if anything
     room = length - len(start) - len(needle) - len(question) - max(map(len, codes))
     if room < 0:
-        raise UserError(f"--lengths {length}: needle and question alone are {length - room} tokens; give a larger one.")
+        raise UserError(
+            f"--lengths {length}: needle and question alone are {length - room} tokens; give a "
+            "larger one."
+        )
     if room > len(text):
-        raise UserError(f"--lengths {length}: --text has {len(text):,} tokens only; give a longer one.")
+        raise UserError(
+            f"--lengths {length}: --text has {len(text):,} tokens only; give a longer one."
+        )
     begin, before = draw.randrange(len(text) - room + 1), round(depth * room)
     hay = [*text[begin : begin + room]]
     return Trial([*start, *hay[:before], *needle, *hay[before:], *question], codes)
 
 
-def read_haystack(tokenizer: PreTrainedTokenizerBase, path: str, *, tokens: int, seed: int) -> list[int]:
-    """Files of path end to end, in an order drawn from seed, until there are so many tokens (or no more files)."""
+def read_haystack(
+    tokenizer: PreTrainedTokenizerBase, path: str, *, tokens: int, seed: int
+) -> list[int]:
+    """Files of path end to end, in an order drawn from seed, until there are so many tokens (or no
+    more files).
+    """
     files = find_files(expand_path(path), extensions=[".txt", ".md", ".py"], setting="--text")
     text: list[int] = []
     for file in random.Random(seed).sample([*files.values()], len(files)):
@@ -123,7 +143,8 @@ def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
     positions = getattr(spec.model_config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise UserError(
-            f"--lengths {longest} is longer than the model's max_position_embeddings = {positions}: give shorter ones, "
+            f"--lengths {longest} is longer than the model's max_position_embeddings = "
+            f"{positions}: give shorter ones, "
             f"or raise it in {folder}/config.json."
         )
     weights.find(folder)
@@ -134,12 +155,16 @@ def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
     return model.eval()
 
 
-def code_scores(model: PreTrainedModel, mesh: Mesh, trials: Sequence[Trial], *, length: int) -> list[float]:
+def code_scores(
+    model: PreTrainedModel, mesh: Mesh, trials: Sequence[Trial], *, length: int
+) -> list[float]:
     """The log-probability of every code of every trial after its prompt. Collective."""
     rows = [(trial.prompt, code) for trial in trials for code in trial.codes]
     at_once = max(1, _ROW_TOKENS * mesh.sp.size() // length)
     found: list[float] = []
-    for batch in shard((pad(rows[i : i + at_once], length) for i in range(0, len(rows), at_once)), mesh):
+    for batch in shard(
+        (pad(rows[i : i + at_once], length) for i in range(0, len(rows), at_once)), mesh
+    ):
         found += score(model, batch).sum(dim=1, dtype=torch.float64).tolist()
     return found
 
@@ -147,7 +172,10 @@ def code_scores(model: PreTrainedModel, mesh: Mesh, trials: Sequence[Trial], *, 
 def pad(rows: Sequence[tuple[list[int], list[int]]], length: int) -> dict[str, torch.Tensor]:
     """(prompt, code) of each row as a batch of `shard`; only the codes have labels."""
     shape = (len(rows), length)
-    batch = {"input_ids": torch.zeros(shape, dtype=torch.long), "attention_mask": torch.zeros(shape, dtype=torch.long)}
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+    }
     batch["labels"] = torch.full(shape, -100)
     for row, (prompt, code) in enumerate(rows):
         end = len(prompt) + len(code)
@@ -158,15 +186,24 @@ def pad(rows: Sequence[tuple[list[int], list[int]]], length: int) -> dict[str, t
 
 
 def find_needles(
-    model: PreTrainedModel, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, text: Sequence[int], options: Any
+    model: PreTrainedModel,
+    mesh: Mesh,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Sequence[int],
+    options: Any,
 ) -> Iterator[Cell]:
     for length in options.lengths:
         for depth in options.depths:
             shared = {"length": length, "depth": depth, "candidates": options.candidates}
             seeds = [f"{options.seed} {length} {trial}" for trial in range(options.trials)]
             trials = [make_trial(tokenizer, text, **shared, seed=seed) for seed in seeds]
-            found = torch.tensor(code_scores(model, mesh, trials, length=length)).view(len(trials), -1)
-            of_tokens = [right / len(trial.codes[0]) for right, trial in zip(found[:, 0].tolist(), trials, strict=True)]
+            found = torch.tensor(code_scores(model, mesh, trials, length=length)).view(
+                len(trials), -1
+            )
+            of_tokens = [
+                right / len(trial.codes[0])
+                for right, trial in zip(found[:, 0].tolist(), trials, strict=True)
+            ]
             accuracy = (found[:, 0] > found[:, 1:].amax(dim=1)).double().mean().item()
             yield Cell(length, depth, accuracy, sum(of_tokens) / len(of_tokens))
 
@@ -177,11 +214,19 @@ def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
     size = (3 + 1.7 * len(lengths), 2.2 + 0.5 * len(depths))
     with picture(path, size=size, panels=(1, 2)) as (figure, panels):
         titles = {
-            "accuracy": (f"right among {options.candidates} codes, %\n(guessing: {100 / options.candidates:.3g})", 100),
+            "accuracy": (
+                f"right among {options.candidates} codes, %\n(guessing: "
+                f"{100 / options.candidates:.3g})",
+                100,
+            ),
             "log_probability": ("log-probability of the right code,\nnats a token", 1),
         }
         for axes, (name, (title, unit)) in zip(panels, titles.items(), strict=True):
-            grid = torch.tensor([getattr(cell, name) * unit for cell in cells]).view(len(lengths), len(depths)).T
+            grid = (
+                torch.tensor([getattr(cell, name) * unit for cell in cells])
+                .view(len(lengths), len(depths))
+                .T
+            )
             low, high = (0, 100) if unit == 100 else (min(grid.min().item(), -0.1), 0)
             axes.imshow(grid, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
             for row, column in product(range(len(depths)), range(len(lengths))):
@@ -197,14 +242,29 @@ def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="folder with a model and its tokenizer, such as a run's export/")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="TOKENS")
-    parser.add_argument("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="SHARE")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="folder with a model and its tokenizer, such as a run's export/",
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="TOKENS"
+    )
+    parser.add_argument(
+        "--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="SHARE"
+    )
     parser.add_argument("--trials", type=int, default=8, help="texts and needles a cell (8)")
     parser.add_argument("--candidates", type=int, default=8, help="codes to choose from (8)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", default="{stdlib}/*.py", metavar="PATH", help="file, folder or pattern of the texts")
+    parser.add_argument(
+        "--text",
+        default="{stdlib}/*.py",
+        metavar="PATH",
+        help="file, folder or pattern of the texts",
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/needle"), metavar="FOLDER")
     options = parser.parse_args(argv)
     for name, least in (("trials", 1), ("candidates", 2)):
@@ -230,11 +290,16 @@ def main(argv: list[str] | None = None) -> None:
     for cell in find_needles(model, mesh, tokenizer, text, options):
         cells.append(cell)
         if speaks:
-            said = f"accuracy {cell.accuracy:4.0%}, log-probability {cell.log_probability:.3f} a token"
+            said = (
+                f"accuracy {cell.accuracy:4.0%}, log-probability {cell.log_probability:.3f} a token"
+            )
             print(f"{cell.length:>9,} tokens, depth {cell.depth:4.0%}: {said}", flush=True)
     if speaks:
         options.output.mkdir(parents=True, exist_ok=True)
-        about = {"chance": 1 / options.candidates, **{k: v for k, v in vars(options).items() if k != "output"}}
+        about = {
+            "chance": 1 / options.candidates,
+            **{k: v for k, v in vars(options).items() if k != "output"},
+        }
         about["cells"] = [cell._asdict() for cell in cells]
         (options.output / "needle.json").write_text(json.dumps(about, indent=2) + "\n")
         if has_matplotlib():

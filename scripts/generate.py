@@ -15,14 +15,18 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="what AutoModelForCausalLM.from_pretrained opens")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to go on from")
     what.add_argument("--chat", help="what a user says")
     parser.add_argument("--adapter", type=Path, help="a LoRA adapter for it")
     parser.add_argument("--tokens", type=int, default=100, help="new ones, at most (default: 100)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for option, path in (("FOLDER", args.folder), ("--adapter", args.adapter)):
@@ -47,8 +51,14 @@ def main() -> None:
         options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
         inputs = tokenizer.apply_chat_template(messages, **options)
     torch.manual_seed(args.seed)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
-    output = model.generate(**inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature}
+        if args.temperature
+        else {"do_sample": False}
+    )
+    output = model.generate(
+        **inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id, **sampling
+    )
     sys.stdout.write(tokenizer.decode(output[0], skip_special_tokens=args.chat is None) + "\n")
 
 

@@ -3,9 +3,10 @@
     python scripts/plot.py outputs/quickstart
     python scripts/plot.py outputs/short outputs/long --output pictures
 
-Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run validated,
-positions.png to --output, for a single run by default to its plots/. Curves that coincide show side by side: those
-of later runs are thinner, and lie on the others. Needs matplotlib.
+Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run
+validated, positions.png to --output, for a single run by default to its plots/. Curves that
+coincide show side by side: those of later runs are thinner, and lie on the others. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def read_runs(folders: list[Path]) -> dict[str, Lines]:
             text = (folder / "metrics.jsonl").read_text()
         except OSError as error:
             raise UserError(
-                f"{folder}/metrics.jsonl: {error.strerror}. Give the folder of a run, <job.dump_folder>/<job.name>."
+                f"{folder}/metrics.jsonl: {error.strerror}. Give the folder of a run, "
+                "<job.dump_folder>/<job.name>."
             ) from error
         whole = text[: text.rfind("\n") + 1]  # of a run that goes on
         lines = [json.loads(line) for line in whole.splitlines()]
@@ -78,7 +80,9 @@ def curve(axes: Any, run: Run, key: str, *, label: str) -> None:
     """Values over steps; where there are many, pale, and their running mean."""
     steps, found = values(run.lines, key)
     if len(steps) < _SMOOTHED:
-        axes.plot(steps, found, run.marker + "-" if len(steps) < 30 else "-", label=label, **run.style)
+        axes.plot(
+            steps, found, run.marker + "-" if len(steps) < 30 else "-", label=label, **run.style
+        )
         return
     import numpy as np
 
@@ -94,7 +98,9 @@ def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = "optimizer step
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     if handles and not figure.legends:  # below the axes: there it covers nothing
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(3, len(handles)), frameon=False
+        )
 
 
 def draw_loss(runs: dict[str, Lines], path: Path) -> None:
@@ -111,7 +117,9 @@ def draw_loss(runs: dict[str, Lines], path: Path) -> None:
 def draw_memory(runs: dict[str, Lines], path: Path) -> None:
     with picture(path, size=(9, 4.5)) as (figure, axes):
         for run in drawn(runs):
-            axes.plot(*values(run.lines, "peak_memory_gib"), label=f"{run.name}: measured", **run.style)
+            axes.plot(
+                *values(run.lines, "peak_memory_gib"), label=f"{run.name}: measured", **run.style
+            )
             steps, planned = values(run.lines, "planned_memory_gib")
             if steps:
                 axes.plot(steps, planned, ":", label=f"{run.name}: planned", **run.style)
@@ -133,28 +141,58 @@ def draw_positions(runs: dict[str, Lines], path: Path) -> None:
     """The first validation of each run dashed, the last one solid."""
     import numpy as np
 
-    firsts = sorted({first for lines in runs.values() for line in validations(lines) for first, *_ in ranges_of(line)})
+    firsts = sorted(
+        {
+            first
+            for lines in runs.values()
+            for line in validations(lines)
+            for first, *_ in ranges_of(line)
+        }
+    )
     places = {first: place for place, first in enumerate(firsts)}
     with picture(path, size=(9, 5)) as (figure, axes):
         for run in drawn(runs):
             found = validations(run.lines)
             for line in [*found[:1], *found[1:][-1:]]:
                 dashes, face = ("--", "white") if line is found[0] else ("-", run.color)
-                x, losses = zip(*((places[first], loss) for first, loss, _ in ranges_of(line)), strict=True)
-                style = run.style | {"markerfacecolor": face, "label": f"{run.name}: step {line['step']}"}
+                x, losses = zip(
+                    *((places[first], loss) for first, loss, _ in ranges_of(line)), strict=True
+                )
+                style = run.style | {
+                    "markerfacecolor": face,
+                    "label": f"{run.name}: step {line['step']}",
+                }
                 axes.plot(x, losses, run.marker + dashes, **style)
-        axes.set_xticks(range(len(firsts)), [f"{first:,}" for first in firsts], rotation=45 if len(firsts) > 12 else 0)
-        right = axes.secondary_yaxis("right", functions=(np.exp, lambda x: np.log(np.maximum(x, 1e-9))))
+        axes.set_xticks(
+            range(len(firsts)),
+            [f"{first:,}" for first in firsts],
+            rotation=45 if len(firsts) > 12 else 0,
+        )
+        right = axes.secondary_yaxis(
+            "right", functions=(np.exp, lambda x: np.log(np.maximum(x, 1e-9)))
+        )
         right.set_ylabel("perplexity")
         ticks = round_between(*np.exp(axes.get_ylim()))
-        right.set_yticks(ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
-        finish(figure, axes, ylabel="validation loss, nats a token", xlabel="position in the document, from ... on")
+        right.set_yticks(
+            ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks]
+        )
+        finish(
+            figure,
+            axes,
+            ylabel="validation loss, nats a token",
+            xlabel="position in the document, from ... on",
+        )
 
 
 def round_between(low: float, high: float) -> list[float]:
     """A few round numbers between two perplexities, for a logarithmic axis."""
     for leading in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
-        found = [digit * 10.0**power for power in range(7) for digit in leading if low < digit * 10.0**power < high]
+        found = [
+            digit * 10.0**power
+            for power in range(7)
+            for digit in leading
+            if low < digit * 10.0**power < high
+        ]
         if len(found) > 2:
             return found
     return [low + (high - low) * share for share in (0.2, 0.5, 0.8)]
@@ -170,17 +208,28 @@ def ranges_of(line: dict[str, Any]) -> list[tuple[int, float, int]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to; default, of one RUN: its plots/")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where to; default, of one RUN: its plots/"
+    )
     arguments = parser.parse_args(argv)
     if not has_matplotlib():
         raise UserError("scripts/plot.py needs matplotlib: pip install matplotlib")
     runs = read_runs(arguments.runs)
     if len(runs) > 1 and not arguments.output:
-        raise UserError("Several runs in one picture belong to none of them: say where to with --output FOLDER.")
+        raise UserError(
+            "Several runs in one picture belong to none of them: say where to with --output FOLDER."
+        )
     output = arguments.output or arguments.runs[0] / "plots"
-    pictures = {"loss": draw_loss, "memory": draw_memory, "speed": draw_speed, "positions": draw_positions}
+    pictures = {
+        "loss": draw_loss,
+        "memory": draw_memory,
+        "speed": draw_speed,
+        "positions": draw_positions,
+    }
     if not any(map(validations, runs.values())):
         del pictures["positions"]
     for name, draw in pictures.items():

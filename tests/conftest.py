@@ -1,4 +1,6 @@
-"""What all tests share: the import path, the markers `slow` and `gpu`, and a summary that names what was skipped."""
+"""What all tests share: the import path, the markers `slow` and `gpu`, and a summary that names
+what was skipped.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-# Tiny matrices: more threads would only wait for each other, for ever where another process has their core.
+# Tiny matrices: more threads would only wait for each other, for ever where another process has
+# their core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _TESTS = Path(__file__).resolve().parent
@@ -38,7 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name the skipped tests by reason, without -rs: a test nobody sees skipped is a test nobody runs."""
+    """Name the skipped tests by reason, without -rs: a test nobody sees skipped is a test nobody
+    runs.
+    """
     names_by_reason: dict[str, Counter[str]] = defaultdict(Counter)
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -48,9 +53,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("skipped tests")
     for reason, names in names_by_reason.items():
         terminalreporter.line(f"{names.total()} skipped: {reason}")
-        listed = ", ".join(name if count == 1 else f"{name} (x{count})" for name, count in names.items())
+        listed = ", ".join(
+            name if count == 1 else f"{name} (x{count})" for name, count in names.items()
+        )
         terminalreporter.line(
-            textwrap.fill(listed, width=118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+            textwrap.fill(
+                listed,
+                width=118,
+                initial_indent="  ",
+                subsequent_indent="  ",
+                break_on_hyphens=False,
+            )
         )
 
 

@@ -8,8 +8,8 @@ import transformers
 from packaging.version import Version
 from transformers import CONFIG_MAPPING
 
-# Few parameters: AdamW divides a gradient by its own size, so that rounding shows where one is almost 0, and among ten
-# times as many there is one ten times nearer to it.
+# Few parameters: AdamW divides a gradient by its own size, so that rounding shows where one is
+# almost 0, and among ten times as many there is one ten times nearer to it.
 WIDTHS: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -30,16 +30,24 @@ SMALL: dict[str, Any] = {
 WINDOW = {"sliding_window": 5}
 ALTERNATING = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-LATENT = {"q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8}
+LATENT = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 LATENT |= {"num_key_value_heads": 6}
-# One layer without experts and one with, of which each token gets two: of the better group, where there are groups.
+# One layer without experts and one with, of which each token gets two: of the better group, where
+# there are groups.
 SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 ROUTED = {**SPARSE, "n_routed_experts": 4, "n_shared_experts": 1, "routed_scaling_factor": 1.5}
 ROUTED |= {"first_k_dense_replace": 1}
 GROUPS = {"n_group": 2, "topk_group": 1}
-# What makes each family itself. No attention bias in glm4, whose RoPE turns only half of a head: the bias of the keys'
-# other half adds the same to all scores of a query, its gradient cancels, and AdamW divides rounding by rounding. The
-# key biases of qwen2 and gpt_oss are turned as a whole, and have gradients.
+# What makes each family itself. No attention bias in glm4, whose RoPE turns only half of a head:
+# the bias of the keys' other half adds the same to all scores of a query, its gradient cancels, and
+# AdamW divides rounding by rounding. The key biases of qwen2 and gpt_oss are turned as a whole, and
+# have gradients.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": WINDOW,
@@ -69,7 +77,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-    "gpt_oss": {**ALTERNATING, **EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "gpt_oss": {
+        **ALTERNATING,
+        **EXPERTS,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "llama4_text": {
         **EXPERTS,
         "num_experts_per_tok": 1,
@@ -108,9 +120,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
     },
 }
-# 5.17 has no sarvam_moe; it leaves a router of ernie4_5_moe without random numbers, and gemma4_text has no fp64 there.
-LACKING = {"ernie4_5_moe", "gemma4_text"} if Version(transformers.__version__) < Version("5.24") else set()
-FAMILIES = {name: own for name, own in FAMILIES.items() if name in CONFIG_MAPPING and name not in LACKING}
+# 5.17 has no sarvam_moe; it leaves a router of ernie4_5_moe without random numbers, and gemma4_text
+# has no fp64 there.
+LACKING = (
+    {"ernie4_5_moe", "gemma4_text"}
+    if Version(transformers.__version__) < Version("5.24")
+    else set()
+)
+FAMILIES = {
+    name: own for name, own in FAMILIES.items() if name in CONFIG_MAPPING and name not in LACKING
+}
 
 
 def model_of(family: str) -> dict[str, Any]:

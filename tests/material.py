@@ -1,4 +1,6 @@
-"""What whole runs are tried on: a tiny model, data of every kind, a tokenizer with a chat template, an earlier run."""
+"""What whole runs are tried on: a tiny model, data of every kind, a tokenizer with a chat template,
+an earlier run.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def write_material(folder: Path) -> None:
 
 
 def write_earlier_run(folder: Path) -> None:
-    """A run of two steps from another seed: its checkpoint and its export, with the tokenizer of `pairs`."""
+    """A run of two steps from another seed: its checkpoint and its export, with the tokenizer of
+    `pairs`.
+    """
     settings = BASE | {"training.seed": 5, "checkpoint.enable": True, "checkpoint.export": True}
     settings |= {"model.tokenizer": f"{folder}/pairs", "data.path": f"{folder}/texts"}
     settings |= {"job.dump_folder": f"{folder}/earlier"}

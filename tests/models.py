@@ -1,4 +1,6 @@
-"""What several tests share: tiny models, packed documents, and plain transformers to compare with."""
+"""What several tests share: tiny models, packed documents, and plain transformers to compare
+with.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,9 @@ LLAMA = {
 }
 
 
-# LayerNorm and no step in fp32: transformers' own code stays in fp64, as llama's norms do not. No bias: that of the
-# keys has gradients that cancel to almost nothing, and AdamW divides their rounding by itself.
+# LayerNorm and no step in fp32: transformers' own code stays in fp64, as llama's norms do not. No
+# bias: that of the keys has gradients that cancel to almost nothing, and AdamW divides their
+# rounding by itself.
 STARCODER2 = {
     "model_type": "starcoder2",
     "vocab_size": 61,
@@ -62,7 +65,9 @@ STARCODER2 = {
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens [L + 1] of one document, the last of them only a label; labels that are not trained on are -100."""
+    """Tokens [L + 1] of one document, the last of them only a label; labels that are not trained on
+    are -100.
+    """
 
     tokens: Tensor
     labels: Tensor
@@ -81,8 +86,12 @@ class Record:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_rows(lengths: list[tuple[int, ...]], *, masked: str, vocab_size: int, seed: int) -> list[Row]:
-    """Random rows of documents. masked: "none"; "uneven": every second half of a row, all of the last row, and some."""
+def make_rows(
+    lengths: list[tuple[int, ...]], *, masked: str, vocab_size: int, seed: int
+) -> list[Row]:
+    """Random rows of documents. masked: "none"; "uneven": every second half of a row, all of the
+    last row, and some.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for index, row in enumerate(lengths):
@@ -119,7 +128,8 @@ def local_batch(rows: list[Row], mesh: Mesh) -> Batch:
     )
 
 
-# An eps small beside any gradient that matters: without it AdamW divides the rounding of the others by itself.
+# An eps small beside any gradient that matters: without it AdamW divides the rounding of the others
+# by itself.
 OPTIMIZER = Optimizer(lr=1e-2, weight_decay=0.1, eps=1e-6)
 MAX_NORM = 0.5
 
@@ -143,7 +153,8 @@ def train_sharded(
     fill: Act | None = None,
     **options,
 ) -> Record:
-    """Train on this rank of a mesh; steps[i] holds a step's micro-batches. Gradients are noted after clipping.
+    """Train on this rank of a mesh; steps[i] holds a step's micro-batches. Gradients are noted
+    after clipping.
 
     prepare is given the model on meta, fill once more when it is initialized.
     """
@@ -151,7 +162,11 @@ def train_sharded(
     sharded = hf.build_on_meta(hf.load_model_config("", model), dtype)
     if prepare:
         prepare(sharded)
-    parallelize(sharded, mesh, **{"loss_tile_tokens": 5, "param_dtype": dtype, "reduce_dtype": dtype} | options)
+    parallelize(
+        sharded,
+        mesh,
+        **{"loss_tile_tokens": 5, "param_dtype": dtype, "reduce_dtype": dtype} | options,
+    )
     hf.allocate(sharded, mesh.device)
     hf.initialize(sharded, seed=3)
     if fill:
@@ -160,7 +175,9 @@ def train_sharded(
 
     def note_gradients(*_) -> None:
         gradients = {name: p.grad for name, p in hf.named_parameters(sharded) if p.grad is not None}
-        record.gradients.append({name: gradient.full_tensor() for name, gradient in gradients.items()})
+        record.gradients.append(
+            {name: gradient.full_tensor() for name, gradient in gradients.items()}
+        )
 
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
@@ -173,7 +190,9 @@ def train_sharded(
 
 
 class Run:
-    """A model and its optimizer on this rank of a mesh, to be trained step by step on the same rows."""
+    """A model and its optimizer on this rank of a mesh, to be trained step by step on the same
+    rows.
+    """
 
     def __init__(
         self,
@@ -190,7 +209,8 @@ class Run:
         prepare: Callable[[torch.nn.Module], Any] | None = None,
         wrap: dict[str, Any] | None = None,
     ):
-        """dtype: of the stored parameters; param_dtype: of the computation. prepare: is given the model on meta.
+        """dtype: of the stored parameters; param_dtype: of the computation. prepare: is given the
+        model on meta.
 
         wrap: more options of `parallelize`.
         """
@@ -201,16 +221,24 @@ class Run:
         param_dtype = param_dtype or dtype
         reduce_dtype = torch.promote_types(param_dtype, torch.float32)
         dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}
-        parallelize(self.model, self.mesh, parameter_offload=parameter_offload, **dtypes, **wrap or {})
+        parallelize(
+            self.model, self.mesh, parameter_offload=parameter_offload, **dtypes, **wrap or {}
+        )
         hf.allocate(self.model, self.mesh.device, parameter_offload=parameter_offload)
         hf.initialize(self.model, seed)
-        self.optimizer = build_optimizer(self.model.parameters(), optimizer, offload=optimizer_offload)
+        self.optimizer = build_optimizer(
+            self.model.parameters(), optimizer, offload=optimizer_offload
+        )
         self.losses: list[float] = []
 
     def train(self, steps: int, *, accumulate: int = 1) -> Run:
         for _ in range(steps):
-            batches = [local_batch(self.rows, self.mesh).to(self.mesh.device) for _ in range(accumulate)]
-            loss, self.grad_norm, _ = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=1.0)
+            batches = [
+                local_batch(self.rows, self.mesh).to(self.mesh.device) for _ in range(accumulate)
+            ]
+            loss, self.grad_norm, _ = train_step(
+                self.model, self.optimizer, batches, self.mesh, max_norm=1.0
+            )
             self.losses.append(loss.item())
         return self
 
@@ -218,20 +246,29 @@ class Run:
         """Parameters and optimizer state by name, as they live on this rank."""
         state = get_optimizer_state_dict(self.model, self.optimizer)["state"]
         flat = dict(get_model_state_dict(self.model))
-        return flat | {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
+        return flat | {
+            f"{name}/{key}": value
+            for name, values in state.items()
+            for key, value in values.items()
+        }
 
     def whole(self) -> dict[str, Tensor]:
-        """Parameters and optimizer state, gathered; what is quantized as the numbers it stands for."""
+        """Parameters and optimizer state, gathered; what is quantized as the numbers it stands
+        for.
+        """
 
         def numbers(t: Tensor) -> Tensor:
             return t.dequantize() if is_traceable_wrapper_subclass(t) else t
 
         def plain(t: Tensor) -> Tensor:
             if isinstance(t, DTensor):
-                # Before they are gathered: gathering codes and scales is two collectives in flight at once, in which
-                # gloo corrupts the heap (torch 2.13: within a hundred rounds of a test a rank dies).
+                # Before they are gathered: gathering codes and scales is two collectives in flight
+                # at once, in which gloo corrupts the heap (torch 2.13: within a hundred rounds of a
+                # test a rank dies).
                 local, layout = numbers(t.to_local()), {"shape": t.shape, "stride": t.stride()}
-                t = DTensor.from_local(local, t.device_mesh, t.placements, run_check=False, **layout).full_tensor()
+                t = DTensor.from_local(
+                    local, t.device_mesh, t.placements, run_check=False, **layout
+                ).full_tensor()
             return numbers(t).detach().clone()
 
         return {name: plain(t) for name, t in self.state().items()}
@@ -239,7 +276,8 @@ class Run:
     def bits(self) -> dict[str, list[Tensor]]:
         """This rank's part of them as it is stored: codes and scales where it is quantized."""
         return {
-            name: [piece.detach().clone() for piece in plain_pieces(t.detach())] for name, t in self.state().items()
+            name: [piece.detach().clone() for piece in plain_pieces(t.detach())]
+            for name, t in self.state().items()
         }
 
     def local(self) -> list[Tensor]:
@@ -247,8 +285,11 @@ class Run:
         return [p.to_local().detach().clone() for p in self.model.parameters()]
 
 
-def plain_model(table: dict[str, Any], dtype: torch.dtype, *, experts: str | None) -> PreTrainedModel:
-    """Unmodified transformers, with the attention that it chooses; where scores are capped, with one that caps them.
+def plain_model(
+    table: dict[str, Any], dtype: torch.dtype, *, experts: str | None
+) -> PreTrainedModel:
+    """Unmodified transformers, with the attention that it chooses; where scores are capped, with
+    one that caps them.
 
     transformers 5.17 chooses sdpa for gemma2, which does not.
     """
@@ -270,7 +311,9 @@ def train_plain(
     prepare: Act | None = None,
     fill: Act | None = None,
 ) -> Record:
-    """The same on one process: unmodified transformers, each document a forward of its own, plain AdamW."""
+    """The same on one process: unmodified transformers, each document a forward of its own, plain
+    AdamW.
+    """
     record = Record()
     plain = plain_model(model, dtype, experts=hf.experts_path(dtype))
     if prepare:
@@ -279,17 +322,26 @@ def train_plain(
     if fill:
         fill(plain)
     o, trained = OPTIMIZER, [p for p in plain.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+    )
     for micro_batches in steps:
         total, valid = torch.zeros((), dtype=dtype), 0
         for rows in micro_batches:
             documents = [document for row in rows for document in row]
-            outputs = [plain(input_ids=document.tokens[None, :-1], use_cache=False) for document in documents]
+            outputs = [
+                plain(input_ids=document.tokens[None, :-1], use_cache=False)
+                for document in documents
+            ]
             for output, document in zip(outputs, documents, strict=True):
-                total = total + F.cross_entropy(output.logits[0], document.labels, ignore_index=-100, reduction="sum")
+                total = total + F.cross_entropy(
+                    output.logits[0], document.labels, ignore_index=-100, reduction="sum"
+                )
             labels = sum(int((d.labels != -100).sum()) for d in documents)
             if getattr(plain.config, "output_router_logits", False):
-                total = total + labels * router_loss(plain, [output.router_logits for output in outputs])
+                total = total + labels * router_loss(
+                    plain, [output.router_logits for output in outputs]
+                )
             valid += labels
         loss = total / valid
         loss.backward()
@@ -305,14 +357,20 @@ def train_plain(
 
 
 def router_loss(plain: PreTrainedModel, logits: list[tuple[Tensor, ...]]) -> Tensor:
-    """What transformers would add to the loss if it had seen all documents, whose router logits these are, at once."""
+    """What transformers would add to the loss if it had seen all documents, whose router logits
+    these are, at once.
+    """
     layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
     function = sys.modules[type(plain).__module__].load_balancing_loss_func
-    return plain.router_aux_loss_coef * function(layers, plain.num_experts, plain.num_experts_per_tok)
+    return plain.router_aux_loss_coef * function(
+        layers, plain.num_experts, plain.num_experts_per_tok
+    )
 
 
 def largest_difference(found: Record, expected: Record) -> dict[str, float]:
-    """Relative differences (to the largest magnitude of each tensor), the worst of each kind and where it is."""
+    """Relative differences (to the largest magnitude of each tensor), the worst of each kind and
+    where it is.
+    """
     worst: dict[str, float] = {}
 
     def note(what: str, a, b) -> None:
@@ -325,7 +383,9 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
         ("loss", found.losses, expected.losses),
         ("grad norm", found.grad_norms, expected.grad_norms),
     ):
-        note(what, *(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs)))  # not the fp32 of Python's numbers
+        note(
+            what, *(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs))
+        )  # not the fp32 of Python's numbers
     for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
         assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
         for name in theirs:
@@ -339,21 +399,34 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
 class KeepFp64(TorchFunctionMode):
     """Under it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
 
-    Norms, routers, their loss and eager softmax name fp32, so that fp64 parity ends where a last bit of fp64 becomes
-    one of fp32. What backward computes again is kept too.
+    Norms, routers, their loss and eager softmax name fp32, so that fp64 parity ends where a last
+    bit of fp64 becomes one of fp32. What backward computes again is kept too.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is Tensor.backward:
             loss = args[0]
-            # No mode is in force in here, nor would one be where backward computes a checkpoint again. Past the public
-            # functions, which would come here once more.
+            # No mode is in force in here, nor would one be where backward computes a checkpoint
+            # again. Past the public functions, which would come here once more.
             with self:
                 run = torch.autograd.graph._engine_run_backward
-                run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+                run(
+                    (loss,),
+                    (torch.ones_like(loss),),
+                    False,
+                    False,
+                    (),
+                    allow_unreachable=True,
+                    accumulate_grad=True,
+                )
             return None
-        if func is torch.zeros or args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+        if (
+            func is torch.zeros
+            or args
+            and isinstance(args[0], Tensor)
+            and args[0].dtype == torch.float64
+        ):
             if func is Tensor.float:
                 return args[0]
             args = tuple(torch.float64 if x is torch.float32 else x for x in args)

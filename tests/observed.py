@@ -1,6 +1,8 @@
-"""Runs of `Trainer`, and plans, as somebody sees them who looks from outside: what they said, wrote, logged, trained.
+"""Runs of `Trainer`, and plans, as somebody sees them who looks from outside: what they said,
+wrote, logged, trained.
 
-`Observer` makes them, `Seen` is what came of one, and the functions below it are what is asked of that.
+`Observer` makes them, `Seen` is what came of one, and the functions below it are what is asked of
+that.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ class Seen:
     weights: dict[str, Any] = field(default_factory=dict)
     """and after the last one"""
     facts: dict[str, Any] = field(default_factory=dict)
-    """of a run what only its process can tell (see `_look_around`), of a plan what plan.json holds"""
+    """of a run what only its process can tell (see `_look_around`), of a plan what plan.json
+    holds
+    """
 
     def of_steps(self, name: str) -> list[Any]:
         """A metric of each logged training step."""
@@ -87,9 +91,11 @@ class Observer:
     def __call__(
         self, settings: Settings, *, ranks: int = 1, watch: str = "", plans: bool = False
     ) -> Seen:
-        """Of `Trainer` on so many ranks what rank 0 shows, or of `train.py --plan`. watch: see `see`.
+        """Of `Trainer` on so many ranks what rank 0 shows, or of `train.py --plan`. watch: see
+        `see`.
 
-        settings: all of them, as in TOML, except those that are None; "$MATERIAL" is the folder of `material.py`.
+        settings: all of them, as in TOML, except those that are None; "$MATERIAL" is the folder of
+        `material.py`.
         """
         toml = as_toml(settings)
         key = (toml, ranks, watch, plans)
@@ -109,8 +115,8 @@ class Observer:
 def see(folder: Path, environment: dict[str, str], *, watch: str = "") -> Seen:
     """Run `Trainer` on the ranks that call this, as train.py does, from <folder>/run.toml.
 
-    watch: "operators" counts what is computed, "wandb" has a stand-in for it, "cache" keeps tokens on the disk however
-    few they are. What is set for the process is set back.
+    watch: "operators" counts what is computed, "wandb" has a stand-in for it, "cache" keeps tokens
+    on the disk however few they are. What is set for the process is set back.
     """
     import torch
 
@@ -142,7 +148,9 @@ def see(folder: Path, environment: dict[str, str], *, watch: str = "") -> Seen:
 
 
 def see_plan(folder: Path, environment: dict[str, str]) -> Seen:
-    """`train.py --plan` of <folder>/run.toml, in this process: it needs one without a process group."""
+    """`train.py --plan` of <folder>/run.toml, in this process: it needs one without a process
+    group.
+    """
     import train as train_script
     from titan_ulysses.distributed.errors import UserError
 
@@ -243,7 +251,8 @@ def _look_around(run: Trainer) -> dict[str, Any]:
     maps = Path("/proc/self/maps")
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        # Bytes of each piece of host memory or disk that checkpoints wait in, and the folders of those on disk.
+        # Bytes of each piece of host memory or disk that checkpoints wait in, and the folders of
+        # those on disk.
         "slabs": [slab.numel() for store in stores.values() for slab in store.slabs],
         "mapped": re.findall(
             r"(/\S*)/checkpoint-\S+ \(deleted\)", maps.read_text() if maps.exists() else ""
@@ -253,7 +262,7 @@ def _look_around(run: Trainer) -> dict[str, Any]:
     }
 
 
-# --- what is asked of them --------------------------------------------------------------------------------------------
+# --- what is asked of them ------------------------------------------------------------------------
 
 
 def near(one: Any, other: Any) -> bool:

@@ -1,7 +1,9 @@
-"""Real gloo ranks for the tests: `run_on_ranks(2, fn, *args)` calls `fn` on two processes and returns both results.
+"""Real gloo ranks for the tests: `run_on_ranks(2, fn, *args)` calls `fn` on two processes and
+returns both results.
 
-Starting a rank costs seconds (it imports torch), so the ranks of a world size stay alive between calls. Nothing here
-imports torch before a rank starts: a rank that hangs while importing it still shows its stack.
+Starting a rank costs seconds (it imports torch), so the ranks of a world size stay alive between
+calls. Nothing here imports torch before a rank starts: a rank that hangs while importing it still
+shows its stack.
 """
 
 from __future__ import annotations
@@ -32,19 +34,25 @@ _GRACE_SECONDS = 2.0
 
 
 class RankFailure(Exception):
-    """A rank raised or died. `failures` maps each such rank to its traceback or exit code, the first to fail first."""
+    """A rank raised or died. `failures` maps each such rank to its traceback or exit code, the
+    first to fail first.
+    """
 
     def __init__(self, failures: dict[int, str], still_running: list[int]) -> None:
         self.failures = failures
         parts = [f"{len(failures)} rank(s) failed"]
         parts += [f"--- rank {rank} ---\n{text.rstrip()}" for rank, text in failures.items()]
         if still_running:
-            parts.append(f"--- still running {_GRACE_SECONDS:g} s later, killed: ranks {still_running} ---")
+            parts.append(
+                f"--- still running {_GRACE_SECONDS:g} s later, killed: ranks {still_running} ---"
+            )
         super().__init__("\n".join(parts))
 
 
 class RankTimeout(Exception):
-    """A rank did not finish in time. `stacks` maps every rank, finished or not, to the Python stacks of its threads."""
+    """A rank did not finish in time. `stacks` maps every rank, finished or not, to the Python
+    stacks of its threads.
+    """
 
     def __init__(self, timeout: float, stacks: dict[int, str], still_running: list[int]) -> None:
         self.stacks = stacks
@@ -58,14 +66,17 @@ class RankTimeout(Exception):
 def run_on_ranks(
     world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
 ) -> list[Any]:
-    """Call `fn(*args, **kwargs)` on `world_size` CPU ranks with a gloo default group; return the results by rank.
+    """Call `fn(*args, **kwargs)` on `world_size` CPU ranks with a gloo default group; return the
+    results by rank.
 
-    `fn` is a module-level function; arguments and results travel by pickle, tensors by value (a view with its whole
-    storage). Ranks are reused: whatever `fn` sets for the process (seed, environment, working directory) stays set,
-    and what the parent sets after their start does not reach them. `timeout` is in seconds and excludes their start.
+    `fn` is a module-level function; arguments and results travel by pickle, tensors by value (a
+    view with its whole storage). Ranks are reused: whatever `fn` sets for the process (seed,
+    environment, working directory) stays set, and what the parent sets after their start does not
+    reach them. `timeout` is in seconds and excludes their start.
 
-    Raises RankFailure when a rank raises or dies, RankTimeout when one does not finish. Either way these ranks are
-    killed, and the next call starts new ones: ranks that stopped at different collectives are of no further use.
+    Raises RankFailure when a rank raises or dies, RankTimeout when one does not finish. Either way
+    these ranks are killed, and the next call starts new ones: ranks that stopped at different
+    collectives are of no further use.
     """
     request = pickle.dumps((fn, args, kwargs))
     try:
@@ -87,7 +98,9 @@ def close_pools() -> None:
 
 
 class _Pool:
-    """The processes of one world size, a pipe to each, and a folder with the rendezvous file and the stack dumps."""
+    """The processes of one world size, a pipe to each, and a folder with the rendezvous file and
+    the stack dumps.
+    """
 
     def __init__(self, world_size: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -98,8 +111,11 @@ class _Pool:
         for rank in range(world_size):
             ours, theirs = spawn.Pipe()
             _stack_file(self.folder.name, rank).touch()
-            # Not daemonic: a daemonic process may not have children, and data loaders and async checkpoints do.
-            process = spawn.Process(target=_serve, args=(rank, world_size, port, self.folder.name, theirs))
+            # Not daemonic: a daemonic process may not have children, and data loaders and async
+            # checkpoints do.
+            process = spawn.Process(
+                target=_serve, args=(rank, world_size, port, self.folder.name, theirs)
+            )
             self.connections.append(ours)
             process.start()
             self.processes.append(process)
@@ -115,7 +131,9 @@ class _Pool:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         waiting = dict(enumerate(self.connections))
-        while waiting and (ready := wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))):
+        while waiting and (
+            ready := wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
+        ):
             for rank in [rank for rank, connection in waiting.items() if connection in ready]:
                 del waiting[rank]
                 succeeded, value = self._receive(rank)
@@ -140,7 +158,10 @@ class _Pool:
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGUSR1)
-        return {rank: _read_stack(_stack_file(self.folder.name, rank)) for rank in range(len(self.processes))}
+        return {
+            rank: _read_stack(_stack_file(self.folder.name, rank))
+            for rank in range(len(self.processes))
+        }
 
     def close(self) -> None:
         for process in self.processes:
@@ -154,15 +175,20 @@ class _Pool:
 
 
 _POOLS: dict[int, _Pool] = {}
-# Runs before multiprocessing's own exit handler, registered at import above, which would wait for the ranks forever.
+# Runs before multiprocessing's own exit handler, registered at import above, which would wait for
+# the ranks forever.
 atexit.register(close_pools)
 
 
 def _serve(rank: int, world_size: int, port: int, folder: str, connection: Connection) -> None:
-    """A rank's life: start, report that, then answer one request after the other until the parent is gone."""
+    """A rank's life: start, report that, then answer one request after the other until the parent
+    is gone.
+    """
     with open(_stack_file(folder, rank), "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it ends the ranks
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # Ctrl-C is the parent's to handle; it ends the ranks
         threading.Thread(target=_die_with_parent, args=(folder,), daemon=True).start()
         _allow_many_open_files()
         connection.send_bytes(_reply(_start, rank, world_size, port, folder))
@@ -174,7 +200,12 @@ def _serve(rank: int, world_size: int, port: int, folder: str, connection: Conne
 def _start(rank: int, world_size: int, port: int, folder: str) -> None:
     sys.path[:0] = [path for path in _SEARCH_PATH if path not in sys.path]
     os.environ.update(
-        {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+        }
     )
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     import torch
@@ -182,7 +213,9 @@ def _start(rank: int, world_size: int, port: int, folder: str) -> None:
 
     torch.set_num_threads(1)  # ranks share the machine's few cores
     # A file rather than the port: a port found free may be taken by the time the rank binds it.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
 
 
 def _answer(request: bytes) -> Any:
@@ -190,15 +223,21 @@ def _answer(request: bytes) -> Any:
 
     fn, args, kwargs = pickle.loads(request)
     result = fn(*args, **kwargs)
-    assert dist.is_initialized(), f"{fn.__name__} destroyed the default process group, which the next call needs"
+    assert dist.is_initialized(), (
+        f"{fn.__name__} destroyed the default process group, which the next call needs"
+    )
     return result
 
 
 def _reply(fn: Callable[..., Any], *args: Any) -> bytes:
-    """(True, result) or (False, traceback). Plain pickle: multiprocessing's own shares tensors by file descriptor."""
+    """(True, result) or (False, traceback). Plain pickle: multiprocessing's own shares tensors by
+    file descriptor.
+    """
     try:
         return pickle.dumps((True, fn(*args)))
-    except BaseException:  # SystemExit too: a rank that leaves is a failure to report, not a process to lose
+    except (
+        BaseException
+    ):  # SystemExit too: a rank that leaves is a failure to report, not a process to lose
         return pickle.dumps((False, traceback.format_exc()))
 
 
@@ -214,7 +253,8 @@ def _die_with_parent(folder: str) -> None:
 def _allow_many_open_files() -> None:
     """Each gloo group that a call makes keeps its sockets open for the life of the rank.
 
-    Destroying the groups after the call is no way out: DTensor's caches go on using an equal mesh of an earlier call.
+    Destroying the groups after the call is no way out: DTensor's caches go on using an equal mesh
+    of an earlier call.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS: "unlimited" is more than it allows
@@ -226,7 +266,9 @@ def _stack_file(folder: str, rank: int) -> Path:
 
 
 def _read_stack(path: Path) -> str:
-    """Read a dump once it stops growing: faulthandler writes from a signal handler and does not say when it is done."""
+    """Read a dump once it stops growing: faulthandler writes from a signal handler and does not say
+    when it is done.
+    """
     text, deadline = "", time.monotonic() + _GRACE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,6 @@
-"""What the tests of whole runs share: documents and a TOML file to train on, one run on a rank, and what it logged."""
+"""What the tests of whole runs share: documents and a TOML file to train on, one run on a rank, and
+what it logged.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ Settings = dict[str, Any]
 
 
 def write_documents(folder: Path, *, documents: int, seed: int) -> Path:
-    """Text files of 5 to 150 characters, so that most sequences of 32 tokens hold a border of documents."""
+    """Text files of 5 to 150 characters, so that most sequences of 32 tokens hold a border of
+    documents.
+    """
     folder.mkdir(parents=True)
     draw = random.Random(seed)
     for number in range(documents):
@@ -57,7 +61,9 @@ def write_documents(folder: Path, *, documents: int, seed: int) -> Path:
 
 
 def write_run(folder: Path, *, documents: int = 20) -> Path:
-    """A tiny byte-level llama and documents for it in `folder`; its run writes to <folder>/outputs/run."""
+    """A tiny byte-level llama and documents for it in `folder`; its run writes to
+    <folder>/outputs/run.
+    """
     data = write_documents(folder / "data", documents=documents, seed=0)
     paths = f'[job]\ndump_folder = "{folder / "outputs"}"\n[data]\npath = "{data}"\n'
     (folder / "run.toml").write_text(LLAMA_TOML + RUN_TOML + paths)
@@ -91,4 +97,6 @@ def logged(run: Path) -> list[dict[str, Any]]:
 
 def learned(run: Path) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of each logged training step."""
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in logged(run) if "loss" in line]
+    return [
+        (line["step"], line["loss"], line["grad_norm"]) for line in logged(run) if "loss" in line
+    ]

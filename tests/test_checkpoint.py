@@ -1,4 +1,6 @@
-"""Checkpoints: the same training on any mesh, whole or not there at all, and told plainly when they cannot be used."""
+"""Checkpoints: the same training on any mesh, whole or not there at all, and told plainly when they
+cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Run(models.Run):
         super().__init__(degrees, {**MODEL, **changes}, ROWS, seed=seed)
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 0.0) -> None:
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], *, tolerance: float = 0.0
+) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
@@ -59,7 +63,7 @@ def error_of(act: Callable[[], Any]) -> str:
     raise AssertionError("nothing was wrong")
 
 
-# --- the same training on any mesh ------------------------------------------------------------------------------------
+# --- the same training on any mesh ----------------------------------------------------------------
 
 
 def save_and_go_on(degrees: Degrees, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -70,7 +74,9 @@ def save_and_go_on(degrees: Degrees, folder: Path) -> tuple[dict[str, Tensor], d
     return saved, run.train(2).whole()
 
 
-def resume(degrees: Degrees, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def resume(
+    degrees: Degrees, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     run = Run(degrees, seed=1)  # other values, and an optimizer that has no state yet
     checkpointer = Checkpointer(folder, keep=0)
     state = checkpointer.load(checkpointer.latest(), run.model, run.optimizer)
@@ -78,28 +84,36 @@ def resume(degrees: Degrees, folder: Path) -> tuple[dict[str, Any], dict[str, Te
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], dict[str, Tensor]]:
+def saved(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, dict[str, Tensor], dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     [(before, after), _] = run_on_ranks(2, save_and_go_on, (1, 1, 2), folder)
     return folder, before, after
 
 
-@pytest.mark.parametrize("degrees", [(1, 1, 2), (2, 1, 1), (1, 1, 4), (1, 2, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "degrees", [(1, 1, 2), (2, 1, 1), (1, 1, 4), (1, 2, 2), (2, 1, 2)], ids=str
+)
 def test_resume_on_any_mesh(degrees: Degrees, saved: tuple[Path, dict, dict]) -> None:
     folder, before, after = saved
     replicate, shard, sequence = degrees
     same_mesh = degrees == (1, 1, 2)
-    for state, loaded, trained in run_on_ranks(replicate * shard * sequence, resume, degrees, folder):
+    for state, loaded, trained in run_on_ranks(
+        replicate * shard * sequence, resume, degrees, folder
+    ):
         assert {name: state[name] for name in RUN_STATE} == RUN_STATE
         assert_same(loaded, before)
         assert_same(trained, after, tolerance=0.0 if same_mesh else 1e-12)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(moved) == len(before)  # a checkpoint that changes nothing would pass what stands above
+    assert len(moved) == len(
+        before
+    )  # a checkpoint that changes nothing would pass what stands above
     kinds = {name.split("/")[-1] for name in before if "/" in name}
     assert kinds == {"exp_avg", "exp_avg_sq", "step"}
 
 
-# --- which checkpoints there are --------------------------------------------------------------------------------------
+# --- which checkpoints there are ------------------------------------------------------------------
 
 
 def save_steps(folder: Path) -> dict[str, Any]:
@@ -144,7 +158,7 @@ def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
         assert found["no folder"] is None
 
 
-# --- what cannot be loaded --------------------------------------------------------------------------------------------
+# --- what cannot be loaded ------------------------------------------------------------------------
 
 
 def cut(path: Path) -> None:
@@ -173,27 +187,39 @@ def try_to_load(folders: list[Path], **changes: Any) -> list[tuple[str, bool]]:
     for folder in folders:
         checkpointer = Checkpointer(folder, keep=0)
         message = error_of(lambda c=checkpointer: c.load(c.latest(), run.model, run.optimizer))
-        found.append((message, all(map(torch.equal, run.local(), before)) and not run.optimizer.state))
+        found.append(
+            (message, all(map(torch.equal, run.local(), before)) and not run.optimizer.state)
+        )
     return found
 
 
-def test_a_damaged_checkpoint_is_refused_before_anything_changes(saved: tuple, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(
+    saved: tuple, tmp_path: Path
+) -> None:
     for case, (damage, _) in DAMAGES.items():
         shutil.copytree(saved[0], tmp_path / case)
         damage(tmp_path / case / "step-2")
     shutil.copytree(saved[0] / "step-2", tmp_path / "truncated" / "step-1")
     for found in run_on_ranks(2, try_to_load, [tmp_path / case for case in DAMAGES]):
         for (case, (_, reason)), (message, unchanged) in zip(DAMAGES.items(), found, strict=True):
-            assert message.startswith(f"checkpoint.folder = {tmp_path / case}: step-2 is damaged ("), message
+            assert message.startswith(
+                f"checkpoint.folder = {tmp_path / case}: step-2 is damaged ("
+            ), message
             assert reason in message
-            remedy = "to resume from step 1." if case == "truncated" else "to start from the beginning."
+            remedy = (
+                "to resume from step 1." if case == "truncated" else "to start from the beginning."
+            )
             assert message.endswith(f"Remove it {remedy}")
             assert "\n" not in message
             assert unchanged, case
 
 
-def test_contents_that_are_damaged_are_refused_too(saved: tuple[Path, dict, dict], tmp_path: Path) -> None:
-    """The sizes are right. A tensor's bytes are found while reading, when the model may have changed already."""
+def test_contents_that_are_damaged_are_refused_too(
+    saved: tuple[Path, dict, dict], tmp_path: Path
+) -> None:
+    """The sizes are right. A tensor's bytes are found while reading, when the model may have
+    changed already.
+    """
     files = {".metadata": ".metadata: ", "__1_0.distcp": "rank "}
     for name in files:
         shutil.copytree(saved[0], tmp_path / name)
@@ -201,7 +227,9 @@ def test_contents_that_are_damaged_are_refused_too(saved: tuple[Path, dict, dict
         file.write_bytes(bytes(file.stat().st_size))
     for found in run_on_ranks(2, try_to_load, [tmp_path / name for name in files], timeout=30):
         for (name, reason), (message, unchanged) in zip(files.items(), found, strict=True):
-            assert message.startswith(f"checkpoint.folder = {tmp_path / name}: step-2 is damaged ({reason}")
+            assert message.startswith(
+                f"checkpoint.folder = {tmp_path / name}: step-2 is damaged ({reason}"
+            )
             assert unchanged or name != ".metadata"
 
 
@@ -209,19 +237,29 @@ def test_contents_that_are_damaged_are_refused_too(saved: tuple[Path, dict, dict
     ("changes", "difference"),
     [
         ({"hidden_size": 40}, "model.embed_tokens.weight is [61, 32] there and [61, 40] here."),
-        ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight is absent there and [32, 32] here."),
-        ({"num_hidden_layers": 1}, "model.layers.1.self_attn.q_proj.weight is [32, 32] there and absent here."),
+        (
+            {"num_hidden_layers": 3},
+            "model.layers.2.self_attn.q_proj.weight is absent there and [32, 32] here.",
+        ),
+        (
+            {"num_hidden_layers": 1},
+            "model.layers.1.self_attn.q_proj.weight is [32, 32] there and absent here.",
+        ),
     ],
     ids=str,
 )
-def test_another_model_is_refused(changes: dict, difference: str, saved: tuple[Path, dict, dict]) -> None:
+def test_another_model_is_refused(
+    changes: dict, difference: str, saved: tuple[Path, dict, dict]
+) -> None:
     for [(message, unchanged)] in run_on_ranks(2, try_to_load, [saved[0]], **changes):
-        assert message.startswith(f"checkpoint.folder = {saved[0]}: step-2 holds another model: {difference}")
+        assert message.startswith(
+            f"checkpoint.folder = {saved[0]}: step-2 holds another model: {difference}"
+        )
         assert "Give this run another job.name" in message
         assert unchanged
 
 
-# --- a disk that fills up ---------------------------------------------------------------------------------------------
+# --- a disk that fills up -------------------------------------------------------------------------
 
 
 def with_full_disk(ranks: list[int], limit: int, act: Callable[[], str]) -> str:
@@ -242,7 +280,9 @@ def no_space(*_: Any, **__: Any) -> None:
 
 
 def fill_the_disk(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """Save step 1, then fail to save step 2 in every way; returns the messages and the folder after each."""
+    """Save step 1, then fail to save step 2 in every way; returns the messages and the folder after
+    each.
+    """
     run, checkpointer, found = Run((1, 1, 2)).train(1), Checkpointer(folder, keep=1), {}
     save = partial(checkpointer.save, model=run.model, optimizer=run.optimizer, state=RUN_STATE)
     save(1)
@@ -256,7 +296,10 @@ def fill_the_disk(folder: Path) -> dict[str, tuple[str, list[str]]]:
         dist.barrier()
 
     for case, ranks in {"all ranks": [0, 1], "rank 0": [0], "rank 1": [1]}.items():
-        fail(case, lambda ranks=ranks: with_full_disk(ranks, 20_000, lambda: error_of(partial(save, 2))))
+        fail(
+            case,
+            lambda ranks=ranks: with_full_disk(ranks, 20_000, lambda: error_of(partial(save, 2))),
+        )
     with pytest.MonkeyPatch.context() as patch:  # only rank 0 publishes
         patch.setattr(json, "dump", no_space)
         fail("run.json", lambda: error_of(partial(save, 2)))
@@ -279,18 +322,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rank_waiting(tmp_path: Pa
     assert first.keys() == {"all ranks", "rank 0", "rank 1", "run.json"}
     for case, (message, files) in first.items():
         assert message.startswith(f"checkpoint.folder = {folder}: saving step 2 failed ("), case
-        assert "The checkpoint of step 1 is intact; free space or change job.dump_folder" in message, case
+        assert (
+            "The checkpoint of step 1 is intact; free space or change job.dump_folder" in message
+        ), case
         assert files == ["step-1"], case
 
 
 def save_where_no_folder_can_be(folder: Path) -> str:
     run = Run((1, 1, 2))
-    return error_of(lambda: Checkpointer(folder, keep=1).save(1, run.model, run.optimizer, RUN_STATE))
+    return error_of(
+        lambda: Checkpointer(folder, keep=1).save(1, run.model, run.optimizer, RUN_STATE)
+    )
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for message in run_on_ranks(2, save_where_no_folder_can_be, tmp_path / "file" / "checkpoints", timeout=30):
-        assert message.startswith(f"checkpoint.folder = {tmp_path / 'file' / 'checkpoints'}: saving step 1 failed (")
+    for message in run_on_ranks(
+        2, save_where_no_folder_can_be, tmp_path / "file" / "checkpoints", timeout=30
+    ):
+        assert message.startswith(
+            f"checkpoint.folder = {tmp_path / 'file' / 'checkpoints'}: saving step 1 failed ("
+        )
         assert "Not a directory" in message
         assert "intact" not in message

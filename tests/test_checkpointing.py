@@ -1,4 +1,6 @@
-"""Checkpoints of k blocks, their inputs off the device, tiles and loss tiles together: exact, and counted."""
+"""Checkpoints of k blocks, their inputs off the device, tiles and loss tiles together: exact, and
+counted.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ def pairwise() -> list[Case]:
 
 def steps_of() -> list[list[list[Row]]]:
     rows = [(10, 14), (6, 6, 12), (24,), (1, 22, 1)]
-    return [[make_rows(rows, masked="uneven", vocab_size=61, seed=10 * s + m) for m in range(2)] for s in range(3)]
+    return [
+        [make_rows(rows, masked="uneven", vocab_size=61, seed=10 * s + m) for m in range(2)]
+        for s in range(3)
+    ]
 
 
 @lru_cache
@@ -77,7 +82,9 @@ def plain() -> Record:
 def check(case: Case) -> None:
     options = dict(zip(FACTORS, case, strict=True))
     sp, dp = options.pop("sp"), options.pop("dp")
-    found = run_on_ranks(sp * dp, train_sharded, (1, dp, sp), MODEL, steps_of(), torch.float64, **options)[0]
+    found = run_on_ranks(
+        sp * dp, train_sharded, (1, dp, sp), MODEL, steps_of(), torch.float64, **options
+    )[0]
     worst = largest_difference(found, plain())
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
@@ -97,7 +104,7 @@ def test_equals_one_plain_process_in_full(case):
     check(case)
 
 
-# --- counters ---------------------------------------------------------------------------------------------------------
+# --- counters -------------------------------------------------------------------------------------
 
 
 def counted(every: int, layers: int, offload: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -128,11 +135,16 @@ def counted(every: int, layers: int, offload: str) -> tuple[dict[str, int], dict
 @pytest.mark.parametrize("offload", ["none", "host"])
 @pytest.mark.parametrize(("every", "layers"), [(0, 6), (1, 6), (2, 6), (3, 6), (4, 6), (6, 6)])
 def test_how_often_things_run(every, layers, offload):
-    """With n segments of L blocks: MLPs 3 L - n times a step (in 3 tiles), cores 2 L, gathers 2 L, reductions L."""
+    """With n segments of L blocks: MLPs 3 L - n times a step (in 3 tiles), cores 2 L, gathers 2 L,
+    reductions L.
+    """
     segments = -(-layers // every) if every else 0
     calls, collectives = run_on_ranks(2, counted, every, layers, offload)[0]
     mlp_runs = 3 * layers - segments if every else 2 * layers
-    print(f"every {every}: {segments} segments of {layers} blocks, {mlp_runs} runs of MLPs, {collectives}")
+    print(
+        f"every {every}: {segments} segments of {layers} blocks, {mlp_runs} runs of MLPs, "
+        f"{collectives}"
+    )
     assert calls == {"mlp": 3 * mlp_runs, "core": (2 if every else 1) * layers}
     # Besides the blocks: embedding and head are gathered once, and the root with the last norm.
     assert collectives["reduce_scatter"] == layers + 3
@@ -140,7 +152,7 @@ def test_how_often_things_run(every, layers, offload):
     assert collectives["all_to_all"] == (6 if every else 4) * layers
 
 
-# --- the wrapper ------------------------------------------------------------------------------------------------------
+# --- the wrapper ----------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -150,7 +162,9 @@ class Block(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 4, dtype=torch.float64)
 
-    def forward(self, hidden_states: Tensor, scale: Tensor, *, shift: float = 0.0, dropout: bool = True) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, scale: Tensor, *, shift: float = 0.0, dropout: bool = True
+    ) -> Tensor:
         hidden_states = torch.tanh(self.linear(hidden_states)) * scale + shift
         return nn.functional.dropout(hidden_states, 0.5) if dropout else hidden_states
 
@@ -165,10 +179,15 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, scale: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("offload", ["none", "host", "disk"])
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
 def test_any_signature_and_random_numbers(every, offload, tmp_path):
-    """A keyword tensor that needs a gradient, keywords that differ from block to block, dropout in each."""
+    """A keyword tensor that needs a gradient, keywords that differ from block to block, dropout in
+    each.
+    """
     torch.manual_seed(0)
     blocks = nn.ModuleList(Block() for _ in range(5))
-    x, scale = torch.randn(3, 4, dtype=torch.float64), torch.ones((), dtype=torch.float64, requires_grad=True)
+    x, scale = (
+        torch.randn(3, 4, dtype=torch.float64),
+        torch.ones((), dtype=torch.float64, requires_grad=True),
+    )
     expected, names = run_blocks(blocks, x, scale), blocks.state_dict().keys()
     store = open_store(offload, tmp_path, torch.device("cpu"))
     checkpoint_blocks(blocks, every=every, store=store)
@@ -177,7 +196,9 @@ def test_any_signature_and_random_numbers(every, offload, tmp_path):
         for a, b in zip(run_blocks(blocks, x, scale), expected, strict=True):
             assert torch.equal(a, b)
     if store:
-        assert len(store.slabs) == -(-5 // every), "the second pass uses the slabs of the first again"
+        assert len(store.slabs) == -(-5 // every), (
+            "the second pass uses the slabs of the first again"
+        )
     assert not list(tmp_path.iterdir()), "files have no name"
 
 
@@ -187,12 +208,16 @@ def test_two_forwards_before_two_backwards():
     block = Block()
     x = [torch.randn(3, 4, dtype=torch.float64) for _ in range(3)]
     scale = torch.ones((), dtype=torch.float64)
-    expected = [torch.autograd.grad(block(y, scale, dropout=False).sum(), block.linear.weight)[0] for y in x]
+    expected = [
+        torch.autograd.grad(block(y, scale, dropout=False).sum(), block.linear.weight)[0] for y in x
+    ]
     blocks, store = nn.ModuleList([block]), open_store("host", None, torch.device("cpu"))
     checkpoint_blocks(blocks, every=1, store=store)
     outputs = [blocks[0](y, scale, dropout=False).sum() for y in x]
     for output, gradient in zip(outputs, expected, strict=True):
-        assert torch.equal(torch.autograd.grad(output, block.linear.weight, retain_graph=True)[0], gradient)
+        assert torch.equal(
+            torch.autograd.grad(output, block.linear.weight, retain_graph=True)[0], gradient
+        )
         assert torch.equal(torch.autograd.grad(output, block.linear.weight)[0], gradient)
     del output, outputs
     blocks[0](x[0], scale)
@@ -210,13 +235,17 @@ def test_a_block_that_returns_more_than_its_hidden_state():
     blocks = nn.ModuleList([Tuple(), Tuple()])
     checkpoint_blocks(blocks, every=2, store=None)
     x = torch.randn(3, 4, dtype=torch.float64)
-    with pytest.raises(UserError, match=r"activation_checkpoint.every = 2: Tuple returns more .* = 1"):
+    with pytest.raises(
+        UserError, match=r"activation_checkpoint.every = 2: Tuple returns more .* = 1"
+    ):
         blocks[1](blocks[0](x))
 
 
 def test_room_is_looked_at_before_the_first_step(tmp_path):
     shape = {"shape": (1, 2**20, 4096), "itemsize": 2, "segments": 2**10, "processes": 8}  # 64 TiB
-    with pytest.raises(UserError, match=r'offload = "host": checkpoints take 65536.0 GiB .*8 ranks x 1024 segments'):
+    with pytest.raises(
+        UserError, match=r'offload = "host": checkpoints take 65536.0 GiB .*8 ranks x 1024 segments'
+    ):
         check_room("host", None, **shape)
     with pytest.raises(UserError, match=r"offload_folder = .*: checkpoints take 65536.0 GiB"):
         check_room("disk", tmp_path, **shape)
@@ -234,11 +263,13 @@ def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path):
     assert len(os.listdir("/proc/self/fd")) < 1000
 
 
-# --- CUDA -------------------------------------------------------------------------------------------------------------
+# --- CUDA -----------------------------------------------------------------------------------------
 
 
 def cuda_gradients(offload: str, steps: int = 3) -> tuple[list[Tensor], object]:
-    """Of 6 blocks in segments of 2, on random rows: every gradient of the last of some steps, and the store."""
+    """Of 6 blocks in segments of 2, on random rows: every gradient of the last of some steps, and
+    the store.
+    """
     torch.manual_seed(0)
     device = torch.device("cuda")
     blocks = nn.ModuleList(Block() for _ in range(6)).to(device)
@@ -253,7 +284,9 @@ def cuda_gradients(offload: str, steps: int = 3) -> tuple[list[Tensor], object]:
 
 
 def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
-    """With a stand-in for CUDA: the lock goes with the slab, also where only a view of it was left."""
+    """With a stand-in for CUDA: the lock goes with the slab, also where only a view of it was
+    left.
+    """
     locked: dict[int, int] = {}
 
     def register(address: int, size: int, flags: int) -> int:
@@ -291,16 +324,26 @@ def test_cuda_slabs_are_page_locked():
 
 @pytest.mark.gpu
 def test_cuda_copies_run_beside_the_computation():
-    """Both directions on the store's own stream, and fetched a segment ahead: before it is asked for."""
+    """Both directions on the store's own stream, and fetched a segment ahead: before it is asked
+    for.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     cuda_gradients("host", steps=1)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         cuda_gradients("host", steps=1)
         torch.cuda.synchronize()
-    copies = [e for e in profiler.events() if "Memcpy" in e.name and ("DtoH" in e.name or "HtoD" in e.name)]
+    copies = [
+        e
+        for e in profiler.events()
+        if "Memcpy" in e.name and ("DtoH" in e.name or "HtoD" in e.name)
+    ]
     large = [e for e in copies if e.device_time > 5]
-    kernels = {e.device_resource_id for e in profiler.events() if e.device_type.name == "CUDA" and "gemm" in e.name}
+    kernels = {
+        e.device_resource_id
+        for e in profiler.events()
+        if e.device_type.name == "CUDA" and "gemm" in e.name
+    }
     assert len(large) >= 6 and not {e.device_resource_id for e in large} & kernels
 
 
@@ -313,6 +356,8 @@ def test_cuda_memory_does_not_grow_with_the_blocks():
         checkpoint_blocks(blocks, every=1, store=open_store("host", None, torch.device("cuda")))
         x = torch.randn(2**18, 4, dtype=torch.float64, device="cuda")
         torch.cuda.reset_peak_memory_stats()
-        run_blocks(blocks, x, torch.ones((), dtype=torch.float64, device="cuda", requires_grad=True))
+        run_blocks(
+            blocks, x, torch.ones((), dtype=torch.float64, device="cuda", requires_grad=True)
+        )
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] - peaks[0] < x.numel() * 8

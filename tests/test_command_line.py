@@ -1,4 +1,6 @@
-"""`train.py` and the launcher as a user meets them: killed and started again, stopped by a signal, given bad input."""
+"""`train.py` and the launcher as a user meets them: killed and started again, stopped by a signal,
+given bad input.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,24 @@ def arguments(config: Path, settings: Settings) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 class Launch:
     """Two ranks started by scripts/launch.py, in a process group of their own."""
 
     def __init__(self, *command: str | Path) -> None:
-        launcher = [sys.executable, REPOSITORY / "scripts" / "launch.py", "--standalone", "--nproc-per-node", "2"]
+        launcher = [
+            sys.executable,
+            REPOSITORY / "scripts" / "launch.py",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
         self.process = subprocess.Popen(
             [*launcher, *command],
@@ -47,9 +59,15 @@ class Launch:
         )
 
     def ranks(self) -> list[int]:
-        listing = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True)
+        listing = subprocess.run(
+            ["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+        )
         rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
-        return [int(pid) for pid, parent, command in rows if int(parent) == self.process.pid and ".py" in command]
+        return [
+            int(pid)
+            for pid, parent, command in rows
+            if int(parent) == self.process.pid and ".py" in command
+        ]
 
     def wait_for(self, run: Path, step: int, *, timeout: float = 120) -> None:
         """Until step is logged."""
@@ -85,9 +103,10 @@ def launch() -> Iterator[Callable[..., Launch]]:
             one.kill()
 
 
-# --- killed and stopped -----------------------------------------------------------------------------------------------
+# --- killed and stopped ---------------------------------------------------------------------------
 
-# 40 steps of 8 x 32 tokens; the data are some 1,400 tokens, so that an epoch ends within every sixth step.
+# 40 steps of 8 x 32 tokens; the data are some 1,400 tokens, so that an epoch ends within every
+# sixth step.
 LONG: Settings = SP2 | {"training.steps": 40, "checkpoint.interval": 4}
 
 
@@ -98,8 +117,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, flo
     return learned(folder / "outputs" / "run")
 
 
-def test_killed_and_run_again(tmp_path: Path, launch: Callable[..., Launch], undisturbed: list) -> None:
-    """The same command goes on where the last checkpoint was, bit for bit; then it is finished; then more steps."""
+def test_killed_and_run_again(
+    tmp_path: Path, launch: Callable[..., Launch], undisturbed: list
+) -> None:
+    """The same command goes on where the last checkpoint was, bit for bit; then it is finished;
+    then more steps.
+    """
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     command = [REPOSITORY / "train.py", *arguments(config, LONG)]
     first = launch(*command)
@@ -113,12 +136,17 @@ def test_killed_and_run_again(tmp_path: Path, launch: Callable[..., Launch], und
 
     code, out, err = launch(*command).end()
     assert (code, err) == (0, "")
-    assert f"resumed from step {killed_at // 4 * 4}" in out or f"resumed from step {killed_at // 4 * 4 - 4}" in out
+    assert (
+        f"resumed from step {killed_at // 4 * 4}" in out
+        or f"resumed from step {killed_at // 4 * 4 - 4}" in out
+    )
     assert learned(run) == undisturbed  # each step once, with the same bits
     before = contents(run)
     code, out, err = launch(*command).end()
     assert (code, err) == (0, "")
-    assert out.splitlines()[-1] == f"Finished: {run} has all 40 steps. To go on, raise training.steps."
+    assert (
+        out.splitlines()[-1] == f"Finished: {run} has all 40 steps. To go on, raise training.steps."
+    )
     assert contents(run) == before
     run_on_ranks(2, train, config, LONG | {"training.steps": 43})
     assert [step for step, *_ in learned(run)] == list(range(1, 44))
@@ -139,7 +167,11 @@ def ctrl_c(launched: Launch) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "expected"),
-    [(sigterm_to_one_rank, 0), (sigterm_to_the_launcher, 143), pytest.param(ctrl_c, 130, marks=pytest.mark.slow)],
+    [
+        (sigterm_to_one_rank, 0),
+        (sigterm_to_the_launcher, 143),
+        pytest.param(ctrl_c, 130, marks=pytest.mark.slow),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_stopped_by_a_signal(
@@ -156,9 +188,16 @@ def test_stopped_by_a_signal(
     assert code == expected
     step = learned(run)[-1][0]
     assert 5 <= step < 40
-    assert out.splitlines()[-1] == f"Stopped by a signal after step {step}. The same command goes on from there."
+    assert (
+        out.splitlines()[-1]
+        == f"Stopped by a signal after step {step}. The same command goes on from there."
+    )
     if stop is not sigterm_to_one_rank:  # it is the second rank, and the first one speaks
-        name, again = ("SIGINT", " Ctrl-C again ends at once, without one.") if stop is ctrl_c else ("SIGTERM", "")
+        name, again = (
+            ("SIGINT", " Ctrl-C again ends at once, without one.")
+            if stop is ctrl_c
+            else ("SIGTERM", "")
+        )
         answer = f"{name} received: stopping after step {step}, then saving a checkpoint.{again}"
         assert answer in out.splitlines()
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{step}"]
@@ -177,7 +216,7 @@ def test_signals_are_the_callers_again_after_a_run(tmp_path: Path) -> None:
     assert run_on_ranks(1, signal_handlers_around_a_run, write_run(tmp_path), settings) == [True]
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 def refusal(argv: list[str]) -> tuple[int, str]:
@@ -235,14 +274,18 @@ def lines(*records: str) -> Callable[[Path], None]:
 def saved_data_set(folder: Path) -> None:
     import datasets
 
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a"}])}).save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a"}])}).save_to_disk(
+        folder / "saved"
+    )
 
 
 def weightless_model(folder: Path) -> None:
     from transformers import LlamaConfig
 
     table = load_config(folder / "run.toml").model.config
-    LlamaConfig(**{key: value for key, value in table.items() if key != "model_type"}).save_pretrained(folder / "model")
+    LlamaConfig(
+        **{key: value for key, value in table.items() if key != "model_type"}
+    ).save_pretrained(folder / "model")
     edit("[model]", f'[model]\npath = "{folder / "model"}"')(folder)
 
 
@@ -250,32 +293,93 @@ def output_is_a_file(folder: Path) -> None:
     (folder / "outputs").touch()
 
 
-# (what is done to the folder, settings, ranks, exit code, what the message holds); {} stands for the folder.
+# (what is done to the folder, settings, ranks, exit code, what the message holds); {} stands for
+# the folder.
 BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]]] = {
-    "key": (keep, {"training.seq_length": 64}, 1, 2, ["training.seq_length: no such key; did you mean training.seq"]),
-    "section": (edit("[optimizer]", "[optimiser]"), {}, 1, 2, ["[optimiser]: no such section; did you mean [optim"]),
+    "key": (
+        keep,
+        {"training.seq_length": 64},
+        1,
+        2,
+        ["training.seq_length: no such key; did you mean training.seq"],
+    ),
+    "section": (
+        edit("[optimizer]", "[optimiser]"),
+        {},
+        1,
+        2,
+        ["[optimiser]: no such section; did you mean [optim"],
+    ),
     "type": (keep, {"training.steps": "many"}, 1, 2, ['training.steps = "many": needs an integer']),
-    "syntax": (edit("seq_len = 32", "seq_len = = 32"), {}, 1, 2, ["{}/run.toml: not valid TOML", "line 19"]),
-    "learning rate": (keep, {"optimizer.lr": -0.1}, 1, 2, ["optimizer.lr = -0.1: must be at least 0"]),
-    "attention": (keep, {"model.attention": "magic"}, 1, 2, ['model.attention = "magic": needs one of auto, flash']),
-    "no data.path": (keep, {"data.path": ""}, 1, 2, ["data.path is not set: give a file or folder"]),
+    "syntax": (
+        edit("seq_len = 32", "seq_len = = 32"),
+        {},
+        1,
+        2,
+        ["{}/run.toml: not valid TOML", "line 19"],
+    ),
+    "learning rate": (
+        keep,
+        {"optimizer.lr": -0.1},
+        1,
+        2,
+        ["optimizer.lr = -0.1: must be at least 0"],
+    ),
+    "attention": (
+        keep,
+        {"model.attention": "magic"},
+        1,
+        2,
+        ['model.attention = "magic": needs one of auto, flash'],
+    ),
+    "no data.path": (
+        keep,
+        {"data.path": ""},
+        1,
+        2,
+        ["data.path is not set: give a file or folder"],
+    ),
     "no data": (no_data, {}, 1, 1, ['data.path = "{}/data" is not there: give a']),
-    "empty file": (empty_file, {}, 1, 1, ['data.path = "{}/data" has nothing but empty files: give a file']),
-    "empty folder": (empty_folder, {}, 1, 1, ['data.path = "{}/data" has no file that ends in .txt', "change data."]),
-    "not UTF-8": (not_utf8, {}, 1, 1, ["data.path: {}/data/07.txt is not utf-8 text at byte 2", "set data.encoding"]),
+    "empty file": (
+        empty_file,
+        {},
+        1,
+        1,
+        ['data.path = "{}/data" has nothing but empty files: give a file'],
+    ),
+    "empty folder": (
+        empty_folder,
+        {},
+        1,
+        1,
+        ['data.path = "{}/data" has no file that ends in .txt', "change data."],
+    ),
+    "not UTF-8": (
+        not_utf8,
+        {},
+        1,
+        1,
+        ["data.path: {}/data/07.txt is not utf-8 text at byte 2", "set data.encoding"],
+    ),
     "little data": (
         little_data,
         {},
         1,
         1,
-        ["training.seq_len = 32 is longer than all of data.path, 9 tokens", "lower training.seq_len or give more data"],
+        [
+            "training.seq_len = 32 is longer than all of data.path, 9 tokens",
+            "lower training.seq_len or give more data",
+        ],
     ),
     "not JSON": (
         lines('{"text": "a"}', "text: b"),
         {"data.source": "jsonl"},
         1,
         1,
-        ["data.path: a.jsonl:2: not JSON (", 'Correct it, or set data.bad_lines = "skip" to leave such lines out'],
+        [
+            "data.path: a.jsonl:2: not JSON (",
+            'Correct it, or set data.bad_lines = "skip" to leave such lines out',
+        ],
     ),
     "no field": (
         lines('{"body": "a"}'),
@@ -289,7 +393,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         {"data.source": "chat"},
         1,
         1,
-        ['has no chat template, which data.source = "chat" needs: take the tokenizer of the family\'s instruct model'],
+        [
+            'has no chat template, which data.source = "chat" needs: take the tokenizer of the '
+            "family's instruct model"
+        ],
     ),
     "no split": (
         saved_data_set,
@@ -300,7 +407,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
     ),
     "empty source of a mixture": (
         lines('{"text": ""}'),
-        {"data.path": "", "data.mixture": '[{path = "{}/data"}, {path = "{}/data", source = "jsonl"}]'},
+        {
+            "data.path": "",
+            "data.mixture": '[{path = "{}/data"}, {path = "{}/data", source = "jsonl"}]',
+        },
         1,
         1,
         ['data.mixture[1].path = "{}/data" has no document to train on (1 empty one(s) left out)'],
@@ -310,35 +420,51 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         SP2 | {"training.seq_len": 33},
         2,
         2,
-        ["training.seq_len = 33 is not a multiple of", "sequence_parallel_degree = 2: set training.seq_len = 34"],
+        [
+            "training.seq_len = 33 is not a multiple of",
+            "sequence_parallel_degree = 2: set training.seq_len = 34",
+        ],
     ),
     "positions": (
         keep,
         {"training.seq_len": 256},
         1,
         2,
-        ["training.seq_len = 256 is longer", "max_position_embeddings = 128: lower training.seq_len, or raise "],
+        [
+            "training.seq_len = 256 is longer",
+            "max_position_embeddings = 128: lower training.seq_len, or raise ",
+        ],
     ),
     "degrees": (
         keep,
         SP2 | {"parallelism.data_parallel_shard_degree": 2},
         8,
         2,
-        ["dp_replicate(1) x dp_shard(2) x sp(2) = 4 is not WORLD_SIZE(8): start 4 ranks, or change [parallelism]"],
+        [
+            "dp_replicate(1) x dp_shard(2) x sp(2) = 4 is not WORLD_SIZE(8): start 4 ranks, or "
+            "change [parallelism]"
+        ],
     ),
     "global batch": (
         keep,
         {"training.global_batch_size": 9},
         1,
         2,
-        ["training.global_batch_size = 9 is not a multiple of local_batch_size(2)", "set it to 10, or to -1"],
+        [
+            "training.global_batch_size = 9 is not a multiple of local_batch_size(2)",
+            "set it to 10, or to -1",
+        ],
     ),
     "vocabulary": (
         keep,
         {"model.config.vocab_size": 256},
         1,
         2,
-        ['model.tokenizer = "bytes" emits ids up to 256', "vocab_size is 256", "set model.config.vocab_size = 257"],
+        [
+            'model.tokenizer = "bytes" emits ids up to 256',
+            "vocab_size is 256",
+            "set model.config.vocab_size = 257",
+        ],
     ),
     "no weights": (
         weightless_model,
@@ -347,40 +473,67 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         1,
         ['model.path = "{}/model": the folder holds no *.safetensors. Save the model with'],
     ),
-    "tiles": (keep, {"memory.mlp_tile_tokens": -2}, 1, 2, ["memory.mlp_tile_tokens = -2: must be at least -1"]),
+    "tiles": (
+        keep,
+        {"memory.mlp_tile_tokens": -2},
+        1,
+        2,
+        ["memory.mlp_tile_tokens = -2: must be at least -1"],
+    ),
     "offload folder": (
         keep,
-        {"activation_checkpoint.offload": "disk", "activation_checkpoint.offload_folder": "{}/nowhere"},
+        {
+            "activation_checkpoint.offload": "disk",
+            "activation_checkpoint.offload_folder": "{}/nowhere",
+        },
         1,
         1,
-        ["activation_checkpoint.offload_folder = {}/nowhere: not a folder that can be written to. Make it, or name"],
+        [
+            "activation_checkpoint.offload_folder = {}/nowhere: not a folder that can be written "
+            "to. Make it, or name"
+        ],
     ),
     "offload room": (
         keep,
-        {"activation_checkpoint.offload": "host", "training.local_batch_size": 2**40, "training.global_batch_size": -1},
+        {
+            "activation_checkpoint.offload": "host",
+            "training.local_batch_size": 2**40,
+            "training.global_batch_size": -1,
+        },
         1,
         1,
-        ['activation_checkpoint.offload = "host": checkpoints take', "on this node (1 ranks x 2 segments), and "],
+        [
+            'activation_checkpoint.offload = "host": checkpoints take',
+            "on this node (1 ranks x 2 segments), and ",
+        ],
     ),
     "family": (
         keep,
         {"model.config.model_type": "llama4_text", "model.config.output_router_logits": True},
         1,
         1,
-        ['model: "llama4_text" needs router losses (output_router_logits)', "cannot do that exactly"],
+        [
+            'model: "llama4_text" needs router losses (output_router_logits)',
+            "cannot do that exactly",
+        ],
     ),
     "output": (
         output_is_a_file,
         {},
         1,
         1,
-        ["job.dump_folder = {}/outputs: cannot write to {}/outputs/run ({}/outputs is not a folder). Choose a folder"],
+        [
+            "job.dump_folder = {}/outputs: cannot write to {}/outputs/run ({}/outputs is not a "
+            "folder). Choose a folder"
+        ],
     ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_refused_by_name(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_by_name(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare, settings, ranks, code, parts = BAD_INPUT[case]
     config = write_run(tmp_path)
     prepare(tmp_path)
@@ -396,7 +549,11 @@ def test_bad_input_is_refused_by_name(case: str, tmp_path: Path, monkeypatch: py
 
 def test_a_config_that_is_not_there() -> None:
     code, message = refusal(["--config", "no-such.toml"])
-    assert code == 2 and message == f"{Path('no-such.toml').resolve()}: no such file; correct the path in --config"
+    assert (
+        code == 2
+        and message
+        == f"{Path('no-such.toml').resolve()}: no such file; correct the path in --config"
+    )
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
@@ -407,7 +564,9 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert code == 1 and message.startswith("The loss is ")
     assert f" at step {last + 1}. Nothing of it is saved. Lower optimizer.lr = 1e+30" in message
     assert "nan" in message or "inf" in message
-    assert not list((run / "checkpoints").glob("*"))  # nothing that the same command would go on from
+    assert not list(
+        (run / "checkpoints").glob("*")
+    )  # nothing that the same command would go on from
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
@@ -415,8 +574,13 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     run_on_ranks(1, train, config, {"training.steps": 4})
     before = contents(run)
-    [(code, message)] = run_on_ranks(1, refusal, arguments(config, {"model.config.hidden_size": 64}))
-    assert code == 1 and "step-4 holds another model: model.embed_tokens.weight is [257, 32] there" in message
+    [(code, message)] = run_on_ranks(
+        1, refusal, arguments(config, {"model.config.hidden_size": 64})
+    )
+    assert (
+        code == 1
+        and "step-4 holds another model: model.embed_tokens.weight is [257, 32] there" in message
+    )
     assert "Give this run another job.name" in message
     assert contents(run) == before
 
@@ -424,33 +588,50 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
     before = contents(run)
     [(code, message)] = run_on_ranks(1, refusal, arguments(config, {"training.steps": 9}))
-    assert code == 1 and f"checkpoint.folder = {run / 'checkpoints'}: step-4 is damaged ({file.name} has" in message
+    assert (
+        code == 1
+        and f"checkpoint.folder = {run / 'checkpoints'}: step-4 is damaged ({file.name} has"
+        in message
+    )
     assert message.endswith("Remove it to start from the beginning.")
     assert contents(run) == before
 
 
-# --- what the process says, and its exit code -------------------------------------------------------------------------
+# --- what the process says, and its exit code -----------------------------------------------------
 
 
 def python(*command: str | Path) -> tuple[int, str, str]:
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")
+    }
     environment["PYTHONPATH"] = str(REPOSITORY)
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_one_process_says_what_is_wrong_and_no_more(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     code, out, err = python(REPOSITORY / "train.py", *arguments(config, {"training.step": 3}))
-    assert (code, out, err) == (2, "", "error: training.step: no such key; did you mean training.steps?\n")
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: training.step: no such key; did you mean training.steps?\n",
+    )
     no_data(tmp_path)
     code, out, err = python(REPOSITORY / "train.py", *arguments(config, {}))
-    assert (code, out) == (1, "") and err.startswith(f'error: data.path = "{tmp_path / "data"}" is not there: ')
+    assert (code, out) == (1, "") and err.startswith(
+        f'error: data.path = "{tmp_path / "data"}" is not there: '
+    )
     assert len(err.splitlines()) == 1 and not (tmp_path / "outputs").exists()
 
 
 def test_ctrl_c_outside_the_loop() -> None:
-    program = "from titan_ulysses.distributed.failure import told_once\nwith told_once(): raise KeyboardInterrupt"
+    program = (
+        "from titan_ulysses.distributed.failure import told_once\nwith told_once(): raise "
+        "KeyboardInterrupt"
+    )
     assert python("-c", program) == (130, "", "Interrupted.\n")
 
 
@@ -466,7 +647,9 @@ def test_help_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--help", "--plan", "--print-config"])
-def test_what_needs_one_process_is_said_once(flag: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+def test_what_needs_one_process_is_said_once(
+    flag: str, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
     """On the second of several ranks that somebody has started, nothing is."""
     monkeypatch.setenv("RANK", "1")
     train_script.main(["--config", "configs/quickstart.toml", flag])
@@ -475,7 +658,9 @@ def test_what_needs_one_process_is_said_once(flag: str, capsys: pytest.CaptureFi
 
 def test_print_config_reads_back_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_run(tmp_path)
-    train_script.main([*arguments(config, {"training.steps": 7, "optimizer.betas": "0.8,0.9"}), "--print-config"])
+    train_script.main(
+        [*arguments(config, {"training.steps": 7, "optimizer.betas": "0.8,0.9"}), "--print-config"]
+    )
     (tmp_path / "printed.toml").write_text(capsys.readouterr().out)
     printed = load_config(tmp_path / "printed.toml")
     assert printed == load_config(config, [("training.steps", 7), ("optimizer.betas", [0.8, 0.9])])
@@ -514,7 +699,9 @@ with told_once():
 
 @pytest.fixture
 def failing_rank(tmp_path: Path, launch: Callable[..., Launch]) -> Callable[[str], str]:
-    """The stderr of a run of two ranks of which rank 1 fails; it has ended with exit code 1, promptly."""
+    """The stderr of a run of two ranks of which rank 1 fails; it has ended with exit code 1,
+    promptly.
+    """
     (tmp_path / "driver.py").write_text(FAILING_RANK)
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
 
@@ -544,12 +731,20 @@ def test_a_rank_that_is_killed(failing_rank: Callable[[str], str]) -> None:
 
 def test_a_rank_that_is_killed_at_the_start(failing_rank: Callable[[str], str]) -> None:
     """Nobody can tell, because no rank is far enough: the launcher does."""
-    assert failing_rank("killed at the start") == "error: rank 1 was ended by SIGKILL (out of memory?).\n"
+    assert (
+        failing_rank("killed at the start")
+        == "error: rank 1 was ended by SIGKILL (out of memory?).\n"
+    )
 
 
 def test_two_ranks_say_once_what_is_wrong(tmp_path: Path, launch: Callable[..., Launch]) -> None:
     settings: Settings = SP2 | {"training.global_batch_size": 9}
-    code, out, err = launch(REPOSITORY / "train.py", *arguments(write_run(tmp_path), settings)).end()
+    code, out, err = launch(
+        REPOSITORY / "train.py", *arguments(write_run(tmp_path), settings)
+    ).end()
     assert (code, out) == (2, "")
-    assert err.startswith("error: training.global_batch_size = 9 is not a multiple") and len(err.splitlines()) == 1
+    assert (
+        err.startswith("error: training.global_batch_size = 9 is not a multiple")
+        and len(err.splitlines()) == 1
+    )
     assert not (tmp_path / "outputs").exists()

@@ -1,4 +1,6 @@
-"""Compiled MLPs and norms: a run with them is the run without, and how many they are, in one graph each."""
+"""Compiled MLPs and norms: a run with them is the run without, and how many they are, in one graph
+each.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from titan_ulysses.setup.parallelize import compile_blocks, find_blocks, paralle
 from titan_ulysses.train.step import train_step
 
 # nn.LayerNorm is a class of torch's own, where Dynamo looks into none.
-GPT2 = {"model_type": "gpt2", "vocab_size": 257, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 128}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 257,
+    "n_embd": 32,
+    "n_layer": 1,
+    "n_head": 4,
+    "n_positions": 128,
+}
 GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 TILED: Settings = {"memory.mlp_tile_tokens": 16}
 WHOLE: Settings = {"memory.mlp_tile_tokens": -1, "activation_checkpoint.mode": "none"}
@@ -46,7 +55,11 @@ def graphs_of(config: Path, settings: Settings) -> int:
 def test_a_compiled_run(model: Settings, memory: Settings, tmp_path: Path) -> None:
     """Has the losses of an eager one, and its collectives are counted alike."""
     config = write_run(tmp_path)
-    settings = memory | {"parallelism.sequence_parallel_degree": 2, "checkpoint.enable": False, "training.steps": 3}
+    settings = memory | {
+        "parallelism.sequence_parallel_degree": 2,
+        "checkpoint.enable": False,
+        "training.steps": 3,
+    }
     settings |= {"training.global_batch_size": 4} | (model or {"model.config.num_hidden_layers": 1})
     graphs = {}
     for name, enable in {"eager": False, "compiled": True}.items():
@@ -54,10 +67,16 @@ def test_a_compiled_run(model: Settings, memory: Settings, tmp_path: Path) -> No
         graphs[name] = run_on_ranks(2, graphs_of, config, run, timeout=300)[0]
     assert graphs["eager"] == 0 and graphs["compiled"] >= 2
     eager, compiled = (logged(tmp_path / "outputs" / name) for name in graphs)
-    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in eager], rel=1e-6)
-    assert [line["grad_norm"] for line in compiled] == pytest.approx([line["grad_norm"] for line in eager], rel=1e-5)
+    assert [line["loss"] for line in compiled] == pytest.approx(
+        [line["loss"] for line in eager], rel=1e-6
+    )
+    assert [line["grad_norm"] for line in compiled] == pytest.approx(
+        [line["grad_norm"] for line in eager], rel=1e-5
+    )
     assert [line["collectives"] for line in compiled] == [line["collectives"] for line in eager]
-    assert eager[0]["collectives"]["all_to_all"]["calls"] >= 8 and eager[-1]["loss"] < eager[0]["loss"]
+    assert (
+        eager[0]["collectives"]["all_to_all"]["calls"] >= 8 and eager[-1]["loss"] < eager[0]["loss"]
+    )
 
 
 def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], int]:
@@ -65,16 +84,30 @@ def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], 
     counters = torch._dynamo.utils.counters
     counters.clear()
     mesh = mesh_of(1, 1, 2)
-    model = hf.build_on_meta(hf.load_model_config("", LLAMA | {"num_hidden_layers": LAYERS}), torch.float32)
+    model = hf.build_on_meta(
+        hf.load_model_config("", LLAMA | {"num_hidden_layers": LAYERS}), torch.float32
+    )
     parallelize(model, mesh, param_dtype=torch.float32, compile=compiled, **options)
-    parts = sum("forward" in vars(part) for part in _parts(model, whole=options.get("mlp_tile_tokens") is None))
+    parts = sum(
+        "forward" in vars(part)
+        for part in _parts(model, whole=options.get("mlp_tile_tokens") is None)
+    )
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer, found = build_optimizer(model.parameters(), OPTIMIZER), []
     for step in range(STEPS):
         rows = make_rows([(10, 13, 1), (24,)], masked="uneven", vocab_size=61, seed=step % 5)
-        found.append(train_step(model, optimizer, [local_batch(rows, mesh)], mesh, max_norm=1.0)[0].item())
-    return found, {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}, parts
+        found.append(
+            train_step(model, optimizer, [local_batch(rows, mesh)], mesh, max_norm=1.0)[0].item()
+        )
+    return (
+        found,
+        {
+            "graphs": counters["stats"]["unique_graphs"],
+            "breaks": sum(counters["graph_break"].values()),
+        },
+        parts,
+    )
 
 
 def _parts(model: PreTrainedModel, *, whole: bool) -> Iterator[torch.nn.Module]:
@@ -91,7 +124,9 @@ def _parts(model: PreTrainedModel, *, whole: bool) -> Iterator[torch.nn.Module]:
     ids=["tiled and offloaded", "whole and kept"],
 )
 def test_fifty_steps(options):
-    """Fused kernels round otherwise than eager ones, and training multiplies that: within 1e-4 of each loss."""
+    """Fused kernels round otherwise than eager ones, and training multiplies that: within 1e-4 of
+    each loss.
+    """
     eager, _, none = run_on_ranks(2, losses, False, options, timeout=300)[0]
     compiled, graphs, parts = run_on_ranks(2, losses, True, options, timeout=300)[0]
     assert (none, parts) == (0, 2 * LAYERS)
@@ -103,4 +138,6 @@ def test_fifty_steps(options):
 
 def test_the_number_of_parts():
     model = hf.build_on_meta(hf.load_model_config("", LLAMA), torch.float32)
-    assert compile_blocks(find_blocks(model)[1]) == 3 * LAYERS, "untiled: the MLP and both norms of each block"
+    assert compile_blocks(find_blocks(model)[1]) == 3 * LAYERS, (
+        "untiled: the MLP and both norms of each block"
+    )

@@ -1,5 +1,7 @@
-"""FSDP2 + SP composition: on every mesh the loss, every gradient, the gradient norm and the parameters after three
-optimizer steps equal one process of unmodified transformers, to 1e-12 in fp64."""
+"""FSDP2 + SP composition: on every mesh the loss, every gradient, the gradient norm and the
+parameters after three optimizer steps equal one process of unmodified transformers, to 1e-12 in
+fp64.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from itertools import product
 import pytest
 import torch
 
-from models import LLAMA, STARCODER2, Record, Row, largest_difference, make_rows, train_plain, train_sharded
+from models import (
+    LLAMA,
+    STARCODER2,
+    Record,
+    Row,
+    largest_difference,
+    make_rows,
+    train_plain,
+    train_sharded,
+)
 from ranks import run_on_ranks
 
 STEPS = 3
@@ -25,8 +36,9 @@ MESHES = {  # dp_replicate, dp_shard, sp
     "rep2 x sp2": (2, 1, 2),
     "rep2 x dp2": (2, 2, 1),
 }
-# Eight rows of 24 tokens, so that every mesh has two rows a rank or more, with different documents in each: borders
-# inside a rank's slice, exactly at a rank's border (6, 12, 18), one-token documents, and one document as long as S.
+# Eight rows of 24 tokens, so that every mesh has two rows a rank or more, with different documents
+# in each: borders inside a rank's slice, exactly at a rank's border (6, 12, 18), one-token
+# documents, and one document as long as S.
 PACKED = [(24,), (10, 14), (6, 6, 12), (1, 1, 21, 1), (12, 12), (5, 19), (7, 1, 16), (3, 20, 1)]
 WHOLE = [(24,)] * 8
 
@@ -34,7 +46,10 @@ WHOLE = [(24,)] * 8
 def steps_of(lengths: str, masked: str, accumulation: int) -> list[list[list[Row]]]:
     rows = PACKED if lengths == "packed" else WHOLE
     return [
-        [make_rows(rows, masked=masked, vocab_size=61, seed=10 * step + micro) for micro in range(accumulation)]
+        [
+            make_rows(rows, masked=masked, vocab_size=61, seed=10 * step + micro)
+            for micro in range(accumulation)
+        ]
         for step in range(STEPS)
     ]
 
@@ -45,21 +60,42 @@ def plain(family: str, tied: bool, lengths: str, masked: str, accumulation: int)
     return train_plain(model, steps_of(lengths, masked, accumulation), torch.float64)
 
 
-def compare(family: str, degrees, tied: bool, lengths: str, masked: str, accumulation: int) -> dict[str, float]:
+def compare(
+    family: str, degrees, tied: bool, lengths: str, masked: str, accumulation: int
+) -> dict[str, float]:
     world_size = degrees[0] * degrees[1] * degrees[2]
-    model, steps = FAMILIES[family] | {"tie_word_embeddings": tied}, steps_of(lengths, masked, accumulation)
+    model, steps = (
+        FAMILIES[family] | {"tie_word_embeddings": tied},
+        steps_of(lengths, masked, accumulation),
+    )
     found = run_on_ranks(world_size, train_sharded, degrees, model, steps, torch.float64)
-    assert all(r.losses == found[0].losses and r.grad_norms == found[0].grad_norms for r in found), "ranks disagree"
+    assert all(
+        r.losses == found[0].losses and r.grad_norms == found[0].grad_norms for r in found
+    ), "ranks disagree"
     return largest_difference(found[0], plain(family, tied, lengths, masked, accumulation))
 
 
 def _all_of_three() -> Iterator:
-    """Every combination of the four settings; those that are not slow have each of any three of them."""
+    """Every combination of the four settings; those that are not slow have each of any three of
+    them.
+    """
     for choices in product((False, True), repeat=4):
         tied, packed, uneven, accumulated = choices
-        values = (tied, "packed" if packed else "whole", "uneven" if uneven else "none", 2 if accumulated else 1)
-        names = ("tied" if tied else "untied", values[1], f"{values[2]} masked", f"{values[3]} accumulated")
-        yield pytest.param(*values, id=", ".join(names), marks=[pytest.mark.slow] if sum(choices) % 2 else [])
+        values = (
+            tied,
+            "packed" if packed else "whole",
+            "uneven" if uneven else "none",
+            2 if accumulated else 1,
+        )
+        names = (
+            "tied" if tied else "untied",
+            values[1],
+            f"{values[2]} masked",
+            f"{values[3]} accumulated",
+        )
+        yield pytest.param(
+            *values, id=", ".join(names), marks=[pytest.mark.slow] if sum(choices) % 2 else []
+        )
 
 
 @pytest.mark.parametrize(("tied", "lengths", "masked", "accumulation"), list(_all_of_three()))
@@ -72,7 +108,9 @@ def test_equals_one_plain_process(degrees, tied, lengths, masked, accumulation):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("degrees", MESHES.values(), ids=MESHES.keys())
 def test_llama_equals_one_plain_process(degrees, tied):
-    """To 1e-6: llama's own norms compute in fp32, so a last bit of fp64 can become a last bit of fp32."""
+    """To 1e-6: llama's own norms compute in fp32, so a last bit of fp64 can become a last bit of
+    fp32.
+    """
     worst = compare("llama", degrees, tied, "packed", "uneven", 2)
     assert max(worst.values()) < 1e-6, {k: v for k, v in worst.items() if v >= 1e-6}
 
@@ -81,10 +119,16 @@ def test_llama_equals_one_plain_process(degrees, tied):
 @pytest.mark.parametrize("degrees", [MESHES["sp4"], MESHES["dp2 x sp2"]], ids=["sp4", "dp2 x sp2"])
 def test_fp32_and_activation_checkpointing(degrees, checkpoint):
     steps = steps_of("packed", "uneven", 2)
-    found = run_on_ranks(4, train_sharded, degrees, LLAMA, steps, torch.float32, checkpoint_every=int(checkpoint))[0]
+    found = run_on_ranks(
+        4, train_sharded, degrees, LLAMA, steps, torch.float32, checkpoint_every=int(checkpoint)
+    )[0]
     worst = largest_difference(found, train_plain(LLAMA, steps, torch.float32))
-    assert max(worst.values()) < 2e-4, worst  # AdamW divides by the root of its second moment: small gradients weigh
-    assert max(worst["loss"], worst["grad norm"]) < 3e-6, worst  # a few units in the last place of fp32 sums
+    assert max(worst.values()) < 2e-4, (
+        worst
+    )  # AdamW divides by the root of its second moment: small gradients weigh
+    assert max(worst["loss"], worst["grad norm"]) < 3e-6, (
+        worst
+    )  # a few units in the last place of fp32 sums
 
 
 HEADS = [(8, 8), (8, 1), (9, 3), (5, 1), (14, 2), (3, 1), (2, 2)]
@@ -92,9 +136,17 @@ HEADS = [(8, 8), (8, 1), (9, 3), (5, 1), (14, 2), (3, 1), (2, 2)]
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]} of {heads[1]}")
 def test_any_head_count(heads):
-    """P need not divide the heads, nor the key-value heads; with fewer heads than ranks some ranks are idle."""
-    heads = {"hidden_size": 8 * heads[0], "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    """P need not divide the heads, nor the key-value heads; with fewer heads than ranks some ranks
+    are idle.
+    """
+    heads = {
+        "hidden_size": 8 * heads[0],
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+    }
     steps = steps_of("packed", "uneven", 1)
-    found = run_on_ranks(4, train_sharded, MESHES["sp4"], STARCODER2 | heads, steps, torch.float64)[0]
+    found = run_on_ranks(4, train_sharded, MESHES["sp4"], STARCODER2 | heads, steps, torch.float64)[
+        0
+    ]
     worst = largest_difference(found, train_plain(STARCODER2 | heads, steps, torch.float64))
     assert max(worst.values()) < 1e-12, worst

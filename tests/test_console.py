@@ -1,4 +1,6 @@
-"""What a person sees of a run: its lines and bar on a terminal and in a log file, time left, answers to signals."""
+"""What a person sees of a run: its lines and bar on a terminal and in a log file, time left,
+answers to signals.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ from titan_ulysses.observability.metrics import MetricsLogger
 
 progress._SLOW = 0.3
 ranges = [(first, 5.0, 9) for first in (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)]
-values = {"loss": 5.5, "grad_norm": 1.25, "lr": 1e-3, "tokens_per_second": 12345.0, "mfu": None, "peak_memory_gib": 0.5}
+values = {"loss": 5.5, "grad_norm": 1.25, "lr": 1e-3, "tokens_per_second": 12345.0, "mfu": None}
+values["peak_memory_gib"] = 0.5
 values["collectives"] = {"all_to_all": {"calls": 8, "bytes": 4096}}
 console = Console()
 for mfu in (None, 0.4567):
@@ -62,7 +65,11 @@ def on_terminal(folder: Path, columns: int) -> str:
     """All that the program writes to a terminal so wide."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, folder],
         env=environment | {"TERM": "xterm", "PYTHONPATH": str(ROOT)},
@@ -86,7 +93,9 @@ def on_terminal(folder: Path, columns: int) -> str:
 
 
 def screen(written: str, columns: int) -> list[str]:
-    """The lines that a terminal of so many columns shows of it: as much of one as rich and a run need."""
+    """The lines that a terminal of so many columns shows of it: as much of one as rich and a run
+    need.
+    """
     lines, row, column = [""], 0, 0
     for control, text in re.findall(r"(\x1b\[[?\d;]*[A-Za-z]|[\r\n])|([^\x1b\r\n]+)", written):
         if control == "\n":
@@ -100,7 +109,9 @@ def screen(written: str, columns: int) -> list[str]:
             assert control == "\x1b[2K"
             lines[row] = ""
         else:
-            assert not control or control.endswith("m") or control in ("\x1b[?25l", "\x1b[?25h"), repr(control)
+            assert not control or control.endswith("m") or control in ("\x1b[?25l", "\x1b[?25h"), (
+                repr(control)
+            )
         for character in text:
             if column == columns:
                 row, column = row + 1, 0
@@ -125,12 +136,16 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     for more in ([], ["MFU 45.7%"]):
         expected += VALIDATION
         for number in ("  1", "  2", "899"):
-            step = f"step {number}/900  loss 5.5000  grad 1.250  lr 1.00e-03  12,345 tok/s  peak 0.50 GiB"
+            step = (
+                f"step {number}/900  loss 5.5000  grad 1.250  lr 1.00e-03  12,345 tok/s  peak "
+                "0.50 GiB"
+            )
             expected += [step, *more, "a plain line"]
         expected += ["bar"]
     bar = r"^900 of 900 steps ━+ elapsed 0:00:0\d, left 0:00:00$"
     assert [re.sub(bar, "bar", line) for line in shown if line] == expected
-    # Three of the fifteen that five blocks do, forward and backward; of the fourth nobody knows that it is done.
+    # Three of the fifteen that five blocks do, forward and backward; of the fourth nobody knows
+    # that it is done.
     assert re.search(r"step 899 of 900\x1b\[0m  20% .*elapsed 0:00:0\d, left 0:00:\d\d", written)
 
 
@@ -160,7 +175,7 @@ def test_in_a_log_file(tmp_path: Path) -> None:
     assert last["validation_by_position/from_000"] == last["validation_by_position/from_512"] == 5
 
 
-# --- how long it takes ------------------------------------------------------------------------------------------------
+# --- how long it takes ----------------------------------------------------------------------------
 
 
 class Clock:
@@ -172,8 +187,13 @@ class Clock:
 
 
 def test_time_left_at_any_length_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of ten minutes, after a first one of fifteen; a validation between them is part of their time."""
-    clock, work = Clock(monkeypatch), SimpleNamespace(done=0, training=8, forward=2, take=lambda: None)
+    """Steps of ten minutes, after a first one of fifteen; a validation between them is part of
+    their time.
+    """
+    clock, work = (
+        Clock(monkeypatch),
+        SimpleNamespace(done=0, training=8, forward=2, take=lambda: None),
+    )
     shown = progress.Progress(Console(), total=100, done=10, work=work)
     shown.begin("validation at step 10", tokens=50)
     clock.now += 300
@@ -197,11 +217,15 @@ def test_time_left_at_any_length_of_a_step(monkeypatch: pytest.MonkeyPatch) -> N
     work.done = 200
     found = shown.seconds_left(clock.now)
     assert found == pytest.approx(84.5 * (540 + 3 * 600) / 4)
-    assert progress.duration(found) == "13:43:52" and progress.duration(10**6) == "11 days, 13:46:40"
+    assert (
+        progress.duration(found) == "13:43:52" and progress.duration(10**6) == "11 days, 13:46:40"
+    )
 
 
 def parts_of_a_run(config: Path, settings: Settings) -> list[tuple[str, int, int]]:
-    """(part, work that was done, work that was expected) of a run on what it takes for a terminal; [] on rank 1."""
+    """(part, work that was done, work that was expected) of a run on what it takes for a terminal;
+    [] on rank 1.
+    """
     from titan_ulysses.train import trainer
 
     found = []
@@ -224,15 +248,28 @@ def parts_of_a_run(config: Path, settings: Settings) -> list[tuple[str, int, int
 
 @pytest.mark.parametrize("case", ["checkpoints", "segments, the first frozen", "none"])
 def test_work_within_a_step_and_a_validation(case: str, tmp_path: Path) -> None:
-    """4 micro-batches of 2 x 16 tokens a rank, and 2 held-out ones; three blocks; a backward counts twice."""
-    settings: Settings = {"parallelism.sequence_parallel_degree": 2, "model.config.num_hidden_layers": 3}
-    settings |= {"training.steps": 2, "lr_scheduler.warmup_steps": 1, "validation.enable": True, "validation.steps": 1}
+    """4 micro-batches of 2 x 16 tokens a rank, and 2 held-out ones; three blocks; a backward counts
+    twice.
+    """
+    settings: Settings = {
+        "parallelism.sequence_parallel_degree": 2,
+        "model.config.num_hidden_layers": 3,
+    }
+    settings |= {
+        "training.steps": 2,
+        "lr_scheduler.warmup_steps": 1,
+        "validation.enable": True,
+        "validation.steps": 1,
+    }
     settings |= {"validation.interval": 2, "checkpoint.enable": False}
     passes = 3 + 3 + 2 * 3
     if case == "none":
         settings["activation_checkpoint.mode"], passes = "none", 3 + 2 * 3
     elif case == "segments, the first frozen":  # the third block is a segment of its own
-        settings |= {"activation_checkpoint.every": 2, "model.freeze": ["model.embed*", "model.layers.[01].*"]}
+        settings |= {
+            "activation_checkpoint.every": 2,
+            "model.freeze": ["model.embed*", "model.layers.[01].*"],
+        }
         passes = 3 + 1 + 2
     shown, nothing = run_on_ranks(2, parts_of_a_run, write_run(tmp_path), settings)
     assert nothing == []  # blocks are watched where somebody looks
@@ -241,7 +278,7 @@ def test_work_within_a_step_and_a_validation(case: str, tmp_path: Path) -> None:
     assert shown == [(part, *(step if part.startswith("step") else validation)) for part in parts]
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 BUSY = """
 import hashlib, sys, time
@@ -249,7 +286,8 @@ from titan_ulysses.train.signals import StopSignals
 
 with StopSignals(lambda name: print(name, time.monotonic(), flush=True)) as signals:
     print("go", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))  # one call, as of torch: no handler runs meanwhile
+    # One call, as of torch: no handler runs meanwhile.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[1]))
     print(signals.received, time.monotonic(), flush=True)
 """
 
@@ -260,8 +298,13 @@ def busy() -> Iterator[Callable[[int], subprocess.Popen]]:
     started: list[subprocess.Popen] = []
 
     def start(hashes: int) -> subprocess.Popen:
-        command, environment = [sys.executable, "-c", BUSY, str(hashes)], os.environ | {"PYTHONPATH": str(ROOT)}
-        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        command, environment = (
+            [sys.executable, "-c", BUSY, str(hashes)],
+            os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        )
         assert started[-1].stdout.readline() == "go\n"
         time.sleep(0.1)
         return started[-1]

@@ -1,4 +1,6 @@
-"""Core attention against plain attention with a full mask: documents, windows, soft-caps, sinks, grouped heads."""
+"""Core attention against plain attention with a full mask: documents, windows, soft-caps, sinks,
+grouped heads.
+"""
 
 from __future__ import annotations
 
@@ -64,13 +66,17 @@ def inputs(
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
 @pytest.mark.parametrize(("core", "softcap"), [(sdpa, None), (blockwise, None), (blockwise, 2.0)])
 def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads, value_size):
-    monkeypatch.setattr(cores, "_QUERY_BLOCK", 7)  # several blocks of queries in 30 tokens, the last one cut
+    monkeypatch.setattr(
+        cores, "_QUERY_BLOCK", 7
+    )  # several blocks of queries in 30 tokens, the last one cut
     tensors = inputs(with_sinks=with_sinks, heads=heads, value_size=value_size)
     options = {"window": window, "softcap": softcap}
     options = {name: value for name, value in options.items() if value is not None}
     found = core(**tensors, documents=DOCUMENTS, scale=0.3, **options)
     expected = reference(**tensors, documents=DOCUMENTS, scale=0.3, **options)
-    upstream = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(
+        found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1)
+    )
     assert (found - expected).abs().max() < 1e-13
     gradients = zip(
         torch.autograd.grad(found, [*tensors.values()], upstream),
@@ -121,13 +127,19 @@ def test_no_square_of_the_length(core):
     q = torch.randn(1, length, 1, 8, requires_grad=True)
     with Largest() as largest:
         core(q, q, q, documents=((length,),), scale=0.3, window=window).sum().backward()
-    assert largest.elements <= cores._QUERY_BLOCK * (cores._QUERY_BLOCK + window) < length * length / 16
+    assert (
+        largest.elements
+        <= cores._QUERY_BLOCK * (cores._QUERY_BLOCK + window)
+        < length * length / 16
+    )
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize(("size", "value_size"), [(24, 16), (16, 24)])
 def test_values_of_another_size_stay_on_the_flash_kernel(size, value_size, with_sinks):
-    """Given unequal sizes SDPA would hold all scores, S x S, on a CPU; the flash kernel holds none."""
+    """Given unequal sizes SDPA would hold all scores, S x S, on a CPU; the flash kernel holds
+    none.
+    """
     length = 1024
     q = torch.randn(1, length, 2, size, requires_grad=True)
     k, v = (torch.randn(1, length, 1, n, requires_grad=True) for n in (size, value_size))
@@ -153,16 +165,22 @@ def test_flash_is_given_equal_sizes(monkeypatch):
         found = flash(**tensors, documents=DOCUMENTS, scale=0.3)
         expected = reference(**tensors, documents=DOCUMENTS, scale=0.3)
         assert found.shape == expected.shape and (found - expected).abs().max() < 1e-13
-        gradients = [torch.autograd.grad(x.square().sum(), [*tensors.values()]) for x in (found, expected)]
+        gradients = [
+            torch.autograd.grad(x.square().sum(), [*tensors.values()]) for x in (found, expected)
+        ]
         assert max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) < 1e-12
     assert asked[0]["borders"] == [0, 10, 24, 25, 30, 60] and asked[0]["causal"]
 
 
-# --- choosing ---------------------------------------------------------------------------------------------------------
+# --- choosing -------------------------------------------------------------------------------------
 
 
-def block_sparse(q: Tensor, k: Tensor, v: Tensor, *, documents, scale: float, block: int = 8) -> Tensor:
-    """A user's core: a token sees its own block and the first token of its document, nothing else."""
+def block_sparse(
+    q: Tensor, k: Tensor, v: Tensor, *, documents, scale: float, block: int = 8
+) -> Tensor:
+    """A user's core: a token sees its own block and the first token of its document, nothing
+    else.
+    """
     rows, length = q.shape[:2]
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     outputs = torch.empty_like(q)
@@ -199,12 +217,24 @@ def test_auto_takes_the_fastest_that_is_exact_and_says_why():
 @pytest.mark.parametrize(
     ("name", "needs", "device_type", "dtype", "message"),
     [
-        ("sdpa", {"softcap"}, "cpu", torch.float32, r'model\.attention = "sdpa": cannot do softcap\. Set .*"auto"'),
+        (
+            "sdpa",
+            {"softcap"},
+            "cpu",
+            torch.float32,
+            r'model\.attention = "sdpa": cannot do softcap\. Set .*"auto"',
+        ),
         ("flash", set(), "cpu", torch.bfloat16, "needs a CUDA device"),
         ("flash", set(), "cuda", torch.float32, "needs bfloat16"),
         ("flash", {"sinks"}, "cuda", torch.bfloat16, "cannot do sinks"),
         ("flex", set(), "cpu", torch.float32, "needs a CUDA device"),
-        ("ring", set(), "cpu", torch.float32, r'model\.attention = "ring": no such core; choose auto, flash'),
+        (
+            "ring",
+            set(),
+            "cpu",
+            torch.float32,
+            r'model\.attention = "ring": no such core; choose auto, flash',
+        ),
         ("nowhere:core", set(), "cpu", torch.float32, "cannot be imported"),
         (f"{__name__}:gone", set(), "cpu", torch.float32, "cannot be imported"),
         (f"{__name__}:block_sparse", {"window"}, "cpu", torch.float32, "cannot do window"),
@@ -219,7 +249,9 @@ def test_a_core_of_the_users_own():
     core, why = choose(f"{__name__}:block_sparse")
     assert core is sys.modules[__name__].block_sparse and __name__ in why
     tensors = inputs(with_sinks=False)
-    found = core(**tensors, documents=DOCUMENTS, scale=0.3, block=1000)  # one block is plain attention
+    found = core(
+        **tensors, documents=DOCUMENTS, scale=0.3, block=1000
+    )  # one block is plain attention
     assert (found - reference(**tensors, documents=DOCUMENTS, scale=0.3)).abs().max() < 1e-13
 
 
@@ -229,7 +261,9 @@ def test_a_core_of_the_users_own():
 @pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("core", [flash, flex, sdpa])
 def test_cuda_cores(core, window, softcap, value_size):
-    needs = {name for name, value in (("window", window), ("softcap", softcap)) if value is not None}
+    needs = {
+        name for name, value in (("window", window), ("softcap", softcap)) if value is not None
+    }
     try:
         choose_core(core.__name__, needs, device_type="cuda", dtype=torch.bfloat16)
     except UserError as error:
@@ -255,7 +289,9 @@ def test_the_block_sparse_example(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts" / "examples"))
     core, _ = choose("block_sparse:block_sparse")
     tensors = inputs(with_sinks=False)
-    found = core(**tensors, documents=DOCUMENTS, scale=0.3)  # documents are shorter than a block: plain attention
+    found = core(
+        **tensors, documents=DOCUMENTS, scale=0.3
+    )  # documents are shorter than a block: plain attention
     assert (found - reference(**tensors, documents=DOCUMENTS, scale=0.3)).abs().max() < 1e-13
     monkeypatch.setattr(sys.modules["block_sparse"], "BLOCK", 8)
     sparse = core(**tensors, documents=DOCUMENTS, scale=0.3)

@@ -1,4 +1,6 @@
-"""From files to one rank's batch: order, packing, labels, resumption, slices, and what users are told."""
+"""From files to one rank's batch: order, packing, labels, resumption, slices, and what users are
+told.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ document_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 
 def numbered_corpus(lengths: list[int]) -> Corpus:
-    """Every token is different (0, 1, 2, ...), so that a token says which document and place it came from."""
+    """Every token is different (0, 1, 2, ...), so that a token says which document and place it
+    came from.
+    """
     tokens = np.arange(sum(lengths))
     return Corpus.from_documents(np.split(tokens, np.cumsum(lengths)[:-1]))
 
@@ -42,7 +46,10 @@ def naive_sequences(documents: list[list[int]], seq_len: int, count: int):
     while len(stream) < count * seq_len:
         for document in documents:
             labels = [*document[1:], IGNORE_INDEX]
-            stream += [(token, label, k == 0) for k, (token, label) in enumerate(zip(document, labels, strict=True))]
+            stream += [
+                (token, label, k == 0)
+                for k, (token, label) in enumerate(zip(document, labels, strict=True))
+            ]
     for i in range(count):
         input_ids, labels, positions, lengths = [], [], [], []
         for token, label, starts in stream[i * seq_len : (i + 1) * seq_len]:
@@ -155,11 +162,19 @@ def test_a_long_document_goes_on_with_the_true_next_token():
     assert [sequences[i].document_lengths for i in range(3)] == [(4,), (4,), (3, 1)]
     assert sequences[1].labels.tolist() == [5, 6, 7, 8]
     assert sequences[1].position_ids.tolist() == [0, 1, 2, 3]
-    assert sequences[2].labels.tolist() == [9, 10, IGNORE_INDEX, 1]  # the next epoch begins in its last place
+    assert sequences[2].labels.tolist() == [
+        9,
+        10,
+        IGNORE_INDEX,
+        1,
+    ]  # the next epoch begins in its last place
 
 
 def test_data_shorter_than_one_sequence():
-    with pytest.raises(UserError, match=r"training\.seq_len = 9 is longer than all of validation\.path, 8 tokens in 2"):
+    with pytest.raises(
+        UserError,
+        match=r"training\.seq_len = 9 is longer than all of validation\.path, 8 tokens in 2",
+    ):
         PackedSequences(numbered_corpus([5, 3]), seq_len=9, seed=0, setting="validation.path")
     with pytest.raises(UserError, match=r"training\.seq_len = 1 .* data\.path, 0 tokens"):
         PackedSequences(Corpus.from_documents([]), seq_len=1, seed=0)
@@ -170,17 +185,29 @@ def test_data_shorter_than_one_sequence():
 
 @pytest.mark.parametrize(
     "largest, dtype",
-    [(255, np.uint8), (256, np.uint16), (65535, np.uint16), (65536, np.uint32), (2**32 - 1, np.uint32)],
+    [
+        (255, np.uint8),
+        (256, np.uint16),
+        (65535, np.uint16),
+        (65536, np.uint32),
+        (2**32 - 1, np.uint32),
+    ],
 )
 def test_corpus_uses_the_smallest_type(largest, dtype):
-    corpus = Corpus.from_documents([np.array([1, 2]), np.array([], dtype=np.int64), np.array([largest])])
+    corpus = Corpus.from_documents(
+        [np.array([1, 2]), np.array([], dtype=np.int64), np.array([largest])]
+    )
     assert corpus.tokens.dtype == dtype and corpus.begins.dtype == corpus.ends.dtype == np.int64
     assert corpus.tokens.tolist() == [1, 2, largest]
-    assert (corpus.begins.tolist(), corpus.ends.tolist()) == ([0, 2], [2, 3])  # the empty document is left out
+    assert (corpus.begins.tolist(), corpus.ends.tolist()) == (
+        [0, 2],
+        [2, 3],
+    )  # the empty document is left out
 
 
 @pytest.mark.parametrize(
-    "count, held_out", [(2, [1]), (99, [98]), (100, [99]), (199, [99]), (250, [99, 199]), (300, [99, 199, 299])]
+    "count, held_out",
+    [(2, [1]), (99, [98]), (100, [99]), (199, [99]), (250, [99, 199]), (300, [99, 199, 299])],
 )
 def test_held_out_documents(count, held_out):
     train, validation = numbered_corpus([1] * count).split_held_out()
@@ -189,7 +216,9 @@ def test_held_out_documents(count, held_out):
 
 
 def test_one_document_cannot_be_split():
-    with pytest.raises(UserError, match=r"validation\.path is not set and data\.path has 1 document"):
+    with pytest.raises(
+        UserError, match=r"validation\.path is not set and data\.path has 1 document"
+    ):
         numbered_corpus([50]).split_held_out()
 
 
@@ -209,7 +238,14 @@ def test_ranks_together_read_the_unsharded_batch(lengths, batch_size, dp, sp, st
     whole = Loader(sequences, batch_size=batch_size * dp)
     ranks = [
         [
-            Loader(sequences, batch_size=batch_size, batch_rank=r, batch_degree=dp, sp_rank=s, sp_degree=sp)
+            Loader(
+                sequences,
+                batch_size=batch_size,
+                batch_rank=r,
+                batch_degree=dp,
+                sp_rank=s,
+                sp_degree=sp,
+            )
             for s in range(sp)
         ]
         for r in range(dp)
@@ -218,11 +254,17 @@ def test_ranks_together_read_the_unsharded_batch(lengths, batch_size, dp, sp, st
         expected = whole.next_batch()
         batches = [[loader.next_batch() for loader in group] for group in ranks]
         for name in ("input_ids", "labels", "position_ids"):
-            rows = [torch.cat([getattr(batch, name) for batch in group], dim=1) for group in batches]
+            rows = [
+                torch.cat([getattr(batch, name) for batch in group], dim=1) for group in batches
+            ]
             assert torch.equal(torch.cat(rows), getattr(expected, name)), name
-            assert all(getattr(b, name).shape == (batch_size, 8 // sp) for group in batches for b in group)
+            assert all(
+                getattr(b, name).shape == (batch_size, 8 // sp) for group in batches for b in group
+            )
         for r, group in enumerate(batches):  # whole rows' lengths, the same on every SP rank
-            assert {batch.documents for batch in group} == {expected.documents[r * batch_size : (r + 1) * batch_size]}
+            assert {batch.documents for batch in group} == {
+                expected.documents[r * batch_size : (r + 1) * batch_size]
+            }
         assert all(sum(row) == 8 for row in expected.documents)
     assert {tuple(loader.state_dict().items()) for group in ranks for loader in group} == {
         tuple(whole.state_dict().items())
@@ -231,9 +273,13 @@ def test_ranks_together_read_the_unsharded_batch(lengths, batch_size, dp, sp, st
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_resume_on_another_mesh(steps):
-    """Stopped within an epoch on dp 2 x sp 1, resumed on dp 1 x sp 2: the remaining sequences are the same."""
+    """Stopped within an epoch on dp 2 x sp 1, resumed on dp 1 x sp 2: the remaining sequences are
+    the same.
+    """
     corpus = numbered_corpus([7, 20, 3, 11, 1, 16])
-    before = Loader(PackedSequences(corpus, seq_len=8, seed=5), batch_size=1, batch_rank=1, batch_degree=2)
+    before = Loader(
+        PackedSequences(corpus, seq_len=8, seed=5), batch_size=1, batch_rank=1, batch_degree=2
+    )
     uninterrupted = Loader(PackedSequences(corpus, seq_len=8, seed=5), batch_size=2)
     for _ in range(steps):
         before.next_batch()
@@ -252,29 +298,41 @@ def test_resume_on_another_mesh(steps):
         assert_same_batch(same.next_batch(), before.next_batch())
         expected, halves = uninterrupted.next_batch(), [loader.next_batch() for loader in slices]
         for name in ("input_ids", "labels", "position_ids"):
-            assert torch.equal(torch.cat([getattr(half, name) for half in halves], dim=1), getattr(expected, name))
+            assert torch.equal(
+                torch.cat([getattr(half, name) for half in halves], dim=1), getattr(expected, name)
+            )
         assert halves[0].documents == halves[1].documents == expected.documents
 
 
 def test_labels_and_positions_are_those_of_the_whole_sequence():
     """The label at a slice's end is the first token of the next rank's slice; positions go on."""
     sequences = PackedSequences(numbered_corpus([8]), seq_len=8, seed=0)
-    first, second = (Loader(sequences, batch_size=1, sp_rank=s, sp_degree=2).next_batch() for s in range(2))
+    first, second = (
+        Loader(sequences, batch_size=1, sp_rank=s, sp_degree=2).next_batch() for s in range(2)
+    )
     assert first.labels.tolist() == [[1, 2, 3, 4]]
     assert second.position_ids.tolist() == [[4, 5, 6, 7]]
 
 
 def test_batch_moves_to_a_device():
-    batch = Loader(PackedSequences(numbered_corpus([8]), seq_len=4, seed=0), batch_size=2).next_batch()
+    batch = Loader(
+        PackedSequences(numbered_corpus([8]), seq_len=4, seed=0), batch_size=2
+    ).next_batch()
     moved = batch.to("meta")
-    assert {moved.input_ids.device.type, moved.labels.device.type, moved.position_ids.device.type} == {"meta"}
+    assert {
+        moved.input_ids.device.type,
+        moved.labels.device.type,
+        moved.position_ids.device.type,
+    } == {"meta"}
     assert moved.documents == batch.documents
     assert_same_batch(batch.to("cpu"), batch)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batch_moves_to_cuda():
-    batch = Loader(PackedSequences(numbered_corpus([8]), seq_len=4, seed=0), batch_size=2).next_batch()
+    batch = Loader(
+        PackedSequences(numbered_corpus([8]), seq_len=4, seed=0), batch_size=2
+    ).next_batch()
     moved = batch.to(torch.device("cuda", 0))
     assert moved.labels.is_cuda
     assert_same_batch(moved.to("cpu"), batch)
@@ -315,8 +373,15 @@ def test_files_come_sorted_and_hidden_installed_and_empty_ones_do_not(tmp_path):
         },
     )
     found = list(text_documents(tmp_path, extensions=[".txt", "md"], encoding="utf-8"))
-    # By code point of the relative path: "-" < "/" and upper case first; line ends stay as they are.
-    assert found == [("B.md", "md"), ("a-1.txt", "a1"), ("a/B.TXT", "ä"), ("a/z.txt", "az"), ("b.txt", "b\r\n")]
+    # By code point of the relative path: "-" < "/" and upper case first; line ends stay as they
+    # are.
+    assert found == [
+        ("B.md", "md"),
+        ("a-1.txt", "a1"),
+        ("a/B.TXT", "ä"),
+        ("a/z.txt", "az"),
+        ("b.txt", "b\r\n"),
+    ]
 
 
 def test_the_given_folder_may_itself_be_hidden_or_installed(tmp_path):
@@ -329,23 +394,31 @@ def test_one_file_whatever_its_extension_and_raw_bytes(tmp_path):
     assert list(text_documents(tmp_path / "data.bin", extensions=[".txt"], encoding="bytes")) == [
         ("data.bin", b"\xff\x00a")
     ]
-    assert list(text_documents(tmp_path / "data.bin", extensions=[], encoding="latin-1")) == [("data.bin", "ÿ\x00a")]
+    assert list(text_documents(tmp_path / "data.bin", extensions=[], encoding="latin-1")) == [
+        ("data.bin", "ÿ\x00a")
+    ]
 
 
 def test_wide_codec(tmp_path):
     write(tmp_path, {"a.txt": "aé".encode("utf-16")})
-    assert list(text_documents(tmp_path, extensions=[".txt"], encoding="utf-16")) == [("a.txt", "aé")]
+    assert list(text_documents(tmp_path, extensions=[".txt"], encoding="utf-16")) == [
+        ("a.txt", "aé")
+    ]
 
 
 def test_undecodable_file_is_named_with_its_offset(tmp_path):
     write(tmp_path, {"a.txt": b"fine", "b.txt": b"caf\xe9!"})
-    documents = text_documents(tmp_path, extensions=[".txt"], encoding="utf-8", setting="validation.path")
+    documents = text_documents(
+        tmp_path, extensions=[".txt"], encoding="utf-8", setting="validation.path"
+    )
     assert next(documents) == ("a.txt", "fine")
     with pytest.raises(UserError) as caught:
         next(documents)
     message = str(caught.value)
     assert message.startswith(f"validation.path: {tmp_path / 'b.txt'} is not utf-8 text at byte 3 ")
-    assert 'data.encoding to the right codec, or to "bytes" with model.tokenizer = "bytes"' in message
+    assert (
+        'data.encoding to the right codec, or to "bytes" with model.tokenizer = "bytes"' in message
+    )
     assert "convert the file" in message and "\n" not in message
 
 
@@ -353,15 +426,27 @@ def test_undecodable_file_is_named_with_its_offset(tmp_path):
     "files, path, encoding, message",
     [
         ({}, "gone", "utf-8", r'data\.path = ".*gone" is not there'),
-        ({"a.py": b"1", "b.py": b"1", "c": b"1"}, "", "utf-8", r"in \.md \.txt \(found: 2 \.py, 1 without extension\)"),
+        (
+            {"a.py": b"1", "b.py": b"1", "c": b"1"},
+            "",
+            "utf-8",
+            r"in \.md \.txt \(found: 2 \.py, 1 without extension\)",
+        ),
         ({}, "", "utf-8", r"found: no files at all"),
-        ({"a.txt": b"", "b.txt": b""}, "", "utf-8", r'data\.path = ".*" has nothing but empty files'),
+        (
+            {"a.txt": b"", "b.txt": b""},
+            "",
+            "utf-8",
+            r'data\.path = ".*" has nothing but empty files',
+        ),
         ({"a.txt": b""}, "a.txt", "utf-8", r"nothing but empty files"),
         ({"a.txt": b"a"}, "", "klingon", r'data\.encoding = "klingon" is not a text codec'),
         ({"a.txt": b"a"}, "", "hex", r'data\.encoding = "hex" is not a text codec'),
     ],
 )
-def test_unusable_data_is_refused_before_the_first_document(tmp_path, files, path, encoding, message):
+def test_unusable_data_is_refused_before_the_first_document(
+    tmp_path, files, path, encoding, message
+):
     write(tmp_path, files)
     with pytest.raises(UserError, match=message):
         text_documents(tmp_path / path, extensions=[".txt", ".md"], encoding=encoding)
@@ -377,7 +462,9 @@ def test_unreadable_folder_is_not_skipped_silently(tmp_path, monkeypatch):
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(UserError, match=r"data\.path: cannot read the folder .*locked \(Permission denied\)"):
+    with pytest.raises(
+        UserError, match=r"data\.path: cannot read the folder .*locked \(Permission denied\)"
+    ):
         text_documents(tmp_path, extensions=[".txt"], encoding="utf-8")
 
 
@@ -423,16 +510,24 @@ def test_saved_byte_tokenizer_opens_with_auto_tokenizer(byte_tokenizer, tmp_path
 
 @pytest.fixture
 def word_tokenizer():
-    """A word-level tokenizer with ids that leave gaps, and a beginning-of-text token that it would put in front."""
+    """A word-level tokenizer with ids that leave gaps, and a beginning-of-text token that it would
+    put in front.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocab = {"<bos>": 0, "<eos>": 1, "<unk>": 2, "hello": 5, "world": 300}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", model_max_length=2
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=2,
     )
 
 
@@ -449,7 +544,9 @@ def test_other_tokenizers_add_only_the_end_of_text(word_tokenizer, caplog):
 
 
 def test_raw_bytes_need_the_byte_tokenizer(word_tokenizer):
-    with pytest.raises(UserError, match=r'data\.encoding = "bytes" needs model\.tokenizer = "bytes"'):
+    with pytest.raises(
+        UserError, match=r'data\.encoding = "bytes" needs model\.tokenizer = "bytes"'
+    ):
         encode(word_tokenizer, b"hello")
 
 
@@ -460,7 +557,9 @@ def test_missing_tokenizer_names_the_setting(tmp_path, name):
         load_tokenizer(str(tmp_path / name))
     message = str(caught.value)
     assert message.startswith(f'model.tokenizer = "{tmp_path / name}" cannot be loaded (')
-    assert message.endswith('give a folder with a saved tokenizer, a hub name that this machine can reach, or "bytes"')
+    assert message.endswith(
+        'give a folder with a saved tokenizer, a hub name that this machine can reach, or "bytes"'
+    )
     assert "\n" not in message
 
 
@@ -472,7 +571,9 @@ def test_from_files_to_a_batch(tmp_path, byte_tokenizer):
     documents = text_documents(tmp_path, extensions=[".txt"], encoding="utf-8")
     corpus = Corpus.from_documents(encode(byte_tokenizer, text) for _, text in documents)
     assert corpus.tokens.dtype == np.uint16
-    batch = Loader(PackedSequences(corpus, seq_len=7, seed=0, shuffle=False), batch_size=1).next_batch()
+    batch = Loader(
+        PackedSequences(corpus, seq_len=7, seed=0, shuffle=False), batch_size=1
+    ).next_batch()
     assert batch.input_ids.tolist() == [[*b"abc", 256, *b"de", 256]]
     assert batch.labels.tolist() == [[*b"bc", 256, IGNORE_INDEX, *b"e", 256, IGNORE_INDEX]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]

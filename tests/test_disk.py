@@ -1,4 +1,6 @@
-"""Room on the disk, before the first step: the estimate against what is written, and a run that has none."""
+"""Room on the disk, before the first step: the estimate against what is written, and a run that has
+none.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ SETTINGS: Settings = {
 def train_and_estimate(config: Path, settings: Settings) -> DiskNeeds:
     seen: list[DiskNeeds] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "disk_needs", lambda *a, **k: seen.append(disk_needs(*a, **k)) or seen[0])
+        patch.setattr(
+            trainer, "disk_needs", lambda *a, **k: seen.append(disk_needs(*a, **k)) or seen[0]
+        )
         train(config, settings)
     return seen[0]
 
@@ -43,7 +47,9 @@ def test_the_estimate_is_what_is_written(optimizer: str, tmp_path: Path) -> None
     run = tmp_path / "outputs" / "run"
     written = sum(file.stat().st_size for file in (run / "checkpoints" / "step-3").iterdir())
     assert found.model + found.optimizer == pytest.approx(written, rel=0.03)
-    assert found.export == pytest.approx((run / "export" / "model.safetensors").stat().st_size, rel=0.02)
+    assert found.export == pytest.approx(
+        (run / "export" / "model.safetensors").stat().st_size, rel=0.02
+    )
     assert (found.checkpoints, found.model, found.export) == (1, other.model, other.export)
 
 
@@ -59,16 +65,27 @@ def try_with_full_disk(config: Path) -> str:
 
 def test_a_run_whose_checkpoint_has_no_room_is_refused(tmp_path: Path) -> None:
     for message in run_on_ranks(2, try_with_full_disk, write_run(tmp_path)):
-        assert message.startswith(f"job.dump_folder = {tmp_path / 'outputs'}: a checkpoint takes about 0.0")
+        assert message.startswith(
+            f"job.dump_folder = {tmp_path / 'outputs'}: a checkpoint takes about 0.0"
+        )
         assert "optimizer" in message and "and 0.00 GiB are free. Free space" in message
     assert not (tmp_path / "outputs").exists()
 
 
 def needs(**changes) -> DiskNeeds:
-    checkpoint = {"interval": 10, **{k: v for k, v in changes.items() if k in ("interval", "keep_latest_k", "enable")}}
-    table = {"model": {"config": {"model_type": "llama"}}, "checkpoint": checkpoint, "training": {"steps": 95}}
+    checkpoint = {
+        "interval": 10,
+        **{k: v for k, v in changes.items() if k in ("interval", "keep_latest_k", "enable")},
+    }
+    table = {
+        "model": {"config": {"model_type": "llama"}},
+        "checkpoint": checkpoint,
+        "training": {"steps": 95},
+    }
     place = {"there": changes.get("there", 0), "done": changes.get("done", 0)}
-    return disk_needs(Config.model_validate(table), Path("nowhere"), model=1, optimizer=2, export=1, **place)
+    return disk_needs(
+        Config.model_validate(table), Path("nowhere"), model=1, optimizer=2, export=1, **place
+    )
 
 
 def test_how_many_checkpoints_there_will_be() -> None:
@@ -81,10 +98,20 @@ def test_how_many_checkpoints_there_will_be() -> None:
 
 
 def test_what_is_said() -> None:
-    sizes = {"folder": "outputs", "model": 2**30, "optimizer": 2**31, "checkpoints": 3, "export": 2**30}
+    sizes = {
+        "folder": "outputs",
+        "model": 2**30,
+        "optimizer": 2**31,
+        "checkpoints": 3,
+        "export": 2**30,
+    }
     assert DiskNeeds(free=1000 * 2**30, **sizes).lines() == []
     [line] = DiskNeeds(free=20 * 2**30, **sizes).lines()
-    assert line == "disk: 3 checkpoints of 3.00 GiB and an export of 1.00 GiB to be written, 20.00 GiB are free"
+    assert (
+        line
+        == "disk: 3 checkpoints of 3.00 GiB and an export of 1.00 GiB to be written, 20.00 GiB are "
+        "free"
+    )
     tight = DiskNeeds(free=7 * 2**30, **sizes)
     _, line = tight.lines()
     assert "THE DISK WILL BE FULL. Free 3.00 GiB, lower checkpoint.keep_latest_k" in line

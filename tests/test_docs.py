@@ -1,8 +1,10 @@
-"""README.md and docs/: every command runs, every path and setting exists, the first page stays one page.
+"""README.md and docs/: every command runs, every path and setting exists, the first page stays one
+page.
 
-A command of a fenced bash block is run with a tiny model and tiny data where the page has the reader's own, and with
-options after it that make it short. What takes long is run with --slow, as the shell runs it, and otherwise parsed, so
-that a wrong option fails. What cannot run here is in NOT_HERE, with the reason.
+A command of a fenced bash block is run with a tiny model and tiny data where the page has the
+reader's own, and with options after it that make it short. What takes long is run with --slow, as
+the shell runs it, and otherwise parsed, so that a wrong option fails. What cannot run here is in
+NOT_HERE, with the reason.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ NOT_HERE = {
     "bash scripts/test.sh": "it runs these tests",
     "hf download": "network: the Hugging Face hub",
     "roneneldan/TinyStories": "network: the Hugging Face hub",
-    "--metrics.enable_wandb": "network: Weights & Biases, and a package that the tests do not install",
+    "--metrics.enable_wandb": "network: Weights & Biases, and a package that the tests do not "
+    "install",
     "bash scripts/examples/smollm2": "network: packages of the package index",
     "scripts/bench/versus.py": "network: DeepSpeed from the package index",
     "bash scripts/train.sh long.toml": "GPU: eight of them",
@@ -63,11 +66,13 @@ SHORTER = {
     "--layers-seq-lens 256 512 --layers-counts 1 2",
     "scripts/bench/alst_published.py --what ladder": "--picture outputs/memory_ladder.png",
     "scripts/bench/alst_published.py": "",
-    "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 --training.seq_len 65536",
+    "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 "
+    "--training.seq_len 65536",
 }
 """Part of a command that is run with --slow only -> options that make it shorter there."""
 TRAINING = shlex.split(
-    "--training.steps 2 --training.seq_len 128 --training.param_dtype float32 --lr_scheduler.warmup_steps 1 "
+    "--training.steps 2 --training.seq_len 128 --training.param_dtype float32 "
+    "--lr_scheduler.warmup_steps 1 "
     "--checkpoint.interval 1 --validation.interval 2 --validation.steps 1"
 )
 OPTIONS = {  # the last that stands on a command line counts
@@ -76,10 +81,13 @@ OPTIONS = {  # the last that stands on a command line counts
     "eval_needle.py": shlex.split("--lengths 200 --depths 0.5 --trials 1 --candidates 2"),
     "generate.py": ["--tokens", "4"],
 }
-TOY_8B = shlex.split("--model.config.num_hidden_layers 2 --model.config.hidden_size 256 --model.config.vocab_size 512")
+TOY_8B = shlex.split(
+    "--model.config.num_hidden_layers 2 --model.config.hidden_size 256 --model.config.vocab_size "
+    "512"
+)
 
 
-# --- what the pages hold ----------------------------------------------------------------------------------------------
+# --- what the pages hold --------------------------------------------------------------------------
 
 
 class Block(NamedTuple):
@@ -115,7 +123,9 @@ class Call(NamedTuple):
 def blocks(language: str) -> list[Block]:
     found = []
     for page in PAGES:
-        for match in re.finditer(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL):
+        for match in re.finditer(
+            rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL
+        ):
             line = page.read_text().count("\n", 0, match.start(1)) + 1
             found.append(Block(page, line, match[1]))
     return found
@@ -146,7 +156,9 @@ def call_of(command: Command) -> Call | None:
     if words[:2] == ["bash", "scripts/train.sh"]:
         rest = words[2:]
         config = rest.pop(0) if rest and not rest[0].startswith("--") else "configs/quickstart.toml"
-        return Call(int(environment.pop("NPROC", 2)), "train.py", ["--config", config, *rest], environment)
+        return Call(
+            int(environment.pop("NPROC", 2)), "train.py", ["--config", config, *rest], environment
+        )
     if words[0] == "torchrun":
         options = parse_torchrun(words[1:])  # exits where an option is wrong
         arguments = options.training_script_args
@@ -162,7 +174,7 @@ def options_of(call: Call) -> list[str]:
     return []
 
 
-# --- where they run ---------------------------------------------------------------------------------------------------
+# --- where they run -------------------------------------------------------------------------------
 
 
 class Sandbox:
@@ -174,31 +186,53 @@ class Sandbox:
             (root / name).symlink_to(ROOT / name)
         for block in blocks("toml"):
             name = re.match(r"# (\S+\.toml)\n", block.text)
-            assert name, f"{block.page.name}:{block.line}: the first line of a TOML block is its name, as in # my.toml"
+            assert name, (
+                f"{block.page.name}:{block.line}: the first line of a TOML block is its name, as "
+                "in # my.toml"
+            )
             (root / name[1]).write_text(block.text)
         self._write_home()
         self.done: set[str] = set()
 
     def _write_home(self) -> None:
         """The reader's own models and data, tiny."""
-        table = LLAMA | {"vocab_size": 257, "hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
-        table |= {"intermediate_size": 256, "max_position_embeddings": 8192, "bos_token_id": 256, "eos_token_id": 256}
+        table = LLAMA | {
+            "vocab_size": 257,
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        }
+        table |= {
+            "intermediate_size": 256,
+            "max_position_embeddings": 8192,
+            "bos_token_id": 256,
+            "eos_token_id": 256,
+        }
         tokenizer = load_tokenizer("bytes")
         tokenizer.chat_template = (
-            "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+            "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ "
+            "m.content }}"
             "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
         )
         for name in ("SmolLM2-135M", "Llama-3.1-8B"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**table), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**table), dtype=torch.float32
+            )
             model.save_pretrained(self.home / "models" / name)
             tokenizer.save_pretrained(self.home / "models" / name)
         tokenizer.add_tokens(["<one>", "<two>"])
         tokenizer.save_pretrained(self.home / "with-new-tokens")
-        words = [f"{number} bottles of water on the wall, take one down and pass it around. " for number in range(40)]
+        words = [
+            f"{number} bottles of water on the wall, take one down and pass it around. "
+            for number in range(40)
+        ]
         (self.home / "books").mkdir()
         for number in range(3):
             (self.home / "books" / f"{number}.txt").write_text("".join(words[number:]))
-        turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "All of them."}]
+        turns = [
+            {"role": "user", "content": "How many?"},
+            {"role": "assistant", "content": "All of them."},
+        ]
         rows = {
             "notes": [{"text": text} for text in words],
             "bodies": [{"body": text} for text in words],
@@ -206,10 +240,14 @@ class Sandbox:
             "chats": [{"messages": turns}] * 40,
         }
         for name, lines in rows.items():
-            (self.home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (self.home / f"{name}.jsonl").write_text(
+                "".join(json.dumps(line) + "\n" for line in lines)
+            )
 
     def run(self, command: Command) -> None:
-        """Run it, once, in the processes that are there; what it reads of outputs/ is made first."""
+        """Run it, once, in the processes that are there; what it reads of outputs/ is made
+        first.
+        """
         if command.text in self.done:
             return
         self.done.add(command.text)
@@ -217,7 +255,10 @@ class Sandbox:
         call = call_of(command)
         assert call, f"{command.place}: {command.text}: nothing here knows how to run it"
         arguments = [*call.arguments, *options_of(call)]
-        arguments = [word.replace("~", str(self.home)) if word.startswith("~/") else word for word in arguments]
+        arguments = [
+            word.replace("~", str(self.home)) if word.startswith("~/") else word
+            for word in arguments
+        ]
         arguments = [word.replace("step-500", "step-2") for word in arguments]
         if call.script == "train.py" and not {"--plan", "--help"} & {*arguments}:
             arguments += ["--parallelism.sequence_parallel_degree", "2"]
@@ -249,21 +290,40 @@ class Sandbox:
         options = shorter.split() or (options_of(call) if call else [])
         text = " ".join([command.text.replace("step-500", "step-2"), *options])
         result = subprocess.run(
-            ["bash", "-c", text], cwd=self.root, env=self._shell(), capture_output=True, text=True, timeout=3600
+            ["bash", "-c", text],
+            cwd=self.root,
+            env=self._shell(),
+            capture_output=True,
+            text=True,
+            timeout=3600,
         )
-        assert result.returncode == 0, f"{command.place}: {text}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        assert result.returncode == 0, (
+            f"{command.place}: {text}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        )
 
     def _shell(self) -> dict[str, str]:
-        """PATH begins with this interpreter, also as .venv/bin/python, where nothing needs to be installed."""
+        """PATH begins with this interpreter, also as .venv/bin/python, where nothing needs to be
+        installed.
+        """
         folder = self.root / ".venv" / "bin"
         if not folder.exists():
             folder.mkdir(parents=True)
             for name, first in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
-                skip = "if [[ $1 == -m && $2 == pip ]]; then exit 0; fi\n" if name == "python" else ""
-                (folder / name).write_text(f'#!/bin/bash\n{skip}exec {shlex.quote(sys.executable)} {first}"$@"\n')
+                skip = (
+                    "if [[ $1 == -m && $2 == pip ]]; then exit 0; fi\n" if name == "python" else ""
+                )
+                (folder / name).write_text(
+                    f'#!/bin/bash\n{skip}exec {shlex.quote(sys.executable)} {first}"$@"\n'
+                )
                 (folder / name).chmod(0o755)
         path = os.pathsep.join([str(folder), os.environ["PATH"]])
-        return {**os.environ, "HOME": str(self.home), "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return {
+            **os.environ,
+            "HOME": str(self.home),
+            "PATH": path,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+        }
 
 
 def run_script(root: str, call: Call) -> None:
@@ -282,7 +342,10 @@ def started_in(root: str, call: Call) -> Iterator[None]:
     os.chdir(root)
     os.environ |= call.environment | {"HOME": str(Path(root) / "home")}
     sys.argv = [call.script, *call.arguments]
-    sys.path[:0] = [str(Path(call.script).resolve().parent), *call.environment.get("PYTHONPATH", "").split(":")]
+    sys.path[:0] = [
+        str(Path(call.script).resolve().parent),
+        *call.environment.get("PYTHONPATH", "").split(":"),
+    ]
     try:
         yield
     finally:
@@ -297,12 +360,17 @@ class _Parsed(Exception):
 
 
 def parse(root: Path, command: Command) -> None:
-    """Whether the program accepts the options: train.py reads its config, another script gets past its parser."""
+    """Whether the program accepts the options: train.py reads its config, another script gets past
+    its parser.
+    """
     call = call_of(command)
     if call is None:
         return parse_shell(root, command)
     arguments = [word for word in call.arguments]
-    with started_in(str(root), call._replace(arguments=arguments)), pytest.MonkeyPatch.context() as patch:
+    with (
+        started_in(str(root), call._replace(arguments=arguments)),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         if call.script == "train.py":
             parsed = train_script.parse_command_line(arguments)
             train_script.load_config(parsed.config_path, parsed.overrides)
@@ -322,7 +390,9 @@ def parse(root: Path, command: Command) -> None:
 def parse_shell(root: Path, command: Command) -> None:
     """A shell script is there and has no syntax error; other programs are not ours."""
     program, *rest = command.words
-    assert program in ("bash", "hf", "export"), f"{command.place}: {command.text}: what is {program}?"
+    assert program in ("bash", "hf", "export"), (
+        f"{command.place}: {command.text}: what is {program}?"
+    )
     if program == "bash":
         subprocess.run(["bash", "-n", str(root / rest[0])], check=True)
 
@@ -349,7 +419,7 @@ def takes_long(command: Command) -> bool:
     return runs_here(command) and command.listed_in(SHORTER) is not None
 
 
-# --- the tests --------------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 
 @each([command for command in commands() if runs_here(command) and not takes_long(command)])
@@ -375,7 +445,10 @@ def test_a_command_runs_as_the_shell_runs_it(command: Command, shell: Sandbox) -
         ("python scripts/plot.py", "the following arguments are required: RUN"),
         ("bash scripts/train.sh my.toml --training.stepz 3", "training.stepz"),
         ("bash scripts/train.sh absent.toml", "absent.toml: no such file"),
-        ("torchrun --node-rang 0 train.py --config my.toml", "unrecognized arguments|required: training_script"),
+        (
+            "torchrun --node-rang 0 train.py --config my.toml",
+            "unrecognized arguments|required: training_script",
+        ),
         ("bash scripts/examples/absent.sh", "exit status 127"),
         ("pip install something", "what is pip"),
     ],
@@ -383,7 +456,9 @@ def test_a_command_runs_as_the_shell_runs_it(command: Command, shell: Sandbox) -
 def test_what_is_wrong_does_not_parse(
     text: str, message: str, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises((SystemExit, UserError, subprocess.CalledProcessError, AssertionError)) as error:
+    with pytest.raises(
+        (SystemExit, UserError, subprocess.CalledProcessError, AssertionError)
+    ) as error:
         parse(sandbox.root, Command("", text))
     assert re.search(message, f"{error.value}\n{capsys.readouterr().err}")
 
@@ -405,7 +480,9 @@ def test_the_first_page_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
     for page in PAGES:
         for number, line in enumerate(page.read_text().splitlines(), start=1):
-            assert len(line) <= COLUMNS or line.startswith("|"), f"{page.name}:{number}: {len(line)} columns"
+            assert len(line) <= COLUMNS or line.startswith("|"), (
+                f"{page.name}:{number}: {len(line)} columns"
+            )
 
 
 def prose(page: Path) -> str:
@@ -439,7 +516,9 @@ def test_paths_of_the_repository_exist() -> None:
     missing = set()
     for page in PAGES:
         spans = re.findall(r"`([^`\n]+)`", prose(page))
-        code = "\n".join(block.text for kind in ("bash", "toml") for block in blocks(kind) if block.page == page)
+        code = "\n".join(
+            block.text for kind in ("bash", "toml") for block in blocks(kind) if block.page == page
+        )
         for word in re.split(r"[\s\"'=]+", "\n".join([*spans, code])):
             path = word.rstrip(".,:;)/")
             if path.startswith(TOP) and not (ROOT / path).exists():
@@ -448,11 +527,15 @@ def test_paths_of_the_repository_exist() -> None:
 
 
 def test_settings_that_are_named_exist() -> None:
-    """`section.key` in code of the prose, also with a value or as an option. What is in blocks is run or parsed."""
+    """`section.key` in code of the prose, also with a value or as an option. What is in blocks is
+    run or parsed.
+    """
     unknown = set()
     for page in PAGES:
         for span in re.findall(r"`([^`\n]+)`", prose(page)):
-            for match in re.finditer(r"(?<![\w./~-])(?:--)?([a-z_0-9]+)\.([a-z_0-9]+)(?![\w(*]|\.\*)", span):
+            for match in re.finditer(
+                r"(?<![\w./~-])(?:--)?([a-z_0-9]+)\.([a-z_0-9]+)(?![\w(*]|\.\*)", span
+            ):
                 section, key = match.groups()
                 is_file = key in ("py", "toml", "json", "jsonl")
                 if section in SECTIONS and not is_file and f"{section}.{key}" not in KEYS:
@@ -460,7 +543,7 @@ def test_settings_that_are_named_exist() -> None:
     assert not unknown
 
 
-# --- library.md -------------------------------------------------------------------------------------------------------
+# --- library.md -----------------------------------------------------------------------------------
 
 
 def run_the_library_page(path: str) -> tuple[float, list[int]]:
@@ -468,8 +551,15 @@ def run_the_library_page(path: str) -> tuple[float, list[int]]:
     found = [block.text for block in blocks("python")]
     assert len(found) == 2
     rows = make_rows([(23,)] * 6, masked="none", vocab_size=61, seed=0)
-    ids = [torch.stack([document.tokens[:-1] for (document,) in rows[start : start + 2]]) for start in (0, 4)]
-    names: dict[str, Any] = {"path": path, "loader": [{"input_ids": ids[0]}] * 8, "validation": [{"input_ids": ids[1]}]}
+    ids = [
+        torch.stack([document.tokens[:-1] for (document,) in rows[start : start + 2]])
+        for start in (0, 4)
+    ]
+    names: dict[str, Any] = {
+        "path": path,
+        "loader": [{"input_ids": ids[0]}] * 8,
+        "validation": [{"input_ids": ids[1]}],
+    }
     names["tokenizer"] = load_tokenizer("bytes")
     mesh = mesh_of(1, 1, 2)
     first = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh)
@@ -479,18 +569,22 @@ def run_the_library_page(path: str) -> tuple[float, list[int]]:
             exec(compile(block, "library.md", "exec"), names)
     assert names["loss"] < before[0]
     assert (Path(path) / "trained" / "config.json").exists()
-    assert names["losses"][0].item() == pytest.approx(-names["log_probabilities"].sum().item() / 44, rel=0.02)
+    assert names["losses"][0].item() == pytest.approx(
+        -names["log_probabilities"].sum().item() / 44, rel=0.02
+    )
     return names["loss"].item(), list(names["log_probabilities"].shape)
 
 
 def test_the_loop_of_the_library_page(tmp_path: Path) -> None:
     torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA), dtype=torch.float32).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**LLAMA), dtype=torch.float32
+    ).save_pretrained(tmp_path)
     found = run_on_ranks(2, run_the_library_page, str(tmp_path))
     assert found[0] == found[1] and found[0][1] == [2, 24]
 
 
-# --- the plan of the first page ---------------------------------------------------------------------------------------
+# --- the plan of the first page -------------------------------------------------------------------
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -521,7 +615,12 @@ def test_the_plan_that_is_quoted_is_what_the_planner_prints(shell: Sandbox) -> N
     command = "python train.py --config long.toml --plan"
     assert command in [one.text for one in commands()]
     result = subprocess.run(
-        ["bash", "-c", command], cwd=shell.root, env=shell._shell(), capture_output=True, text=True, check=True
+        ["bash", "-c", command],
+        cwd=shell.root,
+        env=shell._shell(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     printed = " ".join(re.sub(r"[│┃]", " ", result.stdout).split())
     (quoted,) = blocks("text")

@@ -1,9 +1,10 @@
-"""Every key of the schema through the front door: what a run does with it that it does not do at the key's default.
+"""Every key of the schema through the front door: what a run does with it that it does not do at
+the key's default.
 
-`EFFECTS` has a case or more for each key. A case is run twice, for two steps of `Trainer` (a key of [plan] by
-`train.py --plan`): with the key at `value`, and with the key at its default, both with what else the case `needs`.
-`effect(run, default)` must hold of the first run, and `effect(default, default)` must not. That config.toml names the
-key is no effect.
+`EFFECTS` has a case or more for each key. A case is run twice, for two steps of `Trainer` (a key of
+[plan] by `train.py --plan`): with the key at `value`, and with the key at its default, both with
+what else the case `needs`. `effect(run, default)` must hold of the first run, and `effect(default,
+default)` must not. That config.toml names the key is no effect.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Case(NamedTuple):
     """see `observed.see`"""
 
 
-# --- what a run can be asked ------------------------------------------------------------------------------------------
+# --- what a run can be asked ----------------------------------------------------------------------
 
 
 def wrote(path: str) -> Effect:
@@ -97,9 +98,10 @@ def own_core(q: Tensor, k: Tensor, v: Tensor, *, documents: Any, scale: float) -
     )
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
-# How data is told to be read, and how many of its tokens are trained on: a document is a sequence, so none is lost.
+# How data is told to be read, and how many of its tokens are trained on: a document is a sequence,
+# so none is lost.
 COUNTED: Settings = {
     "data.packing": "none",
     "training.seq_len": 256,
@@ -618,7 +620,7 @@ EFFECTS: dict[str, list[Case]] = (
 )
 
 
-# --- the tests -------------------------------------------------------------------------------------------------------
+# --- the tests ------------------------------------------------------------------------------------
 
 CASES = [
     pytest.param(key, case, id=f"{key}-{case.value}"[:70])
@@ -655,7 +657,9 @@ def test_the_table_has_every_key() -> None:
 
 
 def test_memory_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without CUDA a run refuses them. What `Trainer` calls, told where its files go, next to torch's own part."""
+    """Without CUDA a run refuses them. What `Trainer` calls, told where its files go, next to
+    torch's own part.
+    """
     dumped: list[str] = []
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **_: None)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dumped.append)

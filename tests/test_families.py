@@ -1,4 +1,6 @@
-"""Each family of transformers models that is said to train, against unmodified transformers in one process."""
+"""Each family of transformers models that is said to train, against unmodified transformers in one
+process.
+"""
 
 from __future__ import annotations
 
@@ -35,16 +37,19 @@ from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.ulysses.cores import choose_core
 
-# Where unmodified code leaves fp64, so that parity with it as it is holds to 1e-6. With those steps kept in fp64, on
-# both sides, it holds to 1e-12 for every family.
+# Where unmodified code leaves fp64, so that parity with it as it is holds to 1e-6. With those steps
+# kept in fp64, on both sides, it holds to 1e-12 for every family.
 NORMS = "RMSNorm normalizes in fp32"
-GEMMA_NORMS = "RMSNorm normalizes and scales in fp32, so the gradients of its weights are sums in fp32"
+GEMMA_NORMS = (
+    "RMSNorm normalizes and scales in fp32, so the gradients of its weights are sums in fp32"
+)
 FALLS_TO_FP32 = {
     "llama": NORMS,
     "mistral": NORMS,
     "qwen2": NORMS,
     "qwen3": NORMS,
-    "gemma2": f"{GEMMA_NORMS}; eager attention, which is what it chooses, takes its softmax in fp32",
+    "gemma2": f"{GEMMA_NORMS}; eager attention, which is what it chooses, takes its softmax in "
+    "fp32",
     "gemma3_text": GEMMA_NORMS,
     "phi3": NORMS,
     "olmo2": NORMS,
@@ -69,10 +74,10 @@ FALLS_TO_FP32 = {
     "gemma4_text": GEMMA_NORMS,
 }
 FALLS_TO_FP32 = {family: where for family, where in FALLS_TO_FP32.items() if family in FAMILIES}
-# Here fp32 steps round differently on the two sides, by up to 1e-6 in any gradient: gemma's as above, llama4's because
-# Ulysses multiplies queries by a ratio of temperatures, those of routers that score experts in fp32. AdamW's first step
-# is the gradient divided by its own size, however small: what follows it is compared by loss only, and in full with
-# those steps kept in fp64.
+# Here fp32 steps round differently on the two sides, by up to 1e-6 in any gradient: gemma's as
+# above, llama4's because Ulysses multiplies queries by a ratio of temperatures, those of routers
+# that score experts in fp32. AdamW's first step is the gradient divided by its own size, however
+# small: what follows it is compared by loss only, and in full with those steps kept in fp64.
 ROUTERS_IN_FP32 = {
     "deepseek_v2",
     "deepseek_v3",
@@ -115,7 +120,10 @@ def runs(family: str, core: str) -> bool:
 
 
 def steps_of(lengths: str) -> list[list[list[Row]]]:
-    return [[make_rows(LENGTHS[lengths], masked="none", vocab_size=61, seed=seed)] for seed in range(STEPS)]
+    return [
+        [make_rows(LENGTHS[lengths], masked="none", vocab_size=61, seed=seed)]
+        for seed in range(STEPS)
+    ]
 
 
 @lru_cache
@@ -132,34 +140,51 @@ def sharded(family: str, degree: int, lengths: str, core: str, keep_fp64: bool) 
     return sharded_of(model_of(family), degree, lengths, core, keep_fp64)
 
 
-def sharded_of(table: dict[str, Any], degree: int, lengths: str, core: str, keep_fp64: bool) -> Record:
+def sharded_of(
+    table: dict[str, Any], degree: int, lengths: str, core: str, keep_fp64: bool
+) -> Record:
     call = (kept_in_fp64, train_sharded) if keep_fp64 else (train_sharded,)
     arguments = (1, 1, degree), table, steps_of(lengths), torch.float64
     # Both layers of a model are one segment, and the last of its five tiles is smaller.
-    return run_on_ranks(degree, *call, *arguments, attention=core, checkpoint_every=2, mlp_tile_tokens=5)[0]
+    return run_on_ranks(
+        degree, *call, *arguments, attention=core, checkpoint_every=2, mlp_tile_tokens=5
+    )[0]
 
 
 def check_in_fp64(family: str, degree: int, lengths: str, core: str) -> None:
-    worst = largest_difference(sharded(family, degree, lengths, core, True), plain(family, lengths, True))
+    worst = largest_difference(
+        sharded(family, degree, lengths, core, True), plain(family, lengths, True)
+    )
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
 
 def check_as_it_is(family: str, degree: int, lengths: str, core: str) -> None:
     found, expected = sharded(family, degree, lengths, core, False), plain(family, lengths, False)
     if family in AMPLIFIED_BY_ADAMW:
-        found, expected = (Record(r.losses, r.grad_norms[:1], r.gradients[:1]) for r in (found, expected))
+        found, expected = (
+            Record(r.losses, r.grad_norms[:1], r.gradients[:1]) for r in (found, expected)
+        )
     worst = largest_difference(found, expected)
     assert max(worst.values()) < 1e-6, {k: v for k, v in worst.items() if v >= 1e-6}
 
 
 Case = tuple[str, int, str, str]
 EVERY_CASE: list[Case] = [
-    case for case in product(FAMILIES, (1, 2, 3, 4), LENGTHS, CORES) if case[3] == "blockwise" or runs(case[0], "sdpa")
+    case
+    for case in product(FAMILIES, (1, 2, 3, 4), LENGTHS, CORES)
+    if case[3] == "blockwise" or runs(case[0], "sdpa")
 ]
 
 
-PAIRWISE: list[Case] = [  # every family on two and three ranks, a third on the other degrees; the rest takes turns
-    (family, degree, list(LENGTHS)[(index + degree) % 2], core if runs(family, core) else "blockwise")
+PAIRWISE: list[
+    Case
+] = [  # every family on two and three ranks, a third on the other degrees; the rest takes turns
+    (
+        family,
+        degree,
+        list(LENGTHS)[(index + degree) % 2],
+        core if runs(family, core) else "blockwise",
+    )
     for index, family in enumerate(FAMILIES)
     for degree in ((2, 3) if index % 3 else (1, 2, 3, 4))
     for core in [CORES[(index // 2 + degree) % 2]]
@@ -173,7 +198,12 @@ def name_of(case: Case) -> str:
 def test_the_cases_cover_every_pair() -> None:
     def pairs(cases: list[Case]) -> set:
         """But of family and degree."""
-        return {(i, case[i], j, case[j]) for case in cases for i, j in combinations(range(4), 2) if (i, j) != (0, 1)}
+        return {
+            (i, case[i], j, case[j])
+            for case in cases
+            for i, j in combinations(range(4), 2)
+            if (i, j) != (0, 1)
+        }
 
     assert pairs(PAIRWISE) == pairs(EVERY_CASE)
     assert {case[:2] for case in PAIRWISE} >= set(product(FAMILIES, (2, 3)))
@@ -197,19 +227,34 @@ def test_families_in_full(case: Case, check) -> None:
     check(*case)
 
 
-# --- keys of a config that change what attention sees, or the logits --------------------------------------------------
+# --- keys of a config that change what attention sees, or the logits ------------------------------
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 5}
 CHUNKED = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 7}
-SCALES = {"logit_scale": 3.0, "logits_scaling": 4.0, "final_logit_softcapping": 2.0, "lm_head_multiplier": 5.0}
+SCALES = {
+    "logit_scale": 3.0,
+    "logits_scaling": 4.0,
+    "final_logit_softcapping": 2.0,
+    "lm_head_multiplier": 5.0,
+}
 OBEYED: dict[str, dict[str, Any]] = {
     "qwen2": {**SLIDING, "max_window_layers": 1},
     "qwen3": {**SLIDING, "layer_types": ["full_attention", "sliding_attention"]},
     "qwen3_moe": SLIDING,
     "smollm3": {**SLIDING, "no_rope_layers": None, "no_rope_layer_interval": 2},
-    "gemma2": {"layer_types": ["full_attention", "sliding_attention"], "final_logit_softcapping": None},
-    "gemma3_text": {"layer_types": None, "sliding_window_pattern": 2, "final_logit_softcapping": 3.0},
-    "gemma4_text": {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    "gemma2": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "final_logit_softcapping": None,
+    },
+    "gemma3_text": {
+        "layer_types": None,
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    }
     | {"num_kv_shared_layers": 1, "rms_norm_eps": 1e-2},
     "llama4_text": {"layer_types": None, "no_rope_layers": [0, 1]},
     "exaone_moe": {"layer_types": ["full_attention", "sliding_attention"]},
@@ -224,25 +269,39 @@ IGNORED: dict[str, dict[str, Any]] = {
     "gemma4_text": {"use_bidirectional_attention": "vision"},
 }
 """What it does not read, though others do."""
-EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
-EXPERTS |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0}
+EXPERTS = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+}
+EXPERTS |= {
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0,
+}
 KEYS = [pytest.param(f, keys, id=f"{f}-obeys") for f, keys in OBEYED.items() if f in FAMILIES]
 KEYS += [pytest.param(f, keys, id=f"{f}-ignores") for f, keys in IGNORED.items() if f in FAMILIES]
-KEYS += [pytest.param("gemma4_text", EXPERTS, id="gemma4_text-experts")] if "gemma4_text" in FAMILIES else []
+KEYS += (
+    [pytest.param("gemma4_text", EXPERTS, id="gemma4_text-experts")]
+    if "gemma4_text" in FAMILIES
+    else []
+)
 
 
 @pytest.mark.parametrize(("family", "keys"), KEYS)
 def test_keys_mean_what_they_mean_to_the_family(family: str, keys: dict[str, Any]) -> None:
     table = {**model_of(family), **keys}
     worst = largest_difference(
-        sharded_of(table, 2, "packed", "blockwise", True), expected := plain_of(table, "packed", True)
+        sharded_of(table, 2, "packed", "blockwise", True),
+        expected := plain_of(table, "packed", True),
     )
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
     same = expected.losses == plain(family, "packed", True).losses
     assert same == (keys is IGNORED.get(family)), "the keys do not what this test says"
 
 
-# --- bf16 -------------------------------------------------------------------------------------------------------------
+# --- bf16 -----------------------------------------------------------------------------------------
 
 
 Outcome = tuple[torch.Tensor, torch.Tensor]
@@ -250,7 +309,9 @@ Outcome = tuple[torch.Tensor, torch.Tensor]
 
 
 def _inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and labels [2, 128]: two rows of one document each, so that plain transformers needs but one forward."""
+    """ids and labels [2, 128]: two rows of one document each, so that plain transformers needs but
+    one forward.
+    """
     return torch.randint(61, (2, 2, 128), generator=torch.Generator().manual_seed(seed)).unbind()
 
 
@@ -265,19 +326,25 @@ def _random_model(family: str, seed: int, dtype: torch.dtype, experts: str) -> P
 
 
 def _flat(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).double().flatten() for g in gradients])
+    return torch.cat(
+        [(g.full_tensor() if isinstance(g, DTensor) else g).double().flatten() for g in gradients]
+    )
 
 
 def plain_outcome(family: str, seed: int, dtype: torch.dtype) -> Outcome:
     model, (ids, labels) = _random_model(family, seed, dtype, hf.experts_path(dtype)), _inputs(seed)
-    logits = model(input_ids=ids, use_cache=False).logits.to(torch.promote_types(dtype, torch.float32))
+    logits = model(input_ids=ids, use_cache=False).logits.to(
+        torch.promote_types(dtype, torch.float32)
+    )
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     losses.mean().backward()
     return losses.detach().double(), _flat(p.grad for p in model.parameters())
 
 
 def sharded_outcome(family: str, seed: int) -> Outcome:
-    """As the trainer does: fp32 parameters, computed with in bf16, gradients summed over the ranks in fp32."""
+    """As the trainer does: fp32 parameters, computed with in bf16, gradients summed over the ranks
+    in fp32.
+    """
     mesh, (ids, labels) = mesh_of(1, 1, 2), _inputs(seed)
     model = _random_model(family, seed, torch.float32, hf.experts_path(torch.bfloat16))
     parallelize(model, mesh, param_dtype=torch.bfloat16)
@@ -294,15 +361,21 @@ def sharded_outcome(family: str, seed: int) -> Outcome:
         return model(**batch, reduction="none").loss.double(), gradients
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma2", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+)
 def test_bf16_loses_no_more_than_transformers_does(family: str) -> None:
-    """Norms of the errors against fp64 of all labels' losses (in their mean errors cancel by luck) and of gradients."""
+    """Norms of the errors against fp64 of all labels' losses (in their mean errors cancel by luck)
+    and of gradients.
+    """
     ratios = bf16_ratios(family)
     assert all(ratio <= 1.1 for ratio in ratios), ratios
 
 
 def bf16_ratios(family: str) -> list[float]:
-    """Of the losses and of the gradients: median of five sharded errors, as a share of plain transformers' own."""
+    """Of the losses and of the gradients: median of five sharded errors, as a share of plain
+    transformers' own.
+    """
     errors: dict[str, list[tuple[float, ...]]] = {"plain": [], "sharded": []}
     for seed in range(5):
         exact = plain_outcome(family, seed, torch.float64)
@@ -312,14 +385,20 @@ def bf16_ratios(family: str) -> list[float]:
             "sharded": (torch.cat([losses for losses, _ in ranks], dim=1), ranks[0][1]),
         }
         for who, outcome in outcomes.items():
-            errors[who].append(tuple((a - b).norm().item() for a, b in zip(outcome, exact, strict=True)))
-    plain, sharded = (list(map(median, zip(*errors[who], strict=True))) for who in ("plain", "sharded"))
+            errors[who].append(
+                tuple((a - b).norm().item() for a, b in zip(outcome, exact, strict=True))
+            )
+    plain, sharded = (
+        list(map(median, zip(*errors[who], strict=True))) for who in ("plain", "sharded")
+    )
     assert all(error > 0 for error in plain)
     return [ours / theirs for ours, theirs in zip(sharded, plain, strict=True)]
 
 
 def train_loaded(folders: dict[str, Path]) -> dict[str, tuple[list[float], set[torch.dtype], str]]:
-    """A loop of one's own: losses of three steps, dtypes that are trained, and what was warned of."""
+    """A loop of one's own: losses of three steps, dtypes that are trained, and what was warned
+    of.
+    """
     mesh, (ids, labels), outcomes = mesh_of(1, 1, 2), _inputs(0), {}
     here = slice(64 * mesh.sp.get_local_rank(), 64 * (mesh.sp.get_local_rank() + 1))
     for family, folder in folders.items():
@@ -378,4 +457,6 @@ def test_experts_that_are_loaded_in_bf16_train(tmp_path: Path) -> None:
     for family, (losses, dtypes, warned) in outcomes.items():
         assert losses == pytest.approx(expected[family], rel=5e-3), family
         assert dtypes == {torch.bfloat16}
-        assert ("mlp.gate." in warned and "is now stored in torch.bfloat16" in warned) == (family in mixed), family
+        assert ("mlp.gate." in warned and "is now stored in torch.bfloat16" in warned) == (
+            family in mixed
+        ), family

@@ -1,6 +1,8 @@
-"""float8 training: which layers, that names, dtypes and export stay as they are, that it learns, and what is refused.
+"""float8 training: which layers, that names, dtypes and export stay as they are, that it learns,
+and what is refused.
 
-Emulated in software, since a CPU has no float8 multiplication: the same casts and scales, the products in fp32.
+Emulated in software, since a CPU has no float8 multiplication: the same casts and scales, the
+products in fp32.
 """
 
 from __future__ import annotations
@@ -44,8 +46,14 @@ def emulate_float8(model: nn.Module) -> None:
 
 class Run(models.Run):
     def __init__(self, *, float8: bool):
-        options = {"dtype": torch.float32, "param_dtype": torch.bfloat16, "optimizer": Optimizer(lr=1e-3)}
-        super().__init__((1, 1, 2), MODEL, ROWS, prepare=emulate_float8 if float8 else None, **options)
+        options = {
+            "dtype": torch.float32,
+            "param_dtype": torch.bfloat16,
+            "optimizer": Optimizer(lr=1e-3),
+        }
+        super().__init__(
+            (1, 1, 2), MODEL, ROWS, prepare=emulate_float8 if float8 else None, **options
+        )
 
 
 def build(**changes: Any) -> nn.Module:
@@ -53,7 +61,9 @@ def build(**changes: Any) -> nn.Module:
 
 
 def float8_layers(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    return {
+        name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"
+    }
 
 
 def test_which_layers():
@@ -82,11 +92,15 @@ def test_routers_stay_as_they_are():
 
 def test_no_layer_at_all():
     model = build(hidden_size=40, intermediate_size=88, head_dim=10)
-    with pytest.raises(UserError, match="quantize.float8 = true: no linear layer of the blocks has sizes that are"):
+    with pytest.raises(
+        UserError, match="quantize.float8 = true: no linear layer of the blocks has sizes that are"
+    ):
         use_float8(find_blocks(model)[1], tokens=32, emulate=True)
 
 
-def train(steps: int, float8: bool, folder: Path | None = None) -> tuple[list[float], int, dict[str, torch.Tensor]]:
+def train(
+    steps: int, float8: bool, folder: Path | None = None
+) -> tuple[list[float], int, dict[str, torch.Tensor]]:
     run = Run(float8=float8).train(steps)
     if folder:
         weights.export(run.model, load_tokenizer("bytes"), folder, step=steps)
@@ -99,7 +113,10 @@ def test_fifty_steps_follow_bf16():
     [(expected, none, _), _] = run_on_ranks(2, train, 50, False)
     assert (layers, none) == (14, 0)
     difference = (torch.tensor(found) - torch.tensor(expected)).abs().max().item()
-    print(f"\nfloat8: losses within {difference:.4f} of bf16's, from {expected[0]:.2f} to {expected[-1]:.2f}")
+    print(
+        f"\nfloat8: losses within {difference:.4f} of bf16's, from {expected[0]:.2f} to "
+        f"{expected[-1]:.2f}"
+    )
     assert 0 < difference < 0.25
     assert expected[0] - expected[-1] > 5
 
@@ -122,16 +139,24 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_machine_without_float8(monkeypatch):
-    with pytest.raises(UserError, match="quantize.float8 = true needs a GPU, and this run is on cpu: set it to false."):
+    with pytest.raises(
+        UserError,
+        match="quantize.float8 = true needs a GPU, and this run is on cpu: set it to false.",
+    ):
         check_float8("cpu")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
-    with pytest.raises(UserError, match=r"needs compute capability 8.9 .*, and NVIDIA A100 has 8.0: set it to false."):
+    with pytest.raises(
+        UserError,
+        match=r"needs compute capability 8.9 .*, and NVIDIA A100 has 8.0: set it to false.",
+    ):
         check_float8("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     check_float8("cuda")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="quantize.float8 = true needs torchao, which is not installed: pip install"):
+    with pytest.raises(
+        UserError, match="quantize.float8 = true needs torchao, which is not installed: pip install"
+    ):
         check_float8("cuda")
 
 
@@ -140,7 +165,9 @@ def test_a_machine_without_float8(monkeypatch):
 def test_float8_on_a_gpu(tokens):
     check_float8("cuda")
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False)).to("cuda", torch.bfloat16)
+    block = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False)).to(
+        "cuda", torch.bfloat16
+    )
     x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
     expected = block(x)
     expected.square().sum().backward()
@@ -149,5 +176,7 @@ def test_float8_on_a_gpu(tokens):
     assert use_float8([block], tokens=tokens) == 2
     found = block(x)
     found.square().sum().backward()
-    for a, b in zip([found, *(p.grad for p in block.parameters())], [expected, *gradients], strict=True):
+    for a, b in zip(
+        [found, *(p.grad for p in block.parameters())], [expected, *gradients], strict=True
+    ):
         assert (a - b).norm() < 0.1 * b.norm()

@@ -10,14 +10,25 @@ import torch
 from torch import nn
 
 import models
-from models import LLAMA, STARCODER2, Record, largest_difference, make_rows, train_plain, train_sharded
+from models import (
+    LLAMA,
+    STARCODER2,
+    Record,
+    largest_difference,
+    make_rows,
+    train_plain,
+    train_sharded,
+)
 from ranks import run_on_ranks
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory import loss
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import cast_frozen_params, fingerprint, freeze
 
-STEPS = [[make_rows([(10, 13, 1), (6, 6, 12)], masked="uneven", vocab_size=61, seed=seed)] for seed in range(3)]
+STEPS = [
+    [make_rows([(10, 13, 1), (6, 6, 12)], masked="uneven", vocab_size=61, seed=seed)]
+    for seed in range(3)
+]
 TIED = {**STARCODER2, "tie_word_embeddings": True}
 UNTIED = {**STARCODER2, "tie_word_embeddings": False}
 # What is frozen at the beginning, so that nothing flows back into it, at the end, and in between.
@@ -31,7 +42,14 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 def train_all(degrees: tuple[int, int, int]) -> dict[str, Record]:
     options = {"mlp_tile_tokens": 5, "offload": "host"}
     return {
-        name: train_sharded(degrees, model, STEPS, torch.float64, prepare=partial(freeze, patterns=patterns), **options)
+        name: train_sharded(
+            degrees,
+            model,
+            STEPS,
+            torch.float64,
+            prepare=partial(freeze, patterns=patterns),
+            **options,
+        )
         for name, (model, patterns) in CASES.items()
     }
 
@@ -45,7 +63,9 @@ def expected() -> dict[str, Record]:
 
 
 @pytest.mark.parametrize("degrees", [(1, 1, 2), (1, 2, 1)], ids=str)
-def test_the_rest_trains_as_in_plain_transformers(degrees: tuple, expected: dict[str, Record]) -> None:
+def test_the_rest_trains_as_in_plain_transformers(
+    degrees: tuple, expected: dict[str, Record]
+) -> None:
     found = run_on_ranks(2, train_all, degrees)[0]
     for case, record in found.items():
         worst = largest_difference(record, expected[case])
@@ -55,9 +75,14 @@ def test_the_rest_trains_as_in_plain_transformers(degrees: tuple, expected: dict
         untouched = hf_initialized(CASES[case][0])
         assert frozen and trained, case
         assert all(torch.equal(record.parameters[name], untouched[name]) for name in frozen), case
-        assert not any(torch.equal(record.parameters[name], untouched[name]) for name in trained), case
+        assert not any(torch.equal(record.parameters[name], untouched[name]) for name in trained), (
+            case
+        )
     tied = found["tied, by the second name"]
-    assert "model.embed_tokens.weight" not in tied.gradients[0] and "model.embed_tokens.weight" in tied.parameters
+    assert (
+        "model.embed_tokens.weight" not in tied.gradients[0]
+        and "model.embed_tokens.weight" in tied.parameters
+    )
 
 
 def hf_initialized(table: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -82,7 +107,9 @@ FROZEN = ["model.embed_tokens.*", "*.mlp.*"]
 
 
 def fingerprint_of(degrees: tuple[int, int, int]) -> int:
-    return fingerprint(models.Run(degrees, LLAMA, STEPS[0][0], prepare=partial(freeze, patterns=FROZEN)).model)
+    return fingerprint(
+        models.Run(degrees, LLAMA, STEPS[0][0], prepare=partial(freeze, patterns=FROZEN)).model
+    )
 
 
 def test_the_fingerprint_is_that_of_the_frozen_numbers_on_any_mesh() -> None:
@@ -106,7 +133,9 @@ def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation() -> None:
     freeze(model, ["model.embed_tokens.*"])
     cast_frozen_params(model, torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == {"model.embed_tokens.weight"}
+    assert {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16} == {
+        "model.embed_tokens.weight"
+    }
 
 
 @pytest.mark.parametrize(
@@ -114,13 +143,18 @@ def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation() -> None:
     [
         (
             ["model.embed_tokens.*", "model.embed_token.*"],
-            'model.freeze = ["model.embed_tokens.*", "model.embed_token.*"]: "model.embed_token.*" matches no '
+            'model.freeze = ["model.embed_tokens.*", "model.embed_token.*"]: "model.embed_token.*" '
+            "matches no "
             "parameter. Did you mean model.embed_tokens.weight?",
         ),
-        (["model.layers.9.mlp.up_proj.weight"], "Did you mean model.layers.*.mlp.up_proj.weight or "),
+        (
+            ["model.layers.9.mlp.up_proj.weight"],
+            "Did you mean model.layers.*.mlp.up_proj.weight or ",
+        ),
         (
             ["zzz"],
-            "matches no parameter. There are model.embed_tokens.weight, model.layers.*.self_attn.q_proj.weight, ",
+            "matches no parameter. There are model.embed_tokens.weight, "
+            "model.layers.*.self_attn.q_proj.weight, ",
         ),
         (["*"], 'model.freeze = ["*"] freezes every parameter: leave some to train.'),
     ],

@@ -1,4 +1,6 @@
-"""Forward, backward, step, evaluation and exceptions in any order: the training beside them keeps its bits."""
+"""Forward, backward, step, evaluation and exceptions in any order: the training beside them keeps
+its bits.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from ranks import run_on_ranks
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.train.step import clip_gradients
 
-ROWS = [make_rows([(10, 14), (24,)], masked="uneven", vocab_size=61, seed=seed) for seed in range(4)]
+ROWS = [
+    make_rows([(10, 14), (24,)], masked="uneven", vocab_size=61, seed=seed) for seed in range(4)
+]
 SP2 = (1, 1, 2)
 
 
@@ -99,7 +103,9 @@ def raise_interrupted(*_) -> None:
 
 
 def in_any_order(tied: bool, every: int) -> tuple[list[list[float]], list[dict[str, Tensor]]]:
-    """What is shown and left by three steps alone, and by three with everything else between their parts."""
+    """What is shown and left by three steps alone, and by three with everything else between their
+    parts.
+    """
     loops = [Loop(tied=tied, checkpoint_every=every) for _ in range(2)]
     disturbed = loops[1]
     visits = [
@@ -137,7 +143,9 @@ def refused(act: Callable[[], Any]) -> str:
     return "not refused"
 
 
-def after_a_broken_backward(tied: bool, older_torch: bool) -> tuple[list[str], list[dict[str, Tensor]]]:
+def after_a_broken_backward(
+    tied: bool, older_torch: bool
+) -> tuple[list[str], list[dict[str, Tensor]]]:
     """The messages of what must not go on, and two trainings, one of which goes on as they say."""
     with pytest.MonkeyPatch.context() as patch:
         if older_torch:
@@ -185,7 +193,9 @@ def backward_after_a_step() -> tuple[str, list[dict[str, Tensor]]]:
 
 
 def test_a_backward_whose_forward_was_before_the_last_step() -> None:
-    """One process raises there too: a saved tensor has changed. Sharded, other values would be gathered."""
+    """One process raises there too: a saved tensor has changed. Sharded, other values would be
+    gathered.
+    """
     for message, whole in run_on_ranks(2, backward_after_a_step):
         assert "an optimizer has stepped between this forward and its backward" in message
         assert all(torch.equal(whole[0][name], whole[1][name]) for name in whole[0])

@@ -1,4 +1,6 @@
-"""Weights in and out, as transformers writes and opens them: all families, bit by bit; and scripts/convert.py."""
+"""Weights in and out, as transformers writes and opens them: all families, bit by bit; and
+scripts/convert.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from families import FAMILIES, LACKING, SMALL, model_of
 from models import LLAMA, STARCODER2, mesh_of
@@ -47,7 +55,10 @@ FEW_BYTES = 12_000
 """Of a file, where there are to be several."""
 SEVERAL_FILES = {"tied", "qwen3_moe", "gpt_oss"}
 IN_BF16 = {"llama", "tied", "qwen3_moe"}
-ONE_BY_ONE = {"qwen3_moe": "mlp.experts.3.up_proj.weight", "mixtral": ".block_sparse_moe.experts.3.w2.weight"}
+ONE_BY_ONE = {
+    "qwen3_moe": "mlp.experts.3.up_proj.weight",
+    "mixtral": ".block_sparse_moe.experts.3.w2.weight",
+}
 
 
 def plain_model(table: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -71,13 +82,17 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+        assert torch.equal(
+            found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)
+        ), name
 
 
-# --- all families -----------------------------------------------------------------------------------------------------
+# --- all families ---------------------------------------------------------------------------------
 
 
-def round_trip(case: str, source: Path, target: Path, degrees: tuple[int, int, int], dtype: torch.dtype) -> list[str]:
+def round_trip(
+    case: str, source: Path, target: Path, degrees: tuple[int, int, int], dtype: torch.dtype
+) -> list[str]:
     model = hf.build_on_meta(hf.load_model_config(str(source), None), dtype)
     if model.config.model_type in CHECKED_FAMILIES:
         parallelize(model, mesh_of(*degrees), param_dtype=dtype)
@@ -101,7 +116,9 @@ def round_trips(cases: list[tuple]) -> list[list[str]]:
 
 
 def test_every_family_comes_back_bit_by_bit(tmp_path: Path) -> None:
-    """What `save_pretrained` writes, loaded on two ranks and exported, is what it was; and transformers opens it."""
+    """What `save_pretrained` writes, loaded on two ranks and exported, is what it was; and
+    transformers opens it.
+    """
     cases = []
     for number, (case, table) in enumerate(MODELS.items()):
         for dtype in (torch.float32, torch.bfloat16) if case in IN_BF16 else (torch.float32,):
@@ -115,16 +132,27 @@ def test_every_family_comes_back_bit_by_bit(tmp_path: Path) -> None:
         assert not any(found)
     for case, source, target, *_ in cases:
         stored = tensors_in(source)
-        assert ("lm_head.weight" not in stored) == hf.load_model_config(str(source), None).tie_word_embeddings, case
+        assert ("lm_head.weight" not in stored) == hf.load_model_config(
+            str(source), None
+        ).tie_word_embeddings, case
         assert not (end := ONE_BY_ONE.get(case)) or any(name.endswith(end) for name in stored)
         assert_same_bits(tensors_in(target), stored)
         several = case in SEVERAL_FILES
         for folder in (source, target):
-            assert len(list(folder.glob("*.safetensors"))) > 2 if several else (folder / "model.safetensors").exists()
+            assert (
+                len(list(folder.glob("*.safetensors"))) > 2
+                if several
+                else (folder / "model.safetensors").exists()
+            )
         opened, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
         assert not any(info.values()), (case, info)
-        assert_same_bits(opened.state_dict(), AutoModelForCausalLM.from_pretrained(source).state_dict())
-    assert any("e_score_correction_bias" in name for name in tensors_in(tmp_path / "glm4_moe-torch.float32"))
+        assert_same_bits(
+            opened.state_dict(), AutoModelForCausalLM.from_pretrained(source).state_dict()
+        )
+    assert any(
+        "e_score_correction_bias" in name
+        for name in tensors_in(tmp_path / "glm4_moe-torch.float32")
+    )
 
 
 def test_fused_experts_are_read_too(tmp_path: Path) -> None:
@@ -142,8 +170,14 @@ def test_what_a_folder_says_of_generation_and_text_is_handed_on(tmp_path: Path) 
     tokenizer.model_max_length = 12345
     plain.save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    # `save_pretrained` would refuse it: a temperature, and no sampling. Many a model on the hub has it so.
-    settings = {"do_sample": False, "temperature": 0.6, "eos_token_id": [2, 7], "max_new_tokens": 99}
+    # `save_pretrained` would refuse it: a temperature, and no sampling. Many a model on the hub has
+    # it so.
+    settings = {
+        "do_sample": False,
+        "temperature": 0.6,
+        "eos_token_id": [2, 7],
+        "max_new_tokens": 99,
+    }
     (tmp_path / "source" / "generation_config.json").write_text(json.dumps(settings))
     model = empty_model(LLAMA)
     weights.load(model, str(tmp_path / "source"))
@@ -155,7 +189,7 @@ def test_what_a_folder_says_of_generation_and_text_is_handed_on(tmp_path: Path) 
     assert (opened.chat_template, opened.model_max_length) == (tokenizer.chat_template, 12345)
 
 
-# --- files that are not as they should be -----------------------------------------------------------------------------
+# --- files that are not as they should be ---------------------------------------------------------
 
 
 @pytest.fixture
@@ -189,13 +223,17 @@ def test_an_index_that_is_wrong(folder: Path) -> None:
     index = index_of(folder)
     files = sorted(set(index["weight_map"].values()))
     (folder / files[1]).rename(folder / "elsewhere")
-    with pytest.raises(UserError, match=f"1 of the {len(files)} files that .* names are not there: {files[1]}"):
+    with pytest.raises(
+        UserError, match=f"1 of the {len(files)} files that .* names are not there: {files[1]}"
+    ):
         weights.find(str(folder))
     (folder / "elsewhere").rename(folder / files[1])
     name = next(name for name, file in index["weight_map"].items() if file == files[1])
     index["weight_map"][name] = files[0]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=f"index.json says that {files[0]} holds {name}, and it does not"):
+    with pytest.raises(
+        UserError, match=f"index.json says that {files[0]} holds {name}, and it does not"
+    ):
         weights.find(str(folder))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
     with pytest.raises(UserError, match="index.json is damaged"):
@@ -206,19 +244,28 @@ def test_tensors_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
     plain = plain_model(LLAMA)
     tensors = dict(plain.state_dict())
     tensors |= {f"visual.{letter}": torch.ones(2) for letter in "abcd"}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old files have it, and nobody needs it
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+        4
+    )  # old files have it, and nobody needs it
     save_file(tensors, tmp_path / "model.safetensors")
     model = empty_model(LLAMA)
     unknown, _ = weights.load(model, str(tmp_path))
     assert unknown == [f"visual.{letter}" for letter in "abcd"]
     line = weights.describe_unknown(unknown, model, str(tmp_path))
-    assert "4 tensors there that LlamaForCausalLM does not have, left out: visual.a, visual.b, visual.c, ..." in line
+    assert (
+        "4 tensors there that LlamaForCausalLM does not have, left out: visual.a, visual.b, "
+        "visual.c, ..." in line
+    )
 
 
 @pytest.mark.parametrize("keep", ["embed_tokens", "lm_head", "both"])
 def test_a_tied_tensor_may_have_either_name(keep: str, tmp_path: Path) -> None:
     tensors = tensors_of_untied(equal=True)
-    for name in {"embed_tokens": ["lm_head.weight"], "lm_head": ["model.embed_tokens.weight"], "both": []}[keep]:
+    for name in {
+        "embed_tokens": ["lm_head.weight"],
+        "lm_head": ["model.embed_tokens.weight"],
+        "both": [],
+    }[keep]:
         del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
     model = empty_model(TIED)
@@ -236,7 +283,10 @@ def tensors_of_untied(*, equal: bool) -> dict[str, Tensor]:
 
 def test_a_tied_tensor_with_two_values_is_refused(tmp_path: Path) -> None:
     save_file(tensors_of_untied(equal=False), tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="embed_tokens.weight and lm_head.weight differ .* tie_word_embeddings = false"):
+    with pytest.raises(
+        UserError,
+        match="embed_tokens.weight and lm_head.weight differ .* tie_word_embeddings = false",
+    ):
         weights.load(empty_model(TIED), str(tmp_path))
 
 
@@ -245,25 +295,38 @@ def test_experts_that_are_missing_are_named(tmp_path: Path) -> None:
     tensors = tensors_in(tmp_path)
     gone = "model.layers.1.mlp.experts.2.up_proj.weight"
     for lost in ([gone], [gone, gone.replace("up_proj", "gate_proj")]):
-        save_file({n: t for n, t in tensors.items() if n not in lost}, tmp_path / "model.safetensors")
-        with pytest.raises(UserError, match=f"{len(lost)} of {len(tensors)} tensors of .* are not in .*{gone}"):
+        save_file(
+            {n: t for n, t in tensors.items() if n not in lost}, tmp_path / "model.safetensors"
+        )
+        with pytest.raises(
+            UserError, match=f"{len(lost)} of {len(tensors)} tensors of .* are not in .*{gone}"
+        ):
             weights.load(empty_model(MODELS["qwen3_moe"]), str(tmp_path))
     shape = {**tensors, gone: torch.ones(3, 24)}
     save_file(shape, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="layers.1.mlp.experts.gate_up_proj has shape .*, config.json says"):
+    with pytest.raises(
+        UserError, match="layers.1.mlp.experts.gate_up_proj has shape .*, config.json says"
+    ):
         weights.load(empty_model(MODELS["qwen3_moe"]), str(tmp_path))
 
 
 def test_quantized_weights_are_refused() -> None:
     config = hf.load_model_config("", {**LLAMA, "quantization_config": {"quant_method": "fp8"}})
-    with pytest.raises(UserError, match='the weights are quantized .*"fp8".* Take the model in bf16'):
+    with pytest.raises(
+        UserError, match='the weights are quantized .*"fp8".* Take the model in bf16'
+    ):
         check_family(config)
 
 
-# --- scripts/convert.py -----------------------------------------------------------------------------------------------
+# --- scripts/convert.py ---------------------------------------------------------------------------
 
 
-MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
 ON_TWO = {"parallelism.sequence_parallel_degree": 2, "lr_scheduler.warmup_steps": 0}
 MOE |= {"head_dim": 8, "decoder_sparse_step": 1, "tie_word_embeddings": True}
 
@@ -281,11 +344,15 @@ def train_on_two(config: Path, settings: dict[str, Any]) -> None:
     run_on_ranks(2, train, config, moe | ON_TWO | settings)
 
 
-def test_a_checkpoint_becomes_what_the_run_exports(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_checkpoint_becomes_what_the_run_exports(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     convert([str(run / "checkpoints" / "step-2"), str(tmp_path / "converted")])
     assert capsys.readouterr().out == f"{tmp_path / 'converted'} is complete\n"
     expected, found = run / "export", tmp_path / "converted"
-    assert sorted(path.name for path in found.iterdir()) == sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in found.iterdir()) == sorted(
+        path.name for path in expected.iterdir()
+    )
     for path in expected.iterdir():
         assert (found / path.name).read_bytes() == path.read_bytes(), path.name
     assert [path.name for path in tmp_path.iterdir()] == ["converted"]
@@ -298,19 +365,33 @@ def printed_by(config: Path, settings: dict[str, Any]) -> str:
 
 
 def test_a_folder_becomes_a_checkpoint_that_a_run_starts_from(run: Path, tmp_path: Path) -> None:
-    """The losses are those of a run that is given the folder as its model, which tells what it does not use."""
+    """The losses are those of a run that is given the folder as its model, which tells what it does
+    not use.
+    """
     config, outputs, folder = run.parent.parent / "run.toml", run.parent, tmp_path / "folder"
     shutil.copytree(run / "export", folder)
     save_file({**tensors_in(folder), "visual": torch.ones(2)}, folder / "model.safetensors")
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "max_new_tokens": 99}')
-    held = largest_that_is_held(partial(convert, [str(folder), str(outputs / "converted" / "checkpoints" / "step-0")]))
-    largest = max(t.nbytes for t in AutoModelForCausalLM.from_pretrained(folder).state_dict().values())
+    held = largest_that_is_held(
+        partial(convert, [str(folder), str(outputs / "converted" / "checkpoints" / "step-0")])
+    )
+    largest = max(
+        t.nbytes for t in AutoModelForCausalLM.from_pretrained(folder).state_dict().values()
+    )
     assert 0 < held <= 2 * largest, "more than one tensor is in memory, and what DCP makes of it"
     steps = {"training.steps": 2, "training.seed": 1}
     train_on_two(config, steps | {"job.name": "converted"})
-    path = steps | {"job.name": "path", "model.path": str(folder), "model.config": {}, "checkpoint.export": True}
+    path = steps | {
+        "job.name": "path",
+        "model.path": str(folder),
+        "model.config": {},
+        "checkpoint.export": True,
+    }
     printed, other = run_on_ranks(2, printed_by, config, path | ON_TWO)
-    assert printed.count("1 tensor there that Qwen3MoeForCausalLM does not have, left out: visual\n") == 1
+    assert (
+        printed.count("1 tensor there that Qwen3MoeForCausalLM does not have, left out: visual\n")
+        == 1
+    )
     assert other == ""
     assert learned(outputs / "converted") == learned(outputs / "path") != learned(run)
     saved = json.loads((outputs / "converted" / "checkpoints" / "step-2" / "run.json").read_text())
@@ -319,7 +400,9 @@ def test_a_folder_becomes_a_checkpoint_that_a_run_starts_from(run: Path, tmp_pat
 
 
 def largest_that_is_held(act: Callable[[], None]) -> int:
-    """Bytes of what was read for DCP and still in memory when the next tensor had been read, at the most."""
+    """Bytes of what was read for DCP and still in memory when the next tensor had been read, at the
+    most.
+    """
     read: list[tuple[StorageWeakRef, int]] = []
     most, lookup = 0, ReadWhenWritten.lookup_object
 
@@ -336,10 +419,16 @@ def largest_that_is_held(act: Callable[[], None]) -> int:
     return most
 
 
-def test_conversions_that_cannot_be(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_conversions_that_cannot_be(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     step = run / "checkpoints" / "step-2"
     shutil.copytree(step, tmp_path / "checkpoints" / "step-2")
-    other = (run / "config.toml").read_text().replace("moe_intermediate_size = 16", "moe_intermediate_size = 8")
+    other = (
+        (run / "config.toml")
+        .read_text()
+        .replace("moe_intermediate_size = 16", "moe_intermediate_size = 8")
+    )
     (tmp_path / "other.toml").write_text(other)
     shutil.copytree(step, tmp_path / "frozen" / "step-2")
     told = json.loads((step / "run.json").read_text()) | {"frozen": 5}
@@ -351,7 +440,12 @@ def test_conversions_that_cannot_be(run: Path, tmp_path: Path, capsys: pytest.Ca
         (str(step), str(run)): "is there already",
         (str(run / "export"), new): "a checkpoint is a folder named step-N",
         (alone, new): "no config.toml in the folders above",
-        (alone, new, "--config", str(tmp_path / "other.toml")): "holds another model than config.toml describes: model",
+        (
+            alone,
+            new,
+            "--config",
+            str(tmp_path / "other.toml"),
+        ): "holds another model than config.toml describes: model",
         (frozen, new, "--config", str(run / "config.toml")): "what is frozen is not in it",
         (str(tmp_path / "checkpoints"), str(tmp_path / "step-0")): "no transformers model there",
     }

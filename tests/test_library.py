@@ -1,4 +1,6 @@
-"""A training loop of one's own: what any loader yields against plain transformers, and against the trainer's step."""
+"""A training loop of one's own: what any loader yields against plain transformers, and against the
+trainer's step.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+)
 
 from families import model_of
 from models import (
@@ -43,7 +50,9 @@ STEPS = 3
 Loaded = dict[str, Any]
 
 
-def real_model(table: dict[str, Any] = STARCODER2, *, seed: int = 3, dtype: torch.dtype = torch.float64):
+def real_model(
+    table: dict[str, Any] = STARCODER2, *, seed: int = 3, dtype: torch.dtype = torch.float64
+):
     """A model with memory and weights, as from_pretrained returns it."""
     model = AutoModelForCausalLM.from_config(
         hf.load_model_config("", table), dtype=dtype, experts_implementation=hf.experts_path(dtype)
@@ -56,11 +65,13 @@ def whole_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.detach().full_tensor() for name, p in hf.named_parameters(model)}
 
 
-# --- what loaders yield: rows of documents, as transformers users have them -------------------------------------------
+# --- what loaders yield: rows of documents, as transformers users have them -----------------------
 
 
 def unshifted(row: Row) -> tuple[Tensor, Tensor]:
-    """(ids, labels) [S] of a row. A document's first label is its first token: across the border, it must not count."""
+    """(ids, labels) [S] of a row. A document's first label is its first token: across the border,
+    it must not count.
+    """
     ids = [d.tokens[:-1] for d in row]
     labels = [torch.cat([d.tokens[:1], d.labels[:-1]]) for d in row]
     return torch.cat(ids), torch.cat(labels)
@@ -72,13 +83,19 @@ def plain_rows(rows: list[Row]) -> Loaded:
 
 
 def padded(rows: list[Row], *, left: bool = False) -> Loaded:
-    """Rows of different lengths, padded as a tokenizer pads; the padding has ids and labels that must not count."""
+    """Rows of different lengths, padded as a tokenizer pads; the padding has ids and labels that
+    must not count.
+    """
     pairs = [unshifted(row) for row in rows]
     size = max(len(ids) for ids, _ in pairs)
     pads = [(size - len(ids), 0) if left else (0, size - len(ids)) for ids, _ in pairs]
     return {
-        "input_ids": torch.stack([F.pad(ids, pad, value=7) for (ids, _), pad in zip(pairs, pads, strict=True)]),
-        "labels": torch.stack([F.pad(labels, pad, value=7) for (_, labels), pad in zip(pairs, pads, strict=True)]),
+        "input_ids": torch.stack(
+            [F.pad(ids, pad, value=7) for (ids, _), pad in zip(pairs, pads, strict=True)]
+        ),
+        "labels": torch.stack(
+            [F.pad(labels, pad, value=7) for (_, labels), pad in zip(pairs, pads, strict=True)]
+        ),
         "attention_mask": torch.stack(
             [F.pad(torch.ones_like(ids), pad) for (ids, _), pad in zip(pairs, pads, strict=True)]
         ),
@@ -105,14 +122,22 @@ def by_seq_idx(rows: list[Row]) -> Loaded:
 
     batch = padded(rows)
     size = batch["input_ids"].shape[1]
-    return batch | {"seq_idx": torch.stack([F.pad(index(row), (0, size - len(index(row)))) for row in rows])}
+    return batch | {
+        "seq_idx": torch.stack([F.pad(index(row), (0, size - len(index(row)))) for row in rows])
+    }
 
 
 def flattened(rows: list[Row]) -> Loaded:
-    """All documents in one row, by transformers' own collator, which says four times where they begin."""
-    collate = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)
+    """All documents in one row, by transformers' own collator, which says four times where they
+    begin.
+    """
+    collate = DataCollatorWithFlattening(
+        return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True
+    )
     documents = [(d,) for row in rows for d in row]
-    return dict(collate([dict(zip(("input_ids", "labels"), unshifted(d), strict=True)) for d in documents]))
+    return dict(
+        collate([dict(zip(("input_ids", "labels"), unshifted(d), strict=True)) for d in documents])
+    )
 
 
 def by_cu_seq_lens(rows: list[Row]) -> Loaded:
@@ -136,7 +161,10 @@ LOADERS: dict[str, tuple[Callable[[list[Row]], Loaded], list[tuple[int, ...]]]] 
 
 
 def steps_of(name: str) -> list[list[Row]]:
-    return [make_rows(LOADERS[name][1], masked="uneven", vocab_size=61, seed=10 * step) for step in range(STEPS)]
+    return [
+        make_rows(LOADERS[name][1], masked="uneven", vocab_size=61, seed=10 * step)
+        for step in range(STEPS)
+    ]
 
 
 def loader_of(name: str, mesh: Mesh, accumulate: int = 1) -> Iterator[Loaded]:
@@ -148,7 +176,7 @@ def loader_of(name: str, mesh: Mesh, accumulate: int = 1) -> Iterator[Loaded]:
             yield LOADERS[name][0](rows[first + piece * count :][:count])
 
 
-# --- the loop against plain transformers ------------------------------------------------------------------------------
+# --- the loop against plain transformers ----------------------------------------------------------
 
 
 def train_by_loop(name: str, degrees: tuple[int, int, int], accumulate: int) -> Record:
@@ -161,8 +189,12 @@ def train_by_loop(name: str, degrees: tuple[int, int, int], accumulate: int) -> 
         loss.backward()
         losses.append(loss.item())
         if len(losses) == accumulate:
-            record.grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).full_tensor().item())
-            record.gradients.append({name: p.grad.full_tensor() for name, p in hf.named_parameters(model)})
+            record.grad_norms.append(
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).full_tensor().item()
+            )
+            record.gradients.append(
+                {name: p.grad.full_tensor() for name, p in hf.named_parameters(model)}
+            )
             record.losses.append(sum(losses))
             optimizer.step()
             optimizer.zero_grad()
@@ -181,10 +213,18 @@ CASES = [(name, SP2, 1) for name in LOADERS] + [
 
 
 @pytest.mark.parametrize(("name", "degrees", "accumulate"), CASES, ids=str)
-def test_the_loop_equals_plain_transformers(name: str, degrees: tuple[int, int, int], accumulate: int) -> None:
-    """Loss, gradients, parameters after three AdamW steps; plain transformers sees each document alone."""
-    found = run_on_ranks(degrees[0] * degrees[1] * degrees[2], train_by_loop, name, degrees, accumulate)
-    assert all(other.losses == found[0].losses for other in found), "the loss is not the same on every rank"
+def test_the_loop_equals_plain_transformers(
+    name: str, degrees: tuple[int, int, int], accumulate: int
+) -> None:
+    """Loss, gradients, parameters after three AdamW steps; plain transformers sees each document
+    alone.
+    """
+    found = run_on_ranks(
+        degrees[0] * degrees[1] * degrees[2], train_by_loop, name, degrees, accumulate
+    )
+    assert all(other.losses == found[0].losses for other in found), (
+        "the loss is not the same on every rank"
+    )
     assert len(found[0].losses) == STEPS
     expected = train_plain(STARCODER2, [[rows] for rows in steps_of(name)], torch.float64)
     worst = largest_difference(found[0], expected)
@@ -198,7 +238,9 @@ def losses_of_loaded(batches: list[Loaded]) -> list[float]:
 
 
 def test_the_loss_is_the_one_that_transformers_returns() -> None:
-    """Of the very same batch. To 1e-6, because transformers computes its loss in fp32; and without labels: all."""
+    """Of the very same batch. To 1e-6, because transformers computes its loss in fp32; and without
+    labels: all.
+    """
     rows = make_rows([(23,), (23,)], masked="none", vocab_size=61, seed=0)
     right = padded(make_rows([(23,), (9,)], masked="none", vocab_size=61, seed=1))
     right["labels"] = right["labels"].masked_fill(right["attention_mask"] == 0, -100)
@@ -209,7 +251,7 @@ def test_the_loss_is_the_one_that_transformers_returns() -> None:
     assert found[0] == found[1] == pytest.approx(expected, rel=1e-6)
 
 
-# --- positions that start anywhere ------------------------------------------------------------------------------------
+# --- positions that start anywhere ----------------------------------------------------------------
 
 DYNAMIC = STARCODER2 | {
     "max_position_embeddings": 11,
@@ -262,7 +304,9 @@ def plain_loss_and_gradients(
         plain.model.rotary_emb = deepcopy(rotary)  # "dynamic" remembers how long the longest was
         ids, positions = (given[key][row, here][None] for key in ("input_ids", "position_ids"))
         mask = torch.ones_like(ids)
-        logits = plain(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+        logits = plain(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+        ).logits
         total = total + F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
         labels += ids.shape[1] - 1
     loss = total / labels
@@ -272,9 +316,13 @@ def plain_loss_and_gradients(
 
 @pytest.mark.parametrize("case", [*GIVEN, "llama4, from 5"])
 def test_positions_that_start_anywhere(case: str) -> None:
-    """llama4 tunes the temperature by a token's place in what it is given, whatever its position."""
+    """llama4 tunes the temperature by a token's place in what it is given, whatever its
+    position.
+    """
     given, pieces = GIVEN[case.removeprefix("llama4, ")]
-    given = given | {"input_ids": torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))}
+    given = given | {
+        "input_ids": torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
+    }
     table = model_of("llama4_text") if "llama4" in case else DYNAMIC
     expected, gradients = kept_in_fp64(plain_loss_and_gradients, table, given, pieces)
     for loss, found in run_on_ranks(2, kept_in_fp64, loss_and_gradients, table, given):
@@ -284,7 +332,9 @@ def test_positions_that_start_anywhere(case: str) -> None:
 
 
 def test_a_row_that_transformers_takes_for_packed_is_packed() -> None:
-    """The very batch, to 1e-6 as transformers computes its loss in fp32: a jump is a border where there is no mask."""
+    """The very batch, to 1e-6 as transformers computes its loss in fp32: a jump is a border where
+    there is no mask.
+    """
     ids = torch.randint(61, (2, 23), generator=torch.Generator().manual_seed(0))
     batch = ahead([*range(5, 15), *range(30, 43)]) | {"input_ids": ids}
     labels = ids.clone()
@@ -293,7 +343,7 @@ def test_a_row_that_transformers_takes_for_packed_is_packed() -> None:
     assert run_on_ranks(2, losses_of_loaded, [batch])[0] == [pytest.approx(expected, rel=1e-6)]
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def names_and_shapes(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -313,12 +363,17 @@ def test_names_are_those_of_the_model_before(every: int) -> None:
     assert [list(names.items()) for names in found] == [list(names.items()) for names in expected]
 
 
-# --- the loop against the trainer -------------------------------------------------------------------------------------
+# --- the loop against the trainer -----------------------------------------------------------------
 
 
-def by_trainer_and_by_loop(degrees: tuple[int, int, int]) -> list[tuple[list[float], dict[str, Tensor]]]:
+def by_trainer_and_by_loop(
+    degrees: tuple[int, int, int],
+) -> list[tuple[list[float], dict[str, Tensor]]]:
     mesh, bf16 = mesh_of(*degrees), {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    steps = [make_rows([(24,), (5, 19)], masked="uneven", vocab_size=61, seed=step) for step in range(STEPS)]
+    steps = [
+        make_rows([(24,), (5, 19)], masked="uneven", vocab_size=61, seed=step)
+        for step in range(STEPS)
+    ]
 
     trained = hf.build_on_meta(hf.load_model_config("", LLAMA), torch.float32)
     parallelize(trained, mesh, **bf16)
@@ -326,7 +381,9 @@ def by_trainer_and_by_loop(degrees: tuple[int, int, int]) -> list[tuple[list[flo
     hf.initialize(trained, seed=3)
     optimizer = build_optimizer(trained.parameters(), OPTIMIZER)
     batches = [local_batch(rows, mesh) for rows in steps]
-    losses = [train_step(trained, optimizer, [batch], mesh, max_norm=0.5)[0].item() for batch in batches]
+    losses = [
+        train_step(trained, optimizer, [batch], mesh, max_norm=0.5)[0].item() for batch in batches
+    ]
 
     model = parallelize(real_model(LLAMA, dtype=torch.float32), mesh, **bf16)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
@@ -344,13 +401,15 @@ def by_trainer_and_by_loop(degrees: tuple[int, int, int]) -> list[tuple[list[flo
 
 @pytest.mark.parametrize("degrees", [SP2, DP2], ids=["sp2", "dp2"])
 def test_the_loop_equals_the_trainer_bit_for_bit(degrees: tuple[int, int, int]) -> None:
-    for (expected_losses, expected), (losses, parameters) in run_on_ranks(2, by_trainer_and_by_loop, degrees):
+    for (expected_losses, expected), (losses, parameters) in run_on_ranks(
+        2, by_trainer_and_by_loop, degrees
+    ):
         assert losses == expected_losses and len(set(losses)) == STEPS
         assert parameters.keys() == expected.keys()
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
 
 
-# --- several models, whole sequences, scores --------------------------------------------------------------------------
+# --- several models, whole sequences, scores ------------------------------------------------------
 
 PADDED_ROWS = make_rows([(23,), (9,), (16,), (23,)], masked="uneven", vocab_size=61, seed=5)
 
@@ -372,7 +431,9 @@ def expected_scores(model: PreTrainedModel) -> Tensor:
 
 
 def policy_and_reference() -> dict[str, Any]:
-    """A policy on sp2, a frozen reference on dp2, made of one config, and a plain model of the same config beside."""
+    """A policy on sp2, a frozen reference on dp2, made of one config, and a plain model of the same
+    config beside.
+    """
     sp2, dp2 = build_mesh(sequence=2), build_mesh()
     config = AutoConfig.for_model(**STARCODER2)
     models = [AutoModelForCausalLM.from_config(config, dtype=torch.float64) for _ in range(3)]
@@ -388,7 +449,9 @@ def policy_and_reference() -> dict[str, Any]:
     differences = {"policy": score(policy, of_policy)[:, :23] - expected[0]}
     for step in range(2):
         policy(**of_policy).loss.backward()
-        differences[f"reference, step {step}"] = score(reference, of_reference) - expected[1][first : first + 2]
+        differences[f"reference, step {step}"] = (
+            score(reference, of_reference) - expected[1][first : first + 2]
+        )
         optimizer.step()
         optimizer.zero_grad()
     differences["plain"] = expected_scores(plain) - expected[2]
@@ -404,7 +467,9 @@ def test_a_policy_and_a_reference_do_not_touch_each_other() -> None:
 
 
 def losses_with_visits(visits: bool) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Train three steps on sp2; visits: evaluate on whole sequences between backward and step, and score after it."""
+    """Train three steps on sp2; visits: evaluate on whole sequences between backward and step, and
+    score after it.
+    """
     mesh, evaluated, losses = mesh_of(*SP2), [], []
     model = parallelize(real_model(), mesh)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
@@ -414,7 +479,9 @@ def losses_with_visits(visits: bool) -> tuple[list[float], list[float], dict[str
         if visits:
             with torch.no_grad(), whole_sequences(model) as whole:
                 assert whole.sp.size() == 1 and whole.batch.size() == 2
-                evaluated += [loss.item()] + [model(**rows).loss.item() for rows in shard(own_rows(whole), whole)]
+                evaluated += [loss.item()] + [
+                    model(**rows).loss.item() for rows in shard(own_rows(whole), whole)
+                ]
             with torch.no_grad():
                 evaluated += [model(**rows).loss.item() for rows in shard(own_rows(mesh), mesh)]
         optimizer.step()
@@ -426,7 +493,9 @@ def losses_with_visits(visits: bool) -> tuple[list[float], list[float], dict[str
 
 
 def test_whole_sequences_and_back() -> None:
-    """Evaluating does not show in training, not even between backward and step; and it gives the sharded loss."""
+    """Evaluating does not show in training, not even between backward and step; and it gives the
+    sharded loss.
+    """
     expected, _, parameters = run_on_ranks(2, losses_with_visits, False)[0]
     for losses, evaluated, found in run_on_ranks(2, losses_with_visits, True):
         assert losses == expected
@@ -443,7 +512,9 @@ def trained_in_whole_sequences() -> dict[str, Tensor]:
         for batch in shard(own_rows(whole), whole):
             model(**batch).loss.backward()
     for batch in shard(own_rows(mesh), mesh):
-        gradients.append({name: p.grad.full_tensor().clone() for name, p in hf.named_parameters(model)})
+        gradients.append(
+            {name: p.grad.full_tensor().clone() for name, p in hf.named_parameters(model)}
+        )
         model.zero_grad()
         model(**batch).loss.backward()
     gradients.append({name: p.grad.full_tensor() for name, p in hf.named_parameters(model)})
@@ -458,20 +529,24 @@ def test_scores_of_a_capped_and_scaled_head_come_by_tiles() -> None:
     from titan_ulysses.memory.loss import LossHead
 
     generator = torch.Generator().manual_seed(0)
-    head = LossHead(torch.nn.Linear(8, 61, dtype=torch.float64), tile_tokens=5, scale=0.5, softcap=2.0)
+    head = LossHead(
+        torch.nn.Linear(8, 61, dtype=torch.float64), tile_tokens=5, scale=0.5, softcap=2.0
+    )
     hidden = torch.randn(2, 9, 8, dtype=torch.float64, generator=generator)
     labels = torch.randint(61, (2, 9), generator=generator)
     labels[0, 3] = -100
     with torch.no_grad():
         found = head(hidden, labels, reduction="none")
-        expected = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="none").view(2, 9)
+        expected = F.cross_entropy(
+            head(hidden).flatten(0, 1), labels.flatten(), reduction="none"
+        ).view(2, 9)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     assert found[0, 3] == 0
     with pytest.raises(AssertionError, match="no gradient"):
         head(hidden, labels, reduction="none")
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_labels_positions_and_documents_of_a_padded_and_packed_row() -> None:
@@ -480,7 +555,9 @@ def test_labels_positions_and_documents_of_a_padded_and_packed_row() -> None:
             "input_ids": torch.tensor([[9, 9, 11, 12, 13, 21, 22, 9]]),
             "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0]]),
             "seq_idx": torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32),
-            "position_ids": torch.tensor([[1, 1, 0, 1, 2, 0, 1, 0]]),  # whatever padding has is no document
+            "position_ids": torch.tensor(
+                [[1, 1, 0, 1, 2, 0, 1, 0]]
+            ),  # whatever padding has is no document
         }
     )
     assert rows.labels.tolist() == [[-100, -100, 12, 13, -100, 22, -100, -100]]
@@ -510,33 +587,66 @@ IDS = torch.arange(8).view(2, 4)
 BAD: dict[str, tuple[Any, str]] = {
     "no mapping": ([IDS], 'must be a mapping with "input_ids"'),
     "no input_ids": ({"labels": IDS}, 'must be a mapping with "input_ids"'),
-    "unknown key": ({"input_ids": IDS, "pixel_values": IDS}, r"batch\['pixel_values'\]: the sharded model does not"),
+    "unknown key": (
+        {"input_ids": IDS, "pixel_values": IDS},
+        r"batch\['pixel_values'\]: the sharded model does not",
+    ),
     "one dimension": ({"input_ids": IDS[0]}, r"input_ids\"\] is \[4\]"),
     "empty": ({"input_ids": IDS[:0]}, r"is \[0, 4\]: it must be \[B, S\], and not empty"),
-    "other shape": ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"batch\['labels'\] is \[2, 3\], input_ids is \[2, 4\]"),
-    "4-D mask": ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 4, 4)}, r"4 dimensions, \[2, 1, 4, 4\]"),
+    "other shape": (
+        {"input_ids": IDS, "labels": IDS[:, 1:]},
+        r"batch\['labels'\] is \[2, 3\], input_ids is \[2, 4\]",
+    ),
+    "4-D mask": (
+        {"input_ids": IDS, "attention_mask": torch.ones(2, 1, 4, 4)},
+        r"4 dimensions, \[2, 1, 4, 4\]",
+    ),
     "mask values": ({"input_ids": IDS, "attention_mask": IDS}, "values other than 0 and 1"),
-    "mask with a hole": ({"input_ids": IDS, "attention_mask": [[1, 1, 1, 1], [1, 0, 1, 1]]}, "a hole in row 1"),
+    "mask with a hole": (
+        {"input_ids": IDS, "attention_mask": [[1, 1, 1, 1], [1, 0, 1, 1]]},
+        "a hole in row 1",
+    ),
     "positions fall back inside": (
-        {"input_ids": IDS, "position_ids": [[5, 6, 7, 8], [5, 6, 2, 3]], "seq_idx": [[0, 0, 0, 0], [0, 0, 0, 0]]},
+        {
+            "input_ids": IDS,
+            "position_ids": [[5, 6, 7, 8], [5, 6, 2, 3]],
+            "seq_idx": [[0, 0, 0, 0], [0, 0, 0, 0]],
+        },
         'batch\\["seq_idx"\\] and batch\\["position_ids"\\] disagree: .* at token 2 of row 1',
     ),
     "positions and seq_idx": (
-        {"input_ids": IDS, "position_ids": [[0, 1, 2, 3], [0, 1, 0, 1]], "seq_idx": [[0, 0, 0, 0], [0, 1, 1, 1]]},
+        {
+            "input_ids": IDS,
+            "position_ids": [[0, 1, 2, 3], [0, 1, 0, 1]],
+            "seq_idx": [[0, 0, 0, 0], [0, 1, 1, 1]],
+        },
         'batch\\["seq_idx"\\] and batch\\["position_ids"\\] disagree: .* at token 1 of row 1',
     ),
     "positions and lengths": (
-        {"input_ids": IDS, "position_ids": [[0, 1, 2, 3], [0, 1, 2, 3]], "cu_seq_lens_q": [0, 4, 6, 8]},
+        {
+            "input_ids": IDS,
+            "position_ids": [[0, 1, 2, 3], [0, 1, 2, 3]],
+            "cu_seq_lens_q": [0, 4, 6, 8],
+        },
         'batch\\["cu_seq_lens_q"\\] and batch\\["position_ids"\\] disagree: .* at token 2 of row 1',
     ),
-    "lengths too short": ({"input_ids": IDS, "cu_seq_lens_q": [0, 4, 7]}, "from 0 to 8, .*; the lengths sum to 7"),
+    "lengths too short": (
+        {"input_ids": IDS, "cu_seq_lens_q": [0, 4, 7]},
+        "from 0 to 8, .*; the lengths sum to 7",
+    ),
     "lengths fall": ({"input_ids": IDS, "cu_seq_lens_q": [0, 5, 4, 8]}, "must grow from 0 to 8"),
-    "over the end of a row": ({"input_ids": IDS, "cu_seq_lens_q": [0, 3, 8]}, "goes over the end of a row of 4"),
+    "over the end of a row": (
+        {"input_ids": IDS, "cu_seq_lens_q": [0, 3, 8]},
+        "goes over the end of a row of 4",
+    ),
     "two kinds of lengths": (
         {"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "cu_seq_lens_k": [0, 2, 4, 8]},
         "is not cu_seq_lens_q",
     ),
-    "longest": ({"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "max_length_q": 3}, "= 3, but cu_seq_lens_q has 4"),
+    "longest": (
+        {"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "max_length_q": 3},
+        "= 3, but cu_seq_lens_q has 4",
+    ),
     "label": ({"input_ids": IDS, "labels": IDS - 1}, "labels are token ids, or -100"),
 }
 
@@ -552,11 +662,13 @@ def test_accumulate() -> None:
         next(shard([], None, accumulate=0))
 
 
-# --- ranks that do not agree ------------------------------------------------------------------------------------------
+# --- ranks that do not agree ----------------------------------------------------------------------
 
 
 def load_differently(what: str, degrees: tuple[int, int, int]) -> str:
-    """The message that this rank gets; rank 1 loads something else than rank 0, from the first step on or later."""
+    """The message that this rank gets; rank 1 loads something else than rank 0, from the first step
+    on or later.
+    """
     from titan_ulysses.data import adapter as sharding
 
     sharding._CHECK_EVERY = 2
@@ -579,20 +691,26 @@ def load_differently(what: str, degrees: tuple[int, int, int]) -> str:
 @pytest.mark.parametrize(("what", "step"), [("first", 0), ("third", 2)])
 def test_ranks_of_a_group_that_load_different_rows(what: str, step: int) -> None:
     for message in run_on_ranks(2, load_differently, what, SP2):
-        assert message.startswith(f"{step}: shard: ranks [0, 1] share a sequence (sequence-parallel degree 2)")
+        assert message.startswith(
+            f"{step}: shard: ranks [0, 1] share a sequence (sequence-parallel degree 2)"
+        )
     assert run_on_ranks(2, load_differently, what, DP2) == ["4: no message"] * 2
 
 
 def load_unequally(batches: int) -> None:
     """Rank 1 has one batch less."""
     mesh = mesh_of(*DP2)
-    for _ in shard([{"input_ids": IDS}] * (batches - torch.distributed.get_rank()), mesh, accumulate=2):
+    for _ in shard(
+        [{"input_ids": IDS}] * (batches - torch.distributed.get_rank()), mesh, accumulate=2
+    ):
         pass
 
 
 @pytest.mark.parametrize("batches", [3, 4])
 def test_loaders_of_different_lengths(batches: int) -> None:
-    with pytest.raises(RankFailure, match=f"this rank's loader ended after {batches - 1} batches, and others go on"):
+    with pytest.raises(
+        RankFailure, match=f"this rank's loader ended after {batches - 1} batches, and others go on"
+    ):
         run_on_ranks(2, load_unequally, batches)
 
 
@@ -610,7 +728,10 @@ def differing_weights() -> str:
 
 def test_ranks_with_different_weights() -> None:
     for message in run_on_ranks(2, differing_weights):
-        assert "different weights: model.layers.1.mlp.c_proj.weight on rank 1 is not what rank 0 has" in message
+        assert (
+            "different weights: model.layers.1.mlp.c_proj.weight on rank 1 is not what rank 0 has"
+            in message
+        )
 
 
 def attention_dropout() -> str:
@@ -620,7 +741,10 @@ def attention_dropout() -> str:
 
 
 def test_attention_dropout_is_refused() -> None:
-    assert "attention_dropout = 0.1: dropped attention weights" in run_on_ranks(1, attention_dropout)[0]
+    assert (
+        "attention_dropout = 0.1: dropped attention weights"
+        in run_on_ranks(1, attention_dropout)[0]
+    )
 
 
 def mesh_of_three() -> str:
@@ -631,10 +755,13 @@ def mesh_of_three() -> str:
 
 def test_degrees_that_are_not_the_number_of_ranks() -> None:
     message = run_on_ranks(2, mesh_of_three)[0]
-    assert "replicate(1) * shard(1) * sequence(3) is not the number of ranks, 2: start 3 ranks" in message
+    assert (
+        "replicate(1) * shard(1) * sequence(3) is not the number of ranks, 2: start 3 ranks"
+        in message
+    )
 
 
-# --- the package ------------------------------------------------------------------------------------------------------
+# --- the package ----------------------------------------------------------------------------------
 
 
 def test_the_public_names_are_the_functions_whatever_was_imported_first() -> None:
@@ -642,7 +769,8 @@ def test_the_public_names_are_the_functions_whatever_was_imported_first() -> Non
         "import sys, titan_ulysses; assert 'torch' not in sys.modules\n"
         "from titan_ulysses.setup.parallelize import parallelize as inner\n"
         "from titan_ulysses import *\n"
-        "assert parallelize is inner is titan_ulysses.setup.parallelize and callable(shard) and callable(build_mesh)\n"
+        "assert parallelize is inner is titan_ulysses.setup.parallelize and callable(shard) and "
+        "callable(build_mesh)\n"
         "assert build_mesh().sp.size() == 1\n"  # which joins a process group of one
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

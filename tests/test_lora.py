@@ -1,4 +1,6 @@
-"""LoRA on every mesh: against peft in one process; what is saved, resumed and exported; what is refused."""
+"""LoRA on every mesh: against peft in one process; what is saved, resumed and exported; what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ from titan_ulysses.optim.adamw import is_quantized
 
 SETTINGS = LoRA(rank=3, alpha=6)
 STEPS = [
-    [make_rows(rows, masked="uneven", vocab_size=61, seed=10 * step + i) for i, rows in enumerate(micro_batches)]
+    [
+        make_rows(rows, masked="uneven", vocab_size=61, seed=10 * step + i)
+        for i, rows in enumerate(micro_batches)
+    ]
     for step, micro_batches in enumerate(3 * [[[(10, 13, 1), (6, 6, 12)], [(24,), (8, 16)]]])
 ]
 
@@ -52,25 +57,34 @@ def add(model: nn.Module) -> None:
 def add_by_peft(model: nn.Module) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"), model)
+    inject_adapter_in_model(
+        LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM"), model
+    )
 
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """As peft does, but with numbers in B too: with zeros there the first gradients of A would be zeros."""
+    """As peft does, but with numbers in B too: with zeros there the first gradients of A would be
+    zeros.
+    """
     initialize_adapters(model, seed=5)
     for name, parameter in hf.named_parameters(model):
         if ".lora_B." in name:
             generator = torch.Generator().manual_seed(seed_of(0, name))
-            hf.fill(parameter, 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+            hf.fill(
+                parameter,
+                0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype),
+            )
 
 
-# --- the same training as peft's --------------------------------------------------------------------------------------
+# --- the same training as peft's ------------------------------------------------------------------
 
 
 def train_adapters(degrees: tuple[int, int, int]) -> Record:
     options = {"mlp_tile_tokens": 5, "offload": "host"}
-    return train_sharded(degrees, STARCODER2, STEPS, torch.float64, prepare=add, fill=fill, **options)
+    return train_sharded(
+        degrees, STARCODER2, STEPS, torch.float64, prepare=add, fill=fill, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +94,29 @@ def by_peft() -> Record:
 
 @pytest.mark.parametrize("degrees", [(1, 1, 2), (1, 2, 1)], ids=str)
 def test_parity_with_peft(degrees: tuple[int, int, int], by_peft: Record) -> None:
-    """Loss, each adapter's gradient and all parameters, over steps of two batches of packed documents."""
+    """Loss, each adapter's gradient and all parameters, over steps of two batches of packed
+    documents.
+    """
     found = run_on_ranks(2, train_adapters, degrees)[0]
     worst = largest_difference(found, by_peft)
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
     assert len(found.gradients[0]) == 2 * 2 * 6 and all(map(is_adapter, found.gradients[0]))
     assert min(gradient.abs().max() for gradient in found.gradients[0].values()) > 0
     before = train_plain(STARCODER2, [], torch.float64).parameters
-    assert all(torch.equal(found.parameters[name], values) for name, values in before.items()), "the base has moved"
+    assert all(torch.equal(found.parameters[name], values) for name, values in before.items()), (
+        "the base has moved"
+    )
 
 
 def slope_of_dropout() -> tuple[float, float, float]:
-    """Along a direction, with the same random numbers: the gradient's slope, the loss's; what dropout does to it."""
+    """Along a direction, with the same random numbers: the gradient's slope, the loss's; what
+    dropout does to it.
+    """
     run = models.Run(
-        (1, 1, 2), STARCODER2, STEPS[0][0], prepare=lambda model: add_adapters(model, LoRA(rank=3, dropout=0.4))
+        (1, 1, 2),
+        STARCODER2,
+        STEPS[0][0],
+        prepare=lambda model: add_adapters(model, LoRA(rank=3, dropout=0.4)),
     )
     fill(run.model)
     batch = local_batch(run.rows, run.mesh)
@@ -102,7 +125,8 @@ def slope_of_dropout() -> tuple[float, float, float]:
     start = {name: p.full_tensor().detach() for name, p in adapters.items()}
     draw = torch.Generator().manual_seed(0)
     direction = {
-        name: torch.randn(p.shape, generator=draw, dtype=torch.float64) * p.abs().mean() for name, p in start.items()
+        name: torch.randn(p.shape, generator=draw, dtype=torch.float64) * p.abs().mean()
+        for name, p in start.items()
     }
 
     def loss(step: float) -> Tensor:
@@ -113,7 +137,9 @@ def slope_of_dropout() -> tuple[float, float, float]:
         return run.model(**vars(batch), num_items_in_batch=valid).loss
 
     loss(0.0).backward()
-    by_gradient = sum((p.grad.full_tensor() * direction[name]).sum().item() for name, p in adapters.items())
+    by_gradient = sum(
+        (p.grad.full_tensor() * direction[name]).sum().item() for name, p in adapters.items()
+    )
     step = 1e-5
     by_loss = (loss(step) - loss(-step)).item() / (2 * step)
     with_dropout = loss(0.0).item()
@@ -122,7 +148,9 @@ def slope_of_dropout() -> tuple[float, float, float]:
 
 
 def test_dropout_is_the_same_when_computed_again() -> None:
-    """In tiles and checkpoints: gradients are those of the very function whose loss was computed."""
+    """In tiles and checkpoints: gradients are those of the very function whose loss was
+    computed.
+    """
     for by_gradient, by_loss, without in run_on_ranks(2, slope_of_dropout):
         assert by_gradient == pytest.approx(by_loss, rel=1e-7)
         assert abs(without) > 1e-3
@@ -154,7 +182,7 @@ def test_initialisation_does_not_depend_on_the_mesh() -> None:
     assert all(torch.equal(p, parameters[name]) for name, p in plain.named_parameters())
 
 
-# --- with other features --------------------------------------------------------------------------------------------
+# --- with other features --------------------------------------------------------------------------
 
 
 WIDE = {
@@ -179,7 +207,9 @@ def losses_of(names: list[str]) -> dict[str, tuple[list[float], dict[str, Any]]]
     return {name: compose(**{"optimizer": Optimizer(lr=1e-2)} | COMPOSED[name]) for name in names}
 
 
-def compose(*, float8: bool = False, compile: bool = False, **options: Any) -> tuple[list[float], dict[str, Any]]:
+def compose(
+    *, float8: bool = False, compile: bool = False, **options: Any
+) -> tuple[list[float], dict[str, Any]]:
     def prepare(model: nn.Module) -> None:
         if float8:
             emulate_float8(model)
@@ -189,14 +219,27 @@ def compose(*, float8: bool = False, compile: bool = False, **options: Any) -> t
     torch._dynamo.utils.counters.clear()
     wrap = {"compile": compile, "mlp_tile_tokens": 9}
     run = models.Run(
-        (1, 1, 2), WIDE, rows, dtype=torch.float32, param_dtype=torch.bfloat16, prepare=prepare, wrap=wrap, **options
+        (1, 1, 2),
+        WIDE,
+        rows,
+        dtype=torch.float32,
+        param_dtype=torch.bfloat16,
+        prepare=prepare,
+        wrap=wrap,
+        **options,
     )
     initialize_adapters(run.model, seed=0)
     before = {name: p.full_tensor().clone() for name, p in hf.state_of(run.model).items()}
     run.train(8)
-    state = [values for values in run.optimizer.state.values() if is_quantized(values["exp_avg"].to_local().numel(), 8)]
+    state = [
+        values
+        for values in run.optimizer.state.values()
+        if is_quantized(values["exp_avg"].to_local().numel(), 8)
+    ]
     return run.losses, {
-        "base kept": all(torch.equal(p.full_tensor(), before[name]) for name, p in hf.state_of(run.model).items()),
+        "base kept": all(
+            torch.equal(p.full_tensor(), before[name]) for name, p in hf.state_of(run.model).items()
+        ),
         "float8 layers": sum(type(m).__name__ == "Float8Linear" for m in run.model.modules()),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
@@ -221,12 +264,14 @@ def test_with_other_features() -> None:
 def test_the_plan_shrinks() -> None:
     whole, adapters = plan_of(training__seq_len=64), plan_of(training__seq_len=64, lora__rank=2)
     for component, share in {"parameters": 0.7, "optimizer state": 0.2, "gradients": 0.2}.items():
-        assert adapters.peak.components.get(component, 0) < share * whole.peak.components[component], component
+        assert (
+            adapters.peak.components.get(component, 0) < share * whole.peak.components[component]
+        ), component
     assert adapters.gpu_bytes < whole.gpu_bytes
     assert adapters.simulation.cost.flops < whole.simulation.cost.flops
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -234,12 +279,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in bf16 to begin with, and runs of its adapters: whole, and in two parts."""
     folder = tmp_path_factory.mktemp("lora")
     config = write_run(folder)
-    base = hf.build_on_meta(hf.load_model_config("", load_config(config).model.config), torch.bfloat16)
+    base = hf.build_on_meta(
+        hf.load_model_config("", load_config(config).model.config), torch.bfloat16
+    )
     hf.allocate(base, torch.device("cpu"))
     hf.initialize(base, seed=0)
     base.save_pretrained(folder / "base")
-    settings = {"model.config": {}, "model.path": str(folder / "base"), "training.param_dtype": "bfloat16"}
-    settings |= {"lora.rank": 4, "lora.dropout": 0.1, "checkpoint.export": True, "checkpoint.interval": 2}
+    settings = {
+        "model.config": {},
+        "model.path": str(folder / "base"),
+        "training.param_dtype": "bfloat16",
+    }
+    settings |= {
+        "lora.rank": 4,
+        "lora.dropout": 0.1,
+        "checkpoint.export": True,
+        "checkpoint.interval": 2,
+    }
     settings |= {
         "lr_scheduler.decay_type": "constant",
         "lr_scheduler.warmup_steps": 0,
@@ -282,10 +338,17 @@ def test_the_export_is_the_base_with_the_adapter(runs: Path) -> None:
 
 
 def test_another_rank_is_another_model(runs: Path) -> None:
-    settings = {"model.config": {}, "model.path": str(runs / "base"), "training.param_dtype": "bfloat16"}
+    settings = {
+        "model.config": {},
+        "model.path": str(runs / "base"),
+        "training.param_dtype": "bfloat16",
+    }
     settings |= {"lora.rank": 8, "job.name": "parts"}
     for message in run_on_ranks(2, refusal, runs / "run.toml", settings):
-        assert "step-4 holds another model: " in message and "lora_A.default.weight is [4, 32] there and" in message
+        assert (
+            "step-4 holds another model: " in message
+            and "lora_A.default.weight is [4, 32] there and" in message
+        )
 
 
 def test_another_base_is_refused(runs: Path) -> None:
@@ -294,13 +357,20 @@ def test_another_base_is_refused(runs: Path) -> None:
     tensors = load_file(runs / "other" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
     save_file(tensors, runs / "other" / "model.safetensors", metadata={"format": "pt"})
-    settings = {"model.config": {}, "model.path": str(runs / "other"), "training.param_dtype": "bfloat16"}
+    settings = {
+        "model.config": {},
+        "model.path": str(runs / "other"),
+        "training.param_dtype": "bfloat16",
+    }
     settings |= {"lora.rank": 4, "job.name": "parts"}
     for message in run_on_ranks(2, refusal, runs / "run.toml", settings):
-        assert "what is frozen here is not what step-4 was trained beside. Has what model.path names changed" in message
+        assert (
+            "what is frozen here is not what step-4 was trained beside. Has what model.path names "
+            "changed" in message
+        )
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def targets(*patterns: str) -> set[str]:
@@ -326,7 +396,10 @@ def test_which_layers() -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("q_porj", '"q_porj" matches no linear layer that can have an adapter. Did you mean q_proj or '),
+        (
+            "q_porj",
+            '"q_porj" matches no linear layer that can have an adapter. Did you mean q_proj or ',
+        ),
         ("lm_head", '"lm_head" matches no linear layer'),
         ("embed_tokens", '"embed_tokens" matches no linear layer'),
         ("xyz", "There are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."),
@@ -335,13 +408,17 @@ def test_which_layers() -> None:
 def test_patterns_that_match_nothing(pattern: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         targets("v_proj", pattern)
-    assert str(caught.value).startswith('lora.target_modules = ["v_proj", ') and message in str(caught.value)
+    assert str(caught.value).startswith('lora.target_modules = ["v_proj", ') and message in str(
+        caught.value
+    )
 
 
 def test_layers_that_peft_takes_for_experts() -> None:
     table = LLAMA | {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0]}
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
-    with pytest.raises(UserError, match='in a "qwen3_moe" peft adapts model.layers.0.mlp.* as a part of a mixture'):
+    with pytest.raises(
+        UserError, match='in a "qwen3_moe" peft adapts model.layers.0.mlp.* as a part of a mixture'
+    ):
         add_adapters(model, SETTINGS)
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     assert add_adapters(model, LoRA(rank=3, target_modules=["self_attn.*"])) == 2 * 4
@@ -353,7 +430,10 @@ def test_what_is_counted() -> None:
     assert describe_parameters(model) == f"{whole:,} parameters"
     add(model)
     adapters = sum(p.numel() for name, p in hf.named_parameters(model) if is_adapter(name))
-    assert describe_parameters(model) == f"{whole + adapters:,} parameters, of which {adapters:,} are trained"
+    assert (
+        describe_parameters(model)
+        == f"{whole + adapters:,} parameters, of which {adapters:,} are trained"
+    )
     first = model.model.layers[0].self_attn.q_proj.base_layer.weight.numel()
     assert flops_per_token(model) == flops * 4 // 6 + 6 * adapters - 2 * first
 
@@ -361,7 +441,9 @@ def test_what_is_counted() -> None:
 def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_lora(LoRA())
-    with pytest.raises(UserError, match="lora.rank = 3 needs peft, which is not installed: pip install peft"):
+    with pytest.raises(
+        UserError, match="lora.rank = 3 needs peft, which is not installed: pip install peft"
+    ):
         check_lora(SETTINGS)
     with pytest.raises(UserError, match="pip install peft"):  # also where a run is only planned
         targets()
@@ -370,11 +452,19 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model.freeze": ["lm_head.*"]}, 'lora.rank = 4 and model.freeze = ["lm_head.*"] are both set'),
-        ({"lora.dropout": 0.1, "compile.enable": True}, "lora.dropout = 0.1 with compile.enable = true"),
+        (
+            {"model.freeze": ["lm_head.*"]},
+            'lora.rank = 4 and model.freeze = ["lm_head.*"] are both set',
+        ),
+        (
+            {"lora.dropout": 0.1, "compile.enable": True},
+            "lora.dropout = 0.1 with compile.enable = true",
+        ),
     ],
 )
-def test_settings_that_exclude_each_other(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_settings_that_exclude_each_other(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError) as caught:
         load_config(write_run(tmp_path), ({"lora.rank": 4} | settings).items())
     assert message in str(caught.value)

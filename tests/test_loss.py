@@ -1,4 +1,6 @@
-"""The loss head against the plain cross-entropy on all logits: the same loss and gradients, by tiles."""
+"""The loss head against the plain cross-entropy on all logits: the same loss and gradients, by
+tiles.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 class Watch(TorchDispatchMode):
-    """Counts matrix products and remembers the size of the largest tensor that any operator returned."""
+    """Counts matrix products and remembers the size of the largest tensor that any operator
+    returned.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +36,12 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def make(shape: tuple[int, ...], *, bias: bool = False, valid: float = 0.7) -> tuple[nn.Linear, Tensor, Tensor]:
-    """A linear head, hidden states [*shape, h] and labels [*shape], of which about the part `valid` is not masked."""
+def make(
+    shape: tuple[int, ...], *, bias: bool = False, valid: float = 0.7
+) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A linear head, hidden states [*shape, h] and labels [*shape], of which about the part `valid`
+    is not masked.
+    """
     torch.manual_seed(0)
     linear = nn.Linear(HIDDEN, VOCABULARY, bias=bias, dtype=torch.float64)
     hidden = torch.randn(*shape, HIDDEN, dtype=torch.float64, requires_grad=True)
@@ -50,19 +58,27 @@ def gradients(loss: Tensor, linear: nn.Linear, hidden: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [hidden, *linear.parameters()]))
 
 
-def assert_equal_to_plain(linear: nn.Linear, hidden: Tensor, labels: Tensor, tile_tokens: int, upstream: float) -> None:
+def assert_equal_to_plain(
+    linear: nn.Linear, hidden: Tensor, labels: Tensor, tile_tokens: int, upstream: float
+) -> None:
     num_items = 17  # the whole step's, which no single call can know from its labels
     expected = plain_loss(linear, hidden, labels, num_items)
     loss = LossHead(linear, tile_tokens=tile_tokens)(hidden, labels, torch.tensor(num_items))
     torch.testing.assert_close(loss, expected, **CLOSE)
     expected_gradients = gradients(upstream * expected, linear, hidden)
-    torch.testing.assert_close(gradients(upstream * loss, linear, hidden), expected_gradients, **CLOSE)
+    torch.testing.assert_close(
+        gradients(upstream * loss, linear, hidden), expected_gradients, **CLOSE
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 14), (2, 7), (7, 2), (14,), (1, 1)])
 @pytest.mark.parametrize("tile_tokens", [1, 3, 14, 100, 0])
-def test_loss_and_gradients_equal_plain_cross_entropy(shape: tuple[int, ...], tile_tokens: int) -> None:
-    assert_equal_to_plain(*make(shape, valid=1.0 if shape == (1, 1) else 0.7), tile_tokens, upstream=1.0)
+def test_loss_and_gradients_equal_plain_cross_entropy(
+    shape: tuple[int, ...], tile_tokens: int
+) -> None:
+    assert_equal_to_plain(
+        *make(shape, valid=1.0 if shape == (1, 1) else 0.7), tile_tokens, upstream=1.0
+    )
 
 
 @pytest.mark.parametrize("tile_tokens", [1, 4, 0])
@@ -73,7 +89,9 @@ def test_bias(tile_tokens: int) -> None:
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("tile_tokens", [1, 4, 0])
 def test_z_loss(tile_tokens: int, softcap: float | None) -> None:
-    """The squared log-normalizer is added for each label; without gradients, as in validation, it is not."""
+    """The squared log-normalizer is added for each label; without gradients, as in validation, it
+    is not.
+    """
     linear, hidden, labels = make((2, 7), bias=True)
     logits = linear(hidden).flatten(0, -2)
     if softcap:
@@ -84,9 +102,13 @@ def test_z_loss(tile_tokens: int, softcap: float | None) -> None:
     head = LossHead(linear, tile_tokens=tile_tokens, softcap=softcap, z_loss=0.3)
     loss = head(hidden, labels, torch.tensor(17))
     torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(gradients(loss, linear, hidden), gradients(expected, linear, hidden), **CLOSE)
+    torch.testing.assert_close(
+        gradients(loss, linear, hidden), gradients(expected, linear, hidden), **CLOSE
+    )
     with torch.no_grad():
-        torch.testing.assert_close(head(hidden, labels, torch.tensor(17)), cross_entropy / 17, **CLOSE)
+        torch.testing.assert_close(
+            head(hidden, labels, torch.tensor(17)), cross_entropy / 17, **CLOSE
+        )
 
 
 @pytest.mark.parametrize("upstream", [-2.5, 0.125, 0.0])
@@ -98,7 +120,9 @@ def test_hidden_states_of_any_memory_layout() -> None:
     linear, hidden, labels = make((2, 7))
     for strided in (hidden[:, ::2], hidden.transpose(0, 1), hidden[:1].expand(3, -1, -1)):
         strided = strided.detach().requires_grad_()
-        assert_equal_to_plain(linear, strided, labels.flatten()[0].expand(strided.shape[:-1]), 3, upstream=1.0)
+        assert_equal_to_plain(
+            linear, strided, labels.flatten()[0].expand(strided.shape[:-1]), 3, upstream=1.0
+        )
 
 
 def test_a_tile_without_a_label_adds_nothing() -> None:
@@ -109,12 +133,16 @@ def test_a_tile_without_a_label_adds_nothing() -> None:
 
 @pytest.mark.parametrize("tile_tokens", [1, 5, 0])
 @pytest.mark.parametrize("num_items", [0, 9])
-def test_without_labels_loss_and_gradients_are_exactly_zero(tile_tokens: int, num_items: int) -> None:
+def test_without_labels_loss_and_gradients_are_exactly_zero(
+    tile_tokens: int, num_items: int
+) -> None:
     linear, hidden, labels = make((2, 7), bias=True, valid=0.0)
     loss = LossHead(linear, tile_tokens=tile_tokens)(hidden, labels, torch.tensor(num_items))
     assert loss.item() == 0.0
     # A gradient of zeros and not None: this rank takes part in the reduction of the others.
-    for gradient, of in zip(gradients(loss, linear, hidden), (hidden, linear.weight, linear.bias), strict=True):
+    for gradient, of in zip(
+        gradients(loss, linear, hidden), (hidden, linear.weight, linear.bias), strict=True
+    ):
         torch.testing.assert_close(gradient, torch.zeros_like(of), **EXACT)
 
 
@@ -125,9 +153,13 @@ def test_a_masked_token_may_have_logits_that_are_not_finite() -> None:
     spoilt[0, 2], spoilt[0, 3] = float("nan"), 1e308
     spoilt.requires_grad_()
     num_items = torch.tensor(4)
-    loss, expected = (LossHead(linear, tile_tokens=3)(x, labels, num_items) for x in (spoilt, hidden))
+    loss, expected = (
+        LossHead(linear, tile_tokens=3)(x, labels, num_items) for x in (spoilt, hidden)
+    )
     torch.testing.assert_close(loss, expected, **EXACT)
-    gradients_of = [torch.autograd.grad(part, x)[0] for part, x in ((loss, spoilt), (expected, hidden))]
+    gradients_of = [
+        torch.autograd.grad(part, x)[0] for part, x in ((loss, spoilt), (expected, hidden))
+    ]
     torch.testing.assert_close(*gradients_of, **EXACT)
 
 
@@ -143,7 +175,9 @@ def products(linear: nn.Linear, hidden: Tensor, labels: Tensor, *, backward: boo
 def test_only_needed_gradients_are_computed() -> None:
     tiles = 5
     linear, hidden, labels = make((2, 7))
-    assert products(linear, hidden, labels) == 3 * tiles  # the logits, the hidden gradient, the weight gradient
+    assert (
+        products(linear, hidden, labels) == 3 * tiles
+    )  # the logits, the hidden gradient, the weight gradient
 
     expected_hidden, expected_weight = hidden.grad, linear.weight.grad
     hidden.grad = linear.weight.grad = None
@@ -184,7 +218,9 @@ def test_never_all_logits() -> None:
 
 def test_automatic_tiles_hold_64_mib_of_logits() -> None:
     for vocabulary, tile_tokens in ((128 * 1024, 128), (32 * 1024, 512), (2**25, 1)):
-        assert LossHead(nn.Linear(1, vocabulary, bias=False, device="meta")).tile_tokens == tile_tokens
+        assert (
+            LossHead(nn.Linear(1, vocabulary, bias=False, device="meta")).tile_tokens == tile_tokens
+        )
 
 
 def weight_gradient_error(tile_tokens: int) -> float:
@@ -192,7 +228,8 @@ def weight_gradient_error(tile_tokens: int) -> float:
     torch.manual_seed(0)
     tokens, hidden_size, vocabulary = 512, 48, 96
     linear = nn.Linear(hidden_size, vocabulary, bias=False, dtype=torch.bfloat16)
-    # Not centred: real hidden states and softmax probabilities are not, and sums that grow are where bf16 fails.
+    # Not centred: real hidden states and softmax probabilities are not, and sums that grow are
+    # where bf16 fails.
     hidden = (torch.randn(1, tokens, hidden_size) + 1).bfloat16()
     labels = torch.randint(vocabulary, (1, tokens))
     LossHead(linear, tile_tokens=tile_tokens)(hidden, labels, torch.tensor(tokens)).backward()
@@ -202,7 +239,9 @@ def weight_gradient_error(tile_tokens: int) -> float:
     return ((linear.weight.grad - wide.weight.grad).norm() / wide.weight.grad.norm()).item()
 
 
-def test_weight_gradient_does_not_lose_precision_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_gradient_does_not_lose_precision_with_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole, tiled = weight_gradient_error(512), weight_gradient_error(8)
 
     def add_in_bf16(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -216,8 +255,12 @@ def test_weight_gradient_does_not_lose_precision_with_tiles(monkeypatch: pytest.
 
 @pytest.mark.parametrize("tile_tokens", [1, 4096], ids=["between tiles", "in a tile"])
 @pytest.mark.parametrize("differentiate", [True, False])
-def test_thousands_of_cross_entropies_add_up_without_an_error(tile_tokens: int, differentiate: bool) -> None:
-    """In fp32 one after the other they are off by 1e-6, and by another amount for each number of tiles."""
+def test_thousands_of_cross_entropies_add_up_without_an_error(
+    tile_tokens: int, differentiate: bool
+) -> None:
+    """In fp32 one after the other they are off by 1e-6, and by another amount for each number of
+    tiles.
+    """
     linear, hidden, labels = make((1, 2048))
     head, hidden = LossHead(linear.float(), tile_tokens=tile_tokens), hidden.detach().float()
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""Models from transformers: initialised, loaded and exported sharded, and the same bits as one process would have."""
+"""Models from transformers: initialised, loaded and exported sharded, and the same bits as one
+process would have.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ SMALL = {
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {"model_type": "llama", **SMALL},
     "tied": {"model_type": "llama", **SMALL, "tie_word_embeddings": True},
-    # Two rows in q_norm and k_norm, and an odd number of them in the embedding: some of four ranks hold nothing.
+    # Two rows in q_norm and k_norm, and an odd number of them in the embedding: some of four ranks
+    # hold nothing.
     "narrow": {"model_type": "qwen3", **SMALL, "head_dim": 2, "vocab_size": 61},
     "mistral": {"model_type": "mistral", **SMALL},
     "olmo2": {"model_type": "olmo2", **SMALL, "tie_word_embeddings": True},
@@ -60,7 +63,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 MESHES = {2: [(1, 1, 2)], 4: [(1, 2, 2), (2, 2, 1)]}
-MESH_CASES = [pytest.param(world, mesh, id=f"{mesh}") for world, meshes in MESHES.items() for mesh in meshes]
+MESH_CASES = [
+    pytest.param(world, mesh, id=f"{mesh}") for world, meshes in MESHES.items() for mesh in meshes
+]
 
 
 def sharded_model(table: dict[str, Any], degrees: tuple[int, int, int]) -> PreTrainedModel:
@@ -80,7 +85,9 @@ def plain_model(table: dict[str, Any], seed: int = 0) -> PreTrainedModel:
 
 
 def parameters_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    whole = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in hf.named_parameters(model)}
+    whole = {
+        n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in hf.named_parameters(model)
+    }
     return {name: parameter.detach() for name, parameter in whole.items()}
 
 
@@ -107,22 +114,30 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-# --- build, allocate, initialise --------------------------------------------------------------------------------------
+# --- build, allocate, initialise ------------------------------------------------------------------
 
 
-def initialise(degrees: tuple[int, int, int], seed: int) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def initialise(
+    degrees: tuple[int, int, int], seed: int
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     found = {}
     for name, table in MODELS.items():
-        torch.manual_seed(dist.get_rank())  # the state of a rank's generator is no part of the result
+        torch.manual_seed(
+            dist.get_rank()
+        )  # the state of a rank's generator is no part of the result
         model = sharded_model(table, degrees)
         hf.initialize(model, seed)
         found[name] = (parameters_of(model), dict(model.named_buffers()))
-        assert model.config.tie_word_embeddings == (model.lm_head.weight is model.get_input_embeddings().weight)
+        assert model.config.tie_word_embeddings == (
+            model.lm_head.weight is model.get_input_embeddings().weight
+        )
     return found
 
 
 @pytest.mark.parametrize(("world", "degrees"), MESH_CASES)
-def test_random_weights_and_buffers_do_not_depend_on_the_mesh(world: int, degrees: tuple[int, int, int]) -> None:
+def test_random_weights_and_buffers_do_not_depend_on_the_mesh(
+    world: int, degrees: tuple[int, int, int]
+) -> None:
     for found in run_on_ranks(world, initialise, degrees, 0):
         for name, (parameters, buffers) in found.items():
             plain = plain_model(MODELS[name])
@@ -146,7 +161,9 @@ def test_random_weights_follow_the_config_and_the_seed() -> None:
     assert torch.equal(torch.get_rng_state(), state), "initialize draws from the caller's generator"
     assert_same(parameters_of(again), parameters_of(model))
     matrices = []
-    for (name, parameter), (_, different) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+    for (name, parameter), (_, different) in zip(
+        model.named_parameters(), other.named_parameters(), strict=True
+    ):
         if "norm" in name:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
             continue
@@ -168,7 +185,7 @@ def test_build_on_meta_allocates_nothing_and_leaves_the_config_alone() -> None:
     assert model.config is not config
 
 
-# --- weights.load -----------------------------------------------------------------------------------------------------
+# --- weights.load ---------------------------------------------------------------------------------
 
 
 class CountingSlice:
@@ -204,7 +221,9 @@ def counting_open(reads: list[int]) -> Any:
     return Counting
 
 
-def load(degrees: tuple[int, int, int], folders: dict[str, tuple[str, str]]) -> dict[str, tuple[dict, int]]:
+def load(
+    degrees: tuple[int, int, int], folders: dict[str, tuple[str, str]]
+) -> dict[str, tuple[dict, int]]:
     found = {}
     for case, (name, folder) in folders.items():
         reads: list[int] = []
@@ -224,7 +243,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
         plain_model(MODELS[name], seed=5).save_pretrained(folder / name)
         cases[name] = (name, str(folder / name))
     for name in ("untied", "tied"):
-        plain_model(MODELS[name], seed=5).save_pretrained(folder / f"{name}-files", max_shard_size="8KB")
+        plain_model(MODELS[name], seed=5).save_pretrained(
+            folder / f"{name}-files", max_shard_size="8KB"
+        )
         assert len(list((folder / f"{name}-files").glob("*.safetensors"))) > 3
         cases[f"{name}-files"] = (name, str(folder / f"{name}-files"))
     plain_model(MODELS["untied"], seed=5).bfloat16().save_pretrained(folder / "bf16")
@@ -232,14 +253,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]
 
 
 @pytest.mark.parametrize(("world", "degrees"), MESH_CASES)
-def test_each_rank_loads_its_own_rows(world: int, degrees: tuple[int, int, int], saved: dict) -> None:
+def test_each_rank_loads_its_own_rows(
+    world: int, degrees: tuple[int, int, int], saved: dict
+) -> None:
     results = run_on_ranks(world, load, degrees, saved)
     for case, (_, folder) in saved.items():
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for result in results:
             assert_same(result[case][0], parameters_of(plain))
         replicas = degrees[0]
-        assert sum(result[case][1] for result in results) == replicas * sum(p.numel() for p in plain.parameters()), case
+        assert sum(result[case][1] for result in results) == replicas * sum(
+            p.numel() for p in plain.parameters()
+        ), case
         largest = max(result[case][1] for result in results)
         assert largest <= 1.25 * replicas * sum(p.numel() for p in plain.parameters()) / world, case
 
@@ -274,7 +299,11 @@ def damage(how: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", r"2 of 21 tensors of LlamaForCausalLM are not in .*: model.norm.weight, lm_head.weight\. A file"),
+        (
+            "missing",
+            r"2 of 21 tensors of LlamaForCausalLM are not in .*: model.norm.weight, "
+            r"lm_head.weight\. A file",
+        ),
         ("shape", r"model.norm.weight has shape \(31,\), config.json says \(32,\)"),
         ("truncated", r"model.safetensors is damaged \(.+\). Copy or download it again"),
         ("header", r"model.safetensors is damaged \(.+\). Copy or download it again"),
@@ -293,15 +322,22 @@ def test_weights_that_cannot_be_loaded(how: str, message: str, tmp_path: Path) -
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "nothing"):
-        with pytest.raises(UserError, match=r"Give a folder with config.json and \*.safetensors, or") as caught:
+        with pytest.raises(
+            UserError, match=r"Give a folder with config.json and \*.safetensors, or"
+        ) as caught:
             hf.load_model_config(str(path), None)
         assert str(caught.value).startswith(f'model.path = "{path}": no transformers model there (')
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=f'model.path = "{tmp_path / "nothing"}": neither a folder nor .*Give a folder'):
+    with pytest.raises(
+        UserError,
+        match=f'model.path = "{tmp_path / "nothing"}": neither a folder nor .*Give a folder',
+    ):
         weights.find(str(tmp_path / "nothing"))
 
 
-@pytest.mark.parametrize("table", [{"model_type": "lama"}, {}, {**MODELS["untied"], "hidden_size": "wide"}])
+@pytest.mark.parametrize(
+    "table", [{"model_type": "lama"}, {}, {**MODELS["untied"], "hidden_size": "wide"}]
+)
 def test_config_tables_that_are_refused(table: dict[str, Any]) -> None:
     before = copy.deepcopy(table)
     with pytest.raises(UserError, match=r"^model.config: transformers refuses it: .+") as caught:
@@ -315,12 +351,15 @@ def test_a_model_that_is_no_causal_lm_is_refused() -> None:
         hf.build_on_meta(hf.load_model_config("", {"model_type": "clip"}), torch.float32)
 
 
-# --- export -----------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 
 
-def export(degrees: tuple[int, int, int], cases: dict[str, tuple[str, str]], folder: Path, file_bytes: int) -> list:
-    """Export each case into folder; returns what happened, in order: ("gather", bytes, gathered bytes that were still
-    in memory before) and ("write", file, bytes)."""
+def export(
+    degrees: tuple[int, int, int], cases: dict[str, tuple[str, str]], folder: Path, file_bytes: int
+) -> list:
+    """Export each case into folder; returns what happened, in order: ("gather", bytes, gathered
+    bytes that were still in memory before) and ("write", file, bytes).
+    """
     happened = []
     for case, (name, source) in cases.items():
         model = sharded_model(MODELS[name], degrees)
@@ -335,7 +374,9 @@ def export(degrees: tuple[int, int, int], cases: dict[str, tuple[str, str]], fol
             events.append(("gather", whole.nbytes, held))
             return whole
 
-        def save_file(tensors: dict[str, Tensor], file: Path, save=save, events=events, **kwargs: Any) -> None:
+        def save_file(
+            tensors: dict[str, Tensor], file: Path, save=save, events=events, **kwargs: Any
+        ) -> None:
             events.append(("write", file.name, sum(t.nbytes for t in tensors.values())))
             save(tensors, file, **kwargs)
 
@@ -350,16 +391,22 @@ def export(degrees: tuple[int, int, int], cases: dict[str, tuple[str, str]], fol
 
 
 @pytest.mark.parametrize(("world", "degrees"), MESH_CASES)
-def test_export_opens_in_transformers(world: int, degrees: tuple[int, int, int], saved: dict, tmp_path: Path) -> None:
+def test_export_opens_in_transformers(
+    world: int, degrees: tuple[int, int, int], saved: dict, tmp_path: Path
+) -> None:
     cases = {case: saved[case] for case in MODELS}
     run_on_ranks(world, export, degrees, cases, tmp_path, 2**20)
     for case, (_, source) in cases.items():
         plain = AutoModelForCausalLM.from_pretrained(source)
-        opened, info = AutoModelForCausalLM.from_pretrained(tmp_path / case, output_loading_info=True)
+        opened, info = AutoModelForCausalLM.from_pretrained(
+            tmp_path / case, output_loading_info=True
+        )
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert_same(parameters_of(opened), parameters_of(plain))
         assert torch.equal(logits_of(opened), logits_of(plain))
-        stored = (load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / case, source))
+        stored = (
+            load_file(Path(folder) / "model.safetensors") for folder in (tmp_path / case, source)
+        )
         assert len({frozenset(tensors) for tensors in stored}) == 1
         tied = opened.lm_head.weight is opened.get_input_embeddings().weight
         assert tied == plain.config.tie_word_embeddings
@@ -370,24 +417,36 @@ def test_export_opens_in_transformers(world: int, degrees: tuple[int, int, int],
     text = "long sequences, é"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "untied")
     assert tokenizer(text)["input_ids"] == list(text.encode())
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(cases)  # nothing that was written aside
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        cases
+    )  # nothing that was written aside
 
 
 def test_export_never_holds_the_whole_model(saved: dict, tmp_path: Path) -> None:
     limit = 16 * 2**10
     results = run_on_ranks(2, export, (1, 1, 2), {"tied": saved["tied"]}, tmp_path, limit)
     [events], [others] = results
-    largest = max(event[1] for event in others)  # one may still be waiting for its last reference to go
-    assert all(event[0] == "gather" and event[2] <= largest for event in others), "rank 1 keeps what it gathers"
+    largest = max(
+        event[1] for event in others
+    )  # one may still be waiting for its last reference to go
+    assert all(event[0] == "gather" and event[2] <= largest for event in others), (
+        "rank 1 keeps what it gathers"
+    )
     assert sum(event[1] for event in others) > 3 * largest, "nothing was measured"
     assert len(others) == len(list(hf.named_parameters(plain_model(MODELS["tied"]))))
-    assert all(event[1] + event[2] <= limit for event in events if event[0] == "gather"), "rank 0 keeps what it wrote"
+    assert all(event[1] + event[2] <= limit for event in events if event[0] == "gather"), (
+        "rank 0 keeps what it wrote"
+    )
     assert any(event[2] > 0 for event in events if event[0] == "gather"), "nothing was measured"
     assert sum(event[0] == "write" for event in events) > 2
     index = json.loads((tmp_path / "tied" / "model.safetensors.index.json").read_text())
-    assert sorted(set(index["weight_map"].values())) == [event[1] for event in events if event[0] == "write"]
+    assert sorted(set(index["weight_map"].values())) == [
+        event[1] for event in events if event[0] == "write"
+    ]
     plain = AutoModelForCausalLM.from_pretrained(saved["tied"][1])
-    assert_same(parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / "tied")), parameters_of(plain))
+    assert_same(
+        parameters_of(AutoModelForCausalLM.from_pretrained(tmp_path / "tied")), parameters_of(plain)
+    )
 
 
 def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tensor]]:
@@ -405,7 +464,9 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
         if where == "index":
             raise OSError(28, "No space left on device")
         if len(calls) == 2:  # safetensors has an exception of its own for a full disk
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            )
         save(*args, **kwargs)
 
     with replaced(weights, "_EXPORT_FILE_BYTES", 8 * 2**10), replaced(weights, name, fail):
@@ -417,9 +478,13 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
 
 
 @pytest.mark.parametrize("where", ["weights", "index"])
-def test_an_export_that_fails_leaves_the_old_one_and_no_rank_waiting(where: str, tmp_path: Path) -> None:
+def test_an_export_that_fails_leaves_the_old_one_and_no_rank_waiting(
+    where: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "export"
-    (first_message, expected), (second_message, _) = run_on_ranks(2, fail_to_export, folder, where, timeout=30)
+    (first_message, expected), (second_message, _) = run_on_ranks(
+        2, fail_to_export, folder, where, timeout=30
+    )
     assert first_message == second_message
     assert str(folder) in first_message and "No space left on device" in first_message
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
@@ -438,19 +503,27 @@ def test_a_new_export_replaces_the_old_one(tmp_path: Path) -> None:
     (tmp_path / ".export.partial").mkdir()
     (tmp_path / ".export.partial" / "left-over.safetensors").touch()
     run_on_ranks(2, export_twice, tmp_path / "export")
-    assert [path.name for path in (tmp_path / "export").glob("*.safetensors*")] == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "export").glob("*.safetensors*")] == [
+        "model.safetensors"
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert_same(parameters_of(opened), parameters_of(plain_model(MODELS["untied"], seed=2)))
 
 
-# --- families ---------------------------------------------------------------------------------------------------------
+# --- families -------------------------------------------------------------------------------------
 
 
 ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "llama4_text", "output_router_logits": True}, "router losses (output_router_logits)"),
-    ({"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 2}, "layers of type linear_attention"),
+    (
+        {"model_type": "llama4_text", "output_router_logits": True},
+        "router losses (output_router_logits)",
+    ),
+    (
+        {"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 2},
+        "layers of type linear_attention",
+    ),
 ]
 ACCEPTED: list[dict[str, Any]] = [
     {"model_type": "llama"},
@@ -466,7 +539,9 @@ ACCEPTED: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("table", "needs"), REFUSED, ids=[f"{t['model_type']}-{needs}" for t, needs in REFUSED])
+@pytest.mark.parametrize(
+    ("table", "needs"), REFUSED, ids=[f"{t['model_type']}-{needs}" for t, needs in REFUSED]
+)
 def test_families_that_would_train_wrongly_are_refused(table: dict[str, Any], needs: str) -> None:
     with pytest.raises(UserError) as caught:
         check_family(hf.load_model_config("", {**SMALL, **table}))
@@ -474,6 +549,8 @@ def test_families_that_would_train_wrongly_are_refused(table: dict[str, Any], ne
     assert needs in str(caught.value)
 
 
-@pytest.mark.parametrize("table", ACCEPTED, ids=lambda table: "-".join(str(value) for value in table.values()))
+@pytest.mark.parametrize(
+    "table", ACCEPTED, ids=lambda table: "-".join(str(value) for value in table.values())
+)
 def test_families_that_train_are_accepted(table: dict[str, Any]) -> None:
     check_family(hf.load_model_config("", {**SMALL, **table}))

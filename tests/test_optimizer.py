@@ -1,4 +1,6 @@
-"""The optimizers: what their state weighs, that they learn, that they go on from a checkpoint, and what is refused."""
+"""The optimizers: what their state weighs, that they learn, that they go on from a checkpoint, and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from titan_ulysses.optim.adamw import (
 from titan_ulysses.train.step import clip_gradients
 
 Degrees = tuple[int, int, int]
-# On one rank all matrices are large enough to be quantized; on two those of the attention are not, the others are.
+# On one rank all matrices are large enough to be quantized; on two those of the attention are not,
+# the others are.
 MODEL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 256,
@@ -69,13 +72,26 @@ class Run(models.Run):
         config = Optimizer(lr=lr, weight_decay=0.1, **OPTIMIZERS[optimizer])
         dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
         model = MODEL | options.pop("model", {})
-        super().__init__(degrees, model, ROWS, dtype=dtype, param_dtype=torch.bfloat16, optimizer=config, **options)
+        super().__init__(
+            degrees,
+            model,
+            ROWS,
+            dtype=dtype,
+            param_dtype=torch.bfloat16,
+            optimizer=config,
+            **options,
+        )
         if options.get("optimizer_offload"):
             # On a CPU `build_optimizer` has nothing to offload; the way there and back is the same.
             groups = {key: getattr(config, key) for key in ("lr", "betas", "eps", "weight_decay")}
-            bits, rounding = {"adamw8bit": 8, "adamw4bit": 4}.get(config.name, 32), config.stochastic_rounding
+            bits, rounding = (
+                {"adamw8bit": 8, "adamw4bit": 4}.get(config.name, 32),
+                config.stochastic_rounding,
+            )
             parameters = list(self.model.parameters())
-            self.optimizer = ShardwiseAdamW(parameters, **groups, bits=bits, stochastic_rounding=rounding, offload=True)
+            self.optimizer = ShardwiseAdamW(
+                parameters, **groups, bits=bits, stochastic_rounding=rounding, offload=True
+            )
 
 
 def same_bits(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> bool:
@@ -84,21 +100,29 @@ def same_bits(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]])
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def weigh(optimizer: str) -> tuple[dict[str, int], int, int, int, str]:
     run = Run(DP2, optimizer).train(1)
     sizes = [p.to_local().numel() for p in run.model.parameters()]
     quantized = [size for size in sizes if size >= 4096]
-    return state_bytes(run.optimizer), sum(sizes), sum(quantized), len(quantized), describe_state(run.optimizer)
+    return (
+        state_bytes(run.optimizer),
+        sum(sizes),
+        sum(quantized),
+        len(quantized),
+        describe_state(run.optimizer),
+    )
 
 
 @pytest.mark.parametrize(
     ("optimizer", "bits", "block"), [("adamw", 32, 0), ("adamw8bit", 8, 256), ("adamw4bit", 4, 128)]
 )
 def test_bytes_of_state(optimizer, bits, block):
-    """8 bytes a parameter; 2 or 1 and two scales a block where it is quantized, with two tables of 2^bits values."""
+    """8 bytes a parameter; 2 or 1 and two scales a block where it is quantized, with two tables of
+    2^bits values.
+    """
     ranks = run_on_ranks(2, weigh, optimizer)
     print(f"\n{ranks[0][-1]}")
     for found, total, quantized, tensors, line in ranks:
@@ -112,24 +136,31 @@ def test_bytes_of_state(optimizer, bits, block):
             expected["float32"] += 8 * quantized
         assert found == expected
         assert line.startswith(
-            f"{optimizer}: {sum(expected.values()) / total:.2f} bytes of state a parameter, on a rank"
+            f"{optimizer}: {sum(expected.values()) / total:.2f} bytes of state a parameter, on a "
+            "rank"
         )
 
 
-@pytest.mark.parametrize(("name", "expected"), [("adamw", 8.0), ("adamw8bit", 2.03), ("adamw4bit", 1.06)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("adamw", 8.0), ("adamw8bit", 2.03), ("adamw4bit", 1.06)]
+)
 def test_bytes_of_state_of_a_large_matrix(name, expected):
     matrix = nn.Parameter(torch.zeros(1024, 512))
     optimizer = build_optimizer([matrix], Optimizer(name=name))
     matrix.grad = torch.zeros_like(matrix)
     optimizer.step()
     print(f"\n{describe_state(optimizer)}")
-    assert sum(state_bytes(optimizer).values()) / matrix.numel() == pytest.approx(expected, abs=0.01)
+    assert sum(state_bytes(optimizer).values()) / matrix.numel() == pytest.approx(
+        expected, abs=0.01
+    )
 
 
-# --- the step ---------------------------------------------------------------------------------------------------------
+# --- the step -------------------------------------------------------------------------------------
 
 
-def random_steps(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int) -> list[Tensor]:
+def random_steps(
+    parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: int
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         for p in parameters:
@@ -140,14 +171,22 @@ def random_steps(parameters: list[nn.Parameter], optimizer: torch.optim.Optimize
 
 def some_parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in [(64, 64), (129, 64), (64,)]]
+    return [
+        nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        for shape in [(64, 64), (129, 64), (64,)]
+    ]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_step_is_torchaos(bits):
     ours, theirs = some_parameters(), some_parameters()
     config = Optimizer(name=f"adamw{bits}bit", lr=1e-2)
-    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    options = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
     reference = getattr(import_torchao("optim"), f"AdamW{bits}bit")(theirs, **options)
     found = random_steps(ours, build_optimizer(ours, config), 4)
     with torch.compiler.set_stance("force_eager"):
@@ -163,7 +202,9 @@ def test_the_compiled_step_has_the_same_numbers(bits):
     optimizer = build_optimizer(compiled, config)
     optimizer.compiled = True  # as on a GPU
     pairs = zip(
-        random_steps(plain, build_optimizer(plain, config), 4), random_steps(compiled, optimizer, 4), strict=True
+        random_steps(plain, build_optimizer(plain, config), 4),
+        random_steps(compiled, optimizer, 4),
+        strict=True,
     )
     assert all((a - b).abs().max() < 1e-6 for a, b in pairs)
 
@@ -173,12 +214,19 @@ def losses(optimizer: str, steps: int, **options: Any) -> list[float]:
 
 
 def test_low_bits_follow_adamw():
-    """Over 20 steps, each loss is within 0.02 (8 bits) or 0.2 (4 bits) of AdamW's, while they fall by 5 or more."""
+    """Over 20 steps, each loss is within 0.02 (8 bits) or 0.2 (4 bits) of AdamW's, while they fall
+    by 5 or more.
+    """
     expected = torch.tensor(run_on_ranks(2, losses, "adamw", 20)[0])
     assert expected[0] - expected[-1] > 5
     for optimizer, bound in (("adamw8bit", 0.02), ("adamw8bit, rounded", 0.02), ("adamw4bit", 0.2)):
-        difference = (torch.tensor(run_on_ranks(2, losses, optimizer, 20)[0]) - expected).abs().max().item()
-        print(f"\n{optimizer}: losses within {difference:.4f} of adamw's, from {expected[0]:.2f} to {expected[-1]:.2f}")
+        difference = (
+            (torch.tensor(run_on_ranks(2, losses, optimizer, 20)[0]) - expected).abs().max().item()
+        )
+        print(
+            f"\n{optimizer}: losses within {difference:.4f} of adamw's, from {expected[0]:.2f} to "
+            f"{expected[-1]:.2f}"
+        )
         assert 0 < difference < bound
 
 
@@ -193,29 +241,40 @@ def test_offload_changes_no_bit(optimizer, option):
     assert run_on_ranks(2, train_twice, optimizer, {option: True}) == [[True, True]] * 2
 
 
-# --- stochastic rounding ----------------------------------------------------------------------------------------------
+# --- stochastic rounding --------------------------------------------------------------------------
 
 
 def step_by_tenths(seed_index: int) -> Tensor:
-    """Where 20,000 numbers 1 are after a step of -0.1 units in their last place, and one of +0.1, ..."""
+    """Where 20,000 numbers 1 are after a step of -0.1 units in their last place, and one of +0.1,
+    ...
+    """
     p = nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
     unit = 2**-8  # below 1; above it is 2^-7
     config = Optimizer(lr=0.1 * unit, weight_decay=0, stochastic_rounding=True)
-    optimizer = build_optimizer([*(nn.Parameter(torch.ones(1)) for _ in range(seed_index)), p], config)
+    optimizer = build_optimizer(
+        [*(nn.Parameter(torch.ones(1)) for _ in range(seed_index)), p], config
+    )
     p.grad = torch.ones_like(p)
     optimizer.step()
     return p.detach().float()
 
 
 def test_rounding_is_stochastic_and_right_on_average():
-    """AdamW's first step is lr * sign of the gradient: 0.1 of the distance to the next bf16 number below."""
+    """AdamW's first step is lr * sign of the gradient: 0.1 of the distance to the next bf16 number
+    below.
+    """
     moved = step_by_tenths(0)
     assert set(moved.tolist()) == {1.0, 1 - 2**-8}
     share = (moved < 1).double().mean().item()
     deviation = math.sqrt(0.1 * 0.9 / len(moved))
-    print(f"\n{share:.4f} of the numbers moved, where 0.1 was to be expected (standard deviation {deviation:.4f})")
+    print(
+        f"\n{share:.4f} of the numbers moved, where 0.1 was to be expected (standard deviation "
+        f"{deviation:.4f})"
+    )
     assert abs(share - 0.1) < 4 * deviation
-    assert not torch.equal(moved, step_by_tenths(1)), "another parameter draws the same random numbers"
+    assert not torch.equal(moved, step_by_tenths(1)), (
+        "another parameter draws the same random numbers"
+    )
     nearest = torch.ones(20_000, dtype=torch.bfloat16) - 0.1 * 2**-8
     assert (nearest == 1).all(), "rounded to nearest, such a step is lost"
 
@@ -224,7 +283,9 @@ def rounded_replicas() -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]
     torch.manual_seed(dist.get_rank())  # as the trainer does, for dropout
     before = torch.get_rng_state()
     run = Run((2, 1, 1), "adamw8bit, rounded").train(3)
-    assert torch.equal(torch.get_rng_state(), before), "the optimizer has drawn from the run's random numbers"
+    assert torch.equal(torch.get_rng_state(), before), (
+        "the optimizer has drawn from the run's random numbers"
+    )
     return run.bits()
 
 
@@ -236,7 +297,9 @@ def test_replicas_round_alike():
 def accumulate(count: int) -> tuple[list[torch.dtype], float, float]:
     run = Run(DP2, "adamw, rounded")
     dtypes: list[torch.dtype] = []
-    run.optimizer.register_step_pre_hook(lambda *_: dtypes.extend(p.grad.dtype for p in run.model.parameters()))
+    run.optimizer.register_step_pre_hook(
+        lambda *_: dtypes.extend(p.grad.dtype for p in run.model.parameters())
+    )
     run.train(1, accumulate=count)
     return sorted(set(dtypes), key=str), run.losses[0], run.grad_norm.item()
 
@@ -259,17 +322,21 @@ def test_the_norm_of_bf16_gradients():
     assert abs(clip_gradients(parameters, 0).item() - 1) < 1e-2  # each rounded to bf16
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
-def save_and_go_on(degrees: Degrees, optimizer: str, folder: Path, **options: Any) -> tuple[dict, dict, dict]:
+def save_and_go_on(
+    degrees: Degrees, optimizer: str, folder: Path, **options: Any
+) -> tuple[dict, dict, dict]:
     run = Run(degrees, optimizer, **options).train(2)
     Checkpointer(folder, keep=0).save(2, run.model, run.optimizer, RUN_STATE)
     before = run.whole()
     return before, run.bits(), run.train(2).bits()
 
 
-def resume(degrees: Degrees, optimizer: str, folder: Path, **options: Any) -> tuple[dict, dict, dict]:
+def resume(
+    degrees: Degrees, optimizer: str, folder: Path, **options: Any
+) -> tuple[dict, dict, dict]:
     run = Run(degrees, optimizer, seed=1, **options)
     Checkpointer(folder, keep=0).load(2, run.model, run.optimizer)
     before = run.whole()
@@ -278,7 +345,9 @@ def resume(degrees: Degrees, optimizer: str, folder: Path, **options: Any) -> tu
 
 @each_optimizer
 def test_two_steps_and_two_more_are_four(optimizer, tmp_path):
-    """Bit for bit, on the same mesh; dp2 and sp2 shard alike, so there too the state is the same to the bit."""
+    """Bit for bit, on the same mesh; dp2 and sp2 shard alike, so there too the state is the same to
+    the bit.
+    """
     saved = run_on_ranks(2, save_and_go_on, DP2, optimizer, tmp_path)
     for (_, now, later), (_, now_saved, later_saved) in zip(
         run_on_ranks(2, resume, DP2, optimizer, tmp_path), saved, strict=True
@@ -286,14 +355,18 @@ def test_two_steps_and_two_more_are_four(optimizer, tmp_path):
         assert same_bits(now, now_saved)
         assert same_bits(later, later_saved)
         assert not same_bits(now, later)
-    for (_, now, _), (_, now_saved, _) in zip(run_on_ranks(2, resume, SP2, optimizer, tmp_path), saved, strict=True):
+    for (_, now, _), (_, now_saved, _) in zip(
+        run_on_ranks(2, resume, SP2, optimizer, tmp_path), saved, strict=True
+    ):
         assert same_bits(now, now_saved)
 
 
 @pytest.mark.parametrize(("there", "here"), [(DP2, ONE), (ONE, DP2)], ids=["2 to 1", "1 to 2"])
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw4bit", "adamw, rounded"])
 def test_another_number_of_ranks(optimizer, there, here, tmp_path):
-    """Everything keeps its value, but for what was too small to be quantized on two ranks and is not on one."""
+    """Everything keeps its value, but for what was too small to be quantized on two ranks and is
+    not on one.
+    """
     ranks = {degrees: math.prod(degrees) for degrees in (there, here)}
     expected = run_on_ranks(ranks[there], save_and_go_on, there, optimizer, tmp_path)[0][0]
     exact, bound = True, {"adamw8bit": 0.01, "adamw4bit": 0.2}.get(optimizer.split(",")[0], 0)
@@ -318,7 +391,9 @@ def test_offload_can_change_at_resume(optimizer, option, there, tmp_path):
         assert same_bits(later, later_saved)
 
 
-def try_to_resume(degrees: Degrees, optimizer: str, folder: Path, **options: Any) -> tuple[str, bool]:
+def try_to_resume(
+    degrees: Degrees, optimizer: str, folder: Path, **options: Any
+) -> tuple[str, bool]:
     run = Run(degrees, optimizer, seed=1, **options)
     before = run.local()
     message = error_of(partial(Checkpointer(folder, keep=0).load, 2, run.model, run.optimizer))
@@ -329,7 +404,8 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     run_on_ranks(2, save_and_go_on, DP2, "adamw", tmp_path)
     for message, unchanged in run_on_ranks(2, try_to_resume, DP2, "adamw8bit", tmp_path):
         assert message == (
-            f'optimizer.name = "adamw8bit": checkpoint.folder = {tmp_path}: step-2 holds the state of "adamw". '
+            f'optimizer.name = "adamw8bit": checkpoint.folder = {tmp_path}: step-2 holds the state '
+            'of "adamw". '
             'Set optimizer.name = "adamw", or give this run another job.name.'
         )
         assert unchanged
@@ -337,23 +413,36 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("there", "here"), [(ONE, DP2), (DP2, ONE)], ids=["cut", "joined"])
 def test_a_block_is_never_cut(there, here, tmp_path):
-    """q_proj has 6400 numbers, 25 blocks: one rank quantizes them, and half of them on two ranks are 12 1/2."""
+    """q_proj has 6400 numbers, 25 blocks: one rank quantizes them, and half of them on two ranks
+    are 12 1/2.
+    """
     odd = {"model": {"hidden_size": 80}}
     run_on_ranks(math.prod(there), save_and_go_on, there, "adamw8bit", tmp_path, **odd)
-    for message, unchanged in run_on_ranks(math.prod(here), try_to_resume, here, "adamw8bit", tmp_path, **odd):
-        assert message.startswith(f"checkpoint.folder = {tmp_path}: step-2 was saved on another number of ranks, ")
-        assert "8-bit optimizer state of model.layers.0.self_attn.q_proj.weight cannot be cut" in message
+    for message, unchanged in run_on_ranks(
+        math.prod(here), try_to_resume, here, "adamw8bit", tmp_path, **odd
+    ):
+        assert message.startswith(
+            f"checkpoint.folder = {tmp_path}: step-2 was saved on another number of ranks, "
+        )
+        assert (
+            "8-bit optimizer state of model.layers.0.self_attn.q_proj.weight cannot be cut"
+            in message
+        )
         assert message.endswith("Resume with the dp_shard x sp of the run that saved it.")
         assert unchanged
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_nothing_to_quantize():
-    parameters = [nn.Parameter(torch.empty(shape, device="meta")) for shape in [(60, 60), (129, 65), ()]]
+    parameters = [
+        nn.Parameter(torch.empty(shape, device="meta")) for shape in [(60, 60), (129, 65), ()]
+    ]
     config = Optimizer(name="adamw8bit")
-    with pytest.raises(UserError, match=r'optimizer.name = "adamw8bit" would quantize nothing: .* has 8,385\)'):
+    with pytest.raises(
+        UserError, match=r'optimizer.name = "adamw8bit" would quantize nothing: .* has 8,385\)'
+    ):
         check_shards(parameters, config)
     check_shards([*parameters, nn.Parameter(torch.empty(64, 64, device="meta"))], config)
     check_shards(parameters, Optimizer())
@@ -362,7 +451,9 @@ def test_nothing_to_quantize():
 def refused_shards(rows: int) -> str:
     """What is said of a parameter [rows, 64] whose shards are on two ranks."""
     shard = torch.empty(rows // 2, 64, device="meta")
-    sharded = nn.Parameter(DTensor.from_local(shard, models.mesh_of(*DP2).fsdp, [Shard(0)], run_check=False))
+    sharded = nn.Parameter(
+        DTensor.from_local(shard, models.mesh_of(*DP2).fsdp, [Shard(0)], run_check=False)
+    )
     try:
         check_shards([sharded], Optimizer(name="adamw4bit"))
     except UserError as error:
@@ -384,7 +475,10 @@ def test_torchao_is_missing(monkeypatch):
     ):
         with pytest.raises(UserError) as refused:
             check_optimizer(Optimizer(**settings))
-        assert str(refused.value) == f"{named} needs torchao, which is not installed: pip install torchao"
+        assert (
+            str(refused.value)
+            == f"{named} needs torchao, which is not installed: pip install torchao"
+        )
 
 
 @pytest.mark.parametrize(
@@ -392,10 +486,14 @@ def test_torchao_is_missing(monkeypatch):
     [
         (
             {"optimizer": {"stochastic_rounding": True}, "training": {"param_dtype": "float32"}},
-            'optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "float32"',
+            "optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "
+            '"float32"',
         ),
         (
-            {"optimizer": {"name": "adamw8bit"}, "training": {"param_dtype": "float64", "reduce_dtype": "float64"}},
+            {
+                "optimizer": {"name": "adamw8bit"},
+                "training": {"param_dtype": "float64", "reduce_dtype": "float64"},
+            },
             'optimizer.name = "adamw8bit" computes in fp32, but training.param_dtype = "float64"',
         ),
         (
@@ -431,18 +529,24 @@ def test_a_run_says_what_it_keeps(tmp_path):
     run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
     for option in ("parameter_offload", "optimizer_offload"):
-        assert f"\nmemory.{option} changes nothing: the device is the CPU, all is in host memory\n" in run.stdout
+        assert (
+            f"\nmemory.{option} changes nothing: the device is the CPU, all is in host memory\n"
+            in run.stdout
+        )
     assert "\nadamw8bit: " in run.stdout and " bytes of state a parameter, on a rank " in run.stdout
 
 
-# --- on a GPU ---------------------------------------------------------------------------------------------------------
+# --- on a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @each_optimizer
 def test_offload_on_a_gpu_changes_no_bit(optimizer):
     config = Optimizer(lr=1e-2, **OPTIMIZERS[optimizer])
-    mesh, dtype = models.mesh_of(*ONE).fsdp, torch.bfloat16 if config.stochastic_rounding else torch.float32
+    mesh, dtype = (
+        models.mesh_of(*ONE).fsdp,
+        torch.bfloat16 if config.stochastic_rounding else torch.float32,
+    )
     found, bytes_found = [], []
     for offload in (False, True):
         whole = [p.detach().to("cuda") for p in some_parameters(dtype)]
@@ -451,7 +555,9 @@ def test_offload_on_a_gpu_changes_no_bit(optimizer):
         built = build_optimizer(parameters, config, offload=offload)
         for step in range(3):
             for p in parameters:
-                p.grad = distribute_tensor(torch.full(p.shape, 0.1 * (step + 1), device="cuda", dtype=dtype), mesh)
+                p.grad = distribute_tensor(
+                    torch.full(p.shape, 0.1 * (step + 1), device="cuda", dtype=dtype), mesh
+                )
                 p.grad = p.grad.redistribute(placements=[Shard(0)])
             built.step()
         for p in parameters:
@@ -459,7 +565,9 @@ def test_offload_on_a_gpu_changes_no_bit(optimizer):
         torch.cuda.synchronize()
         found.append([p.full_tensor().cpu() for p in parameters])
         bytes_found.append(torch.cuda.memory_allocated() - before)
-        moments = [state[name] for state in built.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        moments = [
+            state[name] for state in built.state.values() for name in ("exp_avg", "exp_avg_sq")
+        ]
         assert {m.device.type for m in moments} == {"cpu" if offload else "cuda"}
     assert all(map(torch.equal, *found))
     assert bytes_found[1] < 0.1 * bytes_found[0]

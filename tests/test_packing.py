@@ -1,4 +1,6 @@
-"""Packing, mixtures and streams: nothing lost, invented or trained twice, masks exact, resumable on any mesh."""
+"""Packing, mixtures and streams: nothing lost, invented or trained twice, masks exact, resumable on
+any mesh.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 document_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 PACKINGS: dict[str, Callable[..., SampleStream]] = {
     "concat": PackedSequences,
@@ -35,7 +39,9 @@ PACKINGS: dict[str, Callable[..., SampleStream]] = {
 
 
 def numbered_corpus(lengths: list[int], *, masks: int | None = None) -> Corpus:
-    """Tokens 1, 2, 3, ... (0 is padding); with `masks`, a seed, about half of them are trained on."""
+    """Tokens 1, 2, 3, ... (0 is padding); with `masks`, a seed, about half of them are trained
+    on.
+    """
     draw = np.random.default_rng(masks)
     documents, first = [], 1
     for length in lengths:
@@ -47,15 +53,24 @@ def numbered_corpus(lengths: list[int], *, masks: int | None = None) -> Corpus:
 
 def labels_of_an_epoch(corpus: Corpus) -> list[int]:
     """Every token that is trained on and has one before it, once."""
-    trained = corpus.trained if corpus.trained is not None else np.ones(len(corpus.tokens), dtype=bool)
+    trained = (
+        corpus.trained if corpus.trained is not None else np.ones(len(corpus.tokens), dtype=bool)
+    )
     firsts = set(corpus.begins.tolist())
     return [int(token) for i, token in enumerate(corpus.tokens) if trained[i] and i not in firsts]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @few
-@given(lengths=document_lengths, masks=st.none() | st.integers(0, 9), seed=st.integers(0, 5), data=st.data())
-def test_an_epoch_holds_every_token_and_every_label_once(packing: str, lengths, masks, seed: int, data) -> None:
+@given(
+    lengths=document_lengths,
+    masks=st.none() | st.integers(0, 9),
+    seed=st.integers(0, 5),
+    data=st.data(),
+)
+def test_an_epoch_holds_every_token_and_every_label_once(
+    packing: str, lengths, masks, seed: int, data
+) -> None:
     corpus = numbered_corpus(lengths, masks=masks)
     seq_len = data.draw(st.integers(1, sum(lengths) if packing == "concat" else 40))
     sequences = PACKINGS[packing](corpus, seq_len=seq_len, seed=seed)
@@ -72,7 +87,9 @@ def test_an_epoch_holds_every_token_and_every_label_once(packing: str, lengths, 
         ids = sequence.input_ids.tolist()
         tokens.update(ids)
         for token, label in zip(ids, sequence.labels.tolist(), strict=True):
-            assert label == IGNORE_INDEX or (token > 0 and label == token + 1)  # of the same document, the next
+            assert label == IGNORE_INDEX or (
+                token > 0 and label == token + 1
+            )  # of the same document, the next
             labels[label] += 1
         padding = sequence.document_lengths[-1] if ids[-1] == 0 else 0
         assert ids.count(0) == padding  # all of it at the end, and one document
@@ -99,14 +116,18 @@ HELD_OUT: dict[str, Callable[..., SampleStream]] = {
 @few
 @given(lengths=document_lengths, masks=st.none() | st.integers(0, 9), data=st.data())
 def test_held_out_data_has_every_token_once_in_order(packing: str, lengths, masks, data) -> None:
-    """Also where all of it is less than a sequence. What is not filled is padding: a document without labels."""
+    """Also where all of it is less than a sequence. What is not filled is padding: a document
+    without labels.
+    """
     corpus = numbered_corpus([*lengths, 5], masks=masks)
     seq_len = data.draw(st.integers(1, 2 * corpus.num_tokens))
     sequences = HELD_OUT[packing](corpus, seq_len=seq_len, seed=0, shuffle=False)
     tokens, labels = [], []
     for sequence in (sequences[i] for i in range(len(sequences))):
         assert sum(sequence.document_lengths) == len(sequence.input_ids) == seq_len
-        assert sequence.position_ids.tolist() == [place for n in sequence.document_lengths for place in range(n)]
+        assert sequence.position_ids.tolist() == [
+            place for n in sequence.document_lengths for place in range(n)
+        ]
         padding = sequence.document_lengths[-1] if sequence.input_ids[-1] == 0 else 0
         assert (sequence.input_ids == 0).sum() == padding
         assert (sequence.labels[seq_len - padding :] == IGNORE_INDEX).all()
@@ -114,7 +135,11 @@ def test_held_out_data_has_every_token_once_in_order(packing: str, lengths, mask
         labels += sequence.labels.tolist()
     labels = [label for label in labels if label != IGNORE_INDEX]
     expected = corpus.tokens.tolist(), labels_of_an_epoch(corpus)
-    assert (tokens, labels) == expected if packing != "best_fit" else (sorted(tokens), sorted(labels)) == expected
+    assert (
+        (tokens, labels) == expected
+        if packing != "best_fit"
+        else (sorted(tokens), sorted(labels)) == expected
+    )
 
 
 @few
@@ -127,11 +152,15 @@ def test_documents_stay_whole_wherever_they_fit(lengths, seq_len: int, best_fit:
     found = Counter()
     for i in range(len(sequences)):
         bounds = [0, *np.cumsum(sequences[i].document_lengths).tolist()]
-        pieces = [sequences[i].input_ids[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+        pieces = [
+            sequences[i].input_ids[a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
         found.update((piece[0], len(piece)) for piece in pieces if piece[0])
     expected = Counter()
     for begin, end in zip(corpus.begins.tolist(), corpus.ends.tolist(), strict=True):
-        expected.update((first + 1, min(seq_len, end - first)) for first in range(begin, end, seq_len))
+        expected.update(
+            (first + 1, min(seq_len, end - first)) for first in range(begin, end, seq_len)
+        )
     assert found == expected
     assert sequences.fill_rate == pytest.approx(sum(lengths) / (len(sequences) * seq_len))
 
@@ -162,7 +191,9 @@ def test_best_fit_is_the_naive_one(lengths: list[int], look_ahead: int) -> None:
 
 def test_best_fit_fills_better_than_one_document_a_sequence() -> None:
     corpus = numbered_corpus(np.random.default_rng(0).integers(1, 60, size=500).tolist())
-    packed, alone = (PaddedSequences(corpus, seq_len=100, seed=0, best_fit=best) for best in (True, False))
+    packed, alone = (
+        PaddedSequences(corpus, seq_len=100, seed=0, best_fit=best) for best in (True, False)
+    )
     assert packed.fill_rate > 0.99 > 0.4 > alone.fill_rate
     assert f"filled to {packed.fill_rate:.1%}" in packed.describe()
 
@@ -216,12 +247,27 @@ def opened(request: pytest.FixtureRequest, saved: str) -> Callable[[int], Sample
     return make
 
 
-def read_on_mesh(make: Callable[[int], SampleStream], seed: int, state: dict, mesh: tuple[int, int, int], steps: int):
-    """(rows of `steps` global batches, state afterwards) of all ranks of a mesh: batch size, dp, sp."""
+def read_on_mesh(
+    make: Callable[[int], SampleStream],
+    seed: int,
+    state: dict,
+    mesh: tuple[int, int, int],
+    steps: int,
+):
+    """(rows of `steps` global batches, state afterwards) of all ranks of a mesh: batch size, dp,
+    sp.
+    """
     batch_size, dp, sp = mesh
     ranks = [
         [
-            Loader(make(seed), batch_size=batch_size, batch_rank=r, batch_degree=dp, sp_rank=s, sp_degree=sp)
+            Loader(
+                make(seed),
+                batch_size=batch_size,
+                batch_rank=r,
+                batch_degree=dp,
+                sp_rank=s,
+                sp_degree=sp,
+            )
             for s in range(sp)
         ]
         for r in range(dp)
@@ -238,7 +284,10 @@ def read_on_mesh(make: Callable[[int], SampleStream], seed: int, state: dict, me
                 torch.cat([getattr(b, name) for b in batches], dim=1)
                 for name in ("input_ids", "labels", "position_ids")
             ]
-            rows += [(*(t[i].tolist() for t in whole), batches[0].documents[i]) for i in range(batch_size)]
+            rows += [
+                (*(t[i].tolist() for t in whole), batches[0].documents[i])
+                for i in range(batch_size)
+            ]
     states = [loader.state_dict() for group in ranks for loader in group]
     assert all(one == states[0] for one in states)
     return rows, states[0]
@@ -249,7 +298,9 @@ meshes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.sampled_from([1, 2, 
 
 @settings(few, max_examples=15)
 @given(seed=st.integers(0, 3), first=meshes, second=meshes, steps=st.integers(0, 12))
-def test_resumed_on_another_mesh_the_rest_is_the_same(opened, seed: int, first, second, steps: int) -> None:
+def test_resumed_on_another_mesh_the_rest_is_the_same(
+    opened, seed: int, first, second, steps: int
+) -> None:
     sequences = opened(seed)
     start = {"sequences_consumed": 0}
     before, state = read_on_mesh(opened, seed, start, first, steps)
@@ -264,19 +315,28 @@ def test_resumed_on_another_mesh_the_rest_is_the_same(opened, seed: int, first, 
 
 @few
 @given(
-    weights=st.lists(st.floats(0.05, 10), min_size=1, max_size=5), seed=st.integers(0, 9), start=st.integers(0, 9000)
+    weights=st.lists(st.floats(0.05, 10), min_size=1, max_size=5),
+    seed=st.integers(0, 9),
+    start=st.integers(0, 9000),
 )
 def test_every_source_gets_its_share_in_order(weights: list[float], seed: int, start: int) -> None:
-    """Any 64 sequences in a row hold each source's share to within a few, and a source's own come in order."""
+    """Any 64 sequences in a row hold each source's share to within a few, and a source's own come
+    in order.
+    """
     lengths = [3] * 40
-    parts = {str(k): PackedSequences(numbered_corpus(lengths), seq_len=4, seed=k) for k in range(len(weights))}
+    parts = {
+        str(k): PackedSequences(numbered_corpus(lengths), seq_len=4, seed=k)
+        for k in range(len(weights))
+    }
     mixed = MixedSequences(parts, weights, seed=seed)
     assert sum(mixed.weights) == pytest.approx(1)
     counts = mixed._counts(start)
     assert counts.sum() == start
     for index in range(start, start + 64):
         source = int(mixed._sources(index, index + 1)[0])
-        assert torch.equal(mixed[index].input_ids, parts[str(source)][int(counts[source])].input_ids)
+        assert torch.equal(
+            mixed[index].input_ids, parts[str(source)][int(counts[source])].input_ids
+        )
         counts[source] += 1
     assert (counts == mixed._counts(start + 64)).all()
     shares = counts - MixedSequences(parts, weights, seed=seed)._counts(start)
@@ -290,7 +350,9 @@ def test_epochs_of_each_source_are_reported_apart() -> None:
     }
     mixed = MixedSequences(parts, [0.5, 0.5], seed=0)
     found = mixed.epochs(80)
-    assert found["short"] == pytest.approx(10, abs=0.5) and found["long"] == pytest.approx(0.4, abs=0.02)
+    assert found["short"] == pytest.approx(10, abs=0.5) and found["long"] == pytest.approx(
+        0.4, abs=0.02
+    )
     assert mixed.notes == []
     assert (
         "weights sum to 5, not 1: divided by that, they are 0.4, 0.6"
@@ -302,7 +364,28 @@ def test_the_order_of_a_mixture_is_pinned() -> None:
     """A run that is resumed on another machine must find this very order."""
     parts = {name: PackedSequences(numbered_corpus([4]), seq_len=4, seed=0) for name in "abc"}
     mixed = MixedSequences(parts, [0.5, 0.3, 0.2], seed=42)
-    assert mixed._sources(0, 20).tolist() == [1, 0, 0, 1, 0, 2, 0, 0, 1, 0, 2, 1, 0, 2, 0, 0, 1, 0, 2, 1]
+    assert mixed._sources(0, 20).tolist() == [
+        1,
+        0,
+        0,
+        1,
+        0,
+        2,
+        0,
+        0,
+        1,
+        0,
+        2,
+        1,
+        0,
+        2,
+        0,
+        0,
+        1,
+        0,
+        2,
+        1,
+    ]
 
 
 # --- streams
@@ -311,8 +394,13 @@ def test_the_order_of_a_mixture_is_pinned() -> None:
 @pytest.mark.parametrize("seq_len", [4, 7, 64])
 def test_an_epoch_of_a_stream_holds_every_token_once(saved: str, seq_len: int) -> None:
     encode = Encoder(load_tokenizer("bytes"))
-    documents = [encode(row) for row in DatasetRows(SourceSettings(source="hf", path=saved), "data.path")]
-    total, sequences = sum(len(one.ids) for one in documents), stream(saved, seq_len=seq_len, seed=1)
+    documents = [
+        encode(row) for row in DatasetRows(SourceSettings(source="hf", path=saved), "data.path")
+    ]
+    total, sequences = (
+        sum(len(one.ids) for one in documents),
+        stream(saved, seq_len=seq_len, seed=1),
+    )
     tokens = []
     for i in range(2 * total // seq_len + 1):
         tokens += sequences[i].input_ids.tolist()
@@ -324,7 +412,9 @@ def test_an_epoch_of_a_stream_holds_every_token_once(saved: str, seq_len: int) -
 
 def test_a_stream_is_packed_as_documents_in_memory_are(saved: str) -> None:
     sequences = stream(saved, seq_len=16, seed=2)
-    corpus = Corpus.from_documents(document for _, document in stream(saved, seq_len=16, seed=2)._read(skip=0))
+    corpus = Corpus.from_documents(
+        document for _, document in stream(saved, seq_len=16, seed=2)._read(skip=0)
+    )
     packed = PackedSequences(corpus, seq_len=16, seed=0, shuffle=False)
     for i in range(len(packed)):
         found, expected = sequences[i], packed[i]
@@ -337,5 +427,7 @@ def test_a_stream_is_packed_as_documents_in_memory_are(saved: str) -> None:
 
 def test_a_stream_without_a_document_ends(tmp_path) -> None:
     datasets.Dataset.from_list([{"text": ""}] * 3).save_to_disk(tmp_path)
-    with pytest.raises(UserError, match=r"data\.path has no document to train on \(3 empty one\(s\) left out"):
+    with pytest.raises(
+        UserError, match=r"data\.path has no document to train on \(3 empty one\(s\) left out"
+    ):
         stream(str(tmp_path), seq_len=4, seed=0)[0]

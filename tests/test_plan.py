@@ -1,4 +1,6 @@
-"""The planner: the real step on fake tensors, against real ranks; what it says, and what it refuses."""
+"""The planner: the real step on fake tensors, against real ranks; what it says, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def bench():
 
 def config(**settings) -> Config:
     """section__key = value, over a tiny llama."""
-    table: dict = {"model": {"config": LLAMA | {"max_position_embeddings": 2**24}, "tokenizer": "bytes"}}
+    table: dict = {
+        "model": {"config": LLAMA | {"max_position_embeddings": 2**24}, "tokenizer": "bytes"}
+    }
     table["training"] = {"seq_len": 4096}
     for key, value in settings.items():
         section, name = key.split("__")
@@ -97,7 +101,9 @@ def test_the_plan_is_the_step():
 
 
 def test_an_exchange_of_heads_of_two_sizes_is_planned():
-    """Bytes of all-to-alls by the closed form, for the kernel that a GPU would run, with experts."""
+    """Bytes of all-to-alls by the closed form, for the kernel that a GPU would run, with
+    experts.
+    """
     latent = {
         "model_type": "deepseek_v3",
         "qk_nope_head_dim": 16,
@@ -122,7 +128,9 @@ def test_an_exchange_of_heads_of_two_sizes_is_planned():
     # Each of 2 layers, in bf16: q, k, v and the output; recomputed, and backward: three times.
     assert calls == 2 * 2 * 3
     assert size == 2 * 3 * 4096 // 2 * 2 * (24 * (6 + 6) + 12 * 6 + 12 * 6)
-    assert max(change for _, change in plan.simulation.memory.events) < 4096**2, "no scores of S x S"
+    assert max(change for _, change in plan.simulation.memory.events) < 4096**2, (
+        "no scores of S x S"
+    )
 
 
 def test_a_vocabulary_is_planned_as_it_will_be():
@@ -159,7 +167,11 @@ def test_what_leaves_the_gpu_is_on_the_host():
     assert plan_of().host_bytes == 0
     state = plan_of(memory__optimizer_offload=True)
     assert "optimizer state" in state.host_components
-    moments = [a for a, _ in state.simulation.memory.events if a.component == "optimizer state" and a.shape != ()]
+    moments = [
+        a
+        for a, _ in state.simulation.memory.events
+        if a.component == "optimizer state" and a.shape != ()
+    ]
     assert {a.place for a in moments} == {"host"}
     whole = plan_of(memory__parameter_offload=True)
     assert {"parameters", "gradients", "optimizer state"} <= whole.host_components.keys()
@@ -170,7 +182,11 @@ def test_what_leaves_the_gpu_is_on_the_host():
 def test_low_bit_optimizers_are_planned(name):
     pytest.importorskip("torchao")
     model = LLAMA | {"hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 2**20}
-    settings = {"model__config": model, "training__seq_len": 256, "optimizer__stochastic_rounding": True}
+    settings = {
+        "model__config": model,
+        "training__seq_len": 256,
+        "optimizer__stochastic_rounding": True,
+    }
     full, few = (
         plan_of(**settings | {"optimizer__stochastic_rounding": False}),
         plan_of(**settings, optimizer__name=name),
@@ -194,7 +210,9 @@ def test_the_longest_sequence_fits_and_the_next_does_not():
     from titan_ulysses.plan.planner import set_up
     from titan_ulysses.plan.search import at_length, longest
 
-    setup = set_up(config(plan__gpu_memory_gib=1.5, memory__mlp_tile_tokens=256, memory__loss_tile_tokens=256))
+    setup = set_up(
+        config(plan__gpu_memory_gib=1.5, memory__mlp_tile_tokens=256, memory__loss_tile_tokens=256)
+    )
     found = longest(setup)
     assert found.plan.fits
     assert not at_length(setup, int(1.02 * found.seq_len)).plan.fits
@@ -235,7 +253,7 @@ def test_an_estimate_from_a_short_sequence():
     assert f"about {found:,} tokens fit. (Beyond 8,192, its max_position_embeddings" in said
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- what it says ---------------------------------------------------------------------------------
 
 CASES = {
     "sharded": {
@@ -251,7 +269,11 @@ CASES = {
         "training__global_batch_size": 3,
         "training__seq_len": 512,
     },
-    "all on the host": {"memory__parameter_offload": True, "plan__world_size": 2, "training__seq_len": 512},
+    "all on the host": {
+        "memory__parameter_offload": True,
+        "plan__world_size": 2,
+        "training__seq_len": 512,
+    },
     "LoRA": {
         "lora__rank": 4,
         "training__param_dtype": "float32",
@@ -259,7 +281,10 @@ CASES = {
         "training__seq_len": 512,
     },
 }
-RAW = re.compile(r"for_cpu|empty|zeros|_to_copy|all_to_all|_foreach|reduce_scatter|\bdiv\b|\(_|\bat _|setup|the step")
+RAW = re.compile(
+    r"for_cpu|empty|zeros|_to_copy|all_to_all|_foreach|reduce_scatter|\bdiv\b|\(_|\bat _|setup|the "
+    r"step"
+)
 """Words of operators and of the simulation, which mean nothing to who reads a plan."""
 
 
@@ -275,12 +300,19 @@ def test_the_peak_in_words():
 
     sharded = planned("sharded")
     assert (
-        moment_name(sharded.peak.moment) == "the backward pass, in attention of layer 1, at flash attention's backward"
+        moment_name(sharded.peak.moment)
+        == "the backward pass, in attention of layer 1, at flash attention's backward"
     )
     assert as_json(sharded)["peak"]["operation"] == "flash attention's backward"
     lines = largest(sharded)
-    assert lines[0] == "   0.80 MiB  attention of layer 1: workspace of flash attention's backward kernel"
-    assert lines[1] == "   0.31 MiB  attention of layer 1: q, k, v after the exchange  [163840] bfloat16"
+    assert (
+        lines[0]
+        == "   0.80 MiB  attention of layer 1: workspace of flash attention's backward kernel"
+    )
+    assert (
+        lines[1]
+        == "   0.31 MiB  attention of layer 1: q, k, v after the exchange  [163840] bfloat16"
+    )
     assert "   0.19 MiB  checkpoint: input of layer 1  [1, 2048, 48] bfloat16" in lines
 
 
@@ -290,11 +322,17 @@ def test_every_tensor_has_a_name(case):
 
     plan = planned(case)
     memory, start = plan.simulation.memory, plan.simulation.start
-    names = {words.tensor_name(a): a for a in [*(a for a, _ in memory.events[start:]), *plan.peak.alive]}
-    assert not {name: a.operation for name, a in names.items() if RAW.search(name) and a.place == "device"}
+    names = {
+        words.tensor_name(a): a for a in [*(a for a, _ in memory.events[start:]), *plan.peak.alive]
+    }
+    assert not {
+        name: a.operation for name, a in names.items() if RAW.search(name) and a.place == "device"
+    }
     assert not RAW.search(words.moment_name(plan.peak.moment))
     if case == "sharded":
-        assert words._ROLES.keys() <= {maker for a in names.values() for maker in a.made_in}, "no function has moved"
+        assert words._ROLES.keys() <= {maker for a in names.values() for maker in a.made_in}, (
+            "no function has moved"
+        )
         kinds = {re.sub(r"\d+", "N", name) for name in names}
         assert {
             "MLP of layer N: intermediate of a tile",
@@ -328,7 +366,13 @@ def test_sizes(size, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(12_093, "3 h 21 min"), (146, "2 min 26 s"), (34.51, "34.5 s"), (0.0371, "37.1 ms"), (1e-6, "less than 0.01 ms")],
+    [
+        (12_093, "3 h 21 min"),
+        (146, "2 min 26 s"),
+        (34.51, "34.5 s"),
+        (0.0371, "37.1 ms"),
+        (1e-6, "less than 0.01 ms"),
+    ],
 )
 def test_durations(seconds, text):
     from titan_ulysses.plan.words import time_text
@@ -345,10 +389,16 @@ def test_the_clock_ends_with_the_step(case):
 
 
 def test_the_clock_waits():
-    """What the computation waits for makes the stretch that waits longer; the update is as long as its transfer."""
+    """What the computation waits for makes the stretch that waits longer; the update is as long as
+    its transfer.
+    """
     from titan_ulysses.plan.cost import Tick, Time, clock
 
-    ticks = [Tick(1, "forward", "matmul", 10.0), Tick(3, "backward", "matmul", 20.0), Tick(4, "update", "matmul", 10.0)]
+    ticks = [
+        Tick(1, "forward", "matmul", 10.0),
+        Tick(3, "backward", "matmul", 20.0),
+        Tick(4, "update", "matmul", 10.0),
+    ]
     parts = {"matmul": 4.0, "offloaded optimizer": 5.0}
     back = Time(parts, {}, {"FSDP": 0.0, "checkpoints back": 6.0})
     assert clock(ticks, back, rates={"matmul": 10.0}, share=1) == [(1, 1.0), (3, 9.0), (4, 15.0)]
@@ -405,7 +455,9 @@ def test_the_picture_has_the_peak_where_it_lasts():
     heights = [column.total() for column in line.alive]
     assert max(heights) == plan.peak.bytes and line.ends[-1] == pytest.approx(plan.time.seconds)
     share = sum(height > 0.95 * plan.peak.bytes for height in heights) / len(heights)
-    assert share == pytest.approx(5 / 18, rel=0.1), "5 of the 2 + 2 + 5 products over the scores, in one of 2 layers"
+    assert share == pytest.approx(5 / 18, rel=0.1), (
+        "5 of the 2 + 2 + 5 products over the scores, in one of 2 layers"
+    )
 
 
 def test_a_picture_of_accumulated_batches(tmp_path, monkeypatch):
@@ -424,14 +476,31 @@ def test_a_picture_of_accumulated_batches(tmp_path, monkeypatch):
 def test_a_report(tmp_path, capsys):
     from titan_ulysses.plan.report import plan_and_report
 
-    plan_and_report(config(job__dump_folder=str(tmp_path), parallelism__sequence_parallel_degree=8, plan__gpu="B200"))
+    plan_and_report(
+        config(
+            job__dump_folder=str(tmp_path),
+            parallelism__sequence_parallel_degree=8,
+            plan__gpu="B200",
+        )
+    )
     said = json.loads((tmp_path / "run" / "plan.json").read_text())
-    keys = {"fits", "binds", "gpu_peak_gib", "host_peak_gib", "longest_seq_len", "step_seconds", "mfu", "components"}
+    keys = {
+        "fits",
+        "binds",
+        "gpu_peak_gib",
+        "host_peak_gib",
+        "longest_seq_len",
+        "step_seconds",
+        "mfu",
+        "components",
+    }
     assert keys <= said.keys()
     assert said["fits"] and said["step_seconds"] > 0
     assert sum(said["components"].values()) == pytest.approx(said["gpu_peak_gib"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert not re.search(r"\b0\.0+ (GiB|MiB|KiB|s|ms)\b| 0\.0%", shown), "small numbers are in small units"
+    assert not re.search(r"\b0\.0+ (GiB|MiB|KiB|s|ms)\b| 0\.0%", shown), (
+        "small numbers are in small units"
+    )
     assert re.search(r"a step: 0\.\d+ ms, MFU .* the time to launch kernels", shown)
     assert re.search(r"activations of attention │ [\d.]+ (MiB|KiB) │", shown)
     assert "2 of 8 sequence-parallel ranks have no attention head" in shown
@@ -442,7 +511,10 @@ def test_a_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"plan__gpu": "RTX 9999"}, r'plan.gpu = "RTX 9999": not known; known are A100-80GB, .*plan.gpu_memory_gib'),
+        (
+            {"plan__gpu": "RTX 9999"},
+            r'plan.gpu = "RTX 9999": not known; known are A100-80GB, .*plan.gpu_memory_gib',
+        ),
         (
             {"plan__world_size": 6, "parallelism__sequence_parallel_degree": 4},
             r"sp\(4\) does not divide WORLD_SIZE\(6\)",
@@ -459,7 +531,9 @@ def test_what_cannot_be_planned(settings, message):
 
 
 def test_preflight(monkeypatch):
-    """A process of its own; nothing of it is left in this one. On a busy machine it is ready after the first step."""
+    """A process of its own; nothing of it is left in this one. On a busy machine it is ready after
+    the first step.
+    """
     from titan_ulysses.train import preflight
     from titan_ulysses.train.preflight import Preflight
 
@@ -469,10 +543,15 @@ def test_preflight(monkeypatch):
     assert small.lines()[0].endswith("`python train.py --plan` with these settings makes one.")
     assert small.obstacle() is None
     assert small.news() == small.measured(1.0) == []
-    enforced = Preflight(config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None)
+    enforced = Preflight(
+        config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None
+    )
     assert "MiB of tensors at the peak of a rank" in enforced.lines()[0]
     assert "plan.enforce = true: the run needs" in enforced.obstacle()
-    assert "of tensors planned; a rank's process has had 1.50 GiB: all memory of" in enforced.measured(1.5)[0]
+    assert (
+        "of tensors planned; a rank's process has had 1.50 GiB: all memory of"
+        in enforced.measured(1.5)[0]
+    )
     monkeypatch.setattr(preflight, "_PATIENCE", 0.0)
     gpu = Preflight(config(), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
     assert gpu.lines() == ["plan: not ready after 0 s (the machine is busy): it follows when it is"]
@@ -496,7 +575,9 @@ def test_a_large_model_takes_a_minute(world_size, capsys):
     from titan_ulysses.plan.planner import make_plan, set_up
 
     started = time.perf_counter()
-    setup = set_up(load_config(ROOT / "configs" / "llama3_8b.toml", [("plan.world_size", world_size)]))
+    setup = set_up(
+        load_config(ROOT / "configs" / "llama3_8b.toml", [("plan.world_size", world_size)])
+    )
     plan = make_plan(setup)
     with capsys.disabled():
         print(f"\nllama3_8b, {world_size} ranks: planned in {time.perf_counter() - started:.0f} s")

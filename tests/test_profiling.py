@@ -1,4 +1,6 @@
-"""Profiles of a run: which steps they are of, that the exchange is in them, and that the run is the same."""
+"""Profiles of a run: which steps they are of, that the exchange is in them, and that the run is the
+same.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,10 @@ from titan_ulysses.config.validate import check
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability.profiling import check_profiling
 
-SETTINGS: Settings = {"parallelism.sequence_parallel_degree": 2, "lr_scheduler.decay_type": "constant"}
+SETTINGS: Settings = {
+    "parallelism.sequence_parallel_degree": 2,
+    "lr_scheduler.decay_type": "constant",
+}
 PROFILED: Settings = {
     "profiling.enable_profiling": True,
     "profiling.profile_freq": 3,
@@ -34,23 +39,39 @@ def test_traces_of_chosen_steps(tmp_path: Path) -> None:
     assert learned(run) == learned(plain)
     assert not (plain / "traces").exists() and not (plain / "profile_traces").exists()
     files = {f"step-{step}/rank{rank}_trace.json" for step in (3, 6) for rank in (0, 1)}
-    assert {str(path.relative_to(run / "traces")) for path in (run / "traces").rglob("*.json")} == files
+    assert {
+        str(path.relative_to(run / "traces")) for path in (run / "traces").rglob("*.json")
+    } == files
     calls = logged(run)[0]["collectives"]["all_to_all"]["calls"]
     for file in files:
-        names = [event.get("name", "") for event in json.loads((run / "traces" / file).read_text())["traceEvents"]]
+        names = [
+            event.get("name", "")
+            for event in json.loads((run / "traces" / file).read_text())["traceEvents"]
+        ]
         assert sum(name == "_c10d_functional::all_to_all_single" for name in names) == calls > 0
 
 
 def test_settings_that_are_refused() -> None:
-    with pytest.raises(UserError, match="enable_memory_snapshot = true: .* this run is on cpu. Set it to false"):
+    with pytest.raises(
+        UserError, match="enable_memory_snapshot = true: .* this run is on cpu. Set it to false"
+    ):
         check_profiling(Profiling(enable_memory_snapshot=True), "cpu")
     check_profiling(Profiling(enable_memory_snapshot=True), "cuda")
-    table = {"model": {"config": {"model_type": "llama"}}, "profiling": {"enable_profiling": True, "profile_freq": 3}}
-    with pytest.raises(UserError, match=r"profile_freq = 3 has no room for profiler_warmup\(3\) \+ .*: raise it to 4"):
+    table = {
+        "model": {"config": {"model_type": "llama"}},
+        "profiling": {"enable_profiling": True, "profile_freq": 3},
+    }
+    with pytest.raises(
+        UserError,
+        match=r"profile_freq = 3 has no room for profiler_warmup\(3\) \+ .*: raise it to 4",
+    ):
         check(Config.model_validate(table), world_size=1, model_config=None, num_token_ids=0)
     table["profiling"] |= {"profile_freq": 20}
     table["training"] = {"steps": 19}
-    with pytest.raises(UserError, match=r"profile_freq = 20 is more than training.steps = 19, .*Set it to 19 or less"):
+    with pytest.raises(
+        UserError,
+        match=r"profile_freq = 20 is more than training.steps = 19, .*Set it to 19 or less",
+    ):
         check(Config.model_validate(table), world_size=1, model_config=None, num_token_ids=0)
     table["profiling"]["enable_profiling"] = False
     check(Config.model_validate(table), world_size=1, model_config=None, num_token_ids=0)

@@ -1,4 +1,6 @@
-"""Families that nobody has checked: a tiny model trains sharded as it does whole, or the family is refused by name."""
+"""Families that nobody has checked: a tiny model trains sharded as it does whole, or the family is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaRotaryEmbedding
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRotaryEmbedding,
+)
 
 from families import GROUPS, LATENT, ROUTED, WIDTHS
 from models import mesh_of
@@ -24,7 +37,9 @@ from titan_ulysses.setup.parallelize import parallelize
 
 
 class _ShiftingMLP(LlamaMLP):
-    """A causal convolution of two taps: it mixes neighbours whose document or rank may be another."""
+    """A causal convolution of two taps: it mixes neighbours whose document or rank may be
+    another.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x + 0.1 * F.pad(x, (0, 0, 1, -1)))
@@ -86,7 +101,9 @@ class _AddingMLP(LlamaMLP):
 
 
 class _DeafAttention(nn.Module):
-    """Attends to what it is given by itself: it does not call the function that its config names."""
+    """Attends to what it is given by itself: it does not call the function that its config
+    names.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -120,7 +137,9 @@ class BrokenForCausalLM(LlamaForCausalLM):
         if config.how == "RoPE":
             self.model.rotary_emb = _CountingRoPE(config)
         if config.how in BLOCKS:
-            layers = (BLOCKS[config.how](config, index) for index in range(config.num_hidden_layers))
+            layers = (
+                BLOCKS[config.how](config, index) for index in range(config.num_hidden_layers)
+            )
             self.model.layers = nn.ModuleList(layers)
             self._no_split_modules = [BLOCKS[config.how].__name__]
         for index, layer in enumerate(self.model.layers):
@@ -141,7 +160,9 @@ class BrokenForCausalLM(LlamaForCausalLM):
 
 
 def _parallelize(table: dict[str, Any], degrees: tuple[int, int, int]) -> str | None:
-    """What parallelize says against a model of this config, or warns of; None where it takes it as it is."""
+    """What parallelize says against a model of this config, or warns of; None where it takes it as
+    it is.
+    """
     if table["model_type"] == "broken_llama":
         AutoConfig.register("broken_llama", BrokenConfig, exist_ok=True)
         AutoModelForCausalLM.register(BrokenConfig, BrokenForCausalLM, exist_ok=True)
@@ -154,7 +175,9 @@ def _parallelize(table: dict[str, Any], degrees: tuple[int, int, int]) -> str | 
             parallelize(model, mesh_of(*degrees), param_dtype=torch.float32)
         except UserError as error:
             return str(error)
-    assert torch.equal(random, torch.get_rng_state()), "the proof drew from the run's random numbers"
+    assert torch.equal(random, torch.get_rng_state()), (
+        "the proof drew from the run's random numbers"
+    )
     return next((str(w.message) for w in caught if "the MLP is" in str(w.message)), None)
 
 
@@ -186,7 +209,9 @@ def test_latent_families_that_prove_themselves(family: str, own: dict[str, Any])
     assert verdict({**LATENT, **own, "model_type": family}, (1, 1, 2)) is None
 
 
-@pytest.mark.parametrize("degrees", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 1, 3)], ids=["one", "sp2", "rep2", "sp3"])
+@pytest.mark.parametrize(
+    "degrees", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 1, 3)], ids=["one", "sp2", "rep2", "sp3"]
+)
 @pytest.mark.parametrize("family", ["cohere", "gpt_neox", "mixtral"])
 def test_families_that_prove_themselves(family: str, degrees: tuple[int, int, int]) -> None:
     assert family not in CHECKED_FAMILIES
@@ -196,7 +221,9 @@ def test_families_that_prove_themselves(family: str, degrees: tuple[int, int, in
 @pytest.mark.parametrize("family", ["hunyuan_v1_dense", "ministral"])
 def test_families_without_a_head_size_of_their_own(family: str) -> None:
     assert verdict({"model_type": family, "head_dim": 8}, (1, 1, 2)) is None
-    with pytest.raises(UserError, match=f'cannot build a "{family}" of this config .* Set what it lacks'):
+    with pytest.raises(
+        UserError, match=f'cannot build a "{family}" of this config .* Set what it lacks'
+    ):
         hf.build_on_meta(hf.load_model_config("", {**WIDTHS, "model_type": family}), torch.float32)
 
 
@@ -205,7 +232,9 @@ def test_families_without_a_head_size_of_their_own(family: str) -> None:
 def test_a_broken_family_is_refused(how: str, degrees: tuple[int, int, int]) -> None:
     message = verdict({"model_type": "broken_llama", "how": how}, degrees)
     if how == "RoPE" and degrees == (1, 1, 1):
-        assert message is None  # RoPE sees only distances, which on one rank are right wherever it begins to count
+        assert (
+            message is None
+        )  # RoPE sees only distances, which on one rank are right wherever it begins to count
         return
     assert message is not None and message.startswith('model: "broken_llama" is not a family')
     assert "could not prove that it does: the loss is off by" in message
@@ -214,13 +243,20 @@ def test_a_broken_family_is_refused(how: str, degrees: tuple[int, int, int]) -> 
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("logits", "makes its logits of what its lm_head gives in a way that this version does not know"),
+        (
+            "logits",
+            "makes its logits of what its lm_head gives in a way that this version does not know",
+        ),
         ("both ways", "LlamaAttention attends to later tokens too (is_causal = False)"),
     ],
 )
 def test_what_a_broken_family_does_is_said(how: str, reason: str) -> None:
     message = verdict({"model_type": "broken_llama", "how": how}, (1, 1, 2))
-    assert message is not None and message.startswith('model: "broken_llama" is not a family') and reason in message
+    assert (
+        message is not None
+        and message.startswith('model: "broken_llama" is not a family')
+        and reason in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,34 +286,66 @@ def test_a_rank_that_fails_alone_stops_all() -> None:
     [
         ({"model_type": "stablelm"}, "its model does not hand keywords down"),
         ({"model_type": "nemotron", "head_dim": 8}, "its model does not hand keywords down"),
-        ({"model_type": "gpt_neo", "attention_types": [[["global"], 2]], "num_heads": 4}, "the loss is off by"),
+        (
+            {"model_type": "gpt_neo", "attention_types": [[["global"], 2]], "num_heads": 4},
+            "the loss is off by",
+        ),
         ({"model_type": "biogpt", **NO_DROPOUT}, "has no list of decoder layers"),
-        ({"model_type": "bert", "is_decoder": True, **NO_DROPOUT}, "BertEncoder, which takes no token ids"),
+        (
+            {"model_type": "bert", "is_decoder": True, **NO_DROPOUT},
+            "BertEncoder, which takes no token ids",
+        ),
         ({"model_type": "falcon"}, "its own code fails when it runs sharded (TypeError: "),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
 def test_real_families_that_cannot_prove_themselves(table: dict[str, Any], reason: str) -> None:
     message = verdict(table, (1, 1, 2))
-    assert message is not None and f'"{table["model_type"]}"' in message and reason in message, message
+    assert message is not None and f'"{table["model_type"]}"' in message and reason in message, (
+        message
+    )
 
 
 def test_a_family_that_cannot_be_made_small() -> None:
     table = {"model_type": "prophetnet", "hidden_size": 128, "attention_dropout": 0.0}
     message = run_on_ranks(1, _parallelize, table, (1, 1, 1))[0]
-    assert message is not None and "its config does not let it be made small (NotImplementedError: " in message
+    assert (
+        message is not None
+        and "its config does not let it be made small (NotImplementedError: " in message
+    )
 
 
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
-        ({"model_type": "mamba"}, "layers of type linear_attention, which carry state along the sequence"),
-        ({"model_type": "qwen3_next"}, "layers of type linear_attention, which carry state along the sequence"),
-        ({"model_type": "lfm2", "full_attn_idxs": [1]}, "layers of type conv, which carry state along the sequence"),
-        ({"model_type": "llama", "is_causal": False}, "attention to later tokens (is_causal = false"),
-        ({"model_type": "gemma2", **AHEAD}, "attention to later tokens (use_bidirectional_attention = true"),
-        ({"model_type": "gemma3_text", **AHEAD}, "attention to later tokens (use_bidirectional_attention = true"),
-        ({"model_type": "gemma4_text", "use_bidirectional_attention": "all"}, '(use_bidirectional_attention = "all"'),
+        (
+            {"model_type": "mamba"},
+            "layers of type linear_attention, which carry state along the sequence",
+        ),
+        (
+            {"model_type": "qwen3_next"},
+            "layers of type linear_attention, which carry state along the sequence",
+        ),
+        (
+            {"model_type": "lfm2", "full_attn_idxs": [1]},
+            "layers of type conv, which carry state along the sequence",
+        ),
+        (
+            {"model_type": "llama", "is_causal": False},
+            "attention to later tokens (is_causal = false",
+        ),
+        (
+            {"model_type": "gemma2", **AHEAD},
+            "attention to later tokens (use_bidirectional_attention = true",
+        ),
+        (
+            {"model_type": "gemma3_text", **AHEAD},
+            "attention to later tokens (use_bidirectional_attention = true",
+        ),
+        (
+            {"model_type": "gemma4_text", "use_bidirectional_attention": "all"},
+            '(use_bidirectional_attention = "all"',
+        ),
         ({"model_type": "gemma3"}, "multi-modal"),
         ({"model_type": "llama4"}, "multi-modal"),
         ({"model_type": "phi4_multimodal"}, "multi-modal"),
@@ -301,10 +369,14 @@ def test_what_is_refused_is_what_transformers_does() -> None:
     """is_causal = false in any family; other keys only where a family has them."""
 
     def looks_ahead(table: dict[str, Any]) -> bool:
-        config = hf.load_model_config("", {**WIDTHS, "head_dim": 4, "initializer_range": 0.2, **table})
+        config = hf.load_model_config(
+            "", {**WIDTHS, "head_dim": 4, "initializer_range": 0.2, **table}
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
         ids = torch.arange(8)[None]
-        logits, others = (model(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, ids * (ids < 7)))
+        logits, others = (
+            model(input_ids=x, use_cache=False).logits[:, :-1] for x in (ids, ids * (ids < 7))
+        )
         return not torch.equal(logits, others)
 
     assert looks_ahead({"model_type": "llama", "is_causal": False})
@@ -318,24 +390,46 @@ def test_what_is_refused_is_what_transformers_does() -> None:
     [
         ({"model_type": "gpt2"}, "attn_pdrop = 0.1: dropped attention weights"),
         ({"model_type": "gpt_bigcode"}, "attn_pdrop = 0.1: dropped attention weights"),
-        ({"model_type": "opt", "attention_dropout": 0.2}, "attention_dropout = 0.2: dropped attention weights"),
-        ({"model_type": "opt", "layerdrop": 0.3}, "layerdrop = 0.3: each rank would skip other layers"),
-        ({"model_type": "bert", "is_decoder": True}, "attention_probs_dropout_prob = 0.1: dropped attention weights"),
-        ({"model_type": "xglm", "attention_dropout": 0.0, "layerdrop": 0.1}, "layerdrop = 0.1: each rank would skip"),
+        (
+            {"model_type": "opt", "attention_dropout": 0.2},
+            "attention_dropout = 0.2: dropped attention weights",
+        ),
+        (
+            {"model_type": "opt", "layerdrop": 0.3},
+            "layerdrop = 0.3: each rank would skip other layers",
+        ),
+        (
+            {"model_type": "bert", "is_decoder": True},
+            "attention_probs_dropout_prob = 0.1: dropped attention weights",
+        ),
+        (
+            {"model_type": "xglm", "attention_dropout": 0.0, "layerdrop": 0.1},
+            "layerdrop = 0.1: each rank would skip",
+        ),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
-def test_dropout_of_attention_and_of_layers_is_refused_by_name(table: dict[str, Any], reason: str) -> None:
+def test_dropout_of_attention_and_of_layers_is_refused_by_name(
+    table: dict[str, Any], reason: str
+) -> None:
     message = verdict(table, (1, 1, 1))
-    assert message is not None and message.startswith(f"model: {reason}") and "in the model's config" in message
+    assert (
+        message is not None
+        and message.startswith(f"model: {reason}")
+        and "in the model's config" in message
+    )
 
 
 def test_shrink_shows_every_kind_of_layer() -> None:
     types = ["full_attention", "full_attention", "sliding_attention", "full_attention"] * 8
-    config = AutoConfig.for_model("cohere2", num_hidden_layers=32, layer_types=types, num_key_value_heads=8)
+    config = AutoConfig.for_model(
+        "cohere2", num_hidden_layers=32, layer_types=types, num_key_value_heads=8
+    )
     before = config.to_dict()
     tiny = shrink(config)
-    assert tiny.layer_types == ["full_attention", "sliding_attention"] and tiny.num_hidden_layers == 2
+    assert (
+        tiny.layer_types == ["full_attention", "sliding_attention"] and tiny.num_hidden_layers == 2
+    )
     assert (tiny.num_attention_heads, tiny.num_key_value_heads, tiny.sliding_window) == (4, 2, 8)
     assert sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny).parameters()) < 100_000
     assert config.to_dict() == before

@@ -1,4 +1,6 @@
-"""The helper that all multi-process tests stand on: it must report every way in which ranks fail, and end them."""
+"""The helper that all multi-process tests stand on: it must report every way in which ranks fail,
+and end them.
+"""
 
 from __future__ import annotations
 
@@ -89,16 +91,22 @@ def kill_parent_and_stay_busy() -> None:
 
 
 def assert_gone(pids: list[int]) -> None:
-    """Our own children: gone means dead and reaped, so that not even a zombie answers to the pid."""
+    """Our own children: gone means dead and reaped, so that not even a zombie answers to the
+    pid.
+    """
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code that imports from tests/. Its ranks inherit its output, so this returns only when they are gone too."""
+    """Run code that imports from tests/. Its ranks inherit its output, so this returns only when
+    they are gone too.
+    """
     environment = {**os.environ, "PYTHONPATH": str(_TESTS), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+    )
 
 
 def test_each_rank_has_its_own_result_and_environment() -> None:
@@ -170,7 +178,8 @@ def test_every_failing_rank_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "report"), [("exit", "exit code 7"), ("kill", "exit code -9"), ("sys.exit", "SystemExit is caught")]
+    ("how", "report"),
+    [("exit", "exit code 7"), ("kill", "exit code -9"), ("sys.exit", "SystemExit is caught")],
 )
 def test_death_of_a_rank(how: str, report: str) -> None:
     run_on_ranks(2, os.getpid)
@@ -190,7 +199,8 @@ def test_death_between_calls_is_reported_and_the_call_after_works() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fn", "report"), [(return_what_cannot_travel, "<locals>"), (destroy_the_group, "destroyed the default process")]
+    ("fn", "report"),
+    [(return_what_cannot_travel, "<locals>"), (destroy_the_group, "destroyed the default process")],
 )
 def test_results_that_cannot_be_used(fn, report: str) -> None:
     with pytest.raises(RankFailure, match=report):
@@ -204,8 +214,13 @@ def test_close_pools_leaves_no_process() -> None:
 
 
 def test_groups_of_earlier_calls_do_not_exhaust_open_files() -> None:
-    code = "import resource, ranks, test_ranks; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096));"
-    finished = run_python(code + "[ranks.run_on_ranks(2, test_ranks.make_a_group) for _ in range(60)]")
+    code = (
+        "import resource, ranks, test_ranks; resource.setrlimit(resource.RLIMIT_NOFILE, (64, "
+        "4096));"
+    )
+    finished = run_python(
+        code + "[ranks.run_on_ranks(2, test_ranks.make_a_group) for _ in range(60)]"
+    )
     assert finished.returncode == 0, finished.stderr
 
 
@@ -214,9 +229,13 @@ def test_ranks_end_at_exit() -> None:
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "1\n", "")
 
 
-def test_busy_ranks_end_when_the_parent_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_ranks_end_when_the_parent_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    finished = run_python("import ranks, test_ranks; ranks.run_on_ranks(2, test_ranks.kill_parent_and_stay_busy)")
+    finished = run_python(
+        "import ranks, test_ranks; ranks.run_on_ranks(2, test_ranks.kill_parent_and_stay_busy)"
+    )
     assert finished.returncode == -signal.SIGKILL, finished.stderr
     assert not list(tmp_path.glob("ranks-*"))
 

@@ -1,4 +1,6 @@
-"""Router losses: over the mesh, over tiles and in recomputation what transformers' are of the whole batch at once."""
+"""Router losses: over the mesh, over tiles and in recomputation what transformers' are of the whole
+batch at once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.mixtral import modeling_mixtral
 
 from families import LACKING
@@ -56,7 +64,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 5, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "mixtral": {"num_local_experts": 4},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_num_shared_experts": 1},
-    "gpt_oss": {"num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+    },
 }
 SP2, SP4, DP2_SP2 = (1, 1, 2), (1, 1, 4), (1, 2, 2)
 
@@ -73,7 +85,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# --- against transformers ---------------------------------------------------------------------------------------------
+# --- against transformers -------------------------------------------------------------------------
 
 LENGTHS = {
     "whole": [(24,), (24,)],
@@ -82,10 +94,17 @@ LENGTHS = {
 
 
 def steps_of(lengths: str, accumulate: int) -> list[list[list[Row]]]:
-    """Two steps; labels are masked, and not equally many in the accumulated batches, but tokens route all the same."""
+    """Two steps; labels are masked, and not equally many in the accumulated batches, but tokens
+    route all the same.
+    """
     return [
         [
-            make_rows(LENGTHS[lengths], masked=("uneven", "none")[batch], vocab_size=61, seed=10 * step + batch)
+            make_rows(
+                LENGTHS[lengths],
+                masked=("uneven", "none")[batch],
+                vocab_size=61,
+                seed=10 * step + batch,
+            )
             for batch in range(accumulate)
         ]
         for step in range(2)
@@ -105,7 +124,9 @@ CASES = [
 ]
 
 
-def differences(family: str, degrees: tuple[int, int, int], lengths: str, accumulate: int) -> dict[str, float]:
+def differences(
+    family: str, degrees: tuple[int, int, int], lengths: str, accumulate: int
+) -> dict[str, float]:
     model, steps = model_of(family), steps_of(lengths, accumulate)
     ranks = degrees[0] * degrees[1] * degrees[2]
     found = run_on_ranks(
@@ -137,7 +158,7 @@ def test_the_loss_is_seen() -> None:
     assert worst["loss"] > 0.1 and worst["gradient of model.layers.0.mlp.gate.weight"] > 0.1
 
 
-# --- one forward, one backward ----------------------------------------------------------------------------------------
+# --- one forward, one backward --------------------------------------------------------------------
 
 Outcome = tuple[list[float], dict[str, Tensor]]
 """Losses, and the sums of their gradients."""
@@ -159,7 +180,9 @@ def gradients_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def batch_of(degrees: tuple[int, int, int], lengths: str, seed: int) -> dict[str, Any]:
-    batch = local_batch(make_rows(LENGTHS[lengths], masked="uneven", vocab_size=61, seed=seed), mesh_of(*degrees))
+    batch = local_batch(
+        make_rows(LENGTHS[lengths], masked="uneven", vocab_size=61, seed=seed), mesh_of(*degrees)
+    )
     present = {name: value for name, value in vars(batch).items() if value is not None}
     return present | {"num_items_in_batch": torch.tensor(17)}
 
@@ -188,27 +211,37 @@ def outcome(
 
 
 def check_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
-    worst = largest_difference(*(Record(losses, [1.0], [gradients]) for losses, gradients in (found, expected)))
+    worst = largest_difference(
+        *(Record(losses, [1.0], [gradients]) for losses, gradients in (found, expected))
+    )
     assert max(worst.values()) <= tolerance, {k: v for k, v in worst.items() if v > tolerance}
 
 
 @pytest.mark.parametrize("order", ["aAbB", "abBA", "abAB"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_change_no_bit(family: str, order: str) -> None:
-    """Nothing is counted twice, no gradient is lost, and several forwards may wait for their backward."""
+    """Nothing is counted twice, no gradient is lost, and several forwards may wait for their
+    backward.
+    """
     expected = run_on_ranks(2, outcome, family, SP2, checkpoint_every=0)[0]
     check_same(
-        run_on_ranks(2, outcome, family, SP2, checkpoint_every=1, mlp_tile_tokens=-1, order=order)[0],
+        run_on_ranks(2, outcome, family, SP2, checkpoint_every=1, mlp_tile_tokens=-1, order=order)[
+            0
+        ],
         expected,
         0 if order == "aAbB" else 1e-15,
     )
 
 
 class _Tiled(torch.autograd.Function):
-    """A function of tokens [B, T, h] by tiles: without gradient in forward, and again with it in backward."""
+    """A function of tokens [B, T, h] by tiles: without gradient in forward, and again with it in
+    backward.
+    """
 
     @staticmethod
-    def forward(ctx, function: Callable, size: int, context, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx, function: Callable, size: int, context, x: Tensor, *parameters: Tensor
+    ) -> Tensor:
         ctx.function, ctx.size, ctx.context = function, size, context
         ctx.save_for_backward(x, *parameters)
         rows = x.flatten(0, 1).split(size)
@@ -218,7 +251,9 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         x, *parameters = ctx.saved_tensors
         sums, grads = [torch.zeros_like(p) for p in parameters], []
-        tiles = zip(x.flatten(0, 1).split(ctx.size), upstream.flatten(0, 1).split(ctx.size), strict=True)
+        tiles = zip(
+            x.flatten(0, 1).split(ctx.size), upstream.flatten(0, 1).split(ctx.size), strict=True
+        )
         for tile, grad in tiles:
             with torch.enable_grad():
                 tile = tile.detach().requires_grad_()
@@ -244,7 +279,12 @@ def tile_mlps(model: PreTrainedModel, *, context: Callable = copy_context) -> No
 @pytest.mark.parametrize("checkpoint_every", [0, 1])
 def test_tiles_count_once_and_get_their_gradient(checkpoint_every: int, order: str) -> None:
     expected = run_on_ranks(2, outcome, "qwen3_moe", SP2, checkpoint_every=0)[0]
-    options = {"checkpoint_every": checkpoint_every, "mlp_tile_tokens": -1, "prepare": tile_mlps, "order": order}
+    options = {
+        "checkpoint_every": checkpoint_every,
+        "mlp_tile_tokens": -1,
+        "prepare": tile_mlps,
+        "order": order,
+    }
     check_same(run_on_ranks(2, outcome, "qwen3_moe", SP2, **options)[0], expected, 1e-12)
 
 
@@ -252,7 +292,12 @@ def test_tiles_count_once_and_get_their_gradient(checkpoint_every: int, order: s
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_own_tiles(family: str, checkpoint_every: int) -> None:
     expected = run_on_ranks(2, outcome, family, SP2, checkpoint_every=0, mode=KeepFp64)[0]
-    options = {"checkpoint_every": checkpoint_every, "mlp_tile_tokens": 5, "order": "abBA", "mode": KeepFp64}
+    options = {
+        "checkpoint_every": checkpoint_every,
+        "mlp_tile_tokens": 5,
+        "order": "abBA",
+        "mode": KeepFp64,
+    }
     check_same(run_on_ranks(2, outcome, family, SP2, **options)[0], expected, 1e-12)
 
 
@@ -262,7 +307,9 @@ def test_compiled(checkpoint_every: int) -> None:
     """To 1e-6: fused kernels round the fp32 steps of norms otherwise."""
     expected = run_on_ranks(2, outcome, "qwen3_moe", SP2, checkpoint_every=0)[0]
     options = {"checkpoint_every": checkpoint_every, "mlp_tile_tokens": 5, "compile": True}
-    check_same(run_on_ranks(2, outcome, "qwen3_moe", SP2, timeout=300, **options)[0], expected, 1e-6)
+    check_same(
+        run_on_ranks(2, outcome, "qwen3_moe", SP2, timeout=300, **options)[0], expected, 1e-6
+    )
 
 
 class _NoContext:
@@ -280,7 +327,7 @@ def test_tiles_that_lose_the_context_of_their_forward_are_noticed() -> None:
         run_on_ranks(2, outcome, "qwen3_moe", SP2, prepare=tile_without_context, checkpoint_every=0)
 
 
-# --- padding ----------------------------------------------------------------------------------------------------------
+# --- padding --------------------------------------------------------------------------------------
 
 PADDED = [(23, 0), (9, 14), (14, 9), (1, 22)]
 """Tokens and padding of rows of 23, which no degree divides."""
@@ -288,10 +335,16 @@ PADDED = [(23, 0), (9, 14), (14, 9), (1, 22)]
 
 def padded_rows(*, left: bool) -> dict[str, Tensor]:
     ids = torch.randint(1, 61, (4, 23), generator=torch.Generator().manual_seed(1))
-    mask = torch.stack([(torch.arange(23) >= pad) if left else (torch.arange(23) < n) for n, pad in PADDED]).long()
+    mask = torch.stack(
+        [(torch.arange(23) >= pad) if left else (torch.arange(23) < n) for n, pad in PADDED]
+    ).long()
     if left:
         ids = torch.stack([row.roll(pad) for row, (_, pad) in zip(ids, PADDED, strict=True)])
-    return {"input_ids": ids * mask, "labels": ids.masked_fill(mask == 0, -100), "attention_mask": mask}
+    return {
+        "input_ids": ids * mask,
+        "labels": ids.masked_fill(mask == 0, -100),
+        "attention_mask": mask,
+    }
 
 
 def of_padded(degrees: tuple[int, int, int], left: bool, tiled: bool) -> Outcome:
@@ -312,15 +365,22 @@ def of_padded_plain() -> tuple[Outcome, float]:
     """With transformers' own masked loss in fp32 as well."""
     rows = padded_rows(left=False)
     table = hf.load_model_config("", model_of("qwen3_moe"))
-    model = AutoModelForCausalLM.from_config(table, dtype=torch.float64, experts_implementation="batched_mm")
+    model = AutoModelForCausalLM.from_config(
+        table, dtype=torch.float64, experts_implementation="batched_mm"
+    )
     hf.initialize(model, seed=3)
     as_it_is = model(**rows).loss.item()
     with KeepFp64():
         output = model.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
-        logits, labels = model.lm_head(output.last_hidden_state)[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten()
+        logits, labels = (
+            model.lm_head(output.last_hidden_state)[:, :-1].flatten(0, 1),
+            rows["labels"][:, 1:].flatten(),
+        )
         cross_entropy = F.cross_entropy(logits, labels, ignore_index=-100)
         real = rows["attention_mask"].flatten().bool()
-        loss = cross_entropy + router_loss(model, [tuple(logits[real] for logits in output.router_logits)])
+        loss = cross_entropy + router_loss(
+            model, [tuple(logits[real] for logits in output.router_logits)]
+        )
         loss.backward()
     return ([loss.item()], {name: p.grad for name, p in model.named_parameters()}), as_it_is
 
@@ -330,19 +390,26 @@ def of_padded_plain() -> tuple[Outcome, float]:
 def test_padding_is_not_routed(degrees: tuple[int, int, int], left: bool) -> None:
     expected, as_it_is = of_padded_plain()
     assert expected[0][0] == pytest.approx(as_it_is, rel=1e-6)
-    check_same(run_on_ranks(degrees[1] * degrees[2], of_padded, degrees, left, False)[0], expected, 1e-12)
+    check_same(
+        run_on_ranks(degrees[1] * degrees[2], of_padded, degrees, left, False)[0], expected, 1e-12
+    )
 
 
 def test_padding_in_tiles() -> None:
     check_same(run_on_ranks(2, of_padded, SP2, False, True)[0], of_padded_plain()[0], 1e-6)
 
 
-# --- what else a forward may be asked for -----------------------------------------------------------------------------
+# --- what else a forward may be asked for ---------------------------------------------------------
 
 
 def logits_and_scores() -> None:
-    """Neither has a router loss; nor has what is evaluated between a forward and its backward any effect on it."""
-    model, batch = sharded_model("qwen3_moe", SP2, checkpoint_every=0), batch_of(SP2, "packed", seed=1)
+    """Neither has a router loss; nor has what is evaluated between a forward and its backward any
+    effect on it.
+    """
+    model, batch = (
+        sharded_model("qwen3_moe", SP2, checkpoint_every=0),
+        batch_of(SP2, "packed", seed=1),
+    )
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
     gradients = []
     for visits in (False, True):
@@ -358,7 +425,9 @@ def logits_and_scores() -> None:
     by_logits = gradients_of(model)
     without = sharded_model("qwen3_moe", SP2, has_router_loss=False, checkpoint_every=0)
     without(**inputs).logits.square().sum().backward()
-    assert all(torch.equal(by_logits[name], expected) for name, expected in gradients_of(without).items())
+    assert all(
+        torch.equal(by_logits[name], expected) for name, expected in gradients_of(without).items()
+    )
 
 
 def test_logits_and_scores() -> None:
@@ -381,7 +450,7 @@ def test_one_all_reduce_a_forward() -> None:
     assert with_loss == without | {"all_reduce": without["all_reduce"] + 1}
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -433,14 +502,18 @@ load_balancing_loss_func = modeling_mixtral.load_balancing_loss_func
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "granitemoe", "phimoe"])
 def test_families_prove_their_router_loss(family: str) -> None:
     if family == "granitemoe" and Version(transformers.__version__) < Version("5.18"):
-        pytest.skip("transformers 5.17 does not record granitemoe's router logits, so it fails itself")
+        pytest.skip(
+            "transformers 5.17 does not record granitemoe's router logits, so it fails itself"
+        )
     experts = {"num_experts": 4, "num_local_experts": 4, "decoder_sparse_step": 1}
     table = {**SMALL, "model_type": family, **experts, "head_dim": 6, "eos_token_id": 2}
     assert run_on_ranks(2, verdict, table) == [None] * 2
 
 
 def test_families_whose_router_loss_is_another_are_refused() -> None:
-    (message, other) = run_on_ranks(2, verdict, {**model_of("mixtral"), "model_type": "odd_mixtral"})
+    (message, other) = run_on_ranks(
+        2, verdict, {**model_of("mixtral"), "model_type": "odd_mixtral"}
+    )
     assert message == other and "with its router loss, sharded against both rows at once" in message
     (message, other) = run_on_ranks(2, verdict, {**SMALL, "model_type": "jetmoe", "kv_channels": 8})
     assert message == other and "jetmoe" in message

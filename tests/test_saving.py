@@ -1,4 +1,6 @@
-"""What a training loop of one's own saves: a folder for transformers, and checkpoints from which it goes on exactly."""
+"""What a training loop of one's own saves: a folder for transformers, and checkpoints from which it
+goes on exactly.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,22 @@ def loader_of(mesh: Any, steps: int = 3) -> list[Loaded]:
 
 
 class Loop:
-    """A model, its optimizer with two groups of parameters, and a learning rate that changes with each step."""
+    """A model, its optimizer with two groups of parameters, and a learning rate that changes with
+    each step.
+    """
 
     def __init__(self, degrees: Degrees = SP2, *, seed: int = 3, **changes: Any) -> None:
         self.mesh = mesh_of(*degrees)
-        plain = real_model(LLAMA | {"tie_word_embeddings": True} | changes, seed=seed, dtype=torch.float32)
+        plain = real_model(
+            LLAMA | {"tie_word_embeddings": True} | changes, seed=seed, dtype=torch.float32
+        )
         self.model = parallelize(plain, self.mesh)
         norms = [p for name, p in self.model.named_parameters() if "norm" in name]
         others = [p for name, p in self.model.named_parameters() if "norm" not in name]
-        self.groups = [{"params": others, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+        self.groups = [
+            {"params": others, "weight_decay": 0.1},
+            {"params": norms, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(self.groups, lr=1e-2, betas=(0.8, 0.9))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 0.5**step)
 
@@ -68,30 +77,41 @@ class Loop:
         """Parameters and the optimizer's state."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         state = {
-            f"{names[parameter]}/{key}": value.full_tensor() if hasattr(value, "full_tensor") else value
+            f"{names[parameter]}/{key}": value.full_tensor()
+            if hasattr(value, "full_tensor")
+            else value
             for parameter, values in self.optimizer.state.items()
             for key, value in values.items()
         }
         return whole_parameters(self.model) | state
 
 
-# --- the example ------------------------------------------------------------------------------------------------------
+# --- the example ----------------------------------------------------------------------------------
 
 
 def run_example(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor]:
-    """That of the package's docstring, saving every 2 of its 3 steps: the state, parameters and [2, 24] losses."""
+    """That of the package's docstring, saving every 2 of its 3 steps: the state, parameters and [2,
+    24] losses.
+    """
     lines = titan_ulysses.__doc__.split("\n\n")[2]
     code = "\n".join(line.removeprefix("    ") for line in lines.splitlines())
     assert "% 100 ==" in code
     mesh = mesh_of(*SP2)
     names: dict[str, Any] = {"path": str(folder / "before"), "loader": loader_of(mesh)}
-    exec("import torch\nfrom itertools import islice\nfrom transformers import AutoModelForCausalLM", names)
+    exec(
+        "import torch\nfrom itertools import islice\nfrom transformers import AutoModelForCausalLM",
+        names,
+    )
     exec("from titan_ulysses import *", names)
     names["tokenizer"] = load_tokenizer("bytes")
     with working_in(folder):
         exec(compile(code.replace("% 100 ==", "% 2 =="), "titan_ulysses", "exec"), names)
     (batch,) = shard(loader_of(mesh)[:1], mesh)
-    return names["state"], whole_parameters(names["model"]), titan_ulysses.score(names["model"], batch)
+    return (
+        names["state"],
+        whole_parameters(names["model"]),
+        titan_ulysses.score(names["model"], batch),
+    )
 
 
 def test_the_example_from_the_first_step_to_the_saved_folder(tmp_path: Path) -> None:
@@ -131,10 +151,12 @@ class OneRank:
             return 0
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
-def save_and_go_on(folder: Path, degrees: Degrees) -> tuple[list[float], dict[str, Tensor], list[float]]:
+def save_and_go_on(
+    folder: Path, degrees: Degrees
+) -> tuple[list[float], dict[str, Tensor], list[float]]:
     loop = Loop()
     assert load_checkpoint(folder, loop.model, loop.optimizer) == {"step": 0}
     losses = loop.train(0, 2)
@@ -145,21 +167,32 @@ def save_and_go_on(folder: Path, degrees: Degrees) -> tuple[list[float], dict[st
 
     other = Loop(degrees, seed=7)
     state = load_checkpoint(folder, other.model, other.optimizer)
-    assert state == loop.state(2) | {"schedule": state["schedule"]} and state["schedule"]["last_epoch"] == 2
+    assert (
+        state == loop.state(2) | {"schedule": state["schedule"]}
+        and state["schedule"]["last_epoch"] == 2
+    )
     other.schedule.load_state_dict(state["schedule"])
     assert [group["lr"] for group in other.optimizer.param_groups] == [0.25e-2] * 2
     assert [group["betas"] for group in other.optimizer.param_groups] == [(0.8, 0.9)] * 2
     found = other.train(2, 3)
     numbers = loop.numbers()
-    differences = {name: (value - numbers[name]).abs().max().item() for name, value in other.numbers().items()}
+    differences = {
+        name: (value - numbers[name]).abs().max().item() for name, value in other.numbers().items()
+    }
     assert differences.keys() == numbers.keys()
     return expected, differences, found
 
 
 @pytest.mark.parametrize(("degrees", "tolerance"), [(SP2, 0.0), (DP2, 1e-5)], ids=["sp2", "dp2"])
-def test_a_loop_goes_on_where_it_was_saved(degrees: Degrees, tolerance: float, tmp_path: Path) -> None:
-    """With the same bits on the mesh that saved it, learning rate and betas among them; as well on another."""
-    for expected, differences, found in run_on_ranks(2, save_and_go_on, tmp_path / "checkpoints", degrees):
+def test_a_loop_goes_on_where_it_was_saved(
+    degrees: Degrees, tolerance: float, tmp_path: Path
+) -> None:
+    """With the same bits on the mesh that saved it, learning rate and betas among them; as well on
+    another.
+    """
+    for expected, differences, found in run_on_ranks(
+        2, save_and_go_on, tmp_path / "checkpoints", degrees
+    ):
         assert found == pytest.approx(expected[2:], rel=tolerance, abs=0)
         assert max(differences.values()) <= tolerance, differences
 
@@ -192,7 +225,9 @@ def what_is_refused(folder: Path) -> dict[str, str]:
     found["other model"] = refused(lambda: load_checkpoint(saved, Loop(intermediate_size=32).model))
     found["no place"] = refused(lambda: save_pretrained(loop.model, folder / "file" / "trained"))
     before = whole_parameters(loop.model)
-    assert load_checkpoint(saved, loop.model) == loop.state(1) | {"schedule": loop.schedule.state_dict()}
+    assert load_checkpoint(saved, loop.model) == loop.state(1) | {
+        "schedule": loop.schedule.state_dict()
+    }
     assert all(torch.equal(p, before[name]) for name, p in whole_parameters(loop.model).items())
 
     found["save_pretrained"] = refused(lambda: loop.model.save_pretrained(folder / "own"))
@@ -212,10 +247,18 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
         assert f"{saved} has a step-1 already: go on from it by load_checkpoint" in found["again"]
         assert "state has no number \"step\": ['batches']" in found["no step"]
         assert "state is not JSON (Object of type Tensor" in found["no JSON"]
-        assert 'is {"rank": 1, "step": 2} on rank 1 and {"rank": 0, "step": 2} on rank 0' in found["of rank 1"]
-        assert "step-1 has the state of AdamW with 2 groups of parameters, and this is SGD with 2" in found["SGD"]
+        assert (
+            'is {"rank": 1, "step": 2} on rank 1 and {"rank": 0, "step": 2} on rank 0'
+            in found["of rank 1"]
+        )
+        assert (
+            "step-1 has the state of AdamW with 2 groups of parameters, and this is SGD with 2"
+            in found["SGD"]
+        )
         assert "AdamW with 2 groups of parameters, and this is AdamW with 1" in found["one group"]
-        assert found["other model"].startswith(f"folder = {saved}: step-1 holds another model: model.layers.0.mlp.")
+        assert found["other model"].startswith(
+            f"folder = {saved}: step-1 holds another model: model.layers.0.mlp."
+        )
         assert "Give this run another folder, or the model its old settings" in found["other model"]
         assert f"{tmp_path / 'file' / 'trained'}: the export failed" in found["no place"]
         for method in ("save_pretrained", "push_to_hub", "generate"):

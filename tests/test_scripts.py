@@ -1,4 +1,6 @@
-"""scripts/eval_needle.py against plain transformers; scripts/plot.py; scripts/train.sh and scripts/launch.py."""
+"""scripts/eval_needle.py against plain transformers; scripts/plot.py; scripts/train.sh and
+scripts/launch.py.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,23 @@ from titan_ulysses.distributed.errors import UserError  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
 
-# --- the needle map ---------------------------------------------------------------------------------------------------
+# --- the needle map -------------------------------------------------------------------------------
 
 TEXT = [*("the quick brown fox jumps over the lazy dog. " * 20).encode()]
 
 
 def trial(**changes: Any) -> eval_needle.Trial:
     return eval_needle.make_trial(
-        TOKENIZER, TEXT, **{"length": 200, "depth": 0.5, "candidates": 8, "seed": "0 200 1"} | changes
+        TOKENIZER,
+        TEXT,
+        **{"length": 200, "depth": 0.5, "candidates": 8, "seed": "0 200 1"} | changes,
     )
 
 
 def test_a_trial() -> None:
-    """All of it has the length that was asked for; the needle stands at its depth; only one code is in the text."""
+    """All of it has the length that was asked for; the needle stands at its depth; only one code is
+    in the text.
+    """
     made = {depth: trial(depth=depth) for depth in (0, 0.25, 0.5, 1)}
     texts = {depth: bytes(one.prompt).decode() for depth, one in made.items()}
     key = texts[0].removesuffix(" is").rpartition(" ")[2]
@@ -55,7 +61,9 @@ def test_a_trial() -> None:
         room = len(before) + len(after) - len(f"\nThe secret code of {key} is")
         assert found and len(before) == round(depth * room)
         assert text.count(code) == 1 and not any(other in text for other in others)
-    assert len({code, *others}) == 8 and made[0].codes == made[1].codes  # of one seed, at every depth
+    assert (
+        len({code, *others}) == 8 and made[0].codes == made[1].codes
+    )  # of one seed, at every depth
     assert trial() == made[0.5] and trial(seed="0 200 2").codes != made[0.5].codes
 
 
@@ -68,24 +76,46 @@ def test_trials_that_cannot_be() -> None:
 
 def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is as probable as another does not count as found."""
-    scores = {100: [-1.0, -2.0, -3.0, -4.0, -3.0, -9.0], 150: [-5.0, -5.0, -6.0, float("nan"), -1.0, -2.0]}
+    scores = {
+        100: [-1.0, -2.0, -3.0, -4.0, -3.0, -9.0],
+        150: [-5.0, -5.0, -6.0, float("nan"), -1.0, -2.0],
+    }
     monkeypatch.setattr(eval_needle, "code_scores", lambda *_, length: scores[length])
     options = SimpleNamespace(lengths=[100, 150], depths=[0.0], candidates=3, trials=2, seed=0)
     one, two = eval_needle.find_needles(None, None, TOKENIZER, TEXT, options)
-    assert (one.length, one.accuracy, one.log_probability) == (100, 0.5, pytest.approx(-2.5 / 6))  # " 12345": 6 bytes
+    assert (one.length, one.accuracy, one.log_probability) == (
+        100,
+        0.5,
+        pytest.approx(-2.5 / 6),
+    )  # " 12345": 6 bytes
     assert two.accuracy == 0
 
 
 def tiny_model(folder: Path) -> Any:
     table = LLAMA | {"vocab_size": 257, "max_position_embeddings": 256}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**table), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**table), dtype=torch.float32
+    ).eval()
     model.save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return model
 
 
-ARGUMENTS = ["--lengths", "120", "101", "--depths", "0", "1", "--trials", "2", "--candidates", "3", "--seed", "5"]
+ARGUMENTS = [
+    "--lengths",
+    "120",
+    "101",
+    "--depths",
+    "0",
+    "1",
+    "--trials",
+    "2",
+    "--candidates",
+    "3",
+    "--seed",
+    "5",
+]
 
 
 def needle_main(arguments: list[str]) -> str | None:
@@ -107,15 +137,24 @@ def test_the_map_is_that_of_plain_transformers(tmp_path: Path) -> None:
     cells = iter(found["cells"])
     for length in (101, 120):
         for depth in (0, 1):
-            trials = [trial(length=length, depth=depth, candidates=3, seed=f"5 {length} {n}") for n in range(2)]
-            sums = [[log_probability(model, one.prompt, code) for code in one.codes] for one in trials]
+            trials = [
+                trial(length=length, depth=depth, candidates=3, seed=f"5 {length} {n}")
+                for n in range(2)
+            ]
+            sums = [
+                [log_probability(model, one.prompt, code) for code in one.codes] for one in trials
+            ]
             cell = next(cells)
             assert (cell["length"], cell["depth"]) == (length, depth)
             assert cell["accuracy"] == sum(max(row) == row[0] for row in sums) / 2
-            assert cell["log_probability"] == pytest.approx(sum(row[0] for row in sums) / 2 / 6, rel=1e-5)
+            assert cell["log_probability"] == pytest.approx(
+                sum(row[0] for row in sums) / 2 / 6, rel=1e-5
+            )
     assert (output / "needle.png").exists() == eval_needle.has_matplotlib()
     for message in run_on_ranks(2, needle_main, [*arguments, "--lengths", "257"]):
-        assert message.startswith("--lengths 257 is longer than the model's max_position_embeddings = 256")
+        assert message.startswith(
+            "--lengths 257 is longer than the model's max_position_embeddings = 256"
+        )
 
 
 @torch.no_grad()
@@ -124,20 +163,41 @@ def log_probability(model: Any, prompt: list[int], code: list[int]) -> float:
     return logits.log_softmax(-1).gather(1, torch.tensor(code)[:, None]).sum().item()
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
-def write_metrics(folder: Path, *, steps: int, positions: bool = True, planned: float | None = None) -> Path:
+def write_metrics(
+    folder: Path, *, steps: int, positions: bool = True, planned: float | None = None
+) -> Path:
     folder.mkdir()
     draw, lines = random.Random(0), []
     for step in range(steps + 1):
         if step in (0, steps) and positions:
             ranges = [(first, 5 - step / steps - first / 50, 10) for first in (0, 1, 2, 4, 8)]
-            lines.append({"step": step, "validation_loss": 5 - step / steps, "validation_by_position": ranges})
+            lines.append(
+                {
+                    "step": step,
+                    "validation_loss": 5 - step / steps,
+                    "validation_by_position": ranges,
+                }
+            )
         if step:
-            values = {"loss": 5 - step / steps + draw.random(), "tokens_per_second": 100.0, "step_seconds": 0.1}
-            lines.append({"step": step, **values, "peak_memory_gib": 0.5 + steps, "planned_memory_gib": planned})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
+            values = {
+                "loss": 5 - step / steps + draw.random(),
+                "tokens_per_second": 100.0,
+                "step_seconds": 0.1,
+            }
+            lines.append(
+                {
+                    "step": step,
+                    **values,
+                    "peak_memory_gib": 0.5 + steps,
+                    "planned_memory_gib": planned,
+                }
+            )
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo'
+    )
     return folder
 
 
@@ -146,21 +206,29 @@ def test_pictures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     long = write_metrics(tmp_path / "long", steps=300, planned=1.4)
     short = write_metrics(tmp_path / "short", steps=3, positions=False)
     plot.main([str(short)])
-    assert sorted(file.name for file in (short / "plots").iterdir()) == ["loss.png", "memory.png", "speed.png"]
+    assert sorted(file.name for file in (short / "plots").iterdir()) == [
+        "loss.png",
+        "memory.png",
+        "speed.png",
+    ]
     plot.main([str(short), str(long), "--output", str(tmp_path / "pictures")])
     names = ["loss.png", "memory.png", "positions.png", "speed.png"]
     assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == names
     assert len(capsys.readouterr().out.splitlines()) == 3 + 4
     for file in (tmp_path / "pictures").iterdir():
         pixels = image.imread(file)[..., :3]
-        for color in plot.COLORS[:2] if file.name != "positions.png" else plot.COLORS[1:2]:  # a line of each run
+        for color in (
+            plot.COLORS[:2] if file.name != "positions.png" else plot.COLORS[1:2]
+        ):  # a line of each run
             wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
             drawn = ((torch.tensor(pixels) - wanted).abs().amax(-1) < 0.02).sum().item()
             assert drawn > 20, (file, color, drawn)
 
 
 def test_curves_that_coincide_are_told_apart(tmp_path: Path) -> None:
-    """Three runs with the same numbers: each one's colour is in each picture. They go where they are told to go."""
+    """Three runs with the same numbers: each one's colour is in each picture. They go where they
+    are told to go.
+    """
     image = pytest.importorskip("matplotlib.image")
     runs = [str(write_metrics(tmp_path / name, steps=120, planned=1.4)) for name in "abc"]
     with pytest.raises(UserError, match="say where to with --output FOLDER"):
@@ -179,7 +247,10 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl is empty: the run has logged nothing yet"):
         plot.read_runs([tmp_path])
-    with pytest.raises(UserError, match="nowhere/metrics.jsonl: No such file or directory. Give the folder of a run"):
+    with pytest.raises(
+        UserError,
+        match="nowhere/metrics.jsonl: No such file or directory. Give the folder of a run",
+    ):
         plot.read_runs([tmp_path / "nowhere"])
     monkeypatch.setattr(plot, "has_matplotlib", lambda: False)
     with pytest.raises(UserError, match="needs matplotlib: pip install matplotlib"):
@@ -188,27 +259,36 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
-    [(2, 2000, [10, 100, 1000]), (2, 60, [3, 10, 30]), (4, 25, [5, 10, 20]), (6.5, 7.5, [6.7, 7.0, 7.3])],
+    [
+        (2, 2000, [10, 100, 1000]),
+        (2, 60, [3, 10, 30]),
+        (4, 25, [5, 10, 20]),
+        (6.5, 7.5, [6.7, 7.0, 7.3]),
+    ],
 )
 def test_round_perplexities(low: float, high: float, ticks: list[float]) -> None:
     assert plot.round_between(low, high) == pytest.approx(ticks)
 
 
-# --- the launchers ----------------------------------------------------------------------------------------------------
+# --- the launchers --------------------------------------------------------------------------------
 
 
 def test_ranks_may_finish_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a signal: torchrun's own patience is 30 seconds."""
     seen = []
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
-    monkeypatch.setattr(launch, "run", lambda args: seen.append(config_from_args(args)[0].shutdown_timeout))
+    monkeypatch.setattr(
+        launch, "run", lambda args: seen.append(config_from_args(args)[0].shutdown_timeout)
+    )
     assert launch.main(["--standalone", "train.py"]) == 0
     assert seen == [24 * 60 * 60]
 
 
 @pytest.fixture
 def train_sh(tmp_path: Path) -> Callable[..., list[str]]:
-    """What scripts/train.sh prints, in a clone whose Python says in which folder it is called with what."""
+    """What scripts/train.sh prints, in a clone whose Python says in which folder it is called with
+    what.
+    """
     clone, here = tmp_path / "clone", tmp_path / "here"
     for folder in (clone / "scripts", clone / ".venv" / "bin", here):
         folder.mkdir(parents=True)
@@ -218,13 +298,17 @@ def train_sh(tmp_path: Path) -> Callable[..., list[str]]:
     python.write_text('#!/bin/sh\necho "in $PWD: $*"\n')
     python.chmod(0o755)
     with open(clone / "pyproject.toml") as project:
-        checksum = subprocess.run(["cksum"], stdin=project, capture_output=True, text=True, check=True).stdout
+        checksum = subprocess.run(
+            ["cksum"], stdin=project, capture_output=True, text=True, check=True
+        ).stdout
     (clone / ".venv" / "installed").write_text(f"{checksum.strip()} \n")
 
     def run(*arguments: str) -> list[str]:
         command = ["bash", "../clone/scripts/train.sh", *arguments]
         environment = os.environ | {"NPROC": "3"}
-        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=here, env=environment, capture_output=True, text=True, check=True
+        )
         assert done.stderr == ""
         return done.stdout.replace(str(tmp_path), "~").splitlines()
 
@@ -232,9 +316,14 @@ def train_sh(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def test_paths_count_from_where_the_user_stands(train_sh: Callable[..., list[str]]) -> None:
-    start = "in ~/here: ~/clone/scripts/launch.py --standalone --nproc-per-node 3 ~/clone/train.py --config"
+    start = (
+        "in ~/here: ~/clone/scripts/launch.py --standalone --nproc-per-node 3 ~/clone/train.py "
+        "--config"
+    )
     assert train_sh("my.toml", "--data.path", "notes") == [f"{start} my.toml --data.path notes"]
-    assert train_sh("--training.steps", "3") == [f"{start} ~/clone/configs/quickstart.toml --training.steps 3"]
+    assert train_sh("--training.steps", "3") == [
+        f"{start} ~/clone/configs/quickstart.toml --training.steps 3"
+    ]
 
 
 def test_help_is_printed_once(train_sh: Callable[..., list[str]]) -> None:

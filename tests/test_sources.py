@@ -36,7 +36,10 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 TOKENIZER = load_tokenizer("bytes")
-RECORDS = [{"text": text, "n": i} for i, text in enumerate(["one", "zwei ä", "三\n", "four\u2028still four"])]
+RECORDS = [
+    {"text": text, "n": i}
+    for i, text in enumerate(["one", "zwei ä", "三\n", "four\u2028still four"])
+]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
 
 
@@ -107,7 +110,9 @@ def test_files_have_no_splits_and_no_subsets(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(LINES)
     for key in ("split", "subset"):
         source = SourceSettings(source="chat", path=str(tmp_path / "a.jsonl"), **{key: "test"})
-        with pytest.raises(UserError, match=f'a.jsonl" are files, which have no {key} "test": give a data set'):
+        with pytest.raises(
+            UserError, match=f'a.jsonl" are files, which have no {key} "test": give a data set'
+        ):
             open_rows(source)
 
 
@@ -125,12 +130,16 @@ def test_files_of_a_folder_come_in_order(tmp_path: Path) -> None:
 def test_data_sets(tmp_path: Path, streaming: bool) -> None:
     table = datasets.Dataset.from_list(RECORDS)
     table.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": table, "rest": table.select([1])}).save_to_disk(tmp_path / "split")
+    datasets.DatasetDict({"train": table, "rest": table.select([1])}).save_to_disk(
+        tmp_path / "split"
+    )
     (tmp_path / "folder").mkdir()
     parquet(tmp_path / "folder" / "train.parquet")  # what `load_dataset` reads
 
     def texts(path: str, **settings: Any) -> list:
-        rows = open_rows(SourceSettings(source="hf", path=str(tmp_path / path), streaming=streaming, **settings))
+        rows = open_rows(
+            SourceSettings(source="hf", path=str(tmp_path / path), streaming=streaming, **settings)
+        )
         return [row.content for row in rows]
 
     expected = [record["text"] for record in RECORDS]
@@ -138,7 +147,9 @@ def test_data_sets(tmp_path: Path, streaming: bool) -> None:
     assert texts("split", split="rest") == expected[1:2]
     with pytest.raises(UserError, match=r'has no split "dev" but train, rest: set data\.split'):
         texts("split", split="dev")
-    with pytest.raises(UserError, match=r'data\.path = ".*one" has no field "body" \(it has text, n\)'):
+    with pytest.raises(
+        UserError, match=r'data\.path = ".*one" has no field "body" \(it has text, n\)'
+    ):
         texts("one", text_field="body")
 
 
@@ -153,7 +164,9 @@ def test_chats_come_from_files_and_from_data_sets(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2] and found[0][0].messages == messages
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_that_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     for source in ("hf", "chat"):
@@ -164,11 +177,14 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, capfd: py
             'data.path = "nobody/no-such-data" is no folder here, and the hub cannot be reached ('
         )
         assert message.endswith(
-            'datasets.load_dataset("nobody/no-such-data").save_to_disk(FOLDER), then give that folder'
+            'datasets.load_dataset("nobody/no-such-data").save_to_disk(FOLDER), then give that '
+            "folder"
         )
         assert "\n" not in message
     assert capfd.readouterr().err == ""
-    with pytest.raises(UserError, match=r'data\.path = "no/such.jsonl" is not there'):  # a file, not a name
+    with pytest.raises(
+        UserError, match=r'data\.path = "no/such.jsonl" is not there'
+    ):  # a file, not a name
         open_rows(SourceSettings(source="chat", path="no/such.jsonl"))
 
 
@@ -203,15 +219,25 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_a_bad_line_stops_or_is_counted(line: str | bytes, tmp_path: Path) -> None:
     raw = line if isinstance(line, bytes) else line.encode()
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n' + raw + b'\n{"text": ""}\n{"text": "also"}\n' + raw)
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "fine"}\n\n' + raw + b'\n{"text": ""}\n{"text": "also"}\n' + raw
+    )
     source = SourceSettings(source="jsonl", path=str(tmp_path / "a.jsonl"))
     with pytest.raises(UserError) as caught:
         read_corpus(source, Encoder(TOKENIZER), setting="data.mixture[1].path")
     message = str(caught.value)
-    assert message.startswith(f"data.mixture[1].path: a.jsonl:3: {BAD_LINES[line]}") and "\n" not in message
-    assert message.endswith('or set data.mixture[1].bad_lines = "skip" to leave such lines out and count them')
+    assert (
+        message.startswith(f"data.mixture[1].path: a.jsonl:3: {BAD_LINES[line]}")
+        and "\n" not in message
+    )
+    assert message.endswith(
+        'or set data.mixture[1].bad_lines = "skip" to leave such lines out and count them'
+    )
     corpus, tally = read_corpus(source.model_copy(update={"bad_lines": "skip"}), Encoder(TOKENIZER))
-    assert [bytes(corpus[d][:-1].astype(np.uint8)) for d in range(len(corpus))] == [b"fine", b"also"]
+    assert [bytes(corpus[d][:-1].astype(np.uint8)) for d in range(len(corpus))] == [
+        b"fine",
+        b"also",
+    ]
     assert (tally.documents, tally.bad, tally.empty) == (2, 2, 1)
     first, second = tally.notes()
     assert first.startswith(f"2 bad line(s) skipped (the first: a.jsonl:3: {BAD_LINES[line]}")
@@ -222,7 +248,8 @@ def test_nothing_but_bad_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x\ny\n")
     source = SourceSettings(source="jsonl", path=str(tmp_path), bad_lines="skip")
     with pytest.raises(
-        UserError, match=r"has no document to train on \(2 bad line\(s\) skipped \(the first: a.jsonl:1"
+        UserError,
+        match=r"has no document to train on \(2 bad line\(s\) skipped \(the first: a.jsonl:1",
     ):
         read_corpus(source, Encoder(TOKENIZER))
 
@@ -231,7 +258,11 @@ def test_nothing_but_bad_lines(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl.gz", b"no gzip at all", "a.jsonl.gz cannot be read ("),
-        ("a.jsonl.gz", gzip.compress(LINES.encode() * 99)[:-20], "a.jsonl.gz cannot be read (Truncated"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES.encode() * 99)[:-20],
+            "a.jsonl.gz cannot be read (Truncated",
+        ),
         ("a.parquet", b"no parquet at all", "a.parquet cannot be read ("),
         ("a.json", b'[{"text": "a"},', "a.json cannot be read ("),
     ],
@@ -287,22 +318,30 @@ def contents(corpus: Corpus) -> list[list[int]]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> SourceSettings:
-    lines = [{"text": text, "prompt": "p", "completion": text} for text in ("one", "two", "", "three")]
+    lines = [
+        {"text": text, "prompt": "p", "completion": text} for text in ("one", "two", "", "three")
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "bad\n")
     return SourceSettings(source="jsonl", path=str(tmp_path / "a.jsonl"), bad_lines="skip")
 
 
 def read(source: SourceSettings, **settings: Any) -> tuple[Corpus, CorpusStats]:
     encoder = Encoder(TOKENIZER, source.train_on)
-    return read_corpus(source, encoder, cache_folder=str(Path(source.path).parent / "cache"), **settings)
+    return read_corpus(
+        source, encoder, cache_folder=str(Path(source.path).parent / "cache"), **settings
+    )
 
 
 def test_a_cache_is_made_once_and_mapped(source: SourceSettings, counted: Counter) -> None:
     made, tally = read(source)
-    assert counted["rows"] == 5 and contents(made) == [[*text, 256] for text in (b"one", b"two", b"three")]
+    assert counted["rows"] == 5 and contents(made) == [
+        [*text, 256] for text in (b"one", b"two", b"three")
+    ]
     again, told = read(source)
     assert counted["rows"] == 5
-    assert contents(again) == contents(made) and told == tally == CorpusStats(3, 14, 1, 1, tally.first_bad)
+    assert contents(again) == contents(made) and told == tally == CorpusStats(
+        3, 14, 1, 1, tally.first_bad
+    )
     assert again.tokens.dtype == np.uint16 and again.trained is None
     array = again.tokens
     while not isinstance(array, np.memmap):
@@ -315,11 +354,15 @@ def test_masks_are_kept(source: SourceSettings, counted: Counter) -> None:
     (made, _), (again, tally) = read(prompts), read(prompts)
     for corpus in (made, again):
         assert contents(corpus) == [[*text, 256] for text in (b"pone", b"ptwo", b"pthree")]
-        assert corpus.trained.tolist() == [letter != ord("p") or i > 10 for i, letter in enumerate(corpus.tokens)]
+        assert corpus.trained.tolist() == [
+            letter != ord("p") or i > 10 for i, letter in enumerate(corpus.tokens)
+        ]
     assert tally.bad == 2  # the line, and a completion that is empty
 
 
-def test_content_tokenizer_and_settings_are_the_key(source: SourceSettings, counted: Counter, tmp_path: Path) -> None:
+def test_content_tokenizer_and_settings_are_the_key(
+    source: SourceSettings, counted: Counter, tmp_path: Path
+) -> None:
     read(source)
     file = Path(source.path)
     stat = file.stat()
@@ -334,7 +377,9 @@ def test_content_tokenizer_and_settings_are_the_key(source: SourceSettings, coun
     read_corpus(source, Encoder(other), cache_folder=str(tmp_path / "cache"))
     assert counted["rows"] == 20
     file.rename(tmp_path / "sub.jsonl")
-    read(source.model_copy(update={"path": str(tmp_path / "sub.jsonl")}))  # places in messages hold its name
+    read(
+        source.model_copy(update={"path": str(tmp_path / "sub.jsonl")})
+    )  # places in messages hold its name
     assert counted["rows"] == 25
 
 
@@ -356,7 +401,9 @@ BREAK: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("how", BREAK)
-def test_a_broken_cache_is_made_again(how: str, source: SourceSettings, counted: Counter, tmp_path: Path) -> None:
+def test_a_broken_cache_is_made_again(
+    how: str, source: SourceSettings, counted: Counter, tmp_path: Path
+) -> None:
     expected = contents(read(source)[0])
     [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     BREAK[how](folder)
@@ -364,15 +411,21 @@ def test_a_broken_cache_is_made_again(how: str, source: SourceSettings, counted:
     assert contents(read(source)[0]) == expected and counted["rows"] == 10
 
 
-def test_what_fails_half_way_leaves_nothing(source: SourceSettings, counted: Counter, tmp_path: Path) -> None:
+def test_what_fails_half_way_leaves_nothing(
+    source: SourceSettings, counted: Counter, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:5: not JSON"):
         read(source.model_copy(update={"bad_lines": "stop"}))
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([".lock"], [])
 
 
-def test_a_cache_folder_that_cannot_be(source: SourceSettings, counted: Counter, tmp_path: Path) -> None:
+def test_a_cache_folder_that_cannot_be(
+    source: SourceSettings, counted: Counter, tmp_path: Path
+) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"data\.cache_folder = .*cache: cannot keep the tokenized data there"):
+    with pytest.raises(
+        UserError, match=r"data\.cache_folder = .*cache: cannot keep the tokenized data there"
+    ):
         read(source)
 
 
@@ -396,8 +449,13 @@ def test_of_several_processes_one_makes_it(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(LINES * 200)
     command = [sys.executable, "-c", READER, str(tmp_path / "a.jsonl"), str(tmp_path / "cache")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = sorted(tuple(map(int, process.communicate(timeout=120)[0].split())) for process in started)
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    found = sorted(
+        tuple(map(int, process.communicate(timeout=120)[0].split())) for process in started
+    )
     assert [made for made, *_ in found] == [0, 800]
     assert found[0][1:] == found[1][1:]
 
@@ -405,7 +463,9 @@ def test_of_several_processes_one_makes_it(tmp_path: Path) -> None:
 # --- whole configurations
 
 
-def configured(tmp_path: Path, data: dict[str, Any], seq_len: int = 16, **validation: Any) -> Config:
+def configured(
+    tmp_path: Path, data: dict[str, Any], seq_len: int = 16, **validation: Any
+) -> Config:
     return Config.model_validate(
         {
             "model": {"config": {"model_type": "llama"}, "tokenizer": "bytes"},
@@ -416,23 +476,34 @@ def configured(tmp_path: Path, data: dict[str, Any], seq_len: int = 16, **valida
     )
 
 
-def opened(tmp_path: Path, data: dict[str, Any], **settings: Any) -> tuple[SampleStream, SampleStream | None]:
+def opened(
+    tmp_path: Path, data: dict[str, Any], **settings: Any
+) -> tuple[SampleStream, SampleStream | None]:
     return open_sequences(configured(tmp_path, data, **settings), TOKENIZER)
 
 
 def write_lines(path: Path, texts: list[str]) -> str:
     path.write_text(
-        "".join(json.dumps({"text": text, "prompt": text[:2], "answer": text[2:]}) + "\n" for text in texts)
+        "".join(
+            json.dumps({"text": text, "prompt": text[:2], "answer": text[2:]}) + "\n"
+            for text in texts
+        )
     )
     return str(path)
 
 
 @pytest.mark.parametrize("packing", ["none", "concat", "best_fit"])
 @pytest.mark.parametrize("kind", ["text", "jsonl", "prompts", "hf"])
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(lengths=st.lists(st.integers(3, 40), min_size=2, max_size=8))
-def test_every_source_in_every_packing(kind: str, packing: str, tmp_path_factory, lengths: list[int]) -> None:
-    """One epoch holds every character and every label once; of prompts only the answers are labels."""
+def test_every_source_in_every_packing(
+    kind: str, packing: str, tmp_path_factory, lengths: list[int]
+) -> None:
+    """One epoch holds every character and every label once; of prompts only the answers are
+    labels.
+    """
     tmp_path = tmp_path_factory.mktemp("data")
     characters = count()
     texts = ["".join(chr(next(characters) % 94 + 33) for _ in range(length)) for length in lengths]
@@ -442,7 +513,9 @@ def test_every_source_in_every_packing(kind: str, packing: str, tmp_path_factory
         for i, text in enumerate(texts):
             (tmp_path / "data" / f"{i}.txt").write_text(text)
     elif kind == "hf":
-        datasets.Dataset.from_list([{"text": text} for text in texts]).save_to_disk(tmp_path / "data")
+        datasets.Dataset.from_list([{"text": text} for text in texts]).save_to_disk(
+            tmp_path / "data"
+        )
     else:
         data["path"] = write_lines(tmp_path / "data.jsonl", texts)
         if kind == "prompts":
@@ -474,7 +547,8 @@ def test_long_documents_are_split_or_dropped_and_counted(packing: str, tmp_path:
     ids = [token for i in range(len(dropped)) for token in dropped[i].input_ids.tolist()]
     assert set(ids) <= {ord("a"), ord("c"), END_OF_TEXT_ID, 0}
     with pytest.raises(
-        UserError, match=r"each document is longer than training\.seq_len = 3: set data\.long_documents"
+        UserError,
+        match=r"each document is longer than training\.seq_len = 3: set data\.long_documents",
     ):
         opened(tmp_path, data | {"long_documents": "drop"}, seq_len=3)
 
@@ -483,7 +557,12 @@ def test_a_mixture(tmp_path: Path) -> None:
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "a.txt").write_text("b" * 200)
     lines = write_lines(tmp_path / "a.jsonl", ["j" * 9] * 30)
-    data = {"mixture": [{"path": str(tmp_path / "books"), "weight": 3}, {"source": "jsonl", "path": lines}]}
+    data = {
+        "mixture": [
+            {"path": str(tmp_path / "books"), "weight": 3},
+            {"source": "jsonl", "path": lines},
+        ]
+    }
     sequences, nothing = opened(tmp_path, data)
     assert nothing is None
     kinds = Counter("b" if ord("b") in sequences[i].input_ids else "j" for i in range(400))
@@ -495,29 +574,48 @@ def test_a_mixture(tmp_path: Path) -> None:
 
 
 def test_an_empty_source_of_a_mixture_is_named(tmp_path: Path) -> None:
-    full, empty = write_lines(tmp_path / "a.jsonl", ["j" * 9] * 30), write_lines(tmp_path / "b.jsonl", ["", ""])
+    full, empty = (
+        write_lines(tmp_path / "a.jsonl", ["j" * 9] * 30),
+        write_lines(tmp_path / "b.jsonl", ["", ""]),
+    )
     mixture = [{"source": "jsonl", "path": full}, {"source": "jsonl", "path": empty}]
     with pytest.raises(UserError) as caught:
         opened(tmp_path, {"mixture": mixture})
-    start = f'data.mixture[1].path = "{empty}" has no document to train on (2 empty one(s) left out)'
+    start = (
+        f'data.mixture[1].path = "{empty}" has no document to train on (2 empty one(s) left out)'
+    )
     assert str(caught.value).startswith(start)
 
 
 def test_held_out_data_without_a_label(tmp_path: Path) -> None:
     """Each document is one token: there is nothing that it could be predicted from."""
     path = write_lines(tmp_path / "a.jsonl", ["j"] * 3)
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"j": 0}, unk_token="j")))
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"j": 0}, unk_token="j"))
+    )
     settings = configured(tmp_path, {"source": "jsonl", "path": path}, enable=True)
-    with pytest.raises(UserError, match="the held-out documents of data.path: no document has more than one token"):
+    with pytest.raises(
+        UserError, match="the held-out documents of data.path: no document has more than one token"
+    ):
         open_sequences(settings, words)
 
 
 def test_held_out_of_each_source_and_given(tmp_path: Path) -> None:
-    one, two = write_lines(tmp_path / "a.jsonl", ["j" * 19] * 100), write_lines(tmp_path / "b.jsonl", ["k" * 19] * 100)
-    mixture = [{"source": "jsonl", "path": one, "weight": 0.5}, {"source": "jsonl", "path": two, "weight": 0.5}]
+    one, two = (
+        write_lines(tmp_path / "a.jsonl", ["j" * 19] * 100),
+        write_lines(tmp_path / "b.jsonl", ["k" * 19] * 100),
+    )
+    mixture = [
+        {"source": "jsonl", "path": one, "weight": 0.5},
+        {"source": "jsonl", "path": two, "weight": 0.5},
+    ]
     _, held_out = opened(tmp_path, {"mixture": mixture}, enable=True)
-    assert [chr(held_out[i].input_ids[0]) for i in range(len(held_out))] == [*"jjkk"]  # 20 tokens each, padded to 32
-    _, given_apart = opened(tmp_path, {"mixture": mixture, "source": "jsonl"}, enable=True, path=two)
+    assert [chr(held_out[i].input_ids[0]) for i in range(len(held_out))] == [
+        *"jjkk"
+    ]  # 20 tokens each, padded to 32
+    _, given_apart = opened(
+        tmp_path, {"mixture": mixture, "source": "jsonl"}, enable=True, path=two
+    )
     assert given_apart.epoch_tokens == 2000
     tables = {
         "train": datasets.Dataset.from_list([{"text": "t" * 50}]),
@@ -535,7 +633,11 @@ def test_streaming_is_for_data_sets(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     TOKENIZER.chat_template = "{{ messages[0].content }}"
     try:
-        with pytest.raises(UserError, match="are files, and streaming is for data sets: set streaming = false"):
-            opened(tmp_path, {"source": "chat", "path": str(tmp_path / "a.jsonl"), "streaming": True})
+        with pytest.raises(
+            UserError, match="are files, and streaming is for data sets: set streaming = false"
+        ):
+            opened(
+                tmp_path, {"source": "chat", "path": str(tmp_path / "a.jsonl"), "streaming": True}
+            )
     finally:
         TOKENIZER.chat_template = None

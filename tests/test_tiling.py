@@ -21,11 +21,16 @@ WIDTH = 12
 class Gated(nn.Module):
     """A gated MLP with a norm before it, biases and dropout."""
 
-    def __init__(self, *, dropout: float = 0.0, dtype: torch.dtype = torch.float64, width: int = WIDTH):
+    def __init__(
+        self, *, dropout: float = 0.0, dtype: torch.dtype = torch.float64, width: int = WIDTH
+    ):
         super().__init__()
         options = {"dtype": dtype}
         self.norm = nn.LayerNorm(width, **options)
-        self.gate, self.up = nn.Linear(width, 2 * width, **options), nn.Linear(width, 2 * width, **options)
+        self.gate, self.up = (
+            nn.Linear(width, 2 * width, **options),
+            nn.Linear(width, 2 * width, **options),
+        )
         self.down, self.dropout = nn.Linear(2 * width, width, **options), dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +48,9 @@ def gradients(fn, module: nn.Module, rows: Tensor, upstream: Tensor) -> list[Ten
 
 
 def largest(found: list[Tensor], expected: list[Tensor]) -> float:
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
+    return max(
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("tile_tokens", [1, 3, 5, 20, 21, 10**6])
@@ -60,7 +67,9 @@ def test_upstream_scales_everything_and_frozen_parameters_get_nothing():
     module, rows = Gated(), torch.randn(7, WIDTH, dtype=torch.float64)
     module.up.weight.requires_grad_(False)
     tiled = Tiled(module, 3)
-    once, thrice = (gradients(tiled, module, rows, torch.full_like(rows, scale)) for scale in (1.0, 3.0))
+    once, thrice = (
+        gradients(tiled, module, rows, torch.full_like(rows, scale)) for scale in (1.0, 3.0)
+    )
     assert module.up.weight.grad is None
     assert largest(thrice[1:], [3 * g for g in once[1:]]) < 1e-12
 
@@ -77,17 +86,22 @@ def test_rows_that_need_no_gradient_and_no_rows_at_all():
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_random_numbers_are_replayed(checkpointed):
-    """With dropout the tiles' own gradient is compared with finite differences under the same random numbers."""
+    """With dropout the tiles' own gradient is compared with finite differences under the same
+    random numbers.
+    """
     module, rows = Gated(dropout=0.5), torch.randn(10, WIDTH, dtype=torch.float64)
     tiled, direction = Tiled(module, 3), torch.randn_like(rows)
 
     def f(x: Tensor) -> Tensor:
         torch.manual_seed(5)
-        # What draws after the tiles must find the random numbers where it found them the first time.
+        # What draws after the tiles must find the random numbers where it found them the first
+        # time.
         return (F.dropout(tiled(x), 0.5) * direction).sum()
 
     rows.requires_grad_()
-    loss = torch.utils.checkpoint.checkpoint(f, rows, use_reentrant=False) if checkpointed else f(rows)
+    loss = (
+        torch.utils.checkpoint.checkpoint(f, rows, use_reentrant=False) if checkpointed else f(rows)
+    )
     state = torch.get_rng_state()
     loss.backward()
     assert torch.equal(torch.get_rng_state(), state), "backward must not move the random numbers"
@@ -112,7 +126,9 @@ def test_autocast_is_replayed():
 
 @pytest.mark.parametrize("tiles", [1, 4, 16, 64, 256])
 def test_bf16_weight_gradients_lose_nothing(tiles):
-    """Error against fp64 of all weight gradients: at most 1.1 times that without tiles; median of five seeds."""
+    """Error against fp64 of all weight gradients: at most 1.1 times that without tiles; median of
+    five seeds.
+    """
     ratios = []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -123,7 +139,10 @@ def test_bf16_weight_gradients_lose_nothing(tiles):
         expected = gradients(exact, exact, rows.double(), upstream.double())[2:]
         whole = gradients(low, low, rows, upstream)[2:]
         tiled = gradients(Tiled(low, 1024 // tiles), low, rows, upstream)[2:]
-        errors = [sum((a.double() - b).norm() ** 2 for a, b in zip(g, expected, strict=True)) for g in (tiled, whole)]
+        errors = [
+            sum((a.double() - b).norm() ** 2 for a, b in zip(g, expected, strict=True))
+            for g in (tiled, whole)
+        ]
         ratios.append((errors[0] / errors[1]).sqrt().item())
     assert median(ratios) <= 1.1, ratios
 
@@ -148,7 +167,9 @@ def test_each_family_is_tiled(family):
     block = model.model.layers[0]
     names = {module: name for name, module in block.named_children()} | {None: "-"}
     layout = mlp_layout(block)
-    assert tuple(names[part] for part in (layout.mlp, layout.before, layout.after)) == LAYOUTS[family]
+    assert (
+        tuple(names[part] for part in (layout.mlp, layout.before, layout.after)) == LAYOUTS[family]
+    )
     ids = torch.arange(10)[None]
     expected = model(input_ids=ids, use_cache=False).logits
     tile_mlp(layout.mlp, layout.before, layout.after, tile_tokens=4)
@@ -156,8 +177,12 @@ def test_each_family_is_tiled(family):
         if norm not in (layout.before, layout.after):
             tile_norm(norm, tile_tokens=4)
     seen = []
-    inner = next(m for m in layout.mlp.modules() if isinstance(m, nn.Linear) or "Router" in type(m).__name__)
-    inner.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2).shape[0]))
+    inner = next(
+        m for m in layout.mlp.modules() if isinstance(m, nn.Linear) or "Router" in type(m).__name__
+    )
+    inner.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].flatten(0, -2).shape[0])
+    )
     found = model(input_ids=ids, use_cache=False).logits
     assert seen == [4, 4, 2]
     assert torch.allclose(found, expected, atol=1e-5)

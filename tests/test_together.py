@@ -1,4 +1,6 @@
-"""Settings that meet in the same place, together, through `Trainer`: each still does what it does alone."""
+"""Settings that meet in the same place, together, through `Trainer`: each still does what it does
+alone.
+"""
 
 from __future__ import annotations
 

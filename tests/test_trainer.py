@@ -1,4 +1,6 @@
-"""The trainer: the same run on any mesh, what it logs, and that only the model's own collectives are on the wire."""
+"""The trainer: the same run on any mesh, what it logs, and that only the model's own collectives
+are on the wire.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ MESHES = {  # dp_replicate, dp_shard, sp
 }
 
 
-# What makes long sequences fit changes nothing either; the runs above keep their checkpoints on the device.
+# What makes long sequences fit changes nothing either; the runs above keep their checkpoints on the
+# device.
 OFFLOADED: Settings = {
     "activation_checkpoint.every": 2,
     "activation_checkpoint.offload": "disk",
@@ -63,23 +66,33 @@ def on_mesh(name: str) -> Settings:
     }
 
 
-# --- the same run on any mesh -----------------------------------------------------------------------------------------
+# --- the same run on any mesh ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One config, run on every mesh: 20 steps of 8 sequences (accumulated where few ranks read), several epochs."""
+    """One config, run on every mesh: 20 steps of 8 sequences (accumulated where few ranks read),
+    several epochs.
+    """
     folder = tmp_path_factory.mktemp("runs")
     config, held_out = write_run(folder), write_documents(folder / "held-out", documents=6, seed=1)
-    settings: Settings = {"validation.enable": True, "validation.path": str(held_out), "validation.interval": 8}
+    settings: Settings = {
+        "validation.enable": True,
+        "validation.path": str(held_out),
+        "validation.interval": 8,
+    }
     for name, degrees in MESHES.items():
-        run_on_ranks(math.prod(degrees), train, config, settings | on_mesh(name) | {"job.name": name})
+        run_on_ranks(
+            math.prod(degrees), train, config, settings | on_mesh(name) | {"job.name": name}
+        )
     return {name: folder / "outputs" / name for name in MESHES}
 
 
 def held_out_sequences(runs: dict[str, Path]) -> int:
     files = (runs["one"].parent.parent / "held-out").iterdir()
-    return -(-sum(file.stat().st_size + 1 for file in files) // SEQ_LEN)  # a byte a token, and the end of the text
+    return -(
+        -sum(file.stat().st_size + 1 for file in files) // SEQ_LEN
+    )  # a byte a token, and the end of the text
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
@@ -89,14 +102,18 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_mesh(mesh: str, runs: dict[
     for (step, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5), step
         assert norm == pytest.approx(expected_norm, rel=1e-5), step
-    assert expected[-1][1] < 0.8 * expected[0][1]  # it learns: a run that stands still agrees with itself on any mesh
+    assert (
+        expected[-1][1] < 0.8 * expected[0][1]
+    )  # it learns: a run that stands still agrees with itself on any mesh
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
 def test_validation_loss_does_not_depend_on_the_mesh(mesh: str, runs: dict[str, Path]) -> None:
     sequences = held_out_sequences(runs)
     assert sequences % 2 and sequences > 8  # no mesh's batches are filled by the last sequences
-    expected, found = ([line for line in logged(runs[name]) if "validation_loss" in line] for name in ("one", mesh))
+    expected, found = (
+        [line for line in logged(runs[name]) if "validation_loss" in line] for name in ("one", mesh)
+    )
     assert [line["step"] for line in found] == [line["step"] for line in expected] == [0, 8, 16, 20]
     for line, other in zip(found, expected, strict=True):
         assert line["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-6)
@@ -104,11 +121,26 @@ def test_validation_loss_does_not_depend_on_the_mesh(mesh: str, runs: dict[str, 
     assert len({line["validation_loss"] for line in found}) == 4
 
 
-MOE = {"model_type": "qwen3_moe", "output_router_logits": True, "router_aux_loss_coef": 0.1, "num_experts": 4}
-MOE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8, "decoder_sparse_step": 1}
+MOE = {
+    "model_type": "qwen3_moe",
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.1,
+    "num_experts": 4,
+}
+MOE |= {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "head_dim": 8,
+    "decoder_sparse_step": 1,
+}
 
 
-LATENT = {"model_type": "youtu", "num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 8}
+LATENT = {
+    "model_type": "youtu",
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "q_lora_rank": 8,
+}
 LATENT |= {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
 
 
@@ -128,7 +160,9 @@ def test_latent_attention_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
 def test_router_loss_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
     """The batch is one micro-batch on each mesh."""
     config = write_run(tmp_path)
-    settings: Settings = {f"model.config.{key}": value for key, value in MOE.items()} | {"training.steps": 4}
+    settings: Settings = {f"model.config.{key}": value for key, value in MOE.items()} | {
+        "training.steps": 4
+    }
     settings |= {"validation.enable": True, "validation.interval": 4, "checkpoint.enable": False}
     lines = []
     for name, rows in {"one": 8, "sp2": 8, "dp2 x sp2": 4}.items():
@@ -137,19 +171,29 @@ def test_router_loss_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
         lines.append(logged(tmp_path / "outputs" / name))
     for expected, *others in zip(*lines, strict=True):
         for name in expected.keys() & {"loss", "grad_norm", "router_loss", "validation_loss"}:
-            assert [other[name] for other in others] == pytest.approx([expected[name]] * 2, rel=1e-4), name
+            assert [other[name] for other in others] == pytest.approx(
+                [expected[name]] * 2, rel=1e-4
+            ), name
     assert all(
         line["router_loss"] > 1.5 for line in lines[0] if "loss" in line
     )  # k = 2, where all experts are chosen alike
 
 
-# --- what a run tells -------------------------------------------------------------------------------------------------
+# --- what a run tells -----------------------------------------------------------------------------
 
 
 def test_metrics_of_a_run(runs: dict[str, Path]) -> None:
     lines = [line for line in logged(runs["sp2"]) if "loss" in line]
     for number, line in enumerate(lines, start=1):
-        assert line.keys() >= {"step", "loss", "grad_norm", "lr", "step_seconds", "peak_memory_gib", "mfu"}
+        assert line.keys() >= {
+            "step",
+            "loss",
+            "grad_norm",
+            "lr",
+            "step_seconds",
+            "peak_memory_gib",
+            "mfu",
+        }
         assert line["tokens"] == number * 8 * SEQ_LEN
         assert line["tokens_per_second"] * line["step_seconds"] == pytest.approx(8 * SEQ_LEN)
         assert 0.05 < line["peak_memory_gib"] < 64  # GiB: torch alone takes some 0.2
@@ -159,7 +203,9 @@ def test_metrics_of_a_run(runs: dict[str, Path]) -> None:
 
 
 def growth_of_the_peak() -> list[float]:
-    """MiB, after 200 MiB of a file are mapped and read, and after an array of 64 MiB has come and gone."""
+    """MiB, after 200 MiB of a file are mapped and read, and after an array of 64 MiB has come and
+    gone.
+    """
     memory, found = PeakMemory(torch.device("cpu")), []
     before = memory.gib()
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
@@ -191,19 +237,34 @@ def test_a_run_leaves_its_config_and_tensorboard_events(runs: dict[str, Path]) -
 
 
 def test_a_mixture_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
-    """Answers to prompts and texts, packed by best fit: padding, masks, an epoch count of each source."""
+    """Answers to prompts and texts, packed by best fit: padding, masks, an epoch count of each
+    source.
+    """
     config, answers = write_run(tmp_path), tmp_path / "answers.jsonl"
     lines = [{"q": f"{n} + {n} = ", "a": f"{2 * n}"} for n in range(30)]
     answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
     mixture = [
         {"path": str(tmp_path / "data"), "weight": 0.75},
-        {"source": "jsonl", "path": str(answers), "prompt_field": "q", "completion_field": "a", "weight": 0.25},
+        {
+            "source": "jsonl",
+            "path": str(answers),
+            "prompt_field": "q",
+            "completion_field": "a",
+            "weight": 0.25,
+        },
     ]
-    settings: Settings = {"data.path": "", "data.mixture": mixture, "data.packing": "best_fit", "training.steps": 3}
+    settings: Settings = {
+        "data.path": "",
+        "data.mixture": mixture,
+        "data.packing": "best_fit",
+        "training.steps": 3,
+    }
     found = []
     for name in ("one", "dp2 x sp2"):
         degrees = MESHES[name]
-        run_on_ranks(math.prod(degrees), train, config, settings | on_mesh(name) | {"job.name": name})
+        run_on_ranks(
+            math.prod(degrees), train, config, settings | on_mesh(name) | {"job.name": name}
+        )
         found.append(logged(tmp_path / "outputs" / name))
     for expected, line in zip(*found, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -216,16 +277,22 @@ def test_a_mixture_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
 def test_log_interval_and_the_last_step(tmp_path: Path) -> None:
     """A line every 3 steps, about all 3 of them, and one for the last step."""
     config = write_run(tmp_path)
-    settings: Settings = {"metrics.log_interval": 3, "training.steps": 7, "checkpoint.enable": False}
+    settings: Settings = {
+        "metrics.log_interval": 3,
+        "training.steps": 7,
+        "checkpoint.enable": False,
+    }
     run_on_ranks(2, train, config, settings | on_mesh("sp2"))
     lines = logged(tmp_path / "outputs" / "run")
     assert [line["step"] for line in lines] == [3, 6, 7]
     for line, steps in zip(lines, [3, 3, 1], strict=True):
-        assert line["tokens_per_second"] * line["step_seconds"] * steps == pytest.approx(steps * 8 * SEQ_LEN)
+        assert line["tokens_per_second"] * line["step_seconds"] * steps == pytest.approx(
+            steps * 8 * SEQ_LEN
+        )
     assert not (tmp_path / "outputs" / "run" / "checkpoints").exists()
 
 
-# --- a model that has diverged ----------------------------------------------------------------------------------------
+# --- a model that has diverged --------------------------------------------------------------------
 
 
 def stopped_by_a_signal(config: Path, settings: Settings, *, after: int) -> str:
@@ -243,27 +310,42 @@ def stopped_by_a_signal(config: Path, settings: Settings, *, after: int) -> str:
 
 
 def test_a_model_that_has_diverged_is_never_saved(tmp_path: Path) -> None:
-    """Seen by no loss that is logged: two steps between two logs, then a signal; and the update of the last step."""
+    """Seen by no loss that is logged: two steps between two logs, then a signal; and the update of
+    the last step.
+    """
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
-    settings: Settings = on_mesh("sp2") | {"lr_scheduler.warmup_steps": 0, "checkpoint.export": True}
+    settings: Settings = on_mesh("sp2") | {
+        "lr_scheduler.warmup_steps": 0,
+        "checkpoint.export": True,
+    }
     settings |= {"checkpoint.interval": 100, "metrics.log_interval": 100}
     run_on_ranks(2, train, config, settings | {"training.steps": 1, "checkpoint.export": False})
     before = sorted(run.glob("**/*.safetensors")), sorted((run / "checkpoints").glob("*"))
     wild = settings | {"optimizer.lr": 1e30, "training.steps": 100}
     for message in run_on_ranks(2, partial(stopped_by_a_signal, after=4), config, wild):
-        assert re.match(r"The loss is \S+ and the gradient norm nan at step 3\. Nothing of it is saved; ", message)
+        assert re.match(
+            r"The loss is \S+ and the gradient norm nan at step 3\. Nothing of it is saved; ",
+            message,
+        )
         assert "; the last checkpoint is of step 1. Lower optimizer.lr = 1e+30" in message
     last = settings | {"optimizer.lr": 1e39, "training.steps": 2}
     for enable in (True, False):  # to be saved, and to be exported alone
-        name = {} if enable else {"checkpoint.enable": False, "job.name": "export", "training.steps": 1}
+        name = (
+            {}
+            if enable
+            else {"checkpoint.enable": False, "job.name": "export", "training.steps": 1}
+        )
         for message in run_on_ranks(2, refusal, config, last | name):
-            what = f"The update of step {2 if enable else 1} has left model.embed_tokens.weight with numbers that are "
+            what = (
+                f"The update of step {2 if enable else 1} has left model.embed_tokens.weight "
+                "with numbers that are "
+            )
             assert message.startswith(f"{what}not finite. Nothing of it is saved"), message
     assert before == (sorted(run.glob("**/*.safetensors")), sorted((run / "checkpoints").glob("*")))
     assert not (tmp_path / "outputs" / "export" / "export").exists()
 
 
-# --- learning rate, clipping, FLOPs -----------------------------------------------------------------------------------
+# --- learning rate, clipping, FLOPs ---------------------------------------------------------------
 
 
 def schedule(**settings: Any) -> list[float]:
@@ -289,7 +371,10 @@ def schedule(**settings: Any) -> list[float]:
         ({"decay_type": "linear", "steps": 3, "min_lr_ratio": 0.0}, [1, 0.5, 0]),
         ({"decay_type": "linear", "steps": 3, "min_lr_ratio": 1.0}, [1, 1, 1]),
         ({"decay_type": "cosine", "steps": 3}, [1, 0.55, 0.1]),
-        ({"decay_type": "cosine", "steps": 5, "min_lr_ratio": 0.0}, [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0]),
+        (
+            {"decay_type": "cosine", "steps": 5, "min_lr_ratio": 0.0},
+            [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0],
+        ),
         ({"decay_type": "cosine", "steps": 1}, [1]),
         ({"decay_type": "cosine", "steps": 2, "warmup_steps": 1}, [1, 1]),
         ({"decay_type": "cosine", "steps": 4, "warmup_steps": 4}, [0.25, 0.5, 0.75, 1]),
@@ -301,10 +386,19 @@ def test_learning_rate(settings: dict[str, Any], expected: list[float]) -> None:
     assert schedule(**settings) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("max_norm", "scale"), [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0), (math.inf, 1.0)])
+@pytest.mark.parametrize(
+    ("max_norm", "scale"), [(1.0, 0.2), (10.0, 1.0), (0.0, 1.0), (math.inf, 1.0)]
+)
 def test_clip_gradients(max_norm: float, scale: float) -> None:
-    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))]
-    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([-4.0])  # the third has none
+    parameters = [
+        nn.Parameter(torch.zeros(2)),
+        nn.Parameter(torch.zeros(1)),
+        nn.Parameter(torch.zeros(3)),
+    ]
+    parameters[0].grad, parameters[1].grad = (
+        torch.tensor([3.0, 0.0]),
+        torch.tensor([-4.0]),
+    )  # the third has none
     assert clip_gradients(parameters, max_norm).item() == pytest.approx(5.0)
     assert parameters[0].grad.tolist() == pytest.approx([3.0 * scale, 0.0])
     assert parameters[1].grad.tolist() == pytest.approx([-4.0 * scale])
@@ -312,11 +406,15 @@ def test_clip_gradients(max_norm: float, scale: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_norm_of_millions_of_numbers(dtype: torch.dtype) -> None:
-    """Of magnitudes apart by many orders, in several parts of which the last is cut; some in other places."""
+    """Of magnitudes apart by many orders, in several parts of which the last is cut; some in other
+    places.
+    """
     generator = torch.Generator().manual_seed(0)
     sizes = [(1500, 1500), (7,), (0,), (1200, 1000)]
     gradients = [torch.randn(size, generator=generator) for size in sizes]
-    gradients = [(g * torch.randn(g.shape, generator=generator).exp() * 1e-3).to(dtype) for g in gradients]
+    gradients = [
+        (g * torch.randn(g.shape, generator=generator).exp() * 1e-3).to(dtype) for g in gradients
+    ]
     gradients[3] = gradients[3].t()  # not as it lies in memory
     exact = torch.cat([g.flatten() for g in gradients]).double().norm().item()
     norm = gradient_norm(gradients)
@@ -326,14 +424,23 @@ def test_the_norm_of_millions_of_numbers(dtype: torch.dtype) -> None:
 
 
 def norm_of_a_step(degrees: tuple[int, int, int]) -> tuple[float, float]:
-    """The gradient norm of an fp32 step, and the root of an fp64 sum over the same gradients, gathered."""
+    """The gradient norm of an fp32 step, and the root of an fp64 sum over the same gradients,
+    gathered.
+    """
     mesh = mesh_of(*degrees)
-    table = LLAMA | {"vocab_size": 20_000, "hidden_size": 96, "num_hidden_layers": 1, "tie_word_embeddings": False}
+    table = LLAMA | {
+        "vocab_size": 20_000,
+        "hidden_size": 96,
+        "num_hidden_layers": 1,
+        "tie_word_embeddings": False,
+    }
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     parallelize(model, mesh)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    batch = local_batch(make_rows([(10, 14), (24,)], masked="none", vocab_size=20_000, seed=0), mesh)
+    batch = local_batch(
+        make_rows([(10, 14), (24,)], masked="none", vocab_size=20_000, seed=0), mesh
+    )
     model(**vars(batch), num_items_in_batch=torch.tensor(45)).loss.backward()
     norm = clip_gradients(list(model.parameters()), 0)
     squares = [p.grad.full_tensor().double().square().sum() for p in model.parameters()]
@@ -359,9 +466,12 @@ def test_flops_of_a_tiny_llama_counted_by_hand(tied: bool) -> None:
     norms = 2 * layers * hidden + hidden  # they multiply too
     weights = layers * (attention + 3 * hidden * intermediate) + norms + hidden * vocabulary
     assert flops_per_token(hf.build_on_meta(config, torch.float32)) == 6 * weights
-    # Forward: a head does q k^T and p v, 2 * L^2 * d FLOPs each, over half of the L^2; backward twice as many.
+    # Forward: a head does q k^T and p v, 2 * L^2 * d FLOPs each, over half of the L^2; backward
+    # twice as many.
     documents = ((10,), (4, 6))
-    assert attention_flops(config, documents) == layers * heads * sum(3 * 2 * L**2 * size for L in (10, 4, 6))
+    assert attention_flops(config, documents) == layers * heads * sum(
+        3 * 2 * L**2 * size for L in (10, 4, 6)
+    )
 
 
 def test_flops_of_experts_are_of_those_that_a_token_meets() -> None:
@@ -390,7 +500,7 @@ def test_attention_flops_of_heads_of_two_sizes() -> None:
     assert attention_flops(latent, ((3,),)) == 3 * heads * (2 * 9 * 192 + 2 * 9 * 128) // 2
 
 
-# --- collectives ------------------------------------------------------------------------------------------------------
+# --- collectives ----------------------------------------------------------------------------------
 
 
 class Collectives(TorchDispatchMode):
@@ -415,7 +525,9 @@ class Collectives(TorchDispatchMode):
 def collectives_of_loading() -> list:
     rank = dist.get_rank()
     corpus = Corpus.from_documents([torch.arange(n).numpy() for n in (50, 7, 90)])
-    loader = Loader(PackedSequences(corpus, seq_len=16, seed=0), batch_size=2, sp_rank=rank, sp_degree=2)
+    loader = Loader(
+        PackedSequences(corpus, seq_len=16, seed=0), batch_size=2, sp_rank=rank, sp_degree=2
+    )
     with Collectives() as seen:
         for _ in range(12):  # more than an epoch
             loader.next_batch().to("cpu")
@@ -434,13 +546,17 @@ def collectives_of_a_step(
 ) -> tuple[list[tuple[str, int, torch.dtype]], int]:
     """Of one step of one batch on (sp2), after a first one; and how many elements a block has."""
     mesh = mesh_of(1, 1, 2)
-    model = hf.build_on_meta(hf.load_model_config("", LLAMA | {"num_hidden_layers": layers}), torch.float32)
+    model = hf.build_on_meta(
+        hf.load_model_config("", LLAMA | {"num_hidden_layers": layers}), torch.float32
+    )
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     parallelize(model, mesh, checkpoint_every=int(checkpoint), param_dtype=torch.float32)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
-    batches = [local_batch(make_rows([(10, 14), (24,)], masked="none", vocab_size=61, seed=0), mesh)]
+    batches = [
+        local_batch(make_rows([(10, 14), (24,)], masked="none", vocab_size=61, seed=0), mesh)
+    ]
     train_step(model, optimizer, batches, mesh, max_norm=1.0)
     with Collectives() as seen:
         train_step(model, optimizer, batches, mesh, max_norm=1.0)
@@ -448,9 +564,13 @@ def collectives_of_a_step(
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize(("checkpoint", "a_layer"), [(False, 4), (True, 6)], ids=["no checkpointing", "checkpointing"])
+@pytest.mark.parametrize(
+    ("checkpoint", "a_layer"), [(False, 4), (True, 6)], ids=["no checkpointing", "checkpointing"]
+)
 def test_collectives_of_a_step(layers: int, checkpoint: bool, a_layer: int) -> None:
-    """Two all-to-alls a layer each way (and again in recomputation), FSDP's own, count, loss and norm, no more."""
+    """Two all-to-alls a layer each way (and again in recomputation), FSDP's own, count, loss and
+    norm, no more.
+    """
     first, second = run_on_ranks(2, collectives_of_a_step, layers, checkpoint)
     assert first == second
     calls, block = first

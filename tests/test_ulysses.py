@@ -1,6 +1,8 @@
-"""Ulysses: the head plan, the exchange and the attention function, each against the computation without sharding.
+"""Ulysses: the head plan, the exchange and the attention function, each against the computation
+without sharding.
 
-The exchange tests use small integers, whose sums are exact in every dtype and order: they compare bit for bit.
+The exchange tests use small integers, whose sums are exact in every dtype and order: they compare
+bit for bit.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
 HEAD_COUNTS = [(8, 8), (8, 2), (9, 3), (14, 2), (5, 1), (6, 6), (3, 1), (7, 7)]
 TOKENS, HEAD_SIZE = 3, 2
 VALUE_SIZES = (2, 1, 5)
-"""Values have heads of the size of queries and keys, and smaller and larger ones, as latent attention has."""
+"""Values have heads of the size of queries and keys, and smaller and larger ones, as latent
+attention has.
+"""
 EXACT = {"rtol": 0.0, "atol": 0.0}
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -42,7 +46,9 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 @st.composite
 def head_counts(draw: st.DrawFn) -> tuple[int, int, int]:
-    """Hq (a multiple of Hkv, at most 1024), Hkv and P <= 1024, with small numbers as likely as large ones."""
+    """Hq (a multiple of Hkv, at most 1024), Hkv and P <= 1024, with small numbers as likely as
+    large ones.
+    """
     limit = draw(st.sampled_from([8, 64, 1024]))
     num_kv_heads = draw(st.integers(1, limit))
     num_query_heads = num_kv_heads * draw(st.integers(1, limit // num_kv_heads))
@@ -51,13 +57,18 @@ def head_counts(draw: st.DrawFn) -> tuple[int, int, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(head_counts())
-def test_plan_partitions_query_heads_and_names_the_kv_heads_they_read(counts: tuple[int, int, int]) -> None:
+def test_plan_partitions_query_heads_and_names_the_kv_heads_they_read(
+    counts: tuple[int, int, int],
+) -> None:
     num_query_heads, num_kv_heads, degree = counts
     plan = plan_heads(*counts)
     assert plan.degree == degree
     assert plan.group_size * num_kv_heads == num_query_heads
     assert [head for heads in plan.query for head in heads] == list(range(num_query_heads))
-    assert {len(heads) for heads in plan.query} <= {num_query_heads // degree, -(-num_query_heads // degree)}
+    assert {len(heads) for heads in plan.query} <= {
+        num_query_heads // degree,
+        -(-num_query_heads // degree),
+    }
     for queries, keys in zip(plan.query, plan.key_value, strict=True):
         assert list(keys) == sorted({head // plan.group_size for head in queries})
     # DTensor cuts by size alone: the query heads and the KV heads must both be multiples of P.
@@ -75,8 +86,13 @@ def test_runs_cover_each_query_head_once_with_its_kv_head(counts: tuple[int, int
         for queries, keys in runs:
             group, rest = divmod(queries.stop - queries.start, keys.stop - keys.start)
             assert rest == 0 and group > 0
-            reads += [(queries.start + i, keys.start + i // group) for i in range(queries.stop - queries.start)]
-        expected = [head // plan.group_size - plan.key_value[rank].start for head in plan.query[rank]]
+            reads += [
+                (queries.start + i, keys.start + i // group)
+                for i in range(queries.stop - queries.start)
+            ]
+        expected = [
+            head // plan.group_size - plan.key_value[rank].start for head in plan.query[rank]
+        ]
         assert reads == list(enumerate(expected))
 
 
@@ -93,7 +109,9 @@ def fewest_kv_heads_received(num_query_heads: int, group_size: int, degree: int)
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 12))
-def test_no_balanced_plan_sends_fewer_kv_heads(num_kv_heads: int, group_size: int, degree: int) -> None:
+def test_no_balanced_plan_sends_fewer_kv_heads(
+    num_kv_heads: int, group_size: int, degree: int
+) -> None:
     plan = plan_heads(num_kv_heads * group_size, num_kv_heads, degree)
     fewest = fewest_kv_heads_received(num_kv_heads * group_size, group_size, degree)
     assert sum(map(len, plan.key_value)) == fewest
@@ -104,7 +122,10 @@ def test_no_balanced_plan_sends_fewer_kv_heads(num_kv_heads: int, group_size: in
 def test_stretches_are_the_busy_ranks_with_regular_ranges(counts: tuple[int, int, int]) -> None:
     plan = plan_heads(*counts)
     busy = [rank for rank, heads in enumerate(plan.query) if heads]
-    of_both, of_queries = (plan.rank_groups, (plan.query, plan.key_value)), (plan.query_rank_groups, (plan.query,))
+    of_both, of_queries = (
+        (plan.rank_groups, (plan.query, plan.key_value)),
+        (plan.query_rank_groups, (plan.query,)),
+    )
     for rank_groups, all_ranges in (of_both, of_queries):
         assert [rank for ranks in rank_groups for rank in ranks] == busy
         for ranks, ranges in product(rank_groups, all_ranges):
@@ -144,7 +165,10 @@ def test_ranks_beyond_the_query_heads_are_idle() -> None:
 
 @pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), [(8, 3), (2, 4), (7, 2)])
 def test_kv_heads_must_divide_query_heads(num_query_heads: int, num_kv_heads: int) -> None:
-    with pytest.raises(ValueError, match=f"{num_kv_heads} key-value heads do not divide {num_query_heads} query heads"):
+    with pytest.raises(
+        ValueError,
+        match=f"{num_kv_heads} key-value heads do not divide {num_query_heads} query heads",
+    ):
         plan_heads(num_query_heads, num_kv_heads, 2)
 
 
@@ -167,7 +191,9 @@ def heads_and_sizes(plan: HeadPlan, value_size: int) -> list[tuple[int, int]]:
 
 
 def whole_qkv(plan: HeadPlan, batch: int, dtype: torch.dtype, value_size: int) -> list[Tensor]:
-    """q, k and v of the whole sequence, [B, S, H, D], with gradients: what the sharded computation is compared with."""
+    """q, k and v of the whole sequence, [B, S, H, D], with gradients: what the sharded computation
+    is compared with.
+    """
     return [
         integers(batch, plan.degree * TOKENS, heads, size, seed=seed, dtype=dtype).requires_grad_()
         for seed, (heads, size) in enumerate(heads_and_sizes(plan, value_size))
@@ -181,7 +207,11 @@ def tokens_of(rank: int, tokens: int = TOKENS) -> slice:
 def own_tokens(whole: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's part of the sequence, a leaf with its own gradient."""
     rank = mesh.get_local_rank()
-    return whole.detach()[:, tokens_of(rank, whole.shape[1] // mesh.size())].clone().requires_grad_(whole.requires_grad)
+    return (
+        whole.detach()[:, tokens_of(rank, whole.shape[1] // mesh.size())]
+        .clone()
+        .requires_grad_(whole.requires_grad)
+    )
 
 
 def place(local: Tensor, mesh: DeviceMesh, dim: int = 1) -> DTensor:
@@ -193,34 +223,51 @@ def local_of(x: Tensor) -> Tensor:
 
 
 def heads_of(plan: HeadPlan, rank: int) -> list[slice]:
-    return [slice(r[rank].start, r[rank].stop) for r in (plan.query, plan.key_value, plan.key_value)]
+    return [
+        slice(r[rank].start, r[rank].stop) for r in (plan.query, plan.key_value, plan.key_value)
+    ]
 
 
 def weighed(tensors: list[Tensor], rank: int) -> Tensor:
-    """A sum with weights of this rank's own, so that a KV head that several ranks hold gets a gradient from each."""
-    return sum((x * integers(*x.shape, seed=10 * rank + i, dtype=x.dtype)).sum() for i, x in enumerate(tensors))
+    """A sum with weights of this rank's own, so that a KV head that several ranks hold gets a
+    gradient from each.
+    """
+    return sum(
+        (x * integers(*x.shape, seed=10 * rank + i, dtype=x.dtype)).sum()
+        for i, x in enumerate(tensors)
+    )
 
 
 def check_sequence_to_heads(mesh: DeviceMesh, plan: HeadPlan, *case) -> None:
     rank, whole = mesh.get_local_rank(), whole_qkv(plan, *case)
     own = [own_tokens(x, mesh) for x in whole]
     received = sequence_to_heads(*(place(x, mesh) for x in own), plan)
-    assert all(isinstance(x, DTensor) and x.placements == (Shard(2),) for x in received) == plan.is_even
+    assert (
+        all(isinstance(x, DTensor) and x.placements == (Shard(2),) for x in received)
+        == plan.is_even
+    )
     for x, full, heads in zip(received, whole, heads_of(plan, rank), strict=True):
         torch.testing.assert_close(local_of(x), full[:, :, heads].detach(), **EXACT)
         if plan.is_even:
-            by_dtensor = place(own_tokens(full, mesh).detach(), mesh).redistribute(placements=(Shard(2),))
+            by_dtensor = place(own_tokens(full, mesh).detach(), mesh).redistribute(
+                placements=(Shard(2),)
+            )
             assert x.shape == full.shape
             torch.testing.assert_close(x.detach().to_local(), by_dtensor.to_local(), **EXACT)
 
     weighed([local_of(x) for x in received], rank).backward()
-    seen = [[x[:, :, heads] for x, heads in zip(whole, heads_of(plan, p), strict=True)] for p in range(plan.degree)]
+    seen = [
+        [x[:, :, heads] for x, heads in zip(whole, heads_of(plan, p), strict=True)]
+        for p in range(plan.degree)
+    ]
     sum(weighed(tensors, p) for p, tensors in enumerate(seen)).backward()
     for x, full in zip(own, whole, strict=True):
         torch.testing.assert_close(x.grad, full.grad[:, tokens_of(rank)], **EXACT)
 
 
-def check_heads_to_sequence(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype, _: int) -> None:
+def check_heads_to_sequence(
+    mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype, _: int
+) -> None:
     rank, (whole, _, _) = mesh.get_local_rank(), whole_qkv(plan, batch, dtype, HEAD_SIZE)
     heads = heads_of(plan, rank)[0]
     weights = integers(*whole.shape, seed=9, dtype=dtype)
@@ -239,7 +286,9 @@ def check_heads_to_sequence(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype:
         torch.testing.assert_close(own.grad, weights[:, :, heads], **EXACT)
 
 
-def check_round_trip(mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype, value_size: int) -> None:
+def check_round_trip(
+    mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype, value_size: int
+) -> None:
     torch.manual_seed(dist.get_rank())
     shapes = heads_and_sizes(plan, value_size)
     q, k, v = (torch.randn(batch, TOKENS, heads, size).to(dtype) for heads, size in shapes)
@@ -296,7 +345,9 @@ def placement_errors() -> dict[str, str]:
         "2-D mesh": DTensor.from_local(local, grid, (Replicate(), Shard(1)), run_check=False),
         "plain tensor": local,
     }
-    calls = {f"q {name}": lambda x=x: sequence_to_heads(x, good, good, even) for name, x in wrong.items()}
+    calls = {
+        f"q {name}": lambda x=x: sequence_to_heads(x, good, good, even) for name, x in wrong.items()
+    }
     calls["k heads"] = lambda: sequence_to_heads(good, wrong["heads"], good, even)
     calls["v replicated"] = lambda: sequence_to_heads(good, good, wrong["replicated"], even)
     calls["output sequence"] = lambda: heads_to_sequence(good, even, mesh)
@@ -334,8 +385,12 @@ DOCUMENTS: list[Documents] = [
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Tensor:
-    """[B, H, S, D] each -> [B, S, Hq, D]: softmax of masked scores, with a mask of the whole sequence."""
-    ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents])
+    """[B, H, S, D] each -> [B, S, Hq, D]: softmax of masked scores, with a mask of the whole
+    sequence.
+    """
+    ids = torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents]
+    )
     mask = (ids[:, None, :, None] == ids[:, None, None, :]).tril()
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, float("-inf"))
@@ -345,11 +400,17 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale
 def random_qkv(
     num_query_heads: int, num_kv_heads: int, *, value_size: int = HEAD_SIZE, seed: int = 0
 ) -> list[Tensor]:
-    """What an attention layer computes for the whole sequence: [2, H, S, D] in fp64; the same on every rank."""
+    """What an attention layer computes for the whole sequence: [2, H, S, D] in fp64; the same on
+    every rank.
+    """
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(2, heads, SEQUENCE_LENGTH, size, generator=generator, dtype=torch.float64)
-        for heads, size in ((num_query_heads, HEAD_SIZE), (num_kv_heads, HEAD_SIZE), (num_kv_heads, value_size))
+        for heads, size in (
+            (num_query_heads, HEAD_SIZE),
+            (num_kv_heads, HEAD_SIZE),
+            (num_kv_heads, value_size),
+        )
     ]
 
 
@@ -368,24 +429,35 @@ ATTENTION_CASES = [
 
 
 def attention_of_own_tokens(cases: list[tuple], scaling: float | None) -> list[list[Tensor]]:
-    """Per case, this rank's part of the output [B, T, Hq, Dv] and of the gradients of q, k and v [B, H, T, D]."""
+    """Per case, this rank's part of the output [B, T, Hq, Dv] and of the gradients of q, k and v
+    [B, H, T, D].
+    """
     mesh = sp_mesh()
     tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
     results = []
     for counts, documents, value_size in cases:
-        own = [x[:, :, tokens].clone().requires_grad_() for x in random_qkv(*counts, value_size=value_size)]
-        output = attend(mesh, own, documents, scaling=scaling, sliding_window=SEQUENCE_LENGTH, dropout=0.0)
+        own = [
+            x[:, :, tokens].clone().requires_grad_()
+            for x in random_qkv(*counts, value_size=value_size)
+        ]
+        output = attend(
+            mesh, own, documents, scaling=scaling, sliding_window=SEQUENCE_LENGTH, dropout=0.0
+        )
         (output * torch.linspace(-1, 2, SEQUENCE_LENGTH)[tokens, None, None]).sum().backward()
         results.append([output.detach(), *(x.grad for x in own)])
     return results
 
 
 @pytest.mark.parametrize(("world_size", "scaling"), [(2, None), (3, 0.3), (4, None)])
-def test_attention_equals_eager_attention_of_each_document(world_size: int, scaling: float | None) -> None:
+def test_attention_equals_eager_attention_of_each_document(
+    world_size: int, scaling: float | None
+) -> None:
     ranks = run_on_ranks(world_size, attention_of_own_tokens, ATTENTION_CASES, scaling)
     for (counts, documents, value_size), *parts in zip(ATTENTION_CASES, *ranks, strict=True):
         whole = [x.requires_grad_() for x in random_qkv(*counts, value_size=value_size)]
-        expected = eager_attention(*whole, documents, HEAD_SIZE**-0.5 if scaling is None else scaling)
+        expected = eager_attention(
+            *whole, documents, HEAD_SIZE**-0.5 if scaling is None else scaling
+        )
         (expected * torch.linspace(-1, 2, SEQUENCE_LENGTH)[:, None, None]).sum().backward()
         outputs, *gradients = zip(*parts, strict=True)
         torch.testing.assert_close(torch.cat(outputs, dim=1), expected.detach(), **CLOSE)
@@ -414,7 +486,9 @@ def test_an_idle_rank_gives_a_gradient_of_zero_to_a_parameter_of_the_layer() -> 
 
 
 def changed_tokens(documents: Documents, counts: tuple[int, int]) -> Tensor:
-    """[S, B, T]: which of this rank's outputs change in any bit when token s of row 0 gets another q, k and v."""
+    """[S, B, T]: which of this rank's outputs change in any bit when token s of row 0 gets another
+    q, k and v.
+    """
     mesh = sp_mesh()
     tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
     whole, others = random_qkv(*counts), random_qkv(*counts, seed=1)
@@ -431,7 +505,9 @@ def changed_tokens(documents: Documents, counts: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("documents", DOCUMENTS[1:4])
-def test_a_token_reaches_its_own_document_and_no_bit_of_another(world_size: int, documents: Documents) -> None:
+def test_a_token_reaches_its_own_document_and_no_bit_of_another(
+    world_size: int, documents: Documents
+) -> None:
     changed = torch.cat(run_on_ranks(world_size, changed_tokens, documents, (6, 2)), dim=2)
     ids = torch.arange(len(documents[0])).repeat_interleave(torch.tensor(documents[0]))
     later_in_the_document = (ids[:, None] == ids[None, :]).triu()
@@ -456,7 +532,11 @@ def test_attention_on_one_rank_needs_no_exchange() -> None:
 def test_attention_refuses_what_it_cannot_do(keywords: dict, message: str) -> None:
     ulysses = Ulysses(SimpleNamespace(size=lambda: 1), sdpa, DOCUMENTS[0], position_ids=None)
     with pytest.raises(AssertionError, match=message):
-        ulysses_attention(nn.Identity(), *random_qkv(6, 2), **{"attention_mask": None, "ulysses": ulysses} | keywords)
+        ulysses_attention(
+            nn.Identity(),
+            *random_qkv(6, 2),
+            **{"attention_mask": None, "ulysses": ulysses} | keywords,
+        )
 
 
 @pytest.mark.parametrize(("size", "value_size"), [(2**9, 2**10), (2**10, 2**9)])
@@ -476,7 +556,8 @@ def test_no_call_sees_2_to_the_31_elements(size: int, value_size: int) -> None:
     assert len(calls) == 3 and max(map(max, calls)) < 2**31
 
 
-# Dense, as the first layers of deepseek are: this is about attention. 5 heads leave no rank like another.
+# Dense, as the first layers of deepseek are: this is about attention. 5 heads leave no rank like
+# another.
 LATENT = {k: v for k, v in SMALL.items() if k != "head_dim"} | {
     "model_type": "deepseek_v3",
     "num_attention_heads": 5,
@@ -503,7 +584,9 @@ def test_latent_attention_trains_as_unmodified_transformers(degree: int, value_s
 
 
 class Wire(TorchDispatchMode):
-    """Every collective of this rank, in order: its name and, of an all-to-all, the bytes that go to other ranks."""
+    """Every collective of this rank, in order: its name and, of an all-to-all, the bytes that go to
+    other ranks.
+    """
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -532,19 +615,33 @@ class Copies(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in ("copy_", "clone", "cat", "_to_copy", "index", "index_select", "add_"):
+        if func.overloadpacket.__name__ in (
+            "copy_",
+            "clone",
+            "cat",
+            "_to_copy",
+            "index",
+            "index_select",
+            "add_",
+        ):
             self.calls.append(result.numel())
         return result
 
 
-def copies_of_the_exchange(head_counts: list[tuple[int, int]], batch: int, value_size: int) -> list[list[list[int]]]:
-    """Per head count: the copies in q, k, v to the heads, its backward, the output's way back, its backward."""
+def copies_of_the_exchange(
+    head_counts: list[tuple[int, int]], batch: int, value_size: int
+) -> list[list[list[int]]]:
+    """Per head count: the copies in q, k, v to the heads, its backward, the output's way back, its
+    backward.
+    """
     mesh, results = sp_mesh(), []
     for counts in head_counts:
         plan, rank = plan_heads(*counts, mesh.size()), mesh.get_local_rank()
         own = [own_tokens(x, mesh) for x in whole_qkv(plan, batch, torch.float32, value_size)]
         shape = (mesh.size() * TOKENS, batch, len(plan.query[rank]), value_size)
-        output = torch.ones(shape).transpose(0, 1).requires_grad_()  # as a kernel writes it: [S, B, h, D]
+        output = (
+            torch.ones(shape).transpose(0, 1).requires_grad_()
+        )  # as a kernel writes it: [S, B, h, D]
         placed = place(output, mesh, 2) if plan.is_even else output
         with Copies() as there:
             received = sequence_to_heads(*(place(x, mesh) for x in own), plan)
@@ -569,27 +666,47 @@ def numbers_of_qkv(plan: HeadPlan, value_size: int) -> list[int]:
 
 @pytest.mark.parametrize(("batch", "value_size"), [(1, 2), (2, 3)])
 def test_the_exchange_copies_once_on_each_side_at_most(batch: int, value_size: int) -> None:
-    for rank, layers in enumerate(run_on_ranks(2, copies_of_the_exchange, HEAD_COUNTS, batch, value_size)):
-        for counts, (there, there_backward, back, back_backward) in zip(HEAD_COUNTS, layers, strict=True):
+    for rank, layers in enumerate(
+        run_on_ranks(2, copies_of_the_exchange, HEAD_COUNTS, batch, value_size)
+    ):
+        for counts, (there, there_backward, back, back_backward) in zip(
+            HEAD_COUNTS, layers, strict=True
+        ):
             plan, tokens = plan_heads(*counts, 2), batch * TOKENS
             numbers = numbers_of_qkv(plan, value_size)
             assert sum(there) == tokens * sum(numbers)  # packed; received as it lies
             assert sum(there_backward[:3]) == 2 * tokens * numbers[rank]  # packed
-            assert sum(there_backward[3:]) == tokens * sum(numbers)  # a KV head of two ranks is written and added to
-            assert sum(back) == sum(back_backward) == tokens * value_size * counts[0]  # sent as it lies; packed
+            assert sum(there_backward[3:]) == tokens * sum(
+                numbers
+            )  # a KV head of two ranks is written and added to
+            assert (
+                sum(back) == sum(back_backward) == tokens * value_size * counts[0]
+            )  # sent as it lies; packed
             if plan.is_even:
-                assert [len(there), len(there_backward), len(back), len(back_backward)] == [3, 6, 1, 1]
+                assert [len(there), len(there_backward), len(back), len(back_backward)] == [
+                    3,
+                    6,
+                    1,
+                    1,
+                ]
 
 
-@pytest.mark.parametrize(("counts", "degree"), [((8, 2), 2), ((14, 2), 4), ((3, 1), 4), ((64, 8), 1024)])
-def test_attention_under_fake_tensors_has_the_shapes_of_real_ones(counts: tuple[int, int], degree: int) -> None:
+@pytest.mark.parametrize(
+    ("counts", "degree"), [((8, 2), 2), ((14, 2), 4), ((3, 1), 4), ((64, 8), 1024)]
+)
+def test_attention_under_fake_tensors_has_the_shapes_of_real_ones(
+    counts: tuple[int, int], degree: int
+) -> None:
     for rank in (0, degree - 1):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degree)
         try:
             mesh = sp_mesh()
             with FakeTensorMode():
                 shapes = heads_and_sizes(plan_heads(*counts, degree), VALUE_SIZES[1])
-                own = [torch.empty(2, heads, TOKENS, size, requires_grad=True) for heads, size in shapes]
+                own = [
+                    torch.empty(2, heads, TOKENS, size, requires_grad=True)
+                    for heads, size in shapes
+                ]
                 output = attend(mesh, own, ((TOKENS * degree,),) * 2)
                 output.sum().backward()
             assert output.shape == (2, TOKENS, counts[0], VALUE_SIZES[1])
@@ -599,7 +716,9 @@ def test_attention_under_fake_tensors_has_the_shapes_of_real_ones(counts: tuple[
 
 
 def compiled_and_not(cases: list[tuple[int, int, int]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Output and gradients of a function around attention as it is, and compiled into a single graph."""
+    """Output and gradients of a function around attention as it is, and compiled into a single
+    graph.
+    """
     mesh, results = sp_mesh(), []
     tokens = tokens_of(mesh.get_local_rank(), SEQUENCE_LENGTH // mesh.size())
 
@@ -608,7 +727,10 @@ def compiled_and_not(cases: list[tuple[int, int, int]]) -> list[tuple[list[Tenso
 
     for *counts, value_size in cases:
         pair = []
-        for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False)):
+        for function in (
+            block,
+            torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=False),
+        ):
             whole = random_qkv(*counts, value_size=value_size)
             own = [x[:, :, tokens].clone().requires_grad_() for x in whole]
             output = function(*own)
@@ -619,7 +741,9 @@ def compiled_and_not(cases: list[tuple[int, int, int]]) -> list[tuple[list[Tenso
 
 
 def test_attention_compiles_to_one_graph_with_the_same_results() -> None:
-    for eager, compiled in chain(*run_on_ranks(2, compiled_and_not, [(8, 4, 2), (5, 1, 3), (1, 1, 2)])):
+    for eager, compiled in chain(
+        *run_on_ranks(2, compiled_and_not, [(8, 4, 2), (5, 1, 3), (1, 1, 2)])
+    ):
         for expected, found in zip(eager, compiled, strict=True):
             torch.testing.assert_close(found, expected, **EXACT)
 
@@ -643,7 +767,9 @@ def collectives_of_a_layer(
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize(("dtype", "value_size"), [(torch.float64, 2), (torch.float64, 3), (torch.bfloat16, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "value_size"), [(torch.float64, 2), (torch.float64, 3), (torch.bfloat16, 1)]
+)
 def test_two_all_to_alls_each_way_send_what_the_formula_says(
     world_size: int, dtype: torch.dtype, value_size: int
 ) -> None:
@@ -655,14 +781,22 @@ def test_two_all_to_alls_each_way_send_what_the_formula_says(
             output = [value_size * len(heads) for heads in plan.query]
             qkv = numbers_of_qkv(plan, value_size)
 
-            def to_heads(numbers: list[int], rank: int = rank, tokens: int = tokens) -> tuple[str, int]:
+            def to_heads(
+                numbers: list[int], rank: int = rank, tokens: int = tokens
+            ) -> tuple[str, int]:
                 return "all_to_all_single", tokens * (sum(numbers) - numbers[rank])
 
-            def to_sequence(numbers: list[int], rank: int = rank, tokens: int = tokens) -> tuple[str, int]:
+            def to_sequence(
+                numbers: list[int], rank: int = rank, tokens: int = tokens
+            ) -> tuple[str, int]:
                 return "all_to_all_single", tokens * (world_size - 1) * numbers[rank]
 
             assert forward == [to_heads(qkv), to_sequence(output)]
             assert backward == [to_heads(output), to_sequence(qkv)]
             if plan.is_even:
                 a_token = HEAD_SIZE * (counts[0] + counts[1]) + value_size * counts[1]
-                assert to_heads(qkv)[1] == to_sequence(qkv)[1] == (world_size - 1) * tokens * a_token // world_size
+                assert (
+                    to_heads(qkv)[1]
+                    == to_sequence(qkv)[1]
+                    == (world_size - 1) * tokens * a_token // world_size
+                )

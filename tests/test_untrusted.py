@@ -34,7 +34,7 @@ SETTINGS: Settings = {
     "parallelism.sequence_parallel_degree": 2,
 }
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 class Command:
@@ -60,20 +60,28 @@ def checkpoint_of(config: Path) -> Path:
 
 
 def forge(config: Path, run: Path, change: Callable[[Path, Metadata], Any]) -> Path:
-    """A copy of the checkpoint, in a run of its own, of which change has made the table of contents another one."""
+    """A copy of the checkpoint, in a run of its own, of which change has made the table of contents
+    another one.
+    """
     checkpoint = run / "checkpoints" / "step-1"
     shutil.copytree(checkpoint_of(config), checkpoint)
     file = checkpoint / ".metadata"
     contents = change(checkpoint, pickle.loads(file.read_bytes()))
     file.write_bytes(contents if isinstance(contents, bytes) else pickle.dumps(contents))
-    about = json.loads((checkpoint / "run.json").read_text())  # which agrees, as an attacker would have it
-    about["files"] = {f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name in about["files"]}
+    about = json.loads(
+        (checkpoint / "run.json").read_text()
+    )  # which agrees, as an attacker would have it
+    about["files"] = {
+        f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name in about["files"]
+    }
     (checkpoint / "run.json").write_text(json.dumps(about))
     shutil.copy(config.parent / "outputs" / "run" / "config.toml", run)
     return checkpoint
 
 
-def test_a_pickle_that_runs_a_command_runs_nothing(config: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_pickle_that_runs_a_command_runs_nothing(
+    config: Path, capsys: pytest.CaptureFixture
+) -> None:
     """By none of the three ways in which a checkpoint is read."""
     made = config.parent / "made"
 
@@ -86,7 +94,9 @@ def test_a_pickle_that_runs_a_command_runs_nothing(config: Path, capsys: pytest.
     resumed = SETTINGS | {"job.name": "forged", "training.steps": 2}
     begun = SETTINGS | {"job.name": "begun", "checkpoint.initial_load_path": str(checkpoint)}
     for message in run_on_ranks(2, refusal, config, resumed):
-        assert message.startswith(f"checkpoint.folder = {checkpoint.parent}: step-1 {named}"), message
+        assert message.startswith(f"checkpoint.folder = {checkpoint.parent}: step-1 {named}"), (
+            message
+        )
     for message in run_on_ranks(2, refusal, config, begun):
         assert message.startswith(f"checkpoint.initial_load_path = {checkpoint} {named}"), message
     with pytest.raises(SystemExit, match="2"):
@@ -99,7 +109,10 @@ def test_a_pickle_that_runs_a_command_runs_nothing(config: Path, capsys: pytest.
 
 def set_a_class_attribute(*_: Any) -> bytes:
     """(None, {"evil": 1}) as the state of a class."""
-    return b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n(N}X\x04\x00\x00\x00evilK\x01stb."
+    return (
+        b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n"
+        b"(N}X\x04\x00\x00\x00evilK\x01stb."
+    )
 
 
 def keep_bytes(_, metadata: Metadata) -> Metadata:
@@ -119,11 +132,17 @@ def move_file(path: str) -> Callable[[Path, Metadata], Metadata]:
 
 
 FORGERIES: dict[str, tuple[Callable[[Path, Metadata], Any], str]] = {
-    "a name inside of a name": (lambda *_: b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.", "names torch.os.system, "),
+    "a name inside of a name": (
+        lambda *_: b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.",
+        "names torch.os.system, ",
+    ),
     "bytes": (keep_bytes, "names torch.distributed.checkpoint.metadata.BytesStorageMetadata, "),
     "a class": (set_a_class_attribute, "changes the classes that it names"),
     "above": (move_file("../step-1/../"), "names the file ../step-1/../__0_0.distcp, "),
-    "absolute": (move_file("/tmp/"), "names the file /tmp/__0_0.distcp, which is not in the checkpoint's folder"),
+    "absolute": (
+        move_file("/tmp/"),
+        "names the file /tmp/__0_0.distcp, which is not in the checkpoint's folder",
+    ),
     "link": (move_file("link/"), "names the file link/__0_0.distcp, "),
 }
 
@@ -140,10 +159,15 @@ def test_what_a_checkpoint_may_not_ask_for(case: str, config: Path, tmp_path: Pa
 
 
 def test_what_a_checkpoint_may_ask_for(config: Path, tmp_path: Path) -> None:
-    """Files in folders of its own, written by Python 3.13, which calls paths otherwise; and no rank's own table."""
+    """Files in folders of its own, written by Python 3.13, which calls paths otherwise; and no
+    rank's own table.
+    """
     inside = forge(config, tmp_path / "inside", move_file("./{checkpoint}/../step-1/"))
     entries = open_checkpoint(inside, where="").read_metadata().state_dict_metadata
-    assert entries == open_checkpoint(checkpoint_of(config), where="").read_metadata().state_dict_metadata
+    assert (
+        entries
+        == open_checkpoint(checkpoint_of(config), where="").read_metadata().state_dict_metadata
+    )
 
     def by_python_3_13(_, metadata: Metadata) -> bytes:
         return pickle.dumps(metadata, protocol=2).replace(b"cpathlib\n", b"cpathlib._local\n")
@@ -156,7 +180,7 @@ def test_what_a_checkpoint_may_ask_for(config: Path, tmp_path: Path) -> None:
         open_checkpoint(newer, where="")
 
 
-# --- folders of models and tokenizers ---------------------------------------------------------------------------------
+# --- folders of models and tokenizers -------------------------------------------------------------
 
 MODEL = {
     "model_type": "llama",
@@ -169,7 +193,13 @@ MODEL = {
     "max_position_embeddings": 128,
 }
 NAMES = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-OWN = dict(zip(NAMES, ("configuration_x.XConfig", "modeling_x.XModel", "modeling_x.XForCausalLM"), strict=True))
+OWN = dict(
+    zip(
+        NAMES,
+        ("configuration_x.XConfig", "modeling_x.XModel", "modeling_x.XForCausalLM"),
+        strict=True,
+    )
+)
 ADOPTED = {name: reference.replace(".X", ".LLama_") for name, reference in OWN.items()}
 """As a folder names the code that its model had before transformers adopted it."""
 
@@ -182,7 +212,9 @@ def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def write_folder(folder: Path, made: Path, *, tokenizer: dict[str, Any] | None = None, **settings: Any) -> Path:
+def write_folder(
+    folder: Path, made: Path, *, tokenizer: dict[str, Any] | None = None, **settings: Any
+) -> Path:
     """A model's config, a tokenizer, and code that makes the file `made` when it is imported."""
     load_tokenizer("bytes").save_pretrained(folder)
     about = json.loads((folder / "tokenizer_config.json").read_text()) | (tokenizer or {})
@@ -196,12 +228,14 @@ def write_folder(folder: Path, made: Path, *, tokenizer: dict[str, Any] | None =
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "of its own": (
         {"model_type": "x", "auto_map": OWN},
-        "(AutoConfig = configuration_x.XConfig under auto_map in its config), which is not run. transformers has no "
+        "(AutoConfig = configuration_x.XConfig under auto_map in its config), which is not run. "
+        "transformers has no "
         'class for "x".',
     ),
     "of a known name": (
         {"auto_map": {"AutoModelForCausalLM": "other/repository--modeling_x.XForCausalLM"}},
-        "(AutoModelForCausalLM = other/repository--modeling_x.XForCausalLM under auto_map in its config), which is not "
+        "(AutoModelForCausalLM = other/repository--modeling_x.XForCausalLM under auto_map in its "
+        "config), which is not "
         'run. transformers for "llama" has LlamaForCausalLM.',
     ),
     "without a head": (
@@ -214,22 +248,34 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_model_with_code_of_its_own(case: str, tmp_path: Path, nobody_answers: list[str]) -> None:
     settings, reason = REFUSED[case]
-    folder, config = write_folder(tmp_path / "model", tmp_path / "made", **settings), write_run(tmp_path / "run")
+    folder, config = (
+        write_folder(tmp_path / "model", tmp_path / "made", **settings),
+        write_run(tmp_path / "run"),
+    )
     message = refusal(config, {"model.config": {}, "model.path": str(folder)})
-    assert message.startswith(f'model.path = "{folder}": the model is code of its own (') and reason in message
+    assert (
+        message.startswith(f'model.path = "{folder}": the model is code of its own (')
+        and reason in message
+    )
     if case != "of its own":  # of which [model.config] knows nothing
         message = refusal(config, {"model.config": MODEL | settings})
-        assert message.startswith("model.config: the model is code of its own (") and reason in message
+        assert (
+            message.startswith("model.config: the model is code of its own (") and reason in message
+        )
     assert not nobody_answers and not (tmp_path / "made").exists()
 
 
 def test_a_tokenizer_with_code_of_its_own(tmp_path: Path, nobody_answers: list[str]) -> None:
     config = write_run(tmp_path / "run")
-    for number, auto_map in enumerate(({"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, ["tokenization_x.X"])):
+    for number, auto_map in enumerate(
+        ({"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, ["tokenization_x.X"])
+    ):
         tokenizer = {"auto_map": auto_map, "tokenizer_class": "XTokenizer"}
         folder = write_folder(tmp_path / str(number), tmp_path / "made", tokenizer=tokenizer)
         message = refusal(config, {"model.tokenizer": str(folder)})
-        assert message.startswith(f'model.tokenizer = "{folder}": the tokenizer is code of its own (AutoTokenizer = ')
+        assert message.startswith(
+            f'model.tokenizer = "{folder}": the tokenizer is code of its own (AutoTokenizer = '
+        )
     known = {"auto_map": {"AutoTokenizer": ["tokenization_x.GPT2Tokenizer", None]}}
     folder = write_folder(tmp_path / "known", tmp_path / "made", tokenizer=known)
     ids = [load_tokenizer(name)("to be").input_ids for name in ("bytes", str(folder))]
@@ -245,13 +291,18 @@ def train_and_listen(config: Path, settings: Settings) -> str:
 
 def test_a_model_that_transformers_has_adopted(tmp_path: Path, nobody_answers: list[str]) -> None:
     """Its own class is used, and that is said; the export names no code that is not there."""
-    config, folder = write_run(tmp_path), write_folder(tmp_path / "model", tmp_path / "made", auto_map=ADOPTED)
+    config, folder = (
+        write_run(tmp_path),
+        write_folder(tmp_path / "model", tmp_path / "made", auto_map=ADOPTED),
+    )
     model = AutoModelForCausalLM.from_config(hf.load_model_config("", MODEL))
     model.save_pretrained(tmp_path / "weights")
     shutil.copy(tmp_path / "weights" / "model.safetensors", folder)
     settings = SETTINGS | {"model.config": {}, "model.path": str(folder), "checkpoint.export": True}
     said, _ = run_on_ranks(2, train_and_listen, config, settings)
-    assert "LlamaForCausalLM" in said and f"not run: {', '.join(ADOPTED.values())}, named in" in said
+    assert (
+        "LlamaForCausalLM" in said and f"not run: {', '.join(ADOPTED.values())}, named in" in said
+    )
     export = json.loads((tmp_path / "outputs" / "run" / "export" / "config.json").read_text())
     assert export["model_type"] == "llama" and "auto_map" not in export
     assert not (tmp_path / "made").exists()

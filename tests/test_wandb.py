@@ -1,4 +1,6 @@
-"""Weights & Biases, by a stand-in that takes notes: the records of metrics.jsonl, and one run also when resumed."""
+"""Weights & Biases, by a stand-in that takes notes: the records of metrics.jsonl, and one run also
+when resumed.
+"""
 
 from __future__ import annotations
 
@@ -69,18 +71,31 @@ def test_one_run_with_the_records_of_metrics_jsonl(tmp_path: Path) -> None:
         assert [call[0] for call in calls] == ["init", *["log"] * (len(calls) - 2), "finish"]
     started, resumed = first[0][1], second[0][1]
     assert started["id"] == resumed["id"] == (run / "wandb_run_id").read_text()
-    assert (started["project"], started["name"], started["resume"]) == ("titan_ulysses", "run", "allow")
+    assert (started["project"], started["name"], started["resume"]) == (
+        "titan_ulysses",
+        "run",
+        "allow",
+    )
     assert started["config"]["training"]["steps"] == 4 and started["dir"] == str(run)
-    told = [{"step": call[1], **call[2]} for calls in (first, second) for call in calls if call[0] == "log"]
+    told = [
+        {"step": call[1], **call[2]}
+        for calls in (first, second)
+        for call in calls
+        if call[0] == "log"
+    ]
     told = json.loads(json.dumps(told))
-    assert told == [{name: value for name, value in line.items() if value is not None} for line in logged(run)]
+    assert told == [
+        {name: value for name, value in line.items() if value is not None} for line in logged(run)
+    ]
     assert any("validation_loss" in values for values in told)
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
 def test_a_failure_ends_nothing_and_is_told_once(fails: str, tmp_path: Path) -> None:
     config = write_run(tmp_path)
-    (calls, printed), _ = run_on_ranks(2, train_with, config, SETTINGS | {"training.steps": 3}, fails)
+    (calls, printed), _ = run_on_ranks(
+        2, train_with, config, SETTINGS | {"training.steps": 3}, fails
+    )
     assert [call[0] for call in calls].count(fails) == 1
     assert printed.count("no route to the service") == 1
     assert "wandb: RuntimeError: no route to the service. Training goes on" in printed
@@ -90,5 +105,7 @@ def test_a_failure_ends_nothing_and_is_told_once(fails: str, tmp_path: Path) -> 
 def test_without_the_package_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_run, "find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(UserError, match="enable_wandb = true: the package wandb is not installed. Install it"):
+    with pytest.raises(
+        UserError, match="enable_wandb = true: the package wandb is not installed. Install it"
+    ):
         wandb_run.check_wandb()

@@ -1,4 +1,5 @@
-"""titan_ulysses: train unmodified Hugging Face causal LMs on very long sequences, PyTorch-native and without DeepSpeed.
+"""titan_ulysses: train unmodified Hugging Face causal LMs on very long sequences, PyTorch-native
+and without DeepSpeed.
 
 A training loop of one's own needs these names, and no trainer and no config file:
 
@@ -55,7 +56,9 @@ _HOMES = {
 
 
 def __getattr__(name: str):
-    """The public names are imported when they are asked for: looking at a configuration need not load torch."""
+    """The public names are imported when they are asked for: looking at a configuration need not
+    load torch.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,13 +1,15 @@
-"""What each part of ALST's recipe saves, on the machine at hand: peak memory against S, its slope, and step time.
+"""What each part of ALST's recipe saves, on the machine at hand: peak memory against S, its slope,
+and step time.
 
-    python scripts/bench/ablation.py                             2 CPU ranks, or all GPUs; a table, JSON and a plot
+    python scripts/bench/ablation.py  2 CPU ranks, or all GPUs; a table, JSON and a plot
     python scripts/bench/ablation.py --what recipe --seq-lens 2048 4096 --repeats 1
 
-Three tables. `recipe`: the parts, added one by one to activation checkpointing under FSDP. `head`: the loss alone, on
-one process. `layers`: what checkpoints cost a layer, on the device and off it (on a CPU: on disk; on a GPU: in host
-memory). Every number is of fresh processes. On a CPU memory is what no file backs (RssAnon of /proc/self/status,
-sampled), with an allocator that returns what is freed, and times are taken with one that keeps it; on a GPU memory is
-what tensors take. One unit is h * itemsize bytes: a hidden state.
+Three tables. `recipe`: the parts, added one by one to activation checkpointing under FSDP. `head`:
+the loss alone, on one process. `layers`: what checkpoints cost a layer, on the device and off it
+(on a CPU: on disk; on a GPU: in host memory). Every number is of fresh processes. On a CPU memory
+is what no file backs (RssAnon of /proc/self/status, sampled), with an allocator that returns what
+is freed, and times are taken with one that keeps it; on a GPU memory is what tensors take. One unit
+is h * itemsize bytes: a hidden state.
 """
 
 from __future__ import annotations
@@ -18,7 +20,19 @@ import statistics
 import sys
 from typing import Any
 
-from common import ALLOCATOR, CACHING, LLAMA, ROOT, launch, measure, peak_memory, run, slope, tell, training_step
+from common import (
+    ALLOCATOR,
+    CACHING,
+    LLAMA,
+    ROOT,
+    launch,
+    measure,
+    peak_memory,
+    run,
+    slope,
+    tell,
+    training_step,
+)
 
 FOLDER = ROOT / "outputs" / "bench"
 RECIPE = {
@@ -53,11 +67,15 @@ def head(args: argparse.Namespace) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     (seq_len,), hidden_size, vocab = args.lengths, LLAMA["hidden_size"], LLAMA["vocab_size"]
-    linear = torch.nn.Linear(hidden_size, vocab, bias=False, dtype=getattr(torch, args.dtype), device=device)
+    linear = torch.nn.Linear(
+        hidden_size, vocab, bias=False, dtype=getattr(torch, args.dtype), device=device
+    )
     loss_head = LossHead(linear, tile_tokens=json.loads(args.options)["loss_tile_tokens"])
     labels = torch.arange(seq_len, device=device)[None] % vocab
     with peak_memory() as peaks:
-        hidden = torch.randn(1, seq_len, hidden_size, dtype=linear.weight.dtype, device=device, requires_grad=True)
+        hidden = torch.randn(
+            1, seq_len, hidden_size, dtype=linear.weight.dtype, device=device, requires_grad=True
+        )
         loss_head(hidden, labels, torch.tensor(seq_len, device=device)).backward()
     print(json.dumps([peaks]))
 
@@ -73,18 +91,34 @@ class Bench:
         self.unit = LLAMA["hidden_size"] * (2 if args.dtype == "bfloat16" else 4)
         self.offload = {"offload": "host" if on_gpu else "disk"}
 
-    def child(self, role: str, lengths: list[int], options: dict, *, layers: int = 4, env: dict = ALLOCATOR) -> Any:
-        command = [sys.executable, __file__] if role == "head" else launch(self.args.ranks, __file__)
+    def child(
+        self,
+        role: str,
+        lengths: list[int],
+        options: dict,
+        *,
+        layers: int = 4,
+        env: dict = ALLOCATOR,
+    ) -> Any:
+        command = (
+            [sys.executable, __file__] if role == "head" else launch(self.args.ranks, __file__)
+        )
         command += ["--role", role, "--dtype", self.args.dtype, "--options", json.dumps(options)]
         command += ["--layers", str(layers), "--lengths", *map(str, lengths)]
         return run(command, threads=1, minutes=self.args.minutes, env=env)
 
-    def peaks(self, role: str, seq_lens: list[int], options: dict, *, layers: int = 4) -> dict[int, list[int] | str]:
-        """Of each S: the peak bytes of a rank in each repeat, or why there are none: then nothing longer is tried."""
+    def peaks(
+        self, role: str, seq_lens: list[int], options: dict, *, layers: int = 4
+    ) -> dict[int, list[int] | str]:
+        """Of each S: the peak bytes of a rank in each repeat, or why there are none: then nothing
+        longer is tried.
+        """
         found: dict[int, list[int] | str] = {}
         for seq_len in seq_lens:
             lengths = [seq_len] if role == "head" else [seq_len] * 2
-            each = [self.child(role, lengths, options, layers=layers) for _ in range(self.args.repeats)]
+            each = [
+                self.child(role, lengths, options, layers=layers) for _ in range(self.args.repeats)
+            ]
             failed = next((one for one in each if isinstance(one, str)), None)
             found[seq_len] = failed or [max(rank["anonymous"] for rank in one) for one in each]
             if failed:
@@ -92,7 +126,9 @@ class Bench:
         return found
 
     def seconds(self, seq_len: int, options: dict) -> float | str:
-        found = self.child("train", [seq_len // 8, *[seq_len] * self.args.repeats], options, env=CACHING)
+        found = self.child(
+            "train", [seq_len // 8, *[seq_len] * self.args.repeats], options, env=CACHING
+        )
         return found if isinstance(found, str) else statistics.median(found[0]["seconds"][1:])
 
 
@@ -102,19 +138,26 @@ def bytes_a_token(peaks: dict[int, list[int] | str]) -> float | None:
     return slope(points) if len({s for s, _ in points}) > 1 else None
 
 
-def show(name: str, peaks: dict[int, list[int] | str], seq_lens: list[int], extra: str = "") -> None:
+def show(
+    name: str, peaks: dict[int, list[int] | str], seq_lens: list[int], extra: str = ""
+) -> None:
     """A line: the median peak of each S, and the slope."""
     cells = []
     for seq_len in seq_lens:
         each = peaks.get(seq_len, "-")
-        cells.append(f"{each if isinstance(each, str) else format(statistics.median(each) / 2**20, ',.0f'):>9.9}")
+        cells.append(
+            f"{each:>9.9}" if isinstance(each, str) else f"{statistics.median(each) / 2**20:>9,.0f}"
+        )
     found = bytes_a_token(peaks)
     kib = "-" if found is None else f"{found / 1024:.2f}"
     print(f"{name:<26} {' '.join(cells)}  {kib:>9}{extra}", flush=True)
 
 
 def heading(what: str, seq_lens: list[int], extra: str = "") -> None:
-    print(f"\n{what:<26} {' '.join(f'{s:>9,}' for s in seq_lens)}  {'KiB/token':>9}{extra}", flush=True)
+    print(
+        f"\n{what:<26} {' '.join(f'{s:>9,}' for s in seq_lens)}  {'KiB/token':>9}{extra}",
+        flush=True,
+    )
 
 
 def recipe(bench: Bench) -> list[dict]:
@@ -128,7 +171,12 @@ def recipe(bench: Bench) -> list[dict]:
         seconds = bench.seconds(seq_lens[-1], options) if seq_lens[-1] in done else "-"
         rows.append({"name": name, "options": dict(options), "peaks": peaks, "seconds": seconds})
         rows[-1]["bytes_a_token"] = bytes_a_token(peaks)
-        show(name, peaks, seq_lens, f"  {seconds:8.2f} s" if isinstance(seconds, float) else f"  {seconds:.40}")
+        show(
+            name,
+            peaks,
+            seq_lens,
+            f"  {seconds:8.2f} s" if isinstance(seconds, float) else f"  {seconds:.40}",
+        )
     return rows
 
 
@@ -145,12 +193,17 @@ def loss_head(bench: Bench) -> list[dict]:
         show(name, peaks, seq_lens)
     untiled, tiled = (row["bytes_a_token"] for row in rows)
     if untiled and tiled is not None:
-        print(f"slope of tiles to that of one tile: {tiled / untiled:.4f} (at most {FLAT} wanted)", flush=True)
+        print(
+            f"slope of tiles to that of one tile: {tiled / untiled:.4f} (at most {FLAT} wanted)",
+            flush=True,
+        )
     return rows
 
 
 def layers(bench: Bench) -> list[dict]:
-    """What checkpoints cost a token and layer: slopes over S, in which parameters and gradients do not show."""
+    """What checkpoints cost a token and layer: slopes over S, in which parameters and gradients do
+    not show.
+    """
     seq_lens, rows = bench.args.layers_seq_lens, []
     where = bench.offload["offload"]
     heading("peak MiB a rank at S =", seq_lens, "  units/token of the rank")
@@ -182,15 +235,31 @@ def plot(table: dict[str, list[dict]], path: Any, memory: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    titles = {"recipe": "the recipe, part by part", "head": "the loss head alone", "layers": "checkpoints by depth"}
-    figure, panels = plt.subplots(1, len(table), figsize=(5.5 * len(table), 4.5), squeeze=False, layout="constrained")
+    titles = {
+        "recipe": "the recipe, part by part",
+        "head": "the loss head alone",
+        "layers": "checkpoints by depth",
+    }
+    figure, panels = plt.subplots(
+        1, len(table), figsize=(5.5 * len(table), 4.5), squeeze=False, layout="constrained"
+    )
     for panel, (what, rows) in zip(panels[0], table.items(), strict=True):
         panel.set_title(titles[what])
         if what == "layers":
             for offload in dict.fromkeys(row["offload"] for row in rows):
-                points = [(r["layers"], r["units"]) for r in rows if r["offload"] == offload and r["units"] is not None]
-                panel.plot(*zip(*points, strict=True), marker="o", label=f"offload {offload}") if points else None
-            panel.set(xlabel="layers", ylabel="peak memory: hidden states a token of a rank", ylim=(0, None))
+                points = [
+                    (r["layers"], r["units"])
+                    for r in rows
+                    if r["offload"] == offload and r["units"] is not None
+                ]
+                panel.plot(
+                    *zip(*points, strict=True), marker="o", label=f"offload {offload}"
+                ) if points else None
+            panel.set(
+                xlabel="layers",
+                ylabel="peak memory: hidden states a token of a rank",
+                ylim=(0, None),
+            )
         else:
             for row in rows:
                 good = {s: p for s, p in row["peaks"].items() if not isinstance(p, str)}
@@ -209,15 +278,25 @@ def plot(table: dict[str, list[dict]], path: Any, memory: str) -> None:
 
 def main() -> None:
     tables = {"recipe": recipe, "head": loss_head, "layers": layers}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
-    parser.add_argument("--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384], help="of the recipe")
-    parser.add_argument("--head-seq-lens", type=int, nargs="+", default=[2**i for i in range(11, 17)])
-    parser.add_argument("--longest-untiled", type=int, default=16_384, help="of the loss head in one tile")
+    parser.add_argument(
+        "--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384], help="of the recipe"
+    )
+    parser.add_argument(
+        "--head-seq-lens", type=int, nargs="+", default=[2**i for i in range(11, 17)]
+    )
+    parser.add_argument(
+        "--longest-untiled", type=int, default=16_384, help="of the loss head in one tile"
+    )
     parser.add_argument("--layers-seq-lens", type=int, nargs="+", default=[4096, 8192, 16_384])
     parser.add_argument("--layers-counts", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--ranks", type=int, help="by default all GPUs, or 2")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="by default fp32 on a CPU, bf16 on a GPU")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="by default fp32 on a CPU, bf16 on a GPU"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=20, help="patience a process")
     parser.add_argument("--role", choices=["train", "head"], help=argparse.SUPPRESS)
@@ -231,15 +310,27 @@ def main() -> None:
     import torch
 
     gpus = torch.cuda.device_count()  # the GPU's half of this file is untested
-    args.ranks, args.dtype = args.ranks or gpus or 2, args.dtype or ("bfloat16" if gpus else "float32")
+    args.ranks, args.dtype = (
+        args.ranks or gpus or 2,
+        args.dtype or ("bfloat16" if gpus else "float32"),
+    )
     FOLDER.mkdir(parents=True, exist_ok=True)
     bench, found = Bench(args, on_gpu=gpus > 0), {}
     kind = f"{args.ranks} {'GPU' if gpus else 'CPU'} ranks"
-    print(f"{kind}, llama, h 256, ffn 896, vocab 32,000, {args.dtype}, median of {args.repeats}", flush=True)
+    print(
+        f"{kind}, llama, h 256, ffn 896, vocab 32,000, {args.dtype}, median of {args.repeats}",
+        flush=True,
+    )
     for what in args.what:
         found[what] = tables[what](bench)
-        (FOLDER / "ablation.json").write_text(json.dumps({"settings": vars(args), **found}, indent=1))
-    plot(found, FOLDER / "ablation.png", "tensors on the GPU" if gpus else "anonymous memory of a rank")
+        (FOLDER / "ablation.json").write_text(
+            json.dumps({"settings": vars(args), **found}, indent=1)
+        )
+    plot(
+        found,
+        FOLDER / "ablation.png",
+        "tensors on the GPU" if gpus else "anonymous memory of a rank",
+    )
     print(f"\nwritten to {(FOLDER / 'ablation.json').relative_to(ROOT)} and .png beside it")
 
 

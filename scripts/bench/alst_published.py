@@ -1,17 +1,22 @@
-"""ALST's published runs of Llama-8B on H100s next to this project's plans for them. Planned: nothing here ran on a GPU.
+"""ALST's published runs of Llama-8B on H100s next to this project's plans for them. Planned:
+nothing here ran on a GPU.
 
     python scripts/bench/alst_published.py                    everything, minutes
-    python scripts/bench/alst_published.py --what runs        the three longest sequences and the two step times
-    python scripts/bench/alst_published.py --what ladder      the feature ladder on eight GPUs, itemised and drawn
+    python scripts/bench/alst_published.py --what runs
+        the three longest sequences and the two step times
+    python scripts/bench/alst_published.py --what ladder
+        the feature ladder on eight GPUs, itemised and drawn
 
 Published: arXiv 2506.13996, sections 5.2 and 5.3; the settings of each run: ArcticTraining,
-projects/sequence-parallelism/run-h100-*.yml. In all of them DeepSpeed keeps the optimizer, and with it the fp32 master
-weights, in host memory (`offload_optimizer`), on one GPU the bf16 weights as well. The same here is
-memory.parameter_offload: FSDP2 keeps master weights, gradients and optimizer state there, and the GPU what is gathered.
+projects/sequence-parallelism/run-h100-*.yml. In all of them DeepSpeed keeps the optimizer, and with
+it the fp32 master weights, in host memory (`offload_optimizer`), on one GPU the bf16 weights as
+well. The same here is memory.parameter_offload: FSDP2 keeps master weights, gradients and optimizer
+state there, and the GPU what is gathered.
 
-The ladder: for each of ALST's steps our longest sequence, planned, next to theirs. The gap is what the plan for their
-length takes beyond (or leaves of) the GPU; the items are by how much each component is larger at their length than at
-our longest, which fills the GPU. They must add up to the gap.
+The ladder: for each of ALST's steps our longest sequence, planned, next to theirs. The gap is what
+the plan for their length takes beyond (or leaves of) the GPU; the items are by how much each
+component is larger at their length than at our longest, which fills the GPU. They must add up to
+the gap.
 """
 
 from __future__ import annotations
@@ -69,7 +74,10 @@ def runs() -> list[dict]:
     from titan_ulysses.distributed.hardware import GIB
     from titan_ulysses.plan.report import as_json
 
-    print("published runs                fits   GPU GiB  host GiB   step s   ALST's     MFU  FLOPs' rate  planned in")
+    print(
+        "published runs                fits   GPU GiB  host GiB   step s   ALST's     MFU  FLOPs' "
+        "rate  planned in"
+    )
     found = []
     for what, settings, published in [*RUNS, BASELINE]:
         started = time.perf_counter()
@@ -78,7 +86,8 @@ def runs() -> list[dict]:
         rate = plan.simulation.cost.flops / plan.time.seconds / 1e12
         theirs = f"{published:8,.0f}" if published else f"{'-':>8}"
         print(
-            f"{what:<28} {'yes' if plan.fits else 'no':>5} {plan.gpu_bytes / GIB:9.1f} {plan.host_bytes / GIB:9.0f} "
+            f"{what:<28} {'yes' if plan.fits else 'no':>5} {plan.gpu_bytes / GIB:9.1f} "
+            f"{plan.host_bytes / GIB:9.0f} "
             f"{plan.time.seconds:8,.0f} {theirs} {plan.mfu:7.1%} {rate:7.0f} TFLOP/s {took:6.0f} s",
             flush=True,
         )
@@ -86,7 +95,10 @@ def runs() -> list[dict]:
     for one in found:
         if theirs := one["published_seconds"]:
             parts = ", ".join(f"{name} {s:,.1f}" for name, s in one["seconds"].items() if s > 0.05)
-            print(f"{one['what']}: ours takes {one['step_seconds'] / theirs:.2f} of ALST's step: {parts}")
+            print(
+                f"{one['what']}: ours takes {one['step_seconds'] / theirs:.2f} of ALST's step: "
+                f"{parts}"
+            )
     return found
 
 
@@ -99,7 +111,11 @@ def ladder() -> list[dict]:
     from titan_ulysses.plan.report import gpu_components
 
     setup = set_up(load_config(CONFIG, LIKE_ALST.items()))
-    print("\nfeature ladder, 8 GPUs               ALST's       ours   at ALST's: GiB   gap GiB   items GiB", flush=True)
+    print(
+        "\nfeature ladder, 8 GPUs               ALST's       ours   at ALST's: GiB   gap GiB   "
+        "items GiB",
+        flush=True,
+    )
     found = []
     for rung, theirs in zip(search.ladder(setup), LADDER, strict=True):
         rung_setup = search.with_settings(setup, rung.changes)
@@ -111,42 +127,74 @@ def ladder() -> list[dict]:
         gap, total = there.gpu_bytes - setup.gpu_memory, sum(items.values())
         binding = here.setup.host_memory and here.host_bytes > 0.99 * here.setup.host_memory
         print(
-            f"{rung.what:<32} {theirs:>10,} {rung.need.seq_len:>10,} {there.gpu_bytes / GIB:16.1f} {gap / GIB:9.2f} "
+            f"{rung.what:<32} {theirs:>10,} {rung.need.seq_len:>10,} {there.gpu_bytes / GIB:16.1f} "
+            f"{gap / GIB:9.2f} "
             f"{total / GIB:11.2f}" + ("  (host memory is what ends ours)" if binding else ""),
             flush=True,
         )
-        print("    " + ", ".join(f"{k} {v / GIB:+.2f}" for k, v in items.most_common() if abs(v) > 0.005 * GIB))
+        print(
+            "    "
+            + ", ".join(
+                f"{k} {v / GIB:+.2f}" for k, v in items.most_common() if abs(v) > 0.005 * GIB
+            )
+        )
         close = abs(total - gap) <= CLOSE * abs(gap) or abs(total - gap) < 0.1 * GIB
-        print(f"    items are within {CLOSE:.0%} of the gap: {'yes' if close else 'NO'}", flush=True)
-        found.append({"what": rung.what, "theirs": theirs, "ours": rung.need.seq_len, "gap": gap, "items": dict(items)})
+        print(
+            f"    items are within {CLOSE:.0%} of the gap: {'yes' if close else 'NO'}", flush=True
+        )
+        found.append(
+            {
+                "what": rung.what,
+                "theirs": theirs,
+                "ours": rung.need.seq_len,
+                "gap": gap,
+                "items": dict(items),
+            }
+        )
     return found
 
 
 def draw(steps: list[dict], path: Path) -> None:
-    """The longest sequence of each step of the ladder: ALST's, measured, and ours, planned; on a logarithmic axis."""
+    """The longest sequence of each step of the ladder: ALST's, measured, and ours, planned; on a
+    logarithmic axis.
+    """
     from titan_ulysses.observability.pictures import COLORS, picture
 
     with picture(path, size=(8, 4.4)) as (_, axes):
-        contenders = {"theirs": "ALST, measured (arXiv 2506.13996)", "ours": "titan_ulysses, planned: simulated"}
+        contenders = {
+            "theirs": "ALST, measured (arXiv 2506.13996)",
+            "ours": "titan_ulysses, planned: simulated",
+        }
         for number, (key, label) in enumerate(contenders.items()):
             lengths = [step[key] for step in steps]
             places = [-place - 0.38 * number for place in range(len(steps))]
             axes.barh(places, lengths, height=0.36, color=COLORS[(4, 0)[number]], label=label)
             for place, length in zip(places, lengths, strict=True):
                 axes.text(length, place, f" {length:,}", va="center", fontsize=8)
-        axes.set_yticks([-place - 0.19 for place in range(len(steps))], [step["what"] for step in steps])
+        axes.set_yticks(
+            [-place - 0.19 for place in range(len(steps))], [step["what"] for step in steps]
+        )
         axes.set_xscale("log")
         longest = max(step[key] for step in steps for key in contenders)
         axes.set(xlim=(10_000, longest * 5), xlabel="longest sequence, tokens (logarithmic)")
-        axes.set_title("Llama-3-8B on one node of eight H100-80GB, 1.9 TB of host memory", fontsize=10)
+        axes.set_title(
+            "Llama-3-8B on one node of eight H100-80GB, 1.9 TB of host memory", fontsize=10
+        )
         axes.legend(loc="upper right", frameon=False, fontsize=9)
 
 
 def main() -> None:
     tables = {"runs": runs, "ladder": ladder}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="of the ladder (default: docs/memory_ladder.png)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        default=PICTURE,
+        help="of the ladder (default: docs/memory_ladder.png)",
+    )
     args = parser.parse_args()
     print("planned (simulated), not measured")
     table = {what: tables[what]() for what in args.what}

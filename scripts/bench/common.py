@@ -1,4 +1,6 @@
-"""What the benchmarks share: a training step, what it takes, and child processes that print that as a line of JSON."""
+"""What the benchmarks share: a training step, what it takes, and child processes that print that as
+a line of JSON.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""glibc settings under which freed memory is returned, so that peaks of the resident set mean something."""
+ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+"""glibc settings under which freed memory is returned, so that peaks of the resident set mean
+something.
+"""
 CACHING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""glibc settings under which freed memory is kept, as a GPU's allocator does: no page faults in what is timed."""
+"""glibc settings under which freed memory is kept, as a GPU's allocator does: no page faults in
+what is timed.
+"""
 
 
 LLAMA = {
@@ -36,7 +46,9 @@ LLAMA = {
 
 
 def sequence(index: int, seq_len: int) -> Any:
-    """The index-th training sequence, [S] token ids: random ones of the first 256, which a model soon learns."""
+    """The index-th training sequence, [S] token ids: random ones of the first 256, which a model
+    soon learns.
+    """
     import torch
 
     return torch.randint(256, (seq_len,), generator=torch.Generator().manual_seed(index))
@@ -45,11 +57,12 @@ def sequence(index: int, seq_len: int) -> Any:
 def training_step(
     model: dict | str, *, dtype: str = "float32", degree: int | None = None, **options: Any
 ) -> Callable[..., tuple[Any, Any]]:
-    """On every rank of a launch: a function of (S, index = 0) that trains a step on that sequence, P = degree or all.
+    """On every rank of a launch: a function of (S, index = 0) that trains a step on that sequence,
+    P = degree or all.
 
-    It returns the loss and the gradient norm. model is a table as in `[model.config]`, initialised at random, or a
-    folder with config and weights; options are those of `parallelize`. Parameters are stored in fp32 and computed with
-    in dtype.
+    It returns the loss and the gradient norm. model is a table as in `[model.config]`, initialised
+    at random, or a folder with config and weights; options are those of `parallelize`. Parameters
+    are stored in fp32 and computed with in dtype.
     """
     import torch
     import torch.distributed as dist
@@ -78,7 +91,9 @@ def training_step(
     optimizer = build_optimizer(built.parameters(), Optimizer())
 
     def step(seq_len: int, index: int = 0) -> tuple[Any, Any]:
-        return train_step(built, optimizer, [_batch(sequence(index, seq_len), mesh)], mesh, max_norm=1.0)[:2]
+        return train_step(
+            built, optimizer, [_batch(sequence(index, seq_len), mesh)], mesh, max_norm=1.0
+        )[:2]
 
     return step
 
@@ -100,9 +115,11 @@ def _batch(ids: Any, mesh: Any) -> Any:
 
 
 def measure(step: Callable[..., tuple[Any, Any]], lengths: list[int]) -> dict[str, Any]:
-    """Train a step on a sequence of each length, in order: lists of seconds, CPU seconds, losses, norms; peak bytes.
+    """Train a step on a sequence of each length, in order: lists of seconds, CPU seconds, losses,
+    norms; peak bytes.
 
-    `peak` is the process's resident set, on a GPU what its tensors took; `anonymous` the part of it that no file backs.
+    `peak` is the process's resident set, on a GPU what its tensors took; `anonymous` the part of it
+    that no file backs.
     """
     import torch.distributed as dist
 
@@ -122,7 +139,9 @@ def measure(step: Callable[..., tuple[Any, Any]], lengths: list[int]) -> dict[st
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Fills the dict at its end: bytes at the `peak` and when it begins (`before`), and the `anonymous` peak."""
+    """Fills the dict at its end: bytes at the `peak` and when it begins (`before`), and the
+    `anonymous` peak.
+    """
     import torch
 
     peaks: dict[str, int] = {}
@@ -132,7 +151,9 @@ def peak_memory() -> Iterator[dict[str, int]]:
         yield peaks
         peaks["peak"] = peaks["anonymous"] = torch.cuda.max_memory_allocated()
         return
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading and initialising, is forgotten
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # the peak so far, of loading and initialising, is forgotten
     peaks["before"] = _status("VmRSS")
     done = threading.Event()
 
@@ -155,7 +176,9 @@ def _status(field: str) -> int:
 
 
 def tell(found: Any) -> NoReturn:
-    """Collective: rank 0 prints the list of what all ranks found; then all end, without the interpreter's own end."""
+    """Collective: rank 0 prints the list of what all ranks found; then all end, without the
+    interpreter's own end.
+    """
     import torch.distributed as dist
 
     everyone = [None] * dist.get_world_size()
@@ -173,11 +196,26 @@ def slope(points: Iterable[tuple[float, float]]) -> float:
 
 
 def launch(ranks: int, script: str, python: str = sys.executable) -> list[str]:
-    """The command that runs script, given as its `__file__`, on that many ranks; arguments may follow."""
-    return [python, "scripts/launch.py", "--nproc-per-node", str(ranks), str(Path(script).resolve())]
+    """The command that runs script, given as its `__file__`, on that many ranks; arguments may
+    follow.
+    """
+    return [
+        python,
+        "scripts/launch.py",
+        "--nproc-per-node",
+        str(ranks),
+        str(Path(script).resolve()),
+    ]
 
 
-def run(command: list[str], *, threads: int, minutes: float, memory: int | None = None, env: dict | None = None) -> Any:
+def run(
+    command: list[str],
+    *,
+    threads: int,
+    minutes: float,
+    memory: int | None = None,
+    env: dict | None = None,
+) -> Any:
     """What a child process prints as its last line, or a string that says why there is nothing.
 
     threads is each process's; memory a limit in bytes of its data segment.
@@ -187,9 +225,16 @@ def run(command: list[str], *, threads: int, minutes: float, memory: int | None 
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
-    environment = {**os.environ, **(env or {}), "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        **(env or {}),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": str(ROOT),
+    }
     pipe = subprocess.PIPE
-    child = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=limit)
+    child = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=limit
+    )
     try:
         printed, errors = child.communicate(timeout=60 * minutes)
     except subprocess.TimeoutExpired:
@@ -200,4 +245,8 @@ def run(command: list[str], *, threads: int, minutes: float, memory: int | None 
         return json.loads(printed.splitlines()[-1])
     memory_words = ("can't allocate memory", "MemoryError", "bad_alloc")
     out_of_memory = child.returncode < 0 or any(word in errors for word in memory_words)
-    return "out of memory" if out_of_memory else (errors.strip().splitlines() or [f"exit {child.returncode}"])[-1]
+    return (
+        "out of memory"
+        if out_of_memory
+        else (errors.strip().splitlines() or [f"exit {child.returncode}"])[-1]
+    )

@@ -2,9 +2,10 @@
 
     python scripts/bench/data.py
 
-Tokenizing (the byte tokenizer, and a byte-level BPE of 8,192 tokens trained here) in one process and in workers, the
-loader in each packing, and how the time of one document grows with its length. The text is the source of Python's
-standard library. Two ranks then train the quickstart for a few steps: the data path should be 20 times as fast.
+Tokenizing (the byte tokenizer, and a byte-level BPE of 8,192 tokens trained here) in one process
+and in workers, the loader in each packing, and how the time of one document grows with its length.
+The text is the source of Python's standard library. Two ranks then train the quickstart for a few
+steps: the data path should be 20 times as fast.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from common import ROOT, launch
 TARGET = 20
 
 
-def timed(work: Callable[[], Any], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
+def timed(
+    work: Callable[[], Any], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Median seconds."""
     seconds = []
     for _ in range(repeats):
@@ -36,12 +39,25 @@ def timed(work: Callable[[], Any], repeats: int, clock: Callable[[], float] = ti
 
 
 def quickstart(steps: int) -> float:
-    """Tokens a second that two ranks of the quickstart train on, median of the steps after the first few."""
+    """Tokens a second that two ranks of the quickstart train on, median of the steps after the
+    first few.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"job.dump_folder": folder, "training.steps": steps, "lr_scheduler.warmup_steps": 1}
-        off = dict.fromkeys(("validation.enable", "checkpoint.enable", "checkpoint.export"), "false")
+        settings = {
+            "job.dump_folder": folder,
+            "training.steps": steps,
+            "lr_scheduler.warmup_steps": 1,
+        }
+        off = dict.fromkeys(
+            ("validation.enable", "checkpoint.enable", "checkpoint.export"), "false"
+        )
         options = [f"--{key}={value}" for key, value in {**settings, **off}.items()]
-        command = [*launch(2, str(ROOT / "train.py")), "--config", "configs/quickstart.toml", *options]
+        command = [
+            *launch(2, str(ROOT / "train.py")),
+            "--config",
+            "configs/quickstart.toml",
+            *options,
+        ]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         lines = (Path(folder) / "quickstart" / "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(line)["tokens_per_second"] for line in lines[3:])
@@ -76,7 +92,11 @@ def tokenizing(name: str, tokenizer: Any, texts: list[str], consumed: float) -> 
         started = time.perf_counter()
         encoded = [*encode_rows(rows, Encoder(tokenizer), workers=workers)]
         seconds = time.perf_counter() - started
-        show(f"tokenizing, {name}, {workers} process(es)", sum(len(one.ids) for one in encoded) / seconds, consumed)
+        show(
+            f"tokenizing, {name}, {workers} process(es)",
+            sum(len(one.ids) for one in encoded) / seconds,
+            consumed,
+        )
     return Corpus.from_documents(encoded)
 
 
@@ -132,23 +152,37 @@ def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
         size = int(characters * 1e6 / millionth)
         piece = (text * (1 + size // len(text)))[:size]
         roles, turn = ("user", "assistant") * 8, -(-size // 16)
-        turns = [{"role": role, "content": piece[i * turn : (i + 1) * turn]} for i, role in enumerate(roles)]
+        turns = [
+            {"role": role, "content": piece[i * turn : (i + 1) * turn]}
+            for i, role in enumerate(roles)
+        ]
         for kind, content in {"text": piece, "chat": Chat(turns, None)}.items():
             work = partial(through, encoder, content)
             tokens = work()
-            seconds = timed(work, repeats, time.process_time)  # of this process: others do not count
+            seconds = timed(
+                work, repeats, time.process_time
+            )  # of this process: others do not count
             each = 1e6 * seconds / tokens
-            print(f"one {kind} of {tokens:>9,} tokens {seconds:7.2f} s of a core {each:6.2f} us a token", flush=True)
+            print(
+                f"one {kind} of {tokens:>9,} tokens {seconds:7.2f} s of a core {each:6.2f} us a "
+                "token",
+                flush=True,
+            )
 
 
 def show(what: str, tokens_per_second: float, consumed: float) -> None:
     times = tokens_per_second / consumed
     met = "" if times >= TARGET else f"  below {TARGET}"
-    print(f"{what:<52} {tokens_per_second:>14,.0f} tokens/s {times:>9,.0f} x quickstart{met}", flush=True)
+    print(
+        f"{what:<52} {tokens_per_second:>14,.0f} tokens/s {times:>9,.0f} x quickstart{met}",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=40, help="of the quickstart")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -1,13 +1,15 @@
 """The exchange against what it replaces, forward and backward: time, bytes on the wire, buffers.
 
-    python scripts/bench/exchange.py                                 2 and 4 gloo ranks, S 4K to 64K; then the counts
+    python scripts/bench/exchange.py  2 and 4 gloo ranks, S 4K to 64K; then the counts
     python scripts/bench/exchange.py --ranks 2 --seq-lens 8192
 
-Each contender moves q, k and v of one layer (h 1,024: 16 query heads of size 64, 4 KV heads, fp32) to the
-heads and its output back to the sequence, and all four gradients the other way. They take turns; a ratio is the median
-of those of each turn, so that what else the machine does reaches all alike.
+Each contender moves q, k and v of one layer (h 1,024: 16 query heads of size 64, 4 KV heads, fp32)
+to the heads and its output back to the sequence, and all four gradients the other way. They take
+turns; a ratio is the median of those of each turn, so that what else the machine does reaches all
+alike.
 
-Counted are the all-to-alls that really happen, on gloo ranks and, up to 1,024 ranks, under fake tensors.
+Counted are the all-to-alls that really happen, on gloo ranks and, up to 1,024 ranks, under fake
+tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS = 64, 16, 4
 TARGETS = {"redistribute": 5.0, "four all-to-alls": 1.1, "four, KV heads repeated": 1.3}
 
 
-# ---------------------------------------------------------------- the contenders: local q, k, v, o -> local results
+# ---------------------------------------------------------------- the contenders: local q, k, v, o
+# -> local results
 
 
 def exchange(mesh, q, k, v, o):
@@ -62,7 +65,9 @@ def four_all_to_alls(mesh, q, k, v, o):
 
     def all_to_all(blocks):
         rows = [1] * degree
-        return funcol.wait_tensor(funcol.all_to_all_single_autograd(blocks.contiguous(), rows, rows, group))
+        return funcol.wait_tensor(
+            funcol.all_to_all_single_autograd(blocks.contiguous(), rows, rows, group)
+        )
 
     def to_heads(x):  # [B, T, H, D] -> [P, B, T, h, D] on the wire -> [B, S, h, D]
         received = all_to_all(x.unflatten(2, (degree, -1)).permute(2, 0, 1, 3, 4))
@@ -93,17 +98,29 @@ def step(contender: Callable, mesh, inputs: list) -> list:
     import torch
 
     results = contender(mesh, *inputs)
-    gradients = torch.autograd.grad(results, inputs, grad_outputs=[torch.ones_like(x) for x in results])
+    gradients = torch.autograd.grad(
+        results, inputs, grad_outputs=[torch.ones_like(x) for x in results]
+    )
     return [*results, *gradients]
 
 
 def make_inputs(heads: tuple[int, int], plan, rank: int, seq_len: int, rows: int = 1) -> list:
-    """Local q, k, v [B, T, H, D] and o [B, S, h, D]; o is what attention would give for these queries."""
+    """Local q, k, v [B, T, H, D] and o [B, S, h, D]; o is what attention would give for these
+    queries.
+    """
     import torch
 
     tokens, generator = seq_len // plan.degree, torch.Generator().manual_seed(rank)
-    shapes = [(tokens, heads[0]), (tokens, heads[1]), (tokens, heads[1]), (seq_len, len(plan.query[rank]))]
-    return [torch.randn(rows, *shape, HEAD_SIZE, generator=generator).requires_grad_() for shape in shapes]
+    shapes = [
+        (tokens, heads[0]),
+        (tokens, heads[1]),
+        (tokens, heads[1]),
+        (seq_len, len(plan.query[rank])),
+    ]
+    return [
+        torch.randn(rows, *shape, HEAD_SIZE, generator=generator).requires_grad_()
+        for shape in shapes
+    ]
 
 
 # ---------------------------------------------------------------- counting
@@ -111,7 +128,9 @@ def make_inputs(heads: tuple[int, int], plan, rank: int, seq_len: int, rows: int
 
 @contextmanager
 def counted() -> Iterator[list[tuple[int, int]]]:
-    """Bytes sent and received by each all-to-all, in order; what stays on the rank is counted with them."""
+    """Bytes sent and received by each all-to-all, in order; what stays on the rank is counted with
+    them.
+    """
     from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,7 +150,9 @@ def counted() -> Iterator[list[tuple[int, int]]]:
 
 
 def closed_form(plan, rank: int, tokens: int, itemsize: int) -> list[tuple[int, int]]:
-    """What `counted` finds in one step: q, k, v and o, then in backward the gradients of o and of q, k, v."""
+    """What `counted` finds in one step: q, k, v and o, then in backward the gradients of o and of
+    q, k, v.
+    """
     queries = [len(heads) for heads in plan.query]
     all_heads = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
     head = tokens * HEAD_SIZE * itemsize  # tokens: B * T
@@ -147,14 +168,18 @@ def closed_form(plan, rank: int, tokens: int, itemsize: int) -> list[tuple[int, 
 
 
 def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
-    """On one of several gloo ranks. Rank 0 prints, for each S: seconds a contender and turn, and counts a rank."""
+    """On one of several gloo ranks. Rank 0 prints, for each S: seconds a contender and turn, and
+    counts a rank.
+    """
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     from titan_ulysses.ulysses.heads import plan_heads
 
-    warnings.filterwarnings("ignore")  # DTensor says that on a CPU it gathers: that is what is measured
+    warnings.filterwarnings(
+        "ignore"
+    )  # DTensor says that on a CPU it gathers: that is what is measured
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan, rank = plan_heads(NUM_HEADS, NUM_KV_HEADS, mesh.size()), dist.get_rank()
@@ -184,7 +209,9 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
 
 
 def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
-    """Without ranks: the counts of the rank with the most heads, for each P, from the real code under fake tensors."""
+    """Without ranks: the counts of the rank with the most heads, for each P, from the real code
+    under fake tensors.
+    """
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed.device_mesh import init_device_mesh
@@ -210,7 +237,16 @@ def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
 
 
 def show_times(ranks: int, seq_lens: list[int], rows: int, repeats: int, minutes: float) -> None:
-    options = ["--role", "measure", "--rows", str(rows), "--repeats", str(repeats), "--seq-lens", *map(str, seq_lens)]
+    options = [
+        "--role",
+        "measure",
+        "--rows",
+        str(rows),
+        "--repeats",
+        str(repeats),
+        "--seq-lens",
+        *map(str, seq_lens),
+    ]
     found = run(
         [*launch(ranks, __file__), *options],
         threads=1,
@@ -222,50 +258,94 @@ def show_times(ranks: int, seq_lens: list[int], rows: int, repeats: int, minutes
         return
     heads = f"{NUM_HEADS}/{NUM_KV_HEADS} heads"
     print(f"\n{ranks} gloo ranks, {heads}, fp32, B = {rows}, one thread each, median of {repeats}")
-    print(f"{'S':>8}  {'exchange':>10}  " + "  ".join(f"{f'x {name} (>= {t})':>34}" for name, t in TARGETS.items()))
+    print(
+        f"{'S':>8}  {'exchange':>10}  "
+        + "  ".join(f"{f'x {name} (>= {t})':>34}" for name, t in TARGETS.items())
+    )
     for seq_len, one in zip(seq_lens, found, strict=True):
         ours = one["seconds"]["exchange"]
         ratios = [
-            statistics.median(other / own for own, other in zip(ours, one["seconds"][name], strict=True))
+            statistics.median(
+                other / own for own, other in zip(ours, one["seconds"][name], strict=True)
+            )
             for name in TARGETS
         ]
         print(
-            f"{seq_len:>8,}  {1e3 * statistics.median(ours):>7.1f} ms  " + "  ".join(f"{r:>34.2f}" for r in ratios),
+            f"{seq_len:>8,}  {1e3 * statistics.median(ours):>7.1f} ms  "
+            + "  ".join(f"{r:>34.2f}" for r in ratios),
             flush=True,
         )
-    show_calls([(ranks, seq_len, one["calls"]) for seq_len, one in zip(seq_lens, found, strict=True)])
+    show_calls(
+        [(ranks, seq_len, one["calls"]) for seq_len, one in zip(seq_lens, found, strict=True)]
+    )
 
 
 def show_calls(rows: list[tuple[int, int, list]]) -> None:
-    print(f"{'P':>8} {'S':>12}  buffers of the all-to-alls, MiB sent + received: in, out, out backward, in backward")
+    print(
+        f"{'P':>8} {'S':>12}  buffers of the all-to-alls, MiB sent + received: in, out, out "
+        "backward, in backward"
+    )
     for degree, seq_len, calls in rows:
-        parts = "  ".join(f"{sent / 2**20:8.2f} + {received / 2**20:<8.2f}" for sent, received in calls)
-        print(f"{degree:>8,} {seq_len:>12,}  {parts}  largest {max(map(sum, calls)) / 2**20:.2f}", flush=True)
+        parts = "  ".join(
+            f"{sent / 2**20:8.2f} + {received / 2**20:<8.2f}" for sent, received in calls
+        )
+        print(
+            f"{degree:>8,} {seq_len:>12,}  {parts}  largest {max(map(sum, calls)) / 2**20:.2f}",
+            flush=True,
+        )
 
 
 def show_counts(heads: tuple[int, int], largest: int, tokens: int) -> None:
     degrees = [2**i for i in range(1, largest.bit_length())]
-    options = ["--role", "count", "--heads", *map(str, heads), "--ranks", *map(str, degrees), "--tokens", str(tokens)]
+    options = [
+        "--role",
+        "count",
+        "--heads",
+        *map(str, heads),
+        "--ranks",
+        *map(str, degrees),
+        "--tokens",
+        str(tokens),
+    ]
     found = run([sys.executable, __file__, *options], threads=1, minutes=20)
     if isinstance(found, str):
         print(f"counts: {found}", flush=True)
         return
-    print(f"\ncounted under fake tensors: {heads[0]}/{heads[1]} heads, T = {tokens:,}, the rank with the most heads")
-    show_calls([(degree, degree * tokens, one["calls"]) for degree, one in zip(degrees, found, strict=True)])
-    peaks = [max(map(sum, one["calls"])) for degree, one in zip(degrees, found, strict=True) if degree <= heads[1]]
+    print(
+        f"\ncounted under fake tensors: {heads[0]}/{heads[1]} heads, T = {tokens:,}, the rank with "
+        "the most heads"
+    )
+    show_calls(
+        [
+            (degree, degree * tokens, one["calls"])
+            for degree, one in zip(degrees, found, strict=True)
+        ]
+    )
+    peaks = [
+        max(map(sum, one["calls"]))
+        for degree, one in zip(degrees, found, strict=True)
+        if degree <= heads[1]
+    ]
     spread = max(peaks) / min(peaks) - 1
-    print(f"while P <= {heads[1]}: constant within {100 * spread:.2f} %; beyond, as the closed form says")
+    print(
+        f"while P <= {heads[1]}: constant within {100 * spread:.2f} %; beyond, as the closed form "
+        "says"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[2**i for i in range(12, 17)])
     parser.add_argument("--rows", type=int, default=1, help="B")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=20, help="patience a number of ranks")
     parser.add_argument("--tokens", type=int, default=8192, help="S / P of the counts")
-    parser.add_argument("--heads", type=int, nargs=2, default=[NUM_HEADS, NUM_KV_HEADS], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--heads", type=int, nargs=2, default=[NUM_HEADS, NUM_KV_HEADS], help=argparse.SUPPRESS
+    )
     parser.add_argument("--role", choices=["measure", "count"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role == "measure":

@@ -1,12 +1,13 @@
-"""The loss head by itself: ours, torch's F.linear_cross_entropy in its chunks, and the two plain functions.
+"""The loss head by itself: ours, torch's F.linear_cross_entropy in its chunks, and the two plain
+functions.
 
-    python scripts/bench/loss_head.py                      T = 4,096, h 256, vocabulary 32,000; fp32 and bf16
+    python scripts/bench/loss_head.py  T = 4,096, h 256, vocabulary 32,000; fp32 and bf16
     python scripts/bench/loss_head.py --tokens 16384 --rounds 3
 
-Forward and backward of hidden states [T, h] and weight [V, h], each contender in a process of its own, in turns: the
-median of its runs' seconds and CPU seconds, the resident memory that it adds at its peak, and how far its gradient of
-the weight is from one in fp64, relative (norm of the difference by norm). What is slower, or holds more, or is further
-off, is not what we use.
+Forward and backward of hidden states [T, h] and weight [V, h], each contender in a process of its
+own, in turns: the median of its runs' seconds and CPU seconds, the resident memory that it adds at
+its peak, and how far its gradient of the weight is from one in fp64, relative (norm of the
+difference by norm). What is slower, or holds more, or is further off, is not what we use.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from typing import Any
 
 from common import ALLOCATOR, peak_memory, run
 
-CONTENDERS = {"ours": "ours", "torch": "F.linear_cross_entropy", "plain": "F.linear, F.cross_entropy"}
+CONTENDERS = {
+    "ours": "ours",
+    "torch": "F.linear_cross_entropy",
+    "plain": "F.linear, F.cross_entropy",
+}
 
 
 def loss_of(contender: str, hidden: Any, weight: Any, labels: Any) -> Any:
@@ -37,7 +42,9 @@ def loss_of(contender: str, hidden: Any, weight: Any, labels: Any) -> Any:
     if contender == "torch":
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             raise SystemExit(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
-        return F.linear_cross_entropy(hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions())
+        return F.linear_cross_entropy(
+            hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions()
+        )
     return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 
@@ -48,7 +55,9 @@ def contend(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     hidden = torch.randn(args.tokens, args.hidden, dtype=dtype, requires_grad=True)
-    weight = torch.nn.Parameter((torch.randn(args.vocabulary, args.hidden) / args.hidden**0.5).to(dtype))
+    weight = torch.nn.Parameter(
+        (torch.randn(args.vocabulary, args.hidden) / args.hidden**0.5).to(dtype)
+    )
     labels = torch.randint(args.vocabulary, (args.tokens,))
 
     def gradient(rows: int) -> Any:
@@ -69,7 +78,9 @@ def contend(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_000)
@@ -79,13 +90,31 @@ def main() -> None:
     args = parser.parse_args()
     if args.contender:
         return contend(args)
-    sizes = ["--tokens", str(args.tokens), "--hidden", str(args.hidden), "--vocabulary", str(args.vocabulary)]
-    print(f"T = {args.tokens:,}, h {args.hidden}, vocabulary {args.vocabulary:,}, one thread", flush=True)
+    sizes = [
+        "--tokens",
+        str(args.tokens),
+        "--hidden",
+        str(args.hidden),
+        "--vocabulary",
+        str(args.vocabulary),
+    ]
+    print(
+        f"T = {args.tokens:,}, h {args.hidden}, vocabulary {args.vocabulary:,}, one thread",
+        flush=True,
+    )
     for dtype in ("float32", "bfloat16"):
         found: dict[str, list[dict]] = {contender: [] for contender in CONTENDERS}
         for _ in range(args.rounds):
             for contender, results in found.items():
-                command = [sys.executable, __file__, *sizes, "--contender", contender, "--dtype", dtype]
+                command = [
+                    sys.executable,
+                    __file__,
+                    *sizes,
+                    "--contender",
+                    contender,
+                    "--dtype",
+                    dtype,
+                ]
                 result = run(command, threads=1, minutes=5, env=ALLOCATOR)
                 if isinstance(result, str):
                     print(f"{dtype:<10}{CONTENDERS[contender]:<28} {result}", flush=True)
@@ -93,9 +122,12 @@ def main() -> None:
                     results.append(result)
         for contender, results in found.items():
             if results:
-                median = {key: statistics.median(result[key] for result in results) for key in results[0]}
+                median = {
+                    key: statistics.median(result[key] for result in results) for key in results[0]
+                }
                 print(
-                    f"{dtype:<10}{CONTENDERS[contender]:<28} {median['seconds']:7.3f} s (CPU {median['cpu']:.3f})   "
+                    f"{dtype:<10}{CONTENDERS[contender]:<28} {median['seconds']:7.3f} s (CPU "
+                    f"{median['cpu']:.3f})   "
                     f"{median['added'] / 2**20:7.0f} MiB   gradient off by {median['error']:.1e}",
                     flush=True,
                 )

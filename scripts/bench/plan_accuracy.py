@@ -1,11 +1,13 @@
-"""The planner against real ranks: peak of live tensor bytes, resident memory, bytes and counts of collectives.
+"""The planner against real ranks: peak of live tensor bytes, resident memory, bytes and counts of
+collectives.
 
     python scripts/bench/plan_accuracy.py                 all configurations
     python scripts/bench/plan_accuracy.py --only tied     those whose name contains "tied"
     python scripts/bench/plan_accuracy.py --small         three tiny ones, as the tests do
 
-The truth is what the allocator tells torch's profiler in the real run, on gloo ranks: it knows nothing of the planner.
-Where more than 2 GiB are alive, the resident set is compared too, under an allocator that gives memory back.
+The truth is what the allocator tells torch's profiler in the real run, on gloo ranks: it knows
+nothing of the planner. Where more than 2 GiB are alive, the resident set is compared too, under an
+allocator that gives memory back.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Case:
     """more than 2 GiB are alive: the resident set is looked at"""
 
 
-def case(name: str, ranks: int = 1, *, documents=None, resident=False, model=None, **settings) -> Case:
+def case(
+    name: str, ranks: int = 1, *, documents=None, resident=False, model=None, **settings
+) -> Case:
     """settings: section__key = value."""
     table: dict[str, Any] = {}
     for key, value in settings.items():
@@ -73,7 +77,13 @@ def case(name: str, ranks: int = 1, *, documents=None, resident=False, model=Non
 
 
 SMALL = [
-    case("small, one rank", 1, training__seq_len=4096, memory__mlp_tile_tokens=512, memory__loss_tile_tokens=100),
+    case(
+        "small, one rank",
+        1,
+        training__seq_len=4096,
+        memory__mlp_tile_tokens=512,
+        memory__loss_tile_tokens=100,
+    ),
     case(
         "small, P 2, bf16, offload, tied",
         2,
@@ -115,7 +125,12 @@ SMALL = [
 
 BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
 QWEN3 = {"model_type": "qwen3", "head_dim": 16, "num_hidden_layers": 3}
-GEMMA2 = {"model_type": "gemma2", "head_dim": 16, "sliding_window": 256, "attn_logit_softcapping": 50.0}
+GEMMA2 = {
+    "model_type": "gemma2",
+    "head_dim": 16,
+    "sliding_window": 256,
+    "attn_logit_softcapping": 50.0,
+}
 OLMO2 = {"model_type": "olmo2", "num_hidden_layers": 5}
 WIDE_VOCABULARY = {"vocab_size": 32768, "num_hidden_layers": 2}
 DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 8192}
@@ -124,43 +139,148 @@ ATTENTION = {"intermediate_size": 64, "head_dim": 64, "num_hidden_layers": 2}
 THREE_HEADS = {"num_attention_heads": 3, "hidden_size": 96, "num_key_value_heads": 1}
 
 CASES = [
-    case("attention, P 4, bf16", 4, model=ATTENTION, training__seq_len=16384, training__param_dtype="bfloat16",
-         parallelism__sequence_parallel_degree=4, memory__mlp_tile_tokens=256),
-    case("attention, P 2, every 2", 2, model=QWEN3 | ATTENTION, training__seq_len=8192,
-         parallelism__sequence_parallel_degree=2, activation_checkpoint__every=2, memory__mlp_tile_tokens=256),
-    case("MLP, untiled, dp 2", 2, training__seq_len=4096, memory__mlp_tile_tokens=-1,
-         model={"intermediate_size": 1024}),
-    case("loss, untiled, dp 2", 2, model=WIDE_VOCABULARY, training__seq_len=4096, memory__loss_tile_tokens=-1),
-    case("loss, tiled, P 2, bf16", 2, model=WIDE_VOCABULARY | {"tie_word_embeddings": True}, training__seq_len=2048,
-         training__param_dtype="bfloat16", parallelism__sequence_parallel_degree=2, memory__loss_tile_tokens=512),
+    case(
+        "attention, P 4, bf16",
+        4,
+        model=ATTENTION,
+        training__seq_len=16384,
+        training__param_dtype="bfloat16",
+        parallelism__sequence_parallel_degree=4,
+        memory__mlp_tile_tokens=256,
+    ),
+    case(
+        "attention, P 2, every 2",
+        2,
+        model=QWEN3 | ATTENTION,
+        training__seq_len=8192,
+        parallelism__sequence_parallel_degree=2,
+        activation_checkpoint__every=2,
+        memory__mlp_tile_tokens=256,
+    ),
+    case(
+        "MLP, untiled, dp 2",
+        2,
+        training__seq_len=4096,
+        memory__mlp_tile_tokens=-1,
+        model={"intermediate_size": 1024},
+    ),
+    case(
+        "loss, untiled, dp 2",
+        2,
+        model=WIDE_VOCABULARY,
+        training__seq_len=4096,
+        memory__loss_tile_tokens=-1,
+    ),
+    case(
+        "loss, tiled, P 2, bf16",
+        2,
+        model=WIDE_VOCABULARY | {"tie_word_embeddings": True},
+        training__seq_len=2048,
+        training__param_dtype="bfloat16",
+        parallelism__sequence_parallel_degree=2,
+        memory__loss_tile_tokens=512,
+    ),
     case("optimizer, deep, short", 1, model=DEEP, training__seq_len=128),
     case("optimizer, 4 bits", 1, model=DEEP, training__seq_len=64, optimizer__name="adamw4bit"),
-    case("optimizer, rounding, P 2", 2, model=DEEP, training__seq_len=128, training__param_dtype="bfloat16",
-         optimizer__stochastic_rounding=True, parallelism__sequence_parallel_degree=2),
-    case("optimizer, 8 bits, P 2", 2, model=DEEP, training__seq_len=128, optimizer__name="adamw8bit",
-         parallelism__sequence_parallel_degree=2),
-    case("olmo2, dp 2 x P 2, every 3", 4, model=OLMO2, training__seq_len=4096,
-         parallelism__sequence_parallel_degree=2, activation_checkpoint__every=3, memory__mlp_tile_tokens=512),
-    case("HSDP 2 x P 2, offload", 4, training__seq_len=4096, training__param_dtype="bfloat16",
-         parallelism__data_parallel_replicate_degree=2, parallelism__sequence_parallel_degree=2,
-         activation_checkpoint__offload="host"),
-    case("gemma2, packed, two rows", 1, model=GEMMA2, documents=[100, 924], training__seq_len=1024,
-         training__local_batch_size=2),
-    case("3 heads on 2 ranks, tiles", 2, model=ATTENTION | THREE_HEADS,
-         training__seq_len=6000, parallelism__sequence_parallel_degree=2, memory__mlp_tile_tokens=700),
+    case(
+        "optimizer, rounding, P 2",
+        2,
+        model=DEEP,
+        training__seq_len=128,
+        training__param_dtype="bfloat16",
+        optimizer__stochastic_rounding=True,
+        parallelism__sequence_parallel_degree=2,
+    ),
+    case(
+        "optimizer, 8 bits, P 2",
+        2,
+        model=DEEP,
+        training__seq_len=128,
+        optimizer__name="adamw8bit",
+        parallelism__sequence_parallel_degree=2,
+    ),
+    case(
+        "olmo2, dp 2 x P 2, every 3",
+        4,
+        model=OLMO2,
+        training__seq_len=4096,
+        parallelism__sequence_parallel_degree=2,
+        activation_checkpoint__every=3,
+        memory__mlp_tile_tokens=512,
+    ),
+    case(
+        "HSDP 2 x P 2, offload",
+        4,
+        training__seq_len=4096,
+        training__param_dtype="bfloat16",
+        parallelism__data_parallel_replicate_degree=2,
+        parallelism__sequence_parallel_degree=2,
+        activation_checkpoint__offload="host",
+    ),
+    case(
+        "gemma2, packed, two rows",
+        1,
+        model=GEMMA2,
+        documents=[100, 924],
+        training__seq_len=1024,
+        training__local_batch_size=2,
+    ),
+    case(
+        "3 heads on 2 ranks, tiles",
+        2,
+        model=ATTENTION | THREE_HEADS,
+        training__seq_len=6000,
+        parallelism__sequence_parallel_degree=2,
+        memory__mlp_tile_tokens=700,
+    ),
     # Rows of few tokens, so that memory grows faster than the time that attention takes.
-    case("resident, tiles", 1, model=BIG, resident=True, training__seq_len=512, training__local_batch_size=192,
-         memory__mlp_tile_tokens=2048),
-    case("resident, MLP untiled", 1, model=BIG, resident=True, training__seq_len=512, training__local_batch_size=72,
-         memory__mlp_tile_tokens=-1),
-    case("resident, loss untiled", 1, model=BIG | {"vocab_size": 32768}, resident=True, training__seq_len=512,
-         training__local_batch_size=12, memory__loss_tile_tokens=-1),
-    case("resident, deep", 1, model=BIG | DEEP | {"hidden_size": 1152}, resident=True, training__seq_len=64),
-    case("resident, P 2, offload", 2, model=BIG, resident=True, training__seq_len=1024, training__local_batch_size=136,
-         parallelism__sequence_parallel_degree=2, activation_checkpoint__offload="host"),
-]  # fmt: skip
+    case(
+        "resident, tiles",
+        1,
+        model=BIG,
+        resident=True,
+        training__seq_len=512,
+        training__local_batch_size=192,
+        memory__mlp_tile_tokens=2048,
+    ),
+    case(
+        "resident, MLP untiled",
+        1,
+        model=BIG,
+        resident=True,
+        training__seq_len=512,
+        training__local_batch_size=72,
+        memory__mlp_tile_tokens=-1,
+    ),
+    case(
+        "resident, loss untiled",
+        1,
+        model=BIG | {"vocab_size": 32768},
+        resident=True,
+        training__seq_len=512,
+        training__local_batch_size=12,
+        memory__loss_tile_tokens=-1,
+    ),
+    case(
+        "resident, deep",
+        1,
+        model=BIG | DEEP | {"hidden_size": 1152},
+        resident=True,
+        training__seq_len=64,
+    ),
+    case(
+        "resident, P 2, offload",
+        2,
+        model=BIG,
+        resident=True,
+        training__seq_len=1024,
+        training__local_batch_size=136,
+        parallelism__sequence_parallel_degree=2,
+        activation_checkpoint__offload="host",
+    ),
+]
 
-# --- what is planned --------------------------------------------------------------------------------------------------
+# --- what is planned ------------------------------------------------------------------------------
 
 
 def spec_of(case: Case) -> Any:
@@ -192,11 +312,13 @@ def planned(case: Case) -> dict:
     }
 
 
-# --- what is true -----------------------------------------------------------------------------------------------------
+# --- what is true ---------------------------------------------------------------------------------
 
 
 def train(case: Case, *, steps: int, before: Any = None) -> Any:
-    """Train on this rank, with random tokens; before(step) is called before each step. Returns the collectives."""
+    """Train on this rank, with random tokens; before(step) is called before each step. Returns the
+    collectives.
+    """
     import torch
 
     from titan_ulysses.data.loader import Batch
@@ -244,7 +366,9 @@ def profiled(case: Case) -> dict | None:
 
 
 def measure(case: Case) -> dict:
-    """The highest sum of the allocator's events from the first step on, and the collectives of the second step."""
+    """The highest sum of the allocator's events from the first step on, and the collectives of the
+    second step.
+    """
     import torch
 
     def mark(step: int) -> None:
@@ -254,11 +378,16 @@ def measure(case: Case) -> dict:
 
     gc.collect()  # what an earlier case left would be released, and so subtracted, in this one
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile, patience_with_gloo():
+    with (
+        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+        patience_with_gloo(),
+    ):
         collectives = train(case, steps=2, before=mark)
     events = profile.profiler.kineto_results.events()
     began = next(event.start_ns() for event in events if event.name() == "step 0 begins")
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
     alive = peak = 0
     for when, change in changes:
         alive += change
@@ -270,9 +399,10 @@ def measure(case: Case) -> dict:
 def patience_with_gloo() -> Any:
     """A mode under which it is this thread that releases what gloo's threads have sent or received.
 
-    The profiler hears only of what is released by a thread that it profiles, and gloo's may be the last to let go. So
-    the memory of a collective's tensors is held here too, until nobody else does, which is looked at before each
-    operation; and gloo is given a moment after each collective.
+    The profiler hears only of what is released by a thread that it profiles, and gloo's may be the
+    last to let go. So the memory of a collective's tensors is held here too, until nobody else
+    does, which is looked at before each operation; and gloo is given a moment after each
+    collective.
     """
     import torch
     from torch.distributed.tensor import DTensor
@@ -295,7 +425,11 @@ def patience_with_gloo() -> Any:
             result = func(*args, **(kwargs or {}))
             self.sent = func.namespace in ("c10d", "_c10d_functional")
             if self.sent:
-                storages = [x.untyped_storage() for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+                storages = [
+                    x.untyped_storage()
+                    for x in tree_leaves((args, result))
+                    if isinstance(x, torch.Tensor)
+                ]
                 self.held |= {storage._cdata: storage for storage in storages}
             return result
 
@@ -303,13 +437,21 @@ def patience_with_gloo() -> Any:
 
 
 def resident(case: Case) -> dict | None:
-    """On every rank: how far the resident set rises above what the process takes before; rank 0 prints its own."""
+    """On every rank: how far the resident set rises above what the process takes before; rank 0
+    prints its own.
+    """
     import torch.distributed as dist
 
     from titan_ulysses.distributed.mesh import init_distributed
 
     init_distributed()
-    tiny = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512, "head_dim": 8}
+    tiny = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "vocab_size": 512,
+        "head_dim": 8,
+    }
     small = {"seq_len": 64 * case.ranks, "param_dtype": case.settings["training"]["param_dtype"]}
     parallelism = {"parallelism": case.settings.get("parallelism", {})}
     # Loads what torch loads at first use.
@@ -326,21 +468,24 @@ def memory_of_this_process(field_name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field_name + ":"))
 
 
-# --- the comparison ---------------------------------------------------------------------------------------------------
+# --- the comparison -------------------------------------------------------------------------------
 
 
 def compare(case: Case, minutes: float) -> dict:
     """Run one case three ways and print what they say; returns the relative errors."""
     arguments, threads = ["--case", case.name, "--role"], 2 // min(2, case.ranks)
     plan = run([sys.executable, __file__, *arguments, "planned"], threads=1, minutes=minutes)
-    truth = run([*launch(case.ranks, __file__), *arguments, "profiled"], threads=threads, minutes=minutes)
+    truth = run(
+        [*launch(case.ranks, __file__), *arguments, "profiled"], threads=threads, minutes=minutes
+    )
     if isinstance(plan, str) or isinstance(truth, str):
         print(f"{case.name}: plan {plan}; run {truth}", flush=True)
         return {"failed": True}
     error = plan["peak"] / truth["peak"] - 1
     same = plan["collectives"] == truth["collectives"]
     line = (
-        f"{case.name:<44} peak {truth['peak'] / 2**20:8.1f} MiB, planned {plan['peak'] / 2**20:8.1f} ({error:+.2%})"
+        f"{case.name:<44} peak {truth['peak'] / 2**20:8.1f} MiB, planned "
+        f"{plan['peak'] / 2**20:8.1f} ({error:+.2%})"
         f"  in {plan['where']} ({plan['phase']})  collectives {'equal' if same else 'DIFFER'}"
     )
     found = {"peak": abs(error), "where": plan["where"], "collectives": same}
@@ -362,11 +507,15 @@ def compare(case: Case, minutes: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--small", action="store_true", help="the three that the tests run")
     parser.add_argument("--minutes", type=float, default=10, help="patience a run")
-    parser.add_argument("--role", choices=["planned", "profiled", "resident"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--role", choices=["planned", "profiled", "resident"], help=argparse.SUPPRESS
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     everything = {case.name: case for case in [*SMALL, *CASES]}
@@ -380,8 +529,13 @@ def main() -> None:
     done = [one for one in found if "failed" not in one]
     if done:
         worst = max(one["peak"] for one in done)
-        where = {one["where"]: sum(other["where"] == one["where"] for other in done) for one in done}
-        print(f"{len(done)} of {len(found)} cases; worst error of the peak {worst:.2%}; peaks in {where}")
+        where = {
+            one["where"]: sum(other["where"] == one["where"] for other in done) for one in done
+        }
+        print(
+            f"{len(done)} of {len(found)} cases; worst error of the peak {worst:.2%}; peaks in "
+            f"{where}"
+        )
         if whole := [one["resident"] for one in done if "resident" in one]:
             print(f"worst error of the resident set {max(whole):.2%} in {len(whole)} cases")
     if len(done) < len(found) or not all(one["collectives"] for one in done):

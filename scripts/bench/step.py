@@ -1,10 +1,11 @@
 """Step time and peak memory: two sequence-parallel ranks against one plain transformers process.
 
-    python scripts/bench/step.py                      2 ranks at S = 16,384; plain at the longest S that it can do
+    python scripts/bench/step.py  2 ranks at S = 16,384; plain at the longest S that it can do
     python scripts/bench/step.py --seq-len 8192
 
-The plain process doubles S until it runs out of memory or of patience (--minutes a try). Every process gets an
-allocator that returns freed memory, so that peaks (resident set, of each process by itself) mean something.
+The plain process doubles S until it runs out of memory or of patience (--minutes a try). Every
+process gets an allocator that returns freed memory, so that peaks (resident set, of each process by
+itself) mean something.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from common import ALLOCATOR, LLAMA, launch, run, training_step
 
 
 def measure(step, repeats: int) -> dict:
-    """One step to warm up, then `repeats` of them: median seconds, and the process's peak against before any step."""
+    """One step to warm up, then `repeats` of them: median seconds, and the process's peak against
+    before any step.
+    """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     step()
     seconds = []
@@ -50,9 +53,13 @@ def plain(seq_len: int, repeats: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA), dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**LLAMA), dtype=torch.float32
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(LLAMA["vocab_size"], (1, seq_len), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        LLAMA["vocab_size"], (1, seq_len), generator=torch.Generator().manual_seed(0)
+    )
 
     def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -70,18 +77,23 @@ def show(what: str, seq_len: int, found: list[dict] | str) -> None:
     for rank, one in enumerate(found):
         name = f"{what}, rank {rank}" if len(found) > 1 else what
         print(
-            f"{name:<28} S {seq_len:>7,}  step {one['seconds']:7.2f} s  peak {one['peak_gib']:6.2f} GiB"
+            f"{name:<28} S {seq_len:>7,}  step {one['seconds']:7.2f} s  peak "
+            f"{one['peak_gib']:6.2f} GiB"
             f"  (before the first step {one['before_gib']:.2f})",
             flush=True,
         )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seq-len", type=int, default=16_384)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=5, help="patience a try of the plain process")
+    parser.add_argument(
+        "--minutes", type=float, default=5, help="patience a try of the plain process"
+    )
     parser.add_argument("--role", choices=["sharded", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
@@ -90,7 +102,11 @@ def main() -> None:
     cores = os.cpu_count() or 1
     options = ["--repeats", str(args.repeats), "--role"]
     ours = [*launch(args.ranks, __file__), *options, "sharded", "--seq-len"]
-    print(f"llama, 4 layers, h 256, vocab 32,000, fp32, {cores} cores, median of {args.repeats} steps", flush=True)
+    print(
+        f"llama, 4 layers, h 256, vocab 32,000, fp32, {cores} cores, median of {args.repeats} "
+        "steps",
+        flush=True,
+    )
     threads = max(1, cores // args.ranks)
 
     def show_ours(seq_len: int) -> None:
@@ -103,7 +119,9 @@ def main() -> None:
     seq_len, longest = args.seq_len // 4, 0
     while True:
         command = [sys.executable, __file__, *options, "plain", "--seq-len", str(seq_len)]
-        found = run(command, threads=cores, minutes=args.minutes, memory=int(0.9 * available), env=ALLOCATOR)
+        found = run(
+            command, threads=cores, minutes=args.minutes, memory=int(0.9 * available), env=ALLOCATOR
+        )
         show("plain transformers", seq_len, found)
         if isinstance(found, str):
             break

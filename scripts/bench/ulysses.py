@@ -1,11 +1,13 @@
-"""What sharding a sequence costs: one training step on one process against the same step on two, one thread each.
+"""What sharding a sequence costs: one training step on one process against the same step on two,
+one thread each.
 
     python scripts/bench/ulysses.py                        S = 16,384, a small llama
     python scripts/bench/ulysses.py --seq-len 4096 --rounds 1
 
-One process and two take turns, so that what else the machine does reaches both; the ratio is the median of the turns'.
-The exchange's share is the time between calling an exchange and having its result, so it holds the packing and the wait
-for the other rank, too. CPU seconds are rank 0's own: where other work takes the cores, their ratio is what to look at.
+One process and two take turns, so that what else the machine does reaches both; the ratio is the
+median of the turns'. The exchange's share is the time between calling an exchange and having its
+result, so it holds the packing and the wait for the other rank, too. CPU seconds are rank 0's own:
+where other work takes the cores, their ratio is what to look at.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ TARGET = 0.6
 
 
 def measure(seq_len: int, repeats: int) -> None:
-    """On each of one or several ranks. Rank 0 prints each step's seconds, of these the exchange's, and CPU seconds."""
+    """On each of one or several ranks. Rank 0 prints each step's seconds, of these the exchange's,
+    and CPU seconds.
+    """
     import torch.distributed as dist
 
     from titan_ulysses.ulysses import exchange
@@ -49,7 +53,9 @@ def measure(seq_len: int, repeats: int) -> None:
         return call
 
     # Both directions of both passes go through these two; their all-to-all is waited for in them.
-    exchange._scatter_heads, exchange._gather_heads = map(timed, (exchange._scatter_heads, exchange._gather_heads))
+    exchange._scatter_heads, exchange._gather_heads = map(
+        timed, (exchange._scatter_heads, exchange._gather_heads)
+    )
     step, found = training_step(MODEL), []
     step(seq_len // 8)  # warms up, and is over soon
     for _ in range(repeats):
@@ -66,7 +72,9 @@ def measure(seq_len: int, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seq-len", type=int, default=16_384)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -78,7 +86,10 @@ def main() -> None:
         return measure(args.seq_len, args.repeats)
 
     options = ["--role", "measure", "--seq-len", str(args.seq_len), "--repeats", str(args.repeats)]
-    print(f"llama, 4 layers, h 256, 8/4 heads, fp32, S = {args.seq_len:,}, one thread a process", flush=True)
+    print(
+        f"llama, 4 layers, h 256, 8/4 heads, fp32, S = {args.seq_len:,}, one thread a process",
+        flush=True,
+    )
     ratios, cpu_ratios, shares = [], [], []
     for _ in range(args.rounds):
         turn, cpu = [], []
@@ -94,12 +105,14 @@ def main() -> None:
         print(
             f"one process {turn[0]:7.2f} s (CPU {cpu[0]:.2f})   "
             f"{args.ranks} ranks {turn[1]:7.2f} s (CPU {cpu[1]:.2f})   "
-            f"ratio {ratios[-1]:.2f} (CPU {cpu_ratios[-1]:.2f})   exchange {100 * shares[-1]:.1f} % of the step",
+            f"ratio {ratios[-1]:.2f} (CPU {cpu_ratios[-1]:.2f})   exchange {100 * shares[-1]:.1f} "
+            "% of the step",
             flush=True,
         )
     print(
         f"median ratio {statistics.median(ratios):.2f} (at most {TARGET} wanted on 2 ranks), "
-        f"of CPU seconds {statistics.median(cpu_ratios):.2f}, exchange {100 * statistics.median(shares):.1f} %"
+        f"of CPU seconds {statistics.median(cpu_ratios):.2f}, exchange "
+        f"{100 * statistics.median(shares):.1f} %"
     )
 
 

@@ -1,15 +1,18 @@
-"""Our step against DeepSpeed's ALST and against transformers on FSDP2: the same weights, sequences and steps.
+"""Our step against DeepSpeed's ALST and against transformers on FSDP2: the same weights, sequences
+and steps.
 
-    python scripts/bench/versus.py                      losses must agree; then time and the slope of memory
+    python scripts/bench/versus.py  losses must agree; then time and the slope of memory
     python scripts/bench/versus.py --what memory --contenders ours alst --dtypes float32
-    python scripts/bench/versus.py --breakdown          which tensors are alive at our peak, and who made them
+    python scripts/bench/versus.py --breakdown
+        which tensors are alive at our peak, and who made them
     python scripts/bench/versus.py --profile            where our step's time goes
 
-DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number is of fresh gloo processes
-of one thread each. Time: the contenders take turns, a ratio is the median of the turns' (where other work takes the
-cores, look at that of CPU seconds). Memory: the slope, by least squares over S, of the resident peak in units of
-h * itemsize bytes a token of a rank: how many hidden states a token costs. ALST's ranks and ours hold S / P tokens,
-FSDP2's, without sequence parallelism, S. All is written as JSON, too.
+DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number is of
+fresh gloo processes of one thread each. Time: the contenders take turns, a ratio is the median of
+the turns' (where other work takes the cores, look at that of CPU seconds). Memory: the slope, by
+least squares over S, of the resident peak in units of h * itemsize bytes a token of a rank: how
+many hidden states a token costs. ALST's ranks and ours hold S / P tokens, FSDP2's, without sequence
+parallelism, S. All is written as JSON, too.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ CONTENDERS = {
     "alst-reentrant": "ALST, reentrant",
     "fsdp2": "transformers + FSDP2",
 }
-"""ALST was published on reentrant checkpoints, transformers' default then; the other kind, today's, costs it less."""
+"""ALST was published on reentrant checkpoints, transformers' default then; the other kind, today's,
+costs it less.
+"""
 TARGET = 0.75
 TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
 """Of losses and of gradient norms, relative: at the first step; ten times that at the last."""
@@ -62,7 +67,9 @@ def contend(args: argparse.Namespace) -> None:
 
 
 def save_weights(folder: Path, config: dict) -> None:
-    """A model's random weights, in fp32 but exact in bf16: DeepSpeed rounds them before it makes its master copy."""
+    """A model's random weights, in fp32 but exact in bf16: DeepSpeed rounds them before it makes
+    its master copy.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -87,7 +94,9 @@ class Match:
 
             self.alst = environment()
 
-    def child(self, contender: str, what: str, dtype: str, lengths: list[int], role: str = "contend") -> Any:
+    def child(
+        self, contender: str, what: str, dtype: str, lengths: list[int], role: str = "contend"
+    ) -> Any:
         """What its ranks found, or a string that says why there is nothing."""
         config, folder = MODELS[what], FOLDER / what
         if not (folder / "config.json").is_file():
@@ -97,7 +106,13 @@ class Match:
         if contender.startswith("alst") and what == "time":
             tile_bytes = self.args.alst_loss_tile_mib * 2**20
         tile = tile_bytes // (4 * config["vocab_size"])
-        command = [*launch(self.args.ranks, __file__, python), "--role", role, "--contender", contender]
+        command = [
+            *launch(self.args.ranks, __file__, python),
+            "--role",
+            role,
+            "--contender",
+            contender,
+        ]
         command += ["--folder", str(folder), "--dtype", dtype, "--loss-tile-tokens", str(tile)]
         command += ["--lengths", *map(str, lengths)]
         allocator = CACHING if what == "time" else ALLOCATOR
@@ -113,18 +128,24 @@ class Match:
                 if isinstance(found, str):
                     raise SystemExit(f"{CONTENDERS[contender]}, {dtype}: {found}")
                 losses, norms = found[0]["loss"], found[0]["norm"]
-                rows.append({"contender": contender, "dtype": dtype, "losses": losses, "norms": norms})
+                rows.append(
+                    {"contender": contender, "dtype": dtype, "losses": losses, "norms": norms}
+                )
                 print(
-                    f"{dtype:<9} {CONTENDERS[contender]:<21} loss {losses[0]:.6f} -> {losses[-1]:.6f}   "
+                    f"{dtype:<9} {CONTENDERS[contender]:<21} loss {losses[0]:.6f} -> "
+                    f"{losses[-1]:.6f}   "
                     f"gradient norm {norms[0]:.5f} -> {norms[-1]:.5f}",
                     flush=True,
                 )
                 reference = reference or (losses, norms)
-                for values, expected, tolerance in zip((losses, norms), reference, TOLERANCE[dtype], strict=True):
+                for values, expected, tolerance in zip(
+                    (losses, norms), reference, TOLERANCE[dtype], strict=True
+                ):
                     for at, allowed in ((0, tolerance), (-1, 10 * tolerance)):
                         if not abs(values[at] - expected[at]) <= allowed * abs(expected[at]):
                             raise SystemExit(
-                                f"{CONTENDERS[contender]} does not train what {CONTENDERS[self.args.contenders[0]]} "
+                                f"{CONTENDERS[contender]} does not train what "
+                                f"{CONTENDERS[self.args.contenders[0]]} "
                                 f"trains: {values} against {expected}. There is nothing to compare."
                             )
         return rows
@@ -147,25 +168,41 @@ class Match:
                 turn[contender] = "not tried (--longest-fsdp2)"
                 continue
             # Short steps warm up; the second traces what DeepSpeed prefetches from then on.
-            found = self.child(contender, "time", dtype, [seq_len // 8] * 2 + [seq_len] * self.args.steps)
+            found = self.child(
+                contender, "time", dtype, [seq_len // 8] * 2 + [seq_len] * self.args.steps
+            )
             if not isinstance(found, str):
                 sequences = self.args.ranks if contender == "fsdp2" else 1
-                found = {key: statistics.median(found[0][key][2:]) / sequences for key in ("seconds", "cpu")}
+                found = {
+                    key: statistics.median(found[0][key][2:]) / sequences
+                    for key in ("seconds", "cpu")
+                }
             turn[contender] = found
         return turn
 
     def _show_time(self, contender: str, dtype: str, seq_len: int, turns: list[dict]) -> dict:
-        row = {"contender": contender, "dtype": dtype, "seq_len": seq_len, "turns": [t[contender] for t in turns]}
+        row = {
+            "contender": contender,
+            "dtype": dtype,
+            "seq_len": seq_len,
+            "turns": [t[contender] for t in turns],
+        }
         text = f"{dtype:<9} S {seq_len:>6,}  {CONTENDERS[contender]:<21}"
         good = [turn for turn in turns if not isinstance(turn[contender], str)]
         if not good:
             print(f"{text} {turns[0][contender]}", flush=True)
             return row
-        row |= {key: statistics.median(turn[contender][key] for turn in good) for key in ("seconds", "cpu")}
+        row |= {
+            key: statistics.median(turn[contender][key] for turn in good)
+            for key in ("seconds", "cpu")
+        }
         text += f" {row['seconds']:8.2f} s a sequence (CPU {row['cpu']:.2f})"
         both = [turn for turn in good if not isinstance(turn.get("ours", ""), str)]
         if contender != "ours" and both:
-            ratios = {key: [turn["ours"][key] / turn[contender][key] for turn in both] for key in ("seconds", "cpu")}
+            ratios = {
+                key: [turn["ours"][key] / turn[contender][key] for turn in both]
+                for key in ("seconds", "cpu")
+            }
             row["ratio"], row["cpu_ratio"] = (statistics.median(each) for each in ratios.values())
             spread = f"{min(ratios['seconds']):.2f} to {max(ratios['seconds']):.2f}"
             text += f"   ours takes {row['ratio']:.2f} of it ({spread}; CPU {row['cpu_ratio']:.2f})"
@@ -191,8 +228,13 @@ class Match:
         if "units" not in row:
             print(f"{text} {row['failed']}", flush=True)
             return
-        peaks = "  ".join(f"{statistics.median(each) / 2**20:,.0f}" for each in row["peaks"].values())
-        text += f" {row['units']:6.2f} units a rank-token ({min(row['each']):.2f} to {max(row['each']):.2f})"
+        peaks = "  ".join(
+            f"{statistics.median(each) / 2**20:,.0f}" for each in row["peaks"].values()
+        )
+        text += (
+            f" {row['units']:6.2f} units a rank-token ({min(row['each']):.2f} to "
+            f"{max(row['each']):.2f})"
+        )
         text += f"   peaks {peaks} MiB"
         if ours is not None:
             row["ratio"] = ours / row["units"]
@@ -209,26 +251,40 @@ class Match:
                 continue
             peaks = row["peaks"][seq_len] = []
             for _ in range(self.args.repeats):
-                found = self.child(contender, "memory", dtype, [seq_len] * 2)  # the second step has optimizer state
+                found = self.child(
+                    contender, "memory", dtype, [seq_len] * 2
+                )  # the second step has optimizer state
                 if isinstance(found, str):
                     return {**row, "failed": f"S {seq_len:,}: {found}"}
                 peaks.append(statistics.mean(rank["peak"] for rank in found))
         if len(row["peaks"]) < 2:
             return {**row, "failed": "a slope needs two sequence lengths"}
-        runs = [[(s / share, p[i] / unit) for s, p in row["peaks"].items()] for i in range(self.args.repeats)]
+        runs = [
+            [(s / share, p[i] / unit) for s, p in row["peaks"].items()]
+            for i in range(self.args.repeats)
+        ]
         row["each"] = [slope(points) for points in runs]
         row["units"] = slope([point for points in runs for point in points])
         return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS))
-    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS)
+    )
+    parser.add_argument(
+        "--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS)
+    )
     parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[8192, 16_384, 32_768])
     parser.add_argument(
-        "--longest-fsdp2", type=int, default=16_384, help="beyond it FSDP2, with P times the work, rests"
+        "--longest-fsdp2",
+        type=int,
+        default=16_384,
+        help="beyond it FSDP2, with P times the work, rests",
     )
     parser.add_argument("--agreement-seq-len", type=int, default=2048)
     parser.add_argument("--ranks", type=int, default=2)
@@ -239,12 +295,21 @@ def main() -> None:
         "--alst-loss-tile-mib",
         type=int,
         default=1024,
-        help="ALST's loss tiles where time is measured: it gathers the head's weight for each, so large are faster",
+        help="ALST's loss tiles where time is measured: it gathers the head's weight for each, so "
+        "large are faster",
     )
     parser.add_argument("--minutes", type=float, default=30, help="patience a process")
-    parser.add_argument("--breakdown", action="store_true", help="only this: the tensors alive at our peak, at S = 8K")
-    parser.add_argument("--profile", action="store_true", help="only this: the operators of our step, at S = 8K")
-    parser.add_argument("--role", choices=["contend", "breakdown", "profile"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--breakdown",
+        action="store_true",
+        help="only this: the tensors alive at our peak, at S = 8K",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="only this: the operators of our step, at S = 8K"
+    )
+    parser.add_argument(
+        "--role", choices=["contend", "breakdown", "profile"], help=argparse.SUPPRESS
+    )
     for name in ("--contender", "--folder", "--dtype"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--loss-tile-tokens", type=int, help=argparse.SUPPRESS)
@@ -258,12 +323,20 @@ def main() -> None:
 
         return versus_peak.main(args, Match)
 
-    args.contenders = [name for name in CONTENDERS if name in args.contenders]  # ours first: the others are its ratios
+    args.contenders = [
+        name for name in CONTENDERS if name in args.contenders
+    ]  # ours first: the others are its ratios
     match, table = Match(args), {}
-    print(f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896", flush=True)
+    print(
+        f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896",
+        flush=True,
+    )
     for what in args.what:
         config = MODELS[what]
-        print(f"\n{what}: {config['num_hidden_layers']} layers, vocab {config['vocab_size']:,}", flush=True)
+        print(
+            f"\n{what}: {config['num_hidden_layers']} layers, vocab {config['vocab_size']:,}",
+            flush=True,
+        )
         table[what] = getattr(match, what)()
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / "versus.json").write_text(json.dumps({"settings": vars(args), **table}, indent=1))

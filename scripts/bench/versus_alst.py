@@ -1,8 +1,9 @@
 """DeepSpeed's ALST as a contender of versus.py: an environment of its own, and its training step.
 
-The step puts ALST's parts (deepspeed.runtime.sequence_parallel.ulysses_sp) together as their docstrings say: ZeRO-3
-with its default settings, UlyssesSPAttentionHF over sdpa, TiledMLP with ceil(T / h) tiles, TiledFusedLogitsLoss, and
-transformers' own activation checkpointing, of either kind.
+The step puts ALST's parts (deepspeed.runtime.sequence_parallel.ulysses_sp) together as their
+docstrings say: ZeRO-3 with its default settings, UlyssesSPAttentionHF over sdpa, TiledMLP with
+ceil(T / h) tiles, TiledFusedLogitsLoss, and transformers' own activation checkpointing, of either
+kind.
 """
 
 from __future__ import annotations
@@ -19,26 +20,46 @@ from typing import Any
 from common import ROOT, sequence
 
 PINS = ("torch==2.13.0", "transformers==5.24.0", "deepspeed==0.19.8")
-"""Versions that work together, in the order of installation: DeepSpeed's own installation asks for torch."""
+"""Versions that work together, in the order of installation: DeepSpeed's own installation asks for
+torch.
+"""
 FOLDER = ROOT / ".venv-deepspeed"
 
 
 def environment() -> tuple[str, dict[str, str]]:
-    """Its interpreter, made the first time (a few minutes; pip's own settings hold), and its environment variables."""
+    """Its interpreter, made the first time (a few minutes; pip's own settings hold), and its
+    environment variables.
+    """
     python, stamp = FOLDER / "bin" / "python", FOLDER / "installed"
     variables = {
         "DS_ACCELERATOR": "cpu",
-        "DS_BUILD_OPS": "0",  # nothing is compiled but what a run asks for: where a compiler is, its all-reduce
+        # Nothing is compiled but what a run asks for: where a compiler is, its all-reduce.
+        "DS_BUILD_OPS": "0",
         "TORCH_EXTENSIONS_DIR": str(FOLDER / "extensions"),
         "PATH": f"{FOLDER / 'bin'}{os.pathsep}{os.environ['PATH']}",  # ninja
         "PYTHONWARNINGS": "ignore",
     }
     if not stamp.is_file() or stamp.read_text().split() != list(PINS):
-        print(f"Installing {', '.join(PINS)} into {FOLDER.name} (once; a few minutes) ...", flush=True)
+        print(
+            f"Installing {', '.join(PINS)} into {FOLDER.name} (once; a few minutes) ...", flush=True
+        )
         _call([sys.executable, "-m", "venv", "--clear", str(FOLDER)], variables)
         for pin in PINS:
-            _call([str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet", pin], variables)
-        _call([str(python), "-c", "import deepspeed.runtime.sequence_parallel.ulysses_sp"], variables)
+            _call(
+                [
+                    str(python),
+                    "-m",
+                    "pip",
+                    "install",
+                    "--disable-pip-version-check",
+                    "--quiet",
+                    pin,
+                ],
+                variables,
+            )
+        _call(
+            [str(python), "-c", "import deepspeed.runtime.sequence_parallel.ulysses_sp"], variables
+        )
         stamp.write_text("\n".join(PINS))
     return str(python), variables
 
@@ -48,13 +69,16 @@ def _call(command: list[str], variables: dict[str, str]) -> None:
     if done.returncode:
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise SystemExit(
-            f"error: the environment of DeepSpeed could not be made: `{' '.join(command)}` ended with "
+            f"error: the environment of DeepSpeed could not be made: `{' '.join(command)}` ended "
+            "with "
             f"{done.returncode}:\n{last}\nWithout it: --contenders ours fsdp2"
         )
 
 
 class _Samples:
-    """What the data loader of one rank gives: every P-th sequence, since the adapter takes one of each rank in turn."""
+    """What the data loader of one rank gives: every P-th sequence, since the adapter takes one of
+    each rank in turn.
+    """
 
     def __init__(self, lengths: list[int], rank: int, degree: int):
         self.lengths, self.rank, self.degree = lengths, rank, degree
@@ -65,16 +89,25 @@ class _Samples:
         index = self.rank
         while True:  # beyond the last sequence: what the adapter asks for to have one of each rank
             ids = sequence(index, self.lengths[min(index, len(self.lengths) - 1)])[None]
-            yield {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1])[None]}
+            yield {
+                "input_ids": ids,
+                "labels": ids,
+                "position_ids": torch.arange(ids.shape[1])[None],
+            }
             index += self.degree
 
 
 def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
-    """On every rank, in that environment: a function that trains a step on the next sequence: loss, gradient norm."""
+    """On every rank, in that environment: a function that trains a step on the next sequence: loss,
+    gradient norm.
+    """
     import deepspeed
     import deepspeed.comm as dist
     import torch
-    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF, UlyssesSPDataLoaderAdapter
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import (
+        UlyssesSPAttentionHF,
+        UlyssesSPDataLoaderAdapter,
+    )
     from transformers import AutoModelForCausalLM
 
     deepspeed.init_distributed("gloo")
@@ -103,7 +136,11 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=mpu)
     group = mpu.get_sequence_parallel_group()
     batches = UlyssesSPDataLoaderAdapter(
-        _Samples(args.lengths, rank, degree), sp_rank=rank, sp_group=group, sp_world_size=degree, device="cpu"
+        _Samples(args.lengths, rank, degree),
+        sp_rank=rank,
+        sp_group=group,
+        sp_world_size=degree,
+        device="cpu",
     )
 
     def step(seq_len: int, index: int) -> tuple[Any, Any]:
@@ -123,7 +160,9 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
 
 
 def tile(model: Any, degree: int, loss_tile_tokens: int) -> None:
-    """TiledMLP, and a forward of the model that ends in TiledFusedLogitsLoss: it returns P times this rank's part."""
+    """TiledMLP, and a forward of the model that ends in TiledFusedLogitsLoss: it returns P times
+    this rank's part.
+    """
     import torch.nn.functional as F
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
 
@@ -132,19 +171,30 @@ def tile(model: Any, degree: int, loss_tile_tokens: int) -> None:
 
     def mlp_forward(mlp, x):
         tiles = math.ceil(x.shape[1] / x.shape[2])
-        return TiledMLP.apply(mlp_rows, mlp, x, tiles, [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight])
+        return TiledMLP.apply(
+            mlp_rows,
+            mlp,
+            x,
+            tiles,
+            [mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight],
+        )
 
     def forward(model, input_ids, position_ids, shift_labels, num_items):
         def loss_of_rows(model, x, labels):
-            # The whole scale is in here: the gradient of lm_head is complete when this returns, and a factor that the
-            # loss got later would not reach it. ZeRO-3 averages over the ranks, hence P.
+            # The whole scale is in here: the gradient of lm_head is complete when this returns, and
+            # a factor that the loss got later would not reach it. ZeRO-3 averages over the ranks,
+            # hence P.
             total = F.cross_entropy(model.lm_head(x).float(), labels, reduction="sum")
             return total * degree / num_items
 
-        hidden = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = model.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         tiles = math.ceil(shift_labels.numel() / loss_tile_tokens)
         weights = [model.lm_head.weight]
-        return TiledFusedLogitsLoss.apply(loss_of_rows, model, hidden, shift_labels, None, tiles, weights, "sum")
+        return TiledFusedLogitsLoss.apply(
+            loss_of_rows, model, hidden, shift_labels, None, tiles, weights, "sum"
+        )
 
     for layer in model.model.layers:
         layer.mlp.forward = MethodType(mlp_forward, layer.mlp)

@@ -1,7 +1,8 @@
-"""transformers on FSDP2 as a contender of versus.py: no sequence parallelism, torch's own checkpoint offload.
+"""transformers on FSDP2 as a contender of versus.py: no sequence parallelism, torch's own
+checkpoint offload.
 
-transformers' own (`activation_checkpointing_enable(offload=True)`) asks for page-locked memory, which needs a GPU;
-torch's does the same and runs everywhere.
+transformers' own (`activation_checkpointing_enable(offload=True)`) asks for page-locked memory,
+which needs a GPU; torch's does the same and runs everywhere.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from common import sequence
 
 
 def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
-    """On every rank: a function of (S, index) that trains a step on that sequence: loss, gradient norm.
+    """On every rank: a function of (S, index) that trains a step on that sequence: loss, gradient
+    norm.
 
-    Data-parallel ranks would each take a sequence of their own. Here they all take the same one, so that the average of
-    their gradients is that of one sequence, and losses can be compared; a step does the work of P sequences.
+    Data-parallel ranks would each take a sequence of their own. Here they all take the same one, so
+    that the average of their gradients is that of one sequence, and losses can be compared; a step
+    does the work of P sequences.
     """
     import torch
     import torch.distributed as dist
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        checkpoint_wrapper,
+        offload_wrapper,
+    )
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers import AutoModelForCausalLM
 
@@ -32,7 +38,9 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
         attn_implementation="sdpa",
         trust_remote_code=False,
     ).train()
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, args.dtype), reduce_dtype=torch.float32
+    )
     layers = model.model.layers
     for index, layer in enumerate(layers):
         layers[index] = fully_shard(offload_wrapper(checkpoint_wrapper(layer)), mp_policy=policy)

@@ -1,4 +1,6 @@
-"""What versus.py shows of our own step: the tensors alive at its peak, and the operators that its time goes to."""
+"""What versus.py shows of our own step: the tensors alive at its peak, and the operators that its
+time goes to.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def main(args: argparse.Namespace, match: type) -> None:
         if args.profile:
             seq_len = args.seq_lens[0]
             found = start.child("ours", "time", dtype, [seq_len] * 2, role="profile")
-            print(f"\n{dtype}, S = {seq_len:,}, one step of rank 0\n{found if isinstance(found, str) else found[0]}")
+            print(
+                f"\n{dtype}, S = {seq_len:,}, one step of rank "
+                f"0\n{found if isinstance(found, str) else found[0]}"
+            )
 
 
 # ---------------------------------------------------------------- on the ranks
@@ -38,11 +43,15 @@ def profile(args: argparse.Namespace) -> str:
     step(args.lengths[0])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(args.lengths[1])
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+    return profiler.key_averages().table(
+        sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60
+    )
 
 
 def breakdown(args: argparse.Namespace) -> dict[str, int]:
-    """Bytes at the peak of the second step, by who made them, of the tensors that were made in that step."""
+    """Bytes at the peak of the second step, by who made them, of the tensors that were made in that
+    step.
+    """
     import torch
     from torch.distributed.tensor import DTensor
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -50,7 +59,9 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
     from torch.utils._pytree import tree_leaves
 
     class Living(TorchDispatchMode):
-        """Sees every operator; polls, after each, which of the storages that they made are still there."""
+        """Sees every operator; polls, after each, which of the storages that they made are still
+        there.
+        """
 
         alive: dict[int, tuple[StorageWeakRef, int, str]] = {}
         highest, at_peak = 0, Counter()
@@ -59,14 +70,22 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
             if DTensor in types:  # it goes first: the operators that it is made of come back here
                 return NotImplemented
             kwargs = kwargs or {}
-            taken = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+            taken = {
+                x.untyped_storage()._cdata
+                for x in tree_leaves((args, kwargs))
+                if isinstance(x, torch.Tensor)
+            }
             result = func(*args, **kwargs)
             self.alive = {key: one for key, one in self.alive.items() if not one[0].expired()}
             for x in tree_leaves(result):
                 if isinstance(x, torch.Tensor):
                     storage = x.untyped_storage()
                     if storage._cdata not in taken and storage._cdata not in self.alive:
-                        self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), _maker(func))
+                        self.alive[storage._cdata] = (
+                            StorageWeakRef(storage),
+                            storage.nbytes(),
+                            _maker(func),
+                        )
             total = sum(size for _, size, _ in self.alive.values())
             if total > self.highest:
                 self.highest, self.at_peak = total, Counter()
@@ -82,14 +101,18 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _maker(operator: Any) -> str:
-    """The pass, the line of the model's or of our code, and the operator that makes a tensor now."""
+    """The pass, the line of the model's or of our code, and the operator that makes a tensor
+    now.
+    """
     import torch
 
     node, frame = torch._C._current_autograd_node(), sys._getframe(2)
     when, line = "forward" if node is None else "backward", None
     while frame is not None:
         code = frame.f_code
-        if line is None and ("/titan_ulysses/" in code.co_filename or "/transformers/models/" in code.co_filename):
+        if line is None and (
+            "/titan_ulysses/" in code.co_filename or "/transformers/models/" in code.co_filename
+        ):
             line = f"{'/'.join(Path(code.co_filename).parts[-2:])}:{frame.f_lineno} {code.co_name}"
         if code.co_name == "recompute_fn":
             when = "recomputed"
@@ -102,7 +125,9 @@ def _maker(operator: Any) -> str:
 
 
 def show_breakdown(start: Any, dtype: str, seq_lens: list[int]) -> None:
-    """Who holds how much at the peak, and how much of that a token costs: the difference between two S."""
+    """Who holds how much at the peak, and how much of that a token costs: the difference between
+    two S.
+    """
     if len(seq_lens) < 2:
         raise SystemExit("error: --breakdown compares two sequence lengths: --seq-lens 8192 16384")
     at = {s: start.child("ours", "memory", dtype, [s] * 2, role="breakdown") for s in seq_lens}
@@ -111,8 +136,14 @@ def show_breakdown(start: Any, dtype: str, seq_lens: list[int]) -> None:
     short, long = (at[s][0] for s in seq_lens)
     unit = LLAMA["hidden_size"] * (2 if dtype == "bfloat16" else 4)
     tokens = (seq_lens[1] - seq_lens[0]) // start.args.ranks
-    cost = {maker: (long.get(maker, 0) - short.get(maker, 0)) / unit / tokens for maker in {**short, **long}}
-    print(f"\n{dtype}: what our step holds at its peak (rank 0), and what of it grows from S = {seq_lens[0]:,}")
+    cost = {
+        maker: (long.get(maker, 0) - short.get(maker, 0)) / unit / tokens
+        for maker in {**short, **long}
+    }
+    print(
+        f"\n{dtype}: what our step holds at its peak (rank 0), and what of it grows from S = "
+        f"{seq_lens[0]:,}"
+    )
     print(f"{'units/token':>11} {'MiB at S = ' + format(seq_lens[1], ','):>18}  when        who")
     rest = 0.0
     for maker in sorted(cost, key=lambda maker: -abs(cost[maker])):
@@ -120,4 +151,7 @@ def show_breakdown(start: Any, dtype: str, seq_lens: list[int]) -> None:
             rest += cost[maker]
         else:
             print(f"{cost[maker]:>11.2f} {long.get(maker, 0) / 2**20:>18.1f}  {maker}")
-    print(f"{rest:>11.2f} {'':>18}  what costs less than {_SHOWN} each\n{sum(cost.values()):>11.2f} {'':>18}  together")
+    print(
+        f"{rest:>11.2f} {'':>18}  what costs less than {_SHOWN} each\n{sum(cost.values()):>11.2f} "
+        f"{'':>18}  together"
+    )

@@ -15,10 +15,15 @@ def main() -> None:
     falls = []
     for run in runs:
         lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-        losses = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+        losses = {
+            line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line
+        }
         before, after = losses[min(losses)], losses[max(losses)]
         falls.append(before - after)
-        print(f"{run}: held-out loss {before:.4f} before, {after:.4f} after {max(losses)} steps: -{falls[-1]:.4f}")
+        print(
+            f"{run}: held-out loss {before:.4f} before, {after:.4f} after {max(losses)} steps: "
+            f"-{falls[-1]:.4f}"
+        )
     sys.exit(f"fell by less than {least}" if min(falls) < least else 0)
 
 

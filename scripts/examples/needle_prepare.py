@@ -2,9 +2,9 @@
 
     python scripts/examples/needle_prepare.py FOLDER
 
-Writes FOLDER/<bytes>/train.jsonl and held_out.jsonl for sequences of 128 and 512 bytes. A line's prompt is
-text of Python's standard library in which a code stands anywhere; its completion, which alone is trained on, is the
-question of eval_needle with its answer.
+Writes FOLDER/<bytes>/train.jsonl and held_out.jsonl for sequences of 128 and 512 bytes. A line's
+prompt is text of Python's standard library in which a code stands anywhere; its completion, which
+alone is trained on, is the question of eval_needle with its answer.
 """
 
 import json
@@ -25,7 +25,9 @@ HELD_OUT = 200
 def line(text: str, size: int, draw: random.Random) -> dict[str, str]:
     """A prompt and its completion, which with the end of the text are `size` bytes."""
     key, (code,) = draw_key(draw), draw_codes(draw, 1)
-    needle, question = (template.format(key=key, code=code) for template in (NEEDLE, QUESTION + ANSWER + "."))
+    needle, question = (
+        template.format(key=key, code=code) for template in (NEEDLE, QUESTION + ANSWER + ".")
+    )
     room = size - 1 - len(needle) - len(question)
     begin, depth = draw.randrange(len(text) - room), draw.randrange(room + 1)
     hay = text[begin : begin + room]

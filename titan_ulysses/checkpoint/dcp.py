@@ -1,8 +1,8 @@
 """Checkpoints through DCP: saved by all ranks, readable on any mesh, published whole or not at all.
 
-`checkpoints/step-N/` holds DCP's files (model and optimizer, by parameter name) and `run.json` (the rest: step, data
-position, what model it is). It is written as `.step-N.partial` and renamed when complete, so a checkpoint that is
-there is good, whatever happened while another was being written.
+`checkpoints/step-N/` holds DCP's files (model and optimizer, by parameter name) and `run.json` (the
+rest: step, data position, what model it is). It is written as `.step-N.partial` and renamed when
+complete, so a checkpoint that is there is good, whatever happened while another was being written.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ _RUN_FILE = "run.json"
 
 
 class Checkpointer:
-    """Save and load model, optimizer and a JSON-able state in `folder`, keeping the last `keep` (0: all)."""
+    """Save and load model, optimizer and a JSON-able state in `folder`, keeping the last `keep` (0:
+    all).
+    """
 
-    # In messages: what names the folder, what gives a run another one, and what moves it to another disk.
+    # In messages: what names the folder, what gives a run another one, and what moves it to another
+    # disk.
     setting, other, place = "checkpoint.folder", "another job.name", "job.dump_folder"
 
     def __init__(self, folder: Path, *, keep: int):
@@ -45,8 +48,12 @@ class Checkpointer:
         """The last complete step, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Collective. Writes step-<step>, then removes what is older than the last `keep`. UserError if it cannot."""
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Collective. Writes step-<step>, then removes what is older than the last `keep`.
+        UserError if it cannot.
+        """
         final = self.folder / f"step-{step}"
         partial = partial_path(final)
         if final.exists():
@@ -78,7 +85,9 @@ class Checkpointer:
             )
 
     def publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
-        """Make the folder `partial`, which DCP has written, the checkpoint `final`, and remove what is too old."""
+        """Make the folder `partial`, which DCP has written, the checkpoint `final`, and remove what
+        is too old.
+        """
         # The sizes tell a damaged file from a whole one before any tensor is read.
         state["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         with open(partial / _RUN_FILE, "w") as file:
@@ -91,18 +100,23 @@ class Checkpointer:
             shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The JSON state saved with step, after checking that its files are all there. UserError if damaged."""
+        """The JSON state saved with step, after checking that its files are all there. UserError if
+        damaged.
+        """
         try:
             return _read_run_file(self.folder / f"step-{step}")
         except ValueError as error:
             raise self._damaged(step, str(error)) from error
 
-    def load(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-        """Collective. Fills model and, where there is one, optimizer from step-<step>, on any mesh; returns the JSON
-        state.
+    def load(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any]:
+        """Collective. Fills model and, where there is one, optimizer from step-<step>, on any mesh;
+        returns the JSON state.
 
-        Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the config's to say. One
-        that scripts/convert.py has made holds no optimizer state, and leaves the optimizer as it is.
+        Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the
+        config's to say. One that scripts/convert.py has made holds no optimizer state, and leaves
+        the optimizer as it is.
         """
         state = self.read_state(step)
         self._expect_model(step, state["parameters"], _shapes(model))
@@ -112,7 +126,10 @@ class Checkpointer:
             optimizer = None
         if optimizer is not None:
             self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
-        folder, where = self.folder / f"step-{step}", f"checkpoint.folder = {self.folder}: step-{step}"
+        folder, where = (
+            self.folder / f"step-{step}",
+            f"checkpoint.folder = {self.folder}: step-{step}",
+        )
         try:
             reader = open_checkpoint(folder, where=where)
             tensors, bits = _tensors(model, optimizer), getattr(optimizer, "bits", 32)
@@ -129,10 +146,16 @@ class Checkpointer:
 
     def _damaged(self, step: int, why: str) -> UserError:
         others = sorted(set(self.steps()) - {step})
-        remedy = f"Remove it to resume from step {others[-1]}" if others else "Remove it to start from the beginning"
+        remedy = (
+            f"Remove it to resume from step {others[-1]}"
+            if others
+            else "Remove it to start from the beginning"
+        )
         return UserError(f"{self.where}: step-{step} is damaged ({why}). {remedy}.")
 
-    def _expect_model(self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    def _expect_model(
+        self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]
+    ) -> None:
         if difference := first_difference(saved, wanted):
             raise UserError(
                 f"{self.where}: step-{step} holds another model: {difference.text} here. "
@@ -142,8 +165,10 @@ class Checkpointer:
     def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
         if saved != wanted:
             raise UserError(
-                f"{self.where}: what is frozen here is not what step-{step} was trained beside. Has what model.path "
-                f"names changed, or training.param_dtype? Give this run what it began with, or {self.other}."
+                f"{self.where}: what is frozen here is not what step-{step} was trained beside. "
+                "Has what model.path "
+                "names changed, or training.param_dtype? Give this run what it began with, or "
+                f"{self.other}."
             )
 
     def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:
@@ -160,20 +185,25 @@ class Checkpointer:
         optimizer: dict[str, dict[str, torch.Tensor]],
         bits: int,
     ) -> None:
-        """Collective. UserError, before anything changes, where a rank would have to cut a block of quantized state."""
+        """Collective. UserError, before anything changes, where a rank would have to cut a block of
+        quantized state.
+        """
         if bits == 32:
             return
         saved = reader.read_metadata().state_dict_metadata
         apart = None
         for name, state in optimizer.items():
-            chunks = [(chunk.offsets, chunk.sizes) for chunk in saved[f"optimizer.{name}.exp_avg"].chunks]
+            chunks = [
+                (chunk.offsets, chunk.sizes) for chunk in saved[f"optimizer.{name}.exp_avg"].chunks
+            ]
             if unaligned_blocks(state["exp_avg"], chunks, bits):
                 apart = name
                 break
         if name := first_failure(apart):
             raise UserError(
                 f"{self.where}: step-{step} was saved on another number of ranks, and the "
-                f"{bits}-bit optimizer state of {name} cannot be cut as this run needs it: numbers that share a scale "
+                f"{bits}-bit optimizer state of {name} cannot be cut as this run needs it: numbers "
+                "that share a scale "
                 "would come apart. Resume with the dp_shard x sp of the run that saved it."
             )
 
@@ -189,7 +219,9 @@ class Difference(NamedTuple):
 def first_difference(
     saved: dict[str, list[int]], wanted: dict[str, list[int]]
 ) -> Difference | None:
-    """Compare the names and shapes in a checkpoint with those of a model; None where they are equal."""
+    """Compare the names and shapes in a checkpoint with those of a model; None where they are
+    equal.
+    """
     for name in dict.fromkeys((*wanted, *saved)):
         there, here = saved.get(name), wanted.get(name)
         if there != here:
@@ -204,23 +236,30 @@ def is_checkpoint(path: str) -> bool:
 
 
 def check_weights(path: str) -> None:
-    """UserError where the step-N folder at path, as checkpoint.initial_load_path, is damaged. Needs no model."""
+    """UserError where the step-N folder at path, as checkpoint.initial_load_path, is damaged. Needs
+    no model.
+    """
     try:
         _read_run_file(Path(path))
     except ValueError as error:
-        raise UserError(f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({error}).") from error
+        raise UserError(
+            f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({error})."
+        ) from error
 
 
 def needs_base(path: str) -> bool:
-    """Whether the run that saved the step-N folder at path had frozen parameters, which are not in it."""
+    """Whether the run that saved the step-N folder at path had frozen parameters, which are not in
+    it.
+    """
     return bool(_read_run_file(Path(path)).get("frozen", 0))
 
 
 def load_weights(path: str, model: nn.Module) -> None:
-    """Collective. Fill model from the step-N folder at path, of any mesh: what was trained there, no optimizer state.
+    """Collective. Fill model from the step-N folder at path, of any mesh: what was trained there,
+    no optimizer state.
 
-    What is not there must have been frozen there, and be in the model already; adapters may be new. UserError, before
-    anything changes, where names, shapes or what was frozen do not fit.
+    What is not there must have been frozen there, and be in the model already; adapters may be new.
+    UserError, before anything changes, where names, shapes or what was frozen do not fit.
     """
     saved = _read_run_file(Path(path))
     wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
@@ -235,12 +274,15 @@ def load_weights(path: str, model: nn.Module) -> None:
         if is_adapter(difference.name):
             hint = " Set lora.rank and lora.target_modules as that run had them."
         raise UserError(
-            f"checkpoint.initial_load_path = {path} holds another model: {difference.text} here.{hint}"
+            f"checkpoint.initial_load_path = {path} holds another model: {difference.text} "
+            f"here.{hint}"
         )
     if saved.get("frozen", 0) and saved["frozen"] != fingerprint(model):
         raise UserError(
-            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen here, and only the "
-            "rest is saved. Begin with the export/ of that run, or with its model.path, model.freeze and [lora]."
+            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen "
+            "here, and only the "
+            "rest is saved. Begin with the export/ of that run, or with its model.path, "
+            "model.freeze and [lora]."
         )
     tensors = {name: wanted[name] for name in saved["parameters"]}
     try:
@@ -253,7 +295,9 @@ def load_weights(path: str, model: nn.Module) -> None:
 
 
 def _read_run_file(folder: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint, after checking that its files are all there. ValueError if it is damaged."""
+    """The JSON state of a checkpoint, after checking that its files are all there. ValueError if it
+    is damaged.
+    """
     try:
         state = json.loads((folder / _RUN_FILE).read_text())
         files, _ = dict(state["files"]), dict(state["parameters"])
@@ -266,8 +310,12 @@ def _read_run_file(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
-    """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be filled."""
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> dict[str, dict[str, Any]]:
+    """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be
+    filled.
+    """
     tensors = {"model": _trained_state(model)}
     if optimizer is not None:
         tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
@@ -277,8 +325,11 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
 
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state by name, without what is frozen: a run that resumes has that from where it began."""
-    # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second name.
+    """The model's state by name, without what is frozen: a run that resumes has that from where it
+    began.
+    """
+    # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second
+    # name.
     named = model.named_parameters(remove_duplicate=False)
     frozen = {name for name, p in named if not p.requires_grad}
     return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
@@ -289,7 +340,9 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Of the model in a checkpoint, by all ranks together; a tied tensor is there under each of its names."""
+    """Of the model in a checkpoint, by all ranks together; a tied tensor is there under each of its
+    names.
+    """
     return sum(tensor.numel() * tensor.element_size() for tensor in _trained_state(model).values())
 
 

@@ -31,8 +31,10 @@ class DiskNeeds:
         if not self.checkpoints or one <= self.free:
             return None
         return (
-            f"job.dump_folder = {self.folder}: a checkpoint takes about {_gib(one)} (model {_gib(self.model)}, "
-            f"optimizer {_gib(self.optimizer)}), and {_gib(self.free)} are free. Free space, name another folder, or "
+            f"job.dump_folder = {self.folder}: a checkpoint takes about {_gib(one)} (model "
+            f"{_gib(self.model)}, "
+            f"optimizer {_gib(self.optimizer)}), and {_gib(self.free)} are free. Free space, name "
+            "another folder, or "
             "set checkpoint.enable = false."
         )
 
@@ -41,13 +43,20 @@ class DiskNeeds:
         needed = self.checkpoints * (self.model + self.optimizer) + self.export
         if needed <= _SMALL * self.free:
             return []
-        parts = [f"{self.checkpoints} checkpoints of {_gib(self.model + self.optimizer)}"] if self.checkpoints else []
+        parts = (
+            [f"{self.checkpoints} checkpoints of {_gib(self.model + self.optimizer)}"]
+            if self.checkpoints
+            else []
+        )
         parts += [f"an export of {_gib(self.export)}"] if self.export else []
         line = f"disk: {' and '.join(parts)} to be written, {_gib(self.free)} are free"
         if needed <= self.free:
             return [line]
         remedy = "lower checkpoint.keep_latest_k, or name another job.dump_folder"
-        return [f"{line}:", f"      THE DISK WILL BE FULL. Free {_gib(needed - self.free)}, {remedy}."]
+        return [
+            f"{line}:",
+            f"      THE DISK WILL BE FULL. Free {_gib(needed - self.free)}, {remedy}.",
+        ]
 
 
 def disk_needs(
@@ -55,15 +64,20 @@ def disk_needs(
 ) -> DiskNeeds:
     """Of a run whose files go to folder, which is made or not, after step `done`.
 
-    model, optimizer: bytes of a checkpoint; export: bytes of the export; there: how many checkpoints there are.
+    model, optimizer: bytes of a checkpoint; export: bytes of the export; there: how many
+    checkpoints there are.
     """
     checkpoint, last = config.checkpoint, config.training.steps
-    to_come = sum(step % checkpoint.interval == 0 or step == last for step in range(done + 1, last + 1))
+    to_come = sum(
+        step % checkpoint.interval == 0 or step == last for step in range(done + 1, last + 1)
+    )
     if checkpoint.keep_latest_k:  # the oldest goes when the newest is complete
         to_come = min(to_come, max(1, checkpoint.keep_latest_k + 1 - there))
     return DiskNeeds(
         folder=config.job.dump_folder,
-        free=shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free,
+        free=shutil.disk_usage(
+            next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        ).free,
         model=model,
         optimizer=optimizer,
         checkpoints=to_come if checkpoint.enable else 0,

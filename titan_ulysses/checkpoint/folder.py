@@ -26,10 +26,11 @@ Get = Callable[[str], Any]
 
 
 def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
-    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there are none.
+    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there
+    are none.
 
-    As in transformers: model.safetensors, or the files that the index names; where there is neither, all of them.
-    setting: what the user calls the path.
+    As in transformers: model.safetensors, or the files that the index names; where there is
+    neither, all of them. setting: what the user calls the path.
     """
     folder, where = _folder(path, setting), f'{setting} = "{path}"'
     index: dict[str, str] | None = None
@@ -43,14 +44,17 @@ def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
     if not files:
         raise UserError(
             f"{where}: the folder holds no *.safetensors. Save the model with "
-            "`save_pretrained(folder)` of a current transformers, or use [model.config] for random weights."
+            "`save_pretrained(folder)` of a current transformers, or use [model.config] for random "
+            "weights."
         )
     held = {file: _names_in(file, where) for file in files}
     if index is None:
         return {name: file for file, names in held.items() for name in names}
     for name, file in index.items():
         if name not in held[folder / file]:
-            raise UserError(f"{where}: {INDEX_FILE} says that {file} holds {name}, and it does not. {_AGAIN}")
+            raise UserError(
+                f"{where}: {INDEX_FILE} says that {file} holds {name}, and it does not. {_AGAIN}"
+            )
     return {name: folder / file for name, file in index.items()}
 
 
@@ -62,10 +66,15 @@ def _folder(path: str, setting: str) -> Path:
     try:
         # What vendors put beside the files of transformers is as large, and not wanted.
         aside = ["*/*", "consolidated*"]
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=aside))
+        return Path(
+            snapshot_download(
+                path, allow_patterns=["*.safetensors", "*.json"], ignore_patterns=aside
+            )
+        )
     except Exception as error:
         raise UserError(
-            f'{setting} = "{path}": neither a folder nor to be had from the hub ({one_line(error)}). '
+            f'{setting} = "{path}": neither a folder nor to be had from the hub '
+            f"({one_line(error)}). "
             "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
         ) from error
 
@@ -75,11 +84,14 @@ def _read_index(folder: Path, where: str) -> dict[str, str]:
     try:
         index = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: {INDEX_FILE} is damaged ({one_line(error)}). {_AGAIN}") from error
+        raise UserError(
+            f"{where}: {INDEX_FILE} is damaged ({one_line(error)}). {_AGAIN}"
+        ) from error
     files = sorted(set(index.values()))
     if absent := [name for name in files if not (folder / name).exists()]:
         raise UserError(
-            f"{where}: {len(absent)} of the {len(files)} files that {INDEX_FILE} names are not there: "
+            f"{where}: {len(absent)} of the {len(files)} files that {INDEX_FILE} names are not "
+            "there: "
             f"{some(absent)}. Copy or download them."
         )
     return index
@@ -99,14 +111,18 @@ def some(names: Sequence[str]) -> str:
 
 
 def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Read]]:
-    """Each read with its files open; what is mapped counts as memory, so they are closed when it is over."""
+    """Each read with its files open; what is mapped counts as memory, so they are closed when it is
+    over.
+    """
 
     def of(read: Read) -> list[Path]:
         return sorted({files[name] for name in read.names})
 
     for needed, group in groupby(sorted(reads, key=of), key=of):
         with ExitStack() as stack:
-            tensors = {file: stack.enter_context(safe_open(file, framework="pt")) for file in needed}
+            tensors = {
+                file: stack.enter_context(safe_open(file, framework="pt")) for file in needed
+            }
             for read in group:
                 yield (lambda name, tensors=tensors: tensors[files[name]].get_slice(name)), read
 
@@ -114,4 +130,6 @@ def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Rea
 def without_data(stored: Any) -> Tensor:
     """A tensor of a file on meta: its shape, and its dtype, for which nothing is read."""
     shape = stored.get_shape()
-    return torch.empty(shape, dtype=stored[tuple(slice(0, 0) for _ in shape) or ...].dtype, device="meta")
+    return torch.empty(
+        shape, dtype=stored[tuple(slice(0, 0) for _ in shape) or ...].dtype, device="meta"
+    )

@@ -23,7 +23,9 @@ class Safetensors(NamedTuple):
 
 
 def base_weights(config: Config) -> Safetensors | None:
-    """Where the model's own weights come from; None where they are random or in a checkpoint of this project."""
+    """Where the model's own weights come from; None where they are random or in a checkpoint of
+    this project.
+    """
     initial = config.checkpoint.initial_load_path
     if is_checkpoint(initial):  # of frozen parameters it holds nothing
         return _model_path(config) if needs_base(initial) else None
@@ -35,7 +37,9 @@ def _model_path(config: Config) -> Safetensors | None:
 
 
 def check_initial_weights(config: Config) -> None:
-    """UserError where there are no weights to begin with, or where they are damaged. Reads none of them."""
+    """UserError where there are no weights to begin with, or where they are damaged. Reads none of
+    them.
+    """
     if is_checkpoint(config.checkpoint.initial_load_path):
         check_weights(config.checkpoint.initial_load_path)
     if base := base_weights(config):
@@ -43,7 +47,8 @@ def check_initial_weights(config: Config) -> None:
 
 
 def initialize(model: PreTrainedModel, config: Config) -> str | None:
-    """Fill a sharded model as a run that begins has it. Collective. UserError where the weights do not fit.
+    """Fill a sharded model as a run that begins has it. Collective. UserError where the weights do
+    not fit.
 
     Returns a line about tensors that are there and that the model does not have, if any.
     """
@@ -66,5 +71,7 @@ def describe_initial_weights(config: Config, step: int) -> str:
     """A line on where the weights of a run at step come from, or nothing."""
     initial = config.checkpoint.initial_load_path
     if step:
-        return f"resumed from step {step}" + (f"; {initial} is for runs that begin" if initial else "")
+        return f"resumed from step {step}" + (
+            f"; {initial} is for runs that begin" if initial else ""
+        )
     return f"begins with the weights of {initial}" if initial else ""

@@ -1,8 +1,9 @@
 """What the tensors of a model are called in its files, and how they are put together there.
 
-transformers keeps the experts of a layer in one tensor, and writes each of them by itself, as the hub has them. Its
-conversions between the two, renamings among them, are used here a few tensors at a time: on tensors without data, to
-know what belongs together, and on the tensors themselves when they are read or written.
+transformers keeps the experts of a layer in one tensor, and writes each of them by itself, as the
+hub has them. Its conversions between the two, renamings among them, are used here a few tensors at
+a time: on tensors without data, to know what belongs together, and on the tensors themselves when
+they are read or written.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Read:
     converter: WeightConverter | None
     """None: the tensor is in the files as it is in the model."""
     sources: dict[str, list[str]] = field(default_factory=dict)
-    """Names in the files by the pattern that they matched, in the order in which they are put together."""
+    """Names in the files by the pattern that they matched, in the order in which they are put
+    together.
+    """
 
     @property
     def names(self) -> list[str]:
@@ -49,7 +52,9 @@ class Read:
 
     @property
     def stacks(self) -> bool:
-        """Whether row i of the only target is made of the i-th source of each pattern, and of nothing else."""
+        """Whether row i of the only target is made of the i-th source of each pattern, and of
+        nothing else.
+        """
         if self.converter is None:
             return False
         first, *others = self.converter.operations
@@ -61,7 +66,9 @@ class Read:
         )
 
     def convert(self, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """The model's tensors from those of the files, given by pattern as `sources` has their names."""
+        """The model's tensors from those of the files, given by pattern as `sources` has their
+        names.
+        """
         if self.converter is None:
             return {self.target: tensors[next(iter(self.sources))][0]}
         converter = copy.deepcopy(self.converter)  # it keeps what it is given
@@ -69,7 +76,9 @@ class Read:
             for part in parts:
                 converter.add_tensor(self.target, self.target, pattern, part)
         made = converter.convert(self.target, model=self.model, config=self.model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
 
 
 class Layout:
@@ -88,10 +97,14 @@ class Layout:
         for name, tensor in self.state.items():
             names.setdefault(id(tensor), []).append(name)
         tied = self.plain.all_tied_weights_keys
-        mains = (next((name for name in same if name not in tied), same[0]) for same in names.values())
-        return {name: main for same, main in zip(names.values(), mains, strict=True) for name in same}
+        mains = (
+            next((name for name in same if name not in tied), same[0]) for same in names.values()
+        )
+        return {
+            name: main for same, main in zip(names.values(), mains, strict=True) for name in same
+        }
 
-    # --- from files ---------------------------------------------------------------------------------------------------
+    # --- from files -------------------------------------------------------------------------------
 
     def reads(self, stored: set[str]) -> tuple[list[Read], list[str]]:
         """How the tensors `stored` in files fill the model; and those that it does not have."""
@@ -120,10 +133,12 @@ class Layout:
         self.plain._adjust_missing_and_unexpected_keys(keys)
         return [name for name in unknown if name in keys.unexpected_keys]
 
-    # --- to files -----------------------------------------------------------------------------------------------------
+    # --- to files ---------------------------------------------------------------------------------
 
     def writes(self) -> list[list[str]]:
-        """The model's tensors to be saved, each under its main name, in groups that must be converted together."""
+        """The model's tensors to be saved, each under its main name, in groups that must be
+        converted together.
+        """
         reverse = [conversion.reverse_transform() for conversion in self._conversions[::-1]]
         renamings = [c for c in reverse if isinstance(c, WeightRenaming)]
         converters = [c for c in reverse if isinstance(c, WeightConverter)]
@@ -135,20 +150,26 @@ class Layout:
         return list(groups.values())
 
     def in_files(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `save_pretrained` writes for a group of tensors (see `writes`), by their names there."""
+        """What `save_pretrained` writes for a group of tensors (see `writes`), by their names
+        there.
+        """
         self.plain._weight_conversions = self._conversions
         return revert_weight_conversion(self.plain, tensors)
 
     @cached_property
     def _conversions(self) -> list[WeightTransform]:
-        """Those that saving reverts, as for any model that was not loaded from files of an odd kind."""
+        """Those that saving reverts, as for any model that was not loaded from files of an odd
+        kind.
+        """
         conversions = get_model_conversion_mapping(self.plain, add_legacy=False)
         return [c for c in conversions if not isinstance(c, PrefixChange)]
 
     def expected(self) -> dict[str, list[str]]:
         """The names in files of what each tensor that is saved is made of."""
         return {
-            name: list(self.in_files({n: torch.empty_like(self.state[n], device="meta") for n in group}))
+            name: list(
+                self.in_files({n: torch.empty_like(self.state[n], device="meta") for n in group})
+            )
             for group in self.writes()
             for name in group
         }

@@ -1,8 +1,9 @@
 """Read DCP's checkpoints without running what is in them.
 
-DCP keeps the table of contents of a checkpoint, `.metadata`, as a pickle, and a pickle calls whatever it names. Here it
-may name the few classes that DCP writes there and nothing else. What it describes are tensors in files of its own
-folder, which DCP reads with `weights_only`; an entry of any other kind DCP would unpickle, so there are none.
+DCP keeps the table of contents of a checkpoint, `.metadata`, as a pickle, and a pickle calls
+whatever it names. Here it may name the few classes that DCP writes there and nothing else. What it
+describes are tensors in files of its own folder, which DCP reads with `weights_only`; an entry of
+any other kind DCP would unpickle, so there are none.
 """
 
 from __future__ import annotations
@@ -47,14 +48,18 @@ class Refused(ValueError):
 
 
 class CheckpointReader(dcp.FileSystemReader):
-    """DCP's reader of the folder of a checkpoint, with a table of contents that is read once, and cannot run code."""
+    """DCP's reader of the folder of a checkpoint, with a table of contents that is read once, and
+    cannot run code.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._metadata: Metadata | None = None
 
     def read_metadata(self) -> Metadata:
-        """The table of contents. `Refused` where it asks for more than a checkpoint of tensors needs."""
+        """The table of contents. `Refused` where it asks for more than a checkpoint of tensors
+        needs.
+        """
         if self._metadata is None:
             with open(Path(self.path) / ".metadata", "rb") as file:
                 metadata = _unpickled(file)
@@ -68,8 +73,8 @@ class CheckpointReader(dcp.FileSystemReader):
 def open_checkpoint(folder: Path, *, where: str) -> CheckpointReader:
     """Collective. The reader of the checkpoint in folder, its table of contents read.
 
-    where: what the user calls it. UserError, on every rank, where it asks for what it does not get; ValueError where it
-    is damaged.
+    where: what the user calls it. UserError, on every rank, where it asks for what it does not get;
+    ValueError where it is damaged.
     """
     reader, refusal, damage = CheckpointReader(folder), None, None
     try:
@@ -80,7 +85,8 @@ def open_checkpoint(folder: Path, *, where: str) -> CheckpointReader:
         damage = one_line(error)
     if refusal := first_failure(refusal):
         raise UserError(
-            f"{where} is refused: {refusal}. Nothing of it was run or read. Take checkpoints from those you trust."
+            f"{where} is refused: {refusal}. Nothing of it was run or read. Take checkpoints from "
+            "those you trust."
         )
     if damage := first_failure(damage):
         raise ValueError(f".metadata: {damage}")
@@ -96,13 +102,18 @@ class _Unpickler(pickle.Unpickler):
             return {"torch.strided": torch.strided}.__getitem__
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
             return lambda *parts: "/".join(parts)  # where it was saved, which nobody asks for
-        raise Refused(f"its .metadata names {module}.{name}, which no checkpoint of tensors needs, and which might run")
+        raise Refused(
+            f"its .metadata names {module}.{name}, which no checkpoint of tensors needs, and which "
+            "might run"
+        )
 
 
 def _unpickled(file: Any) -> Metadata:
     before = [dict(vars(kind)) for kind in _CLASSES]
     metadata = _Unpickler(file).load()
-    if before != [dict(vars(kind)) for kind in _CLASSES]:  # a pickle may also set attributes of what it names
+    if before != [
+        dict(vars(kind)) for kind in _CLASSES
+    ]:  # a pickle may also set attributes of what it names
         raise Refused("its .metadata changes the classes that it names")
     if not isinstance(metadata, Metadata):
         raise ValueError(f"it holds a {type(metadata).__name__}")
@@ -110,7 +121,11 @@ def _unpickled(file: Any) -> Metadata:
 
 
 def _expect_own_files(folder: Path, metadata: Metadata) -> None:
-    """Refused where a tensor is said to be in a file outside of folder: absolute, by "..", or through a link."""
+    """Refused where a tensor is said to be in a file outside of folder: absolute, by "..", or
+    through a link.
+    """
     for path in sorted({info.relative_path for info in metadata.storage_data.values()}):
         if not (folder / path).resolve().is_relative_to(folder.resolve()):
-            raise Refused(f"its .metadata names the file {path}, which is not in the checkpoint's folder")
+            raise Refused(
+                f"its .metadata names the file {path}, which is not in the checkpoint's folder"
+            )

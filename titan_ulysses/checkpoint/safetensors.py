@@ -1,7 +1,9 @@
-"""Safetensors in and out: a sharded model from a folder, of which each rank reads its own rows, and back to one.
+"""Safetensors in and out: a sharded model from a folder, of which each rank reads its own rows, and
+back to one.
 
-`load` fills a sharded model in place; `export` gathers a few tensors at a time. Neither needs a whole model in one
-place. folder.py knows the files, and layout.py what the tensors are called in them and how they are put together.
+`load` fills a sharded model in place; `export` gathers a few tensors at a time. Neither needs a
+whole model in one place. folder.py knows the files, and layout.py what the tensors are called in
+them and how they are put together.
 """
 
 from __future__ import annotations
@@ -22,9 +24,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from titan_ulysses.checkpoint.folder import INDEX_FILE, SINGLE_FILE, Get, find, opened, some, without_data
+from titan_ulysses.checkpoint.folder import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Get,
+    find,
+    opened,
+    some,
+    without_data,
+)
 from titan_ulysses.checkpoint.layout import Layout, Read
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
@@ -37,7 +52,7 @@ _EXPORT_FILE_BYTES = 4 * 2**30
 _STEP_FILE = "training_step.json"
 _GENERATION_FILE = "generation_config.json"
 
-# --- in ---------------------------------------------------------------------------------------------------------------
+# --- in -------------------------------------------------------------------------------------------
 
 
 class Loaded(NamedTuple):
@@ -50,13 +65,17 @@ class Loaded(NamedTuple):
 
 
 @torch.no_grad()
-def load(model: PreTrainedModel, path: str, *, setting: str = "model.path", growing: Collection[str] = ()) -> Loaded:
-    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each tensor, nothing else.
+def load(
+    model: PreTrainedModel, path: str, *, setting: str = "model.path", growing: Collection[str] = ()
+) -> Loaded:
+    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each
+    tensor, nothing else.
 
-    What the files hold in another form is put together first: of experts that are stored one by one a rank reads
-    those that it holds; anything else is read whole, a tensor at a time. Persistent buffers are filled too. Collective
-    where there is a process group. UserError where the files do not have all of the model's tensors, or have them in
-    another shape; those that are growing may have fewer rows there, and get those.
+    What the files hold in another form is put together first: of experts that are stored one by one
+    a rank reads those that it holds; anything else is read whole, a tensor at a time. Persistent
+    buffers are filled too. Collective where there is a process group. UserError where the files do
+    not have all of the model's tensors, or have them in another shape; those that are growing may
+    have fewer rows there, and get those.
     """
     files, where = find(path, setting=setting), f'{setting} = "{path}"'
     layout, state = Layout(model), hf.state_of(model)
@@ -64,7 +83,9 @@ def load(model: PreTrainedModel, path: str, *, setting: str = "model.path", grow
     growing = {layout.main[name] for name in growing}
     found = _check_complete(layout, reads, files, hf.class_name(model), where, growing=growing)
     made = {read.target for read in reads}
-    twins = [r for r in reads if layout.main[r.target] != r.target and layout.main[r.target] in made]
+    twins = [
+        r for r in reads if layout.main[r.target] != r.target and layout.main[r.target] in made
+    ]
     for get, read in opened([read for read in reads if read not in twins], files):
         for part, stored in _parts(read, state, get):
             part.copy_(stored)
@@ -74,20 +95,24 @@ def load(model: PreTrainedModel, path: str, *, setting: str = "model.path", grow
             twin = read.target
     if twin := first_failure(twin):
         raise UserError(
-            f"{where}: {layout.main[twin]} and {twin} differ in the files, and are one tensor by config.json. "
+            f"{where}: {layout.main[twin]} and {twin} differ in the files, and are one tensor by "
+            "config.json. "
             "Set tie_word_embeddings = false there."
         )
     rows = {name: len(found[name][1]) for name in growing}
-    return Loaded(unknown, {name: count for name, count in rows.items() if count < len(state[name])})
+    return Loaded(
+        unknown, {name: count for name, count in rows.items() if count < len(state[name])}
+    )
 
 
 def open_folder(
     plain: PreTrainedModel, path: str, *, setting: str
 ) -> tuple[dict[str, Tensor], Callable[[str], Tensor], list[str]]:
-    """The safetensors at path as `plain`, which is on meta, has its tensors; no more than one read is in memory.
+    """The safetensors at path as `plain`, which is on meta, has its tensors; no more than one read
+    is in memory.
 
-    Returns all of them without data, in the dtype of the files; a function that reads one by its name; and the names
-    of those that the model does not have. UserError as in `load`.
+    Returns all of them without data, in the dtype of the files; a function that reads one by its
+    name; and the names of those that the model does not have. UserError as in `load`.
     """
     files, layout = find(path, setting=setting), Layout(plain)
     reads, unknown = layout.reads(set(files))
@@ -101,38 +126,66 @@ def open_folder(
     return {name: found[main][1] for name, main in layout.main.items()}, fetch, unknown
 
 
-def describe_unknown(names: list[str], model: PreTrainedModel, path: str, *, setting: str = "model.path") -> str:
+def describe_unknown(
+    names: list[str], model: PreTrainedModel, path: str, *, setting: str = "model.path"
+) -> str:
     """A line about tensors that files hold and the model does not."""
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
-    return f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left out: {some(names)}'
+    return (
+        f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left '
+        f"out: {some(names)}"
+    )
 
 
 def _check_complete(
-    layout: Layout, reads: list[Read], files: dict[str, Path], model: str, where: str, *, growing: Collection[str] = ()
+    layout: Layout,
+    reads: list[Read],
+    files: dict[str, Path],
+    model: str,
+    where: str,
+    *,
+    growing: Collection[str] = (),
 ) -> dict[str, tuple[Read, Tensor]]:
-    """How each tensor of the model is read, by main name, and it without data. UserError where it cannot be."""
+    """How each tensor of the model is read, by main name, and it without data. UserError where it
+    cannot be.
+    """
     found: dict[str, tuple[Read, Tensor]] = {}
     for get, read in opened(reads, files):
         try:
-            made = read.convert({p: [without_data(get(n)) for n in names] for p, names in read.sources.items()})
-        except Exception:  # a conversion that lacks a part may fail in any way; which part, is said below
+            made = read.convert(
+                {p: [without_data(get(n)) for n in names] for p, names in read.sources.items()}
+            )
+        except (
+            Exception
+        ):  # a conversion that lacks a part may fail in any way; which part, is said below
             continue
         for name, tensor in made.items():
             found.setdefault(layout.main[name], (read, tensor))
-    wanted = {name: tensor.shape for name, tensor in layout.state.items() if layout.main[name] == name}
+    wanted = {
+        name: tensor.shape for name, tensor in layout.state.items() if layout.main[name] == name
+    }
 
     def fits(name: str, shape: torch.Size) -> bool:
         there = found[name][1].shape if name in found else None
-        return there == shape or name in growing and there is not None and there[1:] == shape[1:] and there < shape
+        return (
+            there == shape
+            or name in growing
+            and there is not None
+            and there[1:] == shape[1:]
+            and there < shape
+        )
 
     wrong = [name for name, shape in wanted.items() if not fits(name, shape)]
     if not wrong:
         return found
     expected = layout.expected()
-    if missing := [stored for name in wrong for stored in expected.get(name, [name]) if stored not in files]:
+    if missing := [
+        stored for name in wrong for stored in expected.get(name, [name]) if stored not in files
+    ]:
         total = len({stored for names in expected.values() for stored in names})
         raise UserError(
-            f"{where}: {len(missing)} of {total} tensors of {model} are not in its safetensors: {some(missing)}. "
+            f"{where}: {len(missing)} of {total} tensors of {model} are not in its safetensors: "
+            f"{some(missing)}. "
             "A file is not there, or config.json is another model's: save or download it again."
         )
     name, shape = wrong[0], "that its parts do not make"
@@ -158,7 +211,9 @@ def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Ten
         if not part.numel():
             return
         experts, *within = index
-        [made] = read.convert({p: [get(n)[...] for n in names[experts]] for p, names in read.sources.items()}).values()
+        [made] = read.convert(
+            {p: [get(n)[...] for n in names[experts]] for p, names in read.sources.items()}
+        ).values()
         yield part, made[(slice(None), *within)]
         return
     for name, made in _whole(read, get).items():
@@ -167,18 +222,26 @@ def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Ten
 
 
 def _whole(read: Read, get: Get) -> dict[str, Tensor]:
-    return read.convert({pattern: [get(name)[...] for name in names] for pattern, names in read.sources.items()})
+    return read.convert(
+        {pattern: [get(name)[...] for name in names] for pattern, names in read.sources.items()}
+    )
 
 
 def _part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     """What this rank holds of a tensor, and where in it that is."""
     if not isinstance(tensor, DTensor):
         return tensor, tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tensor.to_local(), tuple(
+        slice(start, start + size) for start, size in zip(offset, shape, strict=True)
+    )
 
 
-def _within(part: Tensor, index: tuple[slice, ...], shape: list[int]) -> tuple[Tensor, tuple[slice, ...]]:
+def _within(
+    part: Tensor, index: tuple[slice, ...], shape: list[int]
+) -> tuple[Tensor, tuple[slice, ...]]:
     """That of the part that is among the first shape[0] rows."""
     if not shape or index[0].stop <= shape[0]:
         return part, index
@@ -186,11 +249,13 @@ def _within(part: Tensor, index: tuple[slice, ...], shape: list[int]) -> tuple[T
     return part[:rows], (slice(index[0].start, index[0].start + rows), *index[1:])
 
 
-# --- out --------------------------------------------------------------------------------------------------------------
+# --- out ------------------------------------------------------------------------------------------
 
 
 def keep_generation_config(model: PreTrainedModel, path: str) -> None:
-    """Give model what the folder (or hub model) at path says about generation, for `export` to hand it on."""
+    """Give model what the folder (or hub model) at path says about generation, for `export` to hand
+    it on.
+    """
     with suppress(OSError):  # it has none, and keeps what transformers derives from config.json
         model.generation_config = GenerationConfig.from_pretrained(path)
 
@@ -204,21 +269,28 @@ def export(
     step: int | None = None,
     fetch: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config, tokenizer if given.
+    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config,
+    tokenizer if given.
 
-    Collective. Tensors are gathered one by one (or fetched by name, for a model without data), brought into the form
-    that `save_pretrained` gives them, and rank 0 writes a file whenever 4 GiB have come together, so no rank holds the
-    whole model. Written aside and renamed when complete; a folder that is there already is replaced then. Parameters
-    keep their storage dtype; adapters are merged into them, in the adapters'. `exported_step` tells the step again,
-    where one was given.
+    Collective. Tensors are gathered one by one (or fetched by name, for a model without data),
+    brought into the form that `save_pretrained` gives them, and rank 0 writes a file whenever 4 GiB
+    have come together, so no rank holds the whole model. Written aside and renamed when complete; a
+    folder that is there already is replaced then. Parameters keep their storage dtype; adapters are
+    merged into them, in the adapters'. `exported_step` tells the step again, where one was given.
     UserError, on every rank, where it cannot be written.
     """
     aside = partial_path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
     fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
-    groups, dtypes = layout.writes(), {name: added.get(name, tensor).dtype for name, tensor in state.items()}
-    sizes = [_sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names}) for names in groups]
+    groups, dtypes = (
+        layout.writes(),
+        {name: added.get(name, tensor).dtype for name, tensor in state.items()},
+    )
+    sizes = [
+        _sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names})
+        for names in groups
+    ]
     files = _plan_files([sum(named.values()) for named in sizes])
     try:
         with _failing_together(folder):
@@ -238,7 +310,9 @@ def export(
             del tensors  # before the next file's are gathered
         with _failing_together(folder):
             if writes:
-                where = {name: file for file, named in zip(files, sizes, strict=True) for name in named}
+                where = {
+                    name: file for file, named in zip(files, sizes, strict=True) for name in named
+                }
                 _write_index(where, sum(sum(named.values()) for named in sizes), aside)
                 _write_configs(model, tokenizer, step, aside)
                 replace_folder(aside, folder)
@@ -258,7 +332,10 @@ def exported_step(folder: Path) -> int | None:
 def exported_bytes(model: PreTrainedModel) -> int:
     """Of the tensors in an export of model."""
     added = deltas(model)
-    once = {id(t): t.numel() * added.get(name, t).dtype.itemsize for name, t in hf.state_of(model).items()}
+    once = {
+        id(t): t.numel() * added.get(name, t).dtype.itemsize
+        for name, t in hf.state_of(model).items()
+    }
     return sum(once.values())
 
 
@@ -279,9 +356,11 @@ def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Ten
 
 @torch.no_grad()
 def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
-    """Write the adapters as `peft.PeftModel.from_pretrained(model, folder)` opens them. Collective, as `export` is.
+    """Write the adapters as `peft.PeftModel.from_pretrained(model, folder)` opens them. Collective,
+    as `export` is.
 
-    base: the folder or hub name of the model that they belong to, "" where it has none; noted with them.
+    base: the folder or hub name of the model that they belong to, "" where it has none; noted with
+    them.
     """
     aside = partial_path(folder)
     writes = dist.get_rank() == 0
@@ -302,7 +381,9 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
 
 @contextmanager
 def _failing_together(folder: Path) -> Iterator[None]:
-    """Collective on leaving. Where a rank could not write, all raise UserError: no rank waits for one that has left."""
+    """Collective on leaving. Where a rank could not write, all raise UserError: no rank waits for
+    one that has left.
+    """
     failure = None
     try:
         yield
@@ -315,14 +396,21 @@ def _failing_together(folder: Path) -> Iterator[None]:
         )
 
 
-def _sizes_in_files(layout: Layout, kinds: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, int]:
+def _sizes_in_files(
+    layout: Layout, kinds: dict[str, tuple[torch.Size, torch.dtype]]
+) -> dict[str, int]:
     """Bytes of what a group of tensors becomes in files."""
-    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in kinds.items()}
+    tensors = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in kinds.items()
+    }
     return {name: t.numel() * t.element_size() for name, t in layout.in_files(tensors).items()}
 
 
 def _plan_files(sizes: list[int]) -> list[str]:
-    """The file of each group, known before any is gathered because the names hold the number of files."""
+    """The file of each group, known before any is gathered because the names hold the number of
+    files.
+    """
     number, room, numbers = 0, 0, []
     for size in sizes:
         if size > room:
@@ -341,11 +429,15 @@ def _write_index(files: dict[str, str], size: int, folder: Path) -> None:
 
 
 def _write_configs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, step: int | None, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    step: int | None,
+    folder: Path,
 ) -> None:
     _exported_config(model).save_pretrained(folder)
     if model.generation_config is not None:
-        # As it came: `save_pretrained` refuses what many a model on the hub has, at the end of a run.
+        # As it came: `save_pretrained` refuses what many a model on the hub has, at the end of a
+        # run.
         model.generation_config.to_json_file(folder / _GENERATION_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -1,1 +1,3 @@
-"""Settings of a run: the schema, TOML files, the command line, and checks that need nothing else."""
+"""Settings of a run: the schema, TOML files, the command line, and checks that need nothing
+else.
+"""

@@ -1,4 +1,6 @@
-"""The command line over the settings: `--config`, an override for every key, and `--help` made from the schema."""
+"""The command line over the settings: `--config`, an override for every key, and `--help` made from
+the schema.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,26 @@ except ModuleNotFoundError:  # Python 3.10
 
 class CommandLine(NamedTuple):
     config_path: Path
-    overrides: list[tuple[str, Any]]  # ("section.key", value), in the order given: the last one counts
+    overrides: list[
+        tuple[str, Any]
+    ]  # ("section.key", value), in the order given: the last one counts
     print_config: bool
     plan: bool = False
     evaluate: bool = False
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config X.toml`, `--print-config`, `--plan`, `--evaluate` and `--section.key value` overrides; `--help`
-    prints `usage()` and exits 0.
+    """Read `--config X.toml`, `--print-config`, `--plan`, `--evaluate` and `--section.key value`
+    overrides; `--help` prints `usage()` and exits 0.
 
-    `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option or lacks its value.
+    `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option
+    or lacks its value.
     """
-    config_path, overrides, flags = "", [], dict.fromkeys(("print-config", "plan", "evaluate"), False)
+    config_path, overrides, flags = (
+        "",
+        [],
+        dict.fromkeys(("print-config", "plan", "evaluate"), False),
+    )
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -55,7 +64,10 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
         else:
             raise UserError(_explain_option(argument), exit_code=2)
     if not config_path:
-        raise UserError("--config is missing: say which TOML file to run, as in --config configs/X.toml", exit_code=2)
+        raise UserError(
+            "--config is missing: say which TOML file to run, as in --config configs/X.toml",
+            exit_code=2,
+        )
     return CommandLine(Path(config_path), overrides, *flags.values())
 
 
@@ -63,20 +75,32 @@ def _explain_option(argument: str) -> str:
     if argument.endswith(".toml"):
         return f"{argument}: unexpected; did you mean --config {argument}?"
     if not argument.startswith("-"):
-        return f"{argument}: unexpected; settings are written --section.key value, lists 0.9,0.95 without spaces"
+        return (
+            f"{argument}: unexpected; settings are written --section.key value, lists 0.9,0.95 "
+            "without spaces"
+        )
     name = argument.lstrip("-").partition("=")[0]
-    near = get_close_matches(name, ["config", "print-config", "plan", "evaluate", "help", *KEYS], n=1)
+    near = get_close_matches(
+        name, ["config", "print-config", "plan", "evaluate", "help", *KEYS], n=1
+    )
     near = near or nearest_keys("", name).split()[:1]
-    return f"{argument}: no such option; " + (f"did you mean --{near[0]}?" if near else "see --help")
+    return f"{argument}: no such option; " + (
+        f"did you mean --{near[0]}?" if near else "see --help"
+    )
 
 
 def _override_value(setting: str, text: str | None) -> Any:
-    """The value of an override: as written for text, else TOML or JSON or comma-separated; None (no value) is true."""
+    """The value of an override: as written for text, else TOML or JSON or comma-separated; None (no
+    value) is true.
+    """
     kind = KEYS[setting].annotation if setting in KEYS else Any
     if text is None:
         if kind in (bool, Any):
             return True
-        raise UserError(f"--{setting}: needs a value, as in --{setting} {show(KEYS[setting].default)}", exit_code=2)
+        raise UserError(
+            f"--{setting}: needs a value, as in --{setting} {show(KEYS[setting].default)}",
+            exit_code=2,
+        )
     if kind is str or get_origin(kind) is Literal:
         return text
     value = _parse_value(text)
@@ -84,7 +108,9 @@ def _override_value(setting: str, text: str | None) -> Any:
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML or JSON value; a list of texts without quotes (`[a,b]`, `a,b`); else the text itself."""
+    """A TOML or JSON value; a list of texts without quotes (`[a,b]`, `a,b`); else the text
+    itself.
+    """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -106,22 +132,31 @@ def _parse_value(text: str) -> Any:
 
 
 def usage() -> str:
-    """The text of --help, made from the schema: every key with its type, default and explanation."""
+    """The text of --help, made from the schema: every key with its type, default and
+    explanation.
+    """
     lines = [
         "usage: torchrun --nproc-per-node N train.py --config X.toml [--section.key value ...]",
-        "       python train.py --config X.toml --print-config    show the resolved settings and stop",
-        "       python train.py --config X.toml --plan            does it fit these GPUs, and what binds? Needs none",
-        "       torchrun ... train.py --config X.toml --evaluate  validate the run's model alone, into evaluation.json",
+        "       python train.py --config X.toml --print-config    show the resolved settings and "
+        "stop",
+        "       python train.py --config X.toml --plan            does it fit these GPUs, and what "
+        "binds? Needs none",
+        "       torchrun ... train.py --config X.toml --evaluate  validate the run's model alone, "
+        "into evaluation.json",
         "       python train.py --help",
         "",
-        "Every setting is a key of the TOML file and an option. Lists: 0.9,0.95 or [0.9,0.95]. Tables, key by key:",
-        '--model.config.hidden_size 256. A file may begin with extends = "base.toml" to change another one.',
+        "Every setting is a key of the TOML file and an option. Lists: 0.9,0.95 or [0.9,0.95]. "
+        "Tables, key by key:",
+        '--model.config.hidden_size 256. A file may begin with extends = "base.toml" to change '
+        "another one.",
     ]
     for section, schema in SECTIONS.items():
         lines += ["", f"[{section}]"]
         for key, field in schema.model_fields.items():
             default = "unset" if field.default is None else show(field.default)
-            lines.append(f"  --{section}.{key}  {_type_name(field.annotation)}  (default: {default})")
+            lines.append(
+                f"  --{section}.{key}  {_type_name(field.annotation)}  (default: {default})"
+            )
             lines.append(f"      {field.description}")
     return "\n".join(lines)
 

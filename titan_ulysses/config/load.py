@@ -1,4 +1,6 @@
-"""A TOML file and overrides into a `Config`, with errors in the user's words; and a `Config` into TOML."""
+"""A TOML file and overrides into a `Config`, with errors in the user's words; and a `Config` into
+TOML.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,11 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any]] = ()) -> Config:
-    """Read a TOML file (after the file that it `extends`), apply ("section.key", value) overrides, and validate.
+    """Read a TOML file (after the file that it `extends`), apply ("section.key", value) overrides,
+    and validate.
 
-    Raises UserError (exit code 2) with a line for each problem: file, syntax, unknown key, wrong type, out of bounds.
+    Raises UserError (exit code 2) with a line for each problem: file, syntax, unknown key, wrong
+    type, out of bounds.
     """
     settings = _read_toml(Path(path), chain=())
     for setting, value in overrides:
@@ -37,37 +41,54 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any
 
 
 def dump_toml(config: Config) -> str:
-    """The resolved settings as TOML that `load_config` reads back to an equal Config; None is left out."""
+    """The resolved settings as TOML that `load_config` reads back to an equal Config; None is left
+    out.
+    """
     tables = (table_to_toml(section, table) for section, table in config.model_dump().items())
     return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
 
 def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's tables merged over those of its `extends`; `chain` holds the files that led here."""
+    """The file's tables merged over those of its `extends`; `chain` holds the files that led
+    here.
+    """
     path = path.resolve()
     named_by = f'"extends" of {chain[-1]}' if chain else "--config"
     if path in chain:
         circle = " -> ".join(str(p) for p in (*chain[chain.index(path) :], path))
-        raise UserError(f"extends goes in a circle: {circle}; remove one of these lines", exit_code=2)
+        raise UserError(
+            f"extends goes in a circle: {circle}; remove one of these lines", exit_code=2
+        )
     try:
         settings = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; correct the path in {named_by}", exit_code=2) from None
+        raise UserError(
+            f"{path}: no such file; correct the path in {named_by}", exit_code=2
+        ) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; {named_by} needs a readable file", exit_code=2) from None
+        raise UserError(
+            f"{path}: {error.strerror}; {named_by} needs a readable file", exit_code=2
+        ) from None
     except ValueError as error:  # broken TOML (the message has line and column), or not UTF-8
         raise UserError(f"{path}: not valid TOML: {error}", exit_code=2) from None
     base = settings.pop("extends", None)
     if base is None:
         return settings
     if not isinstance(base, str):
-        raise UserError(f'{path}: extends = {show(base)}: needs one file, as in extends = "base.toml"', exit_code=2)
+        raise UserError(
+            f'{path}: extends = {show(base)}: needs one file, as in extends = "base.toml"',
+            exit_code=2,
+        )
     return _merge(_read_toml(path.parent / expand_path(base), chain=(*chain, path)), settings)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Tables merge, key by key; anything else above replaces what is below."""
-    both = {key for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    both = {
+        key
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
     return {**below, **above, **{key: _merge(below[key], above[key]) for key in both}}
 
 
@@ -77,7 +98,10 @@ def _override(settings: dict[str, Any], setting: str, value: Any) -> None:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
             table = ".".join(tables[:depth])
-            raise UserError(f"{setting}: {table} = {show(settings)} has no keys; set {table} itself", exit_code=2)
+            raise UserError(
+                f"{setting}: {table} = {show(settings)} has no keys; set {table} itself",
+                exit_code=2,
+            )
     settings[key] = value
 
 
@@ -113,7 +137,11 @@ def _explain(error: Any) -> str:
     if not location:  # the check of the whole Config, whose lines name their settings
         return str(context["error"])
     setting = _setting(location)
-    reason = _BOUNDS.get(kind) or _TYPES.get(kind.split("_")[0]) or error["msg"].replace("{", "{{").replace("}", "}}")
+    reason = (
+        _BOUNDS.get(kind)
+        or _TYPES.get(kind.split("_")[0])
+        or error["msg"].replace("{", "{{").replace("}", "}}")
+    )
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", '"')}
     return f"{setting} = {show(error['input'])}: {reason.format(section=setting, **context)}"
@@ -134,16 +162,24 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
     if near := nearest_keys(section, key):
         remedy = f"did you mean {near}?"
     else:
-        remedy = f"[{section}] has {', '.join(SECTIONS[section].model_fields)}" if section else "keys go into a section"
+        remedy = (
+            f"[{section}] has {', '.join(SECTIONS[section].model_fields)}"
+            if section
+            else "keys go into a section"
+        )
     return f"{_setting(location)}: no such key; {remedy}"
 
 
 def nearest_keys(section: str, key: str) -> str:
-    """The "section.key" most like a misspelt or misplaced one ("a or b" where several are equally near), or ""."""
+    """The "section.key" most like a misspelt or misplaced one ("a or b" where several are equally
+    near), or "".
+    """
     scores = {}
     for setting in KEYS:
         candidate_section, candidate = setting.split(".")
-        here = 0.2 if candidate_section == section else 0.0  # a typo is likelier than a key in the wrong section
+        here = (
+            0.2 if candidate_section == section else 0.0
+        )  # a typo is likelier than a key in the wrong section
         scores[setting] = SequenceMatcher(None, key.replace("-", "_"), candidate).ratio() + here
     best = max(scores.values())
     return " or ".join(s for s, score in scores.items() if score == best) if best >= 0.7 else ""

@@ -1,7 +1,7 @@
 """The settings of a run: the TOML schema, a class a section.
 
-config_file.py reads and writes it, checks.py relates it to the machine and the model. No import of torch or
-transformers: `--help` answers at once.
+config_file.py reads and writes it, checks.py relates it to the machine and the model. No import of
+torch or transformers: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from titan_ulysses.config.toml import to_toml
 
 
 def expand_path(path: str) -> str:
-    """Expand `~`, `$VARS` and `{stdlib}`, the folder of Python's standard library: real text that every machine has."""
-    return os.path.expanduser(os.path.expandvars(path.replace("{stdlib}", sysconfig.get_path("stdlib"))))
+    """Expand `~`, `$VARS` and `{stdlib}`, the folder of Python's standard library: real text that
+    every machine has.
+    """
+    return os.path.expanduser(
+        os.path.expandvars(path.replace("{stdlib}", sysconfig.get_path("stdlib")))
+    )
 
 
 def _positive_or_derived(value: int) -> int:
@@ -34,7 +38,9 @@ def _core_name(name: str) -> str:
 
 
 CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
-"""Names of core attentions; after "auto" the fastest first. They are functions of ulysses/cores.py."""
+"""Names of core attentions; after "auto" the fastest first. They are functions of
+ulysses/cores.py.
+"""
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
 Tile = Annotated[int, Field(ge=-1)]
@@ -44,43 +50,62 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """What the sections share: unknown keys refused, values fixed once read, no inf or nan unless a field asks."""
+    """What the sections share: unknown keys refused, values fixed once read, no inf or nan unless a
+    field asks.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: Any) -> Any:
-        # pydantic would read true as 1, and a forgotten value (`--training.steps --next`) must not become one step.
+        # pydantic would read true as 1, and a forgotten value (`--training.steps --next`) must not
+        # become one step.
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
             raise ValueError("needs a number, not true or false")
         return value
 
 
 class Job(Section):
-    name: str = Field("run", min_length=1, description="Name of the run; its files go to <dump_folder>/<name>/.")
-    dump_folder: PathText = Field("./outputs", min_length=1, description="Folder that holds the folders of all runs.")
+    name: str = Field(
+        "run", min_length=1, description="Name of the run; its files go to <dump_folder>/<name>/."
+    )
+    dump_folder: PathText = Field(
+        "./outputs", min_length=1, description="Folder that holds the folders of all runs."
+    )
 
 
 class Model(Section):
-    path: PathText = Field("", description="Pretrained model: a folder or a hub name. Either this or [model.config].")
+    path: PathText = Field(
+        "", description="Pretrained model: a folder or a hub name. Either this or [model.config]."
+    )
     config: dict[str, Any] | None = Field(
         None, description="A transformers config with its model_type; the weights start random."
     )
-    tokenizer: PathText = Field("", description='"bytes", a folder or a hub name; empty: the one in model.path.')
+    tokenizer: PathText = Field(
+        "", description='"bytes", a folder or a hub name; empty: the one in model.path.'
+    )
     attention: Core = Field(
-        "auto", description="auto|flash|flex|sdpa|blockwise, or your own as package.module:function."
+        "auto",
+        description="auto|flash|flex|sdpa|blockwise, or your own as package.module:function.",
     )
     rope_scaling: dict[str, Any] | None = Field(
-        None, description="RoPE for longer sequences: rope_type (linear|dynamic|yarn|longrope|llama3), factor, ..."
+        None,
+        description="RoPE for longer sequences: rope_type (linear|dynamic|yarn|longrope|llama3), "
+        "factor, ...",
     )
     resize_embeddings: int = Field(
         0,
         ge=0,
-        description="Let a model grow to its tokenizer's tokens, up to a multiple of this many; 0: it must fit.",
+        description="Let a model grow to its tokenizer's tokens, up to a multiple of this many; 0: "
+        "it must fit.",
     )
     freeze: list[str] = Field(
-        [], description='Parameters that are not trained, as patterns of their names: "model.embed_tokens.*".'
+        [],
+        description="Parameters that are not trained, as patterns of their names: "
+        '"model.embed_tokens.*".',
     )
 
     @field_validator("config")
@@ -97,12 +122,17 @@ class Model(Section):
 
 
 class LoRA(Section):
-    rank: int = Field(0, ge=0, description="Train adapters of this rank (LoRA), and nothing else; 0: no adapters.")
+    rank: int = Field(
+        0, ge=0, description="Train adapters of this rank (LoRA), and nothing else; 0: no adapters."
+    )
     alpha: float = Field(16.0, gt=0, description="What adapters add is multiplied by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training."
+    )
     target_modules: list[str] = Field(
         [],
-        description='Which linear layers get one: names ("q_proj") or patterns ("layers.1?.mlp.*"); empty: all but the '
+        description='Which linear layers get one: names ("q_proj") or patterns '
+        '("layers.1?.mlp.*"); empty: all but the '
         "head.",
     )
 
@@ -111,118 +141,192 @@ class SourceSettings(Section):
     """One source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
     source: Literal["text", "jsonl", "hf", "chat"] = Field(
-        "text", description="text: a document a file; jsonl: JSON lines or parquet; hf: a data set; chat: messages."
+        "text",
+        description="text: a document a file; jsonl: JSON lines or parquet; hf: a data set; chat: "
+        "messages.",
     )
     path: PathText = Field(
-        "", description="File, folder, pattern or data set name; ~, $VARS and {stdlib} (Python's library) expand."
+        "",
+        description="File, folder, pattern or data set name; ~, $VARS and {stdlib} (Python's "
+        "library) expand.",
     )
     extensions: list[str] = Field(
-        [], description="Which files of a folder are read; empty: .txt, or all that jsonl and chat can read."
+        [],
+        description="Which files of a folder are read; empty: .txt, or all that jsonl and chat can "
+        "read.",
     )
-    encoding: str = Field("utf-8", min_length=1, description='Text encoding; "bytes": raw, for tokenizer "bytes".')
-    text_field: str = Field("text", min_length=1, description="jsonl, hf: the field that holds the text.")
+    encoding: str = Field(
+        "utf-8", min_length=1, description='Text encoding; "bytes": raw, for tokenizer "bytes".'
+    )
+    text_field: str = Field(
+        "text", min_length=1, description="jsonl, hf: the field that holds the text."
+    )
     prompt_field: str = Field(
         "", description="jsonl, hf: with completion_field, in place of text_field; not trained on."
     )
-    completion_field: str = Field("", description="jsonl, hf: what follows the prompt, and is trained on.")
-    messages_field: str = Field("messages", min_length=1, description="chat: the field with the list of messages.")
-    tools_field: str = Field("tools", min_length=1, description="chat: the field with the tools, where a chat has any.")
-    train_on: Literal["assistant", "all"] = Field(
-        "assistant", description="assistant: the assistant's turns, completions; all: every token of chats and prompts."
+    completion_field: str = Field(
+        "", description="jsonl, hf: what follows the prompt, and is trained on."
     )
-    subset: str = Field("", description="hf, chat: configuration of the data set; empty: its default one.")
+    messages_field: str = Field(
+        "messages", min_length=1, description="chat: the field with the list of messages."
+    )
+    tools_field: str = Field(
+        "tools", min_length=1, description="chat: the field with the tools, where a chat has any."
+    )
+    train_on: Literal["assistant", "all"] = Field(
+        "assistant",
+        description="assistant: the assistant's turns, completions; all: every token of chats and "
+        "prompts.",
+    )
+    subset: str = Field(
+        "", description="hf, chat: configuration of the data set; empty: its default one."
+    )
     split: str = Field("train", min_length=1, description="hf, chat: split of the data set.")
-    streaming: bool = Field(False, description="hf, chat: read the data set while training; nothing is prepared.")
+    streaming: bool = Field(
+        False, description="hf, chat: read the data set while training; nothing is prepared."
+    )
     bad_lines: Literal["stop", "skip"] = Field(
         "stop",
-        description="A line that is not JSON, lacks its field or that the chat template refuses: stop, or count.",
+        description="A line that is not JSON, lacks its field or that the chat template refuses: "
+        "stop, or count.",
     )
 
 
 class MixtureEntry(SourceSettings):
-    weight: float = Field(1.0, gt=0, description="Share of the sequences; weights are divided by their sum.")
+    weight: float = Field(
+        1.0, gt=0, description="Share of the sequences; weights are divided by their sum."
+    )
 
 
 class Data(SourceSettings):
     mixture: list[MixtureEntry] = Field(
         [],
-        description="[[data.mixture]]: several sources, each with the keys above and a weight; instead of data.path.",
+        description="[[data.mixture]]: several sources, each with the keys above and a weight; "
+        "instead of data.path.",
     )
     packing: Literal["none", "concat", "best_fit"] = Field(
-        "concat", description="none: a document a sequence, padded; concat: end to end; best_fit: whole ones, padded."
+        "concat",
+        description="none: a document a sequence, padded; concat: end to end; best_fit: whole "
+        "ones, padded.",
     )
     long_documents: Literal["split", "drop"] = Field(
-        "split", description="Documents longer than training.seq_len: go on in another sequence, or are left out."
+        "split",
+        description="Documents longer than training.seq_len: go on in another sequence, or are "
+        "left out.",
     )
     cache_folder: PathText = Field(
-        "", description="Where large tokenized data is kept for the next start; empty: ~/.cache/titan_ulysses."
+        "",
+        description="Where large tokenized data is kept for the next start; empty: "
+        "~/.cache/titan_ulysses.",
     )
 
 
 class Training(Section):
-    seq_len: int = Field(2048, ge=1, description="Tokens in a sequence, over all its sequence-parallel ranks.")
-    local_batch_size: int = Field(1, ge=1, description="Sequences a data-parallel rank sees in one forward.")
+    seq_len: int = Field(
+        2048, ge=1, description="Tokens in a sequence, over all its sequence-parallel ranks."
+    )
+    local_batch_size: int = Field(
+        1, ge=1, description="Sequences a data-parallel rank sees in one forward."
+    )
     global_batch_size: PositiveOrDerived = Field(
-        -1, description="Sequences a step; -1: local_batch_size x data-parallel degree; larger: gradient accumulation."
+        -1,
+        description="Sequences a step; -1: local_batch_size x data-parallel degree; larger: "
+        "gradient accumulation.",
     )
     steps: int = Field(1000, ge=1, description="Optimizer steps.")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the weights and of the order of the data.")
-    max_norm: float = Field(1.0, ge=0, allow_inf_nan=True, description="Clip gradients to this norm; 0: no clipping.")
-    param_dtype: Dtype = Field("bfloat16", description="Dtype of parameters and activations in forward and backward.")
-    reduce_dtype: Dtype = Field("float32", description="Dtype in which gradients are summed over the ranks.")
-    z_loss: float = Field(
-        0.0, ge=0, description="Weight of the squared log-normalizer of the logits, added to each token's loss; 0: off."
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Seed of the weights and of the order of the data."
     )
-    deterministic: bool = Field(False, description="Deterministic algorithms only: slower, the same bits each time.")
+    max_norm: float = Field(
+        1.0, ge=0, allow_inf_nan=True, description="Clip gradients to this norm; 0: no clipping."
+    )
+    param_dtype: Dtype = Field(
+        "bfloat16", description="Dtype of parameters and activations in forward and backward."
+    )
+    reduce_dtype: Dtype = Field(
+        "float32", description="Dtype in which gradients are summed over the ranks."
+    )
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the squared log-normalizer of the logits, added to each token's "
+        "loss; 0: off.",
+    )
+    deterministic: bool = Field(
+        False, description="Deterministic algorithms only: slower, the same bits each time."
+    )
 
 
 class Parallelism(Section):
-    data_parallel_replicate_degree: PositiveOrDerived = Field(1, description="Replicas of the sharded model (HSDP).")
+    data_parallel_replicate_degree: PositiveOrDerived = Field(
+        1, description="Replicas of the sharded model (HSDP)."
+    )
     data_parallel_shard_degree: PositiveOrDerived = Field(
         -1, description="Ranks that shard the parameters (FSDP2); -1: derived from the world size."
     )
-    sequence_parallel_degree: PositiveOrDerived = Field(1, description="Ranks that share one sequence (Ulysses).")
+    sequence_parallel_degree: PositiveOrDerived = Field(
+        1, description="Ranks that share one sequence (Ulysses)."
+    )
 
 
 class ActivationCheckpoint(Section):
-    mode: Literal["none", "full"] = Field("full", description="full: keep block inputs only, recompute in backward.")
-    every: int = Field(1, ge=1, description="Blocks a checkpoint: of so many only the first one's input is kept.")
-    offload: Literal["none", "host", "disk"] = Field(
-        "none", description="Where these inputs wait for backward: on the device, in host memory, or in files."
+    mode: Literal["none", "full"] = Field(
+        "full", description="full: keep block inputs only, recompute in backward."
     )
-    offload_folder: PathText = Field("", description='Folder for offload = "disk"; empty: the system\'s temporary one.')
+    every: int = Field(
+        1, ge=1, description="Blocks a checkpoint: of so many only the first one's input is kept."
+    )
+    offload: Literal["none", "host", "disk"] = Field(
+        "none",
+        description="Where these inputs wait for backward: on the device, in host memory, or in "
+        "files.",
+    )
+    offload_folder: PathText = Field(
+        "", description='Folder for offload = "disk"; empty: the system\'s temporary one.'
+    )
 
 
 class Memory(Section):
     loss_tile_tokens: Tile = Field(
-        0, description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits; -1: all at once."
+        0,
+        description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits; -1: "
+        "all at once.",
     )
     mlp_tile_tokens: Tile = Field(
         0,
-        description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, where blocks are "
+        description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, "
+        "where blocks are "
         "checkpoints, and else -1: not tiled.",
     )
     parameter_offload: bool = Field(
-        False, description="Parameters, gradients and optimizer state in host memory; the optimizer steps there."
+        False,
+        description="Parameters, gradients and optimizer state in host memory; the optimizer steps "
+        "there.",
     )
     optimizer_offload: bool = Field(
-        False, description="Optimizer state in host memory; it visits the device a parameter at a time."
+        False,
+        description="Optimizer state in host memory; it visits the device a parameter at a time.",
     )
 
 
 class Compile(Section):
-    enable: bool = Field(False, description="Compile each block's MLP and norms (torch.compile); the first step waits.")
+    enable: bool = Field(
+        False,
+        description="Compile each block's MLP and norms (torch.compile); the first step waits.",
+    )
 
 
 class Quantize(Section):
     float8: bool = Field(
-        False, description="Linear layers of the blocks multiply in float8 (torchao); GPUs from sm_89 on."
+        False,
+        description="Linear layers of the blocks multiply in float8 (torchao); GPUs from sm_89 on.",
     )
 
 
 class Optimizer(Section):
     name: Literal["adamw", "adamw8bit", "adamw4bit"] = Field(
-        "adamw", description="AdamW with its two moments in fp32, or quantized to 8 or 4 bits (torchao)."
+        "adamw",
+        description="AdamW with its two moments in fp32, or quantized to 8 or 4 bits (torchao).",
     )
     lr: float = Field(3e-4, ge=0, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of the two moments.")
@@ -230,73 +334,124 @@ class Optimizer(Section):
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
     stochastic_rounding: bool = Field(
         False,
-        description="Store parameters in bfloat16, rounded stochastically after each step; no fp32 master weights.",
+        description="Store parameters in bfloat16, rounded stochastically after each step; no fp32 "
+        "master weights.",
     )
 
 
 class LRScheduler(Section):
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup.")
-    decay_type: Literal["constant", "linear", "cosine"] = Field("cosine", description="Shape after the warmup.")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Where the decay ends, as a share of optimizer.lr.")
+    decay_type: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Shape after the warmup."
+    )
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="Where the decay ends, as a share of optimizer.lr."
+    )
 
 
 class Checkpoint(Section):
     enable: bool = Field(True, description="Save checkpoints, and resume from them.")
     interval: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_latest_k: int = Field(2, ge=0, description="How many to keep; 0: all.")
-    folder: str = Field("checkpoints", min_length=1, description="Folder of the checkpoints inside the run's folder.")
-    initial_load_path: PathText = Field(
-        "", description="Weights to begin with, in place of model.path's: safetensors, or a step-N folder of a run."
+    folder: str = Field(
+        "checkpoints",
+        min_length=1,
+        description="Folder of the checkpoints inside the run's folder.",
     )
-    export: bool = Field(True, description="At the end, write export/ for transformers' from_pretrained.")
+    initial_load_path: PathText = Field(
+        "",
+        description="Weights to begin with, in place of model.path's: safetensors, or a step-N "
+        "folder of a run.",
+    )
+    export: bool = Field(
+        True, description="At the end, write export/ for transformers' from_pretrained."
+    )
 
 
 class Validation(Section):
-    enable: bool = Field(False, description="Compute a validation loss before the first step and during training.")
+    enable: bool = Field(
+        False, description="Compute a validation loss before the first step and during training."
+    )
     interval: int = Field(100, ge=1, description="Steps between validations.")
     steps: int = Field(
-        10, ge=0, description="Global batches a validation, spread evenly over the held-out data; 0: all of it."
+        10,
+        ge=0,
+        description="Global batches a validation, spread evenly over the held-out data; 0: all of "
+        "it.",
     )
-    path: PathText = Field("", description="Held-out data, read as [data] says; empty: every 100th document of data.")
-    split: str = Field("", description="hf, chat: split of the held-out data set; empty: data.split.")
+    path: PathText = Field(
+        "", description="Held-out data, read as [data] says; empty: every 100th document of data."
+    )
+    split: str = Field(
+        "", description="hf, chat: split of the held-out data set; empty: data.split."
+    )
 
 
 class Plan(Section):
-    gpu: str = Field("H100-80GB", min_length=1, description="GPU to plan for: A100-80GB, H100-80GB, H200, B200.")
-    gpu_memory_gib: float = Field(0, ge=0, description="Its memory, where it is not that of plan.gpu; 0: plan.gpu's.")
-    host_memory_gib: float = Field(0, ge=0, description="Host memory of a node; 0: not known, not looked at.")
+    gpu: str = Field(
+        "H100-80GB", min_length=1, description="GPU to plan for: A100-80GB, H100-80GB, H200, B200."
+    )
+    gpu_memory_gib: float = Field(
+        0, ge=0, description="Its memory, where it is not that of plan.gpu; 0: plan.gpu's."
+    )
+    host_memory_gib: float = Field(
+        0, ge=0, description="Host memory of a node; 0: not known, not looked at."
+    )
     gpus_per_node: int = Field(8, ge=1, description="GPUs of a node.")
-    world_size: int = Field(0, ge=0, description="GPUs to plan for; 0: the product of the degrees in [parallelism].")
-    search: bool = Field(False, description="Look for the longest sequence that fits, and for the settings it takes.")
-    ladder: bool = Field(False, description="Plan what each feature adds to the longest sequence, one after the other.")
+    world_size: int = Field(
+        0, ge=0, description="GPUs to plan for; 0: the product of the degrees in [parallelism]."
+    )
+    search: bool = Field(
+        False, description="Look for the longest sequence that fits, and for the settings it takes."
+    )
+    ladder: bool = Field(
+        False,
+        description="Plan what each feature adds to the longest sequence, one after the other.",
+    )
     enforce: bool = Field(False, description="Refuse to start a run whose plan does not fit.")
 
 
 class Metrics(Section):
     log_interval: int = Field(1, ge=1, description="Steps between log lines.")
     enable_wandb: bool = Field(
-        False, description="Log to Weights & Biases too, as job.name; WANDB_PROJECT and its other variables count."
+        False,
+        description="Log to Weights & Biases too, as job.name; WANDB_PROJECT and its other "
+        "variables count.",
     )
 
 
 class Profiling(Section):
-    enable_profiling: bool = Field(False, description="Write traces of the torch profiler, a file a rank.")
+    enable_profiling: bool = Field(
+        False, description="Write traces of the torch profiler, a file a rank."
+    )
     save_traces_folder: str = Field(
         "profile_traces", min_length=1, description="Folder of the traces inside the run's folder."
     )
-    profile_freq: int = Field(10, ge=1, description="Steps from one trace, or snapshot, to the next.")
-    profiler_active: int = Field(1, ge=1, description="Steps in a trace: the last ones of every profile_freq.")
-    profiler_warmup: int = Field(3, ge=0, description="Steps before these that are traced and thrown away.")
+    profile_freq: int = Field(
+        10, ge=1, description="Steps from one trace, or snapshot, to the next."
+    )
+    profiler_active: int = Field(
+        1, ge=1, description="Steps in a trace: the last ones of every profile_freq."
+    )
+    profiler_warmup: int = Field(
+        3, ge=0, description="Steps before these that are traced and thrown away."
+    )
     enable_memory_snapshot: bool = Field(
-        False, description="CUDA: write what the allocator did, every profile_freq steps and when memory runs out."
+        False,
+        description="CUDA: write what the allocator did, every profile_freq steps and when memory "
+        "runs out.",
     )
     save_memory_snapshot_folder: str = Field(
-        "memory_snapshot", min_length=1, description="Folder of the snapshots inside the run's folder."
+        "memory_snapshot",
+        min_length=1,
+        description="Folder of the snapshots inside the run's folder.",
     )
 
 
 class Config(Section):
-    """All settings of a run. Immutable; `load_config` builds it, `check` relates it to the machine and the model."""
+    """All settings of a run. Immutable; `load_config` builds it, `check` relates it to the machine
+    and the model.
+    """
 
     job: Job = Job()
     model: Model = Model()
@@ -338,17 +493,20 @@ def _lora_problems(config: Config) -> list[str]:
         return problems
     if config.model.freeze:
         problems.append(
-            f"lora.rank = {lora.rank} and model.freeze = {to_toml(config.model.freeze)} are both set: with LoRA all of "
+            f"lora.rank = {lora.rank} and model.freeze = {to_toml(config.model.freeze)} are both "
+            "set: with LoRA all of "
             "the model is frozen. Clear one, with lora.rank = 0 or model.freeze = []"
         )
     if config.model.resize_embeddings:
         problems.append(
-            f"lora.rank = {lora.rank} and model.resize_embeddings = {config.model.resize_embeddings} are both set: "
+            f"lora.rank = {lora.rank} and model.resize_embeddings = "
+            f"{config.model.resize_embeddings} are both set: "
             "LoRA would leave the rows of new tokens as they begin. Set one of them to 0"
         )
     if lora.dropout and config.compile.enable:
         problems.append(
-            f"lora.dropout = {lora.dropout} with compile.enable = true: compiled code would drop other inputs when it "
+            f"lora.dropout = {lora.dropout} with compile.enable = true: compiled code would drop "
+            "other inputs when it "
             "computes again in backward. Set lora.dropout = 0, or compile.enable = false"
         )
     return problems
@@ -369,24 +527,30 @@ _READ_BY = {
 
 def _data_problems(config: Config) -> list[str]:
     data, validation, problems = config.data, config.validation, []
-    for setting, source in [("data", data), *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture))]:
+    for setting, source in [
+        ("data", data),
+        *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)),
+    ]:
         problems += _source_problems(config, setting, source)
         if setting != "data" and not source.path:
             problems.append(f"{setting}.path is not set: every entry of data.mixture needs a path")
     if data.mixture and data.path:
         problems.append(
-            f'data.path = {to_toml(data.path)} and [[data.mixture]] are both set: clear one, with data.path = ""'
+            f"data.path = {to_toml(data.path)} and [[data.mixture]] are both set: clear one, with "
+            'data.path = ""'
         )
     apart = validation.enable and (validation.path or validation.split)
     if data.mixture and not apart:  # else they say how the held-out data is read
         problems += [
-            f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has a {key} of its own. Set it there"
+            f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has a {key} of its "
+            "own. Set it there"
             for key, value in _changed(data).items()
             if key != "path"
         ]
     if validation.enable and validation.split and data.source not in _READ_BY["split"]:
         problems.append(
-            f'validation.split = {to_toml(validation.split)} with data.source = "{data.source}": files have no splits. '
+            f'validation.split = {to_toml(validation.split)} with data.source = "{data.source}": '
+            "files have no splits. "
             'Set validation.path, or data.source = "hf"'
         )
     return problems
@@ -402,28 +566,45 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
             'model.tokenizer = "bytes"'
         )
     if source.encoding == "bytes" and source.source != "text":
-        problems.append(f'{setting}.encoding = "bytes" with {setting}.source = "{source.source}": JSON is text')
+        problems.append(
+            f'{setting}.encoding = "bytes" with {setting}.source = "{source.source}": JSON is text'
+        )
     if bool(source.prompt_field) != bool(source.completion_field):
-        given, missing = sorted(("prompt_field", "completion_field"), key=lambda name: not getattr(source, name))
-        problems.append(f"{setting}.{given} is set and {setting}.{missing} is not: a prompt needs its completion")
+        given, missing = sorted(
+            ("prompt_field", "completion_field"), key=lambda name: not getattr(source, name)
+        )
+        problems.append(
+            f"{setting}.{given} is set and {setting}.{missing} is not: a prompt needs its "
+            "completion"
+        )
     for key, value in _changed(source).items():
         told = value == "bytes" or (key == "prompt_field" and not source.completion_field)
         if not told and source.source not in _READ_BY.get(key, (source.source,)):
             readers = " and ".join(_READ_BY[key])
             problems.append(
-                f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it is read from '
+                f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it '
+                "is read from "
                 f"{readers} alone. Set {setting}.source, or leave {setting}.{key} out"
             )
     if source.streaming and source.source not in ("hf", "chat"):
-        problems.append(f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = "hf"')
+        problems.append(
+            f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = '
+            '"hf"'
+        )
     if source.streaming and (data.packing != "concat" or data.long_documents != "split"):
         problems.append(
-            f'{setting}.streaming = true: only data.packing = "concat" with data.long_documents = "split" can pack '
+            f'{setting}.streaming = true: only data.packing = "concat" with data.long_documents = '
+            '"split" can pack '
             "what is not known yet; set both, or streaming = false"
         )
-    if source.streaming and config.validation.enable and not (config.validation.path or config.validation.split):
+    if (
+        source.streaming
+        and config.validation.enable
+        and not (config.validation.path or config.validation.split)
+    ):
         problems.append(
-            f"{setting}.streaming = true: no document can be held out of a stream; set validation.path or "
+            f"{setting}.streaming = true: no document can be held out of a stream; set "
+            "validation.path or "
             "validation.split"
         )
     return problems
@@ -432,8 +613,14 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
 def _changed(source: SourceSettings) -> dict[str, Any]:
     """The source's keys that are not at their defaults."""
     fields = SourceSettings.model_fields.items()
-    return {key: getattr(source, key) for key, field in fields if getattr(source, key) != field.default}
+    return {
+        key: getattr(source, key) for key, field in fields if getattr(source, key) != field.default
+    }
 
 
-SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in Config.model_fields.items()}
-KEYS: dict[str, FieldInfo] = {f"{s}.{k}": field for s in SECTIONS for k, field in SECTIONS[s].model_fields.items()}
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation for name, field in Config.model_fields.items()
+}
+KEYS: dict[str, FieldInfo] = {
+    f"{s}.{k}": field for s in SECTIONS for k, field in SECTIONS[s].model_fields.items()
+}

@@ -10,12 +10,21 @@ from typing import Any
 
 def table_to_toml(header: str, table: dict[Any, Any], brackets: str = "[{}]") -> list[str]:
     lines = [brackets.format(header)]
-    nested = {key: value for key, value in table.items() if isinstance(value, dict) or _is_tables(value)}
-    lines += [f"{_toml_key(k)} = {to_toml(v)}" for k, v in table.items() if k not in nested and v is not None]
+    nested = {
+        key: value for key, value in table.items() if isinstance(value, dict) or _is_tables(value)
+    }
+    lines += [
+        f"{_toml_key(k)} = {to_toml(v)}"
+        for k, v in table.items()
+        if k not in nested and v is not None
+    ]
     for key, value in nested.items():
         below = f"{header}.{_toml_key(key)}"
         for one in value if isinstance(value, list) else [value]:
-            lines += ["", *table_to_toml(below, one, "[[{}]]" if isinstance(value, list) else "[{}]")]
+            lines += [
+                "",
+                *table_to_toml(below, one, "[[{}]]" if isinstance(value, list) else "[{}]"),
+            ]
     return lines
 
 
@@ -24,12 +33,16 @@ def _is_tables(value: Any) -> bool:
 
 
 def _toml_key(key: Any) -> str:
-    return key if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_-]+", key) else to_toml(str(key))
+    return (
+        key if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_-]+", key) else to_toml(str(key))
+    )
 
 
 def to_toml(value: Any) -> str:
     """A TOML value on one line."""
-    if isinstance(value, str):  # JSON's escapes are TOML's too, except that TOML also wants DEL escaped
+    if isinstance(
+        value, str
+    ):  # JSON's escapes are TOML's too, except that TOML also wants DEL escaped
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()

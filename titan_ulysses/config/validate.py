@@ -1,4 +1,6 @@
-"""What can be wrong with settings only together with others, the world size, the model or the tokenizer."""
+"""What can be wrong with settings only together with others, the world size, the model or the
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,12 @@ def ranks_of(config: Config) -> int:
 
 
 def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: int) -> MeshDegrees:
-    """Every check across settings, world size, model and tokenizer, made before a process group or a weight exists.
+    """Every check across settings, world size, model and tokenizer, made before a process group or
+    a weight exists.
 
-    model_config: a transformers text config; attributes that it lacks or that are None are not checked.
-    num_token_ids: the tokenizer's largest id + 1.
-    Raises UserError (exit code 2) with a line for each problem.
+    model_config: a transformers text config; attributes that it lacks or that are None are not
+    checked. num_token_ids: the tokenizer's largest id + 1. Raises UserError (exit code 2) with a
+    line for each problem.
     """
     degrees, problems = _mesh_degrees(config, world_size)
     if not problems:
@@ -62,22 +65,28 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
 
 
 def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, ...], list[str]]:
-    """(replicate, shard, sequence) with a -1 derived from the world size, or what is wrong with them."""
+    """(replicate, shard, sequence) with a -1 derived from the world size, or what is wrong with
+    them.
+    """
     degrees = config.parallelism.model_dump()
     replicate, shard, sequence = degrees.values()
     product = f"dp_replicate({replicate}) x dp_shard({shard}) x sp({sequence})"
     derived = [f"parallelism.{key}" for key, degree in degrees.items() if degree == -1]
     if len(derived) > 1:
-        return (), [f"{' and '.join(derived)} are -1: only one degree can be derived; set the others"]
+        return (), [
+            f"{' and '.join(derived)} are -1: only one degree can be derived; set the others"
+        ]
     known = replicate * shard * sequence * (-1 if derived else 1)
     if derived and world_size % known:
         return (), [
-            f"{product} does not divide WORLD_SIZE({world_size}): start a multiple of {known} ranks, "
+            f"{product} does not divide WORLD_SIZE({world_size}): start a multiple of {known} "
+            "ranks, "
             "or change the degrees in [parallelism]"
         ]
     if not derived and known != world_size:
         return (), [
-            f"{product} = {known} is not WORLD_SIZE({world_size}): start {known} ranks, or change [parallelism], "
+            f"{product} = {known} is not WORLD_SIZE({world_size}): start {known} ranks, or change "
+            "[parallelism], "
             "as in parallelism.data_parallel_shard_degree = -1"
         ]
     return tuple(world_size // known if degree == -1 else degree for degree in degrees.values()), []
@@ -92,8 +101,10 @@ def _accumulation_steps(config: Config, degrees: tuple[int, ...]) -> tuple[int, 
     if remainder:
         remedy = f"set it to {(accumulation + 1) * smallest}, or to -1 for {smallest}"
         return accumulation, [
-            f"training.global_batch_size = {training.global_batch_size} is not a multiple of local_batch_size"
-            f"({training.local_batch_size}) x dp_replicate({replicate}) x dp_shard({shard}) = {smallest}: {remedy}"
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
+            "local_batch_size"
+            f"({training.local_batch_size}) x dp_replicate({replicate}) x dp_shard({shard}) = "
+            f"{smallest}: {remedy}"
         ]
     return accumulation, []
 
@@ -113,22 +124,29 @@ def _training_problems(config: Config, sequence: int) -> list[str]:
         )
     if warmup_steps > training.steps:
         problems.append(
-            f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = {training.steps}: "
+            f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = "
+            f"{training.steps}: "
             "lower the first or raise the second"
         )
     return problems
 
 
 def _memory_problems(config: Config, model_config: Any) -> list[str]:
-    checkpoint, layers, problems = config.activation_checkpoint, getattr(model_config, "num_hidden_layers", None), []
+    checkpoint, layers, problems = (
+        config.activation_checkpoint,
+        getattr(model_config, "num_hidden_layers", None),
+        [],
+    )
     if checkpoint.mode == "none" and checkpoint.offload != "none":
         problems.append(
-            f'activation_checkpoint.offload = "{checkpoint.offload}" moves checkpoints, and activation_checkpoint.mode '
+            f'activation_checkpoint.offload = "{checkpoint.offload}" moves checkpoints, and '
+            "activation_checkpoint.mode "
             '= "none" makes none: set activation_checkpoint.mode = "full"'
         )
     if layers is not None and checkpoint.every > layers:
         problems.append(
-            f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} layers: set it to "
+            f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} "
+            "layers: set it to "
             f"{layers} or less"
         )
     return problems
@@ -138,12 +156,15 @@ def _profiling_problems(config: Config) -> list[str]:
     p, steps, problems = config.profiling, config.training.steps, []
     if p.enable_profiling and p.profile_freq < p.profiler_warmup + p.profiler_active:
         problems.append(
-            f"profiling.profile_freq = {p.profile_freq} has no room for profiler_warmup({p.profiler_warmup}) + "
-            f"profiler_active({p.profiler_active}) steps: raise it to {p.profiler_warmup + p.profiler_active}"
+            f"profiling.profile_freq = {p.profile_freq} has no room for "
+            f"profiler_warmup({p.profiler_warmup}) + "
+            f"profiler_active({p.profiler_active}) steps: raise it to "
+            f"{p.profiler_warmup + p.profiler_active}"
         )
     elif p.enable_profiling and p.profile_freq > steps:
         problems.append(
-            f"profiling.profile_freq = {p.profile_freq} is more than training.steps = {steps}, and a trace is of the "
+            f"profiling.profile_freq = {p.profile_freq} is more than training.steps = {steps}, and "
+            "a trace is of the "
             f"last steps of every profile_freq: there would be none. Set it to {steps} or less"
         )
     return problems
@@ -153,49 +174,72 @@ def _dtype_problems(config: Config) -> list[str]:
     dtype, problems = config.training.param_dtype, []
     if config.optimizer.stochastic_rounding and dtype != "bfloat16":
         problems.append(
-            f'optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "{dtype}": '
+            "optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "
+            f'"{dtype}": '
             'set one to false or the other to "bfloat16"'
         )
     if config.optimizer.name != "adamw" and dtype == "float64":
         problems.append(
-            f'optimizer.name = "{config.optimizer.name}" computes in fp32, but training.param_dtype = "float64": '
+            f'optimizer.name = "{config.optimizer.name}" computes in fp32, but '
+            'training.param_dtype = "float64": '
             'set optimizer.name = "adamw"'
         )
     if config.quantize.float8 and dtype != "bfloat16":
         problems.append(
-            f'quantize.float8 = true needs training.param_dtype = "bfloat16", which is "{dtype}": set one or the other'
+            f'quantize.float8 = true needs training.param_dtype = "bfloat16", which is "{dtype}": '
+            "set one or the other"
         )
     return problems
 
 
-def _model_problems(config: Config, model_config: Any, num_token_ids: int, sequence: int) -> list[str]:
+def _model_problems(
+    config: Config, model_config: Any, num_token_ids: int, sequence: int
+) -> list[str]:
     def value(key: str) -> Any:
         return getattr(model_config, key, None)
 
     def setting(key: str) -> str:  # where the user finds it
-        return f"model.config.{key}" if config.model.config else f"{key} in the config.json of {config.model.path}"
+        return (
+            f"model.config.{key}"
+            if config.model.config
+            else f"{key} in the config.json of {config.model.path}"
+        )
 
     problems, seq_len = [], config.training.seq_len
-    positions, vocab_size, dropout = _longest_sequence(model_config), value("vocab_size"), value("attention_dropout")
+    positions, vocab_size, dropout = (
+        _longest_sequence(model_config),
+        value("vocab_size"),
+        value("attention_dropout"),
+    )
     heads, kv_heads = value("num_attention_heads"), value("num_key_value_heads")
     if positions is not None and seq_len > positions and config.model.rope_scaling:
         factor = config.model.rope_scaling["factor"]
         original = round(positions / factor)
         problems.append(
-            f"training.seq_len = {seq_len} is longer than {positions}, which model.rope_scaling.factor = {factor} "
-            f"makes of the model's {original}: set the factor to {-(-seq_len // original)}, or lower training.seq_len"
+            f"training.seq_len = {seq_len} is longer than {positions}, which "
+            f"model.rope_scaling.factor = {factor} "
+            f"makes of the model's {original}: set the factor to {-(-seq_len // original)}, or "
+            "lower training.seq_len"
         )
     elif positions is not None and seq_len > positions:
         problems.append(
-            f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = {positions}: lower "
-            f"training.seq_len, or raise {setting('max_position_embeddings')}, or stretch RoPE with "
+            f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = "
+            f"{positions}: lower "
+            f"training.seq_len, or raise {setting('max_position_embeddings')}, or stretch RoPE "
+            "with "
             "[model.rope_scaling]"
         )
     if vocab_size is not None and num_token_ids > vocab_size:
-        remedy = f"model.config.vocab_size = {num_token_ids}" if config.model.config else "model.resize_embeddings = 1"
+        remedy = (
+            f"model.config.vocab_size = {num_token_ids}"
+            if config.model.config
+            else "model.resize_embeddings = 1"
+        )
         problems.append(
-            f"model.tokenizer = {to_toml(config.model.tokenizer)} emits ids up to {num_token_ids - 1}, "
-            f"but the model's vocab_size is {vocab_size}: set model.tokenizer to one that belongs to the "
+            f"model.tokenizer = {to_toml(config.model.tokenizer)} emits ids up to "
+            f"{num_token_ids - 1}, "
+            f"but the model's vocab_size is {vocab_size}: set model.tokenizer to one that belongs "
+            "to the "
             f"model or set {remedy}"
         )
     if dropout:
@@ -213,7 +257,11 @@ def _model_problems(config: Config, model_config: Any, num_token_ids: int, seque
 
 def _longest_sequence(model_config: Any) -> int | None:
     """How long sequences may be by the model's positions; None where it does not say."""
-    longest, rope = (getattr(model_config, key, None) for key in ("max_position_embeddings", "rope_parameters"))
+    longest, rope = (
+        getattr(model_config, key, None) for key in ("max_position_embeddings", "rope_parameters")
+    )
     rope = (rope or {}).get("full_attention", rope or {})
     # Of this type alone the frequencies ask for the original length where others have the new one.
-    return int(longest * rope["factor"]) if longest and rope.get("rope_type") == "dynamic" else longest
+    return (
+        int(longest * rope["factor"]) if longest and rope.get("rope_type") == "dynamic" else longest
+    )

@@ -1,4 +1,5 @@
-"""From data to one rank's batch: `sources` -> `encoding` -> `cache` -> `packing` -> `mixture` -> `loader`.
+"""From data to one rank's batch: `sources` -> `encoding` -> `cache` -> `packing` -> `mixture` ->
+`loader`.
 
 Nothing is imported at once, so that looking at a configuration does not load torch or transformers.
 """
@@ -22,19 +23,30 @@ def open_sequences(
 ) -> tuple[SampleStream | None, SampleStream | None]:
     """The training stream, unless `eval_only`, and, where validation is enabled, the held-out one.
 
-    Training data is shuffled and has no end. Held-out data has every token once, in the order of its files, and where a
-    sequence is not filled, padding; it is read as [data] says, or taken from each source.
+    Training data is shuffled and has no end. Held-out data has every token once, in the order of
+    its files, and where a sequence is not filled, padding; it is read as [data] says, or taken from
+    each source.
     """
     data, validation = config.data, config.validation
-    apart = validation.enable and bool(validation.path or validation.split)  # given, not taken from the training data
+    apart = validation.enable and bool(
+        validation.path or validation.split
+    )  # given, not taken from the training data
     if apart and eval_only:
         training = None
     elif not data.mixture:
-        training, held_out = _open(config, tokenizer, data, "data.path", splits=validation.enable and not apart)
+        training, held_out = _open(
+            config, tokenizer, data, "data.path", splits=validation.enable and not apart
+        )
     else:
-        training, held_out = _open_mixture(config, tokenizer, splits=validation.enable and not apart)
+        training, held_out = _open_mixture(
+            config, tokenizer, splits=validation.enable and not apart
+        )
     if apart:
-        changes = {"path": validation.path or data.path, "split": validation.split or data.split, "streaming": False}
+        changes = {
+            "path": validation.path or data.path,
+            "split": validation.split or data.split,
+            "streaming": False,
+        }
         setting = "validation.path" if validation.path else "validation.split: data.path"
         corpus, notes = _read(config, tokenizer, data.model_copy(update=changes), setting)
         held_out = _pack(config, corpus, setting, held_out=True, notes=notes)
@@ -58,7 +70,12 @@ def _open_mixture(
 
 
 def _open(
-    config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str, *, splits: bool
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    source: SourceSettings,
+    setting: str,
+    *,
+    splits: bool,
 ) -> tuple[SampleStream, SampleStream | None]:
     """The streams of one source; the second from documents held out of it, where it `splits`."""
     if source.streaming:
@@ -67,7 +84,9 @@ def _open(
     held_out = None
     if splits:
         corpus, rest = corpus.split_held_out(setting=setting)
-        held_out = _pack(config, rest, f"the held-out documents of {setting}", held_out=True, notes=[])
+        held_out = _pack(
+            config, rest, f"the held-out documents of {setting}", held_out=True, notes=[]
+        )
     return _pack(config, corpus, setting, held_out=False, notes=notes), held_out
 
 
@@ -80,11 +99,15 @@ def _read(
     if not source.path:
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
     encoder = Encoder(tokenizer, source.train_on)
-    corpus, tally = read_corpus(source, encoder, cache_folder=config.data.cache_folder, setting=setting)
+    corpus, tally = read_corpus(
+        source, encoder, cache_folder=config.data.cache_folder, setting=setting
+    )
     return corpus, tally.notes()
 
 
-def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str) -> SampleStream:
+def _stream(
+    config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str
+) -> SampleStream:
     from titan_ulysses.data.datasets import DatasetRows
     from titan_ulysses.data.encoding import Encoder
     from titan_ulysses.data.rows import open_rows
@@ -95,28 +118,46 @@ def _stream(config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSe
     rows = open_rows(source, setting)
     if not isinstance(rows, DatasetRows):
         raise UserError(
-            f'{setting} = "{source.path}" are files, and streaming is for data sets: set streaming = false', exit_code=2
+            f'{setting} = "{source.path}" are files, and streaming is for data sets: set streaming '
+            "= false",
+            exit_code=2,
         )
     training = config.training
     skip = source.bad_lines == "skip"
-    return StreamedSequences(rows, encoder, seq_len=training.seq_len, seed=training.seed, skip_bad=skip)
+    return StreamedSequences(
+        rows, encoder, seq_len=training.seq_len, seed=training.seed, skip_bad=skip
+    )
 
 
-def _pack(config: Config, corpus: Corpus, setting: str, *, held_out: bool, notes: list[str]) -> SampleStream:
+def _pack(
+    config: Config, corpus: Corpus, setting: str, *, held_out: bool, notes: list[str]
+) -> SampleStream:
     from titan_ulysses.data.packing import PackedSequences, PaddedSequences
 
     seq_len, packing = config.training.seq_len, config.data.packing
     if long := int((corpus.lengths > seq_len).sum()):
         drops = config.data.long_documents == "drop"
         corpus = corpus.select(corpus.lengths <= seq_len) if drops else corpus
-        notes = [*notes, f"{long:,} longer than {seq_len:,} tokens {'left out' if drops else 'split'}"]
+        notes = [
+            *notes,
+            f"{long:,} longer than {seq_len:,} tokens {'left out' if drops else 'split'}",
+        ]
     if not len(corpus):
         raise UserError(
-            f'{setting}: each document is longer than training.seq_len = {seq_len}: set data.long_documents = "split"'
+            f"{setting}: each document is longer than training.seq_len = {seq_len}: set "
+            'data.long_documents = "split"'
         )
     if held_out and corpus.lengths.max() < 2:
-        raise UserError(f"{setting}: no document has more than one token, so that none is predicted: give longer ones")
-    options = {"seq_len": seq_len, "seed": config.training.seed, "shuffle": not held_out, "setting": setting}
+        raise UserError(
+            f"{setting}: no document has more than one token, so that none is predicted: give "
+            "longer ones"
+        )
+    options = {
+        "seq_len": seq_len,
+        "seed": config.training.seed,
+        "shuffle": not held_out,
+        "setting": setting,
+    }
     if packing == "concat":
         sequences: SampleStream = PackedSequences(corpus, **options, once=held_out)
     else:

@@ -1,7 +1,7 @@
 """Any loader's batches -> this rank's slices of them, for a training loop of one's own.
 
-What transformers users have (unshifted labels, 2-D padding masks, packed rows) becomes what the sharded model takes.
-Everything is computed on whole rows, on the host, before the slice is taken.
+What transformers users have (unshifted labels, 2-D padding masks, packed rows) becomes what the
+sharded model takes. Everything is computed on whole rows, on the host, before the slice is taken.
 """
 
 from __future__ import annotations
@@ -44,20 +44,26 @@ class Rows(NamedTuple):
     """the largest position of each document, plus 1, where that is not the length of each"""
 
 
-def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 1) -> Iterator[dict[str, Any]]:
-    """This rank's slice of each batch of `loader`, as keywords for the model: `model(**batch).loss`.
+def shard(
+    loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 1
+) -> Iterator[dict[str, Any]]:
+    """This rank's slice of each batch of `loader`, as keywords for the model:
+    `model(**batch).loss`.
 
-    A batch is a mapping with `input_ids` [B, S] and, where there are any, `labels` (unshifted, as in transformers;
-    without them every token is a label), `attention_mask` [B, S] (padding on either side), and documents packed in a
-    row: `position_ids` that fall back, `seq_idx`, or `cu_seq_lens_q` over all B * S tokens. Positions may begin
-    anywhere, and are computed with as given; where they jump ahead, see `_starts_of_positions`. B and S may change from
-    batch to batch. All ranks of a sequence-parallel group must load the same rows, ranks along `mesh.batch` rows of
-    their own, and each rank the same number of batches. `loader` is read no further than the step that is yielded.
+    A batch is a mapping with `input_ids` [B, S] and, where there are any, `labels` (unshifted, as
+    in transformers; without them every token is a label), `attention_mask` [B, S] (padding on
+    either side), and documents packed in a row: `position_ids` that fall back, `seq_idx`, or
+    `cu_seq_lens_q` over all B * S tokens. Positions may begin anywhere, and are computed with as
+    given; where they jump ahead, see `_starts_of_positions`. B and S may change from batch to
+    batch. All ranks of a sequence-parallel group must load the same rows, ranks along `mesh.batch`
+    rows of their own, and each rank the same number of batches. `loader` is read no further than
+    the step that is yielded.
 
-    Yields input_ids, labels (shifted, none across a border), position_ids [B, T], T = ceil(S / P), `documents`,
-    `reaches` where positions are not counted from 0, `attention_mask` [B, T] where any token is padding, and
-    `num_items_in_batch`, the number of labels in `accumulate` batches on all ranks: step the optimizer once for each so
-    many batches. UserError for a batch that cannot be what it says, or that differs between ranks that share it.
+    Yields input_ids, labels (shifted, none across a border), position_ids [B, T], T = ceil(S / P),
+    `documents`, `reaches` where positions are not counted from 0, `attention_mask` [B, T] where any
+    token is padding, and `num_items_in_batch`, the number of labels in `accumulate` batches on all
+    ranks: step the optimizer once for each so many batches. UserError for a batch that cannot be
+    what it says, or that differs between ranks that share it.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")
@@ -68,11 +74,17 @@ def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
         dist.all_reduce(counts, group=mesh.loss.get_group())
-        # Only a rank whose loader has ended looks: reading the count would let every step wait for the device.
-        if len(group) < accumulate and (others := counts[1].item()) != len(group) * mesh.loss.size():
+        # Only a rank whose loader has ended looks: reading the count would let every step wait for
+        # the device.
+        if (
+            len(group) < accumulate
+            and (others := counts[1].item()) != len(group) * mesh.loss.size()
+        ):
             raise UserError(
-                f"shard: this rank's loader ended after {step * accumulate + len(group)} batches, and others go on "
-                f"({others} batches in this step, on {mesh.loss.size()} ranks). Every rank needs the same number: use "
+                f"shard: this rank's loader ended after {step * accumulate + len(group)} batches, "
+                "and others go on "
+                f"({others} batches in this step, on {mesh.loss.size()} ranks). Every rank needs "
+                "the same number: use "
                 "drop_last=True, or a DistributedSampler."
             )
         if not group:
@@ -87,7 +99,9 @@ def shard(loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 
 
 
 def read_rows(batch: Mapping[str, Any]) -> Rows:
-    """Documents, positions and shifted labels of one batch (see `shard`). UserError for what contradicts itself."""
+    """Documents, positions and shifted labels of one batch (see `shard`). UserError for what
+    contradicts itself.
+    """
     tensors = _tensors(batch)
     input_ids = tensors["input_ids"]
     padding = _padding(tensors)
@@ -98,10 +112,16 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
         position_ids = tensors["position_ids"].where(~padding, counted)
     labels = tensors.get("labels", input_ids)
     if ((labels < 0) & (labels != IGNORE_INDEX)).any():
-        raise UserError(f'batch["labels"] has {labels.min()}: labels are token ids, or {IGNORE_INDEX} for none.')
-    crosses = F.pad(starts[:, 1:], (0, 1), value=True)  # the next token is another document's, or none
+        raise UserError(
+            f'batch["labels"] has {labels.min()}: labels are token ids, or {IGNORE_INDEX} for none.'
+        )
+    crosses = F.pad(
+        starts[:, 1:], (0, 1), value=True
+    )  # the next token is another document's, or none
     labels = labels.roll(-1, dims=1).masked_fill(crosses | padding, IGNORE_INDEX)
-    documents = tuple(tuple(F.pad(row.nonzero()[:, 0], (0, 1), value=len(row)).diff().tolist()) for row in starts)
+    documents = tuple(
+        tuple(F.pad(row.nonzero()[:, 0], (0, 1), value=len(row)).diff().tolist()) for row in starts
+    )
     reaches = None
     if not torch.equal(position_ids, counted):
         pieces = [row.split(lengths) for row, lengths in zip(position_ids, documents, strict=True)]
@@ -112,49 +132,72 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The batch's entries as int64 tensors on the host, each of the shape it should have."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise UserError('shard: a batch must be a mapping with "input_ids" [B, S]: give the loader such a collate_fn.')
+        raise UserError(
+            'shard: a batch must be a mapping with "input_ids" [B, S]: give the loader such a '
+            "collate_fn."
+        )
     if unknown := sorted(set(batch) - {*_TOKEN_KEYS, *_BORDER_KEYS}):
         raise UserError(
-            f"batch[{unknown[0]!r}]: the sharded model does not take it. Let the collate_fn leave it out, or a part of "
+            f"batch[{unknown[0]!r}]: the sharded model does not take it. Let the collate_fn leave "
+            "it out, or a part of "
             f"the input is lost; what is read: {', '.join((*_TOKEN_KEYS, *_BORDER_KEYS))}."
         )
-    tensors = {key: torch.as_tensor(value).cpu().long() for key, value in batch.items() if value is not None}
+    tensors = {
+        key: torch.as_tensor(value).cpu().long()
+        for key, value in batch.items()
+        if value is not None
+    }
     if (mask := tensors.get("attention_mask")) is not None and mask.ndim != 2:
         raise UserError(
-            f'batch["attention_mask"] has {mask.ndim} dimensions, {list(mask.shape)}: a mask of queries and keys is '
-            "never built here. Give [B, S] for padding, and position_ids, seq_idx or cu_seq_lens_q for documents."
+            f'batch["attention_mask"] has {mask.ndim} dimensions, {list(mask.shape)}: a mask of '
+            "queries and keys is "
+            "never built here. Give [B, S] for padding, and position_ids, seq_idx or cu_seq_lens_q "
+            "for documents."
         )
     shape = tensors["input_ids"].shape
     if len(shape) != 2 or 0 in shape:
         raise UserError(f'batch["input_ids"] is {list(shape)}: it must be [B, S], and not empty.')
     for key in set(_TOKEN_KEYS) & tensors.keys():
         if tensors[key].shape != shape:
-            raise UserError(f"batch[{key!r}] is {list(tensors[key].shape)}, input_ids is {list(shape)}: give both one.")
+            raise UserError(
+                f"batch[{key!r}] is {list(tensors[key].shape)}, input_ids is {list(shape)}: give "
+                "both one."
+            )
     return tensors
 
 
 def _padding(tensors: dict[str, Tensor]) -> Tensor:
-    """[B, S] bool: which tokens are padding. What is not must be one run, since a document has no holes."""
+    """[B, S] bool: which tokens are padding. What is not must be one run, since a document has no
+    holes.
+    """
     mask = tensors.get("attention_mask", torch.ones_like(tensors["input_ids"]))
     if not ((mask == 0) | (mask == 1)).all():
-        raise UserError('batch["attention_mask"] has values other than 0 and 1: it can only say what is padding.')
+        raise UserError(
+            'batch["attention_mask"] has values other than 0 and 1: it can only say what is '
+            "padding."
+        )
     if (holes := F.pad(mask, (1, 0)).diff(dim=1).eq(1).sum(dim=1) > 1).any():
         raise UserError(
-            f'batch["attention_mask"] has a hole in row {int(holes.nonzero()[0])}: padding may only be on the left or '
+            f'batch["attention_mask"] has a hole in row {int(holes.nonzero()[0])}: padding may '
+            "only be on the left or "
             "the right of a row. Give documents by position_ids, seq_idx or cu_seq_lens_q."
         )
     return mask == 0
 
 
 def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
-    """[B, S] bool: where a document begins. Padding is a document; what else tells of documents must tell the same."""
+    """[B, S] bool: where a document begins. Padding is a document; what else tells of documents
+    must tell the same.
+    """
     said = {}
     if "seq_idx" in tensors:
         said["seq_idx"] = F.pad(tensors["seq_idx"].diff(dim=1) != 0, (1, 0), value=True)
     if "cu_seq_lens_q" in tensors:
         said["cu_seq_lens_q"] = _starts_of_lengths(tensors)
     if "position_ids" in tensors:
-        said = {"position_ids": _starts_of_positions(tensors, next(iter(said.values()), None))} | said
+        said = {
+            "position_ids": _starts_of_positions(tensors, next(iter(said.values()), None))
+        } | said
     before = F.pad(padding[:, :-1], (1, 0))
     edge, inside = padding != before, padding & before
     edge[:, 0] = True
@@ -164,7 +207,8 @@ def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
         if first in said and (differs := its != starts).any():
             row, token = differs.nonzero()[0].tolist()
             raise UserError(
-                f'batch["{key}"] and batch["{first}"] disagree: only one of them begins a document at token {token} of '
+                f'batch["{key}"] and batch["{first}"] disagree: only one of them begins a document '
+                f"at token {token} of "
                 f"row {row}."
             )
         first, starts = key, its
@@ -172,10 +216,11 @@ def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
 
 
 def _starts_of_positions(tensors: dict[str, Tensor], told: Tensor | None) -> Tensor:
-    """[B, S] bool: where positions fall back; and where they jump ahead, what the other keys have told.
+    """[B, S] bool: where positions fall back; and where they jump ahead, what the other keys have
+    told.
 
-    Without any: transformers takes a jump for a border in rows without a mask (`find_packed_sequence_indices`), and
-    elsewhere computes over it.
+    Without any: transformers takes a jump for a border in rows without a mask
+    (`find_packed_sequence_indices`), and elsewhere computes over it.
     """
     steps = tensors["position_ids"].diff(dim=1)
     begins, jumps = F.pad(steps != 1, (1, 0), value=True), F.pad(steps > 1, (1, 0))
@@ -185,31 +230,52 @@ def _starts_of_positions(tensors: dict[str, Tensor], told: Tensor | None) -> Ten
 
 
 def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
-    """[B, S] bool from cu_seq_lens_q [documents + 1], the borders of documents in all B * S tokens."""
+    """[B, S] bool from cu_seq_lens_q [documents + 1], the borders of documents in all B * S
+    tokens.
+    """
     shape, borders = tensors["input_ids"].shape, tensors["cu_seq_lens_q"]
     lengths, tokens = borders.diff(), shape.numel()
-    if borders.ndim != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != tokens or (lengths < 0).any():
+    if (
+        borders.ndim != 1
+        or len(borders) < 2
+        or borders[0] != 0
+        or borders[-1] != tokens
+        or (lengths < 0).any()
+    ):
         raise UserError(
-            f'batch["cu_seq_lens_q"] = {borders.tolist()[:8]}... must grow from 0 to {tokens}, the number of tokens in '
+            f'batch["cu_seq_lens_q"] = {borders.tolist()[:8]}... must grow from 0 to {tokens}, the '
+            "number of tokens in "
             f"input_ids {list(shape)}; the lengths sum to {int(lengths.sum())}."
         )
     if not torch.equal(tensors.get("cu_seq_lens_k", borders), borders):
-        raise UserError('batch["cu_seq_lens_k"] is not cu_seq_lens_q: queries and keys are of the same documents here.')
+        raise UserError(
+            'batch["cu_seq_lens_k"] is not cu_seq_lens_q: queries and keys are of the same '
+            "documents here."
+        )
     for key in ("max_length_q", "max_length_k"):
         if key in tensors and tensors[key] < lengths.max():
-            raise UserError(f'batch["{key}"] = {int(tensors[key])}, but cu_seq_lens_q has {int(lengths.max())} tokens.')
+            raise UserError(
+                f'batch["{key}"] = {int(tensors[key])}, but cu_seq_lens_q has {int(lengths.max())} '
+                "tokens."
+            )
     starts = torch.zeros(tokens, dtype=torch.bool)
     starts[borders[:-1][lengths > 0]] = True
     starts = starts.view(shape)
     if not starts[:, 0].all():
-        raise UserError(f'batch["cu_seq_lens_q"]: a document goes over the end of a row of {shape[1]} tokens.')
+        raise UserError(
+            f'batch["cu_seq_lens_q"]: a document goes over the end of a row of {shape[1]} tokens.'
+        )
     return starts
 
 
 def _slice(rows: Rows, mesh: Mesh) -> Batch:
-    """This rank's tokens. Where P does not divide S, the rest is a document of its own, without labels."""
+    """This rank's tokens. Where P does not divide S, the rest is a document of its own, without
+    labels.
+    """
     missing = -rows.input_ids.shape[1] % mesh.sp.size()
-    position_ids = torch.cat([rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1)
+    position_ids = torch.cat(
+        [rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1
+    )
     attention_mask = F.pad(rows.attention_mask, (0, missing))
 
     def filled(of_documents: Documents) -> Documents:
@@ -226,11 +292,15 @@ def _slice(rows: Rows, mesh: Mesh) -> Batch:
 
 
 def _check_same_rows(group: list[Rows], mesh: Mesh) -> None:
-    """Collective. UserError, on every rank, where ranks of a sequence-parallel group have loaded different rows."""
+    """Collective. UserError, on every rank, where ranks of a sequence-parallel group have loaded
+    different rows.
+    """
     checksum = 0
     for rows in group:
         for tensor in rows[:3]:
-            checksum = zlib.crc32(tensor.contiguous().numpy(), zlib.crc32(repr(tensor.shape).encode(), checksum))
+            checksum = zlib.crc32(
+                tensor.contiguous().numpy(), zlib.crc32(repr(tensor.shape).encode(), checksum)
+            )
     mine, sp = torch.tensor([checksum], device=mesh.device), mesh.sp.size()
     everyone = mine.new_empty(mesh.loss.size())
     dist.all_gather_into_tensor(everyone, mine, group=mesh.loss.get_group())
@@ -238,7 +308,10 @@ def _check_same_rows(group: list[Rows], mesh: Mesh) -> None:
     for checksums, ranks in groups:
         if len(set(checksums)) > 1:
             raise UserError(
-                f"shard: ranks {ranks} share a sequence (sequence-parallel degree {sp}), but their loaders gave "
-                "different batches. Let the loader depend on mesh.batch alone: DistributedSampler(data, "
-                "num_replicas=mesh.batch.size(), rank=mesh.batch.get_local_rank()), and the same seed on every rank."
+                f"shard: ranks {ranks} share a sequence (sequence-parallel degree {sp}), but their "
+                "loaders gave "
+                "different batches. Let the loader depend on mesh.batch alone: "
+                "DistributedSampler(data, "
+                "num_replicas=mesh.batch.size(), rank=mesh.batch.get_local_rank()), and the same "
+                "seed on every rank."
             )

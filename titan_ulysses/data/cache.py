@@ -1,8 +1,10 @@
-"""Rows -> a corpus. What takes more than a moment to tokenize is kept on disk, and mapped from there at the next start.
+"""Rows -> a corpus. What takes more than a moment to tokenize is kept on disk, and mapped from
+there at the next start.
 
-A corpus on disk is a folder named by a hash of content, tokenizer and settings. It is written aside and renamed when
-it is complete, under a lock: the first process on a machine makes it, the others wait, and what a killed process has
-left is nobody's corpus. Sizes and checksums are looked at before it is used; a broken one is made again.
+A corpus on disk is a folder named by a hash of content, tokenizer and settings. It is written aside
+and renamed when it is complete, under a lock: the first process on a machine makes it, the others
+wait, and what a killed process has left is nobody's corpus. Sizes and checksums are looked at
+before it is used; a broken one is made again.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from titan_ulysses.data.sources import BadRow, Row, Rows
 from titan_ulysses.distributed.errors import UserError
 
 SMALL_CHARACTERS = 2**23
-"""Up to here tokenizing again is quicker than starting workers, and a corpus in memory costs nothing."""
+"""Up to here tokenizing again is quicker than starting workers, and a corpus in memory costs
+nothing.
+"""
 _LAYOUT = 1  # of the files; a new one is a new key
 _BLOCK = 2**22
 
@@ -37,7 +41,9 @@ _BLOCK = 2**22
 def read_corpus(
     source: SourceSettings, encoder: Encoder, *, cache_folder: str = "", setting: str = "data.path"
 ) -> tuple[Corpus, CorpusStats]:
-    """All documents of `source`. UserError for what is wrong with it, and where it holds no document."""
+    """All documents of `source`. UserError for what is wrong with it, and where it holds no
+    document.
+    """
     encoder.check(source.source)
     rows, tally = open_rows(source, setting), CorpusStats()
     reading = iter(rows)
@@ -48,15 +54,25 @@ def read_corpus(
         return tally.keep(encoded, setting=setting, skip=source.bad_lines == "skip")
 
     if goes_on:
-        parts = (_LAYOUT, rows.fingerprint(), encoder.fingerprint(), source.model_dump(exclude={"path", "weight"}))
+        parts = (
+            _LAYOUT,
+            rows.fingerprint(),
+            encoder.fingerprint(),
+            source.model_dump(exclude={"path", "weight"}),
+        )
         key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
         make = _with_bar(documents, rows, tally, setting)
-        corpus, tally = _cached(Path(cache_folder or _default_folder()), key, make, tally, encoder.dtype)
+        corpus, tally = _cached(
+            Path(cache_folder or _default_folder()), key, make, tally, encoder.dtype
+        )
     else:
         corpus = Corpus.from_documents(documents())
     if not len(corpus):
         why = "; ".join(tally.notes()) or "it is empty"
-        raise UserError(f'{setting} = "{source.path}" has no document to train on ({why}): give data with text in it')
+        raise UserError(
+            f'{setting} = "{source.path}" has no document to train on ({why}): give data with text '
+            "in it"
+        )
     return corpus, tally
 
 
@@ -80,7 +96,11 @@ def _default_folder() -> Path:
 
 
 def _cached(
-    folder: Path, key: str, make: Callable[[], Iterator[Encoded]], tally: CorpusStats, dtype: np.dtype
+    folder: Path,
+    key: str,
+    make: Callable[[], Iterator[Encoded]],
+    tally: CorpusStats,
+    dtype: np.dtype,
 ) -> tuple[Corpus, CorpusStats]:
     """The corpus in folder/key, made first where it is not there or is broken."""
     from filelock import FileLock
@@ -99,7 +119,8 @@ def _cached(
                 shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(
-            f"data.cache_folder = {folder}: cannot keep the tokenized data there ({error.strerror or error}). Free "
+            f"data.cache_folder = {folder}: cannot keep the tokenized data there "
+            f"({error.strerror or error}). Free "
             "space, or name a folder that can be written."
         ) from error
     made = _open(final)
@@ -112,15 +133,22 @@ def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype
     masked = False
     with ExitStack() as opened:
         names = ("tokens", "lengths", "trained")
-        files = {name: _Checked(opened.enter_context(open(folder / f"{name}.bin", "wb"))) for name in names}
+        files = {
+            name: _Checked(opened.enter_context(open(folder / f"{name}.bin", "wb")))
+            for name in names
+        }
         for ids, trained in documents:
             files["tokens"].write(ids.astype(dtype))
             files["lengths"].write(np.array([len(ids)], dtype=np.int64))
             if trained is not None:
-                assert masked or tally.documents == 1, "a source has masks of all documents or of none"
+                assert masked or tally.documents == 1, (
+                    "a source has masks of all documents or of none"
+                )
                 masked = True
                 files["trained"].write(trained)
-        described = {name: file.finish() for name, file in files.items() if name != "trained" or masked}
+        described = {
+            name: file.finish() for name, file in files.items() if name != "trained" or masked
+        }
     about = {"dtype": np.dtype(dtype).name, "files": described, "tally": asdict(tally)}
     (folder / "corpus.json").write_text(json.dumps(about))
 

@@ -28,19 +28,24 @@ class Corpus:
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
-        """From 1-D integer arrays of token ids, or `Encoded`; those without a token are left out. The tokens' type is
-        the smallest that holds every id."""
+        """From 1-D integer arrays of token ids, or `Encoded`; those without a token are left out.
+        The tokens' type is the smallest that holds every id.
+        """
         ids, masks = [], []
         for document in documents:
             encoded = document if isinstance(document, Encoded) else Encoded(document)
             if len(encoded.ids):
-                # Narrowed one by one, so that a generator of wide arrays never holds more than one of them.
+                # Narrowed one by one, so that a generator of wide arrays never holds more than one
+                # of them.
                 ids.append(_narrow(encoded.ids))
                 masks.append(encoded.trained)
         tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint8)
         trained = None
         if any(mask is not None for mask in masks):
-            whole = (np.ones(len(one), bool) if mask is None else mask for one, mask in zip(ids, masks, strict=True))
+            whole = (
+                np.ones(len(one), bool) if mask is None else mask
+                for one, mask in zip(ids, masks, strict=True)
+            )
             trained = np.concatenate([*whole])
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
         return cls(tokens, np.append(0, ends)[:-1].astype(np.int64), ends, trained)
@@ -66,8 +71,11 @@ class Corpus:
         """Some of the documents, by index or mask; nothing is copied."""
         return Corpus(self.tokens, self.begins[documents], self.ends[documents], self.trained)
 
-    def split_held_out(self, every: int = 100, *, setting: str = "data.path") -> tuple[Corpus, Corpus]:
-        """(train, held out): the last document of each `every` is held out; of fewer than `every`, the last one.
+    def split_held_out(
+        self, every: int = 100, *, setting: str = "data.path"
+    ) -> tuple[Corpus, Corpus]:
+        """(train, held out): the last document of each `every` is held out; of fewer than `every`,
+        the last one.
 
         Raises `UserError` for a single document, which leaves nothing to train on.
         """
@@ -75,7 +83,8 @@ class Corpus:
         count = len(self)
         if count < 2:
             raise UserError(
-                f"validation.path is not set and {setting} has {count} document(s), none to hold out: "
+                f"validation.path is not set and {setting} has {count} document(s), none to hold "
+                "out: "
                 "set validation.path, give at least 2 documents, or set validation.enable = false"
             )
         held_out = np.zeros(count, dtype=bool)
@@ -92,7 +101,9 @@ def _narrow(document: np.ndarray) -> np.ndarray:
 
 @dataclass
 class CorpusStats:
-    """What was met on the way from rows to documents; nothing is left out without being counted here."""
+    """What was met on the way from rows to documents; nothing is left out without being counted
+    here.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -100,8 +111,12 @@ class CorpusStats:
     bad: int = 0
     first_bad: str = ""
 
-    def keep(self, encoded: Iterable[Encoded | BadRow], *, setting: str, skip: bool) -> Iterator[Encoded]:
-        """The documents that hold a token, counted. UserError for a bad row, unless they are to be skipped."""
+    def keep(
+        self, encoded: Iterable[Encoded | BadRow], *, setting: str, skip: bool
+    ) -> Iterator[Encoded]:
+        """The documents that hold a token, counted. UserError for a bad row, unless they are to be
+        skipped.
+        """
         for document in encoded:
             if isinstance(document, BadRow):
                 self.bad += 1
@@ -109,7 +124,8 @@ class CorpusStats:
                 if not skip:
                     raise UserError(
                         f"{setting}: {document.place}: {document.reason}. Correct it, or set "
-                        f'{section_of(setting)}.bad_lines = "skip" to leave such lines out and count them'
+                        f'{section_of(setting)}.bad_lines = "skip" to leave such lines out and '
+                        "count them"
                     )
             elif not len(document.ids):
                 self.empty += 1
@@ -120,5 +136,7 @@ class CorpusStats:
 
     def notes(self) -> list[str]:
         """What was left out, if anything."""
-        notes = [f"{self.bad:,} bad line(s) skipped (the first: {self.first_bad})"] if self.bad else []
+        notes = (
+            [f"{self.bad:,} bad line(s) skipped (the first: {self.first_bad})"] if self.bad else []
+        )
         return notes + ([f"{self.empty:,} empty one(s) left out"] if self.empty else [])

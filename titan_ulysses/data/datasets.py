@@ -1,4 +1,6 @@
-"""Data sets of Hugging Face: a folder of `save_to_disk`, a folder that `load_dataset` reads, a name on the hub."""
+"""Data sets of Hugging Face: a folder of `save_to_disk`, a folder that `load_dataset` reads, a name
+on the hub.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _SHUFFLE_ROWS = 1000
 
 
 class DatasetRows(Rows):
-    """Each row of one split. With `source.streaming` rows are read as they are needed, and nothing is written."""
+    """Each row of one split. With `source.streaming` rows are read as they are needed, and nothing
+    is written.
+    """
 
     def __init__(self, source: SourceSettings, setting: str) -> None:
         super().__init__()
@@ -31,7 +35,8 @@ class DatasetRows(Rows):
         for name in field_names(source) if names is not None else []:
             if name not in names:
                 raise UserError(
-                    f'{setting} = "{source.path}" has no field "{name}" (it has {", ".join(names)}); text_field, '
+                    f'{setting} = "{source.path}" has no field "{name}" (it has '
+                    f"{', '.join(names)}); text_field, "
                     "prompt_field and completion_field, or messages_field say which is read"
                 )
         self.total = None if source.streaming else len(self.dataset)
@@ -40,14 +45,18 @@ class DatasetRows(Rows):
         return self._read(self.dataset, skip=0)
 
     def shuffled(self, seed: int, *, skip: int = 0) -> Iterator[Row | BadRow]:
-        """A stream's rows in the order that belongs to `seed` (of its files, and within a buffer), from the skip-th on.
+        """A stream's rows in the order that belongs to `seed` (of its files, and within a buffer),
+        from the skip-th on.
 
-        The rows before are read again, but not tokenized: a buffer's order cannot be entered in the middle.
+        The rows before are read again, but not tokenized: a buffer's order cannot be entered in the
+        middle.
         """
         return self._read(self.dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS), skip=skip)
 
     def fingerprint(self) -> str:
-        return self.dataset._fingerprint  # no public name, but the one that its own cache is keyed by
+        return (
+            self.dataset._fingerprint
+        )  # no public name, but the one that its own cache is keyed by
 
     def _read(self, dataset: Any, *, skip: int) -> Iterator[Row | BadRow]:
         self.done = skip
@@ -70,7 +79,9 @@ class DatasetRows(Rows):
             if isinstance(found, datasets.DatasetDict):
                 if source.split not in found:
                     there = ", ".join(found)
-                    raise self._refusal(f'has no split "{source.split}" but {there}: set {self._key("split")}')
+                    raise self._refusal(
+                        f'has no split "{source.split}" but {there}: set {self._key("split")}'
+                    )
                 found = found[source.split]
             return found.to_iterable_dataset() if source.streaming else found
         try:
@@ -83,10 +94,16 @@ class DatasetRows(Rows):
             )
         except ConnectionError as error:
             raise self._refusal(
-                f"is no folder here, and the hub cannot be reached ({one_line(error)}): on a machine with network, "
-                f'datasets.load_dataset("{source.path}").save_to_disk(FOLDER), then give that folder'
+                f"is no folder here, and the hub cannot be reached ({one_line(error)}): on a "
+                "machine with network, "
+                f'datasets.load_dataset("{source.path}").save_to_disk(FOLDER), then give that '
+                "folder"
             ) from error
-        except (OSError, ValueError, RuntimeError) as error:  # what data sets raise, each of their own
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # what data sets raise, each of their own
             raise self._refusal(
                 f"cannot be opened ({one_line(error)}): give a folder, a name on the hub, and its "
                 f"{self._key('subset')} and {self._key('split')}"

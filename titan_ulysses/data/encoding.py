@@ -1,4 +1,6 @@
-"""Rows -> token ids and which of them are trained on; in worker processes where there is much to do."""
+"""Rows -> token ids and which of them are trained on; in worker processes where there is much to
+do.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from titan_ulysses.data.chat import check_chat_template, encode_chat
-from titan_ulysses.data.sources import LONE_SURROGATE_ERROR, BadRow, Chat, Completion, RefusedRow, Row, has_surrogate
+from titan_ulysses.data.sources import (
+    LONE_SURROGATE_ERROR,
+    BadRow,
+    Chat,
+    Completion,
+    RefusedRow,
+    Row,
+    has_surrogate,
+)
 from titan_ulysses.data.tokenizer import encode, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 
@@ -25,7 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK_CHARACTERS = 2**18
-"""What a worker gets at a time: enough to be worth sending, little enough to keep all of them busy to the end."""
+"""What a worker gets at a time: enough to be worth sending, little enough to keep all of them busy
+to the end.
+"""
 
 
 class Encoded(NamedTuple):
@@ -43,7 +55,9 @@ class Encoder:
     train_on: str = "assistant"
 
     def __call__(self, row: Row | BadRow) -> Encoded | BadRow:
-        """`BadRow` where the row is one, where the chat template refuses it, or where nothing of it is trained on."""
+        """`BadRow` where the row is one, where the chat template refuses it, or where nothing of it
+        is trained on.
+        """
         if isinstance(row, BadRow):
             return row
         try:
@@ -52,14 +66,22 @@ class Encoder:
             return BadRow(row.place, str(error))
         except UserError as error:
             raise UserError(f"{row.place}: {error}", exit_code=error.exit_code) from error
-        if encoded.trained is not None and not encoded.trained[1:].any():  # the first token is nobody's label
-            return BadRow(row.place, "nothing in it is trained on (no turn of the assistant, or an empty completion)")
+        if (
+            encoded.trained is not None and not encoded.trained[1:].any()
+        ):  # the first token is nobody's label
+            return BadRow(
+                row.place,
+                "nothing in it is trained on (no turn of the assistant, or an empty completion)",
+            )
         return encoded
 
     def _encode(self, content: str | bytes | Completion | Chat) -> Encoded:
         if isinstance(content, Chat):
             return Encoded(*encode_chat(self.tokenizer, content, train_on=self.train_on))
-        if any(has_surrogate(text) for text in (content if isinstance(content, Completion) else [content])):
+        if any(
+            has_surrogate(text)
+            for text in (content if isinstance(content, Completion) else [content])
+        ):
             raise RefusedRow(LONE_SURROGATE_ERROR)
         if isinstance(content, Completion):
             prompt = encode(self.tokenizer, content.prompt, ends=False)
@@ -86,15 +108,31 @@ class Encoder:
         import transformers
 
         tokenizer = self.tokenizer
-        backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+        backend = (
+            tokenizer.backend_tokenizer.to_str()
+            if tokenizer.is_fast
+            else sorted(tokenizer.get_vocab().items())
+        )
         parts = [
-            (transformers.__version__, tokenizers.__version__, type(tokenizer).__name__, self.train_on),
-            (backend, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.eos_token_id),
+            (
+                transformers.__version__,
+                tokenizers.__version__,
+                type(tokenizer).__name__,
+                self.train_on,
+            ),
+            (
+                backend,
+                tokenizer.chat_template,
+                tokenizer.special_tokens_map,
+                tokenizer.eos_token_id,
+            ),
         ]
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def encode_rows(rows: Iterable[Row | BadRow], encoder: Encoder, *, workers: int = 1) -> Iterator[Encoded | BadRow]:
+def encode_rows(
+    rows: Iterable[Row | BadRow], encoder: Encoder, *, workers: int = 1
+) -> Iterator[Encoded | BadRow]:
     """Every row encoded, in order; by `workers` processes where there are several.
 
     Raises the `UserError` of the first row that has one, and `UserError` where a worker is killed.
@@ -103,7 +141,9 @@ def encode_rows(rows: Iterable[Row | BadRow], encoder: Encoder, *, workers: int 
         yield from map(encoder, rows)
         return
     # Not forked: threads of torch and of the tokenizer's own may be running.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(encoder,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
+    )
     waiting: deque = deque()
     try:
         for chunk in _chunks(rows):
@@ -114,7 +154,8 @@ def encode_rows(rows: Iterable[Row | BadRow], encoder: Encoder, *, workers: int 
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "A process that tokenizes was ended from outside (out of memory?). Give the machine more memory, or fewer "
+            "A process that tokenizes was ended from outside (out of memory?). Give the machine "
+            "more memory, or fewer "
             "cores to this run (taskset)."
         ) from error
     finally:

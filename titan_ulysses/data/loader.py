@@ -1,5 +1,7 @@
-"""This rank's batches. Every rank of a sequence-parallel group reads the same samples and slices them itself, so data
-needs no communication, and the position in the stream means the same on any mesh."""
+"""This rank's batches. Every rank of a sequence-parallel group reads the same samples and slices
+them itself, so data needs no communication, and the position in the stream means the same on any
+mesh.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,28 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, local_sl
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of S tokens, of which this rank holds T = S / P: tokens [sp_rank * T, (sp_rank + 1) * T) of each row."""
+    """B rows of S tokens, of which this rank holds T = S / P: tokens [sp_rank * T, (sp_rank + 1) *
+    T) of each row.
+    """
 
     input_ids: torch.Tensor
     """[B, T] int64"""
     labels: torch.Tensor
-    """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` where nothing is predicted"""
+    """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` where nothing is
+    predicted
+    """
     position_ids: torch.Tensor
     """[B, T] int64, positions in the document, not in the slice"""
     documents: Documents
-    """the document lengths of each whole row, B tuples that sum to S, on the host: attention needs them without a
-    device synchronisation"""
+    """the document lengths of each whole row, B tuples that sum to S, on the host: attention needs
+    them without a device synchronisation
+    """
     attention_mask: torch.Tensor | None = None
     """[B, T] int64, 0 at padding, where there is any: the router loss alone needs it"""
     reaches: Documents | None = None
-    """the largest position of each document, plus 1, where positions are not counted from 0: RoPE whose frequencies
-    depend on it looks there instead of at the lengths"""
+    """the largest position of each document, plus 1, where positions are not counted from 0: RoPE
+    whose frequencies depend on it looks there instead of at the lengths
+    """
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; the copy does not make the host wait."""
@@ -52,9 +60,9 @@ class Batch:
 class Loader:
     """Batches of `batch_size` = B rows for one rank, from a stream of sequences.
 
-    A global micro-batch is the next `batch_size * batch_degree` sequences; data-parallel rank `batch_rank` takes the
-    `batch_rank`-th block of B of them, and of each row the `sp_rank`-th of `sp_degree` = P equal slices. S must be a
-    multiple of P.
+    A global micro-batch is the next `batch_size * batch_degree` sequences; data-parallel rank
+    `batch_rank` takes the `batch_rank`-th block of B of them, and of each row the `sp_rank`-th of
+    `sp_degree` = P equal slices. S must be a multiple of P.
     """
 
     def __init__(
@@ -108,8 +116,9 @@ class Loader:
         return self.sequences.epochs(self._consumed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The same on every rank and for every mesh: how many sequences all ranks together have consumed, and of data
-        that is streamed, where in it that is."""
+        """The same on every rank and for every mesh: how many sequences all ranks together have
+        consumed, and of data that is streamed, where in it that is.
+        """
         state: dict[str, Any] = {"sequences_consumed": self._consumed}
         if position := self.sequences.position(self._consumed):
             state["position"] = position

@@ -15,14 +15,18 @@ _BLOCK = 4096
 
 
 class MixedSequences(SampleStream):
-    """Sequence i comes from one of the sources; each source is a stream of its own, with epochs of its own.
+    """Sequence i comes from one of the sources; each source is a stream of its own, with epochs of
+    its own.
 
-    Which one: the fractional part of (seed's offset + i * golden ratio) falls into one of the intervals, as long as
-    the weights, that divide [0, 1). This Weyl sequence is spread so evenly that after any n sequences each source has
-    had its share to within O(log n) of them, also in each global batch. In integers modulo 2^64: the same everywhere.
+    Which one: the fractional part of (seed's offset + i * golden ratio) falls into one of the
+    intervals, as long as the weights, that divide [0, 1). This Weyl sequence is spread so evenly
+    that after any n sequences each source has had its share to within O(log n) of them, also in
+    each global batch. In integers modulo 2^64: the same everywhere.
     """
 
-    def __init__(self, sources: dict[str, SampleStream], weights: list[float], *, seed: int) -> None:
+    def __init__(
+        self, sources: dict[str, SampleStream], weights: list[float], *, seed: int
+    ) -> None:
         assert len(sources) == len(weights) and sources, (sources, weights)
         self.sources, self.notes = sources, []
         self._parts = [*sources.values()]
@@ -31,11 +35,17 @@ class MixedSequences(SampleStream):
         self.weights = [weight / total for weight in weights]
         if abs(total - 1) > 1e-6:
             shares = ", ".join(f"{weight:.4g}" for weight in self.weights)
-            self.notes.append(f"the weights sum to {total:.6g}, not 1: divided by that, they are {shares}")
+            self.notes.append(
+                f"the weights sum to {total:.6g}, not 1: divided by that, they are {shares}"
+            )
         borders = np.cumsum(weights)[:-1] / total
-        self._borders = np.array([min(int(border * 2.0**64), 2**64 - 1) for border in borders], dtype=np.uint64)
+        self._borders = np.array(
+            [min(int(border * 2.0**64), 2**64 - 1) for border in borders], dtype=np.uint64
+        )
         self._offset = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(1)
-        self._before = [np.zeros(len(sources), dtype=np.int64)]  # sequences of each source before each block
+        self._before = [
+            np.zeros(len(sources), dtype=np.int64)
+        ]  # sequences of each source before each block
 
     def __getitem__(self, index: int) -> PackedSample:
         source = int(self._sources(index, index + 1)[0])
@@ -43,7 +53,10 @@ class MixedSequences(SampleStream):
 
     def epochs(self, consumed: int) -> dict[str, float]:
         counts = self._counts(consumed).tolist()
-        return {name: part.epochs(count) for (name, part), count in zip(self.sources.items(), counts, strict=True)}
+        return {
+            name: part.epochs(count)
+            for (name, part), count in zip(self.sources.items(), counts, strict=True)
+        }
 
     def describe(self) -> str:
         lines = [
@@ -54,11 +67,16 @@ class MixedSequences(SampleStream):
 
     def position(self, consumed: int) -> dict[str, Any] | None:
         counts = self._counts(consumed).tolist()
-        found = {name: part.position(n) for (name, part), n in zip(self.sources.items(), counts, strict=True)}
+        found = {
+            name: part.position(n)
+            for (name, part), n in zip(self.sources.items(), counts, strict=True)
+        }
         return found if any(found.values()) else None
 
     def seek(self, consumed: int, position: dict[str, Any] | None) -> None:
-        for (name, part), count in zip(self.sources.items(), self._counts(consumed).tolist(), strict=True):
+        for (name, part), count in zip(
+            self.sources.items(), self._counts(consumed).tolist(), strict=True
+        ):
             part.seek(count, (position or {}).get(name))
 
     def _sources(self, first: int, last: int) -> np.ndarray:
@@ -80,7 +98,9 @@ class MixedSequences(SampleStream):
 
 
 class ChainedSequences(SampleStream):
-    """The held-out sequences of several sources, one source after the other: whatever its weight, all of each, once."""
+    """The held-out sequences of several sources, one source after the other: whatever its weight,
+    all of each, once.
+    """
 
     def __init__(self, sources: dict[str, SampleStream]) -> None:
         self.sources, self.notes = sources, []

@@ -1,7 +1,8 @@
-"""Documents -> sequences of exactly S tokens: ids, labels already shifted, positions, document lengths.
+"""Documents -> sequences of exactly S tokens: ids, labels already shifted, positions, document
+lengths.
 
-Everything is computed on the whole sequence, on the host, before any rank takes its slice of it: labels are shifted
-and documents are told apart here and nowhere else.
+Everything is computed on the whole sequence, on the host, before any rank takes its slice of it:
+labels are shifted and documents are told apart here and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 PADDING_ID = 0
 _LOOK_AHEAD = 1024
-"""Pieces among which best_fit chooses: with so many, one that nearly fits is nearly always there."""
+"""Pieces among which best_fit chooses: with so many, one that nearly fits is nearly always
+there.
+"""
 
 
 class PackedSample(NamedTuple):
-    """S tokens, made of documents, pieces of documents and padding, which must not see each other."""
+    """S tokens, made of documents, pieces of documents and padding, which must not see each
+    other.
+    """
 
     input_ids: torch.Tensor
     """[S] int64"""
     labels: torch.Tensor
-    """[S] int64, already shifted: labels[t] is the token after input_ids[t] in its document, also where that token is
-    the first of the next sequence; `IGNORE_INDEX` at a document's last token, and where the label is not trained on."""
+    """[S] int64, already shifted: labels[t] is the token after input_ids[t] in its document, also
+    where that token is the first of the next sequence; `IGNORE_INDEX` at a document's last token,
+    and where the label is not trained on.
+    """
     position_ids: torch.Tensor
     """[S] int64, from 0 in each piece"""
     document_lengths: tuple[int, ...]
@@ -41,24 +48,37 @@ def slice_document(
     tokens: np.ndarray, trained: np.ndarray | None, *, begin: int, end: int, document_end: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, labels) [end - begin] of a piece of the document that ends at `document_end`."""
-    known = min(end + 1, document_end)  # where the document goes on, the piece's last label is the token behind it
+    known = min(
+        end + 1, document_end
+    )  # where the document goes on, the piece's last label is the token behind it
     following = tokens[begin + 1 : known].astype(np.int64)
     labels = np.full(end - begin, IGNORE_INDEX, dtype=np.int64)
     labels[: known - begin - 1] = (
-        following if trained is None else np.where(trained[begin + 1 : known], following, IGNORE_INDEX)
+        following
+        if trained is None
+        else np.where(trained[begin + 1 : known], following, IGNORE_INDEX)
     )
     return tokens[begin:end], labels
 
 
 def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> PackedSample:
-    """One sequence of (ids, labels), filled up with padding, which is a document of its own without labels."""
-    input_ids, labels = np.full(size, PADDING_ID, dtype=np.int64), np.full(size, IGNORE_INDEX, dtype=np.int64)
+    """One sequence of (ids, labels), filled up with padding, which is a document of its own without
+    labels.
+    """
+    input_ids, labels = (
+        np.full(size, PADDING_ID, dtype=np.int64),
+        np.full(size, IGNORE_INDEX, dtype=np.int64),
+    )
     position_ids, counting = np.empty(size, dtype=np.int64), np.arange(size)
     lengths: list[int] = []
     at = 0
     for piece, its_labels in pieces:
         stop = at + len(piece)
-        input_ids[at:stop], labels[at:stop], position_ids[at:stop] = piece, its_labels, counting[: len(piece)]
+        input_ids[at:stop], labels[at:stop], position_ids[at:stop] = (
+            piece,
+            its_labels,
+            counting[: len(piece)],
+        )
         lengths.append(len(piece))
         at = stop
     if at < size:
@@ -71,17 +91,19 @@ def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) ->
 def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
     """[count] int64: a permutation that belongs to (seed, epoch).
 
-    Sorting raw draws, because numpy keeps a bit generator's stream from release to release, but not what
-    `Generator.permutation` makes of it: a run resumed elsewhere must find the same order.
+    Sorting raw draws, because numpy keeps a bit generator's stream from release to release, but not
+    what `Generator.permutation` makes of it: a run resumed elsewhere must find the same order.
     """
     draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
 class SampleStream:
-    """An endless, deterministic stream of sequences of `seq_len` = S tokens; `sequences[i]` for every i >= 0.
+    """An endless, deterministic stream of sequences of `seq_len` = S tokens; `sequences[i]` for
+    every i >= 0.
 
-    `len(sequences)` counts those of one epoch, where they are whole: of held-out data they hold every token once.
+    `len(sequences)` counts those of one epoch, where they are whole: of held-out data they hold
+    every token once.
     """
 
     seq_len: int
@@ -95,7 +117,9 @@ class SampleStream:
         raise NotImplementedError
 
     def epochs(self, consumed: int) -> float | dict[str, float]:
-        """How often the data has been read after `consumed` sequences; by source where there are several."""
+        """How often the data has been read after `consumed` sequences; by source where there are
+        several.
+        """
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -103,7 +127,9 @@ class SampleStream:
         raise NotImplementedError
 
     def position(self, consumed: int) -> dict[str, Any] | None:
-        """What else, beside the number, a stream without random access needs to go on from there; JSON."""
+        """What else, beside the number, a stream without random access needs to go on from there;
+        JSON.
+        """
         return None
 
     def seek(self, consumed: int, position: dict[str, Any] | None) -> None:
@@ -113,10 +139,11 @@ class SampleStream:
 class PackedSequences(SampleStream):
     """Documents end to end, with random access.
 
-    Each epoch is a permutation of the documents, drawn from (seed, epoch). The epochs' documents form one token stream
-    and sequence i is its tokens [i*S, (i+1)*S), so no token of an epoch is lost or repeated. A document cut by a
-    sequence's end goes on in the next sequence as a document of its own. `shuffle=False` keeps the documents' order.
-    `once`: there is one epoch, and padding fills its last sequence. `setting` names the data in messages.
+    Each epoch is a permutation of the documents, drawn from (seed, epoch). The epochs' documents
+    form one token stream and sequence i is its tokens [i*S, (i+1)*S), so no token of an epoch is
+    lost or repeated. A document cut by a sequence's end goes on in the next sequence as a document
+    of its own. `shuffle=False` keeps the documents' order. `once`: there is one epoch, and padding
+    fills its last sequence. `setting` names the data in messages.
 
     Raises `UserError` when the data is shorter than one sequence, unless it is read once.
     """
@@ -131,19 +158,30 @@ class PackedSequences(SampleStream):
         once: bool = False,
         setting: str = "data.path",
     ) -> None:
-        self.corpus, self.seq_len, self.seed, self.shuffle, self.once = corpus, seq_len, seed, shuffle, once
+        self.corpus, self.seq_len, self.seed, self.shuffle, self.once = (
+            corpus,
+            seq_len,
+            seed,
+            shuffle,
+            once,
+        )
         self.notes: list[str] = []
         self.epoch_tokens = corpus.num_tokens
         if self.epoch_tokens < seq_len and not once:
             raise UserError(
-                f"training.seq_len = {seq_len} is longer than all of {setting}, {self.epoch_tokens} tokens in "
+                f"training.seq_len = {seq_len} is longer than all of {setting}, "
+                f"{self.epoch_tokens} tokens in "
                 f"{len(corpus)} document(s): lower training.seq_len or give more data"
             )
         self._epoch = -1  # the epoch whose order is held; sequences are mostly read in order
         self._order = self._starts = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return -(-self.epoch_tokens // self.seq_len) if self.once else self.epoch_tokens // self.seq_len
+        return (
+            -(-self.epoch_tokens // self.seq_len)
+            if self.once
+            else self.epoch_tokens // self.seq_len
+        )
 
     def epochs(self, consumed: int) -> float:
         return consumed * self.seq_len / self.epoch_tokens
@@ -159,7 +197,9 @@ class PackedSequences(SampleStream):
         return concat_pieces(pieces, self.seq_len)
 
     def _pieces(self, start: int) -> Iterator[dict[str, int]]:
-        """The S stream tokens from `start` on, or as many as there are, as arguments of `slice_document`."""
+        """The S stream tokens from `start` on, or as many as there are, as arguments of
+        `slice_document`.
+        """
         assert start >= 0 and not (self.once and start >= self.epoch_tokens), start
         epoch, offset = divmod(start, self.epoch_tokens)
         self._enter(epoch)
@@ -173,18 +213,25 @@ class PackedSequences(SampleStream):
                 epoch, place = epoch + 1, 0
                 self._enter(epoch)
             document = self._order[place]
-            begin, document_end = int(self.corpus.begins[document]) + skipped, int(self.corpus.ends[document])
+            begin, document_end = (
+                int(self.corpus.begins[document]) + skipped,
+                int(self.corpus.ends[document]),
+            )
             end = min(document_end, begin + remaining)
             yield {"begin": begin, "end": end, "document_end": document_end}
             remaining -= end - begin
             place, skipped = place + 1, 0
 
     def _enter(self, epoch: int) -> None:
-        """Hold the epoch's order of documents, and where each of them starts in the epoch's stream."""
+        """Hold the epoch's order of documents, and where each of them starts in the epoch's
+        stream.
+        """
         if epoch == self._epoch:
             return
         count = len(self.corpus)
-        self._order = shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+        self._order = (
+            shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+        )
         lengths = self.corpus.lengths[self._order]
         self._starts = np.cumsum(lengths) - lengths
         self._epoch = epoch
@@ -193,10 +240,10 @@ class PackedSequences(SampleStream):
 class PaddedSequences(SampleStream):
     """Documents in one piece wherever they fit, the rest of a sequence padded; random access.
 
-    A sequence holds one document, or with `best_fit` as many as fit, as `fit` chooses them. Documents of more than S
-    tokens are cut into pieces of S; the label of a piece's last token is the document's next one. What goes together
-    is decided once; each epoch is a permutation of the sequences, drawn from (seed, epoch), in which every token comes
-    once.
+    A sequence holds one document, or with `best_fit` as many as fit, as `fit` chooses them.
+    Documents of more than S tokens are cut into pieces of S; the label of a piece's last token is
+    the document's next one. What goes together is decided once; each epoch is a permutation of the
+    sequences, drawn from (seed, epoch), in which every token comes once.
 
     Raises `UserError` where there is no document.
     """
@@ -213,9 +260,19 @@ class PaddedSequences(SampleStream):
     ) -> None:
         if not len(corpus):
             raise UserError(f"{setting} has no document to train on: give more data")
-        self.corpus, self.seq_len, self.seed, self.shuffle, self.best_fit = corpus, seq_len, seed, shuffle, best_fit
+        self.corpus, self.seq_len, self.seed, self.shuffle, self.best_fit = (
+            corpus,
+            seq_len,
+            seed,
+            shuffle,
+            best_fit,
+        )
         self.notes: list[str] = []
-        order = shuffled(len(corpus), seed=seed, epoch=0) if shuffle and best_fit else np.arange(len(corpus))
+        order = (
+            shuffled(len(corpus), seed=seed, epoch=0)
+            if shuffle and best_fit
+            else np.arange(len(corpus))
+        )
         counts = -(-corpus.lengths[order] // seq_len)
         documents = np.repeat(order, counts)
         number = np.arange(len(documents)) - np.repeat(
@@ -242,31 +299,45 @@ class PaddedSequences(SampleStream):
 
     def describe(self) -> str:
         how = "best fit" if self.best_fit else "a sequence each"
-        found = f"{len(self.corpus):,} document(s), {self.corpus.num_tokens:,} tokens, {how}: {len(self):,} sequence(s)"
+        found = (
+            f"{len(self.corpus):,} document(s), {self.corpus.num_tokens:,} tokens, {how}: "
+            f"{len(self):,} sequence(s)"
+        )
         return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
 
     def __getitem__(self, index: int) -> PackedSample:
         epoch, place = divmod(index, len(self))
         if epoch != self._epoch:
             count = len(self)
-            self._order = shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+            self._order = (
+                shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+            )
             self._epoch = epoch
         here = self._order[place]
         pieces = self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
         tokens, trained = self.corpus.tokens, self.corpus.trained
-        cuts = (slice_document(tokens, trained, begin=begin, end=end, document_end=last) for begin, end, last in pieces)
+        cuts = (
+            slice_document(tokens, trained, begin=begin, end=end, document_end=last)
+            for begin, end, last in pieces
+        )
         return concat_pieces(cuts, self.seq_len)
 
 
-def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of at most `size` tokens -> (order [pieces], bounds [bins + 1]): bin b holds order[bounds[b]:bounds[b+1]].
+def best_fit_bins(
+    lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of at most `size` tokens -> (order [pieces], bounds [bins + 1]): bin b holds
+    order[bounds[b]:bounds[b+1]].
 
-    Of the next `look_ahead` pieces that wait, the longest that fits comes into the bin (of equal ones the first), until
-    none does; so a bin begins with the longest of all, and short ones fill it up. O(pieces * log(look_ahead)).
+    Of the next `look_ahead` pieces that wait, the longest that fits comes into the bin (of equal
+    ones the first), until none does; so a bin begins with the longest of all, and short ones fill
+    it up. O(pieces * log(look_ahead)).
     """
     assert not len(lengths) or int(lengths.max()) <= size, (lengths.max(), size)
     arriving = iter(enumerate(lengths.tolist()))
-    waiting: list[tuple[int, int]] = []  # (length, -place), sorted: of equal lengths the first comes last
+    waiting: list[
+        tuple[int, int]
+    ] = []  # (length, -place), sorted: of equal lengths the first comes last
     order: list[int] = []
     bounds, space = [0], size
     while True:

@@ -14,8 +14,8 @@ from titan_ulysses.distributed.errors import UserError
 def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
     """The rows of `source`, whose path is called `setting` in messages.
 
-    Raises `UserError` for what can be known before the first row: nothing at the path, no such data set, split or
-    field, an unknown codec.
+    Raises `UserError` for what can be known before the first row: nothing at the path, no such data
+    set, split or field, an unknown codec.
     """
     check_codec(source.encoding, setting)
     if source.source == "text":
@@ -26,10 +26,19 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
         return DatasetRows(source, setting)
     for key, value in {"split": source.split, "subset": source.subset}.items():
         if value != SourceSettings.model_fields[key].default:
-            raise UserError(f'{setting} = "{source.path}" are files, which have no {key} "{value}": give a data set')
+            raise UserError(
+                f'{setting} = "{source.path}" are files, which have no {key} "{value}": give a '
+                "data set"
+            )
     return RecordRows(source, setting)
 
 
 def _has_files(path: str) -> bool:
-    """Whether the path of a chat means files, not the name of a data set: a file's name is no data set's."""
-    return Path(path).exists() or any(sign in path for sign in "*?[") or path.lower().endswith(tuple(RECORD_EXTENSIONS))
+    """Whether the path of a chat means files, not the name of a data set: a file's name is no data
+    set's.
+    """
+    return (
+        Path(path).exists()
+        or any(sign in path for sign in "*?[")
+        or path.lower().endswith(tuple(RECORD_EXTENSIONS))
+    )

@@ -1,7 +1,8 @@
 """Where documents come from: text files, JSON lines, parquet, data sets of Hugging Face, chats.
 
-A source yields rows, each with the place where it was found, in the same order on every machine and rank. A row that
-cannot be read is no exception but a `BadRow`: what happens with it is decided in one place (`corpus.CorpusStats`).
+A source yields rows, each with the place where it was found, in the same order on every machine and
+rank. A row that cannot be read is no exception but a `BadRow`: what happens with it is decided in
+one place (`corpus.CorpusStats`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 
 TEXT_EXTENSIONS = [".txt"]
-RECORD_EXTENSIONS = [f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst")] + [".parquet"]
+RECORD_EXTENSIONS = [
+    f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst")
+] + [".parquet"]
 LONE_SURROGATE_ERROR = "half of a surrogate pair in it is no character"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 
@@ -46,11 +49,15 @@ class BadRow(NamedTuple):
 
 
 class RefusedRow(Exception):
-    """A row that cannot be made a document, with the reason; it becomes a `BadRow` where its place is known."""
+    """A row that cannot be made a document, with the reason; it becomes a `BadRow` where its place
+    is known.
+    """
 
 
 class Rows:
-    """All rows of one source, as often as they are iterated; `done` of `total` says how far that is (None: unknown)."""
+    """All rows of one source, as often as they are iterated; `done` of `total` says how far that is
+    (None: unknown).
+    """
 
     def __init__(self) -> None:
         self.done, self.total = 0, None
@@ -69,7 +76,9 @@ class TextRows(Rows):
     def __init__(self, source: SourceSettings, setting: str) -> None:
         super().__init__()
         self.encoding, self.setting = source.encoding, setting
-        self.files = find_files(source.path, extensions=source.extensions or TEXT_EXTENSIONS, setting=setting)
+        self.files = find_files(
+            source.path, extensions=source.extensions or TEXT_EXTENSIONS, setting=setting
+        )
         self.total = sum(file.stat().st_size for file in self.files.values())
 
     def __iter__(self) -> Iterator[Row]:
@@ -83,12 +92,16 @@ class TextRows(Rows):
 
 
 class RecordRows(Rows):
-    """Each record of JSON-lines, JSON and parquet files a row; `.gz` and `.zst` are unpacked while they are read."""
+    """Each record of JSON-lines, JSON and parquet files a row; `.gz` and `.zst` are unpacked while
+    they are read.
+    """
 
     def __init__(self, source: SourceSettings, setting: str) -> None:
         super().__init__()
         self.source, self.setting = source, setting
-        self.files = find_files(source.path, extensions=source.extensions or RECORD_EXTENSIONS, setting=setting)
+        self.files = find_files(
+            source.path, extensions=source.extensions or RECORD_EXTENSIONS, setting=setting
+        )
         self.total = sum(file.stat().st_size for file in self.files.values())
 
     def __iter__(self) -> Iterator[Row | BadRow]:
@@ -101,7 +114,8 @@ class RecordRows(Rows):
                     yield read_record(record, self.source, f"{name}:{number}")
             except (OSError, ValueError) as error:  # pyarrow's errors are one of these
                 raise UserError(
-                    f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or leave it out"
+                    f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or "
+                    "leave it out"
                 ) from error
             before += file.stat().st_size
         self.done = before
@@ -110,15 +124,21 @@ class RecordRows(Rows):
         return digest(self.files)
 
     def _json(self, file: Path) -> Iterator[tuple[int, Any]]:
-        """(line, what it holds: JSON, or the exception that it raised) of each line that is not empty."""
+        """(line, what it holds: JSON, or the exception that it raised) of each line that is not
+        empty.
+        """
         import pyarrow
 
         before, codec = self.done, _CODECS.get(file.suffix.lower())
-        is_json = file.name.lower().removesuffix(file.suffix.lower() if codec else "").endswith(".json")
+        is_json = (
+            file.name.lower().removesuffix(file.suffix.lower() if codec else "").endswith(".json")
+        )
         with open(file, "rb") as raw:
             lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
             for number, line in enumerate(lines, start=1):
-                if number == 1 and is_json and line.lstrip().startswith(b"["):  # one array instead of lines
+                if (
+                    number == 1 and is_json and line.lstrip().startswith(b"[")
+                ):  # one array instead of lines
                     yield from enumerate(json.loads(line + lines.read()), start=1)
                     return
                 if line.strip():
@@ -147,7 +167,9 @@ class RecordRows(Rows):
 def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
     """What `source` finds in one record: its text, its prompt and completion, or its chat."""
     if isinstance(record, ValueError | RecursionError):
-        return BadRow(place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record))
+        return BadRow(
+            place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record)
+        )
     if not isinstance(record, dict):
         return BadRow(place, f"a JSON {type(record).__name__}, not an object with fields")
     if source.source == "chat":
@@ -164,12 +186,20 @@ def field_names(source: SourceSettings) -> list[str]:
     """The fields that every row must have."""
     if source.source == "chat":
         return [source.messages_field]
-    return [source.prompt_field, source.completion_field] if source.prompt_field else [source.text_field]
+    return (
+        [source.prompt_field, source.completion_field]
+        if source.prompt_field
+        else [source.text_field]
+    )
 
 
 def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Row | BadRow:
     messages, tools = record.get(source.messages_field), record.get(source.tools_field)
-    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+    if not (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(message, dict) for message in messages)
+    ):
         return BadRow(place, _missing(record, source.messages_field, "a list of messages"))
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
@@ -179,14 +209,17 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
             tools = json.loads(tools)
         except ValueError as error:
             return BadRow(place, f"{source.tools_field} is text but not JSON ({error})")
-    if not (tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))):
+    if not (
+        tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
+    ):
         return BadRow(place, f"{source.tools_field} is not a list of tools")
     return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None))
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table of Arrow gives every message all keys that any message has, null where it lacks them; templates ask
-    whether a key is there."""
+    """A table of Arrow gives every message all keys that any message has, null where it lacks them;
+    templates ask whether a key is there.
+    """
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -194,7 +227,9 @@ def _without_nulls(value: Any) -> Any:
 
 def _missing(record: dict[str, Any], name: str, wanted: str) -> str:
     if name in record:
-        return f'the field "{name}" holds {json.dumps(record[name], default=str)[:40]}, not {wanted}'
+        return (
+            f'the field "{name}" holds {json.dumps(record[name], default=str)[:40]}, not {wanted}'
+        )
     return f'no field "{name}" (it has {", ".join(map(str, record)) or "none"})'
 
 

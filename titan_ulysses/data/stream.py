@@ -1,4 +1,6 @@
-"""Sequences from a data set that is read while it is trained on: no random access, nothing on disk, no known end."""
+"""Sequences from a data set that is read while it is trained on: no random access, nothing on disk,
+no known end.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,31 @@ from titan_ulysses.distributed.errors import UserError
 
 
 class StreamedSequences(SampleStream):
-    """Documents end to end, each epoch's in an order drawn from (seed, epoch): of the data set's files, and of the rows
-    within a buffer.
+    """Documents end to end, each epoch's in an order drawn from (seed, epoch): of the data set's
+    files, and of the rows within a buffer.
 
-    Sequences are read in growing order. Each rank tokenizes all of them, also those of other data-parallel ranks, since
-    where one sequence ends says where the next begins. `position` is the row and the token in it at which a sequence
-    begins, the same on every mesh: going on there reads the rows before it again, and tokenizes none of them.
+    Sequences are read in growing order. Each rank tokenizes all of them, also those of other
+    data-parallel ranks, since where one sequence ends says where the next begins. `position` is the
+    row and the token in it at which a sequence begins, the same on every mesh: going on there reads
+    the rows before it again, and tokenizes none of them.
     """
 
-    def __init__(self, rows: DatasetRows, encoder: Encoder, *, seq_len: int, seed: int, skip_bad: bool = False) -> None:
-        self.rows, self.encoder, self.seq_len, self.seed, self.skip_bad = rows, encoder, seq_len, seed, skip_bad
+    def __init__(
+        self,
+        rows: DatasetRows,
+        encoder: Encoder,
+        *,
+        seq_len: int,
+        seed: int,
+        skip_bad: bool = False,
+    ) -> None:
+        self.rows, self.encoder, self.seq_len, self.seed, self.skip_bad = (
+            rows,
+            encoder,
+            seq_len,
+            seed,
+            skip_bad,
+        )
         self.notes: list[str] = []
         self.tally = CorpusStats()
         self.seek(0, None)
@@ -50,7 +67,11 @@ class StreamedSequences(SampleStream):
     def seek(self, consumed: int, position: dict[str, int] | None) -> None:
         position = position or {"epoch": 0, "row": 0, "offset": 0}
         self._index = consumed if any(position.values()) else 0
-        self._epoch, self._row, self._offset = position["epoch"], position["row"], position["offset"]
+        self._epoch, self._row, self._offset = (
+            position["epoch"],
+            position["row"],
+            position["offset"],
+        )
         self._documents, self._document = self._read(skip=self._row), None
         self._is_barren = self._row == 0  # no document has been met in this epoch
         self._advance(consumed)
@@ -83,7 +104,10 @@ class StreamedSequences(SampleStream):
                 continue
             if self._is_barren:
                 why = "; ".join(self.tally.notes()) or "it is empty"
-                raise UserError(f"{self.rows.setting} has no document to train on ({why}): give data with text in it")
+                raise UserError(
+                    f"{self.rows.setting} has no document to train on ({why}): give data with text "
+                    "in it"
+                )
             self._epoch, self._row, self._offset = self._epoch + 1, 0, 0
             self._documents, self._is_barren = self._read(skip=0), True
         return self._document
@@ -92,6 +116,8 @@ class StreamedSequences(SampleStream):
         """(row, document) of one epoch, from row `skip` on."""
         seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])
         for number, row in enumerate(self.rows.shuffled(seed, skip=skip), start=skip):
-            kept = self.tally.keep([self.encoder(row)], setting=self.rows.setting, skip=self.skip_bad)
+            kept = self.tally.keep(
+                [self.encoder(row)], setting=self.rows.setting, skip=self.skip_bad
+            )
             for document in kept:
                 yield number, document

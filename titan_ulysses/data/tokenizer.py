@@ -1,4 +1,6 @@
-"""Text <-> token ids: any transformers tokenizer, or "bytes", which needs no files and no download."""
+"""Text <-> token ids: any transformers tokenizer, or "bytes", which needs no files and no
+download.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +38,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f'model.tokenizer = "{name}" cannot be loaded ({reason.strip().rstrip(".:")}): '
-            f'give a folder with a saved tokenizer, a hub name that this machine can reach, or "{BYTES}"'
+            "give a folder with a saved tokenizer, a hub name that this machine can reach, or "
+            f'"{BYTES}"'
         ) from error
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes, *, ends: bool = True) -> np.ndarray:
-    """One document's token ids, 1-D, unsigned: nothing added in front, the eos token (if there is one) at the end.
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str | bytes, *, ends: bool = True
+) -> np.ndarray:
+    """One document's token ids, 1-D, unsigned: nothing added in front, the eos token (if there is
+    one) at the end.
 
     `ends=False` leaves the eos token out: the text is a prompt, and something follows.
 
-    What reads like a special token inside a document is encoded as the characters it is made of: a file that
-    mentions `<|endoftext|>` does not end there. `bytes` are for the byte tokenizer only (`UserError`).
+    What reads like a special token inside a document is encoded as the characters it is made of: a
+    file that mentions `<|endoftext|>` does not end there. `bytes` are for the byte tokenizer only
+    (`UserError`).
     """
     if is_byte_tokenizer(tokenizer):
         raw = text.encode("utf-8") if isinstance(text, str) else text
@@ -55,14 +62,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes, *, ends: bool 
         ids[-1] = END_OF_TEXT_ID
         return ids if ends else ids[:-1]
     if isinstance(text, bytes):
-        raise UserError(f'data.encoding = "bytes" needs model.tokenizer = "{BYTES}": other tokenizers read text')
+        raise UserError(
+            f'data.encoding = "bytes" needs model.tokenizer = "{BYTES}": other tokenizers read text'
+        )
     ids = tokenizer(
         text,
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,  # documents longer than the tokenizer's `model_max_length` are what this project is for
+        # Documents longer than the tokenizer's `model_max_length` are what this project is for.
+        verbose=False,
     )["input_ids"]
     if ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
@@ -70,12 +80,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str | bytes, *, ends: bool 
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Largest id + 1, the least number of embedding rows (`len(tokenizer)` is less where ids have gaps)."""
+    """Largest id + 1, the least number of embedding rows (`len(tokenizer)` is less where ids have
+    gaps).
+    """
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this is the "bytes" tokenizer, also when it was opened again from a folder it was saved to."""
+    """Whether this is the "bytes" tokenizer, also when it was opened again from a folder it was
+    saved to.
+    """
     return len(tokenizer) == END_OF_TEXT_ID + 1 and tokenizer.get_vocab() == _byte_vocab()
 
 
@@ -92,9 +106,14 @@ def _byte_tokenizer() -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=1)
 def _byte_vocab() -> dict[str, int]:
-    """Token -> id. Byte-level BPE (GPT-2's) writes each byte as one printable character: itself where it is
-    printable Latin-1, otherwise the next free code point from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """Token -> id. Byte-level BPE (GPT-2's) writes each byte as one printable character: itself
+    where it is printable Latin-1, otherwise the next free code point from 256 on.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     vocab = {chr(byte): byte for byte in printable}
     vocab |= {chr(256 + i): byte for i, byte in enumerate(others)}

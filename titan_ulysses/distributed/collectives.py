@@ -1,4 +1,6 @@
-"""How much goes over the wire: the number and the bytes of collectives, counted from the real calls."""
+"""How much goes over the wire: the number and the bytes of collectives, counted from the real
+calls.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,11 @@ _KINDS = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives that are called under it, forward and backward, FSDP's and the exchange's alike.
+    """Counts the collectives that are called under it, forward and backward, FSDP's and the
+    exchange's alike.
 
-    `counts[kind]` is (calls, bytes); the bytes are those that this rank hands in, its own part included.
+    `counts[kind]` is (calls, bytes); the bytes are those that this rank hands in, its own part
+    included.
     """
 
     def __init__(self) -> None:
@@ -43,7 +47,9 @@ class CollectiveCounter(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Dynamo compiles nothing under a mode that wants to see what is compiled. There are no collectives in it."""
+        """Dynamo compiles nothing under a mode that wants to see what is compiled. There are no
+        collectives in it.
+        """
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -58,9 +64,15 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def _input_bytes(func, args: tuple) -> int:
-    """Bytes of the input tensors: the argument that is called so, since some calls name their output first."""
+    """Bytes of the input tensors: the argument that is called so, since some calls name their
+    output first.
+    """
     names = [argument.name for argument in func._schema.arguments]
-    name = next(n for n in ("input_tensors", "input_tensor", "input", "inputs", "tensors", "self") if n in names)
+    name = next(
+        n
+        for n in ("input_tensors", "input_tensor", "input", "inputs", "tensors", "self")
+        if n in names
+    )
     given = args[names.index(name)]
     flat = torch.utils._pytree.tree_leaves(given)
     return sum(t.numel() * t.element_size() for t in flat if isinstance(t, torch.Tensor))

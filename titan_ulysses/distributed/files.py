@@ -16,7 +16,9 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file at the yielded path; it takes the place of `path` at the end, unless that fails."""
+    """Write a file at the yielded path; it takes the place of `path` at the end, unless that
+    fails.
+    """
     partial = partial_path(path)
     try:
         yield partial

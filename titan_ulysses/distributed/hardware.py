@@ -1,4 +1,5 @@
-"""GPUs and their links: what data sheets and published benchmarks of single kernels say, each figure with its source.
+"""GPUs and their links: what data sheets and published benchmarks of single kernels say, each
+figure with its source.
 
 Nothing here was fitted to a training run.
 """
@@ -11,6 +12,7 @@ from titan_ulysses.distributed.errors import UserError
 
 GIB = 2**30
 
+
 @dataclass(frozen=True)
 class GPU:
     """One GPU in a server of its kind. FLOP/s, bytes/s in one direction, bytes."""
@@ -21,11 +23,14 @@ class GPU:
     peak: float
     """dense bf16 FLOP/s (data sheet), what MFU is measured by"""
     matmul: float
-    """achievable: 0.8 of the peak. FlashAttention-2 (arXiv 2307.08691, section 1) and -3 (arXiv 2407.08608, section 1)
-    give 80 to 90 % for optimized GEMMs on A100 and H100"""
+    """achievable: 0.8 of the peak. FlashAttention-2 (arXiv 2307.08691, section 1) and -3 (arXiv
+    2407.08608, section 1) give 80 to 90 % for optimized GEMMs on A100 and H100
+    """
     attention_forward: float
     attention_backward: float
-    """of flash attention, causal, head size 128, long sequences, counting the FLOPs that causality leaves"""
+    """of flash attention, causal, head size 128, long sequences, counting the FLOPs that causality
+    leaves
+    """
     memory_bandwidth: float
     """0.8 of the data sheet's"""
     host_link: float
@@ -39,32 +44,36 @@ class GPU:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        # A100 data sheet (80 GB SXM): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways, PCIe 4 x16 31.5 GB/s;
-        # DGX A100: 200 Gbit/s a GPU. Attention: FlashAttention-2, section 4.1: up to 73 % of the peak in forward, 63 %
-        # in backward.
+        # A100 data sheet (80 GB SXM): 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s both ways, PCIe 4
+        # x16 31.5 GB/s; DGX A100: 200 Gbit/s a GPU. Attention: FlashAttention-2, section 4.1: up to
+        # 73 % of the peak in forward, 63 % in backward.
         GPU("A100-80GB", 79.1 * GIB, 312e12, 250e12, 227e12, 196e12, 1.63e12, 25e9, 240e9, 20e9),
-        # H100 data sheet (SXM): 989 TFLOP/s, 3,350 GB/s, NVLink 900 GB/s, PCIe 5 x16 63 GB/s; DGX H100: 400 Gbit/s a
-        # GPU. Attention: flash-attn 2, which the core `flash` calls: 335 TFLOP/s on H100 in FlashAttention-2, section
-        # 4.1, forward and backward together.
+        # H100 data sheet (SXM): 989 TFLOP/s, 3,350 GB/s, NVLink 900 GB/s, PCIe 5 x16 63 GB/s; DGX
+        # H100: 400 Gbit/s a GPU. Attention: flash-attn 2, which the core `flash` calls: 335 TFLOP/s
+        # on H100 in FlashAttention-2, section 4.1, forward and backward together.
         GPU("H100-80GB", 79.1 * GIB, 989e12, 791e12, 335e12, 335e12, 2.68e12, 50e9, 360e9, 40e9),
         # H200 data sheet: as H100, with 141 GB and 4,800 GB/s.
         GPU("H200", 139.7 * GIB, 989e12, 791e12, 335e12, 335e12, 3.84e12, 50e9, 360e9, 40e9),
-        # B200 data sheet: 2,250 TFLOP/s, 180 GB, 7,700 GB/s, NVLink 1,800 GB/s, PCIe 5. No benchmark of flash-attn 2 is
-        # published: its share of the peak is taken to be what it is on H100.
+        # B200 data sheet: 2,250 TFLOP/s, 180 GB, 7,700 GB/s, NVLink 1,800 GB/s, PCIe 5. No
+        # benchmark of flash-attn 2 is published: its share of the peak is taken to be what it is on
+        # H100.
         GPU("B200", 178.3 * GIB, 2250e12, 1800e12, 762e12, 762e12, 6.16e12, 50e9, 720e9, 40e9),
     )
 }
 
 
 HOST_BANDWIDTH = 0.8 * 614e9
-"""Bytes/s of a node's host memory: two sockets of eight channels of DDR5-4800 (Xeon Scalable, 4th generation)."""
+"""Bytes/s of a node's host memory: two sockets of eight channels of DDR5-4800 (Xeon Scalable, 4th
+generation).
+"""
 
 
 def gpu_named(name: str) -> GPU:
     """UserError where nothing is known of it."""
     if name not in GPUS:
         raise UserError(
-            f'plan.gpu = "{name}": not known; known are {", ".join(GPUS)}. For the memory of another one take the most '
+            f'plan.gpu = "{name}": not known; known are {", ".join(GPUS)}. For the memory of '
+            "another one take the most "
             "similar of these and set plan.gpu_memory_gib, as in plan.gpu_memory_gib = 48.",
             exit_code=2,
         )
@@ -72,7 +81,9 @@ def gpu_named(name: str) -> GPU:
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
-    """The GPU that CUDA calls by this name, as in "NVIDIA H100 80GB HBM3"; None where nothing is known of it."""
+    """The GPU that CUDA calls by this name, as in "NVIDIA H100 80GB HBM3"; None where nothing is
+    known of it.
+    """
     return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in device_name), None)
 
 

@@ -1,7 +1,9 @@
-"""The device mesh: dp_replicate x dp_shard x sp, and the views of it that each part of training needs.
+"""The device mesh: dp_replicate x dp_shard x sp, and the views of it that each part of training
+needs.
 
-SP is the innermost dimension, so that the all-to-alls of a layer stay between neighbours (one node's NVLink);
-dp_shard is next, because FSDP shards parameters over dp_shard x sp; dp_replicate is outermost.
+SP is the innermost dimension, so that the all-to-alls of a layer stay between neighbours (one
+node's NVLink); dp_shard is next, because FSDP shards parameters over dp_shard x sp; dp_replicate is
+outermost.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ class Mesh:
     world: DeviceMesh
     """All three dimensions: dp_replicate, dp_shard, sp."""
     fsdp: DeviceMesh
-    """For `fully_shard`: parameters are sharded over dp_shard x sp and, where this is 2-D, replicated over the rest."""
+    """For `fully_shard`: parameters are sharded over dp_shard x sp and, where this is 2-D,
+    replicated over the rest.
+    """
     batch: DeviceMesh
     """dp_replicate x dp_shard: ranks that read different samples."""
     loss: DeviceMesh
@@ -39,24 +43,33 @@ class Mesh:
 
     @cached_property
     def whole(self) -> Mesh:
-        """The same ranks with P = 1, each with sequences of its own. Collective where it is made, at first use."""
+        """The same ranks with P = 1, each with sequences of its own. Collective where it is made,
+        at first use.
+        """
         return self if self.sp.size() == 1 else build_mesh()
 
     def local_slice(self, whole: Tensor, *, dim: int = 1) -> Tensor:
-        """This rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...] (see `local_slice`)."""
+        """This rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...] (see
+        `local_slice`).
+        """
         return local_slice(whole, rank=self.sp.get_local_rank(), degree=self.sp.size(), dim=dim)
 
     @property
     def device(self) -> torch.device:
         kind = self.world.device_type
-        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        return (
+            torch.device(kind, torch.cuda.current_device())
+            if kind == "cuda"
+            else torch.device(kind)
+        )
 
 
 def init_distributed() -> None:
-    """Join the default process group: torchrun's where its variables are set, a group of one otherwise.
+    """Join the default process group: torchrun's where its variables are set, a group of one
+    otherwise.
 
-    NCCL moves CUDA tensors and gloo CPU tensors; which of them exist is decided by the machine, not by a setting.
-    A process group that the caller has made already is kept.
+    NCCL moves CUDA tensors and gloo CPU tensors; which of them exist is decided by the machine, not
+    by a setting. A process group that the caller has made already is kept.
     """
     if dist.is_initialized():
         return
@@ -71,9 +84,11 @@ def init_distributed() -> None:
 
 
 def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mesh:
-    """The mesh over all ranks of the default process group, which is joined first where nobody has (see above).
+    """The mesh over all ranks of the default process group, which is joined first where nobody has
+    (see above).
 
-    replicate * shard * sequence is their number; shard = -1 takes all that are left. UserError where it cannot be.
+    replicate * shard * sequence is their number; shard = -1 takes all that are left. UserError
+    where it cannot be.
     """
     init_distributed()
     world_size = dist.get_world_size()
@@ -81,7 +96,8 @@ def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mes
         shard = max(1, world_size // (replicate * sequence))
     if replicate * shard * sequence != world_size:
         raise UserError(
-            f"build_mesh: replicate({replicate}) * shard({shard}) * sequence({sequence}) is not the number of ranks, "
+            f"build_mesh: replicate({replicate}) * shard({shard}) * sequence({sequence}) is not "
+            "the number of ranks, "
             f"{world_size}: start {replicate * shard * sequence} ranks, or change the degrees."
         )
     device_type = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def local_shard(x: Tensor) -> Tensor:
-    """This rank's shard of x, which shares its memory (under no_grad); x itself where it is whole."""
+    """This rank's shard of x, which shares its memory (under no_grad); x itself where it is
+    whole.
+    """
     return x.to_local() if isinstance(x, DTensor) else x
 
 

@@ -1,11 +1,13 @@
-"""Activation checkpointing: every k blocks are a segment that keeps only its input, on the device or off it.
+"""Activation checkpointing: every k blocks are a segment that keeps only its input, on the device
+or off it.
 
-A segment's input is all that lives from its forward to its backward, where the segment is computed again; torch's
-non-reentrant checkpoint does that (RNG and autocast replayed, any keywords). Inputs can go to host memory or to disk
-meanwhile: see `offload.py`.
+A segment's input is all that lives from its forward to its backward, where the segment is computed
+again; torch's non-reentrant checkpoint does that (RNG and autocast replayed, any keywords). Inputs
+can go to host memory or to disk meanwhile: see `offload.py`.
 
-FSDP is applied to the blocks inside. In forward they are gathered one at a time; from the recomputation to their
-backward all k stay gathered. So parameters are gathered twice a step and gradients reduced once, whatever k is.
+FSDP is applied to the blocks inside. In forward they are gathered one at a time; from the
+recomputation to their backward all k stay gathered. So parameters are gathered twice a step and
+gradients reduced once, whatever k is.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from titan_ulysses.memory.offload import Store
 
 
 def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None) -> None:
-    """Make every `every` blocks, in place, a segment whose input is kept in store (None: where it is).
+    """Make every `every` blocks, in place, a segment whose input is kept in store (None: where it
+    is).
 
-    No name changes, because no module is put around a block: it gets a class of its own, as FSDP gives it one. The last
-    segment may be shorter.
+    No name changes, because no module is put around a block: it gets a class of its own, as FSDP
+    gives it one. The last segment may be shorter.
     """
     for first in range(0, len(blocks), every):
         segment = _Segment(list(blocks[first : first + every]), store)
@@ -38,17 +41,23 @@ def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None)
 
 
 def output_is_needed() -> bool:
-    """False while a segment's last block is computed again: its gradients need what is inside, not what comes out."""
+    """False while a segment's last block is computed again: its gradients need what is inside, not
+    what comes out.
+    """
     return not getattr(_phase, "in_last_block", False)
 
 
-_phase = threading.local()  # CUDA's backward, and with it the recomputation, has a thread of its own
+_phase = (
+    threading.local()
+)  # CUDA's backward, and with it the recomputation, has a thread of its own
 
 
 class CheckpointedBlock(nn.Module):
-    """What a block of a segment becomes. Of a segment, all but the last only note what they are called with.
+    """What a block of a segment becomes. Of a segment, all but the last only note what they are
+    called with.
 
-    The call changes, and not `forward`: the hooks of FSDP, which gather the block, are to run inside the checkpoint.
+    The call changes, and not `forward`: the hooks of FSDP, which gather the block, are to run
+    inside the checkpoint.
     """
 
     checkpoint_segment: _Segment
@@ -78,7 +87,9 @@ class _Segment:
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def call(self, position: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Note the arguments of the block at position and hand hidden through; at the last one run them all."""
+        """Note the arguments of the block at position and hand hidden through; at the last one run
+        them all.
+        """
         if position == 0:
             self.calls = []  # of a forward that was broken off
         self.calls.append((args, kwargs))
@@ -91,7 +102,12 @@ class _Segment:
             return self._run(hidden, calls)
 
         with self.store.offload_saved_tensors() if self.store else nullcontext():
-            return checkpoint(run, hidden, use_reentrant=False, context_fn=lambda: (nullcontext(), _Recomputation()))
+            return checkpoint(
+                run,
+                hidden,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _Recomputation()),
+            )
 
     def _run(self, hidden: Tensor, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
         last = len(calls) - 1
@@ -100,14 +116,18 @@ class _Segment:
                 hidden = block.run_block(hidden, *args, **kwargs)
             if position < last and not isinstance(hidden, Tensor):
                 raise UserError(
-                    f"activation_checkpoint.every = {len(calls)}: {type(block).__name__} returns more than its hidden "
-                    "state, so its decoder cannot have several blocks a segment. Set activation_checkpoint.every = 1."
+                    f"activation_checkpoint.every = {len(calls)}: {type(block).__name__} returns "
+                    "more than its hidden "
+                    "state, so its decoder cannot have several blocks a segment. Set "
+                    "activation_checkpoint.every = 1."
                 )
         return hidden
 
 
 class _Recomputation:
-    """Says that a segment is being computed again. A class, because with retain_graph it is entered more than once."""
+    """Says that a segment is being computed again. A class, because with retain_graph it is entered
+    more than once.
+    """
 
     def __enter__(self) -> None:
         _phase.recomputing = True

@@ -1,7 +1,9 @@
-"""The loss head: `lm_head` that computes the cross-entropy itself, by tiles of tokens, and never holds all logits.
+"""The loss head: `lm_head` that computes the cross-entropy itself, by tiles of tokens, and never
+holds all logits.
 
-ALST's "tiled loss" (arXiv 2506.13996, section 3.1). Here the forward of a tile also computes its gradient, since both
-need the same logits: one pass over them in all, and memory flat in the sequence length.
+ALST's "tiled loss" (arXiv 2506.13996, section 3.1). Here the forward of a tile also computes its
+gradient, since both need the same logits: one pass over them in all, and memory flat in the
+sequence length.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ Options = tuple[int, float, float | None, float]
 
 
 class LossHead(nn.Linear):
-    """An `lm_head` (same weight, same bias, same names) whose forward takes labels and returns the loss.
+    """An `lm_head` (same weight, same bias, same names) whose forward takes labels and returns the
+    loss.
 
-    Being the module that owns the weight, it is what FSDP shards: one all-gather and one reduce-scatter serve all
-    tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32 logits, -1 takes all at once. Families that
-    scale or cap their logits do so here: softcap * tanh(scale * logits / softcap). While gradients are computed,
-    z_loss * (log of the sum of exp(logits))^2 is added for each label (PaLM, arXiv 2204.02311, section 5).
+    Being the module that owns the weight, it is what FSDP shards: one all-gather and one
+    reduce-scatter serve all tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32
+    logits, -1 takes all at once. Families that scale or cap their logits do so here: softcap *
+    tanh(scale * logits / softcap). While gradients are computed, z_loss * (log of the sum of
+    exp(logits))^2 is added for each label (PaLM, arXiv 2204.02311, section 5).
     """
 
     def __init__(
@@ -39,7 +43,9 @@ class LossHead(nn.Linear):
         softcap: float | None = None,
         z_loss: float = 0.0,
     ):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        super().__init__(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+        )
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.softcap, self.z_loss = scale, softcap, z_loss
         self.tile_tokens = tile_tokens or max(1, _AUTOMATIC_TILE_BYTES // (4 * linear.out_features))
@@ -52,7 +58,8 @@ class LossHead(nn.Linear):
         *,
         reduction: Literal["sum", "none"] = "sum",
     ) -> Tensor:
-        """hidden [B, T, h] and labels [B, T], already shifted -> this rank's part of the loss, a scalar.
+        """hidden [B, T, h] and labels [B, T], already shifted -> this rank's part of the loss, a
+        scalar.
 
         The part is the sum of the cross-entropy over its valid labels (not -100), divided by
         `num_items`: the number of valid labels in the whole step, on all ranks and in all
@@ -67,13 +74,20 @@ class LossHead(nn.Linear):
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
         options = (tile_tokens, self.scale, self.softcap, self.z_loss)
         if reduction == "none":
-            assert not torch.is_grad_enabled(), "cross-entropies of single tokens are for scoring: no gradient"
-            each = _each_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options)
+            assert not torch.is_grad_enabled(), (
+                "cross-entropies of single tokens are for scoring: no gradient"
+            )
+            each = _each_cross_entropy(
+                hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options
+            )
             return each.view(labels.shape)
-        # Passed in, because inside an autograd function gradients are always off, and needs_input_grad ignores no_grad.
+        # Passed in, because inside an autograd function gradients are always off, and
+        # needs_input_grad ignores no_grad.
         differentiate = torch.is_grad_enabled()
         rows, labels = hidden.flatten(0, -2), labels.flatten()
-        total = _TiledCrossEntropy.apply(rows, self.weight, self.bias, labels, options, differentiate)
+        total = _TiledCrossEntropy.apply(
+            rows, self.weight, self.bias, labels, options, differentiate
+        )
         return total / num_items.clamp(min=1)
 
 
@@ -103,8 +117,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for tile in tiles(len(rows), tile_tokens):
             valid = labels[tile] != IGNORE_INDEX
-            # A row without a label is left out before and behind the logits, which are so much larger. By `where` and
-            # not by a product: it gives exactly 0, also where it is not finite.
+            # A row without a label is left out before and behind the logits, which are so much
+            # larger. By `where` and not by a product: it gives exactly 0, also where it is not
+            # finite.
             x = rows[tile].where(valid.unsqueeze(1), 0)
             loss, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
             total += loss
@@ -113,7 +128,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if grad_logits is not None:
                 grad_logits = grad_logits.to(rows.dtype)
             if needs_rows:
-                torch.mm(grad_logits, weight, out=grad_rows[tile]).masked_fill_(~valid.unsqueeze(1), 0)
+                torch.mm(grad_logits, weight, out=grad_rows[tile]).masked_fill_(
+                    ~valid.unsqueeze(1), 0
+                )
             if needs_weight:
                 _add_product(grad_weight, grad_logits.t(), x)
         ctx.grads = [grad_rows, grad_weight, grad_bias]
@@ -122,7 +139,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        assert ctx.grads is not None, "the loss head's gradients live once: backward through it cannot run twice"
+        assert ctx.grads is not None, (
+            "the loss head's gradients live once: backward through it cannot run twice"
+        )
         grads, ctx.grads = ctx.grads, None
         # In place: these buffers are the largest of the head, and nobody else holds them.
         scaled = [
@@ -132,8 +151,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _each_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options) -> Tensor:
-    """The cross-entropy [N] of rows [N, h] with labels [N], in fp32 or wider, 0 without a label. A tile at a time."""
+def _each_cross_entropy(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options
+) -> Tensor:
+    """The cross-entropy [N] of rows [N, h] with labels [N], in fp32 or wider, 0 without a label. A
+    tile at a time.
+    """
     tile_tokens, scale, softcap, _ = options
     wide = torch.promote_types(rows.dtype, torch.float32)
     each = torch.empty(len(rows), dtype=wide, device=rows.device)
@@ -143,8 +166,12 @@ def _each_cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None, label
     return each
 
 
-def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """[n, V] of rows [n, h], in fp32 or wider where they are shaped: elsewhere they are widened as they are read."""
+def _scores(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """[n, V] of rows [n, h], in fp32 or wider where they are shaped: elsewhere they are widened as
+    they are read.
+    """
     logits = F.linear(x, weight, bias)
     if scale != 1 or softcap is not None:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -152,16 +179,25 @@ def _scores(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softca
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of scores [n, V]: the cross-entropy [n], 0 where it is not valid; and for its gradient the index [n, 1] of the
-    labels and the log-probabilities [n, V], in fp32 or wider."""
+    """Of scores [n, V]: the cross-entropy [n], 0 where it is not valid; and for its gradient the
+    index [n, 1] of the labels and the log-probabilities [n, V], in fp32 or wider.
+    """
     index = labels.where(valid, 0).unsqueeze(1)
     # One kernel, which reads the scores once; logsumexp is five, with a buffer of its own.
-    log_probabilities = scores.log_softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    return (-log_probabilities.gather(1, index)).squeeze(1).where(valid, 0), index, log_probabilities
+    log_probabilities = scores.log_softmax(
+        dim=1, dtype=torch.promote_types(scores.dtype, torch.float32)
+    )
+    return (
+        (-log_probabilities.gather(1, index)).squeeze(1).where(valid, 0),
+        index,
+        log_probabilities,
+    )
 
 
 def _shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """softcap * tanh(scale * logits / softcap): what gemma, granite and cohere do to their logits."""
+    """softcap * tanh(scale * logits / softcap): what gemma, granite and cohere do to their
+    logits.
+    """
     if scale != 1:
         logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -178,9 +214,9 @@ def _tile_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of cross-entropy of rows [n, h], fp64; its gradient by the logits [n, V], fp32 or wider.
 
-    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped / softcap)^2). It is not 0 in
-    rows that are not valid: what is made of it leaves them out. The z-loss, with 2 z_loss log_normalizer softmax for a
-    gradient, is a part of training only.
+    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped /
+    softcap)^2). It is not 0 in rows that are not valid: what is made of it leaves them out. The
+    z-loss, with 2 z_loss log_normalizer softmax for a gradient, is a part of training only.
     """
     scale, softcap, z_loss = shape
     scores = _scores(x, weight, bias, scale, softcap)
@@ -201,7 +237,9 @@ def _tile_loss(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in total's dtype: bf16 sums over 64 tiles would cost six times the error."""
+    """total += left @ right, accumulated in total's dtype: bf16 sums over 64 tiles would cost six
+    times the error.
+    """
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     else:

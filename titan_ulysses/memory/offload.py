@@ -1,8 +1,10 @@
-"""Checkpoints off the device: segment inputs in host memory, or in files, from their forward to their backward.
+"""Checkpoints off the device: segment inputs in host memory, or in files, from their forward to
+their backward.
 
-On CUDA they travel on a stream of their own through page-locked slabs, which are allocated once and used again: out
-while the next segment computes, and back one segment before backward needs them. The compute stream waits for events,
-never for the host. On a CPU the same slabs are plain memory or memory-mapped files and the copies are just made.
+On CUDA they travel on a stream of their own through page-locked slabs, which are allocated once and
+used again: out while the next segment computes, and back one segment before backward needs them.
+The compute stream waits for events, never for the host. On a CPU the same slabs are plain memory or
+memory-mapped files and the copies are just made.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ Offload = Literal["none", "host", "disk"]
 
 
 def open_store(offload: Offload, folder: str | Path | None, device: torch.device) -> Store | None:
-    """Where segment inputs go: None for "none", where they stay on the device. folder is for "disk" alone."""
+    """Where segment inputs go: None for "none", where they stay on the device. folder is for "disk"
+    alone.
+    """
     if offload == "none":
         return None
     slabs = _host_slab if offload == "host" else _FileSlabs(Path(folder or tempfile.gettempdir()))
@@ -36,12 +40,16 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
 
 
 class OffloadedTensor:
-    """A tensor in a slab. The slab is free again when the last reference to this is gone: after backward."""
+    """A tensor in a slab. The slab is free again when the last reference to this is gone: after
+    backward.
+    """
 
     def __init__(self, store: Store, x: Tensor, slab: Tensor, before: OffloadedTensor | None):
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.slab = slab
-        self.before = weakref.ref(before) if before is not None else lambda: None  # kept before, so needed after
+        self.before = (
+            weakref.ref(before) if before is not None else lambda: None
+        )  # kept before, so needed after
         self.fetched: tuple[Tensor, torch.cuda.Event] | None = None
         weakref.finalize(self, store.free.setdefault(slab.numel(), []).append, slab).atexit = False
 
@@ -62,7 +70,8 @@ class Store:
     @contextmanager
     def offload_saved_tensors(self) -> Iterator[None]:
         """What a checkpoint that begins in here saves, its input, is kept by this store."""
-        # Before its own hooks are in force, torch's checkpoint saves its inputs: ours, and an empty tensor of its own.
+        # Before its own hooks are in force, torch's checkpoint saves its inputs: ours, and an empty
+        # tensor of its own.
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
@@ -93,13 +102,18 @@ class Store:
 class CudaStore(Store):
     """The same for a CUDA device: copies beside the computation, fetched one segment ahead.
 
-    cuda: the module of its streams. Those of torch.cpu do nothing, which is how the planner sees what is alive.
+    cuda: the module of its streams. Those of torch.cpu do nothing, which is how the planner sees
+    what is alive.
     """
 
-    def __init__(self, make_slab: Callable[[int, torch.device], Tensor], cuda: ModuleType = torch.cuda):
+    def __init__(
+        self, make_slab: Callable[[int, torch.device], Tensor], cuda: ModuleType = torch.cuda
+    ):
         super().__init__(make_slab)
         self.cuda, self.stream = cuda, cuda.Stream()
-        self._leaving: deque[tuple[weakref.ref[OffloadedTensor], Tensor, torch.cuda.Event]] = deque()
+        self._leaving: deque[tuple[weakref.ref[OffloadedTensor], Tensor, torch.cuda.Event]] = (
+            deque()
+        )
 
     def put(self, x: Tensor, kept: OffloadedTensor) -> None:
         compute = self.cuda.current_stream()
@@ -108,12 +122,15 @@ class CudaStore(Store):
             kept.view().copy_(x, non_blocking=True)
             self._leaving.append((weakref.ref(kept), x, self.stream.record_event()))
         while len(self._leaving) > 1:
-            # Freed memory is used again in the order of the compute stream, so that this has to wait for the copy.
+            # Freed memory is used again in the order of the compute stream, so that this has to
+            # wait for the copy.
             _, _, copied = self._leaving.popleft()
             compute.wait_event(copied)
 
     def get(self, kept: OffloadedTensor) -> Tensor:
-        if self._leaving and self._leaving[-1][0]() is kept:  # the last segment's: it has hardly left
+        if (
+            self._leaving and self._leaving[-1][0]() is kept
+        ):  # the last segment's: it has hardly left
             kept.fetched = self._leaving.pop()[1:]
         if kept.fetched is None:
             self._fetch(kept)
@@ -126,7 +143,9 @@ class CudaStore(Store):
         return x
 
     def _fetch(self, kept: OffloadedTensor) -> None:
-        """Start the copy. The memory is the compute stream's, which will free it: it must be its own by now."""
+        """Start the copy. The memory is the compute stream's, which will free it: it must be its
+        own by now.
+        """
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
         self.stream.wait_stream(self.cuda.current_stream())
         with self.cuda.stream(self.stream):
@@ -135,14 +154,18 @@ class CudaStore(Store):
 
 
 def _host_slab(size: int, device: torch.device) -> Tensor:
-    """size bytes; page-locked where a CUDA device reads them. torch's own pinned memory rounds up to a power of two."""
+    """size bytes; page-locked where a CUDA device reads them. torch's own pinned memory rounds up
+    to a power of two.
+    """
     slab = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda":
         result = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), size, 0)
         if int(result) != 0:
             raise UserError(
-                f'activation_checkpoint.offload = "host": {size / 2**30:.2f} GiB of host memory could not be '
-                f"page-locked ({result}). Raise the limit (ulimit -l unlimited), or use fewer checkpoints: raise "
+                f'activation_checkpoint.offload = "host": {size / 2**30:.2f} GiB of host memory '
+                "could not be "
+                f"page-locked ({result}). Raise the limit (ulimit -l unlimited), or use fewer "
+                "checkpoints: raise "
                 "activation_checkpoint.every."
             )
         # Before the memory goes: CUDA would take what comes to lie at this address for page-locked.
@@ -154,7 +177,8 @@ def _host_slab(size: int, device: torch.device) -> Tensor:
 class _FileSlabs:
     """Slabs in memory-mapped files of a folder, which the system writes out when memory is short.
 
-    The files have no name any more once they are open: nothing is left of them however the process ends.
+    The files have no name any more once they are open: nothing is left of them however the process
+    ends.
     """
 
     def __init__(self, folder: Path):
@@ -164,22 +188,33 @@ class _FileSlabs:
         try:
             handle, name = tempfile.mkstemp(prefix="checkpoint-", dir=self.folder)
             try:
-                os.posix_fallocate(handle, 0, size)  # a full disk is an error here, and a crash (SIGBUS) later
+                os.posix_fallocate(
+                    handle, 0, size
+                )  # a full disk is an error here, and a crash (SIGBUS) later
                 return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
             finally:
                 os.close(handle)
                 os.unlink(name)
         except OSError as error:
             raise UserError(
-                f"activation_checkpoint.offload_folder = {self.folder}: no room for {size / 2**30:.2f} GiB "
+                f"activation_checkpoint.offload_folder = {self.folder}: no room for "
+                f"{size / 2**30:.2f} GiB "
                 f"({error.strerror}). Choose another folder, or raise activation_checkpoint.every."
             ) from error
 
 
 def check_room(
-    offload: Offload, folder: str | Path | None, *, shape: tuple[int, ...], itemsize: int, segments: int, processes: int
+    offload: Offload,
+    folder: str | Path | None,
+    *,
+    shape: tuple[int, ...],
+    itemsize: int,
+    segments: int,
+    processes: int,
 ) -> None:
-    """UserError where this node cannot hold the inputs [B, T, h] of all segments of that many processes."""
+    """UserError where this node cannot hold the inputs [B, T, h] of all segments of that many
+    processes.
+    """
     if offload == "none":
         return
     needed = prod(shape) * itemsize * segments * processes
@@ -187,20 +222,26 @@ def check_room(
         place = Path(folder or tempfile.gettempdir())
         setting = f"activation_checkpoint.offload_folder = {place}"
         if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise UserError(f"{setting}: not a folder that can be written to. Make it, or name another one.")
+            raise UserError(
+                f"{setting}: not a folder that can be written to. Make it, or name another one."
+            )
         free = shutil.disk_usage(place).free
     else:
         setting, free = f'activation_checkpoint.offload = "{offload}"', available_host_memory()
     if needed > free:
         raise UserError(
-            f"{setting}: checkpoints take {needed / 2**30:.1f} GiB on this node ({processes} ranks x {segments} "
-            f"segments), and {free / 2**30:.1f} GiB are free. Raise activation_checkpoint.every, use more "
+            f"{setting}: checkpoints take {needed / 2**30:.1f} GiB on this node ({processes} ranks "
+            f"x {segments} "
+            f"segments), and {free / 2**30:.1f} GiB are free. Raise activation_checkpoint.every, "
+            "use more "
             "sequence-parallel ranks on more nodes, or shorten training.seq_len."
         )
 
 
 def available_host_memory() -> int:
-    """Bytes that this process could still get from the host: what the kernel says, within the control group's limit."""
+    """Bytes that this process could still get from the host: what the kernel says, within the
+    control group's limit.
+    """
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     fields = dict(line.split(":") for line in lines)
     if "MemAvailable" in fields:

@@ -1,12 +1,15 @@
-"""Tiling: a function of rows (tokens) applied tile by tile in forward, and recomputed tile by tile in backward.
+"""Tiling: a function of rows (tokens) applied tile by tile in forward, and recomputed tile by tile
+in backward.
 
-What it makes inside lives for one tile at a time, whatever the sequence length. ALST's "TiledMLP" (arXiv 2506.13996,
-section 3.1.1) is this applied to a block's MLP; here the norms around the MLP are part of the same function.
+What it makes inside lives for one tile at a time, whatever the sequence length. ALST's "TiledMLP"
+(arXiv 2506.13996, section 3.1.1) is this applied to a block's MLP; here the norms around the MLP
+are part of the same function.
 
-Counting the MLP's forwards of a step: where every block is a checkpoint, it runs once in forward and once in the
-tiles of backward. The recomputation of the checkpoint would run it a third time, for an output that nothing needs:
-there the function only notes its input (see `checkpointing.output_is_needed`). In segments of k blocks the outputs of
-the others are needed, so that the mean is 3 - 1/k.
+Counting the MLP's forwards of a step: where every block is a checkpoint, it runs once in forward
+and once in the tiles of backward. The recomputation of the checkpoint would run it a third time,
+for an output that nothing needs: there the function only notes its input (see
+`checkpointing.output_is_needed`). In segments of k blocks the outputs of the others are needed, so
+that the mean is 3 - 1/k.
 """
 
 from __future__ import annotations
@@ -27,12 +30,16 @@ _visit: ContextVar[Callable[[list[slice]], Iterable[slice]]] = ContextVar("_visi
 
 def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
     """The tiles of so many rows, in order; the last one may be smaller."""
-    return _visit.get()([slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)])
+    return _visit.get()(
+        [slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)]
+    )
 
 
 @contextlib.contextmanager
 def override_tiles(visit: Callable[[list[slice]], Iterable[slice]]) -> Iterator[None]:
-    """Let visit say which tiles are computed at all, on this thread: for who computes no values, as the planner."""
+    """Let visit say which tiles are computed at all, on this thread: for who computes no values, as
+    the planner.
+    """
     token = _visit.set(visit)
     try:
         yield
@@ -48,10 +55,11 @@ def tile_mlp(
     tile_tokens: int,
     ends_block: bool = True,
 ) -> None:
-    """Make mlp's forward that of `after(mlp(before(x)))`, tile by tile, and those of the norms around it nothing.
+    """Make mlp's forward that of `after(mlp(before(x)))`, tile by tile, and those of the norms
+    around it nothing.
 
-    In place and by instance, so parameters keep their modules and names. What the MLP returns besides the hidden state
-    (router logits) is left out: None. ends_block: see `Tiled`.
+    In place and by instance, so parameters keep their modules and names. What the MLP returns
+    besides the hidden state (router logits) is left out: None. ends_block: see `Tiled`.
     """
     mlp.forward = _TiledMLP(_Chain(before, mlp, after), tile_tokens, ends_block=ends_block)
     for norm in (before, after):
@@ -60,7 +68,9 @@ def tile_mlp(
 
 
 def tile_norm(norm: nn.Module, *, tile_tokens: int) -> None:
-    """Make norm's forward run tile by tile: in fp32 its backward would hold several copies of all rows."""
+    """Make norm's forward run tile by tile: in fp32 its backward would hold several copies of all
+    rows.
+    """
     norm.forward = Tiled(_Chain(norm), tile_tokens, ends_block=False)
 
 
@@ -69,7 +79,9 @@ def _identity(x: Tensor) -> Tensor:
 
 
 class _Chain(nn.Module):
-    """Modules one after the other, as they were before their forward was replaced. Their parameters, nothing else."""
+    """Modules one after the other, as they were before their forward was replaced. Their
+    parameters, nothing else.
+    """
 
     def __init__(self, *modules: nn.Module | None):
         super().__init__()
@@ -85,12 +97,14 @@ class _Chain(nn.Module):
 
 
 class Tiled:
-    """rows [..., h] -> fn(rows) [..., h], `tile_tokens` rows at a time: [1, n, h] to as many, in any shape.
+    """rows [..., h] -> fn(rows) [..., h], `tile_tokens` rows at a time: [1, n, h] to as many, in
+    any shape.
 
-    Only the rows are kept for backward. Parameters are inputs of the autograd function, and their gradients are
-    accumulated over the tiles in fp32 or wider. Any number of rows; the last tile may be smaller. Under FSDP fn is a
-    part of a gathered block, so that parameters are gathered and gradients reduced once for all tiles.
-    Random numbers and autocast are replayed. ends_block: whatever follows fn in its block only adds to its output.
+    Only the rows are kept for backward. Parameters are inputs of the autograd function, and their
+    gradients are accumulated over the tiles in fp32 or wider. Any number of rows; the last tile may
+    be smaller. Under FSDP fn is a part of a gathered block, so that parameters are gathered and
+    gradients reduced once for all tiles. Random numbers and autocast are replayed. ends_block:
+    whatever follows fn in its block only adds to its output.
     """
 
     def __init__(self, fn: nn.Module, tile_tokens: int, *, ends_block: bool = True):
@@ -106,13 +120,17 @@ class Tiled:
         return list(self.fn.parameters())
 
     def can_skip(self) -> bool:
-        """Whether this is a recomputation that only needs the rows. Random numbers that others draw must not move."""
+        """Whether this is a recomputation that only needs the rows. Random numbers that others draw
+        must not move.
+        """
         return self.ends_block and not self.draws_random_numbers and not output_is_needed()
 
     def forward(self, rows: Tensor) -> Tensor:
         """fn of all rows [N, h], without gradients."""
         if self.can_skip():
-            return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)  # no memory: nobody looks at it
+            return rows.new_zeros((), dtype=self.dtype).expand(
+                rows.shape
+            )  # no memory: nobody looks at it
         before, output = _rng_state(rows.device), None
         for tile in tiles(len(rows), self.tile_tokens):
             y = self.fn(rows[None, tile])
@@ -122,10 +140,14 @@ class Tiled:
         if output is None:  # no rows
             return torch.empty_like(rows)
         self.dtype = output.dtype
-        self.draws_random_numbers |= before.numpy().tobytes() != _rng_state(rows.device).numpy().tobytes()
+        self.draws_random_numbers |= (
+            before.numpy().tobytes() != _rng_state(rows.device).numpy().tobytes()
+        )
         return output
 
-    def backward(self, rows: Tensor, upstream: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    def backward(
+        self, rows: Tensor, upstream: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
         """Gradients of rows [N, h] and of the parameters, where needed."""
         inputs = [rows, *self.parameters()]
         wanted = [i for i, needed in enumerate(needs) if needed]
@@ -164,14 +186,20 @@ class _TiledFunction(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.random = _rng_state(rows.device)
         ctx.autocast = _autocast_state(rows.device.type)
-        ctx.variables = copy_context()  # what is computed again belongs to this forward (see model/router.py)
+        ctx.variables = (
+            copy_context()
+        )  # what is computed again belongs to this forward (see model/router.py)
         return tiled.forward(rows.flatten(0, -2)).view(rows.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         (rows,) = ctx.saved_tensors
-        replayed = _replayed(rows.device, ctx.random) if ctx.tiled.draws_random_numbers else contextlib.nullcontext()
+        replayed = (
+            _replayed(rows.device, ctx.random)
+            if ctx.tiled.draws_random_numbers
+            else contextlib.nullcontext()
+        )
         with replayed, ctx.autocast:
             inputs = rows.flatten(0, -2), upstream.flatten(0, -2), ctx.needs_input_grad[1:]
             grads = ctx.variables.run(ctx.tiled.backward, *inputs)
@@ -181,7 +209,9 @@ class _TiledFunction(torch.autograd.Function):
 
 
 def _accumulate(total: Tensor | None, gradient: Tensor, *, alone: bool) -> Tensor:
-    """The sum in fp32 or wider: in bf16, sums over 64 tiles would cost six times the error. One tile is its own sum."""
+    """The sum in fp32 or wider: in bf16, sums over 64 tiles would cost six times the error. One
+    tile is its own sum.
+    """
     if total is None:
         wide = gradient.dtype if alone else torch.promote_types(gradient.dtype, torch.float32)
         return gradient.to(wide)
@@ -196,7 +226,9 @@ def _rng_state(device: torch.device) -> Tensor:
 def _replayed(device: torch.device, state: Tensor) -> Iterator[None]:
     """Draw the random numbers that followed state; afterwards go on as if none had been drawn."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(
+            state
+        )
         yield
 
 

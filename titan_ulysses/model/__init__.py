@@ -1,4 +1,6 @@
-"""Unmodified transformers models: built on meta, sharded, then filled; exported as transformers opens them."""
+"""Unmodified transformers models: built on meta, sharded, then filled; exported as transformers
+opens them.
+"""
 
 from titan_ulysses.model.torchao import suppress_torchao_warnings
 

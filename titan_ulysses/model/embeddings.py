@@ -18,13 +18,17 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 
 
 def grow_vocabulary(config: PreTrainedConfig, *, num_token_ids: int, multiple: int) -> None:
-    """Let config's vocabulary hold num_token_ids, in place, rounded up to a multiple. It never shrinks."""
+    """Let config's vocabulary hold num_token_ids, in place, rounded up to a multiple. It never
+    shrinks.
+    """
     if num_token_ids > config.vocab_size:
         config.vocab_size = -(-num_token_ids // multiple) * multiple
 
 
 def token_parameters(model: PreTrainedModel) -> set[str]:
-    """The names of the parameters that have a row a token: embedding and head, once where they are tied."""
+    """The names of the parameters that have a row a token: embedding and head, once where they are
+    tied.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     own = {embedding.weight, head.weight, head.bias} - {None}
     return {name for name, p in hf.named_parameters(model) if p in own}
@@ -32,10 +36,12 @@ def token_parameters(model: PreTrainedModel) -> set[str]:
 
 @torch.no_grad()
 def fill_new_rows(model: PreTrainedModel, known: dict[str, int], seed: int) -> None:
-    """Fill what lies beyond the first known[name] rows of these parameters as `resize_token_embeddings` does.
+    """Fill what lies beyond the first known[name] rows of these parameters as
+    `resize_token_embeddings` does.
 
-    That is near the mean of the known rows (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), by transformers'
-    own code, drawn from (seed, name): the same numbers on every mesh. Collective; needs the memory of three such
+    That is near the mean of the known rows
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), by transformers' own code, drawn from
+    (seed, name): the same numbers on every mesh. Collective; needs the memory of three such
     parameters in fp32.
     """
     for name, parameter in hf.named_parameters(model):
@@ -57,7 +63,9 @@ def _drawn(model: PreTrainedModel, known: Tensor, added: int) -> Tensor:
     new = SimpleNamespace(weight=SimpleNamespace(data=known.new_empty(added, *known.shape[1:])))
     if known.dim() == 1:
         new.bias = new.weight
-        model._init_added_lm_head_bias_with_mean(SimpleNamespace(bias=SimpleNamespace(data=known)), new, added)
+        model._init_added_lm_head_bias_with_mean(
+            SimpleNamespace(bias=SimpleNamespace(data=known)), new, added
+        )
     else:
         old = SimpleNamespace(weight=SimpleNamespace(data=known, dtype=known.dtype))
         model._init_added_embeddings_weights_with_mean(old, new, len(known), added)

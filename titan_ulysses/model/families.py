@@ -1,8 +1,8 @@
 """What differs between model families, as far as sharding must know it: attention, head, positions.
 
-All of it is read from the model's config and modules, whose names transformers shares between families, or found by
-running the family's own forward. A model that needs what nothing here can do is refused by name: better no run than a
-wrong one.
+All of it is read from the model's config and modules, whose names transformers shares between
+families, or found by running the family's own forward. A model that needs what nothing here can do
+is refused by name: better no run than a wrong one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ CHECKED_FAMILIES = {
     "solar_open",
     "starcoder2",
 }
-"""Families that the tests compare with unmodified transformers. Any other must prove itself before it trains."""
+"""Families that the tests compare with unmodified transformers. Any other must prove itself before
+it trains.
+"""
 
 _OTHER_MODES = {"vision_config", "audio_config"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -59,7 +61,9 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class Head:
-    """How a family makes logits from `lm_head(hidden)`: softcap * tanh(scale * logits / softcap)."""
+    """How a family makes logits from `lm_head(hidden)`: softcap * tanh(scale * logits /
+    softcap).
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -73,21 +77,27 @@ class Head:
 def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
     """What the family's own forward does to its logits, found by running it on known numbers.
 
-    For one call the decoder hands known hidden states on, and `lm_head` copies a hidden state to all logits. So no
-    name of a config's key decides: families divide by the same key that others multiply by, or do not read it. gemma
-    caps its logits, granite divides and cohere multiplies them, minicpm3 divides what `lm_head` is given. UserError
-    for a head that does anything else.
+    For one call the decoder hands known hidden states on, and `lm_head` copies a hidden state to
+    all logits. So no name of a config's key decides: families divide by the same key that others
+    multiply by, or do not read it. gemma caps its logits, granite divides and cohere multiplies
+    them, minicpm3 divides what `lm_head` is given. UserError for a head that does anything else.
     """
     head, name = model.get_output_embeddings(), type(model).__name__
     if not isinstance(head, nn.Linear):
-        raise UserError(f"model: the head of {name} is a {type(head).__name__}, which is not a linear layer.")
-    small, large = 2.0**-40, 2.0**100  # tanh leaves the one as it is, and makes 1 of the other; both are in fp32 too
+        raise UserError(
+            f"model: the head of {name} is a {type(head).__name__}, which is not a linear layer."
+        )
+    small, large = (
+        2.0**-40,
+        2.0**100,
+    )  # tanh leaves the one as it is, and makes 1 of the other; both are in fp32 too
     known = torch.tensor([small, large, -8, -3, -1, -0.5, 0.5, 2, 4], dtype=torch.float64)
     try:
         logits = _logits_of(model, decoder, head, known).double()
     except Exception as error:  # a family's own code raises whatever it likes
         raise UserError(
-            f"model: the forward of {name} does more than to call its decoder and its head ({one_line(error)}), which "
+            f"model: the forward of {name} does more than to call its decoder and its head "
+            f"({one_line(error)}), which "
             "is all that sequence parallelism computes of it."
         ) from error
     scale = logits[0].item() / small
@@ -97,22 +107,29 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
     )
     if not torch.allclose(found.shape(known), logits, rtol=1e-5):
         raise UserError(
-            f"model: {name} makes its logits of what its lm_head gives in a way that this version does not know: it "
+            f"model: {name} makes its logits of what its lm_head gives in a way that this version "
+            "does not know: it "
             "does more than to multiply them and to cap them by tanh."
         )
     return found
 
 
 class _Handed(BaseModelOutputWithPast):
-    """What a decoder returns: a hidden state, and None under any name that a family asks for besides."""
+    """What a decoder returns: a hidden state, and None under any name that a family asks for
+    besides.
+    """
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 @torch.no_grad()
-def _logits_of(model: PreTrainedModel, decoder: nn.Module, head: nn.Linear, hidden: Tensor) -> Tensor:
-    """[N]: the logits that model's forward makes where the decoder returns, and the head copies, hidden [N]."""
+def _logits_of(
+    model: PreTrainedModel, decoder: nn.Module, head: nn.Linear, hidden: Tensor
+) -> Tensor:
+    """[N]: the logits that model's forward makes where the decoder returns, and the head copies,
+    hidden [N].
+    """
     rows = hidden[None, :, None].expand(1, -1, head.in_features)
     stand_ins = {
         decoder: lambda *_, **__: _Handed(last_hidden_state=rows),
@@ -141,7 +158,9 @@ class MLPLayout:
     before: nn.Module | None = None
     after: nn.Module | None = None
     ends_block: bool = False
-    """Whether whatever follows them in the block only adds to their output: backward then does not need it."""
+    """Whether whatever follows them in the block only adds to their output: backward then does not
+    need it.
+    """
 
 
 _MLPS = ("mlp", "feed_forward", "block_sparse_moe")
@@ -149,9 +168,11 @@ _NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2"
 
 
 def mlp_layout(block: nn.Module) -> MLPLayout | None:
-    """The MLP of a transformers block, by the names that families share; None where there is none of them.
+    """The MLP of a transformers block, by the names that families share; None where there is none
+    of them.
 
-    A mixture of experts counts as an MLP. What the names promise of a family that nobody has checked, its proof tries.
+    A mixture of experts counts as an MLP. What the names promise of a family that nobody has
+    checked, its proof tries.
     """
     parts = dict(block.named_children())
     mlp = next((parts[name] for name in _MLPS if name in parts), None)
@@ -160,17 +181,21 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
     beside = "experts" in parts  # gemma4: the last norm takes the sum of both
     after = None if beside else next((parts[name] for name in _NORMS_AFTER if name in parts), None)
     before = parts.get("pre_feedforward_layernorm", parts.get("pre_mlp_layernorm"))
-    # Elsewhere this one feeds the MLP, unless the family norms what comes out of attention (olmo2), or its MLP shares
-    # what it is fed with another part of the block.
+    # Elsewhere this one feeds the MLP, unless the family norms what comes out of attention (olmo2),
+    # or its MLP shares what it is fed with another part of the block.
     if before is None and "post_feedforward_layernorm" not in parts and "shared_mlp" not in parts:
         before = parts.get("post_attention_layernorm")
-    return MLPLayout(mlp, before, after, ends_block=not beside and "per_layer_input_gate" not in parts)
+    return MLPLayout(
+        mlp, before, after, ends_block=not beside and "per_layer_input_gate" not in parts
+    )
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:
     """Which keywords a core must take for this model: of "window", "softcap", "sinks"."""
     needs = set()
-    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+    if getattr(config, "sliding_window", None) is not None and getattr(
+        config, "use_sliding_window", True
+    ):
         needs.add("window")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         needs.add("softcap")
@@ -183,30 +208,50 @@ def check_family(config: PreTrainedConfig) -> None:
     """Raise UserError for a model that would train wrongly: what it needs, by name."""
     if _OTHER_MODES & config.sub_configs.keys():
         raise UserError(
-            f'model: "{config.model_type}" is multi-modal, of which this version trains no part. Save its text part as '
-            "a model of its own, if transformers has one for it (gemma3_text, llama4_text), and train that."
+            f'model: "{config.model_type}" is multi-modal, of which this version trains no part. '
+            "Save its text part as "
+            "a model of its own, if transformers has one for it (gemma3_text, llama4_text), and "
+            "train that."
         )
     if quantization := getattr(config, "quantization_config", None):
-        method = quantization["quant_method"] if isinstance(quantization, dict) else quantization.quant_method
+        method = (
+            quantization["quant_method"]
+            if isinstance(quantization, dict)
+            else quantization.quant_method
+        )
         raise UserError(
-            f'model: the weights are quantized ("{getattr(method, "value", method)}", by quantization_config of '
-            "config.json), and cannot be trained so. Take the model in bf16, or save it dequantized by transformers."
+            f'model: the weights are quantized ("{getattr(method, "value", method)}", by '
+            "quantization_config of "
+            "config.json), and cannot be trained so. Take the model in bf16, or save it "
+            "dequantized by transformers."
         )
     needs = []
     if reason := _looks_ahead(config):
         needs.append(reason)
     others = sorted(set(own(config, "layer_types") or ()) - _KNOWN_LAYERS)
     if others:
-        needs.append(f"layers of type {', '.join(others)}, which carry state along the sequence or choose what to see")
+        needs.append(
+            f"layers of type {', '.join(others)}, which carry state along the sequence or choose "
+            "what to see"
+        )
     if reason := unknown_router_loss(config):
         needs.append(reason)
     if needs:
-        raise UserError(f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that exactly.')
+        raise UserError(
+            f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that '
+            "exactly."
+        )
 
 
 def own(config: PreTrainedConfig, key: str) -> Any:
-    """The value of a key that config's class declares; None for any other, which the family does not read."""
-    declared = hasattr(type(config), key) or is_dataclass(config) and key in {field.name for field in fields(config)}
+    """The value of a key that config's class declares; None for any other, which the family does
+    not read.
+    """
+    declared = (
+        hasattr(type(config), key)
+        or is_dataclass(config)
+        and key in {field.name for field in fields(config)}
+    )
     return getattr(config, key, None) if declared else None
 
 
@@ -214,7 +259,13 @@ def _looks_ahead(config: PreTrainedConfig) -> str | None:
     """What in config lets tokens attend to later ones, in words; None where nothing does."""
     key, value = "use_bidirectional_attention", own(config, "use_bidirectional_attention")
     if not value or value == "vision":  # gemma4: of images only
-        key, value = "is_causal", getattr(config, "is_causal", True)  # transformers' masks obey it in any family
+        key, value = (
+            "is_causal",
+            getattr(config, "is_causal", True),
+        )  # transformers' masks obey it in any family
         if value:
             return None
-    return f"attention to later tokens ({key} = {to_toml(value)} in its config), where all of it is causal here"
+    return (
+        f"attention to later tokens ({key} = {to_toml(value)} in its config), where all of it "
+        "is causal here"
+    )

@@ -1,4 +1,6 @@
-"""float8 training: the matrix products of the blocks' linear layers in 8 bits, through torchao (arXiv 2209.05433)."""
+"""float8 training: the matrix products of the blocks' linear layers in 8 bits, through torchao
+(arXiv 2209.05433).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ def check_float8(device_type: str) -> None:
     """UserError where this machine cannot multiply in float8. Needs no model."""
     require_torchao("quantize.float8 = true")
     if device_type != "cuda":
-        raise UserError(f"quantize.float8 = true needs a GPU, and this run is on {device_type}: set it to false.")
+        raise UserError(
+            f"quantize.float8 = true needs a GPU, and this run is on {device_type}: set it to "
+            "false."
+        )
     capability = torch.cuda.get_device_capability()
     if capability < _SMALLEST_CAPABILITY:
         have, need = (".".join(map(str, version)) for version in (capability, _SMALLEST_CAPABILITY))
@@ -30,12 +35,14 @@ def check_float8(device_type: str) -> None:
 
 
 def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = False) -> int:
-    """Let the linear layers of blocks multiply in float8, in place and before sharding; returns how many do.
+    """Let the linear layers of blocks multiply in float8, in place and before sharding; returns how
+    many do.
 
-    Those whose sizes are multiples of 16, except routers. Parameters keep their names, dtype and values: each product
-    scales and casts its two operands (a scale a tensor: on a rank, its own tokens; e5m2 for the gradients of outputs,
-    e4m3 else). tokens: of one call on a rank; operands are padded, at the price of a copy, where that is no multiple
-    of 16. emulate: the same numbers on any device, slowly, for tests. UserError where no layer is converted.
+    Those whose sizes are multiples of 16, except routers. Parameters keep their names, dtype and
+    values: each product scales and casts its two operands (a scale a tensor: on a rank, its own
+    tokens; e5m2 for the gradients of outputs, e4m3 else). tokens: of one call on a rank; operands
+    are padded, at the price of a copy, where that is no multiple of 16. emulate: the same numbers
+    on any device, slowly, for tests. UserError where no layer is converted.
     """
     float8 = import_torchao("float8")
     config = float8.Float8LinearConfig(pad_inner_dim=tokens % _ALIGNMENT != 0, emulate=emulate)
@@ -43,10 +50,14 @@ def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = Fals
     named = [item for block in blocks for item in block.named_modules()]
     converted = sum(_can_be_float8(module, name) for name, module in named)
     if not converted:
-        sizes = sorted({(m.in_features, m.out_features) for _, m in named if isinstance(m, nn.Linear)})
+        sizes = sorted(
+            {(m.in_features, m.out_features) for _, m in named if isinstance(m, nn.Linear)}
+        )
         raise UserError(
-            f"quantize.float8 = true: no linear layer of the blocks has sizes that are multiples of {_ALIGNMENT} "
-            f"({', '.join(f'{i} x {o}' for i, o in sizes[:4])}). Set it to false, or change the model's sizes."
+            "quantize.float8 = true: no linear layer of the blocks has sizes that are multiples "
+            f"of {_ALIGNMENT} "
+            f"({', '.join(f'{i} x {o}' for i, o in sizes[:4])}). Set it to false, or change the "
+            "model's sizes."
         )
     for block in blocks:
         float8.convert_to_float8_training(block, module_filter_fn=_can_be_float8, config=config)
@@ -56,4 +67,6 @@ def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = Fals
 def _can_be_float8(module: nn.Module, name: str) -> bool:
     # A subclass has a forward of its own, which would be lost.
     is_plain = type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS
-    return is_plain and module.in_features % _ALIGNMENT == 0 and module.out_features % _ALIGNMENT == 0
+    return (
+        is_plain and module.in_features % _ALIGNMENT == 0 and module.out_features % _ALIGNMENT == 0
+    )

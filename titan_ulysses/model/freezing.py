@@ -15,7 +15,8 @@ from titan_ulysses.model.names import matching, plain
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names a pattern matches, before sharding. Tied ones go by any of their names.
+    """Freeze the parameters whose names a pattern matches, before sharding. Tied ones go by any of
+    their names.
 
     UserError where a pattern matches nothing, or nothing is left to train.
     """
@@ -23,11 +24,16 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     for name in matching(patterns, named, setting="model.freeze", what="parameter"):
         named[name].requires_grad_(False)
     if not any(p.requires_grad for p in named.values()):
-        raise UserError(f"model.freeze = {to_toml(list(patterns))} freezes every parameter: leave some to train.")
+        raise UserError(
+            f"model.freeze = {to_toml(list(patterns))} freezes every parameter: leave some to "
+            "train."
+        )
 
 
 def cast_frozen_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store frozen parameters in dtype, that of the computation: there is no update whose sum would need more."""
+    """Store frozen parameters in dtype, that of the computation: there is no update whose sum would
+    need more.
+    """
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -35,7 +41,9 @@ def cast_frozen_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> int:
-    """Of the frozen parameters, by their bits: the same on every mesh; 0 where nothing is frozen. Collective."""
+    """Of the frozen parameters, by their bits: the same on every mesh; 0 where nothing is frozen.
+    Collective.
+    """
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if not frozen:
         return 0
@@ -52,6 +60,8 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def bits(x: Tensor) -> Tensor:
-    """x's bits as integers, whose sum is exact: it does not depend on the order of summation, or on threads."""
+    """x's bits as integers, whose sum is exact: it does not depend on the order of summation, or on
+    threads.
+    """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.detach().view(integers[x.element_size()])

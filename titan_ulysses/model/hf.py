@@ -1,7 +1,8 @@
 """Build unmodified transformers models, none of which ever needs a whole model in one place.
 
-A model is built on the meta device (`build_on_meta`), sharded by `parallelize`, and then filled in place: from random
-numbers that do not depend on the mesh (`initialize`), or from a folder of safetensors (`weights.py`).
+A model is built on the meta device (`build_on_meta`), sharded by `parallelize`, and then filled in
+place: from random numbers that do not depend on the mesh (`initialize`), or from a folder of
+safetensors (`weights.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from titan_ulysses.model.remote_code import check_model_code
 
 
 def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
-    """The transformers config of `model.path` (a folder or hub name) or of the table `[model.config]`."""
+    """The transformers config of `model.path` (a folder or hub name) or of the table
+    `[model.config]`.
+    """
     if table is not None:
         settings = copy.deepcopy(table)
         check_model_code(settings, "model.config")
@@ -51,9 +54,12 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:
-        absent = path.startswith(("/", ".")) and not Path(path).exists()  # of which transformers says it is no hub name
+        absent = (
+            path.startswith(("/", ".")) and not Path(path).exists()
+        )  # of which transformers says it is no hub name
         raise UserError(
-            f'model.path = "{path}": no transformers model there ({"no such folder" if absent else one_line(error)}). '
+            f'model.path = "{path}": no transformers model there '
+            f"({'no such folder' if absent else one_line(error)}). "
             "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
         ) from error
     finally:
@@ -63,7 +69,8 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model class that transformers chooses for config, on meta. config is not changed.
 
-    All its parameters have dtype, also those that transformers would keep in fp32 (routers): FSDP takes only one.
+    All its parameters have dtype, also those that transformers would keep in fp32 (routers): FSDP
+    takes only one.
     """
     try:
         with torch.device("meta"):
@@ -75,11 +82,17 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
             )
     except Exception as error:  # a family's own code raises whatever it likes
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise UserError(f'model: "{config.model_type}" has no causal language model in transformers.') from error
-        unset = [key for key in ("head_dim", "num_key_value_heads") if getattr(config, key, 0) is None]
+            raise UserError(
+                f'model: "{config.model_type}" has no causal language model in transformers.'
+            ) from error
+        unset = [
+            key for key in ("head_dim", "num_key_value_heads") if getattr(config, key, 0) is None
+        ]
         raise UserError(
-            f'model: transformers cannot build a "{config.model_type}" of this config ({type(error).__name__}: '
-            f"{one_line(error)})." + (f" Set what it lacks ({', '.join(unset)}) in the config." if unset else "")
+            f'model: transformers cannot build a "{config.model_type}" of this config '
+            f"({type(error).__name__}: "
+            f"{one_line(error)})."
+            + (f" Set what it lacks ({', '.join(unset)}) in the config." if unset else "")
         ) from error
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -87,10 +100,12 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
 
 
 def experts_path(dtype: torch.dtype) -> str | None:
-    """Which of transformers' implementations of mixture-of-experts layers computes in dtype; None: its own choice.
+    """Which of transformers' implementations of mixture-of-experts layers computes in dtype; None:
+    its own choice.
 
-    That is "grouped_mm", which keeps the number of tokens of each expert on the device, so no shape depends on data on
-    the host. It has no fp64; "batched_mm" has, at the price of a copy of the weights for each token.
+    That is "grouped_mm", which keeps the number of tokens of each expert on the device, so no shape
+    depends on data on the host. It has no fp64; "batched_mm" has, at the price of a copy of the
+    weights for each token.
     """
     return "batched_mm" if dtype == torch.float64 else None
 
@@ -101,13 +116,16 @@ def class_name(model: PreTrainedModel) -> str:
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter once (tied ones by their first name), under the names of the unwrapped transformers model."""
+    """Each parameter once (tied ones by their first name), under the names of the unwrapped
+    transformers model.
+    """
     for name, parameter in model.named_parameters():
         yield plain(name), parameter
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones under each of their names) and persistent buffers, named as transformers knows them.
+    """Parameters (tied ones under each of their names) and persistent buffers, named as
+    transformers knows them.
 
     Without the adapters of lora.py.
     """
@@ -115,11 +133,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {plain(name): tensor for name, tensor in state.items() if not is_adapter(name)}
 
 
-def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload: bool = False) -> None:
-    """Give a sharded meta model memory on device, for its own shards only; values are undefined except for buffers.
+def allocate(
+    model: PreTrainedModel, device: torch.device, *, parameter_offload: bool = False
+) -> None:
+    """Give a sharded meta model memory on device, for its own shards only; values are undefined
+    except for buffers.
 
-    Buffers that transformers computes and does not save (RoPE frequencies) are computed. With parameter_offload the
-    shards get host memory.
+    Buffers that transformers computes and does not save (RoPE frequencies) are computed. With
+    parameter_offload the shards get host memory.
     """
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -132,9 +153,13 @@ def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload:
             setattr(module, name, getattr(first, first_name))
     with torch.no_grad():
         for module in model.modules():
-            if module._buffers:  # a scaled embedding has parameters too, which are not to be touched
+            if (
+                module._buffers
+            ):  # a scaled embedding has parameters too, which are not to be touched
                 shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
-                with swap_parameters(module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}):
+                with swap_parameters(
+                    module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
+                ):
                     model._init_weights(module)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -143,10 +168,11 @@ def allocate(model: PreTrainedModel, device: torch.device, *, parameter_offload:
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, seed: int) -> None:
-    """Fill the model with transformers' own random initialisation, drawn from (seed, module name), then sliced.
+    """Fill the model with transformers' own random initialisation, drawn from (seed, module name),
+    then sliced.
 
-    Without its adapters, if it has any (see lora.py).
-    Every mesh, and every number of ranks, gets the same numbers. Needs the memory of the largest module at a time.
+    Without its adapters, if it has any (see lora.py). Every mesh, and every number of ranks, gets
+    the same numbers. Needs the memory of the largest module at a time.
     """
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
@@ -161,7 +187,8 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         for key, parameter in sharded.items():
             if whole[key].isnan().any():
                 raise UserError(
-                    f"model: transformers {transformers.__version__} has no random numbers for {plain(name)}.{key}. "
+                    f"model: transformers {transformers.__version__} has no random numbers for "
+                    f"{plain(name)}.{key}. "
                     "Begin with weights (model.path), or take a newer transformers."
                 )
             fill(parameter, whole[key])
@@ -169,7 +196,9 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
 
 @contextmanager
 def swap_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Let tensors be module's own parameters for a while, so that transformers initialises them instead of shards."""
+    """Let tensors be module's own parameters for a while, so that transformers initialises them
+    instead of shards.
+    """
     own = {name: module._parameters[name] for name in tensors}
     module._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
     try:
@@ -181,9 +210,13 @@ def swap_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[N
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Give a parameter, or this rank's shard of it, the values of whole."""
     if isinstance(parameter, DTensor):
-        # src_data_rank=None: every rank has the whole tensor and cuts its own shard, without communication.
+        # src_data_rank=None: every rank has the whole tensor and cuts its own shard, without
+        # communication.
         shard = distribute_tensor(
-            whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+            whole.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            src_data_rank=None,
         )
         parameter.to_local().copy_(shard.to_local())
     else:

@@ -1,7 +1,9 @@
-"""LoRA (arXiv 2106.09685) through peft: adapters beside the linear layers of a model whose own parameters are frozen.
+"""LoRA (arXiv 2106.09685) through peft: adapters beside the linear layers of a model whose own
+parameters are frozen.
 
-peft's modules do the computing and its folder format is what is saved. What is ours is when and where numbers are
-made: adapters are built on meta and sharded with the layers they belong to, and filled from (seed, name).
+peft's modules do the computing and its folder format is what is saved. What is ours is when and
+where numbers are made: adapters are built on meta and sharded with the layers they belong to, and
+filled from (seed, name).
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ ADAPTER = "default"
 def check_lora(settings: LoRA) -> None:
     """UserError where peft is not installed. Needs no model."""
     if settings.rank and importlib.util.find_spec("peft") is None:
-        raise UserError(f"lora.rank = {settings.rank} needs peft, which is not installed: pip install peft")
+        raise UserError(
+            f"lora.rank = {settings.rank} needs peft, which is not installed: pip install peft"
+        )
 
 
 def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
-    """Give linear layers an adapter each and freeze all else, in place and before sharding; returns how many got one.
+    """Give linear layers an adapter each and freeze all else, in place and before sharding; returns
+    how many got one.
 
-    settings.target_modules are names or patterns (see `names.matching`); without any, all linear layers except the
-    head, which is peft's "all-linear"; but the experts of a mixture, which are no layers of their own, get none. What
-    a layer computes is then W x + (alpha / rank) B A dropout(x), with A [rank, in] and B [out, rank] of W's dtype.
-    UserError for a pattern that matches no linear layer.
+    settings.target_modules are names or patterns (see `names.matching`); without any, all linear
+    layers except the head, which is peft's "all-linear"; but the experts of a mixture, which are no
+    layers of their own, get none. What a layer computes is then W x + (alpha / rank) B A
+    dropout(x), with A [rank, in] and B [out, rank] of W's dtype. UserError for a pattern that
+    matches no linear layer.
     """
     check_lora(settings)
     targets = _targets(model, settings)
@@ -62,7 +68,8 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     if other := sorted({name for name, _ in _adapted_layers(model)} ^ targets):
         # By their names it takes shared experts and dense MLPs of some mixtures for the experts.
         raise UserError(
-            f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a part of a mixture of '
+            f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a '
+            "part of a mixture of "
             "experts, which cannot be sharded. Name other layers, as in lora.target_modules = "
             '["q_proj", "k_proj", "v_proj", "o_proj"].'
         )
@@ -75,9 +82,14 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
 def _targets(model: PreTrainedModel, settings: LoRA) -> set[str]:
     """The names of the layers that get an adapter."""
     head = model.get_output_embeddings()
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    linear = [
+        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
+    ]
     if not linear:
-        raise UserError(f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for adapters.')
+        raise UserError(
+            f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for '
+            "adapters."
+        )
     if not settings.target_modules:
         return set(linear)
     setting, what = "lora.target_modules", "linear layer that can have an adapter"
@@ -86,7 +98,9 @@ def _targets(model: PreTrainedModel, settings: LoRA) -> set[str]:
 
 @torch.no_grad()
 def initialize_adapters(model: nn.Module, seed: int) -> None:
-    """Fill the adapters, if any, as peft does: A uniform (Kaiming), B zero; drawn from (seed, name), then sliced."""
+    """Fill the adapters, if any, as peft does: A uniform (Kaiming), B zero; drawn from (seed,
+    name), then sliced.
+    """
     for name, layer in _adapted_layers(model):
         a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         whole = {m: torch.empty(m.weight.shape, dtype=m.weight.dtype) for m in (a, b)}
@@ -121,7 +135,9 @@ class Delta(NamedTuple):
 def deltas(model: nn.Module) -> dict[str, Delta]:
     """Of each weight that has an adapter, by the weight's plain name."""
     return {
-        f"{name}.weight": Delta(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
+        f"{name}.weight": Delta(
+            layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+        )
         for name, layer in _adapted_layers(model)
     }
 

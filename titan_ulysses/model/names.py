@@ -20,7 +20,9 @@ def plain(name: str) -> str:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether this is the name of a parameter, or module, of a LoRA adapter: peft's own, which transformers has not."""
+    """Whether this is the name of a parameter, or module, of a LoRA adapter: peft's own, which
+    transformers has not.
+    """
     return _ADAPTER.search(name) is not None
 
 
@@ -29,8 +31,8 @@ def matching(
 ) -> set[str]:
     """Those of names that a pattern matches (`*`, `?`, `[...]`; dots are nothing special).
 
-    tails: a pattern may leave out the first parts of a name, as "q_proj" does. UserError where one matches none of
-    them: setting is where the patterns come from, what they are patterns of.
+    tails: a pattern may leave out the first parts of a name, as "q_proj" does. UserError where one
+    matches none of them: setting is where the patterns come from, what they are patterns of.
     """
     names, found = list(names), set()
     for pattern in patterns:
@@ -49,4 +51,8 @@ def _near(pattern: str, names: Sequence[str], tails: bool) -> str:
     if tails:
         kinds = dict.fromkeys(name.rpartition(".")[2] for name in kinds)
     near = get_close_matches(re.sub(r"\.\d+\.", ".*.", pattern), kinds, n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(list(kinds)[:12])}."
+    return (
+        f"Did you mean {' or '.join(near)}?"
+        if near
+        else f"There are {', '.join(list(kinds)[:12])}."
+    )

@@ -1,16 +1,26 @@
-"""Code that a folder brings along (`auto_map`, which transformers calls remote code) is never run, and nobody is asked.
+"""Code that a folder brings along (`auto_map`, which transformers calls remote code) is never run,
+and nobody is asked.
 
-Many folders on the hub name, under `auto_map`, the code that their model had before transformers adopted it. Where
-transformers has a class of that name for the model, its own is used, as transformers itself does unless it is told to
-trust the folder. Where it has none the folder is refused: what it asks for would be another model or tokenizer.
+Many folders on the hub name, under `auto_map`, the code that their model had before transformers
+adopted it. Where transformers has a class of that name for the model, its own is used, as
+transformers itself does unless it is told to trust the folder. Where it has none the folder is
+refused: what it asks for would be another model or tokenizer.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig
-from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    PreTrainedConfig,
+)
+from transformers.models.auto.tokenization_auto import (
+    get_tokenizer_config,
+    tokenizer_class_from_name,
+)
 
 from titan_ulysses.distributed.errors import UserError
 
@@ -18,7 +28,8 @@ _MODELS = {"AutoModel": MODEL_MAPPING, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_
 
 
 def check_model_code(settings: dict[str, Any], where: str) -> None:
-    """UserError where `auto_map` among a config's settings names a class of a model that transformers does not have.
+    """UserError where `auto_map` among a config's settings names a class of a model that
+    transformers does not have.
 
     where: the setting that they come from, and its value.
     """
@@ -31,8 +42,10 @@ def check_model_code(settings: dict[str, Any], where: str) -> None:
         else:
             has = f'has no class for "{model_type}"'
         raise UserError(
-            f"{where}: the model is code of its own ({name} = {reference} under auto_map in its config), which is not "
-            f"run. transformers {has}. Choose another model; or, if transformers' own is meant, remove auto_map from a "
+            f"{where}: the model is code of its own ({name} = {reference} under auto_map in its "
+            "config), which is not "
+            f"run. transformers {has}. Choose another model; or, if transformers' own is meant, "
+            "remove auto_map from a "
             "copy of its config."
         )
 
@@ -41,24 +54,37 @@ def check_tokenizer_code(name: str, where: str) -> None:
     """UserError where the folder or hub name has a tokenizer that transformers does not have."""
     auto_map = get_tokenizer_config(name).get("auto_map") or {}
     references = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    references = [reference for reference in _listed(references) if reference]  # a slow one, and a fast one
-    if references and not any(tokenizer_class_from_name(reference.split(".")[-1]) for reference in references):
+    references = [
+        reference for reference in _listed(references) if reference
+    ]  # a slow one, and a fast one
+    if references and not any(
+        tokenizer_class_from_name(reference.split(".")[-1]) for reference in references
+    ):
         raise UserError(
-            f"{where}: the tokenizer is code of its own (AutoTokenizer = {references[-1]} under auto_map in "
-            "tokenizer_config.json), which is not run, and transformers has no such class. Choose another tokenizer."
+            f"{where}: the tokenizer is code of its own (AutoTokenizer = {references[-1]} under "
+            "auto_map in "
+            "tokenizer_config.json), which is not run, and transformers has no such class. Choose "
+            "another tokenizer."
         )
 
 
 def describe_unused_code(config: PreTrainedConfig) -> str | None:
-    """A line on the code that a model's config names although transformers has a class of that name, if it does."""
+    """A line on the code that a model's config names although transformers has a class of that
+    name, if it does.
+    """
     references = _model_code(vars(config))
     if not references:
         return None
-    return f"not run: {', '.join(references.values())}, named in the model's config; the class is transformers' own"
+    return (
+        f"not run: {', '.join(references.values())}, named in the model's config; the class is "
+        "transformers' own"
+    )
 
 
 def _model_code(settings: dict[str, Any]) -> dict[str, str]:
-    """What `auto_map` names for what is built here, such as {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}."""
+    """What `auto_map` names for what is built here, such as {"AutoModelForCausalLM":
+    "modeling_x.XForCausalLM"}.
+    """
     auto_map = settings.get("auto_map")
     if not isinstance(auto_map, dict):  # which transformers passes over, too
         return {}
@@ -76,7 +102,9 @@ def _own_class(name: str, model_type: str | None) -> str | None:
 
 
 def _spelled(reference: str) -> str:
-    """The class of a reference such as "owner/name--file.Class", in one spelling: MPT is Mpt in transformers."""
+    """The class of a reference such as "owner/name--file.Class", in one spelling: MPT is Mpt in
+    transformers.
+    """
     return reference.split(".")[-1].replace("_", "").casefold()
 
 

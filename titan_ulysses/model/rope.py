@@ -1,9 +1,9 @@
 """RoPE whose frequencies depend on how long the sequence is: of type "dynamic" and "longrope".
 
-transformers looks at the largest position that it is given, which is that of one rank's slice, and of the longest of a
-batch's documents. Here each document is turned by the frequencies of its own length, as transformers turns it when it
-sees it alone and first ("dynamic" remembers how long the longest was). Lengths are known on the host, so that nothing
-is read back from the device.
+transformers looks at the largest position that it is given, which is that of one rank's slice, and
+of the longest of a batch's documents. Here each document is turned by the frequencies of its own
+length, as transformers turns it when it sees it alone and first ("dynamic" remembers how long the
+longest was). Lengths are known on the host, so that nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -24,22 +24,29 @@ LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 class DocumentRoPE:
-    """In place of a rotary embedding's forward: the family's own turning, with frequencies chosen here."""
+    """In place of a rotary embedding's forward: the family's own turning, with frequencies chosen
+    here.
+    """
 
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
-        self.turn = MethodType(inspect.unwrap(type(rotary).forward), rotary)  # without its look at the positions
+        self.turn = MethodType(
+            inspect.unwrap(type(rotary).forward), rotary
+        )  # without its look at the positions
         self.documents: Documents = ()
         self.reaches: Documents = ()
         self.sp_rank = 0
         rotary.forward = self.forward
 
     def begin(self, documents: Documents, reaches: Documents, sp_rank: int) -> None:
-        """Tell it of a forward: of each row's documents the lengths, and how far their positions reach, which is what
-        counts as a length here; and whose slice of the rows this is."""
+        """Tell it of a forward: of each row's documents the lengths, and how far their positions
+        reach, which is what counts as a length here; and whose slice of the rows this is.
+        """
         self.documents, self.reaches, self.sp_rank = documents, reaches, sp_rank
 
-    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """position_ids [B, T] -> what transformers makes of them (cos and sin, each [B, T, d])."""
         of_layer = {} if layer_type is None else {"layer_type": layer_type}
         kind = self.rotary.rope_type if layer_type is None else self.rotary.rope_type[layer_type]
@@ -63,20 +70,27 @@ class DocumentRoPE:
         """Up to this length the frequencies are the original ones."""
         parameters = self.rotary.config.rope_parameters
         if kind == "longrope":
-            return (parameters if layer_type is None else parameters[layer_type])["original_max_position_embeddings"]
+            return (parameters if layer_type is None else parameters[layer_type])[
+                "original_max_position_embeddings"
+            ]
         return self.rotary.original_max_seq_len
 
     def _counts_as(self, length: int, kind: str, bound: int) -> int:
         """One length of all that have the same frequencies."""
         return max(length, bound) if kind == "dynamic" else bound + (length > bound)
 
-    def _set_frequencies(self, kind: str, length: int, bound: int, device: torch.device, of_layer: dict) -> None:
+    def _set_frequencies(
+        self, kind: str, length: int, bound: int, device: torch.device, of_layer: dict
+    ) -> None:
         prefix = "".join(f"{name}_" for name in of_layer.values())
         frequencies = getattr(self.rotary, f"{prefix}original_inv_freq").to(device)
         if length > bound:
-            # A tensor, as transformers has it, whose arithmetic is fp32; filled, because copying one would wait.
+            # A tensor, as transformers has it, whose arithmetic is fp32; filled, because copying
+            # one would wait.
             whole = torch.full((), length, device=device) if kind == "dynamic" else length
-            frequencies, _ = ROPE_INIT_FUNCTIONS[kind](self.rotary.config, device, seq_len=whole, **of_layer)
+            frequencies, _ = ROPE_INIT_FUNCTIONS[kind](
+                self.rotary.config, device, seq_len=whole, **of_layer
+            )
         setattr(self.rotary, f"{prefix}inv_freq", frequencies)
 
     def _lengths_of_tokens(self, lengths: list[list[int]], tokens: int) -> Tensor:
@@ -90,7 +104,9 @@ class DocumentRoPE:
 
 
 def _chosen(mine: Tensor, several: list[int], turned: list[Tensor]) -> Tensor:
-    """Of what is turned by the frequencies of several lengths: each token by those of its document."""
+    """Of what is turned by the frequencies of several lengths: each token by those of its
+    document.
+    """
     result = turned[0]
     for length, other in zip(several[1:], turned[1:], strict=True):
         result = torch.where((mine == length)[..., None], other, result)
@@ -98,7 +114,9 @@ def _chosen(mine: Tensor, several: list[int], turned: list[Tensor]) -> Tensor:
 
 
 def use_document_lengths(model: PreTrainedModel, blocks: nn.ModuleList) -> list[DocumentRoPE]:
-    """Make the model's rotary embeddings that need it depend on documents' lengths; each forward must tell them."""
+    """Make the model's rotary embeddings that need it depend on documents' lengths; each forward
+    must tell them.
+    """
     inside = set(blocks.modules())
     found = []
     for module in model.modules():
@@ -107,7 +125,8 @@ def use_document_lengths(model: PreTrainedModel, blocks: nn.ModuleList) -> list[
         if kinds & LENGTH_DEPENDENT:
             if module in inside:
                 raise UserError(
-                    f'model: "{model.config.model_type}" has RoPE of type "{(kinds & LENGTH_DEPENDENT).pop()}" inside '
+                    f'model: "{model.config.model_type}" has RoPE of type '
+                    f'"{(kinds & LENGTH_DEPENDENT).pop()}" inside '
                     "its layers, where this version cannot tell it how long the documents are."
                 )
             found.append(DocumentRoPE(module))

@@ -1,7 +1,9 @@
-"""Stretching a model's RoPE to longer sequences: `[model.rope_scaling]` applied to a transformers config.
+"""Stretching a model's RoPE to longer sequences: `[model.rope_scaling]` applied to a transformers
+config.
 
-The frequencies are transformers' own (`modeling_rope_utils`), and so are the names of the keys. What is decided here is
-what a config needs besides: how long the original sequences were, and how long they may be now.
+The frequencies are transformers' own (`modeling_rope_utils`), and so are the names of the keys.
+What is decided here is what a config needs besides: how long the original sequences were, and how
+long they may be now.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "dynamic": ({"factor"}, set()),
     "yarn": (
         {"factor"},
-        {_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+        {
+            _ORIGINAL,
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
     ),
     "longrope": ({"factor", "short_factor", "long_factor"}, {_ORIGINAL, "attention_factor"}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {_ORIGINAL}),
@@ -31,28 +41,37 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
 def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
     """Give config, in place, the RoPE that table asks for, and the length that it reaches.
 
-    table: rope_type (or type): linear (arXiv 2306.15595), dynamic (NTK), yarn (arXiv 2309.00071), longrope (arXiv
-    2402.13753) or llama3; factor: by which sequences become longer; and the keys that transformers has for the type.
-    original_max_position_embeddings is, unless it is given, the one that config has already, or else its
-    max_position_embeddings. That becomes original * factor, except for "dynamic", whose frequencies look at the
-    original one there. Layers of sliding windows keep their own RoPE. UserError for what cannot be.
+    table: rope_type (or type): linear (arXiv 2306.15595), dynamic (NTK), yarn (arXiv 2309.00071),
+    longrope (arXiv 2402.13753) or llama3; factor: by which sequences become longer; and the keys
+    that transformers has for the type. original_max_position_embeddings is, unless it is given, the
+    one that config has already, or else its max_position_embeddings. That becomes original *
+    factor, except for "dynamic", whose frequencies look at the original one there. Layers of
+    sliding windows keep their own RoPE. UserError for what cannot be.
     """
     kind, scaling = _checked(table)
     parameters = getattr(config, "rope_parameters", None)
     if not parameters or getattr(config, "max_position_embeddings", None) is None:
-        raise UserError(f'model.rope_scaling: "{config.model_type}" has no RoPE that could be scaled.')
+        raise UserError(
+            f'model.rope_scaling: "{config.model_type}" has no RoPE that could be scaled.'
+        )
     by_layer = "full_attention" in parameters
     old = parameters["full_attention"] if by_layer else parameters
     longest = config.max_position_embeddings
     original = longest
     if _ORIGINAL in _KEYS[kind][1]:
-        original = scaling.get(_ORIGINAL) or old.get(_ORIGINAL) or getattr(config, _ORIGINAL, None) or longest
+        original = (
+            scaling.get(_ORIGINAL)
+            or old.get(_ORIGINAL)
+            or getattr(config, _ORIGINAL, None)
+            or longest
+        )
         scaling[_ORIGINAL] = original
         if hasattr(config, _ORIGINAL):  # phi3 has it here too, and prefers this one
             setattr(config, _ORIGINAL, original)
     if not isinstance(original, int) or not 1 <= original <= longest:
         raise UserError(
-            f"model.rope_scaling.{_ORIGINAL} = {show(original)}: needs a number of tokens, at most the model's own "
+            f"model.rope_scaling.{_ORIGINAL} = {show(original)}: needs a number of tokens, at most "
+            "the model's own "
             f"max_position_embeddings = {longest}"
         )
     kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
@@ -66,25 +85,36 @@ def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
         config.standardize_rope_params()
         config.validate_rope()
     except Exception as error:  # transformers raises whatever its checks raise
-        raise UserError(f"model.rope_scaling: transformers refuses it: {one_line(error)}") from error
+        raise UserError(
+            f"model.rope_scaling: transformers refuses it: {one_line(error)}"
+        ) from error
 
 
 def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The type and its keys. UserError for an unknown type, for keys it does not have, and those that it lacks."""
+    """The type and its keys. UserError for an unknown type, for keys it does not have, and those
+    that it lacks.
+    """
     scaling = dict(table)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None)
     scaling.pop("type", None)
     if kind not in _KEYS:
-        raise UserError(f"model.rope_scaling.rope_type = {show(kind)}: the types are {', '.join(_KEYS)}", exit_code=2)
+        raise UserError(
+            f"model.rope_scaling.rope_type = {show(kind)}: the types are {', '.join(_KEYS)}",
+            exit_code=2,
+        )
     needed, possible = _KEYS[kind]
     if unknown := sorted(scaling.keys() - needed - possible - {"rope_theta"}):
         keys = ", ".join(sorted(needed | possible | {"rope_theta"}))
-        raise UserError(f'model.rope_scaling.{unknown[0]}: "{kind}" has no such key, it has {keys}', exit_code=2)
+        raise UserError(
+            f'model.rope_scaling.{unknown[0]}: "{kind}" has no such key, it has {keys}', exit_code=2
+        )
     if missing := sorted(needed - scaling.keys()):
         raise UserError(f'model.rope_scaling: "{kind}" needs {", ".join(missing)}', exit_code=2)
     factor = scaling["factor"]
     if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
-        raise UserError(f"model.rope_scaling.factor = {show(factor)}: needs a number of at least 1", exit_code=2)
+        raise UserError(
+            f"model.rope_scaling.factor = {show(factor)}: needs a number of at least 1", exit_code=2
+        )
     return kind, scaling
 
 
@@ -95,6 +125,7 @@ def _check_lengths(config: PreTrainedConfig, new: dict[str, Any]) -> None:
     for key in ("short_factor", "long_factor"):
         if not isinstance(new[key], list) or len(new[key]) != pairs:
             raise UserError(
-                f"model.rope_scaling.{key} = {show(new[key])}: needs {pairs} numbers, one for each pair of dimensions "
+                f"model.rope_scaling.{key} = {show(new[key])}: needs {pairs} numbers, one for each "
+                "pair of dimensions "
                 "that RoPE turns"
             )

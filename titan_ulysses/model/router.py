@@ -1,23 +1,28 @@
-"""Router losses (`output_router_logits = true`): load balancing over all tokens of a micro-batch, on whatever ranks.
+"""Router losses (`output_router_logits = true`): load balancing over all tokens of a micro-batch,
+on whatever ranks.
 
-transformers' loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6) over the N rows of logits that the routers
-of all layers make of a micro-batch's tokens, padding left out, where p is the softmax over the E experts:
+transformers' loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6) over the N rows of
+logits that the routers of all layers make of a micro-batch's tokens, padding left out, where p is
+the softmax over the E experts:
 
-    aux = E * sum_e F_e * P_e / N^2,    F_e: rows that have expert e among their top k,    P_e: sum of the rows' p_e
+    aux = E * sum_e F_e * P_e / N^2
+    F_e: rows that have expert e among their top k; P_e: sum of the rows' p_e
 
-A micro-batch is what all ranks train on in one forward, data-parallel ones too: aux does not depend on how many share
-it. Over a step of several, each adds (its labels / the step's labels) * (its mean cross-entropy + coefficient * aux):
-the mean of what transformers returns for each of them, weighted by labels as cross-entropy is.
+A micro-batch is what all ranks train on in one forward, data-parallel ones too: aux does not depend
+on how many share it. Over a step of several, each adds (its labels / the step's labels) * (its mean
+cross-entropy + coefficient * aux): the mean of what transformers returns for each of them, weighted
+by labels as cross-entropy is.
 
-The product is of sums over everything, so no rank can differentiate its own part of it alone. But F and N are counts:
-once they are known, d aux / d p_e is E * F_e / N^2 in every row, and gradients add up over rows, tiles, layers and
-ranks. So the routers count while forward runs, one all-reduce at its end brings F, P and N together (none on the layer
-path), and in backward each router's logits get their gradient where they were made. Under activation checkpointing no
-logits are kept for it.
+The product is of sums over everything, so no rank can differentiate its own part of it alone. But F
+and N are counts: once they are known, d aux / d p_e is E * F_e / N^2 in every row, and gradients
+add up over rows, tiles, layers and ranks. So the routers count while forward runs, one all-reduce
+at its end brings F, P and N together (none on the layer path), and in backward each router's logits
+get their gradient where they were made. Under activation checkpointing no logits are kept for it.
 
-A layer may be computed again in backward, whole (torch's checkpoint) or tile by tile. Which forward it belongs to is a
-context variable: whoever computes it again, and differentiates that, must do so in the `contextvars.copy_context()` of
-its forward, in the same order of tiles. torch's checkpoint needs nothing, because it differentiates the first graph.
+A layer may be computed again in backward, whole (torch's checkpoint) or tile by tile. Which forward
+it belongs to is a context variable: whoever computes it again, and differentiates that, must do so
+in the `contextvars.copy_context()` of its forward, in the same order of tiles. torch's checkpoint
+needs nothing, because it differentiates the first graph.
 """
 
 from __future__ import annotations
@@ -39,7 +44,9 @@ from titan_ulysses.distributed.errors import UserError
 
 _LOSS_FUNCTION = "load_balancing_loss_func"
 _LOSS_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-"""Of the function above, of which every family's file has a copy; what takes other arguments is another loss."""
+"""Of the function above, of which every family's file has a copy; what takes other arguments is
+another loss.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,10 +77,13 @@ class RouterLossPass:
         self._next_row: dict[nn.Module, int] = {}
         self._sums: Tensor | None = None
         self.slope: Tensor | None = None
-        """[E]: the derivative of what is differentiated by any p_e; known when backward reaches the layers."""
+        """[E]: the derivative of what is differentiated by any p_e; known when backward reaches the
+        layers.
+        """
 
     def rows_of(self, router: nn.Module, logits: Tensor) -> Tensor | None:
-        """[n, 1]: 0 at padding, for the next n rows that router sees; None where nothing is padding.
+        """[n, 1]: 0 at padding, for the next n rows that router sees; None where nothing is
+        padding.
 
         After the last row comes the first: a layer that is computed again starts over.
         """
@@ -88,39 +98,55 @@ class RouterLossPass:
 
     @torch.no_grad()
     def count(self, logits: Tensor, rows: Tensor | None) -> None:
-        """Add logits [n, E] to F, P and N. In fp64, so that the number of parts does not show in fp32."""
+        """Add logits [n, E] to F, P and N. In fp64, so that the number of parts does not show in
+        fp32.
+        """
         probabilities = _probabilities(logits)
-        chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(self.top_k).indices, 1)
+        chosen = torch.zeros_like(probabilities).scatter_(
+            1, probabilities.topk(self.top_k).indices, 1
+        )
         number = probabilities.new_full((1,), len(logits))
         if rows is not None:
             chosen, probabilities, number = chosen * rows, probabilities * rows, rows.sum(0)
         sums = torch.cat([chosen.sum(0), probabilities.sum(0, dtype=torch.float64), number])
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def reduce(self, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-        """Collective. What leaves the last layer -> the same, the loss of all ranks (fp32 or wider), all their labels.
+    def reduce(
+        self, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Collective. What leaves the last layer -> the same, the loss of all ranks (fp32 or
+        wider), all their labels.
 
-        The gradient of the loss is of this rank's tokens. Whatever is made of the last layer's output must be made of
-        what is returned: backward then knows the loss's own gradient before it reaches a router.
+        The gradient of the loss is of this rank's tokens. Whatever is made of the last layer's
+        output must be made of what is returned: backward then knows the loss's own gradient before
+        it reaches a router.
         """
         assert self._sums is not None, "no router has run"
         return _Close.apply(self, self._sums, hidden, labels, group)
 
 
-_current: ContextVar[RouterLossPass | None] = ContextVar("the forward pass that routers belong to", default=None)
+_current: ContextVar[RouterLossPass | None] = ContextVar(
+    "the forward pass that routers belong to", default=None
+)
 
 
 def router_loss_of(model: PreTrainedModel, decoder: nn.Module) -> RouterLoss | None:
-    """The router loss that model's config asks for, its routers made ready for it; None where it asks for none."""
+    """The router loss that model's config asks for, its routers made ready for it; None where it
+    asks for none.
+    """
     if not getattr(model.config, "output_router_logits", False):
         return None
-    coefficient, top_k = (getattr(model, name, None) for name in ("router_aux_loss_coef", "num_experts_per_tok"))
+    coefficient, top_k = (
+        getattr(model, name, None) for name in ("router_aux_loss_coef", "num_experts_per_tok")
+    )
     recorder = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits")
     target, place = getattr(recorder, "target_class", None), getattr(recorder, "layer_name", None)
     routers = [
         module
         for name, module in decoder.named_modules()
-        if target is not None and isinstance(module, target) and (place is None or f".{place}." in f".{name}.")
+        if target is not None
+        and isinstance(module, target)
+        and (place is None or f".{place}." in f".{name}.")
     ]
     if not routers or coefficient is None or top_k is None:
         raise UserError(
@@ -134,7 +160,9 @@ def router_loss_of(model: PreTrainedModel, decoder: nn.Module) -> RouterLoss | N
 
 
 def unknown_router_loss(config: PreTrainedConfig) -> str | None:
-    """What about the router loss that config asks for is not the one above; None where nothing is."""
+    """What about the router loss that config asks for is not the one above; None where nothing
+    is.
+    """
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if family is None or not getattr(config, "output_router_logits", False):
         return None
@@ -148,10 +176,12 @@ def unknown_router_loss(config: PreTrainedConfig) -> str | None:
 
 @torch.compiler.disable
 def _attach(index: int, router: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-    """After a router has run: count its logits, and let the gradient of the loss join where its outputs are used.
+    """After a router has run: count its logits, and let the gradient of the loss join where its
+    outputs are used.
 
-    Most families use the weights that a router makes of its logits, not the logits: so all its outputs pass through
-    one node, which adds to the logits' gradient. It is made in recomputations too, which must save the same tensors.
+    Most families use the weights that a router makes of its logits, not the logits: so all its
+    outputs pass through one node, which adds to the logits' gradient. It is made in recomputations
+    too, which must save the same tensors.
     """
     outputs = list(output) if isinstance(output, tuple) else [output]
     logits, current = outputs[index], _current.get()
@@ -160,7 +190,9 @@ def _attach(index: int, router: nn.Module, inputs: tuple, output: Tensor | tuple
         current.count(logits, rows)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return output
-    others = [i for i, x in enumerate(outputs) if i != index and isinstance(x, Tensor) and x.requires_grad]
+    others = [
+        i for i, x in enumerate(outputs) if i != index and isinstance(x, Tensor) and x.requires_grad
+    ]
     passed = _Attach.apply(current, rows, logits, *(outputs[i] for i in others))
     for i, x in zip((index, *others), passed, strict=True):
         outputs[i] = x
@@ -185,7 +217,9 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *others: Tensor | None):
-        assert ctx.current is not None, "a router was computed again outside of its forward's context variables"
+        assert ctx.current is not None, (
+            "a router was computed again outside of its forward's context variables"
+        )
         if ctx.current.slope is not None:  # otherwise only the logits of the model were asked for
             (logits,) = ctx.saved_tensors
             probabilities = _probabilities(logits)
@@ -197,17 +231,28 @@ class _Attach(torch.autograd.Function):
 
 
 class _Close(torch.autograd.Function):
-    """Brings the ranks' counts together; backward knows the loss's gradient and goes on to the last layer."""
+    """Brings the ranks' counts together; backward knows the loss's gradient and goes on to the last
+    layer.
+    """
 
     @staticmethod
-    def forward(ctx, current: RouterLossPass, sums: Tensor, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup):
+    def forward(
+        ctx,
+        current: RouterLossPass,
+        sums: Tensor,
+        hidden: Tensor,
+        labels: Tensor,
+        group: dist.ProcessGroup,
+    ):
         totals = torch.cat([sums, labels[None].to(sums.dtype)])
         dist.all_reduce(totals, group=group)
         chosen, probabilities = totals[:-2].chunk(2)
         ctx.current, ctx.slope = current, len(chosen) * chosen / totals[-2].clamp(min=1) ** 2
         labels = totals[-1].to(labels.dtype)
         ctx.mark_non_differentiable(labels)
-        loss = (ctx.slope * probabilities).sum().to(torch.promote_types(hidden.dtype, torch.float32))
+        loss = (
+            (ctx.slope * probabilities).sum().to(torch.promote_types(hidden.dtype, torch.float32))
+        )
         return hidden, loss, labels
 
     @staticmethod

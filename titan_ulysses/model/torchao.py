@@ -1,4 +1,6 @@
-"""torchao: imported when a setting needs it, and without what its import says about parts that nothing here uses."""
+"""torchao: imported when a setting needs it, and without what its import says about parts that
+nothing here uses.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""A family that nobody has checked must prove itself: a tiny model of it, sharded and packed, against the whole.
+"""A family that nobody has checked must prove itself: a tiny model of it, sharded and packed,
+against the whole.
 
-The proof runs the family's own code before the real model is touched: unmodified, each document alone, in one process;
-and sharded over the run's mesh, with the documents packed. Layers that carry state along the sequence, look past a
-document's border or keep to a position of their own come out different, and so does a head that does more to its
-logits than `lm_head`.
+The proof runs the family's own code before the real model is touched: unmodified, each document
+alone, in one process; and sharded over the run's mesh, with the documents packed. Layers that carry
+state along the sequence, look past a document's border or keep to a position of their own come out
+different, and so does a head that does more to its logits than `lm_head`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ _TOLERANCE = 1e-5
 """Above what fp32 steps inside a family make of fp64, far below what one wrong token does."""
 
 _NEGLIGIBLE = 1e-2
-"""Gradients are compared on a scale of at least this part of the largest: one that cancels is nothing but noise."""
+"""Gradients are compared on a scale of at least this part of the largest: one that cancels is
+nothing but noise.
+"""
 
 _DTYPE = torch.float64
 _HIDDEN = 64
@@ -65,11 +68,15 @@ Shard = Callable[[PreTrainedModel, Core, dict[str, Any]], None]
 
 
 @torch.enable_grad()
-def verify_family(config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings) -> dict[str, Any]:
-    """Collective. The first of tilings with which a family trains sharded as it does whole, the same on every rank.
+def verify_family(
+    config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings
+) -> dict[str, Any]:
+    """Collective. The first of tilings with which a family trains sharded as it does whole, the
+    same on every rank.
 
-    `shard(model, core, options)` wraps a model in place as the real one will be, but for its core and dtype: the proof
-    is about the family, in fp64. UserError, on every rank, where not even the last of tilings is right.
+    `shard(model, core, options)` wraps a model in place as the real one will be, but for its core
+    and dtype: the proof is about the family, in fp64. UserError, on every rank, where not even the
+    last of tilings is right.
     """
 
     def reason_against(tiling: str) -> str | None:
@@ -79,24 +86,33 @@ def verify_family(config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: T
     reason = reason_against(best)
     if reason is None:
         return tilings[best]
-    if others:  # the last of them first: it assumes least, and what is wrong with it is wrong with the family
+    # The last of them first: it assumes least, and what is wrong with it is wrong with the
+    # family.
+    if others:
         reason = reason_against(others[-1])
     if reason is not None:
         raise UserError(
-            f'model: "{config.model_type}" is not a family that is known to train exactly under sequence parallelism, '
-            f"and a tiny model of it could not prove that it does: {reason.rstrip('.')}. Choose another model."
+            f'model: "{config.model_type}" is not a family that is known to train exactly under '
+            "sequence parallelism, "
+            f"and a tiny model of it could not prove that it does: {reason.rstrip('.')}. Choose "
+            "another model."
         )
     tiling = next((name for name in others[:-1] if reason_against(name) is None), others[-1])
     warnings.warn(
-        f'model: the blocks of "{config.model_type}" are not built like those of the families that this version knows: '
+        f'model: the blocks of "{config.model_type}" are not built like those of the families that '
+        "this version knows: "
         f"the MLP is {tiling}, which is exact, and takes more time or memory.",
         stacklevel=3,
     )
     return tilings[tiling]
 
 
-def _try(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]) -> str | None:
-    """Collective. What is wrong with a tiny model, with its router loss and without, the same on every rank."""
+def _try(
+    config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]
+) -> str | None:
+    """Collective. What is wrong with a tiny model, with its router loss and without, the same on
+    every rank.
+    """
     reason, has_router_loss = None, False
     try:
         tiny = shrink(config)
@@ -112,8 +128,12 @@ def _try(config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel,
     return reason
 
 
-def _try_once(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]) -> str | None:
-    """Collective. What is wrong with a model of config tiny, the same on every rank; None where nothing is."""
+def _try_once(
+    tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]
+) -> str | None:
+    """Collective. What is wrong with a model of config tiny, the same on every rank; None where
+    nothing is.
+    """
     reason = None
     try:
         whole = _build(tiny, mesh.device)
@@ -122,7 +142,9 @@ def _try_once(tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedMod
         expected = _train_whole(whole, batch)
     except Exception as error:
         reason = f"a tiny one cannot be built and run ({_raised(error)})"
-    if (reason := first_failure(reason)) is None:  # all ranks go on, or none: what follows has collectives
+    if (
+        reason := first_failure(reason)
+    ) is None:  # all ranks go on, or none: what follows has collectives
         try:
             shard(sharded, _core_of(tiny))
             reason = _difference(_train_sharded(sharded, batch, mesh), expected, batch.what)
@@ -139,15 +161,22 @@ def _raised(error: Exception) -> str:
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of config with small widths and as few layers as show every kind of layer, two at least."""
+    """A copy of config with small widths and as few layers as show every kind of layer, two at
+    least.
+    """
     tiny = copy.deepcopy(config)
-    # transformers' choice for this machine; but 5.17 chooses sdpa also where scores are capped, which it cannot do.
+    # transformers' choice for this machine; but 5.17 chooses sdpa also where scores are capped,
+    # which it cannot do.
     tiny._attn_implementation = "eager" if "softcap" in attention_needs(config) else None
     if config.hidden_size > _HIDDEN:
         heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
         if kv_heads is not None:
             tiny.num_key_value_heads = 1 if kv_heads == 1 else 4 if kv_heads == heads else 2
-        _limit(tiny, _SIZES | dict.fromkeys((name for name in vars(tiny) if "intermediate_size" in name), _HIDDEN))
+        _limit(
+            tiny,
+            _SIZES
+            | dict.fromkeys((name for name in vars(tiny) if "intermediate_size" in name), _HIDDEN),
+        )
     _keep_kinds_of_layers(tiny)
     _limit(tiny, {"vocab_size": 64, "vocab_size_per_layer_input": 64})
     _limit(tiny, {"sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
@@ -164,10 +193,16 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
-    """The first layer of each kind, told apart by the config's lists of one entry a layer; two if there is one kind."""
+    """The first layer of each kind, told apart by the config's lists of one entry a layer; two if
+    there is one kind.
+    """
     layers = tiny.num_hidden_layers
-    lists = {k: v for k, v in vars(tiny).items() if isinstance(v, list | tuple) and len(v) == layers}
-    lists = {k: v for k, v in lists.items() if list(v) != list(range(layers))}  # that one holds indices of layers
+    lists = {
+        k: v for k, v in vars(tiny).items() if isinstance(v, list | tuple) and len(v) == layers
+    }
+    lists = {
+        k: v for k, v in lists.items() if list(v) != list(range(layers))
+    }  # that one holds indices of layers
     kinds = [repr([values[layer] for values in lists.values()]) for layer in range(layers)]
     chosen = sorted({kinds.index(kind) for kind in kinds})
     if len(chosen) == 1:
@@ -185,29 +220,39 @@ def _limit(config: PreTrainedConfig, values: dict[str, int]) -> None:
 
 
 def _core_of(config: PreTrainedConfig) -> Core:
-    """Plain attention with what config says its layers need, which is what the run's core was chosen by."""
+    """Plain attention with what config says its layers need, which is what the run's core was
+    chosen by.
+    """
     needs = attention_needs(config)
 
-    def core(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents, scale: float, **features) -> Tensor:
+    def core(
+        q: Tensor, k: Tensor, v: Tensor, *, documents: Documents, scale: float, **features
+    ) -> Tensor:
         if hidden := sorted(features.keys() - needs):
-            raise UserError(f"its attention layers ask for {', '.join(hidden)}, of which its config says nothing")
+            raise UserError(
+                f"its attention layers ask for {', '.join(hidden)}, of which its config says "
+                "nothing"
+            )
         return blockwise(q, k, v, documents=documents, scale=scale, **features)
 
     return core
 
 
 class _Batch:
-    """Two rows, one of them cut into documents off the ranks' borders. Every data-parallel rank gets the same ones.
+    """Two rows, one of them cut into documents off the ranks' borders. Every data-parallel rank
+    gets the same ones.
 
-    Where there is a router loss, which is of all rows at once, both are whole: unmodified transformers has to see them
-    in one forward.
+    Where there is a router loss, which is of all rows at once, both are whole: unmodified
+    transformers has to see them in one forward.
     """
 
     def __init__(self, mesh: Mesh, config: PreTrainedConfig) -> None:
         degree = mesh.sp.size()
         length = degree * -(-32 // degree)
         generator = torch.Generator().manual_seed(1)
-        self.ids, self.labels = torch.randint(config.vocab_size, (2, 2, length), generator=generator).to(mesh.device)
+        self.ids, self.labels = torch.randint(
+            config.vocab_size, (2, 2, length), generator=generator
+        ).to(mesh.device)
         self.documents = ((length // 3, 1, length - length // 3 - 1), (length,))
         self.what = "documents packed and sharded against each document alone"
         self.has_router_loss = getattr(config, "output_router_logits", False)
@@ -216,11 +261,15 @@ class _Batch:
             self.documents = ((length,), (length,))
             self.what = "with its router loss, sharded against both rows at once"
         self.valid = (self.labels != IGNORE_INDEX).sum()
-        self.positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in self.documents])
+        self.positions = torch.stack(
+            [torch.cat([torch.arange(n) for n in row]) for row in self.documents]
+        )
 
 
 def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """The same random numbers on every rank. No parameter is left at 0 or 1, where it would hide what it does."""
+    """The same random numbers on every rank. No parameter is left at 0 or 1, where it would hide
+    what it does.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
@@ -276,7 +325,9 @@ def _gradients(model: PreTrainedModel) -> Gradients:
     }
 
 
-def _difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], what: str) -> str | None:
+def _difference(
+    found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], what: str
+) -> str | None:
     """What differs most between the two, or None where nothing differs by more than rounding."""
     loss = ((found[0] - expected[0]).abs() / expected[0].abs()).item()
     scale = _NEGLIGIBLE * max(gradient.abs().max() for gradient in expected[1].values())
@@ -288,7 +339,9 @@ def _difference(found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradien
     if worst[where] <= _TOLERANCE:
         return None
     return (
-        f"the loss is off by {loss:.1e} of itself and {where} by {worst[where]:.1e} ({what}). Something besides its "
-        "attention mixes tokens, or it counts positions itself, or its attention is not the causal one that it asks "
+        f"the loss is off by {loss:.1e} of itself and {where} by {worst[where]:.1e} ({what}). "
+        "Something besides its "
+        "attention mixes tokens, or it counts positions itself, or its attention is not the causal "
+        "one that it asks "
         "transformers for"
     )

@@ -1,4 +1,6 @@
-"""What a run tells while it trains: a console line a step, `metrics.jsonl`, TensorBoard, W&B; what its numbers mean."""
+"""What a run tells while it trains: a console line a step, `metrics.jsonl`, TensorBoard, W&B; what
+its numbers mean.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,25 @@ from titan_ulysses.observability.wandb import WandbRun
 def flops_per_token(model: nn.Module) -> int:
     """FLOPs of forward and backward a token without attention's scores: 6 a weight that multiplies.
 
-    Of those, 2 are its gradient's, which a frozen one has not, and 2 that of its input, which what lies before
-    everything that is trained has not. Embeddings are looked up, not multiplied; a head tied to them is multiplied. Of
-    a layer's experts a token meets `num_experts_per_tok`. Recomputation is not counted (MFU).
+    Of those, 2 are its gradient's, which a frozen one has not, and 2 that of its input, which what
+    lies before everything that is trained has not. Embeddings are looked up, not multiplied; a head
+    tied to them is multiplied. Of a layer's experts a token meets `num_experts_per_tok`.
+    Recomputation is not counted (MFU).
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     config = model.config
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    experts = (
+        getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
+    )
     met = min(getattr(config, "num_experts_per_tok", None) or 1, experts)
     flops, backward_passes = 0, False
     for name, parameter in model.named_parameters():
         backward_passes |= parameter.requires_grad
         if parameter is not embedding or parameter is head:
             each = 6 if parameter.requires_grad else 4 if backward_passes else 2
-            flops += each * (parameter.numel() * met // experts if ".experts." in name else parameter.numel())
+            flops += each * (
+                parameter.numel() * met // experts if ".experts." in name else parameter.numel()
+            )
     return flops
 
 
@@ -43,7 +50,9 @@ def describe_parameters(model: nn.Module) -> str:
     """How many there are, and how many of them are trained."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{total:,} parameters" + (f", of which {trained:,} are trained" if trained < total else "")
+    return f"{total:,} parameters" + (
+        f", of which {trained:,} are trained" if trained < total else ""
+    )
 
 
 def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], ...]) -> int:
@@ -54,7 +63,9 @@ def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], 
     """
     squares = sum(length * length for row in documents for length in row)
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    sizes = sum(sum(_head_sizes(layer)) for layer in layers) * (config.num_hidden_layers // len(layers))
+    sizes = sum(sum(_head_sizes(layer)) for layer in layers) * (
+        config.num_hidden_layers // len(layers)
+    )
     return 3 * config.num_attention_heads * sizes * squares
 
 
@@ -67,13 +78,15 @@ def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 class PeakMemory:
-    """The highest memory so far: on a CUDA device, what torch has allocated there since the process began.
+    """The highest memory so far: on a CUDA device, what torch has allocated there since the process
+    began.
 
-    On a CPU, what is the process's own since this object was made: anonymous and shared memory, without the
-    files that are mapped, such as the data cache, whose pages the system takes back when it needs them. Linux
-    keeps only the peak of all resident pages: what of them was files is read at each look, after which that
-    peak begins anew (for `ru_maxrss` too). So files that come and go between two looks are an error, of their
-    size at most. Where the system has no such figures, all resident pages count, and `counts_files` is True.
+    On a CPU, what is the process's own since this object was made: anonymous and shared memory,
+    without the files that are mapped, such as the data cache, whose pages the system takes back
+    when it needs them. Linux keeps only the peak of all resident pages: what of them was files is
+    read at each look, after which that peak begins anew (for `ru_maxrss` too). So files that come
+    and go between two looks are an error, of their size at most. Where the system has no such
+    figures, all resident pages count, and `counts_files` is True.
     """
 
     def __init__(self, device: torch.device):
@@ -94,24 +107,35 @@ class PeakMemory:
             lines = Path("/proc/self/status").read_text().splitlines()
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
             fields = dict(line.split(":", 1) for line in lines)
-            peak, now, files = (1024 * int(fields[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile"))
+            peak, now, files = (
+                1024 * int(fields[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile")
+            )
         except (OSError, KeyError):
             self.counts_files = True
-            peak = now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            peak = now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
             files = 0
         self._peak = max(self._peak, now - files, peak - max(files, self._files))
         self._files = files
 
 
 class MetricsLogger:
-    """Writes one logged step to the console, to metrics.jsonl, to TensorBoard and to wandb. Only rank 0 has one.
+    """Writes one logged step to the console, to metrics.jsonl, to TensorBoard and to wandb. Only
+    rank 0 has one.
 
-    Resuming after `steps_done` steps drops what a killed run logged after them, so that no step is logged twice; a run
-    that begins drops everything, also what was logged before the first step.
+    Resuming after `steps_done` steps drops what a killed run logged after them, so that no step is
+    logged twice; a run that begins drops everything, also what was logged before the first step.
     """
 
     def __init__(
-        self, folder: Path, *, steps_done: int, total_steps: int, console: Console, wandb: WandbRun | None = None
+        self,
+        folder: Path,
+        *,
+        steps_done: int,
+        total_steps: int,
+        console: Console,
+        wandb: WandbRun | None = None,
     ):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
 
@@ -141,8 +165,10 @@ class MetricsLogger:
 
 
 def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(name, number) of each number, for TensorBoard: `collectives/all_to_all/bytes`, `epoch/<source>`, and the
-    loss by position as `validation_by_position/from_00512`, in whose order the names are sorted."""
+    """(name, number) of each number, for TensorBoard: `collectives/all_to_all/bytes`,
+    `epoch/<source>`, and the loss by position as `validation_by_position/from_00512`, in whose
+    order the names are sorted.
+    """
     for name, value in values.items():
         if name == "validation_by_position":
             width = len(str(value[-1][0]))
@@ -154,7 +180,9 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 def _reopen(path: Path, *, before: int):
-    """Open a JSON-lines file to append, keeping only the lines of earlier steps; cut lines of a kill are dropped."""
+    """Open a JSON-lines file to append, keeping only the lines of earlier steps; cut lines of a
+    kill are dropped.
+    """
     if path.exists():
         with whole_file(path) as aside, open(path) as old, open(aside, "w") as new:
             for line in old:
@@ -169,11 +197,13 @@ def perplexity(loss: float) -> float:
 
 
 def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int]]) -> list[str]:
-    """A line about the loss, and one about where in a document it falls (see `Evaluation`): in at most five ranges of
-    positions, each up to where the next one begins."""
+    """A line about the loss, and one about where in a document it falls (see `Evaluation`): in at
+    most five ranges of positions, each up to where the next one begins.
+    """
     ranges = list(by_position)
     groups = []
-    while ranges:  # by twos, from the last one, since it is the far positions that tell whether context is used
+    # By twos, from the last one, since it is the far positions that tell whether context is used.
+    while ranges:
         size = 2 if len(groups) < 4 else len(ranges)
         groups.append(ranges[-size:])
         del ranges[-size:]
@@ -181,7 +211,10 @@ def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int
     for group in reversed(groups):
         mean = sum(mean * labels for _, mean, labels in group) / sum(labels for *_, labels in group)
         means.append(f"{short(group[0][0])}+ {mean:.3f}")
-    return [f"loss {loss:.4f}  perplexity {perplexity(loss):,.2f}", f"by position: {'  '.join(means)}"]
+    return [
+        f"loss {loss:.4f}  perplexity {perplexity(loss):,.2f}",
+        f"by position: {'  '.join(means)}",
+    ]
 
 
 def short(count: int) -> str:
@@ -195,10 +228,14 @@ def short(count: int) -> str:
 def _line(step: int, total: int, values: dict[str, Any]) -> str:
     head = f"step {step:>{len(str(total))}}/{total}  "
     if "validation_loss" in values:
-        loss, *more = describe_validation(values["validation_loss"], values["validation_by_position"])
+        loss, *more = describe_validation(
+            values["validation_loss"], values["validation_by_position"]
+        )
         return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
     return (  # of 80 columns where there is no MFU to tell
         f"{head}[bold]loss {values['loss']:.4f}[/]  "
-        f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  "
-        f"peak {values['peak_memory_gib']:.2f} GiB" + ("" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}")
+        f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
+        f"{values['tokens_per_second']:,.0f} tok/s  "
+        f"peak {values['peak_memory_gib']:.2f} GiB"
+        + ("" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}")
     )

@@ -1,4 +1,6 @@
-"""What all pictures share: how they are opened and saved, and colours that everyone can tell apart."""
+"""What all pictures share: how they are opened and saved, and colours that everyone can tell
+apart.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from typing import Any
 from titan_ulysses.distributed.errors import UserError
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which people with any kind of colour vision tell apart; the yellow one is too light for lines."""
+"""Okabe and Ito's, which people with any kind of colour vision tell apart; the yellow one is too
+light for lines.
+"""
 SHADES = "cividis"
 """A colour map that is even, also in grey and for any colour vision."""
 
@@ -21,10 +25,14 @@ def has_matplotlib() -> bool:
 
 
 @contextmanager
-def picture(path: Path, *, size: tuple[float, float], panels: tuple[int, int] = (1, 1)) -> Iterator[Any]:
-    """Yields (figure, axes): one Axes, or a flat list where there are several panels (rows, columns). Saves to path.
+def picture(
+    path: Path, *, size: tuple[float, float], panels: tuple[int, int] = (1, 1)
+) -> Iterator[Any]:
+    """Yields (figure, axes): one Axes, or a flat list where there are several panels (rows,
+    columns). Saves to path.
 
-    size in inches. No window, and nothing of the caller's matplotlib is changed. UserError without matplotlib.
+    size in inches. No window, and nothing of the caller's matplotlib is changed. UserError without
+    matplotlib.
     """
     if not has_matplotlib():
         raise UserError(f"{path}: pictures need matplotlib: pip install matplotlib")
@@ -32,7 +40,14 @@ def picture(path: Path, *, size: tuple[float, float], panels: tuple[int, int] = 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6}):
+    with rc_context(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.6,
+        }
+    ):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(*panels, squeeze=False).flatten().tolist()

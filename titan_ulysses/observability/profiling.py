@@ -1,7 +1,8 @@
-"""Where the time and the memory of chosen steps go: traces of the torch profiler, snapshots of the CUDA allocator.
+"""Where the time and the memory of chosen steps go: traces of the torch profiler, snapshots of the
+CUDA allocator.
 
-Both are a file a rank in `<run>/<folder>/step-N/`, N being the number of the step that the file ends with. A resumed
-run profiles the same steps.
+Both are a file a rank in `<run>/<folder>/step-N/`, N being the number of the step that the file
+ends with. A resumed run profiles the same steps.
 """
 
 from __future__ import annotations
@@ -26,19 +27,23 @@ def check_profiling(config: Profiling, device_type: str) -> None:
     """UserError where what is asked for does not exist on this device."""
     if config.enable_memory_snapshot and device_type != "cuda":
         raise UserError(
-            f"profiling.enable_memory_snapshot = true: a snapshot is of CUDA's allocator, and this run is on "
+            "profiling.enable_memory_snapshot = true: a snapshot is of CUDA's allocator, and this "
+            "run is on "
             f"{device_type}. Set it to false."
         )
 
 
 @contextmanager
 def profiled(config: Profiling, run: Path, first_step: int) -> Iterator[StepIsOver]:
-    """Profile the steps in here as config says. Call what it yields after each, with its number; first_step is that
-    of the first one."""
+    """Profile the steps in here as config says. Call what it yields after each, with its number;
+    first_step is that of the first one.
+    """
     with ExitStack() as stack:
         parts: list[StepIsOver] = []
         if config.enable_profiling:
-            parts.append(stack.enter_context(_traces(config, run / config.save_traces_folder, first_step)))
+            parts.append(
+                stack.enter_context(_traces(config, run / config.save_traces_folder, first_step))
+            )
         if config.enable_memory_snapshot:
             folder = run / config.save_memory_snapshot_folder
             parts.append(stack.enter_context(_snapshots(config.profile_freq, folder, first_step)))
@@ -47,20 +52,29 @@ def profiled(config: Profiling, run: Path, first_step: int) -> Iterator[StepIsOv
 
 @contextmanager
 def _traces(config: Profiling, folder: Path, first_step: int) -> Iterator[StepIsOver]:
-    """Of every profile_freq steps the last profiler_active, after profiler_warmup that are traced and thrown away."""
+    """Of every profile_freq steps the last profiler_active, after profiler_warmup that are traced
+    and thrown away.
+    """
     warmup, active = config.profiler_warmup, config.profiler_active
     plan = schedule(wait=config.profile_freq - warmup - active, warmup=warmup, active=active)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    activities = [
+        ProfilerActivity.CPU,
+        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
+    ]
     finished = written = first_step - 1
 
     def write(profiler: profile) -> None:
         nonlocal written
-        if finished > written:  # the profiler's own end may come just after a trace that is written already
+        if (
+            finished > written
+        ):  # the profiler's own end may come just after a trace that is written already
             profiler.export_chrome_trace(str(_file(folder, f"step-{finished}", "trace.json")))
             written = finished
 
     with profile(
-        activities=activities, schedule=lambda index: plan(first_step - 1 + index), on_trace_ready=write
+        activities=activities,
+        schedule=lambda index: plan(first_step - 1 + index),
+        on_trace_ready=write,
     ) as profiler:
 
         def step_is_over(step: int) -> None:
@@ -81,7 +95,9 @@ def _snapshots(every: int, folder: Path, first_step: int) -> Iterator[StepIsOver
         nonlocal finished
         finished = step
         if step % every == 0:
-            torch.cuda.memory._dump_snapshot(str(_file(folder, f"step-{step}", "memory_snapshot.pickle")))
+            torch.cuda.memory._dump_snapshot(
+                str(_file(folder, f"step-{step}", "memory_snapshot.pickle"))
+            )
 
     try:
         yield step_is_over

@@ -1,8 +1,9 @@
-"""How far a run is, below its lines on a terminal: which step, how much of it, how long it has taken and will take.
+"""How far a run is, below its lines on a terminal: which step, how much of it, how long it has
+taken and will take.
 
-Within a step and within a validation, work is counted in tokens x blocks, where it is done: a block that is
-called for a part of its tokens has done that part. On CUDA that is the work which is launched; the device may
-be some of it behind.
+Within a step and within a validation, work is counted in tokens x blocks, where it is done: a block
+that is called for a part of its tokens has done that part. On CUDA that is the work which is
+launched; the device may be some of it behind.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ _BACKWARD = 2
 
 
 class BlockWork:
-    """Counts what the blocks of a model do, in forwards of a token through a block; waits for nothing.
+    """Counts what the blocks of a model do, in forwards of a token through a block; waits for
+    nothing.
 
-    A block's forward counts as one a token, again where a checkpoint computes it again, and its backward as two.
-    What has begun counts when the next begins.
+    A block's forward counts as one a token, again where a checkpoint computes it again, and its
+    backward as two. What has begun counts when the next begins.
     """
 
     forward: int
@@ -38,10 +40,18 @@ class BlockWork:
     training: int
     """what it counts in a step: forward, backward and what is computed again"""
 
-    def __init__(self, blocks: Sequence[nn.Module], *, embedding_is_trained: bool, checkpoint_every: int):
-        """blocks: of the model, wrapped; checkpoint_every: how many of them are a checkpoint, 0: none."""
-        trained = (i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
-        first = 0 if embedding_is_trained else next(trained, len(blocks))  # what lies before has no backward
+    def __init__(
+        self, blocks: Sequence[nn.Module], *, embedding_is_trained: bool, checkpoint_every: int
+    ):
+        """blocks: of the model, wrapped; checkpoint_every: how many of them are a checkpoint, 0:
+        none.
+        """
+        trained = (
+            i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())
+        )
+        first = (
+            0 if embedding_is_trained else next(trained, len(blocks))
+        )  # what lies before has no backward
         self.forward, again, self._done, self._begun = len(blocks), 0, 0, 0
         if checkpoint_every and first < len(blocks):
             again = len(blocks) - first // checkpoint_every * checkpoint_every
@@ -84,12 +94,16 @@ def shows(console: Console) -> bool:
 
 
 class Progress:
-    """`with progress:` shows it where console is a terminal. `begin` each part; `finish_step` after each step.
+    """`with progress:` shows it where console is a terminal. `begin` each part; `finish_step` after
+    each step.
 
-    total: the run's steps, of which done were made before. work: what counts within a part; None: nothing does.
+    total: the run's steps, of which done were made before. work: what counts within a part; None:
+    nothing does.
     """
 
-    def __init__(self, console: Console, *, total: int, done: int = 0, work: BlockWork | None = None):
+    def __init__(
+        self, console: Console, *, total: int, done: int = 0, work: BlockWork | None = None
+    ):
         self.part, self._console = "", console
         self._total, self._done, self._work = total, done, work
         self._expected, self._is_step = 0, False
@@ -110,11 +124,13 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def begin(self, part: str, *, tokens: int = 0, trains: bool = False, is_step: bool = False) -> None:
+    def begin(
+        self, part: str, *, tokens: int = 0, trains: bool = False, is_step: bool = False
+    ) -> None:
         """What is being done from now on.
 
-        tokens: this rank's, that go through all blocks, and where it trains, back; 0: nothing counts.
-        is_step: whether it is one of the run's steps.
+        tokens: this rank's, that go through all blocks, and where it trains, back; 0: nothing
+        counts. is_step: whether it is one of the run's steps.
         """
         now, expected = time.monotonic(), 0
         if self._work:
@@ -125,10 +141,13 @@ class Progress:
         self.part, self._expected, self._is_step, self._part_began = part, expected, is_step, now
 
     def finish_step(self) -> None:
-        """A step is made. What follows until the next one's end is part of its time: validation, checkpoints."""
+        """A step is made. What follows until the next one's end is part of its time: validation,
+        checkpoints.
+        """
         now = time.monotonic()
         if self._steps == 1:
-            self._periods.clear()  # the first step allocates and compiles: it counts while there is no other
+            # The first step allocates and compiles: it counts while there is no other.
+            self._periods.clear()
         self._periods.append(now - self._step_ended)
         self._step_ended, self._steps, self._done = now, self._steps + 1, self._done + 1
         self._is_step = False
@@ -139,7 +158,9 @@ class Progress:
         return min(1.0, self._work.done / self._expected) if self._work and self._expected else 0.0
 
     def seconds_left(self, now: float) -> float | None:
-        """Of all steps, from the mean of the last ones, or from what of the first one is done; None: not known."""
+        """Of all steps, from the mean of the last ones, or from what of the first one is done;
+        None: not known.
+        """
         fraction = self.fraction if self._is_step else 0.0
         if self._periods:
             return (self._total - self._done - fraction) * sum(self._periods) / len(self._periods)
@@ -154,7 +175,10 @@ class Progress:
         if self._is_step and self._total > 1:
             label += f" of {self._total}"
         left = self.seconds_left(now)
-        times = f"elapsed {duration(now - self._started)}, left {'-:--:--' if left is None else duration(left)}"
+        times = (
+            f"elapsed {duration(now - self._started)}, left "
+            f"{'-:--:--' if left is None else duration(left)}"
+        )
         # Of a part that takes long, the bar is about the part; else about the run.
         bar = ProgressBar(1, fraction) if is_slow else ProgressBar(self._total, self._done)
         line = Table.grid(padding=(0, 1), expand=True)
@@ -162,7 +186,8 @@ class Progress:
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
         line.add_row(f"[bold]{label}[/]" + (f" {fraction:4.0%}" if is_slow else ""), bar, times)
-        # Room behind it for the ^C that a terminal writes by itself: in a line of its own it would leave ours standing.
+        # Room behind it for the ^C that a terminal writes by itself: in a line of its own it would
+        # leave ours standing.
         return Constrain(line, self._console.width - 3)
 
 

@@ -21,7 +21,10 @@ def size_text(size: float) -> str:
 def time_unit_of(seconds: float) -> tuple[float, str]:
     """The unit in which so many seconds read best: (its seconds, its name)."""
     units = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
-    return next((unit for unit in units if seconds >= 2 * unit[0]), (1e-3, "ms") if seconds < 1 else (1.0, "s"))
+    return next(
+        (unit for unit in units if seconds >= 2 * unit[0]),
+        (1e-3, "ms") if seconds < 1 else (1.0, "s"),
+    )
 
 
 def time_text(seconds: float) -> str:

@@ -25,10 +25,14 @@ def check_wandb() -> None:
 
 
 class WandbRun:
-    """One run there for the run of this folder, also when it is resumed. wandb's own environment variables count
-    (WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY, ...), WANDB_PROJECT and WANDB_NAME before what is given here."""
+    """One run there for the run of this folder, also when it is resumed. wandb's own environment
+    variables count (WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY, ...), WANDB_PROJECT and WANDB_NAME
+    before what is given here.
+    """
 
-    def __init__(self, folder: Path, *, name: str, config: dict[str, Any], say: Callable[[str], None]):
+    def __init__(
+        self, folder: Path, *, name: str, config: dict[str, Any], say: Callable[[str], None]
+    ):
         """config: the settings, to be shown there. say: tells the user what fails, once."""
         self._say, self._wandb = say, None
         self._safely(self._start, folder, name, config)
@@ -50,7 +54,9 @@ class WandbRun:
         self._wandb = wandb
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """The object of a step in metrics.jsonl. What a killed run has logged of later steps stands: it is the same."""
+        """The object of a step in metrics.jsonl. What a killed run has logged of later steps
+        stands: it is the same.
+        """
         if self._wandb:
             known = {name: value for name, value in values.items() if value is not None}
             self._safely(self._wandb.log, known, step=step)
@@ -64,4 +70,7 @@ class WandbRun:
             act(*args, **kwargs)
         except Exception as error:  # whatever it raises
             self._wandb = None
-            self._say(f"wandb: {type(error).__name__}: {error}. Training goes on; nothing more is logged there.")
+            self._say(
+                f"wandb: {type(error).__name__}: {error}. Training goes on; nothing more is logged "
+                "there."
+            )

@@ -1,7 +1,9 @@
-"""AdamW: fused; or with moments of 8 or 4 bits, with stochastic rounding, with its state in host memory.
+"""AdamW: fused; or with moments of 8 or 4 bits, with stochastic rounding, with its state in host
+memory.
 
-The arithmetic is PyTorch's and torchao's. What is ours is that each step works on this rank's own shard of a parameter,
-a parameter at a time, so that its state can come from the host for its step and go back.
+The arithmetic is PyTorch's and torchao's. What is ours is that each step works on this rank's own
+shard of a parameter, a parameter at a time, so that its state can come from the host for its step
+and go back.
 """
 
 from __future__ import annotations
@@ -41,34 +43,46 @@ def build_optimizer(
     offload: bool = False,
     device_type: str | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over all parameters that are trained; sharded parameters get sharded state.
+    """AdamW (arXiv 1711.05101) over all parameters that are trained; sharded parameters get sharded
+    state.
 
-    offload: the state lives in host memory, and visits the device a parameter at a time. Parameters that are on the
-    host themselves (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their state and their step there in any case.
-    device_type: where they are to be taken to be, by who only plans (None: where they are).
+    offload: the state lives in host memory, and visits the device a parameter at a time. Parameters
+    that are on the host themselves (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their state and
+    their step there in any case. device_type: where they are to be taken to be, by who only plans
+    (None: where they are).
     """
     trained = [p for p in parameters if p.requires_grad]
     offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
-    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    options = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
     if config.name == "adamw" and not config.stochastic_rounding and not offload:
         return torch.optim.AdamW(trained, **options, fused=True)
     bits, stochastic = _BITS.get(config.name, 32), config.stochastic_rounding
-    return ShardwiseAdamW(trained, **options, bits=bits, stochastic_rounding=stochastic, offload=offload)
+    return ShardwiseAdamW(
+        trained, **options, bits=bits, stochastic_rounding=stochastic, offload=offload
+    )
 
 
 class ShardwiseAdamW(torch.optim.Optimizer):
     """AdamW whose step takes each rank's shard of each parameter by itself.
 
-    bits = 32: moments in fp32, or wider as the parameter is. bits = 8 (arXiv 2110.02861) or 4 (arXiv 2309.01507):
-    torchao's block-wise quantized moments wherever a shard has at least 4096 numbers and a multiple of the block size;
-    fp32 elsewhere. The update is computed in fp32 from what the moments say, and they are quantized again.
+    bits = 32: moments in fp32, or wider as the parameter is. bits = 8 (arXiv 2110.02861) or 4
+    (arXiv 2309.01507): torchao's block-wise quantized moments wherever a shard has at least 4096
+    numbers and a multiple of the block size; fp32 elsewhere. The update is computed in fp32 from
+    what the moments say, and they are quantized again.
 
-    stochastic_rounding: bf16 parameters are rounded up or down with probabilities that make the rounding right on
-    average, so that updates smaller than half a unit in the last place add up (arXiv 2010.06192). The random numbers
-    depend on the step and on the shard: replicas of a shard round alike.
+    stochastic_rounding: bf16 parameters are rounded up or down with probabilities that make the
+    rounding right on average, so that updates smaller than half a unit in the last place add up
+    (arXiv 2010.06192). The random numbers depend on the step and on the shard: replicas of a shard
+    round alike.
 
-    offload: moments are kept in pinned host memory and copied to the device and back around the step of their
-    parameter: twice their bytes over the bus a step, and no more than the largest shard's on the device at a time.
+    offload: moments are kept in pinned host memory and copied to the device and back around the
+    step of their parameter: twice their bytes over the bus a step, and no more than the largest
+    shard's on the device at a time.
     """
 
     def __init__(
@@ -83,7 +97,9 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         stochastic_rounding: bool,
         offload: bool,
     ):
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
         self.bits, self.stochastic_rounding, self.offload = bits, stochastic_rounding, offload
         if self.uses_torchao:
             self._torchao_update = import_torchao("optim.adam").single_param_adam
@@ -94,8 +110,12 @@ class ShardwiseAdamW(torch.optim.Optimizer):
 
     @property
     def wants_compiler(self) -> bool:
-        """Whether torchao's update is worth compiling: it is a long list of small kernels on a GPU."""
-        return self.uses_torchao and any(p.is_cuda for group in self.param_groups for p in group["params"])
+        """Whether torchao's update is worth compiling: it is a long list of small kernels on a
+        GPU.
+        """
+        return self.uses_torchao and any(
+            p.is_cuda for group in self.param_groups for p in group["params"]
+        )
 
     @cached_property
     def compiled(self) -> bool:
@@ -106,12 +126,18 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         assert closure is None, "the gradients are there already"
         with ExitStack() as stack:
             if self.compiled:
-                # A shape is a compilation, and there may be more shapes than dynamo's limit on recompilations.
+                # A shape is a compilation, and there may be more shapes than dynamo's limit on
+                # recompilations.
                 stack.enter_context(torch._dynamo.utils.disable_cache_limit())
                 stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
             if self.stochastic_rounding:
-                devices = {p.device.index for group in self.param_groups for p in group["params"] if p.is_cuda}
+                devices = {
+                    p.device.index
+                    for group in self.param_groups
+                    for p in group["params"]
+                    if p.is_cuda
+                }
                 stack.enter_context(torch.random.fork_rng(devices=devices))
             for group in self.param_groups:
                 for index, p in enumerate(group["params"]):
@@ -123,10 +149,15 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         if not state:
             # torchao counts on the host, PyTorch's fused kernel where the parameter is.
             state["step"] = torch.zeros((), device="cpu" if self.uses_torchao else p.device)
-            state.update({name: self._zero_moment(p, signed=name == "exp_avg") for name in _MOMENTS})
+            state.update(
+                {name: self._zero_moment(p, signed=name == "exp_avg") for name in _MOMENTS}
+            )
         kept = [local_shard(state[name]) for name in _MOMENTS]
-        # copy=True: the way there and back is the same where the device is the CPU, as it is in the tests.
-        moments = [m.to(p.device, non_blocking=True, copy=True) for m in kept] if self.offload else kept
+        # copy=True: the way there and back is the same where the device is the CPU, as it is in the
+        # tests.
+        moments = (
+            [m.to(p.device, non_blocking=True, copy=True) for m in kept] if self.offload else kept
+        )
         tensors = (local_shard(p.detach()), local_shard(p.grad), state["step"], *moments)
         if self.uses_torchao:
             if self.stochastic_rounding:
@@ -139,7 +170,13 @@ class ShardwiseAdamW(torch.optim.Optimizer):
                 host.copy_(device, non_blocking=True)
 
     def _update_by_torchao(
-        self, p: Tensor, grad: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict[str, Any]
+        self,
+        p: Tensor,
+        grad: Tensor,
+        step: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        group: dict[str, Any],
     ) -> None:
         update = self._torchao_update
         if self.compiled:
@@ -148,20 +185,28 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         lr = torch.tensor(group["lr"])  # as a number it would be compiled in
         beta1, beta2 = group["betas"]
         constants = (beta1, beta2, group["weight_decay"], group["eps"])
-        update(p, grad, step, exp_avg, exp_avg_sq, None, lr, *constants, True, self.stochastic_rounding)
+        update(
+            p, grad, step, exp_avg, exp_avg_sq, None, lr, *constants, True, self.stochastic_rounding
+        )
 
     def _zero_moment(self, p: nn.Parameter, *, signed: bool) -> Tensor:
-        """Zeros in the shape and layout of p: a DTensor where p is one, quantized where p's shard can be."""
+        """Zeros in the shape and layout of p: a DTensor where p is one, quantized where p's shard
+        can be.
+        """
         local = local_shard(p.detach())
         if is_quantized(local.numel(), self.bits):
             module = import_torchao(f"optim.subclass_{self.bits}bit")
             kind = getattr(module, f"OptimState{self.bits}bit")
-            zeros = kind.zeros(local.shape, signed, _BLOCK_SIZES[self.bits], local.device, dtype=torch.float32)
+            zeros = kind.zeros(
+                local.shape, signed, _BLOCK_SIZES[self.bits], local.device, dtype=torch.float32
+            )
         else:
             zeros = torch.zeros_like(local, dtype=torch.promote_types(local.dtype, torch.float32))
         if isinstance(p, DTensor):
             layout = {"shape": p.shape, "stride": p.stride()}  # uneven shards do not tell the whole
-            zeros = DTensor.from_local(zeros, p.device_mesh, p.placements, run_check=False, **layout)
+            zeros = DTensor.from_local(
+                zeros, p.device_mesh, p.placements, run_check=False, **layout
+            )
         # from_local has moved what belongs to a parameter on the host to the mesh's device.
         zeros = zeros.to("cpu" if self.offload else p.device)
         if self.offload and p.is_cuda:
@@ -170,7 +215,12 @@ class ShardwiseAdamW(torch.optim.Optimizer):
 
 
 def _update_fused(
-    p: Tensor, grad: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict[str, Any]
+    p: Tensor,
+    grad: Tensor,
+    step: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    group: dict[str, Any],
 ) -> None:
     beta1, beta2 = group["betas"]
     constants = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": group["eps"]}
@@ -207,7 +257,7 @@ def missing_compiler() -> str | None:
     return None
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -219,14 +269,18 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 
 def check_shards(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> None:
-    """UserError where a low-bit optimizer would quantize nothing. Parameters are sharded already and may be on meta."""
+    """UserError where a low-bit optimizer would quantize nothing. Parameters are sharded already
+    and may be on meta.
+    """
     bits = _BITS.get(config.name, 32)
     largest = [_largest_shard(p) for p in parameters if p.requires_grad]
     if bits < 32 and not any(is_quantized(numel, bits) for numel in largest):
         raise UserError(
-            f'optimizer.name = "{config.name}" would quantize nothing: no parameter has {_SMALLEST_QUANTIZED:,} '
+            f'optimizer.name = "{config.name}" would quantize nothing: no parameter has '
+            f"{_SMALLEST_QUANTIZED:,} "
             f"numbers or more on a rank, and a multiple of {_BLOCK_SIZES[bits]} (the largest has "
-            f'{max(largest, default=0):,}). Set optimizer.name = "adamw", or use fewer ranks or a larger model.'
+            f'{max(largest, default=0):,}). Set optimizer.name = "adamw", or use fewer ranks or a '
+            "larger model."
         )
 
 
@@ -239,11 +293,13 @@ def _largest_shard(p: nn.Parameter) -> int:
     return -(-p.shape[0] // ways) * math.prod(p.shape[1:]) if p.dim() else 1
 
 
-# --- what it keeps ----------------------------------------------------------------------------------------------------
+# --- what it keeps --------------------------------------------------------------------------------
 
 
 def state_format(optimizer: torch.optim.Optimizer) -> str:
-    """Whose state this is, by the name of the setting: checkpoints of one are of no use to another."""
+    """Whose state this is, by the name of the setting: checkpoints of one are of no use to
+    another.
+    """
     bits = getattr(optimizer, "bits", 32)
     return next((name for name, its_bits in _BITS.items() if its_bits == bits), "adamw")
 
@@ -257,12 +313,16 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     for state in optimizer.state.values():
         for value in state.values():
             for piece in plain_pieces(value):
-                total[str(piece.dtype).removeprefix("torch.")] += piece.numel() * piece.element_size()
+                total[str(piece.dtype).removeprefix("torch.")] += (
+                    piece.numel() * piece.element_size()
+                )
     return dict(total.most_common())
 
 
 def expected_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state of all ranks together, replicas counted once, that there will be after the first step."""
+    """Bytes of the state of all ranks together, replicas counted once, that there will be after the
+    first step.
+    """
     bits = getattr(optimizer, "bits", 32)
     total = 0.0
     for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -275,14 +335,19 @@ def expected_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 @torch.no_grad()
 def describe_state(optimizer: torch.optim.Optimizer) -> str:
-    """A line on the state of this rank: bytes a parameter, by dtype, where. After the first step."""
+    """A line on the state of this rank: bytes a parameter, by dtype, where. After the first
+    step.
+    """
     by_dtype = state_bytes(optimizer)
-    parameters = sum(local_shard(p.detach()).numel() for group in optimizer.param_groups for p in group["params"])
+    parameters = sum(
+        local_shard(p.detach()).numel() for group in optimizer.param_groups for p in group["params"]
+    )
     kinds = ", ".join(f"{count / 2**20:,.1f} MiB {dtype}" for dtype, count in by_dtype.items())
     places = {plain_pieces(state["exp_avg"])[0].device.type for state in optimizer.state.values()}
     where = " and ".join(sorted("host" if place == "cpu" else "device" for place in places))
     return (
-        f"{state_format(optimizer)}: {sum(by_dtype.values()) / max(1, parameters):.2f} bytes of state a parameter, "
+        f"{state_format(optimizer)}: {sum(by_dtype.values()) / max(1, parameters):.2f} bytes of "
+        "state a parameter, "
         f"on a rank {kinds}, in {where} memory"
     )
 
@@ -290,9 +355,10 @@ def describe_state(optimizer: torch.optim.Optimizer) -> str:
 def unaligned_blocks(state: Tensor, saved: list[tuple[torch.Size, torch.Size]], bits: int) -> bool:
     """Whether this rank's shard of a quantized moment cannot be put together from the saved ones.
 
-    saved: offsets and sizes of the shards in a checkpoint. Numbers that share a scale must stay together: where a
-    shard is quantized, here or there, what is copied from or to it begins and ends with a block. Shards that are
-    quantized begin with one, so this is about those too small or too odd to be, on either side.
+    saved: offsets and sizes of the shards in a checkpoint. Numbers that share a scale must stay
+    together: where a shard is quantized, here or there, what is copied from or to it begins and
+    ends with a block. Shards that are quantized begin with one, so this is about those too small or
+    too odd to be, on either side.
     """
     here = compute_local_shape_and_global_offset(state.shape, state.device_mesh, state.placements)
     row, block = math.prod(state.shape[1:]), _BLOCK_SIZES[bits]

@@ -1,1 +1,3 @@
-"""The planner: this project's own step, run on fake tensors, to know what it needs before anyone rents a GPU."""
+"""The planner: this project's own step, run on fake tensors, to know what it needs before anyone
+rents a GPU.
+"""

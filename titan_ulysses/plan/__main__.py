@@ -1,4 +1,5 @@
-"""The plan of a run that starts: `python -m titan_ulysses.plan`, a process of its own beside the run.
+"""The plan of a run that starts: `python -m titan_ulysses.plan`, a process of its own beside the
+run.
 
 It reads a request, a line of JSON, from the standard input (see `train/preflight.py`), prints the
 plan as a line of JSON, and ends when the input does, since the run has ended then.

@@ -1,4 +1,6 @@
-"""Who is running: the phase of the step and the module, also in backward, where no module's forward is on the stack."""
+"""Who is running: the phase of the step and the module, also in backward, where no module's forward
+is on the stack.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ COMPONENTS = (
     "optimizer",
     "other",
 )
-"""What memory is for. "optimizer": what its step needs besides its state; "other": the embedding, residuals, inputs."""
+"""What memory is for. "optimizer": what its step needs besides its state; "other": the embedding,
+residuals, inputs.
+"""
 
 
 class Owner(NamedTuple):
@@ -40,10 +44,12 @@ OUTSIDE = Owner("other", "the step")
 
 
 class Attribution:
-    """Follows which module's forward, recomputation or backward is running, by hooks on the model's own modules.
+    """Follows which module's forward, recomputation or backward is running, by hooks on the model's
+    own modules.
 
-    In backward it is the module in whose forward the autograd node that is running was made: nodes are numbered in the
-    order of their making, on each thread, and on a CPU backward runs on the thread of forward.
+    In backward it is the module in whose forward the autograd node that is running was made: nodes
+    are numbered in the order of their making, on each thread, and on a CPU backward runs on the
+    thread of forward.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
@@ -97,7 +103,8 @@ class Attribution:
             owner = self._running[-1]
         else:
             node = torch._C._current_autograd_node()
-            # A node without a number of ours sums up gradients, or was made in a backward: of whatever ran before it.
+            # A node without a number of ours sums up gradients, or was made in a backward: of
+            # whatever ran before it.
             owner = OUTSIDE if node is None else self._owners.get(node._sequence_nr(), self._latest)
         made = torch.autograd._get_sequence_nr()
         for number in range(self._numbered, made):
@@ -107,7 +114,9 @@ class Attribution:
 
 
 def _owners(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, Owner]:
-    """What each module counts as: itself where its kind is known, else as the module that it is in."""
+    """What each module counts as: itself where its kind is known, else as the module that it is
+    in.
+    """
     layers = {block: layer for layer, block in enumerate(blocks)}
     mlps = {layout.mlp for layout in map(mlp_layout, blocks) if layout is not None}
     owners: dict[nn.Module, Owner] = {}

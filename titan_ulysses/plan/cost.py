@@ -1,8 +1,10 @@
-"""What a step costs, from the same run as its memory: FLOPs, bytes moved, and the time that they take on a GPU.
+"""What a step costs, from the same run as its memory: FLOPs, bytes moved, and the time that they
+take on a GPU.
 
-Time: matrix products, attention and all other kernels run one after the other, and so do the exchanges, for which the
-computation waits. FSDP's collectives and the copies of checkpoints run beside them: of these only what is longer than
-the computation counts (than that of forward for copies to the host, than that of backward for those back).
+Time: matrix products, attention and all other kernels run one after the other, and so do the
+exchanges, for which the computation waits. FSDP's collectives and the copies of checkpoints run
+beside them: of these only what is longer than the computation counts (than that of forward for
+copies to the host, than that of backward for those back).
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 2,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 5,
 }
-"""Matrix products over the scores: two in forward; backward computes the scores again and has four gradients."""
+"""Matrix products over the scores: two in forward; backward computes the scores again and has four
+gradients.
+"""
 
 
 STRETCHES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
@@ -38,8 +42,9 @@ class Cost:
     """Of one rank and one step. Additive."""
 
     amounts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(stretch, kind): FLOPs of "matmul", "attention forward", "attention backward", recomputation included, and bytes
-    that "other kernels" read and write"""
+    """(stretch, kind): FLOPs of "matmul", "attention forward", "attention backward", recomputation
+    included, and bytes that "other kernels" read and write
+    """
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.amounts + other.amounts)
@@ -68,10 +73,14 @@ class Tick(NamedTuple):
 
 
 class CostCounter:
-    """An observer of `MemoryTracker`: adds up what each operation costs, as often as it stands for."""
+    """An observer of `MemoryTracker`: adds up what each operation costs, as often as it stands
+    for.
+    """
 
     def __init__(self, tracker: MemoryTracker, scores: dict[int | None, float]):
-        """scores: of each layer the (query, key) pairs of a row, where they are not those of the call (`Standin`)."""
+        """scores: of each layer the (query, key) pairs of a row, where they are not those of the
+        call (`Standin`).
+        """
         self.cost, self._tracker, self._scores = Cost(), tracker, scores
         self.ticks: list[Tick] = []
         self._exchanged: Counter[str] = Counter()
@@ -86,7 +95,10 @@ class CostCounter:
         return cost
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
-        weight, stretch = self._tracker.weight, STRETCHES.get(self._tracker.attribution.phase, "update")
+        weight, stretch = (
+            self._tracker.weight,
+            STRETCHES.get(self._tracker.attribution.phase, "update"),
+        )
         if func in _ATTENTION:
             backward = _ATTENTION[func] == 5
             query, key = args[1:3] if backward else args[:2]
@@ -97,10 +109,14 @@ class CostCounter:
             kind = "attention backward" if backward else "attention forward"
             self.cost.amounts[stretch, kind] += products * pairs * weight
         elif (packet := func._overloadpacket) in flop_registry:
-            self.cost.amounts[stretch, "matmul"] += weight * flop_registry[packet](*args, **kwargs, out_val=result)
+            self.cost.amounts[stretch, "matmul"] += weight * flop_registry[packet](
+                *args, **kwargs, out_val=result
+            )
         elif func.namespace == "aten" and not func.is_view:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.cost.amounts[stretch, "other kernels"] += weight * sum(x.numel() * x.element_size() for x in tensors)
+            self.cost.amounts[stretch, "other kernels"] += weight * sum(
+                x.numel() * x.element_size() for x in tensors
+            )
         elif func._opname == "all_to_all_single":
             self._exchanged[stretch] += args[0].numel() * args[0].element_size()
         self._tick(stretch)
@@ -108,7 +124,9 @@ class CostCounter:
     def _tick(self, stretch: str) -> None:
         """Note the amounts that the operation changed."""
         event, amounts = len(self._tracker.events), self.cost.amounts
-        now = {kind: amounts[stretch, kind] for kind in KINDS} | {"exchange": self._exchanged[stretch]}
+        now = {kind: amounts[stretch, kind] for kind in KINDS} | {
+            "exchange": self._exchanged[stretch]
+        }
         for kind, amount in now.items():
             if amount != self._latest[stretch, kind]:
                 self._latest[stretch, kind] = amount
@@ -132,13 +150,17 @@ class Links:
         return min(self.world, self.gpus_per_node)
 
     def exchange_seconds(self, size: float, gpu: GPU) -> float:
-        """All-to-alls over neighbours: to ranks on the same node by NVLink, to others by the network."""
+        """All-to-alls over neighbours: to ranks on the same node by NVLink, to others by the
+        network.
+        """
         inside = min(self.sequence, self.gpus_per_node)
         near, far = (inside - 1) / self.sequence, (self.sequence - inside) / self.sequence
         return max(size * near / gpu.node_link, size * far / gpu.network)
 
     def fsdp_seconds(self, size: float, gpu: GPU) -> float:
-        """Rings over all ranks (size: of whole parameters): what comes into a node is shared by NVLink in it."""
+        """Rings over all ranks (size: of whole parameters): what comes into a node is shared by
+        NVLink in it.
+        """
         inside = self.ranks_per_node
         share = (self.world - 1) / self.world
         link = gpu.node_link if self.world <= inside else min(gpu.node_link, inside * gpu.network)
@@ -187,17 +209,26 @@ def kernel_rates(gpu: GPU) -> dict[str, float]:
     return dict(zip(KINDS, rates, strict=True))
 
 
-def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: Offloaded, gpu: GPU, links: Links) -> Time:
+def step_time(
+    cost: Cost, *, exchanged: float, gathered: float, offloaded: Offloaded, gpu: GPU, links: Links
+) -> Time:
     """exchanged and gathered: bytes of a rank and step.
 
-    Checkpoints go to the host and come back; parameters come twice and their gradients go. An optimizer whose state
-    alone is on the host fetches it and sends it back; one whose parameters are there too is as fast as host memory.
+    Checkpoints go to the host and come back; parameters come twice and their gradients go. An
+    optimizer whose state alone is on the host fetches it and sends it back; one whose parameters
+    are there too is as fast as host memory.
     """
     rates = kernel_rates(gpu)
     seconds = Counter({key: amount / rates[key[1]] for key, amount in cost.amounts.items()})
     exchange = links.exchange_seconds(exchanged, gpu)
-    stretches = {name: sum(s for (stretch, _), s in seconds.items() if stretch == name) for name in STRETCHES.values()}
-    forward, backward = stretches["forward"] + exchange / 3, stretches["backward"] + 2 * exchange / 3
+    stretches = {
+        name: sum(s for (stretch, _), s in seconds.items() if stretch == name)
+        for name in STRETCHES.values()
+    }
+    forward, backward = (
+        stretches["forward"] + exchange / 3,
+        stretches["backward"] + 2 * exchange / 3,
+    )
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu),
         "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
@@ -225,11 +256,15 @@ def step_time(cost: Cost, *, exchanged: float, gathered: float, offloaded: Offlo
     return Time(parts, hidden, waits)
 
 
-def clock(ticks: Sequence[Tick], time: Time, *, rates: dict[str, float], share: float) -> list[tuple[int, float]]:
-    """When each operation of a simulated step ends: (events before its end, seconds since the step began).
+def clock(
+    ticks: Sequence[Tick], time: Time, *, rates: dict[str, float], share: float
+) -> list[tuple[int, float]]:
+    """When each operation of a simulated step ends: (events before its end, seconds since the step
+    began).
 
-    rates: amounts a second, of the exchange too. share: of the step's batches, how much was simulated. What the
-    computation waits for is spread over the stretch that waits, as is the transfer of an offloaded optimizer.
+    rates: amounts a second, of the exchange too. share: of the step's batches, how much was
+    simulated. What the computation waits for is spread over the stretch that waits, as is the
+    transfer of an offloaded optimizer.
     """
     latest: Counter[tuple[str, str]] = Counter()
     own: list[float] = []
@@ -245,7 +280,9 @@ def clock(ticks: Sequence[Tick], time: Time, *, rates: dict[str, float], share: 
         longest, {"forward", "backward"}
     )
     over = sum(totals[stretch] for stretch in waiting)
-    slower = {stretch: 1 + share * time.waits[longest] / over for stretch in waiting} if over else {}
+    slower = (
+        {stretch: 1 + share * time.waits[longest] / over for stretch in waiting} if over else {}
+    )
     if totals["update"]:
         slower["update"] = 1 + time.parts["offloaded optimizer"] / totals["update"]
     ends, now = [], 0.0

@@ -35,17 +35,20 @@ def reserves(memory: float, *, communicators: int) -> list[Reserve]:
         Reserve(
             "cuBLAS workspace",
             (32 + 8) * 2**20,
-            "PyTorch, notes/cuda: CUBLAS_WORKSPACE_CONFIG: 32 MiB on Hopper, 8.1 MiB before, and the Lt workspace",
+            "PyTorch, notes/cuda: CUBLAS_WORKSPACE_CONFIG: 32 MiB on Hopper, 8.1 MiB before, and "
+            "the Lt workspace",
         ),
         Reserve(
             "NCCL buffers",
             communicators * 32 * 4 * 2**20,
-            "NCCL, environment variables: NCCL_BUFFSIZE 4 MiB, at most 32 channels (NCCL_MAX_CTAS), a communicator",
+            "NCCL, environment variables: NCCL_BUFFSIZE 4 MiB, at most 32 channels "
+            "(NCCL_MAX_CTAS), a communicator",
         ),
         Reserve(
             "fragmentation",
             0.03 * memory,
-            "assumed: 3 % of the GPU, with expandable segments; allocations of other streams' pools are in it",
+            "assumed: 3 % of the GPU, with expandable segments; allocations of other streams' "
+            "pools are in it",
         ),
     ]
 
@@ -54,11 +57,13 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def cuda_workspace(func, args: tuple, result) -> int:
-    """Bytes that the CUDA kernel which stands where func does holds while it runs, and func does not.
+    """Bytes that the CUDA kernel which stands where func does holds while it runs, and func does
+    not.
 
-    Flash attention's backward (flash-attn 2, csrc/flash_attn/flash_api.cpp, mha_varlen_bwd; PyTorch's SDPA has the same
-    code): `dq_accum`, fp32 of the queries' size; `softmax_d`, fp32 [Hq, S]; and with grouped queries `dk_expanded` and
-    `dv_expanded`, which have all query heads. In forward it saves what the CPU's fallback saves.
+    Flash attention's backward (flash-attn 2, csrc/flash_attn/flash_api.cpp, mha_varlen_bwd;
+    PyTorch's SDPA has the same code): `dq_accum`, fp32 of the queries' size; `softmax_d`, fp32 [Hq,
+    S]; and with grouped queries `dk_expanded` and `dv_expanded`, which have all query heads. In
+    forward it saves what the CPU's fallback saves.
     """
     if func is _FLASH_BACKWARD:
         query, key = args[1], args[2]
@@ -85,5 +90,7 @@ def cpu_workspace(func, args: tuple, result) -> int:
 
 
 def pinned(size: int) -> int:
-    """Bytes of page-locked host memory that PyTorch takes for size of them (CachingHostAllocator: a power of two)."""
+    """Bytes of page-locked host memory that PyTorch takes for size of them (CachingHostAllocator: a
+    power of two).
+    """
     return 1 << max(0, size - 1).bit_length()

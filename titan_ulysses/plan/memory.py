@@ -1,4 +1,6 @@
-"""Follows every storage of a simulated step from its allocation to its end: what is alive, what for, and since when."""
+"""Follows every storage of a simulated step from its allocation to its end: what is alive, what
+for, and since when.
+"""
 
 from __future__ import annotations
 
@@ -73,11 +75,12 @@ class Peak:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Notes each allocation and release of the fake tensors under it, in order; `workspace` adds what kernels use.
+    """Notes each allocation and release of the fake tensors under it, in order; `workspace` adds
+    what kernels use.
 
-    workspace(function, arguments, result) -> bytes that its kernel holds while it runs, besides what it returns.
-    FSDP keeps storages and resizes them, which the dispatcher does not see: those that could be are looked at again at
-    every operation.
+    workspace(function, arguments, result) -> bytes that its kernel holds while it runs, besides
+    what it returns. FSDP keeps storages and resizes them, which the dispatcher does not see: those
+    that could be are looked at again at every operation.
     """
 
     def __init__(self, workspace: Callable[..., int]):
@@ -102,25 +105,30 @@ class MemoryTracker(TorchDispatchMode):
         self._in_shape_propagation = False
         self._moment = Moment("setup", Owner("other", "setup"), "")
 
-    # --- what is alive ------------------------------------------------------------------------------------------------
+    # --- what is alive ----------------------------------------------------------------------------
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the wrapper that says so costs as much as an operation
+        # Nothing is compiled here, and the wrapper that says so costs as much as an operation.
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not _are_plain(types):
-            return NotImplemented  # DTensor and its like first: what they call comes here again, as plain tensors
+            # DTensor and its like first: what they call comes here again, as plain tensors.
+            return NotImplemented
         kwargs = kwargs or {}
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # what it does; on fake tensors it would make another
         if _is_real(types, args, kwargs):
-            with unset_fake_temporarily():  # what is real, as the state of a random number generator, stays real
+            with (
+                unset_fake_temporarily()
+            ):  # what is real, as the state of a random number generator, stays real
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # the optimizer's count of its steps, which it keeps on the host
         if func is torch.ops.aten.empty_strided.default or self._in_shape_propagation:
-            # DTensor runs an operation on whole tensors, made for that, to know the shape of its result.
+            # DTensor runs an operation on whole tensors, made for that, to know the shape of its
+            # result.
             self._in_shape_propagation = func is torch.ops.aten.empty_strided.default
             return func(*args, **kwargs)
         self._look_at_resizable()
@@ -135,10 +143,14 @@ class MemoryTracker(TorchDispatchMode):
 
     def _where(self, func) -> None:
         if self.attribution is not None:
-            self._moment = Moment(self.attribution.phase, self.attribution.here(), func._opname, makers())
+            self._moment = Moment(
+                self.attribution.phase, self.attribution.here(), func._opname, makers()
+            )
 
     def _note_results(self, func, args, kwargs, result) -> tuple[Allocation, int] | None:
-        """Note what func returned. Returns what its kernel holds besides, and the change of its bytes at the end."""
+        """Note what func returned. Returns what its kernel holds besides, and the change of its
+        bytes at the end.
+        """
         component = _fsdp_component(func)
         if component is None and self._brings_parameter(func, args):
             component = "gathered parameters"
@@ -146,7 +158,10 @@ class MemoryTracker(TorchDispatchMode):
             self._note(tensor, func, component)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
-        workspace, passing = self._workspace(func, args, result), self._transient_bytes(func, args, component)
+        workspace, passing = (
+            self._workspace(func, args, result),
+            self._transient_bytes(func, args, component),
+        )
         if not workspace and not passing:
             return None
         kernel = self._allocation(func, (), torch.uint8, component)
@@ -160,8 +175,8 @@ class MemoryTracker(TorchDispatchMode):
     def _transient_bytes(self, func, args, component: str | None) -> int:
         """Bytes of copies between host and device that do not show where both are the CPU.
 
-        A shard from the host arrives on the device in its own dtype, before it is cast; that of a reduced gradient is
-        there until it has gone to the host.
+        A shard from the host arrives on the device in its own dtype, before it is cast; that of a
+        reduced gradient is there until it has gone to the host.
         """
         if not self.parameters_on_host:
             return 0
@@ -190,11 +205,22 @@ class MemoryTracker(TorchDispatchMode):
             self._resizable[key] = self._alive[key][1]
         self._add(allocation, size)
 
-    def _allocation(self, func, shape: tuple[int, ...], dtype: torch.dtype, component: str | None) -> Allocation:
+    def _allocation(
+        self, func, shape: tuple[int, ...], dtype: torch.dtype, component: str | None
+    ) -> Allocation:
         phase, owner, _, made_in = self._moment
         if component is None and FSDP in made_in:
             component = "gradients" if phase == "backward" else "gathered parameters"
-        return Allocation(component or owner.component, self.place, owner, phase, func._opname, shape, dtype, made_in)
+        return Allocation(
+            component or owner.component,
+            self.place,
+            owner,
+            phase,
+            func._opname,
+            shape,
+            dtype,
+            made_in,
+        )
 
     def _release(self, key: int) -> None:
         allocation, _ = self._alive.pop(key)
@@ -234,12 +260,19 @@ class MemoryTracker(TorchDispatchMode):
         for allocation, change in self.events[: at + 1]:
             if allocation.place in places:
                 alive[allocation] += change
-        return Peak(highest, self.moments[at], at, {allocation: size for allocation, size in alive.items() if size})
+        return Peak(
+            highest,
+            self.moments[at],
+            at,
+            {allocation: size for allocation, size in alive.items() if size},
+        )
 
-    # --- repetition -------------------------------------------------------------------------------------------------
+    # --- repetition -------------------------------------------------------------------------------
 
     def shortened(self, tiles: list[slice]) -> Iterator[slice]:
-        """The first two tiles and the last; the second stands for all between, as many times as there are."""
+        """The first two tiles and the last; the second stands for all between, as many times as
+        there are.
+        """
         yield from tiles[:1]
         if len(tiles) > 2:
             before, self.weight = self.weight, self.weight * (len(tiles) - 2)
@@ -247,10 +280,19 @@ class MemoryTracker(TorchDispatchMode):
             self.weight = before
         yield from tiles[1:][-1:]
 
-    # --- what it is for -----------------------------------------------------------------------------------------------
+    # --- what it is for ---------------------------------------------------------------------------
 
-    def claim(self, tensors: Iterable[Tensor], component: str, *, place: Place | None = None, label: str = "") -> None:
-        """Say, also afterwards, what the memory of tensors is for, where it is, and what it is called."""
+    def claim(
+        self,
+        tensors: Iterable[Tensor],
+        component: str,
+        *,
+        place: Place | None = None,
+        label: str = "",
+    ) -> None:
+        """Say, also afterwards, what the memory of tensors is for, where it is, and what it is
+        called.
+        """
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 for piece in plain_pieces(tensor):
@@ -260,7 +302,9 @@ class MemoryTracker(TorchDispatchMode):
                         found[0].label = label or found[0].label
 
     def _brings_parameter(self, func, args) -> bool:
-        """Whether func casts a shard for its way, or is what FSDP does instead of gathering on one rank."""
+        """Whether func casts a shard for its way, or is what FSDP does instead of gathering on one
+        rank.
+        """
         if func not in _COPIES or self._moment.phase == "optimizer":
             return False
         source = args[1] if func is torch.ops.aten.copy_.default else args[0]
@@ -289,9 +333,11 @@ _MAKERS = 3
 
 
 def makers() -> tuple[str, ...]:
-    """The functions that are running, innermost first, of those that know what a tensor is: this project's
-    ("exchange._scatter_heads"), "FSDP", and transformers' rotary embedding. Operators say only how one was made.
-    What calls a block that is being computed again has nothing to do with what the block makes."""
+    """The functions that are running, innermost first, of those that know what a tensor is: this
+    project's ("exchange._scatter_heads"), "FSDP", and transformers' rotary embedding. Operators say
+    only how one was made. What calls a block that is being computed again has nothing to do with
+    what the block makes.
+    """
     found: list[str] = []
     frame = sys._getframe(1)
     while frame is not None and len(found) < _MAKERS:
@@ -332,7 +378,10 @@ def _fsdp_component(func) -> str | None:
 def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
     """Whether none of the tensors is of a class that consists of others."""
     plain = (FakeTensor, nn.Parameter)
-    return all(issubclass(t, plain) or t.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl for t in types)
+    return all(
+        issubclass(t, plain) or t.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+        for t in types
+    )
 
 
 def _is_real(types, args, kwargs) -> bool:
@@ -360,5 +409,7 @@ def plain_pieces(x: Tensor) -> list[Tensor]:
     if isinstance(x, DTensor):
         x = x._local_tensor
     if hasattr(x, "__tensor_flatten__") and not isinstance(x, FakeTensor):
-        return [piece for name in x.__tensor_flatten__()[0] for piece in plain_pieces(getattr(x, name))]
+        return [
+            piece for name in x.__tensor_flatten__()[0] for piece in plain_pieces(getattr(x, name))
+        ]
     return [x]

@@ -1,4 +1,6 @@
-"""From a simulated step to an answer: does it fit, what binds, how long is a step, how long could a sequence be."""
+"""From a simulated step to an answer: does it fit, what binds, how long is a step, how long could a
+sequence be.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ class Setup:
 
     @property
     def communicators(self) -> int:
-        """Process groups with more than one rank: FSDP's, its replicas', sequence-parallel, and the loss's."""
+        """Process groups with more than one rank: FSDP's, its replicas', sequence-parallel, and the
+        loss's.
+        """
         d = self.degrees
         return sum(n > 1 for n in (d.shard * d.sequence, d.replicate, d.sequence, self.world_size))
 
@@ -85,7 +89,9 @@ def resolve_for_plan(config: Config, *, world_size: int) -> RunSpec:
 def _select_planned_core(
     name: str, model_config: PreTrainedConfig, *, device_type: str, dtype: torch.dtype
 ) -> tuple[Core, str]:
-    """The core that a GPU would run, or what stands for it here; and what is to be said about that."""
+    """The core that a GPU would run, or what stands for it here; and what is to be said about
+    that.
+    """
     needs = attention_needs(model_config)
     flash_can = needs <= {"window", "softcap"} and dtype == torch.bfloat16
     if name not in ("flex", "flash") and not (name == "auto" and flash_can):
@@ -128,8 +134,12 @@ class Plan:
         totals: Counter[str] = Counter()
         for allocation, size in peak.alive.items():
             # Checkpoints have slabs of exactly their size; the rest is pinned by PyTorch.
-            totals[allocation.component] += size if allocation.component == "checkpoints" else pinned(size)
-        return {component: size * self.setup.ranks_per_node for component, size in totals.most_common()}
+            totals[allocation.component] += (
+                size if allocation.component == "checkpoints" else pinned(size)
+            )
+        return {
+            component: size * self.setup.ranks_per_node for component, size in totals.most_common()
+        }
 
     @property
     def host_bytes(self) -> float:
@@ -155,12 +165,15 @@ class Plan:
             return counts.get(kind, (0, 0))[1]
 
         on_host: Counter[str] = Counter()
-        for allocation, bytes_ in self.simulation.memory.peak("host", first=self.simulation.start).alive.items():
+        for allocation, bytes_ in self.simulation.memory.peak(
+            "host", first=self.simulation.start
+        ).alive.items():
             on_host[allocation.component] += bytes_
         return step_time(
             self.simulation.cost,
             exchanged=size("all_to_all"),
-            gathered=size("all_gather") * setup.degrees.shard * setup.degrees.sequence + size("reduce_scatter"),
+            gathered=size("all_gather") * setup.degrees.shard * setup.degrees.sequence
+            + size("reduce_scatter"),
             offloaded=Offloaded(
                 checkpoints=on_host["checkpoints"] * setup.degrees.accumulation_steps,
                 parameters=on_host["parameters"],
@@ -178,7 +191,9 @@ class Plan:
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:
-        """When each simulated operation ends: (events of its memory before that, seconds since the step began)."""
+        """When each simulated operation ends: (events of its memory before that, seconds since the
+        step began).
+        """
         setup, simulation = self.setup, self.simulation
         exchange = self._links.exchange_seconds(1.0, setup.gpu)
         rates = kernel_rates(setup.gpu) | {"exchange": 1 / exchange if exchange else inf}
@@ -206,7 +221,9 @@ class Plan:
 
     @property
     def bottleneck(self) -> str:
-        """GPU memory or host memory where they do not suffice, else what the step's time is spent on."""
+        """GPU memory or host memory where they do not suffice, else what the step's time is spent
+        on.
+        """
         if not self.gpu_fits:
             return "GPU memory"
         return self.time.bottleneck if self.host_fits else "host memory"
@@ -217,16 +234,24 @@ def make_plan(setup: Setup) -> Plan:
     config = setup.config
     notes = [setup.spec.core_reason]
     if config.compile.enable:
-        notes.append("compile.enable: planned as it runs without compilation, which needs as much memory or more")
+        notes.append(
+            "compile.enable: planned as it runs without compilation, which needs as much memory or "
+            "more"
+        )
     if config.quantize.float8:
-        notes.append("quantize.float8: memory is planned with float8 products, time with the speed of bf16 products")
+        notes.append(
+            "quantize.float8: memory is planned with float8 products, time with the speed of bf16 "
+            "products"
+        )
     simulation = simulate(setup.spec, cuda=True)
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)
     if setup.host_memory and weights > setup.host_memory:
         raise UserError(
-            f"plan.host_memory_gib = {setup.host_memory / GIB:g}: memory.parameter_offload = true puts "
-            f"{weights / GIB:.3g} GiB of weights there. Use more nodes, or set memory.parameter_offload = false."
+            f"plan.host_memory_gib = {setup.host_memory / GIB:g}: memory.parameter_offload = true "
+            "puts "
+            f"{weights / GIB:.3g} GiB of weights there. Use more nodes, or set "
+            "memory.parameter_offload = false."
         )
     return plan
 

@@ -31,7 +31,9 @@ class Timeline(NamedTuple):
     alive: list[dict[str, int]]
     """of each column: bytes by component, at its highest moment"""
     begins: list[tuple[str, float]]
-    """what begins at which second: the backward pass of each batch, and the update: clipping and the optimizer"""
+    """what begins at which second: the backward pass of each batch, and the update: clipping and
+    the optimizer
+    """
     peak: tuple[float, int]
     """seconds and bytes of the highest moment"""
 
@@ -55,7 +57,9 @@ def timeline_of(plan: Plan) -> Timeline:
                 columns[-1] = alive.copy()
     columns += [alive.copy() for _ in range(_COLUMNS - len(columns))]
     ends = [width * (index + 1) for index in range(_COLUMNS)]
-    return Timeline(ends, columns, _begins(plan), (plan.seconds_at(plan.peak.event), plan.peak.bytes))
+    return Timeline(
+        ends, columns, _begins(plan), (plan.seconds_at(plan.peak.event), plan.peak.bytes)
+    )
 
 
 def _begins(plan: Plan) -> list[tuple[str, float]]:
@@ -86,7 +90,10 @@ def timeline(plan: Plan, path: Path) -> None:
         names = [component_name(name) for name in COMPONENTS]
         colors = colormaps["tab20"].colors[: len(names)]
         axes.stackplot(ends, stacked, labels=names, colors=colors, linewidth=0, step="pre")
-        axes.set(xlim=(0, ends[-1]), ylim=(0, 1.15 * (max(limit, peak) if limit < _IN_SIGHT * peak else peak)))
+        axes.set(
+            xlim=(0, ends[-1]),
+            ylim=(0, 1.15 * (max(limit, peak) if limit < _IN_SIGHT * peak else peak)),
+        )
         _mark(axes, line, time_unit)
         _mark_limit(axes, limit, peak, unit)
         axes.plot([when], [peak], marker="v", color="black", clip_on=False)
@@ -100,14 +107,31 @@ def timeline(plan: Plan, path: Path) -> None:
             fontsize=8,
         )
         drawn, batches = plan.simulation.batches, plan.setup.degrees.accumulation_steps
-        of_them = f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
-        axes.set(xlabel=f"planned time in the step, {time_name}{of_them}", ylabel=f"{unit_name} on one GPU")
+        of_them = (
+            f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
+        )
+        axes.set(
+            xlabel=f"planned time in the step, {time_name}{of_them}",
+            ylabel=f"{unit_name} on one GPU",
+        )
         setup, config = plan.setup, plan.setup.config
-        title = f"{config.job.name}: {config.training.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}"
+        title = (
+            f"{config.job.name}: {config.training.seq_len:,} tokens on {setup.world_size} x "
+            f"{setup.gpu.name}"
+        )
         axes.set_title(title, fontsize=10, pad=16)
         handles, names = axes.get_legend_handles_labels()
-        used = [(h, n) for h, n, row in zip(handles, names, heights, strict=True) if row.max() > 0.005 * peak]
-        axes.legend(*zip(*reversed(used), strict=True), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+        used = [
+            (h, n)
+            for h, n, row in zip(handles, names, heights, strict=True)
+            if row.max() > 0.005 * peak
+        ]
+        axes.legend(
+            *zip(*reversed(used), strict=True),
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            fontsize=8,
+        )
 
 
 def _mark(axes: Any, line: Timeline, time_unit: float) -> None:
@@ -132,7 +156,10 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
         axes.axhline(limit, color=COLORS[1], linewidth=1)
         axes.text(0, limit, " what the GPU has for tensors", va="bottom", fontsize=8)
     else:
-        words = f" the GPU has {size_text(limit * unit)} for tensors, {limit / peak:,.0f} times the peak"
+        words = (
+            f" the GPU has {size_text(limit * unit)} for tensors, {limit / peak:,.0f} times "
+            "the peak"
+        )
         axes.text(0, 0.98, words, va="top", fontsize=8, transform=axes.transAxes)
 
 

@@ -1,4 +1,6 @@
-"""What `--plan` says: tables on the console, plan.json, two pictures, and one sentence in plain words."""
+"""What `--plan` says: tables on the console, plan.json, two pictures, and one sentence in plain
+words.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ _SHORT = 1.0
 
 
 def plan_and_report(config: Config) -> None:
-    """Plan config, say so on the console, and write <dump_folder>/<name>/plan.json and pictures. UserError: cannot."""
+    """Plan config, say so on the console, and write <dump_folder>/<name>/plan.json and pictures.
+    UserError: cannot.
+    """
     started = time.perf_counter()
     console = Console()
     setup = set_up(config)
@@ -36,7 +40,11 @@ def plan_and_report(config: Config) -> None:
     folder = Path(config.job.dump_folder) / config.job.name
     folder.mkdir(parents=True, exist_ok=True)
     say(console, plan)
-    found = tell_each(console, "longest sequences that fit", search(setup, plan)) if config.plan.search else []
+    found = (
+        tell_each(console, "longest sequences that fit", search(setup, plan))
+        if config.plan.search
+        else []
+    )
     first = found[0] if found else None
     rungs = "longest sequences with ALST's features, one after the other"
     steps = tell_each(console, rungs, ladder(setup, first)) if config.plan.ladder else []
@@ -53,13 +61,14 @@ def plan_and_report(config: Config) -> None:
     pictures = _draw(plan, steps, folder)
     console.print(closing(plan, best, found), highlight=False, soft_wrap=True)
     console.print(
-        f"[dim]{folder}/plan.json{pictures}; planned in {time_text(time.perf_counter() - started)}[/]",
+        f"[dim]{folder}/plan.json{pictures}; planned in "
+        f"{time_text(time.perf_counter() - started)}[/]",
         highlight=False,
         soft_wrap=True,
     )
 
 
-# --- the console ------------------------------------------------------------------------------------------------------
+# --- the console ----------------------------------------------------------------------------------
 
 
 def say(console: Console, plan: Plan) -> None:
@@ -75,7 +84,8 @@ def say(console: Console, plan: Plan) -> None:
         f"({size_text(setup.gpu_memory)} each, {config.plan.gpus_per_node} a node)"
     )
     tell(
-        f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence}; {t.seq_len:,} tokens a sequence, "
+        f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence}; {t.seq_len:,} "
+        "tokens a sequence, "
         f"{t.seq_len // d.sequence:,} a rank"
     )
     if idle := check_idle(setup):
@@ -88,7 +98,9 @@ def say(console: Console, plan: Plan) -> None:
         tell(f"  {line}", markup=False)
     if plan.host_bytes:
         limit_of_it = f" of {size_text(setup.host_memory)}" if setup.host_memory else ""
-        parts = ", ".join(f"{name} {size_text(size)}" for name, size in plan.host_components.items())
+        parts = ", ".join(
+            f"{name} {size_text(size)}" for name, size in plan.host_components.items()
+        )
         tell(f"host memory of a node: {size_text(plan.host_bytes)}{limit_of_it} ({parts})")
     for line in time_lines(plan):
         tell(line)
@@ -103,9 +115,15 @@ def _components(plan: Plan) -> Table:
         if not size:
             continue
         share = size / plan.gpu_bytes
-        table.add_row(component_name(name), size_text(size), f"{share:.1%}" if share >= 0.001 else "< 0.1%")
+        table.add_row(
+            component_name(name), size_text(size), f"{share:.1%}" if share >= 0.001 else "< 0.1%"
+        )
     table.add_section()
-    table.add_row("[bold]all[/]", f"[bold]{size_text(plan.gpu_bytes)}[/]", f"of {size_text(plan.setup.gpu_memory)}")
+    table.add_row(
+        "[bold]all[/]",
+        f"[bold]{size_text(plan.gpu_bytes)}[/]",
+        f"of {size_text(plan.setup.gpu_memory)}",
+    )
     return table
 
 
@@ -113,7 +131,11 @@ def largest(plan: Plan) -> list[str]:
     """The largest tensors at the peak, a line each."""
     lines = []
     for allocation, size in sorted(plan.peak.alive.items(), key=lambda item: -item[1])[:_LARGEST]:
-        shape = f"  {list(allocation.shape)} {str(allocation.dtype).removeprefix('torch.')}" if allocation.shape else ""
+        shape = (
+            f"  {list(allocation.shape)} {str(allocation.dtype).removeprefix('torch.')}"
+            if allocation.shape
+            else ""
+        )
         lines.append(f"{size_text(size):>11}  {tensor_name(allocation)}{shape}")
     return lines
 
@@ -128,7 +150,9 @@ def time_lines(plan: Plan) -> list[str]:
     at_once = listed(time_.hidden)
     longest = max(time_.waits, key=time_.waits.__getitem__)
     collectives = sorted(plan.simulation.collectives.items())
-    counts = ", ".join(f"{kind} {calls} calls, {size_text(size)}" for kind, (calls, size) in collectives)
+    counts = ", ".join(
+        f"{kind} {calls} calls, {size_text(size)}" for kind, (calls, size) in collectives
+    )
     lines = [
         f"a step: {time_text(time_.seconds)}, MFU {plan.mfu:.1%}",
         f"  one after the other: {', '.join(listed(time_.parts))}",
@@ -138,7 +162,9 @@ def time_lines(plan: Plan) -> list[str]:
     if waits := time_.waits[longest]:
         lines.append(f"  waiting for {longest}: {time_text(waits)}")
     if time_.seconds < _SHORT:
-        lines.append("  not planned: the time to launch kernels, which makes short steps longer than this")
+        lines.append(
+            "  not planned: the time to launch kernels, which makes short steps longer than this"
+        )
     return [*lines, f"  collectives of a rank: {counts}"]
 
 
@@ -151,9 +177,13 @@ def tell_each(console: Console, title: str, found: Any) -> list[SearchResult]:
         if one.need is None:
             console.print(f"  {one.what:<36} does not fit at any length", highlight=False)
         else:
-            plan, most = one.need.plan, "at least " if is_open(one.need.plan.setup, one.need.seq_len) else ""
+            plan, most = (
+                one.need.plan,
+                "at least " if is_open(one.need.plan.setup, one.need.seq_len) else "",
+            )
             console.print(
-                f"  {one.what:<36} {f'{most}{one.need.seq_len:,}':>11} tokens, a step {time_text(plan.time.seconds)}",
+                f"  {one.what:<36} {f'{most}{one.need.seq_len:,}':>11} tokens, a step "
+                f"{time_text(plan.time.seconds)}",
                 highlight=False,
             )
     return all_of_them
@@ -165,7 +195,8 @@ def closing(plan: Plan, longest_seq_len: int, found: Sequence[SearchResult]) -> 
     what = f"{setup.config.training.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}"
     verdict = "fit" if plan.fits else "do not fit"
     reason = {
-        "GPU memory": f"A GPU would need {size_text(plan.gpu_bytes)} of {size_text(setup.gpu_memory)}.",
+        "GPU "
+        "memory": f"A GPU would need {size_text(plan.gpu_bytes)} of {size_text(setup.gpu_memory)}.",
         "host memory": f"A node would need {size_text(plan.host_bytes)} of host memory.",
     }.get(plan.bottleneck, f"Most of a step's time goes to {plan.bottleneck}.")
     longer = _longest_sentence(setup, longest_seq_len, verified=bool(found))
@@ -182,14 +213,19 @@ def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
     if not seq_len:
         return "No length fits with these settings."
     if is_open(setup, seq_len):
-        sentence = f"With these settings at least {seq_len:,} tokens fit: the planner looks no further."
+        sentence = (
+            f"With these settings at least {seq_len:,} tokens fit: the planner looks no further."
+        )
         if not setup.host_memory:
             sentence += " Host memory was not looked at: plan.host_memory_gib is not set."
     else:
         sentence = f"With these settings {'up to' if verified else 'about'} {seq_len:,} tokens fit."
     positions = getattr(setup.model_config, "max_position_embeddings", None)
     if positions and seq_len > positions:
-        sentence += f" (Beyond {positions:,}, its max_position_embeddings, the model needs model.rope_scaling.)"
+        sentence += (
+            f" (Beyond {positions:,}, its max_position_embeddings, the model needs "
+            "model.rope_scaling.)"
+        )
     return sentence
 
 
@@ -213,11 +249,16 @@ def advice(plan: Plan) -> str:
             (alive.get("optimizer state", 0), {"memory.optimizer_offload": True}),
         ]
         heads = getattr(setup.model_config, "num_attention_heads", 1)
-        if 2 * setup.degrees.sequence <= min(heads, setup.world_size) and setup.degrees.shard % 2 == 0:
+        if (
+            2 * setup.degrees.sequence <= min(heads, setup.world_size)
+            and setup.degrees.shard % 2 == 0
+        ):
             more = {"parallelism.sequence_parallel_degree": 2 * setup.degrees.sequence}
             changes.append((alive.get("attention", 0), more))
     open_ = [
-        (size, c) for size, c in changes if any(table[k.split(".")[0]][k.split(".")[1]] != v for k, v in c.items())
+        (size, c)
+        for size, c in changes
+        if any(table[k.split(".")[0]][k.split(".")[1]] != v for k, v in c.items())
     ]
     if not open_ or max(size for size, _ in open_) <= 0:
         return "Only GPUs with more memory, or more GPUs a sequence, would help."
@@ -225,11 +266,13 @@ def advice(plan: Plan) -> str:
     other = make_plan(with_settings(setup, change))
     settings = ", ".join(f"{key} = {show(value)}" for key, value in change.items())
     if plan.bottleneck == "host memory":
-        return f"What lowers host memory most: {settings} (to {size_text(other.host_bytes)} a node)."
+        return (
+            f"What lowers host memory most: {settings} (to {size_text(other.host_bytes)} a node)."
+        )
     return f"What lowers the GPU's peak most: {settings} (to {size_text(other.gpu_bytes)})."
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def gpu_components(plan: Plan) -> dict[str, float]:
@@ -253,9 +296,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "mfu": plan.mfu,
         "components": {name: size / GIB for name, size in gpu_components(plan).items()},
         "host_components": {name: size / GIB for name, size in plan.host_components.items()},
-        "peak": {"phase": moment.phase, "module": moment.owner.module, "operation": kernel_name(moment.operation)},
-        "seconds": plan.time.parts | {f"{name} (beside)": s for name, s in plan.time.hidden.items()},
-        "collectives": {k: {"calls": n, "bytes": b} for k, (n, b) in plan.simulation.collectives.items()},
+        "peak": {
+            "phase": moment.phase,
+            "module": moment.owner.module,
+            "operation": kernel_name(moment.operation),
+        },
+        "seconds": plan.time.parts
+        | {f"{name} (beside)": s for name, s in plan.time.hidden.items()},
+        "collectives": {
+            k: {"calls": n, "bytes": b} for k, (n, b) in plan.simulation.collectives.items()
+        },
         "reserves": {reserve.what: reserve.source for reserve in plan.reserves},
         "notes": list(plan.notes),
     }
@@ -264,7 +314,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def _found_json(one: SearchResult) -> dict[str, Any]:
     if one.need is None:
         return {"what": one.what, "settings": one.changes, "seq_len": None}
-    return {"what": one.what, "settings": one.changes, "seq_len": one.need.seq_len} | as_json(one.need.plan)
+    return {"what": one.what, "settings": one.changes, "seq_len": one.need.seq_len} | as_json(
+        one.need.plan
+    )
 
 
 def _draw(plan: Plan, steps: list[SearchResult], folder: Path) -> str:

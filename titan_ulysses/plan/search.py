@@ -1,8 +1,9 @@
 """How long a sequence can be, and with which settings; and what each feature adds to that.
 
-Memory is affine in the sequence length, piece by piece: at each moment of the step it is a constant and a part in
-proportion to S, and the peak is the highest of such lines. So a line through two simulated lengths says where the limit
-is; it is simulated there, and the line drawn again from that point, until the length fits and the next one does not.
+Memory is affine in the sequence length, piece by piece: at each moment of the step it is a constant
+and a part in proportion to S, and the peak is the highest of such lines. So a line through two
+simulated lengths says where the limit is; it is simulated there, and the line drawn again from that
+point, until the length fits and the next one does not.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from titan_ulysses.plan.planner import Plan, Setup, make_plan
 _UNIT = 256
 """Lengths are multiples of so many tokens a rank."""
 _CLOSE = 0.01
-"""What is found with changed settings may be too short by this share: it spares a simulation each time."""
+"""What is found with changed settings may be too short by this share: it spares a simulation each
+time.
+"""
 _MOST = 2**27
 """Tokens, where a search ends: positions and kernels have been tried no further."""
 _REACH = 64
-"""How many times longer than any simulated length the next one may be: what a short sequence needs most memory for need
-not be what a long one does."""
+"""How many times longer than any simulated length the next one may be: what a short sequence needs
+most memory for need not be what a long one does.
+"""
 _TRUSTED = 4
 """The same for a length that is only estimated."""
 
@@ -55,7 +59,10 @@ def with_settings(setup: Setup, changes: dict[str, object]) -> Setup:
     if sequence != degrees.sequence:
         shard, rest = divmod(setup.world_size, degrees.replicate * sequence)
         if rest:
-            raise UserError(f"parallelism.sequence_parallel_degree = {sequence} does not divide {setup.world_size}")
+            raise UserError(
+                f"parallelism.sequence_parallel_degree = {sequence} does not divide "
+                f"{setup.world_size}"
+            )
         degrees = MeshDegrees(degrees.replicate, shard, sequence, degrees.local_batch_size, 1)
     return replace(setup, spec=setup.spec.with_config(config, degrees))
 
@@ -65,10 +72,15 @@ def at_length(setup: Setup, seq_len: int) -> MemoryNeed:
 
 
 def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
-    """Where the lines through two lengths reach the hardware's limits, rounded down; the two are not the same."""
+    """Where the lines through two lengths reach the hardware's limits, rounded down; the two are
+    not the same.
+    """
     unit = _UNIT * setup.degrees.sequence
     lengths = []
-    for memory, low, high in ((setup.gpu_memory, a.gpu, b.gpu), (setup.host_memory or inf, a.host, b.host)):
+    for memory, low, high in (
+        (setup.gpu_memory, a.gpu, b.gpu),
+        (setup.host_memory or inf, a.host, b.host),
+    ):
         slope = (high - low) / (b.seq_len - a.seq_len)
         lengths.append(inf if slope <= 0 else b.seq_len + (memory - high) / slope)
     return max(0, int(min(*lengths, _MOST)) // unit * unit)
@@ -80,7 +92,8 @@ def is_open(setup: Setup, seq_len: int) -> bool:
 
 
 def estimate(setup: Setup, first: Plan) -> int:
-    """About the longest sequence that fits, by lines through a few simulated lengths, not verified; 0 where none does.
+    """About the longest sequence that fits, by lines through a few simulated lengths, not verified;
+    0 where none does.
 
     first: a plan of setup, at any length.
     """
@@ -98,15 +111,25 @@ def estimate(setup: Setup, first: Plan) -> int:
 
 
 def longest(
-    setup: Setup, first: Plan | None = None, *, near: int = 0, close: float = 0.0, simulations: int = 6
+    setup: Setup,
+    first: Plan | None = None,
+    *,
+    near: int = 0,
+    close: float = 0.0,
+    simulations: int = 6,
 ) -> MemoryNeed | None:
     """The longest sequence that fits, verified by simulating it; None where none does.
 
-    first: a plan at some length. near: a length to begin with otherwise. close: the share of its length by which it may
-    be too short. Where nothing limits it, that is the longest that is looked at (see `is_open`).
+    first: a plan at some length. near: a length to begin with otherwise. close: the share of its
+    length by which it may be too short. Where nothing limits it, that is the longest that is looked
+    at (see `is_open`).
     """
     unit = _UNIT * setup.degrees.sequence
-    start = MemoryNeed.of(first) if first else at_length(setup, max(unit, near // unit * unit or 64 * unit))
+    start = (
+        MemoryNeed.of(first)
+        if first
+        else at_length(setup, max(unit, near // unit * unit or 64 * unit))
+    )
     other = at_length(setup, max(unit, start.seq_len // 2 // unit * unit))
     if other.seq_len == start.seq_len:
         other = at_length(setup, 2 * start.seq_len)
@@ -118,17 +141,22 @@ def longest(
         best = max(fitting, key=lambda need: need.seq_len, default=None)
         lines = sorted(known.values(), key=lambda need: need.seq_len)
         guess = min(limit(setup, *_pair(lines)), _REACH * lines[-1].seq_len)
-        if failing:  # the peak is convex in S: what a line promises beyond a length that fails is not there
+        if (
+            failing
+        ):  # the peak is convex in S: what a line promises beyond a length that fails is not there
             guess = min(guess, min(need.seq_len for need in failing) - unit)
         if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
             return best
         known[guess] = at_length(setup, guess)
-    return max((n for n in known.values() if n.plan.fits), key=lambda need: need.seq_len, default=None)
+    return max(
+        (n for n in known.values() if n.plan.fits), key=lambda need: need.seq_len, default=None
+    )
 
 
 def _pair(lines: list[MemoryNeed]) -> tuple[MemoryNeed, MemoryNeed]:
-    """The two lengths next to the limit: the line between the last that fits and the first that does not, or the last
-    two on one side."""
+    """The two lengths next to the limit: the line between the last that fits and the first that
+    does not, or the last two on one side.
+    """
     at = next((i for i, need in enumerate(lines) if not need.plan.fits), len(lines))
     if at == 0:
         return lines[0], lines[1]
@@ -140,10 +168,17 @@ def _pair(lines: list[MemoryNeed]) -> tuple[MemoryNeed, MemoryNeed]:
 FEATURES: list[tuple[str, dict[str, object]]] = [
     ("+ checkpoints on the host", {"activation_checkpoint.offload": "host"}),
     ("+ optimizer state on the host", {"memory.optimizer_offload": True}),
-    ("+ parameters on the host", {"memory.parameter_offload": True, "memory.optimizer_offload": False}),
+    (
+        "+ parameters on the host",
+        {"memory.parameter_offload": True, "memory.optimizer_offload": False},
+    ),
     (
         "bf16 weights, 8-bit state on the GPU",
-        {"memory.parameter_offload": False, "optimizer.name": "adamw8bit", "optimizer.stochastic_rounding": True},
+        {
+            "memory.parameter_offload": False,
+            "optimizer.name": "adamw8bit",
+            "optimizer.stochastic_rounding": True,
+        },
     ),
 ]
 """In the order of what they cost in time; the last, which is quicker, trains with other numbers."""
@@ -159,19 +194,29 @@ class SearchResult:
 
 
 def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
-    """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature upon feature.
+    """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature
+    upon feature.
 
-    Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it longer, and go on to.
+    Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it
+    longer, and go on to.
     """
     found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
-    changes: dict[str, object] = {"activation_checkpoint.mode": "full", "activation_checkpoint.every": 1}
+    changes: dict[str, object] = {
+        "activation_checkpoint.mode": "full",
+        "activation_checkpoint.every": 1,
+    }
     changes |= {"memory.mlp_tile_tokens": 0, "memory.loss_tile_tokens": 0}
     heads = getattr(setup.model_config, "num_attention_heads", 1)
-    degrees = [p for p in range(1, setup.world_size + 1) if setup.world_size % p == 0 and p <= heads]
+    degrees = [
+        p for p in range(1, setup.world_size + 1) if setup.world_size % p == 0 and p <= heads
+    ]
     changes["parallelism.sequence_parallel_degree"] = max(degrees)
     for what, more in [("tiles, checkpoints, most ranks", {}), *FEATURES]:
-        if "optimizer.stochastic_rounding" in more and setup.config.training.param_dtype != "bfloat16":
+        if (
+            "optimizer.stochastic_rounding" in more
+            and setup.config.training.param_dtype != "bfloat16"
+        ):
             continue
         if more and not _differs(with_settings(setup, changes).config, more):
             continue  # it is on already
@@ -186,9 +231,13 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
             found, changes = longer, longer.changes
 
 
-def _found(what: str, setup: Setup, changes: dict[str, object], *, near: SearchResult | None = None) -> SearchResult:
+def _found(
+    what: str, setup: Setup, changes: dict[str, object], *, near: SearchResult | None = None
+) -> SearchResult:
     length = near.need.seq_len if near and near.need else 0
-    return SearchResult(what, changes, longest(with_settings(setup, changes), near=length, close=_CLOSE))
+    return SearchResult(
+        what, changes, longest(with_settings(setup, changes), near=length, close=_CLOSE)
+    )
 
 
 def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResult]:
@@ -211,7 +260,8 @@ def _host_ends(plan: Plan) -> bool:
 
 
 def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[SearchResult]:
-    """ALST's features one after the other (arXiv 2506.13996, section 5.3), on this model and hardware.
+    """ALST's features one after the other (arXiv 2506.13996, section 5.3), on this model and
+    hardware.
 
     configured: what has been found with the settings as they are.
     """
@@ -230,7 +280,10 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
         ("+ tiled loss", {"memory.loss_tile_tokens": tiles}),
         ("+ Ulysses", {"parallelism.sequence_parallel_degree": degree}),
         ("+ tiled MLP", {"memory.mlp_tile_tokens": tiles}),
-        ("+ offload, no tiled MLP", {"memory.mlp_tile_tokens": whole, "activation_checkpoint.offload": "host"}),
+        (
+            "+ offload, no tiled MLP",
+            {"memory.mlp_tile_tokens": whole, "activation_checkpoint.offload": "host"},
+        ),
         ("+ offload and tiled MLP", {"memory.mlp_tile_tokens": tiles}),
     ]
     found = None
@@ -244,4 +297,6 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
 
 def _differs(config: Config, changes: dict[str, object]) -> bool:
     table = config.model_dump()
-    return any(table[key.split(".")[0]][key.split(".")[1]] != value for key, value in changes.items())
+    return any(
+        table[key.split(".")[0]][key.split(".")[1]] != value for key, value in changes.items()
+    )

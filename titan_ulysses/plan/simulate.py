@@ -1,8 +1,10 @@
-"""The real step, simulated: this project's model, wrappers and `train_step` on fake tensors and a fake process group.
+"""The real step, simulated: this project's model, wrappers and `train_step` on fake tensors and a
+fake process group.
 
-Nothing is computed and nothing sent, so that a laptop runs a rank of a thousand. The optimizer has made a step before,
-so that its state exists. Of the tiles of a function only the first two and the last are run, because all between do
-what the second does; likewise of the batches that a step accumulates only the first two.
+Nothing is computed and nothing sent, so that a laptop runs a rank of a thousand. The optimizer has
+made a step before, so that its state exists. Of the tiles of a function only the first two and the
+last are run, because all between do what the second does; likewise of the batches that a step
+accumulates only the first two.
 
 What the simulation cannot see, because it exists only in CUDA kernels, `cuda_memory.py` adds,
 each entry with its source.
@@ -65,8 +67,8 @@ class Simulation:
 def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -> Simulation:
     """Simulate rank 0 of a run, with one document a row unless documents says otherwise.
 
-    cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied ahead of need.
-    The process must not be in a process group, and is in none afterwards.
+    cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied
+    ahead of need. The process must not be in a process group, and is in none afterwards.
     """
     config, core = spec.config, spec.core
     tracker = MemoryTracker(cuda_workspace if cuda else cpu_workspace)
@@ -92,12 +94,21 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
             tracker.attribution = Attribution(model, blocks)
             _tell_checkpoints(tracker, model, kept_on_device=store is None)
             optimizer = build_optimizer(
-                model.parameters(), config.optimizer, offload=optimizer_offload, device_type="cuda" if cuda else "cpu"
+                model.parameters(),
+                config.optimizer,
+                offload=optimizer_offload,
+                device_type="cuda" if cuda else "cpu",
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _tell_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
-            batches = [_batch(config, mesh, documents) for _ in range(spec.degrees.accumulation_steps)]
-            tracker.claim([vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions")
+            batches = [
+                _batch(config, mesh, documents) for _ in range(spec.degrees.accumulation_steps)
+            ]
+            tracker.claim(
+                [vars(batch) for batch in batches],
+                "other",
+                label="inputs: token ids, labels, positions",
+            )
             _make_state(model, optimizer)
             counted = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
             counts, max_norm = [], config.training.max_norm
@@ -114,7 +125,9 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
 
 
 def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A step of the optimizer alone: what follows then has the optimizer's state, as every step but a run's first."""
+    """A step of the optimizer alone: what follows then has the optimizer's state, as every step but
+    a run's first.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -123,23 +136,32 @@ def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _extrapolated(one: dict, two: dict, *, batches: int) -> dict[str, tuple[int, int]]:
-    """What a step of so many batches counts, from steps of one and two: all further ones do what the second does."""
+    """What a step of so many batches counts, from steps of one and two: all further ones do what
+    the second does.
+    """
     return {
-        kind: tuple(a + (batches - 1) * (b - a) for a, b in zip(one.get(kind, (0, 0)), two[kind], strict=True))
+        kind: tuple(
+            a + (batches - 1) * (b - a)
+            for a, b in zip(one.get(kind, (0, 0)), two[kind], strict=True)
+        )
         for kind in two
     }
 
 
 @contextmanager
 def _fake_ranks(degrees: MeshDegrees) -> Iterator[Mesh]:
-    """The mesh of a process group of which only this rank exists, and whose collectives do nothing."""
+    """The mesh of a process group of which only this rank exists, and whose collectives do
+    nothing.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "the planner needs a process of its own"
     world_size = degrees.data_parallel * degrees.sequence
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        yield build_mesh(replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence)
+        yield build_mesh(
+            replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence
+        )
     finally:
         dist.destroy_process_group()
 
@@ -190,18 +212,25 @@ def _tell_optimizer(
     *,
     state_on_host: bool,
 ) -> None:
-    """Tell the tracker what gradients and what the optimizer's state are, once they are complete."""
+    """Tell the tracker what gradients and what the optimizer's state are, once they are
+    complete.
+    """
     tracker.attribution.watch(optimizer)
 
     names = {parameter: name for name, parameter in model.named_parameters()}
-    layers = {parameter: layer for layer, block in enumerate(blocks) for parameter in block.parameters()}
+    layers = {
+        parameter: layer for layer, block in enumerate(blocks) for parameter in block.parameters()
+    }
     moments = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
 
     def note_gradients(*_) -> None:
         place = "host" if tracker.parameters_on_host else None
         for parameter in names:
             if parameter.grad is not None:  # those that FSDP reduced together share their memory
-                label = f"gradients of {group_name(layers.get(parameter))}, reduced (this rank's shards)"
+                label = (
+                    f"gradients of {group_name(layers.get(parameter))}, reduced (this rank's "
+                    "shards)"
+                )
                 tracker.claim([parameter.grad], "gradients", place=place, label=label)
 
     def note_state(*_) -> None:

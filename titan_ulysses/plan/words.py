@@ -1,7 +1,9 @@
-"""What the planner calls things: sizes, durations, components, and each tensor and moment of a simulated step.
+"""What the planner calls things: sizes, durations, components, and each tensor and moment of a
+simulated step.
 
-A tensor is named as its reader knows it: by the part of the model that it belongs to ("MLP of layer 7"), and by what it
-is there ("q, k, v after the exchange"). A kernel has the name of what runs on the GPU, not of what stands for it here.
+A tensor is named as its reader knows it: by the part of the model that it belongs to ("MLP of layer
+7"), and by what it is there ("q, k, v after the exchange"). A kernel has the name of what runs on
+the GPU, not of what stands for it here.
 """
 
 from __future__ import annotations
@@ -62,11 +64,33 @@ _SHORT_NAMES = {
     "pow": "power",
 }
 """Of what an operator leaves."""
-_ELEMENTWISE = ("add", "sub", "mul", "div", "neg", "pow", "where", "clamp", "sum", "mean", "rsqrt", "abs")
-_BUFFERS = ("empty", "new_empty", "empty_like", "zeros", "zeros_like", "new_zeros", "full", "new_full")
+_ELEMENTWISE = (
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "pow",
+    "where",
+    "clamp",
+    "sum",
+    "mean",
+    "rsqrt",
+    "abs",
+)
+_BUFFERS = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "zeros",
+    "zeros_like",
+    "new_zeros",
+    "full",
+    "new_full",
+)
 _PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "linear")
 
-# --- tensors and moments ----------------------------------------------------------------------------------------------
+# --- tensors and moments --------------------------------------------------------------------------
 
 
 def component_name(component: str) -> str:
@@ -84,7 +108,10 @@ def tensor_name(allocation: Allocation) -> str:
         return f"parameters of {group_name(owner.layer)}, gathered by FSDP"
     if FSDP in allocation.made_in:
         what = "gradients" if allocation.phase == "backward" else "parameters"
-        return f"{what} of {group_name(owner.layer)}, {'being reduced' if what == 'gradients' else 'gathered'} by FSDP"
+        return (
+            f"{what} of {group_name(owner.layer)}, "
+            f"{'being reduced' if what == 'gradients' else 'gathered'} by FSDP"
+        )
     if component == "gradients":
         return f"{module_name(owner)}: gradient of its weight"
     if component == "checkpoints":
@@ -100,14 +127,20 @@ def moment_name(moment: Moment) -> str:
     if moment.phase in ("optimizer", "update"):
         return phase
     if FSDP in moment.made_in:
-        what = "gathers parameters" if moment.phase in ("forward", "recomputation") else "reduces gradients"
+        what = (
+            "gathers parameters"
+            if moment.phase in ("forward", "recomputation")
+            else "reduces gradients"
+        )
         return f"{phase}, where FSDP {what} of {group_name(moment.owner.layer)}"
     return f"{phase}, in {module_name(moment.owner)}, at {kernel_name(moment.operation)}"
 
 
 def kernel_name(operation: str) -> str:
     name = operation.strip("_")
-    return _KERNELS.get(operation, f"an elementwise kernel ({name})" if name in _ELEMENTWISE else name)
+    return _KERNELS.get(
+        operation, f"an elementwise kernel ({name})" if name in _ELEMENTWISE else name
+    )
 
 
 def module_name(owner: Owner) -> str:
@@ -116,7 +149,9 @@ def module_name(owner: Owner) -> str:
         return "loss head" if owner.component == "loss head" else owner.module
     inside = owner.module.partition(f".{owner.layer}.")[2].split(".")
     if owner.component in ("attention", "MLP"):
-        return ", ".join([f"{owner.component} of layer {owner.layer}", *filter(None, [".".join(inside[1:])])])
+        return ", ".join(
+            [f"{owner.component} of layer {owner.layer}", *filter(None, [".".join(inside[1:])])]
+        )
     return f"{inside[0]} of layer {owner.layer}" if inside[0] else f"layer {owner.layer}"
 
 
@@ -137,27 +172,50 @@ def _role(allocation: Allocation) -> str:
     is_gradient = allocation.phase == "backward" and not recomputed
     tile = " of a tile" if recomputed or "tiling.backward" in made_in else ""
     if operation == _FLASH:
-        return "output of flash attention" if len(allocation.shape) == 4 else "log-sum-exp of flash attention"
+        return (
+            "output of flash attention"
+            if len(allocation.shape) == 4
+            else "log-sum-exp of flash attention"
+        )
     if operation == f"{_FLASH}_backward":
         return "gradient of q, k or v from flash attention"
     if operation in _PRODUCTS:
         return f"gradient of its input{tile and ', of a tile'}" if is_gradient else f"output{tile}"
-    if operation == "embedding" or (operation == "add" and allocation.component == "other" and not is_gradient):
+    if operation == "embedding" or (
+        operation == "add" and allocation.component == "other" and not is_gradient
+    ):
         return "hidden states"
     if operation in _BUFFERS:
         return "gradient" if is_gradient else "output"
     if is_gradient:
-        return f"sum of gradients{tile}" if operation == "add" else f"gradient of an intermediate{tile}"
-    return f"intermediate{tile}" if tile else f"intermediate ({_SHORT_NAMES.get(operation, operation.strip('_'))})"
+        return (
+            f"sum of gradients{tile}"
+            if operation == "add"
+            else f"gradient of an intermediate{tile}"
+        )
+    return (
+        f"intermediate{tile}"
+        if tile
+        else f"intermediate ({_SHORT_NAMES.get(operation, operation.strip('_'))})"
+    )
 
 
 _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
     "exchange._scatter_heads": {
-        "new_empty": ("q, k, v packed for the exchange", "gradient of the output, packed for the exchange"),
-        "all_to_all_single": ("q, k, v after the exchange", "gradient of the output, after the exchange"),
+        "new_empty": (
+            "q, k, v packed for the exchange",
+            "gradient of the output, packed for the exchange",
+        ),
+        "all_to_all_single": (
+            "q, k, v after the exchange",
+            "gradient of the output, after the exchange",
+        ),
     },
     "exchange._gather_heads": {
-        "all_to_all_single": ("output as it is received", "gradients of q, k, v as they are received"),
+        "all_to_all_single": (
+            "output as it is received",
+            "gradients of q, k, v as they are received",
+        ),
         "new_empty": ("output after the exchange", "gradient of q, k or v after the exchange"),
         "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
     },
@@ -179,5 +237,6 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
     "apply_rotary_pos_emb": {"": "q or k with rotary embedding"},
     WORKSPACE: {"": "workspace of flash attention's backward kernel"},
 }
-"""By the function that made it (`memory.makers`, the first that is found here) and the operation ("": any other): what
-it is in forward, and where it differs in backward."""
+"""By the function that made it (`memory.makers`, the first that is found here) and the operation
+("": any other): what it is in forward, and where it differs in backward.
+"""

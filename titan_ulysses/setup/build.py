@@ -24,10 +24,11 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 def build_model(
     spec: RunSpec, mesh: Mesh, *, wrap: Callable[..., Any] = parallelize
 ) -> tuple[PreTrainedModel, int]:
-    """The model on the meta device, wrapped and sharded; and how many of its layers compute in float8.
+    """The model on the meta device, wrapped and sharded; and how many of its layers compute in
+    float8.
 
-    `hf.allocate` gives it memory for this rank's shards. wrap(model, mesh, options) parallelizes the
-    model in place; the planner has one that makes no collective.
+    `hf.allocate` gives it memory for this rank's shards. wrap(model, mesh, options) parallelizes
+    the model in place; the planner has one that makes no collective.
     """
     config = spec.config
     compute = getattr(torch, config.training.param_dtype)

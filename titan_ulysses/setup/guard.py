@@ -1,8 +1,10 @@
-"""What a sharded model does after a forward, backward or step that was broken off, left out or out of order.
+"""What a sharded model does after a forward, backward or step that was broken off, left out or out
+of order.
 
-A loop of one's own may call them in any order, and go on after an exception. FSDP2 keeps state between them: which
-parameters are gathered, and whether a backward has begun. What of it would be wrong later is cleared here; gradients
-that are not what they should be are refused, because nothing can make them right.
+A loop of one's own may call them in any order, and go on after an exception. FSDP2 keeps state
+between them: which parameters are gathered, and whether a backward has begun. What of it would be
+wrong later is cleared here; gradients that are not what they should be are refused, because nothing
+can make them right.
 """
 
 from __future__ import annotations
@@ -27,15 +29,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _guards: WeakSet[Guard] = WeakSet()
-"""Of all sharded models: torch can only tell of every optimizer's steps. Those of other models are nobody's here."""
+"""Of all sharded models: torch can only tell of every optimizer's steps. Those of other models are
+nobody's here.
+"""
 
 
 def guard(model: PreTrainedModel) -> None:
-    """Watch the forwards of a model that FSDP has sharded, the backwards of their results, and its optimizer's steps.
+    """Watch the forwards of a model that FSDP has sharded, the backwards of their results, and its
+    optimizer's steps.
 
-    From then on an exception in forward leaves no parameter gathered, so that the caller may go on. UserError, on the
-    rank that does it: from a forward or an optimizer's step while gradients are there of a backward that was broken
-    off; from a backward whose forward was before the last step.
+    From then on an exception in forward leaves no parameter gathered, so that the caller may go on.
+    UserError, on the rank that does it: from a forward or an optimizer's step while gradients are
+    there of a backward that was broken off; from a backward whose forward was before the last step.
     """
     _watch_optimizers()
     model.fsdp_guard = Guard(model)
@@ -60,18 +65,24 @@ class Guard:
         if _in_backward():
             return  # an optimizer that steps as soon as a gradient is there
         root = self.model._get_fsdp_state()
-        if root._state_ctx.post_backward_final_callback_queued:  # its last act would have been to take this back
+        if (
+            root._state_ctx.post_backward_final_callback_queued
+        ):  # its last act would have been to take this back
             self.reset()
             self.incomplete = True
         if self.incomplete and any(p.sharded_param.grad is not None for p in self.parameters()):
             raise UserError(
-                "model: the last backward was broken off by an exception, and the gradients that are there are only a "
-                "part. Call optimizer.zero_grad() on every rank before the next forward or optimizer.step()."
+                "model: the last backward was broken off by an exception, and the gradients that "
+                "are there are only a "
+                "part. Call optimizer.zero_grad() on every rank before the next forward or "
+                "optimizer.step()."
             )
         self.incomplete = False
 
     def reset(self) -> None:
-        """Shard all parameters and forget the forward or backward that was broken off, with what it has computed."""
+        """Shard all parameters and forget the forward or backward that was broken off, with what it
+        has computed.
+        """
         root = self.model._get_fsdp_state()
         if hasattr(self.model, "reset_iter_state"):  # torch 2.13
             self.model.reset_iter_state()
@@ -95,7 +106,9 @@ class Guard:
 
     def states(self) -> Iterator[FSDPState]:
         modules = (module for module in self.model.modules() if isinstance(module, FSDPModule))
-        yield from dict.fromkeys(module._get_fsdp_state() for module in modules)  # two tied modules share one
+        yield from dict.fromkeys(
+            module._get_fsdp_state() for module in modules
+        )  # two tied modules share one
 
     def parameters(self) -> Iterator[FSDPParam]:
         """FSDP's, which know the sharded parameter also while the model shows the gathered one."""
@@ -124,8 +137,10 @@ class Guard:
     def _before_backward(self, steps_at_forward: int, gradient: Tensor) -> None:
         if self.steps != steps_at_forward:
             raise UserError(
-                "model: an optimizer has stepped between this forward and its backward, whose gradients would be of "
-                "neither the old parameters nor the new. Call backward before optimizer.step(), or forward again."
+                "model: an optimizer has stepped between this forward and its backward, whose "
+                "gradients would be of "
+                "neither the old parameters nor the new. Call backward before optimizer.step(), or "
+                "forward again."
             )
 
 
@@ -150,4 +165,6 @@ def _in_backward() -> bool:
 def _groups(state: FSDPState) -> list[FSDPParamGroup]:
     """One of each state in torch before 2.12."""
     groups = getattr(state, "_fsdp_param_groups", None)
-    return [g for g in (groups if groups is not None else [state._fsdp_param_group]) if g is not None]
+    return [
+        g for g in (groups if groups is not None else [state._fsdp_param_group]) if g is not None
+    ]

@@ -1,4 +1,6 @@
-"""How a model is parallelized: the options of `parallelize`, and the core attention that they name."""
+"""How a model is parallelized: the options of `parallelize`, and the core attention that they
+name.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,24 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """What `parallelize` does to a model. The defaults are right for a long sequence on one node."""
+    """What `parallelize` does to a model. The defaults are right for a long sequence on one
+    node.
+    """
 
     attention: str | Core = "auto"
     """A core attention, or the name of one (see `ulysses/cores.py`)."""
     loss_tile_tokens: int = 0
     """Tokens in a tile of the loss head; 0 chooses (see `memory/loss.py`), -1 takes all at once."""
     mlp_tile_tokens: int = 0
-    """Tokens in a tile of an MLP; -1 takes all at once. 0 takes as many tokens as the model is wide,
-    at least 1,024; without activation checkpoints it does not tile."""
+    """Tokens in a tile of an MLP; -1 takes all at once. 0 takes as many tokens as the model is
+    wide, at least 1,024; without activation checkpoints it does not tile.
+    """
     checkpoint_every: int = 1
     """Of so many blocks only the input is kept for backward; 0: no activation checkpoints."""
     offload: Offload = "none"
-    """Where these inputs wait: on the device ("none"), in host memory ("host"), in files ("disk")."""
+    """Where these inputs wait: on the device ("none"), in host memory ("host"), in files
+    ("disk").
+    """
     offload_folder: str | None = None
     """Folder for offload = "disk"; None: the system's temporary folder."""
     parameter_offload: bool = False

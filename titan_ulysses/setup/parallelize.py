@@ -1,4 +1,6 @@
-"""Turn a transformers causal LM into one that trains sharded: the ordered application of all wrappers, a line each."""
+"""Turn a transformers causal LM into one that trains sharded: the ordered application of all
+wrappers, a line each.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
@@ -45,13 +53,20 @@ from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core
 
 _SMALLEST_TILE = 1024
-"""Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than a weight."""
+"""Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than
+a weight.
+"""
 
-_ELSEWHERE = "Call titan_ulysses.save_pretrained(model, folder) on every rank, which writes what from_pretrained opens"
+_ELSEWHERE = (
+    "Call titan_ulysses.save_pretrained(model, folder) on every rank, which writes what "
+    "from_pretrained opens"
+)
 _REFUSED = {
     "save_pretrained": f"model.save_pretrained: each rank has a piece of the model. {_ELSEWHERE}.",
-    "push_to_hub": f"model.push_to_hub: each rank has a piece of the model. {_ELSEWHERE}, and upload that folder.",
-    "generate": f"model.generate: the sharded model keeps no keys and values of tokens before. {_ELSEWHERE}, and "
+    "push_to_hub": f"model.push_to_hub: each rank has a piece of the model. {_ELSEWHERE}, and "
+    "upload that folder.",
+    "generate": "model.generate: the sharded model keeps no keys and values of tokens before. "
+    f"{_ELSEWHERE}, and "
     "generate with that model.",
 }
 """What transformers' models can do and the sharded one cannot."""
@@ -124,15 +139,14 @@ def wrap(
 ) -> PreTrainedModel:
     """What `parallelize` does to a model once nothing speaks against it: each wrapper in its order.
 
-    options.attention is a core here. store keeps the inputs of activation checkpoints off the device.
+    options.attention is a core here. store keeps the inputs of activation checkpoints off the
+    device.
     """
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, options.attention)
     tile_tokens = _mlp_tile_tokens(options, model.config.hidden_size)
     if tile_tokens != -1:
-        tile_blocks(
-            model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp
-        )
+        tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
     use_loss_head(model, decoder, options.loss_tile_tokens, options.z_loss)
@@ -183,7 +197,9 @@ def _refuse(reason: str, *_, **__) -> NoReturn:
 
 
 def check_dropout(model: PreTrainedModel) -> None:
-    """UserError for dropout of attention weights and of layers, by the many names that families have for them."""
+    """UserError for dropout of attention weights and of layers, by the many names that families
+    have for them.
+    """
     remedy = "in the model's config (from_pretrained takes it too)."
     nested = [value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig)]
     holders = [("", vars(config)) for config in (model.config, *nested)]
@@ -194,36 +210,48 @@ def check_dropout(model: PreTrainedModel) -> None:
                 continue  # in some families it is a module
             if "att" in key:
                 raise UserError(
-                    f"model: {key} = {rate}{place}: dropped attention weights would depend on the mesh, and no core "
+                    f"model: {key} = {rate}{place}: dropped attention weights would depend on the "
+                    "mesh, and no core "
                     f"has them. Set {key} = 0.0 {remedy}"
                 )
             if key in ("layerdrop", "decoder_layerdrop"):
                 raise UserError(
-                    f"model: {key} = {rate}{place}: each rank would skip other layers, and wait for ever for those "
+                    f"model: {key} = {rate}{place}: each rank would skip other layers, and wait "
+                    "for ever for those "
                     f"that do not skip them. Set {key} = 0.0 {remedy}"
                 )
 
 
 def check_same_weights(model: PreTrainedModel) -> None:
-    """Collective. UserError, on every rank, where the ranks hold different weights: each keeps a piece of its own."""
-    tensors = {name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.is_meta}
+    """Collective. UserError, on every rank, where the ranks hold different weights: each keeps a
+    piece of its own.
+    """
+    tensors = {
+        name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.is_meta
+    }
     if not tensors:
         return
     with torch.no_grad():
         sums = torch.stack([bits(x).sum(dtype=torch.int64).cpu() for x in tensors.values()])
     first = [sums.tolist()]
     dist.broadcast_object_list(first, src=0)
-    differing = (name for name, mine, theirs in zip(tensors, sums.tolist(), first[0], strict=True) if mine != theirs)
+    differing = (
+        name
+        for name, mine, theirs in zip(tensors, sums.tolist(), first[0], strict=True)
+        if mine != theirs
+    )
     name = next(differing, None)
     if reason := first_failure(name and f"{name} on rank {dist.get_rank()} is not what rank 0 has"):
         raise UserError(
-            f"model: the ranks hold different weights: {reason}. Load the same checkpoint on every rank, or set the "
+            f"model: the ranks hold different weights: {reason}. Load the same checkpoint on every "
+            "rank, or set the "
             "same seed before a random initialisation."
         )
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder and its list of layers, found by the classes that transformers itself says not to split.
+    """The decoder and its list of layers, found by the classes that transformers itself says not to
+    split.
 
     They may be sharded already, and in checkpoints: their classes then descend from those.
     """
@@ -236,16 +264,24 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
                 continue
             if "input_ids" not in signature(module.forward).parameters:
                 raise UserError(
-                    f"model: {name} keeps its layers in a {type(module).__name__}, which takes no token ids: this "
+                    f"model: {name} keeps its layers in a {type(module).__name__}, which takes no "
+                    "token ids: this "
                     "version trains models whose decoder goes from token ids to hidden states."
                 )
             return module, child
     raise UserError(f"model: {name} has no list of decoder layers that could be sharded.")
 
 
-def use_ulysses(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, mesh: Mesh, core: Core) -> None:
-    """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core and the documents."""
-    shared, own = model.config, copy.deepcopy(model.config)  # another model may have been made from the same config
+def use_ulysses(
+    model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, mesh: Mesh, core: Core
+) -> None:
+    """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core
+    and the documents.
+    """
+    shared, own = (
+        model.config,
+        copy.deepcopy(model.config),
+    )  # another model may have been made from the same config
     own._attn_implementation = ATTENTION_NAME
     for module in model.modules():
         if getattr(module, "config", None) is shared:
@@ -262,14 +298,18 @@ def use_ulysses(model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleLis
     ) -> CausalLMOutputWithPast:
         if others or documents is None:
             raise UserError(
-                "model: the sharded model takes the batches of `titan_ulysses.shard(loader, mesh)`, as in "
-                "model(**batch): each rank needs its slice of a sequence, and the documents of the whole."
+                "model: the sharded model takes the batches of `titan_ulysses.shard(loader, "
+                "mesh)`, as in "
+                "model(**batch): each rank needs its slice of a sequence, and the documents of the "
+                "whole."
             )
         mesh = model.ulysses_mesh
         for rope in ropes:
             rope.begin(documents, reaches or documents, mesh.sp.get_local_rank())
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
-        return _forward(model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs)
+        return _forward(
+            model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs
+        )
 
     model.forward = MethodType(forward, model)
 
@@ -290,23 +330,33 @@ def _forward(
 ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
     """The forward of a causal LM, with the loss computed inside the head from hidden states.
 
-    input_ids, position_ids and labels (shifted already) are this rank's [B, T]; num_items_in_batch counts the valid
-    labels of the whole step. `.loss` is then that of all ranks of group, on each of them, while its gradient is of
-    this rank's part: gradients are summed over the mesh. With reduction = "none": the cross-entropy of each label, of
-    this rank [B, T]. Without labels: `.logits` of this rank's tokens.
+    input_ids, position_ids and labels (shifted already) are this rank's [B, T]; num_items_in_batch
+    counts the valid labels of the whole step. `.loss` is then that of all ranks of group, on each
+    of them, while its gradient is of this rank's part: gradients are summed over the mesh. With
+    reduction = "none": the cross-entropy of each label, of this rank [B, T]. Without labels:
+    `.logits` of this rank's tokens.
 
-    Where the model has a router loss (see model/router.py), `.aux_loss` is it and `.loss` includes it; attention_mask
-    [B, T], 0 at padding, tells it what not to count and means nothing else.
+    Where the model has a router loss (see model/router.py), `.aux_loss` is it and `.loss` includes
+    it; attention_mask [B, T], 0 at padding, tells it what not to count and means nothing else.
     """
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, "ulysses": ulysses}
+    inputs = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "use_cache": False,
+        "ulysses": ulysses,
+    }
     sums = labels is not None and reduction == "sum"
     if router_loss is None:
         hidden = decoder(**inputs).last_hidden_state
     else:
         with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
-            hidden = decoder(**inputs, output_router_logits=False).last_hidden_state  # they are kept nowhere
+            hidden = decoder(
+                **inputs, output_router_logits=False
+            ).last_hidden_state  # they are kept nowhere
         if sums:
-            hidden, aux_loss, num_labels = routers.reduce(hidden, (labels != IGNORE_INDEX).sum(), group)
+            hidden, aux_loss, num_labels = routers.reduce(
+                hidden, (labels != IGNORE_INDEX).sum(), group
+            )
     head = model.get_output_embeddings()
     if labels is None:
         if torch.is_grad_enabled():
@@ -319,7 +369,9 @@ def _forward(
     if router_loss is None:
         return CausalLMOutputWithPast(loss=loss)
     share = num_labels.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
-    return MoeCausalLMOutputWithPast(loss=loss + router_loss.coefficient * share * aux_loss, aux_loss=aux_loss)
+    return MoeCausalLMOutputWithPast(
+        loss=loss + router_loss.coefficient * share * aux_loss, aux_loss=aux_loss
+    )
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -340,26 +392,39 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def tile_blocks(
-    model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, tile_tokens: int, *, norms_with_mlp: bool = True
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    blocks: nn.ModuleList,
+    tile_tokens: int,
+    *,
+    norms_with_mlp: bool = True,
 ) -> None:
-    """Tile what works on each token by itself: the MLP of each block with the norms around it, and all other norms.
+    """Tile what works on each token by itself: the MLP of each block with the norms around it, and
+    all other norms.
 
-    norms_with_mlp = False: for a family whose blocks are not built as `mlp_layout` reads them. The MLP is tiled by
-    itself, and computed when its block is computed again.
+    norms_with_mlp = False: for a family whose blocks are not built as `mlp_layout` reads them. The
+    MLP is tiled by itself, and computed when its block is computed again.
     """
     for block in blocks:
         layout = mlp_layout(block)
         if layout is None:
             parts = ", ".join(dict(block.named_children()))
             warnings.warn(
-                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} (which has {parts}). '
+                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} '
+                f"(which has {parts}). "
                 "It is not tiled, and takes memory for all tokens at once.",
                 stacklevel=2,
             )
         else:
             if not norms_with_mlp:
                 layout = MLPLayout(layout.mlp)
-            tile_mlp(layout.mlp, layout.before, layout.after, tile_tokens=tile_tokens, ends_block=layout.ends_block)
+            tile_mlp(
+                layout.mlp,
+                layout.before,
+                layout.after,
+                tile_tokens=tile_tokens,
+                ends_block=layout.ends_block,
+            )
         taken = () if layout is None else (layout.before, layout.after)
         for norm in _norms(block):
             if norm not in taken:
@@ -374,10 +439,12 @@ def _norms(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def compile_blocks(blocks: nn.ModuleList) -> int:
-    """Compile what each block does to tokens by themselves, each part as one graph; returns the number of parts.
+    """Compile what each block does to tokens by themselves, each part as one graph; returns the
+    number of parts.
 
-    That is its MLP and its norms, tiled or not; what counts for a router loss breaks its graph in two. Attention stays
-    as it is: what it sees of the documents changes from step to step, and each change would compile it anew.
+    That is its MLP and its norms, tiled or not; what counts for a router loss breaks its graph in
+    two. Attention stays as it is: what it sees of the documents changes from step to step, and each
+    change would compile it anew.
     """
     parts = []
     for block in blocks:
@@ -386,13 +453,16 @@ def compile_blocks(blocks: nn.ModuleList) -> int:
         tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
         parts += tiled or modules
     for part in parts:
-        # Not `part.compile()`: where the class is one of torch's own, as nn.LayerNorm, Dynamo skips all that it calls.
+        # Not `part.compile()`: where the class is one of torch's own, as nn.LayerNorm, Dynamo skips
+        # all that it calls.
         whole = not any(module._forward_hooks for module in part.modules())
         part.forward = torch.compile(part.forward, fullgraph=whole)
     return len(parts)
 
 
-def use_loss_head(model: PreTrainedModel, decoder: nn.Module, tile_tokens: int, z_loss: float) -> None:
+def use_loss_head(
+    model: PreTrainedModel, decoder: nn.Module, tile_tokens: int, z_loss: float
+) -> None:
     """Let `lm_head` compute the loss, with what the family does to its logits."""
     shape, linear = head_of(model, decoder), model.get_output_embeddings()
     shaping = {"scale": shape.scale, "softcap": shape.softcap, "z_loss": z_loss}
@@ -400,7 +470,8 @@ def use_loss_head(model: PreTrainedModel, decoder: nn.Module, tile_tokens: int, 
 
 
 def use_one_dtype(*modules: nn.Module) -> None:
-    """Store what is trained in modules, and not sharded yet, in the dtype that most of it has: FSDP takes only one.
+    """Store what is trained in modules, and not sharded yet, in the dtype that most of it has: FSDP
+    takes only one.
 
     transformers keeps routers in fp32 when it loads a mixture of experts in bf16.
     """
@@ -422,36 +493,47 @@ def use_one_dtype(*modules: nn.Module) -> None:
         parameter.data = parameter.data.to(dtype)
     if widest != dtype:
         warnings.warn(
-            f"model: {', '.join(odd)} of {type(modules[0]).__name__} is now stored in {dtype}, as most of it is: FSDP "
-            f"shards parameters of one dtype. To keep more, load the model in {widest} and give param_dtype={dtype}.",
+            f"model: {', '.join(odd)} of {type(modules[0]).__name__} is now stored in {dtype}, as "
+            "most of it is: FSDP "
+            f"shards parameters of one dtype. To keep more, load the model in {widest} and give "
+            f"param_dtype={dtype}.",
             stacklevel=2,
         )
 
 
 def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[..., Any]) -> None:
-    """FSDP2 over dp_shard x sp, replicated over dp_replicate, of each block, the embedding and the head."""
+    """FSDP2 over dp_shard x sp, replicated over dp_replicate, of each block, the embedding and the
+    head.
+    """
     for block in blocks:
         shard(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # Tied they are one group, gathered from the first to the last: FSDP refuses a parameter that two groups hold.
+    # Tied they are one group, gathered from the first to the last: FSDP refuses a parameter that
+    # two groups hold.
     for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:
         shard(*group)
         group[0].set_unshard_in_backward(not all(_rests_in_backward(module) for module in group))
 
 
 def _rests_in_backward(module: nn.Module) -> bool:
-    """Whether its backward needs no weight: a loss head has computed its gradients in forward, a look-up's is a sum."""
-    is_look_up = type(module).forward is nn.Embedding.forward or type(module).__name__.endswith("ScaledWordEmbedding")
+    """Whether its backward needs no weight: a loss head has computed its gradients in forward, a
+    look-up's is a sum.
+    """
+    is_look_up = type(module).forward is nn.Embedding.forward or type(module).__name__.endswith(
+        "ScaledWordEmbedding"
+    )
     return isinstance(module, LossHead) or is_look_up
 
 
 def shard_root(model: PreTrainedModel, shard: Callable[..., Any]) -> None:
     """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
-    # Nothing stays gathered behind a forward, which FSDP would let the root do: a backward may never come, and then
-    # the model would show gathered parameters without gradients, and compute with them after the next step.
+    # Nothing stays gathered behind a forward, which FSDP would let the root do: a backward may
+    # never come, and then the model would show gathered parameters without gradients, and compute
+    # with them after the next step.
     shard(model, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo has no PREMUL_SUM.
+            # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo
+            # has no PREMUL_SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

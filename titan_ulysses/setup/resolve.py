@@ -1,4 +1,5 @@
-"""`resolve`: everything that follows from a config, once, before a process group or a weight exists.
+"""`resolve`: everything that follows from a config, once, before a process group or a weight
+exists.
 
 The trainer, the planner, the scripts and the benchmarks all begin here, so that one config means
 the same run to each of them.
@@ -82,7 +83,8 @@ def resolve(
     """What config means on so many ranks of this kind of device.
 
     with_tokenizer: load the tokenizer too, and check it against the model. `select` chooses the
-    core attention. UserError, with exit code 2, for settings that contradict each other, the model or the ranks.
+    core attention. UserError, with exit code 2, for settings that contradict each other, the model
+    or the ranks.
     """
     model_config = hf.load_model_config(config.model.path, config.model.config)
     check_family(model_config)
@@ -133,7 +135,9 @@ def resolve_model(
 
 
 def check_machine(spec: RunSpec) -> None:
-    """UserError where this machine lacks what the run needs: a package, a compiler, room on the node."""
+    """UserError where this machine lacks what the run needs: a package, a compiler, room on the
+    node.
+    """
     config, checkpoint = spec.config, spec.config.activation_checkpoint
     check_optimizer(config.optimizer)
     check_lora(config.lora)

@@ -1,4 +1,6 @@
-"""What a sharded model makes of text, without training on it: log-probabilities, and losses that fit any mesh."""
+"""What a sharded model makes of text, without training on it: log-probabilities, and losses that
+fit any mesh.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Log-probability of each label of a batch of `shard`, over the whole sequence and on each of its ranks.
+    """Log-probability of each label of a batch of `shard`, over the whole sequence and on each of
+    its ranks.
 
-    [B, S], S padded to a multiple of P, in fp32 or wider: entry t is about token t + 1 given those before it in its
-    document, and 0 where there is no label. Logits exist a tile at a time. Collective; dropout, if any, is the model's
-    mode.
+    [B, S], S padded to a multiple of P, in fp32 or wider: entry t is about token t + 1 given those
+    before it in its document, and 0 where there is no label. Logits exist a tile at a time.
+    Collective; dropout, if any, is the model's mode.
     """
     local = -model(**batch, reduction="none").loss
     sp = model.ulysses_mesh.sp
@@ -37,10 +40,12 @@ def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
-    """Run a sharded model with P = 1 for a while: no exchange, and whole sequences of its own on every rank.
+    """Run a sharded model with P = 1 for a while: no exchange, and whole sequences of its own on
+    every rank.
 
-    Yields the mesh that says so, for `shard(loader, mesh)`. Parameters stay sharded as they are, so all ranks must run
-    the same number of forwards; losses, and gradients if wanted, are those of all ranks' sequences together.
+    Yields the mesh that says so, for `shard(loader, mesh)`. Parameters stay sharded as they are, so
+    all ranks must run the same number of forwards; losses, and gradients if wanted, are those of
+    all ranks' sequences together.
     """
     sharded = model.ulysses_mesh
     model.ulysses_mesh = sharded.whole
@@ -59,7 +64,9 @@ class Evaluation(NamedTuple):
     sequences: int
     """sequences that were read, see `spread`"""
     by_position: list[tuple[int, float, int]]
-    """(first position, mean loss, labels) of each range of positions that has a label; see `position_edges`"""
+    """(first position, mean loss, labels) of each range of positions that has a label; see
+    `position_edges`
+    """
 
     @property
     def perplexity(self) -> float:
@@ -72,14 +79,17 @@ class Evaluation(NamedTuple):
 def position_edges(seq_len: int) -> list[int]:
     """Where ranges of positions begin: 0, 1, 2, 4, 8, ... below seq_len.
 
-    Position t of a document predicts its token t + 1 from t + 1 tokens, so each range has twice the context of the one
-    before. A document that is cut by the end of a sequence goes on as a document of its own, from position 0.
+    Position t of a document predicts its token t + 1 from t + 1 tokens, so each range has twice the
+    context of the one before. A document that is cut by the end of a sequence goes on as a document
+    of its own, from position 0.
     """
     return [0, *(2**power for power in range((seq_len - 1).bit_length()))]
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Which `count` of `total` held-out sequences are read, evenly spread and in order; 0, or too many: all."""
+    """Which `count` of `total` held-out sequences are read, evenly spread and in order; 0, or too
+    many: all.
+    """
     count = min(count or total, total)
     return [i * total // count for i in range(count)]
 
@@ -91,24 +101,31 @@ def held_out_batches(loader: Loader, sequences: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: int = 0) -> Evaluation:
-    """Mean cross-entropy of the loader's sequences (of so many of them, see `spread`; 0: all), in all and by position.
+def evaluate(
+    model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: int = 0
+) -> Evaluation:
+    """Mean cross-entropy of the loader's sequences (of so many of them, see `spread`; 0: all), in
+    all and by position.
 
-    It does not depend on the mesh or on how sequences are batched: rows that fill up a batch count nothing, nor does
-    padding, and a router's loss, which is of a whole batch, is left out. Dropout is off. UserError where nothing that
-    was read has a label. Collective.
+    It does not depend on the mesh or on how sequences are batched: rows that fill up a batch count
+    nothing, nor does padding, and a router's loss, which is of a whole batch, is left out. Dropout
+    is off. UserError where nothing that was read has a label. Collective.
     """
     batches = held_out_batches(loader, sequences)
     edges = position_edges(loader.sequences.seq_len)
     borders = torch.tensor(edges[1:], device=mesh.device)
-    sums = torch.zeros(2, len(edges), dtype=torch.float64, device=mesh.device)  # of cross-entropies; of labels
+    sums = torch.zeros(
+        2, len(edges), dtype=torch.float64, device=mesh.device
+    )  # of cross-entropies; of labels
     trains = model.training
     model.eval()
     for indices in batches:
         batch = loader.read(indices).to(mesh.device)
         losses = model(**vars(batch), reduction="none").loss.double()
         places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
-        for total, values in zip(sums, (losses, (batch.labels != IGNORE_INDEX).double()), strict=True):
+        for total, values in zip(
+            sums, (losses, (batch.labels != IGNORE_INDEX).double()), strict=True
+        ):
             total.index_add_(0, places, values.flatten())
     model.train(trains)
     dist.all_reduce(sums, group=mesh.loss.get_group())
@@ -116,8 +133,11 @@ def evaluate(model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: i
     read, tokens = sum(map(len, batches)), int(sum(counts))
     if not tokens:
         raise UserError(
-            f"validation: none of the tokens of {read} held-out sequence(s) is a label. Raise validation.steps, or set "
+            f"validation: none of the tokens of {read} held-out sequence(s) is a label. Raise "
+            "validation.steps, or set "
             "it to 0 to read all of the data."
         )
-    ranges = [(edge, loss / n, int(n)) for edge, loss, n in zip(edges, losses, counts, strict=True) if n]
+    ranges = [
+        (edge, loss / n, int(n)) for edge, loss, n in zip(edges, losses, counts, strict=True) if n
+    ]
     return Evaluation(sum(losses) / tokens, tokens, read, ranges)

@@ -1,4 +1,5 @@
-"""A real run's plan, made beside its start by a process of its own: the run's process group leaves no room for another.
+"""A real run's plan, made beside its start by a process of its own: the run's process group leaves
+no room for another.
 
 before = Preflight(config, model_bytes=...)          rank 0, before weights are filled
 before.lines()                                       before the first step: what is planned
@@ -24,15 +25,20 @@ _TIMEOUT_S = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
 _ENFORCE_TIMEOUT_S = 300.0
 _SMALL = 0.02
-"""Of the host's free memory: what weights and optimizer may take on a CPU without a plan being worth its seconds."""
+"""Of the host's free memory: what weights and optimizer may take on a CPU without a plan being
+worth its seconds.
+"""
 
 
 class Preflight:
     """The plan of a run that starts."""
 
-    def __init__(self, config: Config, *, world_size: int, model_bytes: int, gpu_memory: int | None, gpu: str):
-        """model_bytes: about what weights, gradients and optimizer take in all; gpu_memory: bytes of this GPU, None on
-        a CPU; gpu: what CUDA calls it."""
+    def __init__(
+        self, config: Config, *, world_size: int, model_bytes: int, gpu_memory: int | None, gpu: str
+    ):
+        """model_bytes: about what weights, gradients and optimizer take in all; gpu_memory: bytes
+        of this GPU, None on a CPU; gpu: what CUDA calls it.
+        """
         self.cuda, self.enforce = gpu_memory is not None, config.plan.enforce
         self.plan: dict[str, Any] | None = None
         self._why_not = "it is not ready"
@@ -52,13 +58,21 @@ class Preflight:
             "gpu": gpu,
             "host_memory": host,
         }
-        ours = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+        ours = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "titan_ulysses.plan"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**ours, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **ours,
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
             text=True,
             start_new_session=True,  # Ctrl-C is the run's
         )
@@ -70,12 +84,17 @@ class Preflight:
         self._reader.start()
 
     def lines(self) -> list[str]:
-        """What to print before the first step. Waits a few seconds at most, or, to enforce it, until there is one."""
+        """What to print before the first step. Waits a few seconds at most, or, to enforce it,
+        until there is one.
+        """
         if self._process:
             patience = _ENFORCE_TIMEOUT_S if self.enforce else _TIMEOUT_S
             self._reader.join(patience)
             if self._reader.is_alive() and not self.enforce:
-                return [f"plan: not ready after {patience:.0f} s (the machine is busy): it follows when it is"]
+                return [
+                    f"plan: not ready after {patience:.0f} s (the machine is busy): it follows "
+                    "when it is"
+                ]
         self._reported = True
         return self._describe()
 
@@ -94,17 +113,25 @@ class Preflight:
 
     def _describe(self) -> list[str]:
         if self.plan is None:
-            return [f"plan: not made: {self._why_not}. `python train.py --plan` with these settings makes one."]
+            return [
+                f"plan: not made: {self._why_not}. `python train.py --plan` with these settings "
+                "makes one."
+            ]
         p = self.plan
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in list(p["components"].items())[:4])
+        parts = ", ".join(
+            f"{name} {_gib(size)}" for name, size in list(p["components"].items())[:4]
+        )
         if not self.cuda:
             return [
                 f"plan: {_gib(p['live_gib'])} of tensors at the peak of a rank ({parts})",
-                f"      {_gib(p['ranks'] * p['live_gib'])} on this node, {_gib(p['host_memory_gib'])} are free",
+                f"      {_gib(p['ranks'] * p['live_gib'])} on this node, "
+                f"{_gib(p['host_memory_gib'])} are free",
             ]
         return [
-            f"plan: {_gib(p['gpu_peak_gib'])} of {_gib(p['gpu_memory_gib'])} at the peak of a GPU ({parts})",
-            f"      host memory {_gib(p['host_peak_gib'])} a node; a step {time_text(p['step_seconds'])}"
+            f"plan: {_gib(p['gpu_peak_gib'])} of {_gib(p['gpu_memory_gib'])} at the peak of a GPU "
+            f"({parts})",
+            f"      host memory {_gib(p['host_peak_gib'])} a node; a step "
+            f"{time_text(p['step_seconds'])}"
             + ("" if p["fits"] else f"; it does not fit: {p['binds']}"),
         ]
 
@@ -113,27 +140,38 @@ class Preflight:
         if not self.enforce:
             return None
         if self.plan is None:
-            return f"plan.enforce = true, and there is no plan: {self._why_not}. `train.py --plan` says more."
+            return (
+                f"plan.enforce = true, and there is no plan: {self._why_not}. `train.py --plan` "
+                "says more."
+            )
         if self.plan["fits"]:
             return None
         if not self.cuda:
             return (
-                f"plan.enforce = true: the run needs {_gib(self.plan['ranks'] * self.plan['live_gib'])} of tensors "
-                f"on this node, and {_gib(self.plan['host_memory_gib'])} are free. Lower training.seq_len, or set "
+                "plan.enforce = true: the run needs "
+                f"{_gib(self.plan['ranks'] * self.plan['live_gib'])} of tensors "
+                f"on this node, and {_gib(self.plan['host_memory_gib'])} are free. Lower "
+                "training.seq_len, or set "
                 "plan.enforce = false."
             )
         return (
-            f"plan.enforce = true: the run does not fit ({self.plan['binds']}): {_gib(self.plan['gpu_peak_gib'])} a "
-            f"GPU, {_gib(self.plan['host_peak_gib'])} of host memory a node. `train.py --plan` says what helps."
+            f"plan.enforce = true: the run does not fit ({self.plan['binds']}): "
+            f"{_gib(self.plan['gpu_peak_gib'])} a "
+            f"GPU, {_gib(self.plan['host_peak_gib'])} of host memory a node. `train.py --plan` "
+            "says what helps."
         )
 
     @property
     def planned_gib(self) -> float | None:
-        """The planned peak of tensors on the GPU; None where there is no plan, or no GPU whose allocator could tell."""
+        """The planned peak of tensors on the GPU; None where there is no plan, or no GPU whose
+        allocator could tell.
+        """
         return self.plan["gpu_tensors_gib"] if self.plan is not None and self.cuda else None
 
     def measured(self, peak_gib: float, *, counts_files: bool = False) -> list[str]:
-        """Once: the measured peak next to the planned one, and on a CPU (see `PeakMemory`), why they differ."""
+        """Once: the measured peak next to the planned one, and on a CPU (see `PeakMemory`), why
+        they differ.
+        """
         if self.plan is None or self._compared:
             return []
         self._compared = True
@@ -141,10 +179,16 @@ class Preflight:
             planned = self.planned_gib
             off = f"{peak_gib / planned - 1:+.1%}"
             return [f"plan: {_gib(planned)} of tensors planned, {_gib(peak_gib)} measured ({off})"]
-        what = "all that is in memory, with files that are mapped" if counts_files else "all memory of its own"
+        what = (
+            "all that is in memory, with files that are mapped"
+            if counts_files
+            else "all memory of its own"
+        )
         return [
-            f"plan: {_gib(self.plan['live_gib'])} of tensors planned; a rank's process has had {_gib(peak_gib)}: "
-            f"{what}, so beside tensors Python, its libraries, and what the allocator has not given back"
+            f"plan: {_gib(self.plan['live_gib'])} of tensors planned; a rank's process has had "
+            f"{_gib(peak_gib)}: "
+            f"{what}, so beside tensors Python, its libraries, and what the allocator has not "
+            "given back"
         ]
 
     def components(self) -> str:
@@ -163,7 +207,9 @@ class Preflight:
         if self._process.returncode == 0:
             self.plan = json.loads(said.splitlines()[-1])
         else:
-            self._why_not = (complaint.strip().splitlines() or ["the planner ended without a word"])[-1]
+            self._why_not = (
+                complaint.strip().splitlines() or ["the planner ended without a word"]
+            )[-1]
 
 
 def _gib(gib: float) -> str:

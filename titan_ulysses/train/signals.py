@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C while a run trains: noted, and answered at once, whatever the main thread is doing."""
+"""SIGTERM and Ctrl-C while a run trains: noted, and answered at once, whatever the main thread is
+doing.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ _PATIENCE = 1.0
 
 
 class StopSignals:
-    """`with StopSignals(tell) as signals: ...`, where `signals.received` asks the loop to stop after its step.
+    """`with StopSignals(tell) as signals: ...`, where `signals.received` asks the loop to stop
+    after its step.
 
-    tell(name): called once, on a thread of its own, as soon as the first signal arrives. Python's own
-    handlers wait until the main thread is back from what it has called, such as a backward of minutes.
-    Ctrl-C a second time, or what a launcher makes of it, ends the process at once, with exit code 130.
-    Any further SIGTERM changes nothing: schedulers send several. In the main thread only.
+    tell(name): called once, on a thread of its own, as soon as the first signal arrives. Python's
+    own handlers wait until the main thread is back from what it has called, such as a backward of
+    minutes. Ctrl-C a second time, or what a launcher makes of it, ends the process at once, with
+    exit code 130. Any further SIGTERM changes nothing: schedulers send several. In the main thread
+    only.
     """
 
     def __init__(self, tell: Callable[[str], None]):

@@ -1,4 +1,6 @@
-"""One optimizer step: forward and backward over its batches, clipping, the optimizer; and the learning rate it has."""
+"""One optimizer step: forward and backward over its batches, clipping, the optimizer; and the
+learning rate it has.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ class StepMetrics(NamedTuple):
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], mesh: Mesh, *, max_norm: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    mesh: Mesh,
+    *,
+    max_norm: float,
 ) -> StepMetrics:
     """One optimizer step over the batches that make it up; nothing here waits for the device."""
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
@@ -59,7 +66,9 @@ def train_step(
 
 
 def _upcast_grads_to_fp32(model: nn.Module) -> None:
-    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may be bf16."""
+    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may
+    be bf16.
+    """
     for p in model.parameters():
         if p.grad is not None and p.grad.dtype != _wide(p.grad):
             p.grad_dtype = None  # any
@@ -113,11 +122,11 @@ def _norms(gradient: Tensor) -> list[Tensor]:
 
 
 def parameter_not_finite(model: nn.Module) -> str | None:
-    """Collective. The name of a trained parameter with a NaN or an infinity, the same on every rank; None: all are
-    finite.
+    """Collective. The name of a trained parameter with a NaN or an infinity, the same on every
+    rank; None: all are finite.
 
-    Waits for the device, and reads every shard once. The optimizer's moments need no look of their own: what is NaN in
-    them is NaN in their parameter after the same step.
+    Waits for the device, and reads every shard once. The optimizer's moments need no look of their
+    own: what is NaN in them is NaN in their parameter after the same step.
     """
     trained = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
     pieces = [(name, x) for name, p in trained for x in plain_pieces(p) if x.numel()]
@@ -128,10 +137,16 @@ def parameter_not_finite(model: nn.Module) -> str | None:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The learning rate of the step-th step, counted from 0: linear warmup, then decay to min_lr_ratio at the last."""
+    """The learning rate of the step-th step, counted from 0: linear warmup, then decay to
+    min_lr_ratio at the last.
+    """
     schedule, peak = config.lr_scheduler, config.optimizer.lr
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
-    done = (step - schedule.warmup_steps) / max(1, config.training.steps - 1 - schedule.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[schedule.decay_type]
+    done = (step - schedule.warmup_steps) / max(
+        1, config.training.steps - 1 - schedule.warmup_steps
+    )
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
+        schedule.decay_type
+    ]
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape)

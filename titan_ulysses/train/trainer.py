@@ -59,10 +59,11 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has started.
+    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has
+    started.
 
-    With eval_only there is no training data, no optimizer and no plan, and the run's files stay as they are:
-    `evaluate` is what is left.
+    With eval_only there is no training data, no optimizer and no plan, and the run's files stay as
+    they are: `evaluate` is what is left.
     """
 
     def __init__(self, config: Config, *, eval_only: bool = False):
@@ -100,7 +101,9 @@ class Trainer:
     # --- build: mesh, loaders, model --------------------------------------------------------------
 
     def _build(self, training: SampleStream | None, held_out: SampleStream | None) -> None:
-        """Join the process group, and make the mesh, the loaders and the model, whose memory is empty."""
+        """Join the process group, and make the mesh, the loaders and the model, whose memory is
+        empty.
+        """
         config, degrees = self.config, self.degrees
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -151,25 +154,34 @@ class Trainer:
         )
 
     def _needs_base_weights(self) -> bool:
-        """Whether the weights that it began with are needed: a checkpoint holds only what is trained."""
+        """Whether the weights that it began with are needed: a checkpoint holds only what is
+        trained.
+        """
         if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
             return True
         return self._latest() is None
 
     def _check_folder(self) -> None:
         """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
-        nearest = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        nearest = next(
+            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
+        )
         if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise self._unwritable(f"{nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")
+            raise self._unwritable(
+                f"{nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}"
+            )
 
     def _unwritable(self, why: str) -> UserError:
         return UserError(
-            f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} ({why}). "
+            f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} "
+            f"({why}). "
             "Choose a folder that can be written."
         )
 
     def _open_folder(self) -> None:
-        """Make the run's folder and write its resolved config. UserError where that cannot be done."""
+        """Make the run's folder and write its resolved config. UserError where that cannot be
+        done.
+        """
         self._write("config.toml", dump_toml(self.config))
 
     def _write(self, name: str, text: str) -> None:
@@ -184,10 +196,14 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """UserError where there is no model to evaluate but a random one."""
-        if self._latest() is None and not (self.config.model.path or self.config.checkpoint.initial_load_path):
+        if self._latest() is None and not (
+            self.config.model.path or self.config.checkpoint.initial_load_path
+        ):
             raise UserError(
-                f"--evaluate: there is no model yet: {self.checkpointer.folder} has no checkpoint, and model.path is "
-                "not set. Train first, or set model.path to a folder with weights, such as the export/ of a run."
+                f"--evaluate: there is no model yet: {self.checkpointer.folder} has no checkpoint, "
+                "and model.path is "
+                "not set. Train first, or set model.path to a folder with weights, such as the "
+                "export/ of a run."
             )
 
     def _latest(self) -> int | None:
@@ -215,13 +231,17 @@ class Trainer:
         return Preflight(
             self.config,
             world_size=dist.get_world_size(),
-            model_bytes=sum(p.numel() * (16 if p.requires_grad else p.itemsize) for p in parameters),
+            model_bytes=sum(
+                p.numel() * (16 if p.requires_grad else p.itemsize) for p in parameters
+            ),
             gpu_memory=gpu and gpu.total_memory,
             gpu=gpu.name if gpu else "",
         )
 
     def _check_plan(self) -> None:
-        """UserError, on every rank, where plan.enforce is set and the plan does not fit, or no checkpoint would."""
+        """UserError, on every rank, where plan.enforce is set and the plan does not fit, or no
+        checkpoint would.
+        """
         self.plan_lines = self.preflight.lines() if self.preflight else []
         if self.optimizer is None:
             return
@@ -239,27 +259,36 @@ class Trainer:
         if obstacle := first_failure(obstacle or disk.obstacle()):
             raise UserError(obstacle)
 
-    # --- validation alone ---------------------------------------------------------------------------------------------
+    # --- validation alone -------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """The model that training would go on from, on the held-out data: to the console and <run>/evaluation.json."""
+        """The model that training would go on from, on the held-out data: to the console and
+        <run>/evaluation.json.
+        """
         is_checkpoint = self._latest() is not None
         initial = self.config.checkpoint.initial_load_path or self.config.model.path
         weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
         with self._progress(steps=1, done=0) as self.progress:
             found = self._validate(None)
-        values = {"weights": str(weights_of), "held_out": self.validation_loader.sequences.describe()}
+        values = {
+            "weights": str(weights_of),
+            "held_out": self.validation_loader.sequences.describe(),
+        }
         self._write("evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n")
         self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
         self._say(f"Written to {self.folder / 'evaluation.json'}")
 
-    # --- the loop -----------------------------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train to the last step, or until SIGTERM or Ctrl-C; checkpoint, export, say where everything lies."""
+        """Train to the last step, or until SIGTERM or Ctrl-C; checkpoint, export, say where
+        everything lies.
+        """
         config, total = self.config, self.config.training.steps
         if self.step >= total and self._is_exported():
-            self._say(f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps.")
+            self._say(
+                f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps."
+            )
             return
         logger = None
         if dist.get_rank() == 0:
@@ -283,14 +312,20 @@ class Trainer:
             if self.preflight:
                 self.preflight.close()
         if self.step < total:
-            goes_on = "The same command goes on from there." if config.checkpoint.enable else "Nothing is saved."
+            goes_on = (
+                "The same command goes on from there."
+                if config.checkpoint.enable
+                else "Nothing is saved."
+            )
             self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
             return
         if config.checkpoint.export:
             self._expect_finite_model()
             if config.lora.rank:
                 base = base_weights(config)
-                weights.save_adapters(self.model, self.folder / "adapter", base=base.path if base else "")
+                weights.save_adapters(
+                    self.model, self.folder / "adapter", base=base.path if base else ""
+                )
             weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=self.step)
         print_completion(self)
 
@@ -302,7 +337,9 @@ class Trainer:
         tokens = self.spec.local_tokens * self.degrees.accumulation_steps
         with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
             while self.step < total:
-                self.progress.begin(f"step {self.step + 1}", tokens=tokens, trains=True, is_step=True)
+                self.progress.begin(
+                    f"step {self.step + 1}", tokens=tokens, trains=True, is_step=True
+                )
                 if self._must_stop():
                     break
                 self._train_one_step(logger)
@@ -316,24 +353,39 @@ class Trainer:
     def _start_wandb(self) -> WandbRun | None:
         if not self.config.metrics.enable_wandb:
             return None
-        return WandbRun(self.folder, name=self.config.job.name, config=self.config.model_dump(), say=self._say)
+        return WandbRun(
+            self.folder, name=self.config.job.name, config=self.config.model_dump(), say=self._say
+        )
 
     def _saves_now(self) -> bool:
         checkpoint = self.config.checkpoint
-        return checkpoint.enable and (self.step % checkpoint.interval == 0 or self.step == self.config.training.steps)
+        return checkpoint.enable and (
+            self.step % checkpoint.interval == 0 or self.step == self.config.training.steps
+        )
 
     def _train_one_step(self, logger: MetricsLogger | None) -> None:
         config = self.config
-        # Dropout, where a model has it, draws from (seed, step, rank): a resumed run draws the same.
+        # Dropout, where a model has it, draws from (seed, step, rank): a resumed run draws the
+        # same.
         torch.manual_seed(seed_of(config.training.seed, self.step, dist.get_rank()))
-        batches = [self.loader.next_batch().to(self.mesh.device) for _ in range(self.degrees.accumulation_steps)]
+        batches = [
+            self.loader.next_batch().to(self.mesh.device)
+            for _ in range(self.degrees.accumulation_steps)
+        ]
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Every step calls the same collectives, so counting those of the first one, which is slow anyway, is enough.
+        # Every step calls the same collectives, so counting those of the first one, which is slow
+        # anyway, is enough.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
             try:
-                shown = train_step(self.model, self.optimizer, batches, self.mesh, max_norm=config.training.max_norm)
+                shown = train_step(
+                    self.model,
+                    self.optimizer,
+                    batches,
+                    self.mesh,
+                    max_norm=config.training.max_norm,
+                )
             except torch.OutOfMemoryError:
                 if self.preflight:
                     self._say(self.preflight.components())
@@ -341,20 +393,36 @@ class Trainer:
         self._unseen.append(shown)
         if counter:
             self._say(describe_state(self.optimizer))
-            self.collectives = {kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())}
+            self.collectives = {
+                kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())
+            }
         self.step += 1
         self.progress.finish_step()
-        self._attention_flops += sum(attention_flops(self.model.config, batch.documents) for batch in batches)
-        if self.step % config.metrics.log_interval == 0 or self.step == config.training.steps or self._saves_now():
+        self._attention_flops += sum(
+            attention_flops(self.model.config, batch.documents) for batch in batches
+        )
+        if (
+            self.step % config.metrics.log_interval == 0
+            or self.step == config.training.steps
+            or self._saves_now()
+        ):
             self._log(logger, shown, lr)
         validation = config.validation
-        if validation.enable and (self.step % validation.interval == 0 or self.step == config.training.steps):
+        if validation.enable and (
+            self.step % validation.interval == 0 or self.step == config.training.steps
+        ):
             with self._excluded_from_step_time():
                 self._validate(logger)
 
     def _log(self, logger: MetricsLogger | None, shown: StepMetrics, lr: float) -> None:
-        """Everything that must wait for the device happens here, and only on steps that are logged."""
-        steps, device, config = self.step - self._logged_step, self.mesh.device, self.config.training
+        """Everything that must wait for the device happens here, and only on steps that are
+        logged.
+        """
+        steps, device, config = (
+            self.step - self._logged_step,
+            self.mesh.device,
+            self.config.training,
+        )
         # Before the clock is read: the device finishes the step.
         self._expect_finite_steps()
         loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
@@ -388,7 +456,9 @@ class Trainer:
         self._start_interval()
 
     def _plan_news(self, peak_gib: float) -> list[str]:
-        """The plan, where it was not ready at the start; what came of it, once a step had the optimizer's state."""
+        """The plan, where it was not ready at the start; what came of it, once a step had the
+        optimizer's state.
+        """
         lines, steps = self.preflight.news(), self.step - self._first_step
         if steps > 1 or self.step == self.config.training.steps:
             lines += self.preflight.measured(peak_gib, counts_files=self.peak_memory.counts_files)
@@ -409,7 +479,9 @@ class Trainer:
     def _validate(self, logger: MetricsLogger | None) -> Evaluation:
         sequences = self.config.validation.steps * self.degrees.global_batch_size
         tokens = self.spec.local_tokens * len(held_out_batches(self.validation_loader, sequences))
-        self.progress.begin(f"validation at step {self.step}", tokens=tokens, is_step=self.optimizer is None)
+        self.progress.begin(
+            f"validation at step {self.step}", tokens=tokens, is_step=self.optimizer is None
+        )
         found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
         if logger:
             names = ("loss", "tokens", "sequences", "by_position")
@@ -417,23 +489,32 @@ class Trainer:
         return found
 
     def _expect_finite_steps(self) -> None:
-        """UserError where a step that nobody has looked at had no finite loss or gradient. Waits for the device."""
+        """UserError where a step that nobody has looked at had no finite loss or gradient. Waits
+        for the device.
+        """
         for step, shown in enumerate(self._unseen, start=self.step + 1 - len(self._unseen)):
             loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise self._diverged(f"The loss is {loss} and the gradient norm {grad_norm} at step {step}")
+                raise self._diverged(
+                    f"The loss is {loss} and the gradient norm {grad_norm} at step {step}"
+                )
 
     def _expect_finite_model(self) -> None:
-        """UserError where the model has diverged: by its last steps, or by its last update, of which no loss knows."""
+        """UserError where the model has diverged: by its last steps, or by its last update, of
+        which no loss knows.
+        """
         self._expect_finite_steps()
         if name := parameter_not_finite(self.model):
-            raise self._diverged(f"The update of step {self.step} has left {name} with numbers that are not finite")
+            raise self._diverged(
+                f"The update of step {self.step} has left {name} with numbers that are not finite"
+            )
 
     def _diverged(self, what: str) -> UserError:
         last = self._latest()
         kept = "" if last is None else f"; the last checkpoint is of step {last}"
         return UserError(
-            f"{what}. Nothing of it is saved{kept}. Lower optimizer.lr = {self.config.optimizer.lr}, lengthen "
+            f"{what}. Nothing of it is saved{kept}. Lower optimizer.lr = "
+            f"{self.config.optimizer.lr}, lengthen "
             "lr_scheduler.warmup_steps, or look at the data of this step."
         )
 
@@ -444,7 +525,9 @@ class Trainer:
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
     def _progress(self, *, steps: int, done: int) -> Progress:
-        """Of so many steps. Where there is a terminal, and only there, the blocks' work is counted."""
+        """Of so many steps. Where there is a terminal, and only there, the blocks' work is
+        counted.
+        """
         work, checkpoint = None, self.config.activation_checkpoint
         if shows(self.console):
             work = BlockWork(
@@ -456,18 +539,25 @@ class Trainer:
 
     def _acknowledge(self, name: str) -> None:
         """Say at once what a signal leads to."""
-        then = "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
+        then = (
+            "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
+        )
         again = " Ctrl-C again ends at once, without one." if name == "SIGINT" else ""
         self._say(f"{name} received: stopping after {self.progress.part}, {then}.{again}")
 
     def _must_stop(self) -> bool:
-        """Whether any rank was told to stop. All ranks stop after the same step; a small host-side all-reduce."""
+        """Whether any rank was told to stop. All ranks stop after the same step; a small host-side
+        all-reduce.
+        """
         flag = torch.tensor(int(self.signals.received))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
     def _is_exported(self) -> bool:
-        return not self.config.checkpoint.export or weights.exported_step(self.folder / "export") == self.step
+        return (
+            not self.config.checkpoint.export
+            or weights.exported_step(self.folder / "export") == self.step
+        )
 
     def _say(self, text: str) -> None:
         print_wrapped(self.console, text)

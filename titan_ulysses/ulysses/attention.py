@@ -1,8 +1,10 @@
-"""The attention function that transformers calls in every layer: exchange, core attention, exchange back.
+"""The attention function that transformers calls in every layer: exchange, core attention, exchange
+back.
 
-It is registered once, under a name of its own, and holds no state: what a model's attention needs to know (its mesh,
-its core, the batch's documents) comes with each call as the keyword `ulysses`, which transformers hands down from the
-model's forward. So two models in one process, on different meshes, cannot touch each other.
+It is registered once, under a name of its own, and holds no state: what a model's attention needs
+to know (its mesh, its core, the batch's documents) comes with each call as the keyword `ulysses`,
+which transformers hands down from the model's forward. So two models in one process, on different
+meshes, cannot touch each other.
 """
 
 from __future__ import annotations
@@ -111,17 +113,25 @@ def _check_call(
     name = type(module).__name__
     if ulysses is None:
         raise UserError(
-            f"model: {name} is not told of documents and ranks: its model does not hand keywords down to its attention."
+            f"model: {name} is not told of documents and ranks: its model does not hand keywords "
+            "down to its attention."
         )
     if attention_mask is not None:
-        raise UserError(f"model: {name} has an attention mask of its own, where documents say all that is masked here.")
+        raise UserError(
+            f"model: {name} has an attention mask of its own, where documents say all that is "
+            "masked here."
+        )
     if dropout:
         raise UserError(
-            f"model: {name} drops attention weights (at a rate of {dropout}), which would depend on the mesh. Set its "
+            f"model: {name} drops attention weights (at a rate of {dropout}), which would depend "
+            "on the mesh. Set its "
             "dropout to 0.0 in the model's config."
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise UserError(f"model: {name} attends to later tokens too (is_causal = False), where every core is causal.")
+        raise UserError(
+            f"model: {name} attends to later tokens too (is_causal = False), where every core is "
+            "causal."
+        )
 
 
 def _local_heads(
@@ -143,7 +153,9 @@ def _local_heads(
 
 
 def _bounded(runs: list[tuple[slice, slice]], head_elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut runs so that no call sees 2^31 elements, where the 32-bit indices of flash kernels and others overflow."""
+    """Cut runs so that no call sees 2^31 elements, where the 32-bit indices of flash kernels and
+    others overflow.
+    """
     for queries, keys in runs:
         group = (queries.stop - queries.start) // (keys.stop - keys.start)
         most = max(1, (2**31 - 1) // (group * head_elements))  # KV heads of one call
@@ -154,23 +166,33 @@ def _bounded(runs: list[tuple[slice, slice]], head_elements: int) -> Iterator[tu
 
 
 def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) -> Tensor:
-    """A core sees only the keywords that mean something in this layer: it need not know the others."""
-    return core(q, k, v, **{keyword: value for keyword, value in layer.items() if value is not None})
+    """A core sees only the keywords that mean something in this layer: it need not know the
+    others.
+    """
+    return core(
+        q, k, v, **{keyword: value for keyword, value in layer.items() if value is not None}
+    )
 
 
 def _retuned(query: Tensor, module: nn.Module, places: Tensor) -> Tensor:
-    """Temperature tuning (arXiv 2501.19399) at the tokens' true places: llama4 counts from 0 in what it is given."""
+    """Temperature tuning (arXiv 2501.19399) at the tokens' true places: llama4 counts from 0 in
+    what it is given.
+    """
 
     def temperature(positions: Tensor) -> Tensor:
         steps = torch.floor((positions.float() + 1) / module.floor_scale)
-        return (torch.log1p(steps) * module.attn_scale + 1).to(torch.promote_types(query.dtype, torch.float32))
+        return (torch.log1p(steps) * module.attn_scale + 1).to(
+            torch.promote_types(query.dtype, torch.float32)
+        )
 
     given = temperature(torch.arange(query.shape[2], device=query.device))
     return (query * (temperature(places) / given)[:, None, :, None]).to(query.dtype)
 
 
 def _chunked(documents: Documents, module: nn.Module) -> Documents:
-    """Documents cut into the chunks of a chunked-attention layer (llama4), which are documents to its attention."""
+    """Documents cut into the chunks of a chunked-attention layer (llama4), which are documents to
+    its attention.
+    """
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     # Other families keep such keys too, if a config.json has them, and do not read them.
@@ -180,7 +202,8 @@ def _chunked(documents: Documents, module: nn.Module) -> Documents:
         return documents
     size = config.attention_chunk_size
     return tuple(
-        tuple(min(size, length - start) for length in row for start in range(0, length, size)) for row in documents
+        tuple(min(size, length - start) for length in row for start in range(0, length, size))
+        for row in documents
     )
 
 

@@ -1,4 +1,5 @@
-"""Core attention: whole sequences, this rank's heads. Ulysses does not care what attention is, so this is all of it.
+"""Core attention: whole sequences, this rank's heads. Ulysses does not care what attention is, so
+this is all of it.
 
 A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q [B, S, Hq, D], k [B, S,
 Hkv, D], v [B, S, Hkv, Dv] and output [B, S, Hq, Dv], where Hkv divides Hq; Dv is not D in latent
@@ -6,8 +7,9 @@ attention. `documents` holds each row's document lengths on the host. Attention 
 document and zero between documents, by construction: a document is a call of its own. No S x S mask
 exists.
 
-Keywords come only where a layer needs them: `window` (a query sees that many keys, itself included), `softcap` (scores
-become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which takes weight and gives nothing).
+Keywords come only where a layer needs them: `window` (a query sees that many keys, itself
+included), `softcap` (scores become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which
+takes weight and gives nothing).
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from titan_ulysses.distributed.sequence import Documents
 Core = Callable[..., Tensor]
 
 _QUERY_BLOCK = 1024
-"""Queries of one call where a mask or plain scores are needed: [block, block + window] of them, never [S, S]."""
+"""Queries of one call where a mask or plain scores are needed: [block, block + window] of them,
+never [S, S].
+"""
 
 
 def sdpa(
@@ -44,13 +48,16 @@ def sdpa(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`: a call a document, and with a window a call a block of queries."""
+    """`F.scaled_dot_product_attention`: a call a document, and with a window a call a block of
+    queries.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if window is not None and window < q.shape[2]:
             return _in_blocks(_sdpa_block, q, k, v, window=window, scale=scale, sinks=sinks)
         if sinks is not None:
-            # The sink's key comes first, with a query of its own that is dropped again, so that all others see it.
+            # The sink's key comes first, with a query of its own that is dropped again, so that all
+            # others see it.
             q, k, v = _with_sink(F.pad(q, (0, 0, 1, 0)), k, v, sinks, scale)
             return _sdpa(q, k, v, scale, is_causal=True)[:, :, 1:, : v.shape[-1] - _SINK_PADDING]
         return _sdpa(q, k, v, scale, is_causal=True)
@@ -69,10 +76,14 @@ def blockwise(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Plain attention by blocks of queries, recomputed in backward: exact and slow, for what no kernel here can do."""
+    """Plain attention by blocks of queries, recomputed in backward: exact and slow, for what no
+    kernel here can do.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _in_blocks(_plain_block, q, k, v, window=window, scale=scale, sinks=sinks, softcap=softcap)
+        return _in_blocks(
+            _plain_block, q, k, v, window=window, scale=scale, sinks=sinks, softcap=softcap
+        )
 
     return _each_document(attend, q, k, v, documents)
 
@@ -87,7 +98,9 @@ def flash(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Flash attention of variable length: all documents of all rows in one call. CUDA, bf16 or fp16; flash-attn 2."""
+    """Flash attention of variable length: all documents of all rows in one call. CUDA, bf16 or
+    fp16; flash-attn 2.
+    """
     from flash_attn import flash_attn_varlen_func
 
     longest, borders = max(chain(*documents)), _borders(documents, q.device)
@@ -110,8 +123,12 @@ def flash(
 
 @lru_cache(maxsize=4)
 def _borders(documents: Documents, device: torch.device) -> Tensor:
-    """[documents + 1] int32 on device: where each document of the flattened rows starts. Made once for all layers."""
-    return torch.tensor([0, *accumulate(chain(*documents))], dtype=torch.int32).to(device, non_blocking=True)
+    """[documents + 1] int32 on device: where each document of the flattened rows starts. Made once
+    for all layers.
+    """
+    return torch.tensor([0, *accumulate(chain(*documents))], dtype=torch.int32).to(
+        device, non_blocking=True
+    )
 
 
 def flex(
@@ -124,7 +141,9 @@ def flex(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """FlexAttention, compiled: the documents and the window as a block mask. CUDA (on a CPU it has no backward)."""
+    """FlexAttention, compiled: the documents and the window as a block mask. CUDA (on a CPU it has
+    no backward).
+    """
 
     def cap(score: Tensor, *_) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -155,14 +174,20 @@ def _block_mask(documents: Documents, window: int | None, device: torch.device) 
         return inside if window is None else inside & (query - key < window)
 
     rows, length = document.shape
-    return create_block_mask(seen, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device, _compile=True)
+    return create_block_mask(
+        seen, B=rows, H=None, Q_LEN=length, KV_LEN=length, device=device, _compile=True
+    )
 
 
-def choose_core(name: str, needs: set[str], *, device_type: str, dtype: torch.dtype) -> tuple[Core, str]:
-    """The core that `model.attention` names, or for "auto" the fastest one that is exact here; and why, in a sentence.
+def choose_core(
+    name: str, needs: set[str], *, device_type: str, dtype: torch.dtype
+) -> tuple[Core, str]:
+    """The core that `model.attention` names, or for "auto" the fastest one that is exact here; and
+    why, in a sentence.
 
-    `needs` are the keywords that the model's layers will pass (see above). "package.module:function" names a core of
-    the user's own. UserError where the named core is not there, cannot run here or does not take what is needed.
+    `needs` are the keywords that the model's layers will pass (see above).
+    "package.module:function" names a core of the user's own. UserError where the named core is not
+    there, cannot run here or does not take what is needed.
     """
     of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
     cores = {name: _import_core(name)} if ":" in name else of_this_file
@@ -171,12 +196,18 @@ def choose_core(name: str, needs: set[str], *, device_type: str, dtype: torch.dt
         obstacle = _obstacle(core, needs, device_type, dtype)
         if obstacle is None and name in ("auto", candidate):
             faster = "; ".join(f"{other} {why}" for other, why in obstacles.items())
-            return core, f"attention: {candidate}" + (f" ({faster})" if name == "auto" and faster else "")
+            return core, f"attention: {candidate}" + (
+                f" ({faster})" if name == "auto" and faster else ""
+            )
         obstacles[candidate] = obstacle
     if name not in obstacles:
-        raise UserError(f'model.attention = "{name}": no such core; choose auto, {", ".join(cores)}, module:function.')
+        raise UserError(
+            f'model.attention = "{name}": no such core; choose auto, {", ".join(cores)}, '
+            "module:function."
+        )
     raise UserError(
-        f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto" for one that can do this model.'
+        f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto" for one that '
+        "can do this model."
     )
 
 
@@ -202,11 +233,14 @@ def _import_core(name: str) -> Core:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f'model.attention = "{name}": cannot be imported ({error}). Give package.module:function, on sys.path.'
+            f'model.attention = "{name}": cannot be imported ({error}). Give '
+            "package.module:function, on sys.path."
         ) from error
 
 
-def _each_document(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _each_document(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents
+) -> Tensor:
     """attend [B, H, L, D] of each document; all rows at once where they are cut alike."""
 
     def row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -223,19 +257,29 @@ def _each_document(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tenso
     return torch.cat([row(*one) for one in rows])
 
 
-def _in_blocks(block: Core, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options) -> Tensor:
-    """block(q, k, v, seen) a block of queries, with the keys that any of them sees and the mask between the two."""
+def _in_blocks(
+    block: Core, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options
+) -> Tensor:
+    """block(q, k, v, seen) a block of queries, with the keys that any of them sees and the mask
+    between the two.
+    """
     outputs, length = [], q.shape[2]
     for start in range(0, length, _QUERY_BLOCK):
         stop = min(length, start + _QUERY_BLOCK)
         first = 0 if window is None else max(0, start - window + 1)
-        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(
+            first, stop, device=q.device
+        )
         seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        outputs.append(block(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen, **options))
+        outputs.append(
+            block(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen, **options)
+        )
     return torch.cat(outputs, dim=2)
 
 
-def _sdpa_block(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, sinks: Tensor | None) -> Tensor:
+def _sdpa_block(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, sinks: Tensor | None
+) -> Tensor:
     if sinks is None:
         return _sdpa(q, k, v, scale, attn_mask=seen)
     size = v.shape[-1]
@@ -273,11 +317,14 @@ _SINK_PADDING = 8
 """Head sizes grow by this much, of which the sink needs one: CUDA's kernels want multiples of 8."""
 
 
-def _with_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _with_sink(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """One more key in front, whose score is the head's sink for every query and whose value is 0.
 
-    The score is made by one more component: sink / scale in each query, 1 in the new key, 0 in all others. As it sits
-    in the query, query heads that share a key-value head keep sinks of their own, and autograd finds their gradients.
+    The score is made by one more component: sink / scale in each query, 1 in the new key, 0 in all
+    others. As it sits in the query, query heads that share a key-value head keep sinks of their
+    own, and autograd finds their gradients.
     """
     column = (sinks.to(q.dtype) / scale).view(1, -1, 1, 1).expand(*q.shape[:3], 1)
     q = F.pad(torch.cat([q, column], dim=-1), (0, _SINK_PADDING - 1))
@@ -288,16 +335,27 @@ def _with_sink(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float) -> 
 
 
 def _plain_block(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, sinks: Tensor | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    sinks: Tensor | None,
+    softcap: float | None,
 ) -> Tensor:
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, queries, D]: no key is repeated
         scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~seen, -torch.inf)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(
+            ~seen, -torch.inf
+        )
         if sinks is not None:
-            column = sinks.to(scores.dtype).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+            column = (
+                sinks.to(scores.dtype).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+            )
             weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
         else:
             weights = scores.softmax(dim=-1)

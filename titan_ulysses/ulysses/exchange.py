@@ -1,4 +1,5 @@
-"""The exchange of Ulysses: from a shard of the sequence with all heads to the whole sequence with a shard of the heads.
+"""The exchange of Ulysses: from a shard of the sequence with all heads to the whole sequence with a
+shard of the heads.
 
 One all-to-all brings q, k and v together, one takes the output back; each has its autograd, which
 is the other's direction. Layouts (B rows, S tokens in all, T = S/P a rank, H heads in all, h_p
@@ -12,8 +13,8 @@ On the wire each rank's block is [T, B, x_p], token first, where the x_p numbers
 heads of q, then of k, then of v. The blocks received from ranks 0..P-1 then already are the whole
 sequence, [S, B, x], and q, k and v are views of it. So sending costs one copy and receiving none;
 on the way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D]
-(all do at B = 1). A copy is a strided one a tensor and stretch of ranks (`HeadPlan.rank_groups`), not
-one a rank: three in all where P divides Hkv.
+(all do at B = 1). A copy is a strided one a tensor and stretch of ranks (`HeadPlan.rank_groups`),
+not one a rank: three in all where P divides Hkv.
 
 Bytes that rank r sends to others, with x_p = Dq * (hq_p + hkv_p) + Dv * hkv_p for q, k, v, or Dv *
 hq_p for the output:
@@ -64,7 +65,9 @@ class _ExchangeSpec(NamedTuple):
         return [part.unflatten(-1, (part.shape[-1] // size, size)) for part, size in parts]
 
 
-def sequence_to_heads(q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan) -> tuple[Tensor, Tensor, Tensor]:
+def sequence_to_heads(
+    q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan
+) -> tuple[Tensor, Tensor, Tensor]:
     """Bring whole sequences to the rank of each head, in one all-to-all.
 
     q is [B, S, Hq, Dq], k [B, S, Hkv, Dq], v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D mesh
@@ -82,14 +85,16 @@ def sequence_to_heads(q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan) -> tup
 def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTensor:
     """Take attention's output back to the rank of each token, in one all-to-all.
 
-    output is [B, S, Hq, D] placed `Shard(2)` where the plan is even, otherwise the local [B, S, h_p, D]. Returns
-    [B, S, Hq, D] placed `Shard(1)`. ValueError for any other placement.
+    output is [B, S, Hq, D] placed `Shard(2)` where the plan is even, otherwise the local [B, S,
+    h_p, D]. Returns [B, S, Hq, D] placed `Shard(1)`. ValueError for any other placement.
     """
     if plan.is_even:
         _expect(HEADS, output=output)
         output = output.to_local()
     elif isinstance(output, DTensor):
-        raise ValueError(f"output must be a local tensor under an uneven plan, but has {output.placements}")
+        raise ValueError(
+            f"output must be a local tensor under an uneven plan, but has {output.placements}"
+        )
     load = _ExchangeSpec((plan.query,), plan.query_rank_groups, (output.shape[3],))
     (local,) = _HeadsToSequence.apply(mesh, load, output)
     return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
@@ -103,7 +108,10 @@ def _expect(placement: Shard, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         found = tensor.placements if isinstance(tensor, DTensor) else "no placement"
         if found != (placement,):
-            raise ValueError(f"{name} must be placed ({placement},) on the sequence-parallel mesh, but has {found}")
+            raise ValueError(
+                f"{name} must be placed ({placement},) on the sequence-parallel mesh, but has "
+                f"{found}"
+            )
 
 
 class _SequenceToHeads(torch.autograd.Function):
@@ -128,7 +136,9 @@ class _HeadsToSequence(torch.autograd.Function):
         return None, None, *_scatter_heads(grads, ctx.load, ctx.mesh)
 
 
-def _scatter_heads(tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+def _scatter_heads(
+    tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh
+) -> tuple[Tensor, ...]:
     """[B, T, H_i, D_i] each, to [B, S, h_i, D_i] each (views of one buffer)."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, tokens = tensors[0].shape[:2]
@@ -142,7 +152,9 @@ def _scatter_heads(tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceM
     return tuple(part.transpose(0, 1) for part in load.split(received, rank))
 
 
-def _gather_heads(tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+def _gather_heads(
+    tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh
+) -> tuple[Tensor, ...]:
     """[B, S, h_i, D_i] each, to [B, T, H_i, D_i]. A KV head of several ranks gets their sum."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, sequence = tensors[0].shape[:2]
@@ -154,7 +166,9 @@ def _gather_heads(tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMe
     for ranks, blocks in _blocks(received, load, tokens, batch):
         for block, whole, ranges in zip(blocks, gathered, load.ranges, strict=True):
             filled = ranges[ranks.start - 1].stop if ranks.start else 0
-            _accumulate(_windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start)
+            _accumulate(
+                _windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start
+            )
     return tuple(gathered)
 
 
@@ -182,14 +196,18 @@ def _blocks(
 
 
 def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
-    """[B, T, H, D] seen as [ranks, T, B, h, D]: a view. Where all have the same heads the first dimension is 1."""
+    """[B, T, H, D] seen as [ranks, T, B, h, D]: a view. Where all have the same heads the first
+    dimension is 1.
+    """
     first, last = ranges[ranks.start], ranges[ranks[-1]]
     windows = x[:, :, first.start : last.stop].unflatten(2, (-1, len(first)))
     return windows.permute(2, 1, 0, 3, 4)
 
 
 def _accumulate(windows: Tensor, block: Tensor, *, shared: int) -> None:
-    """Write block into windows, adding to the first `shared` heads, which earlier ranks have written."""
+    """Write block into windows, adding to the first `shared` heads, which earlier ranks have
+    written.
+    """
     if len(windows) < len(block):
         block = block.sum(dim=0, keepdim=True)
     if shared:
