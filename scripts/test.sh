@@ -8,4 +8,5 @@ source "$(dirname "$0")/env.sh" dev
 cd "$ROOT"
 
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 exec "$PYTHON" -m pytest "$@"

@@ -10,15 +10,17 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedConfig
 
 from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.observability.wandb import WandbRun
+
+if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
+    from transformers import PreTrainedConfig
 
 
 def flops_per_token(model: nn.Module) -> int:
