@@ -629,7 +629,7 @@ def test_one_process_says_what_is_wrong_and_no_more(tmp_path: Path) -> None:
 
 def test_ctrl_c_outside_the_loop() -> None:
     program = (
-        "from titan_ulysses.distributed.failure import told_once\nwith told_once(): raise "
+        "from titan_ulysses.distributed.failure import exit_on_error\nwith exit_on_error(): raise "
         "KeyboardInterrupt"
     )
     assert python("-c", program) == (130, "", "Interrupted.\n")
@@ -677,7 +677,7 @@ if rank == 1 and how == "killed at the start":
 
 from titan_ulysses.train import trainer
 from titan_ulysses.config.load import load_config
-from titan_ulysses.distributed.failure import told_once
+from titan_ulysses.distributed.failure import exit_on_error
 
 train_step = trainer.train_step
 steps = 0
@@ -692,7 +692,7 @@ def fail(*args, **kwargs):
     return train_step(*args, **kwargs)
 
 trainer.train_step = fail
-with told_once():
+with exit_on_error():
     trainer.Trainer(load_config(config)).train()
 """
 

@@ -552,7 +552,7 @@ def test_preflight(monkeypatch):
         "of tensors planned; a rank's process has had 1.50 GiB: all memory of"
         in enforced.measured(1.5)[0]
     )
-    monkeypatch.setattr(preflight, "_PATIENCE", 0.0)
+    monkeypatch.setattr(preflight, "_TIMEOUT_S", 0.0)
     gpu = Preflight(config(), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
     assert gpu.lines() == ["plan: not ready after 0 s (the machine is busy): it follows when it is"]
     assert gpu.news() == []
