@@ -375,7 +375,7 @@ def test_sizes(size, text):
     ],
 )
 def test_durations(seconds, text):
-    from titan_ulysses.plan.words import time_text
+    from titan_ulysses.observability.units import time_text
 
     assert time_text(seconds) == text
 
