@@ -246,7 +246,7 @@ def _look_around(run: Trainer) -> dict[str, Any]:
     """What a run has made of its process."""
     import torch
 
-    segments = (getattr(module, "_segment", None) for module in run.model.modules())
+    segments = (getattr(module, "checkpoint_segment", None) for module in run.model.modules())
     stores = {id(segment.store): segment.store for segment in segments if segment and segment.store}
     maps = Path("/proc/self/maps")
     return {

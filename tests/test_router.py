@@ -176,7 +176,9 @@ def sharded_model(
 
 
 def gradients_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: p.grad.full_tensor() for name, p in hf.named_parameters(model)}
+    """Of what is trained: a router's correction is not."""
+    trained = [(name, p) for name, p in hf.named_parameters(model) if p.requires_grad]
+    return {name: p.grad.full_tensor() for name, p in trained}
 
 
 def batch_of(degrees: tuple[int, int, int], lengths: str, seed: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from families import SMALL
 from models import kept_in_fp64, largest_difference, make_rows, train_plain, train_sharded
 from ranks import run_on_ranks
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention
 from titan_ulysses.ulysses.cores import sdpa
@@ -524,14 +525,14 @@ def test_attention_on_one_rank_needs_no_exchange() -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"dropout": 0.1}, "Identity asks for attention dropout"),
-        ({"ulysses": None}, "Identity did not receive the keyword `ulysses`"),
-        ({"attention_mask": torch.zeros(1)}, "Identity was given an attention mask"),
+        ({"dropout": 0.1}, "Identity drops attention weights"),
+        ({"ulysses": None}, "Identity is not told of documents and ranks"),
+        ({"attention_mask": torch.zeros(1)}, "Identity has an attention mask of its own"),
     ],
 )
 def test_attention_refuses_what_it_cannot_do(keywords: dict, message: str) -> None:
     ulysses = Ulysses(SimpleNamespace(size=lambda: 1), sdpa, DOCUMENTS[0], position_ids=None)
-    with pytest.raises(AssertionError, match=message):
+    with pytest.raises(UserError, match=message):
         ulysses_attention(
             nn.Identity(),
             *random_qkv(6, 2),
