@@ -77,6 +77,8 @@ TRAINING = shlex.split(
 )
 OPTIONS = {  # the last that stands on a command line counts
     "--plan": ["--training.seq_len", "16384"],
+    "--profiling.enable_profiling": [*TRAINING, "--profiling.profile_freq", "2"]
+    + ["--profiling.profiler_warmup", "0"],
     "train.py": TRAINING,
     "eval_needle.py": shlex.split("--lengths 200 --depths 0.5 --trials 1 --candidates 2"),
     "generate.py": ["--tokens", "4"],

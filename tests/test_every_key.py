@@ -458,7 +458,13 @@ MEMORY = {
         )
     ],
     "compile.enable": [Case(True, lambda run, _: run.facts["graphs"] >= 2, same=True)],
-    "quantize.float8": [Case(True, refused("quantize.float8 = true needs a GPU"))],
+    "quantize.float8": [
+        Case(
+            True,
+            refused("quantize.float8 = true needs a GPU"),
+            {"training.param_dtype": "bfloat16"},
+        )
+    ],
 }
 OPTIMIZER = {
     "optimizer.name": [
