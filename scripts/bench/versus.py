@@ -268,7 +268,7 @@ class Match:
         return row
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -315,6 +315,13 @@ def main() -> None:
     parser.add_argument("--loss-tile-tokens", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--lengths", type=int, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    # Ours first: the others are its ratios.
+    args.contenders = [name for name in CONTENDERS if name in args.contenders]
+    return args
+
+
+def main() -> None:
+    args = arguments()
     if args.role == "contend":
         args.optimizer = OPTIMIZER
         return contend(args)
@@ -323,9 +330,6 @@ def main() -> None:
 
         return versus_peak.main(args, Match)
 
-    args.contenders = [
-        name for name in CONTENDERS if name in args.contenders
-    ]  # ours first: the others are its ratios
     match, table = Match(args), {}
     print(
         f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896",

@@ -205,30 +205,9 @@ def _model_problems(
             else f"{key} in the config.json of {config.model.path}"
         )
 
-    problems, seq_len = [], config.training.seq_len
-    positions, vocab_size, dropout = (
-        _longest_sequence(model_config),
-        value("vocab_size"),
-        value("attention_dropout"),
-    )
+    problems = _length_problems(config, model_config, setting("max_position_embeddings"))
+    vocab_size, dropout = value("vocab_size"), value("attention_dropout")
     heads, kv_heads = value("num_attention_heads"), value("num_key_value_heads")
-    if positions is not None and seq_len > positions and config.model.rope_scaling:
-        factor = config.model.rope_scaling["factor"]
-        original = round(positions / factor)
-        problems.append(
-            f"training.seq_len = {seq_len} is longer than {positions}, which "
-            f"model.rope_scaling.factor = {factor} "
-            f"makes of the model's {original}: set the factor to {-(-seq_len // original)}, or "
-            "lower training.seq_len"
-        )
-    elif positions is not None and seq_len > positions:
-        problems.append(
-            f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = "
-            f"{positions}: lower "
-            f"training.seq_len, or raise {setting('max_position_embeddings')}, or stretch RoPE "
-            "with "
-            "[model.rope_scaling]"
-        )
     if vocab_size is not None and num_token_ids > vocab_size:
         remedy = (
             f"model.config.vocab_size = {num_token_ids}"
@@ -251,6 +230,30 @@ def _model_problems(
         problems.append(
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}: "
             f"change {setting('num_key_value_heads')}"
+        )
+    return problems
+
+
+def _length_problems(config: Config, model_config: Any, setting: str) -> list[str]:
+    """Sequences longer than the model's positions; setting: where the user finds their number."""
+    problems: list[str] = []
+    seq_len, positions = config.training.seq_len, _longest_sequence(model_config)
+    if positions is not None and seq_len > positions and config.model.rope_scaling:
+        factor = config.model.rope_scaling["factor"]
+        original = round(positions / factor)
+        problems.append(
+            f"training.seq_len = {seq_len} is longer than {positions}, which "
+            f"model.rope_scaling.factor = {factor} "
+            f"makes of the model's {original}: set the factor to {-(-seq_len // original)}, or "
+            "lower training.seq_len"
+        )
+    elif positions is not None and seq_len > positions:
+        problems.append(
+            f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = "
+            f"{positions}: lower "
+            f"training.seq_len, or raise {setting}, or stretch RoPE "
+            "with "
+            "[model.rope_scaling]"
         )
     return problems
 

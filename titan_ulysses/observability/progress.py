@@ -57,9 +57,8 @@ class BlockWork:
             again = len(blocks) - first // checkpoint_every * checkpoint_every
         self.training = self.forward + again + _BACKWARD * (len(blocks) - first)
         for block in blocks:
-            inner = getattr(block, "_checkpoint_wrapped_module", block)
-            inner.register_forward_pre_hook(self._enter, with_kwargs=True)
-            inner.register_forward_hook(self._leave)
+            block.register_forward_pre_hook(self._enter, with_kwargs=True)
+            block.register_forward_hook(self._leave)
 
     def take(self) -> int:
         """What was done, and let it begin at 0 again."""
