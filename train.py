@@ -44,9 +44,10 @@ def main(argv: list[str]) -> None:
 
         return plan_and_report(config)
     expand_segments()
+    # Torch and transformers: only now, so that --help is quick.
     from titan_ulysses.train.trainer import (
         Trainer,
-    )  # torch and transformers: only now, so that --help is quick
+    )
 
     if command.evaluate:
         return Trainer(config, eval_only=True).evaluate()

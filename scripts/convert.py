@@ -184,9 +184,8 @@ def to_checkpoint(source: Path, target: Path) -> None:
     partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        writer = dcp.FileSystemWriter(
-            partial, single_file_per_rank=False
-        )  # what is in one file, DCP has in memory
+        # What is in one file, DCP has in memory.
+        writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
         dcp.save(
             {"model": tensors}, storage_writer=writer, planner=ReadWhenWritten(fetch), no_dist=True
         )

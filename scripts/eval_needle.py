@@ -101,9 +101,8 @@ def make_trial(
     codes = [ids(ANSWER, one) for one in (code, *others)]
     needle, question = ids(NEEDLE), ids(QUESTION)
     first = tokenizer("")["input_ids"][:1]
-    start = (
-        first if first == [tokenizer.bos_token_id] else []
-    )  # what the model expects in front, if anything
+    # What the model expects in front, if anything.
+    start = first if first == [tokenizer.bos_token_id] else []
     room = length - len(start) - len(needle) - len(question) - max(map(len, codes))
     if room < 0:
         raise UserError(
@@ -144,8 +143,7 @@ def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
     if positions is not None and longest > positions:
         raise UserError(
             f"--lengths {longest} is longer than the model's max_position_embeddings = "
-            f"{positions}: give shorter ones, "
-            f"or raise it in {folder}/config.json."
+            f"{positions}: give shorter ones, or raise it in {folder}/config.json."
         )
     weights.find(folder)
     model = hf.build_on_meta(spec.model_config, spec.options.param_dtype)

@@ -23,9 +23,8 @@ _DAY = 24 * 60 * 60
 def main(argv: list[str]) -> int:
     # Until the ranks have ended, whose step may take long: a second Ctrl-C ends them at once.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_DAY))
-    logging.disable(
-        logging.ERROR
-    )  # torchrun's own reports, which repeat the exit code of each rank
+    # Torchrun's own reports, which repeat the exit code of each rank.
+    logging.disable(logging.ERROR)
     try:
         run(parse_args(argv))
     except ChildFailedError as error:
@@ -59,11 +58,9 @@ def _exit_code(codes: dict[int, int]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     if sys.stdout.isatty():
-        print(
-            "\x1b[?25h", end=""
-        )  # a rank that was killed while it had a bar has left the cursor hidden
+        # A rank that was killed while it had a bar has left the cursor hidden.
+        print("\x1b[?25h", end="")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        code
-    )  # in the interpreter's own end, threads of torchrun's store may abort the launcher
+    # In the interpreter's own end, threads of torchrun's store may abort the launcher.
+    os._exit(code)

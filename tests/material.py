@@ -128,8 +128,8 @@ def _write_tokenizer(folder: Path) -> None:
     backend.train_from_iterator([text] * 5, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     tokenizer.chat_template = (
-        "{% if tools %}{{ tools | tojson }}{% endif %}"
-        "{% for m in messages %}{{ m.role + ': ' + m.content + '<end>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role + ': ' + "
+        "m.content + '<end>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% "
+        "endif %}"
     )
     tokenizer.save_pretrained(folder)

@@ -383,9 +383,8 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
         ("loss", found.losses, expected.losses),
         ("grad norm", found.grad_norms, expected.grad_norms),
     ):
-        note(
-            what, *(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs))
-        )  # not the fp32 of Python's numbers
+        # Not the fp32 of Python's numbers.
+        note(what, *(torch.tensor(x, dtype=torch.float64) for x in (ours, theirs)))
     for ours, theirs in zip(found.gradients, expected.gradients, strict=True):
         assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
         for name in theirs:

@@ -196,10 +196,8 @@ def _whole(model: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _stopped(config: Config) -> Iterator[None]:
     """Send this process SIGTERM in a long run."""
-    over, metrics = (
-        threading.Event(),
-        Path(config.job.dump_folder) / config.job.name / "metrics.jsonl",
-    )
+    over = threading.Event()
+    metrics = Path(config.job.dump_folder) / config.job.name / "metrics.jsonl"
 
     def stop() -> None:
         while not over.wait(0.01):

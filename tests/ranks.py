@@ -186,9 +186,8 @@ def _serve(rank: int, world_size: int, port: int, folder: str, connection: Conne
     """
     with open(_stack_file(folder, rank), "w") as stack_file:
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C is the parent's to handle; it ends the ranks
+        # Ctrl-C is the parent's to handle; it ends the ranks.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_die_with_parent, args=(folder,), daemon=True).start()
         _allow_many_open_files()
         connection.send_bytes(_reply(_start, rank, world_size, port, folder))

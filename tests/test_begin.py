@@ -159,8 +159,7 @@ def test_longer_sequences_are_in_the_export(config: Path) -> None:
     )
     assert message == (
         "training.seq_len = 256 is longer than 192, which model.rope_scaling.factor = 1.5 makes of "
-        "the model's 128: "
-        "set the factor to 2, or lower training.seq_len"
+        "the model's 128: set the factor to 2, or lower training.seq_len"
     )
     longer = run(
         config, "longer", settings | {"model.rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
@@ -228,10 +227,8 @@ def test_new_rows_begin_near_the_mean_of_the_others(tied: bool, tmp_path: Path) 
         assert torch.equal(p[: len(before[name])], before[name][: len(p)])
         assert p.shape == resized[name].shape
         if len(p) == 48:  # as near to the mean as transformers' own rows, and no two of them alike
-            mean, spread = (
-                before[name][:41].mean(0),
-                (resized[name][41:] - before[name][:41].mean(0)).abs().max(),
-            )
+            mean = before[name][:41].mean(0)
+            spread = (resized[name][41:] - before[name][:41].mean(0)).abs().max()
             assert 0 < (p[41:] - mean).abs().max() < 3 * spread < 0.01
             assert len(p[41:].unique(dim=0)) == 7
 

@@ -351,9 +351,8 @@ def test_a_template_that_changes_earlier_turns_is_refused_by_name(
     several = record(
         ("user", "a"), ("assistant", "hm</think>b"), ("user", "c"), ("assistant", "hm</think>d")
     )
-    assert "hm</think>b<|im_end|>" in tokenizer.decode(
-        encoded(tokenizer, one).ids
-    )  # nothing earlier: fine
+    # Nothing earlier: fine.
+    assert "hm</think>b<|im_end|>" in tokenizer.decode(encoded(tokenizer, one).ids)
     with pytest.raises(UserError) as caught:
         encoded(tokenizer, several)
     message = str(caught.value)

@@ -106,9 +106,8 @@ def test_resume_on_any_mesh(degrees: Degrees, saved: tuple[Path, dict, dict]) ->
         assert_same(loaded, before)
         assert_same(trained, after, tolerance=0.0 if same_mesh else 1e-12)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(moved) == len(
-        before
-    )  # a checkpoint that changes nothing would pass what stands above
+    # A checkpoint that changes nothing would pass what stands above.
+    assert len(moved) == len(before)
     kinds = {name.split("/")[-1] for name in before if "/" in name}
     assert kinds == {"exp_avg", "exp_avg_sq", "step"}
 

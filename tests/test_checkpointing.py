@@ -184,10 +184,8 @@ def test_any_signature_and_random_numbers(every, offload, tmp_path):
     """
     torch.manual_seed(0)
     blocks = nn.ModuleList(Block() for _ in range(5))
-    x, scale = (
-        torch.randn(3, 4, dtype=torch.float64),
-        torch.ones((), dtype=torch.float64, requires_grad=True),
-    )
+    x = torch.randn(3, 4, dtype=torch.float64)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
     expected, names = run_blocks(blocks, x, scale), blocks.state_dict().keys()
     store = open_store(offload, tmp_path, torch.device("cpu"))
     checkpoint_blocks(blocks, every=every, store=store)

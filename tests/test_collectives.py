@@ -37,17 +37,15 @@ def test_counts_and_bytes_of_a_step(checkpoint, micro_batches):
     (counts, parameters), (others, _) = run_on_ranks(2, counted, checkpoint, micro_batches)
     assert counts == others
     passes = (3 if checkpoint else 2) * micro_batches  # forward, backward, and forward again
-    heads = (
-        2 * LLAMA["num_attention_heads"] + 2 * LLAMA["num_key_value_heads"]
-    )  # q, k, v there, the output back
+    # Q, k, v there, the output back.
+    heads = 2 * LLAMA["num_attention_heads"] + 2 * LLAMA["num_key_value_heads"]
     a_pass = ROWS * TOKENS // 2 * heads * LLAMA["head_dim"] * ITEM
     assert counts["all_to_all"] == (2 * LAYERS * passes, LAYERS * passes * a_pass)
     # FSDP hands in its half of each parameter to gather, the whole gradient to reduce (padded to
     # two equal halves).
     calls, size = counts["reduce_scatter"]
-    assert calls == micro_batches * (
-        LAYERS + 3
-    )  # blocks, embedding, head, the root with the last norm
+    # Blocks, embedding, head, the root with the last norm.
+    assert calls == micro_batches * (LAYERS + 3)
     assert 0 <= size - micro_batches * sum(parameters) * ITEM < 1024
     # The number of tokens once, each micro-batch's loss, the norm of all parameters once.
     assert counts["all_reduce"] == (2 + micro_batches, 8 * (2 + micro_batches))

@@ -564,9 +564,8 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert code == 1 and message.startswith("The loss is ")
     assert f" at step {last + 1}. Nothing of it is saved. Lower optimizer.lr = 1e+30" in message
     assert "nan" in message or "inf" in message
-    assert not list(
-        (run / "checkpoints").glob("*")
-    )  # nothing that the same command would go on from
+    # Nothing that the same command would go on from.
+    assert not list((run / "checkpoints").glob("*"))
 
 
 def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:

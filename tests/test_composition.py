@@ -64,10 +64,8 @@ def compare(
     family: str, degrees, tied: bool, lengths: str, masked: str, accumulation: int
 ) -> dict[str, float]:
     world_size = degrees[0] * degrees[1] * degrees[2]
-    model, steps = (
-        FAMILIES[family] | {"tie_word_embeddings": tied},
-        steps_of(lengths, masked, accumulation),
-    )
+    model = FAMILIES[family] | {"tie_word_embeddings": tied}
+    steps = steps_of(lengths, masked, accumulation)
     found = run_on_ranks(world_size, train_sharded, degrees, model, steps, torch.float64)
     assert all(
         r.losses == found[0].losses and r.grad_norms == found[0].grad_norms for r in found
@@ -123,12 +121,10 @@ def test_fp32_and_activation_checkpointing(degrees, checkpoint):
         4, train_sharded, degrees, LLAMA, steps, torch.float32, checkpoint_every=int(checkpoint)
     )[0]
     worst = largest_difference(found, train_plain(LLAMA, steps, torch.float32))
-    assert max(worst.values()) < 2e-4, (
-        worst
-    )  # AdamW divides by the root of its second moment: small gradients weigh
-    assert max(worst["loss"], worst["grad norm"]) < 3e-6, (
-        worst
-    )  # a few units in the last place of fp32 sums
+    # AdamW divides by the root of its second moment: small gradients weigh.
+    assert max(worst.values()) < 2e-4, worst
+    # A few units in the last place of fp32 sums.
+    assert max(worst["loss"], worst["grad norm"]) < 3e-6, worst
 
 
 HEADS = [(8, 8), (8, 1), (9, 3), (5, 1), (14, 2), (3, 1), (2, 2)]

@@ -725,8 +725,7 @@ def test_degrees_and_batches(
         (
             {SEQUENCE: 4, "training__seq_len": 10},
             "training.seq_len = 10 is not a multiple of parallelism.sequence_parallel_degree = 4: "
-            "set "
-            "training.seq_len = 12",
+            "set training.seq_len = 12",
         ),
         (
             {SHARD: 1, SEQUENCE: -1, "training__seq_len": 7},  # a derived degree is checked as well
@@ -735,21 +734,18 @@ def test_degrees_and_batches(
         (
             {"training__local_batch_size": 2, "training__global_batch_size": 24},
             "training.global_batch_size = 24 is not a multiple of local_batch_size(2) x "
-            "dp_replicate(1) x "
-            "dp_shard(8) = 16: set it to 32, or to -1 for 16",
+            "dp_replicate(1) x dp_shard(8) = 16: set it to 32, or to -1 for 16",
         ),
         (
             {"training__global_batch_size": 4},
             "training.global_batch_size = 4 is not a multiple of local_batch_size(1) x "
-            "dp_replicate(1) x "
-            "dp_shard(8) = 8: set it to 8",
+            "dp_replicate(1) x dp_shard(8) = 8: set it to 8",
         ),
         (
             {"hf__max_position_embeddings": 2047},
             "training.seq_len = 2048 is longer than the model's max_position_embeddings = 2047: "
-            "lower training.seq_len,"
-            " or raise model.config.max_position_embeddings, or stretch RoPE with "
-            "[model.rope_scaling]",
+            "lower training.seq_len, or raise model.config.max_position_embeddings, or stretch "
+            "RoPE with [model.rope_scaling]",
         ),
         (
             {
@@ -758,8 +754,7 @@ def test_degrees_and_batches(
                 "hf__rope_parameters": {"rope_type": "yarn", "factor": 1.5},
             },
             "training.seq_len = 2048 is longer than 1536, which model.rope_scaling.factor = 1.5 "
-            "makes of the model's "
-            "1024: set the factor to 2, or lower training.seq_len",
+            "makes of the model's 1024: set the factor to 2, or lower training.seq_len",
         ),
         (
             {
@@ -772,19 +767,17 @@ def test_degrees_and_batches(
         (
             {"hf__vocab_size": 9, "model__path": "/m", "model__config": None},
             'model.tokenizer = "" emits ids up to 9, but the model\'s vocab_size is 9: set '
-            "model.tokenizer to one that "
-            "belongs to the model or set model.resize_embeddings = 1",
+            "model.tokenizer to one that belongs to the model or set model.resize_embeddings = 1",
         ),
         (
             {"hf__vocab_size": 9},
             'model.tokenizer = "" emits ids up to 9, but the model\'s vocab_size is 9: set '
-            "model.tokenizer to one that "
-            "belongs to the model or set model.config.vocab_size = 10",
+            "model.tokenizer to one that belongs to the model or set model.config.vocab_size = 10",
         ),
         (
             {"hf__attention_dropout": 0.1},
-            "attention_dropout = 0.1: sequence-parallel attention has no dropout; "
-            "set model.config.attention_dropout to 0",
+            "attention_dropout = 0.1: sequence-parallel attention has no dropout; set "
+            "model.config.attention_dropout to 0",
         ),
         (
             {"hf__num_attention_heads": 9, "hf__num_key_value_heads": 2},
@@ -808,14 +801,13 @@ def test_degrees_and_batches(
         (
             {"activation_checkpoint__mode": "none", "activation_checkpoint__offload": "host"},
             'activation_checkpoint.offload = "host" moves checkpoints, and '
-            'activation_checkpoint.mode = "none" makes '
-            'none: set activation_checkpoint.mode = "full"',
+            'activation_checkpoint.mode = "none" makes none: set activation_checkpoint.mode = '
+            '"full"',
         ),
         (
             {"hf__attention_dropout": 0.1, "model__path": "/m", "model__config": None},
             "attention_dropout = 0.1: sequence-parallel attention has no dropout; set "
-            "attention_dropout in the "
-            "config.json of /m to 0",
+            "attention_dropout in the config.json of /m to 0",
         ),
     ],
 )

@@ -137,8 +137,8 @@ def test_on_a_terminal(tmp_path: Path) -> None:
         expected += VALIDATION
         for number in ("  1", "  2", "899"):
             step = (
-                f"step {number}/900  loss 5.5000  grad 1.250  lr 1.00e-03  12,345 tok/s  peak "
-                "0.50 GiB"
+                f"step {number}/900  loss 5.5000  grad 1.250  lr 1.00e-03  12,345 tok/s  peak 0.50 "
+                "GiB"
             )
             expected += [step, *more, "a plain line"]
         expected += ["bar"]
@@ -190,10 +190,8 @@ def test_time_left_at_any_length_of_a_step(monkeypatch: pytest.MonkeyPatch) -> N
     """Steps of ten minutes, after a first one of fifteen; a validation between them is part of
     their time.
     """
-    clock, work = (
-        Clock(monkeypatch),
-        SimpleNamespace(done=0, training=8, forward=2, take=lambda: None),
-    )
+    clock = Clock(monkeypatch)
+    work = SimpleNamespace(done=0, training=8, forward=2, take=lambda: None)
     shown = progress.Progress(Console(), total=100, done=10, work=work)
     shown.begin("validation at step 10", tokens=50)
     clock.now += 300
@@ -298,10 +296,8 @@ def busy() -> Iterator[Callable[[int], subprocess.Popen]]:
     started: list[subprocess.Popen] = []
 
     def start(hashes: int) -> subprocess.Popen:
-        command, environment = (
-            [sys.executable, "-c", BUSY, str(hashes)],
-            os.environ | {"PYTHONPATH": str(ROOT)},
-        )
+        command = [sys.executable, "-c", BUSY, str(hashes)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         started.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         )

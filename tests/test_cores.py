@@ -66,9 +66,8 @@ def inputs(
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
 @pytest.mark.parametrize(("core", "softcap"), [(sdpa, None), (blockwise, None), (blockwise, 2.0)])
 def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads, value_size):
-    monkeypatch.setattr(
-        cores, "_QUERY_BLOCK", 7
-    )  # several blocks of queries in 30 tokens, the last one cut
+    # Several blocks of queries in 30 tokens, the last one cut.
+    monkeypatch.setattr(cores, "_QUERY_BLOCK", 7)
     tensors = inputs(with_sinks=with_sinks, heads=heads, value_size=value_size)
     options = {"window": window, "softcap": softcap}
     options = {name: value for name, value in options.items() if value is not None}
@@ -249,9 +248,8 @@ def test_a_core_of_the_users_own():
     core, why = choose(f"{__name__}:block_sparse")
     assert core is sys.modules[__name__].block_sparse and __name__ in why
     tensors = inputs(with_sinks=False)
-    found = core(
-        **tensors, documents=DOCUMENTS, scale=0.3, block=1000
-    )  # one block is plain attention
+    # One block is plain attention.
+    found = core(**tensors, documents=DOCUMENTS, scale=0.3, block=1000)
     assert (found - reference(**tensors, documents=DOCUMENTS, scale=0.3)).abs().max() < 1e-13
 
 
@@ -289,9 +287,8 @@ def test_the_block_sparse_example(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts" / "examples"))
     core, _ = choose("block_sparse:block_sparse")
     tensors = inputs(with_sinks=False)
-    found = core(
-        **tensors, documents=DOCUMENTS, scale=0.3
-    )  # documents are shorter than a block: plain attention
+    # Documents are shorter than a block: plain attention.
+    found = core(**tensors, documents=DOCUMENTS, scale=0.3)
     assert (found - reference(**tensors, documents=DOCUMENTS, scale=0.3)).abs().max() < 1e-13
     monkeypatch.setattr(sys.modules["block_sparse"], "BLOCK", 8)
     sparse = core(**tensors, documents=DOCUMENTS, scale=0.3)

@@ -162,12 +162,13 @@ def test_a_long_document_goes_on_with_the_true_next_token():
     assert [sequences[i].document_lengths for i in range(3)] == [(4,), (4,), (3, 1)]
     assert sequences[1].labels.tolist() == [5, 6, 7, 8]
     assert sequences[1].position_ids.tolist() == [0, 1, 2, 3]
+    # The next epoch begins in its last place.
     assert sequences[2].labels.tolist() == [
         9,
         10,
         IGNORE_INDEX,
         1,
-    ]  # the next epoch begins in its last place
+    ]
 
 
 def test_data_shorter_than_one_sequence():
@@ -199,10 +200,11 @@ def test_corpus_uses_the_smallest_type(largest, dtype):
     )
     assert corpus.tokens.dtype == dtype and corpus.begins.dtype == corpus.ends.dtype == np.int64
     assert corpus.tokens.tolist() == [1, 2, largest]
+    # The empty document is left out.
     assert (corpus.begins.tolist(), corpus.ends.tolist()) == (
         [0, 2],
         [2, 3],
-    )  # the empty document is left out
+    )
 
 
 @pytest.mark.parametrize(

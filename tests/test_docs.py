@@ -72,8 +72,8 @@ SHORTER = {
 """Part of a command that is run with --slow only -> options that make it shorter there."""
 TRAINING = shlex.split(
     "--training.steps 2 --training.seq_len 128 --training.param_dtype float32 "
-    "--lr_scheduler.warmup_steps 1 "
-    "--checkpoint.interval 1 --validation.interval 2 --validation.steps 1"
+    "--lr_scheduler.warmup_steps 1 --checkpoint.interval 1 --validation.interval 2 "
+    "--validation.steps 1"
 )
 OPTIONS = {  # the last that stands on a command line counts
     "--plan": ["--training.seq_len", "16384"],
@@ -213,8 +213,7 @@ class Sandbox:
         tokenizer = load_tokenizer("bytes")
         tokenizer.chat_template = (
             "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ "
-            "m.content }}"
-            "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+            "m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
         )
         for name in ("SmolLM2-135M", "Llama-3.1-8B"):
             model = AutoModelForCausalLM.from_config(

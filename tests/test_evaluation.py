@@ -106,10 +106,11 @@ def evaluated(cases: list[Case]) -> list[tuple[Evaluation, bool]]:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
         )
+        # A part of the data is spread over it.
         assert sum(held_out_batches(loader, 2), []) == [
             0,
             3,
-        ]  # a part of the data is spread over it
+        ]
         found.append((evaluate(model.train(batch_size == 2), loader, mesh), model.training))
         with pytest.raises(
             UserError, match=r"none of the tokens of 1 held-out sequence\(s\) is a label"
@@ -209,9 +210,8 @@ def test_before_the_first_step_and_without_training(tmp_path: Path) -> None:
     settings |= {"training.steps": 2, "validation.interval": 10, "lr_scheduler.warmup_steps": 1}
     run_on_ranks(2, train_main, config, settings | {"checkpoint.enable": False})
     first = logged(run)
-    run_on_ranks(
-        2, train_main, config, settings | {"checkpoint.export": True}
-    )  # nothing was saved: it begins again
+    # Nothing was saved: it begins again.
+    run_on_ranks(2, train_main, config, settings | {"checkpoint.export": True})
     lines = logged(run)
     assert [line["step"] for line in lines] == [line["step"] for line in first] == [0, 1, 2, 2]
     before, after = lines[0], lines[-1]

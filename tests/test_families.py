@@ -181,9 +181,8 @@ EVERY_CASE: list[Case] = [
 ]
 
 
-PAIRWISE: list[
-    Case
-] = [  # every family on two and three ranks, a third on the other degrees; the rest takes turns
+# Every family on two and three ranks, a third on the other degrees; the rest takes turns.
+PAIRWISE: list[Case] = [
     (
         family,
         degree,

@@ -144,8 +144,7 @@ def test_frozen_parameters_are_stored_in_the_dtype_of_the_computation() -> None:
         (
             ["model.embed_tokens.*", "model.embed_token.*"],
             'model.freeze = ["model.embed_tokens.*", "model.embed_token.*"]: "model.embed_token.*" '
-            "matches no "
-            "parameter. Did you mean model.embed_tokens.weight?",
+            "matches no parameter. Did you mean model.embed_tokens.weight?",
         ),
         (
             ["model.layers.9.mlp.up_proj.weight"],

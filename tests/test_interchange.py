@@ -244,9 +244,8 @@ def test_tensors_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
     plain = plain_model(LLAMA)
     tensors = dict(plain.state_dict())
     tensors |= {f"visual.{letter}": torch.ones(2) for letter in "abcd"}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
-        4
-    )  # old files have it, and nobody needs it
+    # Old files have it, and nobody needs it.
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors")
     model = empty_model(LLAMA)
     unknown, _ = weights.load(model, str(tmp_path))

@@ -550,14 +550,13 @@ def test_scores_of_a_capped_and_scaled_head_come_by_tiles() -> None:
 
 
 def test_labels_positions_and_documents_of_a_padded_and_packed_row() -> None:
+    # Whatever padding has is no document.
     rows = read_rows(
         {
             "input_ids": torch.tensor([[9, 9, 11, 12, 13, 21, 22, 9]]),
             "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0]]),
             "seq_idx": torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32),
-            "position_ids": torch.tensor(
-                [[1, 1, 0, 1, 2, 0, 1, 0]]
-            ),  # whatever padding has is no document
+            "position_ids": torch.tensor([[1, 1, 0, 1, 2, 0, 1, 0]]),
         }
     )
     assert rows.labels.tolist() == [[-100, -100, 12, 13, -100, 22, -100, -100]]

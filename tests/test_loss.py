@@ -175,9 +175,8 @@ def products(linear: nn.Linear, hidden: Tensor, labels: Tensor, *, backward: boo
 def test_only_needed_gradients_are_computed() -> None:
     tiles = 5
     linear, hidden, labels = make((2, 7))
-    assert (
-        products(linear, hidden, labels) == 3 * tiles
-    )  # the logits, the hidden gradient, the weight gradient
+    # The logits, the hidden gradient, the weight gradient.
+    assert products(linear, hidden, labels) == 3 * tiles
 
     expected_hidden, expected_weight = hidden.grad, linear.weight.grad
     hidden.grad = linear.weight.grad = None

@@ -122,9 +122,8 @@ def initialise(
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
     found = {}
     for name, table in MODELS.items():
-        torch.manual_seed(
-            dist.get_rank()
-        )  # the state of a rank's generator is no part of the result
+        # The state of a rank's generator is no part of the result.
+        torch.manual_seed(dist.get_rank())
         model = sharded_model(table, degrees)
         hf.initialize(model, seed)
         found[name] = (parameters_of(model), dict(model.named_buffers()))
@@ -417,18 +416,16 @@ def test_export_opens_in_transformers(
     text = "long sequences, é"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "untied")
     assert tokenizer(text)["input_ids"] == list(text.encode())
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        cases
-    )  # nothing that was written aside
+    # Nothing that was written aside.
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(cases)
 
 
 def test_export_never_holds_the_whole_model(saved: dict, tmp_path: Path) -> None:
     limit = 16 * 2**10
     results = run_on_ranks(2, export, (1, 1, 2), {"tied": saved["tied"]}, tmp_path, limit)
     [events], [others] = results
-    largest = max(
-        event[1] for event in others
-    )  # one may still be waiting for its last reference to go
+    # One may still be waiting for its last reference to go.
+    largest = max(event[1] for event in others)
     assert all(event[0] == "gather" and event[2] <= largest for event in others), (
         "rank 1 keeps what it gathers"
     )

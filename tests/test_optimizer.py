@@ -84,10 +84,8 @@ class Run(models.Run):
         if options.get("optimizer_offload"):
             # On a CPU `build_optimizer` has nothing to offload; the way there and back is the same.
             groups = {key: getattr(config, key) for key in ("lr", "betas", "eps", "weight_decay")}
-            bits, rounding = (
-                {"adamw8bit": 8, "adamw4bit": 4}.get(config.name, 32),
-                config.stochastic_rounding,
-            )
+            bits = {"adamw8bit": 8, "adamw4bit": 4}.get(config.name, 32)
+            rounding = config.stochastic_rounding
             parameters = list(self.model.parameters())
             self.optimizer = ShardwiseAdamW(
                 parameters, **groups, bits=bits, stochastic_rounding=rounding, offload=True
@@ -405,8 +403,7 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     for message, unchanged in run_on_ranks(2, try_to_resume, DP2, "adamw8bit", tmp_path):
         assert message == (
             f'optimizer.name = "adamw8bit": checkpoint.folder = {tmp_path}: step-2 holds the state '
-            'of "adamw". '
-            'Set optimizer.name = "adamw", or give this run another job.name.'
+            'of "adamw". Set optimizer.name = "adamw", or give this run another job.name.'
         )
         assert unchanged
 
@@ -543,10 +540,8 @@ def test_a_run_says_what_it_keeps(tmp_path):
 @each_optimizer
 def test_offload_on_a_gpu_changes_no_bit(optimizer):
     config = Optimizer(lr=1e-2, **OPTIMIZERS[optimizer])
-    mesh, dtype = (
-        models.mesh_of(*ONE).fsdp,
-        torch.bfloat16 if config.stochastic_rounding else torch.float32,
-    )
+    mesh = models.mesh_of(*ONE).fsdp
+    dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
     found, bytes_found = [], []
     for offload in (False, True):
         whole = [p.detach().to("cuda") for p in some_parameters(dtype)]

@@ -87,9 +87,8 @@ def test_an_epoch_holds_every_token_and_every_label_once(
         ids = sequence.input_ids.tolist()
         tokens.update(ids)
         for token, label in zip(ids, sequence.labels.tolist(), strict=True):
-            assert label == IGNORE_INDEX or (
-                token > 0 and label == token + 1
-            )  # of the same document, the next
+            # Of the same document, the next.
+            assert label == IGNORE_INDEX or (token > 0 and label == token + 1)
             labels[label] += 1
         padding = sequence.document_lengths[-1] if ids[-1] == 0 else 0
         assert ids.count(0) == padding  # all of it at the end, and one document
@@ -397,10 +396,8 @@ def test_an_epoch_of_a_stream_holds_every_token_once(saved: str, seq_len: int) -
     documents = [
         encode(row) for row in DatasetRows(SourceSettings(source="hf", path=saved), "data.path")
     ]
-    total, sequences = (
-        sum(len(one.ids) for one in documents),
-        stream(saved, seq_len=seq_len, seed=1),
-    )
+    total = sum(len(one.ids) for one in documents)
+    sequences = stream(saved, seq_len=seq_len, seed=1)
     tokens = []
     for i in range(2 * total // seq_len + 1):
         tokens += sequences[i].input_ids.tolist()

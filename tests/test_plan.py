@@ -187,10 +187,8 @@ def test_low_bit_optimizers_are_planned(name):
         "training__seq_len": 256,
         "optimizer__stochastic_rounding": True,
     }
-    full, few = (
-        plan_of(**settings | {"optimizer__stochastic_rounding": False}),
-        plan_of(**settings, optimizer__name=name),
-    )
+    full = plan_of(**settings | {"optimizer__stochastic_rounding": False})
+    few = plan_of(**settings, optimizer__name=name)
     assert few.peak.components["optimizer state"] < 0.5 * full.peak.components["optimizer state"]
 
 

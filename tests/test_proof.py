@@ -232,9 +232,8 @@ def test_families_without_a_head_size_of_their_own(family: str) -> None:
 def test_a_broken_family_is_refused(how: str, degrees: tuple[int, int, int]) -> None:
     message = verdict({"model_type": "broken_llama", "how": how}, degrees)
     if how == "RoPE" and degrees == (1, 1, 1):
-        assert (
-            message is None
-        )  # RoPE sees only distances, which on one rank are right wherever it begins to count
+        # RoPE sees only distances, which on one rank are right wherever it begins to count.
+        assert message is None
         return
     assert message is not None and message.startswith('model: "broken_llama" is not a family')
     assert "could not prove that it does: the loss is off by" in message

@@ -200,9 +200,8 @@ def test_a_scaled_config_is_that_of_transformers(name: str) -> None:
     before = dict(table)
     scale_rope(config, table)
     assert table == before and config.max_position_embeddings == length
-    if (
-        parameters is None
-    ):  # the original length is the one that the table, or the model's own RoPE, names
+    # The original length is the one that the table, or the model's own RoPE, names.
+    if parameters is None:
         parameters = LLAMA3 | {
             "original_max_position_embeddings": {"llama3, of less": 8, "again": 5}[name]
         }
@@ -239,8 +238,7 @@ def test_a_scaled_config_is_that_of_transformers(name: str) -> None:
         (
             YARN | {"original_max_position_embeddings": 12},
             "model.rope_scaling.original_max_position_embeddings = 12: needs a number of tokens, "
-            "at most the model's "
-            "own max_position_embeddings = 11",
+            "at most the model's own max_position_embeddings = 11",
         ),
         (
             LONG | {"long_factor": [1.0]},

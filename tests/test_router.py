@@ -374,10 +374,8 @@ def of_padded_plain() -> tuple[Outcome, float]:
     as_it_is = model(**rows).loss.item()
     with KeepFp64():
         output = model.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
-        logits, labels = (
-            model.lm_head(output.last_hidden_state)[:, :-1].flatten(0, 1),
-            rows["labels"][:, 1:].flatten(),
-        )
+        logits = model.lm_head(output.last_hidden_state)[:, :-1].flatten(0, 1)
+        labels = rows["labels"][:, 1:].flatten()
         cross_entropy = F.cross_entropy(logits, labels, ignore_index=-100)
         real = rows["attention_mask"].flatten().bool()
         loss = cross_entropy + router_loss(
@@ -408,10 +406,8 @@ def logits_and_scores() -> None:
     """Neither has a router loss; nor has what is evaluated between a forward and its backward any
     effect on it.
     """
-    model, batch = (
-        sharded_model("qwen3_moe", SP2, checkpoint_every=0),
-        batch_of(SP2, "packed", seed=1),
-    )
+    model = sharded_model("qwen3_moe", SP2, checkpoint_every=0)
+    batch = batch_of(SP2, "packed", seed=1)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "documents")}
     gradients = []
     for visits in (False, True):

@@ -61,9 +61,8 @@ def test_a_trial() -> None:
         room = len(before) + len(after) - len(f"\nThe secret code of {key} is")
         assert found and len(before) == round(depth * room)
         assert text.count(code) == 1 and not any(other in text for other in others)
-    assert (
-        len({code, *others}) == 8 and made[0].codes == made[1].codes
-    )  # of one seed, at every depth
+    # Of one seed, at every depth.
+    assert len({code, *others}) == 8 and made[0].codes == made[1].codes
     assert trial() == made[0.5] and trial(seed="0 200 2").codes != made[0.5].codes
 
 
@@ -83,11 +82,12 @@ def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eval_needle, "code_scores", lambda *_, length: scores[length])
     options = SimpleNamespace(lengths=[100, 150], depths=[0.0], candidates=3, trials=2, seed=0)
     one, two = eval_needle.find_needles(None, None, TOKENIZER, TEXT, options)
+    # " 12345": 6 bytes.
     assert (one.length, one.accuracy, one.log_probability) == (
         100,
         0.5,
         pytest.approx(-2.5 / 6),
-    )  # " 12345": 6 bytes
+    )
     assert two.accuracy == 0
 
 
@@ -217,9 +217,8 @@ def test_pictures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(capsys.readouterr().out.splitlines()) == 3 + 4
     for file in (tmp_path / "pictures").iterdir():
         pixels = image.imread(file)[..., :3]
-        for color in (
-            plot.COLORS[:2] if file.name != "positions.png" else plot.COLORS[1:2]
-        ):  # a line of each run
+        # A line of each run.
+        for color in plot.COLORS[:2] if file.name != "positions.png" else plot.COLORS[1:2]:
             wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
             drawn = ((torch.tensor(pixels) - wanted).abs().amax(-1) < 0.02).sum().item()
             assert drawn > 20, (file, color, drawn)

@@ -182,9 +182,8 @@ def test_a_hub_that_cannot_be_reached(
         )
         assert "\n" not in message
     assert capfd.readouterr().err == ""
-    with pytest.raises(
-        UserError, match=r'data\.path = "no/such.jsonl" is not there'
-    ):  # a file, not a name
+    # A file, not a name.
+    with pytest.raises(UserError, match=r'data\.path = "no/such.jsonl" is not there'):
         open_rows(SourceSettings(source="chat", path="no/such.jsonl"))
 
 
@@ -377,9 +376,8 @@ def test_content_tokenizer_and_settings_are_the_key(
     read_corpus(source, Encoder(other), cache_folder=str(tmp_path / "cache"))
     assert counted["rows"] == 20
     file.rename(tmp_path / "sub.jsonl")
-    read(
-        source.model_copy(update={"path": str(tmp_path / "sub.jsonl")})
-    )  # places in messages hold its name
+    # Places in messages hold its name.
+    read(source.model_copy(update={"path": str(tmp_path / "sub.jsonl")}))
     assert counted["rows"] == 25
 
 
@@ -574,10 +572,8 @@ def test_a_mixture(tmp_path: Path) -> None:
 
 
 def test_an_empty_source_of_a_mixture_is_named(tmp_path: Path) -> None:
-    full, empty = (
-        write_lines(tmp_path / "a.jsonl", ["j" * 9] * 30),
-        write_lines(tmp_path / "b.jsonl", ["", ""]),
-    )
+    full = write_lines(tmp_path / "a.jsonl", ["j" * 9] * 30)
+    empty = write_lines(tmp_path / "b.jsonl", ["", ""])
     mixture = [{"source": "jsonl", "path": full}, {"source": "jsonl", "path": empty}]
     with pytest.raises(UserError) as caught:
         opened(tmp_path, {"mixture": mixture})
@@ -601,18 +597,15 @@ def test_held_out_data_without_a_label(tmp_path: Path) -> None:
 
 
 def test_held_out_of_each_source_and_given(tmp_path: Path) -> None:
-    one, two = (
-        write_lines(tmp_path / "a.jsonl", ["j" * 19] * 100),
-        write_lines(tmp_path / "b.jsonl", ["k" * 19] * 100),
-    )
+    one = write_lines(tmp_path / "a.jsonl", ["j" * 19] * 100)
+    two = write_lines(tmp_path / "b.jsonl", ["k" * 19] * 100)
     mixture = [
         {"source": "jsonl", "path": one, "weight": 0.5},
         {"source": "jsonl", "path": two, "weight": 0.5},
     ]
     _, held_out = opened(tmp_path, {"mixture": mixture}, enable=True)
-    assert [chr(held_out[i].input_ids[0]) for i in range(len(held_out))] == [
-        *"jjkk"
-    ]  # 20 tokens each, padded to 32
+    # 20 tokens each, padded to 32.
+    assert [chr(held_out[i].input_ids[0]) for i in range(len(held_out))] == [*"jjkk"]
     _, given_apart = opened(
         tmp_path, {"mixture": mixture, "source": "jsonl"}, enable=True, path=two
     )

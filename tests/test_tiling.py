@@ -27,10 +27,8 @@ class Gated(nn.Module):
         super().__init__()
         options = {"dtype": dtype}
         self.norm = nn.LayerNorm(width, **options)
-        self.gate, self.up = (
-            nn.Linear(width, 2 * width, **options),
-            nn.Linear(width, 2 * width, **options),
-        )
+        self.gate = nn.Linear(width, 2 * width, **options)
+        self.up = nn.Linear(width, 2 * width, **options)
         self.down, self.dropout = nn.Linear(2 * width, width, **options), dropout
 
     def forward(self, x: Tensor) -> Tensor:

@@ -90,9 +90,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def held_out_sequences(runs: dict[str, Path]) -> int:
     files = (runs["one"].parent.parent / "held-out").iterdir()
-    return -(
-        -sum(file.stat().st_size + 1 for file in files) // SEQ_LEN
-    )  # a byte a token, and the end of the text
+    # A byte a token, and the end of the text.
+    return -(-sum(file.stat().st_size + 1 for file in files) // SEQ_LEN)
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
@@ -102,9 +101,8 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_mesh(mesh: str, runs: dict[
     for (step, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5), step
         assert norm == pytest.approx(expected_norm, rel=1e-5), step
-    assert (
-        expected[-1][1] < 0.8 * expected[0][1]
-    )  # it learns: a run that stands still agrees with itself on any mesh
+    # It learns: a run that stands still agrees with itself on any mesh.
+    assert expected[-1][1] < 0.8 * expected[0][1]
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
@@ -174,9 +172,8 @@ def test_router_loss_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
             assert [other[name] for other in others] == pytest.approx(
                 [expected[name]] * 2, rel=1e-4
             ), name
-    assert all(
-        line["router_loss"] > 1.5 for line in lines[0] if "loss" in line
-    )  # k = 2, where all experts are chosen alike
+    # K = 2, where all experts are chosen alike.
+    assert all(line["router_loss"] > 1.5 for line in lines[0] if "loss" in line)
 
 
 # --- what a run tells -----------------------------------------------------------------------------
@@ -337,8 +334,8 @@ def test_a_model_that_has_diverged_is_never_saved(tmp_path: Path) -> None:
         )
         for message in run_on_ranks(2, refusal, config, last | name):
             what = (
-                f"The update of step {2 if enable else 1} has left model.embed_tokens.weight "
-                "with numbers that are "
+                f"The update of step {2 if enable else 1} has left model.embed_tokens.weight with "
+                "numbers that are "
             )
             assert message.startswith(f"{what}not finite. Nothing of it is saved"), message
     assert before == (sorted(run.glob("**/*.safetensors")), sorted((run / "checkpoints").glob("*")))
@@ -395,10 +392,9 @@ def test_clip_gradients(max_norm: float, scale: float) -> None:
         nn.Parameter(torch.zeros(1)),
         nn.Parameter(torch.zeros(3)),
     ]
-    parameters[0].grad, parameters[1].grad = (
-        torch.tensor([3.0, 0.0]),
-        torch.tensor([-4.0]),
-    )  # the third has none
+    # The third has none.
+    parameters[0].grad = torch.tensor([3.0, 0.0])
+    parameters[1].grad = torch.tensor([-4.0])
     assert clip_gradients(parameters, max_norm).item() == pytest.approx(5.0)
     assert parameters[0].grad.tolist() == pytest.approx([3.0 * scale, 0.0])
     assert parameters[1].grad.tolist() == pytest.approx([-4.0 * scale])

@@ -123,10 +123,8 @@ def test_no_balanced_plan_sends_fewer_kv_heads(
 def test_stretches_are_the_busy_ranks_with_regular_ranges(counts: tuple[int, int, int]) -> None:
     plan = plan_heads(*counts)
     busy = [rank for rank, heads in enumerate(plan.query) if heads]
-    of_both, of_queries = (
-        (plan.rank_groups, (plan.query, plan.key_value)),
-        (plan.query_rank_groups, (plan.query,)),
-    )
+    of_both = (plan.rank_groups, (plan.query, plan.key_value))
+    of_queries = (plan.query_rank_groups, (plan.query,))
     for rank_groups, all_ranges in (of_both, of_queries):
         assert [rank for ranks in rank_groups for rank in ranks] == busy
         for ranks, ranges in product(rank_groups, all_ranges):
@@ -640,9 +638,8 @@ def copies_of_the_exchange(
         plan, rank = plan_heads(*counts, mesh.size()), mesh.get_local_rank()
         own = [own_tokens(x, mesh) for x in whole_qkv(plan, batch, torch.float32, value_size)]
         shape = (mesh.size() * TOKENS, batch, len(plan.query[rank]), value_size)
-        output = (
-            torch.ones(shape).transpose(0, 1).requires_grad_()
-        )  # as a kernel writes it: [S, B, h, D]
+        # As a kernel writes it: [S, B, h, D].
+        output = torch.ones(shape).transpose(0, 1).requires_grad_()
         placed = place(output, mesh, 2) if plan.is_even else output
         with Copies() as there:
             received = sequence_to_heads(*(place(x, mesh) for x in own), plan)
@@ -677,12 +674,10 @@ def test_the_exchange_copies_once_on_each_side_at_most(batch: int, value_size: i
             numbers = numbers_of_qkv(plan, value_size)
             assert sum(there) == tokens * sum(numbers)  # packed; received as it lies
             assert sum(there_backward[:3]) == 2 * tokens * numbers[rank]  # packed
-            assert sum(there_backward[3:]) == tokens * sum(
-                numbers
-            )  # a KV head of two ranks is written and added to
-            assert (
-                sum(back) == sum(back_backward) == tokens * value_size * counts[0]
-            )  # sent as it lies; packed
+            # A KV head of two ranks is written and added to.
+            assert sum(there_backward[3:]) == tokens * sum(numbers)
+            # Sent as it lies; packed.
+            assert sum(back) == sum(back_backward) == tokens * value_size * counts[0]
             if plan.is_even:
                 assert [len(there), len(there_backward), len(back), len(back_backward)] == [
                     3,

@@ -68,9 +68,8 @@ def forge(config: Path, run: Path, change: Callable[[Path, Metadata], Any]) -> P
     file = checkpoint / ".metadata"
     contents = change(checkpoint, pickle.loads(file.read_bytes()))
     file.write_bytes(contents if isinstance(contents, bytes) else pickle.dumps(contents))
-    about = json.loads(
-        (checkpoint / "run.json").read_text()
-    )  # which agrees, as an attacker would have it
+    # Which agrees, as an attacker would have it.
+    about = json.loads((checkpoint / "run.json").read_text())
     about["files"] = {
         f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name in about["files"]
     }
@@ -229,14 +228,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "of its own": (
         {"model_type": "x", "auto_map": OWN},
         "(AutoConfig = configuration_x.XConfig under auto_map in its config), which is not run. "
-        "transformers has no "
-        'class for "x".',
+        'transformers has no class for "x".',
     ),
     "of a known name": (
         {"auto_map": {"AutoModelForCausalLM": "other/repository--modeling_x.XForCausalLM"}},
         "(AutoModelForCausalLM = other/repository--modeling_x.XForCausalLM under auto_map in its "
-        "config), which is not "
-        'run. transformers for "llama" has LlamaForCausalLM.',
+        'config), which is not run. transformers for "llama" has LlamaForCausalLM.',
     ),
     "without a head": (
         {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "modeling_x.ViTForCausalLM"}},
@@ -248,10 +245,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_model_with_code_of_its_own(case: str, tmp_path: Path, nobody_answers: list[str]) -> None:
     settings, reason = REFUSED[case]
-    folder, config = (
-        write_folder(tmp_path / "model", tmp_path / "made", **settings),
-        write_run(tmp_path / "run"),
-    )
+    folder = write_folder(tmp_path / "model", tmp_path / "made", **settings)
+    config = write_run(tmp_path / "run")
     message = refusal(config, {"model.config": {}, "model.path": str(folder)})
     assert (
         message.startswith(f'model.path = "{folder}": the model is code of its own (')
@@ -291,10 +286,8 @@ def train_and_listen(config: Path, settings: Settings) -> str:
 
 def test_a_model_that_transformers_has_adopted(tmp_path: Path, nobody_answers: list[str]) -> None:
     """Its own class is used, and that is said; the export names no code that is not there."""
-    config, folder = (
-        write_run(tmp_path),
-        write_folder(tmp_path / "model", tmp_path / "made", auto_map=ADOPTED),
-    )
+    config = write_run(tmp_path)
+    folder = write_folder(tmp_path / "model", tmp_path / "made", auto_map=ADOPTED)
     model = AutoModelForCausalLM.from_config(hf.load_model_config("", MODEL))
     model.save_pretrained(tmp_path / "weights")
     shutil.copy(tmp_path / "weights" / "model.safetensors", folder)

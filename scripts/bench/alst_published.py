@@ -87,8 +87,8 @@ def runs() -> list[dict]:
         theirs = f"{published:8,.0f}" if published else f"{'-':>8}"
         print(
             f"{what:<28} {'yes' if plan.fits else 'no':>5} {plan.gpu_bytes / GIB:9.1f} "
-            f"{plan.host_bytes / GIB:9.0f} "
-            f"{plan.time.seconds:8,.0f} {theirs} {plan.mfu:7.1%} {rate:7.0f} TFLOP/s {took:6.0f} s",
+            f"{plan.host_bytes / GIB:9.0f} {plan.time.seconds:8,.0f} {theirs} {plan.mfu:7.1%} "
+            f"{rate:7.0f} TFLOP/s {took:6.0f} s",
             flush=True,
         )
         found.append({"what": what, "published_seconds": published} | as_json(plan))

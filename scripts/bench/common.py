@@ -151,9 +151,8 @@ def peak_memory() -> Iterator[dict[str, int]]:
         yield peaks
         peaks["peak"] = peaks["anonymous"] = torch.cuda.max_memory_allocated()
         return
-    Path("/proc/self/clear_refs").write_text(
-        "5"
-    )  # the peak so far, of loading and initialising, is forgotten
+    # The peak so far, of loading and initialising, is forgotten.
+    Path("/proc/self/clear_refs").write_text("5")
     peaks["before"] = _status("VmRSS")
     done = threading.Event()
 

@@ -143,8 +143,8 @@ def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
     from titan_ulysses.data.sources import Chat, Row
 
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+        "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}{% if "
+        "add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
     )
     encoder = Encoder(tokenizer)
     characters = len(text) / len(encoder(Row("", text)).ids)
@@ -159,9 +159,8 @@ def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
         for kind, content in {"text": piece, "chat": Chat(turns, None)}.items():
             work = partial(through, encoder, content)
             tokens = work()
-            seconds = timed(
-                work, repeats, time.process_time
-            )  # of this process: others do not count
+            # Of this process: others do not count.
+            seconds = timed(work, repeats, time.process_time)
             each = 1e6 * seconds / tokens
             print(
                 f"one {kind} of {tokens:>9,} tokens {seconds:7.2f} s of a core {each:6.2f} us a "

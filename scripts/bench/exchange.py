@@ -177,9 +177,8 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
 
     from titan_ulysses.ulysses.heads import plan_heads
 
-    warnings.filterwarnings(
-        "ignore"
-    )  # DTensor says that on a CPU it gathers: that is what is measured
+    # DTensor says that on a CPU it gathers: that is what is measured.
+    warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan, rank = plan_heads(NUM_HEADS, NUM_KV_HEADS, mesh.size()), dist.get_rank()

@@ -127,8 +127,8 @@ def main() -> None:
                 }
                 print(
                     f"{dtype:<10}{CONTENDERS[contender]:<28} {median['seconds']:7.3f} s (CPU "
-                    f"{median['cpu']:.3f})   "
-                    f"{median['added'] / 2**20:7.0f} MiB   gradient off by {median['error']:.1e}",
+                    f"{median['cpu']:.3f})   {median['added'] / 2**20:7.0f} MiB   gradient off by "
+                    f"{median['error']:.1e}",
                     flush=True,
                 )
 

@@ -485,8 +485,8 @@ def compare(case: Case, minutes: float) -> dict:
     same = plan["collectives"] == truth["collectives"]
     line = (
         f"{case.name:<44} peak {truth['peak'] / 2**20:8.1f} MiB, planned "
-        f"{plan['peak'] / 2**20:8.1f} ({error:+.2%})"
-        f"  in {plan['where']} ({plan['phase']})  collectives {'equal' if same else 'DIFFER'}"
+        f"{plan['peak'] / 2**20:8.1f} ({error:+.2%})  in {plan['where']} ({plan['phase']})  "
+        f"collectives {'equal' if same else 'DIFFER'}"
     )
     found = {"peak": abs(error), "where": plan["where"], "collectives": same}
     if case.resident:

@@ -78,8 +78,7 @@ def show(what: str, seq_len: int, found: list[dict] | str) -> None:
         name = f"{what}, rank {rank}" if len(found) > 1 else what
         print(
             f"{name:<28} S {seq_len:>7,}  step {one['seconds']:7.2f} s  peak "
-            f"{one['peak_gib']:6.2f} GiB"
-            f"  (before the first step {one['before_gib']:.2f})",
+            f"{one['peak_gib']:6.2f} GiB  (before the first step {one['before_gib']:.2f})",
             flush=True,
         )
 

@@ -103,15 +103,14 @@ def main() -> None:
         ratios.append(turn[1] / turn[0])
         cpu_ratios.append(cpu[1] / cpu[0])
         print(
-            f"one process {turn[0]:7.2f} s (CPU {cpu[0]:.2f})   "
-            f"{args.ranks} ranks {turn[1]:7.2f} s (CPU {cpu[1]:.2f})   "
-            f"ratio {ratios[-1]:.2f} (CPU {cpu_ratios[-1]:.2f})   exchange {100 * shares[-1]:.1f} "
-            "% of the step",
+            f"one process {turn[0]:7.2f} s (CPU {cpu[0]:.2f})   {args.ranks} ranks {turn[1]:7.2f} "
+            f"s (CPU {cpu[1]:.2f})   ratio {ratios[-1]:.2f} (CPU {cpu_ratios[-1]:.2f})   exchange "
+            f"{100 * shares[-1]:.1f} % of the step",
             flush=True,
         )
     print(
-        f"median ratio {statistics.median(ratios):.2f} (at most {TARGET} wanted on 2 ranks), "
-        f"of CPU seconds {statistics.median(cpu_ratios):.2f}, exchange "
+        f"median ratio {statistics.median(ratios):.2f} (at most {TARGET} wanted on 2 ranks), of "
+        f"CPU seconds {statistics.median(cpu_ratios):.2f}, exchange "
         f"{100 * statistics.median(shares):.1f} %"
     )
 

@@ -133,8 +133,7 @@ class Match:
                 )
                 print(
                     f"{dtype:<9} {CONTENDERS[contender]:<21} loss {losses[0]:.6f} -> "
-                    f"{losses[-1]:.6f}   "
-                    f"gradient norm {norms[0]:.5f} -> {norms[-1]:.5f}",
+                    f"{losses[-1]:.6f}   gradient norm {norms[0]:.5f} -> {norms[-1]:.5f}",
                     flush=True,
                 )
                 reference = reference or (losses, norms)
@@ -145,8 +144,8 @@ class Match:
                         if not abs(values[at] - expected[at]) <= allowed * abs(expected[at]):
                             raise SystemExit(
                                 f"{CONTENDERS[contender]} does not train what "
-                                f"{CONTENDERS[self.args.contenders[0]]} "
-                                f"trains: {values} against {expected}. There is nothing to compare."
+                                f"{CONTENDERS[self.args.contenders[0]]} trains: {values} against "
+                                f"{expected}. There is nothing to compare."
                             )
         return rows
 
@@ -251,9 +250,8 @@ class Match:
                 continue
             peaks = row["peaks"][seq_len] = []
             for _ in range(self.args.repeats):
-                found = self.child(
-                    contender, "memory", dtype, [seq_len] * 2
-                )  # the second step has optimizer state
+                # The second step has optimizer state.
+                found = self.child(contender, "memory", dtype, [seq_len] * 2)
                 if isinstance(found, str):
                     return {**row, "failed": f"S {seq_len:,}: {found}"}
                 peaks.append(statistics.mean(rank["peak"] for rank in found))

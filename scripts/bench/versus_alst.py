@@ -70,8 +70,7 @@ def _call(command: list[str], variables: dict[str, str]) -> None:
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise SystemExit(
             f"error: the environment of DeepSpeed could not be made: `{' '.join(command)}` ended "
-            "with "
-            f"{done.returncode}:\n{last}\nWithout it: --contenders ours fsdp2"
+            f"with {done.returncode}:\n{last}\nWithout it: --contenders ours fsdp2"
         )
 
 

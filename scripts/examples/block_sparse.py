@@ -26,9 +26,8 @@ def block_sparse(
     """
     rows = []
     for row, lengths in enumerate(documents):
-        parts = (
-            x[row].transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)
-        )  # [heads, L, D] of each document
+        # [heads, L, D] of each document.
+        parts = (x[row].transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))
         rows.append(
             torch.cat([_document(*part, scale) for part in zip(*parts, strict=True)], dim=1)
         )

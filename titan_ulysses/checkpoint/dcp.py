@@ -126,10 +126,8 @@ class Checkpointer:
             optimizer = None
         if optimizer is not None:
             self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
-        folder, where = (
-            self.folder / f"step-{step}",
-            f"checkpoint.folder = {self.folder}: step-{step}",
-        )
+        folder = self.folder / f"step-{step}"
+        where = f"checkpoint.folder = {self.folder}: step-{step}"
         try:
             reader = open_checkpoint(folder, where=where)
             tensors, bits = _tensors(model, optimizer), getattr(optimizer, "bits", 32)
@@ -158,17 +156,16 @@ class Checkpointer:
     ) -> None:
         if difference := first_difference(saved, wanted):
             raise UserError(
-                f"{self.where}: step-{step} holds another model: {difference.text} here. "
-                f"Give this run {self.other}, or the model its old settings."
+                f"{self.where}: step-{step} holds another model: {difference.text} here. Give this "
+                f"run {self.other}, or the model its old settings."
             )
 
     def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
         if saved != wanted:
             raise UserError(
                 f"{self.where}: what is frozen here is not what step-{step} was trained beside. "
-                "Has what model.path "
-                "names changed, or training.param_dtype? Give this run what it began with, or "
-                f"{self.other}."
+                "Has what model.path names changed, or training.param_dtype? Give this run what it "
+                f"began with, or {self.other}."
             )
 
     def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:
@@ -203,8 +200,8 @@ class Checkpointer:
             raise UserError(
                 f"{self.where}: step-{step} was saved on another number of ranks, and the "
                 f"{bits}-bit optimizer state of {name} cannot be cut as this run needs it: numbers "
-                "that share a scale "
-                "would come apart. Resume with the dp_shard x sp of the run that saved it."
+                "that share a scale would come apart. Resume with the dp_shard x sp of the run "
+                "that saved it."
             )
 
 
@@ -280,9 +277,8 @@ def load_weights(path: str, model: nn.Module) -> None:
     if saved.get("frozen", 0) and saved["frozen"] != fingerprint(model):
         raise UserError(
             f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen "
-            "here, and only the "
-            "rest is saved. Begin with the export/ of that run, or with its model.path, "
-            "model.freeze and [lora]."
+            "here, and only the rest is saved. Begin with the export/ of that run, or with its "
+            "model.path, model.freeze and [lora]."
         )
     tensors = {name: wanted[name] for name in saved["parameters"]}
     try:

@@ -32,10 +32,8 @@ class DiskNeeds:
             return None
         return (
             f"job.dump_folder = {self.folder}: a checkpoint takes about {_gib(one)} (model "
-            f"{_gib(self.model)}, "
-            f"optimizer {_gib(self.optimizer)}), and {_gib(self.free)} are free. Free space, name "
-            "another folder, or "
-            "set checkpoint.enable = false."
+            f"{_gib(self.model)}, optimizer {_gib(self.optimizer)}), and {_gib(self.free)} are "
+            "free. Free space, name another folder, or set checkpoint.enable = false."
         )
 
     def lines(self) -> list[str]:

@@ -74,8 +74,8 @@ def _folder(path: str, setting: str) -> Path:
     except Exception as error:
         raise UserError(
             f'{setting} = "{path}": neither a folder nor to be had from the hub '
-            f"({one_line(error)}). "
-            "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
+            f"({one_line(error)}). Give a folder with config.json and *.safetensors, or the name "
+            "of a model on the hub."
         ) from error
 
 
@@ -91,8 +91,7 @@ def _read_index(folder: Path, where: str) -> dict[str, str]:
     if absent := [name for name in files if not (folder / name).exists()]:
         raise UserError(
             f"{where}: {len(absent)} of the {len(files)} files that {INDEX_FILE} names are not "
-            "there: "
-            f"{some(absent)}. Copy or download them."
+            f"there: {some(absent)}. Copy or download them."
         )
     return index
 

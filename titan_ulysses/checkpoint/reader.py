@@ -111,9 +111,8 @@ class _Unpickler(pickle.Unpickler):
 def _unpickled(file: Any) -> Metadata:
     before = [dict(vars(kind)) for kind in _CLASSES]
     metadata = _Unpickler(file).load()
-    if before != [
-        dict(vars(kind)) for kind in _CLASSES
-    ]:  # a pickle may also set attributes of what it names
+    # A pickle may also set attributes of what it names.
+    if before != [dict(vars(kind)) for kind in _CLASSES]:
         raise Refused("its .metadata changes the classes that it names")
     if not isinstance(metadata, Metadata):
         raise ValueError(f"it holds a {type(metadata).__name__}")

@@ -96,8 +96,7 @@ def load(
     if twin := first_failure(twin):
         raise UserError(
             f"{where}: {layout.main[twin]} and {twin} differ in the files, and are one tensor by "
-            "config.json. "
-            "Set tie_word_embeddings = false there."
+            "config.json. Set tie_word_embeddings = false there."
         )
     rows = {name: len(found[name][1]) for name in growing}
     return Loaded(
@@ -132,8 +131,8 @@ def describe_unknown(
     """A line about tensors that files hold and the model does not."""
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     return (
-        f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left '
-        f"out: {some(names)}"
+        f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left out: '
+        f"{some(names)}"
     )
 
 
@@ -185,16 +184,16 @@ def _check_complete(
         total = len({stored for names in expected.values() for stored in names})
         raise UserError(
             f"{where}: {len(missing)} of {total} tensors of {model} are not in its safetensors: "
-            f"{some(missing)}. "
-            "A file is not there, or config.json is another model's: save or download it again."
+            f"{some(missing)}. A file is not there, or config.json is another model's: save or "
+            "download it again."
         )
     name, shape = wrong[0], "that its parts do not make"
     if name in found:
         read, tensor = found[name]
         name, shape = name if read.converter else read.names[0], tuple(tensor.shape)
     raise UserError(
-        f"{where}: {name} has shape {shape}, config.json says {tuple(wanted[wrong[0]])}. "
-        "They belong to different models: save or download it again."
+        f"{where}: {name} has shape {shape}, config.json says {tuple(wanted[wrong[0]])}. They "
+        "belong to different models: save or download it again."
     )
 
 
@@ -283,10 +282,8 @@ def export(
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
     fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
-    groups, dtypes = (
-        layout.writes(),
-        {name: added.get(name, tensor).dtype for name, tensor in state.items()},
-    )
+    groups = layout.writes()
+    dtypes = {name: added.get(name, tensor).dtype for name, tensor in state.items()}
     sizes = [
         _sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names})
         for names in groups
@@ -391,8 +388,8 @@ def _failing_together(folder: Path) -> Iterator[None]:
         failure = one_line(error)
     if reason := first_failure(failure):
         raise UserError(
-            f"{folder}: the export failed ({reason}). "
-            "Free space or choose another place, and run the same command again."
+            f"{folder}: the export failed ({reason}). Free space or choose another place, and run "
+            "the same command again."
         )
 
 

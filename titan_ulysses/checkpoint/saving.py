@@ -63,8 +63,7 @@ def save_checkpoint(
     if first_failure("there" if step in checkpointer.steps() else None):
         raise UserError(
             f"save_checkpoint: {folder} has a step-{step} already: go on from it by "
-            "load_checkpoint, or choose another "
-            "folder."
+            "load_checkpoint, or choose another folder."
         )
     kind = {"optimizer_class": type(optimizer).__name__, "optimizer_groups": _groups(optimizer)}
     checkpointer.save(step, model, optimizer, {"step": step, "loop": json.loads(text)} | kind)
@@ -94,9 +93,8 @@ def load_checkpoint(
         if there != here or counts[0] != counts[1]:
             raise UserError(
                 f"load_checkpoint: {folder}/step-{step} has the state of {there} with {counts[0]} "
-                "groups of "
-                f"parameters, and this is {here} with {counts[1]}: make the optimizer as it was, "
-                "or pass none."
+                f"groups of parameters, and this is {here} with {counts[1]}: make the optimizer as "
+                "it was, or pass none."
             )
     checkpointer.load(step, model, optimizer)
     if optimizer is not None:
@@ -124,8 +122,7 @@ def _as_json(state: dict[str, Any]) -> str:
     if reason := first_failure(problem):
         raise UserError(
             f"save_checkpoint: state {reason}. It is kept once for all ranks: give numbers, "
-            "strings, lists and dicts "
-            'that are the same on each, and "step".'
+            'strings, lists and dicts that are the same on each, and "step".'
         )
     return text
 

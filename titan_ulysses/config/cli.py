@@ -23,9 +23,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 class CommandLine(NamedTuple):
     config_path: Path
-    overrides: list[
-        tuple[str, Any]
-    ]  # ("section.key", value), in the order given: the last one counts
+    # ("section.key", value), in the order given: the last one counts.
+    overrides: list[tuple[str, Any]]
     print_config: bool
     plan: bool = False
     evaluate: bool = False
@@ -38,11 +37,9 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option
     or lacks its value.
     """
-    config_path, overrides, flags = (
-        "",
-        [],
-        dict.fromkeys(("print-config", "plan", "evaluate"), False),
-    )
+    config_path = ""
+    overrides = []
+    flags = dict.fromkeys(("print-config", "plan", "evaluate"), False)
     rest = list(argv)
     while rest:
         argument = rest.pop(0)

@@ -177,9 +177,8 @@ def nearest_keys(section: str, key: str) -> str:
     scores = {}
     for setting in KEYS:
         candidate_section, candidate = setting.split(".")
-        here = (
-            0.2 if candidate_section == section else 0.0
-        )  # a typo is likelier than a key in the wrong section
+        # A typo is likelier than a key in the wrong section.
+        here = 0.2 if candidate_section == section else 0.0
         scores[setting] = SequenceMatcher(None, key.replace("-", "_"), candidate).ratio() + here
     best = max(scores.values())
     return " or ".join(s for s, score in scores.items() if score == best) if best >= 0.7 else ""

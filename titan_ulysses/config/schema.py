@@ -132,8 +132,7 @@ class LoRA(Section):
     target_modules: list[str] = Field(
         [],
         description='Which linear layers get one: names ("q_proj") or patterns '
-        '("layers.1?.mlp.*"); empty: all but the '
-        "head.",
+        '("layers.1?.mlp.*"); empty: all but the head.',
     )
 
 
@@ -295,8 +294,7 @@ class Memory(Section):
     mlp_tile_tokens: Tile = Field(
         0,
         description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, "
-        "where blocks are "
-        "checkpoints, and else -1: not tiled.",
+        "where blocks are checkpoints, and else -1: not tiled.",
     )
     parameter_offload: bool = Field(
         False,
@@ -476,8 +474,8 @@ class Config(Section):
         problems = []
         if self.model.path and self.model.config:
             problems.append(
-                f"model.path = {to_toml(self.model.path)} and [model.config] are both set: "
-                'clear one, with model.path = "" or --model.config {}'
+                f"model.path = {to_toml(self.model.path)} and [model.config] are both set: clear "
+                'one, with model.path = "" or --model.config {}'
             )
         if not self.model.path and not self.model.config:
             problems.append("model.path is empty and there is no [model.config]: set one of them")
@@ -494,20 +492,20 @@ def _lora_problems(config: Config) -> list[str]:
     if config.model.freeze:
         problems.append(
             f"lora.rank = {lora.rank} and model.freeze = {to_toml(config.model.freeze)} are both "
-            "set: with LoRA all of "
-            "the model is frozen. Clear one, with lora.rank = 0 or model.freeze = []"
+            "set: with LoRA all of the model is frozen. Clear one, with lora.rank = 0 or "
+            "model.freeze = []"
         )
     if config.model.resize_embeddings:
         problems.append(
             f"lora.rank = {lora.rank} and model.resize_embeddings = "
-            f"{config.model.resize_embeddings} are both set: "
-            "LoRA would leave the rows of new tokens as they begin. Set one of them to 0"
+            f"{config.model.resize_embeddings} are both set: LoRA would leave the rows of new "
+            "tokens as they begin. Set one of them to 0"
         )
     if lora.dropout and config.compile.enable:
         problems.append(
             f"lora.dropout = {lora.dropout} with compile.enable = true: compiled code would drop "
-            "other inputs when it "
-            "computes again in backward. Set lora.dropout = 0, or compile.enable = false"
+            "other inputs when it computes again in backward. Set lora.dropout = 0, or "
+            "compile.enable = false"
         )
     return problems
 
@@ -550,8 +548,7 @@ def _data_problems(config: Config) -> list[str]:
     if validation.enable and validation.split and data.source not in _READ_BY["split"]:
         problems.append(
             f'validation.split = {to_toml(validation.split)} with data.source = "{data.source}": '
-            "files have no splits. "
-            'Set validation.path, or data.source = "hf"'
+            'files have no splits. Set validation.path, or data.source = "hf"'
         )
     return problems
 
@@ -583,8 +580,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
             readers = " and ".join(_READ_BY[key])
             problems.append(
                 f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it '
-                "is read from "
-                f"{readers} alone. Set {setting}.source, or leave {setting}.{key} out"
+                f"is read from {readers} alone. Set {setting}.source, or leave {setting}.{key} out"
             )
     if source.streaming and source.source not in ("hf", "chat"):
         problems.append(
@@ -594,8 +590,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
     if source.streaming and (data.packing != "concat" or data.long_documents != "split"):
         problems.append(
             f'{setting}.streaming = true: only data.packing = "concat" with data.long_documents = '
-            '"split" can pack '
-            "what is not known yet; set both, or streaming = false"
+            '"split" can pack what is not known yet; set both, or streaming = false'
         )
     if (
         source.streaming
@@ -604,8 +599,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
     ):
         problems.append(
             f"{setting}.streaming = true: no document can be held out of a stream; set "
-            "validation.path or "
-            "validation.split"
+            "validation.path or validation.split"
         )
     return problems
 

@@ -40,9 +40,8 @@ def _toml_key(key: Any) -> str:
 
 def to_toml(value: Any) -> str:
     """A TOML value on one line."""
-    if isinstance(
-        value, str
-    ):  # JSON's escapes are TOML's too, except that TOML also wants DEL escaped
+    # JSON's escapes are TOML's too, except that TOML also wants DEL escaped.
+    if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()

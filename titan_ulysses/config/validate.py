@@ -80,14 +80,12 @@ def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, ...], lis
     if derived and world_size % known:
         return (), [
             f"{product} does not divide WORLD_SIZE({world_size}): start a multiple of {known} "
-            "ranks, "
-            "or change the degrees in [parallelism]"
+            "ranks, or change the degrees in [parallelism]"
         ]
     if not derived and known != world_size:
         return (), [
             f"{product} = {known} is not WORLD_SIZE({world_size}): start {known} ranks, or change "
-            "[parallelism], "
-            "as in parallelism.data_parallel_shard_degree = -1"
+            "[parallelism], as in parallelism.data_parallel_shard_degree = -1"
         ]
     return tuple(world_size // known if degree == -1 else degree for degree in degrees.values()), []
 
@@ -102,9 +100,8 @@ def _accumulation_steps(config: Config, degrees: tuple[int, ...]) -> tuple[int, 
         remedy = f"set it to {(accumulation + 1) * smallest}, or to -1 for {smallest}"
         return accumulation, [
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
-            "local_batch_size"
-            f"({training.local_batch_size}) x dp_replicate({replicate}) x dp_shard({shard}) = "
-            f"{smallest}: {remedy}"
+            f"local_batch_size({training.local_batch_size}) x dp_replicate({replicate}) x "
+            f"dp_shard({shard}) = {smallest}: {remedy}"
         ]
     return accumulation, []
 
@@ -125,29 +122,25 @@ def _training_problems(config: Config, sequence: int) -> list[str]:
     if warmup_steps > training.steps:
         problems.append(
             f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = "
-            f"{training.steps}: "
-            "lower the first or raise the second"
+            f"{training.steps}: lower the first or raise the second"
         )
     return problems
 
 
 def _memory_problems(config: Config, model_config: Any) -> list[str]:
-    checkpoint, layers, problems = (
-        config.activation_checkpoint,
-        getattr(model_config, "num_hidden_layers", None),
-        [],
-    )
+    checkpoint = config.activation_checkpoint
+    layers = getattr(model_config, "num_hidden_layers", None)
+    problems = []
     if checkpoint.mode == "none" and checkpoint.offload != "none":
         problems.append(
             f'activation_checkpoint.offload = "{checkpoint.offload}" moves checkpoints, and '
-            "activation_checkpoint.mode "
-            '= "none" makes none: set activation_checkpoint.mode = "full"'
+            'activation_checkpoint.mode = "none" makes none: set activation_checkpoint.mode = '
+            '"full"'
         )
     if layers is not None and checkpoint.every > layers:
         problems.append(
             f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} "
-            "layers: set it to "
-            f"{layers} or less"
+            f"layers: set it to {layers} or less"
         )
     return problems
 
@@ -157,15 +150,14 @@ def _profiling_problems(config: Config) -> list[str]:
     if p.enable_profiling and p.profile_freq < p.profiler_warmup + p.profiler_active:
         problems.append(
             f"profiling.profile_freq = {p.profile_freq} has no room for "
-            f"profiler_warmup({p.profiler_warmup}) + "
-            f"profiler_active({p.profiler_active}) steps: raise it to "
-            f"{p.profiler_warmup + p.profiler_active}"
+            f"profiler_warmup({p.profiler_warmup}) + profiler_active({p.profiler_active}) steps: "
+            f"raise it to {p.profiler_warmup + p.profiler_active}"
         )
     elif p.enable_profiling and p.profile_freq > steps:
         problems.append(
             f"profiling.profile_freq = {p.profile_freq} is more than training.steps = {steps}, and "
-            "a trace is of the "
-            f"last steps of every profile_freq: there would be none. Set it to {steps} or less"
+            "a trace is of the last steps of every profile_freq: there would be none. Set it to "
+            f"{steps} or less"
         )
     return problems
 
@@ -175,14 +167,12 @@ def _dtype_problems(config: Config) -> list[str]:
     if config.optimizer.stochastic_rounding and dtype != "bfloat16":
         problems.append(
             "optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "
-            f'"{dtype}": '
-            'set one to false or the other to "bfloat16"'
+            f'"{dtype}": set one to false or the other to "bfloat16"'
         )
     if config.optimizer.name != "adamw" and dtype == "float64":
         problems.append(
             f'optimizer.name = "{config.optimizer.name}" computes in fp32, but '
-            'training.param_dtype = "float64": '
-            'set optimizer.name = "adamw"'
+            'training.param_dtype = "float64": set optimizer.name = "adamw"'
         )
     if config.quantize.float8 and dtype != "bfloat16":
         problems.append(
@@ -216,15 +206,13 @@ def _model_problems(
         )
         problems.append(
             f"model.tokenizer = {to_toml(config.model.tokenizer)} emits ids up to "
-            f"{num_token_ids - 1}, "
-            f"but the model's vocab_size is {vocab_size}: set model.tokenizer to one that belongs "
-            "to the "
-            f"model or set {remedy}"
+            f"{num_token_ids - 1}, but the model's vocab_size is {vocab_size}: set model.tokenizer "
+            f"to one that belongs to the model or set {remedy}"
         )
     if dropout:
         problems.append(
-            f"attention_dropout = {dropout}: sequence-parallel attention has no dropout; "
-            f"set {setting('attention_dropout')} to 0"
+            f"attention_dropout = {dropout}: sequence-parallel attention has no dropout; set "
+            f"{setting('attention_dropout')} to 0"
         )
     if heads is not None and kv_heads and heads % kv_heads:
         problems.append(
@@ -243,16 +231,13 @@ def _length_problems(config: Config, model_config: Any, setting: str) -> list[st
         original = round(positions / factor)
         problems.append(
             f"training.seq_len = {seq_len} is longer than {positions}, which "
-            f"model.rope_scaling.factor = {factor} "
-            f"makes of the model's {original}: set the factor to {-(-seq_len // original)}, or "
-            "lower training.seq_len"
+            f"model.rope_scaling.factor = {factor} makes of the model's {original}: set the factor "
+            f"to {-(-seq_len // original)}, or lower training.seq_len"
         )
     elif positions is not None and seq_len > positions:
         problems.append(
             f"training.seq_len = {seq_len} is longer than the model's max_position_embeddings = "
-            f"{positions}: lower "
-            f"training.seq_len, or raise {setting}, or stretch RoPE "
-            "with "
+            f"{positions}: lower training.seq_len, or raise {setting}, or stretch RoPE with "
             "[model.rope_scaling]"
         )
     return problems

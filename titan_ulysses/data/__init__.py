@@ -28,9 +28,8 @@ def open_sequences(
     each source.
     """
     data, validation = config.data, config.validation
-    apart = validation.enable and bool(
-        validation.path or validation.split
-    )  # given, not taken from the training data
+    # Given, not taken from the training data.
+    apart = validation.enable and bool(validation.path or validation.split)
     if apart and eval_only:
         training = None
     elif not data.mixture:

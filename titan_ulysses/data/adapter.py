@@ -82,10 +82,8 @@ def shard(
         ):
             raise UserError(
                 f"shard: this rank's loader ended after {step * accumulate + len(group)} batches, "
-                "and others go on "
-                f"({others} batches in this step, on {mesh.loss.size()} ranks). Every rank needs "
-                "the same number: use "
-                "drop_last=True, or a DistributedSampler."
+                f"and others go on ({others} batches in this step, on {mesh.loss.size()} ranks). "
+                "Every rank needs the same number: use drop_last=True, or a DistributedSampler."
             )
         if not group:
             return
@@ -115,9 +113,8 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
         raise UserError(
             f'batch["labels"] has {labels.min()}: labels are token ids, or {IGNORE_INDEX} for none.'
         )
-    crosses = F.pad(
-        starts[:, 1:], (0, 1), value=True
-    )  # the next token is another document's, or none
+    # The next token is another document's, or none.
+    crosses = F.pad(starts[:, 1:], (0, 1), value=True)
     labels = labels.roll(-1, dims=1).masked_fill(crosses | padding, IGNORE_INDEX)
     documents = tuple(
         tuple(F.pad(row.nonzero()[:, 0], (0, 1), value=len(row)).diff().tolist()) for row in starts
@@ -139,8 +136,8 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     if unknown := sorted(set(batch) - {*_TOKEN_KEYS, *_BORDER_KEYS}):
         raise UserError(
             f"batch[{unknown[0]!r}]: the sharded model does not take it. Let the collate_fn leave "
-            "it out, or a part of "
-            f"the input is lost; what is read: {', '.join((*_TOKEN_KEYS, *_BORDER_KEYS))}."
+            "it out, or a part of the input is lost; what is read: "
+            f"{', '.join((*_TOKEN_KEYS, *_BORDER_KEYS))}."
         )
     tensors = {
         key: torch.as_tensor(value).cpu().long()
@@ -150,9 +147,8 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     if (mask := tensors.get("attention_mask")) is not None and mask.ndim != 2:
         raise UserError(
             f'batch["attention_mask"] has {mask.ndim} dimensions, {list(mask.shape)}: a mask of '
-            "queries and keys is "
-            "never built here. Give [B, S] for padding, and position_ids, seq_idx or cu_seq_lens_q "
-            "for documents."
+            "queries and keys is never built here. Give [B, S] for padding, and position_ids, "
+            "seq_idx or cu_seq_lens_q for documents."
         )
     shape = tensors["input_ids"].shape
     if len(shape) != 2 or 0 in shape:
@@ -179,8 +175,8 @@ def _padding(tensors: dict[str, Tensor]) -> Tensor:
     if (holes := F.pad(mask, (1, 0)).diff(dim=1).eq(1).sum(dim=1) > 1).any():
         raise UserError(
             f'batch["attention_mask"] has a hole in row {int(holes.nonzero()[0])}: padding may '
-            "only be on the left or "
-            "the right of a row. Give documents by position_ids, seq_idx or cu_seq_lens_q."
+            "only be on the left or the right of a row. Give documents by position_ids, seq_idx or "
+            "cu_seq_lens_q."
         )
     return mask == 0
 
@@ -208,8 +204,7 @@ def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
             row, token = differs.nonzero()[0].tolist()
             raise UserError(
                 f'batch["{key}"] and batch["{first}"] disagree: only one of them begins a document '
-                f"at token {token} of "
-                f"row {row}."
+                f"at token {token} of row {row}."
             )
         first, starts = key, its
     return starts
@@ -244,8 +239,7 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
     ):
         raise UserError(
             f'batch["cu_seq_lens_q"] = {borders.tolist()[:8]}... must grow from 0 to {tokens}, the '
-            "number of tokens in "
-            f"input_ids {list(shape)}; the lengths sum to {int(lengths.sum())}."
+            f"number of tokens in input_ids {list(shape)}; the lengths sum to {int(lengths.sum())}."
         )
     if not torch.equal(tensors.get("cu_seq_lens_k", borders), borders):
         raise UserError(
@@ -309,9 +303,7 @@ def _check_same_rows(group: list[Rows], mesh: Mesh) -> None:
         if len(set(checksums)) > 1:
             raise UserError(
                 f"shard: ranks {ranks} share a sequence (sequence-parallel degree {sp}), but their "
-                "loaders gave "
-                "different batches. Let the loader depend on mesh.batch alone: "
-                "DistributedSampler(data, "
-                "num_replicas=mesh.batch.size(), rank=mesh.batch.get_local_rank()), and the same "
-                "seed on every rank."
+                "loaders gave different batches. Let the loader depend on mesh.batch alone: "
+                "DistributedSampler(data, num_replicas=mesh.batch.size(), "
+                "rank=mesh.batch.get_local_rank()), and the same seed on every rank."
             )

@@ -120,8 +120,7 @@ def _cached(
     except OSError as error:
         raise UserError(
             f"data.cache_folder = {folder}: cannot keep the tokenized data there "
-            f"({error.strerror or error}). Free "
-            "space, or name a folder that can be written."
+            f"({error.strerror or error}). Free space, or name a folder that can be written."
         ) from error
     made = _open(final)
     assert made, final

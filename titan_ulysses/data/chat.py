@@ -27,8 +27,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, *, train_on: str) ->
     if not tokenizer.chat_template:
         raise UserError(
             f'model.tokenizer = "{name}" has no chat template, which data.source = "chat" needs: '
-            "take the tokenizer of "
-            "the family's instruct model, or put a chat_template.jinja into the tokenizer's folder"
+            "take the tokenizer of the family's instruct model, or put a chat_template.jinja into "
+            "the tokenizer's folder"
         )
     if train_on == "assistant" and not tokenizer.is_fast:
         raise UserError(
@@ -141,19 +141,15 @@ def _assistant_spans(
     for count, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        before, after = (
-            _render(tokenizer, chat, count, asks=True),
-            _render(tokenizer, chat, count + 1),
-        )
+        before = _render(tokenizer, chat, count, asks=True)
+        after = _render(tokenizer, chat, count + 1)
         if not (text.startswith(after) and after.startswith(before)):
             raise UserError(
                 f'model.tokenizer = "{tokenizer.name_or_path}": its chat template is not '
-                "prefix-stable (message "
-                f"{count + 1} of {len(chat.messages)} reads differently once others follow it), so "
-                "that the "
-                "assistant's part of a chat cannot be told. Give it a template with {% generation "
-                "%} around what the "
-                'assistant writes, or set data.train_on = "all"'
+                f"prefix-stable (message {count + 1} of {len(chat.messages)} reads differently "
+                "once others follow it), so that the assistant's part of a chat cannot be told. "
+                "Give it a template with {% generation %} around what the assistant writes, or set "
+                'data.train_on = "all"'
             )
         turn = after[len(before) :]
         if (ended := turn.rstrip()).endswith(added):
@@ -170,8 +166,7 @@ def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -
         return np.zeros(len(offsets), dtype=bool)
     token_begins, token_ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     begins, ends = np.array(spans, dtype=np.int64).T
-    candidate = np.searchsorted(
-        ends, token_begins, side="right"
-    )  # the first span that ends behind the token's begin
+    # The first span that ends behind the token's begin.
+    candidate = np.searchsorted(ends, token_begins, side="right")
     begins = np.append(begins, np.iinfo(np.int64).max)
     return token_ends > begins[candidate]

@@ -84,8 +84,8 @@ class Corpus:
         if count < 2:
             raise UserError(
                 f"validation.path is not set and {setting} has {count} document(s), none to hold "
-                "out: "
-                "set validation.path, give at least 2 documents, or set validation.enable = false"
+                "out: set validation.path, give at least 2 documents, or set validation.enable = "
+                "false"
             )
         held_out = np.zeros(count, dtype=bool)
         held_out[every - 1 :: every] = True

@@ -36,8 +36,8 @@ class DatasetRows(Rows):
             if name not in names:
                 raise UserError(
                     f'{setting} = "{source.path}" has no field "{name}" (it has '
-                    f"{', '.join(names)}); text_field, "
-                    "prompt_field and completion_field, or messages_field say which is read"
+                    f"{', '.join(names)}); text_field, prompt_field and completion_field, or "
+                    "messages_field say which is read"
                 )
         self.total = None if source.streaming else len(self.dataset)
 
@@ -54,9 +54,8 @@ class DatasetRows(Rows):
         return self._read(self.dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS), skip=skip)
 
     def fingerprint(self) -> str:
-        return (
-            self.dataset._fingerprint
-        )  # no public name, but the one that its own cache is keyed by
+        # No public name, but the one that its own cache is keyed by.
+        return self.dataset._fingerprint
 
     def _read(self, dataset: Any, *, skip: int) -> Iterator[Row | BadRow]:
         self.done = skip

@@ -66,9 +66,8 @@ class Encoder:
             return BadRow(row.place, str(error))
         except UserError as error:
             raise UserError(f"{row.place}: {error}", exit_code=error.exit_code) from error
-        if (
-            encoded.trained is not None and not encoded.trained[1:].any()
-        ):  # the first token is nobody's label
+        # The first token is nobody's label.
+        if encoded.trained is not None and not encoded.trained[1:].any():
             return BadRow(
                 row.place,
                 "nothing in it is trained on (no turn of the assistant, or an empty completion)",
@@ -155,8 +154,7 @@ def encode_rows(
     except BrokenProcessPool as error:
         raise UserError(
             "A process that tokenizes was ended from outside (out of memory?). Give the machine "
-            "more memory, or fewer "
-            "cores to this run (taskset)."
+            "more memory, or fewer cores to this run (taskset)."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

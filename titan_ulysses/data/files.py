@@ -76,8 +76,7 @@ def _matching_files(root: Path, extensions: Sequence[str], setting: str) -> dict
         )
         raise UserError(
             f'{setting} = "{root}" has no file that ends in {" ".join(sorted(wanted))} (found: '
-            f"{there}): "
-            f"change {section_of(setting)}.extensions or the path"
+            f"{there}): change {section_of(setting)}.extensions or the path"
         )
     return matching
 
@@ -140,8 +139,8 @@ def read_text(file: Path, encoding: str, setting: str) -> str | bytes:
         offset, key = getattr(error, "start", 0), f"{section_of(setting)}.encoding"
         raise UserError(
             f'{setting}: {file} is not {encoding} text at byte {offset} ({key} = "{encoding}"): '
-            f"set {key} to the right "
-            'codec, or to "bytes" with model.tokenizer = "bytes", or convert the file'
+            f'set {key} to the right codec, or to "bytes" with model.tokenizer = "bytes", or '
+            "convert the file"
         ) from error
 
 
@@ -154,8 +153,7 @@ def check_codec(encoding: str, setting: str) -> None:
     except LookupError as error:
         raise UserError(
             f'{section_of(setting)}.encoding = "{encoding}" is not a text codec that Python knows: '
-            'use "utf-8", '
-            '"latin-1" ... or "bytes"'
+            'use "utf-8", "latin-1" ... or "bytes"'
         ) from error
     except UnicodeError:
         pass  # a codec of wider units, such as utf-16

@@ -43,9 +43,8 @@ class MixedSequences(SampleStream):
             [min(int(border * 2.0**64), 2**64 - 1) for border in borders], dtype=np.uint64
         )
         self._offset = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(1)
-        self._before = [
-            np.zeros(len(sources), dtype=np.int64)
-        ]  # sequences of each source before each block
+        # Sequences of each source before each block.
+        self._before = [np.zeros(len(sources), dtype=np.int64)]
 
     def __getitem__(self, index: int) -> PackedSample:
         source = int(self._sources(index, index + 1)[0])

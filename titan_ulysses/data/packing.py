@@ -48,9 +48,8 @@ def slice_document(
     tokens: np.ndarray, trained: np.ndarray | None, *, begin: int, end: int, document_end: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, labels) [end - begin] of a piece of the document that ends at `document_end`."""
-    known = min(
-        end + 1, document_end
-    )  # where the document goes on, the piece's last label is the token behind it
+    # Where the document goes on, the piece's last label is the token behind it.
+    known = min(end + 1, document_end)
     following = tokens[begin + 1 : known].astype(np.int64)
     labels = np.full(end - begin, IGNORE_INDEX, dtype=np.int64)
     labels[: known - begin - 1] = (
@@ -65,10 +64,8 @@ def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) ->
     """One sequence of (ids, labels), filled up with padding, which is a document of its own without
     labels.
     """
-    input_ids, labels = (
-        np.full(size, PADDING_ID, dtype=np.int64),
-        np.full(size, IGNORE_INDEX, dtype=np.int64),
-    )
+    input_ids = np.full(size, PADDING_ID, dtype=np.int64)
+    labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
     position_ids, counting = np.empty(size, dtype=np.int64), np.arange(size)
     lengths: list[int] = []
     at = 0
@@ -158,20 +155,18 @@ class PackedSequences(SampleStream):
         once: bool = False,
         setting: str = "data.path",
     ) -> None:
-        self.corpus, self.seq_len, self.seed, self.shuffle, self.once = (
-            corpus,
-            seq_len,
-            seed,
-            shuffle,
-            once,
-        )
+        self.corpus = corpus
+        self.seq_len = seq_len
+        self.seed = seed
+        self.shuffle = shuffle
+        self.once = once
         self.notes: list[str] = []
         self.epoch_tokens = corpus.num_tokens
         if self.epoch_tokens < seq_len and not once:
             raise UserError(
                 f"training.seq_len = {seq_len} is longer than all of {setting}, "
-                f"{self.epoch_tokens} tokens in "
-                f"{len(corpus)} document(s): lower training.seq_len or give more data"
+                f"{self.epoch_tokens} tokens in {len(corpus)} document(s): lower training.seq_len "
+                "or give more data"
             )
         self._epoch = -1  # the epoch whose order is held; sequences are mostly read in order
         self._order = self._starts = np.empty(0, dtype=np.int64)
@@ -213,10 +208,8 @@ class PackedSequences(SampleStream):
                 epoch, place = epoch + 1, 0
                 self._enter(epoch)
             document = self._order[place]
-            begin, document_end = (
-                int(self.corpus.begins[document]) + skipped,
-                int(self.corpus.ends[document]),
-            )
+            begin = int(self.corpus.begins[document]) + skipped
+            document_end = int(self.corpus.ends[document])
             end = min(document_end, begin + remaining)
             yield {"begin": begin, "end": end, "document_end": document_end}
             remaining -= end - begin
@@ -260,13 +253,11 @@ class PaddedSequences(SampleStream):
     ) -> None:
         if not len(corpus):
             raise UserError(f"{setting} has no document to train on: give more data")
-        self.corpus, self.seq_len, self.seed, self.shuffle, self.best_fit = (
-            corpus,
-            seq_len,
-            seed,
-            shuffle,
-            best_fit,
-        )
+        self.corpus = corpus
+        self.seq_len = seq_len
+        self.seed = seed
+        self.shuffle = shuffle
+        self.best_fit = best_fit
         self.notes: list[str] = []
         order = (
             shuffled(len(corpus), seed=seed, epoch=0)
@@ -275,9 +266,8 @@ class PaddedSequences(SampleStream):
         )
         counts = -(-corpus.lengths[order] // seq_len)
         documents = np.repeat(order, counts)
-        number = np.arange(len(documents)) - np.repeat(
-            np.cumsum(counts) - counts, counts
-        )  # of the piece in its document
+        # Of the piece in its document.
+        number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
         begins = corpus.begins[documents] + number * seq_len
         ends = np.minimum(begins + seq_len, corpus.ends[documents])
         places, self._bounds = np.arange(len(documents)), np.arange(len(documents) + 1)
@@ -335,9 +325,8 @@ def best_fit_bins(
     """
     assert not len(lengths) or int(lengths.max()) <= size, (lengths.max(), size)
     arriving = iter(enumerate(lengths.tolist()))
-    waiting: list[
-        tuple[int, int]
-    ] = []  # (length, -place), sorted: of equal lengths the first comes last
+    # (length, -place), sorted: of equal lengths the first comes last.
+    waiting: list[tuple[int, int]] = []
     order: list[int] = []
     bounds, space = [0], size
     while True:

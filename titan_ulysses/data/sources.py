@@ -136,9 +136,8 @@ class RecordRows(Rows):
         with open(file, "rb") as raw:
             lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
             for number, line in enumerate(lines, start=1):
-                if (
-                    number == 1 and is_json and line.lstrip().startswith(b"[")
-                ):  # one array instead of lines
+                # One array instead of lines.
+                if number == 1 and is_json and line.lstrip().startswith(b"["):
                     yield from enumerate(json.loads(line + lines.read()), start=1)
                     return
                 if line.strip():

@@ -34,13 +34,11 @@ class StreamedSequences(SampleStream):
         seed: int,
         skip_bad: bool = False,
     ) -> None:
-        self.rows, self.encoder, self.seq_len, self.seed, self.skip_bad = (
-            rows,
-            encoder,
-            seq_len,
-            seed,
-            skip_bad,
-        )
+        self.rows = rows
+        self.encoder = encoder
+        self.seq_len = seq_len
+        self.seed = seed
+        self.skip_bad = skip_bad
         self.notes: list[str] = []
         self.tally = CorpusStats()
         self.seek(0, None)
@@ -67,11 +65,9 @@ class StreamedSequences(SampleStream):
     def seek(self, consumed: int, position: dict[str, int] | None) -> None:
         position = position or {"epoch": 0, "row": 0, "offset": 0}
         self._index = consumed if any(position.values()) else 0
-        self._epoch, self._row, self._offset = (
-            position["epoch"],
-            position["row"],
-            position["offset"],
-        )
+        self._epoch = position["epoch"]
+        self._row = position["row"]
+        self._offset = position["offset"]
         self._documents, self._document = self._read(skip=self._row), None
         self._is_barren = self._row == 0  # no document has been met in this epoch
         self._advance(consumed)

@@ -37,9 +37,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         # A folder without tokenizer files fails in any of these ways, depending on what is missing.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f'model.tokenizer = "{name}" cannot be loaded ({reason.strip().rstrip(".:")}): '
-            "give a folder with a saved tokenizer, a hub name that this machine can reach, or "
-            f'"{BYTES}"'
+            f'model.tokenizer = "{name}" cannot be loaded ({reason.strip().rstrip(".:")}): give a '
+            f'folder with a saved tokenizer, a hub name that this machine can reach, or "{BYTES}"'
         ) from error
 
 

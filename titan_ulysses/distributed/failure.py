@@ -79,9 +79,8 @@ def _leave_together() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
-        with suppress(
-            Exception
-        ):  # a rank that is told that its peer has gone already is late, nothing worse
+        # A rank that is told that its peer has gone already is late, nothing worse.
+        with suppress(Exception):
             dist.barrier()
         _exit(0)
 

@@ -73,8 +73,8 @@ def gpu_named(name: str) -> GPU:
     if name not in GPUS:
         raise UserError(
             f'plan.gpu = "{name}": not known; known are {", ".join(GPUS)}. For the memory of '
-            "another one take the most "
-            "similar of these and set plan.gpu_memory_gib, as in plan.gpu_memory_gib = 48.",
+            "another one take the most similar of these and set plan.gpu_memory_gib, as in "
+            "plan.gpu_memory_gib = 48.",
             exit_code=2,
         )
     return GPUS[name]

@@ -97,8 +97,8 @@ def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mes
     if replicate * shard * sequence != world_size:
         raise UserError(
             f"build_mesh: replicate({replicate}) * shard({shard}) * sequence({sequence}) is not "
-            "the number of ranks, "
-            f"{world_size}: start {replicate * shard * sequence} ranks, or change the degrees."
+            f"the number of ranks, {world_size}: start {replicate * shard * sequence} ranks, or "
+            "change the degrees."
         )
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (replicate, shard, sequence)

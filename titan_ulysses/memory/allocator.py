@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import os
 
+# The second is the older name of the first.
 _VARIABLES = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
-)  # the second is the older name of the first
+)
 _WANTED = "expandable_segments"
 
 

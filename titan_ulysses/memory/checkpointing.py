@@ -47,9 +47,8 @@ def output_is_needed() -> bool:
     return not getattr(_phase, "in_last_block", False)
 
 
-_phase = (
-    threading.local()
-)  # CUDA's backward, and with it the recomputation, has a thread of its own
+# CUDA's backward, and with it the recomputation, has a thread of its own.
+_phase = threading.local()
 
 
 class CheckpointedBlock(nn.Module):
@@ -117,9 +116,8 @@ class _Segment:
             if position < last and not isinstance(hidden, Tensor):
                 raise UserError(
                     f"activation_checkpoint.every = {len(calls)}: {type(block).__name__} returns "
-                    "more than its hidden "
-                    "state, so its decoder cannot have several blocks a segment. Set "
-                    "activation_checkpoint.every = 1."
+                    "more than its hidden state, so its decoder cannot have several blocks a "
+                    "segment. Set activation_checkpoint.every = 1."
                 )
         return hidden
 

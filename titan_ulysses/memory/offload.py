@@ -47,9 +47,8 @@ class OffloadedTensor:
     def __init__(self, store: Store, x: Tensor, slab: Tensor, before: OffloadedTensor | None):
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.slab = slab
-        self.before = (
-            weakref.ref(before) if before is not None else lambda: None
-        )  # kept before, so needed after
+        # Kept before, so needed after.
+        self.before = weakref.ref(before) if before is not None else lambda: None
         self.fetched: tuple[Tensor, torch.cuda.Event] | None = None
         weakref.finalize(self, store.free.setdefault(slab.numel(), []).append, slab).atexit = False
 
@@ -128,9 +127,8 @@ class CudaStore(Store):
             compute.wait_event(copied)
 
     def get(self, kept: OffloadedTensor) -> Tensor:
-        if (
-            self._leaving and self._leaving[-1][0]() is kept
-        ):  # the last segment's: it has hardly left
+        # The last segment's: it has hardly left.
+        if self._leaving and self._leaving[-1][0]() is kept:
             kept.fetched = self._leaving.pop()[1:]
         if kept.fetched is None:
             self._fetch(kept)
@@ -163,10 +161,8 @@ def _host_slab(size: int, device: torch.device) -> Tensor:
         if int(result) != 0:
             raise UserError(
                 f'activation_checkpoint.offload = "host": {size / 2**30:.2f} GiB of host memory '
-                "could not be "
-                f"page-locked ({result}). Raise the limit (ulimit -l unlimited), or use fewer "
-                "checkpoints: raise "
-                "activation_checkpoint.every."
+                f"could not be page-locked ({result}). Raise the limit (ulimit -l unlimited), or "
+                "use fewer checkpoints: raise activation_checkpoint.every."
             )
         # Before the memory goes: CUDA would take what comes to lie at this address for page-locked.
         unregister = torch.cuda.cudart().cudaHostUnregister
@@ -188,9 +184,8 @@ class _FileSlabs:
         try:
             handle, name = tempfile.mkstemp(prefix="checkpoint-", dir=self.folder)
             try:
-                os.posix_fallocate(
-                    handle, 0, size
-                )  # a full disk is an error here, and a crash (SIGBUS) later
+                # A full disk is an error here, and a crash (SIGBUS) later.
+                os.posix_fallocate(handle, 0, size)
                 return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
             finally:
                 os.close(handle)
@@ -198,8 +193,8 @@ class _FileSlabs:
         except OSError as error:
             raise UserError(
                 f"activation_checkpoint.offload_folder = {self.folder}: no room for "
-                f"{size / 2**30:.2f} GiB "
-                f"({error.strerror}). Choose another folder, or raise activation_checkpoint.every."
+                f"{size / 2**30:.2f} GiB ({error.strerror}). Choose another folder, or raise "
+                "activation_checkpoint.every."
             ) from error
 
 
@@ -231,10 +226,9 @@ def check_room(
     if needed > free:
         raise UserError(
             f"{setting}: checkpoints take {needed / 2**30:.1f} GiB on this node ({processes} ranks "
-            f"x {segments} "
-            f"segments), and {free / 2**30:.1f} GiB are free. Raise activation_checkpoint.every, "
-            "use more "
-            "sequence-parallel ranks on more nodes, or shorten training.seq_len."
+            f"x {segments} segments), and {free / 2**30:.1f} GiB are free. Raise "
+            "activation_checkpoint.every, use more sequence-parallel ranks on more nodes, or "
+            "shorten training.seq_len."
         )
 
 

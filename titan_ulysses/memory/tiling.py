@@ -128,9 +128,8 @@ class Tiled:
     def forward(self, rows: Tensor) -> Tensor:
         """fn of all rows [N, h], without gradients."""
         if self.can_skip():
-            return rows.new_zeros((), dtype=self.dtype).expand(
-                rows.shape
-            )  # no memory: nobody looks at it
+            # No memory: nobody looks at it.
+            return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)
         before, output = _rng_state(rows.device), None
         for tile in tiles(len(rows), self.tile_tokens):
             y = self.fn(rows[None, tile])
@@ -186,9 +185,8 @@ class _TiledFunction(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.random = _rng_state(rows.device)
         ctx.autocast = _autocast_state(rows.device.type)
-        ctx.variables = (
-            copy_context()
-        )  # what is computed again belongs to this forward (see model/router.py)
+        # What is computed again belongs to this forward (see model/router.py)
+        ctx.variables = copy_context()
         return tiled.forward(rows.flatten(0, -2)).view(rows.shape)
 
     @staticmethod

@@ -87,18 +87,16 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
         raise UserError(
             f"model: the head of {name} is a {type(head).__name__}, which is not a linear layer."
         )
-    small, large = (
-        2.0**-40,
-        2.0**100,
-    )  # tanh leaves the one as it is, and makes 1 of the other; both are in fp32 too
+    # Tanh leaves the one as it is, and makes 1 of the other; both are in fp32 too.
+    small = 2.0**-40
+    large = 2.0**100
     known = torch.tensor([small, large, -8, -3, -1, -0.5, 0.5, 2, 4], dtype=torch.float64)
     try:
         logits = _logits_of(model, decoder, head, known).double()
     except Exception as error:  # a family's own code raises whatever it likes
         raise UserError(
             f"model: the forward of {name} does more than to call its decoder and its head "
-            f"({one_line(error)}), which "
-            "is all that sequence parallelism computes of it."
+            f"({one_line(error)}), which is all that sequence parallelism computes of it."
         ) from error
     scale = logits[0].item() / small
     found = Head(
@@ -108,8 +106,7 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
     if not torch.allclose(found.shape(known), logits, rtol=1e-5):
         raise UserError(
             f"model: {name} makes its logits of what its lm_head gives in a way that this version "
-            "does not know: it "
-            "does more than to multiply them and to cap them by tanh."
+            "does not know: it does more than to multiply them and to cap them by tanh."
         )
     return found
 
@@ -209,9 +206,8 @@ def check_family(config: PreTrainedConfig) -> None:
     if _OTHER_MODES & config.sub_configs.keys():
         raise UserError(
             f'model: "{config.model_type}" is multi-modal, of which this version trains no part. '
-            "Save its text part as "
-            "a model of its own, if transformers has one for it (gemma3_text, llama4_text), and "
-            "train that."
+            "Save its text part as a model of its own, if transformers has one for it "
+            "(gemma3_text, llama4_text), and train that."
         )
     if quantization := getattr(config, "quantization_config", None):
         method = (
@@ -221,9 +217,8 @@ def check_family(config: PreTrainedConfig) -> None:
         )
         raise UserError(
             f'model: the weights are quantized ("{getattr(method, "value", method)}", by '
-            "quantization_config of "
-            "config.json), and cannot be trained so. Take the model in bf16, or save it "
-            "dequantized by transformers."
+            "quantization_config of config.json), and cannot be trained so. Take the model in "
+            "bf16, or save it dequantized by transformers."
         )
     needs = []
     if reason := _looks_ahead(config):
@@ -259,13 +254,12 @@ def _looks_ahead(config: PreTrainedConfig) -> str | None:
     """What in config lets tokens attend to later ones, in words; None where nothing does."""
     key, value = "use_bidirectional_attention", own(config, "use_bidirectional_attention")
     if not value or value == "vision":  # gemma4: of images only
-        key, value = (
-            "is_causal",
-            getattr(config, "is_causal", True),
-        )  # transformers' masks obey it in any family
+        # Transformers' masks obey it in any family.
+        key = "is_causal"
+        value = getattr(config, "is_causal", True)
         if value:
             return None
     return (
-        f"attention to later tokens ({key} = {to_toml(value)} in its config), where all of it "
-        "is causal here"
+        f"attention to later tokens ({key} = {to_toml(value)} in its config), where all of it is "
+        "causal here"
     )

@@ -54,10 +54,9 @@ def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = Fals
             {(m.in_features, m.out_features) for _, m in named if isinstance(m, nn.Linear)}
         )
         raise UserError(
-            "quantize.float8 = true: no linear layer of the blocks has sizes that are multiples "
-            f"of {_ALIGNMENT} "
-            f"({', '.join(f'{i} x {o}' for i, o in sizes[:4])}). Set it to false, or change the "
-            "model's sizes."
+            "quantize.float8 = true: no linear layer of the blocks has sizes that are multiples of "
+            f"{_ALIGNMENT} ({', '.join(f'{i} x {o}' for i, o in sizes[:4])}). Set it to false, or "
+            "change the model's sizes."
         )
     for block in blocks:
         float8.convert_to_float8_training(block, module_filter_fn=_can_be_float8, config=config)

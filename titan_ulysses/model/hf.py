@@ -54,13 +54,12 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:
-        absent = (
-            path.startswith(("/", ".")) and not Path(path).exists()
-        )  # of which transformers says it is no hub name
+        # Of which transformers says it is no hub name.
+        absent = path.startswith(("/", ".")) and not Path(path).exists()
         raise UserError(
             f'model.path = "{path}": no transformers model there '
-            f"({'no such folder' if absent else one_line(error)}). "
-            "Give a folder with config.json and *.safetensors, or the name of a model on the hub."
+            f"({'no such folder' if absent else one_line(error)}). Give a folder with config.json "
+            "and *.safetensors, or the name of a model on the hub."
         ) from error
     finally:
         hub.setLevel(level)
@@ -90,8 +89,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         ]
         raise UserError(
             f'model: transformers cannot build a "{config.model_type}" of this config '
-            f"({type(error).__name__}: "
-            f"{one_line(error)})."
+            f"({type(error).__name__}: {one_line(error)})."
             + (f" Set what it lacks ({', '.join(unset)}) in the config." if unset else "")
         ) from error
     for parameter in model.parameters():
@@ -153,9 +151,8 @@ def allocate(
             setattr(module, name, getattr(first, first_name))
     with torch.no_grad():
         for module in model.modules():
-            if (
-                module._buffers
-            ):  # a scaled embedding has parameters too, which are not to be touched
+            # A scaled embedding has parameters too, which are not to be touched.
+            if module._buffers:
                 shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
                 with swap_parameters(
                     module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
@@ -188,8 +185,8 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
             if whole[key].isnan().any():
                 raise UserError(
                     f"model: transformers {transformers.__version__} has no random numbers for "
-                    f"{plain(name)}.{key}. "
-                    "Begin with weights (model.path), or take a newer transformers."
+                    f"{plain(name)}.{key}. Begin with weights (model.path), or take a newer "
+                    "transformers."
                 )
             fill(parameter, whole[key])
 

@@ -69,9 +69,8 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         # By their names it takes shared experts and dense MLPs of some mixtures for the experts.
         raise UserError(
             f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a '
-            "part of a mixture of "
-            "experts, which cannot be sharded. Name other layers, as in lora.target_modules = "
-            '["q_proj", "k_proj", "v_proj", "o_proj"].'
+            "part of a mixture of experts, which cannot be sharded. Name other layers, as in "
+            'lora.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"].'
         )
     for _, layer in _adapted_layers(model):
         for part in (layer.lora_A, layer.lora_B):

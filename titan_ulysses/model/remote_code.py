@@ -43,10 +43,8 @@ def check_model_code(settings: dict[str, Any], where: str) -> None:
             has = f'has no class for "{model_type}"'
         raise UserError(
             f"{where}: the model is code of its own ({name} = {reference} under auto_map in its "
-            "config), which is not "
-            f"run. transformers {has}. Choose another model; or, if transformers' own is meant, "
-            "remove auto_map from a "
-            "copy of its config."
+            f"config), which is not run. transformers {has}. Choose another model; or, if "
+            "transformers' own is meant, remove auto_map from a copy of its config."
         )
 
 
@@ -54,17 +52,15 @@ def check_tokenizer_code(name: str, where: str) -> None:
     """UserError where the folder or hub name has a tokenizer that transformers does not have."""
     auto_map = get_tokenizer_config(name).get("auto_map") or {}
     references = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    references = [
-        reference for reference in _listed(references) if reference
-    ]  # a slow one, and a fast one
+    # A slow one, and a fast one.
+    references = [reference for reference in _listed(references) if reference]
     if references and not any(
         tokenizer_class_from_name(reference.split(".")[-1]) for reference in references
     ):
         raise UserError(
             f"{where}: the tokenizer is code of its own (AutoTokenizer = {references[-1]} under "
-            "auto_map in "
-            "tokenizer_config.json), which is not run, and transformers has no such class. Choose "
-            "another tokenizer."
+            "auto_map in tokenizer_config.json), which is not run, and transformers has no such "
+            "class. Choose another tokenizer."
         )
 
 

@@ -30,9 +30,8 @@ class DocumentRoPE:
 
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
-        self.turn = MethodType(
-            inspect.unwrap(type(rotary).forward), rotary
-        )  # without its look at the positions
+        # Without its look at the positions.
+        self.turn = MethodType(inspect.unwrap(type(rotary).forward), rotary)
         self.documents: Documents = ()
         self.reaches: Documents = ()
         self.sp_rank = 0
@@ -126,8 +125,8 @@ def use_document_lengths(model: PreTrainedModel, blocks: nn.ModuleList) -> list[
             if module in inside:
                 raise UserError(
                     f'model: "{model.config.model_type}" has RoPE of type '
-                    f'"{(kinds & LENGTH_DEPENDENT).pop()}" inside '
-                    "its layers, where this version cannot tell it how long the documents are."
+                    f'"{(kinds & LENGTH_DEPENDENT).pop()}" inside its layers, where this version '
+                    "cannot tell it how long the documents are."
                 )
             found.append(DocumentRoPE(module))
     return found

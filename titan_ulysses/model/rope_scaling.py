@@ -71,8 +71,7 @@ def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
     if not isinstance(original, int) or not 1 <= original <= longest:
         raise UserError(
             f"model.rope_scaling.{_ORIGINAL} = {show(original)}: needs a number of tokens, at most "
-            "the model's own "
-            f"max_position_embeddings = {longest}"
+            f"the model's own max_position_embeddings = {longest}"
         )
     kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
     new = {**kept, **scaling, "rope_type": kind}
@@ -126,6 +125,5 @@ def _check_lengths(config: PreTrainedConfig, new: dict[str, Any]) -> None:
         if not isinstance(new[key], list) or len(new[key]) != pairs:
             raise UserError(
                 f"model.rope_scaling.{key} = {show(new[key])}: needs {pairs} numbers, one for each "
-                "pair of dimensions "
-                "that RoPE turns"
+                "pair of dimensions that RoPE turns"
             )

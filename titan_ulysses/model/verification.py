@@ -93,15 +93,13 @@ def verify_family(
     if reason is not None:
         raise UserError(
             f'model: "{config.model_type}" is not a family that is known to train exactly under '
-            "sequence parallelism, "
-            f"and a tiny model of it could not prove that it does: {reason.rstrip('.')}. Choose "
-            "another model."
+            "sequence parallelism, and a tiny model of it could not prove that it does: "
+            f"{reason.rstrip('.')}. Choose another model."
         )
     tiling = next((name for name in others[:-1] if reason_against(name) is None), others[-1])
     warnings.warn(
         f'model: the blocks of "{config.model_type}" are not built like those of the families that '
-        "this version knows: "
-        f"the MLP is {tiling}, which is exact, and takes more time or memory.",
+        f"this version knows: the MLP is {tiling}, which is exact, and takes more time or memory.",
         stacklevel=3,
     )
     return tilings[tiling]
@@ -142,9 +140,8 @@ def _try_once(
         expected = _train_whole(whole, batch)
     except Exception as error:
         reason = f"a tiny one cannot be built and run ({_raised(error)})"
-    if (
-        reason := first_failure(reason)
-    ) is None:  # all ranks go on, or none: what follows has collectives
+    # All ranks go on, or none: what follows has collectives.
+    if (reason := first_failure(reason)) is None:
         try:
             shard(sharded, _core_of(tiny))
             reason = _difference(_train_sharded(sharded, batch, mesh), expected, batch.what)
@@ -200,9 +197,8 @@ def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
     lists = {
         k: v for k, v in vars(tiny).items() if isinstance(v, list | tuple) and len(v) == layers
     }
-    lists = {
-        k: v for k, v in lists.items() if list(v) != list(range(layers))
-    }  # that one holds indices of layers
+    # That one holds indices of layers.
+    lists = {k: v for k, v in lists.items() if list(v) != list(range(layers))}
     kinds = [repr([values[layer] for values in lists.values()]) for layer in range(layers)]
     chosen = sorted({kinds.index(kind) for kind in kinds})
     if len(chosen) == 1:
@@ -340,8 +336,6 @@ def _difference(
         return None
     return (
         f"the loss is off by {loss:.1e} of itself and {where} by {worst[where]:.1e} ({what}). "
-        "Something besides its "
-        "attention mixes tokens, or it counts positions itself, or its attention is not the causal "
-        "one that it asks "
-        "transformers for"
+        "Something besides its attention mixes tokens, or it counts positions itself, or its "
+        "attention is not the causal one that it asks transformers for"
     )

@@ -235,9 +235,8 @@ def _line(step: int, total: int, values: dict[str, Any]) -> str:
         )
         return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
     return (  # of 80 columns where there is no MFU to tell
-        f"{head}[bold]loss {values['loss']:.4f}[/]  "
-        f"grad {values['grad_norm']:.3f}  lr {values['lr']:.2e}  "
-        f"{values['tokens_per_second']:,.0f} tok/s  "
-        f"peak {values['peak_memory_gib']:.2f} GiB"
+        f"{head}[bold]loss {values['loss']:.4f}[/]  grad {values['grad_norm']:.3f}  lr "
+        f"{values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  peak "
+        f"{values['peak_memory_gib']:.2f} GiB"
         + ("" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}")
     )

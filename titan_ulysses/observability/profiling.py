@@ -28,8 +28,7 @@ def check_profiling(config: Profiling, device_type: str) -> None:
     if config.enable_memory_snapshot and device_type != "cuda":
         raise UserError(
             "profiling.enable_memory_snapshot = true: a snapshot is of CUDA's allocator, and this "
-            "run is on "
-            f"{device_type}. Set it to false."
+            f"run is on {device_type}. Set it to false."
         )
 
 
@@ -65,9 +64,8 @@ def _traces(config: Profiling, folder: Path, first_step: int) -> Iterator[StepIs
 
     def write(profiler: profile) -> None:
         nonlocal written
-        if (
-            finished > written
-        ):  # the profiler's own end may come just after a trace that is written already
+        # The profiler's own end may come just after a trace that is written already.
+        if finished > written:
             profiler.export_chrome_trace(str(_file(folder, f"step-{finished}", "trace.json")))
             written = finished
 

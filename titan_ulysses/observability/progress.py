@@ -49,9 +49,8 @@ class BlockWork:
         trained = (
             i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())
         )
-        first = (
-            0 if embedding_is_trained else next(trained, len(blocks))
-        )  # what lies before has no backward
+        # What lies before has no backward.
+        first = 0 if embedding_is_trained else next(trained, len(blocks))
         self.forward, again, self._done, self._begun = len(blocks), 0, 0, 0
         if checkpoint_every and first < len(blocks):
             again = len(blocks) - first // checkpoint_every * checkpoint_every

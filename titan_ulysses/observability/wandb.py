@@ -19,8 +19,8 @@ def check_wandb() -> None:
     """UserError where the package is missing."""
     if "wandb" not in sys.modules and find_spec("wandb") is None:
         raise UserError(
-            "metrics.enable_wandb = true: the package wandb is not installed. Install it "
-            "(pip install titan-ulysses[wandb]), or set it to false."
+            "metrics.enable_wandb = true: the package wandb is not installed. Install it (pip "
+            "install titan-ulysses[wandb]), or set it to false."
         )
 
 

@@ -277,10 +277,9 @@ def check_shards(parameters: Iterable[nn.Parameter], config: OptimizerConfig) ->
     if bits < 32 and not any(is_quantized(numel, bits) for numel in largest):
         raise UserError(
             f'optimizer.name = "{config.name}" would quantize nothing: no parameter has '
-            f"{_SMALLEST_QUANTIZED:,} "
-            f"numbers or more on a rank, and a multiple of {_BLOCK_SIZES[bits]} (the largest has "
-            f'{max(largest, default=0):,}). Set optimizer.name = "adamw", or use fewer ranks or a '
-            "larger model."
+            f"{_SMALLEST_QUANTIZED:,} numbers or more on a rank, and a multiple of "
+            f"{_BLOCK_SIZES[bits]} (the largest has {max(largest, default=0):,}). Set "
+            'optimizer.name = "adamw", or use fewer ranks or a larger model.'
         )
 
 
@@ -347,8 +346,7 @@ def describe_state(optimizer: torch.optim.Optimizer) -> str:
     where = " and ".join(sorted("host" if place == "cpu" else "device" for place in places))
     return (
         f"{state_format(optimizer)}: {sum(by_dtype.values()) / max(1, parameters):.2f} bytes of "
-        "state a parameter, "
-        f"on a rank {kinds}, in {where} memory"
+        f"state a parameter, on a rank {kinds}, in {where} memory"
     )
 
 

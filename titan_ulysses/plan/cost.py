@@ -95,10 +95,8 @@ class CostCounter:
         return cost
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
-        weight, stretch = (
-            self._tracker.weight,
-            STRETCHES.get(self._tracker.attribution.phase, "update"),
-        )
+        weight = self._tracker.weight
+        stretch = STRETCHES.get(self._tracker.attribution.phase, "update")
         if func in _ATTENTION:
             backward = _ATTENTION[func] == 5
             query, key = args[1:3] if backward else args[:2]
@@ -225,10 +223,8 @@ def step_time(
         name: sum(s for (stretch, _), s in seconds.items() if stretch == name)
         for name in STRETCHES.values()
     }
-    forward, backward = (
-        stretches["forward"] + exchange / 3,
-        stretches["backward"] + 2 * exchange / 3,
-    )
+    forward = stretches["forward"] + exchange / 3
+    backward = stretches["backward"] + 2 * exchange / 3
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu),
         "checkpoints to the host": offloaded.checkpoints / gpu.host_link,

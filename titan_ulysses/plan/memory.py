@@ -120,9 +120,8 @@ class MemoryTracker(TorchDispatchMode):
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # what it does; on fake tensors it would make another
         if _is_real(types, args, kwargs):
-            with (
-                unset_fake_temporarily()
-            ):  # what is real, as the state of a random number generator, stays real
+            # What is real, as the state of a random number generator, stays real.
+            with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # the optimizer's count of its steps, which it keeps on the host
@@ -158,10 +157,8 @@ class MemoryTracker(TorchDispatchMode):
             self._note(tensor, func, component)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
-        workspace, passing = (
-            self._workspace(func, args, result),
-            self._transient_bytes(func, args, component),
-        )
+        workspace = self._workspace(func, args, result)
+        passing = self._transient_bytes(func, args, component)
         if not workspace and not passing:
             return None
         kernel = self._allocation(func, (), torch.uint8, component)

@@ -249,8 +249,7 @@ def make_plan(setup: Setup) -> Plan:
     if setup.host_memory and weights > setup.host_memory:
         raise UserError(
             f"plan.host_memory_gib = {setup.host_memory / GIB:g}: memory.parameter_offload = true "
-            "puts "
-            f"{weights / GIB:.3g} GiB of weights there. Use more nodes, or set "
+            f"puts {weights / GIB:.3g} GiB of weights there. Use more nodes, or set "
             "memory.parameter_offload = false."
         )
     return plan

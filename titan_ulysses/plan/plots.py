@@ -157,8 +157,8 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
         axes.text(0, limit, " what the GPU has for tensors", va="bottom", fontsize=8)
     else:
         words = (
-            f" the GPU has {size_text(limit * unit)} for tensors, {limit / peak:,.0f} times "
-            "the peak"
+            f" the GPU has {size_text(limit * unit)} for tensors, {limit / peak:,.0f} times the "
+            "peak"
         )
         axes.text(0, 0.98, words, va="top", fontsize=8, transform=axes.transAxes)
 

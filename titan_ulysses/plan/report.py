@@ -85,8 +85,7 @@ def say(console: Console, plan: Plan) -> None:
     )
     tell(
         f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence}; {t.seq_len:,} "
-        "tokens a sequence, "
-        f"{t.seq_len // d.sequence:,} a rank"
+        f"tokens a sequence, {t.seq_len // d.sequence:,} a rank"
     )
     if idle := check_idle(setup):
         tell(f"[bold]{idle}[/]")
@@ -177,10 +176,8 @@ def tell_each(console: Console, title: str, found: Any) -> list[SearchResult]:
         if one.need is None:
             console.print(f"  {one.what:<36} does not fit at any length", highlight=False)
         else:
-            plan, most = (
-                one.need.plan,
-                "at least " if is_open(one.need.plan.setup, one.need.seq_len) else "",
-            )
+            plan = one.need.plan
+            most = "at least " if is_open(one.need.plan.setup, one.need.seq_len) else ""
             console.print(
                 f"  {one.what:<36} {f'{most}{one.need.seq_len:,}':>11} tokens, a step "
                 f"{time_text(plan.time.seconds)}",

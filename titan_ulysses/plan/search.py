@@ -141,9 +141,8 @@ def longest(
         best = max(fitting, key=lambda need: need.seq_len, default=None)
         lines = sorted(known.values(), key=lambda need: need.seq_len)
         guess = min(limit(setup, *_pair(lines)), _REACH * lines[-1].seq_len)
-        if (
-            failing
-        ):  # the peak is convex in S: what a line promises beyond a length that fails is not there
+        # The peak is convex in S: what a line promises beyond a length that fails is not there.
+        if failing:
             guess = min(guess, min(need.seq_len for need in failing) - unit)
         if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
             return best

@@ -65,17 +65,15 @@ class Guard:
         if _in_backward():
             return  # an optimizer that steps as soon as a gradient is there
         root = self.model._get_fsdp_state()
-        if (
-            root._state_ctx.post_backward_final_callback_queued
-        ):  # its last act would have been to take this back
+        # Its last act would have been to take this back.
+        if root._state_ctx.post_backward_final_callback_queued:
             self.reset()
             self.incomplete = True
         if self.incomplete and any(p.sharded_param.grad is not None for p in self.parameters()):
             raise UserError(
                 "model: the last backward was broken off by an exception, and the gradients that "
-                "are there are only a "
-                "part. Call optimizer.zero_grad() on every rank before the next forward or "
-                "optimizer.step()."
+                "are there are only a part. Call optimizer.zero_grad() on every rank before the "
+                "next forward or optimizer.step()."
             )
         self.incomplete = False
 
@@ -106,9 +104,8 @@ class Guard:
 
     def states(self) -> Iterator[FSDPState]:
         modules = (module for module in self.model.modules() if isinstance(module, FSDPModule))
-        yield from dict.fromkeys(
-            module._get_fsdp_state() for module in modules
-        )  # two tied modules share one
+        # Two tied modules share one.
+        yield from dict.fromkeys(module._get_fsdp_state() for module in modules)
 
     def parameters(self) -> Iterator[FSDPParam]:
         """FSDP's, which know the sharded parameter also while the model shows the gathered one."""
@@ -138,9 +135,8 @@ class Guard:
         if self.steps != steps_at_forward:
             raise UserError(
                 "model: an optimizer has stepped between this forward and its backward, whose "
-                "gradients would be of "
-                "neither the old parameters nor the new. Call backward before optimizer.step(), or "
-                "forward again."
+                "gradients would be of neither the old parameters nor the new. Call backward "
+                "before optimizer.step(), or forward again."
             )
 
 

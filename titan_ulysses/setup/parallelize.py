@@ -66,8 +66,7 @@ _REFUSED = {
     "push_to_hub": f"model.push_to_hub: each rank has a piece of the model. {_ELSEWHERE}, and "
     "upload that folder.",
     "generate": "model.generate: the sharded model keeps no keys and values of tokens before. "
-    f"{_ELSEWHERE}, and "
-    "generate with that model.",
+    f"{_ELSEWHERE}, and generate with that model.",
 }
 """What transformers' models can do and the sharded one cannot."""
 
@@ -211,14 +210,12 @@ def check_dropout(model: PreTrainedModel) -> None:
             if "att" in key:
                 raise UserError(
                     f"model: {key} = {rate}{place}: dropped attention weights would depend on the "
-                    "mesh, and no core "
-                    f"has them. Set {key} = 0.0 {remedy}"
+                    f"mesh, and no core has them. Set {key} = 0.0 {remedy}"
                 )
             if key in ("layerdrop", "decoder_layerdrop"):
                 raise UserError(
                     f"model: {key} = {rate}{place}: each rank would skip other layers, and wait "
-                    "for ever for those "
-                    f"that do not skip them. Set {key} = 0.0 {remedy}"
+                    f"for ever for those that do not skip them. Set {key} = 0.0 {remedy}"
                 )
 
 
@@ -244,8 +241,7 @@ def check_same_weights(model: PreTrainedModel) -> None:
     if reason := first_failure(name and f"{name} on rank {dist.get_rank()} is not what rank 0 has"):
         raise UserError(
             f"model: the ranks hold different weights: {reason}. Load the same checkpoint on every "
-            "rank, or set the "
-            "same seed before a random initialisation."
+            "rank, or set the same seed before a random initialisation."
         )
 
 
@@ -265,8 +261,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
             if "input_ids" not in signature(module.forward).parameters:
                 raise UserError(
                     f"model: {name} keeps its layers in a {type(module).__name__}, which takes no "
-                    "token ids: this "
-                    "version trains models whose decoder goes from token ids to hidden states."
+                    "token ids: this version trains models whose decoder goes from token ids to "
+                    "hidden states."
                 )
             return module, child
     raise UserError(f"model: {name} has no list of decoder layers that could be sharded.")
@@ -278,10 +274,9 @@ def use_ulysses(
     """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core
     and the documents.
     """
-    shared, own = (
-        model.config,
-        copy.deepcopy(model.config),
-    )  # another model may have been made from the same config
+    # Another model may have been made from the same config.
+    shared = model.config
+    own = copy.deepcopy(model.config)
     own._attn_implementation = ATTENTION_NAME
     for module in model.modules():
         if getattr(module, "config", None) is shared:
@@ -299,9 +294,8 @@ def use_ulysses(
         if others or documents is None:
             raise UserError(
                 "model: the sharded model takes the batches of `titan_ulysses.shard(loader, "
-                "mesh)`, as in "
-                "model(**batch): each rank needs its slice of a sequence, and the documents of the "
-                "whole."
+                "mesh)`, as in model(**batch): each rank needs its slice of a sequence, and the "
+                "documents of the whole."
             )
         mesh = model.ulysses_mesh
         for rope in ropes:
@@ -350,9 +344,8 @@ def _forward(
         hidden = decoder(**inputs).last_hidden_state
     else:
         with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
-            hidden = decoder(
-                **inputs, output_router_logits=False
-            ).last_hidden_state  # they are kept nowhere
+            # They are kept nowhere.
+            hidden = decoder(**inputs, output_router_logits=False).last_hidden_state
         if sums:
             hidden, aux_loss, num_labels = routers.reduce(
                 hidden, (labels != IGNORE_INDEX).sum(), group
@@ -411,8 +404,7 @@ def tile_blocks(
             parts = ", ".join(dict(block.named_children()))
             warnings.warn(
                 f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} '
-                f"(which has {parts}). "
-                "It is not tiled, and takes memory for all tokens at once.",
+                f"(which has {parts}). It is not tiled, and takes memory for all tokens at once.",
                 stacklevel=2,
             )
         else:
@@ -494,9 +486,8 @@ def use_one_dtype(*modules: nn.Module) -> None:
     if widest != dtype:
         warnings.warn(
             f"model: {', '.join(odd)} of {type(modules[0]).__name__} is now stored in {dtype}, as "
-            "most of it is: FSDP "
-            f"shards parameters of one dtype. To keep more, load the model in {widest} and give "
-            f"param_dtype={dtype}.",
+            "most of it is: FSDP shards parameters of one dtype. To keep more, load the model in "
+            f"{widest} and give param_dtype={dtype}.",
             stacklevel=2,
         )
 

@@ -114,9 +114,8 @@ def evaluate(
     batches = held_out_batches(loader, sequences)
     edges = position_edges(loader.sequences.seq_len)
     borders = torch.tensor(edges[1:], device=mesh.device)
-    sums = torch.zeros(
-        2, len(edges), dtype=torch.float64, device=mesh.device
-    )  # of cross-entropies; of labels
+    # Of cross-entropies; of labels.
+    sums = torch.zeros(2, len(edges), dtype=torch.float64, device=mesh.device)
     trains = model.training
     model.eval()
     for indices in batches:
@@ -134,8 +133,7 @@ def evaluate(
     if not tokens:
         raise UserError(
             f"validation: none of the tokens of {read} held-out sequence(s) is a label. Raise "
-            "validation.steps, or set "
-            "it to 0 to read all of the data."
+            "validation.steps, or set it to 0 to read all of the data."
         )
     ranges = [
         (edge, loss / n, int(n)) for edge, loss, n in zip(edges, losses, counts, strict=True) if n

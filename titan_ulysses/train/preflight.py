@@ -149,16 +149,14 @@ class Preflight:
         if not self.cuda:
             return (
                 "plan.enforce = true: the run needs "
-                f"{_gib(self.plan['ranks'] * self.plan['live_gib'])} of tensors "
-                f"on this node, and {_gib(self.plan['host_memory_gib'])} are free. Lower "
-                "training.seq_len, or set "
+                f"{_gib(self.plan['ranks'] * self.plan['live_gib'])} of tensors on this node, and "
+                f"{_gib(self.plan['host_memory_gib'])} are free. Lower training.seq_len, or set "
                 "plan.enforce = false."
             )
         return (
             f"plan.enforce = true: the run does not fit ({self.plan['binds']}): "
-            f"{_gib(self.plan['gpu_peak_gib'])} a "
-            f"GPU, {_gib(self.plan['host_peak_gib'])} of host memory a node. `train.py --plan` "
-            "says what helps."
+            f"{_gib(self.plan['gpu_peak_gib'])} a GPU, {_gib(self.plan['host_peak_gib'])} of host "
+            "memory a node. `train.py --plan` says what helps."
         )
 
     @property
@@ -186,9 +184,8 @@ class Preflight:
         )
         return [
             f"plan: {_gib(self.plan['live_gib'])} of tensors planned; a rank's process has had "
-            f"{_gib(peak_gib)}: "
-            f"{what}, so beside tensors Python, its libraries, and what the allocator has not "
-            "given back"
+            f"{_gib(peak_gib)}: {what}, so beside tensors Python, its libraries, and what the "
+            "allocator has not given back"
         ]
 
     def components(self) -> str:

@@ -76,12 +76,10 @@ def print_run_summary(run: Run) -> None:
 
 def _choices(run: Run) -> list[str]:
     """What was chosen for the user, or changes nothing."""
-    memory, tokens, degree, lines = (
-        run.config.memory,
-        run.spec.local_tokens,
-        run.degrees.sequence,
-        [],
-    )
+    memory = run.config.memory
+    tokens = run.spec.local_tokens
+    degree = run.degrees.sequence
+    lines = []
     if idle := idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree):
         lines.append(f"[bold]{idle}[/]")
     if unused := describe_unused_code(run.model.config):

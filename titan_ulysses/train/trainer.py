@@ -174,8 +174,7 @@ class Trainer:
     def _unwritable(self, why: str) -> UserError:
         return UserError(
             f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} "
-            f"({why}). "
-            "Choose a folder that can be written."
+            f"({why}). Choose a folder that can be written."
         )
 
     def _open_folder(self) -> None:
@@ -201,9 +200,8 @@ class Trainer:
         ):
             raise UserError(
                 f"--evaluate: there is no model yet: {self.checkpointer.folder} has no checkpoint, "
-                "and model.path is "
-                "not set. Train first, or set model.path to a folder with weights, such as the "
-                "export/ of a run."
+                "and model.path is not set. Train first, or set model.path to a folder with "
+                "weights, such as the export/ of a run."
             )
 
     def _latest(self) -> int | None:
@@ -418,11 +416,9 @@ class Trainer:
         """Everything that must wait for the device happens here, and only on steps that are
         logged.
         """
-        steps, device, config = (
-            self.step - self._logged_step,
-            self.mesh.device,
-            self.config.training,
-        )
+        steps = self.step - self._logged_step
+        device = self.mesh.device
+        config = self.config.training
         # Before the clock is read: the device finishes the step.
         self._expect_finite_steps()
         loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
@@ -514,8 +510,8 @@ class Trainer:
         kept = "" if last is None else f"; the last checkpoint is of step {last}"
         return UserError(
             f"{what}. Nothing of it is saved{kept}. Lower optimizer.lr = "
-            f"{self.config.optimizer.lr}, lengthen "
-            "lr_scheduler.warmup_steps, or look at the data of this step."
+            f"{self.config.optimizer.lr}, lengthen lr_scheduler.warmup_steps, or look at the data "
+            "of this step."
         )
 
     def _save(self) -> None:

@@ -124,8 +124,7 @@ def _check_call(
     if dropout:
         raise UserError(
             f"model: {name} drops attention weights (at a rate of {dropout}), which would depend "
-            "on the mesh. Set its "
-            "dropout to 0.0 in the model's config."
+            "on the mesh. Set its dropout to 0.0 in the model's config."
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UserError(
