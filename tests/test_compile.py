@@ -17,7 +17,8 @@ from runs import Settings, logged, train, write_run
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
-from titan_ulysses.setup.parallelize import compile_blocks, find_blocks, parallelize
+from titan_ulysses.setup.blocks import compile_blocks, find_blocks
+from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 
 # nn.LayerNorm is a class of torch's own, where Dynamo looks into none.

@@ -24,7 +24,7 @@ from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.float8 import check_float8, use_float8
-from titan_ulysses.setup.parallelize import find_blocks
+from titan_ulysses.setup.blocks import find_blocks
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",

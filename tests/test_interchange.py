@@ -37,7 +37,8 @@ from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
-from titan_ulysses.setup.parallelize import find_blocks, parallelize, shard_blocks, shard_root
+from titan_ulysses.setup.blocks import find_blocks
+from titan_ulysses.setup.parallelize import parallelize, shard_blocks, shard_root
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from convert import ReadWhenWritten  # noqa: E402

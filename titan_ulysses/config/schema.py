@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from titan_ulysses.config.toml import to_toml
+from titan_ulysses.config.combinations import combination_problems
 
 
 def expand_path(path: str) -> str:
@@ -189,6 +189,12 @@ class SourceSettings(Section):
         description="A line that is not JSON, lacks its field or that the chat template refuses: "
         "stop, or count.",
     )
+
+    def changed(self) -> dict[str, Any]:
+        """The keys of a source that are not at their defaults."""
+        fields = SourceSettings.model_fields.items()
+        values = {key: getattr(self, key) for key, _ in fields}
+        return {key: values[key] for key, field in fields if values[key] != field.default}
 
 
 class MixtureEntry(SourceSettings):
@@ -471,145 +477,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _settings_that_exclude_each_other(self) -> Config:
-        problems = []
-        if self.model.path and self.model.config:
-            problems.append(
-                f"model.path = {to_toml(self.model.path)} and [model.config] are both set: clear "
-                'one, with model.path = "" or --model.config {}'
-            )
-        if not self.model.path and not self.model.config:
-            problems.append("model.path is empty and there is no [model.config]: set one of them")
-        problems += _lora_problems(self) + _data_problems(self)
-        if problems:
+        if problems := combination_problems(self):
             raise ValueError("\n".join(problems))
         return self
-
-
-def _lora_problems(config: Config) -> list[str]:
-    lora, problems = config.lora, []
-    if not lora.rank:
-        return problems
-    if config.model.freeze:
-        problems.append(
-            f"lora.rank = {lora.rank} and model.freeze = {to_toml(config.model.freeze)} are both "
-            "set: with LoRA all of the model is frozen. Clear one, with lora.rank = 0 or "
-            "model.freeze = []"
-        )
-    if config.model.resize_embeddings:
-        problems.append(
-            f"lora.rank = {lora.rank} and model.resize_embeddings = "
-            f"{config.model.resize_embeddings} are both set: LoRA would leave the rows of new "
-            "tokens as they begin. Set one of them to 0"
-        )
-    if lora.dropout and config.compile.enable:
-        problems.append(
-            f"lora.dropout = {lora.dropout} with compile.enable = true: compiled code would drop "
-            "other inputs when it computes again in backward. Set lora.dropout = 0, or "
-            "compile.enable = false"
-        )
-    return problems
-
-
-_READ_BY = {
-    "extensions": ("text", "jsonl", "chat"),
-    "encoding": ("text", "jsonl", "chat"),
-    "text_field": ("jsonl", "hf"),
-    "prompt_field": ("jsonl", "hf"),
-    "messages_field": ("chat",),
-    "tools_field": ("chat",),
-    "subset": ("hf", "chat"),
-    "split": ("hf", "chat"),
-}
-"""Keys that some sources alone read, and which."""
-
-
-def _data_problems(config: Config) -> list[str]:
-    data, validation, problems = config.data, config.validation, []
-    for setting, source in [
-        ("data", data),
-        *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)),
-    ]:
-        problems += _source_problems(config, setting, source)
-        if setting != "data" and not source.path:
-            problems.append(f"{setting}.path is not set: every entry of data.mixture needs a path")
-    if data.mixture and data.path:
-        problems.append(
-            f"data.path = {to_toml(data.path)} and [[data.mixture]] are both set: clear one, with "
-            'data.path = ""'
-        )
-    apart = validation.enable and (validation.path or validation.split)
-    if data.mixture and not apart:  # else they say how the held-out data is read
-        problems += [
-            f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has a {key} of its "
-            "own. Set it there"
-            for key, value in _changed(data).items()
-            if key != "path"
-        ]
-    if validation.enable and validation.split and data.source not in _READ_BY["split"]:
-        problems.append(
-            f'validation.split = {to_toml(validation.split)} with data.source = "{data.source}": '
-            'files have no splits. Set validation.path, or data.source = "hf"'
-        )
-    return problems
-
-
-def _source_problems(config: Config, setting: str, source: SourceSettings) -> list[str]:
-    """setting: where the source's keys are: data, or an entry of data.mixture."""
-    data, problems = config.data, []
-    if source.encoding == "bytes" and config.model.tokenizer != "bytes":
-        tokenizer = to_toml(config.model.tokenizer)
-        problems.append(
-            f'{setting}.encoding = "bytes" with model.tokenizer = {tokenizer}: raw bytes need '
-            'model.tokenizer = "bytes"'
-        )
-    if source.encoding == "bytes" and source.source != "text":
-        problems.append(
-            f'{setting}.encoding = "bytes" with {setting}.source = "{source.source}": JSON is text'
-        )
-    if bool(source.prompt_field) != bool(source.completion_field):
-        given, missing = sorted(
-            ("prompt_field", "completion_field"), key=lambda name: not getattr(source, name)
-        )
-        problems.append(
-            f"{setting}.{given} is set and {setting}.{missing} is not: a prompt needs its "
-            "completion"
-        )
-    for key, value in _changed(source).items():
-        told = value == "bytes" or (key == "prompt_field" and not source.completion_field)
-        if not told and source.source not in _READ_BY.get(key, (source.source,)):
-            readers = " and ".join(_READ_BY[key])
-            problems.append(
-                f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it '
-                f"is read from {readers} alone. Set {setting}.source, or leave {setting}.{key} out"
-            )
-    if source.streaming and source.source not in ("hf", "chat"):
-        problems.append(
-            f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = '
-            '"hf"'
-        )
-    if source.streaming and (data.packing != "concat" or data.long_documents != "split"):
-        problems.append(
-            f'{setting}.streaming = true: only data.packing = "concat" with data.long_documents = '
-            '"split" can pack what is not known yet; set both, or streaming = false'
-        )
-    if (
-        source.streaming
-        and config.validation.enable
-        and not (config.validation.path or config.validation.split)
-    ):
-        problems.append(
-            f"{setting}.streaming = true: no document can be held out of a stream; set "
-            "validation.path or validation.split"
-        )
-    return problems
-
-
-def _changed(source: SourceSettings) -> dict[str, Any]:
-    """The source's keys that are not at their defaults."""
-    fields = SourceSettings.model_fields.items()
-    return {
-        key: getattr(source, key) for key, field in fields if getattr(source, key) != field.default
-    }
 
 
 SECTIONS: dict[str, type[Section]] = {

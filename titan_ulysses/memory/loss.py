@@ -70,7 +70,7 @@ class LossHead(nn.Linear):
         there is none.
         """
         if labels is None:
-            return _shape_scores(super().forward(hidden), self.scale, self.softcap)
+            return shape_scores(super().forward(hidden), self.scale, self.softcap)
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
         options = (tile_tokens, self.scale, self.softcap, self.z_loss)
         if reduction == "none":
@@ -175,7 +175,7 @@ def _scores(
     logits = F.linear(x, weight, bias)
     if scale != 1 or softcap is not None:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return _shape_scores(logits, scale, softcap)
+    return shape_scores(logits, scale, softcap)
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +194,7 @@ def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tenso
     )
 
 
-def _shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+def shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     """softcap * tanh(scale * logits / softcap): what gemma, granite and cohere do to their
     logits.
     """

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.memory.loss import shape_scores
 from titan_ulysses.model.router import unknown_router_loss
 
 CHECKED_FAMILIES = {
@@ -68,11 +69,6 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    def shape(self, logits: Tensor) -> Tensor:
-        """Logits as the family returns them, from those of `lm_head`."""
-        logits = logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
 
 def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
     """What the family's own forward does to its logits, found by running it on known numbers.
@@ -103,7 +99,7 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
         scale=1.0 if math.isclose(scale, 1.0, rel_tol=1e-6) else scale,
         softcap=logits[1].item() if logits[1] < math.sqrt(large) else None,
     )
-    if not torch.allclose(found.shape(known), logits, rtol=1e-5):
+    if not torch.allclose(shape_scores(known, found.scale, found.softcap), logits, rtol=1e-5):
         raise UserError(
             f"model: {name} makes its logits of what its lm_head gives in a way that this version "
             "does not know: it does more than to multiply them and to cap them by tanh."
@@ -223,7 +219,7 @@ def check_family(config: PreTrainedConfig) -> None:
     needs = []
     if reason := _looks_ahead(config):
         needs.append(reason)
-    others = sorted(set(own(config, "layer_types") or ()) - _KNOWN_LAYERS)
+    others = sorted(set(declared_value(config, "layer_types") or ()) - _KNOWN_LAYERS)
     if others:
         needs.append(
             f"layers of type {', '.join(others)}, which carry state along the sequence or choose "
@@ -238,7 +234,7 @@ def check_family(config: PreTrainedConfig) -> None:
         )
 
 
-def own(config: PreTrainedConfig, key: str) -> Any:
+def declared_value(config: PreTrainedConfig, key: str) -> Any:
     """The value of a key that config's class declares; None for any other, which the family does
     not read.
     """
@@ -252,7 +248,10 @@ def own(config: PreTrainedConfig, key: str) -> Any:
 
 def _looks_ahead(config: PreTrainedConfig) -> str | None:
     """What in config lets tokens attend to later ones, in words; None where nothing does."""
-    key, value = "use_bidirectional_attention", own(config, "use_bidirectional_attention")
+    key, value = (
+        "use_bidirectional_attention",
+        declared_value(config, "use_bidirectional_attention"),
+    )
     if not value or value == "vision":  # gemma4: of images only
         # Transformers' masks obey it in any family.
         key = "is_causal"

@@ -39,9 +39,10 @@ from titan_ulysses.plan.cuda_memory import cpu_workspace, cuda_workspace
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.words import group_name
+from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.options import ParallelOptions
-from titan_ulysses.setup.parallelize import find_blocks, wrap
+from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
 from titan_ulysses.train.step import train_step
 

@@ -211,6 +211,9 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
             "gradient of the output, after the exchange",
         ),
     },
+    "exchange._token_first": {
+        "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
+    },
     "exchange._gather_heads": {
         "all_to_all_single": (
             "output as it is received",

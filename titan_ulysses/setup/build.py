@@ -14,7 +14,8 @@ from titan_ulysses.model.float8 import use_float8
 from titan_ulysses.model.freezing import cast_frozen_params, freeze
 from titan_ulysses.model.lora import add_adapters
 from titan_ulysses.optim.adamw import check_shards
-from titan_ulysses.setup.parallelize import find_blocks, parallelize
+from titan_ulysses.setup.blocks import find_blocks
+from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.setup.resolve import RunSpec
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py

@@ -45,8 +45,8 @@ from titan_ulysses.optim.adamw import (
     describe_state,
     expected_bytes,
 )
+from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
-from titan_ulysses.setup.parallelize import find_blocks
 from titan_ulysses.setup.resolve import check_machine, resolve
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
 from titan_ulysses.train.preflight import Preflight

@@ -1,0 +1,106 @@
+"""The blocks of a model: found, tiled, compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from inspect import signature
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
+from titan_ulysses.model.families import MLPLayout, mlp_layout
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The decoder and its list of layers, found by the classes that transformers itself says not to
+    split.
+
+    They may be sharded already, and in checkpoints: their classes then descend from those.
+    """
+    name, classes = type(model).__name__, {*(model._no_split_modules or ())}
+    for module in model.modules():
+        for child in module.children():
+            if not isinstance(child, nn.ModuleList) or not len(child):
+                continue
+            if not classes & {kind.__name__ for kind in type(child[0]).__mro__}:
+                continue
+            if "input_ids" not in signature(module.forward).parameters:
+                raise UserError(
+                    f"model: {name} keeps its layers in a {type(module).__name__}, which takes no "
+                    "token ids: this version trains models whose decoder goes from token ids to "
+                    "hidden states."
+                )
+            return module, child
+    raise UserError(f"model: {name} has no list of decoder layers that could be sharded.")
+
+
+def tile_blocks(
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    blocks: nn.ModuleList,
+    tile_tokens: int,
+    *,
+    norms_with_mlp: bool = True,
+) -> None:
+    """Tile what works on each token by itself: the MLP of each block with the norms around it, and
+    all other norms.
+
+    norms_with_mlp = False: for a family whose blocks are not built as `mlp_layout` reads them. The
+    MLP is tiled by itself, and computed when its block is computed again.
+    """
+    for block in blocks:
+        layout = mlp_layout(block)
+        if layout is None:
+            parts = ", ".join(dict(block.named_children()))
+            warnings.warn(
+                f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} '
+                f"(which has {parts}). It is not tiled, and takes memory for all tokens at once.",
+                stacklevel=2,
+            )
+        else:
+            if not norms_with_mlp:
+                layout = MLPLayout(layout.mlp)
+            tile_mlp(
+                layout.mlp,
+                layout.before,
+                layout.after,
+                tile_tokens=tile_tokens,
+                ends_block=layout.ends_block,
+            )
+        taken = () if layout is None else (layout.before, layout.after)
+        for norm in _norms(block):
+            if norm not in taken:
+                tile_norm(norm, tile_tokens=tile_tokens)
+    for norm in _norms(decoder):
+        tile_norm(norm, tile_tokens=tile_tokens)
+
+
+def _norms(module: nn.Module) -> Iterator[nn.Module]:
+    """Its own norms over the hidden state."""
+    return (child for child in module.children() if "norm" in type(child).__name__.lower())
+
+
+def compile_blocks(blocks: nn.ModuleList) -> int:
+    """Compile what each block does to tokens by themselves, each part as one graph; returns the
+    number of parts.
+
+    That is its MLP and its norms, tiled or not; what counts for a router loss breaks its graph in
+    two. Attention stays as it is: what it sees of the documents changes from step to step, and each
+    change would compile it anew.
+    """
+    parts = []
+    for block in blocks:
+        layout = mlp_layout(block)
+        modules = [*_norms(block), *([layout.mlp] if layout else [])]
+        tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
+        parts += tiled or modules
+    for part in parts:
+        # Not `part.compile()`: where the class is one of torch's own, as nn.LayerNorm, Dynamo skips
+        # all that it calls.
+        whole = not any(module._forward_hooks for module in part.modules())
+        part.forward = torch.compile(part.forward, fullgraph=whole)
+    return len(parts)

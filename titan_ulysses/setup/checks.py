@@ -1,0 +1,98 @@
+"""What is checked in a model before it is sharded: dropout, equal weights, one dtype."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from functools import reduce
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.model.freezing import bits
+
+
+def check_dropout(model: PreTrainedModel) -> None:
+    """UserError for dropout of attention weights and of layers, by the many names that families
+    have for them.
+    """
+    remedy = "in the model's config (from_pretrained takes it too)."
+    nested = [value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig)]
+    holders = [("", vars(config)) for config in (model.config, *nested)]
+    holders += [(f" in {name}", vars(module)) for name, module in model.named_modules()]
+    for place, settings in holders:
+        for key, rate in settings.items():
+            if "drop" not in key or not isinstance(rate, float | int) or not rate:
+                continue  # in some families it is a module
+            if "att" in key:
+                raise UserError(
+                    f"model: {key} = {rate}{place}: dropped attention weights would depend on the "
+                    f"mesh, and no core has them. Set {key} = 0.0 {remedy}"
+                )
+            if key in ("layerdrop", "decoder_layerdrop"):
+                raise UserError(
+                    f"model: {key} = {rate}{place}: each rank would skip other layers, and wait "
+                    f"for ever for those that do not skip them. Set {key} = 0.0 {remedy}"
+                )
+
+
+def check_same_weights(model: PreTrainedModel) -> None:
+    """Collective. UserError, on every rank, where the ranks hold different weights: each keeps a
+    piece of its own.
+    """
+    tensors = {
+        name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.is_meta
+    }
+    if not tensors:
+        return
+    with torch.no_grad():
+        sums = torch.stack([bits(x).sum(dtype=torch.int64).cpu() for x in tensors.values()])
+    first = [sums.tolist()]
+    dist.broadcast_object_list(first, src=0)
+    differing = (
+        name
+        for name, mine, theirs in zip(tensors, sums.tolist(), first[0], strict=True)
+        if mine != theirs
+    )
+    name = next(differing, None)
+    if reason := first_failure(name and f"{name} on rank {dist.get_rank()} is not what rank 0 has"):
+        raise UserError(
+            f"model: the ranks hold different weights: {reason}. Load the same checkpoint on every "
+            "rank, or set the same seed before a random initialisation."
+        )
+
+
+def use_one_dtype(*modules: nn.Module) -> None:
+    """Store what is trained in modules, and not sharded yet, in the dtype that most of it has: FSDP
+    takes only one.
+
+    transformers keeps routers in fp32 when it loads a mixture of experts in bf16.
+    """
+    trained = {
+        name: parameter
+        for module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not isinstance(parameter, DTensor)
+    }
+    elements: Counter[torch.dtype] = Counter()
+    for parameter in trained.values():
+        elements[parameter.dtype] += parameter.numel()
+    if len(elements) < 2:
+        return
+    dtype = elements.most_common(1)[0][0]
+    widest = reduce(torch.promote_types, elements)
+    odd = {name: p for name, p in trained.items() if p.dtype != dtype}
+    for parameter in odd.values():
+        parameter.data = parameter.data.to(dtype)
+    if widest != dtype:
+        warnings.warn(
+            f"model: {', '.join(odd)} of {type(modules[0]).__name__} is now stored in {dtype}, as "
+            "most of it is: FSDP shards parameters of one dtype. To keep more, load the model in "
+            f"{widest} and give param_dtype={dtype}.",
+            stacklevel=2,
+        )

@@ -1,0 +1,139 @@
+"""The forward of a sharded model: attention by Ulysses, the loss computed inside the head."""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
+from titan_ulysses.model.rope import use_document_lengths
+from titan_ulysses.model.router import RouterLoss, router_loss_of
+from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
+from titan_ulysses.ulysses.cores import Core
+
+
+def use_ulysses(
+    model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, mesh: Mesh, core: Core
+) -> None:
+    """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core
+    and the documents.
+    """
+    # Another model may have been made from the same config.
+    shared = model.config
+    own = copy.deepcopy(model.config)
+    own._attn_implementation = ATTENTION_NAME
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    model.ulysses_mesh = mesh
+    router_loss, ropes = router_loss_of(model, decoder), use_document_lengths(model, blocks)
+
+    def forward(
+        model: PreTrainedModel,
+        *others: Any,
+        documents: Documents | None = None,
+        reaches: Documents | None = None,
+        **inputs: Any,
+    ) -> CausalLMOutputWithPast:
+        if others or documents is None:
+            raise UserError(
+                "model: the sharded model takes the batches of `titan_ulysses.shard(loader, "
+                "mesh)`, as in model(**batch): each rank needs its slice of a sequence, and the "
+                "documents of the whole."
+            )
+        mesh = model.ulysses_mesh
+        for rope in ropes:
+            rope.begin(documents, reaches or documents, mesh.sp.get_local_rank())
+        ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
+        return _forward(
+            model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs
+        )
+
+    model.forward = MethodType(forward, model)
+
+
+def _forward(
+    model: PreTrainedModel,
+    decoder: nn.Module,
+    group: dist.ProcessGroup,
+    router_loss: RouterLoss | None,
+    *,
+    ulysses: Ulysses,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    num_items_in_batch: Tensor | None = None,
+    reduction: Literal["sum", "none"] = "sum",
+) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+    """The forward of a causal LM, with the loss computed inside the head from hidden states.
+
+    input_ids, position_ids and labels (shifted already) are this rank's [B, T]; num_items_in_batch
+    counts the valid labels of the whole step. `.loss` is then that of all ranks of group, on each
+    of them, while its gradient is of this rank's part: gradients are summed over the mesh. With
+    reduction = "none": the cross-entropy of each label, of this rank [B, T]. Without labels:
+    `.logits` of this rank's tokens.
+
+    Where the model has a router loss (see model/router.py), `.aux_loss` is it and `.loss` includes
+    it; attention_mask [B, T], 0 at padding, tells it what not to count and means nothing else.
+    """
+    inputs = {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "use_cache": False,
+        "ulysses": ulysses,
+    }
+    sums = labels is not None and reduction == "sum"
+    if router_loss is None:
+        hidden = decoder(**inputs).last_hidden_state
+    else:
+        with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
+            # They are kept nowhere.
+            hidden = decoder(**inputs, output_router_logits=False).last_hidden_state
+        if sums:
+            hidden, aux_loss, num_labels = routers.reduce(
+                hidden, (labels != IGNORE_INDEX).sum(), group
+            )
+    head = model.get_output_embeddings()
+    if labels is None:
+        if torch.is_grad_enabled():
+            # Unlike that of the loss, their gradient needs the weight. It stays so: the backward
+            # of these logits may come after later forwards.
+            head.set_unshard_in_backward(True)
+        return CausalLMOutputWithPast(logits=head(hidden))
+    loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
+    if not sums:
+        return CausalLMOutputWithPast(loss=loss)
+    loss = _SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
+    if router_loss is None:
+        return CausalLMOutputWithPast(loss=loss)
+    share = num_labels.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
+    return MoeCausalLMOutputWithPast(
+        loss=loss + router_loss.coefficient * share * aux_loss, aux_loss=aux_loss
+    )
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over the ranks of a scalar in fp64, as dtype.
+
+    Its gradient is that of this rank's part: FSDP sums the gradients of the parts.
+    """
+
+    @staticmethod
+    def forward(ctx, part: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total.to(dtype)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream.to(torch.float64), None, None
