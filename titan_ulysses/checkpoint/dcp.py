@@ -127,9 +127,8 @@ class Checkpointer:
         if optimizer is not None:
             self._expect_optimizer(step, saved_optimizer, state_format(optimizer))
         folder = self.folder / f"step-{step}"
-        where = f"checkpoint.folder = {self.folder}: step-{step}"
         try:
-            reader = open_checkpoint(folder, where=where)
+            reader = open_checkpoint(folder, where=f"{self.where}: step-{step}")
             tensors, bits = _tensors(model, optimizer), getattr(optimizer, "bits", 32)
             self._expect_whole_blocks(step, reader, tensors.get("optimizer", {}), bits)
             dcp.load(tensors, storage_reader=reader)  # in place
@@ -220,10 +219,10 @@ def first_difference(
     equal.
     """
     for name in dict.fromkeys((*wanted, *saved)):
-        there, here = saved.get(name), wanted.get(name)
+        there = saved.get(name, "absent")
+        here = wanted.get(name, "absent")
         if there != here:
-            absent = "absent"
-            return Difference(name, f"{name} is {there or absent} there and {here or absent}")
+            return Difference(name, f"{name} is {there} there and {here}")
     return None
 
 

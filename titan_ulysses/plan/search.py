@@ -88,7 +88,8 @@ def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
 
 def is_open(setup: Setup, seq_len: int) -> bool:
     """Whether no memory limits seq_len, but only that the planner looks no further."""
-    return seq_len >= _MOST // (unit := _UNIT * setup.degrees.sequence) * unit
+    unit = _UNIT * setup.degrees.sequence
+    return seq_len >= _MOST // unit * unit
 
 
 def estimate(setup: Setup, first: Plan) -> int:

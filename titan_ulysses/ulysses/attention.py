@@ -51,7 +51,7 @@ class Ulysses:
         here = local_slice(every, rank=rank, degree=degree, dim=0)
         rows = []
         for row in self.documents:
-            starts = torch.tensor([0, *accumulate(row)][:-1]).to(device)
+            starts = torch.tensor([0, *accumulate(row)][:-1]).to(device, non_blocking=True)
             rows.append(here - starts[torch.bucketize(here, starts, right=True) - 1])
         return torch.stack(rows)
 
