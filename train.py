@@ -37,17 +37,14 @@ def main(argv: list[str]) -> None:
         print(dump_toml(config), end="")
         return
     if command.plan:
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # the same plan on every machine; before torch is imported
-        )
+        # The same plan on every machine; set before torch is imported.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from titan_ulysses.plan.report import plan_and_report
 
         return plan_and_report(config)
     expand_segments()
     # Torch and transformers: only now, so that --help is quick.
-    from titan_ulysses.train.trainer import (
-        Trainer,
-    )
+    from titan_ulysses.train.trainer import Trainer
 
     if command.evaluate:
         return Trainer(config, eval_only=True).evaluate()

@@ -35,6 +35,7 @@ def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> fl
     _, held_out = open_sequences(
         settings, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     )
+    assert held_out is not None
     total, count = 0.0, 0
     for index in spread(len(held_out), sequences):
         sequence, start = held_out[index], 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, then test, on a machine with nothing but Python installed. Arguments go to pytest:
+# Lint and check types, then test, on a machine with nothing but Python installed. Arguments go to pytest:
 #   bash scripts/test.sh                      what CI runs
 #   bash scripts/test.sh --slow               also the slow tests
 #   bash scripts/test.sh tests/test_loss.py   one file
@@ -9,4 +9,5 @@ cd "$ROOT"
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 exec "$PYTHON" -m pytest "$@"

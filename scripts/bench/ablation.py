@@ -35,7 +35,7 @@ from common import (
 )
 
 FOLDER = ROOT / "outputs" / "bench"
-RECIPE = {
+RECIPE: dict[str, dict[str, Any]] = {
     "baseline": {"degree": 1, "loss_tile_tokens": -1, "mlp_tile_tokens": -1},
     "+ tiled loss": {"loss_tile_tokens": 0},
     "+ Ulysses": {"degree": None},
@@ -162,7 +162,9 @@ def heading(what: str, seq_lens: list[int], extra: str = "") -> None:
 
 def recipe(bench: Bench) -> list[dict]:
     """The parts of the recipe, added one by one."""
-    seq_lens, options, rows = bench.args.seq_lens, {}, []
+    seq_lens = bench.args.seq_lens
+    options: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     heading("peak MiB a rank at S =", seq_lens, f"  step at S = {seq_lens[-1]:,}")
     for name, more in RECIPE.items():
         options |= bench.offload if "offload" in more else more
@@ -182,7 +184,8 @@ def recipe(bench: Bench) -> list[dict]:
 
 def loss_head(bench: Bench) -> list[dict]:
     """The loss alone, in one tile and in many."""
-    seq_lens, rows = bench.args.head_seq_lens, []
+    seq_lens = bench.args.head_seq_lens
+    rows: list[dict[str, Any]] = []
     heading("loss head, MiB at S =", seq_lens)
     for name, tile, lengths in (
         ("one tile", -1, [s for s in seq_lens if s <= bench.args.longest_untiled]),

@@ -32,7 +32,7 @@ what is timed.
 """
 
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32_000,
     "hidden_size": 256,

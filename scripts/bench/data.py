@@ -90,7 +90,7 @@ def tokenizing(name: str, tokenizer: Any, texts: list[str], consumed: float) -> 
     rows = [Row(str(number), text) for number, text in enumerate(texts)]
     for workers in dict.fromkeys((1, _cores())):
         started = time.perf_counter()
-        encoded = [*encode_rows(rows, Encoder(tokenizer), workers=workers)]
+        encoded: list[Any] = [*encode_rows(rows, Encoder(tokenizer), workers=workers)]
         seconds = time.perf_counter() - started
         show(
             f"tokenizing, {name}, {workers} process(es)",

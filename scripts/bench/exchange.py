@@ -40,10 +40,10 @@ def exchange(mesh, q, k, v, o):
     from titan_ulysses.ulysses.heads import plan_heads
 
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
-    placed = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
+    q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
     if plan.is_even:
         o = DTensor.from_local(o, mesh, (HEADS,), run_check=False)
-    results = [*sequence_to_heads(*placed, plan), heads_to_sequence(o, plan, mesh)]
+    results = [*sequence_to_heads(q, k, v, plan), heads_to_sequence(o, plan, mesh)]
     return [x.to_local() if isinstance(x, DTensor) else x for x in results]
 
 
@@ -82,7 +82,8 @@ def four_all_to_alls(mesh, q, k, v, o):
 
 def four_with_repeated_kv_heads(mesh, q, k, v, o):
     group_size = q.shape[2] // k.shape[2]
-    return four_all_to_alls(mesh, q, *(x.repeat_interleave(group_size, dim=2) for x in (k, v)), o)
+    k, v = (x.repeat_interleave(group_size, dim=2) for x in (k, v))
+    return four_all_to_alls(mesh, q, k, v, o)
 
 
 CONTENDERS: dict[str, Callable] = {

@@ -27,9 +27,9 @@ from typing import Any
 from common import ALLOCATOR, CACHING, LLAMA, ROOT, launch, measure, run, slope, tell, training_step
 
 FOLDER = ROOT / "outputs" / "bench" / "versus"
-SMALL = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
+SMALL: dict[str, Any] = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
 """Of which memory is measured: the fewer parameters, the clearer what a token costs."""
-MODELS = {"agreement": LLAMA, "time": LLAMA, "memory": SMALL}
+MODELS: dict[str, dict[str, Any]] = {"agreement": LLAMA, "time": LLAMA, "memory": SMALL}
 LOSS_TILE_BYTES = {"agreement": 64 * 2**20, "time": 64 * 2**20, "memory": 4 * 2**20}
 """Of fp32 logits, in ours and in ALST alike; but see --alst-loss-tile-mib."""
 CONTENDERS = {
@@ -88,7 +88,8 @@ class Match:
     """Starts contenders with what they share."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.alst = args, None
+        self.args = args
+        self.alst: tuple[str, dict[str, str]] = ("", {})
         if any(name.startswith("alst") for name in args.contenders):
             from versus_alst import environment
 
@@ -161,7 +162,7 @@ class Match:
 
     def _turn(self, dtype: str, seq_len: int) -> dict[str, dict[str, float] | str]:
         """Seconds a sequence, on the clock and of rank 0's CPU, of each contender; or why not."""
-        turn = {}
+        turn: dict[str, dict[str, float] | str] = {}
         for contender in self.args.contenders:
             if contender == "fsdp2" and seq_len > self.args.longest_fsdp2:
                 turn[contender] = "not tried (--longest-fsdp2)"

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from common import LLAMA, tell, training_step
@@ -18,7 +19,8 @@ _SHOWN = 0.02
 
 def main(args: argparse.Namespace, match: type) -> None:
     if args.role:
-        return tell(globals()[args.role](args))
+        tell(globals()[args.role](args))
+        return
     start = match(args)
     for dtype in args.dtypes:
         if args.breakdown:
@@ -106,7 +108,8 @@ def _maker(operator: Any) -> str:
     """
     import torch
 
-    node, frame = torch._C._current_autograd_node(), sys._getframe(2)
+    node = torch._C._current_autograd_node()
+    frame: FrameType | None = sys._getframe(2)
     when, line = "forward" if node is None else "backward", None
     while frame is not None:
         code = frame.f_code

@@ -28,9 +28,8 @@ def block_sparse(
     for row, lengths in enumerate(documents):
         # [heads, L, D] of each document.
         parts = (x[row].transpose(0, 1).split(lengths, dim=1) for x in (q, k, v))
-        rows.append(
-            torch.cat([_document(*part, scale) for part in zip(*parts, strict=True)], dim=1)
-        )
+        attended = [_document(q, k, v, scale) for q, k, v in zip(*parts, strict=True)]
+        rows.append(torch.cat(attended, dim=1))
     return torch.stack(rows).transpose(1, 2)
 
 

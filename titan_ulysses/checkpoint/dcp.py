@@ -195,12 +195,12 @@ class Checkpointer:
             if unaligned_blocks(state["exp_avg"], chunks, bits):
                 apart = name
                 break
-        if name := first_failure(apart):
+        if broken := first_failure(apart):
             raise UserError(
                 f"{self.where}: step-{step} was saved on another number of ranks, and the "
-                f"{bits}-bit optimizer state of {name} cannot be cut as this run needs it: numbers "
-                "that share a scale would come apart. Resume with the dp_shard x sp of the run "
-                "that saved it."
+                f"{bits}-bit optimizer state of {broken} cannot be cut as this run needs it: "
+                "numbers that share a scale would come apart. Resume with the dp_shard x sp of the "
+                "run that saved it."
             )
 
 

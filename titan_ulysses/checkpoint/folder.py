@@ -122,8 +122,12 @@ def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Rea
             tensors = {
                 file: stack.enter_context(safe_open(file, framework="pt")) for file in needed
             }
+
+            def get(name: str, tensors: dict[Path, Any] = tensors) -> Any:
+                return tensors[files[name]].get_slice(name)
+
             for read in group:
-                yield (lambda name, tensors=tensors: tensors[files[name]].get_slice(name)), read
+                yield get, read
 
 
 def without_data(stored: Any) -> Tensor:

@@ -190,7 +190,8 @@ def _check_complete(
     name, shape = wrong[0], "that its parts do not make"
     if name in found:
         read, tensor = found[name]
-        name, shape = name if read.converter else read.names[0], tuple(tensor.shape)
+        name = name if read.converter else read.names[0]
+        shape = str(tuple(tensor.shape))
     raise UserError(
         f"{where}: {name} has shape {shape}, config.json says {tuple(wanted[wrong[0]])}. They "
         "belong to different models: save or download it again."
@@ -213,7 +214,8 @@ def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Ten
         [made] = read.convert(
             {p: [get(n)[...] for n in names[experts]] for p, names in read.sources.items()}
         ).values()
-        yield part, made[(slice(None), *within)]
+        inside = (slice(None), *within)
+        yield part, made[inside]
         return
     for name, made in _whole(read, get).items():
         part, index = _part(state[name])

@@ -159,8 +159,8 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
         remedy = f"did you mean [{near[0]}]?" if near else f"the sections are {', '.join(SECTIONS)}"
         return f"[{key}]: no such section; {remedy}"
     section = sections[0] if sections else ""
-    if near := nearest_keys(section, key):
-        remedy = f"did you mean {near}?"
+    if keys := nearest_keys(section, key):
+        remedy = f"did you mean {keys}?"
     else:
         remedy = (
             f"[{section}] has {', '.join(SECTIONS[section].model_fields)}"

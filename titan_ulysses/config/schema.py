@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -483,7 +483,7 @@ class Config(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation for name, field in Config.model_fields.items()
+    name: cast(type[Section], field.annotation) for name, field in Config.model_fields.items()
 }
 KEYS: dict[str, FieldInfo] = {
     f"{s}.{k}": field for s in SECTIONS for k, field in SECTIONS[s].model_fields.items()

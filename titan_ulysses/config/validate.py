@@ -49,19 +49,19 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
     checked. num_token_ids: the tokenizer's largest id + 1. Raises UserError (exit code 2) with a
     line for each problem.
     """
-    degrees, problems = _mesh_degrees(config, world_size)
-    if not problems:
-        accumulation, problems = _accumulation_steps(config, degrees)
-        degrees = MeshDegrees(*degrees, config.training.local_batch_size, accumulation)
-        sequence = degrees.sequence
-    else:
+    (replicate, shard, sequence), problems = _mesh_degrees(config, world_size)
+    accumulation = 1
+    if problems:
         sequence = max(1, config.parallelism.sequence_parallel_degree)
+    else:
+        accumulation, problems = _accumulation_steps(config, (replicate, shard, sequence))
     problems += _training_problems(config, sequence) + _dtype_problems(config)
     problems += _memory_problems(config, model_config) + _profiling_problems(config)
     problems += _model_problems(config, model_config, num_token_ids, sequence)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
-    return degrees
+    batch_size = config.training.local_batch_size
+    return MeshDegrees(replicate, shard, sequence, batch_size, accumulation)
 
 
 def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, ...], list[str]]:

@@ -6,7 +6,7 @@ Nothing is imported at once, so that looking at a configuration does not load to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from titan_ulysses.distributed.errors import UserError
 
@@ -58,7 +58,8 @@ def _open_mixture(
     from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
 
     entries = config.data.mixture
-    training, held_out = {}, {}
+    training: dict[str, SampleStream] = {}
+    held_out: dict[str, Any] = {}
     for number, entry in enumerate(entries):
         name = entry.path if entry.path not in training else f"{entry.path} ({number})"
         setting = f"data.mixture[{number}].path"
@@ -151,7 +152,7 @@ def _pack(
             f"{setting}: no document has more than one token, so that none is predicted: give "
             "longer ones"
         )
-    options = {
+    options: dict[str, Any] = {
         "seq_len": seq_len,
         "seed": config.training.seed,
         "shuffle": not held_out,

@@ -190,7 +190,7 @@ def _map(path: Path, size: int, checksum: int) -> np.ndarray:
     mapped = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
     found = 0
     for first in range(0, size, _BLOCK):
-        found = zlib.crc32(mapped[first : first + _BLOCK], found)
+        found = zlib.crc32(mapped[first : first + _BLOCK].data, found)
     if found != checksum:
         raise ValueError(f"{path} has changed")
     return mapped.view(np.ndarray)

@@ -180,6 +180,10 @@ def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
         yield chunk
 
 
+_encoder: Encoder
+"""Of a worker process, once it has started."""
+
+
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder

@@ -50,7 +50,7 @@ class MixedSequences(SampleStream):
         source = int(self._sources(index, index + 1)[0])
         return self._parts[source][int(self._counts(index)[source])]
 
-    def epochs(self, consumed: int) -> dict[str, float]:
+    def epochs(self, consumed: int) -> dict[str, Any]:
         counts = self._counts(consumed).tolist()
         return {
             name: part.epochs(count)
@@ -82,7 +82,7 @@ class MixedSequences(SampleStream):
         """Which source each of the sequences [first, last) comes from."""
         with np.errstate(over="ignore"):  # modulo 2^64 is what is meant
             points = self._offset + np.arange(first, last, dtype=np.uint64) * np.uint64(_GOLDEN)
-        return np.searchsorted(self._borders, points, side="right")
+        return np.asarray(np.searchsorted(self._borders, points, side="right"))
 
     def _counts(self, index: int) -> np.ndarray:
         """How many of the sequences before `index` come from each source."""

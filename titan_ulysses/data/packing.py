@@ -81,8 +81,12 @@ def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) ->
     if at < size:
         position_ids[at:] = counting[: size - at]
         lengths.append(size - at)
-    tensors = (torch.from_numpy(array) for array in (input_ids, labels, position_ids))
-    return PackedSample(*tensors, document_lengths=tuple(lengths))
+    return PackedSample(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        torch.from_numpy(position_ids),
+        tuple(lengths),
+    )
 
 
 def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:

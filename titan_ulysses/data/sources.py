@@ -60,7 +60,8 @@ class Rows:
     """
 
     def __init__(self) -> None:
-        self.done, self.total = 0, None
+        self.done = 0
+        self.total: int | None = None
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         raise NotImplementedError

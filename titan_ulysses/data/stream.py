@@ -68,7 +68,8 @@ class StreamedSequences(SampleStream):
         self._epoch = position["epoch"]
         self._row = position["row"]
         self._offset = position["offset"]
-        self._documents, self._document = self._read(skip=self._row), None
+        self._documents = self._read(skip=self._row)
+        self._document: Encoded | None = None
         self._is_barren = self._row == 0  # no document has been met in this epoch
         self._advance(consumed)
 

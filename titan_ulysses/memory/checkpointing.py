@@ -36,7 +36,7 @@ def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None)
     for first in range(0, len(blocks), every):
         segment = _Segment(list(blocks[first : first + every]), store)
         for position, block in enumerate(segment.blocks):
-            block.__class__ = _checkpointed(type(block))
+            block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
             block.checkpoint_segment, block.checkpoint_position = segment, position
 
 

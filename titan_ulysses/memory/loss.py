@@ -107,7 +107,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         options: Options,
         differentiate: bool,
     ) -> Tensor:
-        tile_tokens, *shape = options
+        tile_tokens, shape = options[0], options[1:]
         wide = torch.promote_types(rows.dtype, torch.float32)
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs

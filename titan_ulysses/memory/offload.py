@@ -132,6 +132,7 @@ class CudaStore(Store):
             kept.fetched = self._leaving.pop()[1:]
         if kept.fetched is None:
             self._fetch(kept)
+        assert kept.fetched is not None
         x, arrived = kept.fetched
         kept.fetched = None
         self.cuda.current_stream().wait_event(arrived)

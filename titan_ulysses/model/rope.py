@@ -63,7 +63,7 @@ class DocumentRoPE:
         mine = self._lengths_of_tokens(lengths, position_ids.shape[1]).to(x.device)
         if isinstance(turned[0], Tensor):
             return _chosen(mine, several, turned)
-        return tuple(_chosen(mine, several, parts) for parts in zip(*turned, strict=True))
+        return tuple(_chosen(mine, several, list(parts)) for parts in zip(*turned, strict=True))
 
     def _bound(self, kind: str, layer_type: str | None) -> int:
         """Up to this length the frequencies are the original ones."""

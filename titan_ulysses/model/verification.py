@@ -249,7 +249,7 @@ class _Batch:
         self.ids, self.labels = torch.randint(
             config.vocab_size, (2, 2, length), generator=generator
         ).to(mesh.device)
-        self.documents = ((length // 3, 1, length - length // 3 - 1), (length,))
+        self.documents: Documents = ((length // 3, 1, length - length // 3 - 1), (length,))
         self.what = "documents packed and sharded against each document alone"
         self.has_router_loss = getattr(config, "output_router_logits", False)
         if self.has_router_loss:

@@ -46,7 +46,12 @@ def profiled(config: Profiling, run: Path, first_step: int) -> Iterator[StepIsOv
         if config.enable_memory_snapshot:
             folder = run / config.save_memory_snapshot_folder
             parts.append(stack.enter_context(_snapshots(config.profile_freq, folder, first_step)))
-        yield lambda step: [part(step) for part in parts]
+
+        def step_is_over(step: int) -> None:
+            for part in parts:
+                part(step)
+
+        yield step_is_over
 
 
 @contextmanager

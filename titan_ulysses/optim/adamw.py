@@ -53,7 +53,7 @@ def build_optimizer(
     """
     trained = [p for p in parameters if p.requires_grad]
     offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
-    options = {
+    options: dict[str, Any] = {
         "lr": config.lr,
         "betas": config.betas,
         "eps": config.eps,
@@ -158,13 +158,14 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         moments = (
             [m.to(p.device, non_blocking=True, copy=True) for m in kept] if self.offload else kept
         )
-        tensors = (local_shard(p.detach()), local_shard(p.grad), state["step"], *moments)
+        shard, grad = local_shard(p.detach()), local_shard(p.grad)
+        exp_avg, exp_avg_sq = moments
         if self.uses_torchao:
             if self.stochastic_rounding:
                 torch.manual_seed(_rounding_seed(p, int(state["step"]), index))
-            self._update_by_torchao(*tensors, group)
+            self._update_by_torchao(shard, grad, state["step"], exp_avg, exp_avg_sq, group)
         else:
-            _update_fused(*tensors, group)
+            _update_fused(shard, grad, state["step"], exp_avg, exp_avg_sq, group)
         if self.offload:
             for host, device in zip(kept, moments, strict=True):
                 host.copy_(device, non_blocking=True)

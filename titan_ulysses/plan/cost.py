@@ -9,7 +9,7 @@ copies to the host, than that of backward for those back).
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -262,13 +262,13 @@ def clock(
     simulated. What the computation waits for is spread over the stretch that waits, as is the
     transfer of an offloaded optimizer.
     """
-    latest: Counter[tuple[str, str]] = Counter()
+    latest: defaultdict[tuple[str, str], float] = defaultdict(float)
     own: list[float] = []
     for tick in ticks:
         key = tick.stretch, tick.kind
         own.append((tick.amount - latest[key]) / rates[tick.kind])
         latest[key] = tick.amount
-    totals = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     for tick, seconds in zip(ticks, own, strict=True):
         totals[tick.stretch] += seconds
     longest = max(time.waits, key=time.waits.__getitem__)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Literal, NamedTuple
 
 import torch
@@ -336,7 +336,7 @@ def makers() -> tuple[str, ...]:
     what the block makes.
     """
     found: list[str] = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and len(found) < _MAKERS:
         name = _maker(frame.f_code)
         if name == "checkpointing._run":
@@ -376,7 +376,8 @@ def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
     """Whether none of the tensors is of a class that consists of others."""
     plain = (FakeTensor, nn.Parameter)
     return all(
-        issubclass(t, plain) or t.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+        issubclass(t, plain)
+        or getattr(t, "__torch_dispatch__", None) is torch._C._disabled_torch_dispatch_impl
         for t in types
     )
 

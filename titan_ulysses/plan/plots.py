@@ -28,7 +28,7 @@ class Timeline(NamedTuple):
 
     ends: list[float]
     """seconds at which each column ends"""
-    alive: list[dict[str, int]]
+    alive: list[Counter[str]]
     """of each column: bytes by component, at its highest moment"""
     begins: list[tuple[str, float]]
     """what begins at which second: the backward pass of each batch, and the update: clipping and
@@ -42,7 +42,7 @@ def timeline_of(plan: Plan) -> Timeline:
     """The device's memory over the planned time of a step, column by column."""
     memory, start = plan.simulation.memory, plan.simulation.start
     width = (plan.clock[-1][1] or 1.0) / _COLUMNS
-    alive = Counter()
+    alive: Counter[str] = Counter()
     for allocation, change in memory.events[:start]:
         if allocation.place == "device":
             alive[allocation.component] += change
@@ -88,7 +88,7 @@ def timeline(plan: Plan, path: Path) -> None:
     with picture(path, size=(10, 5)) as (_, axes):
         stacked = np.concatenate([heights[:, :1], heights], axis=1)
         names = [component_name(name) for name in COMPONENTS]
-        colors = colormaps["tab20"].colors[: len(names)]
+        colors = [colormaps["tab20"](index) for index in range(len(names))]
         axes.stackplot(ends, stacked, labels=names, colors=colors, linewidth=0, step="pre")
         axes.set(
             xlim=(0, ends[-1]),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
@@ -47,7 +48,7 @@ class MemoryNeed:
         return cls(plan.setup.config.training.seq_len, plan.gpu_bytes, plan.host_bytes, plan)
 
 
-def with_settings(setup: Setup, changes: dict[str, object]) -> Setup:
+def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
     """setup with other settings ("section.key" -> value); degrees follow."""
     table = setup.config.model_dump()
     for key, value in changes.items():
@@ -165,7 +166,7 @@ def _pair(lines: list[MemoryNeed]) -> tuple[MemoryNeed, MemoryNeed]:
     return lines[at - 1], lines[at]
 
 
-FEATURES: list[tuple[str, dict[str, object]]] = [
+FEATURES: list[tuple[str, dict[str, Any]]] = [
     ("+ checkpoints on the host", {"activation_checkpoint.offload": "host"}),
     ("+ optimizer state on the host", {"memory.optimizer_offload": True}),
     (
@@ -189,7 +190,7 @@ class SearchResult:
     """The longest sequence with some settings."""
 
     what: str
-    changes: dict[str, object]
+    changes: dict[str, Any]
     need: MemoryNeed | None
 
 
@@ -202,7 +203,7 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
     """
     found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
-    changes: dict[str, object] = {
+    changes: dict[str, Any] = {
         "activation_checkpoint.mode": "full",
         "activation_checkpoint.every": 1,
     }
@@ -232,7 +233,7 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
 
 
 def _found(
-    what: str, setup: Setup, changes: dict[str, object], *, near: SearchResult | None = None
+    what: str, setup: Setup, changes: dict[str, Any], *, near: SearchResult | None = None
 ) -> SearchResult:
     length = near.need.seq_len if near and near.need else 0
     return SearchResult(
@@ -267,7 +268,7 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
     """
     whole, tiles = -1, 0
     degree = setup.degrees.sequence if setup.degrees.sequence > 1 else setup.world_size
-    changes: dict[str, object] = {
+    changes: dict[str, Any] = {
         "activation_checkpoint.mode": "full",
         "activation_checkpoint.every": 1,
         "activation_checkpoint.offload": "none",
@@ -275,7 +276,7 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
         "memory.mlp_tile_tokens": whole,
         "parallelism.sequence_parallel_degree": 1,
     }
-    steps: list[tuple[str, dict[str, object]]] = [
+    steps: list[tuple[str, dict[str, Any]]] = [
         ("FSDP and checkpoints", {}),
         ("+ tiled loss", {"memory.loss_tile_tokens": tiles}),
         ("+ Ulysses", {"parallelism.sequence_parallel_degree": degree}),
@@ -295,7 +296,7 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
             yield (found := _found(what, setup, changes, near=found))
 
 
-def _differs(config: Config, changes: dict[str, object]) -> bool:
+def _differs(config: Config, changes: dict[str, Any]) -> bool:
     table = config.model_dump()
     return any(
         table[key.split(".")[0]][key.split(".")[1]] != value for key, value in changes.items()

@@ -36,7 +36,7 @@ from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import cpu_workspace, cuda_workspace
-from titan_ulysses.plan.memory import MemoryTracker
+from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.words import group_name
 from titan_ulysses.setup.blocks import find_blocks
@@ -184,7 +184,7 @@ def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> S
 def _tell_model(tracker: MemoryTracker, model: nn.Module) -> None:
     """Tell the tracker which tensors are the model's own."""
     for name, parameter in model.named_parameters():
-        place = "host" if tracker.parameters_on_host else None
+        place: Place | None = "host" if tracker.parameters_on_host else None
         tracker.claim([parameter], "parameters", place=place, label=f"parameter {name}")
     tracker.claim(list(model.buffers()), "other", label="buffers of the model")
 
@@ -225,7 +225,7 @@ def _tell_optimizer(
     moments = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
 
     def note_gradients(*_) -> None:
-        place = "host" if tracker.parameters_on_host else None
+        place: Place | None = "host" if tracker.parameters_on_host else None
         for parameter in names:
             if parameter.grad is not None:  # those that FSDP reduced together share their memory
                 label = (
@@ -235,7 +235,7 @@ def _tell_optimizer(
                 tracker.claim([parameter.grad], "gradients", place=place, label=label)
 
     def note_state(*_) -> None:
-        place = "host" if state_on_host else None
+        place: Place | None = "host" if state_on_host else None
         for parameter, state in optimizer.state.items():
             for key, value in state.items():
                 label = f"optimizer state: {moments.get(key, key)} of {names[parameter]}"

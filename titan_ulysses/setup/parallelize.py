@@ -126,6 +126,7 @@ def wrap(
     options.attention is a core here. store keeps the inputs of activation checkpoints off the
     device.
     """
+    assert callable(options.attention)
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, options.attention)
     tile_tokens = _mlp_tile_tokens(options, model.config.hidden_size)
@@ -185,8 +186,15 @@ def use_loss_head(
 ) -> None:
     """Let `lm_head` compute the loss, with what the family does to its logits."""
     shape, linear = head_of(model, decoder), model.get_output_embeddings()
-    shaping = {"scale": shape.scale, "softcap": shape.softcap, "z_loss": z_loss}
-    model.set_output_embeddings(LossHead(linear, tile_tokens=tile_tokens, **shaping))
+    model.set_output_embeddings(
+        LossHead(
+            linear,
+            tile_tokens=tile_tokens,
+            scale=shape.scale,
+            softcap=shape.softcap,
+            z_loss=z_loss,
+        )
+    )
 
 
 def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[..., Any]) -> None:

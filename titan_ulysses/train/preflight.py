@@ -173,8 +173,8 @@ class Preflight:
         if self.plan is None or self._compared:
             return []
         self._compared = True
-        if self.cuda:
-            planned = self.planned_gib
+        planned = self.planned_gib
+        if planned is not None:
             off = f"{peak_gib / planned - 1:+.1%}"
             return [f"plan: {_gib(planned)} of tensors planned, {_gib(peak_gib)} measured ({off})"]
         what = (

@@ -142,8 +142,13 @@ def print_wrapped(console: Console, text: str) -> None:
     """
 
     def between_words(line: str) -> str:
-        whole = {"break_long_words": False, "break_on_hyphens": False}
-        return textwrap.fill(line, console.width, subsequent_indent="    ", **whole)
+        return textwrap.fill(
+            line,
+            console.width,
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
     if console.is_terminal:
         text = "\n".join(map(between_words, text.splitlines()))

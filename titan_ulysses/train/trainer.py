@@ -191,7 +191,7 @@ class Trainer:
                 with whole_file(self.folder / name) as partial:
                     partial.write_text(text)
         except OSError as error:
-            raise self._unwritable(error.strerror) from error
+            raise self._unwritable(error.strerror or str(error)) from error
 
     def _check_weights(self) -> None:
         """UserError where there is no model to evaluate but a random one."""
@@ -473,6 +473,7 @@ class Trainer:
         self._clock += time.perf_counter() - started
 
     def _validate(self, logger: MetricsLogger | None) -> Evaluation:
+        assert self.validation_loader is not None
         sequences = self.config.validation.steps * self.degrees.global_batch_size
         tokens = self.spec.local_tokens * len(held_out_batches(self.validation_loader, sequences))
         self.progress.begin(

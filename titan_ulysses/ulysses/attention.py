@@ -92,8 +92,8 @@ def ulysses_attention(
     if mesh.size() == 1:
         return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
 
-    placed = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
-    q, k, v = (local_shard(x) for x in sequence_to_heads(*placed, plan))
+    q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
+    q, k, v = (local_shard(x) for x in sequence_to_heads(q, k, v, plan))
     output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
     if plan.is_even:
         output = DTensor.from_local(output, mesh, (HEADS,), run_check=False)
