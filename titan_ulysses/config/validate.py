@@ -64,33 +64,40 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
     return MeshDegrees(replicate, shard, sequence, batch_size, accumulation)
 
 
-def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, ...], list[str]]:
-    """(replicate, shard, sequence) with a -1 derived from the world size, or what is wrong with
+def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, int, int], list[str]]:
+    """(replicate, shard, sequence) with a -1 derived from the world size, and what is wrong with
     them.
     """
-    degrees = config.parallelism.model_dump()
-    replicate, shard, sequence = degrees.values()
+    section = config.parallelism
+    replicate = section.data_parallel_replicate_degree
+    shard = section.data_parallel_shard_degree
+    sequence = section.sequence_parallel_degree
+    degrees = (replicate, shard, sequence)
     product = f"dp_replicate({replicate}) x dp_shard({shard}) x sp({sequence})"
-    derived = [f"parallelism.{key}" for key, degree in degrees.items() if degree == -1]
+    derived = [f"parallelism.{key}" for key, degree in section.model_dump().items() if degree == -1]
     if len(derived) > 1:
-        return (), [
+        return degrees, [
             f"{' and '.join(derived)} are -1: only one degree can be derived; set the others"
         ]
     known = replicate * shard * sequence * (-1 if derived else 1)
     if derived and world_size % known:
-        return (), [
+        return degrees, [
             f"{product} does not divide WORLD_SIZE({world_size}): start a multiple of {known} "
             "ranks, or change the degrees in [parallelism]"
         ]
     if not derived and known != world_size:
-        return (), [
+        return degrees, [
             f"{product} = {known} is not WORLD_SIZE({world_size}): start {known} ranks, or change "
             "[parallelism], as in parallelism.data_parallel_shard_degree = -1"
         ]
-    return tuple(world_size // known if degree == -1 else degree for degree in degrees.values()), []
+
+    def filled(degree: int) -> int:
+        return world_size // known if degree == -1 else degree
+
+    return (filled(replicate), filled(shard), filled(sequence)), []
 
 
-def _accumulation_steps(config: Config, degrees: tuple[int, ...]) -> tuple[int, list[str]]:
+def _accumulation_steps(config: Config, degrees: tuple[int, int, int]) -> tuple[int, list[str]]:
     training, (replicate, shard, _) = config.training, degrees
     smallest = training.local_batch_size * replicate * shard
     if training.global_batch_size == -1:
