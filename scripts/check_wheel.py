@@ -1,15 +1,17 @@
 """A training loop of one's own, from the first step to the saved folder, with the package that is
-installed.
+installed; then the `titan-ulysses` command.
 
     python check_wheel.py  in an empty folder; scripts/check_wheel.sh makes one, and an environment
 
 Two ranks train three steps; others train two, stop, and go on from the checkpoint for the third.
 Exits with 1 unless both folders hold the same bits, and plain transformers computes from them the
-logits that the sharded model had.
+logits that the sharded model had. Then `titan-ulysses` plans a run, trains it on two ranks,
+evaluates it and converts its checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from itertools import islice
@@ -31,6 +33,7 @@ from titan_ulysses import (
 )
 
 STEPS, VOCABULARY = 3, 61
+TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # LayerNorm, and no step in fp32: what differs from plain transformers is rounding in fp64.
 MODEL = {
     "model_type": "starcoder2",
@@ -76,17 +79,34 @@ def train(folder: str, steps: int) -> None:
 
 
 def on_two_ranks(folder: str, steps: int) -> None:
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-        folder,
-        str(steps),
-    ]
-    subprocess.run([sys.executable, *command], check=True)
+    subprocess.run([sys.executable, *TWO_RANKS, __file__, folder, str(steps)], check=True)
+
+
+_TABLE = ", ".join(f"{k} = {json.dumps(v)}" for k, v in (MODEL | {"vocab_size": 259}).items())
+RUN = f"""
+model.tokenizer = "bytes"
+model.config = {{ {_TABLE} }}
+data = {{ source = "text", path = "{{stdlib}}/json" }}
+training = {{ seq_len = 256, steps = 2 }}
+parallelism.sequence_parallel_degree = 2
+checkpoint = {{ enable = true, interval = 2 }}
+"""
+"""A run of the `titan-ulysses` command."""
+
+
+def check_command() -> None:
+    """Plan, train, evaluate and convert by the installed command; an error of any ends this one."""
+    Path("run.toml").write_text(RUN)
+    command, ranks = str(Path(sys.executable).with_name("titan-ulysses")), [*TWO_RANKS, "-m"]
+    for arguments in (
+        [command, "--version"],
+        [command, "plan", "--config", "run.toml"],
+        [sys.executable, *ranks, "titan_ulysses", "train", "--config", "run.toml"],
+        [sys.executable, *ranks, "titan_ulysses", "evaluate", "--config", "run.toml"],
+        [command, "convert", "outputs/run/checkpoints/step-2", "converted"],
+    ):
+        subprocess.run(arguments, check=True)
+    AutoModelForCausalLM.from_pretrained("converted")
 
 
 def main() -> None:
@@ -114,6 +134,7 @@ def main() -> None:
     )
     if len(same) < len(at_once) or not difference < 1e-12:
         sys.exit("not the same")
+    check_command()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import pytest
 import train as train_script
 from ranks import run_on_ranks
 from runs import Settings, learned, logged, train, write_run
+from titan_ulysses import __main__ as command_line
+from titan_ulysses import __version__
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.errors import UserError
 
@@ -624,6 +626,25 @@ def test_one_process_says_what_is_wrong_and_no_more(tmp_path: Path) -> None:
         f'error: data.path = "{tmp_path / "data"}" is not there: '
     )
     assert len(err.splitlines()) == 1 and not (tmp_path / "outputs").exists()
+
+
+def test_the_installed_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What train.py does, by a word. scripts/check_wheel.sh runs it from a wheel."""
+    code, out, err = python("-m", "titan_ulysses", "plam", "--config", "run.toml")
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: titan-ulysses plam: no such command; did you mean plan?\n",
+    )
+    assert python("-m", "titan_ulysses", "--version")[:2] == (0, f"titan-ulysses {__version__}\n")
+    code, out, err = python("-m", "titan_ulysses", "plan", "--config", "absent.toml")
+    assert (code, out) == (2, "") and "absent.toml: no such file" in err
+    asked: list[list[str]] = []
+    monkeypatch.setattr(command_line, "run", asked.append)
+    for word in ("train", "plan", "evaluate"):
+        command_line.main([word, "--config", "run.toml"])
+    config = ["--config", "run.toml"]
+    assert asked == [config, [*config, "--plan"], [*config, "--evaluate"]]
 
 
 def test_ctrl_c_outside_the_loop() -> None:

@@ -29,10 +29,11 @@ import torch
 from torch.distributed.run import parse_args as parse_torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import train as train_script
 from models import LLAMA, make_rows, mesh_of, working_in
 from ranks import run_on_ranks
 from titan_ulysses import parallelize, shard
+from titan_ulysses.config.cli import parse_command_line
+from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
@@ -373,8 +374,8 @@ def parse(root: Path, command: Command) -> None:
         pytest.MonkeyPatch.context() as patch,
     ):
         if call.script == "train.py":
-            parsed = train_script.parse_command_line(arguments)
-            train_script.load_config(parsed.config_path, parsed.overrides)
+            parsed = parse_command_line(arguments)
+            load_config(parsed.config_path, parsed.overrides)
             return
         own = argparse.ArgumentParser.parse_args
 
@@ -474,7 +475,7 @@ def test_the_tables_say_nothing_of_commands_that_are_gone() -> None:
 
 def test_configs_of_the_pages_load(sandbox: Sandbox) -> None:
     for block in blocks("toml"):
-        train_script.load_config(sandbox.root / block.text.splitlines()[0].removeprefix("# "))
+        load_config(sandbox.root / block.text.splitlines()[0].removeprefix("# "))
 
 
 def test_the_first_page_is_one_page() -> None:

@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,16 +32,14 @@ from models import LLAMA, STARCODER2, mesh_of
 from ranks import run_on_ranks
 from runs import learned, train, write_run
 from titan_ulysses.checkpoint import safetensors as weights
+from titan_ulysses.checkpoint.convert import ReadWhenWritten
+from titan_ulysses.checkpoint.convert import main as convert
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.parallelize import parallelize, shard_blocks, shard_root
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from convert import ReadWhenWritten  # noqa: E402
-from convert import main as convert  # noqa: E402
 
 TIED = {**LLAMA, "tie_word_embeddings": True}
 MODELS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ranks import run_on_ranks
 from runs import Settings, refusal, train, write_run
+from titan_ulysses.checkpoint.convert import main as convert
 from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from convert import main as convert  # noqa: E402
 
 SETTINGS: Settings = {
     "training.steps": 1,

@@ -42,6 +42,8 @@ __all__ = [
     "whole_sequences",
 ]
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "UserError": "distributed.errors",
     "build_mesh": "distributed.mesh",

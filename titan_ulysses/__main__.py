@@ -1,0 +1,105 @@
+"""The command line of the installed package: `titan-ulysses train --config X.toml`.
+
+    titan-ulysses train --config X.toml       what `python train.py` does in a clone
+    titan-ulysses plan --config X.toml        train.py --plan
+    titan-ulysses evaluate --config X.toml    train.py --evaluate
+    titan-ulysses convert SOURCE TARGET       scripts/convert.py
+
+On several ranks: `torchrun --nproc-per-node 8 -m titan_ulysses train --config X.toml`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from difflib import get_close_matches
+
+from titan_ulysses.config.cli import parse_command_line
+from titan_ulysses.config.load import dump_toml, load_config
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.memory.allocator import expand_segments
+
+_EVALUATION = (
+    ("validation.enable", True),
+    # Only training needs these: room for checkpoints on the disk, the library of an optimizer.
+    ("activation_checkpoint.offload", "none"),
+    ("optimizer.name", "adamw"),
+)
+"""Settings that --evaluate changes."""
+
+_ONE_PROCESS = {"-h", "--help", "--print-config", "--plan"}
+"""Options that do their work in one process, without a process group."""
+
+_COMMANDS = ("train", "plan", "evaluate", "convert")
+
+_USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
+
+  titan-ulysses train --config X.toml [--section.key value ...]
+  titan-ulysses plan --config X.toml       does it fit these GPUs, and what binds? Needs none
+  titan-ulysses evaluate --config X.toml   validate the run's model alone
+  titan-ulysses convert SOURCE TARGET      a checkpoint to safetensors, or back
+
+On several ranks: torchrun --nproc-per-node N -m titan_ulysses train --config X.toml
+All settings: titan-ulysses train --help"""
+
+
+def run(argv: list[str]) -> None:
+    """Do what the arguments of train.py ask for: train, --evaluate, --plan or --print-config.
+
+    UserError for what cannot be used.
+    """
+    if os.environ.get("RANK", "0") != "0" and _ONE_PROCESS & {*argv}:
+        return  # printed once, also where several ranks are started
+    command = parse_command_line(argv)
+    config = load_config(
+        command.config_path, [*command.overrides, *(_EVALUATION if command.evaluate else ())]
+    )
+    if command.print_config:
+        print(dump_toml(config), end="")
+        return
+    if command.plan:
+        # The same plan on every machine; set before torch is imported.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        from titan_ulysses.plan.report import plan_and_report
+
+        return plan_and_report(config)
+
+    expand_segments()
+    # Torch and transformers are imported only now, so that --help is quick.
+    from titan_ulysses.train.trainer import Trainer
+
+    if command.evaluate:
+        return Trainer(config, eval_only=True).evaluate()
+    Trainer(config).train()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The `titan-ulysses` command: a subcommand and its arguments. UserError for no such one."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_USAGE)
+    elif command == "--version":
+        from titan_ulysses import __version__
+
+        print(f"titan-ulysses {__version__}")
+    elif command == "convert":
+        from titan_ulysses.checkpoint.convert import main as convert
+
+        convert(rest)
+    elif command in _COMMANDS:
+        run(rest if command == "train" else [*rest, f"--{command}"])
+    else:
+        near = get_close_matches(command, _COMMANDS, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(_COMMANDS)}"
+        raise UserError(f"titan-ulysses {command}: no such command; {remedy}", exit_code=2)
+
+
+def console() -> None:
+    """The entry point of the installed script: `main`, with errors for people."""
+    with exit_on_error():
+        main()
+
+
+if __name__ == "__main__":
+    console()

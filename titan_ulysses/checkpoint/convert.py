@@ -1,0 +1,202 @@
+"""A run's checkpoint as a folder that transformers opens, and such a folder as a checkpoint that a
+run starts from.
+
+    titan-ulysses convert outputs/books/checkpoints/step-500 ~/models/books-500
+    titan-ulysses convert ~/models/SmolLM2-135M outputs/books/checkpoints/step-0
+
+One process, no GPU, no process group. In memory are one tensor at a time (of a layer's experts:
+what belongs together), and to safetensors what a file of 4 GiB holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+from titan_ulysses.checkpoint import safetensors as weights
+from titan_ulysses.checkpoint.dcp import Checkpointer, cause, first_difference
+from titan_ulysses.checkpoint.initial import base_weights
+from titan_ulysses.checkpoint.reader import open_checkpoint
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.validate import ranks_of
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.files import partial_path
+from titan_ulysses.model import hf
+from titan_ulysses.setup.resolve import resolve, resolve_model
+from titan_ulysses.ulysses.cores import blockwise
+
+HELP = """\
+SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with \
+safetensors, config and
+tokenizer, for AutoModelForCausalLM.from_pretrained. The model and the tokenizer are those of \
+the run's config.toml.
+
+SOURCE is a folder with config.json and *.safetensors: TARGET is a checkpoint to be made, named \
+step-N (step-0 in the
+checkpoints folder of a run that has not begun): the model alone, with an optimizer that begins \
+afresh."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="titan-ulysses convert",
+        description=__doc__.split("\n\n")[0],
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="a checkpoint, or a folder with safetensors")
+    parser.add_argument("target", type=Path, help="the folder to be made")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="config.toml of the checkpoint's run, if it is not in a folder above",
+    )
+    arguments = parser.parse_args(argv)
+    source, target = (path.expanduser().absolute() for path in (arguments.source, arguments.target))
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+    try:
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder.")
+        if target.exists():
+            raise UserError(f"{target}: is there already. Remove it, or name another folder.")
+        if (source / ".metadata").exists():
+            to_safetensors(source, target, arguments.config)
+        else:
+            to_checkpoint(source, target)
+    except (UserError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    except CheckpointException as error:
+        parser.exit(2, f"error: {target}: {cause(error)}\n")
+    print(f"{target} is complete")
+
+
+# --- to safetensors -------------------------------------------------------------------------------
+
+
+def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None:
+    """Write the model of the checkpoint `source` to the folder `target`, as the run itself exports
+    it.
+    """
+    config = load_config(config_path or config_above(source))
+    state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
+    try:
+        reader = open_checkpoint(source, where=str(source))
+    except ValueError as error:
+        raise UserError(
+            f"{source}: the checkpoint is damaged ({error}). Take another one."
+        ) from error
+    entries = reader.read_metadata().state_dict_metadata
+    saved = {n.removeprefix("model."): m for n, m in entries.items() if n.startswith("model.")}
+    if state.get("frozen", 0):
+        raise UserError(
+            f"{source}: what is frozen is not in it. The run's own export/ has the whole model."
+        )
+    spec = resolve(
+        config,
+        world_size=ranks_of(config),
+        device_type="cpu",
+        with_tokenizer=True,
+        select=no_attention,
+    )
+    parameter_dtype = next(
+        meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point
+    )
+    plain = hf.build_on_meta(spec.model_config, parameter_dtype)
+    expect_same(
+        source,
+        {n: list(m.size) for n, m in saved.items()},
+        {n: list(t.shape) for n, t in hf.state_of(plain).items()},
+    )
+    if base := base_weights(config):
+        weights.keep_generation_config(plain, base.path)
+
+    def fetch(name: str) -> Tensor:
+        tensor = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
+        dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
+        return tensor
+
+    weights.export(plain, spec.tokenizer, target, step=state["step"], fetch=fetch)
+
+
+def no_attention(*_: Any, **__: Any) -> tuple[Any, str]:
+    """Nothing is computed here: a run that needs a GPU's attention is converted anywhere."""
+    return blockwise, "attention: none"
+
+
+def config_above(source: Path) -> Path:
+    found = next(
+        (folder / "config.toml" for folder in source.parents if (folder / "config.toml").exists()),
+        None,
+    )
+    if found is None:
+        raise UserError(
+            f"{source}: no config.toml in the folders above: name that of its run with --config."
+        )
+    return found
+
+
+def step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    if not (folder.name.startswith("step-") and number.isdigit()):
+        raise UserError(f"{folder}: a checkpoint is a folder named step-N, as in step-0.")
+    return int(number)
+
+
+def expect_same(source: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    if difference := first_difference(saved, wanted):
+        raise UserError(
+            f"{source}: holds another model than config.toml describes: {difference.text} by the "
+            "config. Name the config.toml of its run with --config."
+        )
+
+
+# --- to a checkpoint ------------------------------------------------------------------------------
+
+
+class ReadWhenWritten(DefaultSavePlanner):
+    """Plans with tensors that have no data, and reads each when it is its turn to be written."""
+
+    def __init__(self, fetch: Any):
+        super().__init__()
+        self.fetch = fetch
+
+    def lookup_object(self, index: Any) -> Tensor:
+        return self.fetch(index.fqn.removeprefix("model."))
+
+
+def to_checkpoint(source: Path, target: Path) -> None:
+    """Write the safetensors of the folder `source` as the checkpoint `target`, without optimizer
+    state.
+    """
+    step = step_of(target)
+    plain = hf.build_on_meta(resolve_model(str(source)).model_config, torch.float32)
+    tensors, fetch, unknown = weights.open_folder(plain, str(source), setting="SOURCE")
+    if unknown:
+        print(weights.describe_unknown(unknown, plain, str(source), setting="SOURCE"))
+    partial = partial_path(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        # What is in one file, DCP has in memory.
+        writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
+        dcp.save(
+            {"model": tensors}, storage_writer=writer, planner=ReadWhenWritten(fetch), no_dist=True
+        )
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        state = {
+            "step": step,
+            "loader": {"sequences_consumed": 0},
+            "parameters": shapes,
+            "optimizer": None,
+        }
+        Checkpointer(target.parent, keep=0).publish(partial, target, state)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
