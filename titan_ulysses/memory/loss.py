@@ -187,7 +187,8 @@ def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tenso
     the labels (0 for rows that are not valid) and the log-probabilities [n, V], in fp32 or wider.
     """
     index = labels.where(valid, 0).unsqueeze(1)
-    # log_softmax is one kernel, which reads the scores once; logsumexp is five, with its own buffer.
+    # log_softmax is one kernel, which reads the scores once. logsumexp is five kernels, with a
+    # buffer of their own.
     log_probabilities = scores.log_softmax(
         dim=1, dtype=torch.promote_types(scores.dtype, torch.float32)
     )
