@@ -23,7 +23,7 @@ Options = tuple[int, float, float | None, float]
 
 
 class LossHead(nn.Linear):
-    """An `lm_head` with the same parameters and names, whose forward takes labels.
+    """An `lm_head` with the same parameters and names, whose forward also computes the loss.
 
     It owns the weight, so FSDP shards this module, and one all-gather and one reduce-scatter serve
     all tiles. `tile_tokens` = 0 takes as many tokens per tile as give 64 MiB of fp32 logits; -1

@@ -226,7 +226,7 @@ def choose_core(
 def _obstacle(core: Core, needs: set[str], device_type: str, dtype: torch.dtype) -> str | None:
     """Return why core cannot be used, or None.
 
-    A core can do the keywords that its signature accepts.
+    A core supports the keywords that its signature accepts.
     """
     parameters = inspect.signature(core).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -216,7 +216,7 @@ def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
 
 def _accumulate(windows: Tensor, block: Tensor, *, shared: int) -> None:
     """Write block into windows, but add it to their first `shared` heads, filled before."""
-    # All ranks of the group have the same heads.
+    # All ranks of the group have the same heads, so what they send is summed.
     if len(windows) < len(block):
         block = block.sum(dim=0, keepdim=True)
     if shared:
