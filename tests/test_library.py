@@ -733,6 +733,23 @@ def test_ranks_with_different_weights() -> None:
         )
 
 
+def weights_on_one_rank() -> str:
+    """Rank 0 has loaded the model, the other one builds it without data."""
+    with torch.device("cpu" if torch.distributed.get_rank() == 0 else "meta"):
+        config = hf.load_model_config("", STARCODER2)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        parallelize(model, mesh_of(*SP2))
+    except UserError as error:
+        return str(error)
+    return "no message"
+
+
+def test_ranks_of_which_one_has_no_weights() -> None:
+    for message in run_on_ranks(2, weights_on_one_rank):
+        assert "on rank 1 is not what rank 0 has: only one of them is on the meta" in message
+
+
 def attention_dropout() -> str:
     with pytest.raises(UserError) as caught:
         parallelize(real_model(STARCODER2 | {"attention_dropout": 0.1}), mesh_of(1, 1, 1))

@@ -1,12 +1,12 @@
-"""titan_ulysses: train unmodified Hugging Face causal LMs on very long sequences, PyTorch-native
-and without DeepSpeed.
+"""titan_ulysses: train unmodified Hugging Face causal LMs on very long sequences.
 
-A training loop of one's own needs these names, and no trainer and no config file:
+It is PyTorch-native and does not need DeepSpeed. The names below are enough to write your own
+training loop, without the trainer or a config file:
 
     mesh = build_mesh(sequence=2)
     model = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    state = load_checkpoint("checkpoints", model, optimizer)  # {"step": 0} at first
+    state = load_checkpoint("checkpoints", model, optimizer)  # {"step": 0} if there is none
     for batch in shard(islice(loader, state["step"], None), mesh):
         model(**batch).loss.backward()
         optimizer.step()
@@ -58,9 +58,7 @@ _HOMES = {
 
 
 def __getattr__(name: str):
-    """The public names are imported when they are asked for: looking at a configuration need not
-    load torch.
-    """
+    """Import a public name at its first use, so that reading a config does not load torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,1 +1,1 @@
-"""What makes a long sequence fit: the chunked loss head and activation checkpointing."""
+"""What makes long sequences fit: tiling, the loss head, activation checkpointing and offloading."""

@@ -1,5 +1,6 @@
-"""The CUDA allocator's settings: segments that grow, without which long sequences end in fragments
-(ALST found).
+"""Settings of the CUDA allocator: expandable segments.
+
+ALST (arXiv 2506.13996) found that without them long sequences run out of memory by fragmentation.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ _WANTED = "expandable_segments"
 
 
 def expand_segments() -> None:
-    """Turn expandable segments on, unless the user has said something about them. Before torch is
-    imported.
-    """
+    """Turn expandable segments on, unless the user has set them. Call before importing torch."""
     name = next((name for name in _VARIABLES if os.environ.get(name)), _VARIABLES[0])
     chosen = os.environ.get(name, "")
     if _WANTED not in chosen:
@@ -25,7 +24,7 @@ def expand_segments() -> None:
 
 
 def describe_allocator() -> str:
-    """What the log says of it."""
+    """Return a line for the log with the allocator's settings."""
     chosen = next(
         (f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)),
         "its defaults",

@@ -1,13 +1,13 @@
-"""Activation checkpointing: every k blocks are a segment that keeps only its input, on the device
-or off it.
+"""Activation checkpointing: every k blocks form a segment, which keeps only its input for backward.
 
-A segment's input is all that lives from its forward to its backward, where the segment is computed
-again; torch's non-reentrant checkpoint does that (RNG and autocast replayed, any keywords). Inputs
-can go to host memory or to disk meanwhile: see `offload.py`.
+No other activation of a segment stays in memory between its forward and its backward, which
+computes the segment again. torch's non-reentrant checkpoint does this. It replays the RNG state and
+autocast, and blocks may take any keyword arguments. In the meantime the inputs can be moved to host
+memory or to disk, see `offload.py`.
 
-FSDP is applied to the blocks inside. In forward they are gathered one at a time; from the
-recomputation to their backward all k stay gathered. So parameters are gathered twice a step and
-gradients reduced once, whatever k is.
+FSDP is applied to the blocks inside the segments. In forward they are gathered one at a time. From
+the recomputation until their backward, all k blocks of the segment stay gathered. For every k,
+parameters are therefore gathered twice per step and gradients reduced once.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from titan_ulysses.memory.offload import Store
 
 
 def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None) -> None:
-    """Make every `every` blocks, in place, a segment whose input is kept in store (None: where it
-    is).
+    """Make each `every` consecutive blocks a segment, in place; the last one may be shorter.
 
-    No name changes, because no module is put around a block: it gets a class of its own, as FSDP
-    gives it one. The last segment may be shorter.
+    store keeps the inputs of segments; None leaves them on the device. Parameter names do not
+    change, because no module is wrapped around a block: the class of the block is replaced by a
+    subclass, as FSDP does too.
     """
     for first in range(0, len(blocks), every):
         segment = _Segment(list(blocks[first : first + every]), store)
@@ -41,27 +41,28 @@ def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None)
 
 
 def output_is_needed() -> bool:
-    """False while a segment's last block is computed again: its gradients need what is inside, not
-    what comes out.
+    """Return False while a segment's last block is recomputed, and True otherwise.
+
+    The gradients of that block need its intermediate values, but not its output.
     """
     return not getattr(_phase, "in_last_block", False)
 
 
-# CUDA's backward, and with it the recomputation, has a thread of its own.
+# Per thread: CUDA's backward, and with it the recomputation, runs in a thread of its own.
 _phase = threading.local()
 
 
 class CheckpointedBlock(nn.Module):
-    """What a block of a segment becomes. Of a segment, all but the last only note what they are
-    called with.
+    """A block that belongs to a segment.
 
-    The call changes, and not `forward`: the hooks of FSDP, which gather the block, are to run
-    inside the checkpoint.
+    All blocks of a segment but the last only record their arguments; the last one runs them all.
+    `__call__` is overridden instead of `forward`, because FSDP's hooks, which gather the block,
+    have to run inside the checkpoint.
     """
 
     checkpoint_segment: _Segment
     checkpoint_position: int
-    """in the segment"""
+    """Index of the block in its segment."""
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Any:
         if not torch.is_grad_enabled():
@@ -69,7 +70,7 @@ class CheckpointedBlock(nn.Module):
         return self.checkpoint_segment.call(self.checkpoint_position, hidden_states, args, kwargs)
 
     def run_block(self, hidden_states: Tensor, *args, **kwargs) -> Any:
-        """The call of the block itself."""
+        """Call the original block."""
         return super().__call__(hidden_states, *args, **kwargs)
 
 
@@ -79,18 +80,19 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Segment:
-    """Blocks that are one checkpoint, run when the last of them is called."""
+    """Consecutive blocks that form one checkpoint and run when the last of them is called."""
 
     def __init__(self, blocks: list[nn.Module], store: Store | None):
         self.blocks, self.store = blocks, store
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def call(self, position: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Note the arguments of the block at position and hand hidden through; at the last one run
-        them all.
+        """Record the arguments of the block at position; at the last block, run the segment.
+
+        Returns hidden unchanged before the last block, and the output of the segment there.
         """
         if position == 0:
-            self.calls = []  # of a forward that was broken off
+            self.calls = []  # drops what an interrupted forward has recorded
         self.calls.append((args, kwargs))
         if len(self.calls) < len(self.blocks):
             return hidden
@@ -123,8 +125,10 @@ class _Segment:
 
 
 class _Recomputation:
-    """Says that a segment is being computed again. A class, because with retain_graph it is entered
-    more than once.
+    """Context that marks a segment as being recomputed.
+
+    It is a class because a context made by @contextmanager can be entered only once, and with
+    retain_graph this one is entered again.
     """
 
     def __enter__(self) -> None:

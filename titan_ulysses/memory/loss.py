@@ -1,9 +1,8 @@
-"""The loss head: `lm_head` that computes the cross-entropy itself, by tiles of tokens, and never
-holds all logits.
+"""The loss head: an `lm_head` that computes the cross-entropy one tile of tokens at a time.
 
-ALST's "tiled loss" (arXiv 2506.13996, section 3.1). Here the forward of a tile also computes its
-gradient, since both need the same logits: one pass over them in all, and memory flat in the
-sequence length.
+The logits of all tokens never exist at once. This is ALST's "tiled loss" (arXiv 2506.13996, section
+3.1). Here the forward of a tile also computes its gradient, because both need the same logits: the
+logits are computed only once, and the memory they take does not grow with the sequence length.
 """
 
 from __future__ import annotations
@@ -20,18 +19,17 @@ from titan_ulysses.memory.tiling import tiles
 _AUTOMATIC_TILE_BYTES = 64 * 2**20
 
 Options = tuple[int, float, float | None, float]
-"""Tokens of a tile; scale and soft-cap of the logits; weight of the z-loss."""
+"""Tokens per tile, scale of the logits, soft-cap of the logits, weight of the z-loss."""
 
 
 class LossHead(nn.Linear):
-    """An `lm_head` (same weight, same bias, same names) whose forward takes labels and returns the
-    loss.
+    """An `lm_head` with the same parameters and names, whose forward also computes the loss.
 
-    Being the module that owns the weight, it is what FSDP shards: one all-gather and one
-    reduce-scatter serve all tiles. `tile_tokens` = 0 chooses as many tokens as make 64 MiB of fp32
-    logits, -1 takes all at once. Families that scale or cap their logits do so here: softcap *
-    tanh(scale * logits / softcap). While gradients are computed, z_loss * (log of the sum of
-    exp(logits))^2 is added for each label (PaLM, arXiv 2204.02311, section 5).
+    It owns the weight, so FSDP shards this module, and one all-gather and one reduce-scatter serve
+    all tiles. `tile_tokens` = 0 takes as many tokens per tile as give 64 MiB of fp32 logits; -1
+    takes all tokens at once. For model families that scale or cap their logits, the logits become
+    softcap * tanh(scale * logits / softcap). While gradients are computed, z_loss * (log of the sum
+    of exp(logits))^2 is added to the loss of each label (PaLM, arXiv 2204.02311, section 5).
     """
 
     def __init__(
@@ -58,16 +56,17 @@ class LossHead(nn.Linear):
         *,
         reduction: Literal["sum", "none"] = "sum",
     ) -> Tensor:
-        """hidden [B, T, h] and labels [B, T], already shifted -> this rank's part of the loss, a
-        scalar.
+        """Return this rank's part of the loss, a scalar, from hidden [B, T, h] and labels [B, T].
 
-        The part is the sum of the cross-entropy over its valid labels (not -100), divided by
-        `num_items`: the number of valid labels in the whole step, on all ranks and in all
-        accumulated batches. The parts of all ranks and batches add up to the loss, and so do their
-        gradients. Each cross-entropy is computed in fp32 or wider. Their sums, and so the part, are
-        fp64, so that the number of tiles and ranks does not show. Without labels: the logits. With
-        reduction = "none", under `torch.no_grad`: the cross-entropy of each label [B, T], 0 where
-        there is none.
+        Labels are already shifted. The part is the sum of the cross-entropies of this rank's valid
+        labels (those that are not -100), divided by `num_items`, the number of valid labels in the
+        whole step, on all ranks and in all accumulated batches. The parts of all ranks and batches
+        add up to the loss, and so do their gradients. Each cross-entropy is computed in fp32 or
+        wider. Sums, and therefore the part, are in fp64, so that the number of tiles and ranks has
+        no visible effect on the loss.
+
+        Without labels, return the logits [B, T, V]. With reduction = "none", which needs
+        `torch.no_grad`, return the cross-entropy of each label [B, T], with 0 for labels of -100.
         """
         if labels is None:
             return shape_scores(super().forward(hidden), self.scale, self.softcap)
@@ -81,7 +80,7 @@ class LossHead(nn.Linear):
                 hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options
             )
             return each.view(labels.shape)
-        # Passed in, because inside an autograd function gradients are always off, and
+        # Passed as an argument: inside an autograd function is_grad_enabled() is always False, and
         # needs_input_grad ignores no_grad.
         differentiate = torch.is_grad_enabled()
         rows, labels = hidden.flatten(0, -2), labels.flatten()
@@ -108,6 +107,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         differentiate: bool,
     ) -> Tensor:
         tile_tokens, shape = options[0], options[1:]
+        # Gradients of parameters are accumulated over the tiles in this dtype.
         wide = torch.promote_types(rows.dtype, torch.float32)
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs
@@ -117,9 +117,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for tile in tiles(len(rows), tile_tokens):
             valid = labels[tile] != IGNORE_INDEX
-            # A row without a label is left out before and behind the logits, which are so much
-            # larger. By `where` and not by a product: it gives exactly 0, also where it is not
-            # finite.
+            # Rows without a label are zeroed here and in grad_rows, and not in the logits, which
+            # are much larger. `where` is used because a product with 0 is not 0 for inf or nan.
             x = rows[tile].where(valid.unsqueeze(1), 0)
             loss, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
             total += loss
@@ -143,7 +142,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             "the loss head's gradients live once: backward through it cannot run twice"
         )
         grads, ctx.grads = ctx.grads, None
-        # In place: these buffers are the largest of the head, and nobody else holds them.
+        # In place: these are the largest buffers of the head, and nothing else refers to them.
         scaled = [
             grad.mul_(upstream).to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -154,8 +153,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
 def _each_cross_entropy(
     rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options
 ) -> Tensor:
-    """The cross-entropy [N] of rows [N, h] with labels [N], in fp32 or wider, 0 without a label. A
-    tile at a time.
+    """Return the cross-entropies [N] of rows [N, h] with labels [N], one tile at a time.
+
+    They are in fp32 or wider, and 0 for rows without a label.
     """
     tile_tokens, scale, softcap, _ = options
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -169,8 +169,10 @@ def _each_cross_entropy(
 def _scores(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
-    """[n, V] of rows [n, h], in fp32 or wider where they are shaped: elsewhere they are widened as
-    they are read.
+    """Return the scaled and capped logits [n, V] of rows x [n, h].
+
+    They are in fp32 or wider if there is a scale or cap. Otherwise they keep their dtype, and
+    `_cross_entropy` converts them as it reads them.
     """
     logits = F.linear(x, weight, bias)
     if scale != 1 or softcap is not None:
@@ -179,11 +181,14 @@ def _scores(
 
 
 def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of scores [n, V]: the cross-entropy [n], 0 where it is not valid; and for its gradient the
-    index [n, 1] of the labels and the log-probabilities [n, V], in fp32 or wider.
+    """Return the cross-entropy of scores [n, V], and two tensors that its gradient needs.
+
+    The cross-entropy [n] is 0 for rows that are not valid. The other two are the index [n, 1] of
+    the labels (0 for rows that are not valid) and the log-probabilities [n, V], in fp32 or wider.
     """
     index = labels.where(valid, 0).unsqueeze(1)
-    # One kernel, which reads the scores once; logsumexp is five, with a buffer of its own.
+    # log_softmax is one kernel, which reads the scores once. logsumexp is five kernels, with a
+    # buffer of their own.
     log_probabilities = scores.log_softmax(
         dim=1, dtype=torch.promote_types(scores.dtype, torch.float32)
     )
@@ -195,9 +200,7 @@ def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tenso
 
 
 def shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """softcap * tanh(scale * logits / softcap): what gemma, granite and cohere do to their
-    logits.
-    """
+    """Return softcap * tanh(scale * logits / softcap), as gemma, granite and cohere need it."""
     if scale != 1:
         logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -212,11 +215,13 @@ def _tile_loss(
     shape: tuple[float, float | None, float],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of cross-entropy of rows [n, h], fp64; its gradient by the logits [n, V], fp32 or wider.
+    """Return the summed loss of rows x [n, h], in fp64, and its gradient by the logits.
 
-    That is softmax - one_hot, times the derivative of the shaping: scale * (1 - (shaped /
-    softcap)^2). It is not 0 in rows that are not valid: what is made of it leaves them out. The
-    z-loss, with 2 z_loss log_normalizer softmax for a gradient, is a part of training only.
+    The logits here are those before scale and cap. The gradient [n, V] is in fp32 or wider, and
+    None if needs_grad is False. It is softmax - one_hot, times the derivative of scale and cap,
+    scale * (1 - (scores / softcap)^2). It is not 0 in rows that are not valid; the caller leaves
+    those rows out. The z-loss, whose gradient adds 2 * z_loss * log_normalizer * softmax before
+    that factor, is included only if needs_grad is True.
     """
     scale, softcap, z_loss = shape
     scores = _scores(x, weight, bias, scale, softcap)
@@ -237,8 +242,9 @@ def _tile_loss(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, accumulated in total's dtype: bf16 sums over 64 tiles would cost six
-    times the error.
+    """Compute total += left @ right, accumulated in total's dtype.
+
+    Accumulating 64 tiles in bf16 would have six times the error.
     """
     if total.dtype == left.dtype:
         total.addmm_(left, right)

@@ -1,10 +1,10 @@
-"""Checkpoints off the device: segment inputs in host memory, or in files, from their forward to
-their backward.
+"""Offloaded activation checkpoints: segment inputs in host memory or in files until backward.
 
-On CUDA they travel on a stream of their own through page-locked slabs, which are allocated once and
-used again: out while the next segment computes, and back one segment before backward needs them.
-The compute stream waits for events, never for the host. On a CPU the same slabs are plain memory or
-memory-mapped files and the copies are just made.
+Inputs are copied to slabs, buffers that are allocated once and reused. On CUDA the copies run on
+their own stream: to the slab while the next segment computes, and back one segment before backward
+needs the input. The compute stream waits for events, never for the host. Slabs in host memory are
+page-locked for CUDA. On a CPU, slabs are plain memory or memory-mapped files, and the copies are
+synchronous.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ Offload = Literal["none", "host", "disk"]
 
 
 def open_store(offload: Offload, folder: str | Path | None, device: torch.device) -> Store | None:
-    """Where segment inputs go: None for "none", where they stay on the device. folder is for "disk"
-    alone.
+    """Return the store for segment inputs, or None if offload is "none".
+
+    folder is used only by "disk"; None means the system's temporary folder.
     """
     if offload == "none":
         return None
@@ -40,14 +41,15 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
 
 
 class OffloadedTensor:
-    """A tensor in a slab. The slab is free again when the last reference to this is gone: after
-    backward.
+    """A tensor in a slab.
+
+    The slab becomes free when the last reference to this object is gone, which is after backward.
     """
 
     def __init__(self, store: Store, x: Tensor, slab: Tensor, before: OffloadedTensor | None):
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.slab = slab
-        # Kept before, so needed after.
+        # The tensor that was offloaded just before this one is needed just after it in backward.
         self.before = weakref.ref(before) if before is not None else lambda: None
         self.fetched: tuple[Tensor, torch.cuda.Event] | None = None
         weakref.finalize(self, store.free.setdefault(slab.numel(), []).append, slab).atexit = False
@@ -62,15 +64,16 @@ class Store:
     def __init__(self, make_slab: Callable[[int, torch.device], Tensor]):
         self.make_slab = make_slab
         self.slabs: list[Tensor] = []
-        """All that were ever made: what the store takes of the host."""
+        """All slabs ever made, in use or free."""
         self.free: dict[int, list[Tensor]] = {}
+        """Slabs not in use, by their size in bytes."""
         self._latest: Callable[[], OffloadedTensor | None] = lambda: None
 
     @contextmanager
     def offload_saved_tensors(self) -> Iterator[None]:
-        """What a checkpoint that begins in here saves, its input, is kept by this store."""
-        # Before its own hooks are in force, torch's checkpoint saves its inputs: ours, and an empty
-        # tensor of its own.
+        """Keep the input of a checkpoint that begins inside this context in this store."""
+        # torch's checkpoint saves its input, and an empty tensor of its own, before it installs its
+        # own hooks. These hooks therefore see only those two.
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
@@ -99,10 +102,10 @@ class Store:
 
 
 class CudaStore(Store):
-    """The same for a CUDA device: copies beside the computation, fetched one segment ahead.
+    """A store for a CUDA device: copies overlap computation and are fetched one segment ahead.
 
-    cuda: the module of its streams. Those of torch.cpu do nothing, which is how the planner sees
-    what is alive.
+    cuda is the module that provides the streams. The planner passes torch.cpu, whose streams do
+    nothing, to find out which tensors are alive at the same time.
     """
 
     def __init__(
@@ -121,13 +124,13 @@ class CudaStore(Store):
             kept.view().copy_(x, non_blocking=True)
             self._leaving.append((weakref.ref(kept), x, self.stream.record_event()))
         while len(self._leaving) > 1:
-            # Freed memory is used again in the order of the compute stream, so that this has to
-            # wait for the copy.
+            # Letting go of x lets the allocator reuse its memory in the order of the compute
+            # stream, which therefore has to wait until x is copied.
             _, _, copied = self._leaving.popleft()
             compute.wait_event(copied)
 
     def get(self, kept: OffloadedTensor) -> Tensor:
-        # The last segment's: it has hardly left.
+        # The input of the last segment is still on the device.
         if self._leaving and self._leaving[-1][0]() is kept:
             kept.fetched = self._leaving.pop()[1:]
         if kept.fetched is None:
@@ -142,8 +145,10 @@ class CudaStore(Store):
         return x
 
     def _fetch(self, kept: OffloadedTensor) -> None:
-        """Start the copy. The memory is the compute stream's, which will free it: it must be its
-        own by now.
+        """Start the copy back to the device.
+
+        x is allocated on the compute stream, where it will also be freed. The copy waits for that
+        stream, which may still be using the same memory for an earlier tensor.
         """
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
         self.stream.wait_stream(self.cuda.current_stream())
@@ -153,8 +158,9 @@ class CudaStore(Store):
 
 
 def _host_slab(size: int, device: torch.device) -> Tensor:
-    """size bytes; page-locked where a CUDA device reads them. torch's own pinned memory rounds up
-    to a power of two.
+    """Return a slab of size bytes in host memory, page-locked if device is a CUDA device.
+
+    torch's pin_memory is not used, because it rounds sizes up to a power of two.
     """
     slab = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda":
@@ -165,17 +171,18 @@ def _host_slab(size: int, device: torch.device) -> Tensor:
                 f"could not be page-locked ({result}). Raise the limit (ulimit -l unlimited), or "
                 "use fewer checkpoints: raise activation_checkpoint.every."
             )
-        # Before the memory goes: CUDA would take what comes to lie at this address for page-locked.
+        # Unregister before the memory is freed: CUDA would otherwise treat whatever is allocated at
+        # this address next as page-locked.
         unregister = torch.cuda.cudart().cudaHostUnregister
         weakref.finalize(slab.untyped_storage(), unregister, slab.data_ptr()).atexit = False
     return slab
 
 
 class _FileSlabs:
-    """Slabs in memory-mapped files of a folder, which the system writes out when memory is short.
+    """Maker of slabs in memory-mapped files of a folder.
 
-    The files have no name any more once they are open: nothing is left of them however the process
-    ends.
+    The system writes their pages out when memory is short. Each file is unlinked as soon as it is
+    mapped, so that nothing is left on the disk, however the process ends.
     """
 
     def __init__(self, folder: Path):
@@ -185,7 +192,7 @@ class _FileSlabs:
         try:
             handle, name = tempfile.mkstemp(prefix="checkpoint-", dir=self.folder)
             try:
-                # A full disk is an error here, and a crash (SIGBUS) later.
+                # Reserve the space now: a full disk is an error here, but a crash (SIGBUS) later.
                 os.posix_fallocate(handle, 0, size)
                 return torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
             finally:
@@ -208,8 +215,10 @@ def check_room(
     segments: int,
     processes: int,
 ) -> None:
-    """UserError where this node cannot hold the inputs [B, T, h] of all segments of that many
-    processes.
+    """Raise UserError if this node has no room for the segment inputs of all its processes.
+
+    shape is [B, T, h], the shape of one input, and itemsize its bytes per element. segments is the
+    number of inputs per process.
     """
     if offload == "none":
         return
@@ -234,8 +243,9 @@ def check_room(
 
 
 def available_host_memory() -> int:
-    """Bytes that this process could still get from the host: what the kernel says, within the
-    control group's limit.
+    """Return the bytes of host memory still available to this process.
+
+    This is the kernel's MemAvailable, or the limit of the control group if that leaves less.
     """
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     fields = dict(line.split(":") for line in lines)

@@ -1,15 +1,14 @@
-"""Tiling: a function of rows (tokens) applied tile by tile in forward, and recomputed tile by tile
-in backward.
+"""Tiling: apply a function of rows (tokens) tile by tile, and recompute it so in backward.
 
-What it makes inside lives for one tile at a time, whatever the sequence length. ALST's "TiledMLP"
-(arXiv 2506.13996, section 3.1.1) is this applied to a block's MLP; here the norms around the MLP
-are part of the same function.
+The intermediate values of the function exist for one tile at a time, whatever the sequence length.
+ALST's "TiledMLP" (arXiv 2506.13996, section 3.1.1) applies this to the MLP of a block. Here the
+norms around the MLP are part of the same function.
 
-Counting the MLP's forwards of a step: where every block is a checkpoint, it runs once in forward
-and once in the tiles of backward. The recomputation of the checkpoint would run it a third time,
-for an output that nothing needs: there the function only notes its input (see
-`checkpointing.output_is_needed`). In segments of k blocks the outputs of the others are needed, so
-that the mean is 3 - 1/k.
+How often the MLP runs per step: if every block is a checkpoint, it runs once in forward and once in
+the tiles of backward. The recomputation of the checkpoint would run it a third time, for an output
+that is not needed. There the function only saves its input (see `checkpointing.output_is_needed`).
+In a segment of k blocks, the recomputation needs the output of every block but the last, so the MLP
+runs 3 - 1/k times on average.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _visit: ContextVar[Callable[[list[slice]], Iterable[slice]]] = ContextVar("_visi
 
 
 def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
-    """The tiles of so many rows, in order; the last one may be smaller."""
+    """Return the tiles of so many rows as slices, in order; the last one may be smaller."""
     return _visit.get()(
         [slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)]
     )
@@ -37,8 +36,9 @@ def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
 
 @contextlib.contextmanager
 def override_tiles(visit: Callable[[list[slice]], Iterable[slice]]) -> Iterator[None]:
-    """Let visit say which tiles are computed at all, on this thread: for who computes no values, as
-    the planner.
+    """Let visit choose, from all tiles, those to compute, in the current contextvars context.
+
+    This is for callers that need no values, such as the planner.
     """
     token = _visit.set(visit)
     try:
@@ -55,11 +55,11 @@ def tile_mlp(
     tile_tokens: int,
     ends_block: bool = True,
 ) -> None:
-    """Make mlp's forward that of `after(mlp(before(x)))`, tile by tile, and those of the norms
-    around it nothing.
+    """Make mlp's forward compute `after(mlp(before(x)))` tile by tile, and both norms the identity.
 
-    In place and by instance, so parameters keep their modules and names. What the MLP returns
-    besides the hidden state (router logits) is left out: None. ends_block: see `Tiled`.
+    The `forward` of these module instances is replaced in place, so parameters keep their modules
+    and names. An MLP that returns a second value besides the hidden state (router logits) returns
+    None for it. ends_block: see `Tiled`.
     """
     mlp.forward = _TiledMLP(_Chain(before, mlp, after), tile_tokens, ends_block=ends_block)
     for norm in (before, after):
@@ -68,8 +68,9 @@ def tile_mlp(
 
 
 def tile_norm(norm: nn.Module, *, tile_tokens: int) -> None:
-    """Make norm's forward run tile by tile: in fp32 its backward would hold several copies of all
-    rows.
+    """Make norm's forward run tile by tile.
+
+    Norms compute in fp32, and an untiled backward would hold several fp32 copies of all rows.
     """
     norm.forward = Tiled(_Chain(norm), tile_tokens, ends_block=False)
 
@@ -79,14 +80,16 @@ def _identity(x: Tensor) -> Tensor:
 
 
 class _Chain(nn.Module):
-    """Modules one after the other, as they were before their forward was replaced. Their
-    parameters, nothing else.
+    """Modules in sequence, each with the forward of its class.
+
+    It calls the class's forward, because that of the instance may be replaced by a tiled one. The
+    parameters of the chain are those of its modules.
     """
 
     def __init__(self, *modules: nn.Module | None):
         super().__init__()
         self.links = nn.ModuleList(module for module in modules if module is not None)
-        self.returns_tuple = False  # one of them does; known from the first forward on
+        self.returns_tuple = False  # whether a module returns a tuple; set by the first forward
 
     def forward(self, x: Tensor) -> Tensor:
         for module in self.links:
@@ -97,38 +100,42 @@ class _Chain(nn.Module):
 
 
 class Tiled:
-    """rows [..., h] -> fn(rows) [..., h], `tile_tokens` rows at a time: [1, n, h] to as many, in
-    any shape.
+    """A function rows [..., h] -> fn(rows) [..., h] that runs fn on `tile_tokens` rows at a time.
 
-    Only the rows are kept for backward. Parameters are inputs of the autograd function, and their
-    gradients are accumulated over the tiles in fp32 or wider. Any number of rows; the last tile may
-    be smaller. Under FSDP fn is a part of a gathered block, so that parameters are gathered and
-    gradients reduced once for all tiles. Random numbers and autocast are replayed. ends_block:
-    whatever follows fn in its block only adds to its output.
+    fn gets [1, n, h] and returns as many elements in any shape. Any number of rows is allowed; the
+    last tile may be smaller. Only the rows are kept for backward. Parameters are inputs of the
+    autograd function, and their gradients are accumulated over the tiles in fp32 or wider. Under
+    FSDP fn is part of a gathered block, so parameters are gathered and gradients reduced once for
+    all tiles. The recomputation replays random numbers and autocast.
+
+    ends_block: whether everything that follows fn in its block only adds to fn's output, so that
+    backward does not need that output.
     """
 
     def __init__(self, fn: nn.Module, tile_tokens: int, *, ends_block: bool = True):
         self.fn, self.tile_tokens, self.ends_block = fn, tile_tokens, ends_block
-        self.draws_random_numbers = False  # known from the first forward on
-        self.dtype: torch.dtype | None = None  # of the output, likewise
+        self.draws_random_numbers = False  # whether fn does; set by the first forward
+        self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
 
     def __call__(self, rows: Tensor) -> Tensor:
         return _TiledFunction.apply(self, rows, *self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those that fn holds now: under FSDP the gathered ones."""
+        """Return the parameters that fn holds now; under FSDP these are the gathered ones."""
         return list(self.fn.parameters())
 
     def can_skip(self) -> bool:
-        """Whether this is a recomputation that only needs the rows. Random numbers that others draw
-        must not move.
+        """Return whether this is a recomputation that needs only the rows.
+
+        A function that draws random numbers is not skipped: the numbers drawn after it in the block
+        would no longer be those of the first forward.
         """
         return self.ends_block and not self.draws_random_numbers and not output_is_needed()
 
     def forward(self, rows: Tensor) -> Tensor:
-        """fn of all rows [N, h], without gradients."""
+        """Return fn of all rows [N, h], without gradients."""
         if self.can_skip():
-            # No memory: nobody looks at it.
+            # An expanded scalar, which takes no memory. Its values are never read.
             return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)
         before, output = _rng_state(rows.device), None
         for tile in tiles(len(rows), self.tile_tokens):
@@ -147,7 +154,7 @@ class Tiled:
     def backward(
         self, rows: Tensor, upstream: Tensor, needs: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Gradients of rows [N, h] and of the parameters, where needed."""
+        """Return the gradients of rows [N, h] and of the parameters, None for those not needed."""
         inputs = [rows, *self.parameters()]
         wanted = [i for i, needed in enumerate(needs) if needed]
         grads: list[Tensor | None] = [None] * len(inputs)
@@ -171,7 +178,7 @@ class Tiled:
 
 
 class _TiledMLP(Tiled):
-    """As transformers calls it: some MLPs return a tuple."""
+    """A tiled MLP that returns a tuple if the original one does, as transformers expects."""
 
     def __call__(self, hidden: Tensor) -> Any:
         output = super().__call__(hidden)
@@ -185,7 +192,7 @@ class _TiledFunction(torch.autograd.Function):
         ctx.save_for_backward(rows)
         ctx.random = _rng_state(rows.device)
         ctx.autocast = _autocast_state(rows.device.type)
-        # What is computed again belongs to this forward (see model/router.py)
+        # The recomputation in backward runs in the context of this forward (see model/router.py).
         ctx.variables = copy_context()
         return tiled.forward(rows.flatten(0, -2)).view(rows.shape)
 
@@ -207,8 +214,9 @@ class _TiledFunction(torch.autograd.Function):
 
 
 def _accumulate(total: Tensor | None, gradient: Tensor, *, alone: bool) -> Tensor:
-    """The sum in fp32 or wider: in bf16, sums over 64 tiles would cost six times the error. One
-    tile is its own sum.
+    """Return total + gradient in fp32 or wider; a lone tile's gradient keeps its dtype.
+
+    Accumulating 64 tiles in bf16 would have six times the error.
     """
     if total is None:
         wide = gradient.dtype if alone else torch.promote_types(gradient.dtype, torch.float32)
@@ -222,7 +230,7 @@ def _rng_state(device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def _replayed(device: torch.device, state: Tensor) -> Iterator[None]:
-    """Draw the random numbers that followed state; afterwards go on as if none had been drawn."""
+    """Set the RNG to state inside this context, and back to where it was afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(
             state

@@ -1,1 +1,1 @@
-"""Optimizers: AdamW, also with low-bit or offloaded state."""
+"""The optimizer: AdamW, also with low-bit or offloaded state."""

@@ -1,9 +1,8 @@
-"""AdamW: fused; or with moments of 8 or 4 bits, with stochastic rounding, with its state in host
-memory.
+"""AdamW: fused, or with 8-bit or 4-bit moments, stochastic rounding, or its state on the host.
 
-The arithmetic is PyTorch's and torchao's. What is ours is that each step works on this rank's own
-shard of a parameter, a parameter at a time, so that its state can come from the host for its step
-and go back.
+The arithmetic is that of PyTorch and torchao. This module adds a step that works on this rank's own
+shards, one parameter at a time, so that the state of a parameter can be copied from the host for
+its update and back.
 """
 
 from __future__ import annotations
@@ -31,8 +30,10 @@ from titan_ulysses.distributed.tensors import local_shard, plain_pieces
 from titan_ulysses.model.torchao import import_torchao, require_torchao
 
 _BITS = {"adamw8bit": 8, "adamw4bit": 4}
-_BLOCK_SIZES = {8: 256, 4: 128}  # numbers that share a scale: torchao's defaults
-_SMALLEST_QUANTIZED = 4096  # as torchao and bitsandbytes have it: below it there is nothing to save
+# Elements that share a scale, by bits: torchao's defaults.
+_BLOCK_SIZES = {8: 256, 4: 128}
+# Smaller shards are not quantized, as in torchao and bitsandbytes: they would save no memory.
+_SMALLEST_QUANTIZED = 4096
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -43,13 +44,12 @@ def build_optimizer(
     offload: bool = False,
     device_type: str | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over all parameters that are trained; sharded parameters get sharded
-    state.
+    """Build AdamW (arXiv 1711.05101) for all trained parameters, with state sharded like them.
 
-    offload: the state lives in host memory, and visits the device a parameter at a time. Parameters
-    that are on the host themselves (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their state and
-    their step there in any case. device_type: where they are to be taken to be, by who only plans
-    (None: where they are).
+    offload keeps the state in host memory and copies it to the device one parameter at a time.
+    Parameters that are themselves on the host (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their
+    state and their update there in any case. device_type is the device type to assume for the
+    parameters; the planner sets it, and None means where they are.
     """
     trained = [p for p in parameters if p.requires_grad]
     offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
@@ -68,21 +68,22 @@ def build_optimizer(
 
 
 class ShardwiseAdamW(torch.optim.Optimizer):
-    """AdamW whose step takes each rank's shard of each parameter by itself.
+    """AdamW that updates this rank's shard of one parameter at a time.
 
-    bits = 32: moments in fp32, or wider as the parameter is. bits = 8 (arXiv 2110.02861) or 4
-    (arXiv 2309.01507): torchao's block-wise quantized moments wherever a shard has at least 4096
-    numbers and a multiple of the block size; fp32 elsewhere. The update is computed in fp32 from
-    what the moments say, and they are quantized again.
+    bits: with 32, moments are in fp32, or in the parameter's dtype if that is wider. With 8 (arXiv
+    2110.02861) or 4 (arXiv 2309.01507), moments are torchao's block-wise quantized tensors for
+    every shard whose number of elements is at least 4096 and a multiple of the block size, and in
+    fp32 for other shards. The update is computed in fp32 from the dequantized moments, which are
+    then quantized again.
 
     stochastic_rounding: bf16 parameters are rounded up or down with probabilities that make the
-    rounding right on average, so that updates smaller than half a unit in the last place add up
-    (arXiv 2010.06192). The random numbers depend on the step and on the shard: replicas of a shard
-    round alike.
+    rounding correct on average, so that updates smaller than half a unit in the last place
+    accumulate (arXiv 2010.06192). The random numbers depend only on the step and the shard, so
+    replicas of a shard are rounded alike.
 
-    offload: moments are kept in pinned host memory and copied to the device and back around the
-    step of their parameter: twice their bytes over the bus a step, and no more than the largest
-    shard's on the device at a time.
+    offload: moments are kept in pinned host memory, and copied to the device and back around the
+    update of their parameter. A step copies twice their bytes over the bus, and the device holds
+    the moments of one shard at a time.
     """
 
     def __init__(
@@ -110,9 +111,7 @@ class ShardwiseAdamW(torch.optim.Optimizer):
 
     @property
     def wants_compiler(self) -> bool:
-        """Whether torchao's update is worth compiling: it is a long list of small kernels on a
-        GPU.
-        """
+        """Whether to compile torchao's update, which on a GPU is a long series of small kernels."""
         return self.uses_torchao and any(
             p.is_cuda for group in self.param_groups for p in group["params"]
         )
@@ -126,8 +125,8 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         assert closure is None, "the gradients are there already"
         with ExitStack() as stack:
             if self.compiled:
-                # A shape is a compilation, and there may be more shapes than dynamo's limit on
-                # recompilations.
+                # Every shape of a shard is compiled, and there may be more shapes than dynamo's
+                # limit on recompilations.
                 stack.enter_context(torch._dynamo.utils.disable_cache_limit())
                 stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
@@ -147,14 +146,14 @@ class ShardwiseAdamW(torch.optim.Optimizer):
     def _step_shard(self, p: nn.Parameter, group: dict[str, Any], index: int) -> None:
         state = self.state[p]
         if not state:
-            # torchao counts on the host, PyTorch's fused kernel where the parameter is.
+            # torchao needs the step count on the host, PyTorch's fused kernel beside the parameter.
             state["step"] = torch.zeros((), device="cpu" if self.uses_torchao else p.device)
             state.update(
                 {name: self._zero_moment(p, signed=name == "exp_avg") for name in _MOMENTS}
             )
         kept = [local_shard(state[name]) for name in _MOMENTS]
-        # copy=True: the way there and back is the same where the device is the CPU, as it is in the
-        # tests.
+        # copy=True makes a copy even if the device is the CPU, as in the tests, so that they
+        # exercise the same path.
         moments = (
             [m.to(p.device, non_blocking=True, copy=True) for m in kept] if self.offload else kept
         )
@@ -183,7 +182,7 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         if self.compiled:
             update = torch.compile(update, fullgraph=True, dynamic=False)
         step += 1
-        lr = torch.tensor(group["lr"])  # as a number it would be compiled in
+        lr = torch.tensor(group["lr"])  # a Python number would be a constant of the compiled code
         beta1, beta2 = group["betas"]
         constants = (beta1, beta2, group["weight_decay"], group["eps"])
         update(
@@ -191,8 +190,9 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         )
 
     def _zero_moment(self, p: nn.Parameter, *, signed: bool) -> Tensor:
-        """Zeros in the shape and layout of p: a DTensor where p is one, quantized where p's shard
-        can be.
+        """Return zeros with the shape and layout of p, quantized if p's shard can be.
+
+        A DTensor if p is one. signed: whether the moment can be negative.
         """
         local = local_shard(p.detach())
         if is_quantized(local.numel(), self.bits):
@@ -204,11 +204,12 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         else:
             zeros = torch.zeros_like(local, dtype=torch.promote_types(local.dtype, torch.float32))
         if isinstance(p, DTensor):
-            layout = {"shape": p.shape, "stride": p.stride()}  # uneven shards do not tell the whole
+            # The global shape cannot be inferred from uneven shards.
+            layout = {"shape": p.shape, "stride": p.stride()}
             zeros = DTensor.from_local(
                 zeros, p.device_mesh, p.placements, run_check=False, **layout
             )
-        # from_local has moved what belongs to a parameter on the host to the mesh's device.
+        # from_local moves a tensor to the mesh's device, even if p is on the host.
         zeros = zeros.to("cpu" if self.offload else p.device)
         if self.offload and p.is_cuda:
             _pin(zeros)
@@ -231,7 +232,7 @@ def _update_fused(
 
 
 def _pin(x: Tensor) -> None:
-    """Move x's host memory to where the device reads it without the CPU."""
+    """Move x, in place, to pinned host memory."""
     for piece in plain_pieces(x):
         piece.set_(piece.pin_memory())
 
@@ -245,12 +246,12 @@ def _rounding_seed(p: nn.Parameter, step: int, index: int) -> int:
 
 
 def is_quantized(numel: int, bits: int) -> bool:
-    """Whether the moments of a shard of numel numbers are kept in so many bits."""
+    """Return whether a shard of numel elements has moments quantized to that many bits."""
     return bits < 32 and numel >= _SMALLEST_QUANTIZED and numel % _BLOCK_SIZES[bits] == 0
 
 
 def missing_compiler() -> str | None:
-    """What torch.compile lacks on this machine to write GPU code, or None."""
+    """Return what torch.compile lacks on this machine to generate GPU code, or None."""
     if not has_triton():
         return "triton"
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -258,11 +259,11 @@ def missing_compiler() -> str | None:
     return None
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """UserError where a package is missing. Needs no model."""
+    """Raise UserError if config needs a package that is missing. Needs no model."""
     if config.name in _BITS:
         require_torchao(f'optimizer.name = "{config.name}"')
     if config.stochastic_rounding:
@@ -270,8 +271,9 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 
 def check_shards(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> None:
-    """UserError where a low-bit optimizer would quantize nothing. Parameters are sharded already
-    and may be on meta.
+    """Raise UserError if a low-bit optimizer would quantize none of the parameters.
+
+    The parameters must be sharded already, and may be on the meta device.
     """
     bits = _BITS.get(config.name, 32)
     largest = [_largest_shard(p) for p in parameters if p.requires_grad]
@@ -285,7 +287,10 @@ def check_shards(parameters: Iterable[nn.Parameter], config: OptimizerConfig) ->
 
 
 def _largest_shard(p: nn.Parameter) -> int:
-    """Numbers in the first shard of p, which is never the smallest; the same on every rank."""
+    """Return the number of elements of p's first shard, which no other shard exceeds.
+
+    The result is the same on every rank.
+    """
     ways = 1
     if isinstance(p, DTensor):
         sizes = zip(p.device_mesh.shape, p.placements, strict=True)
@@ -293,21 +298,22 @@ def _largest_shard(p: nn.Parameter) -> int:
     return -(-p.shape[0] // ways) * math.prod(p.shape[1:]) if p.dim() else 1
 
 
-# --- what it keeps --------------------------------------------------------------------------------
+# --- state ----------------------------------------------------------------------------------------
 
 
 def state_format(optimizer: torch.optim.Optimizer) -> str:
-    """Whose state this is, by the name of the setting: checkpoints of one are of no use to
-    another.
+    """Return the format of the optimizer's state, as a value of the setting optimizer.name.
+
+    A checkpoint with state of one format cannot be loaded by an optimizer with another.
     """
     bits = getattr(optimizer, "bits", 32)
     return next((name for name, its_bits in _BITS.items() if its_bits == bits), "adamw")
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Bytes of this rank's optimizer state by dtype, as in {"uint8": 1048576, "float32": 33280}.
+    """Return the bytes of this rank's optimizer state by dtype, the largest first.
 
-    State comes with the first step: before it there is none.
+    For example {"uint8": 1048576, "float32": 33280}. There is no state before the first step.
     """
     total: Counter[str] = Counter()
     for state in optimizer.state.values():
@@ -320,23 +326,22 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def expected_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state of all ranks together, replicas counted once, that there will be after the
-    first step.
-    """
+    """Estimate the bytes of state on all ranks after the first step, counting replicas once."""
     bits = getattr(optimizer, "bits", 32)
     total = 0.0
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         each = float(torch.promote_types(p.dtype, torch.float32).itemsize)
         if is_quantized(_largest_shard(p), bits):
-            each = bits / 8 + 4 / _BLOCK_SIZES[bits]  # and a scale in fp32 for each block
+            each = bits / 8 + 4 / _BLOCK_SIZES[bits]  # each block has a scale in fp32
         total += len(_MOMENTS) * each * p.numel()
     return int(total)
 
 
 @torch.no_grad()
 def describe_state(optimizer: torch.optim.Optimizer) -> str:
-    """A line on the state of this rank: bytes a parameter, by dtype, where. After the first
-    step.
+    """Describe this rank's state in one line: bytes per parameter, bytes by dtype, and where it is.
+
+    Call it after the first step.
     """
     by_dtype = state_bytes(optimizer)
     parameters = sum(
@@ -352,16 +357,19 @@ def describe_state(optimizer: torch.optim.Optimizer) -> str:
 
 
 def unaligned_blocks(state: Tensor, saved: list[tuple[torch.Size, torch.Size]], bits: int) -> bool:
-    """Whether this rank's shard of a quantized moment cannot be put together from the saved ones.
+    """Return whether this rank's shard of a quantized moment cannot be assembled from saved shards.
 
-    saved: offsets and sizes of the shards in a checkpoint. Numbers that share a scale must stay
-    together: where a shard is quantized, here or there, what is copied from or to it begins and
-    ends with a block. Shards that are quantized begin with one, so this is about those too small or
-    too odd to be, on either side.
+    saved holds the offsets and sizes of the shards in a checkpoint. Elements that share a scale
+    must stay together: if either of the two shards is quantized, the part that both have in common
+    must start and end at a border of that shard's blocks. Quantized shards usually start at a
+    multiple of the block size, so the usual cause is a shard, here or in the checkpoint, that is
+    too small or of the wrong size to be quantized.
     """
     here = compute_local_shape_and_global_offset(state.shape, state.device_mesh, state.placements)
     row, block = math.prod(state.shape[1:]), _BLOCK_SIZES[bits]
 
+    # Shards are compared as ranges of rows: the first one, the one after the last, and whether the
+    # shard is quantized.
     def rows(sizes: tuple[int, ...], offsets: tuple[int, ...]) -> tuple[int, int, bool]:
         return offsets[0], offsets[0] + sizes[0], is_quantized(math.prod(sizes), bits)
 

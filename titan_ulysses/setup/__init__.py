@@ -1,3 +1,3 @@
-"""From a config to a model that is wrapped and sharded."""
+"""The way from a config to a wrapped and sharded model."""
 
-import titan_ulysses.model  # noqa: F401  imports transformers, and torchao with it, quietly
+import titan_ulysses.model  # noqa: F401  imports transformers and torchao without their warnings

@@ -1,4 +1,4 @@
-"""The blocks of a model: found, tiled, compiled."""
+"""The decoder blocks of a model: finding, tiling and compiling them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from titan_ulysses.model.families import MLPLayout, mlp_layout
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
-    """The decoder and its list of layers, found by the classes that transformers itself says not to
-    split.
+    """Return the decoder and its list of blocks.
 
-    They may be sharded already, and in checkpoints: their classes then descend from those.
+    Blocks are recognized by their class, which transformers lists in `_no_split_modules`. They may
+    be sharded and checkpointed already: their class is then a subclass of the listed one.
+    UserError if there is no such list, or if its owner does not take token ids.
     """
     name, classes = type(model).__name__, {*(model._no_split_modules or ())}
     for module in model.modules():
@@ -46,11 +47,12 @@ def tile_blocks(
     *,
     norms_with_mlp: bool = True,
 ) -> None:
-    """Tile what works on each token by itself: the MLP of each block with the norms around it, and
-    all other norms.
+    """Tile what works on each token independently.
 
-    norms_with_mlp = False: for a family whose blocks are not built as `mlp_layout` reads them. The
-    MLP is tiled by itself, and computed when its block is computed again.
+    This is the MLP of each block together with the norms around it, and all other norms.
+
+    norms_with_mlp = False is for a family whose blocks are not structured as `mlp_layout` assumes.
+    The MLP is then tiled without its norms, and runs in the recomputation of its block too.
     """
     for block in blocks:
         layout = mlp_layout(block)
@@ -80,17 +82,16 @@ def tile_blocks(
 
 
 def _norms(module: nn.Module) -> Iterator[nn.Module]:
-    """Its own norms over the hidden state."""
+    """Return the norms that are direct children of module."""
     return (child for child in module.children() if "norm" in type(child).__name__.lower())
 
 
 def compile_blocks(blocks: nn.ModuleList) -> int:
-    """Compile what each block does to tokens by themselves, each part as one graph; returns the
-    number of parts.
+    """Compile the MLP and the norms of each block, and return the number of compiled parts.
 
-    That is its MLP and its norms, tiled or not; what counts for a router loss breaks its graph in
-    two. Attention stays as it is: what it sees of the documents changes from step to step, and each
-    change would compile it anew.
+    Each part, tiled or not, is one graph, except an MLP whose router is counted for a router loss:
+    that hook breaks the graph in two. Attention is not compiled, because its document lengths
+    change from step to step and each change would recompile it.
     """
     parts = []
     for block in blocks:
@@ -99,8 +100,8 @@ def compile_blocks(blocks: nn.ModuleList) -> int:
         tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
         parts += tiled or modules
     for part in parts:
-        # Not `part.compile()`: where the class is one of torch's own, as nn.LayerNorm, Dynamo skips
-        # all that it calls.
+        # Not `part.compile()`: if the class is one of torch's own, such as nn.LayerNorm, Dynamo
+        # skips everything that it calls.
         whole = not any(module._forward_hooks for module in part.modules())
         part.forward = torch.compile(part.forward, fullgraph=whole)
     return len(parts)

@@ -1,4 +1,4 @@
-"""The model of a run: built on meta, wrapped and sharded."""
+"""The model of a run, built on the meta device, wrapped and sharded."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 def build_model(
     spec: RunSpec, mesh: Mesh, *, wrap: Callable[..., Any] = parallelize
 ) -> tuple[PreTrainedModel, int]:
-    """The model on the meta device, wrapped and sharded; and how many of its layers compute in
-    float8.
+    """Build the model on the meta device, wrap and shard it, and count its float8 layers.
 
-    `hf.allocate` gives it memory for this rank's shards. wrap(model, mesh, options) parallelizes
-    the model in place; the planner has one that makes no collective.
+    Returns the model and the number of linear layers that compute in float8. `hf.allocate` later
+    allocates this rank's shards. wrap(model, mesh, options) parallelizes the model in place; the
+    planner passes one that runs no collectives.
     """
     config = spec.config
     compute = getattr(torch, config.training.param_dtype)
@@ -39,7 +39,7 @@ def build_model(
     )
     float8_layers = 0
     if config.quantize.float8:
-        # The tokens of one product: all of a rank, or a tile.
+        # A matrix product has the tokens of a rank, or of a tile if mlp_tile_tokens is set.
         tokens = math.gcd(spec.local_tokens, max(0, config.memory.mlp_tile_tokens))
         float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
     if config.lora.rank:

@@ -1,4 +1,4 @@
-"""What is checked in a model before it is sharded: dropout, equal weights, one dtype."""
+"""Checks of a model before it is sharded: dropout, equal weights on all ranks, one dtype."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from titan_ulysses.model.freezing import bits
 
 
 def check_dropout(model: PreTrainedModel) -> None:
-    """UserError for dropout of attention weights and of layers, by the many names that families
-    have for them.
+    """Raise UserError if the model drops attention weights or whole layers in training.
+
+    Model families have many names for these rates, so all numbers in the config and in modules
+    whose name contains "drop" are looked at.
     """
     remedy = "in the model's config (from_pretrained takes it too)."
     nested = [value for value in vars(model.config).values() if isinstance(value, PreTrainedConfig)]
@@ -28,7 +30,7 @@ def check_dropout(model: PreTrainedModel) -> None:
     for place, settings in holders:
         for key, rate in settings.items():
             if "drop" not in key or not isinstance(rate, float | int) or not rate:
-                continue  # in some families it is a module
+                continue  # in some families the value is a module, which is visited by itself
             if "att" in key:
                 raise UserError(
                     f"model: {key} = {rate}{place}: dropped attention weights would depend on the "
@@ -42,25 +44,26 @@ def check_dropout(model: PreTrainedModel) -> None:
 
 
 def check_same_weights(model: PreTrainedModel) -> None:
-    """Collective. UserError, on every rank, where the ranks hold different weights: each keeps a
-    piece of its own.
+    """Raise UserError on every rank if the ranks hold different weights. Collective.
+
+    Each rank keeps only its own shard of its weights, so the shards of different models would be
+    mixed. Tensors on the meta device are not compared.
     """
-    tensors = {
-        name: x for name, x in (*model.named_parameters(), *model.named_buffers()) if not x.is_meta
-    }
-    if not tensors:
-        return
+    # One checksum per tensor, the sum of its bits; None where it has no data yet.
     with torch.no_grad():
-        sums = torch.stack([bits(x).sum(dtype=torch.int64).cpu() for x in tensors.values()])
-    first = [sums.tolist()]
+        sums = {
+            name: None if x.is_meta else bits(x).sum(dtype=torch.int64).item()
+            for name, x in (*model.named_parameters(), *model.named_buffers())
+        }
+    first = [sums]
     dist.broadcast_object_list(first, src=0)
-    differing = (
-        name
-        for name, mine, theirs in zip(tensors, sums.tolist(), first[0], strict=True)
-        if mine != theirs
-    )
-    name = next(differing, None)
-    if reason := first_failure(name and f"{name} on rank {dist.get_rank()} is not what rank 0 has"):
+    differing = next((name for name, mine in sums.items() if mine != first[0].get(name)), None)
+    why = None
+    if differing is not None:
+        why = f"{differing} on rank {dist.get_rank()} is not what rank 0 has"
+        if (sums[differing] is None) != (first[0].get(differing) is None):
+            why += ": only one of them is on the meta device, without data"
+    if reason := first_failure(why):
         raise UserError(
             f"model: the ranks hold different weights: {reason}. Load the same checkpoint on every "
             "rank, or set the same seed before a random initialisation."
@@ -68,10 +71,10 @@ def check_same_weights(model: PreTrainedModel) -> None:
 
 
 def use_one_dtype(*modules: nn.Module) -> None:
-    """Store what is trained in modules, and not sharded yet, in the dtype that most of it has: FSDP
-    takes only one.
+    """Convert the trained, unsharded parameters of modules to the dtype that most elements have.
 
-    transformers keeps routers in fp32 when it loads a mixture of experts in bf16.
+    FSDP needs one dtype per group of parameters, but transformers keeps routers in fp32 when it
+    loads a mixture of experts in bf16. Warns if parameters lose precision.
     """
     trained = {
         name: parameter

@@ -1,4 +1,4 @@
-"""The forward of a sharded model: attention by Ulysses, the loss computed inside the head."""
+"""The forward of a sharded model: Ulysses attention, and the loss computed inside the head."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from titan_ulysses.ulysses.cores import Core
 def use_ulysses(
     model: PreTrainedModel, decoder: nn.Module, blocks: nn.ModuleList, mesh: Mesh, core: Core
 ) -> None:
-    """Let the model's attention layers call Ulysses, and its forward tell them the mesh, the core
-    and the documents.
+    """Make the model's attention layers call Ulysses attention, and replace the model's forward.
+
+    The new forward passes the mesh, the core and the documents of the batch down to them.
     """
-    # Another model may have been made from the same config.
+    # Other models may share this config object, so this model gets a copy of its own.
     shared = model.config
     own = copy.deepcopy(model.config)
     own._attn_implementation = ATTENTION_NAME
@@ -51,6 +52,7 @@ def use_ulysses(
                 "documents of the whole."
             )
         mesh = model.ulysses_mesh
+        # Some RoPE frequencies depend on document lengths, or on `reaches`, how far positions go.
         for rope in ropes:
             rope.begin(documents, reaches or documents, mesh.sp.get_local_rank())
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
@@ -75,16 +77,17 @@ def _forward(
     num_items_in_batch: Tensor | None = None,
     reduction: Literal["sum", "none"] = "sum",
 ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
-    """The forward of a causal LM, with the loss computed inside the head from hidden states.
+    """Run a causal LM, with the loss computed from hidden states inside the head.
 
-    input_ids, position_ids and labels (shifted already) are this rank's [B, T]; num_items_in_batch
-    counts the valid labels of the whole step. `.loss` is then that of all ranks of group, on each
-    of them, while its gradient is of this rank's part: gradients are summed over the mesh. With
-    reduction = "none": the cross-entropy of each label, of this rank [B, T]. Without labels:
-    `.logits` of this rank's tokens.
+    input_ids, position_ids and labels (already shifted) are this rank's [B, T]. num_items_in_batch
+    is the number of valid labels in the whole step. `.loss` is the sum over all ranks of group, the
+    same on each of them, but its gradient is that of this rank's part, because gradients are summed
+    over the mesh later. With reduction = "none", `.loss` is the cross-entropy of each of this
+    rank's labels [B, T]. Without labels, `.logits` are those of this rank's tokens.
 
-    Where the model has a router loss (see model/router.py), `.aux_loss` is it and `.loss` includes
-    it; attention_mask [B, T], 0 at padding, tells it what not to count and means nothing else.
+    If the model has a router loss (see model/router.py), `.aux_loss` is that loss, and `.loss`
+    includes it. attention_mask [B, T] is 0 at padding, which the router loss does not count; it has
+    no other effect.
     """
     inputs = {
         "input_ids": input_ids,
@@ -97,7 +100,7 @@ def _forward(
         hidden = decoder(**inputs).last_hidden_state
     else:
         with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
-            # They are kept nowhere.
+            # The router loss reads the logits of routers by hooks, so the decoder keeps none.
             hidden = decoder(**inputs, output_router_logits=False).last_hidden_state
         if sums:
             hidden, aux_loss, num_labels = routers.reduce(
@@ -106,8 +109,9 @@ def _forward(
     head = model.get_output_embeddings()
     if labels is None:
         if torch.is_grad_enabled():
-            # Unlike that of the loss, their gradient needs the weight. It stays so: the backward
-            # of these logits may come after later forwards.
+            # Unlike the backward of the loss, the backward of logits needs the weight, so FSDP has
+            # to gather it. This is not turned off again, because that backward may run after later
+            # forwards.
             head.set_unshard_in_backward(True)
         return CausalLMOutputWithPast(logits=head(hidden))
     loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
@@ -116,6 +120,7 @@ def _forward(
     loss = _SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
     if router_loss is None:
         return CausalLMOutputWithPast(loss=loss)
+    # The micro-batch's share of the labels of the step weights its router loss.
     share = num_labels.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
     return MoeCausalLMOutputWithPast(
         loss=loss + router_loss.coefficient * share * aux_loss, aux_loss=aux_loss
@@ -123,9 +128,10 @@ def _forward(
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over the ranks of a scalar in fp64, as dtype.
+    """The sum over all ranks of a scalar in fp64, converted to dtype.
 
-    Its gradient is that of this rank's part: FSDP sums the gradients of the parts.
+    Backward passes the gradient to this rank's part only, because FSDP sums the gradients of the
+    parts over the ranks.
     """
 
     @staticmethod

@@ -1,10 +1,9 @@
-"""What a sharded model does after a forward, backward or step that was broken off, left out or out
-of order.
+"""Guard a sharded model against forwards, backwards and steps interrupted or out of order.
 
-A loop of one's own may call them in any order, and go on after an exception. FSDP2 keeps state
-between them: which parameters are gathered, and whether a backward has begun. What of it would be
-wrong later is cleared here; gradients that are not what they should be are refused, because nothing
-can make them right.
+A user's own training loop may call forward, backward and step in any order, leave one out, and go
+on after an exception. FSDP2 keeps state between these calls: which parameters are gathered, and
+whether a backward has begun. This module clears the part of that state that would be wrong later.
+Wrong gradients cannot be repaired, so using them is an error.
 """
 
 from __future__ import annotations
@@ -29,18 +28,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _guards: WeakSet[Guard] = WeakSet()
-"""Of all sharded models: torch can only tell of every optimizer's steps. Those of other models are
-nobody's here.
+"""The guards of all sharded models.
+
+torch's step hook is global and runs for every optimizer. `_before_step` ignores optimizers that
+hold no parameter of a guarded model.
 """
 
 
 def guard(model: PreTrainedModel) -> None:
-    """Watch the forwards of a model that FSDP has sharded, the backwards of their results, and its
-    optimizer's steps.
+    """Watch the forwards and backwards of a model sharded by FSDP, and the steps of its optimizers.
 
-    From then on an exception in forward leaves no parameter gathered, so that the caller may go on.
-    UserError, on the rank that does it: from a forward or an optimizer's step while gradients are
-    there of a backward that was broken off; from a backward whose forward was before the last step.
+    After this call an exception in forward leaves no parameter gathered, so the caller may go on.
+    A forward or an optimizer step raises UserError while the parameters have gradients of an
+    interrupted backward. A backward raises UserError if an optimizer has stepped since its forward.
+    The error is raised only on the rank that makes the call.
     """
     _watch_optimizers()
     model.fsdp_guard = Guard(model)
@@ -48,24 +49,24 @@ def guard(model: PreTrainedModel) -> None:
 
 
 class Guard:
-    """Follows one sharded model."""
+    """The guard of one sharded model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.steps = 0
-        """of optimizers that have parameters of the model"""
+        """Number of steps of optimizers that hold parameters of the model."""
         self.incomplete = False
-        """Whether the gradients that are there may be of a backward that was broken off."""
-        # Ahead of FSDP's own hook, which would take what is left for a part of this forward.
+        """Whether the gradients may come from a backward that was interrupted."""
+        # Runs before FSDP's own hook, which would take leftover state for a part of this forward.
         model.register_forward_pre_hook(self._before_forward, prepend=True)
         model.forward = partial(self._forward, model.forward)
 
     def expect_whole_gradients(self) -> None:
-        """UserError where a backward was broken off, until its gradients are gone."""
+        """Raise UserError if a backward was interrupted and its gradients are still there."""
         if _in_backward():
-            return  # an optimizer that steps as soon as a gradient is there
+            return  # an optimizer that steps inside backward, as soon as a gradient is complete
         root = self.model._get_fsdp_state()
-        # Its last act would have been to take this back.
+        # FSDP sets this flag when backward begins, and a complete backward clears it at its end.
         if root._state_ctx.post_backward_final_callback_queued:
             self.reset()
             self.incomplete = True
@@ -78,13 +79,15 @@ class Guard:
         self.incomplete = False
 
     def reset(self) -> None:
-        """Shard all parameters and forget the forward or backward that was broken off, with what it
-        has computed.
+        """Shard all parameters and clear the state of an interrupted forward or backward.
+
+        The gradients that it has computed but not reduced are dropped.
         """
         root = self.model._get_fsdp_state()
         if hasattr(self.model, "reset_iter_state"):  # torch 2.13
             self.model.reset_iter_state()
         else:
+            # Older versions lack that method.
             root._state_ctx.iter_forward_root = None
             root._state_ctx.post_backward_final_callback_queued = False
             root._comm_ctx.all_gather_state = None
@@ -94,7 +97,7 @@ class Guard:
                 state._modules_to_run_forward.clear()
                 for group in _groups(state):
                     group._training_state = TrainingState.IDLE
-                    group.finalize_backward()  # waits for what is under way
+                    group.finalize_backward()  # waits for reductions under way
                     group._partial_reduce_output = None
                     group.reshard()
         for parameter in self.parameters():
@@ -104,11 +107,14 @@ class Guard:
 
     def states(self) -> Iterator[FSDPState]:
         modules = (module for module in self.model.modules() if isinstance(module, FSDPModule))
-        # Two tied modules share one.
+        # Modules with tied parameters share one state.
         yield from dict.fromkeys(module._get_fsdp_state() for module in modules)
 
     def parameters(self) -> Iterator[FSDPParam]:
-        """FSDP's, which know the sharded parameter also while the model shows the gathered one."""
+        """Yield FSDP's parameter objects.
+
+        They hold the sharded parameter even while the model's attribute is the gathered one.
+        """
         for state in self.states():
             for group in _groups(state):
                 yield from group.fsdp_params
@@ -118,12 +124,12 @@ class Guard:
             return
         self.expect_whole_gradients()
         if self.model._get_fsdp_state()._training_state != TrainingState.IDLE:
-            self.reset()  # broken off before it came to `_forward`
+            self.reset()  # the last forward was interrupted in a hook, before `_forward` ran
 
     def _forward(self, forward: Callable[..., Any], *args, **inputs) -> Any:
         try:
             output = forward(*args, **inputs)
-        except BaseException:  # Ctrl-C too: the caller may go on
+        except BaseException:  # also Ctrl-C, after which the caller may go on
             self.reset()
             raise
         for result in output.values():
@@ -142,7 +148,7 @@ class Guard:
 
 @cache
 def _watch_optimizers() -> None:
-    """Once a process."""
+    """Register the step hook, once per process."""
     register_optimizer_step_pre_hook(_before_step)
 
 
@@ -159,7 +165,7 @@ def _in_backward() -> bool:
 
 
 def _groups(state: FSDPState) -> list[FSDPParamGroup]:
-    """One of each state in torch before 2.12."""
+    """Return the parameter groups of state; before torch 2.12 there is at most one."""
     groups = getattr(state, "_fsdp_param_groups", None)
     return [
         g for g in (groups if groups is not None else [state._fsdp_param_group]) if g is not None

@@ -1,6 +1,4 @@
-"""How a model is parallelized: the options of `parallelize`, and the core attention that they
-name.
-"""
+"""The options of `parallelize`, and the choice of core attention."""
 
 from __future__ import annotations
 
@@ -20,49 +18,49 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 
 @dataclass(frozen=True)
 class ParallelOptions:
-    """What `parallelize` does to a model. The defaults are right for a long sequence on one
-    node.
-    """
+    """Options of `parallelize`. The defaults suit long sequences on one node."""
 
     attention: str | Core = "auto"
-    """A core attention, or the name of one (see `ulysses/cores.py`)."""
+    """A core attention function, or the name of one (see `ulysses/cores.py`)."""
     loss_tile_tokens: int = 0
-    """Tokens in a tile of the loss head; 0 chooses (see `memory/loss.py`), -1 takes all at once."""
+    """Tokens per tile of the loss head; 0: as many as give 64 MiB of fp32 logits; -1: no tiling."""
     mlp_tile_tokens: int = 0
-    """Tokens in a tile of an MLP; -1 takes all at once. 0 takes as many tokens as the model is
-    wide, at least 1,024; without activation checkpoints it does not tile.
+    """Tokens per tile of MLPs and norms; -1: no tiling.
+
+    0 takes as many tokens as the model's hidden size, but at least 1,024, if there are activation
+    checkpoints, and does not tile if there are none.
     """
     checkpoint_every: int = 1
-    """Of so many blocks only the input is kept for backward; 0: no activation checkpoints."""
+    """Blocks per activation checkpoint, which keeps only its input for backward; 0: none."""
     offload: Offload = "none"
-    """Where these inputs wait: on the device ("none"), in host memory ("host"), in files
-    ("disk").
-    """
+    """Where these inputs are kept: "none" (the device), "host" (host memory) or "disk" (files)."""
     offload_folder: str | None = None
     """Folder for offload = "disk"; None: the system's temporary folder."""
     parameter_offload: bool = False
-    """Keep shards and gradients in host memory, where the optimizer then steps."""
+    """Keep sharded parameters and gradients in host memory, where the optimizer then steps."""
     compile: bool = False
     """Compile the MLP and the norms of each block with torch.compile."""
     z_loss: float = 0.0
     """Weight of the squared log-normalizer of the logits (see `memory/loss.py`)."""
     param_dtype: torch.dtype | None = None
-    """Dtype in which the model computes; None: its own. Parameters are stored as they are."""
+    """Dtype in which the model computes; None: the model's dtype. Stored parameters keep theirs."""
     reduce_dtype: torch.dtype | None = None
-    """Dtype in which gradients are summed; None: fp32, or wider as param_dtype is."""
+    """Dtype in which gradients are summed; None: fp32, or param_dtype if that is wider."""
     tile_norms_with_mlp: bool = True
-    """Whether the norms around an MLP run in its tiles. `parallelize` turns this off for a family
-    whose verification holds only without it."""
+    """Whether the norms around an MLP run in the MLP's tiles.
+
+    `parallelize` turns this off for a model family whose verification succeeds only without it.
+    """
 
     def resolved(self, model_dtype: torch.dtype) -> ParallelOptions:
-        """The same with the dtypes that None stands for, for a model of this dtype."""
+        """Return these options with concrete dtypes in place of None, for a model of this dtype."""
         param_dtype = self.param_dtype or model_dtype
         wide = torch.promote_types(param_dtype, torch.float32)
         return replace(self, param_dtype=param_dtype, reduce_dtype=self.reduce_dtype or wide)
 
 
 def options_of(config: Config, core: Core) -> ParallelOptions:
-    """The options that a config asks for."""
+    """Return the options that a config asks for, with core as the core attention."""
     checkpoint, memory, training = config.activation_checkpoint, config.memory, config.training
     return ParallelOptions(
         attention=core,
@@ -82,9 +80,10 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
 def select_core(
     name: str, model_config: PreTrainedConfig, *, device_type: str, dtype: torch.dtype
 ) -> tuple[Core, str]:
-    """The core attention that `name` asks for on this kind of device, and why, in a sentence.
+    """Return the core attention that `name` asks for on this device type, and the reason for it.
 
-    UserError where the named core cannot do what the model needs.
+    The reason is a sentence for the log. UserError if the named core cannot do what the model
+    needs.
     """
     needs = attention_needs(model_config)
     return choose_core(name, needs, device_type=device_type, dtype=dtype)

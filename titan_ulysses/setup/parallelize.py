@@ -1,6 +1,4 @@
-"""Turn a transformers causal LM into one that trains sharded: the ordered application of all
-wrappers, a line each.
-"""
+"""`parallelize`: turn a transformers causal LM into a sharded one, by a fixed order of wrappers."""
 
 from __future__ import annotations
 
@@ -38,8 +36,10 @@ from titan_ulysses.setup.options import ParallelOptions, select_core
 from titan_ulysses.ulysses.cores import Core
 
 _SMALLEST_TILE = 1024
-"""Tokens. Otherwise as many as the model is wide, as in ALST: a tile's input is then no larger than
-a weight.
+"""Smallest default size of an MLP tile, in tokens.
+
+The default is the model's hidden size, as in ALST: the input of a tile is then no larger than a
+weight matrix.
 """
 
 _ELSEWHERE = (
@@ -53,7 +53,7 @@ _REFUSED = {
     "generate": "model.generate: the sharded model keeps no keys and values of tokens before. "
     f"{_ELSEWHERE}, and generate with that model.",
 }
-"""What transformers' models can do and the sharded one cannot."""
+"""Methods of transformers models that a sharded model refuses, with the reason."""
 
 
 def parallelize(
@@ -61,12 +61,14 @@ def parallelize(
 ) -> PreTrainedModel:
     """Wrap model in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
-    options, or its fields as keywords: `parallelize(model, mesh, offload="host")`.
+    Options are given as a ParallelOptions, as keywords that override its fields, or both:
+    `parallelize(model, mesh, offload="host")`.
 
-    The model's forward then takes the batches of `shard` (see `forward.py`), in any order with
-    backward, step and evaluation (see `guard`). Names stay as they are; `save_pretrained` and
-    `save_checkpoint` of this package save it. The model may be on meta. One that is not must be the
-    same on all ranks, and each keeps its shard of it.
+    The model's forward then takes the batches of `shard` (see `forward.py`). Forward, backward,
+    step and evaluation may follow in any order (see `guard`). Parameter names do not change. Save
+    the model with `save_pretrained` and `save_checkpoint` of this package. The model may be on the
+    meta device. If it is not, its weights must be the same on all ranks, and each rank keeps its
+    shard of them.
 
     Collective. UserError for a model or a core that would train wrongly.
     """
@@ -91,8 +93,11 @@ def parallelize(
 def _verified(
     config: PreTrainedConfig, mesh: Mesh, options: ParallelOptions, store: Store | None
 ) -> ParallelOptions:
-    """Collective. The options with which a family that nobody has checked trains exactly."""
-    # Verification is about the family, in fp64: what has nothing to do with that is left out.
+    """Return the options with which an unchecked family of models trains exactly. Collective.
+
+    `verify_family` tries them on a tiny model of the family. UserError if there are none.
+    """
+    # Verification runs in fp64 and is about the family's code, so unrelated options are left out.
     plain = replace(
         options,
         compile=False,
@@ -109,7 +114,7 @@ def _verified(
 
 
 def _tilings(options: ParallelOptions) -> Tilings:
-    """How the blocks of a family that nobody has checked may be tiled, the best way first."""
+    """Return the ways in which blocks of an unchecked family may be tiled, the best one first."""
     whole = {"not tiled": {"mlp_tile_tokens": -1}}
     if _mlp_tile_tokens(options, hidden_size=1) == -1:
         return whole
@@ -121,10 +126,10 @@ def _tilings(options: ParallelOptions) -> Tilings:
 def wrap(
     model: PreTrainedModel, mesh: Mesh, options: ParallelOptions, *, store: Store | None
 ) -> PreTrainedModel:
-    """What `parallelize` does to a model once nothing speaks against it: each wrapper in its order.
+    """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
-    options.attention is a core here. store keeps the inputs of activation checkpoints off the
-    device.
+    options.attention must be a core, not a name, and options must have concrete dtypes. store keeps
+    the inputs of activation checkpoints off the device; None leaves them there.
     """
     assert callable(options.attention)
     decoder, blocks = find_blocks(model)
@@ -138,7 +143,7 @@ def wrap(
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 
     def shard(*modules: nn.Module, **how) -> None:
-        """Gather these together, as one group of FSDP."""
+        """Make modules one FSDP group, whose parameters are gathered together."""
         use_one_dtype(*modules)
         fully_shard(list(modules), mesh=mesh.fsdp, **policies, **how)
 
@@ -156,17 +161,17 @@ def _mlp_tile_tokens(options: ParallelOptions, hidden_size: int) -> int:
     if options.mlp_tile_tokens:
         return options.mlp_tile_tokens
     if not options.checkpoint_every:
-        return -1  # without checkpoints the tiles would be the only recomputation, and cost time
+        return -1  # without checkpoints, tiles would add a recomputation, which costs time
     return max(_SMALLEST_TILE, hidden_size)
 
 
 def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:
-    """FSDP's policy for the dtypes that are computed with, and in which gradients are summed."""
+    """Return FSDP's policy for the dtypes of computation and of the reduction of gradients."""
     return MixedPrecisionPolicy(
         param_dtype=options.param_dtype,
         reduce_dtype=options.reduce_dtype,
-        # Nothing is cast: activations have the dtype that parameters give them, also where a
-        # checkpoint computes again.
+        # Inputs are not cast, because a recomputation would not cast its inputs. Activations get
+        # their dtype from the parameters.
         cast_forward_inputs=False,
     )
 
@@ -184,7 +189,7 @@ def _refuse(reason: str, *_, **__) -> NoReturn:
 def use_loss_head(
     model: PreTrainedModel, decoder: nn.Module, tile_tokens: int, z_loss: float
 ) -> None:
-    """Let `lm_head` compute the loss, with what the family does to its logits."""
+    """Replace `lm_head` by a LossHead that scales and caps logits as the model family does."""
     shape, linear = head_of(model, decoder), model.get_output_embeddings()
     model.set_output_embeddings(
         LossHead(
@@ -198,22 +203,25 @@ def use_loss_head(
 
 
 def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[..., Any]) -> None:
-    """FSDP2 over dp_shard x sp, replicated over dp_replicate, of each block, the embedding and the
-    head.
+    """Apply FSDP2 to each block, the embedding and the head.
+
+    Parameters are sharded over dp_shard x sp and replicated over dp_replicate.
     """
     for block in blocks:
         shard(block)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    # Tied they are one group, gathered from the first to the last: FSDP refuses a parameter that
-    # two groups hold.
+    # Tied, they form one group, which stays gathered from the embedding to the head: FSDP refuses a
+    # parameter that belongs to two groups.
     for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:
         shard(*group)
         group[0].set_unshard_in_backward(not all(_rests_in_backward(module) for module in group))
 
 
 def _rests_in_backward(module: nn.Module) -> bool:
-    """Whether its backward needs no weight: a loss head has computed its gradients in forward, a
-    look-up's is a sum.
+    """Return whether the backward of module does not need its weight.
+
+    A loss head computes its gradients in forward, and the gradient of an embedding look-up is a sum
+    of rows.
     """
     is_look_up = type(module).forward is nn.Embedding.forward or type(module).__name__.endswith(
         "ScaledWordEmbedding"
@@ -222,14 +230,14 @@ def _rests_in_backward(module: nn.Module) -> bool:
 
 
 def shard_root(model: PreTrainedModel, shard: Callable[..., Any]) -> None:
-    """FSDP2 of what is left; and gradients are summed over the mesh, never averaged."""
-    # Nothing stays gathered behind a forward, which FSDP would let the root do: a backward may
-    # never come, and then the model would show gathered parameters without gradients, and compute
-    # with them after the next step.
+    """Apply FSDP2 to the remaining parameters, and make FSDP sum gradients instead of averaging."""
+    # By default FSDP keeps the root gathered after forward. If no backward followed, the model
+    # would then show gathered parameters without gradients, and compute with their outdated values
+    # after the next step.
     shard(model, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Factor 1 and a plain SUM: the loss is divided by the step's tokens already, and gloo
-            # has no PREMUL_SUM.
+            # Factor 1, because the loss is already divided by the labels of the step. A plain SUM,
+            # because gloo has no PREMUL_SUM.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

@@ -1,8 +1,7 @@
-"""`resolve`: everything that follows from a config, once, before a process group or a weight
-exists.
+"""`resolve`: derive what follows from a config, once, before a process group or a weight exists.
 
-The trainer, the planner, the scripts and the benchmarks all begin here, so that one config means
-the same run to each of them.
+The trainer, the planner, the scripts and the benchmarks all start here, so that a config means the
+same run to each of them.
 """
 
 from __future__ import annotations
@@ -36,37 +35,38 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SelectCore = Callable[..., tuple[Core, str]]
-"""As `select_core`: (name, model config, device_type=, dtype=) -> (core, why)."""
+"""A function like `select_core`: (name, model config, device_type=, dtype=) -> (core, reason)."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A config and what follows from it. Nothing here needs a process group, a GPU or a weight."""
+    """A config and what follows from it. It needs no process group, GPU or weight."""
 
     config: Config
     model_config: PreTrainedConfig
-    """With the RoPE scaling and the vocabulary that the config asks for."""
+    """The model's config, with the RoPE scaling and the vocabulary size that `config` asks for."""
     degrees: MeshDegrees
     device_type: str
-    """What the run computes on: "cpu" or "cuda"."""
+    """The device type of the run: "cpu" or "cuda"."""
     core: Core
-    """Core attention."""
+    """The core attention function."""
     core_reason: str
-    """Which core that is, and why, in a sentence."""
+    """Which core was chosen and why, as a sentence for the log."""
     options: ParallelOptions
     tokenizer: PreTrainedTokenizerBase | None = None
-    """None where the caller has no text to read."""
+    """None if the caller did not ask for it and resize_embeddings does not need it."""
 
     @property
     def local_tokens(self) -> int:
-        """Tokens that a rank holds of a micro-batch: rows times S / P."""
+        """Tokens of a micro-batch on one rank: rows times S / P."""
         training = self.config.training
         return training.local_batch_size * training.seq_len // self.degrees.sequence
 
     def with_config(self, config: Config, degrees: MeshDegrees) -> RunSpec:
-        """The same model with other settings of memory, parallelism or length, not checked again.
+        """Return a spec of the same model with other settings of memory, parallelism or length.
 
-        For the planner's search, which goes beyond what a run may do.
+        The settings are not checked again. This is for the planner's search, which also tries
+        settings that a run must not have.
         """
         options = options_of(config, self.core)
         return replace(self, config=config, degrees=degrees, options=options)
@@ -80,11 +80,11 @@ def resolve(
     with_tokenizer: bool = False,
     select: SelectCore = select_core,
 ) -> RunSpec:
-    """What config means on so many ranks of this kind of device.
+    """Return what config means on world_size ranks of this device type.
 
-    with_tokenizer: load the tokenizer too, and check it against the model. `select` chooses the
-    core attention. UserError, with exit code 2, for settings that contradict each other, the model
-    or the ranks.
+    with_tokenizer: also load the tokenizer, and check it against the model. `select` chooses the
+    core attention. UserError with exit code 2 for settings that contradict each other, the model or
+    the number of ranks, and with exit code 1 for a model, core or tokenizer that cannot be used.
     """
     model_config = hf.load_model_config(config.model.path, config.model.config)
     check_family(model_config)
@@ -100,6 +100,7 @@ def resolve(
     if with_tokenizer or config.model.resize_embeddings:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
         token_ids = num_token_ids(tokenizer)
+    # The vocabulary grows first, because the settings are checked against the resulting model.
     if multiple := config.model.resize_embeddings:
         grow_vocabulary(model_config, num_token_ids=token_ids, multiple=multiple)
     degrees = check(
@@ -127,16 +128,17 @@ def resolve_model(
     device_type: str = "cpu",
     param_dtype: str = "float32",
 ) -> RunSpec:
-    """The spec of a model alone: a folder or hub name, or a table as in [model.config]."""
+    """Return the spec of a model alone: a folder, a hub name, or a table as in [model.config]."""
     key = "path" if isinstance(model, str) else "config"
-    training = {"seq_len": 1, "param_dtype": param_dtype}  # whatever length the caller gives it
+    training = {"seq_len": 1, "param_dtype": param_dtype}  # a placeholder: no length is known here
     config = Config.model_validate({"model": {key: model}, "training": training})
     return resolve(config, world_size=world_size, device_type=device_type)
 
 
 def check_machine(spec: RunSpec) -> None:
-    """UserError where this machine lacks what the run needs: a package, a compiler, room on the
-    node.
+    """Raise UserError if this machine lacks something that the run needs.
+
+    This can be a package, a compiler, or room for offloaded checkpoints.
     """
     config, checkpoint = spec.config, spec.config.activation_checkpoint
     check_optimizer(config.optimizer)

@@ -1,10 +1,10 @@
-"""The attention function that transformers calls in every layer: exchange, core attention, exchange
-back.
+"""The attention function that transformers calls in every layer.
 
-It is registered once, under a name of its own, and holds no state: what a model's attention needs
-to know (its mesh, its core, the batch's documents) comes with each call as the keyword `ulysses`,
-which transformers hands down from the model's forward. So two models in one process, on different
-meshes, cannot touch each other.
+It runs the exchange to heads, core attention and the exchange back. It is registered once with
+transformers, as "ulysses", and holds no state. What attention needs to know (the mesh, the core and
+the documents of the batch) arrives with each call as the keyword argument `ulysses`, which
+transformers passes down from the model's forward. Two models on different meshes can therefore
+share a process without affecting each other.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ ATTENTION_NAME = "ulysses"
 
 @dataclass(frozen=True)
 class Ulysses:
-    """What one forward pass tells every attention layer."""
+    """What every attention layer needs to know about the current forward pass."""
 
     mesh: DeviceMesh
     """The 1-D sequence-parallel mesh of P ranks."""
     core: Core
     documents: Documents
     position_ids: Tensor
-    """[B, T]: positions of this rank's tokens, which may begin anywhere."""
+    """[B, T]: position ids of this rank's tokens. A document need not start at position 0."""
 
     @cached_property
     def places(self) -> Tensor:
-        """[B, T]: of this rank's tokens in their documents, from 0."""
+        """[B, T]: index of each of this rank's tokens in its document, from 0."""
         tokens, device = self.position_ids.shape[1], self.position_ids.device
         rank, degree = self.mesh.get_local_rank(), self.mesh.size()
         every = torch.arange(tokens * degree, device=device)
@@ -67,12 +67,13 @@ def ulysses_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: -> [B, T, Hq, Dv].
+    """Compute a layer's attention through transformers' attention interface: -> [B, T, Hq, Dv].
 
-    query is [B, Hq, T, D], key [B, Hkv, T, D], value [B, Hkv, T, Dv]; Dv is D but in latent
-    attention. Causal inside each document of `ulysses.documents`. A mask is refused: documents say
-    all that one could. What a layer wants of its attention (window, soft-cap, sinks) comes as
-    transformers' own keywords.
+    query is [B, Hq, T, D], key [B, Hkv, T, D] and value [B, Hkv, T, Dv]; Dv differs from D only in
+    latent attention. Attention is causal inside each document of `ulysses.documents`. An
+    attention_mask is refused, because the documents already define everything that is masked. The
+    layer's window, soft-cap and sinks arrive under transformers' own keyword names. UserError for
+    a call that no core can serve.
     """
     _check_call(module, attention_mask, ulysses, **kwargs)
     mesh = ulysses.mesh
@@ -84,7 +85,7 @@ def ulysses_attention(
         "sinks": kwargs.get("s_aux"),
     }
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
-        layer["window"] = None  # it hides nothing, and a core is faster without
+        layer["window"] = None  # it masks nothing, and cores are faster without a window
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
         query = _retuned(query, module, ulysses.places)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -92,6 +93,7 @@ def ulysses_attention(
     if mesh.size() == 1:
         return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
 
+    # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
     q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
     q, k, v = (local_shard(x) for x in sequence_to_heads(q, k, v, plan))
     output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
@@ -109,7 +111,7 @@ def _check_call(
     is_causal: bool | None = None,
     **_,
 ) -> None:
-    """UserError for what a layer asks of its attention, and no core could do."""
+    """Raise UserError if the layer asks for something that no core can do."""
     name = type(module).__name__
     if ulysses is None:
         raise UserError(
@@ -136,13 +138,17 @@ def _check_call(
 def _local_heads(
     core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any], plan: HeadPlan, rank: int
 ) -> Tensor:
-    """Core attention over this rank's heads, one call a group size."""
+    """Run core attention over this rank's heads, with at least one call per run of the plan.
+
+    A run is a range of heads with one ratio of query heads to KV heads (see `HeadPlan.runs`).
+    """
     sinks, outputs = layer["sinks"], []
     if sinks is not None:
         sinks = sinks[plan.query[rank].start : plan.query[rank].stop]
     if not plan.query[rank]:
-        # [B, S, 0, Dv], which still descends from all inputs: backward, too, is a collective that
-        # every rank must join.
+        # An idle rank returns [B, S, 0, Dv]. The result stays connected to all inputs in the
+        # autograd graph, because the exchange in backward is a collective that every rank must
+        # join.
         return v if sinks is None else v + sinks[:, None]
     head_elements = max(x[:, :, 0].numel() for x in (q, v))
     for queries, keys in _bounded(plan.runs(rank), head_elements):
@@ -152,12 +158,15 @@ def _local_heads(
 
 
 def _bounded(runs: list[tuple[slice, slice]], head_elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut runs so that no call sees 2^31 elements, where the 32-bit indices of flash kernels and
-    others overflow.
+    """Cut runs so that every tensor of a call has fewer than 2^31 elements.
+
+    From 2^31 on, the 32-bit indices of flash attention and other kernels overflow. head_elements is
+    the number of elements of one head over all rows and tokens. A call has at least one KV head,
+    however large that is.
     """
     for queries, keys in runs:
         group = (queries.stop - queries.start) // (keys.stop - keys.start)
-        most = max(1, (2**31 - 1) // (group * head_elements))  # KV heads of one call
+        most = max(1, (2**31 - 1) // (group * head_elements))  # KV heads per call
         for key in range(keys.start, keys.stop, most):
             stop = min(keys.stop, key + most)
             first = queries.start + group * (key - keys.start)
@@ -165,17 +174,17 @@ def _bounded(runs: list[tuple[slice, slice]], head_elements: int) -> Iterator[tu
 
 
 def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) -> Tensor:
-    """A core sees only the keywords that mean something in this layer: it need not know the
-    others.
-    """
+    """Call core with only the keywords that this layer uses, so that it need not accept others."""
     return core(
         q, k, v, **{keyword: value for keyword, value in layer.items() if value is not None}
     )
 
 
 def _retuned(query: Tensor, module: nn.Module, places: Tensor) -> Tensor:
-    """Temperature tuning (arXiv 2501.19399) at the tokens' true places: llama4 counts from 0 in
-    what it is given.
+    """Correct llama4's temperature tuning (arXiv 2501.19399) to the tokens' places in documents.
+
+    llama4 has already scaled query as if this rank's first token were at position 0. This function
+    divides that factor out and applies the one of the true place, `places` [B, T].
     """
 
     def temperature(positions: Tensor) -> Tensor:
@@ -189,12 +198,14 @@ def _retuned(query: Tensor, module: nn.Module, places: Tensor) -> Tensor:
 
 
 def _chunked(documents: Documents, module: nn.Module) -> Documents:
-    """Documents cut into the chunks of a chunked-attention layer (llama4), which are documents to
-    its attention.
+    """Return documents, cut into chunks if this is a chunked-attention layer (llama4).
+
+    Tokens attend only inside their chunk, so attention can treat each chunk as a document.
     """
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
-    # Other families keep such keys too, if a config.json has them, and do not read them.
+    # Only a key that the config class declares counts: a config of another family keeps the key
+    # if its config.json has it, but the family does not read it.
     if not types or not hasattr(type(config), "attention_chunk_size"):
         return documents
     if types[module.layer_idx] != "chunked_attention":

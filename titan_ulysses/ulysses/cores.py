@@ -1,15 +1,17 @@
-"""Core attention: whole sequences, this rank's heads. Ulysses does not care what attention is, so
-this is all of it.
+"""Core attention: attention over whole sequences for the heads of one rank.
+
+The exchange of Ulysses does not depend on how attention is computed, so this file holds all of the
+attention math.
 
 A core is a function `(q, k, v, *, documents, scale, ...) -> output` with q [B, S, Hq, D], k [B, S,
-Hkv, D], v [B, S, Hkv, Dv] and output [B, S, Hq, Dv], where Hkv divides Hq; Dv is not D in latent
-attention. `documents` holds each row's document lengths on the host. Attention is causal inside a
-document and zero between documents, by construction: a document is a call of its own. No S x S mask
-exists.
+Hkv, D], v [B, S, Hkv, Dv] and output [B, S, Hq, Dv], where Hkv divides Hq. Dv differs from D only
+in latent attention. `documents` holds the document lengths of each row, on the host. Attention is
+causal inside a document and zero between documents by construction: a core calls its kernel once
+per document, or passes the document borders to a kernel that handles them. No S x S mask is built.
 
-Keywords come only where a layer needs them: `window` (a query sees that many keys, itself
-included), `softcap` (scores become c * tanh(score / c)), `sinks` [Hq] (one more score a head, which
-takes weight and gives nothing).
+Three more keywords are passed only if a layer needs them: `window` (the number of keys that a query
+sees, including its own), `softcap` (scores become softcap * tanh(score / softcap)) and `sinks` [Hq]
+(one extra score per head that takes part in the softmax and has the value 0).
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from titan_ulysses.distributed.sequence import Documents
 Core = Callable[..., Tensor]
 
 _QUERY_BLOCK = 1024
-"""Queries of one call where a mask or plain scores are needed: [block, block + window] of them,
-never [S, S].
+"""Queries per call if a mask or explicit scores are needed.
+
+With a window these take at most [block, block + window] elements per head, never [S, S]. Without
+one they take [block, keys up to the block's last query].
 """
 
 
@@ -48,16 +52,17 @@ def sdpa(
     window: int | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`: a call a document, and with a window a call a block of
-    queries.
+    """Attend with `F.scaled_dot_product_attention`, one call per document.
+
+    With a window shorter than the document, there is one call per block of queries instead.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if window is not None and window < q.shape[2]:
             return _in_blocks(_sdpa_block, q, k, v, window=window, scale=scale, sinks=sinks)
         if sinks is not None:
-            # The sink's key comes first, with a query of its own that is dropped again, so that all
-            # others see it.
+            # The key of the sink comes first, so that the causal mask lets every query see it. A
+            # query is added in front too, to keep the diagonal in place, and its output dropped.
             q, k, v = _with_sink(F.pad(q, (0, 0, 1, 0)), k, v, sinks, scale)
             return _sdpa(q, k, v, scale, is_causal=True)[:, :, 1:, : v.shape[-1] - _SINK_PADDING]
         return _sdpa(q, k, v, scale, is_causal=True)
@@ -76,8 +81,9 @@ def blockwise(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Plain attention by blocks of queries, recomputed in backward: exact and slow, for what no
-    kernel here can do.
+    """Attend with explicit scores, one block of queries at a time, recomputed in backward.
+
+    It is exact and slow, and serves the cases that none of the kernels here can do.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,8 +104,9 @@ def flash(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Flash attention of variable length: all documents of all rows in one call. CUDA, bf16 or
-    fp16; flash-attn 2.
+    """Attend with flash-attn 2's variable-length kernel: all documents of all rows in one call.
+
+    Needs CUDA, bf16 or fp16, and the package flash-attn.
     """
     from flash_attn import flash_attn_varlen_func
 
@@ -123,8 +130,9 @@ def flash(
 
 @lru_cache(maxsize=4)
 def _borders(documents: Documents, device: torch.device) -> Tensor:
-    """[documents + 1] int32 on device: where each document of the flattened rows starts. Made once
-    for all layers.
+    """Return [documents + 1] int32 on device: the document borders in the flattened rows.
+
+    Cached, so that all layers of a forward share one tensor.
     """
     return torch.tensor([0, *accumulate(chain(*documents))], dtype=torch.int32).to(
         device, non_blocking=True
@@ -141,8 +149,9 @@ def flex(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """FlexAttention, compiled: the documents and the window as a block mask. CUDA (on a CPU it has
-    no backward).
+    """Attend with compiled FlexAttention; documents and window become a block mask.
+
+    Needs CUDA, because FlexAttention has no backward on a CPU.
     """
 
     def cap(score: Tensor, *_) -> Tensor:
@@ -165,7 +174,10 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 @lru_cache(maxsize=8)
 def _block_mask(documents: Documents, window: int | None, device: torch.device) -> BlockMask:
-    """Which blocks of [S, S] are computed at all; made once for all layers of a kind."""
+    """Return the mask that says which blocks of [S, S] FlexAttention computes.
+
+    Cached, so that all layers with the same documents and window share it.
+    """
     rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in documents]
     document = torch.stack(rows).to(device, non_blocking=True)
 
@@ -182,12 +194,12 @@ def _block_mask(documents: Documents, window: int | None, device: torch.device) 
 def choose_core(
     name: str, needs: set[str], *, device_type: str, dtype: torch.dtype
 ) -> tuple[Core, str]:
-    """The core that `model.attention` names, or for "auto" the fastest one that is exact here; and
-    why, in a sentence.
+    """Return the core that `name` (model.attention) asks for, and a sentence that says which.
 
-    `needs` are the keywords that the model's layers will pass (see above).
-    "package.module:function" names a core of the user's own. UserError where the named core is not
-    there, cannot run here or does not take what is needed.
+    "auto" takes the fastest core that can run here and accepts everything in `needs`; the sentence
+    then says why each faster core was passed over. `needs` are the keywords that the model's layers
+    will pass (see the module docstring). "package.module:function" imports the user's own core.
+    UserError if the named core does not exist, cannot run here or does not accept what is needed.
     """
     of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
     cores = {name: _import_core(name)} if ":" in name else of_this_file
@@ -212,7 +224,10 @@ def choose_core(
 
 
 def _obstacle(core: Core, needs: set[str], device_type: str, dtype: torch.dtype) -> str | None:
-    """Why core cannot serve, or None. What a core can do is what its signature takes."""
+    """Return why core cannot be used, or None.
+
+    A core supports the keywords that its signature accepts.
+    """
     parameters = inspect.signature(core).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     lacking = needs - parameters.keys()
@@ -241,7 +256,10 @@ def _import_core(name: str) -> Core:
 def _each_document(
     attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents
 ) -> Tensor:
-    """attend [B, H, L, D] of each document; all rows at once where they are cut alike."""
+    """Call attend(q, k, v), each [B, H, L, D], once per document of L tokens.
+
+    If all rows have the same document lengths, one call takes that document of all rows.
+    """
 
     def row(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
         outputs = [
@@ -260,8 +278,10 @@ def _each_document(
 def _in_blocks(
     block: Core, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options
 ) -> Tensor:
-    """block(q, k, v, seen) a block of queries, with the keys that any of them sees and the mask
-    between the two.
+    """Call block(q, k, v, seen) once per block of queries.
+
+    k and v hold only the keys that at least one query of the block sees. `seen` is the boolean mask
+    [queries, keys].
     """
     outputs, length = [], q.shape[2]
     for start in range(0, length, _QUERY_BLOCK):
@@ -296,12 +316,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
 def with_equal_sizes(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """attend(q, k, v) for kernels of one head size: the smaller of D and Dv gets zeros behind.
+    """Call attend(q, k, v) with one head size, padding the smaller of D and Dv with zeros.
 
-    That is exact: zeros in q and k add nothing to a score, and those in v give columns of zeros,
-    which are cut off. flash-attn 2 refuses unequal sizes. Given them,
-    `F.scaled_dot_product_attention` leaves its flash kernels for slower ones, which on a CPU hold
-    all S x S scores.
+    This is exact: zeros in q and k add nothing to a score, and zeros in v give columns of zeros in
+    the output, which are cut off. It is needed because flash-attn 2 refuses unequal head sizes, and
+    because `F.scaled_dot_product_attention` then falls back from its flash kernels to slower ones,
+    which on a CPU hold all S x S scores.
     """
     size, value_size = q.shape[-1], v.shape[-1]
     if size == value_size:
@@ -314,17 +334,17 @@ def with_equal_sizes(
 
 
 _SINK_PADDING = 8
-"""Head sizes grow by this much, of which the sink needs one: CUDA's kernels want multiples of 8."""
+"""How much a sink enlarges the head size. It needs 1, but CUDA kernels need multiples of 8."""
 
 
 def _with_sink(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One more key in front, whose score is the head's sink for every query and whose value is 0.
+    """Put a key in front whose score with every query is the head's sink and whose value is 0.
 
-    The score is made by one more component: sink / scale in each query, 1 in the new key, 0 in all
-    others. As it sits in the query, query heads that share a key-value head keep sinks of their
-    own, and autograd finds their gradients.
+    One extra component produces this score: sink / scale in each query, 1 in the new key and 0 in
+    all other keys. Because the sink is stored in the query, query heads that share a KV head can
+    have different sinks, and autograd computes the gradients of the sinks.
     """
     column = (sinks.to(q.dtype) / scale).view(1, -1, 1, 1).expand(*q.shape[:3], 1)
     q = F.pad(torch.cat([q, column], dim=-1), (0, _SINK_PADDING - 1))
@@ -345,7 +365,7 @@ def _plain_block(
     softcap: float | None,
 ) -> Tensor:
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, queries, D]: no key is repeated
+        q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, queries, D]: keys are not copied
         scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

@@ -1,30 +1,31 @@
-"""The exchange of Ulysses: from a shard of the sequence with all heads to the whole sequence with a
-shard of the heads.
+"""The exchange of Ulysses: sequence-sharded with all heads <-> head-sharded with all tokens.
 
-One all-to-all brings q, k and v together, one takes the output back; each has its autograd, which
-is the other's direction. Layouts (B rows, S tokens in all, T = S/P a rank, H heads in all, h_p
-heads of rank p, D head size, which in latent attention is another one in v and the output, Dv, than
-in q and k, Dq):
+One all-to-all carries q, k and v to the ranks of the heads, and a second one carries the output
+back. The backward of each is an all-to-all in the opposite direction. Layouts, for B rows, S tokens
+in total, T = S/P tokens per rank, H heads in total, h_p heads on rank p and head size D (in latent
+attention the size Dv of v and the output differs from the size Dq of q and k):
 
     sequence-sharded  [B, T, H, D]    placed Shard(1) of [B, S, H, D]
-    heads-sharded     [B, S, h, D]    placed Shard(2) of [B, S, H, D] where the plan is even
+    head-sharded      [B, S, h, D]    placed Shard(2) of [B, S, H, D] if the plan is even
 
-On the wire each rank's block is [T, B, x_p], token first, where the x_p numbers of a token are all
-heads of q, then of k, then of v. The blocks received from ranks 0..P-1 then already are the whole
-sequence, [S, B, x], and q, k and v are views of it. So sending costs one copy and receiving none;
-on the way back receiving costs one, and sending none where the attention kernel wrote [S, B, h, D]
-(all do at B = 1). A copy is a strided one a tensor and stretch of ranks (`HeadPlan.rank_groups`),
-not one a rank: three in all where P divides Hkv.
+The block sent to rank p is [T, B, x_p], token first. The x_p elements of a token are those of all
+its heads of q, then of k, then of v. The blocks received from ranks 0..P-1 therefore form the whole
+sequence [S, B, x], and q, k and v are views of it. On the way to heads, sending costs one copy of
+the data and receiving costs none. On the way back, receiving costs one copy. Sending the output
+costs no copy if its memory is laid out as [S, B, h, D], which at B = 1 includes [B, S, h, D].
+Sending the gradients of q, k and v costs one copy, which packs them together. Copies between
+[B, T, H, D] and the blocks of all ranks are strided, one per tensor and rank group
+(`HeadPlan.rank_groups`) instead of one per rank: three for q, k and v if P divides Hkv.
 
-Bytes that rank r sends to others, with x_p = Dq * (hq_p + hkv_p) + Dv * hkv_p for q, k, v, or Dv *
-hq_p for the output:
+Bytes that rank r sends to other ranks, with x_p = Dq * (hq_p + hkv_p) + Dv * hkv_p for q, k and v,
+or Dv * hq_p for the output:
 
     sequence to heads    B * T * itemsize * (sum_p x_p - x_r)
     heads to sequence    B * T * itemsize * (P - 1) * x_r
 
-Forward goes to the heads with q, k, v and back with the output; backward to the heads with the
-output's gradient and back with those of q, k, v. An even plan sends, of q, k and v and either way,
-(P - 1)/P * B * T * (Dq * (Hq + Hkv) + Dv * Hkv) * itemsize.
+Forward carries q, k and v to heads and the output back. Backward carries the gradient of the
+output to heads and the gradients of q, k and v back. With an even plan q, k and v cost
+(P - 1)/P * B * T * (Dq * (Hq + Hkv) + Dv * Hkv) * itemsize in either direction.
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ HEADS = Shard(2)
 
 
 class _ExchangeSpec(NamedTuple):
-    """What one all-to-all carries."""
+    """Which heads of which tensors one all-to-all carries."""
 
     ranges: tuple[tuple[range, ...], ...]
-    """`ranges[i][p]`: the heads of the i-th tensor that rank p computes."""
+    """`ranges[i][p]`: the heads of the i-th tensor that belong to rank p."""
     rank_groups: tuple[range, ...]
-    """Ranks that one copy a tensor serves, see `HeadPlan.rank_groups`."""
+    """Groups of ranks that one copy per tensor serves, see `HeadPlan.rank_groups`."""
     sizes: tuple[int, ...]
     """The head size of each tensor."""
 
     def widths(self, rank: int) -> list[int]:
-        """Numbers a token that rank computes with, of each tensor: heads times their size."""
+        """Return, for each tensor, the elements per token that belong to rank: heads times size."""
         pairs = zip(self.ranges, self.sizes, strict=True)
         return [len(ranges[rank]) * size for ranges, size in pairs]
 
     def split(self, block: Tensor, rank: int) -> list[Tensor]:
-        """[..., x] as each tensor's [..., h_i, D_i] for rank: views."""
+        """Split a block [..., x] of rank into views [..., h_i, D_i], one per tensor."""
         parts = zip(block.split(self.widths(rank), dim=-1), self.sizes, strict=True)
         return [part.unflatten(-1, (part.shape[-1] // size, size)) for part, size in parts]
 
@@ -68,11 +69,12 @@ class _ExchangeSpec(NamedTuple):
 def sequence_to_heads(
     q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bring whole sequences to the rank of each head, in one all-to-all.
+    """Send the whole sequence of each head to the rank of that head, in one all-to-all.
 
-    q is [B, S, Hq, Dq], k [B, S, Hkv, Dq], v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D mesh
-    of P ranks. Returns [B, S, heads, D] placed `Shard(2)` where the plan is even; otherwise the
-    local tensors [B, S, h_p, D], whose heads the plan names. ValueError for any other placement.
+    q is [B, S, Hq, Dq], k [B, S, Hkv, Dq] and v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D
+    mesh of P ranks. Returns [B, S, heads, D] placed `Shard(2)` if the plan is even. Otherwise
+    returns the local tensors [B, S, h_p, D] with the heads that the plan gives this rank.
+    ValueError for any other placement.
     """
     _expect(SEQUENCE, q=q, k=k, v=v)
     mesh = q.device_mesh
@@ -83,10 +85,10 @@ def sequence_to_heads(
 
 
 def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTensor:
-    """Take attention's output back to the rank of each token, in one all-to-all.
+    """Send the output of attention back to the rank of each token, in one all-to-all.
 
-    output is [B, S, Hq, D] placed `Shard(2)` where the plan is even, otherwise the local [B, S,
-    h_p, D]. Returns [B, S, Hq, D] placed `Shard(1)`. ValueError for any other placement.
+    output is [B, S, Hq, D] placed `Shard(2)` if the plan is even, and otherwise the local tensor
+    [B, S, h_p, D]. Returns [B, S, Hq, D] placed `Shard(1)`. ValueError for any other placement.
     """
     if plan.is_even:
         _expect(HEADS, output=output)
@@ -139,7 +141,7 @@ class _HeadsToSequence(torch.autograd.Function):
 def _scatter_heads(
     tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh
 ) -> tuple[Tensor, ...]:
-    """[B, T, H_i, D_i] each, to [B, S, h_i, D_i] each (views of one buffer)."""
+    """Exchange tensors [B, T, H_i, D_i] to [B, S, h_i, D_i], which are views of one buffer."""
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, tokens = tensors[0].shape[:2]
     split = [batch * tokens * sum(load.widths(p)) for p in range(degree)]
@@ -155,7 +157,10 @@ def _scatter_heads(
 def _gather_heads(
     tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh
 ) -> tuple[Tensor, ...]:
-    """[B, S, h_i, D_i] each, to [B, T, H_i, D_i]. A KV head of several ranks gets their sum."""
+    """Exchange tensors [B, S, h_i, D_i] to [B, T, H_i, D_i], summing a head of several ranks.
+
+    Only KV heads can belong to several ranks; what is summed are their gradients.
+    """
     rank, degree = mesh.get_local_rank(), mesh.size()
     batch, sequence = tensors[0].shape[:2]
     tokens = sequence // degree
@@ -165,6 +170,7 @@ def _gather_heads(
     gathered = [tensors[0].new_empty(batch, tokens, *shape) for shape in shapes]
     for ranks, blocks in _blocks(received, load, tokens, batch):
         for block, whole, ranges in zip(blocks, gathered, load.ranges, strict=True):
+            # Heads before `filled` hold the values of earlier rank groups already.
             filled = ranges[ranks.start - 1].stop if ranks.start else 0
             _accumulate(
                 _windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start
@@ -173,7 +179,10 @@ def _gather_heads(
 
 
 def _token_first(tensors: Sequence[Tensor], load: _ExchangeSpec, rank: int) -> Tensor:
-    """[B, S, h_i, D_i] each, to one flat [S, B, x]: a view where a single tensor lies like that."""
+    """Pack tensors [B, S, h_i, D_i] into a flat [S, B, x].
+
+    A single tensor whose memory already has this layout is not copied.
+    """
     views = [x.transpose(0, 1) for x in tensors]
     if len(views) == 1:
         return views[0].contiguous().view(-1)
@@ -186,7 +195,7 @@ def _token_first(tensors: Sequence[Tensor], load: _ExchangeSpec, rank: int) -> T
 def _blocks(
     buffer: Tensor, load: _ExchangeSpec, tokens: int, batch: int
 ) -> Iterator[tuple[range, list[Tensor]]]:
-    """Each stretch of ranks, and their [ranks, T, B, h_i, D_i] in the buffer of an all-to-all."""
+    """Yield each rank group with its views [ranks, T, B, h_i, D_i] of an all-to-all's buffer."""
     stop = 0
     for ranks in load.rank_groups:
         width = sum(load.widths(ranks.start))
@@ -196,8 +205,9 @@ def _blocks(
 
 
 def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
-    """[B, T, H, D] seen as [ranks, T, B, h, D]: a view. Where all have the same heads the first
-    dimension is 1.
+    """View x [B, T, H, D] as [ranks, T, B, h, D], the heads of each rank of a group.
+
+    If all ranks of the group have the same heads, the first dimension is 1.
     """
     first, last = ranges[ranks.start], ranges[ranks[-1]]
     windows = x[:, :, first.start : last.stop].unflatten(2, (-1, len(first)))
@@ -205,9 +215,8 @@ def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
 
 
 def _accumulate(windows: Tensor, block: Tensor, *, shared: int) -> None:
-    """Write block into windows, adding to the first `shared` heads, which earlier ranks have
-    written.
-    """
+    """Write block into windows, but add it to their first `shared` heads, filled before."""
+    # All ranks of the group have the same heads, so what they send is summed.
     if len(windows) < len(block):
         block = block.sum(dim=0, keepdim=True)
     if shared:

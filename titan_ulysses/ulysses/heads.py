@@ -1,8 +1,8 @@
 """HeadPlan: which query heads and which key-value heads each sequence-parallel rank computes.
 
-DTensor can say `Shard(heads)` only where P divides the heads (it would split 14 heads over 4 ranks
-as 4, 4, 4, 2, and knows no partial replication of KV heads). The plan says it for any Hq, Hkv and
-P.
+DTensor's `Shard` on the head dimension describes this only if P divides the heads: it would split
+14 heads over 4 ranks as 4, 4, 4, 2, and it cannot express partial replication of KV heads. A
+HeadPlan describes it for any Hq, Hkv and P.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from math import inf
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Contiguous head ranges a rank, for Hq query heads, Hkv key-value heads and P ranks.
+    """Contiguous ranges of heads for each rank, given Hq query heads, Hkv KV heads and P ranks.
 
-    Query heads are partitioned, balanced within one head. A rank receives exactly the KV heads that
-    its query heads read, so a KV head travels to more than one rank only where its query heads do;
-    of all balanced partitions this is one with the fewest KV heads received, sum of
-    len(key_value[p]).
+    Query heads are partitioned among the ranks; the numbers per rank differ by at most one. A rank
+    receives exactly the KV heads that its query heads read, so a KV head is sent to several ranks
+    only if its query heads are on several ranks. Of all balanced partitions, this one minimizes the
+    number of KV heads received, the sum of len(key_value[p]).
 
-    With more ranks than query heads, ranks from Hq on have no heads: they join the exchange and
-    compute no attention. A head's queries are not split among ranks instead: causal attention makes
-    equal parts unequal work, and every core, a user's own too, would have to take queries that are
-    not the whole sequence.
+    With more ranks than query heads, the ranks from Hq on have no heads. They take part in the
+    exchange but compute no attention. Splitting the queries of one head among ranks instead would
+    not pay: under a causal mask equal parts are unequal work, and every core, including a user's
+    own, would have to accept queries that are only a part of the sequence.
     """
 
     query: tuple[range, ...]
     """`query[p]`: the query heads of rank p."""
     key_value: tuple[range, ...]
-    """`key_value[p]`: the KV heads that those read."""
+    """`key_value[p]`: the KV heads that the query heads of rank p read."""
     group_size: int
     """Query heads that read one KV head: Hq / Hkv."""
     rank_groups: tuple[range, ...]
-    """Ranks in a row to whom one strided copy can bring queries, and one their KV heads; idle ranks
-    are in none.
+    """Groups of consecutive ranks whose heads can be copied with one strided copy per tensor.
 
-    Their ranges are equally long, those of queries following one another and those of KV heads
-    either doing the same or all being one. An even plan has one stretch, and so has MQA with P
-    query heads.
+    All ranks of a group have equally many query heads and equally many KV heads. Their ranges of
+    query heads follow one another. Their ranges of KV heads either follow one another too or are
+    all the same. An even plan has one group, and so does MQA with P query heads. Idle ranks belong
+    to no group.
     """
     query_rank_groups: tuple[range, ...]
-    """The same for queries alone."""
+    """Rank groups for an exchange of queries alone, such as that of the output."""
 
     @property
     def degree(self) -> int:
@@ -52,8 +52,9 @@ class HeadPlan:
 
     @property
     def is_even(self) -> bool:
-        """Every rank has the same number of query heads and its own KV heads: what `Shard(heads)`
-        can say.
+        """Whether all ranks have equally many query heads and no KV head is on several ranks.
+
+        DTensor's `Shard` on the head dimension can then describe the plan.
         """
         return (
             len({len(r) for r in self.query}) == 1
@@ -61,15 +62,15 @@ class HeadPlan:
         )
 
     def runs(self, rank: int) -> list[tuple[slice, slice]]:
-        """Slices (query, KV) of rank's local heads, each with one group size, so that one attention
-        call does each.
+        """Return slices (query, KV) of rank's local heads that one attention call each can compute.
 
-        A rank whose range begins or ends inside a group has at most three: the rest of a group,
-        whole groups, the beginning of a group. Where P divides the KV heads there is one. An idle
-        rank has none.
+        Inside a run every KV head is read by equally many query heads. There are at most three
+        runs, if the rank's range starts or ends inside a group: the rest of a group, whole groups,
+        and the start of a group. If P divides the KV heads there is one. An idle rank has none.
         """
         mine = self.query[rank]
-        sizes = [  # how many of this rank's queries read each of its KV heads
+        # How many of this rank's query heads read each of its KV heads.
+        sizes = [
             min(mine.stop, (head + 1) * self.group_size) - max(mine.start, head * self.group_size)
             for head in self.key_value[rank]
         ]
@@ -83,8 +84,9 @@ class HeadPlan:
 
 @lru_cache
 def plan_heads(num_query_heads: int, num_kv_heads: int, degree: int) -> HeadPlan:
-    """The plan for Hq query heads, Hkv KV heads and P = degree ranks. ValueError where Hkv does not
-    divide Hq.
+    """Return the plan for Hq query heads, Hkv KV heads and P = degree ranks.
+
+    ValueError if Hkv does not divide Hq.
     """
     if num_query_heads % num_kv_heads:
         raise ValueError(
@@ -105,19 +107,19 @@ def plan_heads(num_query_heads: int, num_kv_heads: int, degree: int) -> HeadPlan
 
 
 def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
-    """Query heads a rank: as equal as can be, the larger ranges placed so that the ranks receive
-    the fewest KV heads.
+    """Return the number of query heads of each rank, so that the ranks receive the fewest KV heads.
 
-    A rank receives one KV head, and one more for each group border inside its range. So the fewest
-    are received where the most borders between ranks are group borders, and those are found rank by
-    rank, from the last: after r ranks of which j have a larger range, the border is at r * smaller
-    + j. Of equals, larger ranges come first.
+    The numbers differ by at most one. A rank receives one KV head, plus one for each group border
+    inside its range. The total is smallest if as many borders between ranks as possible are also
+    group borders. A dynamic program over the ranks, from the last to the first, finds such a
+    choice: after r ranks, of which j have the larger number, the border is at r * smaller + j.
+    Among equally good choices, ranks with more heads come first.
     """
     smaller, num_larger = divmod(num_query_heads, degree)
     if not num_larger or not smaller:
         return [smaller + 1] * num_larger + [smaller] * (degree - num_larger)
-    # hits[j]: the most group borders at and behind this border; one dynamic programme over (rank,
-    # j), from behind.
+    # rows: for each border between ranks, from the last, a list whose entry j is the largest
+    # possible number of group borders at this border and the ones after it.
     rows = [[-inf] * num_larger + [0]]
     for rank in reversed(range(degree)):
         steps = zip(rows[-1], [*rows[-1][1:], -inf], strict=True)
@@ -143,20 +145,20 @@ def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[ra
 
 
 def _continues(ranks: range, query: Sequence[range], key_value: Sequence[range]) -> bool:
-    """Whether the rank behind stretch belongs to it."""
+    """Return whether the rank after the group `ranks` can join it."""
     first, rank = key_value[ranks.start], key_value[ranks.stop]
     if len(query[ranks.stop]) != len(query[ranks.start]) or len(rank) != len(first):
         return False
     if rank == key_value[ranks.stop - 1]:
         return rank == first
-    # Several KV ranges in one stretch share no head with a rank before it: their gradients then are
-    # plain copies.
+    # A group with several KV ranges must share no KV head with the rank before it: the gradients of
+    # its KV heads are then copied, never added.
     fresh = ranks.start == 0 or first.start == key_value[ranks.start - 1].stop
     return fresh and rank.start == first.start + len(first) * len(ranks)
 
 
 def idle_ranks(heads: int, degree: int) -> str | None:
-    """What is to be said where there are more sequence-parallel ranks than query heads."""
+    """Return a warning if there are more sequence-parallel ranks than query heads, else None."""
     return (
         f"{degree - heads} of {degree} sequence-parallel ranks have no attention head"
         if degree > heads
