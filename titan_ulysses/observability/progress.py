@@ -192,5 +192,5 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """0:01:05, or 2 days, 0:01:05."""
+    """Format seconds as "0:01:05" or "2 days, 0:01:05"."""
     return str(timedelta(seconds=round(seconds)))

@@ -171,6 +171,7 @@ class Plan:
         return step_time(
             self.simulation.cost,
             exchanged=size("all_to_all"),
+            # Bytes of whole tensors: an all-gather hands in a shard, a reduce-scatter the whole.
             gathered=size("all_gather") * setup.degrees.shard * setup.degrees.sequence
             + size("reduce_scatter"),
             offloaded=Offloaded(

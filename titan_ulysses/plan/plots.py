@@ -20,7 +20,7 @@ from titan_ulysses.plan.words import component_name
 _COLUMNS = 1000
 """Columns of the timeline. Each shows the highest moment of its part of the step."""
 _IN_SIGHT = 4
-"""The GPU's limit is drawn as a line if it is at most about this many times as high as the peak."""
+"""The GPU's limit is drawn as a line if it is less than this many times as high as the peak."""
 
 
 class Timeline(NamedTuple):
