@@ -11,7 +11,7 @@ The published numbers are in arXiv 2506.13996, sections 5.2 and 5.3, and the set
 ArcticTraining, projects/sequence-parallelism/run-h100-*.yml. In all of these runs, DeepSpeed keeps
 the optimizer and with it the fp32 master weights in host memory (`offload_optimizer`), and on one
 GPU the bf16 weights as well. The equivalent here is memory.parameter_offload: FSDP2 keeps master
-weights, gradients and optimizer state in host memory, and the GPU holds only gathered parameters.
+weights, gradients and optimizer state in host memory, and on the GPU only what is gathered.
 
 The ladder shows our longest planned sequence next to theirs, for each of ALST's steps. The gap is
 the memory of the plan for their length minus that of the GPU. The items show by how much each
