@@ -1,12 +1,12 @@
-"""Does plain transformers get the loss that a run logged? Opens <run>/export and evaluates the
-held-out text.
+"""Check that plain transformers gets the loss that a run logged: open <run>/export, and evaluate it
+on the held-out text.
 
     python scripts/check_export.py outputs/quickstart
     python scripts/check_export.py outputs/before --model MODEL --config X.toml
-        of --evaluate: the model it had
+        for a run of --evaluate: compare with its evaluation.json; MODEL is the model it evaluated
 
-Each document is a forward of its own, on one process, with transformers' own attention and torch's
-cross-entropy. Exits with 1 where the two losses differ by more than --tolerance.
+Each document is a forward by itself, in one process, with the attention of transformers and the
+cross-entropy of torch. Exits with 1 where the two losses differ by more than --tolerance.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from titan_ulysses.train.evaluation import spread
 
 @torch.no_grad()
 def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> float:
-    """Mean cross-entropy of the model in folder over the `tokens` labels of so many sequences of
-    the held-out text.
+    """Return the mean cross-entropy of the model in folder over `sequences` sequences of the
+    held-out text, which must have `tokens` labels.
     """
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False
@@ -42,7 +42,8 @@ def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> fl
         for length in sequence.document_lengths:
             span = slice(start, start + length)
             logits = model(input_ids=sequence.input_ids[None, span], use_cache=False).logits[0]
-            # Of 49,152 fp32 logits on a CPU, torch's own is off by 7e-6, always to the same side.
+            # In fp64: over 49,152 fp32 logits on a CPU, torch's cross-entropy has an error of 7e-6,
+            # always in the same direction.
             total += F.cross_entropy(logits.double(), sequence.labels[span], reduction="sum").item()
             count += int((sequence.labels[span] != -100).sum())
             start += length
@@ -51,8 +52,9 @@ def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> fl
 
 
 def logged(run: Path, *, evaluation: bool) -> tuple[float, int, int]:
-    """The held-out loss, and of how many tokens in how many sequences: of --evaluate, or of the
-    last validation.
+    """Return the held-out loss that a run logged, its number of tokens and of sequences.
+
+    evaluation: read those of --evaluate, else those of the last validation.
     """
     if evaluation:
         found = json.loads((run / "evaluation.json").read_text())

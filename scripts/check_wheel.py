@@ -1,12 +1,12 @@
-"""A training loop of one's own, from the first step to the saved folder, with the package that is
-installed; then the `titan-ulysses` command.
+"""Check the installed package with a user's training loop, from the first step to the saved folder.
 
     python check_wheel.py  in an empty folder; scripts/check_wheel.sh makes one, and an environment
 
-Two ranks train three steps; others train two, stop, and go on from the checkpoint for the third.
-Exits with 1 unless both folders hold the same bits, and plain transformers computes from them the
-logits that the sharded model had. Then `titan-ulysses` plans a run, trains it on two ranks,
-evaluates it and converts its checkpoint.
+Two ranks train three steps at once. Then two ranks train two steps, stop, and resume from the
+checkpoint for the third. Exits with 1 unless both runs save the same bits, and plain transformers
+computes from them the logits of the sharded model. Then the
+`titan-ulysses` command plans a run, trains it on two ranks, evaluates it and converts its
+checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from titan_ulysses import (
 
 STEPS, VOCABULARY = 3, 61
 TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-# LayerNorm, and no step in fp32: what differs from plain transformers is rounding in fp64.
+# A model with LayerNorm and without any operation in fp32, so that differences from plain
+# transformers are only rounding in fp64.
 MODEL = {
     "model_type": "starcoder2",
     "vocab_size": VOCABULARY,
@@ -52,8 +53,8 @@ def batch_of(step: int) -> dict[str, torch.Tensor]:
 
 
 def train(folder: str, steps: int) -> None:
-    """On this rank of two: up to `steps` steps, from the last checkpoint in folder or from the
-    start.
+    """Train on this rank of two until `steps` steps are made, from the last checkpoint in folder or
+    from the beginning.
     """
     mesh = build_mesh(sequence=2)
     model = parallelize(AutoModelForCausalLM.from_pretrained("start", dtype=torch.float64), mesh)

@@ -1,15 +1,16 @@
-"""Does a model find what it has read? A map over the length of a text and the depth at which a fact
-stands in it.
+"""Evaluate whether a model finds a fact in a long text, for each length of the text and each depth
+at which the fact stands in it.
 
     python scripts/eval_needle.py outputs/quickstart/export --lengths 512 1024
     torchrun --nproc-per-node 8 scripts/eval_needle.py MODEL --lengths 65536 262144 --trials 4
 
-A needle, "The secret code of zorabi is 48213.", is put into a text, and the text ends with "The
-secret code of zorabi is". Nothing is generated: of some codes that could follow, the right one and
-others that the text does not hold, the log-probability of each is computed in one forward a code,
-the ranks sharing the sequence. Accuracy is how often the right code has the highest one; guessing
-finds 1 in --candidates. Lengths are tokens of all of it; depth 0 is the beginning of the text, 1
-its end. The same seed makes the same texts and needles, in a row of the map at every depth.
+A needle, such as "The secret code of zorabi is 48213.", is put into a text, and the text ends with
+the question "The secret code of zorabi is". Nothing is generated. Instead, the log-probability of
+several codes after the question is computed: of the right code, and of others that the needle does
+not contain. Each code is one row of a forward, in which the ranks share the sequence. Accuracy is
+how often the right code has the highest log-probability; guessing finds 1 in --candidates. A length
+counts all tokens of a row. Depth 0 is the beginning of the text, and 1 its end. The same seed makes
+the same texts and needles, which at one length are the same at every depth.
 
 Writes needle.json and, where matplotlib is installed, needle.png to --output.
 """
@@ -49,24 +50,24 @@ ANSWER = " {code}"
 NEEDLE = QUESTION + ANSWER + ".\n"
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 _ROW_TOKENS = 16384
-"""Tokens a rank sees in one forward, unless a single sequence has more."""
+"""The most tokens of a rank in one forward, unless a single sequence has more."""
 
 
 class Trial(NamedTuple):
-    """A text with its needle and question, and the codes that could follow, the right one first."""
+    """A text with its needle and question, and the codes to choose from, the right one first."""
 
     prompt: list[int]
     codes: list[list[int]]
 
 
 class Cell(NamedTuple):
-    """What the trials of one length and depth came to."""
+    """The result of all trials with one length and depth."""
 
     length: int
     depth: float
     accuracy: float
     log_probability: float
-    """of a token of the right code, mean over trials, in nats"""
+    """mean log-probability per token of the right code, over all trials, in nats"""
 
 
 def draw_key(draw: random.Random) -> str:
@@ -74,7 +75,7 @@ def draw_key(draw: random.Random) -> str:
 
 
 def draw_codes(draw: random.Random, count: int) -> list[str]:
-    """Different numbers of five digits."""
+    """Draw `count` different numbers of five digits."""
     return [str(code) for code in draw.sample(range(10_000, 100_000), count)]
 
 
@@ -87,10 +88,10 @@ def make_trial(
     candidates: int,
     seed: str,
 ) -> Trial:
-    """Of `length` tokens with the longest code. `seed` chooses the key, the codes and which part of
-    text is taken.
+    """Make a trial of `length` tokens, its longest code included.
 
-    UserError where needle and question leave no room for a text, or text is shorter than that.
+    `seed` chooses the key, the codes, and the part of text that is taken. UserError where needle
+    and question alone are longer than `length`, or where text is too short.
     """
     draw = random.Random(seed)
     key, (code, *others) = draw_key(draw), draw_codes(draw, candidates)
@@ -101,7 +102,7 @@ def make_trial(
     codes = [ids(ANSWER, one) for one in (code, *others)]
     needle, question = ids(NEEDLE), ids(QUESTION)
     first = tokenizer("")["input_ids"][:1]
-    # What the model expects in front, if anything.
+    # The token that the model expects at the beginning, if any.
     start = first if first == [tokenizer.bos_token_id] else []
     room = length - len(start) - len(needle) - len(question) - max(map(len, codes))
     if room < 0:
@@ -121,8 +122,8 @@ def make_trial(
 def read_haystack(
     tokenizer: PreTrainedTokenizerBase, path: str, *, tokens: int, seed: int
 ) -> list[int]:
-    """Files of path end to end, in an order drawn from seed, until there are so many tokens (or no
-    more files).
+    """Join the files at path, in a random order, until there are `tokens` token ids or no more
+    files. seed chooses the order.
     """
     files = find_files(expand_path(path), extensions=[".txt", ".md", ".py"], setting="--text")
     text: list[int] = []
@@ -134,7 +135,10 @@ def read_haystack(
 
 
 def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
-    """Sharded, in the device's usual dtype. UserError where its positions do not reach so far."""
+    """Open the model in folder, sharded, in bf16 on a GPU and fp32 on a CPU.
+
+    UserError where the model has fewer positions than `longest`.
+    """
     dtype = "bfloat16" if mesh.device.type == "cuda" else "float32"
     spec = resolve_model(
         folder, world_size=mesh.loss.size(), device_type=mesh.device.type, param_dtype=dtype
@@ -156,7 +160,7 @@ def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
 def code_scores(
     model: PreTrainedModel, mesh: Mesh, trials: Sequence[Trial], *, length: int
 ) -> list[float]:
-    """The log-probability of every code of every trial after its prompt. Collective."""
+    """Return the log-probability of every code of every trial after its prompt. Collective."""
     rows = [(trial.prompt, code) for trial in trials for code in trial.codes]
     at_once = max(1, _ROW_TOKENS * mesh.sp.size() // length)
     found: list[float] = []
@@ -168,7 +172,7 @@ def code_scores(
 
 
 def pad(rows: Sequence[tuple[list[int], list[int]]], length: int) -> dict[str, torch.Tensor]:
-    """(prompt, code) of each row as a batch of `shard`; only the codes have labels."""
+    """Build a batch for `shard` from (prompt, code) of each row. Only the codes have labels."""
     shape = (len(rows), length)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.long),
@@ -207,7 +211,7 @@ def find_needles(
 
 
 def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
-    """Accuracy and log-probability beside each other, a number in every cell."""
+    """Draw accuracy and log-probability side by side, with a number in every cell."""
     lengths, depths = options.lengths, options.depths
     size = (3 + 1.7 * len(lengths), 2.2 + 0.5 * len(depths))
     with picture(path, size=size, panels=(1, 2)) as (figure, panels):
@@ -280,7 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     mesh, longest = build_mesh(sequence=dist.get_world_size()), options.lengths[-1]
     tokenizer = load_tokenizer(options.model)
     text = read_haystack(tokenizer, options.text, tokens=4 * longest, seed=options.seed)
-    for length in options.lengths:  # what cannot be is said before the model is read
+    # Errors in the lengths are reported before the model is read, which takes time.
+    for length in options.lengths:
         make_trial(tokenizer, text, length=length, depth=0, candidates=options.candidates, seed="")
     model = open_model(options.model, mesh, longest=longest)
     speaks = dist.get_rank() == 0

@@ -1,10 +1,10 @@
-"""Text that an exported model writes, with plain transformers: a look at what was trained.
+"""Generate text with an exported model and plain transformers, to see what was trained.
 
     python scripts/generate.py outputs/quickstart/export --prompt "def "
     python scripts/generate.py outputs/smollm2_chat/export --chat "Who art thou?"
     python scripts/generate.py MODEL --adapter outputs/smollm2_lora/adapter --chat "Who art thou?"
 
---chat takes the tokenizer's own chat template.
+--chat uses the chat template of the tokenizer.
 """
 
 from __future__ import annotations

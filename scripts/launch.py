@@ -1,9 +1,9 @@
-"""torchrun, except that a failed rank ends it with the rank's exit code and not with the launcher's
-own traceback.
+"""Run torchrun, but where a rank fails, exit with the exit code of that rank and without the
+launcher's own traceback.
 
-A rank has then said what is wrong; forty lines about the launcher below would hide it. Takes
-torchrun's arguments. A signal is handed on to the ranks, which finish their step and save; torchrun
-would kill them after 30 seconds.
+The rank has already printed what is wrong, and forty lines about the launcher below would hide it.
+Takes torchrun's arguments. A signal is passed on to the ranks, which finish their step and save
+before they end. torchrun would kill them after 30 seconds.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _DAY = 24 * 60 * 60
 
 
 def main(argv: list[str]) -> int:
-    # Until the ranks have ended, whose step may take long: a second Ctrl-C ends them at once.
+    # Wait for the ranks to end, since a step may take long. A second Ctrl-C ends them at once.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_DAY))
-    # Torchrun's own reports, which repeat the exit code of each rank.
+    # Silence torchrun's own reports, which only repeat the exit code of each rank.
     logging.disable(logging.ERROR)
     try:
         run(parse_args(argv))
@@ -35,11 +35,12 @@ def main(argv: list[str]) -> int:
 
 
 def _exit_code(codes: dict[int, int]) -> int:
-    """That of the first rank that told what is wrong; a negative one is the signal that ended a
-    rank.
+    """Return the exit code for the run, from those of its ranks by rank.
 
-    Where all were ended by signals, nobody has told anything: one for a reason of its own, the
-    others because of it.
+    It is the code of the first rank that exited by itself, since that rank has printed what is
+    wrong. A negative code is the signal that ended a rank. Where all ranks were ended by signals,
+    none has printed anything. Then the first rank whose signal is not the launcher's own SIGTERM is
+    reported here, and the code is 1.
     """
     if told := next((code for code in codes.values() if code > 0), None):
         return told
@@ -58,9 +59,9 @@ def _exit_code(codes: dict[int, int]) -> int:
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     if sys.stdout.isatty():
-        # A rank that was killed while it had a bar has left the cursor hidden.
+        # A rank that was killed while it showed a progress bar has left the cursor hidden.
         print("\x1b[?25h", end="")
     sys.stdout.flush()
     sys.stderr.flush()
-    # In the interpreter's own end, threads of torchrun's store may abort the launcher.
+    # While the interpreter shuts down, threads of torchrun's store may abort the launcher.
     os._exit(code)

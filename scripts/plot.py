@@ -1,12 +1,12 @@
-"""Pictures of one run or several: loss, memory, speed, and where in a document the loss falls.
+"""Draw pictures of one or several runs: loss, memory, speed, and loss by position in the document.
 
     python scripts/plot.py outputs/quickstart
     python scripts/plot.py outputs/short outputs/long --output pictures
 
 Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run
-validated, positions.png to --output, for a single run by default to its plots/. Curves that
-coincide show side by side: those of later runs are thinner, and lie on the others. Needs
-matplotlib.
+validated, positions.png. They go to --output, which for a single run is its plots/ by default.
+Curves that coincide are all visible, because those of later runs are thinner and drawn on top.
+Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from titan_ulysses.observability.pictures import COLORS, has_matplotlib, picture
 Lines = list[dict[str, Any]]
 MARKERS = "os^Dv*P"
 _SMOOTHED = 100
-"""Points from which on a curve is shown with its running mean, over a fiftieth of it."""
+"""A curve with at least this many points is shown with its running mean, over a fiftieth of them.
+"""
 
 
 def read_runs(folders: list[Path]) -> dict[str, Lines]:
-    """The lines of each run's metrics.jsonl by the run's name. UserError where there are none."""
+    """Read each run's metrics.jsonl: its lines by the run's name. UserError where one has none."""
     runs: dict[str, Lines] = {}
     for folder in folders:
         try:
@@ -38,7 +39,8 @@ def read_runs(folders: list[Path]) -> dict[str, Lines]:
                 f"{folder}/metrics.jsonl: {error.strerror}. Give the folder of a run, "
                 "<job.dump_folder>/<job.name>."
             ) from error
-        whole = text[: text.rfind("\n") + 1]  # of a run that goes on
+        # The last line may be incomplete, where the run is still going on.
+        whole = text[: text.rfind("\n") + 1]
         lines = [json.loads(line) for line in whole.splitlines()]
         if not lines:
             raise UserError(f"{folder}/metrics.jsonl is empty: the run has logged nothing yet.")
@@ -48,7 +50,7 @@ def read_runs(folders: list[Path]) -> dict[str, Lines]:
 
 
 def values(lines: Lines, key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the lines that have one."""
+    """Return (steps, values) of the lines that have a value for key."""
     found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -60,7 +62,7 @@ class Run(NamedTuple):
     lines: Lines
     color: str
     width: float
-    """of its lines, points: where runs coincide, the earlier one is a rim around the later one"""
+    """line width in points: where runs coincide, the earlier one is a rim around the later one"""
     marker: str
 
     @property
@@ -69,7 +71,7 @@ class Run(NamedTuple):
 
 
 def drawn(runs: dict[str, Lines]) -> Iterator[Run]:
-    """Each run in a colour, a width and with a marker of its own."""
+    """Give each run its own colour, line width and marker."""
     rim = min(2.2, 8 / len(runs))
     for number, (name, lines) in enumerate(runs.items()):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
@@ -77,7 +79,7 @@ def drawn(runs: dict[str, Lines]) -> Iterator[Run]:
 
 
 def curve(axes: Any, run: Run, key: str, *, label: str) -> None:
-    """Values over steps; where there are many, pale, and their running mean."""
+    """Draw the values of key over steps. Many values are drawn pale, with their running mean."""
     steps, found = values(run.lines, key)
     if len(steps) < _SMOOTHED:
         axes.plot(
@@ -97,7 +99,8 @@ def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = "optimizer step
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    if handles and not figure.legends:  # below the axes: there it covers nothing
+    if handles and not figure.legends:
+        # Below the axes, where the legend covers no curve.
         figure.legend(
             handles, labels, loc="outside lower center", ncols=min(3, len(handles)), frameon=False
         )
@@ -138,7 +141,7 @@ def draw_speed(runs: dict[str, Lines], path: Path) -> None:
 
 
 def draw_positions(runs: dict[str, Lines], path: Path) -> None:
-    """The first validation of each run dashed, the last one solid."""
+    """Draw the loss by position, of each run's first validation (dashed) and its last (solid)."""
     import numpy as np
 
     firsts = sorted(
@@ -185,7 +188,7 @@ def draw_positions(runs: dict[str, Lines], path: Path) -> None:
 
 
 def round_between(low: float, high: float) -> list[float]:
-    """A few round numbers between two perplexities, for a logarithmic axis."""
+    """Return a few round numbers between two perplexities, as ticks of a logarithmic axis."""
     for leading in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
         found = [
             digit * 10.0**power
@@ -203,7 +206,7 @@ def validations(lines: Lines) -> Lines:
 
 
 def ranges_of(line: dict[str, Any]) -> list[tuple[int, float, int]]:
-    """(first position, loss, labels) of each range."""
+    """Return (first position, mean loss, number of labels) of each range of positions."""
     return line["validation_by_position"]
 
 

@@ -1,15 +1,17 @@
-"""What each part of ALST's recipe saves, on the machine at hand: peak memory against S, its slope,
-and step time.
+"""Measure what each part of ALST's recipe saves on this machine: peak memory over S, its slope, and
+step time.
 
     python scripts/bench/ablation.py  2 CPU ranks, or all GPUs; a table, JSON and a plot
     python scripts/bench/ablation.py --what recipe --seq-lens 2048 4096 --repeats 1
 
-Three tables. `recipe`: the parts, added one by one to activation checkpointing under FSDP. `head`:
-the loss alone, on one process. `layers`: what checkpoints cost a layer, on the device and off it
-(on a CPU: on disk; on a GPU: in host memory). Every number is of fresh processes. On a CPU memory
-is what no file backs (RssAnon of /proc/self/status, sampled), with an allocator that returns what
-is freed, and times are taken with one that keeps it; on a GPU memory is what tensors take. One unit
-is h * itemsize bytes: a hidden state.
+There are three tables. `recipe`: the parts, added one by one to activation checkpointing under
+FSDP. `head`: the loss alone, in one process. `layers`: the memory that activation checkpoints take
+per layer, on the device and off it (off a CPU: on disk; off a GPU: in host memory).
+
+Every number comes from fresh processes. On a CPU, memory is the part of the resident set that no
+file backs (RssAnon of /proc/self/status, sampled), with an allocator that returns freed memory.
+Times are measured with an allocator that keeps it. On a GPU, memory is that of tensors. One unit is
+h * itemsize bytes, the size of the hidden state of one token.
 """
 
 from __future__ import annotations
@@ -42,16 +44,18 @@ RECIPE: dict[str, dict[str, Any]] = {
     "+ tiled MLP": {"mlp_tile_tokens": 0},
     "+ offloaded checkpoints": {"offload": "disk"},
 }
-"""Each with those before it; the last is all of it."""
+"""The options that each part adds to those of the parts before it. The last is the whole recipe."""
 FLAT = 0.02
-"""The most that a slope which should be 0 may be of the one that it replaces."""
+"""The slope with tiles should be 0. It may be at most this share of the slope without tiles."""
 
 
 # ---------------------------------------------------------------- the roles of child processes
 
 
 def train(args: argparse.Namespace) -> None:
-    """On every rank: two steps, the second of which has optimizer state."""
+    """Train one step per length on every rank, and print its time and memory. Memory is measured
+    with two steps, because only the second one has optimizer state.
+    """
     options = json.loads(args.options)
     if options.get("offload") == "disk":
         options["offload_folder"] = str(FOLDER)
@@ -60,7 +64,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def head(args: argparse.Namespace) -> None:
-    """On one process: the peak of a loss head's forward and backward."""
+    """Measure in one process the peak of a loss head's forward and backward."""
     import torch
 
     from titan_ulysses.memory.loss import LossHead
@@ -84,7 +88,7 @@ def head(args: argparse.Namespace) -> None:
 
 
 class Bench:
-    """Starts the child processes, and makes one number of what they print."""
+    """Starts child processes, and summarizes what they print."""
 
     def __init__(self, args: argparse.Namespace, on_gpu: bool):
         self.args, self.on_gpu = args, on_gpu
@@ -110,8 +114,9 @@ class Bench:
     def peaks(
         self, role: str, seq_lens: list[int], options: dict, *, layers: int = 4
     ) -> dict[int, list[int] | str]:
-        """Of each S: the peak bytes of a rank in each repeat, or why there are none: then nothing
-        longer is tried.
+        """Return for each S the highest peak of any rank, in bytes, in each repeat.
+
+        Where a child fails, the value is the reason instead, and no longer S is tried.
         """
         found: dict[int, list[int] | str] = {}
         for seq_len in seq_lens:
@@ -133,7 +138,7 @@ class Bench:
 
 
 def bytes_a_token(peaks: dict[int, list[int] | str]) -> float | None:
-    """The slope over S; None for less than two S."""
+    """Return the slope of the peak over S, or None where fewer than two S were measured."""
     points = [(s, peak) for s, each in peaks.items() if not isinstance(each, str) for peak in each]
     return slope(points) if len({s for s, _ in points}) > 1 else None
 
@@ -141,7 +146,7 @@ def bytes_a_token(peaks: dict[int, list[int] | str]) -> float | None:
 def show(
     name: str, peaks: dict[int, list[int] | str], seq_lens: list[int], extra: str = ""
 ) -> None:
-    """A line: the median peak of each S, and the slope."""
+    """Print a line with the median peak at each S, and the slope."""
     cells = []
     for seq_len in seq_lens:
         each = peaks.get(seq_len, "-")
@@ -161,7 +166,7 @@ def heading(what: str, seq_lens: list[int], extra: str = "") -> None:
 
 
 def recipe(bench: Bench) -> list[dict]:
-    """The parts of the recipe, added one by one."""
+    """Measure the parts of the recipe, added one by one."""
     seq_lens = bench.args.seq_lens
     options: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
@@ -183,7 +188,7 @@ def recipe(bench: Bench) -> list[dict]:
 
 
 def loss_head(bench: Bench) -> list[dict]:
-    """The loss alone, in one tile and in many."""
+    """Measure the loss alone, in one tile and in many."""
     seq_lens = bench.args.head_seq_lens
     rows: list[dict[str, Any]] = []
     heading("loss head, MiB at S =", seq_lens)
@@ -204,8 +209,9 @@ def loss_head(bench: Bench) -> list[dict]:
 
 
 def layers(bench: Bench) -> list[dict]:
-    """What checkpoints cost a token and layer: slopes over S, in which parameters and gradients do
-    not show.
+    """Measure the memory of activation checkpoints per token and layer.
+
+    Slopes over S tell it, because they do not contain parameters and gradients.
     """
     seq_lens, rows = bench.args.layers_seq_lens, []
     where = bench.offload["offload"]
@@ -232,7 +238,7 @@ def layers(bench: Bench) -> list[dict]:
 
 
 def plot(table: dict[str, list[dict]], path: Any, memory: str) -> None:
-    """A panel a table."""
+    """Draw one panel for each table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -312,7 +318,8 @@ def main() -> None:
 
     import torch
 
-    gpus = torch.cuda.device_count()  # the GPU's half of this file is untested
+    # The parts of this file that need a GPU are untested.
+    gpus = torch.cuda.device_count()
     args.ranks, args.dtype = (
         args.ranks or gpus or 2,
         args.dtype or ("bfloat16" if gpus else "float32"),

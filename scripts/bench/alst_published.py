@@ -1,5 +1,5 @@
-"""ALST's published runs of Llama-8B on H100s next to this project's plans for them. Planned:
-nothing here ran on a GPU.
+"""Compare ALST's published runs of Llama-8B on H100s with this project's plans for them. Nothing is
+run on a GPU here.
 
     python scripts/bench/alst_published.py                    everything, minutes
     python scripts/bench/alst_published.py --what runs
@@ -7,16 +7,16 @@ nothing here ran on a GPU.
     python scripts/bench/alst_published.py --what ladder
         the feature ladder on eight GPUs, itemised and drawn
 
-Published: arXiv 2506.13996, sections 5.2 and 5.3; the settings of each run: ArcticTraining,
-projects/sequence-parallelism/run-h100-*.yml. In all of them DeepSpeed keeps the optimizer, and with
-it the fp32 master weights, in host memory (`offload_optimizer`), on one GPU the bf16 weights as
-well. The same here is memory.parameter_offload: FSDP2 keeps master weights, gradients and optimizer
-state there, and the GPU what is gathered.
+The published numbers are in arXiv 2506.13996, sections 5.2 and 5.3, and the settings of each run in
+ArcticTraining, projects/sequence-parallelism/run-h100-*.yml. In all of these runs, DeepSpeed keeps
+the optimizer and with it the fp32 master weights in host memory (`offload_optimizer`), and on one
+GPU the bf16 weights as well. The equivalent here is memory.parameter_offload: FSDP2 keeps master
+weights, gradients and optimizer state in host memory, and on the GPU only what is gathered.
 
-The ladder: for each of ALST's steps our longest sequence, planned, next to theirs. The gap is what
-the plan for their length takes beyond (or leaves of) the GPU; the items are by how much each
-component is larger at their length than at our longest, which fills the GPU. They must add up to
-the gap.
+The ladder shows our longest planned sequence next to theirs, for each of ALST's steps. The gap is
+the memory of the plan for their length minus that of the GPU. The items show by how much each
+component is larger at their length than at our longest, which fills the GPU. The items must add up
+to the gap.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RUNS: list[tuple[str, dict[str, Any], float | None]] = [
     ("8 GPUs, 3.7M", {"plan.world_size": 8, "training.seq_len": 3_700_000}, 3600 + 47 * 60 + 35),
     ("32 GPUs, 15M", {"plan.world_size": 32, "training.seq_len": 15_000_000}, None),
 ]
-"""What, settings, and the published seconds of a step."""
+"""(name, settings, published seconds of a step or None) of each run."""
 BASELINE: tuple[str, dict[str, Any], float | None] = (
     "8 GPUs, 32K, baseline",
     {
@@ -52,11 +52,11 @@ BASELINE: tuple[str, dict[str, Any], float | None] = (
     },
     17,
 )
-"""Without any part of ALST; each GPU has a sequence of its own."""
+"""The run without any part of ALST, in which each GPU has a sequence of its own."""
 LADDER = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000]
-"""ALST's longest sequences, step by step as `plan/search.py` takes them."""
+"""ALST's longest sequences, for the steps of `ladder` in `plan/search.py`."""
 CLOSE = 0.05
-"""How far the items may be from the gap."""
+"""How far the sum of the items may be from the gap, as a share of the gap."""
 
 
 def plan_of(settings: dict[str, Any]) -> Any:
@@ -70,7 +70,7 @@ def plan_of(settings: dict[str, Any]) -> Any:
 
 
 def runs() -> list[dict]:
-    """Whether what ALST trained fits here, and how long a step is."""
+    """Plan each published run, and print whether it fits and how long a step takes."""
     from titan_ulysses.distributed.hardware import GIB
     from titan_ulysses.plan.report import as_json
 
@@ -103,7 +103,7 @@ def runs() -> list[dict]:
 
 
 def ladder() -> list[dict]:
-    """Step by step: ALST's length, ours, and what is between them."""
+    """Print for each step of the ladder ALST's length, ours, and the memory between them."""
     from titan_ulysses.config.load import load_config
     from titan_ulysses.distributed.hardware import GIB
     from titan_ulysses.plan import search
@@ -155,8 +155,8 @@ def ladder() -> list[dict]:
 
 
 def draw(steps: list[dict], path: Path) -> None:
-    """The longest sequence of each step of the ladder: ALST's, measured, and ours, planned; on a
-    logarithmic axis.
+    """Draw the longest sequence of each step of the ladder, ALST's (measured) and ours (planned),
+    on a logarithmic axis.
     """
     from titan_ulysses.observability.pictures import COLORS, picture
 

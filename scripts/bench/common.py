@@ -1,5 +1,5 @@
-"""What the benchmarks share: a training step, what it takes, and child processes that print that as
-a line of JSON.
+"""What the benchmarks share: a training step, measurements of its time and memory, and child
+processes that print these as a line of JSON.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
-"""glibc settings under which freed memory is returned, so that peaks of the resident set mean
-something.
+"""glibc settings under which freed memory is returned to the system, so that the peak of the
+resident set shows the memory in use.
 """
 CACHING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""glibc settings under which freed memory is kept, as a GPU's allocator does: no page faults in
-what is timed.
+"""glibc settings under which freed memory is kept, as in a GPU's allocator, so that timed code has
+no page faults.
 """
 
 
@@ -46,8 +46,8 @@ LLAMA: dict[str, Any] = {
 
 
 def sequence(index: int, seq_len: int) -> Any:
-    """The index-th training sequence, [S] token ids: random ones of the first 256, which a model
-    soon learns.
+    """Return training sequence number `index`: [S] random token ids below 256, a restriction that a
+    model soon learns.
     """
     import torch
 
@@ -57,12 +57,12 @@ def sequence(index: int, seq_len: int) -> Any:
 def training_step(
     model: dict | str, *, dtype: str = "float32", degree: int | None = None, **options: Any
 ) -> Callable[..., tuple[Any, Any]]:
-    """On every rank of a launch: a function of (S, index = 0) that trains a step on that sequence,
-    P = degree or all.
+    """Build, on every rank of a launch, a function of (S, index = 0) that trains a step on that
+    sequence and returns the loss and the gradient norm.
 
-    It returns the loss and the gradient norm. model is a table as in `[model.config]`, initialised
-    at random, or a folder with config and weights; options are those of `parallelize`. Parameters
-    are stored in fp32 and computed with in dtype.
+    model: a table as in `[model.config]`, initialised at random, or a folder with config and
+    weights. degree: P; all ranks by default. options are those of `parallelize`. Parameters are
+    stored in fp32, and the computation is in dtype.
     """
     import torch
     import torch.distributed as dist
@@ -99,7 +99,7 @@ def training_step(
 
 
 def _batch(ids: Any, mesh: Any) -> Any:
-    """This rank's slice of one sequence; data-parallel ranks have the same."""
+    """Return this rank's slice of one sequence. Data-parallel ranks have the same sequence."""
     import torch
 
     from titan_ulysses.data.loader import Batch
@@ -115,11 +115,11 @@ def _batch(ids: Any, mesh: Any) -> Any:
 
 
 def measure(step: Callable[..., tuple[Any, Any]], lengths: list[int]) -> dict[str, Any]:
-    """Train a step on a sequence of each length, in order: lists of seconds, CPU seconds, losses,
-    norms; peak bytes.
+    """Train a step on a sequence of each length, in order. Returns lists of seconds, CPU seconds,
+    losses and gradient norms, and peaks in bytes.
 
-    `peak` is the process's resident set, on a GPU what its tensors took; `anonymous` the part of it
-    that no file backs.
+    `peak` is that of the process's resident set, or of its tensors on a GPU. `anonymous` is the
+    peak of the part of it that no file backs.
     """
     import torch.distributed as dist
 
@@ -139,8 +139,10 @@ def measure(step: Callable[..., tuple[Any, Any]], lengths: list[int]) -> dict[st
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Fills the dict at its end: bytes at the `peak` and when it begins (`before`), and the
-    `anonymous` peak.
+    """Measure peak memory in this context. The yielded dict is complete when the context ends.
+
+    It holds, in bytes, the memory at the beginning (`before`), the `peak`, and the `anonymous` peak
+    (see `measure`).
     """
     import torch
 
@@ -151,12 +153,13 @@ def peak_memory() -> Iterator[dict[str, int]]:
         yield peaks
         peaks["peak"] = peaks["anonymous"] = torch.cuda.max_memory_allocated()
         return
-    # The peak so far, of loading and initialising, is forgotten.
+    # Reset the kernel's peak, which is that of loading and initialising so far.
     Path("/proc/self/clear_refs").write_text("5")
     peaks["before"] = _status("VmRSS")
     done = threading.Event()
 
-    def sample() -> None:  # the kernel keeps no peak of this one
+    # Anonymous memory is sampled, because the kernel does not record its peak.
+    def sample() -> None:
         while not done.wait(0.002):
             peaks["anonymous"] = max(peaks.get("anonymous", 0), _status("RssAnon"))
 
@@ -169,14 +172,14 @@ def peak_memory() -> Iterator[dict[str, int]]:
 
 
 def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status, in bytes."""
     with open("/proc/self/status") as lines:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def tell(found: Any) -> NoReturn:
-    """Collective: rank 0 prints the list of what all ranks found; then all end, without the
-    interpreter's own end.
+    """Print on rank 0 the list of what all ranks found, and exit without the interpreter's
+    shutdown. Collective.
     """
     import torch.distributed as dist
 
@@ -190,13 +193,14 @@ def tell(found: Any) -> NoReturn:
 
 
 def slope(points: Iterable[tuple[float, float]]) -> float:
-    """Of the line through points (x, y), by least squares."""
+    """Return the slope of the line through points (x, y), by least squares."""
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def launch(ranks: int, script: str, python: str = sys.executable) -> list[str]:
-    """The command that runs script, given as its `__file__`, on that many ranks; arguments may
-    follow.
+    """Return the command that runs script on `ranks` ranks. Arguments may be appended.
+
+    script: the `__file__` of the script.
     """
     return [
         python,
@@ -215,9 +219,10 @@ def run(
     memory: int | None = None,
     env: dict | None = None,
 ) -> Any:
-    """What a child process prints as its last line, or a string that says why there is nothing.
+    """Run a child process. Returns the JSON of its last line, or a string with the reason where it
+    failed.
 
-    threads is each process's; memory a limit in bytes of its data segment.
+    threads: of each process. memory: a limit of its data segment, in bytes.
     """
 
     def limit() -> None:
@@ -237,7 +242,7 @@ def run(
     try:
         printed, errors = child.communicate(timeout=60 * minutes)
     except subprocess.TimeoutExpired:
-        child.terminate()  # and not kill: a launcher then ends its ranks
+        child.terminate()  # not kill, so that a launcher can end its ranks
         child.communicate()
         return f"not finished after {minutes:g} minutes"
     if child.returncode == 0:

@@ -1,11 +1,11 @@
-"""Tokens a second of the data path, against what the quickstart trains on in that time.
+"""Measure the tokens per second of the data path, compared with those that the quickstart trains.
 
     python scripts/bench/data.py
 
-Tokenizing (the byte tokenizer, and a byte-level BPE of 8,192 tokens trained here) in one process
-and in workers, the loader in each packing, and how the time of one document grows with its length.
-The text is the source of Python's standard library. Two ranks then train the quickstart for a few
-steps: the data path should be 20 times as fast.
+First, two ranks train the quickstart for a few steps. The data path should be 20 times as fast.
+Measured are tokenizing (with the byte tokenizer, and with a byte-level BPE of 8,192 tokens that is
+trained here) in one process and in workers, the loader with each packing, and how the time for one
+document grows with its length. The text is the source code of Python's standard library.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGET = 20
 def timed(
     work: Callable[[], Any], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Median seconds."""
+    """Return the median seconds of `work` over `repeats` calls."""
     seconds = []
     for _ in range(repeats):
         started = clock()
@@ -39,8 +39,8 @@ def timed(
 
 
 def quickstart(steps: int) -> float:
-    """Tokens a second that two ranks of the quickstart train on, median of the steps after the
-    first few.
+    """Return the tokens per second that two ranks train in the quickstart, as the median of the
+    steps after the first few.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = {
@@ -81,7 +81,7 @@ def bpe(texts: list[str]) -> Any:
 
 
 def tokenizing(name: str, tokenizer: Any, texts: list[str], consumed: float) -> Any:
-    """Prints tokens a second, one process and all cores; returns the corpus."""
+    """Print the tokens per second of one process and of all cores. Returns the corpus."""
     from titan_ulysses.data.cache import _cores
     from titan_ulysses.data.corpus import Corpus
     from titan_ulysses.data.encoding import Encoder, encode_rows
@@ -119,13 +119,13 @@ def loading(corpus: Any, seq_len: int, repeats: int, consumed: float) -> None:
         loader = Loader(sequences, batch_size=1, sp_rank=1, sp_degree=2)
         batches = max(8, min(len(sequences), 2**20 // seq_len))
         seconds = timed(partial(read, loader, batches), repeats)
-        fill_rate = getattr(sequences, "fill_rate", 1.0)  # padding is no throughput
+        fill_rate = getattr(sequences, "fill_rate", 1.0)  # padding does not count
         what = f"loader, {name}, S {seq_len:,}, filled to {fill_rate:.1%}"
         show(what, batches * seq_len * fill_rate / seconds, consumed)
 
 
 def through(encoder: Any, content: Any) -> int:
-    """All of the data path with one document, as one sequence; returns its tokens."""
+    """Pass one document through the whole data path, as one sequence. Returns its tokens."""
     from titan_ulysses.data.corpus import Corpus
     from titan_ulysses.data.loader import Loader
     from titan_ulysses.data.packing import PackedSequences
@@ -138,7 +138,9 @@ def through(encoder: Any, content: Any) -> int:
 
 
 def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
-    """One document of 1/8, 1/4, 1/2 and 1 million tokens: text, and a chat of 16 turns of it."""
+    """Measure one document of 1/8, 1/4, 1/2 and 1 million tokens, as text and as a chat of 16
+    turns.
+    """
     from titan_ulysses.data.encoding import Encoder
     from titan_ulysses.data.sources import Chat, Row
 
@@ -159,7 +161,7 @@ def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
         for kind, content in {"text": piece, "chat": Chat(turns, None)}.items():
             work = partial(through, encoder, content)
             tokens = work()
-            # Of this process: others do not count.
+            # CPU time of this process, so that other processes do not matter.
             seconds = timed(work, repeats, time.process_time)
             each = 1e6 * seconds / tokens
             print(

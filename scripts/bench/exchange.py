@@ -1,15 +1,16 @@
-"""The exchange against what it replaces, forward and backward: time, bytes on the wire, buffers.
+"""Compare the exchange with what it replaces, forward and backward: time, and bytes of the buffers
+that are sent and received.
 
     python scripts/bench/exchange.py  2 and 4 gloo ranks, S 4K to 64K; then the counts
     python scripts/bench/exchange.py --ranks 2 --seq-lens 8192
 
 Each contender moves q, k and v of one layer (h 1,024: 16 query heads of size 64, 4 KV heads, fp32)
-to the heads and its output back to the sequence, and all four gradients the other way. They take
-turns; a ratio is the median of those of each turn, so that what else the machine does reaches all
-alike.
+from sequence shards to head shards and the output back, and all four gradients the other way. The
+contenders take turns, and a ratio is the median of the ratios within each turn, so that other work
+on the machine affects all of them alike.
 
-Counted are the all-to-alls that really happen, on gloo ranks and, up to 1,024 ranks, under fake
-tensors.
+The counts are of the all-to-alls that the real code calls, on gloo ranks, and for up to 1,024 ranks
+on fake tensors.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS = 64, 16, 4
 TARGETS = {"redistribute": 5.0, "four all-to-alls": 1.1, "four, KV heads repeated": 1.3}
 
 
-# ---------------------------------------------------------------- the contenders: local q, k, v, o
-# -> local results
+# ---------------------------------------------------------------- the contenders
+# Each takes local q, k, v and o, and returns local results.
 
 
 def exchange(mesh, q, k, v, o):
@@ -58,7 +59,9 @@ def redistribute(mesh, q, k, v, o):
 
 
 def four_all_to_alls(mesh, q, k, v, o):
-    """As most implementations do it: an all-to-all a tensor, contiguous before and after."""
+    """Exchange as most implementations do: one all-to-all per tensor, with contiguous tensors
+    before and after it.
+    """
     import torch.distributed._functional_collectives as funcol
 
     degree, group = mesh.size(), mesh.get_group()
@@ -95,7 +98,7 @@ CONTENDERS: dict[str, Callable] = {
 
 
 def step(contender: Callable, mesh, inputs: list) -> list:
-    """Forward and backward; the results and the gradients."""
+    """Run forward and backward. Returns the results and the gradients."""
     import torch
 
     results = contender(mesh, *inputs)
@@ -106,8 +109,8 @@ def step(contender: Callable, mesh, inputs: list) -> list:
 
 
 def make_inputs(heads: tuple[int, int], plan, rank: int, seq_len: int, rows: int = 1) -> list:
-    """Local q, k, v [B, T, H, D] and o [B, S, h, D]; o is what attention would give for these
-    queries.
+    """Make local q, k, v [B, T, H, D] and o [B, S, h, D], where o has the shape of attention's
+    output for these queries.
     """
     import torch
 
@@ -129,8 +132,8 @@ def make_inputs(heads: tuple[int, int], plan, rank: int, seq_len: int, rows: int
 
 @contextmanager
 def counted() -> Iterator[list[tuple[int, int]]]:
-    """Bytes sent and received by each all-to-all, in order; what stays on the rank is counted with
-    them.
+    """Yield a list of the bytes sent and received by each all-to-all in this context, in order. The
+    part that stays on the rank is included.
     """
     from torch.distributed.tensor import DTensor
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,7 +142,8 @@ def counted() -> Iterator[list[tuple[int, int]]]:
 
     class Count(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if DTensor in types:  # it goes first: the operators that it is made of come back here
+            # DTensor runs first. The operators that it calls arrive here again.
+            if DTensor in types:
                 return NotImplemented
             result = func(*args, **(kwargs or {}))
             if func.overloadpacket.__name__ == "all_to_all_single":
@@ -151,8 +155,8 @@ def counted() -> Iterator[list[tuple[int, int]]]:
 
 
 def closed_form(plan, rank: int, tokens: int, itemsize: int) -> list[tuple[int, int]]:
-    """What `counted` finds in one step: q, k, v and o, then in backward the gradients of o and of
-    q, k, v.
+    """Return the counts that `counted` must find in one step: of q, k, v together and of o, then in
+    backward of the gradient of o and of those of q, k, v together.
     """
     queries = [len(heads) for heads in plan.query]
     all_heads = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
@@ -169,8 +173,8 @@ def closed_form(plan, rank: int, tokens: int, itemsize: int) -> list[tuple[int, 
 
 
 def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
-    """On one of several gloo ranks. Rank 0 prints, for each S: seconds a contender and turn, and
-    counts a rank.
+    """Measure on one of several gloo ranks. Rank 0 prints, for each S, the seconds of each
+    contender in each turn, and its own counts.
     """
     import torch
     import torch.distributed as dist
@@ -178,7 +182,7 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
 
     from titan_ulysses.ulysses.heads import plan_heads
 
-    # DTensor says that on a CPU it gathers: that is what is measured.
+    # DTensor warns that it gathers on a CPU. This is part of what is measured.
     warnings.filterwarnings("ignore")
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -186,6 +190,7 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
     found = []
     for seq_len in seq_lens:
         inputs = make_inputs((NUM_HEADS, NUM_KV_HEADS), plan, rank, seq_len, rows)
+        # All contenders must compute the same, and the counts must be those of the formula.
         reference = step(redistribute, mesh, inputs)
         for name in ("exchange", "four all-to-alls"):
             for x, expected in zip(step(CONTENDERS[name], mesh, inputs), reference, strict=True):
@@ -209,8 +214,8 @@ def measure(seq_lens: list[int], rows: int, repeats: int) -> None:
 
 
 def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
-    """Without ranks: the counts of the rank with the most heads, for each P, from the real code
-    under fake tensors.
+    """Print for each P the counts of the rank with the most heads, from the real code on fake
+    tensors in a fake process group.
     """
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode

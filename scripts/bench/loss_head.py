@@ -1,13 +1,14 @@
-"""The loss head by itself: ours, torch's F.linear_cross_entropy in its chunks, and the two plain
-functions.
+"""Compare loss heads: ours, torch's chunked F.linear_cross_entropy, and F.linear followed by
+F.cross_entropy.
 
     python scripts/bench/loss_head.py  T = 4,096, h 256, vocabulary 32,000; fp32 and bf16
     python scripts/bench/loss_head.py --tokens 16384 --rounds 3
 
-Forward and backward of hidden states [T, h] and weight [V, h], each contender in a process of its
-own, in turns: the median of its runs' seconds and CPU seconds, the resident memory that it adds at
-its peak, and how far its gradient of the weight is from one in fp64, relative (norm of the
-difference by norm). What is slower, or holds more, or is further off, is not what we use.
+Each contender runs forward and backward of hidden states [T, h] and weight [V, h], in a separate
+process; the contenders take turns. Printed are medians over the runs: seconds, CPU seconds, the
+resident memory that is added at the peak, and the relative error of the weight's gradient against
+one in fp64 (norm of the difference by norm). The library should not use a contender that is slower,
+takes more memory, or is less exact than another.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CONTENDERS = {
 
 
 def loss_of(contender: str, hidden: Any, weight: Any, labels: Any) -> Any:
-    """Mean cross-entropy of hidden [T, h] and labels [T]."""
+    """Return the mean cross-entropy of hidden [T, h] and labels [T]."""
     import torch
     import torch.nn.functional as F
 
@@ -49,7 +50,7 @@ def loss_of(contender: str, hidden: Any, weight: Any, labels: Any) -> Any:
 
 
 def contend(args: argparse.Namespace) -> None:
-    """In a child process: print what the contender took."""
+    """Measure one contender in a child process, and print the result."""
     import torch
 
     torch.manual_seed(0)
@@ -70,7 +71,8 @@ def contend(args: argparse.Namespace) -> None:
         started, cpu = time.perf_counter(), time.process_time()
         gradient(args.tokens)
         found = {"seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu}
-    few = min(args.tokens, 2048)  # in fp64 the logits take 16 bytes each
+    # The gradient's error. Few tokens, because in fp64 the logits take 16 bytes each.
+    few = min(args.tokens, 2048)
     exact_weight = torch.nn.Parameter(weight.detach().double())
     loss_of("ours", hidden[:few].detach().double(), exact_weight, labels[:few]).backward()
     error = (gradient(few).double() - exact_weight.grad).norm() / exact_weight.grad.norm()

@@ -1,13 +1,13 @@
-"""The planner against real ranks: peak of live tensor bytes, resident memory, bytes and counts of
-collectives.
+"""Compare the planner with real ranks: peak of live tensor bytes, resident memory, bytes and counts
+of collectives.
 
     python scripts/bench/plan_accuracy.py                 all configurations
     python scripts/bench/plan_accuracy.py --only tied     those whose name contains "tied"
-    python scripts/bench/plan_accuracy.py --small         three tiny ones, as the tests do
+    python scripts/bench/plan_accuracy.py --small         only the small ones
 
-The truth is what the allocator tells torch's profiler in the real run, on gloo ranks: it knows
-nothing of the planner. Where more than 2 GiB are alive, the resident set is compared too, under an
-allocator that gives memory back.
+The reference is what the allocator reports to torch's profiler in a real run on gloo ranks, which
+does not depend on the planner. Where more than 2 GiB are alive, the resident set is compared too,
+under an allocator that returns freed memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LLAMA = {
     "max_position_embeddings": 2**22,
     "tie_word_embeddings": False,
 }
-# Values have heads of another size than queries and keys.
+# Latent attention: values have another head size than queries and keys.
 LATENT = {
     "model_type": "youtu",
     "intermediate_size": 64,
@@ -59,15 +59,15 @@ class Case:
     model: dict[str, Any]
     settings: dict[str, Any]
     documents: list[int] | None = None
-    """lengths of the documents of a row; None: one"""
+    """lengths of the documents of a row; None: one document per row"""
     resident: bool = False
-    """more than 2 GiB are alive: the resident set is looked at"""
+    """whether the resident set is compared too, because more than 2 GiB are alive"""
 
 
 def case(
     name: str, ranks: int = 1, *, documents=None, resident=False, model=None, **settings
 ) -> Case:
-    """settings: section__key = value."""
+    """Build a case. settings: section__key = value."""
     table: dict[str, Any] = {}
     for key, value in settings.items():
         section, _, name_of_it = key.partition("__")
@@ -233,7 +233,7 @@ CASES = [
         parallelism__sequence_parallel_degree=2,
         memory__mlp_tile_tokens=700,
     ),
-    # Rows of few tokens, so that memory grows faster than the time that attention takes.
+    # Short rows, so that memory becomes large while attention takes little time.
     case(
         "resident, tiles",
         1,
@@ -297,7 +297,7 @@ def documents_of(case: Case, config: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def planned(case: Case) -> dict:
-    """What the planner says of rank 0."""
+    """Return what the planner says about rank 0."""
     from titan_ulysses.plan.simulate import simulate
 
     spec = spec_of(case)
@@ -316,8 +316,8 @@ def planned(case: Case) -> dict:
 
 
 def train(case: Case, *, steps: int, before: Any = None) -> Any:
-    """Train on this rank, with random tokens; before(step) is called before each step. Returns the
-    collectives.
+    """Train on this rank with random tokens, and call before(step) before each step. Returns the
+    collectives of the last step.
     """
     import torch
 
@@ -355,7 +355,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
 
 
 def profiled(case: Case) -> dict | None:
-    """On every rank: what the allocator says of a run of two steps. Rank 0's is returned."""
+    """Measure on every rank a run of two steps with the profiler. Returns the result on rank 0."""
     import torch.distributed as dist
 
     from titan_ulysses.distributed.mesh import init_distributed
@@ -366,17 +366,19 @@ def profiled(case: Case) -> dict | None:
 
 
 def measure(case: Case) -> dict:
-    """The highest sum of the allocator's events from the first step on, and the collectives of the
-    second step.
+    """Return the highest sum of the allocator's events from the first step on, and the collectives
+    of the second step.
     """
     import torch
 
     def mark(step: int) -> None:
-        gc.collect()  # what the proof of a family left
+        # Release what the verification of a model family may have left.
+        gc.collect()
         with torch.profiler.record_function(f"step {step} begins"):
             pass
 
-    gc.collect()  # what an earlier case left would be released, and so subtracted, in this one
+    # Memory of an earlier case would be released, and so subtracted, in this one.
+    gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
@@ -397,12 +399,13 @@ def measure(case: Case) -> dict:
 
 
 def patience_with_gloo() -> Any:
-    """A mode under which it is this thread that releases what gloo's threads have sent or received.
+    """Return a dispatch mode under which this thread, not one of gloo's, releases the tensors that
+    collectives have sent or received.
 
-    The profiler hears only of what is released by a thread that it profiles, and gloo's may be the
-    last to let go. So the memory of a collective's tensors is held here too, until nobody else
-    does, which is looked at before each operation; and gloo is given a moment after each
-    collective.
+    The profiler sees only releases by threads that it profiles, and one of gloo's threads may hold
+    the last reference to a tensor. So this mode holds the storages of a collective's tensors too,
+    until nobody else does, which it checks before each operation. After each collective it waits a
+    moment for gloo.
     """
     import torch
     from torch.distributed.tensor import DTensor
@@ -437,8 +440,8 @@ def patience_with_gloo() -> Any:
 
 
 def resident(case: Case) -> dict | None:
-    """On every rank: how far the resident set rises above what the process takes before; rank 0
-    prints its own.
+    """Measure on every rank how far the resident set rises above that of the process before it.
+    Returns the result on rank 0.
     """
     import torch.distributed as dist
 
@@ -454,10 +457,10 @@ def resident(case: Case) -> dict | None:
     }
     small = {"seq_len": 64 * case.ranks, "param_dtype": case.settings["training"]["param_dtype"]}
     parallelism = {"parallelism": case.settings.get("parallelism", {})}
-    # Loads what torch loads at first use.
+    # A tiny run first: torch loads some of its parts at their first use.
     train(Case("", case.ranks, case.model | tiny, {"training": small} | parallelism), steps=1)
     before = memory_of_this_process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     train(case, steps=2)
     peak = memory_of_this_process("VmHWM")
     return {"peak": peak - before} if dist.get_rank() == 0 else None
@@ -472,7 +475,7 @@ def memory_of_this_process(field_name: str) -> int:
 
 
 def compare(case: Case, minutes: float) -> dict:
-    """Run one case three ways and print what they say; returns the relative errors."""
+    """Plan and run one case and print the comparison. Returns the relative errors."""
     arguments, threads = ["--case", case.name, "--role"], 2 // min(2, case.ranks)
     plan = run([sys.executable, __file__, *arguments, "planned"], threads=1, minutes=minutes)
     truth = run(

@@ -1,11 +1,12 @@
-"""Step time and peak memory: two sequence-parallel ranks against one plain transformers process.
+"""Compare the step time and peak memory of two sequence-parallel ranks with those of one plain
+transformers process.
 
-    python scripts/bench/step.py  2 ranks at S = 16,384; plain at the longest S that it can do
+    python scripts/bench/step.py  2 ranks at S = 16,384; plain up to the longest S that it can do
     python scripts/bench/step.py --seq-len 8192
 
-The plain process doubles S until it runs out of memory or of patience (--minutes a try). Every
-process gets an allocator that returns freed memory, so that peaks (resident set, of each process by
-itself) mean something.
+For the plain process, S doubles until it runs out of memory or time (--minutes for each S). Every
+process has an allocator that returns freed memory, so that the peak of its resident set shows the
+memory in use.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from common import ALLOCATOR, LLAMA, launch, run, training_step
 
 
 def measure(step, repeats: int) -> dict:
-    """One step to warm up, then `repeats` of them: median seconds, and the process's peak against
-    before any step.
+    """Run one step to warm up, then `repeats` timed steps. Returns the median seconds, and the peak
+    of the process before the first step and at the end.
     """
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     step()
@@ -37,7 +38,7 @@ def measure(step, repeats: int) -> dict:
 
 
 def sharded(seq_len: int, repeats: int) -> None:
-    """One of torchrun's ranks; rank 0 prints what all of them measured."""
+    """Measure on one of torchrun's ranks. Rank 0 prints the results of all ranks."""
     import torch.distributed as dist
 
     step = training_step(LLAMA)
@@ -49,7 +50,9 @@ def sharded(seq_len: int, repeats: int) -> None:
 
 
 def plain(seq_len: int, repeats: int) -> None:
-    """Unmodified transformers: sdpa, its own loss, fused AdamW, no activation checkpointing."""
+    """Measure unmodified transformers, with sdpa, its own loss, fused AdamW and no activation
+    checkpointing.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -114,6 +117,7 @@ def main() -> None:
 
     show_ours(args.seq_len)
 
+    # The longest S of the plain process, within the memory of this machine.
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     seq_len, longest = args.seq_len // 4, 0
     while True:

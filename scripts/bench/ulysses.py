@@ -1,13 +1,13 @@
-"""What sharding a sequence costs: one training step on one process against the same step on two,
-one thread each.
+"""Measure what sharding a sequence costs: one training step on one process and the same step on two
+processes, with one thread each.
 
     python scripts/bench/ulysses.py                        S = 16,384, a small llama
     python scripts/bench/ulysses.py --seq-len 4096 --rounds 1
 
-One process and two take turns, so that what else the machine does reaches both; the ratio is the
-median of the turns'. The exchange's share is the time between calling an exchange and having its
-result, so it holds the packing and the wait for the other rank, too. CPU seconds are rank 0's own:
-where other work takes the cores, their ratio is what to look at.
+One process and two take turns, so that other work on the machine affects both, and the ratio is the
+median of the turns' ratios. The exchange's share is the time between the call of an exchange and
+its result, so it includes packing and the wait for the other rank. CPU seconds are those of rank 0.
+Look at their ratio where other work uses the cores.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ TARGET = 0.6
 
 
 def measure(seq_len: int, repeats: int) -> None:
-    """On each of one or several ranks. Rank 0 prints each step's seconds, of these the exchange's,
-    and CPU seconds.
+    """Measure on each of one or several ranks. Rank 0 prints, for each step, its seconds, those of
+    them in exchanges, and its CPU seconds.
     """
     import torch.distributed as dist
 
@@ -52,12 +52,13 @@ def measure(seq_len: int, repeats: int) -> None:
 
         return call
 
-    # Both directions of both passes go through these two; their all-to-all is waited for in them.
+    # Exchanges in both directions of both passes go through these two functions, which wait for
+    # the all-to-all.
     exchange._scatter_heads, exchange._gather_heads = map(
         timed, (exchange._scatter_heads, exchange._gather_heads)
     )
     step, found = training_step(MODEL), []
-    step(seq_len // 8)  # warms up, and is over soon
+    step(seq_len // 8)  # a short step to warm up
     for _ in range(repeats):
         inside = 0.0
         dist.barrier()

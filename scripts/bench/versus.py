@@ -1,18 +1,20 @@
-"""Our step against DeepSpeed's ALST and against transformers on FSDP2: the same weights, sequences
-and steps.
+"""Compare our training step with DeepSpeed's ALST and with transformers on FSDP2, for the same
+weights, sequences and steps.
 
     python scripts/bench/versus.py  losses must agree; then time and the slope of memory
     python scripts/bench/versus.py --what memory --contenders ours alst --dtypes float32
     python scripts/bench/versus.py --breakdown
-        which tensors are alive at our peak, and who made them
+        which tensors are alive at our peak, and what made them
     python scripts/bench/versus.py --profile            where our step's time goes
 
-DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number is of
-fresh gloo processes of one thread each. Time: the contenders take turns, a ratio is the median of
-the turns' (where other work takes the cores, look at that of CPU seconds). Memory: the slope, by
-least squares over S, of the resident peak in units of h * itemsize bytes a token of a rank: how
-many hidden states a token costs. ALST's ranks and ours hold S / P tokens, FSDP2's, without sequence
-parallelism, S. All is written as JSON, too.
+DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number comes
+from fresh gloo processes with one thread each.
+
+Time: the contenders take turns, and a ratio is the median of the ratios within each turn. Look at
+the ratio of CPU seconds where other work uses the cores. Memory: the slope of the resident peak
+over S, by least squares, in units of h * itemsize bytes per token of a rank, which is how many
+hidden states a token costs. Ranks of ALST and ours hold S / P tokens; those of FSDP2, without
+sequence parallelism, hold S. All results are also written as JSON.
 """
 
 from __future__ import annotations
@@ -28,31 +30,33 @@ from common import ALLOCATOR, CACHING, LLAMA, ROOT, launch, measure, run, slope,
 
 FOLDER = ROOT / "outputs" / "bench" / "versus"
 SMALL: dict[str, Any] = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
-"""Of which memory is measured: the fewer parameters, the clearer what a token costs."""
+"""The model for memory: with fewer parameters, the cost of a token is clearer."""
 MODELS: dict[str, dict[str, Any]] = {"agreement": LLAMA, "time": LLAMA, "memory": SMALL}
 LOSS_TILE_BYTES = {"agreement": 64 * 2**20, "time": 64 * 2**20, "memory": 4 * 2**20}
-"""Of fp32 logits, in ours and in ALST alike; but see --alst-loss-tile-mib."""
+"""Bytes of fp32 logits in a loss tile, the same for ours and for ALST, except where
+--alst-loss-tile-mib applies.
+"""
 CONTENDERS = {
     "ours": "ours",
     "alst": "DeepSpeed ALST",
     "alst-reentrant": "ALST, reentrant",
     "fsdp2": "transformers + FSDP2",
 }
-"""ALST was published on reentrant checkpoints, transformers' default then; the other kind, today's,
-costs it less.
+"""The contenders and their names. ALST was published with reentrant activation checkpoints, which
+were the default of transformers then. Today's default, the non-reentrant ones, costs ALST less.
 """
 TARGET = 0.75
 TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
-"""Of losses and of gradient norms, relative: at the first step; ten times that at the last."""
+"""Relative tolerances of (loss, gradient norm) at the first step; ten times as much at the last."""
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-"""Our defaults."""
+"""The defaults of this library, for the other contenders."""
 
 
 # ---------------------------------------------------------------- the roles of child processes
 
 
 def contend(args: argparse.Namespace) -> None:
-    """On every rank: train the steps and print what they took."""
+    """Train the steps of one contender on every rank, and print their time, memory and losses."""
     if args.contender == "ours":
         step = training_step(args.folder, dtype=args.dtype, loss_tile_tokens=args.loss_tile_tokens)
     elif args.contender.startswith("alst"):
@@ -67,8 +71,8 @@ def contend(args: argparse.Namespace) -> None:
 
 
 def save_weights(folder: Path, config: dict) -> None:
-    """A model's random weights, in fp32 but exact in bf16: DeepSpeed rounds them before it makes
-    its master copy.
+    """Save a model's random weights, in fp32 but with values that are exact in bf16, because
+    DeepSpeed rounds the weights before it makes its master copy.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -85,7 +89,7 @@ def save_weights(folder: Path, config: dict) -> None:
 
 
 class Match:
-    """Starts contenders with what they share."""
+    """Starts the contenders with the same settings, and compares what they print."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -98,7 +102,9 @@ class Match:
     def child(
         self, contender: str, what: str, dtype: str, lengths: list[int], role: str = "contend"
     ) -> Any:
-        """What its ranks found, or a string that says why there is nothing."""
+        """Run one contender. Returns what its ranks found, or a string with the reason where it
+        failed.
+        """
         config, folder = MODELS[what], FOLDER / what
         if not (folder / "config.json").is_file():
             save_weights(folder, config)
@@ -120,7 +126,9 @@ class Match:
         return run(command, threads=1, minutes=self.args.minutes, env={**allocator, **variables})
 
     def agreement(self) -> list[dict]:
-        """Losses and norms of some steps at a small S; ends the program where they do not agree."""
+        """Compare losses and gradient norms of a few steps at a small S. Ends the program where
+        they do not agree.
+        """
         lengths, rows = [self.args.agreement_seq_len] * 4, []
         for dtype in self.args.dtypes:
             reference = None
@@ -151,7 +159,7 @@ class Match:
         return rows
 
     def time(self) -> list[dict]:
-        """Seconds of a step, in turns, and the ratio of ours to the others'."""
+        """Measure the seconds of a step, in turns, and the ratio of ours to those of the others."""
         rows = []
         for dtype in self.args.dtypes:
             for seq_len in self.args.seq_lens:
@@ -161,13 +169,16 @@ class Match:
         return rows
 
     def _turn(self, dtype: str, seq_len: int) -> dict[str, dict[str, float] | str]:
-        """Seconds a sequence, on the clock and of rank 0's CPU, of each contender; or why not."""
+        """Return the seconds per sequence of each contender, on the clock and of rank 0's CPU, or a
+        string with the reason where there are none.
+        """
         turn: dict[str, dict[str, float] | str] = {}
         for contender in self.args.contenders:
             if contender == "fsdp2" and seq_len > self.args.longest_fsdp2:
                 turn[contender] = "not tried (--longest-fsdp2)"
                 continue
-            # Short steps warm up; the second traces what DeepSpeed prefetches from then on.
+            # Two short steps to warm up. In the second one DeepSpeed traces what it prefetches from
+            # then on.
             found = self.child(
                 contender, "time", dtype, [seq_len // 8] * 2 + [seq_len] * self.args.steps
             )
@@ -212,7 +223,7 @@ class Match:
         return row
 
     def memory(self) -> list[dict]:
-        """Slopes of the peak over S, of all repeats together and of each."""
+        """Measure the slope of the peak over S, for all repeats together and for each."""
         rows = []
         for dtype in self.args.dtypes:
             ours = None
@@ -314,7 +325,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--loss-tile-tokens", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--lengths", type=int, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    # Ours first: the others are its ratios.
+    # Ours is first, because the others are compared with it.
     args.contenders = [name for name in CONTENDERS if name in args.contenders]
     return args
 

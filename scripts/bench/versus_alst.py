@@ -1,9 +1,8 @@
-"""DeepSpeed's ALST as a contender of versus.py: an environment of its own, and its training step.
+"""DeepSpeed's ALST as a contender of versus.py: its own environment, and its training step.
 
-The step puts ALST's parts (deepspeed.runtime.sequence_parallel.ulysses_sp) together as their
-docstrings say: ZeRO-3 with its default settings, UlyssesSPAttentionHF over sdpa, TiledMLP with
-ceil(T / h) tiles, TiledFusedLogitsLoss, and transformers' own activation checkpointing, of either
-kind.
+The step combines ALST's parts (deepspeed.runtime.sequence_parallel.ulysses_sp) as their docstrings
+say: ZeRO-3 with its default settings, UlyssesSPAttentionHF over sdpa, TiledMLP with ceil(T / h)
+tiles, TiledFusedLogitsLoss, and the activation checkpointing of transformers, reentrant or not.
 """
 
 from __future__ import annotations
@@ -20,23 +19,24 @@ from typing import Any
 from common import ROOT, sequence
 
 PINS = ("torch==2.13.0", "transformers==5.24.0", "deepspeed==0.19.8")
-"""Versions that work together, in the order of installation: DeepSpeed's own installation asks for
-torch.
+"""Versions that work together, in the order of installation: DeepSpeed's installation needs torch.
 """
 FOLDER = ROOT / ".venv-deepspeed"
 
 
 def environment() -> tuple[str, dict[str, str]]:
-    """Its interpreter, made the first time (a few minutes; pip's own settings hold), and its
-    environment variables.
+    """Return the interpreter of DeepSpeed's environment and its environment variables.
+
+    The first call makes the environment, which takes a few minutes. pip's own settings apply.
     """
     python, stamp = FOLDER / "bin" / "python", FOLDER / "installed"
     variables = {
         "DS_ACCELERATOR": "cpu",
-        # Nothing is compiled but what a run asks for: where a compiler is, its all-reduce.
+        # Compile only what a run needs: DeepSpeed's all-reduce, where there is a compiler.
         "DS_BUILD_OPS": "0",
         "TORCH_EXTENSIONS_DIR": str(FOLDER / "extensions"),
-        "PATH": f"{FOLDER / 'bin'}{os.pathsep}{os.environ['PATH']}",  # ninja
+        # To find ninja.
+        "PATH": f"{FOLDER / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONWARNINGS": "ignore",
     }
     if not stamp.is_file() or stamp.read_text().split() != list(PINS):
@@ -75,8 +75,8 @@ def _call(command: list[str], variables: dict[str, str]) -> None:
 
 
 class _Samples:
-    """What the data loader of one rank gives: every P-th sequence, since the adapter takes one of
-    each rank in turn.
+    """The data of one rank: every P-th sequence, because the adapter takes a sequence from each
+    rank in turn.
     """
 
     def __init__(self, lengths: list[int], rank: int, degree: int):
@@ -86,7 +86,8 @@ class _Samples:
         import torch
 
         index = self.rank
-        while True:  # beyond the last sequence: what the adapter asks for to have one of each rank
+        # Endless, because the adapter asks every rank for a sequence, also beyond the last one.
+        while True:
             ids = sequence(index, self.lengths[min(index, len(self.lengths) - 1)])[None]
             yield {
                 "input_ids": ids,
@@ -97,8 +98,8 @@ class _Samples:
 
 
 def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
-    """On every rank, in that environment: a function that trains a step on the next sequence: loss,
-    gradient norm.
+    """Build, on every rank in DeepSpeed's environment, a function that trains a step on the next
+    sequence and returns the loss and the gradient norm.
     """
     import deepspeed
     import deepspeed.comm as dist
@@ -159,8 +160,8 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
 
 
 def tile(model: Any, degree: int, loss_tile_tokens: int) -> None:
-    """TiledMLP, and a forward of the model that ends in TiledFusedLogitsLoss: it returns P times
-    this rank's part.
+    """Give the model TiledMLP, and a forward that ends in TiledFusedLogitsLoss and returns P times
+    this rank's part of the loss.
     """
     import torch.nn.functional as F
     from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss, TiledMLP
@@ -180,9 +181,9 @@ def tile(model: Any, degree: int, loss_tile_tokens: int) -> None:
 
     def forward(model, input_ids, position_ids, shift_labels, num_items):
         def loss_of_rows(model, x, labels):
-            # The whole scale is in here: the gradient of lm_head is complete when this returns, and
-            # a factor that the loss got later would not reach it. ZeRO-3 averages over the ranks,
-            # hence P.
+            # The loss is scaled here, because the gradient of lm_head is computed together with it:
+            # a factor that is applied later would not reach that gradient. The factor P is there
+            # because ZeRO-3 averages gradients over the ranks.
             total = F.cross_entropy(model.lm_head(x).float(), labels, reduction="sum")
             return total * degree / num_items
 

@@ -1,8 +1,8 @@
-"""transformers on FSDP2 as a contender of versus.py: no sequence parallelism, torch's own
-checkpoint offload.
+"""transformers on FSDP2 as a contender of versus.py: without sequence parallelism, and with torch's
+offload of activation checkpoints.
 
-transformers' own (`activation_checkpointing_enable(offload=True)`) asks for page-locked memory,
-which needs a GPU; torch's does the same and runs everywhere.
+The offload of transformers (`activation_checkpointing_enable(offload=True)`) uses page-locked
+memory, which needs a GPU. torch's offload does the same and runs everywhere.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from common import sequence
 
 
 def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
-    """On every rank: a function of (S, index) that trains a step on that sequence: loss, gradient
-    norm.
+    """Build, on every rank, a function of (S, index) that trains a step on that sequence and
+    returns the loss and the gradient norm.
 
-    Data-parallel ranks would each take a sequence of their own. Here they all take the same one, so
-    that the average of their gradients is that of one sequence, and losses can be compared; a step
-    does the work of P sequences.
+    Data-parallel ranks usually have different sequences. Here all ranks have the same one, so that
+    the average of their gradients is the gradient of one sequence, and losses can be compared. A
+    step still does the work of P sequences.
     """
     import torch
     import torch.distributed as dist

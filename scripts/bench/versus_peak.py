@@ -1,5 +1,5 @@
-"""What versus.py shows of our own step: the tensors alive at its peak, and the operators that its
-time goes to.
+"""What versus.py shows of our own step: the tensors that are alive at its peak, and the operators
+that take its time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from common import LLAMA, tell, training_step
 
 _SHOWN = 0.02
-"""Units a token; what costs less is added up."""
+"""Units per token. Entries that cost less are added up in one line."""
 
 
 def main(args: argparse.Namespace, match: type) -> None:
@@ -38,7 +38,7 @@ def main(args: argparse.Namespace, match: type) -> None:
 
 
 def profile(args: argparse.Namespace) -> str:
-    """torch.profiler's table of the second step."""
+    """Return torch.profiler's table of the second step."""
     import torch
 
     step = training_step(args.folder, dtype=args.dtype, loss_tile_tokens=args.loss_tile_tokens)
@@ -51,8 +51,8 @@ def profile(args: argparse.Namespace) -> str:
 
 
 def breakdown(args: argparse.Namespace) -> dict[str, int]:
-    """Bytes at the peak of the second step, by who made them, of the tensors that were made in that
-    step.
+    """Return the bytes that are alive at the peak of the second step, by what made them. Only
+    tensors that were made in that step count.
     """
     import torch
     from torch.distributed.tensor import DTensor
@@ -61,15 +61,16 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
     from torch.utils._pytree import tree_leaves
 
     class Living(TorchDispatchMode):
-        """Sees every operator; polls, after each, which of the storages that they made are still
-        there.
+        """A dispatch mode that checks after each operator which of the storages made so far are
+        still alive.
         """
 
         alive: dict[int, tuple[StorageWeakRef, int, str]] = {}
         highest, at_peak = 0, Counter()
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if DTensor in types:  # it goes first: the operators that it is made of come back here
+            # DTensor runs first. The operators that it calls arrive here again.
+            if DTensor in types:
                 return NotImplemented
             kwargs = kwargs or {}
             taken = {
@@ -79,6 +80,7 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
             }
             result = func(*args, **kwargs)
             self.alive = {key: one for key, one in self.alive.items() if not one[0].expired()}
+            # A storage is new if no argument has it and it is not known yet.
             for x in tree_leaves(result):
                 if isinstance(x, torch.Tensor):
                     storage = x.untyped_storage()
@@ -103,8 +105,8 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _maker(operator: Any) -> str:
-    """The pass, the line of the model's or of our code, and the operator that makes a tensor
-    now.
+    """Describe what is making a tensor now: the pass, the line of code in the model or in this
+    library, and the operator.
     """
     import torch
 
@@ -128,8 +130,8 @@ def _maker(operator: Any) -> str:
 
 
 def show_breakdown(start: Any, dtype: str, seq_lens: list[int]) -> None:
-    """Who holds how much at the peak, and how much of that a token costs: the difference between
-    two S.
+    """Print the memory at the peak by what made it, and how much of it a token costs, from the
+    difference between two S.
     """
     if len(seq_lens) < 2:
         raise SystemExit("error: --breakdown compares two sequence lengths: --seq-lens 8192 16384")

@@ -1,11 +1,12 @@
-"""A run's checkpoint as a folder that transformers opens, and such a folder as a checkpoint that a
-run starts from.
+"""Convert a run's checkpoint to a folder that transformers opens, or such a folder to a checkpoint
+that a run starts from.
 
     titan-ulysses convert outputs/books/checkpoints/step-500 ~/models/books-500
     titan-ulysses convert ~/models/SmolLM2-135M outputs/books/checkpoints/step-0
 
-One process, no GPU, no process group. In memory are one tensor at a time (of a layer's experts:
-what belongs together), and to safetensors what a file of 4 GiB holds.
+Runs in one process, without a GPU or a process group. One tensor at a time is in memory (of the
+experts of a layer, those that belong together), and when safetensors are written, also the tensors
+of one file of 4 GiB.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     source, target = (path.expanduser().absolute() for path in (arguments.source, arguments.target))
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is meant
+    # DCP warns that there is no process group. There is none on purpose.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         if not source.is_dir():
             raise UserError(f"{source}: no such folder.")
@@ -83,8 +85,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None:
-    """Write the model of the checkpoint `source` to the folder `target`, as the run itself exports
-    it.
+    """Write the model of the checkpoint `source` to the folder `target`, in the form of a run's own
+    export.
     """
     config = load_config(config_path or config_above(source))
     state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
@@ -128,7 +130,10 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
 
 
 def no_attention(*_: Any, **__: Any) -> tuple[Any, str]:
-    """Nothing is computed here: a run that needs a GPU's attention is converted anywhere."""
+    """Select a core attention that exists everywhere.
+
+    Nothing is computed here, so a run whose core needs a GPU can be converted on any machine.
+    """
     return blockwise, "attention: none"
 
 
@@ -163,7 +168,7 @@ def expect_same(source: Path, saved: dict[str, list[int]], wanted: dict[str, lis
 
 
 class ReadWhenWritten(DefaultSavePlanner):
-    """Plans with tensors that have no data, and reads each when it is its turn to be written."""
+    """A DCP save planner for tensors without data, which reads each tensor when it is written."""
 
     def __init__(self, fetch: Any):
         super().__init__()
@@ -185,7 +190,7 @@ def to_checkpoint(source: Path, target: Path) -> None:
     partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        # What is in one file, DCP has in memory.
+        # DCP holds all tensors of a file in memory, so each tensor gets its own file.
         writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
         dcp.save(
             {"model": tensors}, storage_writer=writer, planner=ReadWhenWritten(fetch), no_dist=True

@@ -1,5 +1,5 @@
-"""What a run tells while it trains: a console line a step, `metrics.jsonl`, TensorBoard, W&B; what
-its numbers mean.
+"""The metrics of a run: how they are computed, and how they are logged to the console (one line per
+step), `metrics.jsonl`, TensorBoard and W&B.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 
 
 def flops_per_token(model: nn.Module) -> int:
-    """FLOPs of forward and backward a token without attention's scores: 6 a weight that multiplies.
+    """Return the FLOPs of forward and backward per token, without attention scores: 6 for each
+    weight that is used in a matrix product.
 
-    Of those, 2 are its gradient's, which a frozen one has not, and 2 that of its input, which what
-    lies before everything that is trained has not. Embeddings are looked up, not multiplied; a head
-    tied to them is multiplied. Of a layer's experts a token meets `num_experts_per_tok`.
-    Recomputation is not counted (MFU).
+    2 of the 6 are for the gradient of the weight, which a frozen weight does not have. Another 2
+    are for the gradient of the input, which is not computed before the first trained parameter.
+    Embeddings are looked up and not multiplied, but a head that is tied to them is multiplied. Of
+    the experts of a layer, a token uses `num_experts_per_tok`. Recomputation is not counted, as in
+    the definition of MFU.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     config = model.config
@@ -49,7 +51,7 @@ def flops_per_token(model: nn.Module) -> int:
 
 
 def describe_parameters(model: nn.Module) -> str:
-    """How many there are, and how many of them are trained."""
+    """Return the number of parameters in words, and how many of them are trained."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{total:,} parameters" + (
@@ -58,10 +60,11 @@ def describe_parameters(model: nn.Module) -> str:
 
 
 def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], ...]) -> int:
-    """FLOPs of forward and backward of causal attention over documents of L tokens.
+    """Return the FLOPs of forward and backward of causal attention over documents.
 
-    They are 3 * layers * Hq * (D + Dv) * L^2: a head has two matrix products in forward, of 2 * L^2
-    * D and 2 * L^2 * Dv, half of it masked away, and twice as many in backward.
+    For a document of L tokens they are 3 * layers * Hq * (D + Dv) * L^2. In forward a head has two
+    matrix products, of 2 * L^2 * D and 2 * L^2 * Dv FLOPs, and the causal mask removes half of
+    them. Backward has twice as many.
     """
     squares = sum(length * length for row in documents for length in row)
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
@@ -72,7 +75,10 @@ def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], 
 
 
 def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """D of queries and keys, Dv of values. In latent attention `head_dim` is that of RoPE alone."""
+    """Return the head sizes D of queries and keys, and Dv of values.
+
+    In latent attention, `head_dim` is the size of the part with RoPE alone.
+    """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if (without_rope := getattr(config, "qk_nope_head_dim", None)) is not None:
         size = without_rope + config.qk_rope_head_dim
@@ -80,15 +86,16 @@ def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 class PeakMemory:
-    """The highest memory so far: on a CUDA device, what torch has allocated there since the process
-    began.
+    """The peak of memory so far.
 
-    On a CPU, what is the process's own since this object was made: anonymous and shared memory,
-    without the files that are mapped, such as the data cache, whose pages the system takes back
-    when it needs them. Linux keeps only the peak of all resident pages: what of them was files is
-    read at each look, after which that peak begins anew (for `ru_maxrss` too). So files that come
-    and go between two looks are an error, of their size at most. Where the system has no such
-    figures, all resident pages count, and `counts_files` is True.
+    On a CUDA device, this is the memory that torch has allocated there since the process began.
+
+    On a CPU, it is the process's own memory since this object was made: anonymous and shared
+    memory, without the pages of mapped files, such as the data cache, which the system takes back
+    when it needs them. Linux keeps only the peak of all resident pages. Each reading subtracts the
+    pages of files at that time, and then resets the kernel's peak (that of `ru_maxrss` too). So
+    files that are mapped and unmapped between two readings cause an error of at most their size.
+    Where the system has no such figures, all resident pages count, and `counts_files` is True.
     """
 
     def __init__(self, device: torch.device):
@@ -96,7 +103,8 @@ class PeakMemory:
         self.counts_files = False
         if device.type == "cpu":
             self._look()
-            self._peak = 0  # until now there was loading, which maps the weights' files
+            # The peak until now is that of loading, which maps the files of the weights.
+            self._peak = 0
 
     def gib(self) -> float:
         if self._device.type == "cuda":
@@ -107,7 +115,7 @@ class PeakMemory:
     def _look(self) -> None:
         try:
             lines = Path("/proc/self/status").read_text().splitlines()
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
             fields = dict(line.split(":", 1) for line in lines)
             peak, now, files = (
                 1024 * int(fields[name].split()[0]) for name in ("VmHWM", "VmRSS", "RssFile")
@@ -123,11 +131,12 @@ class PeakMemory:
 
 
 class MetricsLogger:
-    """Writes one logged step to the console, to metrics.jsonl, to TensorBoard and to wandb. Only
-    rank 0 has one.
+    """Writes logged steps to the console, metrics.jsonl, TensorBoard and wandb. Only rank 0 has a
+    logger.
 
-    Resuming after `steps_done` steps drops what a killed run logged after them, so that no step is
-    logged twice; a run that begins drops everything, also what was logged before the first step.
+    A run that resumes after `steps_done` steps drops what a killed run logged after them, so that
+    no step is logged twice. A run that begins drops everything, including what was logged before
+    the first step.
     """
 
     def __init__(
@@ -148,14 +157,14 @@ class MetricsLogger:
         self._total = total_steps
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One object a logged step: `step` and values (None where a number is not known)."""
+        """Log `values` at `step`. A value is None where it is not known."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in scalars(values):
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(step, values)
-        # A terminal's lines end between words; a log file's lines do not end early.
+        # Long lines are wrapped between words on a terminal, and not wrapped in a log file.
         wraps = self.console.is_terminal
         self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=not wraps)
 
@@ -167,9 +176,11 @@ class MetricsLogger:
 
 
 def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(name, number) of each number, for TensorBoard: `collectives/all_to_all/bytes`,
-    `epoch/<source>`, and the loss by position as `validation_by_position/from_00512`, in whose
-    order the names are sorted.
+    """Yield (name, number) of each number in values, for TensorBoard.
+
+    Names are paths, such as `collectives/all_to_all/bytes` and `epoch/<source>`. The loss by
+    position is `validation_by_position/from_00512`, with zeros in front so that the order of the
+    names is the order of the positions.
     """
     for name, value in values.items():
         if name == "validation_by_position":
@@ -182,8 +193,9 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 def _reopen(path: Path, *, before: int):
-    """Open a JSON-lines file to append, keeping only the lines of earlier steps; cut lines of a
-    kill are dropped.
+    """Open a JSON-lines file to append, and keep only the lines of steps less than `before`.
+
+    A line that a killed run left incomplete is dropped.
     """
     if path.exists():
         with whole_file(path) as aside, open(path) as old, open(aside, "w") as new:
@@ -194,17 +206,20 @@ def _reopen(path: Path, *, before: int):
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), inf where that is too large for a float."""
+    """Return exp(loss), or inf where that is too large for a float."""
     return math.exp(loss) if not loss > 700 else math.inf
 
 
 def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int]]) -> list[str]:
-    """A line about the loss, and one about where in a document it falls (see `Evaluation`): in at
-    most five ranges of positions, each up to where the next one begins.
+    """Return a line about the loss, and one about the loss by position in the document (see
+    `Evaluation`).
+
+    The second line has at most five ranges of positions, each up to where the next one begins.
     """
     ranges = list(by_position)
     groups = []
-    # By twos, from the last one, since it is the far positions that tell whether context is used.
+    # Ranges are joined in pairs from the last one, so that the coarsest group is at the first
+    # positions: the far positions show whether the model uses its context.
     while ranges:
         size = 2 if len(groups) < 4 else len(ranges)
         groups.append(ranges[-size:])
@@ -220,7 +235,7 @@ def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int
 
 
 def short(count: int) -> str:
-    """A number of tokens in few characters: 512, 64K, 1M. Of powers of two nothing is lost."""
+    """Format a number of tokens in few characters, without loss: 512, 64K (65,536), 1M (2^20)."""
     for unit, name in ((2**20, "M"), (2**10, "K")):
         if count >= unit and count % unit == 0:
             return f"{count // unit}{name}"
@@ -234,7 +249,8 @@ def _line(step: int, total: int, values: dict[str, Any]) -> str:
             values["validation_loss"], values["validation_by_position"]
         )
         return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
-    return (  # of 80 columns where there is no MFU to tell
+    # The line fits 80 columns where MFU is not known.
+    return (
         f"{head}[bold]loss {values['loss']:.4f}[/]  grad {values['grad_norm']:.3f}  lr "
         f"{values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  peak "
         f"{values['peak_memory_gib']:.2f} GiB"

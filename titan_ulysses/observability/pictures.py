@@ -1,5 +1,5 @@
-"""What all pictures share: how they are opened and saved, and colours that everyone can tell
-apart.
+"""What all pictures share: how they are opened and saved, and colours that everyone can
+distinguish.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from titan_ulysses.distributed.errors import UserError
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which people with any kind of colour vision tell apart; the yellow one is too
-light for lines.
+"""The colours of Okabe and Ito, which people with any kind of colour vision can distinguish,
+without yellow, which is too light for lines.
 """
 SHADES = "cividis"
-"""A colour map that is even, also in grey and for any colour vision."""
+"""A perceptually uniform colour map, also in grey and for any kind of colour vision."""
 
 
 def has_matplotlib() -> bool:
@@ -28,11 +28,11 @@ def has_matplotlib() -> bool:
 def picture(
     path: Path, *, size: tuple[float, float], panels: tuple[int, int] = (1, 1)
 ) -> Iterator[Any]:
-    """Yields (figure, axes): one Axes, or a flat list where there are several panels (rows,
-    columns). Saves to path.
+    """Yield (figure, axes) to draw on, and save the picture to path.
 
-    size in inches. No window, and nothing of the caller's matplotlib is changed. UserError without
-    matplotlib.
+    size: width and height in inches. panels: (rows, columns); with several panels, axes is a flat
+    list of Axes. No window is opened, and the caller's settings of matplotlib do not change.
+    UserError where matplotlib is not installed.
     """
     if not has_matplotlib():
         raise UserError(f"{path}: pictures need matplotlib: pip install matplotlib")

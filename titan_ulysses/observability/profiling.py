@@ -1,8 +1,8 @@
-"""Where the time and the memory of chosen steps go: traces of the torch profiler, snapshots of the
-CUDA allocator.
+"""Shows where the time and memory of chosen steps go: traces of the torch profiler, and snapshots
+of the CUDA allocator.
 
-Both are a file a rank in `<run>/<folder>/step-N/`, N being the number of the step that the file
-ends with. A resumed run profiles the same steps.
+Each rank writes one file to `<run>/<folder>/step-N/`, where N is the last step in the file. A
+resumed run profiles the same steps.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from titan_ulysses.config.schema import Profiling
 from titan_ulysses.distributed.errors import UserError
 
 _MOST_EVENTS = 100_000
-"""Allocations and releases that a snapshot goes back."""
+"""The number of allocations and releases that a snapshot contains at most."""
 StepIsOver = Callable[[int], None]
 
 
 def check_profiling(config: Profiling, device_type: str) -> None:
-    """UserError where what is asked for does not exist on this device."""
+    """Raise UserError where a setting asks for what this type of device does not have."""
     if config.enable_memory_snapshot and device_type != "cuda":
         raise UserError(
             "profiling.enable_memory_snapshot = true: a snapshot is of CUDA's allocator, and this "
@@ -34,8 +34,10 @@ def check_profiling(config: Profiling, device_type: str) -> None:
 
 @contextmanager
 def profiled(config: Profiling, run: Path, first_step: int) -> Iterator[StepIsOver]:
-    """Profile the steps in here as config says. Call what it yields after each, with its number;
-    first_step is that of the first one.
+    """Profile the steps in this context as config says.
+
+    Yields a function that must be called after each step with the step's number. first_step is the
+    number of the first step in this context.
     """
     with ExitStack() as stack:
         parts: list[StepIsOver] = []
@@ -56,8 +58,8 @@ def profiled(config: Profiling, run: Path, first_step: int) -> Iterator[StepIsOv
 
 @contextmanager
 def _traces(config: Profiling, folder: Path, first_step: int) -> Iterator[StepIsOver]:
-    """Of every profile_freq steps the last profiler_active, after profiler_warmup that are traced
-    and thrown away.
+    """Trace the last profiler_active of every profile_freq steps. The profiler_warmup steps before
+    them are traced and discarded.
     """
     warmup, active = config.profiler_warmup, config.profiler_active
     plan = schedule(wait=config.profile_freq - warmup - active, warmup=warmup, active=active)
@@ -69,7 +71,7 @@ def _traces(config: Profiling, folder: Path, first_step: int) -> Iterator[StepIs
 
     def write(profiler: profile) -> None:
         nonlocal written
-        # The profiler's own end may come just after a trace that is written already.
+        # The profiler may also call this at its end, just after a trace has been written.
         if finished > written:
             profiler.export_chrome_trace(str(_file(folder, f"step-{finished}", "trace.json")))
             written = finished
@@ -90,7 +92,10 @@ def _traces(config: Profiling, folder: Path, first_step: int) -> Iterator[StepIs
 
 @contextmanager
 def _snapshots(every: int, folder: Path, first_step: int) -> Iterator[StepIsOver]:
-    """Every so many steps, and where memory runs out. To be looked at on pytorch.org/memory_viz."""
+    """Write a snapshot every `every` steps, and when memory runs out.
+
+    Snapshots can be viewed at pytorch.org/memory_viz.
+    """
     torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS)
     finished = first_step - 1
 

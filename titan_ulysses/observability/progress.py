@@ -1,9 +1,9 @@
-"""How far a run is, below its lines on a terminal: which step, how much of it, how long it has
-taken and will take.
+"""The progress line of a run, below its other lines on a terminal: which step, how much of it is
+done, the time so far and the time left.
 
-Within a step and within a validation, work is counted in tokens x blocks, where it is done: a block
-that is called for a part of its tokens has done that part. On CUDA that is the work which is
-launched; the device may be some of it behind.
+Within a step or a validation, progress is measured as work in tokens x blocks. It is counted in the
+calls of the blocks: a block that is called with part of its tokens has done that part. On CUDA this
+is the work that has been launched, and the device may be behind it.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ from rich.table import Table
 from torch import Tensor, nn
 
 _SLOW = 2.0
-"""Seconds from which on what a step has done is shown: of shorter ones nobody could read it."""
+"""Seconds after which the progress within a part is shown. Nobody could read it in a shorter part.
+"""
 _BACKWARD = 2
-"""Forwards that a backward is worth: it has two matrix products for each of forward's."""
+"""The work of a backward in units of a forward: it has two matrix products for each of forward's.
+"""
 
 
 class BlockWork:
-    """Counts what the blocks of a model do, in forwards of a token through a block; waits for
-    nothing.
+    """Counts the work of a model's blocks, in forwards of one token through one block. Never waits
+    for the device.
 
-    A block's forward counts as one a token, again where a checkpoint computes it again, and its
-    backward as two. What has begun counts when the next begins.
+    The forward of a block counts 1 per token, its recomputation by activation checkpointing 1 more,
+    and its backward 2. Work counts as done when the next work begins.
     """
 
     forward: int
-    """what a token counts in a forward through all blocks"""
+    """the work of one token in a forward through all blocks"""
     training: int
-    """what it counts in a step: forward, backward and what is computed again"""
+    """the work of one token in a training step: forward, recomputation and backward"""
 
     def __init__(
         self, blocks: Sequence[nn.Module], *, embedding_is_trained: bool, checkpoint_every: int
     ):
-        """blocks: of the model, wrapped; checkpoint_every: how many of them are a checkpoint, 0:
-        none.
+        """blocks: the wrapped blocks of the model. checkpoint_every: how many blocks share an
+        activation checkpoint; 0: no checkpoints.
         """
         trained = (
             i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())
         )
-        # What lies before has no backward.
+        # Blocks before the first trained parameter have no backward.
         first = 0 if embedding_is_trained else next(trained, len(blocks))
         self.forward, again, self._done, self._begun = len(blocks), 0, 0, 0
         if checkpoint_every and first < len(blocks):
@@ -60,7 +62,7 @@ class BlockWork:
             block.register_forward_hook(self._leave)
 
     def take(self) -> int:
-        """What was done, and let it begin at 0 again."""
+        """Return the work since the last call, and start counting from 0 again."""
         done, self._done, self._begun = self._done + self._begun, 0, 0
         return done
 
@@ -75,7 +77,7 @@ class BlockWork:
         self._begin(_tokens(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))))
 
     def _leave(self, block: nn.Module, args: tuple, output: Any) -> None:
-        """Count the backward where the gradient of what the block returns is complete."""
+        """Count the block's backward as begun when the gradient of its output is complete."""
         hidden = output if isinstance(output, Tensor) else output[0]
         if hidden.requires_grad:
             work = _BACKWARD * _tokens(hidden)
@@ -87,16 +89,16 @@ def _tokens(hidden: Tensor) -> int:
 
 
 def shows(console: Console) -> bool:
-    """Whether there is anybody to show progress to: a log file gets lines, no bars."""
+    """Return whether progress is shown: on a terminal, but not in a log file or where quiet."""
     return console.is_terminal and not console.quiet
 
 
 class Progress:
-    """`with progress:` shows it where console is a terminal. `begin` each part; `finish_step` after
-    each step.
+    """The progress of a run. `with progress:` shows it where console is a terminal.
 
-    total: the run's steps, of which done were made before. work: what counts within a part; None:
-    nothing does.
+    Call `begin` at the beginning of each part and `finish_step` after each step. total: the number
+    of steps of the run, of which `done` were made before. work: counts the work within a part;
+    None: it is not counted.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Progress:
         self._total, self._done, self._work = total, done, work
         self._expected, self._is_step = 0, False
         self._periods: deque[float] = deque(maxlen=100)
-        self._steps = 0  # made here
+        self._steps = 0  # steps since this object was made
         self._started = self._part_began = self._step_ended = time.monotonic()
         self._live = None
         if shows(console):
@@ -125,10 +127,10 @@ class Progress:
     def begin(
         self, part: str, *, tokens: int = 0, trains: bool = False, is_step: bool = False
     ) -> None:
-        """What is being done from now on.
+        """Begin a new part, named `part` on the line.
 
-        tokens: this rank's, that go through all blocks, and where it trains, back; 0: nothing
-        counts. is_step: whether it is one of the run's steps.
+        tokens: how many tokens of this rank go through all blocks; 0: the work is not counted.
+        trains: whether there is a backward. is_step: whether the part is one of the run's steps.
         """
         now, expected = time.monotonic(), 0
         if self._work:
@@ -139,12 +141,12 @@ class Progress:
         self.part, self._expected, self._is_step, self._part_began = part, expected, is_step, now
 
     def finish_step(self) -> None:
-        """A step is made. What follows until the next one's end is part of its time: validation,
-        checkpoints.
+        """Count a step as made. Everything until the end of the next step counts as the next step's
+        time, including validation and checkpoints.
         """
         now = time.monotonic()
         if self._steps == 1:
-            # The first step allocates and compiles: it counts while there is no other.
+            # The first step allocates and compiles, so its time counts only until the second ends.
             self._periods.clear()
         self._periods.append(now - self._step_ended)
         self._step_ended, self._steps, self._done = now, self._steps + 1, self._done + 1
@@ -152,12 +154,12 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """How much of the part is done, 0 to 1."""
+        """The share of the current part that is done, from 0 to 1."""
         return min(1.0, self._work.done / self._expected) if self._work and self._expected else 0.0
 
     def seconds_left(self, now: float) -> float | None:
-        """Of all steps, from the mean of the last ones, or from what of the first one is done;
-        None: not known.
+        """Return the seconds until the last step ends, from the mean time of the last steps, or
+        from the progress within the first step. None where neither is known.
         """
         fraction = self.fraction if self._is_step else 0.0
         if self._periods:
@@ -177,18 +179,18 @@ class Progress:
             f"elapsed {duration(now - self._started)}, left "
             f"{'-:--:--' if left is None else duration(left)}"
         )
-        # Of a part that takes long, the bar is about the part; else about the run.
+        # The bar shows the progress of a part that takes long, else that of the run.
         bar = ProgressBar(1, fraction) if is_slow else ProgressBar(self._total, self._done)
         line = Table.grid(padding=(0, 1), expand=True)
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
         line.add_row(f"[bold]{label}[/]" + (f" {fraction:4.0%}" if is_slow else ""), bar, times)
-        # Room behind it for the ^C that a terminal writes by itself: in a line of its own it would
-        # leave ours standing.
+        # Leave room for the ^C that a terminal prints. If it wrapped to the next line, this line
+        # could not be erased.
         return Constrain(line, self._console.width - 3)
 
 
 def duration(seconds: float) -> str:
-    """0:01:05, or 2 days, 0:01:05."""
+    """Format seconds as "0:01:05" or "2 days, 0:01:05"."""
     return str(timedelta(seconds=round(seconds)))

@@ -1,4 +1,4 @@
-"""What is logged, to Weights & Biases too. Optional, and never what a training run ends for."""
+"""Logs metrics to Weights & Biases. It is optional, and its failures never end a training run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RUN_ID_FILE = "wandb_run_id"
 
 
 def check_wandb() -> None:
-    """UserError where the package is missing."""
+    """Raise UserError where the package wandb is not installed."""
     if "wandb" not in sys.modules and find_spec("wandb") is None:
         raise UserError(
             "metrics.enable_wandb = true: the package wandb is not installed. Install it (pip "
@@ -25,15 +25,18 @@ def check_wandb() -> None:
 
 
 class WandbRun:
-    """One run there for the run of this folder, also when it is resumed. wandb's own environment
-    variables count (WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY, ...), WANDB_PROJECT and WANDB_NAME
-    before what is given here.
+    """The run at Weights & Biases for a run's folder. A resumed run continues the same one.
+
+    wandb's own environment variables apply (WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY, ...).
+    WANDB_PROJECT and WANDB_NAME override the default project and `name`.
     """
 
     def __init__(
         self, folder: Path, *, name: str, config: dict[str, Any], say: Callable[[str], None]
     ):
-        """config: the settings, to be shown there. say: tells the user what fails, once."""
+        """config: the settings, shown on the run's page. say: called once with a message for the
+        user if wandb fails.
+        """
         self._say, self._wandb = say, None
         self._safely(self._start, folder, name, config)
 
@@ -54,8 +57,10 @@ class WandbRun:
         self._wandb = wandb
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """The object of a step in metrics.jsonl. What a killed run has logged of later steps
-        stands: it is the same.
+        """Log the values of a step, as in metrics.jsonl.
+
+        Steps that a killed run logged after its last checkpoint stay as they are: a resumed run
+        repeats them with the same values.
         """
         if self._wandb:
             known = {name: value for name, value in values.items() if value is not None}
@@ -68,7 +73,7 @@ class WandbRun:
     def _safely(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
             act(*args, **kwargs)
-        except Exception as error:  # whatever it raises
+        except Exception as error:  # training must go on, whatever wandb raises
             self._wandb = None
             self._say(
                 f"wandb: {type(error).__name__}: {error}. Training goes on; nothing more is logged "

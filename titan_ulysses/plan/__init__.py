@@ -1,3 +1,3 @@
-"""The planner: this project's own step, run on fake tensors, to know what it needs before anyone
-rents a GPU.
+"""The planner: runs this project's own training step on fake tensors, to learn what the step needs
+before anyone rents a GPU.
 """

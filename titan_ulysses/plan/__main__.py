@@ -1,8 +1,8 @@
-"""The plan of a run that starts: `python -m titan_ulysses.plan`, a process of its own beside the
-run.
+"""Plan a run while the run starts: `python -m titan_ulysses.plan`, a separate process beside it.
 
-It reads a request, a line of JSON, from the standard input (see `train/preflight.py`), prints the
-plan as a line of JSON, and ends when the input does, since the run has ended then.
+The process reads a request (one line of JSON, see `train/preflight.py`) from standard input and
+prints the plan as one line of JSON. If standard input is closed first, the run has ended, and the
+process ends too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _plan_for_gpu(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plan_for_cpu(request: dict[str, Any]) -> dict[str, Any]:
-    """All tensors of a rank, wherever they are: on a CPU that is one memory."""
+    """Plan the memory of a run on CPUs, where device memory and host memory are the same memory."""
     config = Config.model_validate(request["config"])
     spec = resolve(config, world_size=request["world_size"], device_type="cpu")
     simulation = simulate(spec, cuda=False)
@@ -56,7 +56,10 @@ def _plan_for_cpu(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with_the_run() -> None:
-    """The run's end of the pipe is closed when the run ends, whatever ends it."""
+    """End this process when the run ends.
+
+    The operating system closes the run's end of the pipe, whatever ends the run.
+    """
     sys.stdin.read()
     os._exit(1)
 

@@ -1,5 +1,5 @@
-"""Who is running: the phase of the step and the module, also in backward, where no module's forward
-is on the stack.
+"""Which phase of the step and which module an operation belongs to, also in backward, where no
+module's forward is on the call stack.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COMPONENTS = (
     "optimizer",
     "other",
 )
-"""What memory is for. "optimizer": what its step needs besides its state; "other": the embedding,
-residuals, inputs.
+"""The purposes that memory can have. "optimizer" is what the optimizer's step needs besides its
+state; "other" is the embedding, residuals and inputs.
 """
 
 
 class Owner(NamedTuple):
-    """A module, and what its memory counts as."""
+    """A module, and the component that its memory counts as."""
 
     component: str
     module: str
@@ -40,32 +40,32 @@ class Owner(NamedTuple):
 
 
 OUTSIDE = Owner("other", "the step")
-"""Of what no module does."""
+"""The owner of operations that belong to no module."""
 
 
 class Attribution:
     """Follows which module's forward, recomputation or backward is running, by hooks on the model's
-    own modules.
+    modules.
 
-    In backward it is the module in whose forward the autograd node that is running was made: nodes
-    are numbered in the order of their making, on each thread, and on a CPU backward runs on the
-    thread of forward.
+    In backward, the running module is the one whose forward created the autograd node that is
+    running. Autograd numbers nodes in the order of their creation, separately on each thread. On a
+    CPU, backward runs on the same thread as forward, so the numbers identify the nodes.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
-        """blocks: the decoder's layers as they were before they became checkpoints."""
+        """blocks: the decoder's layers, before activation checkpointing wraps them."""
         self._running: list[Owner] = []
         self._owners: dict[int, Owner] = {}
         self._numbered = torch.autograd._get_sequence_nr()
         self._latest = OUTSIDE
         self._optimizer_runs = False
         for module, owner in _owners(model, blocks).items():
-            # First of all hooks: what FSDP does before a module's forward is for this module.
+            # Before all other hooks, so that FSDP's work before the forward counts for this module.
             module.register_forward_pre_hook(self._enter(owner), prepend=True)
             module.register_forward_hook(self._leave, always_call=True)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Know when optimizer steps."""
+        """Follow when the optimizer's step is running."""
 
         def note(runs: bool):
             def hook(*_) -> None:
@@ -78,7 +78,7 @@ class Attribution:
 
     def _enter(self, owner: Owner):
         def hook(*_) -> None:
-            self.here()  # nodes made so far belong to the caller
+            self.here()  # autograd nodes created so far belong to the caller
             self._running.append(owner)
 
         return hook
@@ -96,15 +96,15 @@ class Attribution:
         return "forward" if self._running else "update"
 
     def here(self) -> Owner:
-        """The owner of what is being computed; to be called at every operation."""
+        """Return the owner of the current operation. Must be called at every operation."""
         if self._optimizer_runs:
             owner = Owner("optimizer", "the optimizer")
         elif self._running:
             owner = self._running[-1]
         else:
             node = torch._C._current_autograd_node()
-            # A node without a number of ours sums up gradients, or was made in a backward: of
-            # whatever ran before it.
+            # A node that `_owners` does not know accumulates a gradient or was created during
+            # backward. It counts as part of the operation before it.
             owner = OUTSIDE if node is None else self._owners.get(node._sequence_nr(), self._latest)
         made = torch.autograd._get_sequence_nr()
         for number in range(self._numbered, made):
@@ -114,8 +114,10 @@ class Attribution:
 
 
 def _owners(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, Owner]:
-    """What each module counts as: itself where its kind is known, else as the module that it is
-    in.
+    """Return the owner of each module.
+
+    A module counts as the component of the module that contains it. Where that is "other", the
+    module's own kind decides.
     """
     layers = {block: layer for layer, block in enumerate(blocks)}
     mlps = {layout.mlp for layout in map(mlp_layout, blocks) if layout is not None}

@@ -1,10 +1,10 @@
-"""What a step costs, from the same run as its memory: FLOPs, bytes moved, and the time that they
-take on a GPU.
+"""What a step costs: FLOPs, bytes moved, and the time that they take on a GPU. The same simulation
+gives the step's memory.
 
-Time: matrix products, attention and all other kernels run one after the other, and so do the
-exchanges, for which the computation waits. FSDP's collectives and the copies of checkpoints run
-beside them: of these only what is longer than the computation counts (than that of forward for
-copies to the host, than that of backward for those back).
+The model of time: matrix products, attention, all other kernels and the exchanges run one after the
+other, because the computation waits for each exchange. FSDP's collectives and the copies over PCIe
+overlap with the computation, and only the time by which they exceed it counts. Copies of
+checkpoints to the host overlap with forward, and copies back overlap with backward.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 2,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 5,
 }
-"""Matrix products over the scores: two in forward; backward computes the scores again and has four
-gradients.
+"""The number of matrix products over the scores: two in forward, five in backward, which computes
+the scores again and has four gradients.
 """
 
 
 STRETCHES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
-"""Of the phases of a step; all else is the "update"."""
+"""The stretch of time that each phase of a step belongs to. All other phases belong to "update"."""
 
 KINDS = ("matmul", "attention forward", "attention backward", "other kernels")
 
 
 @dataclass
 class Cost:
-    """Of one rank and one step. Additive."""
+    """The cost of one rank in one step. Costs can be added and multiplied."""
 
     amounts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """(stretch, kind): FLOPs of "matmul", "attention forward", "attention backward", recomputation
-    included, and bytes that "other kernels" read and write
+    """amounts by (stretch, kind): FLOPs for "matmul", "attention forward" and "attention backward",
+    recomputation included, and bytes read and written for "other kernels"
     """
 
     def __add__(self, other: Cost) -> Cost:
@@ -61,35 +61,35 @@ class Cost:
 
 
 class Tick(NamedTuple):
-    """One operation on the clock of a step."""
+    """An amount after one operation, from which `clock` computes when the operation ends."""
 
     event: int
-    """how many of `MemoryTracker.events` came before the operation ended"""
+    """the number of `MemoryTracker.events` before the end of the operation"""
     stretch: str
     kind: str
-    """as in `Cost.amounts`, or "exchange", whose amount is in bytes"""
+    """a kind of `Cost.amounts`, or "exchange", whose amount is in bytes"""
     amount: float
-    """of this kind and stretch, up to and with this operation"""
+    """the cumulative amount of this kind in this stretch, this operation included"""
 
 
 class CostCounter:
-    """An observer of `MemoryTracker`: adds up what each operation costs, as often as it stands
-    for.
+    """An observer of `MemoryTracker` that adds up the cost of each operation, times the number of
+    operations that it stands for.
     """
 
     def __init__(self, tracker: MemoryTracker, scores: dict[int | None, float]):
-        """scores: of each layer the (query, key) pairs of a row, where they are not those of the
-        call (`Standin`).
+        """scores: the number of (query, key) pairs in a row of each layer, for layers where the
+        shapes of the call do not say it (see `Standin`).
         """
         self.cost, self._tracker, self._scores = Cost(), tracker, scores
         self.ticks: list[Tick] = []
         self._exchanged: Counter[str] = Counter()
-        """bytes, by stretch"""
+        """bytes of exchanges, by stretch"""
         self._latest: Counter[tuple[str, str]] = Counter()
         tracker.observers.append(self)
 
     def take(self) -> Cost:
-        """What has been counted since the last time."""
+        """Return the cost since the last call, and start counting from 0 again."""
         cost, self.cost = self.cost, Cost()
         self.ticks, self._exchanged, self._latest = [], Counter(), Counter()
         return cost
@@ -120,7 +120,7 @@ class CostCounter:
         self._tick(stretch)
 
     def _tick(self, stretch: str) -> None:
-        """Note the amounts that the operation changed."""
+        """Record the amounts that the operation changed."""
         event, amounts = len(self._tracker.events), self.cost.amounts
         now = {kind: amounts[stretch, kind] for kind in KINDS} | {
             "exchange": self._exchanged[stretch]
@@ -137,7 +137,7 @@ def _causal_pairs(queries: int, keys: int) -> float:
 
 @dataclass(frozen=True)
 class Links:
-    """Which links a rank's traffic takes."""
+    """The links that the traffic of a rank takes."""
 
     gpus_per_node: int
     sequence: int
@@ -148,16 +148,20 @@ class Links:
         return min(self.world, self.gpus_per_node)
 
     def exchange_seconds(self, size: float, gpu: GPU) -> float:
-        """All-to-alls over neighbours: to ranks on the same node by NVLink, to others by the
-        network.
+        """Return the seconds of all-to-alls of `size` bytes in a group of neighbouring ranks.
+
+        Traffic to ranks on the same node goes over NVLink and all other traffic over the network,
+        both at the same time.
         """
         inside = min(self.sequence, self.gpus_per_node)
         near, far = (inside - 1) / self.sequence, (self.sequence - inside) / self.sequence
         return max(size * near / gpu.node_link, size * far / gpu.network)
 
     def fsdp_seconds(self, size: float, gpu: GPU) -> float:
-        """Rings over all ranks (size: of whole parameters): what comes into a node is shared by
-        NVLink in it.
+        """Return the seconds of FSDP's collectives, as rings over all ranks.
+
+        size: bytes of the whole (unsharded) tensors. All GPUs of a node receive a part of the
+        node's traffic over the network and share it over NVLink.
         """
         inside = self.ranks_per_node
         share = (self.world - 1) / self.world
@@ -167,14 +171,20 @@ class Links:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step, by what they are spent on."""
+    """The seconds of a step, by what they are spent on."""
 
     parts: dict[str, float]
-    """matmul, attention, other kernels, exchange, offloaded optimizer: these add up."""
+    """Work that runs one after the other, so that its seconds add up: matmul, attention, other
+    kernels, exchange, offloaded optimizer.
+    """
     hidden: dict[str, float]
-    """FSDP, checkpoints and parameters over PCIe: beside the others, as far as those last."""
+    """Transfers that overlap with the computation: FSDP's collectives, and checkpoints and
+    parameters over PCIe. Each lasts as long as it would alone.
+    """
     waits: dict[str, float]
-    """Of each of these what the computation waits for."""
+    """The seconds by which each transfer in `hidden` exceeds the computation that it overlaps
+    with. The computation waits for them.
+    """
 
     @property
     def seconds(self) -> float:
@@ -182,7 +192,7 @@ class Time:
 
     @property
     def bottleneck(self) -> str:
-        """What makes the step as long as it is: "compute", "network" or "PCIe"."""
+        """What limits the speed of the step: "compute", "network" or "PCIe"."""
         longest = max(self.waits, key=self.waits.__getitem__)
         if self.waits[longest] > sum(self.parts.values()):
             return "network" if longest == "FSDP" else "PCIe"
@@ -192,17 +202,17 @@ class Time:
 
 @dataclass(frozen=True)
 class Offloaded:
-    """Bytes of a rank that are in host memory."""
+    """The bytes of one rank that are in host memory."""
 
     checkpoints: float = 0
-    """of all the batches of a step"""
+    """activation checkpoints of all micro-batches of a step"""
     parameters: float = 0
     gradients: float = 0
     optimizer_state: float = 0
 
 
 def kernel_rates(gpu: GPU) -> dict[str, float]:
-    """FLOP/s of the kinds of products, bytes/s of the other kernels."""
+    """Return the rate of each kind in `KINDS`: FLOP/s of products, bytes/s of other kernels."""
     rates = gpu.matmul, gpu.attention_forward, gpu.attention_backward, gpu.memory_bandwidth
     return dict(zip(KINDS, rates, strict=True))
 
@@ -210,11 +220,13 @@ def kernel_rates(gpu: GPU) -> dict[str, float]:
 def step_time(
     cost: Cost, *, exchanged: float, gathered: float, offloaded: Offloaded, gpu: GPU, links: Links
 ) -> Time:
-    """exchanged and gathered: bytes of a rank and step.
+    """Return the time of a step.
 
-    Checkpoints go to the host and come back; parameters come twice and their gradients go. An
-    optimizer whose state alone is on the host fetches it and sends it back; one whose parameters
-    are there too is as fast as host memory.
+    exchanged and gathered: bytes of one rank in one step, of the exchanges and of FSDP's
+    collectives. Checkpoints are copied to the host and back. Offloaded parameters are copied to the
+    GPU twice, and their gradients to the host once. An optimizer that has only its state on the
+    host fetches the state and sends it back. An optimizer whose parameters are on the host too runs
+    there, at the speed of host memory.
     """
     rates = kernel_rates(gpu)
     seconds = Counter({key: amount / rates[key[1]] for key, amount in cost.amounts.items()})
@@ -223,6 +235,7 @@ def step_time(
         name: sum(s for (stretch, _), s in seconds.items() if stretch == name)
         for name in STRETCHES.values()
     }
+    # Forward, recomputation and backward are taken to have a third of the exchanges each.
     forward = stretches["forward"] + exchange / 3
     backward = stretches["backward"] + 2 * exchange / 3
     hidden = {
@@ -255,13 +268,14 @@ def step_time(
 def clock(
     ticks: Sequence[Tick], time: Time, *, rates: dict[str, float], share: float
 ) -> list[tuple[int, float]]:
-    """When each operation of a simulated step ends: (events before its end, seconds since the step
-    began).
+    """Return when each operation of a simulated step ends: (memory events before its end, seconds
+    since the step began).
 
-    rates: amounts a second, of the exchange too. share: of the step's batches, how much was
-    simulated. What the computation waits for is spread over the stretch that waits, as is the
-    transfer of an offloaded optimizer.
+    rates: amounts per second of each kind, "exchange" included. share: the share of the step's
+    micro-batches that was simulated. The time that the computation waits is spread evenly over the
+    stretch that waits. The transfer of an offloaded optimizer's state is spread over the update.
     """
+    # The seconds of each operation by itself: a tick holds cumulative amounts.
     latest: defaultdict[tuple[str, str], float] = defaultdict(float)
     own: list[float] = []
     for tick in ticks:
@@ -271,6 +285,7 @@ def clock(
     totals: defaultdict[str, float] = defaultdict(float)
     for tick, seconds in zip(ticks, own, strict=True):
         totals[tick.stretch] += seconds
+    # The factor by which waiting makes each stretch longer.
     longest = max(time.waits, key=time.waits.__getitem__)
     waiting = {"checkpoints to the host": {"forward"}, "checkpoints back": {"backward"}}.get(
         longest, {"forward", "backward"}

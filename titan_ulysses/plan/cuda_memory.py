@@ -1,6 +1,6 @@
-"""The memory that CUDA's kernels and libraries take for themselves, each figure with its source.
+"""The memory that CUDA's kernels and libraries take for themselves. Each figure has its source.
 
-Nothing here was fitted to a training run.
+No figure was fitted to a training run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from titan_ulysses.distributed.hardware import GIB
 
 @dataclass(frozen=True)
 class Reserve:
-    """Device memory that no tensor of the step accounts for."""
+    """Device memory that belongs to no tensor of the step."""
 
     what: str
     bytes: float
@@ -22,9 +22,9 @@ class Reserve:
 
 
 def reserves(memory: float, *, communicators: int) -> list[Reserve]:
-    """What CUDA, its libraries and the allocator keep of a GPU with so many bytes.
+    """Return what CUDA, its libraries and the allocator keep of a GPU with `memory` bytes.
 
-    communicators: process groups of more than one rank that move device memory.
+    communicators: the number of process groups with more than one rank that move device memory.
     """
     return [
         Reserve(
@@ -57,13 +57,14 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def cuda_workspace(func, args: tuple, result) -> int:
-    """Bytes that the CUDA kernel which stands where func does holds while it runs, and func does
-    not.
+    """Return the bytes of workspace that the CUDA kernel holds while it runs, where the simulated
+    CPU operator `func` holds none.
 
-    Flash attention's backward (flash-attn 2, csrc/flash_attn/flash_api.cpp, mha_varlen_bwd;
-    PyTorch's SDPA has the same code): `dq_accum`, fp32 of the queries' size; `softmax_d`, fp32 [Hq,
-    S]; and with grouped queries `dk_expanded` and `dv_expanded`, which have all query heads. In
-    forward it saves what the CPU's fallback saves.
+    Only flash attention's backward has such a workspace (flash-attn 2,
+    csrc/flash_attn/flash_api.cpp, mha_varlen_bwd; PyTorch's SDPA has the same code): `dq_accum`,
+    fp32, with the size of the queries; `softmax_d`, fp32 [Hq, S]; and with grouped queries
+    `dk_expanded` and `dv_expanded`, which have all query heads. Flash attention's forward saves the
+    same tensors as the CPU operator.
     """
     if func is _FLASH_BACKWARD:
         query, key = args[1], args[2]
@@ -76,9 +77,10 @@ def cuda_workspace(func, args: tuple, result) -> int:
 
 
 def cpu_workspace(func, args: tuple, result) -> int:
-    """Bytes that SDPA's flash kernel on a CPU holds while it runs, in backward.
+    """Return the bytes of workspace that SDPA's flash kernel on a CPU holds while it runs, in
+    backward.
 
-    For each thread two tiles of scores, of up to 256 queries and 512 keys, in fp32 or wider
+    Each thread has two tiles of scores, of up to 256 queries and 512 keys, in fp32 or wider
     (ATen/native/cpu/FlashAttentionKernel.cpp, cpu_flash_attention_backward).
     """
     if func is not _FLASH_BACKWARD:
@@ -90,7 +92,7 @@ def cpu_workspace(func, args: tuple, result) -> int:
 
 
 def pinned(size: int) -> int:
-    """Bytes of page-locked host memory that PyTorch takes for size of them (CachingHostAllocator: a
-    power of two).
+    """Return the bytes of page-locked host memory that PyTorch allocates for `size` bytes:
+    CachingHostAllocator rounds up to a power of two.
     """
     return 1 << max(0, size - 1).bit_length()

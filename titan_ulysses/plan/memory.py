@@ -1,5 +1,5 @@
-"""Follows every storage of a simulated step from its allocation to its end: what is alive, what
-for, and since when.
+"""Follows every storage of a simulated step from its allocation to its release: what is alive, for
+which purpose, and since when.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ Place = Literal["device", "host", "disk"]
 
 @dataclass(eq=False)
 class Allocation:
-    """One storage, and what made it."""
+    """One storage, and the operation that allocated it."""
 
     component: str
-    """It may become known later what a tensor is for: that an MLP's output is a gradient, say."""
+    """what the memory is for. It may change when more is known, for example that what an MLP made
+    is a gradient.
+    """
     place: Place
     owner: Owner
     phase: str
@@ -42,11 +44,11 @@ class Allocation:
     made_in: tuple[str, ...] = ()
     """see `makers`"""
     label: str = ""
-    """its name, where that is known and does not follow from the rest"""
+    """the name of the tensor, where it is known and does not follow from the other fields"""
 
 
 class Moment(NamedTuple):
-    """Where the step is."""
+    """A position in the step."""
 
     phase: str
     owner: Owner
@@ -57,13 +59,13 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment at which the most is alive, and what that is."""
+    """The moment at which the most bytes are alive, and the allocations that are alive then."""
 
     bytes: int
     moment: Moment
     event: int
     alive: dict[Allocation, int]
-    """bytes of each"""
+    """bytes of each allocation"""
 
     @property
     def components(self) -> dict[str, int]:
@@ -75,12 +77,11 @@ class Peak:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Notes each allocation and release of the fake tensors under it, in order; `workspace` adds
-    what kernels use.
+    """A dispatch mode that records each allocation and release of fake tensors, in order.
 
-    workspace(function, arguments, result) -> bytes that its kernel holds while it runs, besides
-    what it returns. FSDP keeps storages and resizes them, which the dispatcher does not see: those
-    that could be are looked at again at every operation.
+    workspace(function, arguments, result) returns the bytes that the operation's kernel holds while
+    it runs, besides its result. FSDP keeps some storages and resizes them, which the dispatcher
+    does not see. So every operation checks the sizes of the storages that may have been resized.
     """
 
     def __init__(self, workspace: Callable[..., int]):
@@ -89,15 +90,15 @@ class MemoryTracker(TorchDispatchMode):
         self.events: list[tuple[Allocation, int]] = []
         """(allocation, change of its bytes), in order"""
         self.moments: list[Moment] = []
-        """of each event"""
+        """the moment of each event"""
         self.place: Place = "device"
-        """where what is made now will be"""
+        """where new storages are"""
         self.observers: list[Callable[..., None]] = []
         """called with (function, arguments, keyword arguments, result) after each operation"""
         self.recording = True
         self.parameters_on_host = False
         self.weight = 1
-        """for how many operations the present one stands"""
+        """how many operations the current one stands for"""
         self._workspace = workspace
         self._alive: dict[int, tuple[Allocation, weakref.ref]] = {}
         self._sizes: dict[int, int] = {}
@@ -109,25 +110,28 @@ class MemoryTracker(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled here, and the wrapper that says so costs as much as an operation.
+        # Nothing is compiled here, and the wrapper that makes Dynamo skip this mode would cost as
+        # much time as an operation.
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not _are_plain(types):
-            # DTensor and its like first: what they call comes here again, as plain tensors.
+            # DTensor and other wrapper classes run first. The operations that they call arrive
+            # here again, on plain tensors.
             return NotImplemented
         kwargs = kwargs or {}
         if func is torch.ops._c10d_functional.wait_tensor.default:
-            return args[0]  # what it does; on fake tensors it would make another
+            # It returns its argument. On fake tensors it would make a new tensor.
+            return args[0]
         if _is_real(types, args, kwargs):
-            # What is real, as the state of a random number generator, stays real.
+            # Real tensors, such as the state of a random number generator, stay real.
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # the optimizer's count of its steps, which it keeps on the host
+            return 1  # the optimizer's step count, which it keeps on the host
         if func is torch.ops.aten.empty_strided.default or self._in_shape_propagation:
-            # DTensor runs an operation on whole tensors, made for that, to know the shape of its
-            # result.
+            # To find the shape of a result, DTensor makes whole (unsharded) tensors and runs the
+            # operation on them. Neither takes memory in a real run.
             self._in_shape_propagation = func is torch.ops.aten.empty_strided.default
             return func(*args, **kwargs)
         self._look_at_resizable()
@@ -136,7 +140,7 @@ class MemoryTracker(TorchDispatchMode):
         kernel = self._note_results(func, args, kwargs, result)
         for observer in self.observers:
             observer(func, args, kwargs, result)
-        if kernel is not None:  # gone when it ends
+        if kernel is not None:  # the kernel's own memory is released when it ends
             self._add(*kernel)
         return result
 
@@ -147,8 +151,10 @@ class MemoryTracker(TorchDispatchMode):
             )
 
     def _note_results(self, func, args, kwargs, result) -> tuple[Allocation, int] | None:
-        """Note what func returned. Returns what its kernel holds besides, and the change of its
-        bytes at the end.
+        """Record the results of func, and the memory that its kernel holds besides them.
+
+        Returns the allocation of the kernel's own memory and the change of bytes that releases it,
+        or None where the kernel holds nothing.
         """
         component = _fsdp_component(func)
         if component is None and self._brings_parameter(func, args):
@@ -166,14 +172,15 @@ class MemoryTracker(TorchDispatchMode):
             kernel.made_in = (WORKSPACE,)
         else:
             kernel.label = "parameters or gradients between host and GPU"
-        self._add(kernel, workspace + passing)  # together with what the kernel returns
+        self._add(kernel, workspace + passing)  # alive at the same time as the results
         return kernel, -workspace - passing
 
     def _transient_bytes(self, func, args, component: str | None) -> int:
-        """Bytes of copies between host and device that do not show where both are the CPU.
+        """Return the bytes of copies between host and device that the simulation does not show,
+        because there both are the CPU.
 
-        A shard from the host arrives on the device in its own dtype, before it is cast; that of a
-        reduced gradient is there until it has gone to the host.
+        A parameter shard from the host arrives on the device in its own dtype, before it is cast.
+        The shard of a reduced gradient is on the device until it has been copied to the host.
         """
         if not self.parameters_on_host:
             return 0
@@ -231,7 +238,8 @@ class MemoryTracker(TorchDispatchMode):
         if size:
             self._resizable[key] = reference
         else:
-            self._resizable.pop(key, None)  # the operation that fills it again will show it
+            # The operation that fills the storage again will be seen by the dispatcher.
+            self._resizable.pop(key, None)
 
     def _look_at_resizable(self) -> None:
         for key, reference in list(self._resizable.items()):
@@ -245,7 +253,7 @@ class MemoryTracker(TorchDispatchMode):
             self.moments.append(self._moment)
 
     def peak(self, *places: Place, first: int = 0) -> Peak:
-        """The highest sum over places, from the first-th event on."""
+        """Return the peak of the bytes in `places` together, from event number `first` on."""
         total = highest = 0
         at = first
         for index, (allocation, change) in enumerate(self.events):
@@ -267,8 +275,8 @@ class MemoryTracker(TorchDispatchMode):
     # --- repetition -------------------------------------------------------------------------------
 
     def shortened(self, tiles: list[slice]) -> Iterator[slice]:
-        """The first two tiles and the last; the second stands for all between, as many times as
-        there are.
+        """Yield the first two tiles and the last one. While the second tile runs, `weight` makes it
+        stand for all tiles between the first and the last.
         """
         yield from tiles[:1]
         if len(tiles) > 2:
@@ -287,8 +295,8 @@ class MemoryTracker(TorchDispatchMode):
         place: Place | None = None,
         label: str = "",
     ) -> None:
-        """Say, also afterwards, what the memory of tensors is for, where it is, and what it is
-        called.
+        """Set what the memory of existing tensors is for, where it is, and its name. Events that
+        were recorded before change too.
         """
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
@@ -299,8 +307,8 @@ class MemoryTracker(TorchDispatchMode):
                         found[0].label = label or found[0].label
 
     def _brings_parameter(self, func, args) -> bool:
-        """Whether func casts a shard for its way, or is what FSDP does instead of gathering on one
-        rank.
+        """Return whether func prepares a parameter for FSDP: the cast of a shard before the
+        all-gather, or the copy that replaces the all-gather on a single rank.
         """
         if func not in _COPIES or self._moment.phase == "optimizer":
             return False
@@ -310,7 +318,7 @@ class MemoryTracker(TorchDispatchMode):
 
     @contextmanager
     def placed(self, place: Place) -> Iterator[None]:
-        """What is made in here is in place."""
+        """Count storages that are allocated in this context as in `place`."""
         before, self.place = self.place, place
         try:
             yield
@@ -324,16 +332,18 @@ _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
 FSDP = "FSDP"
 WORKSPACE = "workspace"
-"""Stands among `makers` for a kernel that made it for itself."""
+"""An entry of `Allocation.made_in` for memory that a kernel allocates for its own use."""
 _PACKAGE = str(Path(__file__).parents[1])
 _MAKERS = 3
 
 
 def makers() -> tuple[str, ...]:
-    """The functions that are running, innermost first, of those that know what a tensor is: this
-    project's ("exchange._scatter_heads"), "FSDP", and transformers' rotary embedding. Operators say
-    only how one was made. What calls a block that is being computed again has nothing to do with
-    what the block makes.
+    """Return the names of running functions that tell what a new tensor is, innermost first.
+
+    These are functions of this project ("exchange._scatter_heads"), "FSDP", and transformers'
+    rotary embedding. An operator tells only how a tensor was made. The search ends at the function
+    that runs a checkpointed segment, because the callers of a recomputation have nothing to do with
+    the tensors that it makes.
     """
     found: list[str] = []
     frame: FrameType | None = sys._getframe(1)
@@ -349,7 +359,7 @@ def makers() -> tuple[str, ...]:
 
 @cache
 def _maker(code: CodeType) -> str:
-    """What a function is called among `makers`, or nothing."""
+    """Return the name of a function in `makers`, or an empty string for all other functions."""
     file = Path(code.co_filename)
     if "_fully_shard" in file.parts:
         return FSDP
@@ -360,7 +370,7 @@ def _maker(code: CodeType) -> str:
 
 
 def _fsdp_component(func) -> str | None:
-    """What the results of FSDP's own operations are."""
+    """Return the component of an FSDP operation's results, or None for other operations."""
     name = func._opname
     if func.namespace == "fsdp":
         return "gradients" if name == "chunk_cat" else "gathered parameters"
@@ -373,7 +383,7 @@ def _fsdp_component(func) -> str | None:
 
 @cache
 def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
-    """Whether none of the tensors is of a class that consists of others."""
+    """Return whether no tensor is of a wrapper class, whose tensors consist of others."""
     plain = (FakeTensor, nn.Parameter)
     return all(
         issubclass(t, plain)
@@ -383,7 +393,9 @@ def _are_plain(types: frozenset[type] | tuple[type, ...]) -> bool:
 
 
 def _is_real(types, args, kwargs) -> bool:
-    """Whether the arguments are tensors with values, and none is fake."""
+    """Return whether the arguments include tensors, and all of these have values: none is fake or
+    on the meta device.
+    """
     if any(issubclass(t, FakeTensor) for t in types):
         return False
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -391,7 +403,7 @@ def _is_real(types, args, kwargs) -> bool:
 
 
 def _tensors(result, kwargs) -> Iterator[Tensor]:
-    """What an operation returned, or wrote where it was told to."""
+    """Yield the tensors that an operation returned, and those that it wrote to as `out`."""
     if isinstance(result, Tensor):
         yield result
     elif isinstance(result, (list, tuple)):
@@ -403,7 +415,7 @@ def _tensors(result, kwargs) -> Iterator[Tensor]:
 
 
 def plain_pieces(x: Tensor) -> list[Tensor]:
-    """The plain tensors that a tensor on this rank is made of."""
+    """Return the plain tensors that this rank's part of a tensor consists of."""
     if isinstance(x, DTensor):
         x = x._local_tensor
     if hasattr(x, "__tensor_flatten__") and not isinstance(x, FakeTensor):

@@ -1,6 +1,4 @@
-"""From a simulated step to an answer: does it fit, what binds, how long is a step, how long could a
-sequence be.
-"""
+"""Turns a simulated step into a plan: whether it fits, what limits it, how long a step takes."""
 
 from __future__ import annotations
 
@@ -32,13 +30,13 @@ from titan_ulysses.ulysses.heads import idle_ranks
 
 @dataclass(frozen=True)
 class Setup:
-    """What is planned for: settings, model, mesh, hardware."""
+    """What a plan is made for: settings, model, mesh and hardware."""
 
     spec: RunSpec
     gpu: GPU
     gpu_memory: float
     host_memory: float | None
-    """bytes of a node; None: not known, so not looked at"""
+    """bytes of host memory of a node; None: not known, so not checked"""
 
     @property
     def config(self) -> Config:
@@ -62,15 +60,15 @@ class Setup:
 
     @property
     def communicators(self) -> int:
-        """Process groups with more than one rank: FSDP's, its replicas', sequence-parallel, and the
-        loss's.
+        """The number of process groups with more than one rank, of FSDP's shards, of its replicas,
+        of sequence parallelism, and of all ranks (for the loss).
         """
         d = self.degrees
         return sum(n > 1 for n in (d.shard * d.sequence, d.replicate, d.sequence, self.world_size))
 
 
 def set_up(config: Config) -> Setup:
-    """UserError for what cannot be planned."""
+    """Build the setup that config describes. UserError where it cannot be planned."""
     plan = config.plan
     gpu = gpu_named(plan.gpu)
     return Setup(
@@ -82,15 +80,16 @@ def set_up(config: Config) -> Setup:
 
 
 def resolve_for_plan(config: Config, *, world_size: int) -> RunSpec:
-    """What config means on so many GPUs, with the core attention that stands for theirs."""
+    """Resolve config for `world_size` GPUs, with a core attention that a CPU can simulate."""
     return resolve(config, world_size=world_size, device_type="cuda", select=_select_planned_core)
 
 
 def _select_planned_core(
     name: str, model_config: PreTrainedConfig, *, device_type: str, dtype: torch.dtype
 ) -> tuple[Core, str]:
-    """The core that a GPU would run, or what stands for it here; and what is to be said about
-    that.
+    """Return the core attention to simulate, and a note about it.
+
+    Cores that exist only on CUDA (flash and flex) are replaced by a `Standin`.
     """
     needs = attention_needs(model_config)
     flash_can = needs <= {"window", "softcap"} and dtype == torch.bfloat16
@@ -108,7 +107,7 @@ def _select_planned_core(
 
 @dataclass(frozen=True)
 class Plan:
-    """A simulated step on given hardware."""
+    """The plan of a step: its simulation, evaluated for given hardware."""
 
     setup: Setup
     simulation: Simulation
@@ -124,16 +123,16 @@ class Plan:
 
     @property
     def gpu_bytes(self) -> float:
-        """The highest need of one GPU."""
+        """The peak memory of one GPU, reserves included."""
         return self.peak.bytes + sum(reserve.bytes for reserve in self.reserves)
 
     @cached_property
     def host_components(self) -> dict[str, float]:
-        """Bytes of a node's host memory, by component."""
+        """Bytes of a node's host memory at its peak, by component."""
         peak = self.simulation.memory.peak("host", first=self.simulation.start)
         totals: Counter[str] = Counter()
         for allocation, size in peak.alive.items():
-            # Checkpoints have slabs of exactly their size; the rest is pinned by PyTorch.
+            # Checkpoints are in slabs of exactly their size. PyTorch's allocator pins the rest.
             totals[allocation.component] += (
                 size if allocation.component == "checkpoints" else pinned(size)
             )
@@ -172,6 +171,7 @@ class Plan:
         return step_time(
             self.simulation.cost,
             exchanged=size("all_to_all"),
+            # Bytes of whole tensors: an all-gather hands in a shard, a reduce-scatter the whole.
             gathered=size("all_gather") * setup.degrees.shard * setup.degrees.sequence
             + size("reduce_scatter"),
             offloaded=Offloaded(
@@ -191,8 +191,8 @@ class Plan:
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:
-        """When each simulated operation ends: (events of its memory before that, seconds since the
-        step began).
+        """When each simulated operation ends: (memory events before its end, seconds since the step
+        began).
         """
         setup, simulation = self.setup, self.simulation
         exchange = self._links.exchange_seconds(1.0, setup.gpu)
@@ -201,13 +201,13 @@ class Plan:
         return clock(simulation.ticks, self.time, rates=rates, share=share)
 
     def seconds_at(self, event: int) -> float:
-        """When a change of the step's memory happens, in planned seconds since the step began."""
+        """Return when a memory event happens, in planned seconds since the step began."""
         over = bisect_right(self.clock, event, key=lambda end: end[0])
         return self.clock[over - 1][1] if over else 0.0
 
     @cached_property
     def model_flops(self) -> float:
-        """Of a step on one rank, recomputation not counted, as the trainer counts MFU."""
+        """FLOPs of a step on one rank without recomputation, as the trainer counts them for MFU."""
         setup = self.setup
         training, degrees = setup.config.training, setup.degrees
         rows = training.local_batch_size * degrees.accumulation_steps
@@ -221,8 +221,8 @@ class Plan:
 
     @property
     def bottleneck(self) -> str:
-        """GPU memory or host memory where they do not suffice, else what the step's time is spent
-        on.
+        """What limits the step: "GPU memory" or "host memory" where it is too small, else what
+        limits the step's time.
         """
         if not self.gpu_fits:
             return "GPU memory"
@@ -230,7 +230,9 @@ class Plan:
 
 
 def make_plan(setup: Setup) -> Plan:
-    """Simulate a step of setup."""
+    """Simulate a step of setup and return the plan. UserError where the weights alone exceed host
+    memory.
+    """
     config = setup.config
     notes = [setup.spec.core_reason]
     if config.compile.enable:
@@ -256,6 +258,6 @@ def make_plan(setup: Setup) -> Plan:
 
 
 def check_idle(setup: Setup) -> str | None:
-    """How many ranks have no head to compute."""
+    """Return a sentence about ranks that have no attention head, or None where all have one."""
     degree = setup.degrees.sequence
     return idle_ranks(getattr(setup.model_config, "num_attention_heads", degree), degree)

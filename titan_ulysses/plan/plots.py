@@ -1,4 +1,4 @@
-"""The planner's pictures. Imported only where matplotlib is installed."""
+"""The planner's pictures. This module is imported only where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from titan_ulysses.plan.search import SearchResult
 from titan_ulysses.plan.words import component_name
 
 _COLUMNS = 1000
-"""Of the timeline: each shows the highest moment of its part of the step."""
+"""Columns of the timeline. Each shows the highest moment of its part of the step."""
 _IN_SIGHT = 4
-"""How many times higher than the peak the GPU's limit may be to be drawn."""
+"""The GPU's limit is drawn as a line if it is less than this many times as high as the peak."""
 
 
 class Timeline(NamedTuple):
-    """What a GPU holds through a step."""
+    """The memory of one GPU over the time of a step."""
 
     ends: list[float]
     """seconds at which each column ends"""
     alive: list[Counter[str]]
-    """of each column: bytes by component, at its highest moment"""
+    """for each column, bytes by component at its highest moment"""
     begins: list[tuple[str, float]]
-    """what begins at which second: the backward pass of each batch, and the update: clipping and
-    the optimizer
+    """(what begins, seconds): the backward pass of each micro-batch, and the update, which is
+    clipping and the optimizer
     """
     peak: tuple[float, int]
     """seconds and bytes of the highest moment"""
 
 
 def timeline_of(plan: Plan) -> Timeline:
-    """The device's memory over the planned time of a step, column by column."""
+    """Compute the GPU's memory over the planned time of a step, column by column."""
     memory, start = plan.simulation.memory, plan.simulation.start
     width = (plan.clock[-1][1] or 1.0) / _COLUMNS
+    # Memory that is alive when the step begins.
     alive: Counter[str] = Counter()
     for allocation, change in memory.events[:start]:
         if allocation.place == "device":
@@ -77,7 +78,7 @@ def _begins(plan: Plan) -> list[tuple[str, float]]:
 
 
 def timeline(plan: Plan, path: Path) -> None:
-    """GPU memory over the planned time of a step, stacked by component; its peak is marked."""
+    """Draw GPU memory over the planned time of a step, stacked by component, and mark its peak."""
     line = timeline_of(plan)
     unit, unit_name = unit_of(line.peak[1])
     time_unit, time_name = time_unit_of(line.ends[-1])
@@ -135,7 +136,7 @@ def timeline(plan: Plan, path: Path) -> None:
 
 
 def _mark(axes: Any, line: Timeline, time_unit: float) -> None:
-    """Where backward and the update begin."""
+    """Mark where backward and the update begin."""
     for name, seconds in line.begins:
         place, at_the_end = seconds / time_unit, seconds > 0.9 * line.ends[-1]
         axes.axvline(place, color="black", linewidth=0.6, linestyle=":")
@@ -151,7 +152,9 @@ def _mark(axes: Any, line: Timeline, time_unit: float) -> None:
 
 
 def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
-    """What the GPU has for tensors, in unit: a line where it is in sight, else words."""
+    """Show the memory that the GPU has for tensors: as a line, or as text where the line would be
+    far above the peak. limit and peak are in `unit` bytes.
+    """
     if limit < _IN_SIGHT * peak:
         axes.axhline(limit, color=COLORS[1], linewidth=1)
         axes.text(0, limit, " what the GPU has for tensors", va="bottom", fontsize=8)
@@ -164,7 +167,7 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
 
 
 def ladder(steps: Sequence[SearchResult], path: Path) -> None:
-    """The longest sequence of each step of the feature ladder, on a logarithmic axis."""
+    """Draw the longest sequence of each step of the feature ladder, on a logarithmic axis."""
     lengths = [step.need.seq_len if step.need else 0 for step in steps]
     with picture(path, size=(8, 0.6 * len(steps) + 1.2)) as (_, axes):
         places = np.arange(len(steps))[::-1]

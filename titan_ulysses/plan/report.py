@@ -1,6 +1,4 @@
-"""What `--plan` says: tables on the console, plan.json, two pictures, and one sentence in plain
-words.
-"""
+"""The output of `--plan`: tables on the console, plan.json, pictures, a summary in plain words."""
 
 from __future__ import annotations
 
@@ -24,14 +22,15 @@ from titan_ulysses.plan.search import SearchResult, estimate, is_open, ladder, s
 from titan_ulysses.plan.words import component_name, kernel_name, moment_name, tensor_name
 
 _LARGEST = 6
-"""Tensors of the peak that are listed."""
+"""How many tensors of the peak are listed."""
 _SHORT = 1.0
-"""Seconds of a step in which kernels may be too small to hide their launch."""
+"""Seconds. In shorter steps, kernels may be too small to hide the time of their launch."""
 
 
 def plan_and_report(config: Config) -> None:
-    """Plan config, say so on the console, and write <dump_folder>/<name>/plan.json and pictures.
-    UserError: cannot.
+    """Plan config, print the plan, and write plan.json and pictures to <dump_folder>/<name>.
+
+    UserError where config cannot be planned.
     """
     started = time.perf_counter()
     console = Console()
@@ -72,7 +71,7 @@ def plan_and_report(config: Config) -> None:
 
 
 def say(console: Console, plan: Plan) -> None:
-    """Everything about one plan."""
+    """Print everything about one plan."""
     setup, config = plan.setup, plan.setup.config
     d, t = setup.degrees, config.training
 
@@ -106,7 +105,7 @@ def say(console: Console, plan: Plan) -> None:
 
 
 def _components(plan: Plan) -> Table:
-    """The breakdown of the peak."""
+    """Build the table of components at the peak."""
     table = Table("component", title="GPU memory at the peak", title_justify="left", min_width=60)
     table.add_column("size", justify="right")
     table.add_column("share", justify="right")
@@ -127,7 +126,7 @@ def _components(plan: Plan) -> Table:
 
 
 def largest(plan: Plan) -> list[str]:
-    """The largest tensors at the peak, a line each."""
+    """Return one line for each of the largest tensors at the peak."""
     lines = []
     for allocation, size in sorted(plan.peak.alive.items(), key=lambda item: -item[1])[:_LARGEST]:
         shape = (
@@ -140,7 +139,9 @@ def largest(plan: Plan) -> list[str]:
 
 
 def time_lines(plan: Plan) -> list[str]:
-    """The planned time of a step, by what it goes to, and what goes over the wire."""
+    """Return lines about the planned time of a step, by what it is spent on, and about its
+    collectives.
+    """
     time_ = plan.time
 
     def listed(parts: dict[str, float]) -> list[str]:
@@ -168,7 +169,9 @@ def time_lines(plan: Plan) -> list[str]:
 
 
 def tell_each(console: Console, title: str, found: Any) -> list[SearchResult]:
-    """Show each as it is found: a search takes minutes."""
+    """Print each result of a search as soon as it is found, since a search takes minutes. Returns
+    all results.
+    """
     console.print(f"[bold]{title}[/] (each verified by simulation)", soft_wrap=True)
     all_of_them = []
     for one in found:
@@ -187,7 +190,10 @@ def tell_each(console: Console, title: str, found: Any) -> list[SearchResult]:
 
 
 def closing(plan: Plan, longest_seq_len: int, found: Sequence[SearchResult]) -> str:
-    """In plain words: fits or not, what limits it, what helps most; found: what a search found."""
+    """Return a summary in plain words: whether the plan fits, what limits it, and what helps most.
+
+    found: the results of a search, empty where none was made.
+    """
     setup = plan.setup
     what = f"{setup.config.training.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}"
     verdict = "fit" if plan.fits else "do not fit"
@@ -227,7 +233,10 @@ def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
 
 
 def advice(plan: Plan) -> str:
-    """The one change, of those not made yet, that lowers the binding need most, simulated."""
+    """Return a sentence about one more change of settings that lowers the memory that limits most.
+
+    The change is chosen by the size of the component that it removes from the peak, and simulated.
+    """
     setup, config = plan.setup, plan.setup.config
     table = config.model_dump()
     alive = plan.peak.components
@@ -252,6 +261,7 @@ def advice(plan: Plan) -> str:
         ):
             more = {"parallelism.sequence_parallel_degree": 2 * setup.degrees.sequence}
             changes.append((alive.get("attention", 0), more))
+    # Changes that are not already in the settings.
     open_ = [
         (size, c)
         for size, c in changes
@@ -273,7 +283,7 @@ def advice(plan: Plan) -> str:
 
 
 def gpu_components(plan: Plan) -> dict[str, float]:
-    """Bytes of the peak by component, with what no tensor accounts for."""
+    """Return the bytes of the peak by component, reserves included."""
     return plan.peak.components | {reserve.what: reserve.bytes for reserve in plan.reserves}
 
 
@@ -317,7 +327,7 @@ def _found_json(one: SearchResult) -> dict[str, Any]:
 
 
 def _draw(plan: Plan, steps: list[SearchResult], folder: Path) -> str:
-    """The pictures, and what to say of them."""
+    """Draw the pictures, and return their names as the end of a sentence."""
     if not has_matplotlib():
         return " (no pictures: pip install matplotlib)"
     from titan_ulysses.plan import plots

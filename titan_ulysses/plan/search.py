@@ -1,9 +1,9 @@
-"""How long a sequence can be, and with which settings; and what each feature adds to that.
+"""How long a sequence can be, with which settings, and what each feature adds to that length.
 
-Memory is affine in the sequence length, piece by piece: at each moment of the step it is a constant
-and a part in proportion to S, and the peak is the highest of such lines. So a line through two
-simulated lengths says where the limit is; it is simulated there, and the line drawn again from that
-point, until the length fits and the next one does not.
+Peak memory is piecewise affine in the sequence length S: at each moment of the step, memory is a
+constant plus a part proportional to S, and the peak is the maximum of these lines. So a line
+through two simulated lengths predicts where the limit is. The search simulates that length and
+draws the line again with the new point, until a length fits and the next one does not.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 
 _UNIT = 256
-"""Lengths are multiples of so many tokens a rank."""
+"""Lengths are multiples of this many tokens per rank."""
 _CLOSE = 0.01
-"""What is found with changed settings may be too short by this share: it spares a simulation each
-time.
+"""With changed settings, the length that is found may be too short by this share of it. This
+tolerance saves a simulation for each search.
 """
 _MOST = 2**27
-"""Tokens, where a search ends: positions and kernels have been tried no further."""
+"""The tokens at which a search ends: positions and kernels have not been tried beyond."""
 _REACH = 64
-"""How many times longer than any simulated length the next one may be: what a short sequence needs
-most memory for need not be what a long one does.
+"""How many times longer than the longest simulated length the next one may be. A prediction does
+not reach far, because a long sequence may have its peak at another moment than a short one.
 """
 _TRUSTED = 4
-"""The same for a length that is only estimated."""
+"""The same factor for a length that is only estimated, not simulated."""
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What a sequence length takes."""
+    """The memory that a sequence length needs, in bytes of a GPU and of a node's host memory."""
 
     seq_len: int
     gpu: float
@@ -49,7 +49,10 @@ class MemoryNeed:
 
 
 def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
-    """setup with other settings ("section.key" -> value); degrees follow."""
+    """Return setup with changed settings ("section.key" -> value) and the mesh that follows.
+
+    UserError where the sequence-parallel degree does not divide the number of ranks.
+    """
     table = setup.config.model_dump()
     for key, value in changes.items():
         section, name = key.split(".")
@@ -73,8 +76,8 @@ def at_length(setup: Setup, seq_len: int) -> MemoryNeed:
 
 
 def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
-    """Where the lines through two lengths reach the hardware's limits, rounded down; the two are
-    not the same.
+    """Return the length at which the line through a and b reaches the first limit of the hardware,
+    rounded down. a and b must have different lengths.
     """
     unit = _UNIT * setup.degrees.sequence
     lengths = []
@@ -88,16 +91,15 @@ def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
 
 
 def is_open(setup: Setup, seq_len: int) -> bool:
-    """Whether no memory limits seq_len, but only that the planner looks no further."""
+    """Return whether seq_len is limited only by where the planner's search ends, not by memory."""
     unit = _UNIT * setup.degrees.sequence
     return seq_len >= _MOST // unit * unit
 
 
 def estimate(setup: Setup, first: Plan) -> int:
-    """About the longest sequence that fits, by lines through a few simulated lengths, not verified;
-    0 where none does.
+    """Estimate the longest sequence that fits from a few simulated lengths; 0 where none fits.
 
-    first: a plan of setup, at any length.
+    The estimate itself is not simulated. first: a plan of setup, at any length.
     """
     unit, own = _UNIT * setup.degrees.sequence, MemoryNeed.of(first)
     other = at_length(setup, max(unit, own.seq_len // (2 if first.fits else 4) // unit * unit))
@@ -120,11 +122,11 @@ def longest(
     close: float = 0.0,
     simulations: int = 6,
 ) -> MemoryNeed | None:
-    """The longest sequence that fits, verified by simulating it; None where none does.
+    """Find the longest sequence that fits, verified by simulating it; None where none fits.
 
-    first: a plan at some length. near: a length to begin with otherwise. close: the share of its
-    length by which it may be too short. Where nothing limits it, that is the longest that is looked
-    at (see `is_open`).
+    first: a plan at any length. near: the length to begin with where there is no such plan. close:
+    the share of its length by which the result may be too short. Where memory does not limit the
+    length, the result is the length at which the search ends (see `is_open`).
     """
     unit = _UNIT * setup.degrees.sequence
     start = (
@@ -143,7 +145,7 @@ def longest(
         best = max(fitting, key=lambda need: need.seq_len, default=None)
         lines = sorted(known.values(), key=lambda need: need.seq_len)
         guess = min(limit(setup, *_pair(lines)), _REACH * lines[-1].seq_len)
-        # The peak is convex in S: what a line promises beyond a length that fails is not there.
+        # The peak is convex in S, so no length fits beyond one that does not, whatever a line says.
         if failing:
             guess = min(guess, min(need.seq_len for need in failing) - unit)
         if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
@@ -155,8 +157,8 @@ def longest(
 
 
 def _pair(lines: list[MemoryNeed]) -> tuple[MemoryNeed, MemoryNeed]:
-    """The two lengths next to the limit: the line between the last that fits and the first that
-    does not, or the last two on one side.
+    """Return the two lengths next to the limit, of lengths in increasing order: the last that fits
+    and the first that does not, or the nearest two where all lengths are on one side.
     """
     at = next((i for i, need in enumerate(lines) if not need.plan.fits), len(lines))
     if at == 0:
@@ -182,12 +184,14 @@ FEATURES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
 ]
-"""In the order of what they cost in time; the last, which is quicker, trains with other numbers."""
+"""Features in the order of the time that they cost. The last one is faster, but it changes the
+numerics of training.
+"""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The longest sequence with some settings."""
+    """The longest sequence with given settings."""
 
     what: str
     changes: dict[str, Any]
@@ -195,11 +199,11 @@ class SearchResult:
 
 
 def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
-    """The longest sequences: as configured, with tiles and all ranks on one sequence, then feature
-    upon feature.
+    """Find the longest sequence as configured, then with tiles, checkpoints and the largest
+    sequence-parallel degree, then with one more of `FEATURES` after the other.
 
-    Where host memory is what ends one, more blocks share a checkpoint, as long as that makes it
-    longer, and go on to.
+    Where host memory limits a length, more blocks share a checkpoint, as long as that makes the
+    sequence longer. The steps after it keep that setting.
     """
     found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
@@ -220,7 +224,7 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
         ):
             continue
         if more and not _differs(with_settings(setup, changes).config, more):
-            continue  # it is on already
+            continue  # the feature is on already
         changes = changes | more
         if _differs(setup.config, changes):
             found = _found(what, setup, changes, near=found)
@@ -254,17 +258,18 @@ def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResu
 
 
 def _host_ends(plan: Plan) -> bool:
-    """Whether it is host memory that a longer sequence would not find."""
-    room = 0.98  # a step of a search is smaller
+    """Return whether host memory is what limits the length."""
+    # A search ends closer to the limit than 2 %.
+    room = 0.98
     setup = plan.setup
     return setup.host_memory is not None and plan.host_bytes > room * setup.host_memory
 
 
 def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[SearchResult]:
-    """ALST's features one after the other (arXiv 2506.13996, section 5.3), on this model and
-    hardware.
+    """Find the longest sequence with ALST's features, added one after the other (arXiv 2506.13996,
+    section 5.3), on this model and hardware.
 
-    configured: what has been found with the settings as they are.
+    configured: the result for the settings as they are, used again at the step that equals them.
     """
     whole, tiles = -1, 0
     degree = setup.degrees.sequence if setup.degrees.sequence > 1 else setup.world_size

@@ -1,13 +1,13 @@
-"""The real step, simulated: this project's model, wrappers and `train_step` on fake tensors and a
+"""Simulates the real step: this project's model, wrappers and `train_step`, on fake tensors and a
 fake process group.
 
-Nothing is computed and nothing sent, so that a laptop runs a rank of a thousand. The optimizer has
-made a step before, so that its state exists. Of the tiles of a function only the first two and the
-last are run, because all between do what the second does; likewise of the batches that a step
-accumulates only the first two.
+Nothing is computed and nothing is sent, so a laptop can run one rank of a thousand. The optimizer
+makes one step before, so that its state exists. Of the tiles of a function, only the first two and
+the last are run, because all tiles between do what the second one does. For the same reason, only
+the first two of the micro-batches that a step accumulates are run.
 
-What the simulation cannot see, because it exists only in CUDA kernels, `cuda_memory.py` adds,
-each entry with its source.
+Memory that exists only in CUDA kernels cannot be simulated. `cuda_memory.py` adds it, each figure
+with its source.
 """
 
 from __future__ import annotations
@@ -49,27 +49,28 @@ from titan_ulysses.train.step import train_step
 
 @dataclass
 class Simulation:
-    """What one rank (the first) went through in an optimizer step that is not the run's first."""
+    """What happens on rank 0 in an optimizer step that is not the first of the run."""
 
     memory: MemoryTracker
     start: int
-    """the step's first event in `memory.events`; before it is the setup"""
+    """index of the step's first event in `memory.events`; the events before it are of the setup"""
     collectives: dict[str, tuple[int, int]]
-    """(calls, bytes handed in) of a step, by kind"""
+    """(calls, bytes of their inputs) of a whole step, by kind"""
     cost: Cost
-    """of a step"""
+    """the cost of a whole step"""
     ticks: list[Tick]
-    """when its operations end"""
+    """the amounts after each operation of the simulated part of the step"""
     batches: int
-    """how many of a step's batches were simulated: each further one does what the second does"""
+    """how many of the step's micro-batches were simulated; each further one repeats the second"""
     model: PreTrainedModel = field(repr=False)
 
 
 def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -> Simulation:
-    """Simulate rank 0 of a run, with one document a row unless documents says otherwise.
+    """Simulate a step on rank 0 of a run, with one document per row unless documents is given.
 
-    cuda: as on a GPU with a host, where what is offloaded leaves the device, checkpoints copied
-    ahead of need. The process must not be in a process group, and is in none afterwards.
+    cuda: simulate a GPU with a host, where offloaded tensors leave the device and checkpoints are
+    copied back before they are needed. The process must not be in a process group, and is in none
+    afterwards.
     """
     config, core = spec.config, spec.core
     tracker = MemoryTracker(cuda_workspace if cuda else cpu_workspace)
@@ -83,7 +84,7 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
         core.begin(tracker)
 
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
-        """What `parallelize` does, without its questions to the other ranks, and not compiled."""
+        """Do what `parallelize` does, without communication with other ranks or compilation."""
         blocks.extend(find_blocks(model)[1])
         wrap(model, mesh, replace(options, compile=False), store=store)
 
@@ -113,21 +114,23 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
             _make_state(model, optimizer)
             counted = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
             counts, max_norm = [], config.training.max_norm
+            # With gradient accumulation, the difference between one and two micro-batches tells
+            # the collectives of each further one.
             for run in (batches[:1], batches[:2]) if len(batches) > 1 else (batches,):
                 start = len(tracker.events)
                 counted.take()
                 with override_tiles(tracker.shortened), CollectiveCounter() as counter:
                     train_step(model, optimizer, run, mesh, max_norm=max_norm)
                 counts.append(dict(counter.counts))
-            tracker.recording = False  # what follows is the model's end
+            tracker.recording = False  # the releases that follow are not part of the step
     collectives = counts[0] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
     cost = counted.cost * (len(batches) / len(run))
     return Simulation(tracker, start, collectives, cost, counted.ticks, len(run), model)
 
 
 def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """A step of the optimizer alone: what follows then has the optimizer's state, as every step but
-    a run's first.
+    """Run the optimizer alone for one step, so that its state exists, as in every step of a run
+    except the first.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -137,8 +140,8 @@ def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _extrapolated(one: dict, two: dict, *, batches: int) -> dict[str, tuple[int, int]]:
-    """What a step of so many batches counts, from steps of one and two: all further ones do what
-    the second does.
+    """Return the counts of a step of `batches` micro-batches from steps of one and of two, since
+    each further micro-batch repeats the second one.
     """
     return {
         kind: tuple(
@@ -151,9 +154,7 @@ def _extrapolated(one: dict, two: dict, *, batches: int) -> dict[str, tuple[int,
 
 @contextmanager
 def _fake_ranks(degrees: MeshDegrees) -> Iterator[Mesh]:
-    """The mesh of a process group of which only this rank exists, and whose collectives do
-    nothing.
-    """
+    """Yield the mesh of a fake process group: only this rank exists, and collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "the planner needs a process of its own"
@@ -168,7 +169,9 @@ def _fake_ranks(degrees: MeshDegrees) -> Iterator[Mesh]:
 
 
 def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> Store | None:
-    """The store of the run, whose slabs the tracker knows to be in host memory or on disk."""
+    """Return the run's store of checkpoints, with slabs that the tracker counts as in host memory
+    or on disk; None where checkpoints stay on the device.
+    """
     if offload == "none":
         return None
 
@@ -190,7 +193,7 @@ def _tell_model(tracker: MemoryTracker, model: nn.Module) -> None:
 
 
 def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_device: bool) -> None:
-    """Tell the tracker which tensors are the inputs of segments, as soon as a segment begins."""
+    """Tell the tracker which tensors are inputs of checkpointed segments, when a segment begins."""
 
     def note(layer: int):
         def hook(module: nn.Module, args: tuple) -> None:
@@ -213,8 +216,8 @@ def _tell_optimizer(
     *,
     state_on_host: bool,
 ) -> None:
-    """Tell the tracker what gradients and what the optimizer's state are, once they are
-    complete.
+    """Tell the tracker which tensors are gradients (before the optimizer's step) and which are the
+    optimizer's state (after it).
     """
     tracker.attribution.watch(optimizer)
 
@@ -227,7 +230,8 @@ def _tell_optimizer(
     def note_gradients(*_) -> None:
         place: Place | None = "host" if tracker.parameters_on_host else None
         for parameter in names:
-            if parameter.grad is not None:  # those that FSDP reduced together share their memory
+            if parameter.grad is not None:
+                # Gradients that FSDP reduced together share one storage, so they share a label.
                 label = (
                     f"gradients of {group_name(layers.get(parameter))}, reduced (this rank's "
                     "shards)"

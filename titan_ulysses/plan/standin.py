@@ -1,4 +1,4 @@
-"""What stands for attention kernels that exist only on CUDA."""
+"""A replacement for attention kernels that exist only on CUDA, for simulation on a CPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from titan_ulysses.ulysses.cores import with_equal_sizes
 
 
 class Standin:
-    """SDPA's flash kernel over whole rows, for kernels that see documents and windows in one call.
+    """SDPA's flash kernel over whole rows, in place of a kernel that handles documents and windows
+    in one call.
 
-    What such a kernel takes, saves and returns does not depend on documents or windows. How many
-    scores they leave, a row, is noted for each layer. Where values have a size of their own it
-    pads, as the core `flash` does. flex needs no padding, and takes that much less.
+    The memory of such a kernel's inputs, outputs and saved tensors does not depend on documents or
+    windows. The number of scores that they leave per row is recorded for each layer, in `scores`.
+    Where values have another head size than queries and keys, the smaller size is padded, as in the
+    core `flash`. The core `flex` needs no padding, so it takes that much less memory.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,7 @@ class Standin:
         self.tracker: MemoryTracker | None = None
 
     def begin(self, tracker: MemoryTracker) -> None:
-        """Forget the simulation before, and note the scores of the one that tracker follows."""
+        """Begin a new simulation, which tracker follows, and forget the scores of the last one."""
         self.scores, self.tracker = {}, tracker
 
     def __call__(
@@ -50,7 +52,7 @@ class Standin:
 
 
 def _pairs(length: int, window: int | None) -> float:
-    """(query, key) pairs that score each other in a document of so many tokens."""
+    """Return the number of (query, key) pairs with a score in a document of `length` tokens."""
     if window is None or window >= length:
         return length * (length + 1) / 2
     return window * (window + 1) / 2 + (length - window) * window

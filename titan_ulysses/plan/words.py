@@ -1,9 +1,8 @@
-"""What the planner calls things: sizes, durations, components, and each tensor and moment of a
-simulated step.
+"""The names in the planner's output: components, and each tensor and moment of a simulated step.
 
-A tensor is named as its reader knows it: by the part of the model that it belongs to ("MLP of layer
-7"), and by what it is there ("q, k, v after the exchange"). A kernel has the name of what runs on
-the GPU, not of what stands for it here.
+A tensor is named in terms that the reader knows: by the part of the model that it belongs to ("MLP
+of layer 7"), and by its role there ("q, k, v after the exchange"). A kernel has the name of the
+kernel that runs on the GPU, not of the CPU operator that replaces it in the simulation.
 """
 
 from __future__ import annotations
@@ -25,7 +24,9 @@ COMPONENT_NAMES = {
     "other": "hidden states, embedding, inputs",
     "fragmentation": "fragmentation (3 %, assumed)",
 }
-"""Of the components whose key alone would not say what they are."""
+"""Names of components (by their key) for the user. A component without an entry is named by its
+key.
+"""
 
 _PHASES = {
     "forward": "the forward pass",
@@ -51,7 +52,9 @@ _KERNELS = {
     "copy_": "a copy",
     "cat": "a concatenation",
 }
-"""Kernels whose operator's name would not be recognised. The others are called by it."""
+"""Names of kernels whose operator a reader may not recognise. Other kernels are named by their
+operator.
+"""
 
 _SHORT_NAMES = {
     "_to_copy": "change of dtype",
@@ -63,7 +66,7 @@ _SHORT_NAMES = {
     "div": "quotient",
     "pow": "power",
 }
-"""Of what an operator leaves."""
+"""Names of an operator's result."""
 _ELEMENTWISE = (
     "add",
     "sub",
@@ -98,7 +101,7 @@ def component_name(component: str) -> str:
 
 
 def tensor_name(allocation: Allocation) -> str:
-    """Whose memory it is, and what is in it."""
+    """Name a tensor by the part of the model that it belongs to, and by its role there."""
     if allocation.label:
         return allocation.label
     component, owner = allocation.component, allocation.owner
@@ -122,7 +125,7 @@ def tensor_name(allocation: Allocation) -> str:
 
 
 def moment_name(moment: Moment) -> str:
-    """In which phase of the step, in which part of the model, and in which kernel."""
+    """Describe a moment by the phase of the step, the part of the model, and the kernel."""
     phase = _PHASES.get(moment.phase, moment.phase)
     if moment.phase in ("optimizer", "update"):
         return phase
@@ -144,7 +147,7 @@ def kernel_name(operation: str) -> str:
 
 
 def module_name(owner: Owner) -> str:
-    """ "attention of layer 1, q_proj"; outside of the layers the module's own path."""
+    """Name a module, as in "attention of layer 1, q_proj"; outside of the layers by its path."""
     if owner.layer is None:
         return "loss head" if owner.component == "loss head" else owner.module
     inside = owner.module.partition(f".{owner.layer}.")[2].split(".")
@@ -156,19 +159,22 @@ def module_name(owner: Owner) -> str:
 
 
 def group_name(layer: int | None) -> str:
-    """What FSDP gathers and reduces together: a layer, or all that is outside of the layers."""
+    """Name a group of parameters that FSDP gathers and reduces together: a layer, or everything
+    outside of the layers.
+    """
     return "embedding, final norm and head" if layer is None else f"layer {layer}"
 
 
 def _role(allocation: Allocation) -> str:
-    """What a tensor is to the module that made it."""
+    """Return the role that a tensor has in the module that made it."""
     operation, made_in = allocation.operation, allocation.made_in
     for function, roles in _ROLES.items():
         if function in made_in:
             role = roles.get(operation) or roles.get("")
             if role:
                 return role[allocation.phase == "backward"] if isinstance(role, tuple) else role
-    recomputed = "tiling.forward" in made_in  # in a tile of backward too, where no hook says so
+    # Tiles are computed again in backward, where no hook marks the phase as recomputation.
+    recomputed = "tiling.forward" in made_in
     is_gradient = allocation.phase == "backward" and not recomputed
     tile = " of a tile" if recomputed or "tiling.backward" in made_in else ""
     if operation == _FLASH:
@@ -240,6 +246,8 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
     "apply_rotary_pos_emb": {"": "q or k with rotary embedding"},
     WORKSPACE: {"": "workspace of flash attention's backward kernel"},
 }
-"""By the function that made it (`memory.makers`, the first that is found here) and the operation
-("": any other): what it is in forward, and where it differs in backward.
+"""The role of a tensor, by the function that made it and by the operation ("" stands for any other
+operation). The functions are named as in `memory.makers`. The first of them here that is among a
+tensor's makers and has a role for the operation decides. A pair is (role in forward, role in
+backward).
 """
