@@ -334,7 +334,7 @@ def _tensors(
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the state of the model by name, without frozen parameters.
 
-    A run that resumes takes frozen parameters from where it took them when it began.
+    A run that resumes loads frozen parameters from the same place as when it began.
     """
     # DCP's option `ignore_frozen_params` would keep tied frozen parameters under their second name.
     named = model.named_parameters(remove_duplicate=False)
