@@ -1,3 +1,3 @@
-"""Weights on disk: DCP checkpoints, safetensors in and out, initial weights, room on disk."""
+"""Weights on disk: DCP checkpoints, safetensors in and out, initial weights, disk space."""
 
-import titan_ulysses.model  # noqa: F401  imports transformers, and torchao with it, quietly
+import titan_ulysses.model  # noqa: F401  imports transformers and torchao without their warnings

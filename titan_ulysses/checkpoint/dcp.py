@@ -1,8 +1,9 @@
-"""Checkpoints through DCP: saved by all ranks, readable on any mesh, published whole or not at all.
+"""Checkpoints through DCP (torch.distributed.checkpoint), saved by all ranks, readable on any mesh.
 
-`checkpoints/step-N/` holds DCP's files (model and optimizer, by parameter name) and `run.json` (the
-rest: step, data position, what model it is). It is written as `.step-N.partial` and renamed when
-complete, so a checkpoint that is there is good, whatever happened while another was being written.
+`checkpoints/step-N/` contains DCP's files (model and optimizer, by parameter name) and `run.json`
+(the rest: step, data position, names and shapes of the parameters). It is written as
+`.step-N.partial` and renamed when it is complete. A folder `step-N` is therefore always a complete
+checkpoint, even if the run was killed while saving.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ _RUN_FILE = "run.json"
 
 
 class Checkpointer:
-    """Save and load model, optimizer and a JSON-able state in `folder`, keeping the last `keep` (0:
-    all).
+    """Saves and loads a model, its optimizer and a JSON-serializable state in `folder`.
+
+    Only the last `keep` checkpoints are kept (0: all).
     """
 
-    # In messages: what names the folder, what gives a run another one, and what moves it to another
-    # disk.
+    # Words for error messages: the setting that names the folder, what to change for a new folder,
+    # and what to change to use another disk.
     setting, other, place = "checkpoint.folder", "another job.name", "job.dump_folder"
 
     def __init__(self, folder: Path, *, keep: int):
@@ -45,14 +47,16 @@ class Checkpointer:
         self.where = f"{self.setting} = {folder}"
 
     def latest(self) -> int | None:
-        """The last complete step, or None."""
+        """Return the step of the last complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> None:
-        """Collective. Writes step-<step>, then removes what is older than the last `keep`.
-        UserError if it cannot.
+        """Write step-<step>, then remove all but the last `keep` checkpoints. Collective.
+
+        If step-<step> exists already, nothing is written. Raise `UserError`, on every rank, if
+        saving fails.
         """
         final = self.folder / f"step-{step}"
         partial = partial_path(final)
@@ -62,6 +66,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         tensors = _tensors(model, optimizer)
+        # What a model and an optimizer must match to load this checkpoint.
         kind = {
             "parameters": _shapes(model),
             "frozen": fingerprint(model),
@@ -69,14 +74,14 @@ class Checkpointer:
         }
         failure = None
         try:
-            dcp.save(tensors, checkpoint_id=partial)  # what one rank meets here is raised on all
+            dcp.save(tensors, checkpoint_id=partial)  # an error on one rank is raised on all
             if dist.get_rank() == 0:
                 self.publish(partial, final, {**state, **kind})
         except (CheckpointException, OSError) as error:
             failure = cause(error)
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-        if reason := first_failure(failure):  # rank 0 alone publishes, and the others wait
+        if reason := first_failure(failure):  # the other ranks wait for rank 0
             kept = self.latest()
             raise UserError(
                 f"{self.where}: saving step {step} failed ({reason}). "
@@ -85,10 +90,11 @@ class Checkpointer:
             )
 
     def publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
-        """Make the folder `partial`, which DCP has written, the checkpoint `final`, and remove what
-        is too old.
+        """Turn the folder `partial` that DCP has written into the checkpoint `final`.
+
+        Write run.json, rename the folder, and remove checkpoints that are too old.
         """
-        # The sizes tell a damaged file from a whole one before any tensor is read.
+        # The sizes reveal a truncated file before any tensor is read.
         state["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         with open(partial / _RUN_FILE, "w") as file:
             json.dump(state, file)
@@ -100,8 +106,9 @@ class Checkpointer:
             shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
     def read_state(self, step: int) -> dict[str, Any]:
-        """The JSON state saved with step, after checking that its files are all there. UserError if
-        damaged.
+        """Return the JSON state of step-<step>. Raise `UserError` if the checkpoint is damaged.
+
+        It is damaged if any of its files is missing or has the wrong size.
         """
         try:
             return _read_run_file(self.folder / f"step-{step}")
@@ -111,12 +118,12 @@ class Checkpointer:
     def load(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, Any]:
-        """Collective. Fills model and, where there is one, optimizer from step-<step>, on any mesh;
-        returns the JSON state.
+        """Fill the model and the optimizer, if given, from step-<step>, on any mesh. Collective.
 
-        Values of tensors only: what the optimizer is set to (learning rate, betas, ...) is the
-        config's to say. One that scripts/convert.py has made holds no optimizer state, and leaves
-        the optimizer as it is.
+        Return the JSON state. Only tensor values are loaded; the hyperparameters of the optimizer
+        (learning rate, betas, ...) stay as the config sets them. A checkpoint made by
+        scripts/convert.py has no optimizer state and leaves the optimizer unchanged. Raise
+        `UserError` if the checkpoint is damaged or belongs to another model or optimizer.
         """
         state = self.read_state(step)
         self._expect_model(step, state["parameters"], _shapes(model))
@@ -137,7 +144,7 @@ class Checkpointer:
         return state
 
     def steps(self) -> list[int]:
-        """Of the complete checkpoints that are there, in any order."""
+        """Return the steps of all complete checkpoints, in any order."""
         names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
         return [int(name) for name in names if name.isdigit()]
 
@@ -181,8 +188,10 @@ class Checkpointer:
         optimizer: dict[str, dict[str, torch.Tensor]],
         bits: int,
     ) -> None:
-        """Collective. UserError, before anything changes, where a rank would have to cut a block of
-        quantized state.
+        """Raise `UserError` if a rank would have to cut a block of quantized optimizer state.
+
+        The numbers of a block share a scale, so they must stay on one rank. Collective. Called
+        before anything is changed.
         """
         if bits == 32:
             return
@@ -205,18 +214,19 @@ class Checkpointer:
 
 
 class Difference(NamedTuple):
-    """The first parameter whose shape is not the same in a checkpoint and in a model."""
+    """The first parameter whose shape differs between a checkpoint and a model."""
 
     name: str
     text: str
-    """the name and the shape in the checkpoint ("there"), then that in the model"""
+    """the name, the shape in the checkpoint ("there") and the shape in the model, in words"""
 
 
 def first_difference(
     saved: dict[str, list[int]], wanted: dict[str, list[int]]
 ) -> Difference | None:
-    """Compare the names and shapes in a checkpoint with those of a model; None where they are
-    equal.
+    """Compare the names and shapes of a checkpoint with those of a model.
+
+    Return None if they are equal.
     """
     for name in dict.fromkeys((*wanted, *saved)):
         there = saved.get(name, "absent")
@@ -227,13 +237,14 @@ def first_difference(
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether path is a step-N folder that a run has saved, rather than one of safetensors."""
+    """Return whether path is a step-N folder saved by a run, not a folder of safetensors."""
     return bool(path) and (Path(path) / _RUN_FILE).is_file()
 
 
 def check_weights(path: str) -> None:
-    """UserError where the step-N folder at path, as checkpoint.initial_load_path, is damaged. Needs
-    no model.
+    """Raise `UserError` if the step-N folder at path is damaged. Needs no model.
+
+    The message names checkpoint.initial_load_path.
     """
     try:
         _read_run_file(Path(path))
@@ -244,25 +255,24 @@ def check_weights(path: str) -> None:
 
 
 def needs_base(path: str) -> bool:
-    """Whether the run that saved the step-N folder at path had frozen parameters, which are not in
-    it.
-    """
+    """Return whether the step-N folder at path lacks parameters, because they were frozen."""
     return bool(_read_run_file(Path(path)).get("frozen", 0))
 
 
 def load_weights(path: str, model: nn.Module) -> None:
-    """Collective. Fill model from the step-N folder at path, of any mesh: what was trained there,
-    no optimizer state.
+    """Fill the model with the weights of the step-N folder at path, from any mesh. Collective.
 
-    What is not there must have been frozen there, and be in the model already; adapters may be new.
-    UserError, before anything changes, where names, shapes or what was frozen do not fit.
+    Only the weights that were trained in that run are loaded, and no optimizer state. All other
+    parameters must have been frozen in that run and must be in the model already, except for
+    adapters, which may be new. Raise `UserError`, before anything changes, if names, shapes or
+    frozen values do not match.
     """
     saved = _read_run_file(Path(path))
     wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
     shapes = {
         name: list(tensor.shape)
         for name, tensor in wanted.items()
-        # What was frozen is not saved, and adapters may be new.
+        # Frozen parameters are not saved, and adapters may be new.
         if name in saved["parameters"] or not (is_adapter(name) or saved.get("frozen", 0))
     }
     if difference := first_difference(saved["parameters"], shapes):
@@ -290,8 +300,9 @@ def load_weights(path: str, model: nn.Module) -> None:
 
 
 def _read_run_file(folder: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint, after checking that its files are all there. ValueError if it
-    is damaged.
+    """Return the JSON state of a checkpoint.
+
+    Raise `ValueError` if the checkpoint is damaged: a file is missing or has the wrong size.
     """
     try:
         state = json.loads((folder / _RUN_FILE).read_text())
@@ -308,23 +319,24 @@ def _read_run_file(folder: Path) -> dict[str, Any]:
 def _tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, dict[str, Any]]:
-    """The live tensors of model and optimizer by parameter name; a fresh optimizer gets state to be
-    filled.
+    """Return the live tensors of model and optimizer by parameter name.
+
+    An optimizer without state gets its state allocated, so that it can be filled.
     """
     tensors = {"model": _trained_state(model)}
     if optimizer is not None:
         tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # state that lives on the host may still be on its way there
+        torch.cuda.synchronize()  # offloaded state may still be on its way to the host
     return tensors
 
 
 def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state by name, without what is frozen: a run that resumes has that from where it
-    began.
+    """Return the state of the model by name, without frozen parameters.
+
+    A run that resumes loads frozen parameters from the same place as when it began.
     """
-    # By our own means: with `ignore_frozen_params` tied parameters would stay, under their second
-    # name.
+    # DCP's option `ignore_frozen_params` would keep tied frozen parameters under their second name.
     named = model.named_parameters(remove_duplicate=False)
     frozen = {name for name, p in named if not p.requires_grad}
     return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
@@ -335,14 +347,15 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Of the model in a checkpoint, by all ranks together; a tied tensor is there under each of its
-    names.
+    """Return the bytes of the model in a checkpoint, summed over all ranks.
+
+    A tied tensor is counted under each of its names.
     """
     return sum(tensor.numel() * tensor.element_size() for tensor in _trained_state(model).values())
 
 
 def cause(error: BaseException) -> str:
-    """The innermost reason in one line: DCP wraps what a rank met in an exception of its own."""
+    """Return the innermost reason in one line: DCP wraps a rank's error in its own exception."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {cause(inner)}"

@@ -1,4 +1,4 @@
-"""Whether the disk of a run has room for what it will write: checkpoints and the export."""
+"""Checks whether the disk has room for the checkpoints and the export of a run."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from pathlib import Path
 from titan_ulysses.config.schema import Config
 
 _SMALL = 0.02
-"""Of the free disk: what need not be told."""
+"""Fraction of the free disk space up to which nothing is printed."""
 
 
 @dataclass(frozen=True)
 class DiskNeeds:
-    """What a run will write from here on, and where; sizes in bytes."""
+    """What a run will still write, and where. Sizes are in bytes."""
 
     folder: str
     free: int
     model: int
-    """of one checkpoint"""
+    """size of the model in one checkpoint"""
     optimizer: int
+    """size of the optimizer state in one checkpoint"""
     checkpoints: int
-    """that will be there at a time, at the most, beside those that are there now"""
+    """the largest number of checkpoints at a time, beyond those that exist now"""
     export: int
+    """size of the export; 0 if none is written"""
 
     def obstacle(self) -> str | None:
-        """Why the run must not start, or None: not one checkpoint has room."""
+        """Return why the run must not start, which is no room for one checkpoint, or None."""
         one = self.model + self.optimizer
         if not self.checkpoints or one <= self.free:
             return None
@@ -37,7 +39,7 @@ class DiskNeeds:
         )
 
     def lines(self) -> list[str]:
-        """What to print before the first step: nothing where it is next to nothing."""
+        """Return the lines to print before the first step: none if little space is needed."""
         needed = self.checkpoints * (self.model + self.optimizer) + self.export
         if needed <= _SMALL * self.free:
             return []
@@ -60,16 +62,17 @@ class DiskNeeds:
 def disk_needs(
     config: Config, folder: Path, *, model: int, optimizer: int, export: int, there: int, done: int
 ) -> DiskNeeds:
-    """Of a run whose files go to folder, which is made or not, after step `done`.
+    """Return the disk needs of a run after step `done`.
 
-    model, optimizer: bytes of a checkpoint; export: bytes of the export; there: how many
-    checkpoints there are.
+    folder: where the files of the run go; it need not exist. model, optimizer: bytes of one
+    checkpoint. export: bytes of the export. there: number of checkpoints that exist now.
     """
     checkpoint, last = config.checkpoint, config.training.steps
     to_come = sum(
         step % checkpoint.interval == 0 or step == last for step in range(done + 1, last + 1)
     )
-    if checkpoint.keep_latest_k:  # the oldest goes when the newest is complete
+    # The oldest checkpoint is removed after the newest is complete, so keep + 1 exist for a while.
+    if checkpoint.keep_latest_k:
         to_come = min(to_come, max(1, checkpoint.keep_latest_k + 1 - there))
     return DiskNeeds(
         folder=config.job.dump_folder,

@@ -1,4 +1,4 @@
-"""A folder of safetensors: which file holds which tensor, and each file open while it is read."""
+"""Folders of safetensors: finds the file of each tensor, and opens files while they are read."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ INDEX_FILE = "model.safetensors.index.json"
 _AGAIN = "Copy or download it again."
 
 Get = Callable[[str], Any]
-"""A tensor of the files by its name there, as a slice that is read when it is indexed."""
+"""Returns a tensor by its name in the files, as a lazy slice that is read when it is indexed."""
 
 
 def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
-    """Which file of the folder (or hub snapshot) `path` holds each tensor. UserError where there
-    are none.
+    """Return the file of each tensor in the folder (or hub snapshot) `path`.
 
-    As in transformers: model.safetensors, or the files that the index names; where there is
-    neither, all of them. setting: what the user calls the path.
+    As in transformers, the files are model.safetensors or those that the index names; if there is
+    neither, all *.safetensors. setting: the name of the path in messages. Raise `UserError` if
+    there are no such files, or if they are incomplete or damaged.
     """
     folder, where = _folder(path, setting), f'{setting} = "{path}"'
     index: dict[str, str] | None = None
@@ -64,7 +64,7 @@ def _folder(path: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # What vendors put beside the files of transformers is as large, and not wanted.
+        # Skip weights in a vendor's own format, which are as large as those of transformers.
         aside = ["*/*", "consolidated*"]
         return Path(
             snapshot_download(
@@ -80,7 +80,7 @@ def _folder(path: str, setting: str) -> Path:
 
 
 def _read_index(folder: Path, where: str) -> dict[str, str]:
-    """The file of each tensor as the folder's index has it; all of them are there."""
+    """Return each tensor's file name from the index. Raise `UserError` if a file is missing."""
     try:
         index = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -105,13 +105,15 @@ def _names_in(file: Path, where: str) -> set[str]:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names of what may be many."""
+    """Return the first three names, for messages."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Read]]:
-    """Each read with its files open; what is mapped counts as memory, so they are closed when it is
-    over.
+    """Yield each read with a function that gets tensors from its open files.
+
+    Reads are grouped by the files that they need. The files are closed after each group, because
+    mapped pages count as memory of the process.
     """
 
     def of(read: Read) -> list[Path]:
@@ -131,7 +133,7 @@ def opened(reads: list[Read], files: dict[str, Path]) -> Iterator[tuple[Get, Rea
 
 
 def without_data(stored: Any) -> Tensor:
-    """A tensor of a file on meta: its shape, and its dtype, for which nothing is read."""
+    """Return an empty meta tensor with the shape and dtype of a stored tensor, reading no data."""
     shape = stored.get_shape()
     return torch.empty(
         shape, dtype=stored[tuple(slice(0, 0) for _ in shape) or ...].dtype, device="meta"

@@ -1,4 +1,4 @@
-"""The weights that a run begins with: random ones, those of a model, or those of another run."""
+"""The initial weights of a run: random, from a pretrained model, or from another run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
 
 
 class Safetensors(NamedTuple):
-    """A folder, or a name on the hub, and the setting that says so."""
+    """A folder or hub name with safetensors, and the setting that names it."""
 
     path: str
     setting: str
 
 
 def base_weights(config: Config) -> Safetensors | None:
-    """Where the model's own weights come from; None where they are random or in a checkpoint of
-    this project.
+    """Return the safetensors that contain the weights of the model.
+
+    None if the weights are random or all in a checkpoint of this project. A checkpoint of a run
+    with frozen parameters does not contain these, so model.path is loaded as well.
     """
     initial = config.checkpoint.initial_load_path
-    if is_checkpoint(initial):  # of frozen parameters it holds nothing
+    if is_checkpoint(initial):  # it does not contain frozen parameters
         return _model_path(config) if needs_base(initial) else None
     return Safetensors(initial, "checkpoint.initial_load_path") if initial else _model_path(config)
 
@@ -37,9 +39,7 @@ def _model_path(config: Config) -> Safetensors | None:
 
 
 def check_initial_weights(config: Config) -> None:
-    """UserError where there are no weights to begin with, or where they are damaged. Reads none of
-    them.
-    """
+    """Raise `UserError` if the initial weights are missing or damaged. Reads no tensor data."""
     if is_checkpoint(config.checkpoint.initial_load_path):
         check_weights(config.checkpoint.initial_load_path)
     if base := base_weights(config):
@@ -47,10 +47,10 @@ def check_initial_weights(config: Config) -> None:
 
 
 def initialize(model: PreTrainedModel, config: Config) -> str | None:
-    """Fill a sharded model as a run that begins has it. Collective. UserError where the weights do
-    not fit.
+    """Fill a sharded model with the initial weights of the run. Collective.
 
-    Returns a line about tensors that are there and that the model does not have, if any.
+    Return a line about tensors in the files that the model does not have, or None. Raise
+    `UserError` if the weights do not fit the model.
     """
     initial, seed, note = config.checkpoint.initial_load_path, config.training.seed, None
     if base := base_weights(config):
@@ -68,7 +68,7 @@ def initialize(model: PreTrainedModel, config: Config) -> str | None:
 
 
 def describe_initial_weights(config: Config, step: int) -> str:
-    """A line on where the weights of a run at step come from, or nothing."""
+    """Return a line that says where the weights of a run at `step` come from; it may be empty."""
     initial = config.checkpoint.initial_load_path
     if step:
         return f"resumed from step {step}" + (

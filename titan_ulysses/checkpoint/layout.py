@@ -1,9 +1,9 @@
-"""What the tensors of a model are called in its files, and how they are put together there.
+"""Maps the tensors of a model to those in its safetensors files: names, and conversions.
 
-transformers keeps the experts of a layer in one tensor, and writes each of them by itself, as the
-hub has them. Its conversions between the two, renamings among them, are used here a few tensors at
-a time: on tensors without data, to know what belongs together, and on the tensors themselves when
-they are read or written.
+transformers keeps the experts of a layer in one tensor, but saves each expert as a tensor of its
+own, which is the format on the hub. This module applies the conversions of transformers between
+these two forms (including renamings) to a few tensors at a time. It applies them to meta tensors
+to find out which tensors belong together, and to the real ones when they are read or written.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ from titan_ulysses.model import hf
 
 @dataclass
 class Read:
-    """Tensors of files that become one or several tensors of the model."""
+    """A group of tensors in files that becomes one or several tensors of the model."""
 
     model: PreTrainedModel
-    """on meta: some conversions look at its shapes"""
+    """The model on meta; some conversions look at its shapes."""
     target: str
-    """The (first) tensor of the model."""
+    """The name of the (first) tensor of the model."""
     converter: WeightConverter | None
-    """None: the tensor is in the files as it is in the model."""
+    """None: the tensor has the same form in the files and in the model."""
     sources: dict[str, list[str]] = field(default_factory=dict)
-    """Names in the files by the pattern that they matched, in the order in which they are put
-    together.
+    """Names in the files, by the pattern that they matched, in the order in which they are merged.
     """
 
     @property
@@ -52,8 +51,9 @@ class Read:
 
     @property
     def stacks(self) -> bool:
-        """Whether row i of the only target is made of the i-th source of each pattern, and of
-        nothing else.
+        """Whether row i of the target depends only on the i-th source of each pattern.
+
+        There must be a single target. If so, a rank needs to read only the sources of its own rows.
         """
         if self.converter is None:
             return False
@@ -66,12 +66,13 @@ class Read:
         )
 
     def convert(self, tensors: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-        """The model's tensors from those of the files, given by pattern as `sources` has their
-        names.
+        """Convert tensors of the files to tensors of the model, which are returned by name.
+
+        `tensors` are given by pattern, in the order of the names in `sources`.
         """
         if self.converter is None:
             return {self.target: tensors[next(iter(self.sources))][0]}
-        converter = copy.deepcopy(self.converter)  # it keeps what it is given
+        converter = copy.deepcopy(self.converter)  # the converter stores the tensors that it gets
         for pattern, parts in tensors.items():
             for part in parts:
                 converter.add_tensor(self.target, self.target, pattern, part)
@@ -85,14 +86,14 @@ class Layout:
     """The names and shapes of a model's tensors, in the model and in its files."""
 
     def __init__(self, model: PreTrainedModel):
-        """model may be wrapped and sharded, and is not changed."""
+        """Describe `model`, which may be wrapped and sharded and is not changed."""
         self.plain = hf.build_on_meta(model.config, model.dtype)
         self.state = self.plain.state_dict(keep_vars=True)
-        """Parameters, tied ones under each of their names, and persistent buffers; without data."""
+        """Parameters (tied ones under each of their names) and persistent buffers, without data."""
         self.main = self._main_names()
 
     def _main_names(self) -> dict[str, str]:
-        """The one name, for each name of a tensor, under which transformers saves it."""
+        """Map each name of a tensor to the one name under which transformers saves it."""
         names: dict[int, list[str]] = {}
         for name, tensor in self.state.items():
             names.setdefault(id(tensor), []).append(name)
@@ -107,7 +108,10 @@ class Layout:
     # --- from files -------------------------------------------------------------------------------
 
     def reads(self, stored: set[str]) -> tuple[list[Read], list[str]]:
-        """How the tensors `stored` in files fill the model; and those that it does not have."""
+        """Group the tensors `stored` in files into reads that fill the model.
+
+        Also return the names of stored tensors that the model does not have.
+        """
         conversions = get_model_conversion_mapping(self.plain)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -118,7 +122,7 @@ class Layout:
             prefix = self.plain.base_model_prefix
             target, pattern = rename_source_key(name, renamings, converters, prefix, self.state)
             if target not in self.state and name in self.state:
-                target, pattern = name, None  # fused in the files already, as the model has it
+                target, pattern = name, None  # stored in the model's fused form already
             read = found.setdefault(target, Read(self.plain, target, by_pattern.get(pattern)))
             filled = read.sources and (pattern is None or read.converter is None)
             if target not in self.state or filled:
@@ -128,7 +132,7 @@ class Layout:
         return [read for read in found.values() if read.sources], self._not_expected(unknown)
 
     def _not_expected(self, unknown: list[str]) -> list[str]:
-        """Without those that transformers knows to be in old files for no purpose."""
+        """Remove the names that transformers ignores, such as leftovers in old files."""
         keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown))
         self.plain._adjust_missing_and_unexpected_keys(keys)
         return [name for name in unknown if name in keys.unexpected_keys]
@@ -136,9 +140,7 @@ class Layout:
     # --- to files ---------------------------------------------------------------------------------
 
     def writes(self) -> list[list[str]]:
-        """The model's tensors to be saved, each under its main name, in groups that must be
-        converted together.
-        """
+        """Return the main names of the tensors to save, in groups that are converted together."""
         reverse = [conversion.reverse_transform() for conversion in self._conversions[::-1]]
         renamings = [c for c in reverse if isinstance(c, WeightRenaming)]
         converters = [c for c in reverse if isinstance(c, WeightConverter)]
@@ -150,22 +152,25 @@ class Layout:
         return list(groups.values())
 
     def in_files(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `save_pretrained` writes for a group of tensors (see `writes`), by their names
-        there.
+        """Convert a group of tensors (see `writes`) to what `save_pretrained` would write.
+
+        The result is by the names in the files.
         """
         self.plain._weight_conversions = self._conversions
         return revert_weight_conversion(self.plain, tensors)
 
     @cached_property
     def _conversions(self) -> list[WeightTransform]:
-        """Those that saving reverts, as for any model that was not loaded from files of an odd
-        kind.
+        """The conversions that saving reverts.
+
+        They are those of a model that was loaded from files of the usual form: conversions of
+        legacy files and changes of prefix are left out.
         """
         conversions = get_model_conversion_mapping(self.plain, add_legacy=False)
         return [c for c in conversions if not isinstance(c, PrefixChange)]
 
     def expected(self) -> dict[str, list[str]]:
-        """The names in files of what each tensor that is saved is made of."""
+        """Return, for each saved tensor, the names of the tensors in files that it is made of."""
         return {
             name: list(
                 self.in_files({n: torch.empty_like(self.state[n], device="meta") for n in group})

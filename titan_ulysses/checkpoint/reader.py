@@ -1,9 +1,9 @@
-"""Read DCP's checkpoints without running what is in them.
+"""Reads DCP checkpoints without executing code from them.
 
-DCP keeps the table of contents of a checkpoint, `.metadata`, as a pickle, and a pickle calls
-whatever it names. Here it may name the few classes that DCP writes there and nothing else. What it
-describes are tensors in files of its own folder, which DCP reads with `weights_only`; an entry of
-any other kind DCP would unpickle, so there are none.
+DCP stores the table of contents of a checkpoint, `.metadata`, as a pickle, and a pickle can call
+any function that it names. Here it may name only the few classes that DCP writes. It may describe
+only tensors in files of its own folder, which DCP reads with `weights_only`. DCP would unpickle an
+entry of any other kind, so the class for such entries is not among those allowed.
 """
 
 from __future__ import annotations
@@ -44,21 +44,20 @@ _NAMED = {(kind.__module__, kind.__name__): kind for kind in (*_CLASSES, torch.S
 
 
 class Refused(ValueError):
-    """What a checkpoint asks for and does not get."""
+    """Raised if the metadata of a checkpoint asks for something that is not allowed."""
 
 
 class CheckpointReader(dcp.FileSystemReader):
-    """DCP's reader of the folder of a checkpoint, with a table of contents that is read once, and
-    cannot run code.
-    """
+    """DCP's file system reader with a restricted unpickler. It reads the metadata only once."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._metadata: Metadata | None = None
 
     def read_metadata(self) -> Metadata:
-        """The table of contents. `Refused` where it asks for more than a checkpoint of tensors
-        needs.
+        """Return the table of contents.
+
+        Raise `Refused` if it asks for more than a checkpoint of tensors needs.
         """
         if self._metadata is None:
             with open(Path(self.path) / ".metadata", "rb") as file:
@@ -71,17 +70,17 @@ class CheckpointReader(dcp.FileSystemReader):
 
 
 def open_checkpoint(folder: Path, *, where: str) -> CheckpointReader:
-    """Collective. The reader of the checkpoint in folder, its table of contents read.
+    """Return a reader of the checkpoint in folder, after reading its metadata. Collective.
 
-    where: what the user calls it. UserError, on every rank, where it asks for what it does not get;
-    ValueError where it is damaged.
+    where: the name of the checkpoint in messages. On every rank, raise `UserError` if the metadata
+    is refused, or `ValueError` if it is damaged.
     """
     reader, refusal, damage = CheckpointReader(folder), None, None
     try:
         reader.read_metadata()
     except Refused as error:
         refusal = str(error)
-    except Exception as error:  # a damaged pickle raises whatever it likes
+    except Exception as error:  # a damaged pickle can raise anything
         damage = one_line(error)
     if refusal := first_failure(refusal):
         raise UserError(
@@ -101,7 +100,7 @@ class _Unpickler(pickle.Unpickler):
         if named == ("torch.serialization", "_get_layout"):
             return {"torch.strided": torch.strided}.__getitem__
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
-            return lambda *parts: "/".join(parts)  # where it was saved, which nobody asks for
+            return lambda *parts: "/".join(parts)  # the path where it was saved, which is not used
         raise Refused(
             f"its .metadata names {module}.{name}, which no checkpoint of tensors needs, and which "
             "might run"
@@ -111,7 +110,7 @@ class _Unpickler(pickle.Unpickler):
 def _unpickled(file: Any) -> Metadata:
     before = [dict(vars(kind)) for kind in _CLASSES]
     metadata = _Unpickler(file).load()
-    # A pickle may also set attributes of what it names.
+    # A pickle can also set attributes of the classes that it names.
     if before != [dict(vars(kind)) for kind in _CLASSES]:
         raise Refused("its .metadata changes the classes that it names")
     if not isinstance(metadata, Metadata):
@@ -120,8 +119,9 @@ def _unpickled(file: Any) -> Metadata:
 
 
 def _expect_own_files(folder: Path, metadata: Metadata) -> None:
-    """Refused where a tensor is said to be in a file outside of folder: absolute, by "..", or
-    through a link.
+    """Raise `Refused` if the metadata names a file outside of the folder.
+
+    This includes absolute paths, "..", and symbolic links.
     """
     for path in sorted({info.relative_path for info in metadata.storage_data.values()}):
         if not (folder / path).resolve().is_relative_to(folder.resolve()):

@@ -1,9 +1,8 @@
-"""Safetensors in and out: a sharded model from a folder, of which each rank reads its own rows, and
-back to one.
+"""Loads a sharded model from a folder of safetensors, and exports it to one.
 
-`load` fills a sharded model in place; `export` gathers a few tensors at a time. Neither needs a
-whole model in one place. folder.py knows the files, and layout.py what the tensors are called in
-them and how they are put together.
+`load` fills a sharded model in place, and each rank reads its own rows. `export` gathers a few
+tensors at a time. Neither needs the memory of a whole model on one rank. folder.py finds the files,
+and layout.py maps the tensors in them to those of the model.
 """
 
 from __future__ import annotations
@@ -56,26 +55,26 @@ _GENERATION_FILE = "generation_config.json"
 
 
 class Loaded(NamedTuple):
-    """What `load` met."""
+    """What `load` found in the files."""
 
     unknown: list[str]
     """Names of tensors in the files that the model does not have."""
     fewer_rows: dict[str, int]
-    """How many rows there were for the parameters that have more."""
+    """For each growing parameter with fewer rows in the files than in the model: that number."""
 
 
 @torch.no_grad()
 def load(
     model: PreTrainedModel, path: str, *, setting: str = "model.path", growing: Collection[str] = ()
 ) -> Loaded:
-    """Fill a sharded model from the safetensors at path; each rank reads its own rows of each
-    tensor, nothing else.
+    """Fill a sharded model from the safetensors at path. Collective if there is a process group.
 
-    What the files hold in another form is put together first: of experts that are stored one by one
-    a rank reads those that it holds; anything else is read whole, a tensor at a time. Persistent
-    buffers are filled too. Collective where there is a process group. UserError where the files do
-    not have all of the model's tensors, or have them in another shape; those that are growing may
-    have fewer rows there, and get those.
+    Each rank reads only its own rows of each tensor. Tensors that have another form in the files
+    are converted first: of experts that are stored one by one, a rank reads those that it holds;
+    anything else is read whole, one tensor at a time. Persistent buffers are filled too.
+
+    growing: names of parameters that may have fewer rows in the files; only those rows are filled.
+    Raise `UserError` if tensors of the model are missing in the files or have another shape.
     """
     files, where = find(path, setting=setting), f'{setting} = "{path}"'
     layout, state = Layout(model), hf.state_of(model)
@@ -83,6 +82,7 @@ def load(
     growing = {layout.main[name] for name in growing}
     found = _check_complete(layout, reads, files, hf.class_name(model), where, growing=growing)
     made = {read.target for read in reads}
+    # The files may contain a tied tensor under several names. The others must equal the main one.
     twins = [
         r for r in reads if layout.main[r.target] != r.target and layout.main[r.target] in made
     ]
@@ -107,11 +107,11 @@ def load(
 def open_folder(
     plain: PreTrainedModel, path: str, *, setting: str
 ) -> tuple[dict[str, Tensor], Callable[[str], Tensor], list[str]]:
-    """The safetensors at path as `plain`, which is on meta, has its tensors; no more than one read
-    is in memory.
+    """Open the safetensors at path, converted to the tensors of the model `plain` on meta.
 
-    Returns all of them without data, in the dtype of the files; a function that reads one by its
-    name; and the names of those that the model does not have. UserError as in `load`.
+    Return all tensors by name, without data and in the dtype of the files; a function that reads
+    one tensor by name; and the names of tensors that the model does not have. No more than one
+    `Read` is in memory at a time. Raise `UserError` as `load` does.
     """
     files, layout = find(path, setting=setting), Layout(plain)
     reads, unknown = layout.reads(set(files))
@@ -128,7 +128,7 @@ def open_folder(
 def describe_unknown(
     names: list[str], model: PreTrainedModel, path: str, *, setting: str = "model.path"
 ) -> str:
-    """A line about tensors that files hold and the model does not."""
+    """Return a line about tensors that are in the files but not in the model."""
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     return (
         f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left out: '
@@ -145,8 +145,9 @@ def _check_complete(
     *,
     growing: Collection[str] = (),
 ) -> dict[str, tuple[Read, Tensor]]:
-    """How each tensor of the model is read, by main name, and it without data. UserError where it
-    cannot be.
+    """Return, by main name, how each tensor of the model is read, and the tensor without data.
+
+    Raise `UserError` if a tensor is missing in the files or has another shape.
     """
     found: dict[str, tuple[Read, Tensor]] = {}
     for get, read in opened(reads, files):
@@ -154,9 +155,8 @@ def _check_complete(
             made = read.convert(
                 {p: [without_data(get(n)) for n in names] for p, names in read.sources.items()}
             )
-        except (
-            Exception
-        ):  # a conversion that lacks a part may fail in any way; which part, is said below
+        # A conversion that lacks a part can fail in any way. The part is named below.
+        except Exception:
             continue
         for name, tensor in made.items():
             found.setdefault(layout.main[name], (read, tensor))
@@ -199,7 +199,8 @@ def _check_complete(
 
 
 def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of each tensor that read makes, and what the files have for it."""
+    """Yield this rank's part of each tensor of the read, and the stored values for it."""
+    # One target, of which only this rank's rows are read.
     if read.converter is None or read.stacks:
         part, index = _part(state[read.target])
         if read.converter is None:
@@ -229,7 +230,7 @@ def _whole(read: Read, get: Get) -> dict[str, Tensor]:
 
 
 def _part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """What this rank holds of a tensor, and where in it that is."""
+    """Return this rank's shard of a tensor, and the slices of the tensor that it covers."""
     if not isinstance(tensor, DTensor):
         return tensor, tuple(slice(0, size) for size in tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(
@@ -243,7 +244,7 @@ def _part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
 def _within(
     part: Tensor, index: tuple[slice, ...], shape: list[int]
 ) -> tuple[Tensor, tuple[slice, ...]]:
-    """That of the part that is among the first shape[0] rows."""
+    """Restrict a part and its slices to the first shape[0] rows of the tensor."""
     if not shape or index[0].stop <= shape[0]:
         return part, index
     rows = max(0, shape[0] - index[0].start)
@@ -254,10 +255,9 @@ def _within(
 
 
 def keep_generation_config(model: PreTrainedModel, path: str) -> None:
-    """Give model what the folder (or hub model) at path says about generation, for `export` to hand
-    it on.
-    """
-    with suppress(OSError):  # it has none, and keeps what transformers derives from config.json
+    """Set the model's generation config to that at path (a folder or hub name), for `export`."""
+    # Without one, the model keeps what transformers derives from config.json.
+    with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(path)
 
 
@@ -270,21 +270,22 @@ def export(
     step: int | None = None,
     fetch: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, config,
-    tokenizer if given.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens. Collective.
 
-    Collective. Tensors are gathered one by one (or fetched by name, for a model without data),
-    brought into the form that `save_pretrained` gives them, and rank 0 writes a file whenever 4 GiB
-    have come together, so no rank holds the whole model. Written aside and renamed when complete; a
-    folder that is there already is replaced then. Parameters keep their storage dtype; adapters are
-    merged into them, in the adapters'. `exported_step` tells the step again, where one was given.
-    UserError, on every rank, where it cannot be written.
+    It contains safetensors, the config and, if given, the tokenizer. Tensors are gathered one by
+    one (or fetched by name with `fetch`, for a model without data) and converted to the form of
+    `save_pretrained`. Rank 0 writes a file for about every 4 GiB, so no rank holds the whole model.
+    The folder is written under a temporary name and renamed when it is complete; an existing
+    folder is replaced then. Parameters keep their storage dtype. Adapters are merged into the
+    parameters, in the dtype of the adapters or at least fp32. If `step` is given, `exported_step`
+    can read it from the folder. Raise `UserError`, on every rank, if the folder cannot be written.
     """
     aside = partial_path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
     fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
     groups = layout.writes()
+    # Plan the files first: their names contain the number of files.
     dtypes = {name: added.get(name, tensor).dtype for name, tensor in state.items()}
     sizes = [
         _sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names})
@@ -321,7 +322,7 @@ def export(
 
 
 def exported_step(folder: Path) -> int | None:
-    """The step of the export in folder, or None where there is none."""
+    """Return the step of the export in folder, or None if the folder does not have one."""
     try:
         return json.loads((folder / _STEP_FILE).read_text())["step"]
     except OSError:
@@ -329,7 +330,7 @@ def exported_step(folder: Path) -> int | None:
 
 
 def exported_bytes(model: PreTrainedModel) -> int:
-    """Of the tensors in an export of model."""
+    """Return the bytes of the tensors in an export of model."""
     added = deltas(model)
     once = {
         id(t): t.numel() * added.get(name, t).dtype.itemsize
@@ -339,13 +340,13 @@ def exported_bytes(model: PreTrainedModel) -> int:
 
 
 def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
-    """Collective. The whole parameter in host memory, on the ranks that keep it."""
+    """Return the whole parameter in host memory, or None on ranks without `keep`. Collective."""
     whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return whole.detach().cpu().contiguous() if keep else None
 
 
 def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Tensor | None:
-    """Collective. The same with what an adapter adds to it."""
+    """Return the whole parameter with its adapter merged, as `_gather` does. Collective."""
     whole = _gather(parameter, keep=keep)
     if delta is None:
         return whole
@@ -355,16 +356,15 @@ def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Ten
 
 @torch.no_grad()
 def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
-    """Write the adapters as `peft.PeftModel.from_pretrained(model, folder)` opens them. Collective,
-    as `export` is.
+    """Write the adapters so that `peft.PeftModel.from_pretrained(model, folder)` opens them.
 
-    base: the folder or hub name of the model that they belong to, "" where it has none; noted with
-    them.
+    base: folder or hub name of the base model, which is stored with the adapters; "" if there is
+    none. Collective. Raise `UserError` as `export` does.
     """
     aside = partial_path(folder)
     writes = dist.get_rank() == 0
     adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
-    # peft leaves the adapter's name out, and has the model inside two modules of its own.
+    # In peft's files, names lack the adapter's name and have a prefix for peft's two wrappers.
     names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
     tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
     with _failing_together(folder):
@@ -380,8 +380,9 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
 
 @contextmanager
 def _failing_together(folder: Path) -> Iterator[None]:
-    """Collective on leaving. Where a rank could not write, all raise UserError: no rank waits for
-    one that has left.
+    """Raise `UserError` on all ranks if one of them cannot write. Collective at the end.
+
+    Otherwise the other ranks would wait for a rank that has failed.
     """
     failure = None
     try:
@@ -398,7 +399,7 @@ def _failing_together(folder: Path) -> Iterator[None]:
 def _sizes_in_files(
     layout: Layout, kinds: dict[str, tuple[torch.Size, torch.dtype]]
 ) -> dict[str, int]:
-    """Bytes of what a group of tensors becomes in files."""
+    """Return the bytes of each tensor in files that a group of tensors becomes."""
     tensors = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for name, (shape, dtype) in kinds.items()
@@ -407,8 +408,9 @@ def _sizes_in_files(
 
 
 def _plan_files(sizes: list[int]) -> list[str]:
-    """The file of each group, known before any is gathered because the names hold the number of
-    files.
+    """Assign each group to a file of at most 4 GiB (or one group), and return the file names.
+
+    This happens before any tensor is gathered, because the names contain the number of files.
     """
     number, room, numbers = 0, 0, []
     for size in sizes:
@@ -435,8 +437,8 @@ def _write_configs(
 ) -> None:
     _exported_config(model).save_pretrained(folder)
     if model.generation_config is not None:
-        # As it came: `save_pretrained` refuses what many a model on the hub has, at the end of a
-        # run.
+        # Not by `save_pretrained`, which validates: it would refuse the generation config of many
+        # models on the hub, at the end of a run.
         model.generation_config.to_json_file(folder / _GENERATION_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -448,5 +450,5 @@ def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
     config.architectures = [hf.class_name(model)]
     if hasattr(config, "auto_map"):
-        del config.auto_map  # it names code that is not in the folder, and was not run
+        del config.auto_map  # it names code that is not in the folder and was not used
     return config

@@ -1,6 +1,4 @@
-"""What a training loop of one's own leaves: checkpoints to go on from, and a folder for
-transformers.
-"""
+"""Saving in a custom training loop: checkpoints to resume from, and a folder for transformers."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 
 _HOW = {"params", "foreach", "fused", "capturable", "differentiable"}
-"""Of an optimizer's groups: what they hold, and how a step is computed, which is no part of a
-training.
+"""Keys of an optimizer's parameter groups that are not saved: the parameters themselves, and how a
+step is computed, which does not affect the training.
 """
 
 
@@ -31,12 +29,12 @@ class _Checkpoints(Checkpointer):
 def save_pretrained(
     model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Write folder as `AutoModelForCausalLM.from_pretrained` opens it: safetensors, configs, the
-    tokenizer if given.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` opens.
 
-    Collective: every rank calls it, and rank 0 writes. Parameters keep the dtype that they are
-    stored in, and no rank holds all of them at once. A folder that is there is replaced when the
-    new one is complete. UserError, on every rank, where it cannot be written.
+    It contains safetensors, configs and, if given, the tokenizer. Collective: every rank must call
+    it, and rank 0 writes. Parameters keep their storage dtype, and no rank holds all of them at
+    once. An existing folder is replaced when the new one is complete. Raise `UserError`, on every
+    rank, if the folder cannot be written.
     """
     weights.export(model, tokenizer, Path(folder))
 
@@ -49,13 +47,13 @@ def save_checkpoint(
     *,
     keep: int = 0,
 ) -> None:
-    """Write folder/step-N, N being state["step"], from which `load_checkpoint` goes on, on any
-    number of ranks.
+    """Write folder/step-N with N = state["step"], for `load_checkpoint` on any number of ranks.
 
-    state is what else the loop needs to go on, as JSON and the same on every rank: how many batches
-    it has seen, the `state_dict()` of a scheduler. Written aside and renamed when complete; only
-    the last `keep` stay (0: all). Collective. UserError, on every rank, where it cannot be written,
-    or there is a step N already.
+    `state` is what else the loop needs to resume, for example the number of batches read or the
+    `state_dict()` of a scheduler. It must be JSON-serializable and the same on every rank. The
+    checkpoint is written under a temporary name and renamed when it is complete. Only the last
+    `keep` checkpoints are kept (0: all). Collective. Raise `UserError`, on every rank, if the
+    checkpoint cannot be written or step-N exists already.
     """
     folder = Path(folder)
     text, step = _as_json(state), state["step"]
@@ -72,12 +70,12 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Fill model and optimizer from the last step-N in folder, and return its state; {"step": 0}
-    where there is none.
+    """Fill model and optimizer from the last step-N in folder, and return its state.
 
-    The optimizer gets its learning rates and other settings as they were, too. Checkpoints of
-    `train.py` will do. Collective. UserError, on every rank, where the checkpoint is damaged, or of
-    another model or optimizer.
+    The state is {"step": 0} if there is no checkpoint. The learning rates and other settings of the
+    optimizer are restored too. Checkpoints of `train.py` can be loaded as well; they leave these
+    settings unchanged. Collective. Raise `UserError`, on every rank, if the checkpoint is damaged
+    or belongs to another model or optimizer.
     """
     folder = Path(folder)
     checkpointer = _Checkpoints(folder, keep=0)
@@ -106,7 +104,10 @@ def load_checkpoint(
 
 
 def _as_json(state: dict[str, Any]) -> str:
-    """Collective. UserError, on every rank, where state is not what `save_checkpoint` can keep."""
+    """Return state as JSON. Raise `UserError`, on every rank, if it cannot be saved. Collective.
+
+    It must have an integer "step" and be the same on every rank.
+    """
     text, problem = "", None
     if not isinstance(state.get("step"), int):
         problem = f'has no number "step": {list(state)}'
@@ -128,8 +129,9 @@ def _as_json(state: dict[str, Any]) -> str:
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The settings of each group of parameters: learning rate, betas, and whatever else is a
-    number.
+    """Return the settings of each parameter group, such as learning rate and betas.
+
+    Settings that are tensors become numbers.
     """
 
     def number(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""From data to one rank's batch: `sources` -> `encoding` -> `cache` -> `packing` -> `mixture` ->
-`loader`.
+"""The data pipeline, from files and data sets to the batch of one rank.
 
-Nothing is imported at once, so that looking at a configuration does not load torch or transformers.
+The stages are `sources` -> `encoding` -> `cache` -> `packing` -> `mixture` -> `loader`. They are
+imported when they are used, so that inspecting a configuration does not load torch or transformers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 def open_sequences(
     config: Config, tokenizer: PreTrainedTokenizerBase, *, eval_only: bool = False
 ) -> tuple[SampleStream | None, SampleStream | None]:
-    """The training stream, unless `eval_only`, and, where validation is enabled, the held-out one.
+    """Return the training stream and the held-out stream of a run.
 
-    Training data is shuffled and has no end. Held-out data has every token once, in the order of
-    its files, and where a sequence is not filled, padding; it is read as [data] says, or taken from
-    each source.
+    The first is None if `eval_only`, the second if validation is disabled. Training data is
+    shuffled and has no end. Held-out data contains every token once, in the order of its files;
+    sequences that are not full are padded. It comes from `validation.path` or `validation.split`,
+    read with the settings of [data], or from documents held out of each training source.
     """
     data, validation = config.data, config.validation
-    # Given, not taken from the training data.
+    # Validation data of its own, instead of documents held out of the training data.
     apart = validation.enable and bool(validation.path or validation.split)
     if apart and eval_only:
         training = None
@@ -77,7 +78,7 @@ def _open(
     *,
     splits: bool,
 ) -> tuple[SampleStream, SampleStream | None]:
-    """The streams of one source; the second from documents held out of it, where it `splits`."""
+    """Return the training stream of one source and, if `splits`, a stream of held-out documents."""
     if source.streaming:
         return _stream(config, tokenizer, source, setting), None
     corpus, notes = _read(config, tokenizer, source, setting)
@@ -135,6 +136,7 @@ def _pack(
     from titan_ulysses.data.packing import PackedSequences, PaddedSequences
 
     seq_len, packing = config.training.seq_len, config.data.packing
+    # Documents longer than a sequence are dropped here, or split later by the packing.
     if long := int((corpus.lengths > seq_len).sum()):
         drops = config.data.long_documents == "drop"
         corpus = corpus.select(corpus.lengths <= seq_len) if drops else corpus

@@ -1,7 +1,8 @@
-"""Any loader's batches -> this rank's slices of them, for a training loop of one's own.
+"""The data adapter: slices the batches of any loader for this rank, in a custom training loop.
 
-What transformers users have (unshifted labels, 2-D padding masks, packed rows) becomes what the
-sharded model takes. Everything is computed on whole rows, on the host, before the slice is taken.
+It converts the inputs that transformers models take (unshifted labels, 2-D padding masks, packed
+rows) to the inputs of the sharded model. Everything is computed on whole rows, on the host, before
+the slice is taken.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
 
 _CHECK_EVERY = 100
-"""Steps between two comparisons of what the ranks of a sequence-parallel group have loaded."""
+"""Steps between checks that the ranks of a sequence-parallel group have loaded the same rows."""
 _TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
 _BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -33,37 +34,40 @@ class Rows(NamedTuple):
     input_ids: Tensor
     """[B, S] int64"""
     labels: Tensor
-    """[B, S] int64, shifted: the label of a token is the next one of its document"""
+    """[B, S] int64, shifted: the label of a token is the next token of its document"""
     position_ids: Tensor
-    """[B, S] int64, as given, or from 0 in each document"""
+    """[B, S] int64, as given, or counted from 0 in each document"""
     documents: Documents
-    """document lengths of each row"""
+    """the document lengths of each row"""
     attention_mask: Tensor
     """[B, S] int64: 0 at padding"""
     reaches: Documents | None
-    """the largest position of each document, plus 1, where that is not the length of each"""
+    """the largest position of each document plus 1; None if positions are counted from 0"""
 
 
 def shard(
     loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """This rank's slice of each batch of `loader`, as keywords for the model:
-    `model(**batch).loss`.
+    """Yield this rank's slice of each batch as keyword arguments: `model(**batch).loss`.
 
-    A batch is a mapping with `input_ids` [B, S] and, where there are any, `labels` (unshifted, as
-    in transformers; without them every token is a label), `attention_mask` [B, S] (padding on
-    either side), and documents packed in a row: `position_ids` that fall back, `seq_idx`, or
-    `cu_seq_lens_q` over all B * S tokens. Positions may begin anywhere, and are computed with as
-    given; where they jump ahead, see `_starts_of_positions`. B and S may change from batch to
-    batch. All ranks of a sequence-parallel group must load the same rows, ranks along `mesh.batch`
-    rows of their own, and each rank the same number of batches. `loader` is read no further than
-    the step that is yielded.
+    A batch of `loader` is a mapping with `input_ids` [B, S]. It may also contain:
+    - `labels`, unshifted as in transformers; without them every token is a label,
+    - `attention_mask` [B, S], with padding on either side,
+    - the documents packed in a row, as `position_ids` that fall back, as `seq_idx`, or as
+      `cu_seq_lens_q` over all B * S tokens.
 
-    Yields input_ids, labels (shifted, none across a border), position_ids [B, T], T = ceil(S / P),
-    `documents`, `reaches` where positions are not counted from 0, `attention_mask` [B, T] where any
-    token is padding, and `num_items_in_batch`, the number of labels in `accumulate` batches on all
-    ranks: step the optimizer once for each so many batches. UserError for a batch that cannot be
-    what it says, or that differs between ranks that share it.
+    Positions may start at any number and are used as given; see `_starts_of_positions` for
+    positions that jump ahead. B and S may change from batch to batch. All ranks of a
+    sequence-parallel group must load the same rows, ranks along `mesh.batch` must load different
+    rows, and every rank must load the same number of batches. `loader` is not read beyond the
+    optimizer step whose batches are being yielded.
+
+    Each yielded dict has `input_ids`, `labels` (shifted, none across a document border) and
+    `position_ids`, all [B, T] with T = ceil(S / P), and `documents`. It has `reaches` if positions
+    are not counted from 0, and `attention_mask` [B, T] if any token is padding.
+    `num_items_in_batch` is the number of labels in `accumulate` batches on all ranks: step the
+    optimizer once per `accumulate` batches. Raise `UserError` for a batch that contradicts itself,
+    or that differs between ranks that share a sequence.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")
@@ -74,8 +78,8 @@ def shard(
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
         dist.all_reduce(counts, group=mesh.loss.get_group())
-        # Only a rank whose loader has ended looks: reading the count would let every step wait for
-        # the device.
+        # Only a rank whose loader has ended reads the count of the other ranks: reading it
+        # everywhere would make every step wait for the device.
         if (
             len(group) < accumulate
             and (others := counts[1].item()) != len(group) * mesh.loss.size()
@@ -97,8 +101,9 @@ def shard(
 
 
 def read_rows(batch: Mapping[str, Any]) -> Rows:
-    """Documents, positions and shifted labels of one batch (see `shard`). UserError for what
-    contradicts itself.
+    """Return the documents, positions and shifted labels of one batch (see `shard`).
+
+    Raise `UserError` if the entries of the batch contradict each other.
     """
     tensors = _tensors(batch)
     input_ids = tensors["input_ids"]
@@ -113,7 +118,7 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
         raise UserError(
             f'batch["labels"] has {labels.min()}: labels are token ids, or {IGNORE_INDEX} for none.'
         )
-    # The next token is another document's, or none.
+    # At the end of a document, the next token belongs to another document or does not exist.
     crosses = F.pad(starts[:, 1:], (0, 1), value=True)
     labels = labels.roll(-1, dims=1).masked_fill(crosses | padding, IGNORE_INDEX)
     documents = tuple(
@@ -127,7 +132,7 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The batch's entries as int64 tensors on the host, each of the shape it should have."""
+    """Return the entries of the batch as int64 tensors on the host, after checking their shapes."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise UserError(
             'shard: a batch must be a mapping with "input_ids" [B, S]: give the loader such a '
@@ -163,8 +168,9 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _padding(tensors: dict[str, Tensor]) -> Tensor:
-    """[B, S] bool: which tokens are padding. What is not must be one run, since a document has no
-    holes.
+    """Return a [B, S] bool tensor that marks the padding tokens.
+
+    The other tokens of a row must be contiguous, since a document has no holes.
     """
     mask = tensors.get("attention_mask", torch.ones_like(tensors["input_ids"]))
     if not ((mask == 0) | (mask == 1)).all():
@@ -182,8 +188,9 @@ def _padding(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
-    """[B, S] bool: where a document begins. Padding is a document; what else tells of documents
-    must tell the same.
+    """Return a [B, S] bool tensor that marks the first token of each document.
+
+    Padding counts as a document. All keys that describe documents must agree.
     """
     said = {}
     if "seq_idx" in tensors:
@@ -194,6 +201,7 @@ def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
         said = {
             "position_ids": _starts_of_positions(tensors, next(iter(said.values()), None))
         } | said
+    # A border lies between tokens and padding. Inside padding, the document keys are ignored.
     before = F.pad(padding[:, :-1], (1, 0))
     edge, inside = padding != before, padding & before
     edge[:, 0] = True
@@ -211,11 +219,11 @@ def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
 
 
 def _starts_of_positions(tensors: dict[str, Tensor], told: Tensor | None) -> Tensor:
-    """[B, S] bool: where positions fall back; and where they jump ahead, what the other keys have
-    told.
+    """Return a [B, S] bool tensor that marks where documents begin, according to `position_ids`.
 
-    Without any: transformers takes a jump for a border in rows without a mask
-    (`find_packed_sequence_indices`), and elsewhere computes over it.
+    A document begins where positions do not grow. Where they jump ahead by more than 1, `told`, the
+    answer of the other keys, decides. Without other keys, a jump is a border only if the batch has
+    no attention mask, as in transformers (`find_packed_sequence_indices`).
     """
     steps = tensors["position_ids"].diff(dim=1)
     begins, jumps = F.pad(steps != 1, (1, 0), value=True), F.pad(steps > 1, (1, 0))
@@ -225,8 +233,9 @@ def _starts_of_positions(tensors: dict[str, Tensor], told: Tensor | None) -> Ten
 
 
 def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
-    """[B, S] bool from cu_seq_lens_q [documents + 1], the borders of documents in all B * S
-    tokens.
+    """Return a [B, S] bool tensor that marks where documents begin, according to `cu_seq_lens_q`.
+
+    `cu_seq_lens_q` [documents + 1] holds the borders of the documents in all B * S tokens.
     """
     shape, borders = tensors["input_ids"].shape, tensors["cu_seq_lens_q"]
     lengths, tokens = borders.diff(), shape.numel()
@@ -263,8 +272,10 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _slice(rows: Rows, mesh: Mesh) -> Batch:
-    """This rank's tokens. Where P does not divide S, the rest is a document of its own, without
-    labels.
+    """Return this rank's slice of the rows.
+
+    If P does not divide S, the rows are padded to a multiple of P. This padding is a document of
+    its own, without labels.
     """
     missing = -rows.input_ids.shape[1] % mesh.sp.size()
     position_ids = torch.cat(
@@ -286,8 +297,9 @@ def _slice(rows: Rows, mesh: Mesh) -> Batch:
 
 
 def _check_same_rows(group: list[Rows], mesh: Mesh) -> None:
-    """Collective. UserError, on every rank, where ranks of a sequence-parallel group have loaded
-    different rows.
+    """Raise `UserError` if ranks of a sequence-parallel group have loaded different rows.
+
+    Collective. The error is raised on every rank.
     """
     checksum = 0
     for rows in group:

@@ -1,10 +1,10 @@
-"""Rows -> a corpus. What takes more than a moment to tokenize is kept on disk, and mapped from
-there at the next start.
+"""Tokenizes the rows of a source into a corpus, and caches large corpora on disk.
 
-A corpus on disk is a folder named by a hash of content, tokenizer and settings. It is written aside
-and renamed when it is complete, under a lock: the first process on a machine makes it, the others
-wait, and what a killed process has left is nobody's corpus. Sizes and checksums are looked at
-before it is used; a broken one is made again.
+A corpus that takes more than a moment to tokenize is stored on disk and memory-mapped at the next
+start. It is a folder named by a hash of content, tokenizer and settings. The folder is written
+under a temporary name and renamed when it is complete, under a lock: the first process on a machine
+writes it and the others wait. The partial folder of a killed process is never used. Sizes and
+checksums are verified before a corpus is used, and a damaged corpus is made again.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ from titan_ulysses.data.sources import BadRow, Row, Rows
 from titan_ulysses.distributed.errors import UserError
 
 SMALL_CHARACTERS = 2**23
-"""Up to here tokenizing again is quicker than starting workers, and a corpus in memory costs
-nothing.
+"""Sources of up to this many characters are not cached: tokenizing them again is faster than
+starting worker processes, and the corpus takes little memory.
 """
-_LAYOUT = 1  # of the files; a new one is a new key
+_LAYOUT = 1  # version of the file layout; part of the cache key
 _BLOCK = 2**22
 
 
 def read_corpus(
     source: SourceSettings, encoder: Encoder, *, cache_folder: str = "", setting: str = "data.path"
 ) -> tuple[Corpus, CorpusStats]:
-    """All documents of `source`. UserError for what is wrong with it, and where it holds no
-    document.
+    """Tokenize all documents of `source`, or read them from the cache.
+
+    Raise `UserError` if the source cannot be read or contains no document.
     """
     encoder.check(source.source)
     rows, tally = open_rows(source, setting), CorpusStats()
@@ -77,7 +78,10 @@ def read_corpus(
 
 
 def _small_head(rows: Iterator[Row | BadRow]) -> tuple[list[Row | BadRow], bool]:
-    """The first rows, and whether they are more than is small."""
+    """Return the first rows, and whether they exceed `SMALL_CHARACTERS`.
+
+    If they do not, they are all the rows.
+    """
     head, size = [], 0
     for row in rows:
         head.append(row)
@@ -102,7 +106,7 @@ def _cached(
     tally: CorpusStats,
     dtype: np.dtype,
 ) -> tuple[Corpus, CorpusStats]:
-    """The corpus in folder/key, made first where it is not there or is broken."""
+    """Return the corpus in folder/key. Make it first if it is missing or damaged."""
     from filelock import FileLock
 
     final, partial = folder / key, folder / f".{key}.{os.getpid()}.partial"
@@ -153,7 +157,7 @@ def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype
 
 
 class _Checked:
-    """A file that is written once, and its size and checksum."""
+    """A file that is written once, with its size and checksum."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._checksum = file, 0
@@ -170,7 +174,7 @@ class _Checked:
 
 
 def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
-    """The corpus in `folder`, or None where there is none or it is not what was written."""
+    """Return the corpus in `folder`, or None if there is none or its files are damaged."""
     try:
         about = json.loads((folder / "corpus.json").read_text())
         found = {name: _map(folder / f"{name}.bin", *told) for name, told in about["files"].items()}
@@ -184,7 +188,7 @@ def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
 
 
 def _map(path: Path, size: int, checksum: int) -> np.ndarray:
-    """The file's bytes, not read into memory. ValueError where they are not what was written."""
+    """Return the bytes of the file as a memory map. Raise `ValueError` if they have changed."""
     if path.stat().st_size != size:
         raise ValueError(f"{path} has not its {size} bytes")
     mapped = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
@@ -199,7 +203,7 @@ def _map(path: Path, size: int, checksum: int) -> np.ndarray:
 def _with_bar(
     make: Callable[[], Iterator[Encoded]], rows: Rows, tally: CorpusStats, setting: str
 ) -> Callable[[], Iterator[Encoded]]:
-    """`make`, with a bar where there is a terminal."""
+    """Return `make` with a progress bar, which is shown if stderr is a terminal."""
 
     def made() -> Iterator[Encoded]:
         from rich.console import Console

@@ -1,6 +1,4 @@
-"""Chats -> token ids, and which of them the assistant wrote. The tokenizer's own chat template
-renders them.
-"""
+"""Encodes chats with the tokenizer's chat template, and finds which tokens the assistant wrote."""
 
 from __future__ import annotations
 
@@ -20,8 +18,10 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, *, train_on: str) -> None:
-    """UserError where the tokenizer cannot render chats, or cannot say which characters a token
-    stands for.
+    """Raise `UserError` if the tokenizer lacks what `train_on` needs.
+
+    That is a chat template and, for "assistant", a fast tokenizer, which can tell which characters
+    a token stands for.
     """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
@@ -41,19 +41,19 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, *, train_on: str) ->
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, *, train_on: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(ids [tokens], trained [tokens] bool): one chat as the template renders it, nothing added to
-    it.
+    """Return (ids [tokens], trained [tokens] bool) of one chat, exactly as the template renders it.
 
-    With train_on = "assistant" a template with a `{% generation %}` block says itself what the
-    assistant writes (transformers' `return_assistant_tokens_mask`). For any other template it is
-    what one more message adds: the chat up to and with an assistant's turn, less the chat before it
-    with the prompt to answer (`add_generation_prompt`). Whitespace behind the token that ends a
-    turn is not the assistant's. A token is trained on where any of its characters are. With "all"
-    the second value is None: every token is.
+    `trained` marks the tokens that are trained on. With train_on = "all" it is None: every token
+    is. With "assistant" it marks what the assistant wrote. A template with a `{% generation %}`
+    block defines this itself (transformers' `return_assistant_tokens_mask`). For any other
+    template, an assistant's turn is the difference between two renderings: the chat up to and
+    including that turn, minus the chat before it with the generation prompt
+    (`add_generation_prompt`). Whitespace after the token that ends a turn does not belong to the
+    assistant. A token is trained on if any of its characters belongs to the assistant.
 
-    Raises `RefusedRow` where the template refuses a chat or leaves a message out, `UserError` where
-    the template renders earlier turns differently once later ones follow, so that there is no
-    difference to take.
+    Raise `RefusedRow` if the template refuses the chat or leaves a message out. Raise `UserError`
+    if the template renders earlier turns differently once later turns follow, because the
+    difference is not defined then.
     """
     text = _render(tokenizer, chat, len(chat.messages))
     if has_surrogate(text):
@@ -85,7 +85,7 @@ def encode_chat(
 def _render(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, count: int, *, asks: bool = False
 ) -> str:
-    """The first `count` messages as text; `asks` adds the prompt to answer."""
+    """Render the first `count` messages as text; `asks` adds the generation prompt."""
     return _render_messages(tokenizer, chat.messages[:count], chat.tools, asks)
 
 
@@ -101,19 +101,16 @@ def _render_messages(
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=asks
         )
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-    ) as error:  # a template is a program
+    # A template is a program, so it can fail in many ways.
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise RefusedRow(f"the chat template refuses it ({one_line(error)})") from error
 
 
 def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> None:
-    """A template may know nothing of a role, and then says nothing: what the user wrote would be
-    lost.
+    """Raise `RefusedRow` if the template silently leaves out all messages of some role.
+
+    A template may ignore a role that it does not know, and what the user wrote would be lost. The
+    roles "user" and "assistant" are not checked.
     """
     for role in {message["role"] for message in chat.messages if message.get("content")} - {
         "user",
@@ -123,7 +120,7 @@ def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, te
         try:
             without = _render_messages(tokenizer, others, chat.tools)
         except RefusedRow:
-            continue  # so it does look at them
+            continue  # the template fails without these messages, so it does use them
         if without == text:
             raise RefusedRow(f'the chat template leaves out messages with the role "{role}"')
 
@@ -131,7 +128,7 @@ def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, te
 def _assistant_spans(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str
 ) -> list[tuple[int, int]]:
-    """[begin, end) in `text` of what the assistant writes in each of its turns."""
+    """Return the span [begin, end) in `text` of what the assistant wrote in each of its turns."""
     if chat.messages[0]["role"] == "assistant":
         raise RefusedRow(
             "the assistant begins, and the chat template has no {% generation %} to say with what"
@@ -159,14 +156,15 @@ def _assistant_spans(
 
 
 def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
-    """[tokens] bool: which tokens share a character with a span. Both are sorted, spans are
-    disjoint.
+    """Return a [tokens] bool array that marks the tokens that share a character with a span.
+
+    Both lists are sorted, and the spans are disjoint.
     """
     if not spans:
         return np.zeros(len(offsets), dtype=bool)
     token_begins, token_ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     begins, ends = np.array(spans, dtype=np.int64).T
-    # The first span that ends behind the token's begin.
+    # The first span that ends after the token begins.
     candidate = np.searchsorted(ends, token_begins, side="right")
     begins = np.append(begins, np.iinfo(np.int64).max)
     return token_ends > begins[candidate]

@@ -1,4 +1,4 @@
-"""Tokenized documents, in memory or mapped from files, and the account of how they came to be."""
+"""Tokenized documents, in memory or memory-mapped from files, and counts of what was left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from titan_ulysses.distributed.errors import UserError
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents as spans of one array of tokens, none of them empty."""
+    """Documents as spans of one array of tokens. No document is empty."""
 
     tokens: np.ndarray
     """[tokens] uint8, uint16 or uint32."""
@@ -24,19 +24,21 @@ class Corpus:
     ends: np.ndarray
     """[documents] int64."""
     trained: np.ndarray | None = None
-    """[tokens] bool, which tokens are to be predicted; None: all of them."""
+    """[tokens] bool: which tokens are trained on, that is predicted; None: all of them."""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
-        """From 1-D integer arrays of token ids, or `Encoded`; those without a token are left out.
-        The tokens' type is the smallest that holds every id.
+        """Build a corpus from 1-D integer arrays of token ids, or from `Encoded` documents.
+
+        Documents without a token are left out. `tokens` gets the smallest dtype that holds every
+        id.
         """
         ids, masks = [], []
         for document in documents:
             encoded = document if isinstance(document, Encoded) else Encoded(document)
             if len(encoded.ids):
-                # Narrowed one by one, so that a generator of wide arrays never holds more than one
-                # of them.
+                # Each array is narrowed as it arrives, so that only one wide array is in memory at
+                # a time.
                 ids.append(_narrow(encoded.ids))
                 masks.append(encoded.trained)
         tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint8)
@@ -68,16 +70,16 @@ class Corpus:
         return int(self.lengths.sum())
 
     def select(self, documents: np.ndarray) -> Corpus:
-        """Some of the documents, by index or mask; nothing is copied."""
+        """Return some of the documents, by index or mask. Tokens are not copied."""
         return Corpus(self.tokens, self.begins[documents], self.ends[documents], self.trained)
 
     def split_held_out(
         self, every: int = 100, *, setting: str = "data.path"
     ) -> tuple[Corpus, Corpus]:
-        """(train, held out): the last document of each `every` is held out; of fewer than `every`,
-        the last one.
+        """Split into (train, held out), where the last of each `every` documents is held out.
 
-        Raises `UserError` for a single document, which leaves nothing to train on.
+        With fewer than `every` documents, the last one is held out. Raise `UserError` for fewer
+        than 2 documents, which would leave nothing to train on.
         """
         assert every >= 2, every
         count = len(self)
@@ -101,9 +103,7 @@ def _narrow(document: np.ndarray) -> np.ndarray:
 
 @dataclass
 class CorpusStats:
-    """What was met on the way from rows to documents; nothing is left out without being counted
-    here.
-    """
+    """Counts of the rows that became documents, and of those that were left out."""
 
     documents: int = 0
     tokens: int = 0
@@ -114,8 +114,9 @@ class CorpusStats:
     def keep(
         self, encoded: Iterable[Encoded | BadRow], *, setting: str, skip: bool
     ) -> Iterator[Encoded]:
-        """The documents that hold a token, counted. UserError for a bad row, unless they are to be
-        skipped.
+        """Yield the documents that have a token, and count all rows.
+
+        Raise `UserError` for a bad row, unless `skip`.
         """
         for document in encoded:
             if isinstance(document, BadRow):
@@ -135,7 +136,7 @@ class CorpusStats:
                 yield document
 
     def notes(self) -> list[str]:
-        """What was left out, if anything."""
+        """Return a note for each kind of row that was left out, if any."""
         notes = (
             [f"{self.bad:,} bad line(s) skipped (the first: {self.first_bad})"] if self.bad else []
         )

@@ -1,5 +1,5 @@
-"""Data sets of Hugging Face: a folder of `save_to_disk`, a folder that `load_dataset` reads, a name
-on the hub.
+"""Hugging Face data sets: folders written by `save_to_disk`, and whatever `load_dataset` reads (a
+folder or a name on the hub).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ _SHUFFLE_ROWS = 1000
 
 
 class DatasetRows(Rows):
-    """Each row of one split. With `source.streaming` rows are read as they are needed, and nothing
-    is written.
+    """The rows of one split of a data set.
+
+    With `source.streaming` rows are read when they are needed, and nothing is written to disk.
     """
 
     def __init__(self, source: SourceSettings, setting: str) -> None:
@@ -31,7 +32,7 @@ class DatasetRows(Rows):
         self.source, self.setting = source, setting
         with _quiet():
             self.dataset = self._open()
-        names = self.dataset.column_names  # None: a stream that does not know yet
+        names = self.dataset.column_names  # None for a stream that does not know its columns yet
         for name in field_names(source) if names is not None else []:
             if name not in names:
                 raise UserError(
@@ -45,16 +46,16 @@ class DatasetRows(Rows):
         return self._read(self.dataset, skip=0)
 
     def shuffled(self, seed: int, *, skip: int = 0) -> Iterator[Row | BadRow]:
-        """A stream's rows in the order that belongs to `seed` (of its files, and within a buffer),
-        from the skip-th on.
+        """Yield the rows of a stream in the order given by `seed`, from row `skip` on.
 
-        The rows before are read again, but not tokenized: a buffer's order cannot be entered in the
-        middle.
+        The order of the files is shuffled, and the order of rows within a buffer. The rows before
+        `skip` are read again, though not tokenized, because reading cannot start in the middle of a
+        shuffle buffer.
         """
         return self._read(self.dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS), skip=skip)
 
     def fingerprint(self) -> str:
-        # No public name, but the one that its own cache is keyed by.
+        # A private attribute, but the key of the data set's own cache.
         return self.dataset._fingerprint
 
     def _read(self, dataset: Any, *, skip: int) -> Iterator[Row | BadRow]:
@@ -89,7 +90,7 @@ class DatasetRows(Rows):
                 source.subset or None,
                 split=source.split,
                 streaming=source.streaming,
-                trust_remote_code=False,  # before datasets 4 it would ask
+                trust_remote_code=False,  # versions of datasets before 4 would ask the user
             )
         except ConnectionError as error:
             raise self._refusal(
@@ -98,18 +99,18 @@ class DatasetRows(Rows):
                 f'datasets.load_dataset("{source.path}").save_to_disk(FOLDER), then give that '
                 "folder"
             ) from error
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # what data sets raise, each of their own
+        # The datasets library raises errors of all these kinds.
+        except (OSError, ValueError, RuntimeError) as error:
             raise self._refusal(
                 f"cannot be opened ({one_line(error)}): give a folder, a name on the hub, and its "
                 f"{self._key('subset')} and {self._key('split')}"
             ) from error
 
     def _key(self, key: str) -> str:
-        """Where the user sets it: the split of held-out data is not in [data]."""
+        """Return the name of the setting for messages.
+
+        The split of held-out data may be set by `validation.split`, which is not in [data].
+        """
         apart = key == "split" and self.setting.startswith("validation.split")
         return "validation.split" if apart else f"{section_of(self.setting)}.{key}"
 
@@ -118,13 +119,16 @@ class DatasetRows(Rows):
 
 
 def is_saved_dataset(path: str) -> bool:
-    """Whether `path` is a folder that `save_to_disk` has written."""
+    """Return whether `path` is a folder written by `save_to_disk`."""
     return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A hub that is not reached is one message, not six warnings; bars are for terminals."""
+    """Silence the warnings of the hub client, and progress bars if stderr is not a terminal.
+
+    If the hub cannot be reached, the user sees one error message instead of six warnings.
+    """
     import datasets
 
     logger = logging.getLogger("huggingface_hub")

@@ -1,6 +1,4 @@
-"""Rows -> token ids and which of them are trained on; in worker processes where there is much to
-do.
-"""
+"""Encodes rows as token ids with a mask of the trained tokens, in worker processes if useful."""
 
 from __future__ import annotations
 
@@ -35,28 +33,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK_CHARACTERS = 2**18
-"""What a worker gets at a time: enough to be worth sending, little enough to keep all of them busy
-to the end.
+"""Size of the chunks sent to worker processes: large enough to be worth the transfer, small enough
+to keep all workers busy until the end.
 """
 
 
 class Encoded(NamedTuple):
     ids: np.ndarray
-    """[tokens] unsigned; empty for a row that holds nothing."""
+    """[tokens] unsigned; empty for an empty row."""
     trained: np.ndarray | None = None
-    """[tokens] bool; None: all of them."""
+    """[tokens] bool: which tokens are trained on; None: all of them."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """One row -> its tokens. Travels to the workers."""
+    """Encodes one row. It is pickled and sent to the worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
     train_on: str = "assistant"
 
     def __call__(self, row: Row | BadRow) -> Encoded | BadRow:
-        """`BadRow` where the row is one, where the chat template refuses it, or where nothing of it
-        is trained on.
+        """Encode the row.
+
+        Return a `BadRow` if the row is one already, if it cannot be encoded (for example because
+        the chat template refuses it), or if none of its tokens is trained on.
         """
         if isinstance(row, BadRow):
             return row
@@ -66,7 +66,7 @@ class Encoder:
             return BadRow(row.place, str(error))
         except UserError as error:
             raise UserError(f"{row.place}: {error}", exit_code=error.exit_code) from error
-        # The first token is nobody's label.
+        # The first token is never a label.
         if encoded.trained is not None and not encoded.trained[1:].any():
             return BadRow(
                 row.place,
@@ -93,16 +93,19 @@ class Encoder:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest type that holds every id of the tokenizer."""
+        """The smallest dtype that holds every id of the tokenizer."""
         return np.min_scalar_type(num_token_ids(self.tokenizer) - 1)
 
     def check(self, kind: str) -> None:
-        """UserError where the tokenizer cannot do what data.source = `kind` needs."""
+        """Raise `UserError` if the tokenizer cannot encode rows of data.source = `kind`."""
         if kind == "chat":
             check_chat_template(self.tokenizer, train_on=self.train_on)
 
     def fingerprint(self) -> str:
-        """Equal for tokenizers that make the same ids of everything."""
+        """Return a hash of all that determines the result of encoding.
+
+        It covers the tokenizer, `train_on`, and the versions of transformers and tokenizers.
+        """
         import tokenizers
         import transformers
 
@@ -132,14 +135,14 @@ class Encoder:
 def encode_rows(
     rows: Iterable[Row | BadRow], encoder: Encoder, *, workers: int = 1
 ) -> Iterator[Encoded | BadRow]:
-    """Every row encoded, in order; by `workers` processes where there are several.
+    """Encode every row, in order, in `workers` processes if there are several.
 
-    Raises the `UserError` of the first row that has one, and `UserError` where a worker is killed.
+    Raise the first `UserError` that encoding a row raises, or a `UserError` if a worker is killed.
     """
     if workers == 1:
         yield from map(encoder, rows)
         return
-    # Not forked: threads of torch and of the tokenizer's own may be running.
+    # Spawn, not fork: torch and the tokenizer may have running threads.
     pool = ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(encoder,)
     )
@@ -161,7 +164,7 @@ def encode_rows(
 
 
 def size_of(row: Row | BadRow) -> int:
-    """About how many characters there are to encode."""
+    """Return approximately how many characters of the row have to be encoded."""
     content = row.content if isinstance(row, Row) else ""
     if isinstance(content, Chat):
         return sum(len(str(message.get("content", ""))) for message in content.messages)
@@ -172,7 +175,7 @@ def _chunks(rows: Iterable[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
     chunk, size = [], 0
     for row in rows:
         chunk.append(row)
-        size += size_of(row) + 100  # many empty rows are work too
+        size += size_of(row) + 100  # a constant cost per row, since many empty rows take time too
         if size >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
@@ -187,13 +190,13 @@ _encoder: Encoder
 def _start_worker(encoder: Encoder) -> None:
     global _encoder
     _encoder = encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process a core is enough
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one process per core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A pool whose owner is killed would wait for work forever."""
+    """Exit when the parent does: workers of a killed parent would wait for work forever."""
     parent_process().join()
     os._exit(1)
 

@@ -1,6 +1,4 @@
-"""Which files a path stands for, in the same order on every machine and rank, and what is in
-them.
-"""
+"""Finds and reads the files that a path stands for, in the same order on every machine and rank."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from pathlib import Path
 from titan_ulysses.distributed.errors import UserError
 
 RAW_BYTES = "bytes"
-# Installed packages and caches differ from machine to machine; ranks must all see the same
-# documents.
+# All ranks must see the same documents, and installed packages and caches differ between machines.
 SKIPPED_FOLDERS = {"__pycache__", "site-packages"}
 
 
 def section_of(setting: str) -> str:
-    """Where the keys of the source are whose path is `setting`; held-out data is read as [data]
-    says.
+    """Return the section that holds the keys of the source whose path is set by `setting`.
+
+    Held-out data is read with the keys of [data].
     """
     return "data" if setting.startswith("validation") else setting.removesuffix(".path")
 
@@ -30,14 +28,15 @@ def section_of(setting: str) -> str:
 def find_files(
     path: str | Path, *, extensions: Sequence[str], setting: str = "data.path"
 ) -> dict[str, Path]:
-    """Name -> file for each file under `path` that is not empty, sorted by the name, its POSIX path
-    below `path`.
+    """Return {name: file} for the files under `path` that are not empty, sorted by name.
 
-    `path` is a file, a pattern such as `books/**/*.txt` (then whatever the extension), or a folder,
-    walked recursively without hidden files and folders, `__pycache__`, `site-packages` and links to
-    folders. `extensions` are compared without case, ".md" and "md" alike.
+    `path` is a file, a folder, or a pattern such as `books/**/*.txt`. A folder is walked
+    recursively, without hidden files and folders, `__pycache__`, `site-packages` and links to
+    folders; a name is the POSIX path relative to the folder. Only the files of a folder are
+    filtered by `extensions`, which are compared case-insensitively; ".md" and "md" are the same.
 
-    Raises `UserError`, naming `setting`: no such path, no matching file, only empty files.
+    Raise `UserError`, which names `setting`, if the path does not exist, no file matches, or all
+    files are empty.
     """
     root = Path(path)
     if root.is_file():
@@ -82,8 +81,9 @@ def _matching_files(root: Path, extensions: Sequence[str], setting: str) -> dict
 
 
 def _walk(root: Path, setting: str) -> dict[str, Path]:
-    """Relative POSIX path -> file, sorted by code point (`os.walk` goes in the file system's
-    order).
+    """Return {relative POSIX path: file}, sorted by code point.
+
+    The order of `os.walk` depends on the file system.
     """
 
     def refuse(error: OSError) -> None:
@@ -97,16 +97,17 @@ def _walk(root: Path, setting: str) -> dict[str, Path]:
             name for name in subfolders if not name.startswith(".") and name not in SKIPPED_FOLDERS
         ]
         for file in (Path(folder, name) for name in names if not name.startswith(".")):
-            if file.is_file():  # not a socket, not a dangling link
+            if file.is_file():  # skips sockets and broken links
                 files[file.relative_to(root).as_posix()] = file
     return dict(sorted(files.items()))
 
 
 def digest(files: dict[str, Path]) -> str:
-    """One hash of names and contents: a file that changes without its size or time gets another
-    one.
+    """Return one hash of the names and contents of the files.
+
+    Contents are read, so that a change is found even if size and modification time stay the same.
     """
-    with ThreadPoolExecutor() as threads:  # hashing does not hold Python's lock
+    with ThreadPoolExecutor() as threads:  # hashing releases the GIL
         contents = threads.map(_digest_of_file, files.values())
         return blake2b(
             repr([*zip(files, contents, strict=True)]).encode(), digest_size=16
@@ -122,8 +123,9 @@ def _digest_of_file(file: Path) -> str:
 
 
 def read_text(file: Path, encoding: str, setting: str) -> str | bytes:
-    """The file's text, or its bytes where `encoding` is "bytes". UserError where it is not valid in
-    `encoding`.
+    """Return the text of the file, or its bytes if `encoding` is "bytes".
+
+    Raise `UserError` if the file cannot be read, or is not valid in `encoding`.
     """
     try:
         raw = file.read_bytes()
@@ -145,15 +147,15 @@ def read_text(file: Path, encoding: str, setting: str) -> str | bytes:
 
 
 def check_codec(encoding: str, setting: str) -> None:
-    """UserError where Python has no such text codec."""
+    """Raise `UserError` if Python has no such text codec."""
     if encoding == RAW_BYTES:
         return
     try:
-        b" ".decode(encoding)  # one byte: Python does not look the codec up for none
+        b" ".decode(encoding)  # not b"": Python would not look up the codec
     except LookupError as error:
         raise UserError(
             f'{section_of(setting)}.encoding = "{encoding}" is not a text codec that Python knows: '
             'use "utf-8", "latin-1" ... or "bytes"'
         ) from error
     except UnicodeError:
-        pass  # a codec of wider units, such as utf-16
+        pass  # the codec exists, but its units are wider than a byte (utf-16)

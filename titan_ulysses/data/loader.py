@@ -1,6 +1,7 @@
-"""This rank's batches. Every rank of a sequence-parallel group reads the same samples and slices
-them itself, so data needs no communication, and the position in the stream means the same on any
-mesh.
+"""The batches of this rank.
+
+Every rank of a sequence-parallel group reads the same samples and slices them itself. Data
+therefore needs no communication, and a position in the stream means the same on any mesh.
 """
 
 from __future__ import annotations
@@ -17,32 +18,31 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, local_sl
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of S tokens, of which this rank holds T = S / P: tokens [sp_rank * T, (sp_rank + 1) *
-    T) of each row.
+    """This rank's slice of B rows of S tokens.
+
+    It holds T = S / P tokens of each row: [sp_rank * T, (sp_rank + 1) * T).
     """
 
     input_ids: torch.Tensor
     """[B, T] int64"""
     labels: torch.Tensor
-    """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` where nothing is
-    predicted
-    """
+    """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` if nothing is predicted"""
     position_ids: torch.Tensor
-    """[B, T] int64, positions in the document, not in the slice"""
+    """[B, T] int64, the positions in the document, not in the slice"""
     documents: Documents
-    """the document lengths of each whole row, B tuples that sum to S, on the host: attention needs
-    them without a device synchronisation
+    """The document lengths of each whole row: B tuples that each sum to S. They are on the host, so
+    that attention can read them without a device synchronization.
     """
     attention_mask: torch.Tensor | None = None
-    """[B, T] int64, 0 at padding, where there is any: the router loss alone needs it"""
+    """[B, T] int64, 0 at padding; None without padding. Only the router loss reads it."""
     reaches: Documents | None = None
-    """the largest position of each document, plus 1, where positions are not counted from 0: RoPE
-    whose frequencies depend on it looks there instead of at the lengths
+    """The largest position of each document plus 1; None if positions are counted from 0. RoPE
+    types whose frequencies depend on the length use it in place of the document lengths.
     """
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on `device`; the copy does not make the host wait."""
-        # A copy from pageable memory would wait whatever `non_blocking` says.
+        """Copy the tensors of the batch to `device` without making the host wait."""
+        # A copy from pageable memory would make the host wait in spite of `non_blocking`.
         pin = torch.device(device).type == "cuda"
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,9 +60,9 @@ class Batch:
 class Loader:
     """Batches of `batch_size` = B rows for one rank, from a stream of sequences.
 
-    A global micro-batch is the next `batch_size * batch_degree` sequences; data-parallel rank
-    `batch_rank` takes the `batch_rank`-th block of B of them, and of each row the `sp_rank`-th of
-    `sp_degree` = P equal slices. S must be a multiple of P.
+    A global micro-batch consists of the next `batch_size * batch_degree` sequences. Data-parallel
+    rank `batch_rank` takes the `batch_rank`-th block of B sequences. Of each sequence it takes the
+    `sp_rank`-th of `sp_degree` = P equal slices. S must be a multiple of P.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Loader:
         self.sequences = sequences
         self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
-        self._consumed = 0  # sequences, by all ranks together
+        self._consumed = 0  # number of sequences that all ranks together have read
 
     def next_batch(self) -> Batch:
         first = self._consumed
@@ -89,9 +89,10 @@ class Loader:
         return self.read(range(first, self._consumed))
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """This rank's part of the global micro-batch of these sequences, wherever the stream is.
+        """Return this rank's part of a global micro-batch that consists of these sequences.
 
-        Where they are too few to fill it, rows without a label do.
+        The position of the loader does not change. If there are too few sequences, rows without
+        labels fill the batch.
         """
         assert 0 < len(indices) <= self.batch_size * self.batch_degree, len(indices)
         first = self.batch_rank * self.batch_size
@@ -112,12 +113,14 @@ class Loader:
         )
 
     def epochs(self) -> float | dict[str, float]:
-        """How often all ranks together have read the data, by source where there are several."""
+        """Return how often all ranks together have read the data, by source if several."""
         return self.sequences.epochs(self._consumed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The same on every rank and for every mesh: how many sequences all ranks together have
-        consumed, and of data that is streamed, where in it that is.
+        """Return the position in the data, which is the same on every rank and every mesh.
+
+        It is the number of sequences that all ranks together have consumed, and for streamed data
+        also the position in the data set.
         """
         state: dict[str, Any] = {"sequences_consumed": self._consumed}
         if position := self.sequences.position(self._consumed):

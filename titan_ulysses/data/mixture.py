@@ -1,4 +1,4 @@
-"""Several streams of sequences as one: in given proportions, or one after the other."""
+"""Combines several streams of sequences: mixed in given proportions, or one after the other."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _BLOCK = 4096
 
 
 class MixedSequences(SampleStream):
-    """Sequence i comes from one of the sources; each source is a stream of its own, with epochs of
-    its own.
+    """A mixture of sources, in which each sequence comes from one source.
 
-    Which one: the fractional part of (seed's offset + i * golden ratio) falls into one of the
-    intervals, as long as the weights, that divide [0, 1). This Weyl sequence is spread so evenly
-    that after any n sequences each source has had its share to within O(log n) of them, also in
-    each global batch. In integers modulo 2^64: the same everywhere.
+    Each source is a stream of its own, with its own epochs. The source of sequence i is chosen as
+    follows: [0, 1) is divided into one interval per source, whose length is the source's weight,
+    and the fractional part of (offset + i * golden ratio) falls into one of them. The offset is
+    drawn from `seed`. This Weyl sequence is spread so evenly that among any n consecutive
+    sequences, hence also in a global batch, the count of each source is within O(log n) of its
+    share. The computation uses integers modulo 2^64, so it is the same on every machine.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class MixedSequences(SampleStream):
             [min(int(border * 2.0**64), 2**64 - 1) for border in borders], dtype=np.uint64
         )
         self._offset = np.random.PCG64(np.random.SeedSequence([seed])).random_raw(1)
-        # Sequences of each source before each block.
+        # For each block of `_BLOCK` sequences: how many sequences of each source come before it.
         self._before = [np.zeros(len(sources), dtype=np.int64)]
 
     def __getitem__(self, index: int) -> PackedSample:
@@ -79,13 +80,13 @@ class MixedSequences(SampleStream):
             part.seek(count, (position or {}).get(name))
 
     def _sources(self, first: int, last: int) -> np.ndarray:
-        """Which source each of the sequences [first, last) comes from."""
-        with np.errstate(over="ignore"):  # modulo 2^64 is what is meant
+        """Return the source of each of the sequences [first, last)."""
+        with np.errstate(over="ignore"):  # overflow is intended: arithmetic modulo 2^64
             points = self._offset + np.arange(first, last, dtype=np.uint64) * np.uint64(_GOLDEN)
         return np.asarray(np.searchsorted(self._borders, points, side="right"))
 
     def _counts(self, index: int) -> np.ndarray:
-        """How many of the sequences before `index` come from each source."""
+        """Return how many of the sequences before `index` come from each source."""
         block = index // _BLOCK
         while len(self._before) <= block:
             first = (len(self._before) - 1) * _BLOCK
@@ -97,8 +98,9 @@ class MixedSequences(SampleStream):
 
 
 class ChainedSequences(SampleStream):
-    """The held-out sequences of several sources, one source after the other: whatever its weight,
-    all of each, once.
+    """The held-out sequences of several sources, one source after the other.
+
+    Every sequence of every source comes once, whatever the weights of the sources.
     """
 
     def __init__(self, sources: dict[str, SampleStream]) -> None:

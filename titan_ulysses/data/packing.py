@@ -1,8 +1,7 @@
-"""Documents -> sequences of exactly S tokens: ids, labels already shifted, positions, document
-lengths.
+"""Packs documents into sequences of exactly S tokens, with labels, positions and document lengths.
 
-Everything is computed on the whole sequence, on the host, before any rank takes its slice of it:
-labels are shifted and documents are told apart here and nowhere else.
+Everything is computed on the whole sequence, on the host, before any rank takes its slice. For the
+data of a run, this is the only place where labels are shifted and documents are separated.
 """
 
 from __future__ import annotations
@@ -21,34 +20,36 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 PADDING_ID = 0
 _LOOK_AHEAD = 1024
-"""Pieces among which best_fit chooses: with so many, one that nearly fits is nearly always
-there.
-"""
+"""Number of pieces from which best_fit chooses: enough that one nearly always fits closely."""
 
 
 class PackedSample(NamedTuple):
-    """S tokens, made of documents, pieces of documents and padding, which must not see each
-    other.
+    """A sequence of S tokens: documents, pieces of documents and padding.
+
+    These must not attend to each other.
     """
 
     input_ids: torch.Tensor
     """[S] int64"""
     labels: torch.Tensor
-    """[S] int64, already shifted: labels[t] is the token after input_ids[t] in its document, also
-    where that token is the first of the next sequence; `IGNORE_INDEX` at a document's last token,
-    and where the label is not trained on.
+    """[S] int64, already shifted: labels[t] is the token after input_ids[t] in its document, even
+    if that token is the first one of the next piece. `IGNORE_INDEX` at the last token of a
+    document, at padding, and at labels that are not trained on.
     """
     position_ids: torch.Tensor
     """[S] int64, from 0 in each piece"""
     document_lengths: tuple[int, ...]
-    """the pieces' lengths, padding being the last of them; their sum is S"""
+    """the lengths of the pieces, with padding as the last piece; their sum is S"""
 
 
 def slice_document(
     tokens: np.ndarray, trained: np.ndarray | None, *, begin: int, end: int, document_end: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, labels) [end - begin] of a piece of the document that ends at `document_end`."""
-    # Where the document goes on, the piece's last label is the token behind it.
+    """Return (ids, labels), each [end - begin], of one piece of the document.
+
+    `begin`, `end` and the document's end, `document_end`, are indices into `tokens`.
+    """
+    # If the document continues, the last label of the piece is the token after the piece.
     known = min(end + 1, document_end)
     following = tokens[begin + 1 : known].astype(np.int64)
     labels = np.full(end - begin, IGNORE_INDEX, dtype=np.int64)
@@ -61,8 +62,9 @@ def slice_document(
 
 
 def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) -> PackedSample:
-    """One sequence of (ids, labels), filled up with padding, which is a document of its own without
-    labels.
+    """Concatenate pieces (ids, labels) to one sequence of `size` tokens.
+
+    The rest is filled with padding, which is a document of its own, without labels.
     """
     input_ids = np.full(size, PADDING_ID, dtype=np.int64)
     labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
@@ -90,26 +92,28 @@ def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) ->
 
 
 def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
-    """[count] int64: a permutation that belongs to (seed, epoch).
+    """Return a permutation [count] int64 that is determined by (seed, epoch).
 
-    Sorting raw draws, because numpy keeps a bit generator's stream from release to release, but not
-    what `Generator.permutation` makes of it: a run resumed elsewhere must find the same order.
+    It is made by sorting raw random numbers, because a run that resumes on another machine must
+    find the same order. numpy keeps the stream of a bit generator stable from release to release,
+    but not the result of `Generator.permutation`.
     """
     draws = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
     return np.argsort(draws, kind="stable")
 
 
 class SampleStream:
-    """An endless, deterministic stream of sequences of `seq_len` = S tokens; `sequences[i]` for
-    every i >= 0.
+    """A deterministic stream of sequences of `seq_len` = S tokens.
 
-    `len(sequences)` counts those of one epoch, where they are whole: of held-out data they hold
-    every token once.
+    A training stream is endless: `sequences[i]` exists for every i >= 0. A held-out stream contains
+    every token once, with padding where needed. `len(sequences)` is the number of sequences in one
+    epoch, or of whole ones if a sequence can cross the end of an epoch. Streamed and mixed data
+    have no length.
     """
 
     seq_len: int
     notes: list[str]
-    """What there is to say about the data: what was left out, cut or padded."""
+    """Remarks about the data for the log: what was left out or cut, and a mixture's weights."""
 
     def __getitem__(self, index: int) -> PackedSample:
         raise NotImplementedError
@@ -118,35 +122,38 @@ class SampleStream:
         raise NotImplementedError
 
     def epochs(self, consumed: int) -> float | dict[str, float]:
-        """How often the data has been read after `consumed` sequences; by source where there are
-        several.
+        """Return how often the data has been read after `consumed` sequences.
+
+        The result is by source if there are several.
         """
         raise NotImplementedError
 
     def describe(self) -> str:
-        """What the stream is made of, in one line or a few."""
+        """Describe the stream in one or a few lines."""
         raise NotImplementedError
 
     def position(self, consumed: int) -> dict[str, Any] | None:
-        """What else, beside the number, a stream without random access needs to go on from there;
-        JSON.
+        """Return what a stream without random access needs to continue after `consumed` sequences.
+
+        The value is JSON-serializable. It is None for streams with random access, which need only
+        the number.
         """
         return None
 
     def seek(self, consumed: int, position: dict[str, Any] | None) -> None:
-        """Go on after `consumed` sequences, where `position` was taken."""
+        """Continue after `consumed` sequences, given what `position(consumed)` returned there."""
 
 
 class PackedSequences(SampleStream):
-    """Documents end to end, with random access.
+    """Documents packed end to end, with random access.
 
-    Each epoch is a permutation of the documents, drawn from (seed, epoch). The epochs' documents
-    form one token stream and sequence i is its tokens [i*S, (i+1)*S), so no token of an epoch is
-    lost or repeated. A document cut by a sequence's end goes on in the next sequence as a document
-    of its own. `shuffle=False` keeps the documents' order. `once`: there is one epoch, and padding
-    fills its last sequence. `setting` names the data in messages.
+    Each epoch is a permutation of the documents, drawn from (seed, epoch). The documents of all
+    epochs form one token stream, and sequence i is its tokens [i*S, (i+1)*S), so no token of an
+    epoch is lost or repeated. A document that is cut at the end of a sequence continues in the next
+    sequence as a document of its own. With `shuffle=False` documents keep their order. With `once`
+    there is one epoch, and padding fills its last sequence. `setting` names the data in messages.
 
-    Raises `UserError` when the data is shorter than one sequence, unless it is read once.
+    Raise `UserError` if the data is shorter than one sequence, unless `once`.
     """
 
     def __init__(
@@ -172,7 +179,8 @@ class PackedSequences(SampleStream):
                 f"{self.epoch_tokens} tokens in {len(corpus)} document(s): lower training.seq_len "
                 "or give more data"
             )
-        self._epoch = -1  # the epoch whose order is held; sequences are mostly read in order
+        # The epoch whose order is cached; one suffices, as sequences are mostly read in order.
+        self._epoch = -1
         self._order = self._starts = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -196,8 +204,9 @@ class PackedSequences(SampleStream):
         return concat_pieces(pieces, self.seq_len)
 
     def _pieces(self, start: int) -> Iterator[dict[str, int]]:
-        """The S stream tokens from `start` on, or as many as there are, as arguments of
-        `slice_document`.
+        """Yield the pieces of the S stream tokens from `start` on, as `slice_document` arguments.
+
+        At the end of a stream that is read once, there may be fewer tokens.
         """
         assert start >= 0 and not (self.once and start >= self.epoch_tokens), start
         epoch, offset = divmod(start, self.epoch_tokens)
@@ -220,9 +229,7 @@ class PackedSequences(SampleStream):
             place, skipped = place + 1, 0
 
     def _enter(self, epoch: int) -> None:
-        """Hold the epoch's order of documents, and where each of them starts in the epoch's
-        stream.
-        """
+        """Compute the epoch's order of documents, and where each starts in the epoch's stream."""
         if epoch == self._epoch:
             return
         count = len(self.corpus)
@@ -235,14 +242,15 @@ class PackedSequences(SampleStream):
 
 
 class PaddedSequences(SampleStream):
-    """Documents in one piece wherever they fit, the rest of a sequence padded; random access.
+    """Documents that are not cut if they fit into a sequence, with padding and random access.
 
-    A sequence holds one document, or with `best_fit` as many as fit, as `fit` chooses them.
-    Documents of more than S tokens are cut into pieces of S; the label of a piece's last token is
-    the document's next one. What goes together is decided once; each epoch is a permutation of the
-    sequences, drawn from (seed, epoch), in which every token comes once.
+    A sequence contains one document, or with `best_fit` several, chosen by `best_fit_bins`. A
+    document of more than S tokens is cut into pieces of S tokens; the label of a piece's last token
+    is the next token of the document. The assignment of documents to sequences is computed once.
+    Each epoch is a permutation of the sequences, drawn from (seed, epoch), so every token comes
+    once per epoch. With `shuffle=False` the order is kept.
 
-    Raises `UserError` where there is no document.
+    Raise `UserError` if there is no document.
     """
 
     def __init__(
@@ -263,6 +271,7 @@ class PaddedSequences(SampleStream):
         self.shuffle = shuffle
         self.best_fit = best_fit
         self.notes: list[str] = []
+        # best_fit combines documents that are close to each other in this order: shuffle it first.
         order = (
             shuffled(len(corpus), seed=seed, epoch=0)
             if shuffle and best_fit
@@ -270,7 +279,7 @@ class PaddedSequences(SampleStream):
         )
         counts = -(-corpus.lengths[order] // seq_len)
         documents = np.repeat(order, counts)
-        # Of the piece in its document.
+        # Cut every document into pieces; `number` is the index of a piece in its document.
         number = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
         begins = corpus.begins[documents] + number * seq_len
         ends = np.minimum(begins + seq_len, corpus.ends[documents])
@@ -288,7 +297,7 @@ class PaddedSequences(SampleStream):
 
     @property
     def fill_rate(self) -> float:
-        """Which part of the sequences is not padding."""
+        """The fraction of all tokens that is not padding."""
         return self.corpus.num_tokens / (len(self) * self.seq_len)
 
     def describe(self) -> str:
@@ -320,16 +329,16 @@ class PaddedSequences(SampleStream):
 def best_fit_bins(
     lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of at most `size` tokens -> (order [pieces], bounds [bins + 1]): bin b holds
-    order[bounds[b]:bounds[b+1]].
+    """Assign pieces of at most `size` tokens to bins of `size` tokens.
 
-    Of the next `look_ahead` pieces that wait, the longest that fits comes into the bin (of equal
-    ones the first), until none does; so a bin begins with the longest of all, and short ones fill
-    it up. O(pieces * log(look_ahead)).
+    Return (order [pieces], bounds [bins + 1]): bin b holds order[bounds[b]:bounds[b+1]]. Among the
+    next `look_ahead` waiting pieces, the longest that fits goes into the bin (the first of equal
+    ones), until none fits. A bin thus begins with the longest waiting piece, and shorter pieces
+    fill it up. O(pieces * log(look_ahead)).
     """
     assert not len(lengths) or int(lengths.max()) <= size, (lengths.max(), size)
     arriving = iter(enumerate(lengths.tolist()))
-    # (length, -place), sorted: of equal lengths the first comes last.
+    # (length, -place), sorted. Of equal lengths the first piece comes last, so it is taken first.
     waiting: list[tuple[int, int]] = []
     order: list[int] = []
     bounds, space = [0], size

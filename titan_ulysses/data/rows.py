@@ -1,4 +1,4 @@
-"""Which kind of source a path is: text files, files of records, or a data set of Hugging Face."""
+"""Opens the rows of a source: text files, files of records, or a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from titan_ulysses.distributed.errors import UserError
 
 
 def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
-    """The rows of `source`, whose path is called `setting` in messages.
+    """Return the rows of `source`, whose path is called `setting` in messages.
 
-    Raises `UserError` for what can be known before the first row: nothing at the path, no such data
-    set, split or field, an unknown codec.
+    Raise `UserError` for what is wrong before the first row is read: a missing path, data set,
+    split or field, or an unknown codec.
     """
     check_codec(source.encoding, setting)
     if source.source == "text":
@@ -34,8 +34,9 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
 
 
 def _has_files(path: str) -> bool:
-    """Whether the path of a chat means files, not the name of a data set: a file's name is no data
-    set's.
+    """Return whether the path of a chat source stands for files, not for the name of a data set.
+
+    A path that looks like a file or a pattern is never the name of a data set.
     """
     return (
         Path(path).exists()

@@ -1,8 +1,9 @@
-"""Where documents come from: text files, JSON lines, parquet, data sets of Hugging Face, chats.
+"""The sources of documents: text files, and files of records (JSON lines, JSON, parquet).
 
 A source yields rows, each with the place where it was found, in the same order on every machine and
-rank. A row that cannot be read is no exception but a `BadRow`: what happens with it is decided in
-one place (`corpus.CorpusStats`).
+rank. A row that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
+whether to skip it. A record holds a text, a prompt and completion, or a chat. The rows of Hugging
+Face data sets are in datasets.py.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Chat(NamedTuple):
 
 class Row(NamedTuple):
     place: str
-    """For messages: the file's name, and the line in it."""
+    """the file's name and the line or row in it, for messages"""
     content: str | bytes | Completion | Chat
 
 
@@ -49,14 +50,16 @@ class BadRow(NamedTuple):
 
 
 class RefusedRow(Exception):
-    """A row that cannot be made a document, with the reason; it becomes a `BadRow` where its place
-    is known.
+    """Raised with the reason if a row cannot become a document.
+
+    It becomes a `BadRow` in the caller, which knows the place of the row.
     """
 
 
 class Rows:
-    """All rows of one source, as often as they are iterated; `done` of `total` says how far that is
-    (None: unknown).
+    """All rows of one source. They can be iterated repeatedly.
+
+    `done` of `total` is the progress of the current iteration; `total` is None if it is unknown.
     """
 
     def __init__(self) -> None:
@@ -67,12 +70,12 @@ class Rows:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Equal for equal content."""
+        """Return a hash that identifies the content."""
         raise NotImplementedError
 
 
 class TextRows(Rows):
-    """Each file a row."""
+    """Text files, one row per file. Progress is counted in bytes."""
 
     def __init__(self, source: SourceSettings, setting: str) -> None:
         super().__init__()
@@ -93,8 +96,9 @@ class TextRows(Rows):
 
 
 class RecordRows(Rows):
-    """Each record of JSON-lines, JSON and parquet files a row; `.gz` and `.zst` are unpacked while
-    they are read.
+    """JSON-lines, JSON and parquet files, one row per record. Progress is counted in bytes.
+
+    `.gz` and `.zst` files are decompressed while they are read.
     """
 
     def __init__(self, source: SourceSettings, setting: str) -> None:
@@ -113,7 +117,7 @@ class RecordRows(Rows):
             try:
                 for number, record in records(file):
                     yield read_record(record, self.source, f"{name}:{number}")
-            except (OSError, ValueError) as error:  # pyarrow's errors are one of these
+            except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
                 raise UserError(
                     f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or "
                     "leave it out"
@@ -125,8 +129,10 @@ class RecordRows(Rows):
         return digest(self.files)
 
     def _json(self, file: Path) -> Iterator[tuple[int, Any]]:
-        """(line, what it holds: JSON, or the exception that it raised) of each line that is not
-        empty.
+        """Yield (line number, JSON value) of each line that is not empty.
+
+        For a line that is not JSON, the value is the exception. For a file that is one JSON array,
+        yield (index from 1, JSON value) of each element.
         """
         import pyarrow
 
@@ -137,7 +143,7 @@ class RecordRows(Rows):
         with open(file, "rb") as raw:
             lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
             for number, line in enumerate(lines, start=1):
-                # One array instead of lines.
+                # The file is one array, not JSON lines.
                 if number == 1 and is_json and line.lstrip().startswith(b"["):
                     yield from enumerate(json.loads(line + lines.read()), start=1)
                     return
@@ -152,7 +158,7 @@ class RecordRows(Rows):
             return error
 
     def _parquet(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(row, its fields)."""
+        """Yield (row number from 1, fields) of each row."""
         import pyarrow.parquet
 
         before, size, number = self.done, file.stat().st_size, 0
@@ -165,7 +171,7 @@ class RecordRows(Rows):
 
 
 def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
-    """What `source` finds in one record: its text, its prompt and completion, or its chat."""
+    """Return the row of one record: its text, its prompt and completion, or its chat."""
     if isinstance(record, ValueError | RecursionError):
         return BadRow(
             place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record)
@@ -183,7 +189,7 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
 
 
 def field_names(source: SourceSettings) -> list[str]:
-    """The fields that every row must have."""
+    """Return the fields that every row must have."""
     if source.source == "chat":
         return [source.messages_field]
     return (
@@ -204,7 +210,8 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
             return BadRow(place, f"message {number} has no role")
-    if isinstance(tools, str):  # data sets with one type a column keep tools, which differ, as JSON
+    # A column has one type and the schemas of tools differ, so data sets store tools as JSON text.
+    if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except ValueError as error:
@@ -217,8 +224,10 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
 
 
 def _without_nulls(value: Any) -> Any:
-    """A table of Arrow gives every message all keys that any message has, null where it lacks them;
-    templates ask whether a key is there.
+    """Remove keys whose value is null, recursively.
+
+    An Arrow table gives every message all keys that any message has, with null for missing ones,
+    but chat templates test whether a key exists.
     """
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
@@ -234,5 +243,8 @@ def _missing(record: dict[str, Any], name: str, wanted: str) -> str:
 
 
 def has_surrogate(text: str | bytes) -> bool:
-    """JSON can spell what no text holds, and tokenizers fail on it."""
+    """Return whether the text contains half of a surrogate pair.
+
+    JSON can express it, but it is not a valid character and tokenizers fail on it.
+    """
     return isinstance(text, str) and not text.isascii() and bool(re.search("[\ud800-\udfff]", text))

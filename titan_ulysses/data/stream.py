@@ -1,5 +1,6 @@
-"""Sequences from a data set that is read while it is trained on: no random access, nothing on disk,
-no known end.
+"""Sequences from a data set that is read during training.
+
+There is no random access, no known length, and nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from titan_ulysses.distributed.errors import UserError
 
 
 class StreamedSequences(SampleStream):
-    """Documents end to end, each epoch's in an order drawn from (seed, epoch): of the data set's
-    files, and of the rows within a buffer.
+    """Documents of a streamed data set, packed end to end.
 
-    Sequences are read in growing order. Each rank tokenizes all of them, also those of other
-    data-parallel ranks, since where one sequence ends says where the next begins. `position` is the
-    row and the token in it at which a sequence begins, the same on every mesh: going on there reads
-    the rows before it again, and tokenizes none of them.
+    In each epoch, the order of the data set's files and of the rows within a buffer is drawn from
+    (seed, epoch). Sequences can only be read in increasing order. Each rank tokenizes all of them,
+    including those of other data-parallel ranks, because a sequence begins where the one before it
+    ends. `position` is the epoch, the row and the token in that row at which a sequence begins; it
+    is the same on every mesh. To continue there, the rows before it are read again but not
+    tokenized.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class StreamedSequences(SampleStream):
         return concat_pieces(self._pieces(), self.seq_len)
 
     def epochs(self, consumed: int) -> float:
-        """Whole ones only: how long an epoch is shows when it ends."""
+        """Return the number of complete epochs: the length of an epoch is not known in advance."""
         return float(self._epoch)
 
     def describe(self) -> str:
@@ -70,11 +72,11 @@ class StreamedSequences(SampleStream):
         self._offset = position["offset"]
         self._documents = self._read(skip=self._row)
         self._document: Encoded | None = None
-        self._is_barren = self._row == 0  # no document has been met in this epoch
+        self._is_barren = self._row == 0  # no document has been found in this epoch yet
         self._advance(consumed)
 
     def _advance(self, index: int) -> None:
-        """Go to where sequence `index` begins."""
+        """Move forward to the beginning of sequence `index`."""
         assert index >= self._index, f"a stream goes forward: {index} after {self._index}"
         for _ in range(self._index, index):
             for _ in self._pieces():
@@ -82,7 +84,7 @@ class StreamedSequences(SampleStream):
         self._index = index
 
     def _pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, labels) of the next S tokens."""
+        """Yield the pieces (ids, labels) of the next S tokens."""
         remaining = self.seq_len
         while remaining:
             ids, trained = self._current()
@@ -91,7 +93,11 @@ class StreamedSequences(SampleStream):
             self._offset, remaining = end, remaining - (end - begin)
 
     def _current(self) -> Encoded:
-        """The document at hand, or the next one where it is used up."""
+        """Return the current document, or the next one if all its tokens have been read.
+
+        At the end of an epoch the next epoch begins. Raise `UserError` if a whole epoch has no
+        document.
+        """
         while self._document is None or self._offset >= len(self._document.ids):
             if self._document is not None:
                 self._row, self._offset, self._document = self._row + 1, 0, None
@@ -110,7 +116,7 @@ class StreamedSequences(SampleStream):
         return self._document
 
     def _read(self, *, skip: int) -> Iterator[tuple[int, Encoded]]:
-        """(row, document) of one epoch, from row `skip` on."""
+        """Yield (row number, document) of the current epoch, from row `skip` on."""
         seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])
         for number, row in enumerate(self.rows.shuffled(seed, skip=skip), start=skip):
             kept = self.tally.keep(

@@ -1,6 +1,4 @@
-"""Text <-> token ids: any transformers tokenizer, or "bytes", which needs no files and no
-download.
-"""
+"""Tokenizers: any transformers tokenizer, or "bytes", which needs no files and no download."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ END_OF_TEXT_ID = 256
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that `model.tokenizer = name` asks for: "bytes", a folder, or a hub name.
+    """Load the tokenizer `name` of `model.tokenizer`: "bytes", a folder, or a hub name.
 
-    Raises `UserError` when there is no such tokenizer or it cannot be opened.
+    Raise `UserError` if there is no such tokenizer or it cannot be opened.
     """
     if name == BYTES:
         return _byte_tokenizer()
@@ -34,7 +32,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         check_tokenizer_code(name, f'model.tokenizer = "{name}"')
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # A folder without tokenizer files fails in any of these ways, depending on what is missing.
+        # A folder that lacks tokenizer files raises any of these, depending on what is missing.
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f'model.tokenizer = "{name}" cannot be loaded ({reason.strip().rstrip(".:")}): give a '
@@ -45,14 +43,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def encode(
     tokenizer: PreTrainedTokenizerBase, text: str | bytes, *, ends: bool = True
 ) -> np.ndarray:
-    """One document's token ids, 1-D, unsigned: nothing added in front, the eos token (if there is
-    one) at the end.
+    """Return the token ids of one document, 1-D and unsigned.
 
-    `ends=False` leaves the eos token out: the text is a prompt, and something follows.
+    No token is added in front. The eos token, if the tokenizer has one, is appended, unless
+    `ends=False`, which is for a prompt that something follows.
 
-    What reads like a special token inside a document is encoded as the characters it is made of: a
-    file that mentions `<|endoftext|>` does not end there. `bytes` are for the byte tokenizer only
-    (`UserError`).
+    Text inside a document that looks like a special token is encoded as ordinary characters: a file
+    that mentions `<|endoftext|>` does not end there. Raise `UserError` for `bytes` with any other
+    than the byte tokenizer.
     """
     if is_byte_tokenizer(tokenizer):
         raw = text.encode("utf-8") if isinstance(text, str) else text
@@ -70,7 +68,8 @@ def encode(
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
-        # Documents longer than the tokenizer's `model_max_length` are what this project is for.
+        # No warning about documents longer than the tokenizer's `model_max_length`: they are the
+        # purpose of this project.
         verbose=False,
     )["input_ids"]
     if ends and tokenizer.eos_token_id is not None:
@@ -79,16 +78,15 @@ def encode(
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Largest id + 1, the least number of embedding rows (`len(tokenizer)` is less where ids have
-    gaps).
+    """Return the largest id + 1, which is the smallest number of embedding rows.
+
+    `len(tokenizer)` is smaller if the ids have gaps.
     """
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this is the "bytes" tokenizer, also when it was opened again from a folder it was
-    saved to.
-    """
+    """Return whether this is the "bytes" tokenizer, even if it was reloaded from a folder."""
     return len(tokenizer) == END_OF_TEXT_ID + 1 and tokenizer.get_vocab() == _byte_vocab()
 
 
@@ -105,8 +103,10 @@ def _byte_tokenizer() -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=1)
 def _byte_vocab() -> dict[str, int]:
-    """Token -> id. Byte-level BPE (GPT-2's) writes each byte as one printable character: itself
-    where it is printable Latin-1, otherwise the next free code point from 256 on.
+    """Return {token: id} of the byte tokenizer.
+
+    Byte-level BPE (as in GPT-2) writes each byte as one printable character: the byte itself if it
+    is printable Latin-1, otherwise the next free code point from 256 on.
     """
     printable = [
         *range(ord("!"), ord("~") + 1),
