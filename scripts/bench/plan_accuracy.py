@@ -514,7 +514,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--small", action="store_true", help="the three that the tests run")
+    parser.add_argument("--small", action="store_true", help="the small cases that the tests run")
     parser.add_argument("--minutes", type=float, default=10, help="patience a run")
     parser.add_argument(
         "--role", choices=["planned", "profiled", "resident"], help=argparse.SUPPRESS

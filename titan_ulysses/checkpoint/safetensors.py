@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,30 +161,37 @@ def _check_complete(
             continue
         for name, tensor in made.items():
             found.setdefault(layout.main[name], (read, tensor))
-    wanted = {
-        name: tensor.shape for name, tensor in layout.state.items() if layout.main[name] == name
-    }
+    wrong = [
+        name
+        for name, tensor in layout.state.items()
+        if layout.main[name] == name
+        and not (name in found and _fits(found[name][1].shape, tensor.shape, grows=name in growing))
+    ]
+    if wrong:
+        raise UserError(f"{where}: {_why_incomplete(layout, files, model, wrong, found)}")
+    return found
 
-    def fits(name: str, shape: torch.Size) -> bool:
-        there = found[name][1].shape if name in found else None
-        return (
-            there == shape
-            or name in growing
-            and there is not None
-            and there[1:] == shape[1:]
-            and there < shape
-        )
 
-    wrong = [name for name, shape in wanted.items() if not fits(name, shape)]
-    if not wrong:
-        return found
+def _fits(stored: torch.Size, wanted: torch.Size, *, grows: bool) -> bool:
+    """Return whether a stored tensor fills a wanted one, or the first rows of one that grows."""
+    return stored == wanted or (grows and stored[1:] == wanted[1:] and stored[0] < wanted[0])
+
+
+def _why_incomplete(
+    layout: Layout,
+    files: dict[str, Path],
+    model: str,
+    wrong: list[str],
+    found: dict[str, tuple[Read, Tensor]],
+) -> str:
+    """Say which tensors are missing, or which one has another shape, and what to do."""
     expected = layout.expected()
     if missing := [
         stored for name in wrong for stored in expected.get(name, [name]) if stored not in files
     ]:
         total = len({stored for names in expected.values() for stored in names})
-        raise UserError(
-            f"{where}: {len(missing)} of {total} tensors of {model} are not in its safetensors: "
+        return (
+            f"{len(missing)} of {total} tensors of {model} are not in its safetensors: "
             f"{some(missing)}. A file is not there, or config.json is another model's: save or "
             "download it again."
         )
@@ -192,9 +200,10 @@ def _check_complete(
         read, tensor = found[name]
         name = name if read.converter else read.names[0]
         shape = str(tuple(tensor.shape))
-    raise UserError(
-        f"{where}: {name} has shape {shape}, config.json says {tuple(wanted[wrong[0]])}. They "
-        "belong to different models: save or download it again."
+    wanted = tuple(layout.state[wrong[0]].shape)
+    return (
+        f"{name} has shape {shape}, config.json says {wanted}. They belong to different models: "
+        "save or download it again."
     )
 
 
@@ -284,23 +293,17 @@ def export(
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
     fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
-    groups = layout.writes()
-    # Plan the files first: their names contain the number of files.
     dtypes = {name: added.get(name, tensor).dtype for name, tensor in state.items()}
-    sizes = [
-        _sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names})
-        for names in groups
-    ]
-    files = _plan_files([sum(named.values()) for named in sizes])
+    plan = _plan_export(layout, state, dtypes)
     try:
         with _failing_together(folder):
             if writes:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
-        for file, numbered in groupby(range(len(groups)), key=files.__getitem__):
+        for file, groups in plan.groups_by_file():
             tensors: dict[str, Tensor] = {}
-            for number in numbered:
-                group = {name: fetch(name) for name in groups[number]}
+            for names in groups:
+                group = {name: fetch(name) for name in names}
                 if writes:
                     tensors |= {name: t.contiguous() for name, t in layout.in_files(group).items()}
                 del group
@@ -310,15 +313,50 @@ def export(
             del tensors  # before the next file's are gathered
         with _failing_together(folder):
             if writes:
-                where = {
-                    name: file for file, named in zip(files, sizes, strict=True) for name in named
-                }
-                _write_index(where, sum(sum(named.values()) for named in sizes), aside)
+                _write_index(plan.file_of_tensor, plan.bytes, aside)
                 _write_configs(model, tokenizer, step, aside)
                 replace_folder(aside, folder)
     finally:
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+class _ExportPlan(NamedTuple):
+    """Which groups of tensors are gathered together, and which file each group goes to."""
+
+    groups: list[list[str]]
+    """Names of the model's tensors that become tensors of one file together."""
+    sizes: list[dict[str, int]]
+    """For each group, the bytes of each tensor in the file."""
+    files: list[str]
+    """For each group, the name of its file."""
+
+    def groups_by_file(self) -> Iterator[tuple[str, list[list[str]]]]:
+        """Yield each file with its groups, in order."""
+        pairs = zip(self.files, self.groups, strict=True)
+        for file, members in groupby(pairs, key=itemgetter(0)):
+            yield file, [group for _, group in members]
+
+    @property
+    def file_of_tensor(self) -> dict[str, str]:
+        pairs = zip(self.files, self.sizes, strict=True)
+        return {name: file for file, named in pairs for name in named}
+
+    @property
+    def bytes(self) -> int:
+        return sum(sum(named.values()) for named in self.sizes)
+
+
+def _plan_export(
+    layout: Layout, state: dict[str, Tensor], dtypes: dict[str, torch.dtype]
+) -> _ExportPlan:
+    """Plan the files before anything is written: their names contain the number of files."""
+    groups = layout.writes()
+    sizes = [
+        _sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names})
+        for names in groups
+    ]
+    return _ExportPlan(groups, sizes, _plan_files([sum(named.values()) for named in sizes]))
 
 
 def exported_step(folder: Path) -> int | None:
@@ -362,20 +400,23 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     none. Collective. Raise `UserError` as `export` does.
     """
     aside = partial_path(folder)
-    writes = dist.get_rank() == 0
+    writes = not dist.is_initialized() or dist.get_rank() == 0
     adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
     # In peft's files, names lack the adapter's name and have a prefix for peft's two wrappers.
     names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
     tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
     with _failing_together(folder):
         if writes:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
-            settings = copy.copy(model.peft_config[ADAPTER])
-            settings.base_model_name_or_path = base or None
-            settings.save_pretrained(aside)
-            replace_folder(aside, folder)
+            try:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+                save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+                settings = copy.copy(model.peft_config[ADAPTER])
+                settings.base_model_name_or_path = base or None
+                settings.save_pretrained(aside)
+                replace_folder(aside, folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

@@ -109,7 +109,8 @@ def _as_json(state: dict[str, Any]) -> str:
     It must have an integer "step" and be the same on every rank.
     """
     text, problem = "", None
-    if not isinstance(state.get("step"), int):
+    step = state.get("step")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         problem = f'has no number "step": {list(state)}'
     else:
         try:

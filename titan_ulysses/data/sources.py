@@ -8,6 +8,7 @@ Face data sets are in datasets.py.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -144,8 +145,10 @@ class RecordRows(Rows):
             lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
             for number, line in enumerate(lines, start=1):
                 # The file is one array, not JSON lines.
-                if number == 1 and is_json and line.lstrip().startswith(b"["):
-                    yield from enumerate(json.loads(line + lines.read()), start=1)
+                start = line.removeprefix(codecs.BOM_UTF8).lstrip()
+                if number == 1 and is_json and start.startswith(b"["):
+                    parsed = self._parse(line + lines.read())
+                    yield from enumerate(parsed if isinstance(parsed, list) else [parsed], start=1)
                     return
                 if line.strip():
                     yield number, self._parse(line)

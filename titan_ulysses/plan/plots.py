@@ -97,42 +97,51 @@ def timeline(plan: Plan, path: Path) -> None:
         )
         _mark(axes, line, time_unit)
         _mark_limit(axes, limit, peak, unit)
-        axes.plot([when], [peak], marker="v", color="black", clip_on=False)
-        left = when > ends[-1] / 2
-        axes.annotate(
-            f"peak: {size_text(line.peak[1])} of tensors",
-            (when, peak),
-            xytext=(-8 if left else 8, 5),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            fontsize=8,
-        )
-        drawn, batches = plan.simulation.batches, plan.setup.degrees.accumulation_steps
-        of_them = (
-            f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
-        )
-        axes.set(
-            xlabel=f"planned time in the step, {time_name}{of_them}",
-            ylabel=f"{unit_name} on one GPU",
-        )
-        setup, config = plan.setup, plan.setup.config
-        title = (
-            f"{config.job.name}: {config.training.seq_len:,} tokens on {setup.world_size} x "
-            f"{setup.gpu.name}"
-        )
-        axes.set_title(title, fontsize=10, pad=16)
-        handles, names = axes.get_legend_handles_labels()
-        used = [
-            (h, n)
-            for h, n, row in zip(handles, names, heights, strict=True)
-            if row.max() > 0.005 * peak
-        ]
-        axes.legend(
-            *zip(*reversed(used), strict=True),
-            loc="center left",
-            bbox_to_anchor=(1.0, 0.5),
-            fontsize=8,
-        )
+        text = f"peak: {size_text(line.peak[1])} of tensors"
+        _mark_peak(axes, text, (when, peak), on_the_left=when > ends[-1] / 2)
+        _name_axes(axes, plan, time_name, unit_name)
+        _add_legend(axes, shown=[row.max() > 0.005 * peak for row in heights])
+
+
+def _mark_peak(axes: Any, text: str, at: tuple[float, float], *, on_the_left: bool) -> None:
+    axes.plot(*([value] for value in at), marker="v", color="black", clip_on=False)
+    axes.annotate(
+        text,
+        at,
+        xytext=(-8 if on_the_left else 8, 5),
+        textcoords="offset points",
+        ha="right" if on_the_left else "left",
+        fontsize=8,
+    )
+
+
+def _name_axes(axes: Any, plan: Plan, time_name: str, unit_name: str) -> None:
+    setup, config = plan.setup, plan.setup.config
+    drawn, batches = plan.simulation.batches, setup.degrees.accumulation_steps
+    of_them = (
+        f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
+    )
+    axes.set(
+        xlabel=f"planned time in the step, {time_name}{of_them}",
+        ylabel=f"{unit_name} on one GPU",
+    )
+    title = (
+        f"{config.job.name}: {config.training.seq_len:,} tokens on {setup.world_size} x "
+        f"{setup.gpu.name}"
+    )
+    axes.set_title(title, fontsize=10, pad=16)
+
+
+def _add_legend(axes: Any, *, shown: list[bool]) -> None:
+    """Name the components that can be seen, in the order of the picture from top to bottom."""
+    handles, names = axes.get_legend_handles_labels()
+    used = [pair for *pair, is_shown in zip(handles, names, shown, strict=True) if is_shown]
+    axes.legend(
+        *zip(*reversed(used), strict=True),
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        fontsize=8,
+    )
 
 
 def _mark(axes: Any, line: Timeline, time_unit: float) -> None:

@@ -103,29 +103,39 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _tell_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
-            batches = [
-                _batch(config, mesh, documents) for _ in range(spec.degrees.accumulation_steps)
-            ]
-            tracker.claim(
-                [vars(batch) for batch in batches],
-                "other",
-                label="inputs: token ids, labels, positions",
-            )
             _make_state(model, optimizer)
-            counted = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
-            counts, max_norm = [], config.training.max_norm
-            # With gradient accumulation, the difference between one and two micro-batches tells
-            # the collectives of each further one.
-            for run in (batches[:1], batches[:2]) if len(batches) > 1 else (batches,):
-                start = len(tracker.events)
-                counted.take()
-                with override_tiles(tracker.shortened), CollectiveCounter() as counter:
-                    train_step(model, optimizer, run, mesh, max_norm=max_norm)
-                counts.append(dict(counter.counts))
-            tracker.recording = False  # the releases that follow are not part of the step
-    collectives = counts[0] if len(batches) == 1 else _extrapolated(*counts, batches=len(batches))
-    cost = counted.cost * (len(batches) / len(run))
-    return Simulation(tracker, start, collectives, cost, counted.ticks, len(run), model)
+            costs = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
+            return _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
+
+
+def _run_step(
+    spec: RunSpec,
+    tracker: MemoryTracker,
+    costs: CostCounter,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    mesh: Mesh,
+    documents: Documents | None,
+) -> Simulation:
+    """Run the step on fake tensors, with one or two of its micro-batches."""
+    accumulation = spec.degrees.accumulation_steps
+    batches = [_batch(spec.config, mesh, documents) for _ in range(accumulation)]
+    tracker.claim(
+        [vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions"
+    )
+    counts, max_norm = [], spec.config.training.max_norm
+    # With gradient accumulation, the difference between one and two micro-batches tells the
+    # collectives of each further one.
+    for run in (batches[:1], batches[:2]) if accumulation > 1 else (batches,):
+        start = len(tracker.events)
+        costs.take()
+        with override_tiles(tracker.shortened), CollectiveCounter() as counter:
+            train_step(model, optimizer, run, mesh, max_norm=max_norm)
+        counts.append(dict(counter.counts))
+    tracker.recording = False  # the releases that follow are not part of the step
+    collectives = counts[0] if accumulation == 1 else _extrapolated(*counts, batches=accumulation)
+    cost = costs.cost * (accumulation / len(run))
+    return Simulation(tracker, start, collectives, cost, costs.ticks, len(run), model)
 
 
 def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
