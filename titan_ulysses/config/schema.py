@@ -1,7 +1,8 @@
-"""The settings of a run: the TOML schema, a class a section.
+"""The settings of a run: the TOML schema, with one class for each section.
 
-config_file.py reads and writes it, checks.py relates it to the machine and the model. No import of
-torch or transformers: `--help` answers at once.
+`load.py` reads and writes the TOML. `combinations.py` and `validate.py` check settings against each
+other, the machine and the model. Nothing here imports torch or transformers, so that `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from titan_ulysses.config.combinations import combination_problems
 
 
 def expand_path(path: str) -> str:
-    """Expand `~`, `$VARS` and `{stdlib}`, the folder of Python's standard library: real text that
-    every machine has.
+    """Expand `~`, `$VARS` and `{stdlib}` in a path.
+
+    `{stdlib}` is the folder of Python's standard library, which is real text that every machine
+    has.
     """
     return os.path.expanduser(
         os.path.expandvars(path.replace("{stdlib}", sysconfig.get_path("stdlib")))
@@ -38,8 +41,9 @@ def _core_name(name: str) -> str:
 
 
 CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
-"""Names of core attentions; after "auto" the fastest first. They are functions of
-ulysses/cores.py.
+"""Names of the attention cores, which are functions in ulysses/cores.py.
+
+"auto" takes the first of the others that can run this model here; they are listed fastest first.
 """
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
@@ -50,8 +54,10 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """What the sections share: unknown keys refused, values fixed once read, no inf or nan unless a
-    field asks.
+    """Base class of all sections.
+
+    Unknown keys are refused, and values cannot change once they are read. inf and nan are refused
+    unless a field allows them.
     """
 
     model_config = ConfigDict(
@@ -61,8 +67,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: Any) -> Any:
-        # pydantic would read true as 1, and a forgotten value (`--training.steps --next`) must not
-        # become one step.
+        # pydantic would read true as 1, so that `steps = true` would mean one step.
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
             raise ValueError("needs a number, not true or false")
         return value
@@ -137,7 +142,7 @@ class LoRA(Section):
 
 
 class SourceSettings(Section):
-    """One source of documents: [data] itself, or an entry of [[data.mixture]]."""
+    """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
     source: Literal["text", "jsonl", "hf", "chat"] = Field(
         "text",
@@ -191,7 +196,7 @@ class SourceSettings(Section):
     )
 
     def changed(self) -> dict[str, Any]:
-        """The keys of a source that are not at their defaults."""
+        """Return the keys of a source that are not at their defaults, with their values."""
         fields = SourceSettings.model_fields.items()
         values = {key: getattr(self, key) for key, _ in fields}
         return {key: values[key] for key, field in fields if values[key] != field.default}
@@ -453,8 +458,10 @@ class Profiling(Section):
 
 
 class Config(Section):
-    """All settings of a run. Immutable; `load_config` builds it, `check` relates it to the machine
-    and the model.
+    """All settings of a run, immutable.
+
+    `load_config` builds it. `validate.check` checks it against the world size, the model and the
+    tokenizer.
     """
 
     job: Job = Job()
