@@ -1,5 +1,6 @@
-"""Train a Hugging Face causal LM on long sequences: `torchrun --nproc-per-node N train.py --config
-configs/X.toml`.
+"""Train a Hugging Face causal LM on long sequences.
+
+`torchrun --nproc-per-node N train.py --config configs/X.toml` starts N ranks.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ from titan_ulysses.memory.allocator import expand_segments
 
 EVALUATION = (
     ("validation.enable", True),
-    # What only training needs is not asked for: no room for checkpoints, no library of an
-    # optimizer.
+    # These avoid checks of what only training needs: room for activation checkpoints, and the
+    # library of an optimizer.
     ("activation_checkpoint.offload", "none"),
     ("optimizer.name", "adamw"),
 )
-"""Settings that --evaluate changes."""
+"""Settings that `--evaluate` changes."""
 
 
 _ONE_PROCESS = {"-h", "--help", "--print-config", "--plan"}
-"""What needs no ranks."""
+"""Options that need only one process."""
 
 
 def main(argv: list[str]) -> None:
     if os.environ.get("RANK", "0") != "0" and _ONE_PROCESS & {*argv}:
-        return  # said once, also where several ranks are started
+        return  # rank 0 answers, where several ranks are started
     command = parse_command_line(argv)
     config = load_config(
         command.config_path, [*command.overrides, *(EVALUATION if command.evaluate else ())]
@@ -37,17 +38,14 @@ def main(argv: list[str]) -> None:
         print(dump_toml(config), end="")
         return
     if command.plan:
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # the same plan on every machine; before torch is imported
-        )
+        # The plan is then the same on every machine. This must come before torch is imported.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
         from titan_ulysses.plan.report import plan_and_report
 
         return plan_and_report(config)
     expand_segments()
-    # Torch and transformers: only now, so that --help is quick.
-    from titan_ulysses.train.trainer import (
-        Trainer,
-    )
+    # This imports torch and transformers: not earlier, so that --help is quick.
+    from titan_ulysses.train.trainer import Trainer
 
     if command.evaluate:
         return Trainer(config, eval_only=True).evaluate()

@@ -141,6 +141,7 @@ def allocate(
     (RoPE frequencies) are computed. With parameter_offload the shards are in host memory, and the
     buffers are on device.
     """
+    # Note which modules share a parameter, to tie them again after `to_empty`.
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -148,7 +149,7 @@ def allocate(
                 owners.setdefault(parameter, []).append((module, name))
     model.to_empty(device="cpu" if parameter_offload else device)
     for (first, first_name), *others in owners.values():
-        for module, name in others:  # `to_empty` has separated tied parameters
+        for module, name in others:
             setattr(module, name, getattr(first, first_name))
     with torch.no_grad():
         for module in model.modules():
