@@ -1,6 +1,6 @@
-"""Train a Hugging Face causal LM on long sequences: `torchrun --nproc-per-node N train.py --config
-configs/X.toml`.
+"""Train a Hugging Face causal LM on long sequences.
 
+`torchrun --nproc-per-node N train.py --config configs/X.toml` starts N ranks.
 An installed package has the same as `titan-ulysses train`.
 """
 

@@ -1,3 +1,1 @@
-"""Settings of a run: the schema, TOML files, the command line, and checks that need nothing
-else.
-"""
+"""Settings of a run: their schema, TOML files, the command line, and checks of the settings."""

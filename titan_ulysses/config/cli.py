@@ -1,5 +1,6 @@
-"""The command line over the settings: `--config`, an override for every key, and `--help` made from
-the schema.
+"""The command line of `train.py`.
+
+It has `--config`, an option for every setting, and `--help`, which is generated from the schema.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 class CommandLine(NamedTuple):
     config_path: Path
-    # ("section.key", value), in the order given: the last one counts.
+    # ("section.key", value) pairs in the order given; the last one for a key counts.
     overrides: list[tuple[str, Any]]
     print_config: bool
     plan: bool = False
@@ -31,11 +32,11 @@ class CommandLine(NamedTuple):
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Read `--config X.toml`, `--print-config`, `--plan`, `--evaluate` and `--section.key value`
-    overrides; `--help` prints `usage()` and exits 0.
+    """Parse `--config X.toml`, flags and `--section.key value` overrides.
 
-    `argv` is without the program's name. Raises UserError (exit code 2) for what is not an option
-    or lacks its value.
+    The flags are `--print-config`, `--plan` and `--evaluate`. `--help` prints `usage()` and exits
+    with code 0. `argv` does not include the program's name. Raises UserError (exit code 2) for an
+    unknown argument and for a missing value.
     """
     config_path = ""
     overrides = []
@@ -87,8 +88,11 @@ def _explain_option(argument: str) -> str:
 
 
 def _override_value(setting: str, text: str | None) -> Any:
-    """The value of an override: as written for text, else TOML or JSON or comma-separated; None (no
-    value) is true.
+    """Return the value of an override; `text` is None where the option has no value.
+
+    Without a value, a boolean or unknown setting becomes True; any other setting raises UserError.
+    Text settings take the text unchanged. For all others see `_parse_value`; a single value for a
+    list setting becomes a list of one.
     """
     kind = KEYS[setting].annotation if setting in KEYS else Any
     if text is None:
@@ -105,9 +109,7 @@ def _override_value(setting: str, text: str | None) -> Any:
 
 
 def _parse_value(text: str) -> Any:
-    """A TOML or JSON value; a list of texts without quotes (`[a,b]`, `a,b`); else the text
-    itself.
-    """
+    """Parse a TOML or JSON value or an unquoted list (`[a,b]`, `a,b`); else return the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
@@ -129,8 +131,9 @@ def _parse_value(text: str) -> Any:
 
 
 def usage() -> str:
-    """The text of --help, made from the schema: every key with its type, default and
-    explanation.
+    """Return the text of `--help`, generated from the schema.
+
+    It lists every key with its type, default and description.
     """
     lines = [
         "usage: torchrun --nproc-per-node N train.py --config X.toml [--section.key value ...]",

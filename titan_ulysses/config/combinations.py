@@ -1,4 +1,7 @@
-"""Settings that exclude each other, or that nothing would read, whatever machine and model."""
+"""Checks of settings that exclude each other, or that would have no effect.
+
+These checks need neither the machine nor the model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def combination_problems(config: Config) -> list[str]:
-    """A line for each problem, which names the settings and what to do."""
+    """Return one line per problem; each line names the settings and says what to do."""
     return _model_problems(config) + _lora_problems(config) + _data_problems(config)
 
 
@@ -62,7 +65,7 @@ _READ_BY = {
     "subset": ("hf", "chat"),
     "split": ("hf", "chat"),
 }
-"""Keys that some sources alone read, and which."""
+"""Keys of a data source that only some kinds of source read, with the names of those kinds."""
 
 
 def _data_problems(config: Config) -> list[str]:
@@ -80,7 +83,8 @@ def _data_problems(config: Config) -> list[str]:
             'data.path = ""'
         )
     apart = validation.enable and (validation.path or validation.split)
-    if data.mixture and not apart:  # else they say how the held-out data is read
+    # With separate held-out data, the keys of [data] are in use: they say how it is read.
+    if data.mixture and not apart:
         problems += [
             f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has a {key} of its "
             f"own. Set it there, and data.{key} to its default, "
@@ -97,7 +101,10 @@ def _data_problems(config: Config) -> list[str]:
 
 
 def _source_problems(config: Config, setting: str, source: SourceSettings) -> list[str]:
-    """setting: where the source's keys are: data, or an entry of data.mixture."""
+    """Return the problems of one source.
+
+    `setting` is where the source's keys are: "data", or an entry such as "data.mixture[0]".
+    """
     data, problems = config.data, []
     if source.encoding == "bytes" and config.model.tokenizer != "bytes":
         tokenizer = to_toml(config.model.tokenizer)
@@ -118,6 +125,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
             "completion"
         )
     for key, value in source.changed().items():
+        # Such a value has been reported above.
         told = value == "bytes" or (key == "prompt_field" and not source.completion_field)
         if not told and source.source not in _READ_BY.get(key, (source.source,)):
             readers = " and ".join(_READ_BY[key])

@@ -1,5 +1,6 @@
-"""A TOML file and overrides into a `Config`, with errors in the user's words; and a `Config` into
-TOML.
+"""Reading a TOML file and overrides into a `Config`, and writing a `Config` as TOML.
+
+Errors are explained in terms of what the user wrote.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any]] = ()) -> Config:
-    """Read a TOML file (after the file that it `extends`), apply ("section.key", value) overrides,
-    and validate.
+    """Read a TOML file, apply ("section.key", value) overrides, and validate the result.
 
-    Raises UserError (exit code 2) with a line for each problem: file, syntax, unknown key, wrong
-    type, out of bounds.
+    A file with `extends` is merged over the file that it names. Raises UserError (exit code 2) with
+    one line for each problem: unreadable file, invalid syntax, unknown key, wrong type, value out
+    of bounds.
     """
     settings = _read_toml(Path(path), chain=())
     for setting, value in overrides:
@@ -41,16 +42,18 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any
 
 
 def dump_toml(config: Config) -> str:
-    """The resolved settings as TOML that `load_config` reads back to an equal Config; None is left
-    out.
+    """Return the resolved settings as TOML; keys with the value None are left out.
+
+    `load_config` reads the text back to an equal Config.
     """
     tables = (table_to_toml(section, table) for section, table in config.model_dump().items())
     return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
 
 
 def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's tables merged over those of its `extends`; `chain` holds the files that led
-    here.
+    """Read a file and merge its tables over those of the file that it `extends`.
+
+    `chain` holds the files whose `extends` led to this one; it is used to detect circles.
     """
     path = path.resolve()
     named_by = f'"extends" of {chain[-1]}' if chain else "--config"
@@ -83,7 +86,7 @@ def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Tables merge, key by key; anything else above replaces what is below."""
+    """Merge tables key by key; any other value in `above` replaces the value in `below`."""
     both = {
         key
         for key in below.keys() & above.keys()
@@ -117,7 +120,8 @@ _BOUNDS = {
     "value_error": "{error}",
     "literal_error": "needs {expected}",
 }
-_TYPES = {  # the first word of pydantic's error types: int_parsing, int_type, int_from_float, ...
+# Keyed by the first word of pydantic's error types: int_parsing, int_type, int_from_float, ...
+_TYPES = {
     "int": "needs an integer",
     "float": "needs a number",
     "bool": "needs true or false",
@@ -130,11 +134,11 @@ _TYPES = {  # the first word of pydantic's error types: int_parsing, int_type, i
 
 
 def _explain(error: Any) -> str:
-    """One of pydantic's errors as a line for the user: setting, value, what it needs."""
+    """Return one of pydantic's errors as a line for the user: setting, value, what it needs."""
     location, kind, context = error["loc"], error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return _explain_unknown(location, error["input"])
-    if not location:  # the check of the whole Config, whose lines name their settings
+    if not location:  # from Config's own validator, whose lines name the settings
         return str(context["error"])
     setting = _setting(location)
     reason = (
@@ -148,7 +152,7 @@ def _explain(error: Any) -> str:
 
 
 def _setting(location: Sequence[str | int]) -> str:
-    """How a user would write a location: training.steps, optimizer.betas[1]."""
+    """Return a location as a user would write it: training.steps, optimizer.betas[1]."""
     return re.sub(r"\.(\d+)\b", r"[\1]", ".".join(str(part) for part in location))
 
 
@@ -171,13 +175,14 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
 
 
 def nearest_keys(section: str, key: str) -> str:
-    """The "section.key" most like a misspelt or misplaced one ("a or b" where several are equally
-    near), or "".
+    """Return the "section.key" most similar to a misspelt or misplaced key, or "" if none is.
+
+    If several are equally similar, the result is "a or b".
     """
     scores = {}
     for setting in KEYS:
         candidate_section, candidate = setting.split(".")
-        # A typo is likelier than a key in the wrong section.
+        # A typo is more likely than a key in the wrong section.
         here = 0.2 if candidate_section == section else 0.0
         scores[setting] = SequenceMatcher(None, key.replace("-", "_"), candidate).ratio() + here
     best = max(scores.values())

@@ -1,7 +1,8 @@
-"""The settings of a run: the TOML schema, a class a section.
+"""The settings of a run: the TOML schema, with one class for each section.
 
-config_file.py reads and writes it, checks.py relates it to the machine and the model. No import of
-torch or transformers: `--help` answers at once.
+`load.py` reads and writes the TOML. `combinations.py` and `validate.py` check settings against each
+other, the machine and the model. Nothing here imports torch or transformers, so that `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from titan_ulysses.config.combinations import combination_problems
 
 
 def expand_path(path: str) -> str:
-    """Expand `~`, `$VARS` and `{stdlib}`, the folder of Python's standard library: real text that
-    every machine has.
+    """Expand `~`, `$VARS` and `{stdlib}` in a path.
+
+    `{stdlib}` is the folder of Python's standard library, which is real text that every machine
+    has.
     """
     return os.path.expanduser(
         os.path.expandvars(path.replace("{stdlib}", sysconfig.get_path("stdlib")))
@@ -38,8 +41,9 @@ def _core_name(name: str) -> str:
 
 
 CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
-"""Names of core attentions; after "auto" the fastest first. They are functions of
-ulysses/cores.py.
+"""Names of the attention cores, which are functions in ulysses/cores.py.
+
+"auto" takes the first of the others that can run this model here; they are listed fastest first.
 """
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
@@ -50,8 +54,10 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 
 
 class Section(BaseModel):
-    """What the sections share: unknown keys refused, values fixed once read, no inf or nan unless a
-    field asks.
+    """Base class of all sections.
+
+    Unknown keys are refused, and values cannot change once they are read. inf and nan are refused
+    unless a field allows them.
     """
 
     model_config = ConfigDict(
@@ -61,8 +67,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: Any) -> Any:
-        # pydantic would read true as 1, and a forgotten value (`--training.steps --next`) must not
-        # become one step.
+        # pydantic would read true as 1, so that `steps = true` would mean one step.
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
             raise ValueError("needs a number, not true or false")
         return value
@@ -79,32 +84,41 @@ class Job(Section):
 
 class Model(Section):
     path: PathText = Field(
-        "", description="Pretrained model: a folder or a hub name. Either this or [model.config]."
+        "",
+        description="Pretrained model: a folder or a name on the Hugging Face hub. Set either "
+        "this or [model.config].",
     )
     config: dict[str, Any] | None = Field(
-        None, description="A transformers config with its model_type; the weights start random."
+        None,
+        description="A transformers config, with its model_type, for a model that starts with "
+        "random weights. Set either this or model.path.",
     )
     tokenizer: PathText = Field(
-        "", description='"bytes", a folder or a hub name; empty: the one in model.path.'
+        "",
+        description='A folder, a name on the Hugging Face hub, or "bytes" (one token per byte). '
+        "Empty: the tokenizer in model.path.",
     )
     attention: Core = Field(
         "auto",
-        description="auto|flash|flex|sdpa|blockwise, or your own as package.module:function.",
+        description="Core attention: auto, flash, flex, sdpa or blockwise, or your own as "
+        "package.module:function. auto: the fastest one that can run this model on this machine.",
     )
     rope_scaling: dict[str, Any] | None = Field(
         None,
-        description="RoPE for longer sequences: rope_type (linear|dynamic|yarn|longrope|llama3), "
-        "factor, ...",
+        description="RoPE for sequences longer than the model was trained on. A table with "
+        "rope_type (linear, dynamic, yarn, longrope or llama3), factor, and the other keys of "
+        "that type in transformers. Unset: the model's own RoPE.",
     )
     resize_embeddings: int = Field(
         0,
         ge=0,
-        description="Let a model grow to its tokenizer's tokens, up to a multiple of this many; 0: "
-        "it must fit.",
+        description="Enlarge embedding and head to the tokenizer's number of tokens, rounded up "
+        "to a multiple of this value. 0: do not enlarge; a tokenizer with too many tokens is "
+        "refused.",
     )
     freeze: list[str] = Field(
         [],
-        description="Parameters that are not trained, as patterns of their names: "
+        description="Parameters that are not trained, as patterns of their names, such as "
         '"model.embed_tokens.*".',
     )
 
@@ -123,75 +137,97 @@ class Model(Section):
 
 class LoRA(Section):
     rank: int = Field(
-        0, ge=0, description="Train adapters of this rank (LoRA), and nothing else; 0: no adapters."
+        0,
+        ge=0,
+        description="Rank of LoRA adapters. Only the adapters are trained; the model itself is "
+        "frozen. 0: no adapters.",
     )
-    alpha: float = Field(16.0, gt=0, description="What adapters add is multiplied by alpha / rank.")
+    alpha: float = Field(
+        16.0, gt=0, description="Scale of the adapters: their output is multiplied by alpha / rank."
+    )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="Share of the adapters' inputs that is dropped in training."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropout on the inputs of the adapters during training.",
     )
     target_modules: list[str] = Field(
         [],
-        description='Which linear layers get one: names ("q_proj") or patterns '
-        '("layers.1?.mlp.*"); empty: all but the head.',
+        description='Linear layers that get an adapter: names ("q_proj") or patterns '
+        '("layers.1?.mlp.*"). Empty: all except the head.',
     )
 
 
 class SourceSettings(Section):
-    """One source of documents: [data] itself, or an entry of [[data.mixture]]."""
+    """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
     source: Literal["text", "jsonl", "hf", "chat"] = Field(
         "text",
-        description="text: a document a file; jsonl: JSON lines or parquet; hf: a data set; chat: "
-        "messages.",
+        description="Kind of data. text: each file is a document. jsonl: each line of JSON "
+        "lines, or row of parquet, is one. hf: each row of a Hugging Face data set is one. chat: "
+        "each row is a conversation with a list of messages.",
     )
     path: PathText = Field(
         "",
-        description="File, folder, pattern or data set name; ~, $VARS and {stdlib} (Python's "
-        "library) expand.",
+        description="File, folder, file pattern or name of a data set. ~, $VARS and {stdlib} "
+        "(the folder of Python's standard library) are expanded.",
     )
     extensions: list[str] = Field(
         [],
-        description="Which files of a folder are read; empty: .txt, or all that jsonl and chat can "
-        "read.",
+        description="Extensions of the files of a folder that are read. Empty: .txt for text, "
+        "and .jsonl, .json (also with .gz or .zst) and .parquet for jsonl and chat.",
     )
     encoding: str = Field(
-        "utf-8", min_length=1, description='Text encoding; "bytes": raw, for tokenizer "bytes".'
+        "utf-8",
+        min_length=1,
+        description='Text encoding of files. "bytes": read text files as raw bytes, which needs '
+        'model.tokenizer = "bytes".',
     )
     text_field: str = Field(
-        "text", min_length=1, description="jsonl, hf: the field that holds the text."
+        "text", min_length=1, description="jsonl, hf: name of the field that holds the text."
     )
     prompt_field: str = Field(
-        "", description="jsonl, hf: with completion_field, in place of text_field; not trained on."
+        "",
+        description="jsonl, hf: name of the field with a prompt, which is not trained on unless "
+        "train_on is all. Set it together with completion_field, instead of text_field.",
     )
     completion_field: str = Field(
-        "", description="jsonl, hf: what follows the prompt, and is trained on."
+        "",
+        description="jsonl, hf: name of the field with the text that follows the prompt, which "
+        "is trained on.",
     )
     messages_field: str = Field(
-        "messages", min_length=1, description="chat: the field with the list of messages."
+        "messages", min_length=1, description="chat: name of the field with the list of messages."
     )
     tools_field: str = Field(
-        "tools", min_length=1, description="chat: the field with the tools, where a chat has any."
+        "tools",
+        min_length=1,
+        description="chat: name of the field with the list of tools, which may be missing from a "
+        "row.",
     )
     train_on: Literal["assistant", "all"] = Field(
         "assistant",
-        description="assistant: the assistant's turns, completions; all: every token of chats and "
-        "prompts.",
+        description="What is trained on in chats and prompts. assistant: the assistant's turns "
+        "and the completions. all: every token.",
     )
     subset: str = Field(
-        "", description="hf, chat: configuration of the data set; empty: its default one."
+        "", description="hf, chat: configuration of the data set. Empty: its default configuration."
     )
     split: str = Field("train", min_length=1, description="hf, chat: split of the data set.")
     streaming: bool = Field(
-        False, description="hf, chat: read the data set while training; nothing is prepared."
+        False,
+        description="hf, chat: read and tokenize the data set during training, without preparing "
+        "it first. For data that is too large to prepare.",
     )
     bad_lines: Literal["stop", "skip"] = Field(
         "stop",
-        description="A line that is not JSON, lacks its field or that the chat template refuses: "
-        "stop, or count.",
+        description="What to do with a line or row that is not JSON, lacks its field or is "
+        "refused by the chat template. stop: end the run with a message. skip: leave it out and "
+        "count it.",
     )
 
     def changed(self) -> dict[str, Any]:
-        """The keys of a source that are not at their defaults."""
+        """Return the keys of a source that are not at their defaults, with their values."""
         fields = SourceSettings.model_fields.items()
         values = {key: getattr(self, key) for key, _ in fields}
         return {key: values[key] for key, field in fields if values[key] != field.default}
@@ -199,51 +235,67 @@ class SourceSettings(Section):
 
 class MixtureEntry(SourceSettings):
     weight: float = Field(
-        1.0, gt=0, description="Share of the sequences; weights are divided by their sum."
+        1.0,
+        gt=0,
+        description="Share of the sequences that come from this source; all weights are divided "
+        "by their sum.",
     )
 
 
 class Data(SourceSettings):
     mixture: list[MixtureEntry] = Field(
         [],
-        description="[[data.mixture]]: several sources, each with the keys above and a weight; "
-        "instead of data.path.",
+        description="Several sources in place of data.path: tables [[data.mixture]], each with "
+        "the keys of a source above and a weight.",
     )
     packing: Literal["none", "concat", "best_fit"] = Field(
         "concat",
-        description="none: a document a sequence, padded; concat: end to end; best_fit: whole "
-        "ones, padded.",
+        description="How documents fill sequences. concat: end to end. best_fit: whole "
+        "documents, then padding. none: one document in each sequence, then padding.",
     )
     long_documents: Literal["split", "drop"] = Field(
         "split",
-        description="Documents longer than training.seq_len: go on in another sequence, or are "
-        "left out.",
+        description="Documents longer than training.seq_len. split: continue in another "
+        "sequence. drop: leave the document out.",
     )
     cache_folder: PathText = Field(
         "",
-        description="Where large tokenized data is kept for the next start; empty: "
+        description="Folder that keeps large tokenized data for the next start. Empty: "
         "~/.cache/titan_ulysses.",
     )
 
 
 class Training(Section):
     seq_len: int = Field(
-        2048, ge=1, description="Tokens in a sequence, over all its sequence-parallel ranks."
+        2048,
+        ge=1,
+        description="Tokens in a sequence, over all the sequence-parallel ranks that share it.",
     )
     local_batch_size: int = Field(
-        1, ge=1, description="Sequences a data-parallel rank sees in one forward."
+        1,
+        ge=1,
+        description="Sequences in one forward of a data-parallel rank (or of a group of "
+        "sequence-parallel ranks).",
     )
     global_batch_size: PositiveOrDerived = Field(
         -1,
-        description="Sequences a step; -1: local_batch_size x data-parallel degree; larger: "
-        "gradient accumulation.",
+        description="Sequences in one optimizer step. -1: local_batch_size x data-parallel "
+        "degree. A larger multiple of that accumulates gradients.",
     )
-    steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    steps: int = Field(
+        1000, ge=1, description="Number of optimizer steps. Raise it to continue a finished run."
+    )
     seed: int = Field(
-        0, ge=0, le=2**63 - 1, description="Seed of the weights and of the order of the data."
+        0,
+        ge=0,
+        le=2**63 - 1,
+        description="Seed of the initial weights and of the order of the data.",
     )
     max_norm: float = Field(
-        1.0, ge=0, allow_inf_nan=True, description="Clip gradients to this norm; 0: no clipping."
+        1.0,
+        ge=0,
+        allow_inf_nan=True,
+        description="Clip the gradients to this norm. 0: no clipping.",
     )
     param_dtype: Dtype = Field(
         "bfloat16", description="Dtype of parameters and activations in forward and backward."
@@ -254,207 +306,259 @@ class Training(Section):
     z_loss: float = Field(
         0.0,
         ge=0,
-        description="Weight of the squared log-normalizer of the logits, added to each token's "
-        "loss; 0: off.",
+        description="Weight of an additional loss for each token: the square of the logits' "
+        "log-normalizer, which keeps it near 0. 0: off.",
     )
     deterministic: bool = Field(
-        False, description="Deterministic algorithms only: slower, the same bits each time."
+        False,
+        description="Use only deterministic algorithms: slower, but a repeated run gives the "
+        "same bits.",
     )
 
 
 class Parallelism(Section):
     data_parallel_replicate_degree: PositiveOrDerived = Field(
-        1, description="Replicas of the sharded model (HSDP)."
+        1,
+        description="Number of replicas of the sharded model (HSDP). -1: derived from the number "
+        "of ranks; only one degree may be -1.",
     )
     data_parallel_shard_degree: PositiveOrDerived = Field(
-        -1, description="Ranks that shard the parameters (FSDP2); -1: derived from the world size."
+        -1,
+        description="Data-parallel ranks that shard the parameters (FSDP2); they are sharded "
+        "over the sequence-parallel ranks too. -1: derived from the number of ranks.",
     )
     sequence_parallel_degree: PositiveOrDerived = Field(
-        1, description="Ranks that share one sequence (Ulysses)."
+        1,
+        description="Ranks that share each sequence (Ulysses). Raise it for longer sequences, up "
+        "to the GPUs of a node. -1: derived from the number of ranks.",
     )
 
 
 class ActivationCheckpoint(Section):
     mode: Literal["none", "full"] = Field(
-        "full", description="full: keep block inputs only, recompute in backward."
+        "full",
+        description="full: keep only the inputs of blocks, and compute the rest again in "
+        "backward. none: keep all activations, which is faster and takes much more memory.",
     )
     every: int = Field(
-        1, ge=1, description="Blocks a checkpoint: of so many only the first one's input is kept."
+        1,
+        ge=1,
+        description="Blocks that share one checkpoint: only the input of the first one is kept. "
+        "More blocks need less memory for inputs, but more during recomputation.",
     )
     offload: Literal["none", "host", "disk"] = Field(
         "none",
-        description="Where these inputs wait for backward: on the device, in host memory, or in "
-        "files.",
+        description="Where the kept inputs wait for backward. none: on the device. host: in host "
+        "memory. disk: in files.",
     )
     offload_folder: PathText = Field(
-        "", description='Folder for offload = "disk"; empty: the system\'s temporary one.'
+        "",
+        description='Folder of the files of offload = "disk". Empty: the system\'s temporary '
+        "folder.",
     )
 
 
 class Memory(Section):
     loss_tile_tokens: Tile = Field(
         0,
-        description="Tokens a tile of the loss head; 0: as many as make 64 MiB of fp32 logits; -1: "
-        "all at once.",
+        description="Tokens in one tile of the loss head. 0: as many as make 64 MiB of fp32 "
+        "logits. -1: all at once.",
     )
     mlp_tile_tokens: Tile = Field(
         0,
-        description="Tokens a tile of the MLPs and norms; 0: the model's width, at least 1,024, "
-        "where blocks are checkpoints, and else -1: not tiled.",
+        description="Tokens in one tile of the MLPs and norms. 0: the model's width, at least "
+        "1,024, with activation checkpointing; not tiled without it. -1: not tiled.",
     )
     parameter_offload: bool = Field(
         False,
-        description="Parameters, gradients and optimizer state in host memory; the optimizer steps "
-        "there.",
+        description="Keep parameters, gradients and optimizer state in host memory; the "
+        "optimizer steps there. For models that do not fit on the GPUs; slower.",
     )
     optimizer_offload: bool = Field(
         False,
-        description="Optimizer state in host memory; it visits the device a parameter at a time.",
+        description="Keep the optimizer state in host memory, and copy it to the device for one "
+        "parameter at a time. Slower.",
     )
 
 
 class Compile(Section):
     enable: bool = Field(
         False,
-        description="Compile each block's MLP and norms (torch.compile); the first step waits.",
+        description="Compile the MLP and the norms of each block with torch.compile. The first "
+        "step takes longer.",
     )
 
 
 class Quantize(Section):
     float8: bool = Field(
         False,
-        description="Linear layers of the blocks multiply in float8 (torchao); GPUs from sm_89 on.",
+        description="Multiply in float8 in the linear layers of the blocks (torchao). Needs a "
+        "GPU of compute capability 8.9 or higher.",
     )
 
 
 class Optimizer(Section):
     name: Literal["adamw", "adamw8bit", "adamw4bit"] = Field(
         "adamw",
-        description="AdamW with its two moments in fp32, or quantized to 8 or 4 bits (torchao).",
+        description="adamw: AdamW with its two moments in fp32. adamw8bit, adamw4bit: the "
+        "moments are quantized to 8 or 4 bits (torchao).",
     )
     lr: float = Field(3e-4, ge=0, description="Peak learning rate.")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay of the two moments.")
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay rates of the two moments.")
+    eps: float = Field(1e-8, gt=0, description="Number added to the denominator of the update.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, as in AdamW.")
     stochastic_rounding: bool = Field(
         False,
-        description="Store parameters in bfloat16, rounded stochastically after each step; no fp32 "
-        "master weights.",
+        description="Store parameters in bfloat16, rounded stochastically after each step, "
+        "without fp32 master weights. Saves memory.",
     )
 
 
 class LRScheduler(Section):
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup, before the decay.")
     decay_type: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="Shape after the warmup."
+        "cosine", description="Shape of the learning rate after the warmup."
     )
     min_lr_ratio: float = Field(
-        0.1, ge=0, le=1, description="Where the decay ends, as a share of optimizer.lr."
+        0.1,
+        ge=0,
+        le=1,
+        description="Learning rate at the end of the decay, as a fraction of optimizer.lr.",
     )
 
 
 class Checkpoint(Section):
-    enable: bool = Field(True, description="Save checkpoints, and resume from them.")
+    enable: bool = Field(
+        True,
+        description="Save checkpoints, and resume from the newest one when the run is started "
+        "again.",
+    )
     interval: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep_latest_k: int = Field(2, ge=0, description="How many to keep; 0: all.")
+    keep_latest_k: int = Field(
+        2,
+        ge=0,
+        description="Number of newest checkpoints to keep; older ones are deleted. 0: keep all.",
+    )
     folder: str = Field(
         "checkpoints",
         min_length=1,
-        description="Folder of the checkpoints inside the run's folder.",
+        description="Folder of the checkpoints, inside the run's folder.",
     )
     initial_load_path: PathText = Field(
         "",
-        description="Weights to begin with, in place of model.path's: safetensors, or a step-N "
-        "folder of a run.",
+        description="Weights to start with instead of those in model.path: a folder of "
+        "safetensors, or a step-N folder of another run.",
     )
     export: bool = Field(
-        True, description="At the end, write export/ for transformers' from_pretrained."
+        True,
+        description="At the end, write the model to export/, which from_pretrained of "
+        "transformers opens.",
     )
 
 
 class Validation(Section):
     enable: bool = Field(
-        False, description="Compute a validation loss before the first step and during training."
+        False,
+        description="Compute the loss on held-out data: before the first step, during training "
+        "and at the end.",
     )
-    interval: int = Field(100, ge=1, description="Steps between validations.")
+    interval: int = Field(100, ge=1, description="Training steps between validations.")
     steps: int = Field(
         10,
         ge=0,
-        description="Global batches a validation, spread evenly over the held-out data; 0: all of "
-        "it.",
+        description="Global batches in one validation, spread evenly over the held-out data. 0: "
+        "all of the data.",
     )
     path: PathText = Field(
-        "", description="Held-out data, read as [data] says; empty: every 100th document of data."
+        "",
+        description="Held-out data, read with the other keys of [data]. Empty: validation.split, "
+        "or else every 100th document of the training data, which is then not trained on.",
     )
-    split: str = Field(
-        "", description="hf, chat: split of the held-out data set; empty: data.split."
-    )
+    split: str = Field("", description="hf, chat: split with the held-out data. Empty: data.split.")
 
 
 class Plan(Section):
     gpu: str = Field(
-        "H100-80GB", min_length=1, description="GPU to plan for: A100-80GB, H100-80GB, H200, B200."
+        "H100-80GB",
+        min_length=1,
+        description="GPU to plan for: A100-80GB, H100-80GB, H200 or B200.",
     )
     gpu_memory_gib: float = Field(
-        0, ge=0, description="Its memory, where it is not that of plan.gpu; 0: plan.gpu's."
+        0,
+        ge=0,
+        description="Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: that of "
+        "plan.gpu.",
     )
     host_memory_gib: float = Field(
-        0, ge=0, description="Host memory of a node; 0: not known, not looked at."
+        0,
+        ge=0,
+        description="Host memory of one node in GiB. 0: unknown; --plan does not check it, and a "
+        "run that starts takes what is free.",
     )
-    gpus_per_node: int = Field(8, ge=1, description="GPUs of a node.")
+    gpus_per_node: int = Field(8, ge=1, description="GPUs in one node.")
     world_size: int = Field(
-        0, ge=0, description="GPUs to plan for; 0: the product of the degrees in [parallelism]."
+        0,
+        ge=0,
+        description="Number of GPUs to plan for. 0: the product of the degrees in [parallelism].",
     )
     search: bool = Field(
-        False, description="Look for the longest sequence that fits, and for the settings it takes."
+        False,
+        description="With --plan: search for the longest sequence that fits, and for the "
+        "settings that it needs.",
     )
     ladder: bool = Field(
         False,
-        description="Plan what each feature adds to the longest sequence, one after the other.",
+        description="With --plan: switch features on one after the other, and plan the longest "
+        "sequence with each.",
     )
-    enforce: bool = Field(False, description="Refuse to start a run whose plan does not fit.")
+    enforce: bool = Field(
+        False,
+        description="Refuse to start a run if its plan does not fit, or if no plan could be made.",
+    )
 
 
 class Metrics(Section):
     log_interval: int = Field(1, ge=1, description="Steps between log lines.")
     enable_wandb: bool = Field(
         False,
-        description="Log to Weights & Biases too, as job.name; WANDB_PROJECT and its other "
-        "variables count.",
+        description="Log to Weights & Biases too, under job.name. Its own environment variables, "
+        "such as WANDB_PROJECT, apply.",
     )
 
 
 class Profiling(Section):
     enable_profiling: bool = Field(
-        False, description="Write traces of the torch profiler, a file a rank."
+        False, description="Write traces of the torch profiler, one file for each rank."
     )
     save_traces_folder: str = Field(
-        "profile_traces", min_length=1, description="Folder of the traces inside the run's folder."
+        "profile_traces", min_length=1, description="Folder of the traces, inside the run's folder."
     )
     profile_freq: int = Field(
-        10, ge=1, description="Steps from one trace, or snapshot, to the next."
+        10, ge=1, description="Steps from one trace, or memory snapshot, to the next."
     )
     profiler_active: int = Field(
-        1, ge=1, description="Steps in a trace: the last ones of every profile_freq."
+        1, ge=1, description="Steps in one trace: the last ones of every profile_freq steps."
     )
     profiler_warmup: int = Field(
-        3, ge=0, description="Steps before these that are traced and thrown away."
+        3, ge=0, description="Steps before a trace that the profiler records and discards."
     )
     enable_memory_snapshot: bool = Field(
         False,
-        description="CUDA: write what the allocator did, every profile_freq steps and when memory "
-        "runs out.",
+        description="CUDA only: write a snapshot of the memory allocator's history every "
+        "profile_freq steps, and when memory runs out.",
     )
     save_memory_snapshot_folder: str = Field(
         "memory_snapshot",
         min_length=1,
-        description="Folder of the snapshots inside the run's folder.",
+        description="Folder of the snapshots, inside the run's folder.",
     )
 
 
 class Config(Section):
-    """All settings of a run. Immutable; `load_config` builds it, `check` relates it to the machine
-    and the model.
+    """All settings of a run, immutable.
+
+    `load_config` builds it. `validate.check` checks it against the world size, the model and the
+    tokenizer.
     """
 
     job: Job = Job()

@@ -1,4 +1,4 @@
-"""Values and tables as TOML text, for files and for messages."""
+"""Conversion of values and tables to TOML text, for files and for messages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 
 def table_to_toml(header: str, table: dict[Any, Any], brackets: str = "[{}]") -> list[str]:
+    """Return the lines of a table and of its subtables; keys with the value None are left out."""
     lines = [brackets.format(header)]
     nested = {
         key: value for key, value in table.items() if isinstance(value, dict) or _is_tables(value)
@@ -39,14 +40,14 @@ def _toml_key(key: Any) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """A TOML value on one line."""
-    # JSON's escapes are TOML's too, except that TOML also wants DEL escaped.
+    """Return a value as TOML on one line; TypeError for a type that TOML does not have."""
+    # JSON's escapes are valid in TOML too, but TOML also requires DEL to be escaped.
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
-        return repr(value)  # inf, nan and 1e-08 are spelt the same
+        return repr(value)  # inf, nan and 1e-08 are written as in Python
     if isinstance(value, (date, time)):
         return value.isoformat()
     if isinstance(value, (list, tuple)):
@@ -58,7 +59,7 @@ def to_toml(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value for a message, which may be anything."""
+    """Return a value of any type as text for a message: as TOML where possible."""
     try:
         return to_toml(value)
     except TypeError:

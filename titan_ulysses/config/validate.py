@@ -1,6 +1,4 @@
-"""What can be wrong with settings only together with others, the world size, the model or the
-tokenizer.
-"""
+"""Checks of settings against each other, the world size, the model and the tokenizer."""
 
 from __future__ import annotations
 
@@ -14,27 +12,30 @@ from titan_ulysses.distributed.errors import UserError
 
 @dataclass(frozen=True)
 class MeshDegrees:
-    """The mesh's three degrees and how a step's batch spreads over it; nothing left to derive."""
+    """The three degrees of the mesh, and how the batch of a step spreads over it.
+
+    No degree is left to be derived.
+    """
 
     replicate: int
     shard: int
     sequence: int
     local_batch_size: int = 1
-    accumulation_steps: int = 1  # forwards and backwards a rank runs in one step
+    accumulation_steps: int = 1  # forward and backward passes of a rank in one step
 
     @property
     def data_parallel(self) -> int:
-        """Number of ranks, or groups of sequence-parallel ranks, that read different samples."""
+        """The number of ranks, or sequence-parallel groups, that read different samples."""
         return self.replicate * self.shard
 
     @property
     def global_batch_size(self) -> int:
-        """Sequences in one optimizer step."""
+        """The number of sequences in one optimizer step."""
         return self.local_batch_size * self.data_parallel * self.accumulation_steps
 
 
 def ranks_of(config: Config) -> int:
-    """How many ranks the mesh's degrees make. A degree that is to be derived (-1) counts as 1."""
+    """Return the number of ranks in the mesh; a degree that is to be derived (-1) counts as 1."""
     degrees = config.parallelism
     replicate = abs(degrees.data_parallel_replicate_degree)
     shard = abs(degrees.data_parallel_shard_degree)
@@ -42,12 +43,11 @@ def ranks_of(config: Config) -> int:
 
 
 def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: int) -> MeshDegrees:
-    """Every check across settings, world size, model and tokenizer, made before a process group or
-    a weight exists.
+    """Check settings against the world size, the model and the tokenizer; return the degrees.
 
-    model_config: a transformers text config; attributes that it lacks or that are None are not
-    checked. num_token_ids: the tokenizer's largest id + 1. Raises UserError (exit code 2) with a
-    line for each problem.
+    This needs neither a process group nor weights. `model_config` is a transformers text config;
+    attributes that it lacks or that are None are not checked. `num_token_ids` is the tokenizer's
+    largest id + 1. Raises UserError (exit code 2) with one line for each problem.
     """
     (replicate, shard, sequence), problems = _mesh_degrees(config, world_size)
     accumulation = 1
@@ -65,8 +65,9 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
 
 
 def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, int, int], list[str]]:
-    """(replicate, shard, sequence) with a -1 derived from the world size, and what is wrong with
-    them.
+    """Return (replicate, shard, sequence) and the problems, which are empty if there are none.
+
+    A degree of -1 is derived from the world size.
     """
     section = config.parallelism
     replicate = section.data_parallel_replicate_degree
@@ -195,7 +196,7 @@ def _model_problems(
     def value(key: str) -> Any:
         return getattr(model_config, key, None)
 
-    def setting(key: str) -> str:  # where the user finds it
+    def setting(key: str) -> str:  # the name under which the user finds it
         return (
             f"model.config.{key}"
             if config.model.config
@@ -230,7 +231,10 @@ def _model_problems(
 
 
 def _length_problems(config: Config, model_config: Any, setting: str) -> list[str]:
-    """Sequences longer than the model's positions; setting: where the user finds their number."""
+    """Return the problem of sequences longer than the model's positions, if there is one.
+
+    `setting` is where the user finds the number of positions.
+    """
     problems: list[str] = []
     seq_len, positions = config.training.seq_len, _longest_sequence(model_config)
     if positions is not None and seq_len > positions and config.model.rope_scaling:
@@ -251,12 +255,13 @@ def _length_problems(config: Config, model_config: Any, setting: str) -> list[st
 
 
 def _longest_sequence(model_config: Any) -> int | None:
-    """How long sequences may be by the model's positions; None where it does not say."""
+    """Return the longest sequence that the model's positions allow; None if it does not say."""
     longest, rope = (
         getattr(model_config, key, None) for key in ("max_position_embeddings", "rope_parameters")
     )
     rope = (rope or {}).get("full_attention", rope or {})
-    # Of this type alone the frequencies ask for the original length where others have the new one.
+    # Only "dynamic" keeps the original length in max_position_embeddings, because its frequencies
+    # need it. For other types the value is already the scaled one.
     return (
         int(longest * rope["factor"]) if longest and rope.get("rope_type") == "dynamic" else longest
     )

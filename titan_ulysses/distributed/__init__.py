@@ -1,1 +1,1 @@
-"""The mesh of ranks, what goes over the wire, and how a run fails on all ranks together."""
+"""The mesh of ranks, communication counts, and errors that end all ranks together."""

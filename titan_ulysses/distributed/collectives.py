@@ -1,6 +1,4 @@
-"""How much goes over the wire: the number and the bytes of collectives, counted from the real
-calls.
-"""
+"""Counts of collectives and of the bytes that they transfer, taken from the real calls."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What a call is called in the two namespaces in which collectives reach the dispatcher.
+# Operator names in the two namespaces in which collectives reach the dispatcher, and their kinds.
 _KINDS = {
     "_allgather_base_": "all_gather",
     "allgather_into_tensor_coalesced_": "all_gather",
@@ -34,11 +32,10 @@ _KINDS = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives that are called under it, forward and backward, FSDP's and the
-    exchange's alike.
+    """A dispatch mode that counts the collectives called under it, in forward and in backward.
 
-    `counts[kind]` is (calls, bytes); the bytes are those that this rank hands in, its own part
-    included.
+    It sees those of FSDP and those of the Ulysses exchange. `counts[kind]` is (calls, bytes). The
+    bytes are the size of this rank's input, including the part that stays on this rank.
     """
 
     def __init__(self) -> None:
@@ -47,14 +44,16 @@ class CollectiveCounter(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Dynamo compiles nothing under a mode that wants to see what is compiled. There are no
-        collectives in it.
+        """Return True: operators inside compiled code are not counted.
+
+        Otherwise Dynamo would compile nothing under this mode. Compiled code contains no
+        collectives.
         """
         return True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # DTensor first: what it calls comes here again, as plain tensors
+            return NotImplemented  # DTensor runs first; its own calls come here with plain tensors
         if func.namespace in ("c10d", "_c10d_functional"):
             kind = _KINDS.get(func._opname)
             if kind is not None:
@@ -64,8 +63,9 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def _input_bytes(func, args: tuple) -> int:
-    """Bytes of the input tensors: the argument that is called so, since some calls name their
-    output first.
+    """Return the bytes of a collective's input tensors.
+
+    The input is found by the name of its argument, because some operators list their output first.
     """
     names = [argument.name for argument in func._schema.arguments]
     name = next(

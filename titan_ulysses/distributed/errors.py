@@ -1,12 +1,11 @@
-"""The one exception that a user sees as a message instead of a traceback."""
+"""The exception whose message a user sees instead of a traceback."""
 
 
 class UserError(Exception):
-    """Bad input. The message names the setting, its value and what to do; `train.py` prints it and
-    exits.
+    """Bad input, whose message names the setting, its value and what to do.
 
-    `exit_code` is 2 for a command line or a TOML file that cannot be used, 1 for what is found
-    later.
+    `train.py` prints the message and exits with `exit_code`: 2 for a command line or a TOML file
+    that cannot be used, 1 for an error that is found later.
     """
 
     def __init__(self, message: str, *, exit_code: int = 1):

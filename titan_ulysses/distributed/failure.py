@@ -1,6 +1,4 @@
-"""How a run fails: one message from one rank, an exit code that says whose fault it was, and no
-rank left waiting.
-"""
+"""How a run fails: one message, an exit code for the cause, and no rank left waiting."""
 
 from __future__ import annotations
 
@@ -18,24 +16,24 @@ _LOST_PEER = (
     "Connection reset by peer",
     "Broken pipe",
 )
+"""Texts in the errors of a rank whose communication partner has ended."""
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Run the program: bad input ends it with its message, anything else with a traceback; on one
-    rank only.
+    """Run the program in this context, which turns an error into a message and an exit code.
 
-    Exit codes: 2 for a command line or TOML file that cannot be used, 130 for Ctrl-C, 1 for
-    anything else.
+    Bad input and errors of the operating system end it with a message, other errors with a
+    traceback. Only one rank prints. Exit codes: 2 for a command line or TOML file that cannot be
+    used, 130 for Ctrl-C, 1 for any other error.
     """
     try:
         yield
         _leave_together()
     except UserError as error:
         _end(f"error: {error}", error.exit_code)
-    except (
-        KeyboardInterrupt
-    ):  # before the first step or after the last; between them the trainer saves and stops
+    except KeyboardInterrupt:
+        # This is before the first step or after the last; in between, the trainer saves and stops.
         _end("Interrupted.", 130)
     except OSError as error:
         _end(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 1)
@@ -50,10 +48,10 @@ def exit_on_error() -> Iterator[None]:
 
 
 def first_failure(reason: str | None) -> str | None:
-    """Collective. The reason of the first rank that has one, on every rank: so that all stop where
-    one of them must.
+    """Return, on every rank, the reason of the first rank that has one; None if no rank has one.
 
-    Without a process group there is one rank.
+    Collective. All ranks can then stop together where one of them must. Without a process group
+    there is one rank, whose reason is returned.
     """
     import torch.distributed as dist
 
@@ -65,21 +63,23 @@ def first_failure(reason: str | None) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, short enough to stand inside a message."""
+    """Return what an exception says, on one line and short enough to stand inside a message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
 def _leave_together() -> None:
-    """End a rank that has done its work, when all have: without the interpreter's own end, in which
-    threads of a process group may abort a rank whose peer has gone first.
+    """End this rank when all ranks have done their work; do nothing without a process group.
+
+    The interpreter's own shutdown is skipped: during it, threads of a process group may abort a
+    rank whose peer has already ended.
     """
     if "torch" not in sys.modules:
-        return  # --help and --print-config
+        return  # --help and --print-config do not import it
     import torch.distributed as dist
 
     if dist.is_initialized():
-        # A rank that is told that its peer has gone already is late, nothing worse.
+        # The barrier fails on a rank whose peer has already ended; that rank is only late.
         with suppress(Exception):
             dist.barrier()
         _exit(0)
@@ -92,8 +92,9 @@ def _exit(code: int) -> NoReturn:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    """Print message unless another rank has told its own, and end at once: a collective must not
-    hold the exit up.
+    """Print a message, unless another rank has already printed one, and exit at once.
+
+    A pending collective must not delay the exit.
     """
     if _is_first_to_tell():
         print(message.rstrip(), file=sys.stderr)
@@ -101,7 +102,11 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _is_first_to_tell() -> bool:
-    """Ask torchrun's store, which outlives the ranks; without torchrun there is one rank."""
+    """Return whether this rank is the first to fail.
+
+    The ranks count failures in torchrun's store, which outlives them. Without torchrun there is one
+    rank.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     from datetime import timedelta
@@ -117,5 +122,5 @@ def _is_first_to_tell() -> bool:
             )
             == 1
         )
-    except Exception:  # the store is gone, so the run's end is known already
+    except Exception:  # the store is gone, so the run is already ending
         return os.environ.get("RANK") == "0"

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or not there: written beside their place, then renamed."""
+"""Files and folders that are complete or absent: written beside their place, then renamed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file or folder is written before it takes the name `path`; in the same folder."""
+    """Return where a file or folder is written, in the same folder, before its rename to `path`."""
     return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Write a file at the yielded path; it takes the place of `path` at the end, unless that
-    fails.
-    """
+    """Yield a path for writing a file, which replaces `path` at the end, unless the body fails."""
     partial = partial_path(path)
     try:
         yield partial
@@ -28,9 +26,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, folder: Path) -> None:
-    """Let the complete folder `partial` take folder's place, by renames.
+    """Replace `folder` by the complete folder `partial`, by renames.
 
-    What has the name of `folder` is whole at every moment.
+    At every moment, whatever has the name `folder` is complete.
     """
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)

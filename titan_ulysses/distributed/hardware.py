@@ -1,7 +1,6 @@
-"""GPUs and their links: what data sheets and published benchmarks of single kernels say, each
-figure with its source.
+"""GPUs and their links: figures from data sheets and from published benchmarks of single kernels.
 
-Nothing here was fitted to a training run.
+Each figure has its source. None was fitted to a training run.
 """
 
 from __future__ import annotations
@@ -15,30 +14,33 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU in a server of its kind. FLOP/s, bytes/s in one direction, bytes."""
+    """One GPU in a server of its kind. Units: FLOP/s, bytes/s in one direction, bytes."""
 
     name: str
     memory: float
-    """bytes that CUDA can give out: the `total capacity` of PyTorch's out-of-memory messages"""
+    """Bytes that CUDA can allocate: the `total capacity` in PyTorch's out-of-memory messages."""
     peak: float
-    """dense bf16 FLOP/s (data sheet), what MFU is measured by"""
+    """Dense bf16 FLOP/s from the data sheet, the reference for MFU."""
     matmul: float
-    """achievable: 0.8 of the peak. FlashAttention-2 (arXiv 2307.08691, section 1) and -3 (arXiv
-    2407.08608, section 1) give 80 to 90 % for optimized GEMMs on A100 and H100
+    """Achievable FLOP/s of matrix products: 0.8 of the peak.
+
+    FlashAttention-2 (arXiv 2307.08691, section 1) and -3 (arXiv 2407.08608, section 1) give 80 to
+    90 % for optimized GEMMs on A100 and H100.
     """
     attention_forward: float
     attention_backward: float
-    """of flash attention, causal, head size 128, long sequences, counting the FLOPs that causality
-    leaves
+    """FLOP/s of flash attention in forward and backward: causal, head size 128, long sequences.
+
+    Only the FLOPs that the causal mask leaves are counted.
     """
     memory_bandwidth: float
-    """0.8 of the data sheet's"""
+    """0.8 of the data sheet's."""
     host_link: float
-    """PCIe or C2C, 0.8 of the data sheet's"""
+    """PCIe or C2C, 0.8 of the data sheet's."""
     node_link: float
-    """NVLink, 0.8 of the data sheet's"""
+    """NVLink, 0.8 of the data sheet's."""
     network: float
-    """a GPU's share of the node's network, 0.8 of the data sheet's"""
+    """One GPU's share of the node's network, 0.8 of the data sheet's."""
 
 
 GPUS = {
@@ -55,21 +57,22 @@ GPUS = {
         # H200 data sheet: as H100, with 141 GB and 4,800 GB/s.
         GPU("H200", 139.7 * GIB, 989e12, 791e12, 335e12, 335e12, 3.84e12, 50e9, 360e9, 40e9),
         # B200 data sheet: 2,250 TFLOP/s, 180 GB, 7,700 GB/s, NVLink 1,800 GB/s, PCIe 5. No
-        # benchmark of flash-attn 2 is published: its share of the peak is taken to be what it is on
-        # H100.
+        # benchmark of flash-attn 2 on it is published: its share of the peak is assumed to be the
+        # same as on H100.
         GPU("B200", 178.3 * GIB, 2250e12, 1800e12, 762e12, 762e12, 6.16e12, 50e9, 720e9, 40e9),
     )
 }
 
 
 HOST_BANDWIDTH = 0.8 * 614e9
-"""Bytes/s of a node's host memory: two sockets of eight channels of DDR5-4800 (Xeon Scalable, 4th
-generation).
+"""Bytes/s of a node's host memory: 0.8 of the 614 GB/s of two sockets.
+
+Each socket has eight channels of DDR5-4800 (Xeon Scalable, 4th generation).
 """
 
 
 def gpu_named(name: str) -> GPU:
-    """UserError where nothing is known of it."""
+    """Return the GPU of this name; UserError if the table does not have it."""
     if name not in GPUS:
         raise UserError(
             f'plan.gpu = "{name}": not known; known are {", ".join(GPUS)}. For the memory of '
@@ -81,15 +84,16 @@ def gpu_named(name: str) -> GPU:
 
 
 def gpu_of_device(device_name: str) -> GPU | None:
-    """The GPU that CUDA calls by this name, as in "NVIDIA H100 80GB HBM3"; None where nothing is
-    known of it.
+    """Return the GPU that CUDA calls by this name, as in "NVIDIA H100 80GB HBM3".
+
+    The result is None if the table does not have it.
     """
     return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in device_name), None)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU that CUDA calls by this name, or None where it is not known."""
+    """Return dense bf16 FLOP/s of the GPU that CUDA calls by this name; None if it is not known."""
     if "H100 PCIe" in device_name:
-        return 756e12  # its data sheet; the table has the SXM module
+        return 756e12  # from its data sheet; the table has the SXM module
     gpu = gpu_of_device(device_name)
     return gpu.peak if gpu else None

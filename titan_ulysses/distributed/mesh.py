@@ -1,9 +1,8 @@
-"""The device mesh: dp_replicate x dp_shard x sp, and the views of it that each part of training
-needs.
+"""The device mesh, dp_replicate x dp_shard x sp, and the views of it that parts of training need.
 
-SP is the innermost dimension, so that the all-to-alls of a layer stay between neighbours (one
-node's NVLink); dp_shard is next, because FSDP shards parameters over dp_shard x sp; dp_replicate is
-outermost.
+SP is the innermost dimension, so that the all-to-alls of a layer stay between neighbouring ranks
+(one node's NVLink). dp_shard is next, because FSDP shards parameters over dp_shard x sp.
+dp_replicate is outermost.
 """
 
 from __future__ import annotations
@@ -28,29 +27,32 @@ class Mesh:
     world: DeviceMesh
     """All three dimensions: dp_replicate, dp_shard, sp."""
     fsdp: DeviceMesh
-    """For `fully_shard`: parameters are sharded over dp_shard x sp and, where this is 2-D,
-    replicated over the rest.
+    """For `fully_shard`: parameters are sharded over dp_shard x sp.
+
+    Where this mesh is 2-D, they are replicated over its first dimension, dp_replicate.
     """
     batch: DeviceMesh
-    """dp_replicate x dp_shard: ranks that read different samples."""
+    """dp_replicate x dp_shard: the ranks along it read different samples."""
     loss: DeviceMesh
-    """Every rank: the loss and its gradients are sums over all of them."""
+    """All ranks: the loss and its gradients are sums over all of them."""
 
     @cached_property
     def sp(self) -> DeviceMesh:
-        """The ranks that share a sample, each holding S/P of its tokens."""
+        """The ranks that share a sample; each holds S/P of its tokens."""
         return self.world["sp"]
 
     @cached_property
     def whole(self) -> Mesh:
-        """The same ranks with P = 1, each with sequences of its own. Collective where it is made,
-        at first use.
+        """The same ranks with P = 1, each with sequences of its own.
+
+        The first use builds this mesh, which is collective.
         """
         return self if self.sp.size() == 1 else build_mesh()
 
     def local_slice(self, whole: Tensor, *, dim: int = 1) -> Tensor:
-        """This rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...] (see
-        `local_slice`).
+        """Return this rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...].
+
+        See `sequence.local_slice`.
         """
         return local_slice(whole, rank=self.sp.get_local_rank(), degree=self.sp.size(), dim=dim)
 
@@ -65,11 +67,10 @@ class Mesh:
 
 
 def init_distributed() -> None:
-    """Join the default process group: torchrun's where its variables are set, a group of one
-    otherwise.
+    """Join the default process group: torchrun's if its variables are set, else a group of one.
 
-    NCCL moves CUDA tensors and gloo CPU tensors; which of them exist is decided by the machine, not
-    by a setting. A process group that the caller has made already is kept.
+    NCCL moves CUDA tensors and gloo moves CPU tensors. Which of them exist is decided by the
+    machine, not by a setting. A process group that the caller has already made is kept.
     """
     if dist.is_initialized():
         return
@@ -84,11 +85,10 @@ def init_distributed() -> None:
 
 
 def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mesh:
-    """The mesh over all ranks of the default process group, which is joined first where nobody has
-    (see above).
+    """Build the mesh over all ranks of the default process group, which is joined first if needed.
 
-    replicate * shard * sequence is their number; shard = -1 takes all that are left. UserError
-    where it cannot be.
+    replicate * shard * sequence must be the number of ranks; shard = -1 takes all ranks that
+    remain. UserError if the degrees do not fit. See `init_distributed`.
     """
     init_distributed()
     world_size = dist.get_world_size()

@@ -6,6 +6,6 @@ import hashlib
 
 
 def seed_of(*parts: object) -> int:
-    """A seed of 63 bits for what these parts name. Other parts give another seed."""
+    """Return a seed of 63 bits derived from `parts`; other parts give another seed."""
     text = ":".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -8,16 +8,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def local_shard(x: Tensor) -> Tensor:
-    """This rank's shard of x, which shares its memory (under no_grad); x itself where it is
-    whole.
+    """Return this rank's shard of x, or x itself if it is not sharded.
+
+    The shard shares its memory with x (under no_grad).
     """
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def plain_pieces(x: Tensor) -> list[Tensor]:
-    """The plain tensors that this rank's shard of x is made of.
+    """Return the plain tensors that make up this rank's shard of x.
 
-    A quantized tensor of torchao has codes, scales and a table.
+    A quantized tensor of torchao consists of codes, scales and a table.
     """
     x = local_shard(x)
     if is_traceable_wrapper_subclass(x):

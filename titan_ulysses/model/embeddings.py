@@ -1,4 +1,4 @@
-"""Embeddings and heads that grow by rows for tokens that the model does not know yet."""
+"""Embeddings and heads that get new rows, for tokens that the model does not have yet."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from torch.distributed.tensor import DTensor
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 
-if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
+if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.py
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def grow_vocabulary(config: PreTrainedConfig, *, num_token_ids: int, multiple: int) -> None:
-    """Let config's vocabulary hold num_token_ids, in place, rounded up to a multiple. It never
-    shrinks.
+    """Make config's vocabulary hold num_token_ids, in place.
+
+    The new size is rounded up to a multiple of `multiple`. The vocabulary never shrinks.
     """
     if num_token_ids > config.vocab_size:
         config.vocab_size = -(-num_token_ids // multiple) * multiple
 
 
 def token_parameters(model: PreTrainedModel) -> set[str]:
-    """The names of the parameters that have a row a token: embedding and head, once where they are
-    tied.
+    """Return the names of the parameters with one row per token: those of embedding and head.
+
+    Tied parameters are named once.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     own = {embedding.weight, head.weight, head.bias} - {None}
@@ -36,13 +38,13 @@ def token_parameters(model: PreTrainedModel) -> set[str]:
 
 @torch.no_grad()
 def fill_new_rows(model: PreTrainedModel, known: dict[str, int], seed: int) -> None:
-    """Fill what lies beyond the first known[name] rows of these parameters as
-    `resize_token_embeddings` does.
+    """Fill new rows of parameters as `resize_token_embeddings` does.
 
-    That is near the mean of the known rows
-    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html), by transformers' own code, drawn from
-    (seed, name): the same numbers on every mesh. Collective; needs the memory of three such
-    parameters in fp32.
+    `known` maps names to numbers of rows that are filled already; a parameter that it does not name
+    is complete. New rows are drawn by transformers' own code, near the mean of the known rows
+    (https://nlp.stanford.edu/~johnhew/vocab-expansion.html). The numbers follow from (seed, name),
+    so they are the same on every mesh. Collective; needs the memory of three such parameters in
+    fp32.
     """
     for name, parameter in hf.named_parameters(model):
         if (rows := known.get(name, len(parameter))) == len(parameter):
@@ -53,13 +55,14 @@ def fill_new_rows(model: PreTrainedModel, known: dict[str, int], seed: int) -> N
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(seed, name))
                 new.copy_(_drawn(model, whole[:rows].cpu(), len(new)))
-        if dist.is_initialized():  # not computed twice: another kind of CPU might round otherwise
+        # All ranks take rank 0's numbers: another kind of CPU might round differently.
+        if dist.is_initialized():
             dist.broadcast(new, src=0)
         hf.fill(parameter, whole)
 
 
 def _drawn(model: PreTrainedModel, known: Tensor, added: int) -> Tensor:
-    """As many new rows as are added to those that are known."""
+    """Return `added` new rows, drawn by transformers' own code from the known rows."""
     new = SimpleNamespace(weight=SimpleNamespace(data=known.new_empty(added, *known.shape[1:])))
     if known.dim() == 1:
         new.bias = new.weight

@@ -1,8 +1,8 @@
-"""What differs between model families, as far as sharding must know it: attention, head, positions.
+"""What differs between model families, as far as sharding must know it: head, MLP, attention.
 
-All of it is read from the model's config and modules, whose names transformers shares between
-families, or found by running the family's own forward. A model that needs what nothing here can do
-is refused by name: better no run than a wrong one.
+It is read from the model's config and modules, whose names transformers shares between families, or
+found by running the family's own forward. A model that needs something unsupported is refused by
+name, because a wrong run is worse than none.
 """
 
 from __future__ import annotations
@@ -52,8 +52,9 @@ CHECKED_FAMILIES = {
     "solar_open",
     "starcoder2",
 }
-"""Families that the tests compare with unmodified transformers. Any other must prove itself before
-it trains.
+"""Families that the tests compare with unmodified transformers.
+
+Any other family must pass `verify_family` before it trains.
 """
 
 _OTHER_MODES = {"vision_config", "audio_config"}
@@ -62,8 +63,9 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(frozen=True)
 class Head:
-    """How a family makes logits from `lm_head(hidden)`: softcap * tanh(scale * logits /
-    softcap).
+    """How a family computes its logits: softcap * tanh(scale * x / softcap), x = `lm_head(hidden)`.
+
+    Without a softcap, the logits are scale * x.
     """
 
     scale: float = 1.0
@@ -71,19 +73,20 @@ class Head:
 
 
 def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
-    """What the family's own forward does to its logits, found by running it on known numbers.
+    """Find what the family's own forward does to its logits, by running it on known numbers.
 
-    For one call the decoder hands known hidden states on, and `lm_head` copies a hidden state to
-    all logits. So no name of a config's key decides: families divide by the same key that others
-    multiply by, or do not read it. gemma caps its logits, granite divides and cohere multiplies
-    them, minicpm3 divides what `lm_head` is given. UserError for a head that does anything else.
+    For one call, the decoder returns known hidden states, and `lm_head` copies a hidden state to
+    all logits. Names of config keys are not used, because families disagree about them: one divides
+    by a key that another multiplies by or does not read. gemma caps its logits, granite divides
+    them, cohere multiplies them, and minicpm3 divides the input of `lm_head`. UserError for a head
+    that does anything else.
     """
     head, name = model.get_output_embeddings(), type(model).__name__
     if not isinstance(head, nn.Linear):
         raise UserError(
             f"model: the head of {name} is a {type(head).__name__}, which is not a linear layer."
         )
-    # Tanh leaves the one as it is, and makes 1 of the other; both are in fp32 too.
+    # tanh leaves the small number unchanged and maps the large one to 1. fp32 holds both.
     small = 2.0**-40
     large = 2.0**100
     known = torch.tensor([small, large, -8, -3, -1, -0.5, 0.5, 2, 4], dtype=torch.float64)
@@ -94,6 +97,7 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
             f"model: the forward of {name} does more than to call its decoder and its head "
             f"({one_line(error)}), which is all that sequence parallelism computes of it."
         ) from error
+    # The small number shows the scale. The large one shows the cap, or grows beyond any cap.
     scale = logits[0].item() / small
     found = Head(
         scale=1.0 if math.isclose(scale, 1.0, rel_tol=1e-6) else scale,
@@ -108,8 +112,9 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
 
 
 class _Handed(BaseModelOutputWithPast):
-    """What a decoder returns: a hidden state, and None under any name that a family asks for
-    besides.
+    """The output of the replaced decoder: a hidden state.
+
+    Any other name that a family asks for is None.
     """
 
     def __getattr__(self, name: str) -> None:
@@ -120,8 +125,9 @@ class _Handed(BaseModelOutputWithPast):
 def _logits_of(
     model: PreTrainedModel, decoder: nn.Module, head: nn.Linear, hidden: Tensor
 ) -> Tensor:
-    """[N]: the logits that model's forward makes where the decoder returns, and the head copies,
-    hidden [N].
+    """Return the logits [N] of the model's forward for known hidden states [N].
+
+    Meanwhile, the decoder returns these hidden states and the head copies them.
     """
     rows = hidden[None, :, None].expand(1, -1, head.in_features)
     stand_ins = {
@@ -133,7 +139,7 @@ def _logits_of(
         module.forward = stand_in
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.int64)
-        # The class's own: whoever asks may have replaced the instance's.
+        # The forward of the class: the caller may have replaced that of the instance.
         outputs = type(model).forward(model, input_ids=ids, use_cache=False, return_dict=True)
     finally:
         for module, forward in own_forwards.items():
@@ -145,14 +151,15 @@ def _logits_of(
 
 @dataclass(frozen=True)
 class MLPLayout:
-    """A block's MLP and the norms that do nothing but feed it, and take its output, alone."""
+    """A block's MLP, the norm that only feeds it, and the norm that only takes its output."""
 
     mlp: nn.Module
     before: nn.Module | None = None
     after: nn.Module | None = None
     ends_block: bool = False
-    """Whether whatever follows them in the block only adds to their output: backward then does not
-    need it.
+    """Whether the rest of the block only adds to their output.
+
+    Backward then does not need that output.
     """
 
 
@@ -161,21 +168,20 @@ _NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2"
 
 
 def mlp_layout(block: nn.Module) -> MLPLayout | None:
-    """The MLP of a transformers block, by the names that families share; None where there is none
-    of them.
+    """Return the MLP of a transformers block, or None; it is found by names that families share.
 
-    A mixture of experts counts as an MLP. What the names promise of a family that nobody has
-    checked, its proof tries.
+    A mixture of experts counts as an MLP. For a family that nobody has checked, `verify_family`
+    tests whether the names mean the same.
     """
     parts = dict(block.named_children())
     mlp = next((parts[name] for name in _MLPS if name in parts), None)
     if mlp is None:
         return None
-    beside = "experts" in parts  # gemma4: the last norm takes the sum of both
+    beside = "experts" in parts  # gemma4: the last norm takes the sum of MLP and experts
     after = None if beside else next((parts[name] for name in _NORMS_AFTER if name in parts), None)
     before = parts.get("pre_feedforward_layernorm", parts.get("pre_mlp_layernorm"))
-    # Elsewhere this one feeds the MLP, unless the family norms what comes out of attention (olmo2),
-    # or its MLP shares what it is fed with another part of the block.
+    # In other families `post_attention_layernorm` feeds the MLP, with two exceptions: families that
+    # norm the output of attention (olmo2), and blocks whose MLP shares its input with another part.
     if before is None and "post_feedforward_layernorm" not in parts and "shared_mlp" not in parts:
         before = parts.get("post_attention_layernorm")
     return MLPLayout(
@@ -184,7 +190,7 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:
-    """Which keywords a core must take for this model: of "window", "softcap", "sinks"."""
+    """Return the keywords that a core must take for this model, of "window", "softcap", "sinks"."""
     needs = set()
     if getattr(config, "sliding_window", None) is not None and getattr(
         config, "use_sliding_window", True
@@ -198,7 +204,7 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Raise UserError for a model that would train wrongly: what it needs, by name."""
+    """Raise UserError for a model that would train wrongly; the message names what it needs."""
     if _OTHER_MODES & config.sub_configs.keys():
         raise UserError(
             f'model: "{config.model_type}" is multi-modal, of which this version trains no part. '
@@ -235,8 +241,9 @@ def check_family(config: PreTrainedConfig) -> None:
 
 
 def declared_value(config: PreTrainedConfig, key: str) -> Any:
-    """The value of a key that config's class declares; None for any other, which the family does
-    not read.
+    """Return the value of a key that config's class declares, and None for any other key.
+
+    The family does not read a key that its class does not declare.
     """
     declared = (
         hasattr(type(config), key)
@@ -247,13 +254,13 @@ def declared_value(config: PreTrainedConfig, key: str) -> Any:
 
 
 def _looks_ahead(config: PreTrainedConfig) -> str | None:
-    """What in config lets tokens attend to later ones, in words; None where nothing does."""
+    """Describe the part of config that lets tokens attend to later ones; None if there is none."""
     key, value = (
         "use_bidirectional_attention",
         declared_value(config, "use_bidirectional_attention"),
     )
-    if not value or value == "vision":  # gemma4: of images only
-        # Transformers' masks obey it in any family.
+    if not value or value == "vision":  # gemma4: for image tokens only
+        # transformers' masks obey is_causal in any family.
         key = "is_causal"
         value = getattr(config, "is_causal", True)
         if value:

@@ -1,6 +1,4 @@
-"""float8 training: the matrix products of the blocks' linear layers in 8 bits, through torchao
-(arXiv 2209.05433).
-"""
+"""float8 training through torchao (arXiv 2209.05433): the blocks' linear layers use 8 bits."""
 
 from __future__ import annotations
 
@@ -12,13 +10,13 @@ from torch import nn
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.torchao import import_torchao, require_torchao
 
-_SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper have the tensor cores for it
+_SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper: the first tensor cores with float8
 _ALIGNMENT = 16
 _ROUTERS = ("gate", "router")  # a wrong expert costs more than these small products save
 
 
 def check_float8(device_type: str) -> None:
-    """UserError where this machine cannot multiply in float8. Needs no model."""
+    """Raise UserError where this machine cannot multiply in float8. Needs no model."""
     require_torchao("quantize.float8 = true")
     if device_type != "cuda":
         raise UserError(
@@ -35,14 +33,14 @@ def check_float8(device_type: str) -> None:
 
 
 def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = False) -> int:
-    """Let the linear layers of blocks multiply in float8, in place and before sharding; returns how
-    many do.
+    """Make linear layers of blocks multiply in float8, in place and before sharding.
 
-    Those whose sizes are multiples of 16, except routers. Parameters keep their names, dtype and
-    values: each product scales and casts its two operands (a scale a tensor: on a rank, its own
-    tokens; e5m2 for the gradients of outputs, e4m3 else). tokens: of one call on a rank; operands
-    are padded, at the price of a copy, where that is no multiple of 16. emulate: the same numbers
-    on any device, slowly, for tests. UserError where no layer is converted.
+    Returns the number of converted layers: those whose sizes are multiples of 16, except routers.
+    Parameters keep their names, dtype and values. Each product scales and casts its two operands,
+    with one scale per tensor, which on a rank covers its own tokens. Gradients of outputs are cast
+    to e5m2, all else to e4m3. `tokens` is the number of tokens in one call on a rank. If it is not
+    a multiple of 16, operands are padded, which costs a copy. `emulate` computes the same numbers
+    on any device, slowly, for tests. UserError if no layer is converted.
     """
     float8 = import_torchao("float8")
     config = float8.Float8LinearConfig(pad_inner_dim=tokens % _ALIGNMENT != 0, emulate=emulate)
@@ -64,7 +62,7 @@ def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = Fals
 
 
 def _can_be_float8(module: nn.Module, name: str) -> bool:
-    # A subclass has a forward of its own, which would be lost.
+    # A subclass has a forward of its own, which the conversion would lose.
     is_plain = type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS
     return (
         is_plain and module.in_features % _ALIGNMENT == 0 and module.out_features % _ALIGNMENT == 0

@@ -1,4 +1,4 @@
-"""Parameters that are not trained: which, and how they are kept."""
+"""Parameters that are not trained: how they are chosen, stored and compared."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from titan_ulysses.model.names import matching, plain
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters whose names a pattern matches, before sharding. Tied ones go by any of
-    their names.
+    """Freeze the parameters whose names match a pattern, before sharding.
 
-    UserError where a pattern matches nothing, or nothing is left to train.
+    A tied parameter matches by any of its names. UserError if a pattern matches nothing, or if
+    nothing is left to train.
     """
     named = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     for name in matching(patterns, named, setting="model.freeze", what="parameter"):
@@ -31,8 +31,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def cast_frozen_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store frozen parameters in dtype, that of the computation: there is no update whose sum would
-    need more.
+    """Store frozen parameters in dtype, that of the computation.
+
+    They get no updates, so there is no sum that needs more precision.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -41,8 +42,9 @@ def cast_frozen_params(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> int:
-    """Of the frozen parameters, by their bits: the same on every mesh; 0 where nothing is frozen.
-    Collective.
+    """Return a checksum of the bits of the frozen parameters; 0 if nothing is frozen.
+
+    It is the same on every mesh. Collective.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if not frozen:
@@ -60,8 +62,9 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def bits(x: Tensor) -> Tensor:
-    """x's bits as integers, whose sum is exact: it does not depend on the order of summation, or on
-    threads.
+    """Return x's bits as integers.
+
+    Their sum is exact: it does not depend on the order of summation or on threads.
     """
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return x.detach().view(integers[x.element_size()])

@@ -1,8 +1,8 @@
-"""Build unmodified transformers models, none of which ever needs a whole model in one place.
+"""Unmodified transformers models, built and filled so that no place ever needs a whole model.
 
 A model is built on the meta device (`build_on_meta`), sharded by `parallelize`, and then filled in
 place: from random numbers that do not depend on the mesh (`initialize`), or from a folder of
-safetensors (`weights.py`).
+safetensors (`checkpoint/safetensors.py`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from titan_ulysses.model.remote_code import check_model_code
 
 
 def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
-    """The transformers config of `model.path` (a folder or hub name) or of the table
-    `[model.config]`.
+    """Return the transformers config of a folder, a hub name or the table `[model.config]`.
+
+    `path` is `model.path`, and is not read if there is a table. UserError if transformers cannot
+    make a config of either.
     """
     if table is not None:
         settings = copy.deepcopy(table)
@@ -46,7 +48,7 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
             raise UserError(f"model.config: transformers refuses it: {one_line(error)}") from error
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
-    hub.setLevel(logging.ERROR)  # what comes of its retries is told below, once
+    hub.setLevel(logging.ERROR)  # it logs each retry; the result is reported once, below
     try:
         settings, _ = PreTrainedConfig.get_config_dict(path)
         check_model_code(settings, f'model.path = "{path}"')
@@ -54,7 +56,7 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
     except UserError:
         raise
     except Exception as error:
-        # Of which transformers says it is no hub name.
+        # transformers would only say that such a path is not a valid hub name.
         absent = path.startswith(("/", ".")) and not Path(path).exists()
         raise UserError(
             f'model.path = "{path}": no transformers model there '
@@ -66,10 +68,10 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model class that transformers chooses for config, on meta. config is not changed.
+    """Build the model class that transformers chooses for config, on meta; config is not changed.
 
-    All its parameters have dtype, also those that transformers would keep in fp32 (routers): FSDP
-    takes only one.
+    All its parameters have dtype, also those that transformers would keep in fp32 (routers),
+    because FSDP takes only one dtype.
     """
     try:
         with torch.device("meta"):
@@ -98,34 +100,33 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
 
 
 def experts_path(dtype: torch.dtype) -> str | None:
-    """Which of transformers' implementations of mixture-of-experts layers computes in dtype; None:
-    its own choice.
+    """Return the transformers implementation of mixture-of-experts layers to use in dtype.
 
-    That is "grouped_mm", which keeps the number of tokens of each expert on the device, so no shape
-    depends on data on the host. It has no fp64; "batched_mm" has, at the price of a copy of the
-    weights for each token.
+    None is transformers' own choice, "grouped_mm". It keeps the number of tokens of each expert on
+    the device, so that no shape depends on data on the host. It has no fp64. "batched_mm" has fp64,
+    at the price of a copy of the weights for each token.
     """
     return "batched_mm" if dtype == torch.float64 else None
 
 
 def class_name(model: PreTrainedModel) -> str:
-    """The name of the transformers class, which FSDP has put a class of its own in front of."""
+    """Return the name of the model's transformers class, from which FSDP has derived its own."""
     return next(c.__name__ for c in type(model).__mro__ if c.__module__.startswith("transformers."))
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter once (tied ones by their first name), under the names of the unwrapped
-    transformers model.
+    """Yield each parameter once, named as in the unwrapped transformers model.
+
+    A tied parameter has its first name.
     """
     for name, parameter in model.named_parameters():
         yield plain(name), parameter
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones under each of their names) and persistent buffers, named as
-    transformers knows them.
+    """Return parameters and persistent buffers under transformers' names, without LoRA adapters.
 
-    Without the adapters of lora.py.
+    Tied parameters appear under each of their names. For adapters see lora.py.
     """
     state = model.state_dict(keep_vars=True)
     return {plain(name): tensor for name, tensor in state.items() if not is_adapter(name)}
@@ -134,12 +135,13 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def allocate(
     model: PreTrainedModel, device: torch.device, *, parameter_offload: bool = False
 ) -> None:
-    """Give a sharded meta model memory on device, for its own shards only; values are undefined
-    except for buffers.
+    """Allocate memory on device for this rank's shards of a sharded meta model.
 
-    Buffers that transformers computes and does not save (RoPE frequencies) are computed. With
-    parameter_offload the shards get host memory.
+    The values of parameters are undefined. Buffers that transformers computes and does not save
+    (RoPE frequencies) are computed. With parameter_offload the shards are in host memory, and the
+    buffers are on device.
     """
+    # Note which modules share a parameter, to tie them again after `to_empty`.
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -147,11 +149,12 @@ def allocate(
                 owners.setdefault(parameter, []).append((module, name))
     model.to_empty(device="cpu" if parameter_offload else device)
     for (first, first_name), *others in owners.values():
-        for module, name in others:  # `to_empty` makes tied parameters two
+        for module, name in others:
             setattr(module, name, getattr(first, first_name))
     with torch.no_grad():
         for module in model.modules():
-            # A scaled embedding has parameters too, which are not to be touched.
+            # Parameters beside a buffer, as in a scaled embedding, must not be initialized here:
+            # meta tensors take their places.
             if module._buffers:
                 shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
                 with swap_parameters(
@@ -165,11 +168,12 @@ def allocate(
 
 @torch.no_grad()
 def initialize(model: PreTrainedModel, seed: int) -> None:
-    """Fill the model with transformers' own random initialisation, drawn from (seed, module name),
-    then sliced.
+    """Fill the model with transformers' own random initialization, except its adapters.
 
-    Without its adapters, if it has any (see lora.py). Every mesh, and every number of ranks, gets
-    the same numbers. Needs the memory of the largest module at a time.
+    The numbers of a module are drawn from (seed, module name) and then sliced. So they are the same
+    on every mesh and for every number of ranks. Needs the memory of the largest module at a time.
+    Adapters are filled by `initialize_adapters` in lora.py. UserError if transformers leaves a
+    parameter unfilled.
     """
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
@@ -193,8 +197,9 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
 
 @contextmanager
 def swap_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
-    """Let tensors be module's own parameters for a while, so that transformers initialises them
-    instead of shards.
+    """Replace module's own parameters by tensors within the context.
+
+    transformers then initializes these tensors instead of shards.
     """
     own = {name: module._parameters[name] for name in tensors}
     module._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
@@ -205,7 +210,7 @@ def swap_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[N
 
 
 def fill(parameter: Tensor, whole: Tensor) -> None:
-    """Give a parameter, or this rank's shard of it, the values of whole."""
+    """Copy the values of `whole` into a parameter, or this rank's part of them into its shard."""
     if isinstance(parameter, DTensor):
         # src_data_rank=None: every rank has the whole tensor and cuts its own shard, without
         # communication.

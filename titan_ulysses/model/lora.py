@@ -1,9 +1,8 @@
-"""LoRA (arXiv 2106.09685) through peft: adapters beside the linear layers of a model whose own
-parameters are frozen.
+"""LoRA (arXiv 2106.09685) through peft: adapters beside the linear layers of a frozen model.
 
-peft's modules do the computing and its folder format is what is saved. What is ours is when and
-where numbers are made: adapters are built on meta and sharded with the layers they belong to, and
-filled from (seed, name).
+peft's modules do the computing, and adapters are saved in peft's folder format. This module decides
+when and where their numbers are made: adapters are built on meta, sharded with the layers that they
+belong to, and filled from (seed, name).
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.names import matching, plain
 from titan_ulysses.model.torchao import suppress_torchao_warnings
 
-if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
+if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.py
     from transformers import PreTrainedModel
 
 ADAPTER = "default"
-"""peft's name of a model's only adapter."""
+"""The name that peft gives to a model's only adapter."""
 
 
 def check_lora(settings: LoRA) -> None:
-    """UserError where peft is not installed. Needs no model."""
+    """Raise UserError if LoRA is used and peft is not installed. Needs no model."""
     if settings.rank and importlib.util.find_spec("peft") is None:
         raise UserError(
             f"lora.rank = {settings.rank} needs peft, which is not installed: pip install peft"
@@ -39,14 +38,13 @@ def check_lora(settings: LoRA) -> None:
 
 
 def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
-    """Give linear layers an adapter each and freeze all else, in place and before sharding; returns
-    how many got one.
+    """Add an adapter to each chosen linear layer, freeze all else, and return how many were added.
 
-    settings.target_modules are names or patterns (see `names.matching`); without any, all linear
-    layers except the head, which is peft's "all-linear"; but the experts of a mixture, which are no
-    layers of their own, get none. What a layer computes is then W x + (alpha / rank) B A
-    dropout(x), with A [rank, in] and B [out, rank] of W's dtype. UserError for a pattern that
-    matches no linear layer.
+    This is done in place and before sharding. `settings.target_modules` holds names or patterns
+    (see `names.matching`). If it is empty, all linear layers except the head get an adapter, as
+    with peft's "all-linear". The experts of a mixture get none, because they are not layers of
+    their own. An adapted layer computes W x + (alpha / rank) B A dropout(x), with A [rank, in] and
+    B [out, rank] in W's dtype. UserError for a pattern that matches no linear layer.
     """
     check_lora(settings)
     targets = _targets(model, settings)
@@ -66,7 +64,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         except ValueError as error:
             raise UserError(f"lora.target_modules: peft refuses them: {one_line(error)}") from error
     if other := sorted({name for name, _ in _adapted_layers(model)} ^ targets):
-        # By their names it takes shared experts and dense MLPs of some mixtures for the experts.
+        # peft goes by names, and in some mixtures takes shared experts and dense MLPs for experts.
         raise UserError(
             f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a '
             "part of a mixture of experts, which cannot be sharded. Name other layers, as in "
@@ -97,8 +95,9 @@ def _targets(model: PreTrainedModel, settings: LoRA) -> set[str]:
 
 @torch.no_grad()
 def initialize_adapters(model: nn.Module, seed: int) -> None:
-    """Fill the adapters, if any, as peft does: A uniform (Kaiming), B zero; drawn from (seed,
-    name), then sliced.
+    """Fill the adapters, if any, as peft does: A with Kaiming uniform numbers, B with zeros.
+
+    The numbers are drawn from (seed, name) and then sliced.
     """
     for name, layer in _adapted_layers(model):
         a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
@@ -123,16 +122,16 @@ class Delta(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the merged weight: that of the adapter, or fp32."""
+        """The dtype of the merged weight: that of the adapter, but at least fp32."""
         return torch.promote_types(self.b.dtype, torch.float32)
 
     def added_to(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """The merged weight; all of them gathered."""
+        """Return the merged weight; weight, a and b are whole tensors, gathered from all ranks."""
         return weight.to(self.dtype) + self.scale * (b.to(self.dtype) @ a.to(self.dtype))
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
-    """Of each weight that has an adapter, by the weight's plain name."""
+    """Return the Delta of each weight that has an adapter, by the weight's plain name."""
     return {
         f"{name}.weight": Delta(
             layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]

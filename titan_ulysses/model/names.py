@@ -15,24 +15,23 @@ _ADAPTED = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def plain(name: str) -> str:
-    """The name of a parameter or module in the transformers model, which knows no adapters."""
+    """Return a parameter's or module's name in the transformers model, which has no adapters."""
     return _ADAPTED.sub("", name)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether this is the name of a parameter, or module, of a LoRA adapter: peft's own, which
-    transformers has not.
-    """
+    """Return whether the parameter or module of this name belongs to a LoRA adapter of peft."""
     return _ADAPTER.search(name) is not None
 
 
 def matching(
     patterns: Sequence[str], names: Iterable[str], *, setting: str, what: str, tails: bool = False
 ) -> set[str]:
-    """Those of names that a pattern matches (`*`, `?`, `[...]`; dots are nothing special).
+    """Return the names that match a pattern (`*`, `?`, `[...]`; dots have no special meaning).
 
-    tails: a pattern may leave out the first parts of a name, as "q_proj" does. UserError where one
-    matches none of them: setting is where the patterns come from, what they are patterns of.
+    With `tails`, a pattern may leave out the first parts of a name, as "q_proj" does. UserError if
+    a pattern matches no name. Its message uses `setting`, where the patterns come from, and `what`,
+    the kind of thing that is named.
     """
     names, found = list(names), set()
     for pattern in patterns:
@@ -46,7 +45,10 @@ def matching(
 
 
 def _near(pattern: str, names: Sequence[str], tails: bool) -> str:
-    """The names most like pattern, layers taken together; or a few of all."""
+    """Return a hint for a pattern that matches nothing: the most similar names, or else some names.
+
+    Layers that differ only in their number count as one.
+    """
     kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
     if tails:
         kinds = dict.fromkeys(name.rpartition(".")[2] for name in kinds)

@@ -1,10 +1,10 @@
-"""Code that a folder brings along (`auto_map`, which transformers calls remote code) is never run,
-and nobody is asked.
+"""Checks that code in a model's folder ("remote code" in transformers) is never run.
 
-Many folders on the hub name, under `auto_map`, the code that their model had before transformers
-adopted it. Where transformers has a class of that name for the model, its own is used, as
-transformers itself does unless it is told to trust the folder. Where it has none the folder is
-refused: what it asks for would be another model or tokenizer.
+`auto_map` in the folder's config names such code. No prompt and no setting can allow it. Many
+folders on the hub name, under `auto_map`, the code that their model had before transformers adopted
+it. If transformers has a class of that name for the model, that class is used, as transformers
+itself does unless it is told to trust the folder. If it has none, the folder is refused, because it
+asks for another model or tokenizer.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MODELS = {"AutoModel": MODEL_MAPPING, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_
 
 
 def check_model_code(settings: dict[str, Any], where: str) -> None:
-    """UserError where `auto_map` among a config's settings names a class of a model that
-    transformers does not have.
+    """Raise UserError if `auto_map` names a class of a model that transformers does not have.
 
-    where: the setting that they come from, and its value.
+    `settings` are those of the model's config, and `where` is the setting that they come from, with
+    its value.
     """
     model_type = settings.get("model_type")
     for name, reference in _model_code(settings).items():
@@ -49,10 +49,10 @@ def check_model_code(settings: dict[str, Any], where: str) -> None:
 
 
 def check_tokenizer_code(name: str, where: str) -> None:
-    """UserError where the folder or hub name has a tokenizer that transformers does not have."""
+    """Raise UserError if a folder or hub name has a tokenizer class that transformers lacks."""
     auto_map = get_tokenizer_config(name).get("auto_map") or {}
     references = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    # A slow one, and a fast one.
+    # A list has the class of the slow tokenizer and that of the fast one.
     references = [reference for reference in _listed(references) if reference]
     if references and not any(
         tokenizer_class_from_name(reference.split(".")[-1]) for reference in references
@@ -65,8 +65,9 @@ def check_tokenizer_code(name: str, where: str) -> None:
 
 
 def describe_unused_code(config: PreTrainedConfig) -> str | None:
-    """A line on the code that a model's config names although transformers has a class of that
-    name, if it does.
+    """Return a line about code that a model's config names and that is not run, or None.
+
+    transformers has a class of that name, which is used instead.
     """
     references = _model_code(vars(config))
     if not references:
@@ -78,11 +79,12 @@ def describe_unused_code(config: PreTrainedConfig) -> str | None:
 
 
 def _model_code(settings: dict[str, Any]) -> dict[str, str]:
-    """What `auto_map` names for what is built here, such as {"AutoModelForCausalLM":
-    "modeling_x.XForCausalLM"}.
+    """Return the references under `auto_map` to classes that are built here.
+
+    An example is {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}.
     """
     auto_map = settings.get("auto_map")
-    if not isinstance(auto_map, dict):  # which transformers passes over, too
+    if not isinstance(auto_map, dict):  # transformers ignores it, too
         return {}
     return {name: str(auto_map[name]) for name in ("AutoConfig", *_MODELS) if auto_map.get(name)}
 
@@ -98,8 +100,9 @@ def _own_class(name: str, model_type: str | None) -> str | None:
 
 
 def _spelled(reference: str) -> str:
-    """The class of a reference such as "owner/name--file.Class", in one spelling: MPT is Mpt in
-    transformers.
+    """Return the class in a reference such as "owner/name--file.Class", in one spelling.
+
+    It has no underscores and no capitals: for instance, MPT is Mpt in transformers.
     """
     return reference.split(".")[-1].replace("_", "").casefold()
 

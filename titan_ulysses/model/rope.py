@@ -1,9 +1,10 @@
-"""RoPE whose frequencies depend on how long the sequence is: of type "dynamic" and "longrope".
+"""RoPE whose frequencies depend on the length of the sequence: types "dynamic" and "longrope".
 
-transformers looks at the largest position that it is given, which is that of one rank's slice, and
-of the longest of a batch's documents. Here each document is turned by the frequencies of its own
-length, as transformers turns it when it sees it alone and first ("dynamic" remembers how long the
-longest was). Lengths are known on the host, so that nothing is read back from the device.
+transformers takes the largest position that it is given as the length. Here that would be the
+largest position of one rank's slice, or that of the longest document of a batch. Instead, each
+document is rotated by the frequencies of its own length, as transformers does when that document is
+alone and the first that it sees ("dynamic" remembers the longest length so far). The lengths are
+known on the host, so nothing is read back from the device.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 class DocumentRoPE:
-    """In place of a rotary embedding's forward: the family's own turning, with frequencies chosen
-    here.
+    """A replacement for a rotary embedding's forward.
+
+    It runs the family's own rotation, with frequencies that are chosen here for each document.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
-        # Without its look at the positions.
+        # Unwrapped, it does not choose frequencies by the largest position.
         self.turn = MethodType(inspect.unwrap(type(rotary).forward), rotary)
         self.documents: Documents = ()
         self.reaches: Documents = ()
@@ -38,21 +40,25 @@ class DocumentRoPE:
         rotary.forward = self.forward
 
     def begin(self, documents: Documents, reaches: Documents, sp_rank: int) -> None:
-        """Tell it of a forward: of each row's documents the lengths, and how far their positions
-        reach, which is what counts as a length here; and whose slice of the rows this is.
+        """Set what the next forward needs.
+
+        `documents` holds the lengths of each row's documents. `reaches` holds how far their
+        positions reach, which counts as the length here. `sp_rank` says which slice of the rows
+        this rank has.
         """
         self.documents, self.reaches, self.sp_rank = documents, reaches, sp_rank
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """position_ids [B, T] -> what transformers makes of them (cos and sin, each [B, T, d])."""
+        """Map position_ids [B, T] to the family's output, usually cos and sin, each [B, T, d]."""
         of_layer = {} if layer_type is None else {"layer_type": layer_type}
         kind = self.rotary.rope_type if layer_type is None else self.rotary.rope_type[layer_type]
         if kind not in LENGTH_DEPENDENT:
             return self.turn(x, position_ids, **of_layer)
         bound = self._bound(kind, layer_type)
         lengths = [[self._counts_as(length, kind, bound) for length in row] for row in self.reaches]
+        # Rotate all tokens once for each distinct length, then choose token by token.
         several = sorted({length for row in lengths for length in row})
         turned = []
         for length in several:
@@ -66,7 +72,7 @@ class DocumentRoPE:
         return tuple(_chosen(mine, several, list(parts)) for parts in zip(*turned, strict=True))
 
     def _bound(self, kind: str, layer_type: str | None) -> int:
-        """Up to this length the frequencies are the original ones."""
+        """Return the length up to which the frequencies are the original ones."""
         parameters = self.rotary.config.rope_parameters
         if kind == "longrope":
             return (parameters if layer_type is None else parameters[layer_type])[
@@ -75,7 +81,7 @@ class DocumentRoPE:
         return self.rotary.original_max_seq_len
 
     def _counts_as(self, length: int, kind: str, bound: int) -> int:
-        """One length of all that have the same frequencies."""
+        """Return one length that stands for all lengths with the same frequencies."""
         return max(length, bound) if kind == "dynamic" else bound + (length > bound)
 
     def _set_frequencies(
@@ -84,8 +90,8 @@ class DocumentRoPE:
         prefix = "".join(f"{name}_" for name in of_layer.values())
         frequencies = getattr(self.rotary, f"{prefix}original_inv_freq").to(device)
         if length > bound:
-            # A tensor, as transformers has it, whose arithmetic is fp32; filled, because copying
-            # one would wait.
+            # transformers has a tensor here, whose arithmetic is fp32. It is filled on the device,
+            # because a copy from the host would wait.
             whole = torch.full((), length, device=device) if kind == "dynamic" else length
             frequencies, _ = ROPE_INIT_FUNCTIONS[kind](
                 self.rotary.config, device, seq_len=whole, **of_layer
@@ -93,7 +99,7 @@ class DocumentRoPE:
         setattr(self.rotary, f"{prefix}inv_freq", frequencies)
 
     def _lengths_of_tokens(self, lengths: list[list[int]], tokens: int) -> Tensor:
-        """[B, T]: what the document of each token of this rank counts as."""
+        """Return [B, T]: for each token of this rank, the length that its document counts as."""
         rows = [
             torch.tensor(counts).repeat_interleave(torch.tensor(row))
             for counts, row in zip(lengths, self.documents, strict=True)
@@ -103,8 +109,10 @@ class DocumentRoPE:
 
 
 def _chosen(mine: Tensor, several: list[int], turned: list[Tensor]) -> Tensor:
-    """Of what is turned by the frequencies of several lengths: each token by those of its
-    document.
+    """Return the rotation of each token by the frequencies of its own document's length.
+
+    `turned` holds all tokens rotated for each length in `several`, and `mine` [B, T] the length of
+    each token's document.
     """
     result = turned[0]
     for length, other in zip(several[1:], turned[1:], strict=True):
@@ -113,8 +121,10 @@ def _chosen(mine: Tensor, several: list[int], turned: list[Tensor]) -> Tensor:
 
 
 def use_document_lengths(model: PreTrainedModel, blocks: nn.ModuleList) -> list[DocumentRoPE]:
-    """Make the model's rotary embeddings that need it depend on documents' lengths; each forward
-    must tell them.
+    """Make the model's length-dependent rotary embeddings use the lengths of documents.
+
+    Each forward must first pass the lengths to `begin` of every returned object. UserError if such
+    an embedding is inside a block.
     """
     inside = set(blocks.modules())
     found = []

@@ -1,9 +1,8 @@
-"""Stretching a model's RoPE to longer sequences: `[model.rope_scaling]` applied to a transformers
-config.
+"""RoPE for longer sequences: `[model.rope_scaling]` applied to a transformers config.
 
-The frequencies are transformers' own (`modeling_rope_utils`), and so are the names of the keys.
-What is decided here is what a config needs besides: how long the original sequences were, and how
-long they may be now.
+The frequencies and the names of the keys are those of transformers (`modeling_rope_utils`). This
+module decides what a config needs in addition: how long the original sequences were, and how long
+they may be now.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 
 _ORIGINAL = "original_max_position_embeddings"
-# Needed and possible keys of each type; rope_theta is possible everywhere.
+# Required and optional keys of each type; rope_theta is optional for all types.
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
     "linear": ({"factor"}, set()),
     "dynamic": ({"factor"}, set()),
@@ -39,14 +38,15 @@ _KEYS: dict[str, tuple[set[str], set[str]]] = {
 
 
 def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
-    """Give config, in place, the RoPE that table asks for, and the length that it reaches.
+    """Set in config, in place, the RoPE that table asks for and the length that it reaches.
 
-    table: rope_type (or type): linear (arXiv 2306.15595), dynamic (NTK), yarn (arXiv 2309.00071),
-    longrope (arXiv 2402.13753) or llama3; factor: by which sequences become longer; and the keys
-    that transformers has for the type. original_max_position_embeddings is, unless it is given, the
-    one that config has already, or else its max_position_embeddings. That becomes original *
-    factor, except for "dynamic", whose frequencies look at the original one there. Layers of
-    sliding windows keep their own RoPE. UserError for what cannot be.
+    `table` has rope_type (or type): linear (arXiv 2306.15595), dynamic (NTK), yarn (arXiv
+    2309.00071), longrope (arXiv 2402.13753) or llama3. It has factor, by which sequences become
+    longer, and the keys that transformers has for the type. original_max_position_embeddings, if it
+    is not given, is the value that config already has, or else config's max_position_embeddings.
+    The latter becomes original * factor, except for "dynamic", whose frequencies need the original
+    value there. Layers with sliding windows keep their own RoPE. UserError for a table that cannot
+    be used.
     """
     kind, scaling = _checked(table)
     parameters = getattr(config, "rope_parameters", None)
@@ -66,7 +66,7 @@ def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
             or longest
         )
         scaling[_ORIGINAL] = original
-        if hasattr(config, _ORIGINAL):  # phi3 has it here too, and prefers this one
+        if hasattr(config, _ORIGINAL):  # phi3 has it here too, where it takes precedence
             setattr(config, _ORIGINAL, original)
     if not isinstance(original, int) or not 1 <= original <= longest:
         raise UserError(
@@ -90,8 +90,9 @@ def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
 
 
 def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The type and its keys. UserError for an unknown type, for keys it does not have, and those
-    that it lacks.
+    """Return the type and its keys.
+
+    UserError for an unknown type, an unknown or missing key, or a factor below 1.
     """
     scaling = dict(table)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None)
@@ -118,7 +119,7 @@ def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _check_lengths(config: PreTrainedConfig, new: dict[str, Any]) -> None:
-    """UserError where longrope's lists have not a number for each pair that is turned."""
+    """Raise UserError if longrope's lists do not have one number for each rotated pair."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs = int(head_dim * new.get("partial_rotary_factor", 1.0)) // 2
     for key in ("short_factor", "long_factor"):

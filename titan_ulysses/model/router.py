@@ -1,28 +1,29 @@
-"""Router losses (`output_router_logits = true`): load balancing over all tokens of a micro-batch,
-on whatever ranks.
+"""Router losses (`output_router_logits = true`): load balancing over all tokens of a micro-batch.
 
-transformers' loss (Switch Transformer, arXiv 2101.03961, equations 4 to 6) over the N rows of
-logits that the routers of all layers make of a micro-batch's tokens, padding left out, where p is
-the softmax over the E experts:
+The loss is that of transformers (Switch Transformer, arXiv 2101.03961, equations 4 to 6), over the
+tokens of all ranks. There are N rows of logits: those that the routers of all layers make of a
+micro-batch's tokens, without padding. With p the softmax over the E experts:
 
     aux = E * sum_e F_e * P_e / N^2
     F_e: rows that have expert e among their top k; P_e: sum of the rows' p_e
 
-A micro-batch is what all ranks train on in one forward, data-parallel ones too: aux does not depend
-on how many share it. Over a step of several, each adds (its labels / the step's labels) * (its mean
-cross-entropy + coefficient * aux): the mean of what transformers returns for each of them, weighted
-by labels as cross-entropy is.
+A micro-batch is what all ranks, data-parallel ones too, train on in one forward, so aux does not
+depend on how many ranks share it. In a step of several micro-batches, each adds (its labels / the
+step's labels) * (its mean cross-entropy + coefficient * aux). This is the mean of what transformers
+returns for each of them, weighted by labels as cross-entropy is.
 
-The product is of sums over everything, so no rank can differentiate its own part of it alone. But F
-and N are counts: once they are known, d aux / d p_e is E * F_e / N^2 in every row, and gradients
-add up over rows, tiles, layers and ranks. So the routers count while forward runs, one all-reduce
-at its end brings F, P and N together (none on the layer path), and in backward each router's logits
-get their gradient where they were made. Under activation checkpointing no logits are kept for it.
+F and P are sums over all ranks, so no rank can differentiate its own part of the product alone. But
+F and N are counts. Once they are known, d aux / d p_e is E * F_e / N^2 in every row, and gradients
+add up over rows, tiles, layers and ranks. So the routers count during forward. One all-reduce at
+its end sums F, P and N over the ranks, and there is none on the layer path. In backward, each
+router's logits get their gradient where they were made. Under activation checkpointing no logits
+are kept for this.
 
-A layer may be computed again in backward, whole (torch's checkpoint) or tile by tile. Which forward
-it belongs to is a context variable: whoever computes it again, and differentiates that, must do so
-in the `contextvars.copy_context()` of its forward, in the same order of tiles. torch's checkpoint
-needs nothing, because it differentiates the first graph.
+A layer may be computed again in backward, as a whole (torch's checkpoint) or tile by tile. A
+context variable says which forward it belongs to. Code that computes a layer again and
+differentiates this second computation must run in the `contextvars.copy_context()` of its forward,
+with tiles in the same order. torch's checkpoint does not need this, because it differentiates the
+first graph.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ from titan_ulysses.distributed.errors import UserError
 
 _LOSS_FUNCTION = "load_balancing_loss_func"
 _LOSS_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-"""Of the function above, of which every family's file has a copy; what takes other arguments is
-another loss.
+"""Arguments of the function above, of which every family's file has a copy.
+
+A function with other arguments computes another loss.
 """
 
 
@@ -58,7 +60,10 @@ class RouterLoss:
 
     @contextmanager
     def forward_pass(self, *, count: bool, mask: Tensor | None) -> Iterator[RouterLossPass]:
-        """Let the routers that run meanwhile belong to a new pass; mask [B, T] is 0 at padding."""
+        """Make the routers that run in this context belong to a new pass.
+
+        `count` says whether their logits are counted. `mask` [B, T] is 0 at padding.
+        """
         current = RouterLossPass(self.top_k, counting=count, mask=mask)
         token = _current.set(current)
         try:
@@ -69,7 +74,7 @@ class RouterLoss:
 
 
 class RouterLossPass:
-    """One forward: what its routers have counted, then what its backward needs to know."""
+    """One forward: first the counts of its routers, then what its backward needs."""
 
     def __init__(self, top_k: int, *, counting: bool, mask: Tensor | None) -> None:
         self.top_k, self.counting = top_k, counting
@@ -77,15 +82,15 @@ class RouterLossPass:
         self._next_row: dict[nn.Module, int] = {}
         self._sums: Tensor | None = None
         self.slope: Tensor | None = None
-        """[E]: the derivative of what is differentiated by any p_e; known when backward reaches the
-        layers.
+        """[E]: the derivative of the differentiated scalar by each p_e, the same in all rows.
+
+        It is set before backward reaches the layers.
         """
 
     def rows_of(self, router: nn.Module, logits: Tensor) -> Tensor | None:
-        """[n, 1]: 0 at padding, for the next n rows that router sees; None where nothing is
-        padding.
+        """Return [n, 1], 0 at padding, for the next n rows that a router sees; None without a mask.
 
-        After the last row comes the first: a layer that is computed again starts over.
+        The first row follows the last, because a layer that is computed again starts over.
         """
         if self._mask is None:
             return None
@@ -98,8 +103,9 @@ class RouterLossPass:
 
     @torch.no_grad()
     def count(self, logits: Tensor, rows: Tensor | None) -> None:
-        """Add logits [n, E] to F, P and N. In fp64, so that the number of parts does not show in
-        fp32.
+        """Add the contribution of logits [n, E] to F, P and N.
+
+        The sums are in fp64, so that their number of parts does not affect the result in fp32.
         """
         probabilities = _probabilities(logits)
         chosen = torch.zeros_like(probabilities).scatter_(
@@ -114,12 +120,12 @@ class RouterLossPass:
     def reduce(
         self, hidden: Tensor, labels: Tensor, group: dist.ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Collective. What leaves the last layer -> the same, the loss of all ranks (fp32 or
-        wider), all their labels.
+        """Return hidden unchanged, the router loss and the number of labels, both over all ranks.
 
-        The gradient of the loss is of this rank's tokens. Whatever is made of the last layer's
-        output must be made of what is returned: backward then knows the loss's own gradient before
-        it reaches a router.
+        `hidden` is the decoder's output, and `labels` is this rank's number of labels. The loss is
+        in fp32 or wider, and its gradient is that of this rank's tokens. All computations on the
+        decoder's output must use the returned tensor: backward then knows the gradient of the loss
+        before it reaches a router. Collective.
         """
         assert self._sums is not None, "no router has run"
         return _Close.apply(self, self._sums, hidden, labels, group)
@@ -131,14 +137,16 @@ _current: ContextVar[RouterLossPass | None] = ContextVar(
 
 
 def router_loss_of(model: PreTrainedModel, decoder: nn.Module) -> RouterLoss | None:
-    """The router loss that model's config asks for, its routers made ready for it; None where it
-    asks for none.
+    """Return the router loss that model's config asks for, or None if it asks for none.
+
+    Hooks are added to the routers. UserError if the routers or the coefficient cannot be found.
     """
     if not getattr(model.config, "output_router_logits", False):
         return None
     coefficient, top_k = (
         getattr(model, name, None) for name in ("router_aux_loss_coef", "num_experts_per_tok")
     )
+    # transformers declares here which modules are routers, and which of their outputs are logits.
     recorder = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits")
     target, place = getattr(recorder, "target_class", None), getattr(recorder, "layer_name", None)
     routers = [
@@ -160,8 +168,9 @@ def router_loss_of(model: PreTrainedModel, decoder: nn.Module) -> RouterLoss | N
 
 
 def unknown_router_loss(config: PreTrainedConfig) -> str | None:
-    """What about the router loss that config asks for is not the one above; None where nothing
-    is.
+    """Describe how the router loss that config asks for differs from the one above.
+
+    The result is None if it does not differ, or if config asks for none.
     """
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if family is None or not getattr(config, "output_router_logits", False):
@@ -176,12 +185,11 @@ def unknown_router_loss(config: PreTrainedConfig) -> str | None:
 
 @torch.compiler.disable
 def _attach(index: int, router: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-    """After a router has run: count its logits, and let the gradient of the loss join where its
-    outputs are used.
+    """Count the logits of a router that has run, and attach the loss's gradient to its outputs.
 
-    Most families use the weights that a router makes of its logits, not the logits: so all its
-    outputs pass through one node, which adds to the logits' gradient. It is made in recomputations
-    too, which must save the same tensors.
+    Most families use the weights that a router makes of its logits, not the logits. So all its
+    outputs pass through one autograd node, which adds to the gradient of the logits. The node is
+    made in recomputations too, because they must save the same tensors.
     """
     outputs = list(output) if isinstance(output, tuple) else [output]
     logits, current = outputs[index], _current.get()
@@ -204,7 +212,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 class _Attach(torch.autograd.Function):
-    """A router's outputs as they are; backward adds the loss's gradient to that of its logits."""
+    """The identity on a router's outputs; backward adds the loss's gradient to the logits' own."""
 
     @staticmethod
     def forward(
@@ -220,7 +228,7 @@ class _Attach(torch.autograd.Function):
         assert ctx.current is not None, (
             "a router was computed again outside of its forward's context variables"
         )
-        if ctx.current.slope is not None:  # otherwise only the logits of the model were asked for
+        if ctx.current.slope is not None:  # None: only the model's logits are differentiated
             (logits,) = ctx.saved_tensors
             probabilities = _probabilities(logits)
             weighted = probabilities * ctx.current.slope.to(probabilities.dtype)
@@ -231,8 +239,9 @@ class _Attach(torch.autograd.Function):
 
 
 class _Close(torch.autograd.Function):
-    """Brings the ranks' counts together; backward knows the loss's gradient and goes on to the last
-    layer.
+    """Sums the ranks' counts in forward.
+
+    Backward sets the slope from the loss's gradient, and then goes on to the last layer.
     """
 
     @staticmethod

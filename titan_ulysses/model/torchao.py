@@ -1,5 +1,6 @@
-"""torchao: imported when a setting needs it, and without what its import says about parts that
-nothing here uses.
+"""Imports of torchao, made only when a setting needs it.
+
+Its messages about parts that nothing here uses are suppressed.
 """
 
 from __future__ import annotations
@@ -14,28 +15,29 @@ from types import ModuleType
 from titan_ulysses.distributed.errors import UserError
 
 _NOISE = {
-    # Extensions in C++, for other devices, Pythons or torch versions.
+    # C++ extensions that are for other devices, Python versions or torch versions.
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
     # "... is an Enum subclass and is now natively supported", about torchao's enums.
     "torch.utils._pytree": ("<enum '",),
 }
+"""For each logger, how the messages that are suppressed begin."""
 
 
 def require_torchao(setting: str) -> None:
-    """UserError that names setting where torchao is not installed. Imports nothing."""
+    """Raise UserError, naming the setting, if torchao is not installed. Imports nothing."""
     if importlib.util.find_spec("torchao") is None:
         raise UserError(f"{setting} needs torchao, which is not installed: pip install torchao")
 
 
 def import_torchao(module: str) -> ModuleType:
-    """The module torchao.<module>."""
+    """Import and return the module torchao.<module>."""
     with suppress_torchao_warnings():
         return importlib.import_module(f"torchao.{module}")
 
 
 @contextmanager
 def suppress_torchao_warnings() -> Iterator[None]:
-    """Import torchao, or what imports it, without exactly those messages."""
+    """Suppress exactly these messages while torchao, or a library that imports it, is imported."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(_NOISE[record.name])

@@ -1,10 +1,9 @@
-"""A family that nobody has checked must prove itself: a tiny model of it, sharded and packed,
-against the whole.
+"""Verification of unknown families: a tiny sharded model is compared with the same model whole.
 
-The proof runs the family's own code before the real model is touched: unmodified, each document
-alone, in one process; and sharded over the run's mesh, with the documents packed. Layers that carry
-state along the sequence, look past a document's border or keep to a position of their own come out
-different, and so does a head that does more to its logits than `lm_head`.
+It runs the family's own code before the real model is touched: once unmodified, with each document
+alone and in one process, and once sharded over the run's mesh, with the documents packed. The
+results differ if layers carry state along the sequence, look past a document's border, or count
+positions of their own, and if a head does more to its logits than `lm_head`.
 """
 
 from __future__ import annotations
@@ -30,11 +29,16 @@ from titan_ulysses.model.families import attention_needs
 from titan_ulysses.ulysses.cores import Core, blockwise
 
 _TOLERANCE = 1e-5
-"""Above what fp32 steps inside a family make of fp64, far below what one wrong token does."""
+"""Largest relative difference that counts as rounding.
+
+It is above the effect that fp32 steps inside a family have on fp64 results, and far below the
+effect of one wrong token.
+"""
 
 _NEGLIGIBLE = 1e-2
-"""Gradients are compared on a scale of at least this part of the largest: one that cancels is
-nothing but noise.
+"""Gradients are compared relative to at least this share of the largest gradient.
+
+A gradient that cancels is only noise.
 """
 
 _DTYPE = torch.float64
@@ -56,13 +60,13 @@ _SIZES = {
     "n_group": 2,
     "topk_group": 1,
 }
-"""Widths of the tiny model, for those of these names that a config has; never more than it has."""
+"""Largest widths of the tiny model, for those of these names that a config has."""
 
 Gradients = dict[str, Tensor]
 
 
 Tilings = dict[str, dict[str, Any]]
-"""Ways to tile a block, in words, and the options of `parallelize.wrap` that make them."""
+"""Ways to tile a block: a description, and the options of `parallelize.wrap` for it."""
 
 Shard = Callable[[PreTrainedModel, Core, dict[str, Any]], None]
 
@@ -71,12 +75,11 @@ Shard = Callable[[PreTrainedModel, Core, dict[str, Any]], None]
 def verify_family(
     config: PreTrainedConfig, mesh: Mesh, shard: Shard, tilings: Tilings
 ) -> dict[str, Any]:
-    """Collective. The first of tilings with which a family trains sharded as it does whole, the
-    same on every rank.
+    """Return the options of the first tiling with which a family trains sharded as it does whole.
 
-    `shard(model, core, options)` wraps a model in place as the real one will be, but for its core
-    and dtype: the proof is about the family, in fp64. UserError, on every rank, where not even the
-    last of tilings is right.
+    The result is the same on every rank. `shard(model, core, options)` wraps a model in place as
+    the real one will be, except for its core and dtype: verification is about the family, in fp64.
+    UserError, on every rank, if not even the last tiling is right. Collective.
     """
 
     def reason_against(tiling: str) -> str | None:
@@ -86,8 +89,7 @@ def verify_family(
     reason = reason_against(best)
     if reason is None:
         return tilings[best]
-    # The last of them first: it assumes least, and what is wrong with it is wrong with the
-    # family.
+    # Try the last one next: it assumes the least, so a fault in it is a fault of the family.
     if others:
         reason = reason_against(others[-1])
     if reason is not None:
@@ -108,8 +110,9 @@ def verify_family(
 def _try(
     config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]
 ) -> str | None:
-    """Collective. What is wrong with a tiny model, with its router loss and without, the same on
-    every rank.
+    """Return what is wrong with a tiny model, first without its router loss and then with it.
+
+    The result is None if nothing is wrong, and the same on every rank. Collective.
     """
     reason, has_router_loss = None, False
     try:
@@ -129,8 +132,9 @@ def _try(
 def _try_once(
     tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]
 ) -> str | None:
-    """Collective. What is wrong with a model of config tiny, the same on every rank; None where
-    nothing is.
+    """Return what is wrong with a model of config `tiny`, or None; the same on every rank.
+
+    Collective.
     """
     reason = None
     try:
@@ -140,7 +144,7 @@ def _try_once(
         expected = _train_whole(whole, batch)
     except Exception as error:
         reason = f"a tiny one cannot be built and run ({_raised(error)})"
-    # All ranks go on, or none: what follows has collectives.
+    # Either all ranks go on or none does, because what follows has collectives.
     if (reason := first_failure(reason)) is None:
         try:
             shard(sharded, _core_of(tiny))
@@ -158,12 +162,13 @@ def _raised(error: Exception) -> str:
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of config with small widths and as few layers as show every kind of layer, two at
-    least.
+    """Return a copy of config with small widths and few layers.
+
+    The layers show every kind that the config has; there are at least two if the config has two.
     """
     tiny = copy.deepcopy(config)
-    # transformers' choice for this machine; but 5.17 chooses sdpa also where scores are capped,
-    # which it cannot do.
+    # None: transformers chooses for this machine. But version 5.17 chooses sdpa also where scores
+    # are capped, which sdpa cannot do.
     tiny._attn_implementation = "eager" if "softcap" in attention_needs(config) else None
     if config.hidden_size > _HIDDEN:
         heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
@@ -179,7 +184,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     _limit(tiny, {"sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
     for name, value in {
         "initializer_range": 0.2,  # attention that is far from uniform
-        "router_aux_loss_coef": 1.0,  # a router loss that is seen beside the other
+        "router_aux_loss_coef": 1.0,  # a router loss that is not small beside the other loss
     }.items():
         if getattr(tiny, name, None) is not None:
             setattr(tiny, name, value)
@@ -190,14 +195,15 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
-    """The first layer of each kind, told apart by the config's lists of one entry a layer; two if
-    there is one kind.
+    """Keep the first layer of each kind, or two layers if there is only one kind.
+
+    Kinds are told apart by those lists in the config that have one entry for each layer.
     """
     layers = tiny.num_hidden_layers
     lists = {
         k: v for k, v in vars(tiny).items() if isinstance(v, list | tuple) and len(v) == layers
     }
-    # That one holds indices of layers.
+    # A list 0, 1, 2, ... holds indices of layers, not kinds.
     lists = {k: v for k, v in lists.items() if list(v) != list(range(layers))}
     kinds = [repr([values[layer] for values in lists.values()]) for layer in range(layers)]
     chosen = sorted({kinds.index(kind) for kind in kinds})
@@ -211,13 +217,14 @@ def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
 def _limit(config: PreTrainedConfig, values: dict[str, int]) -> None:
     for name, value in values.items():
         if isinstance(getattr(config, name, None), int):
-            with suppress(AttributeError):  # a property that follows from the others
+            with suppress(AttributeError):  # a property derived from other values
                 setattr(config, name, min(getattr(config, name), value))
 
 
 def _core_of(config: PreTrainedConfig) -> Core:
-    """Plain attention with what config says its layers need, which is what the run's core was
-    chosen by.
+    """Return plain attention that takes only the features that config says its layers need.
+
+    The run's core was chosen by these features.
     """
     needs = attention_needs(config)
 
@@ -235,11 +242,10 @@ def _core_of(config: PreTrainedConfig) -> Core:
 
 
 class _Batch:
-    """Two rows, one of them cut into documents off the ranks' borders. Every data-parallel rank
-    gets the same ones.
+    """Two rows, the first cut into documents at other places than the ranks' borders.
 
-    Where there is a router loss, which is of all rows at once, both are whole: unmodified
-    transformers has to see them in one forward.
+    Every data-parallel rank gets the same rows. With a router loss, which is over all rows at once,
+    both rows are whole documents, because unmodified transformers has to see them in one forward.
     """
 
     def __init__(self, mesh: Mesh, config: PreTrainedConfig) -> None:
@@ -263,8 +269,9 @@ class _Batch:
 
 
 def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """The same random numbers on every rank. No parameter is left at 0 or 1, where it would hide
-    what it does.
+    """Build a model with the same random numbers on every rank.
+
+    No parameter is left at 0 or 1, where its effect would be hidden.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -282,7 +289,7 @@ def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
 
 
 def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradients]:
-    """Loss and gradients of unmodified transformers, each document alone."""
+    """Return the loss and gradients of unmodified transformers, with each document alone."""
     if batch.has_router_loss:
         loss = model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
         loss.backward()
@@ -298,7 +305,7 @@ def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradien
 
 
 def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[Tensor, Gradients]:
-    """Loss and gradients over the mesh, whole ones on every rank."""
+    """Return the loss and gradients over the mesh; gradients are whole on every rank."""
     loss = model(
         input_ids=mesh.local_slice(batch.ids),
         labels=mesh.local_slice(batch.labels),
@@ -324,7 +331,7 @@ def _gradients(model: PreTrainedModel) -> Gradients:
 def _difference(
     found: tuple[Tensor, Gradients], expected: tuple[Tensor, Gradients], what: str
 ) -> str | None:
-    """What differs most between the two, or None where nothing differs by more than rounding."""
+    """Describe the largest difference between the two; None if no difference exceeds rounding."""
     loss = ((found[0] - expected[0]).abs() / expected[0].abs()).item()
     scale = _NEGLIGIBLE * max(gradient.abs().max() for gradient in expected[1].values())
     worst = {"the loss": loss}

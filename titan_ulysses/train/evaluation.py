@@ -1,5 +1,6 @@
-"""What a sharded model makes of text, without training on it: log-probabilities, and losses that
-fit any mesh.
+"""Evaluation of a sharded model without training it.
+
+It computes log-probabilities, and losses that do not depend on the mesh.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Log-probability of each label of a batch of `shard`, over the whole sequence and on each of
-    its ranks.
+    """Return the log-probability of each label of a batch of `shard`, [B, S], on all its ranks.
 
-    [B, S], S padded to a multiple of P, in fp32 or wider: entry t is about token t + 1 given those
-    before it in its document, and 0 where there is no label. Logits exist a tile at a time.
-    Collective; dropout, if any, is the model's mode.
+    S is the whole sequence, padded to a multiple of P, and the values are in fp32 or wider. Entry t
+    is that of token t + 1, given those before it in its document; it is 0 where there is no label.
+    Logits exist for one tile at a time. Dropout, if the model has any, follows the model's mode.
+    Collective.
     """
     local = -model(**batch, reduction="none").loss
     sp = model.ulysses_mesh.sp
@@ -40,12 +41,11 @@ def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
-    """Run a sharded model with P = 1 for a while: no exchange, and whole sequences of its own on
-    every rank.
+    """Run a sharded model with P = 1 in this context: each rank has whole sequences of its own.
 
-    Yields the mesh that says so, for `shard(loader, mesh)`. Parameters stay sharded as they are, so
-    all ranks must run the same number of forwards; losses, and gradients if wanted, are those of
-    all ranks' sequences together.
+    There is no exchange then. Yields the mesh with P = 1, for `shard(loader, mesh)`. Parameters
+    stay sharded as they are, so all ranks must run the same number of forwards. Losses, and
+    gradients if wanted, are those of all ranks' sequences together.
     """
     sharded = model.ulysses_mesh
     model.ulysses_mesh = sharded.whole
@@ -60,12 +60,13 @@ class Evaluation(NamedTuple):
 
     loss: float
     tokens: int
-    """labels that it is the mean of"""
+    """Number of labels that the loss is the mean of."""
     sequences: int
-    """sequences that were read, see `spread`"""
+    """Number of sequences that were read (see `spread`)."""
     by_position: list[tuple[int, float, int]]
-    """(first position, mean loss, labels) of each range of positions that has a label; see
-    `position_edges`
+    """(first position, mean loss, labels) of each range of positions that has a label.
+
+    See `position_edges`.
     """
 
     @property
@@ -77,25 +78,29 @@ class Evaluation(NamedTuple):
 
 
 def position_edges(seq_len: int) -> list[int]:
-    """Where ranges of positions begin: 0, 1, 2, 4, 8, ... below seq_len.
+    """Return where ranges of positions begin: 0, 1, 2, 4, 8, ... below seq_len.
 
     Position t of a document predicts its token t + 1 from t + 1 tokens, so each range has twice the
-    context of the one before. A document that is cut by the end of a sequence goes on as a document
-    of its own, from position 0.
+    context of the one before. A document that is cut by the end of a sequence continues as a
+    document of its own, from position 0.
     """
     return [0, *(2**power for power in range((seq_len - 1).bit_length()))]
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Which `count` of `total` held-out sequences are read, evenly spread and in order; 0, or too
-    many: all.
+    """Return the indices of `count` of `total` held-out sequences, evenly spread and in order.
+
+    If count is 0 or larger than total, all are taken.
     """
     count = min(count or total, total)
     return [i * total // count for i in range(count)]
 
 
 def held_out_batches(loader: Loader, sequences: int) -> list[list[int]]:
-    """The indices of `sequences` held-out sequences (see `spread`), a list a global micro-batch."""
+    """Return the indices of `sequences` held-out sequences, in one list per global micro-batch.
+
+    See `spread`.
+    """
     chosen, size = spread(len(loader.sequences), sequences), loader.batch_size * loader.batch_degree
     return [chosen[first : first + size] for first in range(0, len(chosen), size)]
 
@@ -104,17 +109,17 @@ def held_out_batches(loader: Loader, sequences: int) -> list[list[int]]:
 def evaluate(
     model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: int = 0
 ) -> Evaluation:
-    """Mean cross-entropy of the loader's sequences (of so many of them, see `spread`; 0: all), in
-    all and by position.
+    """Return the mean cross-entropy of held-out sequences, in total and by position.
 
-    It does not depend on the mesh or on how sequences are batched: rows that fill up a batch count
-    nothing, nor does padding, and a router's loss, which is of a whole batch, is left out. Dropout
-    is off. UserError where nothing that was read has a label. Collective.
+    `sequences` is the number that is read (see `spread`); 0 reads all. The result does not depend
+    on the mesh or on how sequences are batched. Padding and rows that fill up a batch do not count,
+    and the router loss, which is over a whole batch, is left out. Dropout is off. UserError if
+    nothing that was read has a label. Collective.
     """
     batches = held_out_batches(loader, sequences)
     edges = position_edges(loader.sequences.seq_len)
     borders = torch.tensor(edges[1:], device=mesh.device)
-    # Of cross-entropies; of labels.
+    # By range of positions: the sum of cross-entropies, and the number of labels.
     sums = torch.zeros(2, len(edges), dtype=torch.float64, device=mesh.device)
     trains = model.training
     model.eval()

@@ -1,11 +1,12 @@
-"""A real run's plan, made beside its start by a process of its own: the run's process group leaves
-no room for another.
+"""The plan of a real run, made by a separate process while the run starts.
 
-before = Preflight(config, model_bytes=...)          rank 0, before weights are filled
-before.lines()                                       before the first step: what is planned
-before.news()                                        later: the same, where it was not ready then
-before.measured(peak_gib)                            after some steps: what came of it
-before.close()                                       at the end
+The planner needs a default process group of its own, and the run's process already has one.
+
+    preflight = Preflight(config, model_bytes=...)   on rank 0, before weights are filled
+    preflight.lines()                                before the first step: the plan
+    preflight.news()                                 later: the plan, if it was not ready then
+    preflight.measured(peak_gib)                     after some steps: measured beside planned
+    preflight.close()                                at the end
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ _TIMEOUT_S = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
 _ENFORCE_TIMEOUT_S = 300.0
 _SMALL = 0.02
-"""Of the host's free memory: what weights and optimizer may take on a CPU without a plan being
-worth its seconds.
+"""Share of the host's free memory.
+
+On a CPU, if weights and optimizer take less, a plan is not worth the seconds that it costs.
 """
 
 
 class Preflight:
-    """The plan of a run that starts."""
+    """The plan of a run that is starting."""
 
     def __init__(
         self, config: Config, *, world_size: int, model_bytes: int, gpu_memory: int | None, gpu: str
     ):
-        """model_bytes: about what weights, gradients and optimizer take in all; gpu_memory: bytes
-        of this GPU, None on a CPU; gpu: what CUDA calls it.
+        """Start the planner, unless the run is on a CPU and small, and plan.enforce is off.
+
+        `model_bytes` is about what weights, gradients and optimizer take in total. `gpu_memory` is
+        the memory of this GPU in bytes, None on a CPU. `gpu` is the name that CUDA has for it.
         """
         self.cuda, self.enforce = gpu_memory is not None, config.plan.enforce
         self.plan: dict[str, Any] | None = None
@@ -58,6 +62,7 @@ class Preflight:
             "gpu": gpu,
             "host_memory": host,
         }
+        # Without these variables of torchrun, the planner does not join the run's process group.
         ours = {
             k: v
             for k, v in os.environ.items()
@@ -74,9 +79,9 @@ class Preflight:
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             },
             text=True,
-            start_new_session=True,  # Ctrl-C is the run's
+            start_new_session=True,  # Ctrl-C goes to the run alone
         )
-        # The pipe stays open: where it ends, so has the run, and the planner ends too.
+        # The pipe stays open as long as the run lives; when it closes, the planner ends too.
         self._lifeline, self._process.stdin = self._process.stdin, None
         self._lifeline.write(json.dumps(request) + "\n")
         self._lifeline.flush()
@@ -84,8 +89,9 @@ class Preflight:
         self._reader.start()
 
     def lines(self) -> list[str]:
-        """What to print before the first step. Waits a few seconds at most, or, to enforce it,
-        until there is one.
+        """Return what to print before the first step.
+
+        Waits for the plan: 30 s at most, or 300 s at most if it is to be enforced.
         """
         if self._process:
             patience = _ENFORCE_TIMEOUT_S if self.enforce else _TIMEOUT_S
@@ -99,14 +105,14 @@ class Preflight:
         return self._describe()
 
     def news(self) -> list[str]:
-        """What `lines` could not say yet, once it is known. Waits for nothing."""
+        """Return what `lines` could not say yet, once it is known. Waits for nothing."""
         if self._reported or self._reader.is_alive():
             return []
         self._reported = True
         return self._describe()
 
     def close(self) -> None:
-        """End the planner, if it still works."""
+        """End the planner, if it is still running."""
         if self._process:
             self._process.kill()
             self._reader.join()
@@ -136,7 +142,7 @@ class Preflight:
         ]
 
     def obstacle(self) -> str | None:
-        """With plan.enforce: why the run must not start, or None."""
+        """Return why the run must not start, if plan.enforce is set; None if it may start."""
         if not self.enforce:
             return None
         if self.plan is None:
@@ -161,14 +167,17 @@ class Preflight:
 
     @property
     def planned_gib(self) -> float | None:
-        """The planned peak of tensors on the GPU; None where there is no plan, or no GPU whose
-        allocator could tell.
+        """The planned peak of tensors on the GPU, in GiB.
+
+        None if there is no plan, or on a CPU, where no allocator measures the peak.
         """
         return self.plan["gpu_tensors_gib"] if self.plan is not None and self.cuda else None
 
     def measured(self, peak_gib: float, *, counts_files: bool = False) -> list[str]:
-        """Once: the measured peak next to the planned one, and on a CPU (see `PeakMemory`), why
-        they differ.
+        """Return, on the first call, the measured peak next to the planned one.
+
+        On a CPU the line also says why they differ. `counts_files` says whether the peak includes
+        mapped files (see `PeakMemory`).
         """
         if self.plan is None or self._compared:
             return []
@@ -189,7 +198,7 @@ class Preflight:
         ]
 
     def components(self) -> str:
-        """For who has run out of memory: what was planned."""
+        """Return the planned components, for a user whose run is out of memory."""
         if self.plan is None:
             return ""
         parts = "\n".join(
@@ -198,7 +207,7 @@ class Preflight:
         return f"What the plan says is alive at the peak:\n{parts}"
 
     def _read(self) -> None:
-        """What the planner says, when it has ended."""
+        """Wait for the planner to end, and keep its plan or the reason why there is none."""
         said, complaint = self._process.communicate()
         self._lifeline.close()
         if self._process.returncode == 0:

@@ -1,5 +1,6 @@
-"""SIGTERM and Ctrl-C while a run trains: noted, and answered at once, whatever the main thread is
-doing.
+"""SIGTERM and Ctrl-C during training.
+
+They are noted and answered at once, whatever the main thread is doing.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from contextlib import suppress
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 1.0
-"""Seconds within which a second signal is the first one, sent by the launcher too."""
+"""Seconds within which a second signal counts as the first.
+
+The launcher sends a signal on to its ranks, which may have received it already.
+"""
 
 
 class StopSignals:
-    """`with StopSignals(tell) as signals: ...`, where `signals.received` asks the loop to stop
-    after its step.
+    """A context that notes stop signals: `with StopSignals(tell) as signals: ...`.
 
-    tell(name): called once, on a thread of its own, as soon as the first signal arrives. Python's
-    own handlers wait until the main thread is back from what it has called, such as a backward of
-    minutes. Ctrl-C a second time, or what a launcher makes of it, ends the process at once, with
-    exit code 130. Any further SIGTERM changes nothing: schedulers send several. In the main thread
-    only.
+    `signals.received` asks the loop to stop after its step. `tell(name)` is called once, on a
+    thread of its own, as soon as the first signal arrives. Python's own handlers would wait until
+    the main thread returns from its current call, such as a backward of minutes. After a Ctrl-C, a
+    second one (or the signal that a launcher makes of it) more than a second later ends the process
+    at once, with exit code 130. After a SIGTERM, further signals change nothing, because schedulers
+    send several. In the main thread only.
     """
 
     def __init__(self, tell: Callable[[str], None]):
@@ -51,7 +55,7 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._socket_before)
-        self._writer.close()  # the thread reads all that has come, and ends
+        self._writer.close()  # the thread reads what has arrived, and ends
         self._thread.join()
         self._reader.close()
 
@@ -64,13 +68,13 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             self._first = number, now
-            with suppress(OSError):  # nobody is left to tell
+            with suppress(OSError):  # the output may be closed
                 self._tell(signal.Signals(number).name)
         elif self._first[0] == signal.SIGINT and now - self._first[1] > _PATIENCE:
             if sys.stdout.isatty():
-                os.write(1, b"\x1b[?25h\n")  # a bar has hidden the cursor
+                os.write(1, b"\x1b[?25h\n")  # show the cursor that a progress bar has hidden
             os._exit(128 + signal.SIGINT)
 
 
 def _nothing(*_) -> None:
-    """A handler: without one, the interpreter would not take the signal."""
+    """Do nothing. Without a Python handler, the interpreter would not take the signal."""

@@ -1,5 +1,6 @@
-"""One optimizer step: forward and backward over its batches, clipping, the optimizer; and the
-learning rate it has.
+"""One optimizer step over its micro-batches, and its learning rate.
+
+A step runs forward and backward for each micro-batch, clips the gradients, and runs the optimizer.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ from titan_ulysses.memory.tiling import tiles
 from titan_ulysses.model.hf import named_parameters
 
 _NORM_PART = 2**20
-"""Numbers of a gradient copied to fp64 at once, 8 MiB: on a CPU larger copies are slower."""
+"""Elements of a gradient that are copied to fp64 at once (8 MiB).
+
+Larger copies are slower on a CPU.
+"""
 
 
 class StepMetrics(NamedTuple):
-    """What one optimizer step showed, the same on every rank."""
+    """The metrics of one optimizer step, the same on every rank."""
 
     loss: Tensor
     grad_norm: Tensor
-    """before clipping"""
+    """The norm before clipping."""
     router_loss: Tensor | None
-    """mean over the batches, without its coefficient; None for a model without one"""
+    """The mean over the batches, without its coefficient; None for a model without router loss."""
 
 
 def train_step(
@@ -47,7 +51,8 @@ def train_step(
     *,
     max_norm: float,
 ) -> StepMetrics:
-    """One optimizer step over the batches that make it up; nothing here waits for the device."""
+    """Run one optimizer step over the batches that make it up, without waiting for the device."""
+    # The valid labels of the whole step: each loss is divided by their number.
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
     dist.all_reduce(num_items, group=mesh.loss.get_group())
     total, router_loss = torch.zeros(2, dtype=torch.float64, device=num_items.device).unbind()
@@ -66,12 +71,13 @@ def train_step(
 
 
 def _upcast_grads_to_fp32(model: nn.Module) -> None:
-    """Let what follows be added in fp32: gradients are stored in the dtype of parameters, which may
-    be bf16.
+    """Store gradients in fp32 (or wider), so that those of later batches are added in fp32.
+
+    Gradients otherwise have the dtype of the parameters, which may be bf16.
     """
     for p in model.parameters():
         if p.grad is not None and p.grad.dtype != _wide(p.grad):
-            p.grad_dtype = None  # any
+            p.grad_dtype = None  # any dtype is allowed
             p.grad = p.grad.to(_wide(p.grad))
 
 
@@ -80,9 +86,9 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most max_norm (0: leave them).
+    """Scale the gradients to a norm of at most max_norm (0: do not scale).
 
-    Returns the norm before, see `gradient_norm`.
+    Returns the norm before scaling, see `gradient_norm`.
     """
     norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm > 0:
@@ -92,11 +98,12 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients as one vector, with the shards of all ranks.
+    """Return the 2-norm of all gradients as one vector, over the shards of all ranks.
 
-    A scalar, the same on every rank, in the widest dtype of the gradients, fp32 at least. Squares
-    are added up in fp64: in fp32 the sum of 135M of them comes out too small, by 1e-4 or more, and
-    by another amount on every mesh. Collective: one all-reduce.
+    The result is a scalar, the same on every rank, in the widest dtype of the gradients, and at
+    least fp32. Squares are added up in fp64: in fp32 the sum of 135M of them is too small by 1e-4
+    or more, and by another amount on every mesh. Collective: one all-reduce for gradients that are
+    sharded alike.
     """
     norms: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
@@ -115,18 +122,18 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def _norms(gradient: Tensor) -> list[Tensor]:
-    """Norms in fp64 of its parts, each short enough for a copy in fp64."""
+    """Return the fp64 norms of parts of a gradient, each short enough to be copied to fp64."""
     flat = gradient.flatten()
-    parts = tiles(max(1, flat.numel()), _NORM_PART)  # one at least, also of a shard without numbers
+    parts = tiles(max(1, flat.numel()), _NORM_PART)  # at least one, also for an empty shard
     return [torch.linalg.vector_norm(flat[part].double()) for part in parts]
 
 
 def parameter_not_finite(model: nn.Module) -> str | None:
-    """Collective. The name of a trained parameter with a NaN or an infinity, the same on every
-    rank; None: all are finite.
+    """Return the name of a trained parameter with a NaN or an infinity; None if all are finite.
 
-    Waits for the device, and reads every shard once. The optimizer's moments need no look of their
-    own: what is NaN in them is NaN in their parameter after the same step.
+    The result is the same on every rank. Waits for the device, and reads every shard once. The
+    optimizer's moments need no check of their own: a NaN in them is in their parameter after the
+    same step. Collective.
     """
     trained = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
     pieces = [(name, x) for name, p in trained for x in plain_pieces(p) if x.numel()]
@@ -137,8 +144,10 @@ def parameter_not_finite(model: nn.Module) -> str | None:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The learning rate of the step-th step, counted from 0: linear warmup, then decay to
-    min_lr_ratio at the last.
+    """Return the learning rate of step `step`, counted from 0.
+
+    After a linear warmup it follows decay_type. A decay ends at the last step, at min_lr_ratio
+    times the peak.
     """
     schedule, peak = config.lr_scheduler, config.optimizer.lr
     if step < schedule.warmup_steps:

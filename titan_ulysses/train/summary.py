@@ -1,5 +1,6 @@
-"""What a run says of itself: before its first step what it is, after its last where everything
-lies.
+"""What a run prints about itself.
+
+Before the first step it prints its setup, and after the last one where its files are.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Run(Protocol):
-    """What is read of a `Trainer` here."""
+    """The attributes of a `Trainer` that are used here."""
 
     config: Config
     spec: RunSpec
@@ -52,8 +53,9 @@ class Run(Protocol):
 
 
 def print_run_summary(run: Run) -> None:
-    """Model, data, mesh, what was chosen for the user, where the weights come from, and the
-    plan.
+    """Print the model, the data, the mesh, choices made for the user, and the plan.
+
+    The origin of the weights is printed too.
     """
     d, t, mesh = run.degrees, run.config.training, run.mesh
     beginning = describe_initial_weights(run.config, run.step) if run.loader else ""
@@ -75,7 +77,7 @@ def print_run_summary(run: Run) -> None:
 
 
 def _choices(run: Run) -> list[str]:
-    """What was chosen for the user, or changes nothing."""
+    """Return a line for each choice made for the user and for each setting without effect."""
     memory = run.config.memory
     tokens = run.spec.local_tokens
     degree = run.degrees.sequence
@@ -116,7 +118,7 @@ def _choices(run: Run) -> list[str]:
 
 
 def print_completion(run: Run) -> None:
-    """Where everything lies that the run has written."""
+    """Print where all files that the run has written are."""
     lines = [
         f"Done: {run.step} steps. In {run.folder}:",
         "  config.toml, metrics.jsonl, tensorboard/",
@@ -137,8 +139,9 @@ def print_completion(run: Run) -> None:
 
 
 def print_wrapped(console: Console, text: str) -> None:
-    """As it is: a path broken into lines cannot be copied, and brackets in it are no markup. What
-    is too long for a terminal goes on in another line after a word.
+    """Print text as it is; on a terminal, wrap long lines between words.
+
+    A path that is broken into lines cannot be copied. Brackets in a path are not markup.
     """
 
     def between_words(line: str) -> str:

@@ -1,4 +1,4 @@
-"""Setup and the training loop, top to bottom."""
+"""A training run: setup and the loop, from top to bottom."""
 
 from __future__ import annotations
 
@@ -59,26 +59,25 @@ if TYPE_CHECKING:
 
 
 class Trainer:
-    """One run: everything that `config` describes, on the ranks that torchrun (or nobody) has
-    started.
+    """One run, as `config` describes it, on the ranks that torchrun has started or on a single one.
 
-    With eval_only there is no training data, no optimizer and no plan, and the run's files stay as
-    they are: `evaluate` is what is left.
+    With eval_only there is no training data, no optimizer and no plan, and the existing files of
+    the run stay as they are. Only `evaluate` can be called then.
     """
 
     def __init__(self, config: Config, *, eval_only: bool = False):
         self.config = config
-        self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # rank 0 speaks
+        self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # only rank 0 prints
         self.folder = Path(config.job.dump_folder) / config.job.name
 
         training, held_out = self._resolve(eval_only=eval_only)
         self._build(training, held_out)
         self._start(eval_only=eval_only)
 
-    # --- resolve: what can be wrong with the input, before a process group or a weight exists -----
+    # --- resolve: check the input, before a process group or a weight exists ----------------------
 
     def _resolve(self, *, eval_only: bool) -> tuple[SampleStream | None, SampleStream | None]:
-        """Find what is wrong with the input; returns the training and the held-out sequences."""
+        """Check the input; return the training sequences and the held-out sequences."""
         config = self.config
         self.spec = resolve(
             config,
@@ -101,8 +100,9 @@ class Trainer:
     # --- build: mesh, loaders, model --------------------------------------------------------------
 
     def _build(self, training: SampleStream | None, held_out: SampleStream | None) -> None:
-        """Join the process group, and make the mesh, the loaders and the model, whose memory is
-        empty.
+        """Join the process group, and make the mesh, the loaders and the model.
+
+        The memory of the model is allocated and not filled.
         """
         config, degrees = self.config, self.degrees
         if config.training.deterministic:
@@ -122,7 +122,10 @@ class Trainer:
     # --- start: weights, optimizer, plan, folder --------------------------------------------------
 
     def _start(self, *, eval_only: bool) -> None:
-        """Fill the model as it begins or goes on, and say what the run is."""
+        """Fill the model with its first or resumed weights, and print what the run is.
+
+        Before the first step, the optimizer is built and the plan is checked.
+        """
         self.preflight, self.optimizer = None, None
         if not eval_only:
             self.preflight = self._start_preflight()
@@ -135,7 +138,7 @@ class Trainer:
         self.collectives: dict[str, dict[str, int]] = {}
         self._check_plan()
         if not eval_only:
-            # Only now: a refused command must not replace the config of the run that is there.
+            # Not earlier: a refused command must not replace the config of an existing run.
             self._open_folder()
         self.peak_memory = PeakMemory(self.mesh.device)
         print_run_summary(self)
@@ -154,7 +157,9 @@ class Trainer:
         )
 
     def _needs_base_weights(self) -> bool:
-        """Whether the weights that it began with are needed: a checkpoint holds only what is
+        """Return whether the weights that the run began with are needed.
+
+        A resumed run with frozen parameters needs them too, because a checkpoint holds only what is
         trained.
         """
         if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
@@ -162,7 +167,7 @@ class Trainer:
         return self._latest() is None
 
     def _check_folder(self) -> None:
-        """Raise UserError where the run's folder cannot be made or written to; makes nothing."""
+        """Raise UserError if the run's folder cannot be made or written to. Makes nothing."""
         nearest = next(
             path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
         )
@@ -178,13 +183,14 @@ class Trainer:
         )
 
     def _open_folder(self) -> None:
-        """Make the run's folder and write its resolved config. UserError where that cannot be
-        done.
-        """
+        """Make the run's folder and write the resolved config to it; UserError if that fails."""
         self._write("config.toml", dump_toml(self.config))
 
     def _write(self, name: str, text: str) -> None:
-        """A file of the run's folder, which is made, by rank 0; whole or not at all."""
+        """Write a file of the run's folder on rank 0, completely or not at all.
+
+        The folder is made if it does not exist.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if dist.get_rank() == 0:
@@ -194,7 +200,7 @@ class Trainer:
             raise self._unwritable(error.strerror or str(error)) from error
 
     def _check_weights(self) -> None:
-        """UserError where there is no model to evaluate but a random one."""
+        """Raise UserError if the only model to evaluate would be a random one."""
         if self._latest() is None and not (
             self.config.model.path or self.config.checkpoint.initial_load_path
         ):
@@ -208,7 +214,7 @@ class Trainer:
         return self.checkpointer.latest() if self.config.checkpoint.enable else None
 
     def _resume_or_initialize(self) -> int:
-        """Fill the model; returns the number of steps already done."""
+        """Fill the model; return the number of steps that are already done."""
         note = initialize(self.model, self.config) if self._needs_base_weights() else None
         if note:
             self._say(note)
@@ -221,7 +227,7 @@ class Trainer:
         return latest
 
     def _start_preflight(self) -> Preflight | None:
-        """On rank 0: the plan of this run, made while the weights are filled."""
+        """Start to plan this run, on rank 0, while the weights are filled."""
         if dist.get_rank():
             return None
         device, parameters = self.mesh.device, list(self.model.parameters())
@@ -229,6 +235,7 @@ class Trainer:
         return Preflight(
             self.config,
             world_size=dist.get_world_size(),
+            # 16 bytes: parameter, gradient and two moments in fp32.
             model_bytes=sum(
                 p.numel() * (16 if p.requires_grad else p.itemsize) for p in parameters
             ),
@@ -237,8 +244,10 @@ class Trainer:
         )
 
     def _check_plan(self) -> None:
-        """UserError, on every rank, where plan.enforce is set and the plan does not fit, or no
-        checkpoint would.
+        """Raise UserError, on every rank, if the run must not start.
+
+        That is if plan.enforce is set and the plan does not fit, or if the disk has no room for a
+        checkpoint.
         """
         self.plan_lines = self.preflight.lines() if self.preflight else []
         if self.optimizer is None:
@@ -260,8 +269,9 @@ class Trainer:
     # --- validation alone -------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """The model that training would go on from, on the held-out data: to the console and
-        <run>/evaluation.json.
+        """Evaluate the model that training would continue from, on the held-out data.
+
+        The result goes to the console and to <run>/evaluation.json.
         """
         is_checkpoint = self._latest() is not None
         initial = self.config.checkpoint.initial_load_path or self.config.model.path
@@ -279,8 +289,10 @@ class Trainer:
     # --- the loop ---------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train to the last step, or until SIGTERM or Ctrl-C; checkpoint, export, say where
-        everything lies.
+        """Train to the last step, or until SIGTERM or Ctrl-C.
+
+        Checkpoints are saved on the way. After the last step, export the model and print where all
+        files are.
         """
         config, total = self.config, self.config.training.steps
         if self.step >= total and self._is_exported():
@@ -363,8 +375,8 @@ class Trainer:
 
     def _train_one_step(self, logger: MetricsLogger | None) -> None:
         config = self.config
-        # Dropout, where a model has it, draws from (seed, step, rank): a resumed run draws the
-        # same.
+        # Dropout, if the model has any, draws from (seed, step, rank), so that a resumed run draws
+        # the same numbers.
         torch.manual_seed(seed_of(config.training.seed, self.step, dist.get_rank()))
         batches = [
             self.loader.next_batch().to(self.mesh.device)
@@ -373,8 +385,8 @@ class Trainer:
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Every step calls the same collectives, so counting those of the first one, which is slow
-        # anyway, is enough.
+        # Every step calls the same collectives. It is enough to count those of the first one, which
+        # is slow anyway.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
             try:
                 shown = train_step(
@@ -413,15 +425,14 @@ class Trainer:
                 self._validate(logger)
 
     def _log(self, logger: MetricsLogger | None, shown: StepMetrics, lr: float) -> None:
-        """Everything that must wait for the device happens here, and only on steps that are
-        logged.
-        """
+        """Log a step. The wait for the device is here, so that other steps do not wait for it."""
         steps = self.step - self._logged_step
         device = self.mesh.device
         config = self.config.training
-        # Before the clock is read: the device finishes the step.
+        # This waits until the device has finished the step, before the clock is read.
         self._expect_finite_steps()
         loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
+        # The ranks that share a sequence count the same documents, so each adds its part.
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         peak = torch.tensor(self.peak_memory.gib())
@@ -452,8 +463,9 @@ class Trainer:
         self._start_interval()
 
     def _plan_news(self, peak_gib: float) -> list[str]:
-        """The plan, where it was not ready at the start; what came of it, once a step had the
-        optimizer's state.
+        """Return the plan if it was not ready at the start, and later the measured peak next to it.
+
+        The peak is compared once a step has run with the optimizer's state in memory.
         """
         lines, steps = self.preflight.news(), self.step - self._first_step
         if steps > 1 or self.step == self.config.training.steps:
@@ -461,13 +473,13 @@ class Trainer:
         return lines
 
     def _start_interval(self) -> None:
-        """Begin what the next log line is about."""
+        """Begin the interval that the next log line is about."""
         self._clock, self._logged_step, self._attention_flops = time.perf_counter(), self.step, 0
-        self._unseen: list[StepMetrics] = []  # of these steps nobody has looked at the numbers
+        self._unseen: list[StepMetrics] = []  # steps whose numbers are not checked yet
 
     @contextlib.contextmanager
     def _excluded_from_step_time(self):
-        """Validation and checkpoints do not count as time of training steps."""
+        """Exclude the time spent in this context from the time of training steps."""
         started = time.perf_counter()
         yield
         self._clock += time.perf_counter() - started
@@ -486,8 +498,9 @@ class Trainer:
         return found
 
     def _expect_finite_steps(self) -> None:
-        """UserError where a step that nobody has looked at had no finite loss or gradient. Waits
-        for the device.
+        """Raise UserError if an unchecked step had a loss or gradient norm that is not finite.
+
+        Waits for the device.
         """
         for step, shown in enumerate(self._unseen, start=self.step + 1 - len(self._unseen)):
             loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
@@ -497,8 +510,9 @@ class Trainer:
                 )
 
     def _expect_finite_model(self) -> None:
-        """UserError where the model has diverged: by its last steps, or by its last update, of
-        which no loss knows.
+        """Raise UserError if the model has diverged.
+
+        That can be by steps that are not checked yet, or by the last update, which no loss shows.
         """
         self._expect_finite_steps()
         if name := parameter_not_finite(self.model):
@@ -522,8 +536,9 @@ class Trainer:
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
     def _progress(self, *, steps: int, done: int) -> Progress:
-        """Of so many steps. Where there is a terminal, and only there, the blocks' work is
-        counted.
+        """Return the progress display of a run of `steps` steps, of which `done` are done.
+
+        The work of blocks is counted only if there is a terminal.
         """
         work, checkpoint = None, self.config.activation_checkpoint
         if shows(self.console):
@@ -535,7 +550,7 @@ class Trainer:
         return Progress(self.console, total=steps, done=done, work=work)
 
     def _acknowledge(self, name: str) -> None:
-        """Say at once what a signal leads to."""
+        """Print at once what a signal leads to."""
         then = (
             "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
         )
@@ -543,8 +558,9 @@ class Trainer:
         self._say(f"{name} received: stopping after {self.progress.part}, {then}.{again}")
 
     def _must_stop(self) -> bool:
-        """Whether any rank was told to stop. All ranks stop after the same step; a small host-side
-        all-reduce.
+        """Return whether any rank was told to stop, so that all ranks stop after the same step.
+
+        This is a small all-reduce on the host.
         """
         flag = torch.tensor(int(self.signals.received))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
