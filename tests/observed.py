@@ -251,7 +251,7 @@ def _look_around(run: Trainer) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         # Bytes of each piece of host memory or disk that checkpoints wait in, and the folders of
         # those on disk.
-        "slabs": [slab.numel() for store in stores.values() for slab in store.slabs],
+        "buffers": [buffer.numel() for store in stores.values() for buffer in store.buffers],
         "mapped": re.findall(
             r"(/\S*)/checkpoint-\S+ \(deleted\)", maps.read_text() if maps.exists() else ""
         ),

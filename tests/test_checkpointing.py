@@ -194,14 +194,14 @@ def test_any_signature_and_random_numbers(every, offload, tmp_path):
         for a, b in zip(run_blocks(blocks, x, scale), expected, strict=True):
             assert torch.equal(a, b)
     if store:
-        assert len(store.slabs) == -(-5 // every), (
-            "the second pass uses the slabs of the first again"
+        assert len(store.buffers) == -(-5 // every), (
+            "the second pass uses the buffers of the first again"
         )
     assert not list(tmp_path.iterdir()), "files have no name"
 
 
 def test_two_forwards_before_two_backwards():
-    """Slabs are free only when a graph is gone, in whatever order that is."""
+    """Buffers are free only when a graph is gone, in whatever order that is."""
     torch.manual_seed(0)
     block = Block()
     x = [torch.randn(3, 4, dtype=torch.float64) for _ in range(3)]
@@ -219,10 +219,10 @@ def test_two_forwards_before_two_backwards():
         assert torch.equal(torch.autograd.grad(output, block.linear.weight)[0], gradient)
     del output, outputs
     blocks[0](x[0], scale)
-    assert len(store.slabs) == 3
+    assert len(store.buffers) == 3
     with torch.no_grad():
         blocks[0](x[0], scale)
-    assert len(store.slabs) == 3
+    assert len(store.buffers) == 3
 
 
 def test_a_block_that_returns_more_than_its_hidden_state():
@@ -256,7 +256,7 @@ def test_room_is_looked_at_before_the_first_step(tmp_path):
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path):
     store = open_store("disk", tmp_path, torch.device("cpu"))
     with pytest.raises(UserError, match=r"offload_folder = .*: no room for 1073741824.00 GiB"):
-        store.make_slab(2**60, torch.device("cpu"))
+        store.make_buffer(2**60, torch.device("cpu"))
     assert not list(Path(tmp_path).iterdir())
     assert len(os.listdir("/proc/self/fd")) < 1000
 
@@ -282,7 +282,7 @@ def cuda_gradients(offload: str, steps: int = 3) -> tuple[list[Tensor], object]:
 
 
 def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
-    """With a stand-in for CUDA: the lock goes with the slab, also where only a view of it was
+    """With a stand-in for CUDA: the lock goes with the buffer, also where only a view of it was
     left.
     """
     locked: dict[int, int] = {}
@@ -293,10 +293,10 @@ def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
 
     cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    slab = open_store("host", None, torch.device("cpu")).make_slab(4096, torch.device("cuda"))
-    assert list(locked.items()) == [(slab.data_ptr(), 4096)]
-    view = slab[8:].view(torch.float32)
-    del slab
+    buffer = open_store("host", None, torch.device("cpu")).make_buffer(4096, torch.device("cuda"))
+    assert list(locked.items()) == [(buffer.data_ptr(), 4096)]
+    view = buffer[8:].view(torch.float32)
+    del buffer
     gc.collect()
     assert locked
     del view
@@ -310,14 +310,14 @@ def test_cuda_offload_changes_no_bit(offload):
     expected, _ = cuda_gradients("none")
     found, store = cuda_gradients(offload)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(store.slabs) == 3, "allocated once, used again in every step"
+    assert len(store.buffers) == 3, "allocated once, used again in every step"
     torch.cuda.synchronize()
 
 
 @pytest.mark.gpu
-def test_cuda_slabs_are_page_locked():
+def test_cuda_buffers_are_page_locked():
     _, store = cuda_gradients("host", steps=1)
-    assert all(slab.is_pinned() for slab in store.slabs)
+    assert all(buffer.is_pinned() for buffer in store.buffers)
 
 
 @pytest.mark.gpu

@@ -414,7 +414,7 @@ MEMORY = {
         )
     ],
     "activation_checkpoint.offload": [
-        Case("host", lambda run, _: run.facts["slabs"] == 2 * [4 * 32 * 64], same=True),
+        Case("host", lambda run, _: run.facts["buffers"] == 2 * [4 * 32 * 64], same=True),
         Case("disk", lambda run, _: len(run.facts["mapped"]) == 2, same=True),
     ],
     "activation_checkpoint.offload_folder": [

@@ -572,14 +572,14 @@ def test_what_a_jump_of_positions_is() -> None:
     def documents(**others: Any) -> list[tuple[int, ...]]:
         rows = read_rows(batch | others)
         assert torch.equal(rows.position_ids, jump)
-        return [*rows.documents, *rows.reaches]
+        return [*rows.documents, *rows.position_limits]
 
     assert documents() == [(3, 3), (7, 12)]
     assert documents(attention_mask=torch.ones(1, 6)) == [(6,), (12,)]
     assert documents(seq_idx=torch.zeros(1, 6)) == [(6,), (12,)]
     assert documents(seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]])) == [(3, 3), (7, 12)]
     assert documents(cu_seq_lens_q=[0, 3, 6]) == [(3, 3), (7, 12)]
-    assert read_rows({"input_ids": ids}).reaches is None
+    assert read_rows({"input_ids": ids}).position_limits is None
 
 
 IDS = torch.arange(8).view(2, 4)

@@ -222,11 +222,11 @@ def test_a_search_that_nothing_limits(capsys):
 
     from titan_ulysses.plan.planner import set_up
     from titan_ulysses.plan.report import closing, tell_each
-    from titan_ulysses.plan.search import SearchResult, is_open, longest
+    from titan_ulysses.plan.search import SearchResult, is_unlimited, longest
 
     setup = set_up(config(plan__gpu_memory_gib=1e9))
     need = longest(setup, near=2**25)
-    assert need.seq_len == 2**27 and is_open(setup, need.seq_len) and need.plan.fits
+    assert need.seq_len == 2**27 and is_unlimited(setup, need.seq_len) and need.plan.fits
     found = [SearchResult("tiles", {"memory.mlp_tile_tokens": 0}, need)]
     tell_each(Console(width=100), "longest", found)
     assert "at least 134,217,728 tokens" in capsys.readouterr().out
@@ -328,7 +328,7 @@ def test_every_tensor_has_a_name(case):
     }
     assert not RAW.search(words.moment_name(plan.peak.moment))
     if case == "sharded":
-        assert words._ROLES.keys() <= {maker for a in names.values() for maker in a.made_in}, (
+        assert words._ROLES.keys() <= {maker for a in names.values() for maker in a.created_in}, (
             "no function has moved"
         )
         kinds = {re.sub(r"\d+", "N", name) for name in names}
@@ -387,7 +387,7 @@ def test_the_clock_ends_with_the_step(case):
 
 
 def test_the_clock_waits():
-    """What the computation waits for makes the stretch that waits longer; the update is as long as
+    """What the computation waits for makes the stage that waits longer; the update is as long as
     its transfer.
     """
     from titan_ulysses.plan.cost import Tick, Time, clock

@@ -54,16 +54,16 @@ def test_every_optimizer_with_every_offload(optimizer: str, store: str, observe:
     assert run.moved() > 0
     size = 2 if "rounded" in optimizer else 4
     leaves = "activation_checkpoint.offload" in STORES[store]
-    assert run.facts["slabs"] == (2 * [size * 32 * 64] if leaves else [])
+    assert run.facts["buffers"] == (2 * [size * 32 * 64] if leaves else [])
 
 
 @pytest.mark.parametrize("store", ["host", "disk"])
 def test_offload_with_accumulation_and_blocks_a_checkpoint(store: str, observe: Observer) -> None:
-    """A slab a segment, used again by each of the accumulated batches."""
+    """A buffer a segment, used again by each of the accumulated batches."""
     settings = BASE | DEEPER | {"training.global_batch_size": 3}
     plain, whole = observe(settings), observe(BASE | DEEPER | {"training.local_batch_size": 3})
     run = observe(settings | STORES[store] | {"activation_checkpoint.every": 2})
-    assert "(3 accumulated)" in run.said and run.facts["slabs"] == 2 * [4 * 32 * 64]
+    assert "(3 accumulated)" in run.said and run.facts["buffers"] == 2 * [4 * 32 * 64]
     assert near(losses(run), losses(plain)) and near(norms(run), norms(plain))
     assert near(losses(run), losses(whole)) and near(norms(run), norms(whole))
 

@@ -44,7 +44,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULE_OF = {
     "UserError": "distributed.errors",
     "build_mesh": "distributed.mesh",
     "load_checkpoint": "checkpoint.saving",
@@ -59,6 +59,6 @@ _HOMES = {
 
 def __getattr__(name: str):
     """Import a public name at its first use, so that reading a config does not load torch."""
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -129,9 +129,11 @@ class Layout:
                 unknown.append(name)
             else:
                 read.sources.setdefault(pattern or name, []).append(name)
-        return [read for read in found.values() if read.sources], self._not_expected(unknown)
+        return [read for read in found.values() if read.sources], self._without_ignored_names(
+            unknown
+        )
 
-    def _not_expected(self, unknown: list[str]) -> list[str]:
+    def _without_ignored_names(self, unknown: list[str]) -> list[str]:
         """Remove the names that transformers ignores, such as leftovers in old files."""
         keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown))
         self.plain._adjust_missing_and_unexpected_keys(keys)

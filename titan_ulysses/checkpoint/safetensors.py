@@ -296,7 +296,7 @@ def export(
     dtypes = {name: added.get(name, tensor).dtype for name, tensor in state.items()}
     plan = _plan_export(layout, state, dtypes)
     try:
-        with _failing_together(folder):
+        with _raise_on_all_ranks(folder):
             if writes:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
@@ -307,11 +307,11 @@ def export(
                 if writes:
                     tensors |= {name: t.contiguous() for name, t in layout.in_files(group).items()}
                 del group
-            with _failing_together(folder):
+            with _raise_on_all_ranks(folder):
                 if writes:
                     save_file(tensors, aside / file, metadata={"format": "pt"})
             del tensors  # before the next file's are gathered
-        with _failing_together(folder):
+        with _raise_on_all_ranks(folder):
             if writes:
                 _write_index(plan.file_of_tensor, plan.bytes, aside)
                 _write_configs(model, tokenizer, step, aside)
@@ -405,7 +405,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     # In peft's files, names lack the adapter's name and have a prefix for peft's two wrappers.
     names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
     tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
-    with _failing_together(folder):
+    with _raise_on_all_ranks(folder):
         if writes:
             try:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -420,7 +420,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
 
 
 @contextmanager
-def _failing_together(folder: Path) -> Iterator[None]:
+def _raise_on_all_ranks(folder: Path) -> Iterator[None]:
     """Raise `UserError` on all ranks if one of them cannot write. Collective at the end.
 
     Otherwise the other ranks would wait for a rank that has failed.

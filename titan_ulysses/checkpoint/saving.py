@@ -16,7 +16,7 @@ from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 
-_HOW = {"params", "foreach", "fused", "capturable", "differentiable"}
+_UNSAVED_GROUP_KEYS = {"params", "foreach", "fused", "capturable", "differentiable"}
 """Keys of an optimizer's parameter groups that are not saved: the parameters themselves, and how a
 step is computed, which does not affect the training.
 """
@@ -139,7 +139,7 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         return value.item() if isinstance(value, Tensor) else value
 
     return [
-        {key: number(value) for key, value in group.items() if key not in _HOW}
+        {key: number(value) for key, value in group.items() if key not in _UNSAVED_GROUP_KEYS}
         for group in optimizer.param_groups
     ]
 

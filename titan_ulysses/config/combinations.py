@@ -126,8 +126,10 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
         )
     for key, value in source.changed().items():
         # Such a value has been reported above.
-        told = value == "bytes" or (key == "prompt_field" and not source.completion_field)
-        if not told and source.source not in _READ_BY.get(key, (source.source,)):
+        already_reported = (key == "encoding" and value == "bytes") or (
+            key == "prompt_field" and not source.completion_field
+        )
+        if not already_reported and source.source not in _READ_BY.get(key, (source.source,)):
             readers = " and ".join(_READ_BY[key])
             problems.append(
                 f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it '

@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     """the document lengths of each row"""
     attention_mask: Tensor
     """[B, S] int64: 0 at padding"""
-    reaches: Documents | None
+    position_limits: Documents | None
     """the largest position of each document plus 1; None if positions are counted from 0"""
 
 
@@ -63,8 +63,8 @@ def shard(
     optimizer step whose batches are being yielded.
 
     Each yielded dict has `input_ids`, `labels` (shifted, none across a document border) and
-    `position_ids`, all [B, T] with T = ceil(S / P), and `documents`. It has `reaches` if positions
-    are not counted from 0, and `attention_mask` [B, T] if any token is padding.
+    `position_ids`, all [B, T] with T = ceil(S / P), and `documents`. It has `position_limits` if
+    positions are not counted from 0, and `attention_mask` [B, T] if any token is padding.
     `num_items_in_batch` is the number of labels in `accumulate` batches on all ranks: step the
     optimizer once per `accumulate` batches. Raise `UserError` for a batch that contradicts itself,
     or that differs between ranks that share a sequence.
@@ -124,11 +124,11 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
     documents = tuple(
         tuple(F.pad(row.nonzero()[:, 0], (0, 1), value=len(row)).diff().tolist()) for row in starts
     )
-    reaches = None
+    position_limits = None
     if not torch.equal(position_ids, counted):
         pieces = [row.split(lengths) for row, lengths in zip(position_ids, documents, strict=True)]
-        reaches = tuple(tuple(int(piece.max()) + 1 for piece in row) for row in pieces)
-    return Rows(input_ids, labels, position_ids, documents, (~padding).long(), reaches)
+        position_limits = tuple(tuple(int(piece.max()) + 1 for piece in row) for row in pieces)
+    return Rows(input_ids, labels, position_ids, documents, (~padding).long(), position_limits)
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -292,7 +292,7 @@ def _slice(rows: Rows, mesh: Mesh) -> Batch:
         position_ids=mesh.local_slice(position_ids),
         documents=filled(rows.documents),
         attention_mask=None if attention_mask.all() else mesh.local_slice(attention_mask),
-        reaches=None if rows.reaches is None else filled(rows.reaches),
+        position_limits=None if rows.position_limits is None else filled(rows.position_limits),
     )
 
 

@@ -35,7 +35,7 @@ class Batch:
     """
     attention_mask: torch.Tensor | None = None
     """[B, T] int64, 0 at padding; None without padding. Only the router loss reads it."""
-    reaches: Documents | None = None
+    position_limits: Documents | None = None
     """The largest position of each document plus 1; None if positions are counted from 0. RoPE
     types whose frequencies depend on the length use it in place of the document lengths.
     """

@@ -72,7 +72,7 @@ class StreamedSequences(SampleStream):
         self._offset = position["offset"]
         self._documents = self._read(skip=self._row)
         self._document: Encoded | None = None
-        self._is_barren = self._row == 0  # no document has been found in this epoch yet
+        self._epoch_is_empty = self._row == 0  # no document has been found in this epoch yet
         self._advance(consumed)
 
     def _advance(self, index: int) -> None:
@@ -103,16 +103,16 @@ class StreamedSequences(SampleStream):
                 self._row, self._offset, self._document = self._row + 1, 0, None
             found = next(self._documents, None)
             if found is not None:
-                (self._row, self._document), self._is_barren = found, False
+                (self._row, self._document), self._epoch_is_empty = found, False
                 continue
-            if self._is_barren:
+            if self._epoch_is_empty:
                 why = "; ".join(self.tally.notes()) or "it is empty"
                 raise UserError(
                     f"{self.rows.setting} has no document to train on ({why}): give data with text "
                     "in it"
                 )
             self._epoch, self._row, self._offset = self._epoch + 1, 0, 0
-            self._documents, self._is_barren = self._read(skip=0), True
+            self._documents, self._epoch_is_empty = self._read(skip=0), True
         return self._document
 
     def _read(self, *, skip: int) -> Iterator[tuple[int, Encoded]]:

@@ -96,12 +96,12 @@ def _end(message: str, code: int) -> NoReturn:
 
     A pending collective must not delay the exit.
     """
-    if _is_first_to_tell():
+    if _is_first_to_fail():
         print(message.rstrip(), file=sys.stderr)
     _exit(code)
 
 
-def _is_first_to_tell() -> bool:
+def _is_first_to_fail() -> bool:
     """Return whether this rank is the first to fail.
 
     The ranks count failures in torchrun's store, which outlives them. Without torchrun there is one

@@ -1,9 +1,9 @@
 """Offloaded activation checkpoints: segment inputs in host memory or in files until backward.
 
-Inputs are copied to slabs, buffers that are allocated once and reused. On CUDA the copies run on
-their own stream: to the slab while the next segment computes, and back one segment before backward
-needs the input. The compute stream waits for events, never for the host. Slabs in host memory are
-page-locked for CUDA. On a CPU, slabs are plain memory or memory-mapped files, and the copies are
+Inputs are copied to buffers that are allocated once and reused. On CUDA the copies run on their own
+stream: to the buffer while the next segment computes, and back one segment before backward needs
+the input. The compute stream waits for events, never for the host. Buffers in host memory are
+page-locked for CUDA. On a CPU, buffers are plain memory or memory-mapped files, and the copies are
 synchronous.
 """
 
@@ -36,37 +36,41 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     """
     if offload == "none":
         return None
-    slabs = _host_slab if offload == "host" else _FileSlabs(Path(folder or tempfile.gettempdir()))
-    return CudaStore(slabs) if device.type == "cuda" else Store(slabs)
+    buffers = (
+        _host_buffer if offload == "host" else _FileBuffers(Path(folder or tempfile.gettempdir()))
+    )
+    return CudaStore(buffers) if device.type == "cuda" else Store(buffers)
 
 
 class OffloadedTensor:
-    """A tensor in a slab.
+    """A tensor in a buffer.
 
-    The slab becomes free when the last reference to this object is gone, which is after backward.
+    The buffer becomes free when the last reference to this object is gone, which is after backward.
     """
 
-    def __init__(self, store: Store, x: Tensor, slab: Tensor, before: OffloadedTensor | None):
+    def __init__(self, store: Store, x: Tensor, buffer: Tensor, before: OffloadedTensor | None):
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.slab = slab
+        self.buffer = buffer
         # The tensor that was offloaded just before this one is needed just after it in backward.
         self.before = weakref.ref(before) if before is not None else lambda: None
         self.fetched: tuple[Tensor, torch.cuda.Event] | None = None
-        weakref.finalize(self, store.free.setdefault(slab.numel(), []).append, slab).atexit = False
+        weakref.finalize(
+            self, store.free.setdefault(buffer.numel(), []).append, buffer
+        ).atexit = False
 
     def view(self) -> Tensor:
-        return self.slab.view(self.dtype).view(self.shape)
+        return self.buffer.view(self.dtype).view(self.shape)
 
 
 class Store:
-    """Keeps tensors in slabs of host memory."""
+    """Keeps tensors in buffers of host memory."""
 
-    def __init__(self, make_slab: Callable[[int, torch.device], Tensor]):
-        self.make_slab = make_slab
-        self.slabs: list[Tensor] = []
-        """All slabs ever made, in use or free."""
+    def __init__(self, make_buffer: Callable[[int, torch.device], Tensor]):
+        self.make_buffer = make_buffer
+        self.buffers: list[Tensor] = []
+        """All buffers ever made, in use or free."""
         self.free: dict[int, list[Tensor]] = {}
-        """Slabs not in use, by their size in bytes."""
+        """Buffers not in use, by their size in bytes."""
         self._latest: Callable[[], OffloadedTensor | None] = lambda: None
 
     @contextmanager
@@ -82,11 +86,11 @@ class Store:
             return x
         size = x.numel() * x.element_size()
         if self.free.get(size):
-            slab = self.free[size].pop()
+            buffer = self.free[size].pop()
         else:
-            slab = self.make_slab(size, x.device)
-            self.slabs.append(slab)
-        kept = OffloadedTensor(self, x, slab, self._latest())
+            buffer = self.make_buffer(size, x.device)
+            self.buffers.append(buffer)
+        kept = OffloadedTensor(self, x, buffer, self._latest())
         self._latest = weakref.ref(kept)
         self.put(x.detach(), kept)
         return kept
@@ -109,30 +113,30 @@ class CudaStore(Store):
     """
 
     def __init__(
-        self, make_slab: Callable[[int, torch.device], Tensor], cuda: ModuleType = torch.cuda
+        self, make_buffer: Callable[[int, torch.device], Tensor], cuda: ModuleType = torch.cuda
     ):
-        super().__init__(make_slab)
+        super().__init__(make_buffer)
         self.cuda, self.stream = cuda, cuda.Stream()
-        self._leaving: deque[tuple[weakref.ref[OffloadedTensor], Tensor, torch.cuda.Event]] = (
-            deque()
-        )
+        self._copies_in_flight: deque[
+            tuple[weakref.ref[OffloadedTensor], Tensor, torch.cuda.Event]
+        ] = deque()
 
     def put(self, x: Tensor, kept: OffloadedTensor) -> None:
         compute = self.cuda.current_stream()
         self.stream.wait_stream(compute)
         with self.cuda.stream(self.stream):
             kept.view().copy_(x, non_blocking=True)
-            self._leaving.append((weakref.ref(kept), x, self.stream.record_event()))
-        while len(self._leaving) > 1:
+            self._copies_in_flight.append((weakref.ref(kept), x, self.stream.record_event()))
+        while len(self._copies_in_flight) > 1:
             # Letting go of x lets the allocator reuse its memory in the order of the compute
             # stream, which therefore has to wait until x is copied.
-            _, _, copied = self._leaving.popleft()
+            _, _, copied = self._copies_in_flight.popleft()
             compute.wait_event(copied)
 
     def get(self, kept: OffloadedTensor) -> Tensor:
         # The input of the last segment is still on the device.
-        if self._leaving and self._leaving[-1][0]() is kept:
-            kept.fetched = self._leaving.pop()[1:]
+        if self._copies_in_flight and self._copies_in_flight[-1][0]() is kept:
+            kept.fetched = self._copies_in_flight.pop()[1:]
         if kept.fetched is None:
             self._fetch(kept)
         assert kept.fetched is not None
@@ -157,14 +161,14 @@ class CudaStore(Store):
             kept.fetched = x, self.stream.record_event()
 
 
-def _host_slab(size: int, device: torch.device) -> Tensor:
-    """Return a slab of size bytes in host memory, page-locked if device is a CUDA device.
+def _host_buffer(size: int, device: torch.device) -> Tensor:
+    """Return a buffer of size bytes in host memory, page-locked if device is a CUDA device.
 
     torch's pin_memory is not used, because it rounds sizes up to a power of two.
     """
-    slab = torch.empty(size, dtype=torch.uint8)
+    buffer = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda":
-        result = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), size, 0)
+        result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
         if int(result) != 0:
             raise UserError(
                 f'activation_checkpoint.offload = "host": {size / 2**30:.2f} GiB of host memory '
@@ -174,12 +178,12 @@ def _host_slab(size: int, device: torch.device) -> Tensor:
         # Unregister before the memory is freed: CUDA would otherwise treat whatever is allocated at
         # this address next as page-locked.
         unregister = torch.cuda.cudart().cudaHostUnregister
-        weakref.finalize(slab.untyped_storage(), unregister, slab.data_ptr()).atexit = False
-    return slab
+        weakref.finalize(buffer.untyped_storage(), unregister, buffer.data_ptr()).atexit = False
+    return buffer
 
 
-class _FileSlabs:
-    """Maker of slabs in memory-mapped files of a folder.
+class _FileBuffers:
+    """Maker of buffers in memory-mapped files of a folder.
 
     The system writes their pages out when memory is short. Each file is unlinked as soon as it is
     mapped, so that nothing is left on the disk, however the process ends.

@@ -111,7 +111,7 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
     return found
 
 
-class _Handed(BaseModelOutputWithPast):
+class _DecoderOutput(BaseModelOutputWithPast):
     """The output of the replaced decoder: a hidden state.
 
     Any other name that a family asks for is None.
@@ -131,7 +131,7 @@ def _logits_of(
     """
     rows = hidden[None, :, None].expand(1, -1, head.in_features)
     stand_ins = {
-        decoder: lambda *_, **__: _Handed(last_hidden_state=rows),
+        decoder: lambda *_, **__: _DecoderOutput(last_hidden_state=rows),
         head: lambda x: x[..., :1].expand(*x.shape[:-1], head.out_features),
     }
     own_forwards = {module: vars(module).get("forward") for module in stand_ins}

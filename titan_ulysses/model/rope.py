@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import local_slice
+from titan_ulysses.distributed.sequence import Documents, local_slice
 
-Documents = tuple[tuple[int, ...], ...]
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
@@ -33,20 +32,20 @@ class DocumentRoPE:
     def __init__(self, rotary: nn.Module) -> None:
         self.rotary = rotary
         # Unwrapped, it does not choose frequencies by the largest position.
-        self.turn = MethodType(inspect.unwrap(type(rotary).forward), rotary)
+        self.rotate = MethodType(inspect.unwrap(type(rotary).forward), rotary)
         self.documents: Documents = ()
-        self.reaches: Documents = ()
+        self.position_limits: Documents = ()
         self.sp_rank = 0
         rotary.forward = self.forward
 
-    def begin(self, documents: Documents, reaches: Documents, sp_rank: int) -> None:
+    def begin(self, documents: Documents, position_limits: Documents, sp_rank: int) -> None:
         """Set what the next forward needs.
 
-        `documents` holds the lengths of each row's documents. `reaches` holds how far their
+        `documents` holds the lengths of each row's documents. `position_limits` holds how far their
         positions reach, which counts as the length here. `sp_rank` says which slice of the rows
         this rank has.
         """
-        self.documents, self.reaches, self.sp_rank = documents, reaches, sp_rank
+        self.documents, self.position_limits, self.sp_rank = documents, position_limits, sp_rank
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
@@ -55,21 +54,26 @@ class DocumentRoPE:
         of_layer = {} if layer_type is None else {"layer_type": layer_type}
         kind = self.rotary.rope_type if layer_type is None else self.rotary.rope_type[layer_type]
         if kind not in LENGTH_DEPENDENT:
-            return self.turn(x, position_ids, **of_layer)
+            return self.rotate(x, position_ids, **of_layer)
         bound = self._bound(kind, layer_type)
-        lengths = [[self._counts_as(length, kind, bound) for length in row] for row in self.reaches]
+        lengths = [
+            [self._counts_as(length, kind, bound) for length in row] for row in self.position_limits
+        ]
         # Rotate all tokens once for each distinct length, then choose token by token.
-        several = sorted({length for row in lengths for length in row})
-        turned = []
-        for length in several:
+        unique_lengths = sorted({length for row in lengths for length in row})
+        rotated = []
+        for length in unique_lengths:
             self._set_frequencies(kind, length, bound, x.device, of_layer)
-            turned.append(self.turn(x, position_ids, **of_layer))
-        if len(several) == 1:
-            return turned[0]
-        mine = self._lengths_of_tokens(lengths, position_ids.shape[1]).to(x.device)
-        if isinstance(turned[0], Tensor):
-            return _chosen(mine, several, turned)
-        return tuple(_chosen(mine, several, list(parts)) for parts in zip(*turned, strict=True))
+            rotated.append(self.rotate(x, position_ids, **of_layer))
+        if len(unique_lengths) == 1:
+            return rotated[0]
+        token_lengths = self._lengths_of_tokens(lengths, position_ids.shape[1]).to(x.device)
+        if isinstance(rotated[0], Tensor):
+            return _select_by_length(token_lengths, unique_lengths, rotated)
+        return tuple(
+            _select_by_length(token_lengths, unique_lengths, list(parts))
+            for parts in zip(*rotated, strict=True)
+        )
 
     def _bound(self, kind: str, layer_type: str | None) -> int:
         """Return the length up to which the frequencies are the original ones."""
@@ -108,15 +112,17 @@ class DocumentRoPE:
         return local_slice(whole, rank=self.sp_rank, degree=whole.shape[1] // tokens)
 
 
-def _chosen(mine: Tensor, several: list[int], turned: list[Tensor]) -> Tensor:
+def _select_by_length(
+    token_lengths: Tensor, unique_lengths: list[int], rotated: list[Tensor]
+) -> Tensor:
     """Return the rotation of each token by the frequencies of its own document's length.
 
-    `turned` holds all tokens rotated for each length in `several`, and `mine` [B, T] the length of
-    each token's document.
+    `rotated` holds all tokens rotated for each length in `unique_lengths`, and `token_lengths`
+    [B, T] the length of each token's document.
     """
-    result = turned[0]
-    for length, other in zip(several[1:], turned[1:], strict=True):
-        result = torch.where((mine == length)[..., None], other, result)
+    result = rotated[0]
+    for length, other in zip(unique_lengths[1:], rotated[1:], strict=True):
+        result = torch.where((token_lengths == length)[..., None], other, result)
     return result
 
 

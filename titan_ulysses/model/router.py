@@ -128,7 +128,7 @@ class RouterLossPass:
         before it reaches a router. Collective.
         """
         assert self._sums is not None, "no router has run"
-        return _Close.apply(self, self._sums, hidden, labels, group)
+        return _ReduceCounts.apply(self, self._sums, hidden, labels, group)
 
 
 _current: ContextVar[RouterLossPass | None] = ContextVar(
@@ -201,7 +201,7 @@ def _attach(index: int, router: nn.Module, inputs: tuple, output: Tensor | tuple
     others = [
         i for i, x in enumerate(outputs) if i != index and isinstance(x, Tensor) and x.requires_grad
     ]
-    passed = _Attach.apply(current, rows, logits, *(outputs[i] for i in others))
+    passed = _AddRouterGradient.apply(current, rows, logits, *(outputs[i] for i in others))
     for i, x in zip((index, *others), passed, strict=True):
         outputs[i] = x
     return tuple(outputs) if isinstance(output, tuple) else outputs[0]
@@ -211,7 +211,7 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
 
 
-class _Attach(torch.autograd.Function):
+class _AddRouterGradient(torch.autograd.Function):
     """The identity on a router's outputs; backward adds the loss's gradient to the logits' own."""
 
     @staticmethod
@@ -238,7 +238,7 @@ class _Attach(torch.autograd.Function):
         return None, None, grad, *others
 
 
-class _Close(torch.autograd.Function):
+class _ReduceCounts(torch.autograd.Function):
     """Sums the ranks' counts in forward.
 
     Backward sets the slope from the loss's gradient, and then goes on to the last layer.

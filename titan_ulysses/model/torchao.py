@@ -39,13 +39,13 @@ def import_torchao(module: str) -> ModuleType:
 def suppress_torchao_warnings() -> Iterator[None]:
     """Suppress exactly these messages while torchao, or a library that imports it, is imported."""
 
-    def is_news(record: logging.LogRecord) -> bool:
+    def is_not_noise(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(_NOISE[record.name])
 
     for name in _NOISE:
-        logging.getLogger(name).addFilter(is_news)
+        logging.getLogger(name).addFilter(is_not_noise)
     try:
         yield
     finally:
         for name in _NOISE:
-            logging.getLogger(name).removeFilter(is_news)
+            logging.getLogger(name).removeFilter(is_not_noise)

@@ -31,8 +31,8 @@ the scores again and has four gradients.
 """
 
 
-STRETCHES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
-"""The stretch of time that each phase of a step belongs to. All other phases belong to "update"."""
+STAGES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
+"""The stage of time that each phase of a step belongs to. All other phases belong to "update"."""
 
 KINDS = ("matmul", "attention forward", "attention backward", "other kernels")
 
@@ -42,7 +42,7 @@ class Cost:
     """The cost of one rank in one step. Costs can be added and multiplied."""
 
     amounts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """amounts by (stretch, kind): FLOPs for "matmul", "attention forward" and "attention backward",
+    """amounts by (stage, kind): FLOPs for "matmul", "attention forward" and "attention backward",
     recomputation included, and bytes read and written for "other kernels"
     """
 
@@ -65,11 +65,11 @@ class Tick(NamedTuple):
 
     event: int
     """the number of `MemoryTracker.events` before the end of the operation"""
-    stretch: str
+    stage: str
     kind: str
     """a kind of `Cost.amounts`, or "exchange", whose amount is in bytes"""
     amount: float
-    """the cumulative amount of this kind in this stretch, this operation included"""
+    """the cumulative amount of this kind in this stage, this operation included"""
 
 
 class CostCounter:
@@ -84,7 +84,7 @@ class CostCounter:
         self.cost, self._tracker, self._scores = Cost(), tracker, scores
         self.ticks: list[Tick] = []
         self._exchanged: Counter[str] = Counter()
-        """bytes of exchanges, by stretch"""
+        """bytes of exchanges, by stage"""
         self._latest: Counter[tuple[str, str]] = Counter()
         tracker.observers.append(self)
 
@@ -96,7 +96,7 @@ class CostCounter:
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
         weight = self._tracker.weight
-        stretch = STRETCHES.get(self._tracker.attribution.phase, "update")
+        stage = STAGES.get(self._tracker.attribution.phase, "update")
         if func in _ATTENTION:
             backward = _ATTENTION[func] == 5
             query, key = args[1:3] if backward else args[:2]
@@ -105,30 +105,28 @@ class CostCounter:
             )
             products = _ATTENTION[func] * 2 * query.shape[0] * query.shape[1] * query.shape[3]
             kind = "attention backward" if backward else "attention forward"
-            self.cost.amounts[stretch, kind] += products * pairs * weight
+            self.cost.amounts[stage, kind] += products * pairs * weight
         elif (packet := func._overloadpacket) in flop_registry:
-            self.cost.amounts[stretch, "matmul"] += weight * flop_registry[packet](
+            self.cost.amounts[stage, "matmul"] += weight * flop_registry[packet](
                 *args, **kwargs, out_val=result
             )
         elif func.namespace == "aten" and not func.is_view:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
-            self.cost.amounts[stretch, "other kernels"] += weight * sum(
+            self.cost.amounts[stage, "other kernels"] += weight * sum(
                 x.numel() * x.element_size() for x in tensors
             )
         elif func._opname == "all_to_all_single":
-            self._exchanged[stretch] += args[0].numel() * args[0].element_size()
-        self._tick(stretch)
+            self._exchanged[stage] += args[0].numel() * args[0].element_size()
+        self._tick(stage)
 
-    def _tick(self, stretch: str) -> None:
+    def _tick(self, stage: str) -> None:
         """Record the amounts that the operation changed."""
         event, amounts = len(self._tracker.events), self.cost.amounts
-        now = {kind: amounts[stretch, kind] for kind in KINDS} | {
-            "exchange": self._exchanged[stretch]
-        }
+        now = {kind: amounts[stage, kind] for kind in KINDS} | {"exchange": self._exchanged[stage]}
         for kind, amount in now.items():
-            if amount != self._latest[stretch, kind]:
-                self._latest[stretch, kind] = amount
-                self.ticks.append(Tick(event, stretch, kind, amount))
+            if amount != self._latest[stage, kind]:
+                self._latest[stage, kind] = amount
+                self.ticks.append(Tick(event, stage, kind, amount))
 
 
 def _causal_pairs(queries: int, keys: int) -> float:
@@ -231,13 +229,13 @@ def step_time(
     rates = kernel_rates(gpu)
     seconds = Counter({key: amount / rates[key[1]] for key, amount in cost.amounts.items()})
     exchange = links.exchange_seconds(exchanged, gpu)
-    stretches = {
-        name: sum(s for (stretch, _), s in seconds.items() if stretch == name)
-        for name in STRETCHES.values()
+    stages = {
+        name: sum(s for (stage, _), s in seconds.items() if stage == name)
+        for name in STAGES.values()
     }
     # Forward, recomputation and backward are taken to have a third of the exchanges each.
-    forward = stretches["forward"] + exchange / 3
-    backward = stretches["backward"] + 2 * exchange / 3
+    forward = stages["forward"] + exchange / 3
+    backward = stages["backward"] + 2 * exchange / 3
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu),
         "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
@@ -273,31 +271,29 @@ def clock(
 
     rates: amounts per second of each kind, "exchange" included. share: the share of the step's
     micro-batches that was simulated. The time that the computation waits is spread evenly over the
-    stretch that waits. The transfer of an offloaded optimizer's state is spread over the update.
+    stage that waits. The transfer of an offloaded optimizer's state is spread over the update.
     """
     # The seconds of each operation by itself: a tick holds cumulative amounts.
     latest: defaultdict[tuple[str, str], float] = defaultdict(float)
     own: list[float] = []
     for tick in ticks:
-        key = tick.stretch, tick.kind
+        key = tick.stage, tick.kind
         own.append((tick.amount - latest[key]) / rates[tick.kind])
         latest[key] = tick.amount
     totals: defaultdict[str, float] = defaultdict(float)
     for tick, seconds in zip(ticks, own, strict=True):
-        totals[tick.stretch] += seconds
-    # The factor by which waiting makes each stretch longer.
+        totals[tick.stage] += seconds
+    # The factor by which waiting makes each stage longer.
     longest = max(time.waits, key=time.waits.__getitem__)
     waiting = {"checkpoints to the host": {"forward"}, "checkpoints back": {"backward"}}.get(
         longest, {"forward", "backward"}
     )
-    over = sum(totals[stretch] for stretch in waiting)
-    slower = (
-        {stretch: 1 + share * time.waits[longest] / over for stretch in waiting} if over else {}
-    )
+    over = sum(totals[stage] for stage in waiting)
+    slower = {stage: 1 + share * time.waits[longest] / over for stage in waiting} if over else {}
     if totals["update"]:
         slower["update"] = 1 + time.parts["offloaded optimizer"] / totals["update"]
     ends, now = [], 0.0
     for tick, seconds in zip(ticks, own, strict=True):
-        now += seconds * slower.get(tick.stretch, 1.0)
+        now += seconds * slower.get(tick.stage, 1.0)
         ends.append((tick.event, now))
     return ends

@@ -41,8 +41,8 @@ class Allocation:
     operation: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    made_in: tuple[str, ...] = ()
-    """see `makers`"""
+    created_in: tuple[str, ...] = ()
+    """see `creating_functions`"""
     label: str = ""
     """the name of the tensor, where it is known and does not follow from the other fields"""
 
@@ -53,8 +53,8 @@ class Moment(NamedTuple):
     phase: str
     owner: Owner
     operation: str
-    made_in: tuple[str, ...] = ()
-    """see `makers`"""
+    created_in: tuple[str, ...] = ()
+    """see `creating_functions`"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class MemoryTracker(TorchDispatchMode):
     def _where(self, func) -> None:
         if self.attribution is not None:
             self._moment = Moment(
-                self.attribution.phase, self.attribution.here(), func._opname, makers()
+                self.attribution.phase, self.attribution.here(), func._opname, creating_functions()
             )
 
     def _note_results(self, func, args, kwargs, result) -> tuple[Allocation, int] | None:
@@ -169,7 +169,7 @@ class MemoryTracker(TorchDispatchMode):
             return None
         kernel = self._allocation(func, (), torch.uint8, component)
         if workspace:
-            kernel.made_in = (WORKSPACE,)
+            kernel.created_in = (WORKSPACE,)
         else:
             kernel.label = "parameters or gradients between host and GPU"
         self._add(kernel, workspace + passing)  # alive at the same time as the results
@@ -212,8 +212,8 @@ class MemoryTracker(TorchDispatchMode):
     def _allocation(
         self, func, shape: tuple[int, ...], dtype: torch.dtype, component: str | None
     ) -> Allocation:
-        phase, owner, _, made_in = self._moment
-        if component is None and FSDP in made_in:
+        phase, owner, _, created_in = self._moment
+        if component is None and FSDP in created_in:
             component = "gradients" if phase == "backward" else "gathered parameters"
         return Allocation(
             component or owner.component,
@@ -223,7 +223,7 @@ class MemoryTracker(TorchDispatchMode):
             func._opname,
             shape,
             dtype,
-            made_in,
+            created_in,
         )
 
     def _release(self, key: int) -> None:
@@ -332,12 +332,12 @@ _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
 FSDP = "FSDP"
 WORKSPACE = "workspace"
-"""An entry of `Allocation.made_in` for memory that a kernel allocates for its own use."""
+"""An entry of `Allocation.created_in` for memory that a kernel allocates for its own use."""
 _PACKAGE = str(Path(__file__).parents[1])
 _MAKERS = 3
 
 
-def makers() -> tuple[str, ...]:
+def creating_functions() -> tuple[str, ...]:
     """Return the names of running functions that tell what a new tensor is, innermost first.
 
     These are functions of this project ("exchange._scatter_heads"), "FSDP", and transformers'
@@ -359,7 +359,7 @@ def makers() -> tuple[str, ...]:
 
 @cache
 def _maker(code: CodeType) -> str:
-    """Return the name of a function in `makers`, or an empty string for all other functions."""
+    """Return a function's name in `creating_functions`, or an empty string for other functions."""
     file = Path(code.co_filename)
     if "_fully_shard" in file.parts:
         return FSDP

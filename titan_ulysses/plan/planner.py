@@ -132,7 +132,7 @@ class Plan:
         peak = self.simulation.memory.peak("host", first=self.simulation.start)
         totals: Counter[str] = Counter()
         for allocation, size in peak.alive.items():
-            # Checkpoints are in slabs of exactly their size. PyTorch's allocator pins the rest.
+            # Checkpoints are in buffers of exactly their size. PyTorch's allocator pins the rest.
             totals[allocation.component] += (
                 size if allocation.component == "checkpoints" else pinned(size)
             )

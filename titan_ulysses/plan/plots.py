@@ -65,14 +65,14 @@ def timeline_of(plan: Plan) -> Timeline:
 
 def _begins(plan: Plan) -> list[tuple[str, float]]:
     begins = []
-    stretch, ended, backward_ended = "forward", 0.0, 0.0
+    stage, ended, backward_ended = "forward", 0.0, 0.0
     for tick, (_, end) in zip(plan.simulation.ticks, plan.clock, strict=True):
-        if tick.stretch == "backward":
-            if stretch == "forward":
+        if tick.stage == "backward":
+            if stage == "forward":
                 begins.append(("backward", ended))
             backward_ended = end
-        if tick.stretch != "update":
-            stretch = tick.stretch
+        if tick.stage != "update":
+            stage = tick.stage
         ended = end
     return [*begins, ("update", backward_ended)]
 

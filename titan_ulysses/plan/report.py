@@ -18,7 +18,14 @@ from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.planner import Plan, Setup, check_idle, make_plan, set_up
-from titan_ulysses.plan.search import SearchResult, estimate, is_open, ladder, search, with_settings
+from titan_ulysses.plan.search import (
+    SearchResult,
+    estimate,
+    is_unlimited,
+    ladder,
+    search,
+    with_settings,
+)
 from titan_ulysses.plan.words import component_name, kernel_name, moment_name, tensor_name
 
 _LARGEST = 6
@@ -51,7 +58,7 @@ def plan_and_report(config: Config) -> None:
     values = as_json(plan) | {
         "longest_seq_len": best,
         "longest_seq_len_verified": bool(found),
-        "longest_seq_len_is_at_least": is_open(setup, best),
+        "longest_seq_len_is_at_least": is_unlimited(setup, best),
         "search": [_found_json(one) for one in found],
         "ladder": [_found_json(one) for one in steps],
     }
@@ -180,7 +187,7 @@ def tell_each(console: Console, title: str, found: Any) -> list[SearchResult]:
             console.print(f"  {one.what:<36} does not fit at any length", highlight=False)
         else:
             plan = one.need.plan
-            most = "at least " if is_open(one.need.plan.setup, one.need.seq_len) else ""
+            most = "at least " if is_unlimited(one.need.plan.setup, one.need.seq_len) else ""
             console.print(
                 f"  {one.what:<36} {f'{most}{one.need.seq_len:,}':>11} tokens, a step "
                 f"{time_text(plan.time.seconds)}",
@@ -215,7 +222,7 @@ def closing(plan: Plan, longest_seq_len: int, found: Sequence[SearchResult]) -> 
 def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
     if not seq_len:
         return "No length fits with these settings."
-    if is_open(setup, seq_len):
+    if is_unlimited(setup, seq_len):
         sentence = (
             f"With these settings at least {seq_len:,} tokens fit: the planner looks no further."
         )

@@ -20,17 +20,17 @@ from titan_ulysses.plan.planner import Plan, Setup, make_plan
 
 _UNIT = 256
 """Lengths are multiples of this many tokens per rank."""
-_CLOSE = 0.01
+_TOLERANCE = 0.01
 """With changed settings, the length that is found may be too short by this share of it. This
 tolerance saves a simulation for each search.
 """
-_MOST = 2**27
+_MAX_TOKENS = 2**27
 """The tokens at which a search ends: positions and kernels have not been tried beyond."""
-_REACH = 64
+_MAX_EXTRAPOLATION = 64
 """How many times longer than the longest simulated length the next one may be. A prediction does
 not reach far, because a long sequence may have its peak at another moment than a short one.
 """
-_TRUSTED = 4
+_MAX_UNVERIFIED_EXTRAPOLATION = 4
 """The same factor for a length that is only estimated, not simulated."""
 
 
@@ -87,13 +87,13 @@ def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
     ):
         slope = (high - low) / (b.seq_len - a.seq_len)
         lengths.append(inf if slope <= 0 else b.seq_len + (memory - high) / slope)
-    return max(0, int(min(*lengths, _MOST)) // unit * unit)
+    return max(0, int(min(*lengths, _MAX_TOKENS)) // unit * unit)
 
 
-def is_open(setup: Setup, seq_len: int) -> bool:
+def is_unlimited(setup: Setup, seq_len: int) -> bool:
     """Return whether seq_len is limited only by where the planner's search ends, not by memory."""
     unit = _UNIT * setup.degrees.sequence
-    return seq_len >= _MOST // unit * unit
+    return seq_len >= _MAX_TOKENS // unit * unit
 
 
 def estimate(setup: Setup, first: Plan) -> int:
@@ -109,9 +109,9 @@ def estimate(setup: Setup, first: Plan) -> int:
     while True:
         known.sort(key=lambda need: need.seq_len)
         guess, farthest = limit(setup, *_pair(known)), known[-1].seq_len
-        if guess <= _TRUSTED * farthest:
+        if guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
             return guess
-        known.append(at_length(setup, min(guess, _REACH * farthest)))
+        known.append(at_length(setup, min(guess, _MAX_EXTRAPOLATION * farthest)))
 
 
 def longest(
@@ -126,7 +126,7 @@ def longest(
 
     first: a plan at any length. near: the length to begin with where there is no such plan. close:
     the share of its length by which the result may be too short. Where memory does not limit the
-    length, the result is the length at which the search ends (see `is_open`).
+    length, the result is the length at which the search ends (see `is_unlimited`).
     """
     unit = _UNIT * setup.degrees.sequence
     start = (
@@ -144,7 +144,7 @@ def longest(
         failing = [need for need in known.values() if not need.plan.fits]
         best = max(fitting, key=lambda need: need.seq_len, default=None)
         lines = sorted(known.values(), key=lambda need: need.seq_len)
-        guess = min(limit(setup, *_pair(lines)), _REACH * lines[-1].seq_len)
+        guess = min(limit(setup, *_pair(lines)), _MAX_EXTRAPOLATION * lines[-1].seq_len)
         # The peak is convex in S, so no length fits beyond one that does not, whatever a line says.
         if failing:
             guess = min(guess, min(need.seq_len for need in failing) - unit)
@@ -241,7 +241,7 @@ def _found(
 ) -> SearchResult:
     length = near.need.seq_len if near and near.need else 0
     return SearchResult(
-        what, changes, longest(with_settings(setup, changes), near=length, close=_CLOSE)
+        what, changes, longest(with_settings(setup, changes), near=length, close=_TOLERANCE)
     )
 
 

@@ -92,9 +92,9 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
         model, _ = build_model(spec, mesh, wrap=wrap_here)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
-            _tell_model(tracker, model)
+            _label_parameters(tracker, model)
             tracker.attribution = Attribution(model, blocks)
-            _tell_checkpoints(tracker, model, kept_on_device=store is None)
+            _label_checkpoints(tracker, model, kept_on_device=store is None)
             optimizer = build_optimizer(
                 model.parameters(),
                 config.optimizer,
@@ -102,7 +102,7 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
                 device_type="cuda" if cuda else "cpu",
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
-            _tell_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
+            _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
             _make_state(model, optimizer)
             costs = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
             return _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
@@ -179,22 +179,22 @@ def _fake_ranks(degrees: MeshDegrees) -> Iterator[Mesh]:
 
 
 def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> Store | None:
-    """Return the run's store of checkpoints, with slabs that the tracker counts as in host memory
+    """Return the run's store of checkpoints, with buffers that the tracker counts as in host memory
     or on disk; None where checkpoints stay on the device.
     """
     if offload == "none":
         return None
 
-    def make_slab(size: int, device: torch.device) -> Tensor:
+    def make_buffer(size: int, device: torch.device) -> Tensor:
         with tracker.placed("host" if offload == "host" else "disk"):
-            slab = torch.empty(size, dtype=torch.uint8)
-        tracker.claim(slab, "checkpoints")
-        return slab
+            buffer = torch.empty(size, dtype=torch.uint8)
+        tracker.claim(buffer, "checkpoints")
+        return buffer
 
-    return CudaStore(make_slab, cuda=torch.cpu) if cuda else Store(make_slab)
+    return CudaStore(make_buffer, cuda=torch.cpu) if cuda else Store(make_buffer)
 
 
-def _tell_model(tracker: MemoryTracker, model: nn.Module) -> None:
+def _label_parameters(tracker: MemoryTracker, model: nn.Module) -> None:
     """Tell the tracker which tensors are the model's own."""
     for name, parameter in model.named_parameters():
         place: Place | None = "host" if tracker.parameters_on_host else None
@@ -202,7 +202,7 @@ def _tell_model(tracker: MemoryTracker, model: nn.Module) -> None:
     tracker.claim(list(model.buffers()), "other", label="buffers of the model")
 
 
-def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_device: bool) -> None:
+def _label_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_device: bool) -> None:
     """Tell the tracker which tensors are inputs of checkpointed segments, when a segment begins."""
 
     def note(layer: int):
@@ -218,7 +218,7 @@ def _tell_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_devic
             block.register_forward_pre_hook(note(layer))
 
 
-def _tell_optimizer(
+def _label_optimizer(
     tracker: MemoryTracker,
     model: nn.Module,
     blocks: list[nn.Module],

@@ -109,7 +109,7 @@ def tensor_name(allocation: Allocation) -> str:
         return "optimizer: temporary of its update"
     if component == "gathered parameters":
         return f"parameters of {group_name(owner.layer)}, gathered by FSDP"
-    if FSDP in allocation.made_in:
+    if FSDP in allocation.created_in:
         what = "gradients" if allocation.phase == "backward" else "parameters"
         return (
             f"{what} of {group_name(owner.layer)}, "
@@ -129,7 +129,7 @@ def moment_name(moment: Moment) -> str:
     phase = _PHASES.get(moment.phase, moment.phase)
     if moment.phase in ("optimizer", "update"):
         return phase
-    if FSDP in moment.made_in:
+    if FSDP in moment.created_in:
         what = (
             "gathers parameters"
             if moment.phase in ("forward", "recomputation")
@@ -167,16 +167,16 @@ def group_name(layer: int | None) -> str:
 
 def _role(allocation: Allocation) -> str:
     """Return the role that a tensor has in the module that made it."""
-    operation, made_in = allocation.operation, allocation.made_in
+    operation, created_in = allocation.operation, allocation.created_in
     for function, roles in _ROLES.items():
-        if function in made_in:
+        if function in created_in:
             role = roles.get(operation) or roles.get("")
             if role:
                 return role[allocation.phase == "backward"] if isinstance(role, tuple) else role
     # Tiles are computed again in backward, where no hook marks the phase as recomputation.
-    recomputed = "tiling.forward" in made_in
+    recomputed = "tiling.forward" in created_in
     is_gradient = allocation.phase == "backward" and not recomputed
-    tile = " of a tile" if recomputed or "tiling.backward" in made_in else ""
+    tile = " of a tile" if recomputed or "tiling.backward" in created_in else ""
     if operation == _FLASH:
         return (
             "output of flash attention"
@@ -217,7 +217,7 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
             "gradient of the output, after the exchange",
         ),
     },
-    "exchange._token_first": {
+    "exchange._pack_token_first": {
         "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
     },
     "exchange._gather_heads": {
@@ -247,7 +247,7 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
     WORKSPACE: {"": "workspace of flash attention's backward kernel"},
 }
 """The role of a tensor, by the function that made it and by the operation ("" stands for any other
-operation). The functions are named as in `memory.makers`. The first of them here that is among a
-tensor's makers and has a role for the operation decides. A pair is (role in forward, role in
-backward).
+operation). The functions are named as in `memory.creating_functions`. The first of them here that
+is among a tensor's creating functions and has a role for the operation decides. A pair is (role in
+forward, role in backward).
 """

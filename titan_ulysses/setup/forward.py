@@ -42,7 +42,7 @@ def use_ulysses(
         model: PreTrainedModel,
         *others: Any,
         documents: Documents | None = None,
-        reaches: Documents | None = None,
+        position_limits: Documents | None = None,
         **inputs: Any,
     ) -> CausalLMOutputWithPast:
         if others or documents is None:
@@ -52,9 +52,9 @@ def use_ulysses(
                 "documents of the whole."
             )
         mesh = model.ulysses_mesh
-        # Some RoPE frequencies depend on document lengths, or on `reaches`, how far positions go.
+        # Some RoPE frequencies depend on document lengths, or on how far positions go.
         for rope in ropes:
-            rope.begin(documents, reaches or documents, mesh.sp.get_local_rank())
+            rope.begin(documents, position_limits or documents, mesh.sp.get_local_rank())
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
         return _forward(
             model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs

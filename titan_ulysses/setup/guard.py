@@ -61,7 +61,7 @@ class Guard:
         model.register_forward_pre_hook(self._before_forward, prepend=True)
         model.forward = partial(self._forward, model.forward)
 
-    def expect_whole_gradients(self) -> None:
+    def refuse_incomplete_gradients(self) -> None:
         """Raise UserError if a backward was interrupted and its gradients are still there."""
         if _in_backward():
             return  # an optimizer that steps inside backward, as soon as a gradient is complete
@@ -122,7 +122,7 @@ class Guard:
     def _before_forward(self, *_) -> None:
         if _in_backward():
             return
-        self.expect_whole_gradients()
+        self.refuse_incomplete_gradients()
         if self.model._get_fsdp_state()._training_state != TrainingState.IDLE:
             self.reset()  # the last forward was interrupted in a hook, before `_forward` ran
 
@@ -156,7 +156,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
     stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for its_guard in _guards:
         if any(id(parameter.sharded_param) in stepping for parameter in its_guard.parameters()):
-            its_guard.expect_whole_gradients()
+            its_guard.refuse_incomplete_gradients()
             its_guard.steps += 1
 
 

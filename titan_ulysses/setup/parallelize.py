@@ -214,10 +214,12 @@ def shard_blocks(model: PreTrainedModel, blocks: nn.ModuleList, shard: Callable[
     # parameter that belongs to two groups.
     for group in [[embedding, head]] if embedding.weight is head.weight else [[embedding], [head]]:
         shard(*group)
-        group[0].set_unshard_in_backward(not all(_rests_in_backward(module) for module in group))
+        group[0].set_unshard_in_backward(
+            not all(_needs_no_weight_in_backward(module) for module in group)
+        )
 
 
-def _rests_in_backward(module: nn.Module) -> bool:
+def _needs_no_weight_in_backward(module: nn.Module) -> bool:
     """Return whether the backward of module does not need its weight.
 
     A loss head computes its gradients in forward, and the gradient of an embedding look-up is a sum

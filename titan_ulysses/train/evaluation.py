@@ -123,15 +123,16 @@ def evaluate(
     sums = torch.zeros(2, len(edges), dtype=torch.float64, device=mesh.device)
     trains = model.training
     model.eval()
-    for indices in batches:
-        batch = loader.read(indices).to(mesh.device)
-        losses = model(**vars(batch), reduction="none").loss.double()
-        places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
-        for total, values in zip(
-            sums, (losses, (batch.labels != IGNORE_INDEX).double()), strict=True
-        ):
-            total.index_add_(0, places, values.flatten())
-    model.train(trains)
+    try:
+        for indices in batches:
+            batch = loader.read(indices).to(mesh.device)
+            losses = model(**vars(batch), reduction="none").loss.double()
+            is_label = (batch.labels != IGNORE_INDEX).double()
+            places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
+            sums[0].index_add_(0, places, losses.flatten())
+            sums[1].index_add_(0, places, is_label.flatten())
+    finally:
+        model.train(trains)
     dist.all_reduce(sums, group=mesh.loss.get_group())
     losses, counts = sums.tolist()
     read, tokens = sum(map(len, batches)), int(sum(counts))

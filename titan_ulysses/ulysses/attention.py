@@ -87,7 +87,7 @@ def ulysses_attention(
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
         layer["window"] = None  # it masks nothing, and cores are faster without a window
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
-        query = _retuned(query, module, ulysses.places)
+        query = _correct_temperature(query, module, ulysses.places)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
     if mesh.size() == 1:
@@ -180,7 +180,7 @@ def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) ->
     )
 
 
-def _retuned(query: Tensor, module: nn.Module, places: Tensor) -> Tensor:
+def _correct_temperature(query: Tensor, module: nn.Module, places: Tensor) -> Tensor:
     """Correct llama4's temperature tuning (arXiv 2501.19399) to the tokens' places in documents.
 
     llama4 has already scaled query as if this rank's first token were at position 0. This function

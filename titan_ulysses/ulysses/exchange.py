@@ -165,7 +165,9 @@ def _gather_heads(
     batch, sequence = tensors[0].shape[:2]
     tokens = sequence // degree
     split = [batch * tokens * sum(load.widths(p)) for p in range(degree)]
-    received = _all_to_all(_token_first(tensors, load, rank), split, [split[rank]] * degree, mesh)
+    received = _all_to_all(
+        _pack_token_first(tensors, load, rank), split, [split[rank]] * degree, mesh
+    )
     shapes = [(r[-1].stop, size) for r, size in zip(load.ranges, load.sizes, strict=True)]
     gathered = [tensors[0].new_empty(batch, tokens, *shape) for shape in shapes]
     for ranks, blocks in _blocks(received, load, tokens, batch):
@@ -178,7 +180,7 @@ def _gather_heads(
     return tuple(gathered)
 
 
-def _token_first(tensors: Sequence[Tensor], load: _ExchangeSpec, rank: int) -> Tensor:
+def _pack_token_first(tensors: Sequence[Tensor], load: _ExchangeSpec, rank: int) -> Tensor:
     """Pack tensors [B, S, h_i, D_i] into a flat [S, B, x].
 
     A single tensor whose memory already has this layout is not copied.

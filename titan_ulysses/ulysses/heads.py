@@ -137,14 +137,14 @@ def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
 def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[range, ...]:
     rank_groups: list[range] = []
     for rank, heads in enumerate(query):
-        if rank_groups and heads and _continues(rank_groups[-1], query, key_value):
+        if rank_groups and heads and _can_join_group(rank_groups[-1], query, key_value):
             rank_groups[-1] = range(rank_groups[-1].start, rank + 1)
         elif heads:
             rank_groups.append(range(rank, rank + 1))
     return tuple(rank_groups)
 
 
-def _continues(ranks: range, query: Sequence[range], key_value: Sequence[range]) -> bool:
+def _can_join_group(ranks: range, query: Sequence[range], key_value: Sequence[range]) -> bool:
     """Return whether the rank after the group `ranks` can join it."""
     first, rank = key_value[ranks.start], key_value[ranks.stop]
     if len(query[ranks.stop]) != len(query[ranks.start]) or len(rank) != len(first):
