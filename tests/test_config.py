@@ -116,7 +116,7 @@ def test_infinite_max_norm_is_allowed(toml: Path) -> None:
         (
             "training.global_batch_size",
             0,
-            "training.global_batch_size = 0: must be at least 1, or -1 to derive it",
+            'training.global_batch_size = 0: must be at least 1, or "auto" (-1) to derive it',
         ),
         (
             "parallelism.sequence_parallel_degree",
@@ -720,7 +720,7 @@ def test_degrees_and_batches(
         (
             {REPLICATE: -1},
             "parallelism.data_parallel_replicate_degree and parallelism.data_parallel_shard_degree "
-            "are -1: only one",
+            'are "auto": only one',
         ),
         (
             {SEQUENCE: 4, "training__seq_len": 10},
@@ -734,7 +734,7 @@ def test_degrees_and_batches(
         (
             {"training__local_batch_size": 2, "training__global_batch_size": 24},
             "training.global_batch_size = 24 is not a multiple of local_batch_size(2) x "
-            "dp_replicate(1) x dp_shard(8) = 16: set it to 32, or to -1 for 16",
+            'dp_replicate(1) x dp_shard(8) = 16: set it to 32, or to "auto" for 16',
         ),
         (
             {"training__global_batch_size": 4},
@@ -865,3 +865,28 @@ def test_check_collects_every_problem() -> None:
     assert len(lines) == len(starts) and all(
         line.startswith(s) for line, s in zip(lines, starts, strict=True)
     )
+
+
+def test_words_stand_for_numbers(tmp_path: Path) -> None:
+    """ "auto" and "all" are read as numbers, and printed where a number has such a word."""
+    (tmp_path / "run.toml").write_text(
+        'model = { tokenizer = "bytes", config = { model_type = "llama" } }\n'
+        'memory = { mlp_tile_tokens = "all", loss_tile_tokens = "auto" }\n'
+        'parallelism = { data_parallel_shard_degree = 2, sequence_parallel_degree = "auto" }\n'
+    )
+    config = load_config(tmp_path / "run.toml", [("training.global_batch_size", -1)])
+    assert (config.memory.mlp_tile_tokens, config.memory.loss_tile_tokens) == (-1, 0)
+    assert config.parallelism.sequence_parallel_degree == -1
+    printed = dump_toml(config)
+    for line in (
+        'mlp_tile_tokens = "all"',
+        'loss_tile_tokens = "auto"',
+        'sequence_parallel_degree = "auto"',
+        'global_batch_size = "auto"',
+        "data_parallel_shard_degree = 2",
+    ):
+        assert f"\n{line}\n" in printed
+    (tmp_path / "printed.toml").write_text(printed)
+    assert load_config(tmp_path / "printed.toml") == config
+    with pytest.raises(UserError, match='mlp_tile_tokens = "most": needs an integer, or "auto" or'):
+        load_config(tmp_path / "run.toml", [("memory.mlp_tile_tokens", "most")])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from titan_ulysses.config.load import nearest_keys
-from titan_ulysses.config.schema import KEYS, SECTIONS
+from titan_ulysses.config.schema import KEYS, SECTIONS, in_words, words_of
 from titan_ulysses.config.toml import show
 from titan_ulysses.distributed.errors import UserError
 
@@ -153,10 +153,11 @@ def usage() -> str:
     for section, schema in SECTIONS.items():
         lines += ["", f"[{section}]"]
         for key, field in schema.model_fields.items():
-            default = "unset" if field.default is None else show(field.default)
-            lines.append(
-                f"  --{section}.{key}  {_type_name(field.annotation)}  (default: {default})"
-            )
+            name, default = f"{section}.{key}", "unset"
+            if field.default is not None:
+                default = show(in_words(name, field.default))
+            kind = "|".join([_type_name(field.annotation), *words_of(name)])
+            lines.append(f"  --{name}  {kind}  (default: {default})")
             lines.append(f"      {field.description}")
     return "\n".join(lines)
 

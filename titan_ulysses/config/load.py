@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from titan_ulysses.config.schema import KEYS, SECTIONS, Config, expand_path
+from titan_ulysses.config.schema import KEYS, SECTIONS, Config, expand_path, in_words, words_of
 from titan_ulysses.config.toml import show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
 
@@ -46,8 +46,11 @@ def dump_toml(config: Config) -> str:
 
     `load_config` reads the text back to an equal Config.
     """
-    tables = (table_to_toml(section, table) for section, table in config.model_dump().items())
-    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+    tables = []
+    for section, table in config.model_dump().items():
+        values = {key: in_words(f"{section}.{key}", value) for key, value in table.items()}
+        tables.append("\n".join(table_to_toml(section, values)))
+    return "\n\n".join(tables) + "\n"
 
 
 def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -146,6 +149,8 @@ def _explain(error: Any) -> str:
         or _TYPES.get(kind.split("_")[0])
         or error["msg"].replace("{", "{{").replace("}", "}}")
     )
+    if kind.startswith("int") and setting in KEYS and (words := words_of(setting)):
+        reason += f", or {' or '.join(map(show, words))}"
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", '"')}
     return f"{setting} = {show(error['input'])}: {reason.format(section=setting, **context)}"

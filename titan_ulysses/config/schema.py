@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
 
 from titan_ulysses.config.combinations import combination_problems
 
@@ -28,9 +38,35 @@ def expand_path(path: str) -> str:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Words that may be written for special numbers of a setting, for example "auto" for -1."""
+
+    numbers: dict[str, int]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._number, handler(source))
+
+    def _number(self, value: Any) -> Any:
+        return self.numbers.get(value, value) if isinstance(value, str) else value
+
+
+def words_of(key: str) -> dict[str, int]:
+    """Return the words of the setting `section.key` and the numbers that they stand for."""
+    found = (entry.numbers for entry in KEYS[key].metadata if isinstance(entry, Words))
+    return next(found, {})
+
+
+def in_words(key: str, value: Any) -> Any:
+    """Return a value of the setting `section.key` as it is printed: by its word, if it has one."""
+    return next((word for word, number in words_of(key).items() if number == value), value)
+
+
 def _positive_or_derived(value: int) -> int:
     if value < 1 and value != -1:
-        raise ValueError("must be at least 1, or -1 to derive it")
+        raise ValueError('must be at least 1, or "auto" (-1) to derive it')
     return value
 
 
@@ -47,8 +83,8 @@ CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
 """
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
-Tile = Annotated[int, Field(ge=-1)]
-PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived)]
+Tile = Annotated[int, Field(ge=-1), Words({"auto": 0, "all": -1})]
+PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
 
@@ -279,7 +315,7 @@ class Training(Section):
     )
     global_batch_size: PositiveOrDerived = Field(
         -1,
-        description="Sequences in one optimizer step. -1: local_batch_size x data-parallel "
+        description="Sequences in one optimizer step. auto (-1): local_batch_size x data-parallel "
         "degree. A larger multiple of that accumulates gradients.",
     )
     steps: int = Field(
@@ -319,18 +355,18 @@ class Training(Section):
 class Parallelism(Section):
     data_parallel_replicate_degree: PositiveOrDerived = Field(
         1,
-        description="Number of replicas of the sharded model (HSDP). -1: derived from the number "
-        "of ranks; only one degree may be -1.",
+        description="Number of replicas of the sharded model (HSDP). auto (-1): derived from the "
+        "number of ranks; only one degree may be auto.",
     )
     data_parallel_shard_degree: PositiveOrDerived = Field(
         -1,
         description="Data-parallel ranks that shard the parameters (FSDP2); they are sharded "
-        "over the sequence-parallel ranks too. -1: derived from the number of ranks.",
+        "over the sequence-parallel ranks too. auto (-1): derived from the number of ranks.",
     )
     sequence_parallel_degree: PositiveOrDerived = Field(
         1,
         description="Ranks that share each sequence (Ulysses). Raise it for longer sequences, up "
-        "to the GPUs of a node. -1: derived from the number of ranks.",
+        "to the GPUs of a node. auto (-1): derived from the number of ranks.",
     )
 
 
@@ -361,13 +397,13 @@ class ActivationCheckpoint(Section):
 class Memory(Section):
     loss_tile_tokens: Tile = Field(
         0,
-        description="Tokens in one tile of the loss head. 0: as many as make 64 MiB of fp32 "
-        "logits. -1: all at once.",
+        description="Tokens in one tile of the loss head. auto (0): as many as make 64 MiB of fp32 "
+        "logits. all (-1): all tokens at once.",
     )
     mlp_tile_tokens: Tile = Field(
         0,
-        description="Tokens in one tile of the MLPs and norms. 0: the model's width, at least "
-        "1,024, with activation checkpointing; not tiled without it. -1: not tiled.",
+        description="Tokens in one tile of the MLPs and norms. auto (0): the model's width, at "
+        "least 1,024, with activation checkpointing; not tiled without it. all (-1): not tiled.",
     )
     parameter_offload: bool = Field(
         False,

@@ -78,7 +78,7 @@ def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, int, int]
     derived = [f"parallelism.{key}" for key, degree in section.model_dump().items() if degree == -1]
     if len(derived) > 1:
         return degrees, [
-            f"{' and '.join(derived)} are -1: only one degree can be derived; set the others"
+            f'{" and ".join(derived)} are "auto": only one degree can be derived; set the others'
         ]
     known = replicate * shard * sequence * (-1 if derived else 1)
     if derived and world_size % known:
@@ -89,7 +89,7 @@ def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, int, int]
     if not derived and known != world_size:
         return degrees, [
             f"{product} = {known} is not WORLD_SIZE({world_size}): start {known} ranks, or change "
-            "[parallelism], as in parallelism.data_parallel_shard_degree = -1"
+            '[parallelism], as in parallelism.data_parallel_shard_degree = "auto"'
         ]
 
     def filled(degree: int) -> int:
@@ -105,7 +105,7 @@ def _accumulation_steps(config: Config, degrees: tuple[int, int, int]) -> tuple[
         return 1, []
     accumulation, remainder = divmod(training.global_batch_size, smallest)
     if remainder:
-        remedy = f"set it to {(accumulation + 1) * smallest}, or to -1 for {smallest}"
+        remedy = f'set it to {(accumulation + 1) * smallest}, or to "auto" for {smallest}'
         return accumulation, [
             f"training.global_batch_size = {training.global_batch_size} is not a multiple of "
             f"local_batch_size({training.local_batch_size}) x dp_replicate({replicate}) x "
