@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def rank_pools() -> Iterator[None]:
     """End the processes of `run_on_ranks` with the session."""
     yield
-    from ranks import close_pools
+    from helpers.ranks import close_pools
 
     close_pools()
 
@@ -79,7 +79,7 @@ def rank_pools() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def observe(tmp_path_factory: pytest.TempPathFactory):
     """An `Observer` of whole runs, which remembers them: see observed.py."""
-    from observed import Observer
+    from helpers.observed import Observer
 
     return Observer(tmp_path_factory.mktemp("observed"))
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models import mesh_of
-from ranks import run_on_ranks
-from runs import learned, refusal, train, write_run
+from helpers.meshes import mesh_of
+from helpers.ranks import run_on_ranks
+from helpers.runs import learned, refusal, train, write_run
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.initial import describe_initial_weights
 from titan_ulysses.config.load import load_config

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import models
-from models import make_rows
-from ranks import run_on_ranks
+from helpers import training
+from helpers.meshes import Degrees
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.distributed.errors import UserError
 
-Degrees = tuple[int, int, int]
 MODEL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 61,
@@ -39,7 +39,7 @@ ROWS = make_rows([(24,), (16, 8), (8, 16), (24,)], masked="none", vocab_size=61,
 RUN_STATE = {"step": 2, "loader": {"sequences_consumed": 8}}
 
 
-class Run(models.Run):
+class Run(training.Run):
     """In fp64; the values of a fresh one are those of `seed`."""
 
     def __init__(self, degrees: Degrees, *, seed: int = 0, **changes: Any):

@@ -15,20 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import (
-    LLAMA,
-    OPTIMIZER,
-    STARCODER2,
-    Record,
-    Row,
-    largest_difference,
-    local_batch,
-    make_rows,
-    mesh_of,
-    train_plain,
-    train_sharded,
-)
-from ranks import run_on_ranks
+from helpers.meshes import mesh_of
+from helpers.models import LLAMA, STARCODER2
+from helpers.ranks import run_on_ranks
+from helpers.rows import Row, local_batch, make_rows
+from helpers.training import OPTIMIZER, Record, largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.checkpointing import checkpoint_blocks

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
-from ranks import run_on_ranks
+from helpers.meshes import mesh_of
+from helpers.models import LLAMA
+from helpers.ranks import run_on_ranks
+from helpers.rows import local_batch, make_rows
+from helpers.training import OPTIMIZER
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import train as train_script
-from ranks import run_on_ranks
-from runs import Settings, learned, logged, train, write_run
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, learned, logged, train, write_run
 from titan_ulysses import __main__ as command_line
 from titan_ulysses import __version__
 from titan_ulysses.config.load import load_config

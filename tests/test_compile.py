@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from models import LLAMA, local_batch, make_rows, mesh_of
-from ranks import run_on_ranks
-from runs import Settings, logged, train, write_run
+from helpers.meshes import mesh_of
+from helpers.models import LLAMA
+from helpers.ranks import run_on_ranks
+from helpers.rows import local_batch, make_rows
+from helpers.runs import Settings, logged, train, write_run
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer

@@ -12,17 +12,10 @@ from itertools import product
 import pytest
 import torch
 
-from models import (
-    LLAMA,
-    STARCODER2,
-    Record,
-    Row,
-    largest_difference,
-    make_rows,
-    train_plain,
-    train_sharded,
-)
-from ranks import run_on_ranks
+from helpers.models import LLAMA, STARCODER2
+from helpers.ranks import run_on_ranks
+from helpers.rows import Row, make_rows
+from helpers.training import Record, largest_difference, train_plain, train_sharded
 
 STEPS = 3
 FAMILIES = {"starcoder2": STARCODER2, "llama": LLAMA}

@@ -23,8 +23,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ranks import run_on_ranks
-from runs import Settings, train, write_run
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, train, write_run
 from titan_ulysses.observability import progress
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ranks import run_on_ranks
-from runs import Settings, train, write_run
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, train, write_run
 from titan_ulysses.checkpoint.disk import DiskNeeds, disk_needs
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError

@@ -29,8 +29,11 @@ import torch
 from torch.distributed.run import parse_args as parse_torchrun
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models import LLAMA, make_rows, mesh_of, working_in
-from ranks import run_on_ranks
+from helpers.meshes import mesh_of
+from helpers.models import LLAMA
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
+from helpers.runs import working_in
 from titan_ulysses import parallelize, shard
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config

@@ -17,9 +17,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train as train_script
-from models import STARCODER2, mesh_of, plain_model
-from ranks import run_on_ranks
-from runs import Settings, logged, train, write_documents, write_run
+from helpers.meshes import mesh_of
+from helpers.models import STARCODER2, plain_model
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, logged, train, write_documents, write_run
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.loader import Loader

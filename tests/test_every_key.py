@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from material import BASE, MODEL, as_toml
-from observed import (
+from helpers.material import BASE, MODEL, as_toml
+from helpers.observed import (
     Observer,
     Seen,
     begins_with_export,
@@ -35,7 +35,7 @@ from observed import (
     same_weights,
     tokens,
 )
-from runs import Settings
+from helpers.runs import Settings
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import KEYS
 from titan_ulysses.observability.profiling import profiled

@@ -18,19 +18,13 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from families import FAMILIES, model_of
-from models import (
-    Record,
-    Row,
-    kept_in_fp64,
-    largest_difference,
-    make_rows,
-    mesh_of,
-    plain_model,
-    train_plain,
-    train_sharded,
-)
-from ranks import run_on_ranks
+from helpers.families import FAMILIES, model_of
+from helpers.meshes import mesh_of
+from helpers.models import plain_model
+from helpers.precision import kept_in_fp64
+from helpers.ranks import run_on_ranks
+from helpers.rows import Row, make_rows
+from helpers.training import Record, largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs

@@ -8,22 +8,26 @@ products in fp32.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-import models
-from models import make_rows
-from ranks import run_on_ranks
+from helpers import training
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.float8 import check_float8, use_float8
+from titan_ulysses.model.torchao import import_torchao
 from titan_ulysses.setup.blocks import find_blocks
 
 MODEL: dict[str, Any] = {
@@ -40,11 +44,19 @@ MODEL: dict[str, Any] = {
 ROWS = make_rows([(32,), (16, 16), (8, 24), (32,)], masked="none", vocab_size=272, seed=0)
 
 
+def use_emulated_float8(blocks: Iterable[nn.Module]) -> int:
+    """The numbers of float8 on any device, slowly."""
+    float8 = import_torchao("float8")
+    emulated = partial(float8.Float8LinearConfig, emulate=True)
+    with mock.patch.object(float8, "Float8LinearConfig", emulated):
+        return use_float8(blocks, tokens=32)
+
+
 def emulate_float8(model: nn.Module) -> None:
-    use_float8(find_blocks(model)[1], tokens=32, emulate=True)
+    use_emulated_float8(find_blocks(model)[1])
 
 
-class Run(models.Run):
+class Run(training.Run):
     def __init__(self, *, float8: bool):
         options = {
             "dtype": torch.float32,
@@ -69,7 +81,7 @@ def float8_layers(model: nn.Module) -> set[str]:
 def test_which_layers():
     model = build()
     before = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
-    assert use_float8(find_blocks(model)[1], tokens=32, emulate=True) == 2 * 7
+    assert use_emulated_float8(find_blocks(model)[1]) == 2 * 7
     assert {name.split(".")[-1] for name in float8_layers(model)} == {
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
@@ -80,13 +92,13 @@ def test_which_layers():
 
 def test_sizes_that_are_no_multiples_of_16():
     model = build(intermediate_size=88)
-    assert use_float8(find_blocks(model)[1], tokens=32, emulate=True) == 2 * 4
+    assert use_emulated_float8(find_blocks(model)[1]) == 2 * 4
     assert all("self_attn" in name for name in float8_layers(model))
 
 
 def test_routers_stay_as_they_are():
     block = nn.ModuleDict({"gate": nn.Linear(64, 16), "up_proj": nn.Linear(64, 16)})
-    assert use_float8([block], tokens=32, emulate=True) == 1
+    assert use_emulated_float8([block]) == 1
     assert type(block["gate"]) is nn.Linear
 
 
@@ -95,7 +107,7 @@ def test_no_layer_at_all():
     with pytest.raises(
         UserError, match="quantize.float8 = true: no linear layer of the blocks has sizes that are"
     ):
-        use_float8(find_blocks(model)[1], tokens=32, emulate=True)
+        use_emulated_float8(find_blocks(model)[1])
 
 
 def train(

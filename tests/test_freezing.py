@@ -9,17 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-import models
-from models import (
-    LLAMA,
-    STARCODER2,
-    Record,
-    largest_difference,
-    make_rows,
-    train_plain,
-    train_sharded,
-)
-from ranks import run_on_ranks
+from helpers import training
+from helpers.models import LLAMA, STARCODER2
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
+from helpers.training import Record, largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory import loss
 from titan_ulysses.model import hf
@@ -108,7 +102,7 @@ FROZEN = ["model.embed_tokens.*", "*.mlp.*"]
 
 def fingerprint_of(degrees: tuple[int, int, int]) -> int:
     return fingerprint(
-        models.Run(degrees, LLAMA, STEPS[0][0], prepare=partial(freeze, patterns=FROZEN)).model
+        training.Run(degrees, LLAMA, STEPS[0][0], prepare=partial(freeze, patterns=FROZEN)).model
     )
 
 

@@ -15,15 +15,17 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from models import LLAMA, Run, local_batch, make_rows
-from ranks import run_on_ranks
+from helpers.meshes import SP2
+from helpers.models import LLAMA
+from helpers.ranks import run_on_ranks
+from helpers.rows import local_batch, make_rows
+from helpers.training import Run
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.train.step import clip_gradients
 
 ROWS = [
     make_rows([(10, 14), (24,)], masked="uneven", vocab_size=61, seed=seed) for seed in range(4)
 ]
-SP2 = (1, 1, 2)
 
 
 class Interrupted(Exception):

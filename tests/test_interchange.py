@@ -27,10 +27,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from families import FAMILIES, LACKING, SMALL, model_of
-from models import LLAMA, STARCODER2, mesh_of
-from ranks import run_on_ranks
-from runs import learned, train, write_run
+from helpers.families import FAMILIES, LACKING, SMALL, model_of
+from helpers.meshes import mesh_of
+from helpers.models import LLAMA, STARCODER2
+from helpers.ranks import run_on_ranks
+from helpers.runs import learned, train, write_run
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.convert import ReadWhenWritten
 from titan_ulysses.checkpoint.convert import main as convert

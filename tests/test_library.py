@@ -22,21 +22,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from families import model_of
-from models import (
-    LLAMA,
-    OPTIMIZER,
-    STARCODER2,
-    Record,
-    Row,
-    kept_in_fp64,
-    largest_difference,
-    local_batch,
-    make_rows,
-    mesh_of,
-    train_plain,
-)
-from ranks import RankFailure, run_on_ranks
+from helpers.families import model_of
+from helpers.meshes import DP2, SP2, mesh_of
+from helpers.models import LLAMA, STARCODER2
+from helpers.precision import kept_in_fp64
+from helpers.ranks import RankFailure, run_on_ranks
+from helpers.rows import Row, local_batch, make_rows
+from helpers.training import OPTIMIZER, Record, largest_difference, train_plain
 from titan_ulysses import build_mesh, parallelize, score, shard, whole_sequences
 from titan_ulysses.data.adapter import read_rows
 from titan_ulysses.distributed.errors import UserError
@@ -203,7 +195,6 @@ def train_by_loop(name: str, degrees: tuple[int, int, int], accumulate: int) -> 
     return record
 
 
-SP2, DP2 = (1, 1, 2), (1, 2, 1)
 CASES = [(name, SP2, 1) for name in LOADERS] + [
     ("padded left with positions", SP2, 2),
     ("seq_idx and padding", DP2, 1),

@@ -15,19 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import models
-from models import (
-    LLAMA,
-    STARCODER2,
-    Record,
-    largest_difference,
-    local_batch,
-    make_rows,
-    train_plain,
-    train_sharded,
-)
-from ranks import run_on_ranks
-from runs import learned, refusal, train, write_run
+from helpers import training
+from helpers.models import LLAMA, STARCODER2
+from helpers.ranks import run_on_ranks
+from helpers.rows import local_batch, make_rows
+from helpers.runs import learned, refusal, train, write_run
+from helpers.training import Record, largest_difference, train_plain, train_sharded
 from test_float8 import emulate_float8
 from test_plan import plan_of
 from titan_ulysses.config.load import load_config
@@ -112,7 +105,7 @@ def slope_of_dropout() -> tuple[float, float, float]:
     """Along a direction, with the same random numbers: the gradient's slope, the loss's; what
     dropout does to it.
     """
-    run = models.Run(
+    run = training.Run(
         (1, 1, 2),
         STARCODER2,
         STEPS[0][0],
@@ -157,7 +150,7 @@ def test_dropout_is_the_same_when_computed_again() -> None:
 
 
 def initialized(degrees: tuple[int, int, int]) -> dict[str, Tensor]:
-    run = models.Run(degrees, LLAMA, STEPS[0][0], prepare=add)
+    run = training.Run(degrees, LLAMA, STEPS[0][0], prepare=add)
     initialize_adapters(run.model, seed=3)
     return {name: p.full_tensor() for name, p in hf.named_parameters(run.model)}
 
@@ -218,7 +211,7 @@ def compose(
     rows = make_rows([(32,), (16, 16)], masked="none", vocab_size=272, seed=0)
     torch._dynamo.utils.counters.clear()
     wrap = {"compile": compile, "mlp_tile_tokens": 9}
-    run = models.Run(
+    run = training.Run(
         (1, 1, 2),
         WIDE,
         rows,

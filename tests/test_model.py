@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from models import mesh_of
-from ranks import run_on_ranks
+from helpers.meshes import mesh_of
+from helpers.ranks import run_on_ranks
 from titan_ulysses.checkpoint import folder as folder_of_files
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.data.tokenizer import load_tokenizer

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import models
-from models import make_rows
-from ranks import run_on_ranks
-from runs import write_run
+from helpers import meshes, training
+from helpers.meshes import DP2, ONE, SP2, Degrees
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
+from helpers.runs import write_run
 from test_checkpoint import RUN_STATE, error_of
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.config.schema import Config, Optimizer
@@ -38,7 +39,6 @@ from titan_ulysses.optim.adamw import (
 )
 from titan_ulysses.train.step import clip_gradients
 
-Degrees = tuple[int, int, int]
 # On one rank all matrices are large enough to be quantized; on two those of the attention are not,
 # the others are.
 MODEL: dict[str, Any] = {
@@ -53,7 +53,6 @@ MODEL: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 ROWS = make_rows([(24,), (16, 8), (8, 16), (24,)], masked="none", vocab_size=256, seed=0)
-ONE, DP2, SP2 = (1, 1, 1), (1, 2, 1), (1, 1, 2)
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -65,7 +64,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 
-class Run(models.Run):
+class Run(training.Run):
     """Computing in bf16, with fp32 master weights unless they are rounded stochastically."""
 
     def __init__(self, degrees: Degrees, optimizer: str, *, lr: float = 1e-2, **options: Any):
@@ -449,7 +448,7 @@ def refused_shards(rows: int) -> str:
     """What is said of a parameter [rows, 64] whose shards are on two ranks."""
     shard = torch.empty(rows // 2, 64, device="meta")
     sharded = nn.Parameter(
-        DTensor.from_local(shard, models.mesh_of(*DP2).fsdp, [Shard(0)], run_check=False)
+        DTensor.from_local(shard, meshes.mesh_of(*DP2).fsdp, [Shard(0)], run_check=False)
     )
     try:
         check_shards([sharded], Optimizer(name="adamw4bit"))
@@ -540,7 +539,7 @@ def test_a_run_says_what_it_keeps(tmp_path):
 @each_optimizer
 def test_offload_on_a_gpu_changes_no_bit(optimizer):
     config = Optimizer(lr=1e-2, **OPTIMIZERS[optimizer])
-    mesh = models.mesh_of(*ONE).fsdp
+    mesh = meshes.mesh_of(*ONE).fsdp
     dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
     found, bytes_found = [], []
     for offload in (False, True):

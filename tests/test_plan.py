@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from models import LLAMA
-from ranks import run_on_ranks
+from helpers.models import LLAMA
+from helpers.ranks import run_on_ranks
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability.pictures import picture

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ranks import run_on_ranks
-from runs import Settings, learned, logged, train, write_run
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, learned, logged, train, write_run
 from titan_ulysses.config.schema import Config, Profiling
 from titan_ulysses.config.validate import check
 from titan_ulysses.distributed.errors import UserError

@@ -26,9 +26,9 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from families import GROUPS, LATENT, ROUTED, WIDTHS
-from models import mesh_of
-from ranks import run_on_ranks
+from helpers.families import GROUPS, LATENT, ROUTED, WIDTHS
+from helpers.meshes import mesh_of
+from helpers.ranks import run_on_ranks
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, check_family

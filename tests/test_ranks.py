@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import RankFailure, RankTimeout, close_pools, run_on_ranks
+from helpers.ranks import RankFailure, RankTimeout, close_pools, run_on_ranks
 
 _TESTS = Path(__file__).resolve().parent
 
@@ -234,7 +234,7 @@ def test_busy_ranks_end_when_the_parent_is_killed(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     finished = run_python(
-        "import ranks, test_ranks; ranks.run_on_ranks(2, test_ranks.kill_parent_and_stay_busy)"
+        "import test_ranks; test_ranks.run_on_ranks(2, test_ranks.kill_parent_and_stay_busy)"
     )
     assert finished.returncode == -signal.SIGKILL, finished.stderr
     assert not list(tmp_path.glob("ranks-*"))

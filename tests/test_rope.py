@@ -11,16 +11,11 @@ import torch
 import transformers
 from packaging.version import Version
 
-from models import (
-    LLAMA,
-    STARCODER2,
-    kept_in_fp64,
-    largest_difference,
-    make_rows,
-    train_plain,
-    train_sharded,
-)
-from ranks import run_on_ranks
+from helpers.models import LLAMA, STARCODER2
+from helpers.precision import kept_in_fp64
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
+from helpers.training import largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.rope import use_document_lengths

@@ -24,21 +24,12 @@ from transformers import (
 )
 from transformers.models.mixtral import modeling_mixtral
 
-from families import LACKING
-from models import (
-    KeepFp64,
-    Record,
-    Row,
-    kept_in_fp64,
-    largest_difference,
-    local_batch,
-    make_rows,
-    mesh_of,
-    router_loss,
-    train_plain,
-    train_sharded,
-)
-from ranks import RankFailure, run_on_ranks
+from helpers.families import LACKING
+from helpers.meshes import DP2_SP2, SP2, SP4, mesh_of
+from helpers.precision import KeepFp64, kept_in_fp64
+from helpers.ranks import RankFailure, run_on_ranks
+from helpers.rows import Row, local_batch, make_rows
+from helpers.training import Record, largest_difference, router_loss, train_plain, train_sharded
 from titan_ulysses import parallelize, shard
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
@@ -70,7 +61,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
     },
 }
-SP2, SP4, DP2_SP2 = (1, 1, 2), (1, 1, 4), (1, 2, 2)
 
 
 def model_of(family: str) -> dict[str, Any]:

@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import titan_ulysses
-from models import LLAMA, make_rows, mesh_of, working_in
-from ranks import run_on_ranks
+from helpers.meshes import DP2, SP2, Degrees, mesh_of
+from helpers.models import LLAMA
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
+from helpers.runs import working_in
 from test_library import Loaded, plain_rows, real_model, whole_parameters
 from titan_ulysses import load_checkpoint, parallelize, save_checkpoint, save_pretrained, shard
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
-
-SP2, DP2 = (1, 1, 2), (1, 2, 1)
-Degrees = tuple[int, int, int]
 
 
 def loader_of(mesh: Any, steps: int = 3) -> list[Loaded]:

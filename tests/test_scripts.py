@@ -26,8 +26,8 @@ import eval_needle  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
 
-from models import LLAMA  # noqa: E402
-from ranks import run_on_ranks  # noqa: E402
+from helpers.models import LLAMA  # noqa: E402
+from helpers.ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
 

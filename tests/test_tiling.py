@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from families import FAMILIES, model_of
+from helpers.families import FAMILIES, model_of
 from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import mlp_layout

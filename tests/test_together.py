@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 
-from material import BASE, MODEL
-from observed import Observer, bytes_of, labels, losses, near, norms, same_weights
-from runs import Settings
+from helpers.material import BASE, MODEL
+from helpers.observed import Observer, bytes_of, labels, losses, near, norms, same_weights
+from helpers.runs import Settings
 
 EMBEDDING = "model.embed_tokens.weight"
 # Each document a sequence, all of them held out too.

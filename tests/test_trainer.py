@@ -23,9 +23,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import LLAMA, OPTIMIZER, local_batch, make_rows, mesh_of
-from ranks import run_on_ranks
-from runs import SEQ_LEN, Settings, learned, logged, refusal, train, write_documents, write_run
+from helpers.meshes import mesh_of
+from helpers.models import LLAMA
+from helpers.ranks import run_on_ranks
+from helpers.rows import local_batch, make_rows
+from helpers.runs import (
+    SEQ_LEN,
+    Settings,
+    learned,
+    logged,
+    refusal,
+    train,
+    write_documents,
+    write_run,
+)
+from helpers.training import OPTIMIZER
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.corpus import Corpus

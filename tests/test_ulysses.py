@@ -23,9 +23,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from families import SMALL
-from models import kept_in_fp64, largest_difference, make_rows, train_plain, train_sharded
-from ranks import run_on_ranks
+from helpers.families import SMALL
+from helpers.precision import kept_in_fp64
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
+from helpers.training import largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention

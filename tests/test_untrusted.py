@@ -16,8 +16,8 @@ import pytest
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ranks import run_on_ranks
-from runs import Settings, refusal, train, write_run
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, refusal, train, write_run
 from titan_ulysses.checkpoint.convert import main as convert
 from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.data.tokenizer import load_tokenizer

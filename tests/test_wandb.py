@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from ranks import run_on_ranks
-from runs import Settings, learned, logged, train, write_run
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, learned, logged, train, write_run
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability import wandb as wandb_run
 

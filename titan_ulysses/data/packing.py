@@ -285,7 +285,7 @@ class PaddedSequences(SampleStream):
         ends = np.minimum(begins + seq_len, corpus.ends[documents])
         places, self._bounds = np.arange(len(documents)), np.arange(len(documents) + 1)
         if best_fit:
-            places, self._bounds = best_fit_bins(ends - begins, seq_len)
+            places, self._bounds = best_fit_bins(ends - begins, seq_len, _LOOK_AHEAD)
         self._pieces = np.stack([begins, ends, corpus.ends[documents]], axis=1)[places]
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
@@ -326,9 +326,7 @@ class PaddedSequences(SampleStream):
         return concat_pieces(cuts, self.seq_len)
 
 
-def best_fit_bins(
-    lengths: np.ndarray, size: int, look_ahead: int = _LOOK_AHEAD
-) -> tuple[np.ndarray, np.ndarray]:
+def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int) -> tuple[np.ndarray, np.ndarray]:
     """Assign pieces of at most `size` tokens to bins of `size` tokens.
 
     Return (order [pieces], bounds [bins + 1]): bin b holds order[bounds[b]:bounds[b+1]]. Among the

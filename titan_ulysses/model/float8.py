@@ -32,18 +32,17 @@ def check_float8(device_type: str) -> None:
         )
 
 
-def use_float8(blocks: Iterable[nn.Module], *, tokens: int, emulate: bool = False) -> int:
+def use_float8(blocks: Iterable[nn.Module], *, tokens: int) -> int:
     """Make linear layers of blocks multiply in float8, in place and before sharding.
 
     Returns the number of converted layers: those whose sizes are multiples of 16, except routers.
     Parameters keep their names, dtype and values. Each product scales and casts its two operands,
     with one scale per tensor, which on a rank covers its own tokens. Gradients of outputs are cast
     to e5m2, all else to e4m3. `tokens` is the number of tokens in one call on a rank. If it is not
-    a multiple of 16, operands are padded, which costs a copy. `emulate` computes the same numbers
-    on any device, slowly, for tests. UserError if no layer is converted.
+    a multiple of 16, operands are padded, which costs a copy. UserError if no layer is converted.
     """
     float8 = import_torchao("float8")
-    config = float8.Float8LinearConfig(pad_inner_dim=tokens % _ALIGNMENT != 0, emulate=emulate)
+    config = float8.Float8LinearConfig(pad_inner_dim=tokens % _ALIGNMENT != 0)
     blocks = list(blocks)
     named = [item for block in blocks for item in block.named_modules()]
     converted = sum(_can_be_float8(module, name) for name, module in named)

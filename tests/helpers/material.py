@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ranks import run_on_ranks
-from runs import Settings, train, write_documents
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, train, write_documents
 from titan_ulysses.config.toml import to_toml
 
 MODEL: dict[str, Any] = {

@@ -5,7 +5,10 @@ what it logged.
 from __future__ import annotations
 
 import json
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,14 @@ def learned(run: Path) -> list[tuple[int, float, float]]:
     return [
         (line["step"], line["loss"], line["grad_norm"]) for line in logged(run) if "loss" in line
     ]
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """The working directory of this process, for a while."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from material import as_toml, write_earlier_run, write_material
-from ranks import run_on_ranks
-from runs import logged
+from helpers.material import as_toml, write_earlier_run, write_material
+from helpers.ranks import run_on_ranks
+from helpers.runs import logged
 
 if TYPE_CHECKING:
-    from runs import Settings
+    from helpers.runs import Settings
     from titan_ulysses.config.schema import Config
     from titan_ulysses.train.trainer import Trainer
 

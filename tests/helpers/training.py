@@ -4,13 +4,9 @@ with.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,62 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from helpers.meshes import mesh_of
+from helpers.models import plain_model
+from helpers.rows import Row, local_batch
 from titan_ulysses.config.schema import Optimizer
-from titan_ulysses.data.loader import Batch
-from titan_ulysses.distributed.mesh import Mesh, build_mesh
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model import hf
-from titan_ulysses.model.families import attention_needs
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 61,
-    "hidden_size": 48,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-
-
-# LayerNorm and no step in fp32: transformers' own code stays in fp64, as llama's norms do not. No
-# bias: that of the keys has gradients that cancel to almost nothing, and AdamW divides their
-# rounding by itself.
-STARCODER2 = {
-    "model_type": "starcoder2",
-    "vocab_size": 61,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "use_bias": False,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-}
-
-
-@dataclass(frozen=True)
-class Document:
-    """Tokens [L + 1] of one document, the last of them only a label; labels that are not trained on
-    are -100.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-
-
-Row = tuple[Document, ...]
 
 
 @dataclass
@@ -86,58 +38,12 @@ class Record:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_rows(
-    lengths: list[tuple[int, ...]], *, masked: str, vocab_size: int, seed: int
-) -> list[Row]:
-    """Random rows of documents. masked: "none"; "uneven": every second half of a row, all of the
-    last row, and some.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index, row in enumerate(lengths):
-        documents, start, total = [], 0, sum(row)
-        for length in row:
-            tokens = torch.randint(vocab_size, (length + 1,), generator=generator)
-            labels = tokens[1:].clone()
-            labels[-1] = -100  # what follows a document is not its next token
-            if masked == "uneven":
-                labels[torch.arange(start, start + length) >= total // 2] = -100
-                labels[torch.rand(length, generator=generator) < 0.3] = -100
-                if index == len(lengths) - 1:
-                    labels[:] = -100
-            documents.append(Document(tokens, labels))
-            start += length
-        rows.append(tuple(documents))
-    return rows
-
-
-def local_batch(rows: list[Row], mesh: Mesh) -> Batch:
-    """This rank's rows and tokens of a global micro-batch, as the loader cuts them."""
-    count = len(rows) // mesh.batch.size()
-    mine = rows[mesh.batch.get_local_rank() * count :][:count]
-    lengths = tuple(tuple(len(d.labels) for d in row) for row in mine)
-
-    def stack(part) -> Tensor:
-        return mesh.local_slice(torch.stack([torch.cat([part(d) for d in row]) for row in mine]))
-
-    return Batch(
-        input_ids=stack(lambda d: d.tokens[:-1]),
-        labels=stack(lambda d: d.labels),
-        position_ids=stack(lambda d: torch.arange(len(d.labels))),
-        documents=lengths,
-    )
-
-
 # An eps small beside any gradient that matters: without it AdamW divides the rounding of the others
 # by itself.
 OPTIMIZER = Optimizer(lr=1e-2, weight_decay=0.1, eps=1e-6)
+
+
 MAX_NORM = 0.5
-
-
-@lru_cache
-def mesh_of(replicate: int, shard: int, sequence: int) -> Mesh:
-    """A rank makes each mesh once: process groups are not given back."""
-    return build_mesh(replicate=replicate, shard=shard, sequence=sequence)
 
 
 Act = Callable[[PreTrainedModel], Any]
@@ -285,24 +191,6 @@ class Run:
         return [p.to_local().detach().clone() for p in self.model.parameters()]
 
 
-def plain_model(
-    table: dict[str, Any], dtype: torch.dtype, *, experts: str | None
-) -> PreTrainedModel:
-    """Unmodified transformers, with the attention that it chooses; where scores are capped, with
-    one that caps them.
-
-    transformers 5.17 chooses sdpa for gemma2, which does not.
-    """
-    config = hf.load_model_config("", table)
-    attention = "eager" if "softcap" in attention_needs(config) else None
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, experts_implementation=experts, attn_implementation=attention
-    )
-    for parameter in model.parameters():  # routers are in fp32 whatever dtype says
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def train_plain(
     model: dict[str, Any],
     steps: list[list[list[Row]]],
@@ -393,58 +281,3 @@ def largest_difference(found: Record, expected: Record) -> dict[str, float]:
     for name in expected.parameters:
         note(f"parameter {name}", found.parameters[name], expected.parameters[name])
     return worst
-
-
-class KeepFp64(TorchFunctionMode):
-    """Under it what transformers would compute in fp32 out of fp64 tensors stays in fp64.
-
-    Norms, routers, their loss and eager softmax name fp32, so that fp64 parity ends where a last
-    bit of fp64 becomes one of fp32. What backward computes again is kept too.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is Tensor.backward:
-            loss = args[0]
-            # No mode is in force in here, nor would one be where backward computes a checkpoint
-            # again. Past the public functions, which would come here once more.
-            with self:
-                run = torch.autograd.graph._engine_run_backward
-                run(
-                    (loss,),
-                    (torch.ones_like(loss),),
-                    False,
-                    False,
-                    (),
-                    allow_unreachable=True,
-                    accumulate_grad=True,
-                )
-            return None
-        if (
-            func is torch.zeros
-            or args
-            and isinstance(args[0], Tensor)
-            and args[0].dtype == torch.float64
-        ):
-            if func is Tensor.float:
-                return args[0]
-            args = tuple(torch.float64 if x is torch.float32 else x for x in args)
-            kwargs = {key: torch.float64 if x is torch.float32 else x for key, x in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-def kept_in_fp64(train: Callable[..., Record], *args, **kwargs) -> Record:
-    """train(*args, **kwargs) under `KeepFp64`."""
-    with KeepFp64():
-        return train(*args, **kwargs)
-
-
-@contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    """The working directory of this process, for a while."""
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)

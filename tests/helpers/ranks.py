@@ -28,7 +28,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-_SEARCH_PATH = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+_TESTS = Path(__file__).resolve().parents[1]
+_SEARCH_PATH = [str(_TESTS), str(_TESTS.parent)]
 _STARTUP_SECONDS = 120.0
 _GRACE_SECONDS = 2.0
 

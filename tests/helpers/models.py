@@ -1,0 +1,59 @@
+"""Tiny models, and how they are built without sharding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import attention_needs
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+# LayerNorm and no step in fp32: transformers' own code stays in fp64, as llama's norms do not. No
+# bias: that of the keys has gradients that cancel to almost nothing, and AdamW divides their
+# rounding by itself.
+STARCODER2 = {
+    "model_type": "starcoder2",
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "use_bias": False,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+def plain_model(
+    table: dict[str, Any], dtype: torch.dtype, *, experts: str | None
+) -> PreTrainedModel:
+    """Unmodified transformers, with the attention that it chooses; where scores are capped, with
+    one that caps them.
+
+    transformers 5.17 chooses sdpa for gemma2, which does not.
+    """
+    config = hf.load_model_config("", table)
+    attention = "eager" if "softcap" in attention_needs(config) else None
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=dtype, experts_implementation=experts, attn_implementation=attention
+    )
+    for parameter in model.parameters():  # routers are in fp32 whatever dtype says
+        parameter.data = parameter.data.to(dtype)
+    return model
