@@ -5,6 +5,7 @@ fp64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
@@ -66,12 +67,15 @@ def compare(
     return largest_difference(found[0], plain(family, tied, lengths, masked, accumulation))
 
 
-def _all_of_three() -> Iterator:
-    """Every combination of the four settings; those that are not slow have each of any three of
-    them.
+def _cases() -> Iterator:
+    """Every combination of the four settings on every mesh.
+
+    Those that are not slow have each combination of any three settings on one and two ranks, and of
+    any two on four ranks.
     """
-    for choices in product((False, True), repeat=4):
+    for (mesh, degrees), choices in product(MESHES.items(), product((False, True), repeat=4)):
         tied, packed, uneven, accumulated = choices
+        in_ci = sum(choices) % 2 == 0 if math.prod(degrees) < 4 else sum(choices) in (0, 3)
         values = (
             tied,
             "packed" if packed else "whole",
@@ -85,18 +89,22 @@ def _all_of_three() -> Iterator:
             f"{values[3]} accumulated",
         )
         yield pytest.param(
-            *values, id=", ".join(names), marks=[pytest.mark.slow] if sum(choices) % 2 else []
+            degrees,
+            *values,
+            id=f"{mesh}-{', '.join(names)}",
+            marks=[] if in_ci else [pytest.mark.slow],
         )
 
 
-@pytest.mark.parametrize(("tied", "lengths", "masked", "accumulation"), list(_all_of_three()))
-@pytest.mark.parametrize("degrees", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize(("degrees", "tied", "lengths", "masked", "accumulation"), list(_cases()))
 def test_equals_one_plain_process(degrees, tied, lengths, masked, accumulation):
     worst = compare("starcoder2", degrees, tied, lengths, masked, accumulation)
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["untied", "tied"]
+)
 @pytest.mark.parametrize("degrees", MESHES.values(), ids=MESHES.keys())
 def test_llama_equals_one_plain_process(degrees, tied):
     """To 1e-6: llama's own norms compute in fp32, so a last bit of fp64 can become a last bit of
@@ -106,7 +114,11 @@ def test_llama_equals_one_plain_process(degrees, tied):
     assert max(worst.values()) < 1e-6, {k: v for k, v in worst.items() if v >= 1e-6}
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["kept", "recomputed"],
+)
 @pytest.mark.parametrize("degrees", [MESHES["sp4"], MESHES["dp2 x sp2"]], ids=["sp4", "dp2 x sp2"])
 def test_fp32_and_activation_checkpointing(degrees, checkpoint):
     steps = steps_of("packed", "uneven", 2)
@@ -120,7 +132,13 @@ def test_fp32_and_activation_checkpointing(degrees, checkpoint):
     assert max(worst["loss"], worst["grad norm"]) < 3e-6, worst
 
 
-HEADS = [(8, 8), (8, 1), (9, 3), (5, 1), (14, 2), (3, 1), (2, 2)]
+HEADS = [
+    (9, 3),
+    (5, 1),
+    (14, 2),
+    (2, 2),
+    *(pytest.param(heads, marks=pytest.mark.slow) for heads in [(8, 8), (8, 1), (3, 1)]),
+]
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]} of {heads[1]}")
