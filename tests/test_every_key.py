@@ -56,6 +56,8 @@ class Case(NamedTuple):
     ranks: int = 1
     watch: str = ""
     """see `observed.see`"""
+    slow: bool = False
+    """seconds, many of them: left to --slow"""
 
 
 # --- what a run can be asked ----------------------------------------------------------------------
@@ -610,9 +612,10 @@ PLANNED = {
             True,
             lambda run, _: len(run.facts["search"]) > 1 and run.facts["longest_seq_len_verified"],
             SMALL_GPU,
+            slow=True,  # also a command of docs/planner.md, which test_docs.py runs
         )
     ],
-    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 6, SMALL_GPU)],
+    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 6, SMALL_GPU, slow=True)],
     "plan.enforce": [
         Case(
             True,
@@ -629,7 +632,12 @@ EFFECTS: dict[str, list[Case]] = (
 # --- the tests ------------------------------------------------------------------------------------
 
 CASES = [
-    pytest.param(key, case, id=f"{key}-{case.value}"[:70])
+    pytest.param(
+        key,
+        case,
+        id=f"{key}-{case.value}"[:70],
+        marks=[pytest.mark.slow] if case.slow else [],
+    )
     for key, cases in EFFECTS.items()
     for case in cases
 ]
