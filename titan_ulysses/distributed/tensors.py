@@ -20,7 +20,8 @@ def plain_pieces(x: Tensor) -> list[Tensor]:
 
     A quantized tensor of torchao consists of codes, scales and a table.
     """
-    x = local_shard(x)
-    if is_traceable_wrapper_subclass(x):
-        return [getattr(x, name) for name in x.__tensor_flatten__()[0]]
-    return [x]
+    if isinstance(x, DTensor):
+        x = x._local_tensor  # to_local() would be a differentiable operation
+    if not is_traceable_wrapper_subclass(x):
+        return [x]
+    return [piece for name in x.__tensor_flatten__()[0] for piece in plain_pieces(getattr(x, name))]

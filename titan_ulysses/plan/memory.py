@@ -18,10 +18,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.plan.attribution import Attribution, Owner
 
 Place = Literal["device", "host", "disk"]
@@ -412,14 +412,3 @@ def _tensors(result, kwargs) -> Iterator[Tensor]:
     out = kwargs.get("out")
     if out is not None:
         yield from _tensors(out, {})
-
-
-def plain_pieces(x: Tensor) -> list[Tensor]:
-    """Return the plain tensors that this rank's part of a tensor consists of."""
-    if isinstance(x, DTensor):
-        x = x._local_tensor
-    if hasattr(x, "__tensor_flatten__") and not isinstance(x, FakeTensor):
-        return [
-            piece for name in x.__tensor_flatten__()[0] for piece in plain_pieces(getattr(x, name))
-        ]
-    return [x]
