@@ -356,7 +356,14 @@ def sharded_outcome(family: str, seed: int) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+    "family",
+    [
+        "llama",
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in ("gemma2", "gpt_oss", "deepseek_v3")
+        ),
+    ],
 )
 def test_bf16_loses_no_more_than_transformers_does(family: str) -> None:
     """Norms of the errors against fp64 of all labels' losses (in their mean errors cancel by luck)
@@ -428,10 +435,17 @@ def test_a_model_is_built_in_one_dtype() -> None:
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}, family
 
 
-def test_experts_that_are_loaded_in_bf16_train(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "families",
+    [
+        pytest.param({"deepseek_v3", "glm4_moe", "hunyuan_v1_moe"}, id="three"),
+        pytest.param(ROUTERS_IN_FP32, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_that_are_loaded_in_bf16_train(families: set[str], tmp_path: Path) -> None:
     """transformers keeps their routers in fp32; FSDP shards one dtype."""
     ids, labels = _inputs(0)
-    families = [family for family in ROUTERS_IN_FP32 if family in FAMILIES]
+    families = sorted(families & FAMILIES.keys())
     expected, mixed = {}, set()
     for family in families:
         _random_model(family, 0, torch.float32, "grouped_mm").save_pretrained(tmp_path / family)
@@ -446,7 +460,7 @@ def test_experts_that_are_loaded_in_bf16_train(tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             expected[family].append(loss.item())
-    assert len(mixed) >= 8
+    assert len(mixed) >= 0.7 * len(families)
     outcomes = run_on_ranks(2, train_loaded, {family: tmp_path / family for family in families})[0]
     for family, (losses, dtypes, warned) in outcomes.items():
         assert losses == pytest.approx(expected[family], rel=5e-3), family

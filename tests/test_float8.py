@@ -119,6 +119,7 @@ def train(
     return run.losses, len(float8_layers(run.model)), run.whole()
 
 
+@pytest.mark.slow
 def test_fifty_steps_follow_bf16():
     """On two ranks, each loss is within 0.25 of the run in bf16, while both fall by 5 or more."""
     [(found, layers, _), _] = run_on_ranks(2, train, 50, True)

@@ -130,7 +130,9 @@ def in_any_order(tied: bool, every: int) -> tuple[list[list[float]], list[dict[s
     return [loop.shown for loop in loops], [loop.whole() for loop in loops]
 
 
-@pytest.mark.parametrize(("tied", "every"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize(
+    ("tied", "every"), [pytest.param(False, 1, marks=pytest.mark.slow), (True, 2)]
+)
 def test_what_is_left_out_or_broken_off_does_not_show(tied: bool, every: int) -> None:
     for shown, whole in run_on_ranks(2, in_any_order, tied, every):
         assert shown[0] == shown[1] and len(set(shown[0])) == 6

@@ -240,6 +240,7 @@ def compose(
     }
 
 
+@pytest.mark.slow
 def test_with_other_features() -> None:
     found = run_on_ranks(2, losses_of, list(COMPOSED), timeout=240)[0]
     alone, _ = found["alone"]

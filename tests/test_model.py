@@ -64,7 +64,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 MESHES = {2: [(1, 1, 2)], 4: [(1, 2, 2), (2, 2, 1)]}
 MESH_CASES = [
-    pytest.param(world, mesh, id=f"{mesh}") for world, meshes in MESHES.items() for mesh in meshes
+    pytest.param(world, mesh, id=f"{mesh}", marks=[] if mesh == (1, 2, 2) else [pytest.mark.slow])
+    for world, meshes in MESHES.items()
+    for mesh in meshes
 ]
 
 

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,7 @@ def losses(optimizer: str, steps: int, **options: Any) -> list[float]:
     return Run(DP2, optimizer, lr=3e-3, **options).train(steps).losses
 
 
+@pytest.mark.slow
 def test_low_bits_follow_adamw():
     """Over 20 steps, each loss is within 0.02 (8 bits) or 0.2 (4 bits) of AdamW's, while they fall
     by 5 or more.
@@ -377,9 +379,26 @@ def test_another_number_of_ranks(optimizer, there, here, tmp_path):
     assert exact == (not bound or here != ONE)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["turned on", "turned off"])
-@pytest.mark.parametrize("option", ["optimizer_offload", "parameter_offload"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+OFFLOAD_CASES_IN_CI = [
+    ("adamw", "parameter_offload", False),
+    ("adamw8bit", "optimizer_offload", True),
+    ("adamw8bit", "parameter_offload", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option", "there"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1]}-turned {'off' if case[2] else 'on'}",
+            marks=[] if case in OFFLOAD_CASES_IN_CI else [pytest.mark.slow],
+        )
+        for case in product(
+            ["adamw", "adamw8bit"], ["optimizer_offload", "parameter_offload"], [False, True]
+        )
+    ],
+)
 def test_offload_can_change_at_resume(optimizer, option, there, tmp_path):
     saved = run_on_ranks(2, save_and_go_on, DP2, optimizer, tmp_path, **{option: there})
     found = run_on_ranks(2, resume, DP2, optimizer, tmp_path, **{option: not there})
