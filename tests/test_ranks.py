@@ -215,7 +215,7 @@ def test_close_pools_leaves_no_process() -> None:
 
 def test_groups_of_earlier_calls_do_not_exhaust_open_files() -> None:
     code = (
-        "import resource, ranks, test_ranks; resource.setrlimit(resource.RLIMIT_NOFILE, (64, "
+        "import resource, test_ranks; from helpers import ranks; resource.setrlimit(resource.RLIMIT_NOFILE, (64, "
         "4096));"
     )
     finished = run_python(
@@ -225,7 +225,9 @@ def test_groups_of_earlier_calls_do_not_exhaust_open_files() -> None:
 
 
 def test_ranks_end_at_exit() -> None:
-    finished = run_python("import os, ranks; print(len(ranks.run_on_ranks(1, os.getpid)))")
+    finished = run_python(
+        "import os; from helpers import ranks; print(len(ranks.run_on_ranks(1, os.getpid)))"
+    )
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "1\n", "")
 
 
