@@ -215,8 +215,8 @@ def test_close_pools_leaves_no_process() -> None:
 
 def test_groups_of_earlier_calls_do_not_exhaust_open_files() -> None:
     code = (
-        "import resource, test_ranks; from helpers import ranks; resource.setrlimit(resource.RLIMIT_NOFILE, (64, "
-        "4096));"
+        "import resource, test_ranks; from helpers import ranks; "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096));"
     )
     finished = run_python(
         code + "[ranks.run_on_ranks(2, test_ranks.make_a_group) for _ in range(60)]"
