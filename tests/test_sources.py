@@ -62,6 +62,10 @@ def array(path: Path) -> None:
     path.write_text(json.dumps(RECORDS, indent=1))
 
 
+def array_after_a_byte_order_mark(path: Path) -> None:
+    path.write_text(json.dumps(RECORDS), encoding="utf-8-sig")
+
+
 def gzipped(path: Path) -> None:
     path.write_bytes(gzip.compress(LINES.encode()))
 
@@ -85,6 +89,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "blank lines": ("a.jsonl", blank_lines),
     "byte order mark": ("a.jsonl", byte_order_mark),
     "array": ("a.json", array),
+    "array after a byte order mark": ("a.json", array_after_a_byte_order_mark),
     "gz": ("a.jsonl.gz", gzipped),
     "gz array": ("a.json.gz", gzipped_array),
     "zst": ("a.jsonl.zst", zstandard),

@@ -118,7 +118,8 @@ class RecordRows(Rows):
             try:
                 for number, record in records(file):
                     yield read_record(record, self.source, f"{name}:{number}")
-            except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+            # pyarrow's errors are subclasses of the first two.
+            except (OSError, ValueError, RecursionError) as error:
                 raise UserError(
                     f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or "
                     "leave it out"
@@ -147,8 +148,10 @@ class RecordRows(Rows):
                 # The file is one array, not JSON lines.
                 start = line.removeprefix(codecs.BOM_UTF8).lstrip()
                 if number == 1 and is_json and start.startswith(b"["):
-                    parsed = self._parse(line + lines.read())
-                    yield from enumerate(parsed if isinstance(parsed, list) else [parsed], start=1)
+                    elements = self._parse(line + lines.read())
+                    if isinstance(elements, Exception):
+                        raise elements  # of no element is it known where it ends
+                    yield from enumerate(elements, start=1)
                     return
                 if line.strip():
                     yield number, self._parse(line)
