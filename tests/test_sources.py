@@ -269,6 +269,7 @@ def test_nothing_but_bad_lines(tmp_path: Path) -> None:
         ),
         ("a.parquet", b"no parquet at all", "a.parquet cannot be read ("),
         ("a.json", b'[{"text": "a"},', "a.json cannot be read ("),
+        pytest.param("a.json", b"[" * 100_000, "a.json cannot be read (", id="too deep"),
     ],
 )
 def test_broken_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
