@@ -5,12 +5,8 @@ These checks need neither the machine nor the model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.config.toml import to_toml
-
-if TYPE_CHECKING:
-    from titan_ulysses.config.schema import Config, SourceSettings
 
 
 def combination_problems(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.schema import KEYS, SECTIONS, Config, expand_path, in_words, words_of
 from titan_ulysses.config.toml import show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
@@ -35,10 +36,13 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any
     for setting, value in overrides:
         _override(settings, setting, value)
     try:
-        return Config.model_validate(settings)
+        config = Config.model_validate(settings)
     except ValidationError as error:
         lines = [_explain(e) for e in error.errors(include_url=False)]
         raise UserError("\n".join(lines), exit_code=2) from None
+    if problems := combination_problems(config):
+        raise UserError("\n".join(problems), exit_code=2)
+    return config
 
 
 def dump_toml(config: Config) -> str:
@@ -141,8 +145,6 @@ def _explain(error: Any) -> str:
     location, kind, context = error["loc"], error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return _explain_unknown(location, error["input"])
-    if not location:  # from Config's own validator, whose lines name the settings
-        return str(context["error"])
     setting = _setting(location)
     reason = (
         _BOUNDS.get(kind)

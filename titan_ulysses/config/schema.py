@@ -19,12 +19,9 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     field_validator,
-    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
-
-from titan_ulysses.config.combinations import combination_problems
 
 
 def expand_path(path: str) -> str:
@@ -614,12 +611,6 @@ class Config(Section):
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
     plan: Plan = Plan()
-
-    @model_validator(mode="after")
-    def _settings_that_exclude_each_other(self) -> Config:
-        if problems := combination_problems(self):
-            raise ValueError("\n".join(problems))
-        return self
 
 
 SECTIONS: dict[str, type[Section]] = {

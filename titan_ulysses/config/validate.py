@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
@@ -55,6 +56,7 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = max(1, config.parallelism.sequence_parallel_degree)
     else:
         accumulation, problems = _accumulation_steps(config, (replicate, shard, sequence))
+    problems += combination_problems(config)  # of a config that was not read from a file
     problems += _training_problems(config, sequence) + _dtype_problems(config)
     problems += _memory_problems(config, model_config) + _profiling_problems(config)
     problems += _model_problems(config, model_config, num_token_ids, sequence)
