@@ -32,7 +32,7 @@ from helpers.ranks import run_on_ranks
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES, check_family
-from titan_ulysses.model.verification import shrink
+from titan_ulysses.model.verification import build_tiny, shrink
 from titan_ulysses.setup.parallelize import parallelize
 
 
@@ -417,6 +417,13 @@ def test_dropout_of_attention_and_of_layers_is_refused_by_name(
         and message.startswith(f"model: {reason}")
         and "in the model's config" in message
     )
+
+
+def test_the_tiny_model_has_one_dtype() -> None:
+    """transformers makes routers in fp32 whatever it is asked for."""
+    table = {**WIDTHS, **LATENT, **ROUTED, **GROUPS, "model_type": "deepseek_v3"}
+    model = build_tiny(shrink(hf.load_model_config("", table)), torch.device("cpu"))
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
 
 
 def test_shrink_shows_every_kind_of_layer() -> None:

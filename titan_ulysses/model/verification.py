@@ -138,7 +138,7 @@ def _try_once(
     """
     reason = None
     try:
-        whole = _build(tiny, mesh.device)
+        whole = build_tiny(tiny, mesh.device)
         batch = _Batch(mesh, whole.config)
         sharded = copy.deepcopy(whole)
         expected = _train_whole(whole, batch)
@@ -268,7 +268,7 @@ class _Batch:
         )
 
 
-def _build(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """Build a model with the same random numbers on every rank.
 
     No parameter is left at 0 or 1, where its effect would be hidden.
