@@ -274,7 +274,18 @@ EXPERTS |= {
     "num_global_key_value_heads": 1,
     "hidden_size_per_layer_input": 0,
 }
-KEYS = [pytest.param(f, keys, id=f"{f}-obeys") for f, keys in OBEYED.items() if f in FAMILIES]
+LEFT_TO_SLOW = {"smollm3", "qwen3", "qwen3_moe", "gemma3_text"}
+"""These obey their keys in the same way as another family here."""
+KEYS = [
+    pytest.param(
+        family,
+        keys,
+        id=f"{family}-obeys",
+        marks=[pytest.mark.slow] if family in LEFT_TO_SLOW else [],
+    )
+    for family, keys in OBEYED.items()
+    if family in FAMILIES
+]
 KEYS += [pytest.param(f, keys, id=f"{f}-ignores") for f, keys in IGNORED.items() if f in FAMILIES]
 KEYS += (
     [pytest.param("gemma4_text", EXPERTS, id="gemma4_text-experts")]

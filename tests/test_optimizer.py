@@ -361,7 +361,13 @@ def test_two_steps_and_two_more_are_four(optimizer, tmp_path):
 
 
 @pytest.mark.parametrize(("there", "here"), [(DP2, ONE), (ONE, DP2)], ids=["2 to 1", "1 to 2"])
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw4bit", "adamw, rounded"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw8bit",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("adamw4bit", "adamw, rounded")),
+    ],
+)
 def test_another_number_of_ranks(optimizer, there, here, tmp_path):
     """Everything keeps its value, but for what was too small to be quantized on two ranks and is
     not on one.

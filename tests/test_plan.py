@@ -218,6 +218,7 @@ def test_the_longest_sequence_fits_and_the_next_does_not():
     assert not at_length(setup, int(1.02 * found.seq_len)).plan.fits
 
 
+@pytest.mark.slow
 def test_a_search_that_nothing_limits(capsys):
     """It ends where the planner looks no further, which is no finding, and says so."""
     from rich.console import Console
@@ -237,6 +238,7 @@ def test_a_search_that_nothing_limits(capsys):
     assert "plan.host_memory_gib is not set" in said
 
 
+@pytest.mark.slow
 def test_an_estimate_from_a_short_sequence():
     """What its peak is made of need not grow with it; a long one's does."""
     from titan_ulysses.plan.planner import make_plan, set_up

@@ -82,7 +82,9 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("degrees", [(1, 1, 1), (1, 1, 2), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "degrees", [(1, 1, 1), (1, 1, 2), pytest.param((1, 2, 2), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_parity(name: str, lengths: str, degrees: tuple[int, int, int]) -> None:

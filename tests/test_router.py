@@ -209,7 +209,14 @@ def check_same(found: Outcome, expected: Outcome, tolerance: float) -> None:
     assert max(worst.values()) <= tolerance, {k: v for k, v in worst.items() if v > tolerance}
 
 
-@pytest.mark.parametrize("order", ["aAbB", "abBA", "abAB"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param("aAbB", marks=pytest.mark.slow),
+        pytest.param("abBA", marks=pytest.mark.slow),
+        "abAB",
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpoints_change_no_bit(family: str, order: str) -> None:
     """Nothing is counted twice, no gradient is lost, and several forwards may wait for their
@@ -280,7 +287,9 @@ def test_tiles_count_once_and_get_their_gradient(checkpoint_every: int, order: s
     check_same(run_on_ranks(2, outcome, "qwen3_moe", SP2, **options)[0], expected, 1e-12)
 
 
-@pytest.mark.parametrize("checkpoint_every", [0, 1, 2])
+@pytest.mark.parametrize(
+    "checkpoint_every", [*(pytest.param(every, marks=pytest.mark.slow) for every in (0, 1)), 2]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_own_tiles(family: str, checkpoint_every: int) -> None:
     expected = run_on_ranks(2, outcome, family, SP2, checkpoint_every=0, mode=KeepFp64)[0]
@@ -376,7 +385,11 @@ def of_padded_plain() -> tuple[Outcome, float]:
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("degrees", [SP2, SP4, DP2_SP2], ids=str)
+@pytest.mark.parametrize(
+    "degrees",
+    [SP2, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in (SP4, DP2_SP2))],
+    ids=str,
+)
 def test_padding_is_not_routed(degrees: tuple[int, int, int], left: bool) -> None:
     expected, as_it_is = of_padded_plain()
     assert expected[0][0] == pytest.approx(as_it_is, rel=1e-6)

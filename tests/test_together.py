@@ -139,7 +139,16 @@ COMPILED: dict[str, Settings] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+COMPILED_IN_CI = ("host", "LoRA", "adamw8bit")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in COMPILED_IN_CI else [pytest.mark.slow])
+        for name in COMPILED
+    ],
+)
 def test_compile_with(name: str, observe: Observer) -> None:
     if name == "LoRA":
         pytest.importorskip("peft")
