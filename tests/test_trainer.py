@@ -82,8 +82,9 @@ def on_mesh(name: str) -> Settings:
 
 
 class RunOnMeshes:
-    """One config, run on each mesh that is asked for: 20 steps of 8 sequences (accumulated where few
-    ranks read), several epochs.
+    """One config, run on each mesh that is asked for: 20 steps of 8 sequences, several epochs.
+
+    Where few ranks read, micro-batches are accumulated.
     """
 
     def __init__(self, folder: Path) -> None:
