@@ -87,7 +87,7 @@ _TABLE = ", ".join(f"{k} = {json.dumps(v)}" for k, v in (MODEL | {"vocab_size": 
 RUN = f"""
 model.tokenizer = "bytes"
 model.config = {{ {_TABLE} }}
-data = {{ source = "text", path = "{{stdlib}}/json" }}
+data = {{ source = "text", path = "texts" }}
 training = {{ seq_len = 256, steps = 2 }}
 parallelism.sequence_parallel_degree = 2
 checkpoint = {{ enable = true, interval = 2 }}
@@ -98,6 +98,9 @@ checkpoint = {{ enable = true, interval = 2 }}
 def check_command() -> None:
     """Plan, train, evaluate and convert by the installed command; an error of any ends this one."""
     Path("run.toml").write_text(RUN)
+    Path("texts").mkdir()
+    for number in range(8):
+        Path(f"texts/{number}.txt").write_text(json.__doc__)
     command, ranks = str(Path(sys.executable).with_name("titan-ulysses")), [*TWO_RANKS, "-m"]
     for arguments in (
         [command, "--version"],
