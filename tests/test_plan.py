@@ -565,6 +565,58 @@ def test_preflight(monkeypatch):
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("sequence", "per_node", "inside"), [(4, 8, 4), (4, 4, 4), (4, 2, 2), (4, 6, 2), (8, 4, 4)]
+)
+def test_sequences_on_nodes(sequence, per_node, inside):
+    """Of six ranks a node, the second sequence of four has two here and two there."""
+    from titan_ulysses.distributed.nodes import neighbours_on_node, spans_nodes
+
+    where = {"sequence": sequence, "world_size": 24, "per_node": per_node}
+    assert neighbours_on_node(**where) == inside
+    assert (spans_nodes(**where) is None) == (inside == sequence)
+
+
+def test_a_sequence_that_spans_nodes(tmp_path, capsys):
+    """What the slower link costs, by the closed form of an all-to-all."""
+    from titan_ulysses.distributed.hardware import GPUS
+    from titan_ulysses.plan.report import plan_and_report
+
+    sequence = {"parallelism__sequence_parallel_degree": 4, "plan__world_size": 8}
+    folder = {"job__dump_folder": str(tmp_path)}
+
+    def planned(per_node: int) -> tuple[dict, str]:
+        plan_and_report(config(**sequence, **folder, plan__gpus_per_node=per_node))
+        return json.loads((tmp_path / "run" / "plan.json").read_text()), capsys.readouterr().out
+
+    across, said = planned(2)
+    inside, nothing = planned(4)
+    assert (
+        "parallelism.sequence_parallel_degree = 4 spans nodes of 2 rank(s): the exchanges of every "
+        "layer wait for the network between nodes. With 2 they stay inside a node, data "
+        "parallelism spans the nodes, and a rank has 2 times the tokens." in said
+    )
+    assert re.search(r"the exchange across nodes takes [\d.]+ ms; inside a node it would", said)
+    gpu, size = GPUS["H100-80GB"], across["collectives"]["all_to_all"]["bytes"]
+    assert across["seconds"]["exchange"] == pytest.approx(size * 2 / 4 / gpu.network)
+    assert across["exchange_seconds_inside_node"] == inside["seconds"]["exchange"]
+    assert inside["seconds"]["exchange"] == pytest.approx(size * 3 / 4 / gpu.node_link)
+    assert "spans nodes" not in nothing and "across nodes" not in nothing
+    assert inside["exchange_seconds_inside_node"] is None
+
+
+def test_the_plan_of_a_run_has_its_nodes(monkeypatch):
+    """As torchrun started it, whatever plan.gpus_per_node says."""
+    from titan_ulysses.train import preflight
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(preflight, "_TIMEOUT_S", 300.0)
+    run = {"world_size": 8, "model_bytes": 10**6, "gpu": "NVIDIA H100 80GB HBM3"}
+    sequence = config(parallelism__sequence_parallel_degree=4)
+    lines = preflight.Preflight(sequence, **run, gpu_memory=79 * 2**30).lines()
+    assert re.search(r"the exchange across nodes takes .* inside a node it would take", lines[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [8, 1024])
 def test_a_large_model_takes_a_minute(world_size, capsys):

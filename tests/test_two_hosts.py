@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.hosts import INTERFACE, REPOSITORY, Running, ended, two_hosts
+from helpers.hosts import INTERFACE, Running, ended, two_hosts
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, train, write_run
 

@@ -305,5 +305,3 @@ def _clean_environment() -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",  # for `Host.stacks`
         "PYTHON": sys.executable,
     }
-
-

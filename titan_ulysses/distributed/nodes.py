@@ -31,8 +31,10 @@ def spans_nodes(*, sequence: int, world_size: int, per_node: int) -> str | None:
     inside = neighbours_on_node(sequence=sequence, world_size=world_size, per_node=per_node)
     if inside == sequence:
         return None
+    best = max(n for n in range(1, sequence) if per_node % n == 0)
     return (
-        f"parallelism.sequence_parallel_degree = {sequence} spans nodes of {per_node} ranks: the "
-        "exchanges of every layer wait for the network between nodes. With a degree that divides "
-        f"{per_node} they stay inside a node, and data parallelism spans the nodes."
+        f"parallelism.sequence_parallel_degree = {sequence} spans nodes of {per_node} rank(s): the "
+        f"exchanges of every layer wait for the network between nodes. With {best} they stay "
+        f"inside a node, data parallelism spans the nodes, and a rank has {sequence / best:g} "
+        "times the tokens."
     )

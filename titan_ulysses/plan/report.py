@@ -175,7 +175,7 @@ def time_lines(plan: Plan) -> list[str]:
     ]
     if plan.exchange_inside_node is not None:
         lines.append(
-            f"  of which the exchange across nodes {time_text(time_.parts['exchange'])}; inside a "
+            f"  the exchange across nodes takes {time_text(time_.parts['exchange'])}; inside a "
             f"node it would take {time_text(plan.exchange_inside_node)}"
         )
     if at_once:
