@@ -206,6 +206,23 @@ def printed(runs: Sequence[Running]) -> str:
     return "\n".join(f"--- {run.host.name} ---\n{run.out.rstrip()}" for run in runs)
 
 
+def clone(folder: Path) -> Path:
+    """A clone of the repository whose scripts run with the Python of the tests.
+
+    Otherwise they would install a .venv, which a host without the internet cannot.
+    """
+    folder.mkdir()
+    for name in ("scripts", "configs", "titan_ulysses", "train.py", "pyproject.toml"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    python = _made(folder / ".venv" / "bin") / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    with open(folder / "pyproject.toml") as project:
+        checksum = subprocess.run(["cksum"], stdin=project, capture_output=True, text=True)
+    (folder / ".venv" / "installed").write_text(f"{checksum.stdout.strip()} \n")
+    return folder
+
+
 @functools.cache
 def without_namespaces() -> str | None:
     """Why this machine cannot have two hosts, as it said when two were tried; None if it can."""
@@ -303,5 +320,4 @@ def _clean_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONFAULTHANDLER": "1",  # for `Host.stacks`
-        "PYTHON": sys.executable,
     }
