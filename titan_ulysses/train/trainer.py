@@ -50,7 +50,7 @@ from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
 from titan_ulysses.train.preflight import Preflight
-from titan_ulysses.train.signals import StopSignals
+from titan_ulysses.train.signals import HOSTS_CHANGE, StopSignals, ask_for_restart
 from titan_ulysses.train.step import StepMetrics, learning_rate, parameter_not_finite, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
 
@@ -322,12 +322,7 @@ class Trainer:
             if self.preflight:
                 self.preflight.close()
         if self.step < total:
-            goes_on = (
-                "The same command goes on from there."
-                if config.checkpoint.enable
-                else "Nothing is saved."
-            )
-            self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
+            self._end_early()
             return
         if config.checkpoint.export:
             self._expect_finite_model()
@@ -551,6 +546,8 @@ class Trainer:
 
     def _acknowledge(self, name: str) -> None:
         """Print at once what a signal leads to."""
+        if name == HOSTS_CHANGE.name:
+            name = "Word that another host joins"
         then = (
             "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
         )
@@ -562,9 +559,31 @@ class Trainer:
 
         This is a small all-reduce on the host.
         """
-        flag = torch.tensor(int(self.signals.received))
+        flag = torch.tensor(2 if self.signals.received else int(self.signals.hosts_change))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self._another_host_joins = flag.item() == 1
         return bool(flag)
+
+    def _end_early(self) -> None:
+        """Say why the run stops before its last step, and how it goes on.
+
+        The ranks of an elastic run ask to be started again if another host joins, and if a signal
+        stops the ranks of another host only.
+        """
+        after = f"after step {self.step}"
+        if self.config.checkpoint.enable:
+            saved, goes_on = f"saved {after}", "The same command goes on from there."
+        else:
+            saved, goes_on = f"stopped {after}", "Nothing is saved."
+        elastic = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+        if self._another_host_joins:
+            self._say(f"Another host joins: {saved}, and all hosts start from there.")
+        elif elastic and not self.signals.received:
+            self._say(f"Another host was stopped by a signal: {saved}, and the others go on.")
+        else:
+            self._say(f"Stopped by a signal {after}. {goes_on}")
+            return
+        ask_for_restart()
 
     def _is_exported(self) -> bool:
         return (
