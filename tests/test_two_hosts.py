@@ -18,8 +18,6 @@ from typing import NamedTuple
 import pytest
 
 from helpers.hosts import (
-    INTERFACE,
-    REPOSITORY,
     Ended,
     Host,
     Running,
@@ -105,16 +103,10 @@ class Launcher:
 
     def start(self, settings: Settings, *, host: Host, of: str = "2") -> Running:
         """Start the ranks of one host; `of`: how many hosts there are, as multinode.sh has it."""
-        line = [of, str(self.hosts.index(host)), self.hosts[0].address, INTERFACE]
-        script = self.scripts / "multinode.sh"
+        line = [of, str(self.hosts.index(host)), self.hosts[0].address, host.interface]
         self.run = outputs(self.config, settings.get("job.name", "run"))
-        if without_namespaces() is None:
-            return host.start("bash", script, *line, self.config, *flags(settings), NPROC="2")
-        # Both are this machine. What the line checks, loopback among it, is not so.
-        options = f"--nnodes={of} --node-rank={line[1]} --master-addr={host.address}".split()
-        options += ["--nproc-per-node=2", "--master-port=29511"]
-        command = [*options, REPOSITORY / "train.py", "--config", self.config, *flags(settings)]
-        return host.start(sys.executable, REPOSITORY / "scripts" / "launch.py", *command)
+        script = self.scripts / "multinode.sh"
+        return host.start("bash", script, *line, self.config, *flags(settings), NPROC="2")
 
     def start_both(self, settings: Settings, *, of: str = "2") -> list[Running]:
         return [self.start(settings, host=host, of=of) for host in self.hosts]
@@ -152,7 +144,6 @@ def layouts(config: Path, hosts: Hosts) -> list[str]:
     """What both hosts have said of runs with each layout, one after the other."""
     short = SETTINGS | {"training.steps": FEW, "checkpoint.enable": False}
     runs = [json.dumps(short | {"job.name": name} | more) for name, more in LAYOUTS.items()]
-    environment = {"GLOO_SOCKET_IFNAME": INTERFACE} if without_namespaces() is None else {}
     started = [
         host.start(
             sys.executable,
@@ -165,7 +156,7 @@ def layouts(config: Path, hosts: Hosts) -> list[str]:
             "tests/helpers/several.py",
             config,
             *runs,
-            **environment,
+            GLOO_SOCKET_IFNAME=host.interface,
         )
         for rank, host in enumerate(hosts)
     ]

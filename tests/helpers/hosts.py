@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-INTERFACE = "link0"
 _NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 _BEGIN = """
 set -e
@@ -95,6 +94,7 @@ class Host:
     """The address that the other host reaches; both hosts reach their own."""
     folder: Path
     """Of the files that belong to this host alone."""
+    interface: str = "link0"
     _first: subprocess.Popen | None = None
     """Its first process. None where the host is this machine."""
     _user: tuple[str, ...] = ()
@@ -165,7 +165,7 @@ def two_hosts(folder: Path, *, isolated: bool | None = None) -> Iterator[tuple[H
             hosts = _linked(folder, stack)
         else:
             hosts = tuple(
-                Host("localhost", "127.0.0.1", _made(folder / f"host-{number}"))
+                Host("localhost", "127.0.0.1", _made(folder / f"host-{number}"), "lo")
                 for number in (1, 2)
             )
         for host in hosts:
@@ -175,13 +175,13 @@ def two_hosts(folder: Path, *, isolated: bool | None = None) -> Iterator[tuple[H
 
 def cut(one: Host, two: Host) -> float:
     """Unplug the cable at the second host: no packet arrives, and nobody is told. Return when."""
-    two.do("ip", "link", "set", INTERFACE, "down")
+    two.do("ip", "link", "set", two.interface, "down")
     return time.monotonic()
 
 
 def mend(one: Host, two: Host) -> None:
     """Plug the cable in again."""
-    two.do("ip", "link", "set", INTERFACE, "up")
+    two.do("ip", "link", "set", two.interface, "up")
 
 
 def ended(runs: Sequence[Running], *, within: float) -> list[Ended]:
@@ -248,12 +248,12 @@ def _linked(folder: Path, stack: ExitStack) -> tuple[Host, Host]:
     _begin(one, two, ("unshare", *(() if is_root else ("--user", "--map-root-user"))), stack)
     within = () if is_root else ("nsenter", f"--target={_child(one._first.pid)}", *user)
     _begin(two, one, (*within, "unshare"), stack)
-    cable = ["type", "veth", "peer", "name", INTERFACE, "netns", str(_child(two._first.pid))]
+    cable = ["type", "veth", "peer", "name", two.interface, "netns", str(_child(two._first.pid))]
     outside = [part for part in one._enter() if part not in ("--pid", "--mount")]
-    _run(*outside, "ip", "link", "add", INTERFACE, *cable)
+    _run(*outside, "ip", "link", "add", one.interface, *cable)
     for host in (one, two):
-        host.do("ip", "address", "add", f"{host.address}/24", "dev", INTERFACE)
-        host.do("ip", "link", "set", INTERFACE, "up")
+        host.do("ip", "address", "add", f"{host.address}/24", "dev", host.interface)
+        host.do("ip", "link", "set", two.interface, "up")
     return one, two
 
 
