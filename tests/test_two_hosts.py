@@ -34,7 +34,7 @@ from helpers.runs import Settings, learned, train, write_run
 
 Hosts = tuple[Host, Host]
 Lines = list[tuple[int, float, float]]
-TIMEOUT = 10.0
+TIMEOUT = 15.0
 BOUND = TIMEOUT + 10
 """Seconds from what has happened until all that are alive have ended."""
 START = 180.0
