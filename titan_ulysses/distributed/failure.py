@@ -64,6 +64,9 @@ _ANSWER_SECONDS = 4.0
 _TOLD_SECONDS = 3.0
 """Seconds that a rank waits for the message of the rank that failed first."""
 
+_LINGER_SECONDS = 2.5
+"""Seconds for which the host of the store stays, so that the other hosts hear of a failure."""
+
 _ending = threading.Lock()
 """Held by the thread that ends this process."""
 
@@ -169,6 +172,17 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _exit_when_told(code: int) -> NoReturn:
+    """Exit after a failure that the store knows of.
+
+    The store ends with the ranks of its host. So these stay until the other hosts have asked it.
+    """
+    if run_store.node() == "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        sys.stderr.flush()
+        time.sleep(_LINGER_SECONDS)
+    _exit(code)
+
+
 def end(message: str, code: int) -> NoReturn:
     """End this rank at once with a message, unless another rank of this host has printed one.
 
@@ -185,7 +199,7 @@ def end_like_the_first(store: TCPStore) -> NoReturn:
     message, code = _of_the_first(store)
     if store.add(run_store.key(f"failures/{run_store.node()}"), 1) == 1:
         print(message, file=sys.stderr)
-    _exit(code)
+    _exit_when_told(code)
 
 
 def failures(store: TCPStore) -> int:
@@ -198,6 +212,7 @@ def _count_and_print(message: str, code: int) -> NoReturn:
     if run_store.rank_and_size()[1] == 1:
         print(message, file=sys.stderr)
         _exit(code)
+    import torch.distributed  # noqa: F401  it may take longer than the store has time to answer
 
     def count() -> tuple[TCPStore, int, int]:
         store = run_store.connect()
@@ -215,12 +230,12 @@ def _count_and_print(message: str, code: int) -> NoReturn:
         rank, host = run_store.rank_and_size()[0], run_store.host_name()
         told = {"rank": rank, "host": host, "message": message, "code": code}
         run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", told))
-        _exit(code)
+        _exit_when_told(code)
     first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
     if ranks_of_host == 1:
         is_other = first and first["message"] != message
         print(_repeated(first) if first and is_other else message, file=sys.stderr)
-    _exit(first["code"] if first else code)
+    _exit_when_told(first["code"] if first else code)
 
 
 def _of_the_first(store: TCPStore) -> tuple[str, int]:
