@@ -7,6 +7,7 @@ would wait for each other in one for ever.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -30,6 +31,9 @@ _FILE_SECONDS = 5.0
 """Seconds in which a file on a shared file system must be seen by all hosts."""
 _POLL_SECONDS = 0.05
 
+_meetings = itertools.count()
+"""Numbers the meetings of these ranks: a program may make several trainers, one after the other."""
+
 
 class Ranks:
     """The ranks of a run before the process group exists, and the host of each.
@@ -49,8 +53,9 @@ class Ranks:
         if not run_store.has_store():
             return
         self._timeout = config.comm.startup_timeout_s
+        self._meeting = next(_meetings)
         self._store = run_store.first_connection(self._timeout)
-        self.watch = Watch(self._timeout)
+        self.watch = Watch.started(self._timeout)
         self._agree(config)
         self.watch.hosts = self.hosts
 
@@ -65,10 +70,10 @@ class Ranks:
         """
         if self.watch is None:
             return choose([value])
-        run_store.put(self._store, f"{name}/{self.rank}", value)
+        self._put(f"{name}/{self.rank}", value)
         if self.rank == 0:
             values = [self._await(f"{name}/{rank}", rank) for rank in range(len(self.hosts))]
-            run_store.put(self._store, name, choose(values))
+            self._put(name, choose(values))
         return self._await(name, 0)
 
     def expect_one_folder(self, folder: Path, setting: str) -> None:
@@ -101,10 +106,14 @@ class Ranks:
                 "checkpoint.shared = false, with which each host keeps its own shards."
             )
 
+    def _put(self, name: str, value: Any) -> None:
+        run_store.put(self._store, f"{self._meeting}/{name}", value)
+
     def _await(self, name: str, rank: int, *, seconds: float | None = None) -> Any:
         """Return a value that `rank` puts into the store. UserError if it does not come in time."""
         deadline, pause = time.monotonic() + (seconds or self._timeout), _POLL_SECONDS
         # Not `store.wait`, which holds the store's connection and prints when it times out.
+        name = f"{self._meeting}/{name}"
         while not run_store.is_there(self._store, name):
             if time.monotonic() > deadline:
                 raise UserError(
@@ -124,13 +133,13 @@ class Ranks:
         digest = hashlib.sha256(text.encode()).hexdigest()
         self._store.set(run_store.key(f"claims/{digest}"), text)
         claim = [run_store.node(), run_store.host_name(), digest]
-        run_store.put(self._store, f"claim/{self.rank}", claim)
+        self._put(f"claim/{self.rank}", claim)
         if self.rank == 0:
             nodes, hosts, digests = zip(*self._all_claims(), strict=True)
             labels = _labels(nodes, hosts)
             texts = {d: json.loads(self._store.get(run_store.key(f"claims/{d}"))) for d in digests}
             problem = _difference(labels, [texts[digest] for digest in digests])
-            run_store.put(self._store, "claim", {"hosts": labels, "problem": problem})
+            self._put("claim", {"hosts": labels, "problem": problem})
         verdict = self._await("claim", 0)
         if verdict["problem"]:
             message, code = verdict["problem"]

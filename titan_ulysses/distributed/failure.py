@@ -64,6 +64,9 @@ _ANSWER_SECONDS = 4.0
 _TOLD_SECONDS = 3.0
 """Seconds that a rank waits for the message of the rank that failed first."""
 
+_LINGER_SECONDS = 2.5
+"""Seconds for which the host of the store stays, so that the other hosts hear of a failure."""
+
 _ending = threading.Lock()
 """Held by the thread that ends this process."""
 
@@ -162,11 +165,26 @@ def _leave_together() -> None:
         _exit(0)
 
 
-def _exit(code: int) -> NoReturn:
+def _print(message: str) -> None:
     with suppress(OSError, ValueError):  # the reader of the output may be gone
+        print(message, file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> NoReturn:
+    with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def _exit_when_told(code: int) -> NoReturn:
+    """Exit after a failure that the store knows of.
+
+    The store ends with the ranks of its host. So these stay until the other hosts have asked it.
+    """
+    if run_store.node() == "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        time.sleep(_LINGER_SECONDS)
+    _exit(code)
 
 
 def end(message: str, code: int) -> NoReturn:
@@ -182,10 +200,16 @@ def end(message: str, code: int) -> NoReturn:
 def end_like_the_first(store: TCPStore) -> NoReturn:
     """End this rank because another one has failed, with the message and exit code of that one."""
     _ending.acquire()
-    message, code = _of_the_first(store)
-    if store.add(run_store.key(f"failures/{run_store.node()}"), 1) == 1:
-        print(message, file=sys.stderr)
-    _exit(code)
+
+    def ask() -> tuple[dict[str, Any] | None, int]:
+        return _told(store), store.add(run_store.key(f"failures/{run_store.node()}"), 1)
+
+    lost = None, 1 if run_store.leads_host() else 2
+    first, ranks_of_host = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, ask) or lost
+    if ranks_of_host == 1:
+        # Without a message, the first rank was ended before it could say why.
+        _print(_repeated(first) if first else f"error: another rank has failed. {GOES_ON}")
+    _exit_when_told(first["code"] if first else 1)
 
 
 def failures(store: TCPStore) -> int:
@@ -196,8 +220,9 @@ def failures(store: TCPStore) -> int:
 def _count_and_print(message: str, code: int) -> NoReturn:
     message = message.rstrip()
     if run_store.rank_and_size()[1] == 1:
-        print(message, file=sys.stderr)
+        _print(message)
         _exit(code)
+    import torch.distributed  # noqa: F401  it may take longer than the store has time to answer
 
     def count() -> tuple[TCPStore, int, int]:
         store = run_store.connect()
@@ -207,27 +232,22 @@ def _count_and_print(message: str, code: int) -> NoReturn:
     answer = run_store.within(_ANSWER_SECONDS, count)
     if answer is None:  # the store is gone, so that hosts cannot know of each other
         if run_store.leads_host():
-            print(message, file=sys.stderr)
+            _print(message)
+        else:
+            time.sleep(1)  # the launcher ends the first rank as soon as another one has ended
         _exit(code)
     store, ranks, ranks_of_host = answer
     if ranks == 1:
-        print(message, file=sys.stderr, flush=True)
+        _print(message)
         rank, host = run_store.rank_and_size()[0], run_store.host_name()
         told = {"rank": rank, "host": host, "message": message, "code": code}
         run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", told))
-        _exit(code)
+        _exit_when_told(code)
     first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
     if ranks_of_host == 1:
         is_other = first and first["message"] != message
-        print(_repeated(first) if first and is_other else message, file=sys.stderr)
-    _exit(first["code"] if first else code)
-
-
-def _of_the_first(store: TCPStore) -> tuple[str, int]:
-    first = _told(store)
-    if first is None:  # it was ended before it could say why
-        return f"error: another rank has failed. {GOES_ON}", 1
-    return _repeated(first), first["code"]
+        _print(_repeated(first) if first and is_other else message)
+    _exit_when_told(first["code"] if first else code)
 
 
 def _told(store: TCPStore) -> dict[str, Any] | None:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import TYPE_CHECKING, ClassVar
 
 from titan_ulysses.distributed import failure, run_store
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 _SECONDS = 1.0
 """Seconds between two questions of a rank; more where many ranks ask."""
@@ -26,6 +30,16 @@ class Watch:
     it is alive, for `timeout_s` seconds. Seconds count only while this process runs: a process that
     was stopped for a while does not take the others for lost.
     """
+
+    _started: ClassVar[Watch | None] = None
+
+    @classmethod
+    def started(cls, timeout_s: float) -> Watch:
+        """Return the watch of this process with this timeout. Start it if there is none."""
+        if cls._started is None:
+            cls._started = cls(timeout_s)
+        cls._started.timeout_s = timeout_s
+        return cls._started
 
     def __init__(self, timeout_s: float):
         self.timeout_s = timeout_s
@@ -59,7 +73,7 @@ class Watch:
                 store = None  # connect again; the other thread counts the seconds
             time.sleep(self._interval)
 
-    def _listen(self, store) -> None:
+    def _listen(self, store: TCPStore) -> None:
         """End this rank if another one has said nothing for too long."""
         values = store.multi_get([run_store.key(f"alive/{rank}") for rank in range(self._size)])
         for rank, value in enumerate(values):
