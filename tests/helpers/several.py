@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +14,5 @@ if __name__ == "__main__":
     from titan_ulysses.distributed.failure import exit_on_error
 
     with exit_on_error():
-        for number, settings in enumerate(sys.argv[2:]):
-            # As if torchrun had started the ranks again: each run has keys of its own in the store.
-            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        for settings in sys.argv[2:]:
             train(Path(sys.argv[1]), json.loads(settings))
