@@ -175,13 +175,18 @@ def two_hosts(folder: Path, *, isolated: bool | None = None) -> Iterator[tuple[H
 
 def cut(one: Host, two: Host) -> float:
     """Unplug the cable at the second host: no packet arrives, and nobody is told. Return when."""
-    two.do("ip", "link", "set", two.interface, "down")
+    _plug(two, "down")
     return time.monotonic()
 
 
 def mend(one: Host, two: Host) -> None:
     """Plug the cable in again."""
-    two.do("ip", "link", "set", two.interface, "up")
+    _plug(two, "up")
+
+
+def _plug(host: Host, state: str) -> None:
+    assert host._first, "this machine's own network stays as it is"
+    host.do("ip", "link", "set", host.interface, state)
 
 
 def ended(runs: Sequence[Running], *, within: float) -> list[Ended]:
@@ -253,7 +258,7 @@ def _linked(folder: Path, stack: ExitStack) -> tuple[Host, Host]:
     _run(*outside, "ip", "link", "add", one.interface, *cable)
     for host in (one, two):
         host.do("ip", "address", "add", f"{host.address}/24", "dev", host.interface)
-        host.do("ip", "link", "set", two.interface, "up")
+        host.do("ip", "link", "set", host.interface, "up")
     return one, two
 
 
