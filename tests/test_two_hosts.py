@@ -304,12 +304,18 @@ def test_out_and_back_in(launcher: Launcher, hosts: Hosts, config: Path) -> None
     # Steps of a second or so: the host must be back before there are hundreds.
     settings = LONG | {"job.name": "elastic", "training.global_batch_size": 256}
     first, second = launcher.start_both(settings, of="1:2")
-    launcher.wait_for([first, second], lambda lines: len(lines) >= 7)
+
+    def meshes(shards: int) -> int:
+        return first.out.count(f"mesh: dp_replicate 1 x dp_shard {shards} x sp 2")
+
+    launcher.wait_for([first, second], lambda lines: meshes(2) == 1 and len(lines) >= 7)
+    before = meshes(1)  # more than none where the second host was seconds late
     hosts[1].kill()
-    launcher.wait_for([first], lambda _: first.out.count("dp_shard 1 x sp 2") == 1)
-    launcher.wait_for([first], lambda lines: lines[-1][0] >= 14)
+    launcher.wait_for([first], lambda _: meshes(1) > before)
+    out = len(launcher.logged())
+    launcher.wait_for([first], lambda lines: len(lines) >= out + 2)
     second = launcher.start(settings, host=hosts[1], of="1:2")
-    launcher.wait_for([first, second], lambda _: first.out.count("dp_shard 2 x sp 2") == 2)
+    launcher.wait_for([first, second], lambda _: meshes(2) == 2)
     back = len(launcher.logged())
     launcher.wait_for([first, second], lambda lines: len(lines) >= back + 2)
     for host in hosts:

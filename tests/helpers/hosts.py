@@ -135,6 +135,7 @@ class Host:
 
     def has_its_own(self, path: Path) -> None:
         """Give this host a folder of its own in the place of `path`, which exists."""
+        assert self._first, "this machine's own files stay as they are"
         own = self.folder / "own"
         own.mkdir()
         self.do("mount", "--bind", own, path)
