@@ -551,11 +551,19 @@ def test_preflight(monkeypatch):
         in enforced.measured(1.5)[0]
     )
     monkeypatch.setattr(preflight, "_TIMEOUT_S", 0.0)
-    gpu = Preflight(config(), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
+    # Two ranks a node, as torchrun started them, whatever plan.gpus_per_node says.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    gpu = Preflight(
+        config(parallelism__sequence_parallel_degree=4),
+        **run | {"gpu": "NVIDIA H100 80GB HBM3", "world_size": 8},
+        gpu_memory=79 * 2**30,
+    )
     assert gpu.lines() == ["plan: not ready after 0 s (the machine is busy): it follows when it is"]
     assert gpu.news() == []
     gpu._reader.join()
-    assert "GiB of 79.00 GiB at the peak of a GPU" in gpu.news()[0] and gpu.news() == []
+    news = gpu.news()
+    assert "GiB of 79.00 GiB at the peak of a GPU" in news[0] and gpu.news() == []
+    assert re.search(r"the exchange across nodes takes .* inside a node it would take", news[-1])
     gpu.enforce = True
     assert gpu.obstacle() is None
     assert "measured (" in gpu.measured(1.0)[0] and gpu.measured(1.0) == []
@@ -603,18 +611,6 @@ def test_a_sequence_that_spans_nodes(tmp_path, capsys):
     assert inside["seconds"]["exchange"] == pytest.approx(size * 3 / 4 / gpu.node_link)
     assert "spans nodes" not in nothing and "across nodes" not in nothing
     assert inside["exchange_seconds_inside_node"] is None
-
-
-def test_the_plan_of_a_run_has_its_nodes(monkeypatch):
-    """As torchrun started it, whatever plan.gpus_per_node says."""
-    from titan_ulysses.train import preflight
-
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(preflight, "_TIMEOUT_S", 300.0)
-    run = {"world_size": 8, "model_bytes": 10**6, "gpu": "NVIDIA H100 80GB HBM3"}
-    sequence = config(parallelism__sequence_parallel_degree=4)
-    lines = preflight.Preflight(sequence, **run, gpu_memory=79 * 2**30).lines()
-    assert re.search(r"the exchange across nodes takes .* inside a node it would take", lines[-1])
 
 
 @pytest.mark.slow
