@@ -306,7 +306,10 @@ def _made(folder: Path) -> Path:
 
 def _child(parent: int) -> int:
     """The process that `parent`, an unshare, has started."""
-    return int(Path(f"/proc/{parent}/task/{parent}/children").read_text().split()[0])
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    if not children:
+        raise OSError("the host has ended")
+    return int(children[0])
 
 
 def _marked(mark: str) -> list[int]:
