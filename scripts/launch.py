@@ -142,24 +142,29 @@ def keep_alive(silence: float) -> None:
     torchrun opens them in places that take no option, and reads from them without a timeout. So a
     thread looks for new ones.
     """
+
+    def watch() -> None:
+        while True:
+            bound_silence(silence)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True, name="keep-alive").start()
+
+
+def bound_silence(silence: float) -> None:
+    """Set that bound on all TCP connections that are open now, on Linux."""
     options = (
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, min(30, int(silence / 3)))),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, min(10, int(silence / 6)))),
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence * 1000)),
     )
-
-    def watch() -> None:
-        while True:
-            for number in os.listdir("/proc/self/fd"):
-                with suppress(OSError):  # not a TCP socket, or closed since
-                    if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
-                        with socket.socket(fileno=os.dup(int(number))) as connection:
-                            for option in options:
-                                connection.setsockopt(*option)
-            time.sleep(1)
-
-    threading.Thread(target=watch, daemon=True, name="keep-alive").start()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # not a TCP socket, or closed since
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(number))) as connection:
+                    for option in options:
+                        connection.setsockopt(*option)
 
 
 def _rendezvous_settings(args: Any) -> dict[str, str]:
