@@ -47,7 +47,7 @@ from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART
 
 _DAY = 24 * 60 * 60
 _TIMEOUT = 600.0
-"""Seconds for which a host may be silent, where the config does not say."""
+"""Seconds for which a host may be silent, where there is no config that says so."""
 _PATIENCE = 5
 """Seconds that the ranks of a run that has failed get to end."""
 
@@ -129,11 +129,9 @@ def silence_of(command: list[str]) -> float:
         return _TIMEOUT
     try:
         parsed = parse_command_line(arguments)
-        config: Any = load_config(parsed.config_path, parsed.overrides)
+        return load_config(parsed.config_path, parsed.overrides).comm.timeout_s
     except (UserError, SystemExit):
         return _TIMEOUT
-    comm = getattr(config, "comm", None)
-    return comm.timeout_s if comm else _TIMEOUT
 
 
 def keep_alive(silence: float) -> None:
