@@ -47,7 +47,7 @@ from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART
 
 _DAY = 24 * 60 * 60
 _TIMEOUT = 600.0
-"""Seconds for which a host may be silent, where the config does not say."""
+"""Seconds for which a host may be silent, where there is no config that says so."""
 _PATIENCE = 5
 """Seconds that the ranks of a run that has failed get to end."""
 
@@ -129,11 +129,9 @@ def silence_of(command: list[str]) -> float:
         return _TIMEOUT
     try:
         parsed = parse_command_line(arguments)
-        config: Any = load_config(parsed.config_path, parsed.overrides)
+        return load_config(parsed.config_path, parsed.overrides).comm.timeout_s
     except (UserError, SystemExit):
         return _TIMEOUT
-    comm = getattr(config, "comm", None)
-    return comm.timeout_s if comm else _TIMEOUT
 
 
 def keep_alive(silence: float) -> None:
@@ -142,24 +140,29 @@ def keep_alive(silence: float) -> None:
     torchrun opens them in places that take no option, and reads from them without a timeout. So a
     thread looks for new ones.
     """
+
+    def watch() -> None:
+        while True:
+            bound_silence(silence)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True, name="keep-alive").start()
+
+
+def bound_silence(silence: float) -> None:
+    """Set that bound on all TCP connections that are open now, on Linux."""
     options = (
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, min(30, int(silence / 3)))),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, min(10, int(silence / 6)))),
         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence * 1000)),
     )
-
-    def watch() -> None:
-        while True:
-            for number in os.listdir("/proc/self/fd"):
-                with suppress(OSError):  # not a TCP socket, or closed since
-                    if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
-                        with socket.socket(fileno=os.dup(int(number))) as connection:
-                            for option in options:
-                                connection.setsockopt(*option)
-            time.sleep(1)
-
-    threading.Thread(target=watch, daemon=True, name="keep-alive").start()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # not a TCP socket, or closed since
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(number))) as connection:
+                    for option in options:
+                        connection.setsockopt(*option)
 
 
 def _rendezvous_settings(args: Any) -> dict[str, str]:

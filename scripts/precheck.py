@@ -80,10 +80,12 @@ def meet(meeting: Meeting) -> Met:
             f"RANK {meeting.rank} of {meeting.hosts} hosts: ranks count from 0, so the last one is "
             f"{meeting.most - 1}"
         )
+    if meeting.interface:
+        check_interface(meeting)
     deadline = time.monotonic() + meeting.patience
     address = resolve(meeting, deadline)
+    check_first(meeting, address)
     interface, own = own_address(meeting, address)
-    check_first(meeting, address, interface)
     store = open_store(meeting) if meeting.is_first else reach_store(meeting, address, deadline)
     agree(store, meeting, deadline)
     return Met(interface, own, store)
@@ -139,20 +141,25 @@ def resolve(meeting: Meeting, deadline: float) -> str:
         time.sleep(1)
 
 
+def check_interface(meeting: Meeting) -> None:
+    """Check that the named interface is there and has an address."""
+    there = interfaces()
+    if meeting.interface not in there:
+        raise UserError(
+            f"{_own_name()} has no network interface {meeting.interface}. It has {_in_words(there)}"
+        )
+    if not there[meeting.interface]:
+        raise UserError(
+            f"the network interface {meeting.interface} of {_own_name()} has no address. The "
+            f"interfaces are {_in_words(there)}"
+        )
+
+
 def own_address(meeting: Meeting, first: str) -> tuple[str, str]:
     """Return the interface that leads to the other hosts, and this host's address on it."""
     there = interfaces()
-    if name := meeting.interface:
-        if name not in there:
-            raise UserError(
-                f"{_own_name()} has no network interface {name}. It has {_in_words(there)}"
-            )
-        if not there[name]:
-            raise UserError(
-                f"the network interface {name} of {_own_name()} has no address. The interfaces are "
-                f"{_in_words(there)}"
-            )
-        return name, there[name][0]
+    if meeting.interface:
+        return meeting.interface, there[meeting.interface][0]
     # A datagram socket that is connected sends nothing, but has the address of the route.
     # Where a host's own name is loopback, take the default route: 192.0.2.1 is nobody's address.
     target = "192.0.2.1" if _is_loopback(first) and meeting.is_first else first
@@ -172,10 +179,10 @@ def own_address(meeting: Meeting, first: str) -> tuple[str, str]:
     )
 
 
-def check_first(meeting: Meeting, address: str, interface: str) -> None:
+def check_first(meeting: Meeting, address: str) -> None:
     """Check that the address of the first host is one that the others reach."""
     everywhere = interfaces()
-    if any(_is_loopback(own) for own in everywhere.get(interface, [])):
+    if any(_is_loopback(own) for own in everywhere.get(meeting.interface, [])):
         return  # hosts that are one machine, as in the tests
     if _is_loopback(address):
         if not meeting.is_first:

@@ -84,7 +84,7 @@ def exit_on_error() -> Iterator[None]:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         yield
-        _leave_together()
+        leave_together()
     except UserError as error:
         end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
@@ -147,7 +147,7 @@ def _lost_peer(error: BaseException | None) -> str | None:
     return None
 
 
-def _leave_together() -> None:
+def leave_together(code: int = 0) -> None:
     """End this rank when all ranks have done their work; do nothing without a process group.
 
     The interpreter's own shutdown is skipped: during it, threads of a process group may abort a
@@ -162,7 +162,7 @@ def _leave_together() -> None:
         with suppress(Exception):
             dist.barrier()
         _ending.acquire()  # the store may go now, and nobody needs to hear of it
-        _exit(0)
+        _exit(code)
 
 
 def _print(message: str) -> None:

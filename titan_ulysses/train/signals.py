@@ -13,13 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 HOSTS_CHANGE = signal.SIGUSR1
 """The signal of scripts/launch.py where a host joins: save, and be started again with it."""
 RESTART = 75
-"""The exit code by which a rank asks to be started again: EX_TEMPFAIL of sysexits.h."""
+"""The exit code by which a rank asks the launcher to start it again: EX_TEMPFAIL."""
 _PATIENCE = 1.0
 """Seconds within which a second signal counts as the first.
 
@@ -91,15 +90,3 @@ class StopSignals:
 
 def _nothing(*_) -> None:
     """Do nothing. Without a Python handler, the interpreter would not take the signal."""
-
-
-def ask_for_restart() -> NoReturn:
-    """End this rank, together with the others, so that the launcher starts it again."""
-    import torch.distributed as dist
-
-    # The barrier fails on a rank whose peer has already ended; that rank is only late.
-    with suppress(Exception):
-        dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(RESTART)

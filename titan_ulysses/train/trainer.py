@@ -25,7 +25,7 @@ from titan_ulysses.data.loader import Loader
 from titan_ulysses.distributed.agreement import Ranks
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.failure import first_failure, leave_together
 from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.distributed.hardware import peak_flops
 from titan_ulysses.distributed.mesh import build_mesh, init_distributed, set_timeout
@@ -51,7 +51,7 @@ from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
 from titan_ulysses.train.preflight import Preflight
-from titan_ulysses.train.signals import HOSTS_CHANGE, StopSignals, ask_for_restart
+from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART, StopSignals
 from titan_ulysses.train.step import StepMetrics, learning_rate, parameter_not_finite, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
 
@@ -624,7 +624,7 @@ class Trainer:
         else:
             self._say(f"Stopped by a signal {after}. {goes_on}")
             return
-        ask_for_restart()
+        leave_together(RESTART)
 
     def _is_exported(self) -> bool:
         """Return whether rank 0, which exports, sees the export of this step. Collective."""
