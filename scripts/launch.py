@@ -173,6 +173,8 @@ def _rendezvous_settings(args: Any) -> dict[str, str]:
 class Agent(LocalElasticAgent):
     """torchrun's agent, but ranks are stopped as the reason for it asks."""
 
+    _remaining_restarts: int
+
     def _stop_workers(self, worker_group: Any, *args: Any, **kwargs: Any) -> None:
         if worker_group.state == WorkerState.HEALTHY:
             # Another host wants to join. The ranks finish the step and save, however long it takes.

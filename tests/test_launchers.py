@@ -160,14 +160,16 @@ def test_a_port_that_is_taken(port: int) -> None:
         )
 
 
-def test_a_port_of_another_program(port: int) -> None:
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.6\r\n" * 8, b""], ids=["ssh", "silent"])
+def test_a_port_of_another_program(
+    greeting: bytes, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def talk() -> None:
-        connection, _ = other.accept()  # of the look whether anybody is there
-        connection.close()
-        connection, _ = other.accept()
-        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n" * 8)
-        connection.close()
+        connections = [other.accept()[0]]  # of the look whether anybody is there
+        connections.append(other.accept()[0])
+        connections[1].sendall(greeting)
 
+    monkeypatch.setattr(precheck, "_ANSWER", 1.0)
     with socket.socket() as other:
         other.bind(("", port))
         other.listen()
