@@ -562,7 +562,7 @@ def test_slurm_saves_queues_again_and_goes_on(
 
     first, second = sorted((tmp_path / "clone" / "logs" / f"JOB-{number}").iterdir())
     assert len([*second.rglob("stdout.log")]) == 2, "one for each rank"
-    captured = (first / "job.txt").read_text()
+    captured = (first / "environment.txt").read_text()
     assert "SLURM_NNODES=2" in captured and "hidden" not in captured
 
 
