@@ -37,6 +37,7 @@ import precheck  # noqa: E402
 from precheck import Meeting  # noqa: E402
 
 from helpers.runs import learned, write_run  # noqa: E402
+from titan_ulysses.distributed import run_store  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
 
 HERE = socket.gethostname()
@@ -387,6 +388,18 @@ def test_ranks_save_and_start_again_where_a_host_joins(tmp_path: Path) -> None:
     assert saved, out
     assert "Stopped by a signal" not in out
     assert [step for step, *_ in learned(run)] == [*range(1, 31)]
+
+
+def test_a_host_that_joins_an_elastic_run_uses_the_keys_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun counts restarts on each host, and a host that joins later starts at 0."""
+    found = []
+    for agent, count in (("False", "0"), ("False", "1"), ("True", "1")):
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        found.append(run_store.key("claim"))
+    assert found == ["titan_ulysses/0/claim"] * 2 + ["titan_ulysses/1/claim"]
 
 
 # --- multinode.sh ---------------------------------------------------------------------------------
