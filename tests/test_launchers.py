@@ -335,8 +335,8 @@ def test_a_silent_connection_ends() -> None:
 
 
 def test_how_long_a_host_may_be_silent(tmp_path: Path) -> None:
-    config = tmp_path / "run.toml"
-    config.write_text("[comm]\ntimeout_s = 45\n")
+    config = write_run(tmp_path)
+    config.write_text(f"{config.read_text()}\n[comm]\ntimeout_s = 45\n")
     assert launch.silence_of(["train.py", "--config", str(config)]) == 45
     command = ["clone/train.py", "--config", str(config), "--comm.timeout_s", "7"]
     assert launch.silence_of(command) == 7
