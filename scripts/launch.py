@@ -24,6 +24,9 @@ import time
 from contextlib import suppress
 from typing import Any
 
+# The store of torch reports each connection that it loses; what that means is said here.
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")
+
 import torch.distributed.launcher.api as torch_launcher
 from precheck import Meeting, meet
 from torch.distributed import DistError
@@ -90,7 +93,7 @@ def meeting_of(args: Any) -> Meeting | None:
     if args.rdzv_backend == "static":
         if least < most:
             raise UserError(f"--nnodes {args.nnodes}: an elastic run needs --rdzv-backend c10d")
-        first, port = args.master_addr, int(args.master_port)
+        first, port = args.master_addr or "127.0.0.1", int(args.master_port or 29500)
         if args.rdzv_endpoint:
             first, port = parse_rendezvous_endpoint(args.rdzv_endpoint, port)
     else:
@@ -172,6 +175,8 @@ def _rendezvous_settings(args: Any) -> dict[str, str]:
 
 class Agent(LocalElasticAgent):
     """torchrun's agent, but ranks are stopped as the reason for it asks."""
+
+    _remaining_restarts: int
 
     def _stop_workers(self, worker_group: Any, *args: Any, **kwargs: Any) -> None:
         if worker_group.state == WorkerState.HEALTHY:

@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 from torch.distributed import PrefixStore, TCPStore
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.run_store import within
 
 _SILENCE = 5.0
 """Seconds of waiting after which a host says what it waits for."""
 _AGAIN = 60.0
 """Seconds after which it says so again."""
+_ANSWER = 10.0
+"""Seconds that a launcher needs at most to answer a connection."""
 _SIOCGIFADDR = 0x8915
 _KEYS = "titan_ulysses/hosts"
 
@@ -260,19 +263,24 @@ def reach_store(meeting: Meeting, address: str, deadline: float) -> TCPStore:
             )
         say(reason)
         time.sleep(0.5)
-    try:
+
+    def connect() -> TCPStore:
         return TCPStore(
             meeting.first,
             meeting.port,
             is_master=False,
             wait_for_workers=False,
-            timeout=timedelta(seconds=10),
+            timeout=timedelta(seconds=_ANSWER),
         )
-    except RuntimeError:
+
+    # A program that listens and says nothing would keep the connection waiting for ever.
+    store = within(_ANSWER, connect)
+    if store is None:
         raise UserError(
             f"{meeting.endpoint} answers, but is not a launcher: another program has this port. "
             "Give all hosts another one"
-        ) from None
+        )
+    return store
 
 
 def _does_not_answer(address: str, port: int) -> str:

@@ -37,6 +37,7 @@ import precheck  # noqa: E402
 from precheck import Meeting  # noqa: E402
 
 from helpers.runs import learned, write_run  # noqa: E402
+from titan_ulysses.distributed import run_store  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
 
 HERE = socket.gethostname()
@@ -160,14 +161,16 @@ def test_a_port_that_is_taken(port: int) -> None:
         )
 
 
-def test_a_port_of_another_program(port: int) -> None:
+@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.6\r\n" * 8, b""], ids=["ssh", "silent"])
+def test_a_port_of_another_program(
+    greeting: bytes, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def talk() -> None:
-        connection, _ = other.accept()  # of the look whether anybody is there
-        connection.close()
-        connection, _ = other.accept()
-        connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n" * 8)
-        connection.close()
+        connections = [other.accept()[0]]  # of the look whether anybody is there
+        connections.append(other.accept()[0])
+        connections[1].sendall(greeting)
 
+    monkeypatch.setattr(precheck, "_ANSWER", 1.0)
     with socket.socket() as other:
         other.bind(("", port))
         other.listen()
@@ -332,8 +335,8 @@ def test_a_silent_connection_ends() -> None:
 
 
 def test_how_long_a_host_may_be_silent(tmp_path: Path) -> None:
-    config = tmp_path / "run.toml"
-    config.write_text("[comm]\ntimeout_s = 45\n")
+    config = write_run(tmp_path)
+    config.write_text(f"{config.read_text()}\n[comm]\ntimeout_s = 45\n")
     assert launch.silence_of(["train.py", "--config", str(config)]) == 45
     command = ["clone/train.py", "--config", str(config), "--comm.timeout_s", "7"]
     assert launch.silence_of(command) == 7
@@ -385,6 +388,18 @@ def test_ranks_save_and_start_again_where_a_host_joins(tmp_path: Path) -> None:
     assert saved, out
     assert "Stopped by a signal" not in out
     assert [step for step, *_ in learned(run)] == [*range(1, 31)]
+
+
+def test_a_host_that_joins_an_elastic_run_uses_the_keys_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torchrun counts restarts on each host, and a host that joins later starts at 0."""
+    found = []
+    for agent, count in (("False", "0"), ("False", "1"), ("True", "1")):
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        found.append(run_store.key("claim"))
+    assert found == ["titan_ulysses/0/claim"] * 2 + ["titan_ulysses/1/claim"]
 
 
 # --- multinode.sh ---------------------------------------------------------------------------------
@@ -560,7 +575,7 @@ def test_slurm_saves_queues_again_and_goes_on(
 
     first, second = sorted((tmp_path / "clone" / "logs" / f"JOB-{number}").iterdir())
     assert len([*second.rglob("stdout.log")]) == 2, "one for each rank"
-    captured = (first / "job.txt").read_text()
+    captured = (first / "environment.txt").read_text()
     assert "SLURM_NNODES=2" in captured and "hidden" not in captured
 
 

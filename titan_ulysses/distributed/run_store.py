@@ -57,8 +57,14 @@ def address() -> tuple[str, int]:
 
 
 def key(name: str) -> str:
-    """Return the store's key of `name`, apart from those of torchrun and of earlier attempts."""
-    return f"titan_ulysses/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}"
+    """Return the store's key of `name`, apart from those of torchrun and of earlier attempts.
+
+    Where rank 0 runs the store, each attempt has a store of its own. The count must not be part of
+    the key then: it counts the restarts of each host, and a host that joins later is at 0.
+    """
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if agent else 0
+    return f"titan_ulysses/{attempt}/{name}"
 
 
 def first_connection(timeout_s: float) -> TCPStore:
