@@ -244,7 +244,7 @@ def test_what_a_host_holds(tmp_path: Path) -> None:
 
 # --- lost ranks, links and stores -----------------------------------------------------------------
 
-QUICK: Settings = {"comm.timeout_s": 5.0, "comm.startup_timeout_s": 60.0}
+QUICK: Settings = {"comm.timeout_s": 8.0}
 
 
 def test_a_rank_that_does_not_answer(hosts: Hosts) -> None:
@@ -253,7 +253,7 @@ def test_a_rank_that_does_not_answer(hosts: Hosts) -> None:
     launched.wait_for(hosts.folder / "outputs" / "run", 2)
     since = time.monotonic()
     code, _, err = launched.end(timeout=60)
-    assert time.monotonic() - since < 5 + 10
+    assert time.monotonic() - since < 8 + 10
     assert code == 1 and "Traceback" not in err
     assert sorted(err.splitlines()) == [
         line.format(
@@ -271,7 +271,7 @@ def test_a_store_that_dies(hosts: Hosts) -> None:
     ranks = launched.ranks()
     os.kill(launched.process.pid, signal.SIGKILL)
     try:
-        _, _, err = launched.end(timeout=5 + 10)  # when both have closed their output
+        _, _, err = launched.end(timeout=8 + 10)  # when both have closed their output
     finally:
         for rank in ranks:
             if Path(f"/proc/{rank}").exists():
