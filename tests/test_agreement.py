@@ -24,6 +24,7 @@ from test_checkpoint import RUN_STATE, Run, assert_same, error_of, no_space
 from test_command_line import Launch, arguments
 from titan_ulysses.checkpoint.dcp import Checkpointer, check_weights
 from titan_ulysses.distributed.failure import _lost_peer
+from titan_ulysses.distributed.mesh import build_mesh, set_timeout, timeout_of
 
 # A rank as on a host of its own: argv holds, for each rank, what it is to be.
 DRIVER = """
@@ -282,6 +283,19 @@ def test_a_store_that_dies(hosts: Hosts) -> None:
         line.endswith("The same command goes on from the last checkpoint.") for line in lines
     )
     assert sum("is gone or out of reach: its store at port" in line for line in lines) >= 1
+
+
+def timeouts_of_a_mesh() -> tuple[set[float], set[float]]:
+    mesh = build_mesh(replicate=2, timeout=50.0)
+    parts = (mesh.world, mesh.fsdp, mesh.batch, mesh.loss)
+    groups = [group for part in parts for group in part.get_all_groups()]
+    first = {timeout_of(group) for group in groups}
+    set_timeout(600.0)
+    return first, {timeout_of(group) for group in groups}
+
+
+def test_a_timeout_is_that_of_every_group() -> None:
+    assert run_on_ranks(2, timeouts_of_a_mesh) == [({50.0}, {600.0})] * 2
 
 
 LOST = {
