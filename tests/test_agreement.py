@@ -33,7 +33,7 @@ rank = int(os.environ["RANK"])
 me = json.loads(sys.argv[1])[rank]
 os.chdir(me["folder"])
 if me["apart"]:
-    os.environ["GROUP_RANK"], os.environ["LOCAL_RANK"] = str(rank), "0"
+    os.environ |= {"GROUP_RANK": str(rank), "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
 from titan_ulysses.distributed import run_store
 from titan_ulysses.distributed.failure import exit_on_error
@@ -84,9 +84,13 @@ class Hosts:
         second: Settings | None = None,
         names: tuple[str, str] = HOSTS,
         apart: bool = True,
+        of_first: dict[str, Any] | None = None,
         **of_second: Any,
     ) -> Launch:
-        """settings: of both hosts; second: further ones of the second host."""
+        """settings: of both hosts; second: further ones of the second host.
+
+        apart: each host says what is wrong, though one launcher has started both.
+        """
         ranks = [
             {
                 "host": host,
@@ -98,6 +102,7 @@ class Hosts:
             }
             for host, folder, more in zip(names, self.folders, ({}, second or {}), strict=True)
         ]
+        ranks[0] |= of_first or {}
         ranks[1] |= of_second
         self.started.append(Launch(self.folder / "driver.py", json.dumps(ranks)))
         return self.started[-1]
@@ -138,12 +143,12 @@ def test_another_config_and_other_packages(hosts: Hosts) -> None:
 def test_bad_input_on_one_host(hosts: Hosts) -> None:
     """The other host does not wait: it says what the first one has said."""
     lost = hosts.folder / "lost.toml"
-    launched = hosts.start({}, arguments=["--config", str(lost)])
+    launched = hosts.start({}, of_first={"arguments": ["--config", str(lost)]})
     code, out, err = launched.end()
     assert (code, out) == (2, "")
     message = f"{lost}: no such file; correct the path in --config\n"
     assert sorted(err.splitlines(keepends=True)) == sorted(
-        [f"error: {message}", f"error: rank 1 on beta: {message}"]
+        [f"error: {message}", f"error: rank 0 on alpha: {message}"]
     )
 
 
