@@ -133,7 +133,7 @@ def _lost_peer(error: BaseException | None) -> str | None:
         # All of torch's own errors of this kind are RuntimeErrors. An OSError has another source.
         text = str(error) if isinstance(error, RuntimeError) else ""
         found = re.search(r"\[(\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:]+)\]", text)
-        where = f" on {found[1]}" if found else ""
+        where = f" on {found[1]}" if found and found[1] not in ("127.0.0.1", "::1") else ""
         if any(sign in text for sign in _ENDED_PEER):
             return f"another rank{where} died without a word (out of memory?). {GOES_ON}"
         if any(sign in text for sign in _STORE_IS_GONE):
