@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv at the repository's root and installs the project, once.
 # usage: source scripts/env.sh [extras, such as dev]    leaves $ROOT, $PYTHON, and the working directory as it is
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

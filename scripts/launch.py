@@ -1,9 +1,15 @@
-"""Run torchrun, but where a rank fails, exit with the exit code of that rank and without the
-launcher's own traceback.
+"""Run torchrun, with one message where a run cannot start or goes wrong.
 
-The rank has already printed what is wrong, and forty lines about the launcher below would hide it.
-Takes torchrun's arguments. A signal is passed on to the ranks, which finish their step and save
-before they end. torchrun would kill them after 30 seconds.
+Takes torchrun's arguments, and adds what torchrun lacks:
+
+- Several hosts are checked before they wait for each other (precheck.py).
+- Where a rank fails, the exit code is that of the rank, without the launcher's own traceback: the
+  rank has already printed what is wrong, and forty lines about the launcher below would hide it.
+- A signal is passed on to the ranks, which finish their step and save before they end. torchrun
+  would kill them after 30 seconds.
+- Where the link between hosts is cut, the launcher ends soon after its ranks. torchrun would wait
+  for the other host for ever.
+- Where a host joins an elastic run, the ranks save before they are started again.
 """
 
 from __future__ import annotations
@@ -11,13 +17,42 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
 
+# The store of torch reports each connection that it loses; what that means is said here.
+os.environ["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+import torch.distributed.launcher.api as torch_launcher
+from precheck import Meeting, meet
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import parse_args, parse_min_max_nnodes, run
+
+from titan_ulysses.config.cli import parse_command_line
+from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART
 
 _DAY = 24 * 60 * 60
+_TIMEOUT = 600.0
+"""Seconds for which a host may be silent, where there is no config that says so."""
+_PATIENCE = 5
+"""Seconds that the ranks of a run that has failed get to end."""
 
 
 def main(argv: list[str]) -> int:
@@ -25,13 +60,180 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_DAY))
     # Silence torchrun's own reports, which only repeat the exit code of each rank.
     logging.disable(logging.ERROR)
+    args, meeting = parse_args(argv), None
     try:
-        run(parse_args(argv))
+        meeting = meeting_of(args)
+        met = prepare(args, meeting) if meeting else None
+        torch_launcher.LocalElasticAgent = Agent
+        run(args)
+        del met  # the first host's store, which the others need until here
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
     except ChildFailedError as error:
         return _exit_code({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stop:
         return 128 + stop.sigval
+    except KeyboardInterrupt:  # before torchrun listens to signals
+        return 128 + signal.SIGINT
+    except (RendezvousError, DistError) as error:
+        return _fail(_explain(error, meeting))
     return 0
+
+
+# --- several hosts --------------------------------------------------------------------------------
+
+
+def meeting_of(args: Any) -> Meeting | None:
+    """Return what torchrun's arguments say of the hosts; None if there is only one."""
+    least, most = parse_min_max_nnodes(args.nnodes)
+    if most == 1 or args.standalone:
+        return None
+    settings = _rendezvous_settings(args)
+    rank = int(args.node_rank)
+    if args.rdzv_backend == "static":
+        if least < most:
+            raise UserError(f"--nnodes {args.nnodes}: an elastic run needs --rdzv-backend c10d")
+        first, port = args.master_addr or "127.0.0.1", int(args.master_port or 29500)
+        if args.rdzv_endpoint:
+            first, port = parse_rendezvous_endpoint(args.rdzv_endpoint, port)
+    else:
+        first, port = parse_rendezvous_endpoint(args.rdzv_endpoint, 29400)
+        if "is_host" not in settings:
+            return None  # torchrun guesses which host is the first one
+        rank = 0 if settings["is_host"].lower() in ("1", "true") else max(rank, 1)
+    return Meeting(
+        least,
+        most,
+        rank,
+        first,
+        port,
+        interface=os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0],
+        patience=float(settings.get("join_timeout", 600)),
+    )
+
+
+def prepare(args: Any, meeting: Meeting) -> Any:
+    """Let the hosts meet; then tell torchrun, gloo and NCCL which interface they use."""
+    met = meet(meeting)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={met.interface}")
+    args.local_addr = args.local_addr or met.address
+    keep_alive(silence_of([args.training_script, *args.training_script_args]))
+    return met
+
+
+def silence_of(command: list[str]) -> float:
+    """Return comm.timeout_s of the command's config: how long a host may be silent.
+
+    A config that cannot be read is left to the ranks, which say what is wrong with it.
+    """
+    script, *arguments = command
+    if os.path.basename(script) != "train.py":
+        return _TIMEOUT
+    try:
+        parsed = parse_command_line(arguments)
+        return load_config(parsed.config_path, parsed.overrides).comm.timeout_s
+    except (UserError, SystemExit):
+        return _TIMEOUT
+
+
+def keep_alive(silence: float) -> None:
+    """End this process's connections once the other side has been silent for so many seconds.
+
+    torchrun opens them in places that take no option, and reads from them without a timeout. So a
+    thread looks for new ones.
+    """
+
+    def watch() -> None:
+        while True:
+            bound_silence(silence)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True, name="keep-alive").start()
+
+
+def bound_silence(silence: float) -> None:
+    """Set that bound on all TCP connections that are open now, on Linux."""
+    options = (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, min(30, int(silence / 3)))),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, min(10, int(silence / 6)))),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence * 1000)),
+    )
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # not a TCP socket, or closed since
+            if os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                with socket.socket(fileno=os.dup(int(number))) as connection:
+                    for option in options:
+                        connection.setsockopt(*option)
+
+
+def _rendezvous_settings(args: Any) -> dict[str, str]:
+    pairs = (pair.partition("=") for pair in args.rdzv_conf.split(",") if pair)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+class Agent(LocalElasticAgent):
+    """torchrun's agent, but ranks are stopped as the reason for it asks."""
+
+    _remaining_restarts: int
+
+    def _stop_workers(self, worker_group: Any, *args: Any, **kwargs: Any) -> None:
+        if worker_group.state == WorkerState.HEALTHY:
+            # Another host wants to join. The ranks finish the step and save, however long it takes.
+            super()._shutdown(HOSTS_CHANGE, _DAY)
+        else:
+            self._shutdown()
+
+    def _shutdown(self, death_sig: Any = None, timeout: int = _PATIENCE) -> None:
+        """End the ranks: with the signal that this process has got, or because a rank has failed.
+
+        A rank that waits for one that has failed cannot finish its step.
+        """
+        if death_sig is None:
+            return super()._shutdown(signal.SIGTERM, _PATIENCE)
+        if death_sig == signal.SIGTERM:
+            # Schedulers send several. A second one would end this process while the ranks save.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        super()._shutdown(death_sig, timeout)
+
+    def _monitor_workers(self, *args: Any, **kwargs: Any) -> Any:
+        """Restart ranks that ask for it without counting that as a failure.
+
+        They do so where they have saved because another host joins or leaves. Ranks that refuse
+        their command line are not started again.
+        """
+        result = super()._monitor_workers(*args, **kwargs)
+        if result.state == WorkerState.FAILED:
+            codes = {failure.exitcode for failure in result.failures.values()}
+            if codes == {RESTART}:
+                self._remaining_restarts += 1
+            elif 2 in codes:
+                self._remaining_restarts = 0
+        return result
+
+
+# --- what is said at the end ----------------------------------------------------------------------
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"error: {message}.", file=sys.stderr)
+    return code
+
+
+def _explain(error: Exception, meeting: Meeting | None) -> str:
+    """Return what an error of torchrun's rendezvous means for the user."""
+    where = f"the first host, {meeting.endpoint}" if meeting else "the launcher's own store"
+    if isinstance(error, RendezvousTimeoutError):
+        hosts = f"{meeting.least} hosts" if meeting else "all hosts"
+        return f"not {hosts} came in time. See what the others say"
+    if isinstance(error, RendezvousClosedError):
+        return f"the run at {where} has ended. Start it again on all hosts"
+    return (
+        f"lost the connection to {where}: it has ended, or the network between is cut "
+        f"({one_line(error.__cause__ or error)}). The run goes on from its last checkpoint when it "
+        "is started again on all hosts"
+    )
 
 
 def _exit_code(codes: dict[int, int]) -> int:
@@ -48,12 +250,9 @@ def _exit_code(codes: dict[int, int]) -> int:
         (rank for rank, code in codes.items() if code != -signal.SIGTERM), next(iter(codes))
     )
     name = signal.Signals(-codes[rank]).name
-    print(
-        f"error: rank {rank} was ended by "
-        f"{name}{' (out of memory?)' if name == 'SIGKILL' else ''}.",
-        file=sys.stderr,
+    return _fail(
+        f"rank {rank} was ended by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
     )
-    return 1
 
 
 if __name__ == "__main__":

@@ -42,8 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the skipped tests by reason, without -rs: a test nobody sees skipped is a test nobody
-    runs.
+    runs. Likewise for tests of two hosts on a machine that cannot have two.
     """
+    hosts = sys.modules.get("helpers.hosts")
+    if hosts and (lacking := hosts.without_namespaces()):
+        terminalreporter.section("two hosts")
+        terminalreporter.line(f"both were this machine, on loopback: {lacking}")
     names_by_reason: dict[str, Counter[str]] = defaultdict(Counter)
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -56,6 +56,10 @@ NOT_HERE = {
     "bash scripts/train.sh long.toml": "GPU: eight of them",
     "export NCCL_SOCKET_IFNAME": "second host",
     "torchrun --nnodes 2": "second host",
+    "bash scripts/multinode.sh": "second host",
+    "sbatch": "second host: a SLURM cluster",
+    "kubectl apply": "second host: a Kubernetes cluster",
+    "docker build": "network: Debian's and Python's packages",
 }
 """Part of a command -> why it does not run here. It is parsed all the same."""
 SHORTER = {
@@ -395,7 +399,7 @@ def parse(root: Path, command: Command) -> None:
 def parse_shell(root: Path, command: Command) -> None:
     """A shell script is there and has no syntax error; other programs are not ours."""
     program, *rest = command.words
-    assert program in ("bash", "hf", "export"), (
+    assert program in ("bash", "hf", "export", "sbatch", "kubectl", "docker"), (
         f"{command.place}: {command.text}: what is {program}?"
     )
     if program == "bash":

@@ -38,6 +38,7 @@ from helpers.observed import (
 from helpers.runs import Settings
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import KEYS
+from titan_ulysses.distributed.run_store import host_name
 from titan_ulysses.observability.profiling import profiled
 
 EMBEDDING, SILU = "model.embed_tokens.weight", "aten::silu"
@@ -82,6 +83,11 @@ def logs(name: str, value: Any) -> Effect:
 
 def steps_kept(run: Seen) -> set[str]:
     return {part for file in run.files for part in file.split("/") if part.startswith("step-")}
+
+
+def manifest(run: Seen) -> dict[str, Any]:
+    """run.json of the last checkpoint."""
+    return json.loads((run.folder / "outputs/run/checkpoints/step-2/run.json").read_text())
 
 
 def traced_steps(run: Seen) -> int:
@@ -135,6 +141,7 @@ PLAN: Settings = {
     "training.seq_len": 1024,
     "model.config": MODEL | {"num_hidden_layers": 1, "max_position_embeddings": 2**27},
 }
+REPLICATED: Settings = {"parallelism.data_parallel_replicate_degree": 2}
 PLAN_OF_TWO: Settings = PLAN | {"parallelism.sequence_parallel_degree": 2}
 SMALL_GPU: Settings = PLAN | {
     "plan.gpu_memory_gib": 0.7,
@@ -397,6 +404,12 @@ TRAINING = {
             ranks=2,
         )
     ],
+    "comm.timeout_s": [
+        Case(77.0, lambda run, _: run.facts["timeouts"] == {77.0}, REPLICATED, ranks=2)
+    ],
+    "comm.startup_timeout_s": [
+        Case(77.0, lambda run, _: run.facts["startup_timeouts"] == {77.0}, REPLICATED, ranks=2)
+    ],
 }
 MEMORY = {
     "activation_checkpoint.mode": [
@@ -520,6 +533,9 @@ CHECKPOINT = {
             lambda run, _: len(steps_kept(run)) == 3,
             SAVED | {"checkpoint.interval": 1, "training.steps": 3},
         ),
+    ],
+    "checkpoint.shared": [
+        Case(False, lambda run, _: set(manifest(run).get("hosts", ())) == {host_name()}, SAVED)
     ],
     "checkpoint.folder": [Case("kept", wrote("outputs/run/kept/step-2/run.json"), SAVED)],
     "checkpoint.initial_load_path": [

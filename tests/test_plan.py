@@ -555,11 +555,19 @@ def test_preflight(monkeypatch):
         in enforced.measured(1.5)[0]
     )
     monkeypatch.setattr(preflight, "_TIMEOUT_S", 0.0)
-    gpu = Preflight(config(), **run | {"gpu": "NVIDIA H100 80GB HBM3"}, gpu_memory=79 * 2**30)
+    # Two ranks a node, as torchrun started them, whatever plan.gpus_per_node says.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    gpu = Preflight(
+        config(parallelism__sequence_parallel_degree=4),
+        **run | {"gpu": "NVIDIA H100 80GB HBM3", "world_size": 8},
+        gpu_memory=79 * 2**30,
+    )
     assert gpu.lines() == ["plan: not ready after 0 s (the machine is busy): it follows when it is"]
     assert gpu.news() == []
     gpu._reader.join()
-    assert "GiB of 79.00 GiB at the peak of a GPU" in gpu.news()[0] and gpu.news() == []
+    news = gpu.news()
+    assert "GiB of 79.00 GiB at the peak of a GPU" in news[0] and gpu.news() == []
+    assert re.search(r"the exchange across nodes takes .* inside a node it would take", news[-1])
     gpu.enforce = True
     assert gpu.obstacle() is None
     assert "measured (" in gpu.measured(1.0)[0] and gpu.measured(1.0) == []
@@ -567,6 +575,46 @@ def test_preflight(monkeypatch):
     left.close()
     assert left._process.returncode == -signal.SIGKILL and left.plan is None
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("sequence", "per_node", "inside"), [(4, 8, 4), (4, 4, 4), (4, 2, 2), (4, 6, 2), (8, 4, 4)]
+)
+def test_sequences_on_nodes(sequence, per_node, inside):
+    """Of six ranks a node, the second sequence of four has two here and two there."""
+    from titan_ulysses.distributed.nodes import neighbours_on_node, spans_nodes
+
+    where = {"sequence": sequence, "world_size": 24, "per_node": per_node}
+    assert neighbours_on_node(**where) == inside
+    assert (spans_nodes(**where) is None) == (inside == sequence)
+
+
+def test_a_sequence_that_spans_nodes(tmp_path, capsys):
+    """What the slower link costs, by the closed form of an all-to-all."""
+    from titan_ulysses.distributed.hardware import GPUS
+    from titan_ulysses.plan.report import plan_and_report
+
+    sequence = {"parallelism__sequence_parallel_degree": 4, "plan__world_size": 8}
+    folder = {"job__dump_folder": str(tmp_path)}
+
+    def planned(per_node: int) -> tuple[dict, str]:
+        plan_and_report(config(**sequence, **folder, plan__gpus_per_node=per_node))
+        return json.loads((tmp_path / "run" / "plan.json").read_text()), capsys.readouterr().out
+
+    across, said = planned(2)
+    inside, nothing = planned(4)
+    assert (
+        "parallelism.sequence_parallel_degree = 4 spans nodes of 2 rank(s): the exchanges of every "
+        "layer wait for the network between nodes. With 2 they stay inside a node, data "
+        "parallelism spans the nodes, and a rank has 2 times the tokens." in said
+    )
+    assert re.search(r"the exchange across nodes takes [\d.]+ ms; inside a node it would", said)
+    gpu, size = GPUS["H100-80GB"], across["collectives"]["all_to_all"]["bytes"]
+    assert across["seconds"]["exchange"] == pytest.approx(size * 2 / 4 / gpu.network)
+    assert across["exchange_seconds_inside_node"] == inside["seconds"]["exchange"]
+    assert inside["seconds"]["exchange"] == pytest.approx(size * 3 / 4 / gpu.node_link)
+    assert "spans nodes" not in nothing and "across nodes" not in nothing
+    assert inside["exchange_seconds_inside_node"] is None
 
 
 @pytest.mark.slow

@@ -136,6 +136,7 @@ def see(folder: Path, environment: dict[str, str], *, watch: str = "") -> Seen:
         try:
             config = load_config("run.toml")
             run = Trainer(config)
+            seen.facts["startup_timeouts"] = _timeouts(run)
             seen.initial = _whole(run.model)
             with _watching(watch, seen.facts), _stopped(config):
                 run.train()
@@ -241,6 +242,17 @@ def _watching(watch: str, facts: dict[str, Any]) -> Iterator[None]:
     facts["operators"] = Counter(calls)
 
 
+def _timeouts(run: Trainer) -> set[float]:
+    """The seconds that each process group of the mesh waits for a rank."""
+    from titan_ulysses.distributed.mesh import timeout_of
+
+    mesh = run.mesh
+    groups = [
+        group for part in (mesh.world, mesh.fsdp, mesh.batch) for group in part.get_all_groups()
+    ]
+    return {timeout_of(group) for group in (*groups, mesh.loss.get_group())}
+
+
 def _look_around(run: Trainer) -> dict[str, Any]:
     """What a run has made of its process."""
     import torch
@@ -258,6 +270,7 @@ def _look_around(run: Trainer) -> dict[str, Any]:
         "mapped": re.findall(
             r"(/\S*)/checkpoint-\S+ \(deleted\)", maps.read_text() if maps.exists() else ""
         ),
+        "timeouts": _timeouts(run),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "wandb": getattr(sys.modules.get("wandb"), "calls", []),
     }

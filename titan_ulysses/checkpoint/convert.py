@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer, cause, first_difference
+from titan_ulysses.checkpoint.hosts import expect_all_hosts
 from titan_ulysses.checkpoint.initial import base_weights
 from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.config.load import load_config
@@ -90,6 +91,7 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     """
     config = load_config(config_path or config_above(source))
     state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
+    expect_all_hosts(state, str(source))
     try:
         reader = open_checkpoint(source, where=str(source))
     except ValueError as error:

@@ -4,6 +4,9 @@
 (the rest: step, data position, names and shapes of the parameters). It is written as
 `.step-N.partial` and renamed when it is complete. A folder `step-N` is therefore always a complete
 checkpoint, even if the run was killed while saving.
+
+Where each host has a folder of its own (checkpoint.shared = false), the ranks of a host save what
+they hold by themselves, in a checkpoint of that part. `run.json` names the hosts and their files.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from titan_ulysses.checkpoint.hosts import HostFolders, expect_all_hosts
 from titan_ulysses.checkpoint.reader import CheckpointReader, open_checkpoint
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
@@ -42,9 +47,11 @@ class Checkpointer:
     # and what to change to use another disk.
     setting, other, place = "checkpoint.folder", "another job.name", "job.dump_folder"
 
-    def __init__(self, folder: Path, *, keep: int):
+    def __init__(self, folder: Path, *, keep: int, hosts: Sequence[str] = ()):
+        """hosts: the host of each rank, if each has its own folder. Empty: all share one."""
         self.folder, self.keep = folder, keep
         self.where = f"{self.setting} = {folder}"
+        self._hosts = HostFolders(hosts) if hosts else None
 
     def latest(self) -> int | None:
         """Return the step of the last complete checkpoint, or None."""
@@ -60,11 +67,39 @@ class Checkpointer:
         """
         final = self.folder / f"step-{step}"
         partial = partial_path(final)
-        if final.exists():
+        # Of separate folders, some may have a step that the others lack.
+        if first_failure(None if final.exists() else "absent") is None:
             return
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        if self._publishes():
+            for folder in (partial, final):
+                shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()
+        reason = self._write_and_publish(partial, final, model, optimizer, state)
+        if self._publishes():
+            old = sorted(self.steps())[: -self.keep] if self.keep else []
+            done_with = [partial, final] if reason else [self.folder / f"step-{n}" for n in old]
+            for folder in done_with:
+                shutil.rmtree(folder, ignore_errors=True)
+        if reason:
+            kept = self.latest()
+            raise UserError(
+                f"{self.where}: saving step {step} failed ({reason}). "
+                + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
+                + f"free space or change {self.place}, and run the same command again to go on."
+            )
+
+    def _write_and_publish(
+        self,
+        partial: Path,
+        final: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+    ) -> str | None:
+        """Write a checkpoint, and give it its name when all ranks have written. Collective.
+
+        Return, on every rank, why that failed, or None.
+        """
         tensors = _tensors(model, optimizer)
         # What a model and an optimizer must match to load this checkpoint.
         kind = {
@@ -74,25 +109,31 @@ class Checkpointer:
         }
         failure = None
         try:
-            dcp.save(tensors, checkpoint_id=partial)  # an error on one rank is raised on all
-            if dist.get_rank() == 0:
-                self.publish(partial, final, {**state, **kind})
+            if self._hosts:
+                self._hosts.write(tensors, partial)
+            else:
+                dcp.save(tensors, checkpoint_id=partial)  # an error on one rank is raised on all
         except (CheckpointException, OSError) as error:
             failure = cause(error)
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-        if reason := first_failure(failure):  # the other ranks wait for rank 0
-            kept = self.latest()
-            raise UserError(
-                f"{self.where}: saving step {step} failed ({reason}). "
-                + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
-                + f"free space or change {self.place}, and run the same command again to go on."
-            )
+        if reason := first_failure(failure):
+            return reason
+        if self._hosts:
+            kind |= self._hosts.manifest(partial)
+        try:
+            if self._publishes():
+                self.publish(partial, final, {**state, **kind})
+        except OSError as error:
+            failure = cause(error)
+        return first_failure(failure)  # the other ranks wait for those that publish
+
+    def _publishes(self) -> bool:
+        """Return whether this rank renames and removes what is in the folder."""
+        return self._hosts.leads if self._hosts else dist.get_rank() == 0
 
     def publish(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         """Turn the folder `partial` that DCP has written into the checkpoint `final`.
 
-        Write run.json, rename the folder, and remove checkpoints that are too old.
+        Write run.json and rename the folder.
         """
         # The sizes reveal a truncated file before any tensor is read.
         state["files"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
@@ -101,9 +142,12 @@ class Checkpointer:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(final)
-        steps = sorted(self.steps())
-        for old in steps[: -self.keep] if self.keep else []:
-            shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+
+    def remove_unfinished(self) -> None:
+        """Remove what a run that was killed while saving has left in the folder."""
+        if self._publishes():
+            for partial in self.folder.glob(".step-*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
 
     def read_state(self, step: int) -> dict[str, Any]:
         """Return the JSON state of step-<step>. Raise `UserError` if the checkpoint is damaged.
@@ -125,7 +169,7 @@ class Checkpointer:
         scripts/convert.py has no optimizer state and leaves the optimizer unchanged. Raise
         `UserError` if the checkpoint is damaged or belongs to another model or optimizer.
         """
-        state = self.read_state(step)
+        state = self._read_state_on_all(step)
         self._expect_model(step, state["parameters"], _shapes(model))
         self._expect_frozen(step, state.get("frozen", 0), fingerprint(model))
         saved_optimizer = state.get("optimizer", "adamw")
@@ -138,9 +182,27 @@ class Checkpointer:
             reader = open_checkpoint(folder, where=f"{self.where}: step-{step}")
             tensors, bits = _tensors(model, optimizer), getattr(optimizer, "bits", 32)
             self._expect_whole_blocks(step, reader, tensors.get("optimizer", {}), bits)
-            dcp.load(tensors, storage_reader=reader)  # in place
+            if self._hosts and len(state.get("hosts", ())) > 1:
+                self._hosts.read(tensors, reader, f"{self.where}: step-{step}")
+            else:
+                dcp.load(tensors, storage_reader=reader)  # in place
         except (CheckpointException, OSError, ValueError) as error:
             raise self._damaged(step, cause(error)) from error
+        return state
+
+    def _read_state_on_all(self, step: int) -> dict[str, Any]:
+        """Return what `read_state` does. Raise its error on every rank. Collective."""
+        state, problem = {}, None
+        try:
+            state = self.read_state(step)
+            if self._hosts:
+                self._hosts.expect_same(state, f"{self.where}: step-{step}")
+            else:
+                expect_all_hosts(state, f"{self.where}: step-{step}")
+        except UserError as error:
+            problem = str(error)
+        if problem := first_failure(problem):
+            raise UserError(problem)
         return state
 
     def steps(self) -> list[int]:
@@ -247,11 +309,12 @@ def check_weights(path: str) -> None:
     The message names checkpoint.initial_load_path.
     """
     try:
-        _read_run_file(Path(path))
+        state = _read_run_file(Path(path))
     except ValueError as error:
         raise UserError(
             f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({error})."
         ) from error
+    expect_all_hosts(state, f"checkpoint.initial_load_path = {path}")
 
 
 def needs_base(path: str) -> bool:

@@ -367,6 +367,21 @@ class Parallelism(Section):
     )
 
 
+class Comm(Section):
+    timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds after which a rank that waits for another one gives up and ends, once "
+        "the first step is done. It must be longer than a checkpoint takes to be written.",
+    )
+    startup_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="The same until the first step is done: while the ranks meet, load and "
+        "compile.",
+    )
+
+
 class ActivationCheckpoint(Section):
     mode: Literal["none", "full"] = Field(
         "full",
@@ -476,6 +491,11 @@ class Checkpoint(Section):
         "checkpoints",
         min_length=1,
         description="Folder of the checkpoints, inside the run's folder.",
+    )
+    shared: bool = Field(
+        True,
+        description="All hosts see the same job.dump_folder. false: each host has one of its own, "
+        "and keeps the shards of its ranks there; a resumed run needs the same hosts and mesh.",
     )
     initial_load_path: PathText = Field(
         "",
@@ -600,6 +620,7 @@ class Config(Section):
     data: Data = Data()
     training: Training = Training()
     parallelism: Parallelism = Parallelism()
+    comm: Comm = Comm()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
     memory: Memory = Memory()
     compile: Compile = Compile()
@@ -619,3 +640,5 @@ SECTIONS: dict[str, type[Section]] = {
 KEYS: dict[str, FieldInfo] = {
     f"{s}.{k}": field for s in SECTIONS for k, field in SECTIONS[s].model_fields.items()
 }
+KEYS_OF_A_HOST = frozenset({"activation_checkpoint.offload_folder", "data.cache_folder"})
+"""Settings that may differ between the hosts of a run."""

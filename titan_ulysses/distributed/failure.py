@@ -1,50 +1,100 @@
-"""How a run fails: one message, an exit code for the cause, and no rank left waiting."""
+"""How a run fails: one message on each host, an exit code for the cause, and no rank left waiting.
+
+The first rank that fails counts itself in torchrun's store, prints what is wrong, and leaves the
+message there. The other ranks see that (watch.py), and the first of each other host repeats it.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from titan_ulysses.distributed import run_store
 from titan_ulysses.distributed.errors import UserError
 
-_LOST_PEER = (
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+_ENDED_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
+    "Software caused connection abort",
+    "ncclRemoteError",
+    "remote process exiting",
 )
 """Texts in the errors of a rank whose communication partner has ended."""
+
+_SILENT_PEER = (
+    "Timed out waiting",
+    "Connection timed out",
+    "timed out connecting",
+    "timeout connecting",
+    "No route to host",
+    "Network is unreachable",
+    "Host is down",
+    "Wait timeout",
+    "wait timeout after",
+    "Watchdog caught collective operation timeout",
+    "NCCL communicator was aborted",
+    "Connection refused",
+)
+"""Texts in the errors of a rank whose communication partner does not answer."""
+
+_STORE_IS_GONE = (
+    "client socket has timed out",
+    "client socket has failed to connect",
+    "Failed to recv, got 0 bytes",
+    "failed to recv, got 0 bytes",
+    "Socket Timeout",
+    "Connection was likely closed",
+)
+"""Texts in the errors of a rank that cannot reach torchrun's store."""
+
+GOES_ON = "The same command goes on from the last checkpoint."
+_ANSWER_SECONDS = 4.0
+"""Seconds that a failing rank gives the store to answer."""
+_TOLD_SECONDS = 3.0
+"""Seconds that a rank waits for the message of the rank that failed first."""
+
+_LINGER_SECONDS = 2.5
+"""Seconds for which the host of the store stays, so that the other hosts hear of a failure."""
+
+_ending = threading.Lock()
+"""Held by the thread that ends this process."""
 
 
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Run the program in this context, which turns an error into a message and an exit code.
 
-    Bad input and errors of the operating system end it with a message, other errors with a
-    traceback. Only one rank prints. Exit codes: 2 for a command line or TOML file that cannot be
-    used, 130 for Ctrl-C, 1 for any other error.
+    Bad input, errors of the operating system and the loss of another rank end it with a message,
+    other errors with a traceback. Only one rank of each host prints. Exit codes: 2 for a command
+    line or TOML file that cannot be used, 130 for Ctrl-C, 1 for any other error.
     """
+    if run_store.rank_and_size()[1] > 1:
+        # Read when torch is imported. Without it, c10d prints a traceback for each lost connection.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         yield
-        _leave_together()
+        leave_together()
     except UserError as error:
-        _end(f"error: {error}", error.exit_code)
+        end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
         # This is before the first step or after the last; in between, the trainer saves and stops.
-        _end("Interrupted.", 130)
+        end("Interrupted.", 130)
     except OSError as error:
-        _end(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 1)
+        end(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 1)
     except Exception as error:
-        lost = any(sign in str(error) for sign in _LOST_PEER)
-        _end(
-            "error: another rank died without a word (out of memory?)."
-            if lost
-            else traceback.format_exc(),
-            1,
-        )
+        lost = _lost_peer(error)
+        end(f"error: {lost}" if lost else traceback.format_exc(), 1)
 
 
 def first_failure(reason: str | None) -> str | None:
@@ -68,7 +118,36 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-def _leave_together() -> None:
+def store_is_gone() -> str:
+    """Return the message for a store that does not answer."""
+    host, port = run_store.address()
+    return (
+        f"the first host, {host}, is gone or out of reach: its store at port {port} does not "
+        f"answer. {GOES_ON}"
+    )
+
+
+def _lost_peer(error: BaseException | None) -> str | None:
+    """Return the message for an error that the loss of another rank has caused, else None."""
+    while error is not None:
+        # All of torch's own errors of this kind are RuntimeErrors. An OSError has another source.
+        text = str(error) if isinstance(error, RuntimeError) else ""
+        found = re.search(r"\[(\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:]+)\]", text)
+        where = f" on {found[1]}" if found and found[1] not in ("127.0.0.1", "::1") else ""
+        if any(sign in text for sign in _ENDED_PEER):
+            return f"another rank{where} died without a word (out of memory?). {GOES_ON}"
+        if any(sign in text for sign in _STORE_IS_GONE):
+            return store_is_gone()
+        if any(sign in text for sign in _SILENT_PEER):
+            return (
+                f"another rank{where} has not answered within comm.timeout_s: its host is gone, "
+                f"or the network to it. {GOES_ON}"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def leave_together(code: int = 0) -> None:
     """End this rank when all ranks have done their work; do nothing without a process group.
 
     The interpreter's own shutdown is skipped: during it, threads of a process group may abort a
@@ -82,45 +161,113 @@ def _leave_together() -> None:
         # The barrier fails on a rank whose peer has already ended; that rank is only late.
         with suppress(Exception):
             dist.barrier()
-        _exit(0)
+        _ending.acquire()  # the store may go now, and nobody needs to hear of it
+        _exit(code)
+
+
+def _print(message: str) -> None:
+    with suppress(OSError, ValueError):  # the reader of the output may be gone
+        print(message, file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
-def _end(message: str, code: int) -> NoReturn:
-    """Print a message, unless another rank has already printed one, and exit at once.
+def _exit_when_told(code: int) -> NoReturn:
+    """Exit after a failure that the store knows of.
 
-    A pending collective must not delay the exit.
+    The store ends with the ranks of its host. So these stay until the other hosts have asked it.
     """
-    if _is_first_to_fail():
-        print(message.rstrip(), file=sys.stderr)
+    if run_store.node() == "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        time.sleep(_LINGER_SECONDS)
     _exit(code)
 
 
-def _is_first_to_fail() -> bool:
-    """Return whether this rank is the first to fail.
+def end(message: str, code: int) -> NoReturn:
+    """End this rank at once with a message, unless another rank of this host has printed one.
 
-    The ranks count failures in torchrun's store, which outlives them. Without torchrun there is one
-    rank.
+    The message of the rank that failed first counts, and so does its exit code. A pending
+    collective must not delay the exit.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return True
-    from datetime import timedelta
+    _ending.acquire()  # never released: a second thread waits here until the process ends
+    _count_and_print(message, code)
 
-    from torch.distributed import TCPStore
 
-    try:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-        return (
-            store.add(
-                f"titan_ulysses/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1
-            )
-            == 1
-        )
-    except Exception:  # the store is gone, so the run is already ending
-        return os.environ.get("RANK") == "0"
+def end_like_the_first(store: TCPStore) -> NoReturn:
+    """End this rank because another one has failed, with the message and exit code of that one."""
+    _ending.acquire()
+
+    def ask() -> tuple[dict[str, Any] | None, int]:
+        return _told(store), store.add(run_store.key(f"failures/{run_store.node()}"), 1)
+
+    lost = None, 1 if run_store.leads_host() else 2
+    first, ranks_of_host = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, ask) or lost
+    if ranks_of_host == 1:
+        # Without a message, the first rank was ended before it could say why.
+        _print(_repeated(first) if first else f"error: another rank has failed. {GOES_ON}")
+    _exit_when_told(first["code"] if first else 1)
+
+
+def failures(store: TCPStore) -> int:
+    """Return how many ranks have failed."""
+    return store.add(run_store.key("failures"), 0)
+
+
+def _count_and_print(message: str, code: int) -> NoReturn:
+    message = message.rstrip()
+    if run_store.rank_and_size()[1] == 1:
+        _print(message)
+        _exit(code)
+    import torch.distributed  # noqa: F401  it may take longer than the store has time to answer
+
+    def count() -> tuple[TCPStore, int, int]:
+        store = run_store.connect()
+        ranks = store.add(run_store.key("failures"), 1)
+        return store, ranks, store.add(run_store.key(f"failures/{run_store.node()}"), 1)
+
+    answer = run_store.within(_ANSWER_SECONDS, count)
+    if answer is None:  # the store is gone, so that hosts cannot know of each other
+        if run_store.leads_host():
+            _print(message)
+        else:
+            time.sleep(1)  # the launcher ends the first rank as soon as another one has ended
+        _exit(code)
+    store, ranks, ranks_of_host = answer
+    if ranks == 1:
+        _print(message)
+        rank, host = run_store.rank_and_size()[0], run_store.host_name()
+        told = {"rank": rank, "host": host, "message": message, "code": code}
+        run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", told))
+        _exit_when_told(code)
+    first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
+    if ranks_of_host == 1:
+        is_other = first and first["message"] != message
+        _print(_repeated(first) if first and is_other else message)
+    _exit_when_told(first["code"] if first else code)
+
+
+def _told(store: TCPStore) -> dict[str, Any] | None:
+    """Return what the rank that failed first has left in the store, if it comes soon."""
+    deadline = time.monotonic() + _TOLD_SECONDS
+    while not run_store.is_there(store, "first failure"):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.05)
+    return run_store.get(store, "first failure")
+
+
+def _repeated(first: dict[str, Any]) -> str:
+    """Return the message of the rank that failed first, for another host. Of a traceback, its end.
+
+    A message in which all ranks agree is repeated as it is.
+    """
+    message: str = first["message"]
+    if message.startswith("Traceback"):
+        message = message.splitlines()[-1]
+    if message.startswith("error: the ranks of this run"):
+        return message
+    return f"error: rank {first['rank']} on {first['host']}: {message.removeprefix('error: ')}"

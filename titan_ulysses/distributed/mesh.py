@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import local_slice
@@ -47,7 +49,9 @@ class Mesh:
 
         The first use builds this mesh, which is collective.
         """
-        return self if self.sp.size() == 1 else build_mesh()
+        return (
+            self if self.sp.size() == 1 else build_mesh(timeout=timeout_of(self.loss.get_group()))
+        )
 
     def local_slice(self, whole: Tensor, *, dim: int = 1) -> Tensor:
         """Return this rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...].
@@ -66,11 +70,12 @@ class Mesh:
         )
 
 
-def init_distributed() -> None:
+def init_distributed(*, timeout: float | None = None) -> None:
     """Join the default process group: torchrun's if its variables are set, else a group of one.
 
-    NCCL moves CUDA tensors and gloo moves CPU tensors. Which of them exist is decided by the
-    machine, not by a setting. A process group that the caller has already made is kept.
+    timeout: seconds after which a collective gives up; unset, torch's default. NCCL moves CUDA
+    tensors and gloo moves CPU tensors. Which of them exist is decided by the machine, not by a
+    setting. A process group that the caller has already made is kept.
     """
     if dist.is_initialized():
         return
@@ -79,18 +84,34 @@ def init_distributed() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        dist.init_process_group(backend, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
-def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mesh:
+def set_timeout(seconds: float) -> None:
+    """Let collectives of all existing groups give up after so many seconds, sub-groups too."""
+    for group in dist.distributed_c10d._world.pg_map:
+        _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def timeout_of(group: dist.ProcessGroup) -> float:
+    """Return the seconds after which collectives of a group on the host give up."""
+    return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def build_mesh(
+    *, replicate: int = 1, shard: int = -1, sequence: int = 1, timeout: float | None = None
+) -> Mesh:
     """Build the mesh over all ranks of the default process group, which is joined first if needed.
 
     replicate * shard * sequence must be the number of ranks; shard = -1 takes all ranks that
-    remain. UserError if the degrees do not fit. See `init_distributed`.
+    remain. timeout: seconds after which a collective gives up whose other ranks do not answer, in
+    every process group; unset, those of torch: half an hour. UserError if the degrees do not fit.
+    See `init_distributed`.
     """
-    init_distributed()
+    init_distributed(timeout=timeout)
     world_size = dist.get_world_size()
     if shard == -1:
         shard = max(1, world_size // (replicate * sequence))
@@ -106,9 +127,13 @@ def build_mesh(*, replicate: int = 1, shard: int = -1, sequence: int = 1) -> Mes
     fsdp = world["dp_shard", "sp"]._flatten("fsdp")
     if replicate > 1:
         fsdp = DeviceMesh._concatenate([world["dp_replicate"], fsdp])
-    return Mesh(
+    mesh = Mesh(
         world=world,
         fsdp=fsdp,
         batch=world["dp_replicate", "dp_shard"]._flatten("batch"),
         loss=world._flatten("loss"),
     )
+    if timeout is not None:
+        # `init_process_group` gives its timeout only to the group of all ranks.
+        set_timeout(timeout)
+    return mesh

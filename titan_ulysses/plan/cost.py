@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from titan_ulysses.distributed.hardware import GPU, HOST_BANDWIDTH
+from titan_ulysses.distributed.nodes import neighbours_on_node
 from titan_ulysses.plan.memory import MemoryTracker
 
 _ATTENTION = {
@@ -149,9 +150,11 @@ class Links:
         """Return the seconds of all-to-alls of `size` bytes in a group of neighbouring ranks.
 
         Traffic to ranks on the same node goes over NVLink and all other traffic over the network,
-        both at the same time.
+        both at the same time. The rank with the fewest neighbours on its node is the slowest.
         """
-        inside = min(self.sequence, self.gpus_per_node)
+        inside = neighbours_on_node(
+            sequence=self.sequence, world_size=self.world, per_node=self.gpus_per_node
+        )
         near, far = (inside - 1) / self.sequence, (self.sequence - inside) / self.sequence
         return max(size * near / gpu.node_link, size * far / gpu.network)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 
@@ -15,6 +15,7 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees, ranks_of
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
+from titan_ulysses.distributed.nodes import spans_nodes
 from titan_ulysses.model.families import attention_needs
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
 from titan_ulysses.plan.cost import Links, Offloaded, Time, clock, kernel_rates, step_time
@@ -184,6 +185,18 @@ class Plan:
             links=self._links,
         )
 
+    @cached_property
+    def exchange_inside_node(self) -> float | None:
+        """Seconds of a step's exchanges if all ranks of a sequence were on one node.
+
+        None where they are. Otherwise `time` has the seconds across nodes.
+        """
+        if not check_nodes(self.setup):
+            return None
+        size = self.simulation.collectives.get("all_to_all", (0, 0))[1]
+        inside = replace(self._links, gpus_per_node=self.setup.world_size)
+        return inside.exchange_seconds(size, self.setup.gpu)
+
     @property
     def _links(self) -> Links:
         setup = self.setup
@@ -261,3 +274,12 @@ def check_idle(setup: Setup) -> str | None:
     """Return a sentence about ranks that have no attention head, or None where all have one."""
     degree = setup.degrees.sequence
     return idle_ranks(getattr(setup.model_config, "num_attention_heads", degree), degree)
+
+
+def check_nodes(setup: Setup) -> str | None:
+    """Return a warning about sequences whose ranks are on several nodes, or None."""
+    return spans_nodes(
+        sequence=setup.degrees.sequence,
+        world_size=setup.world_size,
+        per_node=setup.config.plan.gpus_per_node,
+    )

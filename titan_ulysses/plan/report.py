@@ -17,7 +17,14 @@ from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import size_text, time_text
-from titan_ulysses.plan.planner import Plan, Setup, check_idle, make_plan, set_up
+from titan_ulysses.plan.planner import (
+    Plan,
+    Setup,
+    check_idle,
+    check_nodes,
+    make_plan,
+    set_up,
+)
 from titan_ulysses.plan.search import (
     SearchResult,
     estimate,
@@ -95,6 +102,8 @@ def say(console: Console, plan: Plan) -> None:
     )
     if idle := check_idle(setup):
         tell(f"[bold]{idle}[/]")
+    if across := check_nodes(setup):
+        tell(f"[bold]{across}[/]")
     for note in plan.notes:
         tell(f"[dim]{note}[/]")
     console.print(_components(plan))
@@ -164,6 +173,11 @@ def time_lines(plan: Plan) -> list[str]:
         f"a step: {time_text(time_.seconds)}, MFU {plan.mfu:.1%}",
         f"  one after the other: {', '.join(listed(time_.parts))}",
     ]
+    if plan.exchange_inside_node is not None:
+        lines.append(
+            f"  the exchange across nodes takes {time_text(time_.parts['exchange'])}; inside a "
+            f"node it would take {time_text(plan.exchange_inside_node)}"
+        )
     if at_once:
         lines.append(f"  at the same time: {', '.join(at_once)}")
     if waits := time_.waits[longest]:
@@ -317,6 +331,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "seconds": plan.time.parts
         | {f"{name} (beside)": s for name, s in plan.time.hidden.items()},
+        "exchange_seconds_inside_node": plan.exchange_inside_node,
         "collectives": {
             k: {"calls": n, "bytes": b} for k, (n, b) in plan.simulation.collectives.items()
         },

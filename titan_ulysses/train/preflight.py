@@ -19,6 +19,7 @@ import threading
 from typing import Any
 
 from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.nodes import ranks_per_node
 from titan_ulysses.memory.offload import available_host_memory
 from titan_ulysses.observability.units import size_text, time_text
 
@@ -53,11 +54,14 @@ class Preflight:
             self._why_not = f"weights and optimizer take only {size_text(model_bytes)}"
             self._reported = True
             return
+        per_node = ranks_per_node(world_size)
         host = free if config.plan.host_memory_gib == 0 else config.plan.host_memory_gib * 2**30
+        values = config.model_dump()
+        values["plan"]["gpus_per_node"] = per_node  # what is there, not what the setting says
         request = {
-            "config": config.model_dump(),
+            "config": values,
             "world_size": world_size,
-            "ranks": int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            "ranks": per_node,
             "gpu_memory": gpu_memory,
             "gpu": gpu,
             "host_memory": host,
@@ -133,13 +137,19 @@ class Preflight:
                 f"      {_gib(p['ranks'] * p['live_gib'])} on this node, "
                 f"{_gib(p['host_memory_gib'])} are free",
             ]
-        return [
+        lines = [
             f"plan: {_gib(p['gpu_peak_gib'])} of {_gib(p['gpu_memory_gib'])} at the peak of a GPU "
             f"({parts})",
             f"      host memory {_gib(p['host_peak_gib'])} a node; a step "
             f"{time_text(p['step_seconds'])}"
             + ("" if p["fits"] else f"; it does not fit: {p['binds']}"),
         ]
+        if (inside := p["exchange_seconds_inside_node"]) is not None:
+            lines.append(
+                f"      the exchange across nodes takes {time_text(p['seconds']['exchange'])} of a "
+                f"step; inside a node it would take {time_text(inside)}"
+            )
+        return lines
 
     def obstacle(self) -> str | None:
         """Return why the run must not start, if plan.enforce is set; None if it may start."""

@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C during training.
+"""SIGTERM and Ctrl-C during training, and hosts that join an elastic run.
 
-They are noted and answered at once, whatever the main thread is doing.
+Signals are noted and answered at once, whatever the main thread is doing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+HOSTS_CHANGE = signal.SIGUSR1
+"""The signal of scripts/launch.py where a host joins: save, and be started again with it."""
+RESTART = 75
+"""The exit code by which a rank asks the launcher to start it again: EX_TEMPFAIL."""
 _PATIENCE = 1.0
 """Seconds within which a second signal counts as the first.
 
@@ -25,17 +29,19 @@ The launcher sends a signal on to its ranks, which may have received it already.
 class StopSignals:
     """A context that notes stop signals: `with StopSignals(tell) as signals: ...`.
 
-    `signals.received` asks the loop to stop after its step. `tell(name)` is called once, on a
-    thread of its own, as soon as the first signal arrives. Python's own handlers would wait until
-    the main thread returns from its current call, such as a backward of minutes. After a Ctrl-C, a
-    second one (or the signal that a launcher makes of it) more than a second later ends the process
-    at once, with exit code 130. After a SIGTERM, further signals change nothing, because schedulers
-    send several. In the main thread only.
+    `signals.received` asks the loop to stop after its step, and `signals.hosts_change` to stop
+    because another host joins, which ends this process but not the run. `tell(name)` is called
+    once, on a thread of its own, as soon as the first signal arrives. Python's own handlers would
+    wait until the main thread returns from its current call, such as a backward of minutes. After a
+    Ctrl-C, a second one (or the signal that a launcher makes of it) more than a second later ends
+    the process at once, with exit code 130. After a SIGTERM, further signals change nothing,
+    because schedulers send several. In the main thread only.
     """
 
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell
         self._first: tuple[int, float] | None = None
+        self.hosts_change = False
 
     @property
     def received(self) -> bool:
@@ -48,7 +54,9 @@ class StopSignals:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         self._socket_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, _nothing) for number in _STOPPING}
+        self._before = {
+            number: signal.signal(number, _nothing) for number in (*_STOPPING, HOSTS_CHANGE)
+        }
         return self
 
     def __exit__(self, *_) -> None:
@@ -63,6 +71,10 @@ class StopSignals:
         while number := self._reader.recv(1):
             if number[0] in _STOPPING:
                 self._receive(number[0])
+            elif number[0] == HOSTS_CHANGE and not self.hosts_change:
+                self.hosts_change = True
+                with suppress(OSError):
+                    self._tell(HOSTS_CHANGE.name)
 
     def _receive(self, number: int) -> None:
         now = time.monotonic()

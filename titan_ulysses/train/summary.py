@@ -12,6 +12,7 @@ from rich import markup
 from rich.console import Console
 
 from titan_ulysses.checkpoint.initial import describe_initial_weights
+from titan_ulysses.distributed.nodes import ranks_per_node, spans_nodes
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.model import hf
 from titan_ulysses.model.remote_code import describe_unused_code
@@ -84,6 +85,9 @@ def _choices(run: Run) -> list[str]:
     lines = []
     if idle := idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree):
         lines.append(f"[bold]{idle}[/]")
+    ranks = run.mesh.world.size()
+    if across := spans_nodes(sequence=degree, world_size=ranks, per_node=ranks_per_node(ranks)):
+        lines.append(f"[bold]{across}[/]")
     if unused := describe_unused_code(run.model.config):
         lines.append(markup.escape(unused))
     if memory.mlp_tile_tokens > tokens:

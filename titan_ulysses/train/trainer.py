@@ -22,12 +22,13 @@ from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data import open_sequences
 from titan_ulysses.data.loader import Loader
+from titan_ulysses.distributed.agreement import Ranks
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.failure import first_failure, leave_together
 from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.distributed.hardware import peak_flops
-from titan_ulysses.distributed.mesh import build_mesh, init_distributed
+from titan_ulysses.distributed.mesh import build_mesh, init_distributed, set_timeout
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 from titan_ulysses.observability.metrics import (
@@ -50,7 +51,7 @@ from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
 from titan_ulysses.train.preflight import Preflight
-from titan_ulysses.train.signals import StopSignals
+from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART, StopSignals
 from titan_ulysses.train.step import StepMetrics, learning_rate, parameter_not_finite, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
 
@@ -70,6 +71,7 @@ class Trainer:
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # only rank 0 prints
         self.folder = Path(config.job.dump_folder) / config.job.name
 
+        self.ranks = Ranks(config)
         training, held_out = self._resolve(eval_only=eval_only)
         self._build(training, held_out)
         self._start(eval_only=eval_only)
@@ -87,12 +89,19 @@ class Trainer:
         )
         self.degrees = self.spec.degrees
         check_machine(self.spec)
-        folder = self.folder / config.checkpoint.folder
-        self.checkpointer = Checkpointer(folder, keep=config.checkpoint.keep_latest_k)
+        self._check_folder()
+        folder, shared = self.folder / config.checkpoint.folder, config.checkpoint.shared
+        if config.checkpoint.enable and shared:
+            self.ranks.expect_one_folder(self.folder, f"job.dump_folder = {config.job.dump_folder}")
+        self.checkpointer = Checkpointer(
+            folder,
+            keep=config.checkpoint.keep_latest_k,
+            hosts=() if shared else self.ranks.hosts,
+        )
+        self.begins_at = self._agree_on_latest()
         if self._needs_base_weights():
             check_initial_weights(config)
         sequences = open_sequences(config, self.spec.tokenizer, eval_only=eval_only)
-        self._check_folder()
         if eval_only:
             self._check_weights()
         return sequences
@@ -108,9 +117,13 @@ class Trainer:
         if config.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
             torch.use_deterministic_algorithms(True)
-        init_distributed()
+        timeout = config.comm.startup_timeout_s
+        init_distributed(timeout=timeout)
         self.mesh = build_mesh(
-            replicate=degrees.replicate, shard=degrees.shard, sequence=degrees.sequence
+            replicate=degrees.replicate,
+            shard=degrees.shard,
+            sequence=degrees.sequence,
+            timeout=timeout,
         )
         self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
@@ -164,7 +177,7 @@ class Trainer:
         """
         if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
             return True
-        return self._latest() is None
+        return self.begins_at is None
 
     def _check_folder(self) -> None:
         """Raise UserError if the run's folder cannot be made or written to. Makes nothing."""
@@ -185,6 +198,7 @@ class Trainer:
     def _open_folder(self) -> None:
         """Make the run's folder and write the resolved config to it; UserError if that fails."""
         self._write("config.toml", dump_toml(self.config))
+        self.checkpointer.remove_unfinished()
 
     def _write(self, name: str, text: str) -> None:
         """Write a file of the run's folder on rank 0, completely or not at all.
@@ -201,7 +215,7 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Raise UserError if the only model to evaluate would be a random one."""
-        if self._latest() is None and not (
+        if self.begins_at is None and not (
             self.config.model.path or self.config.checkpoint.initial_load_path
         ):
             raise UserError(
@@ -209,6 +223,19 @@ class Trainer:
                 "and model.path is not set. Train first, or set model.path to a folder with "
                 "weights, such as the export/ of a run."
             )
+
+    def _agree_on_latest(self) -> int | None:
+        """Return the step of the checkpoint to resume from: the last one that all hosts have."""
+        if not self.config.checkpoint.enable:
+            return None
+        shared = self.config.checkpoint.shared
+
+        def last(steps: list[list[int]]) -> int | None:
+            return max(
+                set(steps[0]) if shared else set.intersection(*map(set, steps)), default=None
+            )
+
+        return self.ranks.decide("checkpoints", self.checkpointer.steps(), last)
 
     def _latest(self) -> int | None:
         return self.checkpointer.latest() if self.config.checkpoint.enable else None
@@ -218,13 +245,12 @@ class Trainer:
         note = initialize(self.model, self.config) if self._needs_base_weights() else None
         if note:
             self._say(note)
-        latest = self._latest()
-        if latest is None:
+        if self.begins_at is None:
             return 0
-        state = self.checkpointer.load(latest, self.model, self.optimizer)
+        state = self.checkpointer.load(self.begins_at, self.model, self.optimizer)
         if self.loader:
             self.loader.load_state_dict(state["loader"])
-        return latest
+        return self.begins_at
 
     def _start_preflight(self) -> Preflight | None:
         """Start to plan this run, on rank 0, while the weights are filled."""
@@ -255,8 +281,8 @@ class Trainer:
         disk = disk_needs(
             self.config,
             self.folder,
-            model=saved_bytes(self.model),
-            optimizer=expected_bytes(self.optimizer),
+            model=int(self._part_saved_here() * saved_bytes(self.model)),
+            optimizer=int(self._part_saved_here() * expected_bytes(self.optimizer)),
             export=weights.exported_bytes(self.model),
             there=len(self.checkpointer.steps()),
             done=self.step,
@@ -266,6 +292,13 @@ class Trainer:
         if obstacle := first_failure(obstacle or disk.obstacle()):
             raise UserError(obstacle)
 
+    def _part_saved_here(self) -> float:
+        """Return how much of a checkpoint goes to the folder of this host, as a fraction."""
+        if self.config.checkpoint.shared:
+            return 1.0
+        ranks = self.ranks.hosts.count(self.ranks.own_host)
+        return min(1.0, ranks / (self.degrees.shard * self.degrees.sequence))
+
     # --- validation alone -------------------------------------------------------------------------
 
     def evaluate(self) -> None:
@@ -273,7 +306,7 @@ class Trainer:
 
         The result goes to the console and to <run>/evaluation.json.
         """
-        is_checkpoint = self._latest() is not None
+        is_checkpoint = self.begins_at is not None
         initial = self.config.checkpoint.initial_load_path or self.config.model.path
         weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
         with self._progress(steps=1, done=0) as self.progress:
@@ -322,12 +355,7 @@ class Trainer:
             if self.preflight:
                 self.preflight.close()
         if self.step < total:
-            goes_on = (
-                "The same command goes on from there."
-                if config.checkpoint.enable
-                else "Nothing is saved."
-            )
-            self._say(f"Stopped by a signal after step {self.step}. {goes_on}")
+            self._end_early()
             return
         if config.checkpoint.export:
             self._expect_finite_model()
@@ -402,6 +430,7 @@ class Trainer:
                 raise
         self._unseen.append(shown)
         if counter:
+            self._end_startup()
             self._say(describe_state(self.optimizer))
             self.collectives = {
                 kind: {"calls": c, "bytes": b} for kind, (c, b) in sorted(counter.counts.items())
@@ -423,6 +452,13 @@ class Trainer:
         ):
             with self._excluded_from_step_time():
                 self._validate(logger)
+
+    def _end_startup(self) -> None:
+        """Expect quicker answers of the other ranks, now that all have made a step."""
+        timeout = self.config.comm.timeout_s
+        set_timeout(timeout)
+        if self.ranks.watch:
+            self.ranks.watch.timeout_s = timeout
 
     def _log(self, logger: MetricsLogger | None, shown: StepMetrics, lr: float) -> None:
         """Log a step. The wait for the device is here, so that other steps do not wait for it."""
@@ -551,6 +587,8 @@ class Trainer:
 
     def _acknowledge(self, name: str) -> None:
         """Print at once what a signal leads to."""
+        if name == HOSTS_CHANGE.name:
+            name = "Word that another host joins"
         then = (
             "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
         )
@@ -562,15 +600,38 @@ class Trainer:
 
         This is a small all-reduce on the host.
         """
-        flag = torch.tensor(int(self.signals.received))
+        flag = torch.tensor(2 if self.signals.received else int(self.signals.hosts_change))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self._another_host_joins = flag.item() == 1
         return bool(flag)
 
+    def _end_early(self) -> None:
+        """Say why the run stops before its last step, and how it goes on.
+
+        The ranks of an elastic run ask to be started again if another host joins, and if a signal
+        stops the ranks of another host only.
+        """
+        after = f"after step {self.step}"
+        if self.config.checkpoint.enable:
+            saved, goes_on = f"saved {after}", "The same command goes on from there."
+        else:
+            saved, goes_on = f"stopped {after}", "Nothing is saved."
+        elastic = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+        if self._another_host_joins:
+            self._say(f"Another host joins: {saved}, and all hosts start from there.")
+        elif elastic and not self.signals.received:
+            self._say(f"Another host was stopped by a signal: {saved}, and the others go on.")
+        else:
+            self._say(f"Stopped by a signal {after}. {goes_on}")
+            return
+        leave_together(RESTART)
+
     def _is_exported(self) -> bool:
-        return (
-            not self.config.checkpoint.export
-            or weights.exported_step(self.folder / "export") == self.step
-        )
+        """Return whether rank 0, which exports, sees the export of this step. Collective."""
+        if not self.config.checkpoint.export:
+            return True
+        there = weights.exported_step(self.folder / "export") == self.step
+        return first_failure("absent" if dist.get_rank() == 0 and not there else None) is None
 
     def _say(self, text: str) -> None:
         print_wrapped(self.console, text)
