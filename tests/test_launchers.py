@@ -374,10 +374,13 @@ def test_ranks_save_and_start_again_where_a_host_joins(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(run, 3, process)
-    (rank,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(rank), signal.SIGUSR1)
-    out, err = process.communicate(timeout=300)
+    try:
+        wait_for(run, 3, process)
+        (rank,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGUSR1)
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.terminate()  # the launcher ends its ranks; nothing where it has ended
     assert (process.returncode, err) == (0, "")
     saved = re.search(
         r"Word that another host joins received: stopping after step \d+, then saving a "
