@@ -64,7 +64,7 @@ _ANSWER_SECONDS = 4.0
 _TOLD_SECONDS = 3.0
 """Seconds that a rank waits for the message of the rank that failed first."""
 
-_LINGER_SECONDS = 8.0
+_LINGER_SECONDS = 5.0
 """Seconds for which the host of the store stays at most, so that the others hear of a failure."""
 
 _ending = threading.Lock()
