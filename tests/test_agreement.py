@@ -143,7 +143,7 @@ def test_another_config_and_other_packages(hosts: Hosts) -> None:
 def test_bad_input_on_one_host(hosts: Hosts) -> None:
     """The other host does not wait: it says what the first one has said."""
     lost = hosts.folder / "lost.toml"
-    launched = hosts.start({}, of_first={"arguments": ["--config", str(lost)]})
+    launched = hosts.start({}, of_first={"arguments": ["--config", str(lost)], "hangs_at": 99})
     code, out, err = launched.end()
     assert (code, out) == (2, "")
     message = f"{lost}: no such file; correct the path in --config\n"

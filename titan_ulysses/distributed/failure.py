@@ -64,8 +64,8 @@ _ANSWER_SECONDS = 4.0
 _TOLD_SECONDS = 3.0
 """Seconds that a rank waits for the message of the rank that failed first."""
 
-_LINGER_SECONDS = 2.5
-"""Seconds for which the host of the store stays, so that the other hosts hear of a failure."""
+_LINGER_SECONDS = 5.0
+"""Seconds for which the host of the store stays at most, so that the others hear of a failure."""
 
 _ending = threading.Lock()
 """Held by the thread that ends this process."""
@@ -177,13 +177,21 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _exit_when_told(code: int) -> NoReturn:
+def _exit_when_told(store: TCPStore, code: int) -> NoReturn:
     """Exit after a failure that the store knows of.
 
-    The store ends with the ranks of its host. So these stay until the other hosts have asked it.
+    The store ends with the ranks of its host. So these stay until all other hosts have heard.
     """
-    if run_store.node() == "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        time.sleep(_LINGER_SECONDS)
+    hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+    def all_have_heard() -> bool:
+        keys = [run_store.key(f"failures/{node}") for node in range(hosts)]
+        while not store.check(keys):
+            time.sleep(0.2)
+        return True
+
+    if run_store.node() == "0" and hosts > 1:
+        run_store.within(_LINGER_SECONDS, all_have_heard)
     _exit(code)
 
 
@@ -209,7 +217,7 @@ def end_like_the_first(store: TCPStore) -> NoReturn:
     if ranks_of_host == 1:
         # Without a message, the first rank was ended before it could say why.
         _print(_repeated(first) if first else f"error: another rank has failed. {GOES_ON}")
-    _exit_when_told(first["code"] if first else 1)
+    _exit_when_told(store, first["code"] if first else 1)
 
 
 def failures(store: TCPStore) -> int:
@@ -242,12 +250,12 @@ def _count_and_print(message: str, code: int) -> NoReturn:
         rank, host = run_store.rank_and_size()[0], run_store.host_name()
         told = {"rank": rank, "host": host, "message": message, "code": code}
         run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", told))
-        _exit_when_told(code)
+        _exit_when_told(store, code)
     first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
     if ranks_of_host == 1:
         is_other = first and first["message"] != message
         _print(_repeated(first) if first and is_other else message)
-    _exit_when_told(first["code"] if first else code)
+    _exit_when_told(store, first["code"] if first else code)
 
 
 def _told(store: TCPStore) -> dict[str, Any] | None:

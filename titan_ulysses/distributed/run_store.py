@@ -22,6 +22,9 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 2.0
 """Seconds to wait for a connection to a store that has answered before."""
 
+_AGENT_SECONDS = 30.0
+"""Seconds to wait for the store of torchrun's agent. A link may be down for a while."""
+
 _hosted: list[TCPStore] = []
 """The store that rank 0 itself runs, where torchrun's agent does not. It lives as long as it."""
 
@@ -76,7 +79,11 @@ def first_connection(timeout_s: float) -> TCPStore:
     from torch.distributed import TCPStore
 
     (host, port), (rank, size) = address(), rank_and_size()
-    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    hosts_it = rank == 0 and not agent_hosts_it
+    if agent_hosts_it:
+        # It was there before the ranks were: if it refuses, the first host has ended.
+        timeout_s = min(timeout_s, _AGENT_SECONDS)
     store = TCPStore(
         host,
         port,
