@@ -261,13 +261,13 @@ def test_a_rank_that_does_not_answer(hosts: Hosts) -> None:
     code, _, err = launched.end(timeout=60)
     assert time.monotonic() - since < 8 + 10
     assert code == 1 and "Traceback" not in err
-    assert sorted(err.splitlines()) == [
-        line.format(
-            "another rank has not answered within comm.timeout_s: its host is gone, or the "
-            "network to it. The same command goes on from the last checkpoint."
+    lines = err.splitlines()
+    assert len(lines) == 2  # one of each host, which may find out at the same time
+    for line in lines:
+        assert line.removeprefix("error: ").removeprefix("rank 0 on alpha: ") == (
+            "another rank has not answered within comm.timeout_s: its host is gone, or the network "
+            "to it. The same command goes on from the last checkpoint."
         )
-        for line in ("error: rank 0 on alpha: {}", "error: {}")
-    ]
 
 
 def test_a_store_that_dies(hosts: Hosts) -> None:
