@@ -257,7 +257,7 @@ def test_a_run_leaves_its_config_and_tensorboard_events(runs: RunOnMeshes) -> No
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = load_config(runs["sp2"] / "config.toml")
-    assert config.job.name == "sp4" and config.parallelism.sequence_parallel_degree == 4
+    assert config.job.name == "sp2" and config.parallelism.sequence_parallel_degree == 2
     events = EventAccumulator(str(runs["sp2"] / "tensorboard")).Reload()
     losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(step, pytest.approx(loss)) for step, loss, _ in learned(runs["sp2"])]

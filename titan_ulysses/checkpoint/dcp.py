@@ -80,6 +80,7 @@ class Checkpointer:
             done_with = [partial, final] if reason else [self.folder / f"step-{n}" for n in old]
             for folder in done_with:
                 shutil.rmtree(folder, ignore_errors=True)
+        dist.barrier()  # no rank goes on before the folder is as it stays
         if reason:
             kept = self.latest()
             raise UserError(
