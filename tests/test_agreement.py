@@ -169,6 +169,7 @@ def test_separate_folders_are_refused(hosts: Hosts) -> None:
     assert not list(hosts.folders[0].iterdir()) and not any(hosts.folders[1].rglob("*.*"))
 
 
+@pytest.mark.slow
 def test_each_host_keeps_its_shards(hosts: Hosts) -> None:
     """A resumed run is exact, from the last step that both have; on other hosts it is refused."""
     runs = [folder / "outputs" / "run" for folder in hosts.folders]
@@ -270,6 +271,7 @@ def test_a_rank_that_does_not_answer(hosts: Hosts) -> None:
         )
 
 
+@pytest.mark.slow  # test_two_hosts.py kills the host of a store
 def test_a_store_that_dies(hosts: Hosts) -> None:
     """torchrun's agent is gone: each host says so, though one rank is not in a collective."""
     launched = hosts.start(QUICK, hangs_at=3)

@@ -362,6 +362,7 @@ def wait_for(run: Path, step: int, process: subprocess.Popen, *, timeout: float 
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_ranks_save_and_start_again_where_a_host_joins(tmp_path: Path) -> None:
     """torchrun restarts them without counting it, and nothing is trained twice."""
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
