@@ -612,7 +612,7 @@ PLANNED = {
         )
     ],
     "plan.host_memory_gib": [
-        Case(1e-5, lambda run, _: run.facts["binds"] == "host memory", SMALL_GPU)
+        Case(1e-5, lambda run, _: run.facts["binds"] == "host memory", SMALL_GPU, slow=True)
     ],
     "plan.gpus_per_node": [
         # From then on the exchange goes over the network.
@@ -620,9 +620,12 @@ PLANNED = {
             1,
             lambda run, default: run.facts["step_seconds"] > default.facts["step_seconds"],
             PLAN_OF_TWO,
+            slow=True,
         )
     ],
-    "plan.world_size": [Case(4, said("mesh: dp_replicate 1 x dp_shard 2 x sp 2"), PLAN_OF_TWO)],
+    "plan.world_size": [
+        Case(4, said("mesh: dp_replicate 1 x dp_shard 2 x sp 2"), PLAN_OF_TWO, slow=True)
+    ],
     "plan.search": [
         Case(
             True,
@@ -637,6 +640,7 @@ PLANNED = {
             True,
             refused("plan.enforce = true: the run needs"),
             {"plan.host_memory_gib": 1e-6},
+            slow=True,  # also in test_plan.py, as the plan of a start
         )
     ],
 }

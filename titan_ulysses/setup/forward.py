@@ -85,22 +85,17 @@ def _forward(
     over the mesh later. With reduction = "none", `.loss` is the cross-entropy of each of this
     rank's labels [B, T]. Without labels, `.logits` are those of this rank's tokens.
 
-    If the model has a router loss (see model/router.py), `.aux_loss` is that loss, and `.loss`
-    includes it. attention_mask [B, T] is 0 at padding, which the router loss does not count; it has
-    no other effect.
+    `.aux_loss` is the router loss, if the model has one, and `.loss` includes it. attention_mask
+    [B, T] is 0 at padding, which the router loss does not count; it has no other effect.
     """
-    inputs = {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "use_cache": False,
-        "ulysses": ulysses,
-    }
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+    inputs |= {"use_cache": False, "ulysses": ulysses}
     sums = labels is not None and reduction == "sum"
     if router_loss is None:
         hidden = decoder(**inputs).last_hidden_state
     else:
         with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
-            # The router loss reads the logits of routers by hooks, so the decoder keeps none.
+            # Hooks read the logits of routers, so the decoder keeps none.
             hidden = decoder(**inputs, output_router_logits=False).last_hidden_state
         if sums:
             hidden, aux_loss, num_labels = routers.reduce(
