@@ -472,7 +472,10 @@ MEMORY = {
             True, said("memory.optimizer_offload changes nothing: the device is the CPU"), same=True
         )
     ],
-    "compile.enable": [Case(True, lambda run, _: run.facts["graphs"] >= 2, same=True)],
+    "compile.enable": [
+        # Also in test_compile.py and test_together.py.
+        Case(True, lambda run, _: run.facts["graphs"] >= 2, same=True, slow=True)
+    ],
     "quantize.float8": [
         Case(
             True,
