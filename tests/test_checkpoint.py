@@ -258,6 +258,28 @@ def test_another_model_is_refused(
         assert unchanged
 
 
+def save_where_one_rank_sees_nothing(folder: Path) -> tuple[list[int], list[int]]:
+    """Save a step again that rank 1 does not see: when its files were written, before and after."""
+
+    def written() -> list[int]:
+        return [file.stat().st_mtime_ns for file in sorted((folder / "step-1").iterdir())]
+
+    run, checkpointer = Run((1, 1, 2)).train(1), Checkpointer(folder, keep=1)
+    checkpointer.save(1, run.model, run.optimizer, RUN_STATE)
+    before = written()
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(Path, "exists", lambda self: False)
+        checkpointer.save(1, run.model, run.optimizer, RUN_STATE)
+    return before, written()
+
+
+def test_a_rank_with_an_old_view_of_the_folder_removes_nothing(tmp_path: Path) -> None:
+    for before, after in run_on_ranks(2, save_where_one_rank_sees_nothing, tmp_path / "saved"):
+        assert before == after and before
+
+
 # --- a disk that fills up -------------------------------------------------------------------------
 
 

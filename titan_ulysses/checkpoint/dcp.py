@@ -67,8 +67,10 @@ class Checkpointer:
         """
         final = self.folder / f"step-{step}"
         partial = partial_path(final)
-        # Of separate folders, some may have a step that the others lack.
-        if first_failure(None if final.exists() else "absent") is None:
+        # Only those that publish are asked: the view that others have of a network file system may
+        # be old. Of separate folders, some may have a step that the others lack.
+        is_absent = self._publishes() and not final.exists()
+        if first_failure("absent" if is_absent else None) is None:
             return
         if self._publishes():
             for folder in (partial, final):
