@@ -4,6 +4,7 @@ and end them.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -85,7 +86,7 @@ def destroy_the_group() -> None:
 
 def kill_parent_and_stay_busy() -> None:
     if dist.get_rank() == 0:
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
         sleep_forever()
     wait_for_rank_0()
 

@@ -1,9 +1,8 @@
 """Real gloo ranks for the tests: `run_on_ranks(2, fn, *args)` calls `fn` on two processes and
 returns both results.
 
-Starting a rank costs seconds (it imports torch), so the ranks of a world size stay alive between
-calls. Nothing here imports torch before a rank starts: a rank that hangs while importing it still
-shows its stack.
+Importing torch and transformers costs seconds. So one server imports them once (preload.py), all
+ranks are forks of it, and the ranks of a world size stay alive between calls.
 """
 
 from __future__ import annotations
@@ -24,12 +23,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 _TESTS = Path(__file__).resolve().parents[1]
 _SEARCH_PATH = [str(_TESTS), str(_TESTS.parent)]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["helpers.preload"])
 _STARTUP_SECONDS = 120.0
 _GRACE_SECONDS = 2.0
 
@@ -104,17 +106,17 @@ class _Pool:
     """
 
     def __init__(self, world_size: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        _start_server()
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.connections: list[Connection] = []
         port = _free_port()
         for rank in range(world_size):
-            ours, theirs = spawn.Pipe()
+            ours, theirs = _CONTEXT.Pipe()
             _stack_file(self.folder.name, rank).touch()
             # Not daemonic: a daemonic process may not have children, and data loaders and async
             # checkpoints do.
-            process = spawn.Process(
+            process = _CONTEXT.Process(
                 target=_serve, args=(rank, world_size, port, self.folder.name, theirs)
             )
             self.connections.append(ours)
@@ -179,6 +181,19 @@ _POOLS: dict[int, _Pool] = {}
 # Runs before multiprocessing's own exit handler, registered at import above, which would wait for
 # the ranks forever.
 atexit.register(close_pools)
+
+
+def _start_server() -> None:
+    """Start the process that all ranks are forks of, unless it runs. It takes no search path."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*_SEARCH_PATH, *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _serve(rank: int, world_size: int, port: int, folder: str, connection: Connection) -> None:
