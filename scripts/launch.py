@@ -114,6 +114,8 @@ def meeting_of(args: Any) -> Meeting | None:
 
 def prepare(args: Any, meeting: Meeting) -> Any:
     """Let the hosts meet; then tell torchrun, gloo and NCCL which interface they use."""
+    if sys.platform != "linux":  # interfaces and sockets are set as Linux has them
+        raise UserError(f"--nnodes: runs on several hosts need Linux, and this is {sys.platform}")
     met = meet(meeting)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={met.interface}")

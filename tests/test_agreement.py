@@ -23,7 +23,7 @@ from helpers.runs import Settings, learned, train, write_run
 from test_checkpoint import RUN_STATE, Run, assert_same, error_of, no_space
 from test_command_line import Launch, arguments
 from titan_ulysses.checkpoint.dcp import Checkpointer, check_weights
-from titan_ulysses.distributed.failure import _lost_peer
+from titan_ulysses.distributed.failure import _lost_peer, goes_on
 from titan_ulysses.distributed.mesh import build_mesh, set_timeout, timeout_of
 
 # A rank as on a host of its own: argv holds, for each rank, what it is to be.
@@ -330,6 +330,16 @@ def test_errors_of_a_lost_peer(text: str, monkeypatch: pytest.MonkeyPatch) -> No
             raise RuntimeError("in backward") from inner
     except RuntimeError as error:
         assert LOST[text] in (_lost_peer(error) or "")
+
+
+def test_how_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torchrun restarts the ranks, nobody is asked for a command."""
+    assert goes_on() == "The same command goes on from the last checkpoint."
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "10")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "9")
+    assert "by itself" in goes_on()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "10")
+    assert "The same command" in goes_on()
 
 
 def test_other_errors_are_of_no_lost_peer() -> None:

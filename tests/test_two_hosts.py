@@ -195,13 +195,12 @@ class Episode(NamedTuple):
     lines: Lines
     """All that has been logged."""
 
-    def said(self) -> list[tuple[int, float, list[str]]]:
-        """Each host's exit code, seconds from what happened to its end, and errors."""
-        errors = ([x for x in one.out.splitlines() if "rror" in x] for one in self.results)
-        return [
-            (one.code, round(seconds, 1), lines)
-            for one, seconds, lines in zip(self.results, self.seconds, errors, strict=True)
-        ]
+    def said(self) -> str:
+        """Each host's exit code, seconds from what happened to its end, and last lines."""
+        return "".join(
+            f"--- exit code {one.code} after {seconds:.1f} s\n{one.out[-2000:]}"
+            for one, seconds in zip(self.results, self.seconds, strict=True)
+        )
 
     def said_once(self, host: int, message: str) -> bool:
         """Whether a host has ended in time, with exit code 1 and this message alone."""

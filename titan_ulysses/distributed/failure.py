@@ -58,11 +58,14 @@ _STORE_IS_GONE = (
 )
 """Texts in the errors of a rank that cannot reach torchrun's store."""
 
-GOES_ON = "The same command goes on from the last checkpoint."
+_DIED = "died without a word (out of memory?)"
 _ANSWER_SECONDS = 4.0
 """Seconds that a failing rank gives the store to answer."""
 _TOLD_SECONDS = 3.0
 """Seconds that a rank waits for the message of the rank that failed first."""
+
+_FIRST_SECONDS = 2.0
+"""Seconds that a rank whose connection was closed gives the one that closed it to say why."""
 
 _LINGER_SECONDS = 5.0
 """Seconds for which the host of the store stays at most, so that the others hear of a failure."""
@@ -94,7 +97,24 @@ def exit_on_error() -> Iterator[None]:
         end(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 1)
     except Exception as error:
         lost = _lost_peer(error)
+        if lost and _DIED in lost:
+            _let_the_first_speak()
         end(f"error: {lost}" if lost else traceback.format_exc(), 1)
+
+
+def _let_the_first_speak() -> None:
+    """Wait until a rank has failed, for a moment at most.
+
+    A rank that has lost another one closes all of its connections. The ranks at their other ends
+    may notice that before it has said what is wrong.
+    """
+
+    def wait() -> None:
+        store = run_store.connect()
+        while not failures(store):
+            time.sleep(0.05)
+
+    run_store.within(_FIRST_SECONDS, wait)
 
 
 def first_failure(reason: str | None) -> str | None:
@@ -118,12 +138,20 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
+def goes_on() -> str:
+    """Return how the run goes on after a rank was lost: torchrun restarts it, or the user does."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if attempt < int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        return "The run goes on from the last checkpoint by itself, with the hosts that are there."
+    return "The same command goes on from the last checkpoint."
+
+
 def store_is_gone() -> str:
     """Return the message for a store that does not answer."""
     host, port = run_store.address()
     return (
         f"the first host, {host}, is gone or out of reach: its store at port {port} does not "
-        f"answer. {GOES_ON}"
+        f"answer. {goes_on()}"
     )
 
 
@@ -135,13 +163,13 @@ def _lost_peer(error: BaseException | None) -> str | None:
         found = re.search(r"\[(\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:]+)\]", text)
         where = f" on {found[1]}" if found and found[1] not in ("127.0.0.1", "::1") else ""
         if any(sign in text for sign in _ENDED_PEER):
-            return f"another rank{where} died without a word (out of memory?). {GOES_ON}"
+            return f"another rank{where} {_DIED}. {goes_on()}"
         if any(sign in text for sign in _STORE_IS_GONE):
             return store_is_gone()
         if any(sign in text for sign in _SILENT_PEER):
             return (
                 f"another rank{where} has not answered within comm.timeout_s: its host is gone, "
-                f"or the network to it. {GOES_ON}"
+                f"or the network to it. {goes_on()}"
             )
         error = error.__cause__ or error.__context__
     return None
@@ -216,7 +244,7 @@ def end_like_the_first(store: TCPStore) -> NoReturn:
     first, ranks_of_host = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, ask) or lost
     if ranks_of_host == 1:
         # Without a message, the first rank was ended before it could say why.
-        _print(_repeated(first) if first else f"error: another rank has failed. {GOES_ON}")
+        _print(_repeated(first) if first else f"error: another rank has failed. {goes_on()}")
     _exit_when_told(store, first["code"] if first else 1)
 
 

@@ -84,7 +84,7 @@ class Watch:
                 failure.end(
                     f"error: rank {rank} on {self.hosts[rank]} has given no sign of life for "
                     f"{self.timeout_s:g} s: its host is gone, or the network to it. "
-                    f"{failure.GOES_ON}",
+                    f"{failure.goes_on()}",
                     1,
                 )
 
