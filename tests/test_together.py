@@ -139,7 +139,7 @@ COMPILED: dict[str, Settings] = {
 }
 
 
-COMPILED_IN_CI = ("host", "LoRA", "adamw8bit")
+COMPILED_IN_CI = ("host", "adamw8bit")
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,6 @@ def on_one_host(launcher: Launcher, hosts: Hosts, after_other_died: Episode) -> 
     return ended([launcher.start(settings, host=hosts[0], of="1")], within=START)[0]
 
 
-@pytest.mark.slow  # its message and bound do not hold on a busy machine
 @linked
 def test_the_link_is_cut(after_cut: Episode) -> None:
     for host in (0, 1):
@@ -269,12 +268,10 @@ def test_started_again_on_both_hosts(after_cut: Episode, after_store_died: Episo
     assert re.findall(r"step +(\d+)/", after_store_died.results[0].out)[0] == "7"
 
 
-@pytest.mark.slow  # its message and bound do not hold on a busy machine
 def test_the_host_with_the_store_is_killed(after_store_died: Episode) -> None:
     assert after_store_died.said_once(1, STORE_DIED), after_store_died.said()
 
 
-@pytest.mark.slow  # its message and bound do not hold on a busy machine
 def test_the_other_host_is_killed(after_other_died: Episode) -> None:
     assert after_other_died.said_once(0, DIED), after_other_died.said()
 
