@@ -175,16 +175,8 @@ MODELS = {
         Case(
             "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))
         ),
-        *(
-            []
-            if torch.cuda.is_available()
-            else [Case("flash", refused('model.attention = "flash"', "CUDA"))]
-        ),
-        *(
-            []
-            if torch.cuda.is_available()
-            else [Case("flex", refused('model.attention = "flex"', "CUDA"))]
-        ),
+        Case("flash", refused('model.attention = "flash"', "CUDA")),
+        Case("flex", refused('model.attention = "flex"', "CUDA")),
     ],
     "model.rope_scaling": [
         Case(
