@@ -55,7 +55,7 @@ from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART
 
 _DAY = 24 * 60 * 60
 _TIMEOUT = 600.0
-"""Seconds for which a host may be silent, where there is no config that says so."""
+"""Seconds for which a host may be silent, where no config says so."""
 _PATIENCE = 5
 """Seconds that the ranks of a run that has failed get to end."""
 
@@ -164,14 +164,16 @@ def prepare(args: Any, meeting: Meeting) -> Any:
 def silence_of(command: list[str]) -> float:
     """Return comm.timeout_s of the command's config: how long a host may be silent.
 
-    A config that cannot be read is left to the ranks, which say what is wrong with it.
+    Its value "auto" is for ranks that compute; hosts keep in touch meanwhile. A config that cannot
+    be read is left to the ranks, which say what is wrong with it.
     """
     script, *arguments = command
     if os.path.basename(script) != "train.py":
         return _TIMEOUT
     try:
         parsed = parse_command_line(arguments)
-        return load_config(parsed.config_path, parsed.overrides).comm.timeout_s
+        chosen = load_config(parsed.config_path, parsed.overrides).comm.timeout_s
+        return chosen if chosen > 0 else _TIMEOUT
     except (UserError, SystemExit):
         return _TIMEOUT
 

@@ -397,7 +397,7 @@ TRAINING = {
         )
     ],
     "comm.timeout_s": [
-        Case(77.0, lambda run, _: run.facts["timeouts"] == {77.0}, REPLICATED, ranks=2)
+        Case(77.0, lambda run, _: run.facts["timeouts"] == {77.0}, REPLICATED, ranks=2),
     ],
     "comm.startup_timeout_s": [
         Case(77.0, lambda run, _: run.facts["startup_timeouts"] == {77.0}, REPLICATED, ranks=2)

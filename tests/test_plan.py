@@ -567,9 +567,10 @@ def test_preflight(monkeypatch):
         gpu_memory=79 * 2**30,
     )
     assert gpu.lines() == ["plan: not ready after 0 s (the machine is busy): it follows when it is"]
-    assert gpu.news() == []
+    assert gpu.news() == [] and gpu.planned_seconds == 0
     gpu._reader.join()
     news = gpu.news()
+    assert gpu.planned_seconds == gpu.plan["step_seconds"] > 0
     assert "GiB of 79.00 GiB at the peak of a GPU" in news[0] and gpu.news() == []
     assert re.search(r"the exchange across nodes takes .* inside a node it would take", news[-1])
     gpu.enforce = True
