@@ -418,13 +418,14 @@ class ActivationCheckpoint(Section):
 class Memory(Section):
     loss_tile_tokens: Tile = Field(
         0,
-        description="Tokens in one tile of the loss head. auto (0): as many as make 64 MiB of fp32 "
-        "logits. all (-1): all tokens at once.",
+        description="Tokens in one tile of the loss head. auto (0): as many as make 1 GiB of fp32 "
+        "logits on a GPU, 64 MiB on a CPU. all (-1): all tokens at once.",
     )
     mlp_tile_tokens: Tile = Field(
         0,
-        description="Tokens in one tile of the MLPs and norms. auto (0): the model's width, at "
-        "least 1,024, with activation checkpointing; not tiled without it. all (-1): not tiled.",
+        description="Tokens in one tile of the MLPs and norms. auto (0): with activation "
+        "checkpointing, as many as make 512 MiB inside an MLP on a GPU, or on a CPU the model's "
+        "width, at least 1,024; not tiled without it. all (-1): not tiled.",
     )
     parameter_offload: bool = Field(
         False,

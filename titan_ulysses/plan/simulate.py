@@ -88,7 +88,8 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         blocks.extend(find_blocks(model)[1])
-        wrap(model, mesh, replace(options, compile=False), store=store)
+        device_type = "cuda" if cuda else "cpu"
+        wrap(model, mesh, replace(options, compile=False), store=store, device_type=device_type)
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
