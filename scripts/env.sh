@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv at the repository's root and installs the project, once.
 # usage: source scripts/env.sh [extras, such as dev]    leaves $ROOT, $PYTHON, and the working directory as it is
+#        with_config [CONFIG] [--section.key value ...]   leaves $ARGUMENTS, those of train.py
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=$ROOT/.venv/bin/python
 # Installed again when pyproject.toml changes or more extras are asked for.
@@ -11,3 +12,12 @@ if ! grep -qxF "$_wanted" "$ROOT/.venv/installed" 2>/dev/null; then
   "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${1:+[$1]}"
   echo "$_wanted" >> "$ROOT/.venv/installed"
 fi
+
+with_config() {
+  ARGUMENTS=(--config "$ROOT/configs/quickstart.toml")
+  if [[ $# -gt 0 && $1 != -* ]]; then
+    ARGUMENTS=(--config "$1")
+    shift
+  fi
+  ARGUMENTS+=("$@")
+}

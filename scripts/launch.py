@@ -2,6 +2,8 @@
 
 Takes torchrun's arguments, and adds what torchrun lacks:
 
+- `--nproc-per-node auto` is a rank a GPU that torch can use, or two on a host without any. Ranks
+  share the host's cores, and run beside their GPUs.
 - Several hosts are checked before they wait for each other (precheck.py).
 - Where a rank fails, the exit code is that of the rank, without the launcher's own traceback: the
   rank has already printed what is wrong, and forty lines about the launcher below would hide it.
@@ -16,12 +18,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 # The store of torch reports each connection that it loses; what that means is said here.
@@ -46,11 +50,12 @@ from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.host import usable_cores, visible_gpus
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART
 
 _DAY = 24 * 60 * 60
 _TIMEOUT = 600.0
-"""Seconds for which a host may be silent, where there is no config that says so."""
+"""Seconds for which a host may be silent, where no config says so."""
 _PATIENCE = 5
 """Seconds that the ranks of a run that has failed get to end."""
 
@@ -62,6 +67,7 @@ def main(argv: list[str]) -> int:
     logging.disable(logging.ERROR)
     args, meeting = parse_args(argv), None
     try:
+        set_ranks(args)
         meeting = meeting_of(args)
         met = prepare(args, meeting) if meeting else None
         torch_launcher.LocalElasticAgent = Agent
@@ -78,6 +84,39 @@ def main(argv: list[str]) -> int:
     except (RendezvousError, DistError) as error:
         return _fail(_explain(error, meeting))
     return 0
+
+
+# --- the ranks of this host -----------------------------------------------------------------------
+
+
+def set_ranks(args: Any) -> None:
+    """Set how many ranks this host has, how many threads each has, and on which cores they run.
+
+    UserError for more ranks than GPUs, and for GPUs that torch cannot use.
+    """
+    gpus = visible_gpus()
+    if args.nproc_per_node == "auto":
+        args.nproc_per_node = str(gpus or 2)
+    if not args.nproc_per_node.isdecimal():
+        return  # another word of torchrun's
+    ranks, cores = int(args.nproc_per_node), usable_cores()
+    if 0 < gpus < ranks:
+        raise UserError(
+            f"{ranks} ranks, and torch can use {gpus} GPU{'s' * (gpus > 1)} here: each rank needs "
+            f"one of its own. Set NPROC={gpus}, or look at CUDA_VISIBLE_DEVICES",
+            exit_code=2,
+        )
+    # More threads than cores make all ranks wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, ranks))))
+    # Where this process has only some of the cores, those beside a GPU may not be among them.
+    if gpus and args.numa_binding is None and memory_nodes() > 1 and cores == os.cpu_count():
+        # torchrun calls numactl.
+        args.numa_binding = "node" if shutil.which("numactl") else None
+
+
+def memory_nodes() -> int:
+    """Return how many NUMA nodes this host has."""
+    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
 
 
 # --- several hosts --------------------------------------------------------------------------------
@@ -127,14 +166,16 @@ def prepare(args: Any, meeting: Meeting) -> Any:
 def silence_of(command: list[str]) -> float:
     """Return comm.timeout_s of the command's config: how long a host may be silent.
 
-    A config that cannot be read is left to the ranks, which say what is wrong with it.
+    Its value "auto" is for ranks that compute; hosts keep in touch meanwhile. A config that cannot
+    be read is left to the ranks, which say what is wrong with it.
     """
     script, *arguments = command
     if os.path.basename(script) != "train.py":
         return _TIMEOUT
     try:
         parsed = parse_command_line(arguments)
-        return load_config(parsed.config_path, parsed.overrides).comm.timeout_s
+        chosen = load_config(parsed.config_path, parsed.overrides).comm.timeout_s
+        return chosen if chosen > 0 else _TIMEOUT
     except (UserError, SystemExit):
         return _TIMEOUT
 

@@ -34,22 +34,14 @@ if [[ $FIRST =~ ^(.+):([0-9]+)$ ]]; then
 fi
 source "$(dirname "$0")/env.sh" "" # without an argument it would see those of this script
 
-CONFIG=$ROOT/configs/quickstart.toml
-if [[ $# -gt 0 && $1 != -* ]]; then
-  CONFIG=$1
-  shift
-fi
-GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-NPROC=${NPROC:-$((GPUS > 0 ? GPUS : 2))}
-CORES=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > NPROC ? CORES / NPROC : 1))}
+with_config "$@"
 if [[ $INTERFACE != auto ]]; then
   # "=" is NCCL's word for this name exactly; without it, it is a prefix.
   export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME="=$INTERFACE"
 fi
 
 WAIT=${WAIT:-600}
-OPTIONS=(--nnodes "$HOSTS" --node-rank "$RANK" --nproc-per-node "$NPROC")
+OPTIONS=(--nnodes "$HOSTS" --node-rank "$RANK" --nproc-per-node "${NPROC:-auto}")
 if [[ $HOSTS == *:* ]]; then
   # The store of the rendezvous must not be that of the ranks, or a host that returns finds the ranks' old keys in it.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -59,9 +51,5 @@ if [[ $HOSTS == *:* ]]; then
 else
   OPTIONS+=(--master-addr "$FIRST" --master-port "$PORT" --rdzv-conf "join_timeout=$WAIT")
 fi
-# A rank runs on the cores beside its GPU, where there is more than one memory node.
-if [[ $GPUS -gt 0 && -d /sys/devices/system/node/node1 ]] && command -v numactl >/dev/null; then
-  OPTIONS+=(--numa-binding node)
-fi
 
-exec "$PYTHON" "$ROOT/scripts/launch.py" "${OPTIONS[@]}" "$ROOT/train.py" --config "$CONFIG" "$@"
+exec "$PYTHON" "$ROOT/scripts/launch.py" "${OPTIONS[@]}" "$ROOT/train.py" "${ARGUMENTS[@]}"

@@ -29,13 +29,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; runs only with --slow")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; runs only with -m gpu")
+    if not _asks_for_gpu(config):
+        # All other tests are of a CPU and of gloo: a mesh that finds a GPU would be a CUDA mesh.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _asks_for_gpu(config: pytest.Config) -> bool:
+    chosen = config.getoption("-m")
+    return "gpu" in chosen and "not gpu" not in chosen
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    why_not = None
+    if not _asks_for_gpu(config):
+        why_not = "gpu: run with -m gpu, on a machine with a CUDA device"
+    elif not _has_cuda():
+        why_not = "gpu: torch sees no CUDA device"
     for item in items:
-        if item.get_closest_marker("gpu") and not _has_cuda():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("gpu") and why_not:
+            item.add_marker(pytest.mark.skip(reason=why_not))
         elif item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 

@@ -330,7 +330,7 @@ def test_batch_moves_to_a_device():
     assert_same_batch(batch.to("cpu"), batch)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 def test_batch_moves_to_cuda():
     batch = Loader(
         PackedSequences(numbered_corpus([8]), seq_len=4, seed=0), batch_size=2

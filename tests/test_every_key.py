@@ -175,16 +175,8 @@ MODELS = {
         Case(
             "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))
         ),
-        *(
-            []
-            if torch.cuda.is_available()
-            else [Case("flash", refused('model.attention = "flash"', "CUDA"))]
-        ),
-        *(
-            []
-            if torch.cuda.is_available()
-            else [Case("flex", refused('model.attention = "flex"', "CUDA"))]
-        ),
+        Case("flash", refused('model.attention = "flash"', "CUDA")),
+        Case("flex", refused('model.attention = "flex"', "CUDA")),
     ],
     "model.rope_scaling": [
         Case(
@@ -405,7 +397,7 @@ TRAINING = {
         )
     ],
     "comm.timeout_s": [
-        Case(77.0, lambda run, _: run.facts["timeouts"] == {77.0}, REPLICATED, ranks=2)
+        Case(77.0, lambda run, _: run.facts["timeouts"] == {77.0}, REPLICATED, ranks=2),
     ],
     "comm.startup_timeout_s": [
         Case(77.0, lambda run, _: run.facts["startup_timeouts"] == {77.0}, REPLICATED, ranks=2)

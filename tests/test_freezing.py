@@ -85,7 +85,7 @@ def hf_initialized(table: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def test_a_frozen_head_makes_no_gradient_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_add_product", None)
+    monkeypatch.setattr(loss, "add_product", None)
     head = loss.LossHead(nn.Linear(8, 11, bias=False), tile_tokens=2)
     head.weight.requires_grad_(False)
     hidden, labels = torch.randn(1, 5, 8, requires_grad=True), torch.arange(5)[None]

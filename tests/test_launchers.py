@@ -340,6 +340,7 @@ def test_how_long_a_host_may_be_silent(tmp_path: Path) -> None:
     assert launch.silence_of(["train.py", "--config", str(config)]) == 45
     command = ["clone/train.py", "--config", str(config), "--comm.timeout_s", "7"]
     assert launch.silence_of(command) == 7
+    assert launch.silence_of([*command[:-1], "auto"]) == 600
     # The ranks say what is wrong with it.
     assert launch.silence_of(["train.py", "--config", "absent.toml"]) == 600
     assert launch.silence_of(["other.py"]) == 600

@@ -243,10 +243,10 @@ def test_weight_gradient_does_not_lose_precision_with_tiles(
 ) -> None:
     whole, tiled = weight_gradient_error(512), weight_gradient_error(8)
 
-    def add_in_bf16(total: Tensor, left: Tensor, right: Tensor) -> None:
+    def add_in_bf16(total: Tensor, left: Tensor, right: Tensor, **_: bool) -> None:
         total.copy_(total.bfloat16() + left @ right)
 
-    monkeypatch.setattr(loss_module, "_add_product", add_in_bf16)
+    monkeypatch.setattr(loss_module, "add_product", add_in_bf16)
     bad = weight_gradient_error(8)
     assert tiled <= 1.25 * whole
     assert bad > 3 * whole, "the check above could not fail"
@@ -298,3 +298,64 @@ def test_parameters_keep_identity_and_names(bias: bool) -> None:
     assert list(head.state_dict()) == (["weight", "bias"] if bias else ["weight"])
     assert head.weight is linear.weight  # a tied embedding stays tied
     assert head.bias is linear.bias
+
+
+# --- as on CUDA, with a stand-in for its products -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "on_cuda", "on_cpu"),
+    [(128_256, 2048, 130), (32_000, 8192, 524), (257, 1_044_480, 65_280), (2**24, 256, 1)],
+)
+def test_automatic_tiles(vocabulary: int, on_cuda: int, on_cpu: int) -> None:
+    """1 GiB of fp32 logits in whole blocks of rows; 64 MiB on a CPU."""
+    assert loss_module.automatic_tile(vocabulary, "cuda") == on_cuda
+    assert loss_module.automatic_tile(vocabulary, "cpu") == on_cpu
+    linear = nn.Linear(1, vocabulary, bias=False, device="meta")
+    assert LossHead(linear, device_type="cuda").tile_tokens == on_cuda
+
+
+def test_products_add_to_a_wider_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel, as CUDA's addmm does: no product of the weight's size in between."""
+    torch.manual_seed(0)
+    linear = nn.Linear(8, 32, bias=False, dtype=torch.bfloat16)
+    hidden = torch.randn(1, 20, 8).bfloat16().requires_grad_()
+    labels = torch.randint(32, (1, 20))
+    calls = []
+
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype, out: Tensor) -> Tensor:
+        assert out is total and out_dtype == total.dtype == torch.float32
+        assert left.dtype == right.dtype == torch.bfloat16
+        calls.append(len(right))
+        return out.addmm_(left.float(), right.float())
+
+    exact = nn.Linear(8, 32, bias=False, dtype=torch.float64)
+    exact.weight.data = linear.weight.data.double()
+    expected = torch.autograd.grad(plain_loss(exact, hidden.double(), labels, 20), [exact.weight])[
+        0
+    ]
+    monkeypatch.setattr(torch, "addmm", addmm)
+    head = LossHead(linear, tile_tokens=8, device_type="cuda")
+    loss = head(hidden, labels, torch.tensor(20))
+    (found,) = torch.autograd.grad(loss, [head.weight])
+    assert calls == [8, 8, 4]
+    assert (found.double() - expected).norm() < 4e-3 * expected.norm()
+
+
+def test_an_addmm_that_cannot_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older versions of torch refuse an fp32 summand; a GPU is asked once."""
+
+    def refuse(*_, **__) -> None:
+        raise RuntimeError("self and mat2 must have the same dtype")
+
+    plain = torch.zeros, torch.ones
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: plain[0](*size))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: plain[1](*size))
+    monkeypatch.setattr(torch, "addmm", refuse)
+    loss_module.can_add_wide.cache_clear()
+    assert not loss_module.can_add_wide()
+    loss_module.can_add_wide.cache_clear()
+    monkeypatch.setattr(torch, "addmm", lambda total, *_, out, **__: out)  # a wrong result
+    assert not loss_module.can_add_wide()
+    loss_module.can_add_wide.cache_clear()

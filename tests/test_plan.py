@@ -166,6 +166,10 @@ def test_what_leaves_the_gpu_is_on_the_host():
     tokens, width = 4096, LLAMA["hidden_size"]
     plan = plan_of(activation_checkpoint__offload="host", plan__world_size=1)
     assert plan.host_components == {"checkpoints": 2 * tokens * width * LLAMA["num_hidden_layers"]}
+    # Files have two page-locked buffers in front of them.
+    files = plan_of(activation_checkpoint__offload="disk", plan__world_size=1)
+    assert files.host_components == {"checkpoints": 2 * 2 * tokens * width}
+    assert files.peak.bytes == plan.peak.bytes
     assert plan_of().host_bytes == 0
     state = plan_of(memory__optimizer_offload=True)
     assert "optimizer state" in state.host_components
@@ -563,9 +567,10 @@ def test_preflight(monkeypatch):
         gpu_memory=79 * 2**30,
     )
     assert gpu.lines() == ["plan: not ready after 0 s (the machine is busy): it follows when it is"]
-    assert gpu.news() == []
+    assert gpu.news() == [] and gpu.planned_seconds == 0
     gpu._reader.join()
     news = gpu.news()
+    assert gpu.planned_seconds == gpu.plan["step_seconds"] > 0
     assert "GiB of 79.00 GiB at the peak of a GPU" in news[0] and gpu.news() == []
     assert re.search(r"the exchange across nodes takes .* inside a node it would take", news[-1])
     gpu.enforce = True

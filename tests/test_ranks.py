@@ -104,7 +104,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run code that imports from tests/. Its ranks inherit its output, so this returns only when
     they are gone too.
     """
-    environment = {**os.environ, "PYTHONPATH": str(_TESTS), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(_TESTS), "CUDA_VISIBLE_DEVICES": "3"}
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
     )
@@ -227,9 +227,14 @@ def test_groups_of_earlier_calls_do_not_exhaust_open_files() -> None:
 
 def test_ranks_end_at_exit() -> None:
     finished = run_python(
-        "import os; from helpers import ranks; print(len(ranks.run_on_ranks(1, os.getpid)))"
+        "import test_ranks, helpers.ranks as r; print(r.run_on_ranks(1, test_ranks.visible_gpus))"
     )
-    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "1\n", "")
+    # gloo ranks see no GPU, whatever the parent sees.
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "['']\n", "")
+
+
+def visible_gpus() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def test_busy_ranks_end_when_the_parent_is_killed(
@@ -244,15 +249,21 @@ def test_busy_ranks_end_when_the_parent_is_killed(
 
 
 def test_skipped_tests_are_named_by_reason(tmp_path: Path) -> None:
+    """GPUs are hidden from tests and from what they start, unless -m gpu asks for them."""
     (tmp_path / "test_sample.py").write_text(
-        "import pytest\n"
+        "import os, pytest\n"
+        "print('hidden' if os.environ['CUDA_VISIBLE_DEVICES'] == '' else 'visible')\n"
         "@pytest.mark.gpu\ndef test_on_gpu(): pass\n"
         "@pytest.mark.slow\n@pytest.mark.parametrize('n', [1, 2])\ndef test_long(n): pass\n"
     )
-    options = ["-p", "conftest", "-W", "error", "--rootdir", str(tmp_path), str(tmp_path)]
+    options = ["-s", "-p", "conftest", "-W", "error", "--rootdir", str(tmp_path), str(tmp_path)]
     code = f"import pytest, sys; sys.exit(pytest.main({options!r} + %r))"
-    without, with_slow = run_python(code % []), run_python(code % ["--slow"])
-    assert without.returncode == with_slow.returncode == 0, without.stdout + with_slow.stdout
-    assert "1 skipped: needs a CUDA device\n  test_sample.py::test_on_gpu\n" in without.stdout
+    without, with_slow = run_python(code % []), run_python(code % ["--slow", "-m", "not gpu"])
+    with_gpu = run_python(code % ["-m", "gpu"])
+    for finished, seen in ((without, "hidden"), (with_slow, "hidden"), (with_gpu, "visible")):
+        assert finished.returncode == 0 and f"\n{seen}\n" in finished.stdout, finished.stdout
+    reason = "gpu: run with -m gpu, on a machine with a CUDA device"
+    assert f"1 skipped: {reason}\n  test_sample.py::test_on_gpu\n" in without.stdout
     assert "2 skipped: slow: run with --slow\n  test_sample.py::test_long (x2)\n" in without.stdout
-    assert "2 passed, 1 skipped" in with_slow.stdout
+    assert "2 passed, 1 deselected" in with_slow.stdout
+    assert "1 skipped: gpu: torch sees no CUDA device" in with_gpu.stdout

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.families import FAMILIES, model_of
 from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import mlp_layout
+from titan_ulysses.setup.parallelize import automatic_mlp_tile
 
 WIDTH = 12
 
@@ -184,3 +185,31 @@ def test_each_family_is_tiled(family):
     found = model(input_ids=ids, use_cache=False).logits
     assert seen == [4, 4, 2]
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+# --- default sizes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "on_cuda", "on_cpu"),
+    [
+        # 512 MiB of six tensors [tokens, 14,336] in bf16.
+        ({"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14_336}, 3072, 4096),
+        ({"model_type": "llama", "hidden_size": 256, "intermediate_size": 704}, 63_488, 1024),
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2}, 174_592, 1024),
+        # Eight experts a token.
+        (
+            {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144}
+            | {"moe_intermediate_size": 768, "num_experts_per_tok": 8},
+            7168,
+            2048,
+        ),
+        ({"model_type": "llama", "hidden_size": 2**18, "intermediate_size": 2**20}, 256, 2**18),
+    ],
+)
+def test_automatic_tiles_hold_enough_work(model: dict, on_cuda: int, on_cpu: int) -> None:
+    """On CUDA so many bytes inside an MLP, in whole blocks of rows; on a CPU the model's width."""
+    kind = model.pop("model_type")
+    config = AutoConfig.for_model(kind, **model)
+    assert automatic_mlp_tile(config, torch.bfloat16, "cuda") == on_cuda
+    assert automatic_mlp_tile(config, torch.bfloat16, "cpu") == on_cpu

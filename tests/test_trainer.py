@@ -615,3 +615,28 @@ def test_collectives_of_a_step(layers: int, checkpoint: bool, a_layer: int) -> N
     reductions = [dtype for name, elements, dtype in calls if (name, elements) == ("allreduce_", 1)]
     assert reductions == [torch.int64, torch.float64, torch.float64]
     assert calls[0][0] == calls[-1][0] == "allreduce_" and seen == {"allreduce_": 3}
+
+
+# --- timeouts -------------------------------------------------------------------------------------
+
+
+def timeout_of(chosen: float, planned: float | None) -> tuple[float, list[str]]:
+    """The timeout of this rank, and what it says; only rank 0 has a plan."""
+    said: list[str] = []
+    has_plan = planned is not None and dist.get_rank() == 0
+    run = SimpleNamespace(
+        config=Config.model_validate({"comm": {"timeout_s": chosen}}),
+        preflight=SimpleNamespace(planned_seconds=planned) if has_plan else None,
+        _say=said.append,
+    )
+    return Trainer._timeout(run), said
+
+
+def test_ranks_wait_as_long_as_planned_steps_take() -> None:
+    """The NCCL watchdog counts from when a collective is enqueued, which may be a step early."""
+    found = run_on_ranks(2, timeout_of, "auto", 400.0)
+    assert [timeout for timeout, _ in found] == [1600.0, 1600.0]
+    assert found[0][1] == ["comm.timeout_s: 1,600 s, four times the planned step of 6 min 40 s"]
+    assert run_on_ranks(2, timeout_of, "auto", 100.0) == [(600.0, [])] * 2
+    assert run_on_ranks(2, timeout_of, "auto", None) == [(600.0, [])] * 2
+    assert run_on_ranks(2, timeout_of, 7.0, 400.0) == [(7.0, [])] * 2

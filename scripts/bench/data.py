@@ -82,13 +82,13 @@ def bpe(texts: list[str]) -> Any:
 
 def tokenizing(name: str, tokenizer: Any, texts: list[str], consumed: float) -> Any:
     """Print the tokens per second of one process and of all cores. Returns the corpus."""
-    from titan_ulysses.data.cache import _cores
     from titan_ulysses.data.corpus import Corpus
     from titan_ulysses.data.encoding import Encoder, encode_rows
     from titan_ulysses.data.sources import Row
+    from titan_ulysses.distributed.host import usable_cores
 
     rows = [Row(str(number), text) for number, text in enumerate(texts)]
-    for workers in dict.fromkeys((1, _cores())):
+    for workers in dict.fromkeys((1, usable_cores())):
         started = time.perf_counter()
         encoded: list[Any] = [*encode_rows(rows, Encoder(tokenizer), workers=workers)]
         seconds = time.perf_counter() - started

@@ -3,12 +3,18 @@ F.cross_entropy.
 
     python scripts/bench/loss_head.py  T = 4,096, h 256, vocabulary 32,000; fp32 and bf16
     python scripts/bench/loss_head.py --tokens 16384 --rounds 3
+    python scripts/bench/loss_head.py --tiles 130 1024 2048   our head, by the size of its tiles
 
 Each contender runs forward and backward of hidden states [T, h] and weight [V, h], in a separate
 process; the contenders take turns. Printed are medians over the runs: seconds, CPU seconds, the
 resident memory that is added at the peak, and the relative error of the weight's gradient against
 one in fp64 (norm of the difference by norm). The library should not use a contender that is slower,
 takes more memory, or is less exact than another.
+
+With --tiles, printed are the CPU seconds of our head with tiles of these sizes, and of the products
+alone that add up the gradient of its weight: as they are on a CPU (a product in bf16, then added to
+the gradient in fp32), and with operands cast to fp32. CUDA has a third way, an addmm with an output
+wider than its operands, which a CPU lacks: scripts/gpu_check.py measures it.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from common import ALLOCATOR, peak_memory, run
@@ -79,6 +86,47 @@ def contend(args: argparse.Namespace) -> None:
     print(json.dumps(found | {"added": peaks["peak"] - peaks["before"], "error": error.item()}))
 
 
+def compare_tiles(args: argparse.Namespace) -> None:
+    """Print the CPU seconds of our head and of its weight's gradient, for each size of a tile."""
+    import torch
+
+    from titan_ulysses.memory.loss import LossHead, add_product
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    hidden = torch.randn(1, args.tokens, args.hidden).bfloat16().requires_grad_()
+    linear = torch.nn.Linear(args.hidden, args.vocabulary, bias=False, dtype=torch.bfloat16)
+    labels = torch.randint(args.vocabulary, (1, args.tokens))
+    total = torch.zeros(args.vocabulary, args.hidden)
+
+    def head(tile: int) -> None:
+        LossHead(linear, tile_tokens=tile)(hidden, labels, torch.tensor(args.tokens)).backward()
+        hidden.grad = linear.weight.grad = None
+
+    def products(tile: int, dtype: torch.dtype) -> None:
+        left, right = torch.ones(tile, args.vocabulary).bfloat16(), hidden[0, :tile].detach()
+        for _ in range(args.tokens // tile):
+            add_product(total, left.t().to(dtype), right.to(dtype), adds_wide=False)
+
+    def cpu_seconds(fn: Callable[..., None], *arguments: Any) -> float:
+        found = []
+        for _ in range(args.rounds + 1):
+            started = time.process_time()
+            fn(*arguments)
+            found.append(time.process_time() - started)
+        return statistics.median(found[1:])  # the first one warms up
+
+    print(f"T = {args.tokens:,}, h {args.hidden}, vocabulary {args.vocabulary:,}, one thread")
+    for tile in args.tiles:
+        whole, added = cpu_seconds(head, tile), cpu_seconds(products, tile, torch.bfloat16)
+        cast = cpu_seconds(products, tile, torch.float32)
+        print(
+            f"tiles of {tile:>5}: head {whole:6.3f} CPU s; the weight's gradient alone {added:6.3f}"
+            f", with operands in fp32 {cast:6.3f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,11 +135,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tiles", type=int, nargs="+", help="compare sizes of tiles instead")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         return contend(args)
+    if args.tiles:
+        return compare_tiles(args)
     sizes = [
         "--tokens",
         str(args.tokens),

@@ -223,6 +223,8 @@ def _start(rank: int, world_size: int, port: int, folder: str) -> None:
         }
     )
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    # gloo ranks: a mesh that finds a GPU would be a CUDA mesh. Also where the parent tests a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import torch.distributed as dist
 

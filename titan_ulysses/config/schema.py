@@ -67,6 +67,12 @@ def _positive_or_derived(value: int) -> int:
     return value
 
 
+def _positive_seconds_or_derived(value: float) -> float:
+    if value <= 0 and value != -1:
+        raise ValueError('must be greater than 0, or "auto" (-1) to derive it')
+    return value
+
+
 def _core_name(name: str) -> str:
     if name not in CORES and ":" not in name:
         raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
@@ -82,6 +88,9 @@ Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
 Tile = Annotated[int, Field(ge=-1), Words({"auto": 0, "all": -1})]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
+SecondsOrDerived = Annotated[
+    float, AfterValidator(_positive_seconds_or_derived), Words({"auto": -1})
+]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
 
@@ -368,11 +377,11 @@ class Parallelism(Section):
 
 
 class Comm(Section):
-    timeout_s: float = Field(
-        600.0,
-        gt=0,
+    timeout_s: SecondsOrDerived = Field(
+        -1,
         description="Seconds after which a rank that waits for another one gives up and ends, once "
-        "the first step is done. It must be longer than a checkpoint takes to be written.",
+        "the first step is done. It must be longer than a checkpoint takes to be written. auto "
+        "(-1): 600, or four times the planned step on a GPU, where that is longer.",
     )
     startup_timeout_s: float = Field(
         1800.0,
@@ -409,13 +418,14 @@ class ActivationCheckpoint(Section):
 class Memory(Section):
     loss_tile_tokens: Tile = Field(
         0,
-        description="Tokens in one tile of the loss head. auto (0): as many as make 64 MiB of fp32 "
-        "logits. all (-1): all tokens at once.",
+        description="Tokens in one tile of the loss head. auto (0): as many as make 1 GiB of fp32 "
+        "logits on a GPU, 64 MiB on a CPU. all (-1): all tokens at once.",
     )
     mlp_tile_tokens: Tile = Field(
         0,
-        description="Tokens in one tile of the MLPs and norms. auto (0): the model's width, at "
-        "least 1,024, with activation checkpointing; not tiled without it. all (-1): not tiled.",
+        description="Tokens in one tile of the MLPs and norms. auto (0): with activation "
+        "checkpointing, as many as make 512 MiB inside an MLP on a GPU, or on a CPU the model's "
+        "width, at least 1,024; not tiled without it. all (-1): not tiled.",
     )
     parameter_offload: bool = Field(
         False,

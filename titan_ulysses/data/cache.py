@@ -29,6 +29,7 @@ from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows, size_of
 from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow, Row, Rows
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.host import usable_cores
 
 SMALL_CHARACTERS = 2**23
 """Sources of up to this many characters are not cached: tokenizing them again is faster than
@@ -51,7 +52,8 @@ def read_corpus(
     head, goes_on = _small_head(reading)
 
     def documents() -> Iterator[Encoded]:
-        encoded = encode_rows(chain(head, reading), encoder, workers=_cores() if goes_on else 1)
+        workers = usable_cores() if goes_on else 1
+        encoded = encode_rows(chain(head, reading), encoder, workers=workers)
         return tally.keep(encoded, setting=setting, skip=source.bad_lines == "skip")
 
     if goes_on:
@@ -89,10 +91,6 @@ def _small_head(rows: Iterator[Row | BadRow]) -> tuple[list[Row | BadRow], bool]
         if size > SMALL_CHARACTERS:
             return head, True
     return head, False
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default_folder() -> Path:

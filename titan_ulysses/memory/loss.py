@@ -7,6 +7,7 @@ logits are computed only once, and the memory they take does not grow with the s
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import torch
@@ -16,20 +17,34 @@ from torch import Tensor, nn
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.tiling import tiles
 
-_AUTOMATIC_TILE_BYTES = 64 * 2**20
+_TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+"""Bytes of the fp32 logits of a tile, by device type.
+
+Products of a few hundred rows do not fill a GPU, and each tile reads the whole weight and adds to
+the whole gradient of it.
+"""
+_CUDA_ROWS = 256
+"""Tiles on CUDA have a multiple of so many rows: the kernels of products compute blocks of rows."""
 
 Options = tuple[int, float, float | None, float]
 """Tokens per tile, scale of the logits, soft-cap of the logits, weight of the z-loss."""
+
+
+def automatic_tile(vocabulary: int, device_type: str) -> int:
+    """Return the tokens of a tile of logits of so many entries a token."""
+    tokens = _TILE_BYTES.get(device_type, _TILE_BYTES["cpu"]) // (4 * vocabulary)
+    return max(1, tokens) if device_type == "cpu" else max(1, tokens // _CUDA_ROWS) * _CUDA_ROWS
 
 
 class LossHead(nn.Linear):
     """An `lm_head` with the same parameters and names, whose forward also computes the loss.
 
     It owns the weight, so FSDP shards this module, and one all-gather and one reduce-scatter serve
-    all tiles. `tile_tokens` = 0 takes as many tokens per tile as give 64 MiB of fp32 logits; -1
-    takes all tokens at once. For model families that scale or cap their logits, the logits become
-    softcap * tanh(scale * logits / softcap). While gradients are computed, z_loss * (log of the sum
-    of exp(logits))^2 is added to the loss of each label (PaLM, arXiv 2204.02311, section 5).
+    all tiles. `tile_tokens` = 0 takes as many tokens per tile as give 64 MiB of fp32 logits, or 1
+    GiB if device_type is "cuda"; -1 takes all tokens at once. For model families that scale or cap
+    their logits, the logits become softcap * tanh(scale * logits / softcap). While gradients are
+    computed, z_loss * (log of the sum of exp(logits))^2 is added to the loss of each label (PaLM,
+    arXiv 2204.02311, section 5).
     """
 
     def __init__(
@@ -40,13 +55,15 @@ class LossHead(nn.Linear):
         scale: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
+        device_type: str = "cpu",
     ):
         super().__init__(
             linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
         )
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.softcap, self.z_loss = scale, softcap, z_loss
-        self.tile_tokens = tile_tokens or max(1, _AUTOMATIC_TILE_BYTES // (4 * linear.out_features))
+        self.tile_tokens = tile_tokens or automatic_tile(linear.out_features, device_type)
+        self.adds_wide = device_type == "cuda" and can_add_wide()
 
     def forward(
         self,
@@ -85,7 +102,7 @@ class LossHead(nn.Linear):
         differentiate = torch.is_grad_enabled()
         rows, labels = hidden.flatten(0, -2), labels.flatten()
         total = _TiledCrossEntropy.apply(
-            rows, self.weight, self.bias, labels, options, differentiate
+            rows, self.weight, self.bias, labels, options, self.adds_wide, differentiate
         )
         return total / num_items.clamp(min=1)
 
@@ -104,6 +121,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         options: Options,
+        adds_wide: bool,
         differentiate: bool,
     ) -> Tensor:
         tile_tokens, shape = options[0], options[1:]
@@ -131,7 +149,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     ~valid.unsqueeze(1), 0
                 )
             if needs_weight:
-                _add_product(grad_weight, grad_logits.t(), x)
+                add_product(grad_weight, grad_logits.t(), x, adds_wide=adds_wide)
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
         return total
@@ -147,7 +165,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
             grad.mul_(upstream).to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def _each_cross_entropy(
@@ -241,12 +259,33 @@ def _tile_loss(
     return each.sum(dtype=torch.float64), grad
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Compute total += left @ right, accumulated in total's dtype.
+def add_product(total: Tensor, left: Tensor, right: Tensor, *, adds_wide: bool) -> None:
+    """Compute total += left @ right, accumulated in total's dtype, which may be wider.
 
-    Accumulating 64 tiles in bf16 would have six times the error.
+    Accumulating 64 tiles in bf16 would have six times the error. adds_wide: see `can_add_wide`.
+    Otherwise the product is a tensor of its own, as large as total, rounded to the dtype of left.
     """
     if total.dtype == left.dtype:
         total.addmm_(left, right)
+    elif adds_wide:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
+
+
+@cache
+def can_add_wide() -> bool:
+    """Return whether CUDA's products of bf16 can add to fp32 without a tensor between.
+
+    torch's `addmm` takes `out_dtype` on CUDA, but not in every version with an fp32 summand. True
+    where there is no GPU to ask: the planner plans for one.
+    """
+    if not torch.cuda.is_available():
+        return True
+    total, ones = torch.zeros(16, 16, device="cuda"), torch.ones(16, 16, device="cuda").bfloat16()
+    try:
+        add_product(total, ones, ones, adds_wide=True)
+        add_product(total, ones, ones, adds_wide=True)
+    except RuntimeError:
+        return False
+    return bool((total == 32).all())

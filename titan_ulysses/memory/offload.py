@@ -2,8 +2,10 @@
 
 Inputs are copied to buffers that are allocated once and reused. On CUDA the copies run on their own
 stream: to the buffer while the next segment computes, and back one segment before backward needs
-the input. The compute stream waits for events, never for the host. Buffers in host memory are
-page-locked for CUDA. On a CPU, buffers are plain memory or memory-mapped files, and the copies are
+the input. The compute stream waits for events, never for the host. CUDA copies beside the
+computation only from and to page-locked memory. So buffers in host memory are page-locked, and
+inputs on their way to or from a file pass through one of two page-locked buffers, which a thread
+empties and fills. On a CPU, buffers are plain memory or memory-mapped files, and the copies are
 synchronous.
 """
 
@@ -15,7 +17,9 @@ import tempfile
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import ModuleType
@@ -36,10 +40,11 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     """
     if offload == "none":
         return None
-    buffers = (
-        _host_buffer if offload == "host" else _FileBuffers(Path(folder or tempfile.gettempdir()))
-    )
-    return CudaStore(buffers) if device.type == "cuda" else Store(buffers)
+    cuda = device.type == "cuda"
+    if offload == "host":
+        return CudaStore(_host_buffer) if cuda else Store(_host_buffer)
+    files = _FileBuffers(Path(folder or tempfile.gettempdir()))
+    return DiskStore(files, partial(_host_buffer, offload="disk")) if cuda else Store(files)
 
 
 class OffloadedTensor:
@@ -53,7 +58,7 @@ class OffloadedTensor:
         self.buffer = buffer
         # The tensor that was offloaded just before this one is needed just after it in backward.
         self.before = weakref.ref(before) if before is not None else lambda: None
-        self.fetched: tuple[Tensor, torch.cuda.Event] | None = None
+        self.fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None = None
         weakref.finalize(
             self, store.free.setdefault(buffer.numel(), []).append, buffer
         ).atexit = False
@@ -124,9 +129,7 @@ class CudaStore(Store):
     def put(self, x: Tensor, kept: OffloadedTensor) -> None:
         compute = self.cuda.current_stream()
         self.stream.wait_stream(compute)
-        with self.cuda.stream(self.stream):
-            kept.view().copy_(x, non_blocking=True)
-            self._copies_in_flight.append((weakref.ref(kept), x, self.stream.record_event()))
+        self._copies_in_flight.append((weakref.ref(kept), x, self._send(x, kept)))
         while len(self._copies_in_flight) > 1:
             # Letting go of x lets the allocator reuse its memory in the order of the compute
             # stream, which therefore has to wait until x is copied.
@@ -142,11 +145,22 @@ class CudaStore(Store):
         assert kept.fetched is not None
         x, arrived = kept.fetched
         kept.fetched = None
-        self.cuda.current_stream().wait_event(arrived)
+        self.cuda.current_stream().wait_event(
+            arrived.result() if isinstance(arrived, Future) else arrived
+        )
         before = kept.before()
         if before is not None and before.fetched is None:
             self._fetch(before)
         return x
+
+    def _send(self, x: Tensor, kept: OffloadedTensor) -> torch.cuda.Event:
+        """Start the copy of x to its buffer; return the event of its end."""
+        return self._copy(kept.view(), x)
+
+    def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+        with self.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
 
     def _fetch(self, kept: OffloadedTensor) -> None:
         """Start the copy back to the device.
@@ -156,12 +170,98 @@ class CudaStore(Store):
         """
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
         self.stream.wait_stream(self.cuda.current_stream())
-        with self.cuda.stream(self.stream):
-            x.copy_(kept.view(), non_blocking=True)
-            kept.fetched = x, self.stream.record_event()
+        kept.fetched = x, self._copy(x, kept.view())
 
 
-def _host_buffer(size: int, device: torch.device) -> Tensor:
+class DiskStore(CudaStore):
+    """A store for a CUDA device whose buffers are files.
+
+    Memory of a file is pageable: a copy between it and the device makes the host wait. So a tensor
+    passes through one of two page-locked staging buffers, and a thread copies between these and the
+    files. The host waits only where that thread is two tensors behind.
+
+    make_staging makes a staging buffer. background runs the thread's work in the order in which it
+    is submitted; unset, it is a thread of this store. The planner passes one that runs it at once.
+    """
+
+    def __init__(
+        self,
+        make_buffer: Callable[[int, torch.device], Tensor],
+        make_staging: Callable[[int, torch.device], Tensor],
+        cuda: ModuleType = torch.cuda,
+        background: Executor | None = None,
+    ):
+        super().__init__(make_buffer, cuda)
+        self.make_staging = make_staging
+        self.background = background or ThreadPoolExecutor(1, thread_name_prefix="offload")
+        self._staging = deque([_Staging(), _Staging()])
+
+    def _send(self, x: Tensor, kept: OffloadedTensor) -> torch.cuda.Event:
+        staging = self._next_staging(kept)
+        copied = self._copy(staging.view(kept), x)
+        staging.work = self.background.submit(_to_file, kept.buffer, staging.buffer, copied)
+        return copied
+
+    def _fetch(self, kept: OffloadedTensor) -> None:
+        x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+        # Until here the compute stream may use the memory of x for an earlier tensor.
+        allocated = self.cuda.current_stream().record_event()
+        staging = self._next_staging(kept)
+        staging.work = self.background.submit(self._from_file, x, kept.buffer, staging, allocated)
+        kept.fetched = x, staging.work
+
+    def _from_file(
+        self, x: Tensor, buffer: Tensor, staging: _Staging, allocated: torch.cuda.Event
+    ) -> torch.cuda.Event:
+        """Copy a file to staging, and start the copy to x; return the event of its end."""
+        _wait(staging.read)
+        staging.buffer[: buffer.numel()].copy_(buffer)
+        self.stream.wait_event(allocated)
+        staging.read = self._copy(x, staging.buffer[: buffer.numel()].view(x.dtype).view(x.shape))
+        return staging.read
+
+    def _next_staging(self, kept: OffloadedTensor) -> _Staging:
+        """Return the staging buffer that was not used last, with room for kept.
+
+        Waits until the thread is done with it, and raises what went wrong there.
+        """
+        staging, size = self._staging[0], kept.buffer.numel()
+        self._staging.rotate()
+        if staging.work is not None:
+            staging.work.result()
+        if staging.buffer is None or staging.buffer.numel() < size:
+            _wait(staging.read)
+            staging.buffer = self.make_staging(size, kept.device)
+        return staging
+
+
+class _Staging:
+    """A page-locked buffer, and what uses it."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.work: Future | None = None
+        """What the thread has to do with it, or has done last."""
+        self.read: torch.cuda.Event | None = None
+        """The end of the last copy from it to the device."""
+
+    def view(self, kept: OffloadedTensor) -> Tensor:
+        """Return the part for kept, with its dtype and shape."""
+        return self.buffer[: kept.buffer.numel()].view(kept.dtype).view(kept.shape)
+
+
+def _to_file(buffer: Tensor, staging: Tensor, copied: torch.cuda.Event) -> None:
+    _wait(copied)
+    buffer.copy_(staging[: buffer.numel()])
+
+
+def _wait(event: torch.cuda.Event | None) -> None:
+    """Let this thread wait for event; the streams of torch.cpu have none."""
+    if event is not None:
+        event.synchronize()
+
+
+def _host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -> Tensor:
     """Return a buffer of size bytes in host memory, page-locked if device is a CUDA device.
 
     torch's pin_memory is not used, because it rounds sizes up to a power of two.
@@ -171,9 +271,9 @@ def _host_buffer(size: int, device: torch.device) -> Tensor:
         result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
         if int(result) != 0:
             raise UserError(
-                f'activation_checkpoint.offload = "host": {size / 2**30:.2f} GiB of host memory '
-                f"could not be page-locked ({result}). Raise the limit (ulimit -l unlimited), or "
-                "use fewer checkpoints: raise activation_checkpoint.every."
+                f'activation_checkpoint.offload = "{offload}": {size / 2**30:.2f} GiB of host '
+                f"memory could not be page-locked ({result}). Raise the limit (ulimit -l "
+                "unlimited), or use fewer checkpoints: raise activation_checkpoint.every."
             )
         # Unregister before the memory is freed: CUDA would otherwise treat whatever is allocated at
         # this address next as page-locked.

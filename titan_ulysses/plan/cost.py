@@ -108,8 +108,10 @@ class CostCounter:
             kind = "attention backward" if backward else "attention forward"
             self.cost.amounts[stage, kind] += products * pairs * weight
         elif (packet := func._overloadpacket) in flop_registry:
+            # torch's formulas do not expect the output dtype that some products take.
+            shapes = [x for x in args if not isinstance(x, torch.dtype)]
             self.cost.amounts[stage, "matmul"] += weight * flop_registry[packet](
-                *args, **kwargs, out_val=result
+                *shapes, **kwargs, out_val=result
             )
         elif func.namespace == "aten" and not func.is_view:
             tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]

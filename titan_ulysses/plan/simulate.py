@@ -13,8 +13,10 @@ with its source.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.mesh import Mesh, build_mesh
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
-from titan_ulysses.memory.offload import CudaStore, Offload, Store
+from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.tiling import override_tiles
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
@@ -86,7 +88,8 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         blocks.extend(find_blocks(model)[1])
-        wrap(model, mesh, replace(options, compile=False), store=store)
+        device_type = "cuda" if cuda else "cpu"
+        wrap(model, mesh, replace(options, compile=False), store=store, device_type=device_type)
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
@@ -185,13 +188,27 @@ def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> S
     if offload == "none":
         return None
 
-    def make_buffer(size: int, device: torch.device) -> Tensor:
-        with tracker.placed("host" if offload == "host" else "disk"):
+    def buffer_in(place: Place, size: int, device: torch.device) -> Tensor:
+        with tracker.placed(place):
             buffer = torch.empty(size, dtype=torch.uint8)
         tracker.claim(buffer, "checkpoints")
         return buffer
 
-    return CudaStore(make_buffer, cuda=torch.cpu) if cuda else Store(make_buffer)
+    on_host, on_disk = partial(buffer_in, "host"), partial(buffer_in, "disk")
+    if not cuda:
+        return Store(on_host if offload == "host" else on_disk)
+    if offload == "host":
+        return CudaStore(on_host, cuda=torch.cpu)
+    return DiskStore(on_disk, on_host, cuda=torch.cpu, background=_AtOnce())
+
+
+class _AtOnce(Executor):
+    """Runs what is submitted in the thread that submits it: fake tensors belong to a thread."""
+
+    def submit(self, fn, /, *args, **kwargs) -> Future:
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
 
 
 def _label_parameters(tracker: MemoryTracker, model: nn.Module) -> None:

@@ -233,7 +233,7 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
     "tiling.forward": {"new_empty": "output", "empty_like": "output"},
     "loss._scores": {"": "logits of a tile"},
     "loss._cross_entropy": {"_to_copy": "logits of a tile", "": "log-probabilities of a tile"},
-    "loss._add_product": {"": "gradient of its weight, of a tile"},
+    "loss.add_product": {"": "gradient of its weight, of a tile"},
     "loss._tile_loss": {"": "gradient of a tile's logits"},
     "loss.forward": {
         "zeros_like": "gradient of its weight",

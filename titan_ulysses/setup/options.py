@@ -23,12 +23,16 @@ class ParallelOptions:
     attention: str | Core = "auto"
     """A core attention function, or the name of one (see `ulysses/cores.py`)."""
     loss_tile_tokens: int = 0
-    """Tokens per tile of the loss head; 0: as many as give 64 MiB of fp32 logits; -1: no tiling."""
+    """Tokens per tile of the loss head; -1: no tiling.
+
+    0 takes as many tokens as give 64 MiB of fp32 logits on a CPU, and 1 GiB on CUDA.
+    """
     mlp_tile_tokens: int = 0
     """Tokens per tile of MLPs and norms; -1: no tiling.
 
-    0 takes as many tokens as the model's hidden size, but at least 1,024, if there are activation
-    checkpoints, and does not tile if there are none.
+    0 does not tile if there are no activation checkpoints. If there are, it takes as many tokens as
+    give 512 MiB of tensors inside an MLP on CUDA. On a CPU it takes as many as the model's hidden
+    size, but at least 1,024.
     """
     checkpoint_every: int = 1
     """Blocks per activation checkpoint, which keeps only its input for backward; 0: none."""

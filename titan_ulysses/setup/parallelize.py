@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -36,10 +37,20 @@ from titan_ulysses.setup.options import ParallelOptions, select_core
 from titan_ulysses.ulysses.cores import Core
 
 _SMALLEST_TILE = 1024
-"""Smallest default size of an MLP tile, in tokens.
+"""Smallest default size of an MLP tile on a CPU, in tokens.
 
-The default is the model's hidden size, as in ALST: the input of a tile is then no larger than a
-weight matrix.
+The default there is the model's hidden size, as in ALST: the input of a tile is then no larger than
+a weight matrix.
+"""
+_CUDA_TILE_BYTES = 512 * 2**20
+"""Bytes of what is inside a tile on CUDA: enough work to hide the Python that starts its kernels.
+
+At least 256 tokens, and a multiple: the kernels of products compute blocks of rows.
+"""
+_CUDA_ROWS = 256
+_INSIDE = 6
+"""Tensors of the MLP's inner width that are alive at once while a tile is in backward: gate, up,
+the activation, their product, and gradients of two of them.
 """
 
 _ELSEWHERE = (
@@ -87,7 +98,7 @@ def parallelize(
     store = open_store(options.offload, options.offload_folder, mesh.device)
     if model.config.model_type not in CHECKED_FAMILIES:
         options = _verified(model.config, mesh, options, store)
-    return wrap(model, mesh, options, store=store)
+    return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
 
 
 def _verified(
@@ -108,7 +119,8 @@ def _verified(
     )
 
     def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
-        wrap(tiny, mesh, replace(plain, attention=core, **tiling), store=store)
+        options = replace(plain, attention=core, **tiling)
+        wrap(tiny, mesh, options, store=store, device_type=mesh.device.type)
 
     return replace(options, **verify_family(config, mesh, shard, _tilings(options)))
 
@@ -116,7 +128,7 @@ def _verified(
 def _tilings(options: ParallelOptions) -> Tilings:
     """Return the ways in which blocks of an unchecked family may be tiled, the best one first."""
     whole = {"not tiled": {"mlp_tile_tokens": -1}}
-    if _mlp_tile_tokens(options, hidden_size=1) == -1:
+    if not _tiles_mlp(options):
         return whole
     with_norms = {"tiled with its norms": {}}
     without_norms = {"tiled without its norms": {"tile_norms_with_mlp": False}}
@@ -124,22 +136,30 @@ def _tilings(options: ParallelOptions) -> Tilings:
 
 
 def wrap(
-    model: PreTrainedModel, mesh: Mesh, options: ParallelOptions, *, store: Store | None
+    model: PreTrainedModel,
+    mesh: Mesh,
+    options: ParallelOptions,
+    *,
+    store: Store | None,
+    device_type: str,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
     options.attention must be a core, not a name, and options must have concrete dtypes. store keeps
-    the inputs of activation checkpoints off the device; None leaves them there.
+    the inputs of activation checkpoints off the device; None leaves them there. device_type is that
+    of the run, for which tiles are chosen; the planner's mesh is always one of CPUs.
     """
     assert callable(options.attention)
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, options.attention)
-    tile_tokens = _mlp_tile_tokens(options, model.config.hidden_size)
-    if tile_tokens != -1:
+    if _tiles_mlp(options):
+        tile_tokens = options.mlp_tile_tokens or automatic_mlp_tile(
+            model.config, options.param_dtype, device_type
+        )
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
-    use_loss_head(model, decoder, options.loss_tile_tokens, options.z_loss)
+    use_loss_head(model, decoder, options, device_type)
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 
     def shard(*modules: nn.Module, **how) -> None:
@@ -157,12 +177,37 @@ def wrap(
     return model
 
 
-def _mlp_tile_tokens(options: ParallelOptions, hidden_size: int) -> int:
-    if options.mlp_tile_tokens:
-        return options.mlp_tile_tokens
-    if not options.checkpoint_every:
-        return -1  # without checkpoints, tiles would add a recomputation, which costs time
-    return max(_SMALLEST_TILE, hidden_size)
+def _tiles_mlp(options: ParallelOptions) -> bool:
+    """Return whether MLPs and norms work in tiles.
+
+    By default not without checkpoints: tiles would add a recomputation, which costs time.
+    """
+    return options.mlp_tile_tokens > 0 or (
+        options.mlp_tile_tokens == 0 and options.checkpoint_every > 0
+    )
+
+
+def automatic_mlp_tile(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> int:
+    """Return the tokens of a tile of the model's MLPs that compute in dtype."""
+    if device_type == "cpu":
+        return max(_SMALLEST_TILE, config.hidden_size)
+    tokens = _CUDA_TILE_BYTES // (_INSIDE * _inner_width(config) * dtype.itemsize)
+    return max(1, tokens // _CUDA_ROWS) * _CUDA_ROWS
+
+
+def _inner_width(config: PreTrainedConfig) -> int:
+    """Return how many numbers a token has between the two products of an MLP.
+
+    In a mixture of experts, those of all experts that the token goes to.
+    """
+
+    def value(*names: str) -> int:
+        found = (getattr(config, name, None) for name in names)
+        return next((number for number in found if isinstance(number, int)), 0)
+
+    dense = value("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size
+    experts = value("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
+    return max(dense, experts * (value("moe_intermediate_size") or dense))
 
 
 def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:
@@ -187,17 +232,18 @@ def _refuse(reason: str, *_, **__) -> NoReturn:
 
 
 def use_loss_head(
-    model: PreTrainedModel, decoder: nn.Module, tile_tokens: int, z_loss: float
+    model: PreTrainedModel, decoder: nn.Module, options: ParallelOptions, device_type: str
 ) -> None:
     """Replace `lm_head` by a LossHead that scales and caps logits as the model family does."""
     shape, linear = head_of(model, decoder), model.get_output_embeddings()
     model.set_output_embeddings(
         LossHead(
             linear,
-            tile_tokens=tile_tokens,
+            tile_tokens=options.loss_tile_tokens,
             scale=shape.scale,
             softcap=shape.softcap,
-            z_loss=z_loss,
+            z_loss=options.z_loss,
+            device_type=device_type,
         )
     )
 

@@ -18,6 +18,7 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees, check
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.host import visible_gpus
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import grow_vocabulary
@@ -141,6 +142,8 @@ def check_machine(spec: RunSpec) -> None:
     This can be a package, a compiler, or room for offloaded checkpoints.
     """
     config, checkpoint = spec.config, spec.config.activation_checkpoint
+    if spec.device_type == "cpu":
+        visible_gpus()  # refuses GPUs that torch cannot use
     check_optimizer(config.optimizer)
     check_lora(config.lora)
     if config.quantize.float8:

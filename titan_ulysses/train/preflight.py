@@ -4,6 +4,7 @@ The planner needs a default process group of its own, and the run's process alre
 
     preflight = Preflight(config, model_bytes=...)   on rank 0, before weights are filled
     preflight.lines()                                before the first step: the plan
+    preflight.planned_seconds                        after the first step: that of a step
     preflight.news()                                 later: the plan, if it was not ready then
     preflight.measured(peak_gib)                     after some steps: measured beside planned
     preflight.close()                                at the end
@@ -26,11 +27,22 @@ from titan_ulysses.observability.units import size_text, time_text
 _TIMEOUT_S = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
 _ENFORCE_TIMEOUT_S = 300.0
+_LEAST_TIMEOUT_S = 600.0
+"""Of ranks that wait for one another, as long as writing a checkpoint may take."""
 _SMALL = 0.02
 """Share of the host's free memory.
 
 On a CPU, if weights and optimizer take less, a plan is not worth the seconds that it costs.
 """
+
+
+def timeout_of_step(seconds: float) -> float:
+    """Return how long a rank waits for another one where a step is planned to take `seconds`.
+
+    NCCL counts from when a collective is enqueued, not from when it starts. A rank may enqueue one
+    almost a step before it starts, and a step may take twice as long as planned. Twice that.
+    """
+    return max(_LEAST_TIMEOUT_S, 4 * seconds)
 
 
 class Preflight:
@@ -182,6 +194,11 @@ class Preflight:
         None if there is no plan, or on a CPU, where no allocator measures the peak.
         """
         return self.plan["gpu_tensors_gib"] if self.plan is not None and self.cuda else None
+
+    @property
+    def planned_seconds(self) -> float:
+        """The planned seconds of a step on the GPU; 0 if there is no plan yet, or on a CPU."""
+        return self.plan["step_seconds"] if self.plan is not None and self.cuda else 0.0
 
     def measured(self, peak_gib: float, *, counts_files: bool = False) -> list[str]:
         """Return, on the first call, the measured peak next to the planned one.

@@ -40,6 +40,7 @@ from titan_ulysses.observability.metrics import (
 )
 from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
+from titan_ulysses.observability.units import time_text
 from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.optim.adamw import (
     build_optimizer,
@@ -50,7 +51,7 @@ from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
-from titan_ulysses.train.preflight import Preflight
+from titan_ulysses.train.preflight import Preflight, timeout_of_step
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART, StopSignals
 from titan_ulysses.train.step import StepMetrics, learning_rate, parameter_not_finite, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
@@ -455,10 +456,26 @@ class Trainer:
 
     def _end_startup(self) -> None:
         """Expect quicker answers of the other ranks, now that all have made a step."""
-        timeout = self.config.comm.timeout_s
+        timeout = self._timeout()
         set_timeout(timeout)
         if self.ranks.watch:
             self.ranks.watch.timeout_s = timeout
+
+    def _timeout(self) -> float:
+        """Return comm.timeout_s, or what follows from the plan, which rank 0 has. Collective."""
+        chosen = self.config.comm.timeout_s
+        if chosen > 0:
+            return chosen
+        planned = self.preflight.planned_seconds if self.preflight else 0.0
+        seconds = torch.tensor(planned, dtype=torch.float64)
+        dist.broadcast(seconds, src=0)
+        timeout = timeout_of_step(seconds.item())
+        if timeout > timeout_of_step(0):
+            self._say(
+                f"comm.timeout_s: {timeout:,.0f} s, four times the planned step of "
+                f"{time_text(seconds.item())}"
+            )
+        return timeout
 
     def _log(self, logger: MetricsLogger | None, shown: StepMetrics, lr: float) -> None:
         """Log a step. The wait for the device is here, so that other steps do not wait for it."""
