@@ -176,14 +176,9 @@ MODELS = {
             "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))
         ),
         *(
-            []
-            if torch.cuda.is_available()
-            else [Case("flash", refused('model.attention = "flash"', "CUDA"))]
-        ),
-        *(
-            []
-            if torch.cuda.is_available()
-            else [Case("flex", refused('model.attention = "flex"', "CUDA"))]
+            Case(core, refused(f'model.attention = "{core}"', "CUDA"))
+            for core in ("varlen", "flash", "flex")
+            if not torch.cuda.is_available()
         ),
     ],
     "model.rope_scaling": [
