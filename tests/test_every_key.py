@@ -175,8 +175,10 @@ MODELS = {
         Case(
             "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))
         ),
-        Case("flash", refused('model.attention = "flash"', "CUDA")),
-        Case("flex", refused('model.attention = "flex"', "CUDA")),
+        *(
+            Case(core, refused(f'model.attention = "{core}"', "CUDA"))
+            for core in ("varlen", "flash", "flex")
+        ),
     ],
     "model.rope_scaling": [
         Case(

@@ -79,10 +79,11 @@ def _core_name(name: str) -> str:
     return name
 
 
-CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
+CORES = ("auto", "varlen", "flash", "sdpa", "flex", "blockwise")
 """Names of the attention cores, which are functions in ulysses/cores.py.
 
-"auto" takes the first of the others that can run this model here; they are listed fastest first.
+"auto" takes the first of the others that can run this model here. flex comes after sdpa because its
+block mask grows with the square of the length.
 """
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
@@ -142,7 +143,7 @@ class Model(Section):
     )
     attention: Core = Field(
         "auto",
-        description="Core attention: auto, flash, flex, sdpa or blockwise, or your own as "
+        description="Core attention: auto, varlen, flash, sdpa, flex or blockwise, or your own as "
         "package.module:function. auto: the fastest one that can run this model on this machine.",
     )
     rope_scaling: dict[str, Any] | None = Field(

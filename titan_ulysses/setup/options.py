@@ -9,8 +9,8 @@ import torch
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.memory.offload import Offload
-from titan_ulysses.model.families import attention_needs
-from titan_ulysses.ulysses.cores import Core, choose_core
+from titan_ulysses.model.families import attention_needs, largest_head
+from titan_ulysses.ulysses.cores import Core, Demand, choose_core
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig
@@ -82,12 +82,25 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
 
 
 def select_core(
-    name: str, model_config: PreTrainedConfig, *, device_type: str, dtype: torch.dtype
+    name: str,
+    model_config: PreTrainedConfig,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    seq_len: int | None = None,
 ) -> tuple[Core, str]:
     """Return the core attention that `name` asks for on this device type, and the reason for it.
 
     The reason is a sentence for the log. UserError if the named core cannot do what the model
     needs.
     """
-    needs = attention_needs(model_config)
-    return choose_core(name, needs, device_type=device_type, dtype=dtype)
+    return choose_core(
+        name,
+        Demand(
+            frozenset(attention_needs(model_config)),
+            device_type,
+            dtype,
+            seq_len=seq_len,
+            head_size=largest_head(model_config),
+        ),
+    )
