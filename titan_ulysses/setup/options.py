@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.model.families import attention_needs
 from titan_ulysses.ulysses.cores import Core, choose_core
+from titan_ulysses.ulysses.pieces import pieces_of
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig
@@ -36,6 +38,12 @@ class ParallelOptions:
     """Where these inputs are kept: "none" (the device), "host" (host memory) or "disk" (files)."""
     offload_folder: str | None = None
     """Folder for offload = "disk"; None: the system's temporary folder."""
+    stream_chunk_tokens: int = 0
+    """Tokens of the whole sequence in a chunk, in which blocks compute it (`memory/streaming.py`).
+
+    0 chooses, and computes the whole sequence at once if it is short or the blocks cannot stream;
+    -1 always does. Batches must be cut for it, unless P = 1: see `shard`.
+    """
     parameter_offload: bool = False
     """Keep sharded parameters and gradients in host memory, where the optimizer then steps."""
     compile: bool = False
@@ -75,6 +83,29 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )
+
+
+def streams(model_config: PreTrainedConfig, options: ParallelOptions) -> bool:
+    """Return whether blocks work through the sequence chunk by chunk, where it is long enough.
+
+    options.attention must be a core. UserError if options ask for chunks that cannot be.
+    """
+    if options.stream_chunk_tokens == -1:
+        return False
+    reason = None
+    if not options.checkpoint_every:
+        reason = "a streamed block keeps only its input, which needs activation checkpoints"
+    elif pieces_of(options.attention) is None:
+        name = getattr(options.attention, "__name__", "this")
+        reason = f"the core {name} has no `pieces` (see ulysses/pieces.py)"
+    elif getattr(model_config, "num_kv_shared_layers", 0):
+        reason = "layers that share the keys of another layer (num_kv_shared_layers)"
+    if reason and options.stream_chunk_tokens:
+        raise UserError(
+            f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: cannot stream: {reason}. "
+            'Set it to "auto" or "off".'
+        )
+    return reason is None
 
 
 def select_core(

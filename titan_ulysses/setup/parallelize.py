@@ -22,6 +22,7 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Store, open_store
+from titan_ulysses.memory.streaming import stream_blocks
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     check_family,
@@ -32,7 +33,7 @@ from titan_ulysses.setup.blocks import compile_blocks, find_blocks, tile_blocks
 from titan_ulysses.setup.checks import check_dropout, check_same_weights, use_one_dtype
 from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
-from titan_ulysses.setup.options import ParallelOptions, select_core
+from titan_ulysses.setup.options import ParallelOptions, select_core, streams
 from titan_ulysses.ulysses.cores import Core
 
 _SMALLEST_TILE = 1024
@@ -139,6 +140,10 @@ def wrap(
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
+    model.stream_chunk_tokens = -1
+    if streams(model.config, options):
+        model.stream_chunk_tokens = options.stream_chunk_tokens
+        stream_blocks(blocks)
     use_loss_head(model, decoder, options.loss_tile_tokens, options.z_loss)
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 
