@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.tensors import Largest
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.ulysses import cores
 from titan_ulysses.ulysses.cores import blockwise, choose_core, flash, flex, sdpa
@@ -105,18 +105,6 @@ def test_a_document_is_alone(core, window):
         assert torch.equal(before[0, 24:], after[0, 24:])
         assert torch.equal(before[1], after[1])
         assert not torch.equal(before[0, 10:24], after[0, 10:24])
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that an operation returned a tensor of."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        flat = torch.utils._pytree.tree_leaves(out)
-        self.elements = max([self.elements, *(x.numel() for x in flat if isinstance(x, Tensor))])
-        return out
 
 
 @pytest.mark.parametrize("core", [sdpa, blockwise])

@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from titan_ulysses.config.schema import CORES
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.ulysses.pieces import has_pieces
 
 Core = Callable[..., Tensor]
 
@@ -42,6 +43,7 @@ one they take [block, keys up to the block's last query].
 """
 
 
+@has_pieces
 def sdpa(
     q: Tensor,
     k: Tensor,
@@ -70,6 +72,7 @@ def sdpa(
     return _each_document(attend, q, k, v, documents)
 
 
+@has_pieces
 def blockwise(
     q: Tensor,
     k: Tensor,
@@ -94,6 +97,7 @@ def blockwise(
     return _each_document(attend, q, k, v, documents)
 
 
+@has_pieces
 def flash(
     q: Tensor,
     k: Tensor,
@@ -139,6 +143,7 @@ def _borders(documents: Documents, device: torch.device) -> Tensor:
     )
 
 
+@has_pieces
 def flex(
     q: Tensor,
     k: Tensor,

@@ -1,0 +1,236 @@
+"""Attention of pieces of a sequence against plain attention with a full mask, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.tensors import Largest
+from titan_ulysses.ulysses import pieces
+from titan_ulysses.ulysses.cores import blockwise, flash, flex, sdpa
+from titan_ulysses.ulysses.pieces import CPU_FLASH, CUDA_FLASH, EXPLICIT, Pieces, pieces_of
+
+HEADS = (6, 2)
+# (query_lengths, key_lengths)
+SQUARE = (10, 14, 1, 5), (10, 14, 1, 5)
+PIECES = {
+    "square": SQUARE,
+    "a later piece": ((9,), (31,)),
+    "one query": ((1,), (23,)),
+    "documents": ((7, 0, 4, 1), (19, 3, 4, 8)),
+}
+
+
+def plain(
+    q, k, v, *, query_lengths, key_lengths, scale, window=None, softcap=None, sinks=None, left=None
+) -> tuple[Tensor, Tensor]:
+    """Scores of all pairs and one mask: output [N, Hq, Dv] and lse [Hq, N].
+
+    left: the keys to the left that a query sees, where there is no causal mask at all (the flash
+    operator's way to say a window, see `flash_forward`).
+    """
+    seen = torch.zeros(len(q), len(k), dtype=torch.bool)
+    row = column = 0
+    for queries, keys in zip(query_lengths, key_lengths, strict=True):
+        distance = (torch.arange(queries)[:, None] + keys - queries) - torch.arange(keys)
+        inside = distance >= 0 if left is None else distance <= left
+        inside &= distance < (window or keys)
+        seen[row : row + queries, column : column + keys] = inside
+        row, column = row + queries, column + keys
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(k)]
+    return torch.einsum("hqk,khd->qhd", weights, v), scores.logsumexp(dim=-1)
+
+
+def inputs(lengths, *, value_size: int = 8, heads=HEADS) -> list[Tensor]:
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = map(sum, lengths)
+    shapes = (
+        (queries, heads[0], 8),
+        (keys, heads[1], 8),
+        (keys, heads[1], value_size),
+        (queries, heads[0], value_size),
+    )
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=False, **options):
+    q, k, v, grad = inputs(lengths, value_size=value_size, heads=heads)
+    options = dict(zip(("query_lengths", "key_lengths"), lengths, strict=True)) | options
+    options["scale"] = 0.3
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    sinks = torch.linspace(-1, 2, heads[0], dtype=torch.float64).requires_grad_()
+    more = {"sinks": sinks} if with_sinks else {}
+    expected, expected_lse = plain(*leaves, **options, **more)
+    output, lse = found.forward(q, k, v, **options)
+    if with_sinks:
+        output, lse = pieces.with_sinks(output, lse, sinks.detach())
+        gradient = pieces.sinks_gradient(grad, output, lse, sinks.detach())
+        (theirs,) = torch.autograd.grad(expected, sinks, grad, retain_graph=True)
+        assert (gradient - theirs).abs().max() < 1e-12
+    assert output.shape == expected.shape and (output - expected).abs().max() < 1e-12
+    assert lse.shape == expected_lse.shape and (lse - expected_lse).abs().max() < 1e-12
+    dk, dv = torch.full_like(k, 3.0), torch.full_like(v, 5.0)  # they are added to
+    dq = found.backward(grad, q, k, v, output, lse, dk=dk, dv=dv, **options)
+    theirs = torch.autograd.grad(expected, leaves, grad)
+    for ours, expected_ in zip((dq, dk - 3, dv - 5), theirs, strict=True):
+        assert (ours - expected_).abs().max() < 1e-12
+
+
+@pytest.fixture(params=["explicit", "cpu", "cuda"])
+def kernel(request, monkeypatch) -> Pieces:
+    """The pieces to test, with tiles of a few tokens."""
+    for name, size in (("_BLOCK", 4), ("_SMALLEST_BLOCK", 2), ("_CUDA_BLOCK", 5)):
+        monkeypatch.setattr(pieces, name, size)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
+    return {"explicit": EXPLICIT, "cpu": CPU_FLASH, "cuda": CUDA_FLASH}[request.param]
+
+
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 7, 12, 100])
+@pytest.mark.parametrize("lengths", PIECES.values(), ids=PIECES.keys())
+def test_equals_plain_attention(kernel, lengths, window, with_sinks):
+    compare(kernel, lengths, window=window, with_sinks=with_sinks)
+
+
+@pytest.mark.parametrize(
+    ("heads", "value_size"), [((6, 2), 5), ((3, 3), 4), ((5, 1), 13), ((4, 4), 8)], ids=str
+)
+@pytest.mark.parametrize("window", [None, 6])
+def test_heads_and_values_of_all_sizes(kernel, heads, value_size, window):
+    compare(kernel, PIECES["documents"], heads=heads, value_size=value_size, window=window)
+
+
+@pytest.mark.parametrize("lengths", PIECES.values(), ids=PIECES.keys())
+@pytest.mark.parametrize("window", [None, 6])
+def test_softcap(monkeypatch, lengths, window):
+    monkeypatch.setattr(pieces, "_BLOCK", 4)
+    compare(EXPLICIT, lengths, window=window, softcap=1.5)
+    compare(pieces.KERNELS, lengths, window=window, softcap=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("found", [EXPLICIT, CPU_FLASH], ids=["explicit", "cpu"])
+def test_narrow_dtypes(monkeypatch, found, dtype):
+    monkeypatch.setattr(pieces, "_BLOCK", 4)
+    lengths = PIECES["documents"]
+    options = dict(zip(("query_lengths", "key_lengths"), lengths, strict=True)) | {"scale": 0.3}
+    narrow = [x.to(dtype) for x in inputs(lengths)]
+    exact = [x.double() for x in narrow]
+    results = []
+    for q, k, v, grad in (narrow, exact):
+        output, lse = found.forward(q, k, v, **options)
+        assert output.dtype == q.dtype
+        dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+        dq = found.backward(grad, q, k, v, output, lse, dk=dk, dv=dv, **options)
+        assert dq.dtype == q.dtype
+        results.append([output, lse, dq, dk, dv])
+    assert results[0][1].dtype == torch.float32
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours.double() - theirs).abs().max() < tolerance * max(1, theirs.abs().max())
+
+
+def test_which_cores_have_pieces():
+    assert all(pieces_of(core) for core in (sdpa, blockwise, flash, flex))
+    assert pieces_of(plain) is None
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_tiles_of_the_real_size(window):
+    """Two kernels with other tiles agree, on more tokens than a tile has."""
+    lengths = (100, 2200), (2300, 2500)
+    q, k, v, grad = inputs(lengths, heads=(2, 1))
+    options = {"query_lengths": lengths[0], "key_lengths": lengths[1], "scale": 0.3}
+    options["window"] = window
+    results = []
+    for found in (EXPLICIT, CPU_FLASH):
+        output, lse = found.forward(q, k, v, **options)
+        sums = {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
+        dq = found.backward(grad, q, k, v, output, lse, **sums, **options)
+        results.append([output, lse, dq, *sums.values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("found", [EXPLICIT, CPU_FLASH], ids=["explicit", "cpu"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_no_tensor_has_all_keys_and_all_query_heads(found, window):
+    queries, keys, heads, size = 16, 2**14, 16, 8
+    lengths = (queries,), (keys,)
+    q, k, v, grad = (
+        torch.randn(n, h, size)
+        for n, h in ((queries, heads), (keys, 1), (keys, 1), (queries, heads))
+    )
+    options = {"query_lengths": lengths[0], "key_lengths": lengths[1], "scale": 0.3}
+    options["window"] = window
+    sums = {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
+    with Largest() as largest:
+        output, lse = found.forward(q, k, v, **options)
+        found.backward(grad, q, k, v, output, lse, **sums, **options)
+    assert largest.elements <= max(k.numel(), heads * queries * pieces._BLOCK) < keys * heads * size
+
+
+# --- what stands for the operators of CUDA --------------------------------------------------------
+
+
+def flash_forward(
+    q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
+    scale=None, window_size_left=None, window_size_right=None,
+):  # fmt: skip
+    """aten::_flash_attention_forward as it is in torch 2.11, for what this project asks of it."""
+    assert not dropout_p and not return_debug_mask and q.shape[-1] % 8 == 0
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    return (*plain(q, k, v, **_said(**{**locals()})), None, None, None)
+
+
+def flash_backward(
+    grad_out, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
+    rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None,
+):  # fmt: skip
+    """aten::_flash_attention_backward, from the output and log-sum-exp that it is given."""
+    assert not dropout_p and q.shape[-1] == grad_out.shape[-1] == out.shape[-1]
+    options = _said(**{**locals()})
+    group = q.shape[1] // k.shape[1]
+    _, own = plain(q, k, v, **options)
+    # The gradient with weights p of this call is that of the rows' weights, p exp(own - lse).
+    share = (own - logsumexp).exp().t()[..., None]
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        output, _ = plain(*leaves, **options)
+        # ds = p (do v - do out): autograd gives do v - do output, and the lse's gradient the rest.
+        dq, dk, dv = torch.autograd.grad(output, leaves, grad_out * share)
+        _, lse = plain(*leaves, **options)
+        rest = (grad_out * (output - out) * share).sum(dim=-1).t().detach()
+        more = torch.autograd.grad(lse, leaves[:2], rest)
+    assert group * k.shape[1] == q.shape[1]
+    return dq + more[0], dk + more[1], dv
+
+
+def _said(
+    *, q, k, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, window_size_left,
+    window_size_right, **_,
+) -> dict:  # fmt: skip
+    """What the arguments of an operator say, in the words of `plain`."""
+    assert cum_seq_q.dtype == cum_seq_k.dtype == torch.int32
+    lengths = [tuple(x.diff().tolist()) for x in (cum_seq_q, cum_seq_k)]
+    assert (max_q, max_k) == tuple(map(max, lengths))
+    assert (cum_seq_q[-1], cum_seq_k[-1]) == (len(q), len(k))
+    options = {"query_lengths": lengths[0], "key_lengths": lengths[1], "scale": scale}
+    if is_causal:
+        assert window_size_left == -1
+    elif window_size_right == 0:
+        options["window"] = window_size_left + 1
+    else:
+        assert window_size_right == -1
+        options["left"] = window_size_left if window_size_left >= 0 else len(k)
+    return options
