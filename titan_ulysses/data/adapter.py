@@ -74,8 +74,10 @@ def shard(
 
     stream_chunk_tokens is that of the model, `model.stream_chunk_tokens`. Its ranks can stream only
     what was cut for it, unless P = 1. Each dict then has `chunk_tokens` (see
-    `sequence.local_slice`), if the sequence has more than one chunk. Raise `UserError` for a batch that contradicts itself,
-    or that differs between ranks that share a sequence.
+    `sequence.local_slice`), if the sequence has more than one chunk.
+
+    Raise `UserError` for a batch that contradicts itself, or that differs between ranks that share
+    a sequence.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")

@@ -2,7 +2,8 @@
 
 Data, model, attention and loss all need these few definitions, so this module imports none of them.
 
-A sequence is cut into chunks first, and each chunk into P equal slices (S = 12, P = 2, chunks of 4):
+A sequence is cut into chunks first, and each chunk into P equal slices. With S = 12, P = 2 and
+chunks of 4:
 
     tokens     0 1 | 2 3 | 4 5 | 6 7 | 8 9 | 10 11
     chunk      0     0     1     1     2     2

@@ -1,5 +1,6 @@
-"""What computing parts of a function again in backward needs: its random numbers, its autocast state,
-and sums of gradients in a wide dtype.
+"""What a function needs to be computed again in backward, part by part.
+
+These are its random numbers, its autocast state, and sums of gradients in a wide dtype.
 """
 
 from __future__ import annotations

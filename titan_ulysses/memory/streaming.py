@@ -69,7 +69,7 @@ class StreamedBlock:
         return _StreamedFunction.apply(call, hidden, *call.differentiable(), *self.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the block holds now; under FSDP these are the gathered ones."""
+        """Return the parameters that the block holds now; under FSDP, the gathered ones."""
         return list(self.block.parameters())
 
 
@@ -108,7 +108,7 @@ class _Call:
         return [x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad]
 
     def arguments(self, chunk: Chunk) -> tuple[tuple, dict[str, Any], list[Tensor]]:
-        """Return the arguments of a chunk, and those of them that `differentiable` returns whole."""
+        """Return the arguments of a chunk, and those of them that `differentiable` has whole."""
         leaves, sources = [], []
         for leaf, dim in zip(self.leaves, self.dims, strict=True):
             if isinstance(leaf, Tensor):
@@ -221,7 +221,7 @@ class _Call:
             return self.run(x, args, kwargs), [x, *sources]
 
     def _add(self, total: Tensor | None, gradient: Tensor, index: int, chunk: Chunk) -> Tensor:
-        """Return total + the gradient of a chunk by the index-th of `differentiable` or parameters."""
+        """Return total + a chunk's gradient by the index-th of `differentiable` and parameters."""
         others = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.requires_grad]
         if index >= len(others) or (dim := self.dims[others[index]]) is None:
             return accumulate(total, gradient)

@@ -201,12 +201,12 @@ class _TiledFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         (rows,) = ctx.saved_tensors
-        replayed = (
+        same_numbers = (
             replayed(rows.device, ctx.random)
             if ctx.tiled.draws_random_numbers
             else contextlib.nullcontext()
         )
-        with replayed, ctx.autocast:
+        with same_numbers, ctx.autocast:
             inputs = rows.flatten(0, -2), upstream.flatten(0, -2), ctx.needs_input_grad[1:]
             grads = ctx.variables.run(ctx.tiled.backward, *inputs)
         if grads[0] is not None:

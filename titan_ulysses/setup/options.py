@@ -90,6 +90,7 @@ def streams(model_config: PreTrainedConfig, options: ParallelOptions) -> bool:
 
     options.attention must be a core. UserError if options ask for chunks that cannot be.
     """
+    assert callable(options.attention)
     if options.stream_chunk_tokens == -1:
         return False
     reason = None

@@ -9,7 +9,7 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -34,8 +34,7 @@ from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
-from titan_ulysses.ulysses.pieces import pieces_of
-from titan_ulysses.ulysses.streamed import attend_chunk
+from titan_ulysses.ulysses.streamed import chunk_core
 
 ATTENTION_NAME = "ulysses"
 
@@ -110,9 +109,14 @@ def ulysses_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
 
+    def core_of(heads: slice) -> Core:
+        return ulysses.core if chunk is None else chunk_core(ulysses.core, module, chunk, heads)
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rank = mesh.get_local_rank()
-        return _local_heads(ulysses.core, q, k, v, layer, plan, rank, module, chunk)
+        output = _local_heads(core_of, q, k, v, layer, plan, mesh.get_local_rank())
+        if chunk is not None and chunk.goal == "keys":
+            raise KeysKnown
+        return output
 
     if mesh.size() == 1:
         return attend(q, k, v), None
@@ -160,19 +164,18 @@ def _check_call(
 
 
 def _local_heads(
-    core: Core,
+    core_of: Callable[[slice], Core],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     layer: dict[str, Any],
     plan: HeadPlan,
     rank: int,
-    module: nn.Module,
-    chunk: Chunk | None,
 ) -> Tensor:
     """Run core attention over this rank's heads, with at least one call per run of the plan.
 
-    With a chunk, q, k and v are those of the chunk, and keys of earlier chunks are known. A run is a range of heads with one ratio of query heads to KV heads (see `HeadPlan.runs`).
+    A run is a range of heads with one ratio of query heads to KV heads (see `HeadPlan.runs`).
+    core_of(heads) is the core for a range of the rank's KV heads.
     """
     sinks, outputs = layer["sinks"], []
     if sinks is not None:
@@ -181,18 +184,12 @@ def _local_heads(
         # An idle rank returns [B, S, 0, Dv]. The result stays connected to all inputs in the
         # autograd graph, because the exchange in backward is a collective that every rank must
         # join.
-        if chunk is not None and chunk.goal == "keys":
-            raise KeysKnown
         return v if sinks is None else v + sinks[:, None]
     head_elements = max(x[:, :, 0].numel() for x in (q, v))
-    if chunk is not None:
-        keys_a_row = max(x.shape[3] for x in (q, v)) * chunk.seq_len
-        runs = list(_bounded(plan.runs(rank), max(head_elements, keys_a_row)))
-        layer = layer | {"sinks": sinks}
-        return attend_chunk(pieces_of(core), module, chunk, q, k, v, layer, runs)
     for queries, keys in _bounded(plan.runs(rank), head_elements):
         local = layer if sinks is None else layer | {"sinks": sinks[queries]}
-        outputs.append(_call(core, q[:, :, queries], k[:, :, keys], v[:, :, keys], local))
+        heads = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        outputs.append(_call(core_of(keys), *heads, local))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

@@ -9,7 +9,6 @@ no earlier query can see these keys.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -18,38 +17,41 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from titan_ulysses.distributed.sequence import Chunk, KeysKnown
-from titan_ulysses.ulysses.pieces import Pieces, sinks_gradient, with_sinks
-
-Runs = Sequence[tuple[slice, slice]]
-"""Slices (query heads, KV heads), each of which one call of a kernel can compute."""
+from titan_ulysses.distributed.sequence import Chunk, Documents
+from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.pieces import Pieces, pieces_of, sinks_gradient, with_sinks
 
 
-def attend_chunk(
-    pieces: Pieces,
-    module: nn.Module,
-    chunk: Chunk,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layer: dict[str, Any],
-    runs: Runs,
-) -> Tensor:
-    """Return the attention [B, n, Hq, Dv] of a chunk's queries q [B, n, Hq, D].
+def chunk_core(core: Core, module: nn.Module, chunk: Chunk, heads: slice) -> Core:
+    """Return a core for the queries of a chunk, in the place of `core`, which must have pieces.
 
-    k [B, n, Hkv, D] and v [B, n, Hkv, Dv] are those of the chunk; earlier calls for the same layer,
-    `module`, have kept those before. `layer` is as for a core, with sinks [Hq]. Raises `KeysKnown`
-    if only keys and values are wanted.
+    It takes q [B, n, Hq, D], k [B, n, Hkv, D] and v [B, n, Hkv, Dv] of the chunk, for a range of
+    this rank's KV heads of a layer, `module`. Earlier calls have kept the keys and values of the
+    chunks before. Where only keys and values are wanted, it returns nothing of meaning.
     """
-    known = chunk.memory.setdefault(module, KeysAndValues(chunk.seq_len))
-    known.put(chunk.whole, k, v)
-    if chunk.goal == "keys":
-        raise KeysKnown
-    options = {name: layer[name] for name in ("scale", "window", "softcap")}
-    first, stop = chunk.whole.start, chunk.whole.stop
-    seen = [_seen(row, first, stop, layer["window"]) for row in layer["documents"]]
-    call = _Call(pieces, known, chunk.whole, seen, options, runs)
-    return _Attention.apply(call, q, k, v, layer["sinks"])
+    pieces = pieces_of(core)
+    assert pieces is not None, core
+    known = chunk.memory.setdefault((module, heads.start), KeysAndValues(chunk.seq_len))
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        documents: Documents,
+        sinks: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        known.put(chunk.whole, k, v)
+        if chunk.goal == "keys":
+            return q
+        seen = [
+            _seen(row, chunk.whole.start, chunk.whole.stop, options.get("window"))
+            for row in documents
+        ]
+        return _Attention.apply(_Call(pieces, known, chunk.whole, seen, options), q, k, v, sinks)
+
+    return attend
 
 
 class KeysAndValues:
@@ -67,19 +69,19 @@ class KeysAndValues:
         for whole, x in zip(self._tensors, (k, v), strict=True):
             whole[:, tokens] = x.detach()
 
-    def of(self, row: int, tokens: slice, heads: slice) -> list[Tensor]:
-        """Return k and v [n, heads, D] of tokens of a row."""
-        return [x[row, tokens, heads] for x in self._tensors]
+    def of(self, row: int, tokens: slice) -> list[Tensor]:
+        """Return k and v [n, Hkv, D] of tokens of a row."""
+        return [x[row, tokens] for x in self._tensors]
 
-    def gradients_of(self, row: int, tokens: slice, heads: slice) -> list[Tensor]:
+    def gradients_of(self, row: int, tokens: slice) -> list[Tensor]:
         """Return the sums of gradients that belong to `of`, to be added to; fp32 or wider."""
         if not self._gradients:
             wide = torch.promote_types(self._tensors[0].dtype, torch.float32)
             self._gradients = [torch.zeros_like(x, dtype=wide) for x in self._tensors]
-        return [x[row, tokens, heads] for x in self._gradients]
+        return [x[row, tokens] for x in self._gradients]
 
     def complete_gradients(self, tokens: slice) -> list[Tensor]:
-        """Return the gradients [B, n, Hkv, D] of k and v, in their dtype, once they are complete."""
+        """Return the gradients [B, n, Hkv, D] of k and v, once they are complete."""
         pairs = zip(self._gradients, self._tensors, strict=True)
         return [gradient[:, tokens].to(x.dtype) for gradient, x in pairs]
 
@@ -113,33 +115,30 @@ class _Call(NamedTuple):
     pieces: Pieces
     known: KeysAndValues
     tokens: slice
+    """The chunk's, in the whole sequence."""
     seen: list[_Seen]
-    """For each row."""
+    """The keys that are seen in each row."""
     options: dict[str, Any]
-    runs: Runs
+
+    def lengths(self, row: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "query_lengths": self.seen[row].query_lengths,
+            "key_lengths": self.seen[row].key_lengths,
+        }
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
-        rows, sums = [], []
-        for row, (keys, query_lengths, key_lengths) in enumerate(call.seen):
-            parts = []
-            for queries, heads in call.runs:
-                output, lse = call.pieces.forward(
-                    q[row, :, queries],
-                    *call.known.of(row, keys, heads),
-                    query_lengths=query_lengths,
-                    key_lengths=key_lengths,
-                    **call.options,
-                )
-                if sinks is not None:
-                    output, lse = with_sinks(output, lse, sinks[queries])
-                parts.append((output, lse))
-            outputs, lses = zip(*parts, strict=True)
-            rows.append(outputs[0] if len(parts) == 1 else torch.cat(outputs, dim=1))
-            sums.append(lses[0] if len(parts) == 1 else torch.cat(lses))
-        output = rows[0][None] if len(rows) == 1 else torch.stack(rows)
+        outputs, sums = [], []
+        for row, seen in enumerate(call.seen):
+            keys = call.known.of(row, seen.keys)
+            output, lse = call.pieces.forward(q[row], *keys, **call.lengths(row), **call.options)
+            if sinks is not None:
+                output, lse = with_sinks(output, lse, sinks)
+            outputs.append(output)
+            sums.append(lse)
+        output = outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
         ctx.call = call
         ctx.save_for_backward(q, sinks, output, *sums)
         return output
@@ -150,21 +149,19 @@ class _Attention(torch.autograd.Function):
         call, (q, sinks, output, *sums) = ctx.call, ctx.saved_tensors
         dq = torch.empty_like(q)
         dsinks = None if sinks is None else torch.zeros_like(sinks)
-        for row, (keys, query_lengths, key_lengths) in enumerate(call.seen):
-            for queries, heads in call.runs:
-                mine = grad[row, :, queries], output[row, :, queries], sums[row][queries]
-                dk, dv = call.known.gradients_of(row, keys, heads)
-                dq[row, :, queries] = call.pieces.backward(
-                    mine[0],
-                    q[row, :, queries],
-                    *call.known.of(row, keys, heads),
-                    *mine[1:],
-                    dk=dk,
-                    dv=dv,
-                    query_lengths=query_lengths,
-                    key_lengths=key_lengths,
-                    **call.options,
-                )
-                if sinks is not None:
-                    dsinks[queries] += sinks_gradient(*mine, sinks[queries])
+        for row, seen in enumerate(call.seen):
+            dk, dv = call.known.gradients_of(row, seen.keys)
+            dq[row] = call.pieces.backward(
+                grad[row],
+                q[row],
+                *call.known.of(row, seen.keys),
+                output[row],
+                sums[row],
+                dk=dk,
+                dv=dv,
+                **call.lengths(row),
+                **call.options,
+            )
+            if sinks is not None:
+                dsinks += sinks_gradient(grad[row], output[row], sums[row], sinks)
         return None, dq, *call.known.complete_gradients(call.tokens), dsinks
