@@ -77,6 +77,7 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
         offload=checkpoint.offload,
         offload_folder=checkpoint.offload_folder or None,
+        stream_chunk_tokens=memory.stream_chunk_tokens,
         parameter_offload=memory.parameter_offload,
         compile=config.compile.enable,
         z_loss=training.z_loss,
@@ -85,28 +86,26 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
     )
 
 
-def streams(model_config: PreTrainedConfig, options: ParallelOptions) -> bool:
-    """Return whether blocks work through the sequence chunk by chunk, where it is long enough.
+def obstacle_to_streaming(model_config: PreTrainedConfig, options: ParallelOptions) -> str | None:
+    """Return why blocks cannot work through a sequence chunk by chunk, or None if they can.
 
-    options.attention must be a core. UserError if options ask for chunks that cannot be.
+    options.attention must be a core. UserError if options ask for chunks all the same.
     """
     assert callable(options.attention)
-    if options.stream_chunk_tokens == -1:
-        return False
     reason = None
     if not options.checkpoint_every:
-        reason = "a streamed block keeps only its input, which needs activation checkpoints"
+        reason = "it keeps only the inputs of blocks, and there are no activation checkpoints"
     elif pieces_of(options.attention) is None:
-        name = getattr(options.attention, "__name__", "this")
-        reason = f"the core {name} has no `pieces` (see ulysses/pieces.py)"
+        name = getattr(options.attention, "__name__", "model.attention")
+        reason = f"the core {name} has no `pieces` (see titan_ulysses/ulysses/pieces.py)"
     elif getattr(model_config, "num_kv_shared_layers", 0):
-        reason = "layers that share the keys of another layer (num_kv_shared_layers)"
-    if reason and options.stream_chunk_tokens:
+        reason = "layers of this model read the keys of another layer (num_kv_shared_layers)"
+    if reason and options.stream_chunk_tokens > 0:
         raise UserError(
-            f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: cannot stream: {reason}. "
-            'Set it to "auto" or "off".'
+            f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: {reason}. Set it to "
+            '"auto" or "off".'
         )
-    return reason is None
+    return reason
 
 
 def select_core(
