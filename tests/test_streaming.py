@@ -341,7 +341,8 @@ def counted(chunk: int, every: int, layers: int) -> tuple[dict[str, int], dict[s
         return run
 
     core.pieces = Pieces(counting("forward"), counting("backward"))
-    model = hf.build_on_meta(hf.load_model_config("", LLAMA | {"num_hidden_layers": layers}))
+    table = LLAMA | {"num_hidden_layers": layers, "tie_word_embeddings": False}
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
     options = {"mlp_tile_tokens": 1000, "checkpoint_every": every, "stream_chunk_tokens": chunk}
