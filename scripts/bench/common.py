@@ -92,25 +92,33 @@ def training_step(
 
     def step(seq_len: int, index: int = 0) -> tuple[Any, Any]:
         return train_step(
-            built, optimizer, [_batch(sequence(index, seq_len), mesh)], mesh, max_norm=1.0
+            built, optimizer, [_batch(sequence(index, seq_len), mesh, built)], mesh, max_norm=1.0
         )[:2]
 
     return step
 
 
-def _batch(ids: Any, mesh: Any) -> Any:
-    """Return this rank's slice of one sequence. Data-parallel ranks have the same sequence."""
+def _batch(ids: Any, mesh: Any, model: Any) -> Any:
+    """Return this rank's slice of one sequence, cut for model. Data-parallel ranks have the same
+    sequence.
+    """
     import torch
 
     from titan_ulysses.data.loader import Batch
-    from titan_ulysses.distributed.sequence import IGNORE_INDEX
+    from titan_ulysses.distributed.sequence import IGNORE_INDEX, chunk_length
+
+    chunk_tokens = chunk_length(model.stream_chunk_tokens, len(ids), mesh.sp.size())
+
+    def local(whole: Any) -> Any:
+        return mesh.local_slice(whole[None], chunk_tokens=chunk_tokens)
 
     labels = torch.cat([ids[1:], ids.new_tensor([IGNORE_INDEX])])
     return Batch(
-        input_ids=mesh.local_slice(ids[None]),
-        labels=mesh.local_slice(labels[None]),
-        position_ids=mesh.local_slice(torch.arange(len(ids))[None]),
+        input_ids=local(ids),
+        labels=local(labels),
+        position_ids=local(torch.arange(len(ids))),
         documents=((len(ids),),),
+        chunk_tokens=chunk_tokens,
     ).to(mesh.device)
 
 

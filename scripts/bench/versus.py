@@ -38,6 +38,8 @@ LOSS_TILE_BYTES = {"agreement": 64 * 2**20, "time": 64 * 2**20, "memory": 4 * 2*
 """
 CONTENDERS = {
     "ours": "ours",
+    "streamed": "ours, small chunks",
+    "whole": "ours, not streamed",
     "alst": "DeepSpeed ALST",
     "alst-reentrant": "ALST, reentrant",
     "fsdp2": "transformers + FSDP2",
@@ -45,6 +47,8 @@ CONTENDERS = {
 """The contenders and their names. ALST was published with reentrant activation checkpoints, which
 were the default of transformers then. Today's default, the non-reentrant ones, costs ALST less.
 """
+CHUNKS = {"ours": 0, "streamed": 2048, "whole": -1}
+"""Tokens in a chunk of the sequence, for our own contenders; 0 is the default, 4,096 a rank."""
 TARGET = 0.75
 TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-3, 5e-2)}
 """Relative tolerances of (loss, gradient norm) at the first step; ten times as much at the last."""
@@ -57,8 +61,13 @@ OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 def contend(args: argparse.Namespace) -> None:
     """Train the steps of one contender on every rank, and print their time, memory and losses."""
-    if args.contender == "ours":
-        step = training_step(args.folder, dtype=args.dtype, loss_tile_tokens=args.loss_tile_tokens)
+    if args.contender in CHUNKS:
+        step = training_step(
+            args.folder,
+            dtype=args.dtype,
+            loss_tile_tokens=args.loss_tile_tokens,
+            stream_chunk_tokens=CHUNKS[args.contender],
+        )
     elif args.contender.startswith("alst"):
         from versus_alst import build_step
 

@@ -36,6 +36,19 @@ class KeepFp64(TorchFunctionMode):
                     accumulate_grad=True,
                 )
             return None
+        if func is torch.autograd.grad:  # in a backward that differentiates what it computed again
+            outputs, inputs = (x if isinstance(x, tuple | list) else (x,) for x in args)
+            upstream = kwargs["grad_outputs"]
+            with self:
+                return torch.autograd.graph._engine_run_backward(
+                    tuple(outputs),
+                    tuple(upstream) if isinstance(upstream, tuple | list) else (upstream,),
+                    False,
+                    False,
+                    tuple(inputs),
+                    kwargs["allow_unused"],
+                    accumulate_grad=False,
+                )
         if (
             func is torch.zeros
             or args

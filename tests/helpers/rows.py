@@ -9,6 +9,7 @@ from torch import Tensor
 
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import chunk_length
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,22 @@ def make_rows(
     return rows
 
 
-def local_batch(rows: list[Row], mesh: Mesh) -> Batch:
+def local_batch(rows: list[Row], mesh: Mesh, stream_chunk_tokens: int = -1) -> Batch:
     """This rank's rows and tokens of a global micro-batch, as the loader cuts them."""
     count = len(rows) // mesh.batch.size()
     mine = rows[mesh.batch.get_local_rank() * count :][:count]
     lengths = tuple(tuple(len(d.labels) for d in row) for row in mine)
 
+    chunk_tokens = chunk_length(stream_chunk_tokens, sum(lengths[0]), mesh.sp.size())
+
     def stack(part) -> Tensor:
-        return mesh.local_slice(torch.stack([torch.cat([part(d) for d in row]) for row in mine]))
+        whole = torch.stack([torch.cat([part(d) for d in row]) for row in mine])
+        return mesh.local_slice(whole, chunk_tokens=chunk_tokens)
 
     return Batch(
         input_ids=stack(lambda d: d.tokens[:-1]),
         labels=stack(lambda d: d.labels),
         position_ids=stack(lambda d: torch.arange(len(d.labels))),
         documents=lengths,
+        chunk_tokens=chunk_tokens,
     )

@@ -87,7 +87,7 @@ def train_sharded(
 
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
-        batches = [local_batch(rows, mesh) for rows in micro_batches]
+        batches = [local_batch(rows, mesh, sharded.stream_chunk_tokens) for rows in micro_batches]
         loss, norm, _ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
@@ -140,7 +140,10 @@ class Run:
     def train(self, steps: int, *, accumulate: int = 1) -> Run:
         for _ in range(steps):
             batches = [
-                local_batch(self.rows, self.mesh).to(self.mesh.device) for _ in range(accumulate)
+                local_batch(self.rows, self.mesh, self.model.stream_chunk_tokens).to(
+                    self.mesh.device
+                )
+                for _ in range(accumulate)
             ]
             loss, self.grad_norm, _ = train_step(
                 self.model, self.optimizer, batches, self.mesh, max_norm=1.0

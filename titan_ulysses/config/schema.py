@@ -88,6 +88,7 @@ block mask grows with the square of the length.
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
 Tile = Annotated[int, Field(ge=-1), Words({"auto": 0, "all": -1})]
+Chunk = Annotated[int, Field(ge=-1), Words({"auto": 0, "off": -1})]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
 SecondsOrDerived = Annotated[
     float, AfterValidator(_positive_seconds_or_derived), Words({"auto": -1})
@@ -427,6 +428,13 @@ class Memory(Section):
         description="Tokens in one tile of the MLPs and norms. auto (0): with activation "
         "checkpointing, as many as make 512 MiB inside an MLP on a GPU, or on a CPU the model's "
         "width, at least 1,024; not tiled without it. all (-1): not tiled.",
+    )
+    stream_chunk_tokens: Chunk = Field(
+        0,
+        description="Tokens of the whole sequence in one chunk; layers compute one chunk after the "
+        "other, so that the memory that a layer needs does not grow with the sequence. auto (0): "
+        "4,096 tokens a rank, and off for shorter sequences and where it is not possible. off "
+        "(-1): the whole sequence at once.",
     )
     parameter_offload: bool = Field(
         False,

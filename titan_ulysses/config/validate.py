@@ -147,6 +147,13 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
             'activation_checkpoint.mode = "none" makes none: set activation_checkpoint.mode = '
             '"full"'
         )
+    chunk = config.memory.stream_chunk_tokens
+    if checkpoint.mode == "none" and chunk > 0:
+        problems.append(
+            f"memory.stream_chunk_tokens = {chunk} keeps only the inputs of layers, and "
+            'activation_checkpoint.mode = "none" keeps everything: set '
+            'activation_checkpoint.mode = "full", or memory.stream_chunk_tokens = "off"'
+        )
     if layers is not None and checkpoint.every > layers:
         problems.append(
             f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} "

@@ -20,7 +20,7 @@ from torch import Tensor
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 
 _CHECK_EVERY = 100
 """Steps between checks that the ranks of a sequence-parallel group have loaded the same rows."""
@@ -46,7 +46,11 @@ class Rows(NamedTuple):
 
 
 def shard(
-    loader: Iterable[Mapping[str, Any]], mesh: Mesh, *, accumulate: int = 1
+    loader: Iterable[Mapping[str, Any]],
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    stream_chunk_tokens: int = -1,
 ) -> Iterator[dict[str, Any]]:
     """Yield this rank's slice of each batch as keyword arguments: `model(**batch).loss`.
 
@@ -66,15 +70,21 @@ def shard(
     `position_ids`, all [B, T] with T = ceil(S / P), and `documents`. It has `position_limits` if
     positions are not counted from 0, and `attention_mask` [B, T] if any token is padding.
     `num_items_in_batch` is the number of labels in `accumulate` batches on all ranks: step the
-    optimizer once per `accumulate` batches. Raise `UserError` for a batch that contradicts itself,
-    or that differs between ranks that share a sequence.
+    optimizer once per `accumulate` batches.
+
+    stream_chunk_tokens is that of the model, `model.stream_chunk_tokens`. Its ranks can stream only
+    what was cut for it, unless P = 1. Each dict then has `chunk_tokens` (see
+    `sequence.local_slice`), if the sequence has more than one chunk.
+
+    Raise `UserError` for a batch that contradicts itself, or that differs between ranks that share
+    a sequence.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")
     source, step = iter(loader), 0
     while True:
         group = [read_rows(batch) for batch in islice(source, accumulate)]
-        batches = [_slice(rows, mesh) for rows in group]
+        batches = [_slice(rows, mesh, stream_chunk_tokens) for rows in group]
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
         dist.all_reduce(counts, group=mesh.loss.get_group())
@@ -271,28 +281,34 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
     return starts
 
 
-def _slice(rows: Rows, mesh: Mesh) -> Batch:
+def _slice(rows: Rows, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
     """Return this rank's slice of the rows.
 
     If P does not divide S, the rows are padded to a multiple of P. This padding is a document of
     its own, without labels.
     """
-    missing = -rows.input_ids.shape[1] % mesh.sp.size()
+    length, degree = rows.input_ids.shape[1], mesh.sp.size()
+    missing = -length % degree
+    chunk_tokens = chunk_length(stream_chunk_tokens, length + missing, degree)
     position_ids = torch.cat(
         [rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1
     )
     attention_mask = F.pad(rows.attention_mask, (0, missing))
 
+    def local(whole: Tensor) -> Tensor:
+        return mesh.local_slice(whole, chunk_tokens=chunk_tokens)
+
     def filled(of_documents: Documents) -> Documents:
         return tuple((*row, missing) for row in of_documents) if missing else of_documents
 
     return Batch(
-        input_ids=mesh.local_slice(F.pad(rows.input_ids, (0, missing))),
-        labels=mesh.local_slice(F.pad(rows.labels, (0, missing), value=IGNORE_INDEX)),
-        position_ids=mesh.local_slice(position_ids),
+        input_ids=local(F.pad(rows.input_ids, (0, missing))),
+        labels=local(F.pad(rows.labels, (0, missing), value=IGNORE_INDEX)),
+        position_ids=local(position_ids),
         documents=filled(rows.documents),
-        attention_mask=None if attention_mask.all() else mesh.local_slice(attention_mask),
+        attention_mask=None if attention_mask.all() else local(attention_mask),
         position_limits=None if rows.position_limits is None else filled(rows.position_limits),
+        chunk_tokens=chunk_tokens,
     )
 
 

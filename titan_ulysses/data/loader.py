@@ -13,14 +13,19 @@ from typing import Any
 import torch
 
 from titan_ulysses.data.packing import SampleStream
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, local_slice
+from titan_ulysses.distributed.sequence import (
+    IGNORE_INDEX,
+    Documents,
+    chunk_length,
+    local_slice,
+)
 
 
 @dataclass(frozen=True)
 class Batch:
     """This rank's slice of B rows of S tokens.
 
-    It holds T = S / P tokens of each row: [sp_rank * T, (sp_rank + 1) * T).
+    It holds T = S / P tokens of each row, those of `local_slice`.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +44,8 @@ class Batch:
     """The largest position of each document plus 1; None if positions are counted from 0. RoPE
     types whose frequencies depend on the length use it in place of the document lengths.
     """
+    chunk_tokens: int | None = None
+    """The tokens of a chunk of the whole sequence, of which each rank has a slice; None: all S."""
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device` without making the host wait."""
@@ -62,7 +69,8 @@ class Loader:
 
     A global micro-batch consists of the next `batch_size * batch_degree` sequences. Data-parallel
     rank `batch_rank` takes the `batch_rank`-th block of B sequences. Of each sequence it takes the
-    `sp_rank`-th of `sp_degree` = P equal slices. S must be a multiple of P.
+    `sp_rank`-th of `sp_degree` = P slices (see `sequence.local_slice`). S must be a multiple of P.
+    stream_chunk_tokens is the setting of the model that trains on the batches.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class Loader:
         batch_degree: int = 1,
         sp_rank: int = 0,
         sp_degree: int = 1,
+        stream_chunk_tokens: int = -1,
     ) -> None:
         assert 0 <= batch_rank < batch_degree, (batch_rank, batch_degree)
         assert 0 <= sp_rank < sp_degree, (sp_rank, sp_degree)
@@ -81,6 +90,7 @@ class Loader:
         self.sequences = sequences
         self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
+        self.chunk_tokens = chunk_length(stream_chunk_tokens, sequences.seq_len, sp_degree)
         self._consumed = 0  # number of sequences that all ranks together have read
 
     def next_batch(self) -> Batch:
@@ -102,14 +112,19 @@ class Loader:
             rows += [row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))] * missing
 
         def stacked(whole_rows: list[torch.Tensor]) -> torch.Tensor:
-            place = {"rank": self.sp_rank, "degree": self.sp_degree}
-            return torch.stack([local_slice(row, **place, dim=0) for row in whole_rows])
+            return local_slice(
+                torch.stack(whole_rows),
+                rank=self.sp_rank,
+                degree=self.sp_degree,
+                chunk_tokens=self.chunk_tokens,
+            )
 
         return Batch(
             input_ids=stacked([row.input_ids for row in rows]),
             labels=stacked([row.labels for row in rows]),
             position_ids=stacked([row.position_ids for row in rows]),
             documents=tuple(row.document_lengths for row in rows),
+            chunk_tokens=self.chunk_tokens,
         )
 
     def epochs(self) -> float | dict[str, float]:

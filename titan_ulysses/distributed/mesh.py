@@ -53,12 +53,15 @@ class Mesh:
             self if self.sp.size() == 1 else build_mesh(timeout=timeout_of(self.loss.get_group()))
         )
 
-    def local_slice(self, whole: Tensor, *, dim: int = 1) -> Tensor:
+    def local_slice(
+        self, whole: Tensor, *, chunk_tokens: int | None = None, dim: int = 1
+    ) -> Tensor:
         """Return this rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...].
 
         See `sequence.local_slice`.
         """
-        return local_slice(whole, rank=self.sp.get_local_rank(), degree=self.sp.size(), dim=dim)
+        place = {"rank": self.sp.get_local_rank(), "degree": self.sp.size()}
+        return local_slice(whole, **place, chunk_tokens=chunk_tokens, dim=dim)
 
     @property
     def device(self) -> torch.device:

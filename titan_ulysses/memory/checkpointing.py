@@ -41,11 +41,12 @@ def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None)
 
 
 def output_is_needed() -> bool:
-    """Return False while a segment's last block is recomputed, and True otherwise.
+    """Return False while a block is computed again only for its gradients, and True otherwise.
 
-    The gradients of that block need its intermediate values, but not its output.
+    They need its intermediate values, but not its output. It is so for the last block of a segment,
+    and for every chunk of a streamed block.
     """
-    return not getattr(_phase, "in_last_block", False)
+    return not getattr(_phase, "output_unneeded", False)
 
 
 # Per thread: CUDA's backward, and with it the recomputation, runs in a thread of its own.
@@ -113,7 +114,8 @@ class _Segment:
     def _run(self, hidden: Tensor, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
         last = len(calls) - 1
         for position, (block, (args, kwargs)) in enumerate(zip(self.blocks, calls, strict=True)):
-            with _last_block() if position == last else nullcontext():
+            recomputing = getattr(_phase, "recomputing", False)
+            with without_output(recomputing and position == last):
                 hidden = block.run_block(hidden, *args, **kwargs)
             if position < last and not isinstance(hidden, Tensor):
                 raise UserError(
@@ -139,9 +141,11 @@ class _Recomputation:
 
 
 @contextmanager
-def _last_block() -> Iterator[None]:
-    _phase.in_last_block = getattr(_phase, "recomputing", False)
+def without_output(unneeded: bool = True) -> Iterator[None]:
+    """Let `output_is_needed` return not `unneeded` in this context."""
+    before = getattr(_phase, "output_unneeded", False)
+    _phase.output_unneeded = unneeded
     try:
         yield
     finally:
-        _phase.in_last_block = False
+        _phase.output_unneeded = before

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titan_ulysses.memory.checkpointing import output_is_needed
+from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
 
 _visit: ContextVar[Callable[[list[slice]], Iterable[slice]]] = ContextVar("_visit", default=iter)
 
@@ -137,7 +138,7 @@ class Tiled:
         if self.can_skip():
             # An expanded scalar, which takes no memory. Its values are never read.
             return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)
-        before, output = _rng_state(rows.device), None
+        before, output = rng_state(rows.device), None
         for tile in tiles(len(rows), self.tile_tokens):
             y = self.fn(rows[None, tile])
             if output is None:
@@ -147,7 +148,7 @@ class Tiled:
             return torch.empty_like(rows)
         self.dtype = output.dtype
         self.draws_random_numbers |= (
-            before.numpy().tobytes() != _rng_state(rows.device).numpy().tobytes()
+            before.numpy().tobytes() != rng_state(rows.device).numpy().tobytes()
         )
         return output
 
@@ -170,7 +171,7 @@ class Tiled:
                 if i == 0:
                     grads[0][tile] = gradient[0]
                 elif gradient is not None:
-                    grads[i] = _accumulate(grads[i], gradient, alone=len(rows) <= self.tile_tokens)
+                    grads[i] = accumulate(grads[i], gradient, alone=len(rows) <= self.tile_tokens)
         return [
             None if not needed else torch.zeros_like(x) if g is None else g.to(x.dtype)
             for needed, x, g in zip(needs, inputs, grads, strict=True)
@@ -190,8 +191,8 @@ class _TiledFunction(torch.autograd.Function):
     def forward(ctx, tiled: Tiled, rows: Tensor, *parameters: Tensor) -> Tensor:
         ctx.tiled = tiled
         ctx.save_for_backward(rows)
-        ctx.random = _rng_state(rows.device)
-        ctx.autocast = _autocast_state(rows.device.type)
+        ctx.random = rng_state(rows.device)
+        ctx.autocast = autocast_state(rows.device.type)
         # The recomputation in backward runs in the context of this forward (see model/router.py).
         ctx.variables = copy_context()
         return tiled.forward(rows.flatten(0, -2)).view(rows.shape)
@@ -200,48 +201,14 @@ class _TiledFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         (rows,) = ctx.saved_tensors
-        replayed = (
-            _replayed(rows.device, ctx.random)
+        same_numbers = (
+            replayed(rows.device, ctx.random)
             if ctx.tiled.draws_random_numbers
             else contextlib.nullcontext()
         )
-        with replayed, ctx.autocast:
+        with same_numbers, ctx.autocast:
             inputs = rows.flatten(0, -2), upstream.flatten(0, -2), ctx.needs_input_grad[1:]
             grads = ctx.variables.run(ctx.tiled.backward, *inputs)
         if grads[0] is not None:
             grads[0] = grads[0].view(rows.shape)
         return None, *grads
-
-
-def _accumulate(total: Tensor | None, gradient: Tensor, *, alone: bool) -> Tensor:
-    """Return total + gradient in fp32 or wider; a lone tile's gradient keeps its dtype.
-
-    Accumulating 64 tiles in bf16 would have six times the error.
-    """
-    if total is None:
-        wide = gradient.dtype if alone else torch.promote_types(gradient.dtype, torch.float32)
-        return gradient.to(wide)
-    return total.add_(gradient)
-
-
-def _rng_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-@contextlib.contextmanager
-def _replayed(device: torch.device, state: Tensor) -> Iterator[None]:
-    """Set the RNG to state inside this context, and back to where it was afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(
-            state
-        )
-        yield
-
-
-def _autocast_state(device_type: str) -> torch.autocast:
-    return torch.autocast(
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-        cache_enabled=torch.is_autocast_cache_enabled(),
-    )

@@ -36,16 +36,24 @@ class DocumentRoPE:
         self.documents: Documents = ()
         self.position_limits: Documents = ()
         self.sp_rank = 0
+        self.chunk_tokens: int | None = None
         rotary.forward = self.forward
 
-    def begin(self, documents: Documents, position_limits: Documents, sp_rank: int) -> None:
+    def begin(
+        self,
+        documents: Documents,
+        position_limits: Documents,
+        sp_rank: int,
+        chunk_tokens: int | None = None,
+    ) -> None:
         """Set what the next forward needs.
 
         `documents` holds the lengths of each row's documents. `position_limits` holds how far their
-        positions reach, which counts as the length here. `sp_rank` says which slice of the rows
-        this rank has.
+        positions reach, which counts as the length here. `sp_rank` and `chunk_tokens` say which
+        tokens of the rows this rank has (see `sequence.local_slice`).
         """
-        self.documents, self.position_limits, self.sp_rank = documents, position_limits, sp_rank
+        self.documents, self.position_limits = documents, position_limits
+        self.sp_rank, self.chunk_tokens = sp_rank, chunk_tokens
 
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
@@ -109,7 +117,12 @@ class DocumentRoPE:
             for counts, row in zip(lengths, self.documents, strict=True)
         ]
         whole = torch.stack(rows)
-        return local_slice(whole, rank=self.sp_rank, degree=whole.shape[1] // tokens)
+        return local_slice(
+            whole,
+            rank=self.sp_rank,
+            degree=whole.shape[1] // tokens,
+            chunk_tokens=self.chunk_tokens,
+        )
 
 
 def _select_by_length(

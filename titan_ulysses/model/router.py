@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import current_chunk
 
 _LOSS_FUNCTION = "load_balancing_loss_func"
 _LOSS_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
@@ -78,8 +79,8 @@ class RouterLossPass:
 
     def __init__(self, top_k: int, *, counting: bool, mask: Tensor | None) -> None:
         self.top_k, self.counting = top_k, counting
-        self._mask = None if mask is None else mask.flatten()
-        self._next_row: dict[nn.Module, int] = {}
+        self._mask = mask
+        self._next_row: dict[tuple[nn.Module, int | None], int] = {}
         self._sums: Tensor | None = None
         self.slope: Tensor | None = None
         """[E]: the derivative of the differentiated scalar by each p_e, the same in all rows.
@@ -90,16 +91,20 @@ class RouterLossPass:
     def rows_of(self, router: nn.Module, logits: Tensor) -> Tensor | None:
         """Return [n, 1], 0 at padding, for the next n rows that a router sees; None without a mask.
 
-        The first row follows the last, because a layer that is computed again starts over.
+        The first row follows the last, because a layer that is computed again starts over. A block
+        that is streamed sees the rows of one chunk at a time.
         """
         if self._mask is None:
             return None
-        start, count = self._next_row.get(router, 0), len(logits)
-        assert start + count <= len(self._mask), (
+        chunk = current_chunk.get()
+        mask = (self._mask if chunk is None else self._mask[:, chunk.local]).flatten()
+        key = router, None if chunk is None else chunk.index
+        start, count = self._next_row.get(key, 0), len(logits)
+        assert start + count <= len(mask), (
             "a router did not see all tokens, in order, before the first came again"
         )
-        self._next_row[router] = (start + count) % len(self._mask)
-        return self._mask[start : start + count, None]
+        self._next_row[key] = (start + count) % len(mask)
+        return mask[start : start + count, None]
 
     @torch.no_grad()
     def count(self, logits: Tensor, rows: Tensor | None) -> None:

@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
 from titan_ulysses.ulysses.cores import Core, blockwise
+from titan_ulysses.ulysses.pieces import pieces_of
 
 _TOLERANCE = 1e-5
 """Largest relative difference that counts as rounding.
@@ -40,6 +41,9 @@ _NEGLIGIBLE = 1e-2
 
 A gradient that cancels is only noise.
 """
+
+_CHUNK_TOKENS = 10
+"""Tokens in a chunk of the tiny model's sequences, whose documents have borders elsewhere."""
 
 _DTYPE = torch.float64
 _HIDDEN = 64
@@ -105,6 +109,17 @@ def verify_family(
         stacklevel=3,
     )
     return tilings[tiling]
+
+
+def verify_streaming(
+    config: PreTrainedConfig, mesh: Mesh, shard: Shard, tiling: dict[str, Any]
+) -> str | None:
+    """Return why a family does not train chunk by chunk as it does whole, or None. Collective.
+
+    tiling is what `verify_family` has found, and shard as there.
+    """
+    chunked = tiling | {"stream_chunk_tokens": _CHUNK_TOKENS}
+    return _try(config, mesh, lambda model, core: shard(model, core, chunked))
 
 
 def _try(
@@ -238,6 +253,7 @@ def _core_of(config: PreTrainedConfig) -> Core:
             )
         return blockwise(q, k, v, documents=documents, scale=scale, **features)
 
+    core.pieces = pieces_of(blockwise)  # type: ignore[attr-defined]
     return core
 
 
@@ -306,11 +322,18 @@ def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradien
 
 def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[Tensor, Gradients]:
     """Return the loss and gradients over the mesh; gradients are whole on every rank."""
+    length, degree = batch.ids.shape[1], mesh.sp.size()
+    chunk_tokens = chunk_length(model.stream_chunk_tokens, length, degree)
+
+    def local(whole: Tensor) -> Tensor:
+        return mesh.local_slice(whole, chunk_tokens=chunk_tokens).to(batch.ids.device)
+
     loss = model(
-        input_ids=mesh.local_slice(batch.ids),
-        labels=mesh.local_slice(batch.labels),
-        position_ids=mesh.local_slice(batch.positions).to(batch.ids.device),
+        input_ids=local(batch.ids),
+        labels=local(batch.labels),
+        position_ids=local(batch.positions),
         documents=batch.documents,
+        chunk_tokens=chunk_tokens,
         num_items_in_batch=batch.valid * mesh.batch.size(),
     ).loss
     loss.backward()

@@ -39,8 +39,8 @@ def build_model(
     )
     float8_layers = 0
     if config.quantize.float8:
-        # A matrix product has the tokens of a rank, or of a tile if mlp_tile_tokens is set.
-        tokens = math.gcd(spec.local_tokens, max(0, config.memory.mlp_tile_tokens))
+        # A matrix product has the tokens of a rank, of its part of a chunk, or of a tile.
+        tokens = math.gcd(*spec.chunk_rows, max(0, config.memory.mlp_tile_tokens))
         float8_layers = use_float8(find_blocks(model)[1], tokens=tokens)
     if config.lora.rank:
         add_adapters(model, config.lora)

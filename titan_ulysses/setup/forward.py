@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
@@ -43,6 +43,7 @@ def use_ulysses(
         *others: Any,
         documents: Documents | None = None,
         position_limits: Documents | None = None,
+        chunk_tokens: int | None = None,
         **inputs: Any,
     ) -> CausalLMOutputWithPast:
         if others or documents is None:
@@ -52,15 +53,36 @@ def use_ulysses(
                 "documents of the whole."
             )
         mesh = model.ulysses_mesh
+        chunk_tokens = _chunk_tokens(model, sum(documents[0]), chunk_tokens)
         # Some RoPE frequencies depend on document lengths, or on how far positions go.
         for rope in ropes:
-            rope.begin(documents, position_limits or documents, mesh.sp.get_local_rank())
-        ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"])
+            rope.begin(
+                documents, position_limits or documents, mesh.sp.get_local_rank(), chunk_tokens
+            )
+        ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"], chunk_tokens)
         return _forward(
             model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs
         )
 
     model.forward = MethodType(forward, model)
+
+
+def _chunk_tokens(model: PreTrainedModel, seq_len: int, of_batch: int | None) -> int | None:
+    """Return the chunks in which the blocks stream a batch that was cut into chunks `of_batch`.
+
+    UserError if the model cannot take this batch.
+    """
+    alone = model.ulysses_mesh.sp.size() == 1
+    if model.stream_chunk_tokens == -1:
+        if of_batch is not None and not alone:
+            raise UserError(
+                f"model: the batch is cut into chunks of {of_batch} tokens, and this model does "
+                "not stream. Give `shard` the model's own stream_chunk_tokens."
+            )
+        return None
+    if of_batch is None and alone:  # all chunks of a whole sequence are this rank's
+        return chunk_length(model.stream_chunk_tokens, seq_len, 1)
+    return of_batch
 
 
 def _forward(

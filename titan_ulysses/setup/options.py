@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.ulysses.cores import Core, Demand, choose_core
+from titan_ulysses.ulysses.pieces import pieces_of
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig
@@ -40,6 +42,12 @@ class ParallelOptions:
     """Where these inputs are kept: "none" (the device), "host" (host memory) or "disk" (files)."""
     offload_folder: str | None = None
     """Folder for offload = "disk"; None: the system's temporary folder."""
+    stream_chunk_tokens: int = 0
+    """Tokens of the whole sequence in a chunk, in which blocks compute it (`memory/streaming.py`).
+
+    0 chooses, and computes the whole sequence at once if it is short or the blocks cannot stream;
+    -1 always does. Batches must be cut for it, unless P = 1: see `shard`.
+    """
     parameter_offload: bool = False
     """Keep sharded parameters and gradients in host memory, where the optimizer then steps."""
     compile: bool = False
@@ -73,12 +81,35 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
         offload=checkpoint.offload,
         offload_folder=checkpoint.offload_folder or None,
+        stream_chunk_tokens=memory.stream_chunk_tokens,
         parameter_offload=memory.parameter_offload,
         compile=config.compile.enable,
         z_loss=training.z_loss,
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )
+
+
+def obstacle_to_streaming(model_config: PreTrainedConfig, options: ParallelOptions) -> str | None:
+    """Return why blocks cannot work through a sequence chunk by chunk, or None if they can.
+
+    options.attention must be a core. UserError if options ask for chunks all the same.
+    """
+    assert callable(options.attention)
+    reason = None
+    if not options.checkpoint_every:
+        reason = "it keeps only the inputs of blocks, and there are no activation checkpoints"
+    elif pieces_of(options.attention) is None:
+        name = getattr(options.attention, "__name__", "model.attention")
+        reason = f"the core {name} has no `pieces` (see titan_ulysses/ulysses/pieces.py)"
+    elif getattr(model_config, "num_kv_shared_layers", 0):
+        reason = "layers of this model read the keys of another layer (num_kv_shared_layers)"
+    if reason and options.stream_chunk_tokens > 0:
+        raise UserError(
+            f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: {reason}. Set it to "
+            '"auto" or "off".'
+        )
+    return reason
 
 
 def select_core(

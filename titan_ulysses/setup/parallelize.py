@@ -23,17 +23,18 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Store, open_store
+from titan_ulysses.memory.streaming import stream_blocks
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     check_family,
     head_of,
 )
-from titan_ulysses.model.verification import Tilings, verify_family
+from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, tile_blocks
 from titan_ulysses.setup.checks import check_dropout, check_same_weights, use_one_dtype
 from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
-from titan_ulysses.setup.options import ParallelOptions, select_core
+from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
 from titan_ulysses.ulysses.cores import Core
 
 _SMALLEST_TILE = 1024
@@ -112,6 +113,7 @@ def _verified(
     plain = replace(
         options,
         compile=False,
+        stream_chunk_tokens=-1,
         z_loss=0.0,
         parameter_offload=False,
         param_dtype=None,
@@ -122,7 +124,18 @@ def _verified(
         options = replace(plain, attention=core, **tiling)
         wrap(tiny, mesh, options, store=store, device_type=mesh.device.type)
 
-    return replace(options, **verify_family(config, mesh, shard, _tilings(options)))
+    tiling = verify_family(config, mesh, shard, _tilings(options))
+    options = replace(options, **tiling)
+    if options.stream_chunk_tokens == -1 or obstacle_to_streaming(config, options):
+        return options
+    reason = verify_streaming(config, mesh, shard, tiling)
+    if reason and options.stream_chunk_tokens:
+        raise UserError(
+            f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: "
+            f'"{config.model_type}" does not train exactly chunk by chunk: {reason.rstrip(".")}. '
+            'Set it to "auto" or "off".'
+        )
+    return replace(options, stream_chunk_tokens=-1) if reason else options
 
 
 def _tilings(options: ParallelOptions) -> Tilings:
@@ -159,6 +172,10 @@ def wrap(
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
+    model.stream_chunk_tokens = -1
+    if options.stream_chunk_tokens != -1 and not obstacle_to_streaming(model.config, options):
+        model.stream_chunk_tokens = options.stream_chunk_tokens
+        stream_blocks(blocks)
     use_loss_head(model, decoder, options, device_type)
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 

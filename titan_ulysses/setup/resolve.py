@@ -19,6 +19,7 @@ from titan_ulysses.config.validate import MeshDegrees, check
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.host import visible_gpus
+from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import grow_vocabulary
@@ -63,6 +64,15 @@ class RunSpec:
         """Tokens of a micro-batch on one rank: rows times S / P."""
         training = self.config.training
         return training.local_batch_size * training.seq_len // self.degrees.sequence
+
+    @property
+    def chunk_rows(self) -> tuple[int, int]:
+        """Tokens of a micro-batch on one rank in a full chunk, and in the last one (0: full)."""
+        training, degree = self.config.training, self.degrees.sequence
+        setting, length = self.config.memory.stream_chunk_tokens, training.seq_len
+        chunk = chunk_length(setting, length, degree) or length
+        rows = training.local_batch_size
+        return rows * chunk // degree, rows * (length % chunk) // degree
 
     def with_config(self, config: Config, degrees: MeshDegrees) -> RunSpec:
         """Return a spec of the same model with other settings of memory, parallelism or length.

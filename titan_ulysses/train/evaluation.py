@@ -36,7 +36,7 @@ def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     sp = model.ulysses_mesh.sp
     slices = [torch.empty_like(local) for _ in range(sp.size())]
     dist.all_gather(slices, local, group=sp.get_group())
-    return join_slices(slices)
+    return join_slices(slices, chunk_tokens=batch.get("chunk_tokens"))
 
 
 @contextmanager

@@ -13,11 +13,13 @@ from rich.console import Console
 
 from titan_ulysses.checkpoint.initial import describe_initial_weights
 from titan_ulysses.distributed.nodes import ranks_per_node, spans_nodes
+from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.model import hf
 from titan_ulysses.model.remote_code import describe_unused_code
 from titan_ulysses.observability.metrics import describe_parameters
 from titan_ulysses.optim.adamw import missing_compiler
+from titan_ulysses.setup.options import obstacle_to_streaming
 from titan_ulysses.ulysses.heads import idle_ranks
 
 if TYPE_CHECKING:
@@ -96,6 +98,8 @@ def _choices(run: Run) -> list[str]:
             f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one "
             "tile"
         )
+    if streaming := _streaming(run):
+        lines.append(streaming)
     if run.mesh.device.type == "cuda":
         lines.append(describe_allocator())
     if run.float8_layers:
@@ -119,6 +123,27 @@ def _choices(run: Run) -> list[str]:
             f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"
         )
     return lines
+
+
+def _streaming(run: Run) -> str:
+    """Return a line about the chunks of a sequence; empty if nobody asked and there are none."""
+    setting, length = run.config.memory.stream_chunk_tokens, run.config.training.seq_len
+    wanted = chunk_length(setting, length, run.degrees.sequence)
+    if wanted is None:
+        return (
+            f"memory.stream_chunk_tokens = {setting} is not less than training.seq_len = {length}: "
+            "one chunk, which is not streamed"
+            if setting > 0
+            else ""
+        )
+    if run.model.stream_chunk_tokens == -1:
+        reason = obstacle_to_streaming(run.model.config, run.spec.options)
+        return f"not streamed: {reason or 'this family does not train exactly chunk by chunk'}"
+    rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != wanted else ""
+    return (
+        f"streamed: {-(-length // wanted)} chunks of {wanted:,} tokens{rounded}, "
+        f"{wanted // run.degrees.sequence:,} a rank"
+    )
 
 
 def print_completion(run: Run) -> None:

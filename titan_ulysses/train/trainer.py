@@ -126,8 +126,8 @@ class Trainer:
             sequence=degrees.sequence,
             timeout=timeout,
         )
-        self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
+        self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
         offload = config.memory.parameter_offload
         hf.allocate(self.model, self.mesh.device, parameter_offload=offload)
         if base := base_weights(config):
@@ -168,6 +168,7 @@ class Trainer:
             batch_degree=mesh.batch.size(),
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
+            stream_chunk_tokens=self.model.stream_chunk_tokens,
         )
 
     def _needs_base_weights(self) -> bool:

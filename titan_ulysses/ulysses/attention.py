@@ -9,7 +9,7 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -22,11 +22,19 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import Documents, local_slice
+from titan_ulysses.distributed.sequence import (
+    Chunk,
+    Documents,
+    KeysKnown,
+    chunks_of,
+    current_chunk,
+    local_slice,
+)
 from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
+from titan_ulysses.ulysses.streamed import chunk_core
 
 ATTENTION_NAME = "ulysses"
 
@@ -41,6 +49,14 @@ class Ulysses:
     documents: Documents
     position_ids: Tensor
     """[B, T]: position ids of this rank's tokens. A document need not start at position 0."""
+    chunk_tokens: int | None = None
+    """Tokens of a chunk of the whole sequence, of which this rank has a slice; None: all of it."""
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """The chunks in which a block can work through the sequence, in order."""
+        degree = self.mesh.size()
+        return chunks_of(self.position_ids.shape[1] * degree, degree, self.chunk_tokens)
 
     @cached_property
     def places(self) -> Tensor:
@@ -48,7 +64,7 @@ class Ulysses:
         tokens, device = self.position_ids.shape[1], self.position_ids.device
         rank, degree = self.mesh.get_local_rank(), self.mesh.size()
         every = torch.arange(tokens * degree, device=device)
-        here = local_slice(every, rank=rank, degree=degree, dim=0)
+        here = local_slice(every, rank=rank, degree=degree, chunk_tokens=self.chunk_tokens, dim=0)
         rows = []
         for row in self.documents:
             starts = torch.tensor([0, *accumulate(row)][:-1]).to(device, non_blocking=True)
@@ -86,17 +102,29 @@ def ulysses_attention(
     }
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
         layer["window"] = None  # it masks nothing, and cores are faster without a window
+    chunk = current_chunk.get()
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
-        query = _correct_temperature(query, module, ulysses.places)
+        places = ulysses.places if chunk is None else ulysses.places[:, chunk.local]
+        query = _correct_temperature(query, module, places)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
+
+    def core_of(heads: slice) -> Core:
+        return ulysses.core if chunk is None else chunk_core(ulysses.core, module, chunk, heads)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        output = _local_heads(core_of, q, k, v, layer, plan, mesh.get_local_rank())
+        if chunk is not None and chunk.goal == "keys":
+            raise KeysKnown
+        return output
+
     if mesh.size() == 1:
-        return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
+        return attend(q, k, v), None
 
     # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
     q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
     q, k, v = (local_shard(x) for x in sequence_to_heads(q, k, v, plan))
-    output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
+    output = attend(q, k, v)
     if plan.is_even:
         output = DTensor.from_local(output, mesh, (HEADS,), run_check=False)
     return heads_to_sequence(output, plan, mesh).to_local(), None
@@ -136,11 +164,18 @@ def _check_call(
 
 
 def _local_heads(
-    core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any], plan: HeadPlan, rank: int
+    core_of: Callable[[slice], Core],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: dict[str, Any],
+    plan: HeadPlan,
+    rank: int,
 ) -> Tensor:
     """Run core attention over this rank's heads, with at least one call per run of the plan.
 
     A run is a range of heads with one ratio of query heads to KV heads (see `HeadPlan.runs`).
+    core_of(heads) is the core for a range of the rank's KV heads.
     """
     sinks, outputs = layer["sinks"], []
     if sinks is not None:
@@ -153,7 +188,8 @@ def _local_heads(
     head_elements = max(x[:, :, 0].numel() for x in (q, v))
     for queries, keys in _bounded(plan.runs(rank), head_elements):
         local = layer if sinks is None else layer | {"sinks": sinks[queries]}
-        outputs.append(_call(core, q[:, :, queries], k[:, :, keys], v[:, :, keys], local))
+        heads = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        outputs.append(_call(core_of(keys), *heads, local))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 

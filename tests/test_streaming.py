@@ -1,0 +1,438 @@
+"""Streaming: blocks that work through the sequence chunk by chunk train as one plain process does,
+on every mesh, whatever the chunks, the documents, the family and the other settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.families import FAMILIES, model_of
+from helpers.meshes import DP2_SP2, ONE, SP2, SP4, mesh_of
+from helpers.models import LLAMA, STARCODER2
+from helpers.precision import kept_in_fp64
+from helpers.ranks import run_on_ranks
+from helpers.rows import local_batch, make_rows
+from helpers.training import (
+    OPTIMIZER,
+    Record,
+    Run,
+    largest_difference,
+    train_plain,
+    train_sharded,
+)
+from test_lora import add, add_by_peft, fill
+from test_router import gradients_of, padded_rows, sharded_model
+from test_router import model_of as router_model
+from titan_ulysses import parallelize, score, shard
+from titan_ulysses.distributed.collectives import CollectiveCounter
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import (
+    AUTOMATIC_CHUNK_TOKENS,
+    chunk_length,
+    chunks_of,
+    join_slices,
+    local_slice,
+)
+from titan_ulysses.model import hf
+from titan_ulysses.model.freezing import freeze
+from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.train.step import train_step
+from titan_ulysses.ulysses.cores import sdpa
+from titan_ulysses.ulysses.pieces import Pieces, pieces_of
+from titan_ulysses.ulysses.streamed import _seen
+
+SP3 = (1, 1, 3)
+MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}
+# Two rows of 24 tokens for each of two data-parallel ranks. Chunks of 12 are exactly one document
+# or two of them, with borders on theirs; others hold the end of one document, whole ones, and the
+# beginning of the next.
+PACKED = [(24,), (10, 13, 1), (6, 6, 12), (1, 1, 21, 1)]
+DOCUMENTS = {"packed": PACKED, "whole": [(24,)] * 4, "exact": [(12, 12)] * 4}
+# The last chunk of 20 is smaller; 5 and 7 are rounded up to a multiple of P.
+CHUNKS = (12, 20, 5, 7)
+STEPS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def steps_of(documents: str, micro_batches: int = 1):
+    return [
+        [
+            make_rows(DOCUMENTS[documents], masked="uneven", vocab_size=61, seed=10 * step + micro)
+            for micro in range(micro_batches)
+        ]
+        for step in range(STEPS)
+    ]
+
+
+def table_of(model: str | tuple) -> dict[str, Any]:
+    """A family's name, or the heads of a starcoder2: (query heads, KV heads)."""
+    if isinstance(model, str):
+        return STARCODER2 if model == "starcoder2" else model_of(model)
+    queries, keys = model
+    return STARCODER2 | {
+        "hidden_size": 8 * queries,
+        "num_attention_heads": queries,
+        "num_key_value_heads": keys,
+    }
+
+
+@lru_cache
+def plain(model: str | tuple, documents: str, micro_batches: int = 1) -> Record:
+    steps = steps_of(documents, micro_batches)
+    return kept_in_fp64(train_plain, table_of(model), steps, torch.float64)
+
+
+def check(
+    model: str | tuple, degrees, documents: str, chunk: int, micro_batches: int = 1, **options
+) -> None:
+    """Streamed training equals plain training: losses, gradients, norms, parameters."""
+    found = run_on_ranks(
+        prod(degrees),
+        kept_in_fp64,
+        train_sharded,
+        degrees,
+        table_of(model),
+        steps_of(documents, micro_batches),
+        torch.float64,
+        stream_chunk_tokens=chunk,
+        **options,
+    )[0]
+    worst = largest_difference(found, plain(model, documents, micro_batches))
+    bound = 5e-12 if model == "gemma4_text" else 1e-12
+    assert max(worst.values()) < bound, {k: v for k, v in worst.items() if v >= bound}
+
+
+# --- chunks, documents, meshes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_equals_one_plain_process(mesh: str, documents: str, chunk: int) -> None:
+    check("starcoder2", MESHES[mesh], documents, chunk)
+
+
+HEADS = [(9, 3), (5, 1), (14, 2), (2, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]} of {heads[1]}")
+def test_any_head_count(heads: tuple[int, int]) -> None:
+    check(heads, SP4, "packed", 8)
+
+
+# --- families -------------------------------------------------------------------------------------
+
+# Those with something of their own: windows and soft-caps, sinks, chunks and temperatures, latent
+# attention, an argument with gradients beside the hidden states, experts.
+IN_CI = {
+    "gemma2": "sp2",
+    "gpt_oss": "sp3",
+    "llama4_text": "sp2",
+    "deepseek_v3": "one",
+    "gemma4_text": "sp2",
+    "qwen3_moe": "dp2 x sp2",
+}
+SLOW_CASES = [(family, mesh) for family in FAMILIES for mesh in MESHES]
+
+
+@pytest.mark.parametrize(("family", "mesh"), [x for x in IN_CI.items() if x[0] in FAMILIES])
+def test_families_of_every_kind(family: str, mesh: str) -> None:
+    check(family, MESHES[mesh], "packed", 9, checkpoint_every=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "mesh"), SLOW_CASES)
+def test_families(family: str, mesh: str) -> None:
+    check(family, MESHES[mesh], "packed", 9, checkpoint_every=2)
+
+
+# --- other settings -------------------------------------------------------------------------------
+
+Table = dict[str, Any]
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
+
+
+def check_table(
+    table: Table, degrees, *, prepare=None, fill=None, by_peft=None, micro_batches=1, **options
+) -> None:
+    """The same of any model, each of whose micro-batches has other rows."""
+    steps = steps_of("packed", micro_batches)
+    more = {"prepare": prepare, "fill": fill}
+    found = run_on_ranks(
+        prod(degrees),
+        kept_in_fp64,
+        train_sharded,
+        degrees,
+        table,
+        steps,
+        torch.float64,
+        **more,
+        **options,
+    )[0]
+    expected = kept_in_fp64(
+        train_plain, table, steps, torch.float64, **more | {"prepare": by_peft or prepare}
+    )
+    worst = largest_difference(found, expected)
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
+
+
+@pytest.mark.parametrize("degrees", [SP2, DP2_SP2], ids=str)
+def test_rope_by_document_length(degrees) -> None:
+    table = STARCODER2 | {"rope_parameters": DYNAMIC, "max_position_embeddings": 11}
+    check_table(table, degrees, stream_chunk_tokens=8)
+
+
+FROZEN = [["model.embed_tokens.*", "model.layers.0.*"], ["*.k_proj.*", "*.mlp.c_fc.*"]]
+
+
+@pytest.mark.parametrize("patterns", FROZEN, ids=["below", "inside"])
+def test_frozen_parameters(patterns: list[str]) -> None:
+    untied = STARCODER2 | {"tie_word_embeddings": False}
+    check_table(untied, SP2, prepare=partial(freeze, patterns=patterns), stream_chunk_tokens=8)
+
+
+def test_lora_and_biases() -> None:
+    pytest.importorskip("peft")
+    more = {"checkpoint_every": 2, "offload": "host", "stream_chunk_tokens": 8}
+    table = STARCODER2 | {"use_bias": True}
+    check_table(table, SP2, prepare=add, by_peft=add_by_peft, fill=fill, micro_batches=2, **more)
+
+
+PAIRS = [
+    {"checkpoint_every": 2, "offload": "disk", "mlp_tile_tokens": 3},
+    {"checkpoint_every": 2, "mlp_tile_tokens": -1, "attention": "blockwise"},
+    {"offload": "host", "mlp_tile_tokens": -1, "loss_tile_tokens": -1},
+]
+
+
+@pytest.mark.parametrize("options", PAIRS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_other_settings(options: dict[str, Any], micro_batches: int) -> None:
+    check("starcoder2", SP2, "packed", 8, micro_batches, **options)
+
+
+@pytest.mark.parametrize("degrees", [ONE, SP2], ids=str)
+def test_compiled(degrees) -> None:
+    check("starcoder2", degrees, "packed", 8, compile=True)
+
+
+def test_router_loss() -> None:
+    """Over all tokens of a batch, which its routers see chunk by chunk."""
+    for degrees in (SP2, DP2_SP2):
+        check_table(router_model("qwen3_moe"), degrees, stream_chunk_tokens=8, mlp_tile_tokens=3)
+
+
+def of_padded_rows(stream_chunk_tokens: int, left: bool) -> tuple[float, dict[str, Tensor]]:
+    model = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=stream_chunk_tokens)
+    batches = shard(
+        [padded_rows(left=left)], mesh_of(*SP2), stream_chunk_tokens=stream_chunk_tokens
+    )
+    for batch in batches:
+        loss = model(**batch).loss
+        loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_padding_is_not_routed(left: bool) -> None:
+    (loss, gradients), *_ = run_on_ranks(2, kept_in_fp64, of_padded_rows, 8, left)
+    (whole, expected), *_ = run_on_ranks(2, kept_in_fp64, of_padded_rows, -1, left)
+    assert loss == pytest.approx(whole, rel=1e-12)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), name
+
+
+# --- random numbers -------------------------------------------------------------------------------
+
+
+def slope_of_dropout(every: int) -> tuple[float, float, float]:
+    """Along a direction, with the same random numbers: the gradient's slope, the loss's; what
+    dropout does to the loss.
+    """
+    table = STARCODER2 | {"residual_dropout": 0.2}
+    wrap = {"stream_chunk_tokens": 8, "checkpoint_every": every, "mlp_tile_tokens": 3}
+    run = Run(SP2, table, make_rows([(24,)], masked="none", vocab_size=61, seed=1), wrap=wrap)
+    batch = vars(local_batch(run.rows, run.mesh, 8))
+    parameters = list(run.model.parameters())
+
+    def loss() -> Tensor:
+        torch.manual_seed(torch.distributed.get_rank())
+        return run.model(**batch, num_items_in_batch=torch.tensor(23)).loss
+
+    run.model.train()
+    loss().backward()
+    torch.manual_seed(0)
+    steps = [torch.randn_like(p.to_local()) for p in parameters]
+    pairs = zip(parameters, steps, strict=True)
+    slope = sum((p.grad.to_local() * step).sum() for p, step in pairs)
+    torch.distributed.all_reduce(slope)
+    values = []
+    with torch.no_grad():
+        for size in (1e-5, -2e-5, 1e-5):
+            for p, step in zip(parameters, steps, strict=True):
+                p.to_local().add_(step, alpha=size)
+            values.append(loss().item())
+    run.model.eval()
+    return slope.item(), (values[0] - values[1]) / 2e-5, loss().item() - values[2]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_random_numbers_are_replayed(every: int) -> None:
+    slope, expected, effect = run_on_ranks(2, slope_of_dropout, every)[0]
+    assert slope == pytest.approx(expected, rel=1e-6) and abs(effect) > 1e-3
+
+
+# --- the layout -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("setting", "degree"), [(-1, 3), (0, 2), (5, 1), (5, 2), (7, 4), (99, 2)])
+def test_slices_join_to_the_whole(setting: int, degree: int) -> None:
+    whole = torch.arange(2 * 24).view(2, 24)
+    chunk = chunk_length(setting, 24, degree)
+    assert chunk == {(5, 1): 5, (5, 2): 6, (7, 4): 8}.get((setting, degree))
+    slices = [local_slice(whole, rank=r, degree=degree, chunk_tokens=chunk) for r in range(degree)]
+    assert join_slices(slices, chunk_tokens=chunk).equal(whole)
+    if chunk is None:
+        assert slices[-1].equal(whole[:, -24 // degree :])
+        assert slices[-1].data_ptr() == whole[:, -24 // degree :].data_ptr()
+    for of_chunk in chunks_of(24, degree, chunk):
+        parts = [part[:, of_chunk.local] for part in slices]
+        assert torch.cat(parts, dim=1).equal(whole[:, of_chunk.whole])
+
+
+def test_the_automatic_choice_leaves_short_sequences_whole() -> None:
+    most = AUTOMATIC_CHUNK_TOKENS
+    assert chunk_length(0, 2 * most, 2) is None and chunk_length(0, 2 * most + 2, 2) == 2 * most
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+def counted(chunk: int, every: int, layers: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Calls of the second step on (sp2): of MLPs, attention forward and backward, and keys that
+    attention was given; and of collectives.
+    """
+    mesh, calls = mesh_of(*SP2), dict.fromkeys(("mlp", "forward", "backward"), 0)
+    kernels = pieces_of(sdpa)
+
+    def core(*_, **__) -> Tensor:
+        raise AssertionError("the whole sequence at once")
+
+    def counting(name: str):
+        def run(*args, **options):
+            calls[name] += 1
+            return getattr(kernels, name)(*args, **options)
+
+        return run
+
+    core.pieces = Pieces(counting("forward"), counting("backward"))
+    table = LLAMA | {"num_hidden_layers": layers, "tie_word_embeddings": False}
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
+    options = {"mlp_tile_tokens": 1000, "checkpoint_every": every, "stream_chunk_tokens": chunk}
+    parallelize(model, mesh, attention=core, **options)
+    hf.allocate(model, mesh.device)
+    hf.initialize(model, seed=0)
+    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh, chunk)
+    for _ in range(2):
+        calls.update(dict.fromkeys(calls, 0))
+        with CollectiveCounter() as counter:
+            train_step(model, optimizer, [batch], mesh, max_norm=1.0)
+    return calls, {kind: number for kind, (number, _) in counter.counts.items()}
+
+
+@pytest.mark.parametrize(("every", "layers"), [(1, 2), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("chunk", "chunks"), [(12, 2), (10, 3)])
+def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int) -> None:
+    """The closed forms of memory/streaming.py, with n segments of L layers."""
+    segments = -(-layers // every)
+    calls, collectives = run_on_ranks(2, counted, chunk, every, layers)[0]
+    forwards = (3 * layers - segments) * chunks
+    assert calls == {"mlp": forwards, "forward": forwards, "backward": layers * chunks}
+    assert collectives["all_to_all"] == 2 * forwards + layers * (2 * chunks + chunks - 1)
+    # Besides the blocks: embedding and head are gathered once, and the root with the last norm.
+    assert collectives["reduce_scatter"] == layers + 3
+    assert collectives["all_gather"] == 2 * layers + 4
+
+
+def test_keys_that_a_window_hides_are_not_touched() -> None:
+    documents = (4, 16, 4)
+    assert _seen(documents, 12, 18, None) == (slice(4, 18), (6,), (14,))
+    assert _seen(documents, 12, 18, 3) == (slice(10, 18), (6,), (8,))
+    assert _seen(documents, 12, 18, 30) == (slice(4, 18), (6,), (14,))
+    assert _seen(documents, 18, 24, 3) == (slice(16, 24), (2, 4), (4, 4))
+    assert _seen(documents, 4, 20, 3) == (slice(4, 20), (16,), (16,))
+    assert _seen((1, 0, 1, 22), 0, 6, None) == (slice(0, 6), (1, 0, 1, 4), (1, 0, 1, 4))
+
+
+# --- loops of one's own, and what is refused ------------------------------------------------------
+
+
+def scores(stream_chunk_tokens: int) -> Tensor:
+    model = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=stream_chunk_tokens)
+    (batch,) = shard(
+        [padded_rows(left=False)], mesh_of(*SP2), stream_chunk_tokens=stream_chunk_tokens
+    )
+    assert ("chunk_tokens" in batch) == (stream_chunk_tokens == 8)
+    return score(model, batch)
+
+
+def test_scores_are_in_the_order_of_the_sequence() -> None:
+    streamed, whole = (run_on_ranks(2, scores, chunk)[0] for chunk in (8, -1))
+    assert torch.allclose(streamed, whole, rtol=1e-6, atol=1e-6)
+
+
+def refusals() -> dict[str, str]:
+    found = {}
+
+    def note(name: str, act) -> None:
+        try:
+            act()
+        except UserError as error:
+            found[name] = str(error)
+
+    def own_core(q, k, v, *, documents, scale):
+        return sdpa(q, k, v, documents=documents, scale=scale)
+
+    def model(**options):
+        built = hf.build_on_meta(hf.load_model_config("", STARCODER2), torch.float64)
+        parallelize(built, mesh_of(*SP2), **options)
+        hf.allocate(built, torch.device("cpu"))
+        hf.initialize(built, seed=0)
+        return built
+
+    note("own core", lambda: model(attention=own_core, stream_chunk_tokens=8))
+    note("no checkpoints", lambda: model(checkpoint_every=0, stream_chunk_tokens=8))
+    rows = make_rows([(24,)], masked="none", vocab_size=61, seed=1)
+    whole = model(attention=own_core)  # unstreamed, because nobody insists
+    assert whole.stream_chunk_tokens == -1
+    batch = local_batch(rows, mesh_of(*SP2), 8)
+    note("batch", lambda: whole(**vars(batch)))
+    return found
+
+
+def test_what_cannot_be_streamed_is_refused_by_name() -> None:
+    found = run_on_ranks(2, refusals)[0]
+    assert found.keys() == {"own core", "no checkpoints", "batch"}
+    assert "the core own_core has no `pieces`" in found["own core"]
+    assert "no activation checkpoints" in found["no checkpoints"]
+    assert (
+        "the batch is cut into chunks of 8 tokens, and this model does not stream" in found["batch"]
+    )

@@ -1,0 +1,275 @@
+"""Streaming: a block works through the sequence chunk by chunk, forward and backward.
+
+What a block holds beside its input and its output then has the size of a chunk, whatever the length
+of the sequence. Only the keys and values of one layer are of the whole sequence, for the heads of
+this rank. The block itself is unmodified: it is called with the slices of one chunk, and its
+attention (`ulysses/streamed.py`) remembers the keys and values of the chunks before.
+
+    forward     chunk 0: keys, attention, MLP -> output 0
+                chunk 1: keys, attention to chunks 0 and 1, MLP -> output 1, and so on
+    backward    keys of chunks 0, 1, ..., C - 2, from the block's input
+                chunk C - 1: forward again as a graph; its gradients, those of all keys it saw too
+                chunk C - 2: forward again; now the gradients of its own keys are complete, because
+                no earlier query sees them; and so on to chunk 0
+
+The result is exact. Only the block's input is kept, which is what `checkpointing.py` keeps too:
+where the block is the last of a segment, recomputing the segment does not run it. The gradient of
+the input is written where the gradient of the output stood. Gradients of parameters, keys and
+values are summed in fp32 or wider.
+
+With C chunks and k blocks per segment, a block's MLP and attention run forward 3 - 1/k times per
+step, and its projections of queries, keys and values (C - 1)/C times more. On P > 1 ranks a chunk
+takes two all-to-alls in forward, which are repeated where a forward is, and backward takes two more
+and one for its keys: per step 2C * (3 - 1/k) + 2C + C - 1 for a block. FSDP gathers the parameters
+of a block twice and reduces its gradients once, whatever C is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import copy_context
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import Chunk, KeysKnown, current_chunk
+from titan_ulysses.memory.checkpointing import output_is_needed, without_output
+from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
+
+
+def stream_blocks(blocks: nn.ModuleList) -> None:
+    """Make each block work through the chunks that its keyword `ulysses` says, in place.
+
+    The `forward` of the instances is replaced, so parameters keep their names, and FSDP's hooks run
+    around all chunks. A sequence of one chunk is computed as before.
+    """
+    for block in blocks:
+        block.forward = StreamedBlock(block)
+
+
+class StreamedBlock:
+    """The forward of a block, chunk by chunk."""
+
+    def __init__(self, block: nn.Module):
+        self.block, self.forward = block, block.forward
+        self.draws_random_numbers = False  # whether the block does; set by the first forward
+        self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
+
+    def __call__(self, hidden: Tensor, *args, **kwargs) -> Any:
+        chunks = kwargs["ulysses"].chunks
+        if len(chunks) == 1:
+            return self.forward(hidden, *args, **kwargs)
+        call = _Call(self, hidden.shape, chunks, args, kwargs)
+        return _StreamedFunction.apply(call, hidden, *call.differentiable(), *self.parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the block holds now; under FSDP, the gathered ones."""
+        return list(self.block.parameters())
+
+
+class _Call:
+    """One call of a streamed block: its arguments, and what its backward needs."""
+
+    def __init__(
+        self,
+        streamed: StreamedBlock,
+        shape: torch.Size,
+        chunks: list[Chunk],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ):
+        self.streamed, self.chunks = streamed, chunks
+        self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.dims = [self._token_dim(leaf, shape) for leaf in self.leaves]
+        self.random: list[Tensor] = []
+
+    def _token_dim(self, leaf: Any, shape: torch.Size) -> int | None:
+        """Return the dimension of an argument's tokens, or None if it has none."""
+        if not isinstance(leaf, Tensor) or shape[1] not in leaf.shape:
+            return None
+        if leaf.ndim == 1:
+            return 0
+        if leaf.shape[1] == shape[1] and leaf.shape[0] in (1, shape[0]):
+            return 1
+        raise UserError(
+            f"memory.stream_chunk_tokens: {type(self.streamed.block).__name__} takes a tensor of "
+            f"{list(leaf.shape)}, whose dimension of tokens is not known. Set "
+            'memory.stream_chunk_tokens = "off".'
+        )
+
+    def differentiable(self) -> list[Tensor]:
+        """Return the arguments beside the hidden states that gradients may flow to."""
+        return [x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad]
+
+    def arguments(self, chunk: Chunk) -> tuple[tuple, dict[str, Any], list[Tensor]]:
+        """Return the arguments of a chunk, and those of them that `differentiable` has whole."""
+        leaves, sources = [], []
+        for leaf, dim in zip(self.leaves, self.dims, strict=True):
+            if isinstance(leaf, Tensor):
+                needs_grad, part = leaf.requires_grad, leaf.detach()
+                if dim is not None:
+                    part = part.narrow(dim, *_range(chunk.local))
+                leaf = part.requires_grad_(needs_grad)
+                if needs_grad:
+                    sources.append(leaf)
+            leaves.append(leaf)
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs, sources
+
+    # --- forward ----------------------------------------------------------------------------------
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the block's output [B, T, h], without gradients."""
+        streamed = self.streamed
+        if not output_is_needed() and streamed.dtype is not None:
+            # An expanded scalar, which takes no memory. Its values are never read.
+            return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
+        memory: dict[Any, Any] = {}
+        output = None
+        for chunk in self.chunks:
+            self.random.append(rng_state(hidden.device))
+            with _running(replace(chunk, memory=memory)):
+                y = self.run(hidden[:, chunk.local], *self.arguments(chunk)[:2])
+            if output is None:
+                output = y.new_empty(hidden.shape)
+            output[:, chunk.local] = y
+        streamed.dtype = output.dtype
+        first, last = self.random[0], rng_state(hidden.device)
+        streamed.draws_random_numbers |= first.numpy().tobytes() != last.numpy().tobytes()
+        if not streamed.draws_random_numbers:
+            self.random = []
+        return output
+
+    def run(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """Call the original block with the arguments of a chunk."""
+        output = self.streamed.forward(hidden, *args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise UserError(
+                f"memory.stream_chunk_tokens: {type(self.streamed.block).__name__} returns more "
+                'than its hidden state. Set memory.stream_chunk_tokens = "off".'
+            )
+        return output
+
+    # --- backward ---------------------------------------------------------------------------------
+
+    def backward(
+        self, hidden: Tensor, upstream: Tensor, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Return the gradients of hidden, `differentiable` and parameters, None if not needed.
+
+        The gradient of hidden [B, T, h] takes the place of upstream [B, T, h].
+        """
+        memory = self._keys_and_values(hidden)
+        if not _can_be_written(upstream, hidden):
+            upstream = upstream.to(hidden.dtype, copy=True)
+        others, parameters = self.differentiable(), self.streamed.parameters()
+        like = [hidden, *others, *parameters]
+        wanted = [i for i, needed in enumerate(needs) if needed]
+        totals: list[Tensor | None] = [None] * len(like)
+        totals[0] = upstream
+        for chunk in reversed(self.chunks):
+            y, inputs = self._graph(hidden, chunk, memory, needs_input=needs[0])
+            inputs += parameters
+            found = torch.autograd.grad(
+                y, [inputs[i] for i in wanted], upstream[:, chunk.local], allow_unused=True
+            )
+            del y, inputs
+            for i, gradient in zip(wanted, found, strict=True):
+                if i == 0:
+                    upstream[:, chunk.local] = gradient
+                elif gradient is not None:
+                    totals[i] = self._add(totals[i], gradient, i - 1, chunk)
+        return [
+            None if not needed else torch.zeros_like(x) if total is None else total.to(x.dtype)
+            for needed, x, total in zip(needs, like, totals, strict=True)
+        ]
+
+    def _keys_and_values(self, hidden: Tensor) -> dict[Any, Any]:
+        """Return what the block's attention remembers of all chunks but the last.
+
+        The last one is the first whose gradients are computed, and tells its own keys then.
+        """
+        memory: dict[Any, Any] = {}
+        for chunk in self.chunks[:-1]:
+            with (
+                _running(replace(chunk, goal="keys", memory=memory)),
+                self._replayed(chunk, hidden.device),
+                torch.no_grad(),
+                suppress(KeysKnown),
+            ):
+                self.run(hidden[:, chunk.local], *self.arguments(chunk)[:2])
+        return memory
+
+    def _graph(
+        self, hidden: Tensor, chunk: Chunk, memory: dict[Any, Any], *, needs_input: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute a chunk again: its output, and the inputs that it can be differentiated by."""
+        x = hidden[:, chunk.local].detach().requires_grad_(needs_input)
+        args, kwargs, sources = self.arguments(chunk)
+        with (
+            _running(replace(chunk, goal="gradient", memory=memory)),
+            self._replayed(chunk, hidden.device),
+            without_output(),
+            torch.enable_grad(),
+        ):
+            return self.run(x, args, kwargs), [x, *sources]
+
+    def _add(self, total: Tensor | None, gradient: Tensor, index: int, chunk: Chunk) -> Tensor:
+        """Return total + a chunk's gradient by the index-th of `differentiable` and parameters."""
+        others = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if index >= len(others) or (dim := self.dims[others[index]]) is None:
+            return accumulate(total, gradient)
+        if total is None:
+            total = torch.zeros_like(self.leaves[others[index]])
+        total.narrow(dim, *_range(chunk.local)).add_(gradient)
+        return total
+
+    def _replayed(self, chunk: Chunk, device: torch.device) -> AbstractContextManager[None]:
+        """Return a context with the random numbers of the chunk's first forward."""
+        return replayed(device, self.random[chunk.index]) if self.random else nullcontext()
+
+
+class _StreamedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call: _Call, hidden: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(hidden)
+        ctx.autocast = autocast_state(hidden.device.type)
+        # What is computed again runs in the context of this forward (see model/router.py).
+        ctx.variables = copy_context()
+        return call.forward(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        (hidden,) = ctx.saved_tensors
+        with ctx.autocast:
+            return None, *ctx.variables.run(
+                ctx.call.backward, hidden, upstream, ctx.needs_input_grad[1:]
+            )
+
+
+@contextmanager
+def _running(chunk: Chunk) -> Iterator[None]:
+    """Say that the block computes this chunk in this context."""
+    token = current_chunk.set(chunk)
+    try:
+        yield
+    finally:
+        current_chunk.reset(token)
+
+
+def _range(tokens: slice) -> tuple[int, int]:
+    """Return the first of these tokens and their number, as `Tensor.narrow` takes them."""
+    return tokens.start, tokens.stop - tokens.start
+
+
+def _can_be_written(gradient: Tensor, like: Tensor) -> bool:
+    """Return whether a gradient has memory of its own, in like's dtype, for each element."""
+    return gradient.dtype == like.dtype and gradient.is_contiguous()
