@@ -309,7 +309,7 @@ def test_the_peak_in_words():
     lines = largest(sharded)
     assert (
         lines[0]
-        == "   0.80 MiB  attention of layer 1: workspace of flash attention's backward kernel"
+        == "   1.92 MiB  attention of layer 1: workspace of flash attention's backward kernel"
     )
     assert (
         lines[1]

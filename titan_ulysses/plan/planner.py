@@ -121,12 +121,14 @@ def set_up(config: Config) -> Setup:
     """Build the setup that config describes. UserError where it cannot be planned."""
     plan = config.plan
     gpu = gpu_named(plan.gpu)
-    return Setup(
+    setup = Setup(
         resolve_for_plan(config, world_size=plan.world_size or ranks_of(config)),
         gpu,
         gpu_memory=plan.gpu_memory_gib * GIB or gpu.memory,
         host_memory=plan.host_memory_gib * GIB or None,
     )
+    gpu.attention_rates(setup.attention_kernel)  # UserError where the kernel does not run
+    return setup
 
 
 def resolve_for_plan(config: Config, *, world_size: int) -> RunSpec:
