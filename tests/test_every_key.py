@@ -620,6 +620,13 @@ PLANNED = {
             slow=True,
         )
     ],
+    "plan.attention_kernel": [
+        Case(
+            "fa3",
+            lambda run, default: run.facts["step_seconds"] < default.facts["step_seconds"],
+            PLAN_OF_TWO,
+        )
+    ],
     "plan.world_size": [
         Case(4, said("mesh: dp_replicate 1 x dp_shard 2 x sp 2"), PLAN_OF_TWO, slow=True)
     ],

@@ -355,8 +355,8 @@ class Training(Section):
     )
     deterministic: bool = Field(
         False,
-        description="Use only deterministic algorithms: slower, but a repeated run gives the "
-        "same bits.",
+        description="Use only deterministic algorithms: slower, and with more memory for attention "
+        "on a GPU, but a repeated run gives the same bits.",
     )
 
 
@@ -568,6 +568,12 @@ class Plan(Section):
         "run that starts takes what is free.",
     )
     gpus_per_node: int = Field(8, ge=1, description="GPUs in one node.")
+    attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = Field(
+        "auto",
+        description="FlashAttention to plan for: fa2 ships with torch; fa3 and fa4 are what a run "
+        "takes where their packages are installed. auto: fa2, and in a run that starts, the one "
+        "that it takes.",
+    )
     world_size: int = Field(
         0,
         ge=0,

@@ -37,7 +37,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter, Tick
-from titan_ulysses.plan.cuda_memory import cpu_workspace, cuda_workspace
+from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
 from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.words import group_name
@@ -67,20 +67,23 @@ class Simulation:
     model: PreTrainedModel = field(repr=False)
 
 
-def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -> Simulation:
+def simulate(
+    spec: RunSpec, *, cuda: CudaWorkspace | None, documents: Documents | None = None
+) -> Simulation:
     """Simulate a step on rank 0 of a run, with one document per row unless documents is given.
 
-    cuda: simulate a GPU with a host, where offloaded tensors leave the device and checkpoints are
-    copied back before they are needed. The process must not be in a process group, and is in none
-    afterwards.
+    cuda: simulate a GPU of this workspace with a host, where offloaded tensors leave the device and
+    checkpoints are copied back before they are needed; None: a CPU. The process must not be in a
+    process group, and is in none afterwards.
     """
     config, core = spec.config, spec.core
-    tracker = MemoryTracker(cuda_workspace if cuda else cpu_workspace)
-    tracker.parameters_on_host = cuda and config.memory.parameter_offload
+    tracker = MemoryTracker(cuda or cpu_workspace)
+    on_gpu = cuda is not None
+    tracker.parameters_on_host = on_gpu and config.memory.parameter_offload
     optimizer_offload = (
-        cuda and config.memory.optimizer_offload and not config.memory.parameter_offload
+        on_gpu and config.memory.optimizer_offload and not config.memory.parameter_offload
     )
-    store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=cuda)
+    store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=on_gpu)
     blocks: list[nn.Module] = []
     if isinstance(core, Standin):
         core.begin(tracker)
@@ -102,7 +105,7 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
                 model.parameters(),
                 config.optimizer,
                 offload=optimizer_offload,
-                device_type="cuda" if cuda else "cpu",
+                device_type="cuda" if on_gpu else "cpu",
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)

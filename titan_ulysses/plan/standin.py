@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,10 +21,13 @@ class Standin:
     The memory of such a kernel's inputs, outputs and saved tensors does not depend on documents or
     windows. The number of scores that they leave per row is recorded for each layer, in `scores`.
     Where values have another head size than queries and keys, the smaller size is padded, as in the
-    core `flash`. The core `flex` needs no padding, so it takes that much less memory.
+    cores `varlen` and `flash`. The core `flex` needs no padding, so it takes that much less memory.
+    Sinks change an output in place, which costs nothing that counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, core: str) -> None:
+        """core: the name of the core that the run takes."""
+        self.core = core
         self.scores: dict[int | None, float] = {}
         self.tracker: MemoryTracker | None = None
 
@@ -40,6 +45,7 @@ class Standin:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         pairs = sum(_pairs(length, window) for row in documents for length in row)
         self.scores[self.tracker.attribution.here().layer] = pairs / len(documents)
@@ -48,7 +54,21 @@ class Standin:
         attend = partial(
             F.scaled_dot_product_attention, scale=scale, is_causal=True, enable_gqa=grouped
         )
-        return with_equal_sizes(attend, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        output = with_equal_sizes(attend, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return output if sinks is None else _Sinks.apply(output, sinks)
+
+
+class _Sinks(torch.autograd.Function):
+    """The output as it is, with a gradient for the sinks."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, sinks: Tensor) -> Tensor:
+        ctx.save_for_backward(sinks)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
 
 
 def _pairs(length: int, window: int | None) -> float:

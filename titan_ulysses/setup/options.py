@@ -119,11 +119,12 @@ def select_core(
     device_type: str,
     dtype: torch.dtype,
     seq_len: int | None = None,
+    packages: bool = True,
 ) -> tuple[Core, str]:
     """Return the core attention that `name` asks for on this device type, and the reason for it.
 
-    The reason is a sentence for the log. UserError if the named core cannot do what the model
-    needs.
+    The reason is a sentence for the log. packages: whether packages must be here (see `Demand`).
+    UserError if the named core cannot do what the model needs.
     """
     return choose_core(
         name,
@@ -133,5 +134,6 @@ def select_core(
             dtype,
             seq_len=seq_len,
             head_size=largest_head(model_config),
+            packages=packages,
         ),
     )

@@ -37,6 +37,21 @@ from titan_ulysses.ulysses.pieces import attend_documents, borders, has_pieces
 
 Core = Callable[..., Tensor]
 
+
+def _any_size(core: Core) -> Core:
+    """Say of a core that its kernel indexes with 64 bits, so that a call may have any size."""
+    core.any_size = True  # type: ignore[attr-defined]
+    return core
+
+
+def takes_any_size(core: Core) -> bool:
+    """Return whether a call of core may have tensors of 2^31 elements and more.
+
+    A user's own core says so by an attribute `any_size = True`.
+    """
+    return getattr(core, "any_size", False)
+
+
 _QUERY_BLOCK = 1024
 """Queries per call if a mask or explicit scores are needed.
 
@@ -99,6 +114,7 @@ def blockwise(
     return _each_document(attend, q, k, v, documents)
 
 
+@_any_size
 @has_pieces
 def varlen(
     q: Tensor,
@@ -123,6 +139,7 @@ def varlen(
     return output.unflatten(0, q.shape[:2])
 
 
+@_any_size
 @has_pieces
 def flash(
     q: Tensor,
@@ -243,6 +260,8 @@ class Demand:
     """tokens of a row; None where that is not known yet"""
     head_size: int | None = None
     """the larger of D and Dv; None where it is not known"""
+    packages: bool = True
+    """whether the packages of cores must be installed here; not for a plan of another machine"""
 
 
 def choose_core(name: str, demand: Demand) -> tuple[Core, str]:
@@ -296,7 +315,8 @@ def _obstacle(core: Core, demand: Demand) -> str | None:
         return f"needs bfloat16 (training.param_dtype is {demand.dtype})"
     if (demand.head_size or 0) > MOST_HEAD_SIZE:
         return f"has heads of at most {MOST_HEAD_SIZE} (this model's have {demand.head_size})"
-    return flash_obstacle() or (_import_obstacle("flash_attn") if core is flash else None)
+    needs_package = core is flash and demand.packages
+    return flash_obstacle() or (_import_obstacle("flash_attn") if needs_package else None)
 
 
 def _import_obstacle(package: str) -> str | None:
