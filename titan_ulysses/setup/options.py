@@ -10,6 +10,7 @@ import torch
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.offload import Offload
+from titan_ulysses.memory.streaming import KeepAttention
 from titan_ulysses.model.families import attention_needs
 from titan_ulysses.ulysses.cores import Core, choose_core
 from titan_ulysses.ulysses.pieces import pieces_of
@@ -36,6 +37,11 @@ class ParallelOptions:
     """Blocks per activation checkpoint, which keeps only its input for backward; 0: none."""
     offload: Offload = "none"
     """Where these inputs are kept: "none" (the device), "host" (host memory) or "disk" (files)."""
+    keep_attention: KeepAttention = "none"
+    """Keep the outputs of attention in the same place, so that backward does not compute them again:
+    "none", "all", or "auto", as many as there is room for (none on the device). Only streamed
+    blocks keep them.
+    """
     offload_folder: str | None = None
     """Folder for offload = "disk"; None: the system's temporary folder."""
     stream_chunk_tokens: int = 0
@@ -76,6 +82,7 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         mlp_tile_tokens=memory.mlp_tile_tokens,
         checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
         offload=checkpoint.offload,
+        keep_attention=checkpoint.keep_attention,
         offload_folder=checkpoint.offload_folder or None,
         stream_chunk_tokens=memory.stream_chunk_tokens,
         parameter_offload=memory.parameter_offload,

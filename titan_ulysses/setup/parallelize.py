@@ -155,7 +155,7 @@ def wrap(
     model.stream_chunk_tokens = -1
     if options.stream_chunk_tokens != -1 and not obstacle_to_streaming(model.config, options):
         model.stream_chunk_tokens = options.stream_chunk_tokens
-        stream_blocks(blocks)
+        stream_blocks(blocks, keep_attention=options.keep_attention, store=store)
     use_loss_head(model, decoder, options.loss_tile_tokens, options.z_loss)
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 

@@ -100,6 +100,12 @@ def _choices(run: Run) -> list[str]:
         )
     if streaming := _streaming(run):
         lines.append(streaming)
+    keep = run.config.activation_checkpoint.keep_attention
+    if keep != "none" and not streaming.startswith("streamed"):
+        lines.append(
+            f'activation_checkpoint.keep_attention = "{keep}" changes nothing: layers are not '
+            "streamed"
+        )
     if run.mesh.device.type == "cuda":
         lines.append(describe_allocator())
     if run.float8_layers:
