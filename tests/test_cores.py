@@ -14,8 +14,8 @@ from torch import Tensor
 
 from helpers.tensors import Largest
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.ulysses import cores
-from titan_ulysses.ulysses.cores import blockwise, choose_core, flash, flex, sdpa
+from titan_ulysses.ulysses import cores, pieces
+from titan_ulysses.ulysses.cores import Demand, blockwise, choose_core, flash, flex, sdpa, varlen
 
 DOCUMENTS = ((10, 14, 1, 5), (30,))
 
@@ -64,10 +64,13 @@ def inputs(
 )
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
-@pytest.mark.parametrize(("core", "softcap"), [(sdpa, None), (blockwise, None), (blockwise, 2.0)])
+@pytest.mark.parametrize(
+    ("core", "softcap"), [(sdpa, None), (varlen, None), (blockwise, None), (blockwise, 2.0)]
+)
 def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads, value_size):
     # Several blocks of queries in 30 tokens, the last one cut.
     monkeypatch.setattr(cores, "_QUERY_BLOCK", 7)
+    monkeypatch.setattr(pieces, "_BLOCK", 7)
     tensors = inputs(with_sinks=with_sinks, heads=heads, value_size=value_size)
     options = {"window": window, "softcap": softcap}
     options = {name: value for name, value in options.items() if value is not None}
@@ -85,7 +88,7 @@ def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, 
     assert max((ours - theirs).abs().max() for ours, theirs in gradients) < 1e-12
 
 
-@pytest.mark.parametrize("core", [sdpa, blockwise])
+@pytest.mark.parametrize("core", [sdpa, varlen, blockwise])
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_document_is_alone(core, window):
     """Changing one document changes no bit of another one's output or gradients."""
@@ -107,7 +110,7 @@ def test_a_document_is_alone(core, window):
         assert not torch.equal(before[0, 10:24], after[0, 10:24])
 
 
-@pytest.mark.parametrize("core", [sdpa, blockwise])
+@pytest.mark.parametrize("core", [sdpa, varlen, blockwise])
 def test_no_square_of_the_length(core):
     """The largest tensor grows with S * window, not with S * S."""
     length, window = 8192, 64
@@ -157,6 +160,10 @@ def test_flash_is_given_equal_sizes(monkeypatch):
         ]
         assert max((a - b).abs().max() for a, b in zip(*gradients, strict=True)) < 1e-12
     assert asked[0]["borders"] == [0, 10, 24, 25, 30, 60] and asked[0]["causal"]
+    assert not asked[0]["deterministic"]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    flash(**tensors, documents=DOCUMENTS, scale=0.3)
+    assert asked[-1]["deterministic"]
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -185,20 +192,87 @@ def block_sparse(
     return outputs
 
 
-def choose(name: str, needs: set[str] | None = None, device_type: str = "cpu", dtype=torch.float32):
-    return choose_core(name, needs or set(), device_type=device_type, dtype=dtype)
+def choose(
+    name: str,
+    needs: set[str] | None = None,
+    device_type: str = "cpu",
+    dtype=torch.float32,
+    **more: int,
+):
+    return choose_core(name, Demand(frozenset(needs or ()), device_type, dtype, **more))
+
+
+CUDA = {"device_type": "cuda", "dtype": torch.bfloat16}
 
 
 def test_auto_takes_the_fastest_that_is_exact_and_says_why():
     core, why = choose("auto")
-    assert core is sdpa and "flash needs a CUDA device" in why
+    assert core is sdpa and "varlen needs a CUDA device" in why
     core, why = choose("auto", {"softcap"})
     assert core is blockwise and "sdpa cannot do softcap" in why
     assert choose("auto", {"window", "sinks"})[0] is sdpa
     assert choose("auto", {"sinks", "softcap"})[0] is blockwise
-    assert choose("auto", {"softcap"}, device_type="cuda")[0] in (flash, flex)
-    assert choose("auto", {"sinks"}, device_type="cuda", dtype=torch.bfloat16)[0] is sdpa
     assert choose("flex", device_type="cuda")[0] is flex
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    """A machine without flash-attn."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+
+
+def test_auto_on_cuda_takes_varlen_without_any_package(monkeypatch, no_package):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for needs in (set(), {"window"}, {"sinks"}, {"window", "sinks"}):
+        for dtype in (torch.bfloat16, torch.float16):
+            core, why = choose("auto", needs, "cuda", dtype, seq_len=4_000_000, head_size=128)
+            assert core is varlen and why == "attention: varlen"
+    # fp32: no flash kernel; SDPA by document, also where flex could.
+    core, why = choose("auto", {"window"}, "cuda", torch.float32)
+    assert core is sdpa and "varlen needs bfloat16" in why
+    assert choose("auto", head_size=512, **CUDA)[0] is sdpa
+    # An old GPU: no flash kernel.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    core, why = choose("auto", **CUDA)
+    assert core is sdpa and "varlen needs an Ampere GPU or newer (this is Tesla T4)" in why
+
+
+def test_softcaps_on_cuda(monkeypatch, no_package):
+    """flash-attn, where it loads; flex, where its mask is small; else the slow core."""
+    core, why = choose("auto", {"softcap"}, **CUDA, seq_len=65_536)
+    assert core is flex and "flash needs the package flash-attn" in why
+    core, why = choose("auto", {"softcap"}, **CUDA, seq_len=1_048_576)
+    assert core is blockwise and "flex its block mask would take 1 GiB a row" in why
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    assert choose("auto", {"softcap"}, **CUDA)[0] is flash
+
+
+def test_a_package_that_does_not_load(monkeypatch, tmp_path):
+    """An install for another torch is found, but fails when it is imported."""
+    broken = tmp_path / "flash_attn.py"
+    broken.write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    core, why = choose("auto", {"softcap"}, **CUDA)
+    assert core is flex and "does not load here (flash_attn_2_cuda.so: undefined symbol)" in why
+
+
+def test_flex_beyond_its_length():
+    with pytest.raises(
+        UserError, match=r"12\.5 GiB a row of 3,700,000 .*this model here: .*varlen"
+    ):
+        choose("flex", **CUDA, seq_len=3_700_000)
+    q = torch.empty(1, cores.FLEX_TOKENS + 1, 1, 8, device="meta")
+    with pytest.raises(UserError, match="its block mask would take"):
+        flex(q, q, q, documents=((q.shape[1],),), scale=1.0)
+
+
+def test_sdpa_on_cuda_is_not_given_groups_that_cost_all_scores():
+    assert not cores._sdpa_takes_groups("cuda", torch.float32)
+    assert cores._sdpa_takes_groups("cuda", torch.bfloat16)
+    assert cores._sdpa_takes_groups("cpu", torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +283,12 @@ def test_auto_takes_the_fastest_that_is_exact_and_says_why():
             {"softcap"},
             "cpu",
             torch.float32,
-            r'model\.attention = "sdpa": cannot do softcap\. Set .*"auto"',
+            r'model\.attention = "sdpa": cannot do softcap\. Set .*"auto".*: blockwise\.',
         ),
         ("flash", set(), "cpu", torch.bfloat16, "needs a CUDA device"),
+        ("varlen", set(), "cpu", torch.bfloat16, "needs a CUDA device"),
+        ("varlen", {"softcap"}, "cuda", torch.bfloat16, "cannot do softcap"),
+        ("varlen", set(), "cuda", torch.float32, "needs bfloat16"),
         ("flash", set(), "cuda", torch.float32, "needs bfloat16"),
         ("flash", {"sinks"}, "cuda", torch.bfloat16, "cannot do sinks"),
         ("flex", set(), "cpu", torch.float32, "needs a CUDA device"),
@@ -220,7 +297,7 @@ def test_auto_takes_the_fastest_that_is_exact_and_says_why():
             set(),
             "cpu",
             torch.float32,
-            r'model\.attention = "ring": no such core; choose auto, flash',
+            r'model\.attention = "ring": no such core; choose auto, varlen',
         ),
         ("nowhere:core", set(), "cpu", torch.float32, "cannot be imported"),
         (f"{__name__}:gone", set(), "cpu", torch.float32, "cannot be imported"),
@@ -245,13 +322,13 @@ def test_a_core_of_the_users_own():
 @pytest.mark.parametrize("value_size", [8, 24])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("core", [flash, flex, sdpa])
+@pytest.mark.parametrize("core", [varlen, flash, flex, sdpa])
 def test_cuda_cores(core, window, softcap, value_size):
     needs = {
         name for name, value in (("window", window), ("softcap", softcap)) if value is not None
     }
     try:
-        choose_core(core.__name__, needs, device_type="cuda", dtype=torch.bfloat16)
+        choose(core.__name__, needs, **CUDA)
     except UserError as error:
         pytest.skip(str(error))
     tensors = inputs(with_sinks=False, heads=(4, 2), value_size=value_size)

@@ -27,9 +27,9 @@ from helpers.rows import Row, make_rows
 from helpers.training import Record, largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
-from titan_ulysses.model.families import CHECKED_FAMILIES, attention_needs
+from titan_ulysses.model.families import CHECKED_FAMILIES
+from titan_ulysses.setup.options import select_core
 from titan_ulysses.setup.parallelize import parallelize
-from titan_ulysses.ulysses.cores import choose_core
 
 # Where unmodified code leaves fp64, so that parity with it as it is holds to 1e-6. With those steps
 # kept in fp64, on both sides, it holds to 1e-12 for every family.
@@ -110,8 +110,8 @@ def one_thread() -> Iterator[None]:
 
 def runs(family: str, core: str) -> bool:
     try:
-        needs = attention_needs(hf.load_model_config("", model_of(family)))
-        choose_core(core, needs, device_type="cpu", dtype=torch.float64)
+        config = hf.load_model_config("", model_of(family))
+        select_core(core, config, device_type="cpu", dtype=torch.float64)
     except UserError:
         return False
     return True

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helpers.tensors import Largest
 from titan_ulysses.ulysses import pieces
-from titan_ulysses.ulysses.cores import blockwise, flash, flex, sdpa
+from titan_ulysses.ulysses.cores import blockwise, flash, flex, sdpa, varlen
 from titan_ulysses.ulysses.pieces import CPU_FLASH, CUDA_FLASH, EXPLICIT, Pieces, pieces_of
 
 HEADS = (6, 2)
@@ -88,7 +88,7 @@ def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=Fal
 @pytest.fixture(params=["explicit", "cpu", "cuda"])
 def kernel(request, monkeypatch) -> Pieces:
     """The pieces to test, with tiles of a few tokens."""
-    for name, size in (("_BLOCK", 4), ("_SMALLEST_BLOCK", 2), ("_CUDA_BLOCK", 5)):
+    for name, size in (("_BLOCK", 4), ("_SMALLEST_BLOCK", 2), ("CUDA_BLOCK", 5)):
         monkeypatch.setattr(pieces, name, size)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
@@ -141,7 +141,7 @@ def test_narrow_dtypes(monkeypatch, found, dtype):
 
 
 def test_which_cores_have_pieces():
-    assert all(pieces_of(core) for core in (sdpa, blockwise, flash, flex))
+    assert all(pieces_of(core) for core in (sdpa, varlen, blockwise, flash, flex))
     assert pieces_of(plain) is None
 
 
@@ -178,6 +178,85 @@ def test_no_tensor_has_all_keys_and_all_query_heads(found, window):
         output, lse = found.forward(q, k, v, **options)
         found.backward(grad, q, k, v, output, lse, **sums, **options)
     assert largest.elements <= max(k.numel(), heads * queries * pieces._BLOCK) < keys * heads * size
+
+
+# --- the operators of CUDA ------------------------------------------------------------------------
+
+SCHEMAS_2_11 = {
+    "_flash_attention_forward": "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, "
+    "Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, bool "
+    "return_debug_mask, *, float? scale=None, SymInt? window_size_left=None, SymInt? "
+    "window_size_right=None, Tensor? seqused_k=None, Tensor? alibi_slopes=None) -> (Tensor output, "
+    "Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)",
+    "_flash_attention_backward": "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor "
+    "out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float "
+    "dropout_p, bool is_causal, Tensor rng_state, Tensor unused, *, float? scale=None, SymInt? "
+    "window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor, Tensor)",
+}
+"""As torch 2.11 publishes them (native_functions.yaml)."""
+
+
+@pytest.mark.parametrize("value_size", [64, 50])
+@pytest.mark.parametrize("window", [None, 128])
+def test_torch_accepts_the_calls(monkeypatch, window, value_size):
+    """The operators' own fake implementations, of this torch and by the schemas of torch 2.11."""
+    calls = []
+    for name, published in SCHEMAS_2_11.items():
+        operator = getattr(torch.ops.aten, name)
+        schema = torch._C.parse_schema(f"aten::{name}{published}")
+
+        def call(*args, operator=operator, schema=schema, **kwargs):
+            positional = [x.name for x in schema.arguments if not x.kwarg_only]
+            by_keyword = [x.name for x in schema.arguments if x.kwarg_only]
+            assert len(args) == len(positional) and set(kwargs) <= set(by_keyword)
+            calls.append(schema.name)
+            return operator(*args, **kwargs)
+
+        monkeypatch.setattr(torch.ops.aten, name, call)
+    for query_lengths, key_lengths in (((100, 28), (100, 28)), ((100, 28), (700, 40))):
+        shapes = [(128, 8, 64), (sum(key_lengths), 2, 64), (sum(key_lengths), 2, value_size)]
+        q, k, v = (torch.empty(x, dtype=torch.bfloat16, device="meta") for x in shapes)
+        options = {"query_lengths": query_lengths, "key_lengths": key_lengths, "scale": 0.1}
+        options["window"] = window
+        output, lse = CUDA_FLASH.forward(q, k, v, **options)
+        assert output.shape == (128, 8, value_size) and lse.shape == (8, 128)
+        assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+        dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+        dq = CUDA_FLASH.backward(output, q, k, v, output, lse, dk=dk, dv=dv, **options)
+        assert dq.shape == q.shape and dq.dtype == q.dtype
+    assert set(calls) == {f"aten::{name}" for name in SCHEMAS_2_11} and len(calls) > 4
+
+
+def test_varlen_calls_the_operators_of_cuda(monkeypatch):
+    """Grouped heads, a window, packed documents and two rows: one call forward, one backward."""
+    calls = []
+
+    def forward(*args, **kwargs):
+        calls.append(args[3].tolist())
+        return flash_forward(*args, **kwargs)
+
+    def backward(*args, **kwargs):
+        calls.append(args[6].tolist())
+        return flash_backward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", forward)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward)
+    monkeypatch.setattr(pieces, "_best", lambda q, softcap: CUDA_FLASH)
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(2, 15, h, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for h in (6, 2, 2)
+    ]
+    sinks = torch.linspace(-1, 2, 6, dtype=torch.float64).requires_grad_()
+    options = {"documents": ((10, 5), (15,)), "scale": 0.3, "window": 4, "sinks": sinks}
+    results = []
+    for core in (varlen, blockwise):
+        output = core(*leaves, **options)
+        loss = output.square().sum()
+        results.append([output, *torch.autograd.grad(loss, [*leaves, sinks])])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+    assert calls == [[0, 10, 15, 30]] * 2
 
 
 # --- what stands for the operators of CUDA --------------------------------------------------------

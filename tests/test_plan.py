@@ -382,6 +382,115 @@ def test_durations(seconds, text):
     assert time_text(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("kernel", "deterministic", "expected"),
+    [
+        # dq_accum and softmax_d in fp32, dk and dv of all query heads in bf16
+        ("fa2", False, 4 * 1000 * 6 * (96 + 1) + 2 * 2 * 1000 * 6 * 72),
+        # ceil(132 / (1 document x 6 heads)) = 22 copies of dq_accum
+        ("fa2", True, 4 * 1000 * 6 * (22 * 96 + 1) + 2 * 2 * 1000 * 6 * 72),
+        # dk_accum and dv_accum in fp32, of the KV heads; softmax_d and softmax_lse_log2
+        ("fa3", False, 4 * 1000 * 6 * (96 + 2) + 2 * 4 * 1000 * 2 * 96),
+        ("fa3", True, 4 * 1000 * 6 * (96 + 2) + 2 * 4 * 1000 * 2 * 96),
+    ],
+)
+def test_the_workspace_of_attention(kernel, deterministic, expected):
+    """1000 tokens, 6 query heads on 2 KV heads of 72, which the kernel rounds up to 96."""
+    import torch
+
+    from titan_ulysses.plan.cuda_memory import CudaWorkspace
+
+    func = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    query, key = (torch.empty(1, h, 1000, 72, dtype=torch.bfloat16, device="meta") for h in (6, 2))
+    held = CudaWorkspace(kernel, deterministic, 132)(func, (query, query, key, key), None)
+    assert held == expected
+    assert CudaWorkspace(kernel)(torch.ops.aten.mm.default, (query, query), None) == 0
+
+
+def test_the_kernel_of_attention():
+    """FlashAttention 3 takes less time and, with grouped heads, less memory; deterministic
+    algorithms take more.
+    """
+    from titan_ulysses.distributed.hardware import GPUS
+
+    sequence = {"parallelism__sequence_parallel_degree": 2}
+    two, three, fixed = (
+        plan_of(**sequence, **more)
+        for more in ({}, {"plan__attention_kernel": "fa3"}, {"training__deterministic": True})
+    )
+    flops = [
+        sum(n for (_, what), n in two.simulation.cost.amounts.items() if what == f"attention {x}")
+        for x in ("forward", "backward")
+    ]
+    for plan, kernel in ((two, "fa2"), (three, "fa3")):
+        forward, backward = GPUS["H100-80GB"].attention[kernel]
+        expected = flops[0] / forward + flops[1] / backward
+        assert plan.time.parts["attention"] == pytest.approx(expected)
+    assert two.peak.bytes < fixed.peak.bytes
+    assert any("FlashAttention 3" in note for note in three.notes)
+    assert two.setup.core == "varlen" and any("attention: varlen" in note for note in two.notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "core"),
+    [
+        ({}, "varlen"),
+        ({"training__param_dtype": "float32"}, "sdpa"),
+        ({"model__attention": "flash"}, "flash"),  # also where the package is not
+        ({"model__attention": "flex"}, "flex"),
+        ({"model__attention": "blockwise"}, "blockwise"),
+    ],
+)
+def test_the_plan_follows_the_core_of_the_run(settings, core):
+    from titan_ulysses.plan.planner import set_up
+
+    assert set_up(config(**settings)).core == core
+
+
+@pytest.mark.parametrize(
+    ("degrees", "ranks", "channels"),
+    [
+        # (replicate, shard, sequence): the ranks of each communicator; ranks that reduce in a node
+        ((1, 1, 8), (8,), 8),
+        ((1, 8, 1), (8,), 8),
+        ((1, 2, 4), (8, 4), 8),
+        ((2, 1, 4), (8, 4, 2, 4), 8 + 4 + 2),
+        ((2, 1, 8), (16, 8, 2, 8), 8 + 8),
+        ((1, 1, 1), (), 0),
+    ],
+)
+def test_axes_with_all_ranks_share_a_communicator(degrees, ranks, channels):
+    from titan_ulysses.plan.planner import set_up
+
+    replicate, shard, sequence = degrees
+    setup = set_up(
+        config(
+            parallelism__data_parallel_replicate_degree=replicate,
+            parallelism__data_parallel_shard_degree=shard,
+            parallelism__sequence_parallel_degree=sequence,
+            plan__world_size=replicate * shard * sequence,
+            training__global_batch_size=replicate * shard,
+        )
+    )
+    assert setup.communicators == ranks
+    assert setup.multicast == 16 * channels  # H100
+
+
+def test_a_single_gpu_waits_for_its_parameters():
+    """FSDP2 copies them on the stream that computes, where it has no ranks to gather from."""
+    one = plan_of(memory__parameter_offload=True)
+    weights = one.simulation.memory.peak("host", first=one.simulation.start).components
+    link = one.setup.gpu.host_link
+    assert one.time.parts["parameters to the GPU"] == pytest.approx(
+        2 * weights["parameters"] / link
+    )
+    assert one.time.hidden["parameters"] == pytest.approx(weights["gradients"] / link)
+    assert one.clock[-1][1] == pytest.approx(one.time.seconds)
+    two = plan_of(memory__parameter_offload=True, parallelism__sequence_parallel_degree=2)
+    assert two.time.parts["parameters to the GPU"] == 0
+    assert two.time.hidden["parameters"] > one.time.hidden["parameters"] / 2
+
+
 @pytest.mark.parametrize("case", ["sharded", "all on the host", "LoRA"])
 def test_the_clock_ends_with_the_step(case):
     """Whatever is waited for."""
@@ -520,6 +629,14 @@ def test_a_report(tmp_path, capsys):
         (
             {"plan__world_size": 6, "parallelism__sequence_parallel_degree": 4},
             r"sp\(4\) does not divide WORLD_SIZE\(6\)",
+        ),
+        (
+            {"plan__gpu": "A100-80GB", "plan__attention_kernel": "fa3"},
+            r'plan.attention_kernel = "fa3": it does not run on A100-80GB, which has fa2',
+        ),
+        (
+            {"training__param_dtype": "float32", "plan__attention_kernel": "fa3"},
+            r'"fa3": only the core varlen can have it, and this run takes sdpa .*needs bfloat16',
         ),
         (
             {"memory__parameter_offload": True, "plan__host_memory_gib": 1e-6},

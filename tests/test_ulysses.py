@@ -7,6 +7,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import sys
 import time
 from itertools import chain, combinations, islice, product
 from types import SimpleNamespace
@@ -30,8 +31,9 @@ from helpers.rows import make_rows
 from helpers.training import largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.ulysses import attention
 from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention
-from titan_ulysses.ulysses.cores import sdpa
+from titan_ulysses.ulysses.cores import flash, sdpa, takes_any_size, varlen
 from titan_ulysses.ulysses.exchange import heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
 
@@ -555,6 +557,73 @@ def test_no_call_sees_2_to_the_31_elements(size: int, value_size: int) -> None:
     output, _ = ulysses_attention(nn.Identity(), *qkv, None, ulysses=ulysses)
     assert output.shape == (1, length, 3, value_size)
     assert len(calls) == 3 and max(map(max, calls)) < 2**31
+
+
+def test_a_kernel_with_64_bit_indices_is_called_once() -> None:
+    calls = []
+
+    def core(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
+        calls.append(q.numel())
+        return torch.empty_like(q)
+
+    core.any_size = True
+    qkv = [torch.empty(1, heads, 2**20, 2**10, device="meta") for heads in (6, 2, 2)]
+    ulysses = Ulysses(SimpleNamespace(size=lambda: 1), core, ((2**20,),), position_ids=None)
+    ulysses_attention(nn.Identity(), *qkv, None, ulysses=ulysses)
+    assert calls == [6 * 2**30]
+    assert takes_any_size(varlen) and takes_any_size(flash) and not takes_any_size(sdpa)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 100])
+def test_calls_cut_inside_a_group_compute_the_same(monkeypatch, most: int) -> None:
+    """3 query heads on each of 2 KV heads, at most `most` query heads a call. The gradients are
+    assembled in one tensor each.
+    """
+    qkv = [x.requires_grad_() for x in random_qkv(6, 2)]
+    call = SimpleNamespace(size=lambda: 1), qkv, DOCUMENTS[2]
+    expected = attend(*call, scaling=0.3)
+    wanted = torch.autograd.grad(expected.square().sum(), qkv)
+    sizes, exact = [], sdpa
+
+    def core(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        sizes.append(q.shape[2])
+        return exact(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "_MOST_ELEMENTS", most * qkv[0][:, 0].numel())
+    monkeypatch.setattr(sys.modules[__name__], "sdpa", core)
+    found = attend(*call, scaling=0.3)
+    assert max(sizes) <= most and sum(sizes) == 6
+    assert torch.equal(found, expected)
+    gradients = torch.autograd.grad(found.square().sum(), qkv)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+class Whole(TorchDispatchMode):
+    """How many tensors of a shape were made."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.made = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves(result)
+        mutable = func._schema.is_mutable or func.is_view
+        self.made += sum(isinstance(x, Tensor) and x.shape == self.shape for x in leaves) * (
+            not mutable
+        )
+        return result
+
+
+def test_gradients_of_parts_are_not_copied_once_more() -> None:
+    x = torch.randn(1, 8, 4, 2, requires_grad=True)
+    parts = attention._parts(x, [slice(0, 2), slice(2, 3), slice(3, 4)])
+    loss = sum(part.square().sum() for part in parts)
+    for _ in range(2):  # the graph can be used again
+        with Whole(x.shape) as whole:
+            (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+        assert torch.equal(gradient, 2 * x) and whole.made == 1
 
 
 # Dense, as the first layers of deepseek are: this is about attention. 5 heads leave no rank like

@@ -70,8 +70,8 @@ def run(argv: list[str]) -> None:
     from titan_ulysses.train.trainer import Trainer
 
     if command.evaluate:
-        return Trainer(config, eval_only=True).evaluate()
-    Trainer(config).train()
+        return Trainer(config, eval_only=True, own_process=True).evaluate()
+    Trainer(config, own_process=True).train()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@ run on a GPU here.
 
     python scripts/bench/alst_published.py                    everything, minutes
     python scripts/bench/alst_published.py --what runs
-        the three longest sequences and the two step times
+        the three longest sequences and the two step times, with FlashAttention 2 and 3
     python scripts/bench/alst_published.py --what ladder
         the feature ladder on eight GPUs, itemised and drawn
 
@@ -25,6 +25,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ BASELINE: tuple[str, dict[str, Any], float | None] = (
     17,
 )
 """The run without any part of ALST, in which each GPU has a sequence of its own."""
+KERNELS = "fa2", "fa3"
+"""FlashAttention 2, as in ALST's runs, and 3, which is faster on these GPUs."""
 LADDER = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000]
 """ALST's longest sequences, for the steps of `ladder` in `plan/search.py`."""
 CLOSE = 0.05
@@ -75,29 +78,30 @@ def runs() -> list[dict]:
     from titan_ulysses.plan.report import as_json
 
     print(
-        "published runs                fits   GPU GiB  host GiB   step s   ALST's     MFU  FLOPs' "
+        "published runs         kernel  fits   GPU GiB  host GiB   step s   ALST's     MFU  FLOPs' "
         "rate  planned in"
     )
     found = []
-    for what, settings, published in [*RUNS, BASELINE]:
+    for (what, settings, published), kernel in product([*RUNS, BASELINE], KERNELS):
         started = time.perf_counter()
-        plan = plan_of(settings)
+        plan = plan_of(settings | {"plan.attention_kernel": kernel})
         took = time.perf_counter() - started
         rate = plan.simulation.cost.flops / plan.time.seconds / 1e12
         theirs = f"{published:8,.0f}" if published else f"{'-':>8}"
         print(
-            f"{what:<28} {'yes' if plan.fits else 'no':>5} {plan.gpu_bytes / GIB:9.1f} "
+            f"{what:<22} {kernel:>6} {'yes' if plan.fits else 'no':>5} {plan.gpu_bytes / GIB:9.1f} "
             f"{plan.host_bytes / GIB:9.0f} {plan.time.seconds:8,.0f} {theirs} {plan.mfu:7.1%} "
             f"{rate:7.0f} TFLOP/s {took:6.0f} s",
             flush=True,
         )
-        found.append({"what": what, "published_seconds": published} | as_json(plan))
+        beside = {"what": what, "kernel": kernel, "published_seconds": published}
+        found.append(beside | as_json(plan))
     for one in found:
         if theirs := one["published_seconds"]:
             parts = ", ".join(f"{name} {s:,.1f}" for name, s in one["seconds"].items() if s > 0.05)
             print(
-                f"{one['what']}: ours takes {one['step_seconds'] / theirs:.2f} of ALST's step: "
-                f"{parts}"
+                f"{one['what']}, {one['kernel']}: ours takes {one['step_seconds'] / theirs:.2f} of "
+                f"ALST's step: {parts}"
             )
     return found
 

@@ -301,7 +301,7 @@ def planned(case: Case) -> dict:
     from titan_ulysses.plan.simulate import simulate
 
     spec = spec_of(case)
-    simulation = simulate(spec, cuda=False, documents=documents_of(case, spec.config))
+    simulation = simulate(spec, cuda=None, documents=documents_of(case, spec.config))
     peak = simulation.memory.peak("device", "host", first=simulation.start)
     return {
         "peak": peak.bytes,

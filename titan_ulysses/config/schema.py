@@ -73,10 +73,11 @@ def _core_name(name: str) -> str:
     return name
 
 
-CORES = ("auto", "flash", "flex", "sdpa", "blockwise")
+CORES = ("auto", "varlen", "flash", "sdpa", "flex", "blockwise")
 """Names of the attention cores, which are functions in ulysses/cores.py.
 
-"auto" takes the first of the others that can run this model here; they are listed fastest first.
+"auto" takes the first of the others that can run this model here. flex comes after sdpa because its
+block mask grows with the square of the length.
 """
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
@@ -134,7 +135,7 @@ class Model(Section):
     )
     attention: Core = Field(
         "auto",
-        description="Core attention: auto, flash, flex, sdpa or blockwise, or your own as "
+        description="Core attention: auto, varlen, flash, sdpa, flex or blockwise, or your own as "
         "package.module:function. auto: the fastest one that can run this model on this machine.",
     )
     rope_scaling: dict[str, Any] | None = Field(
@@ -345,8 +346,8 @@ class Training(Section):
     )
     deterministic: bool = Field(
         False,
-        description="Use only deterministic algorithms: slower, but a repeated run gives the "
-        "same bits.",
+        description="Use only deterministic algorithms: slower, and with more memory for attention "
+        "on a GPU, but a repeated run gives the same bits.",
     )
 
 
@@ -563,6 +564,12 @@ class Plan(Section):
         "run that starts takes what is free.",
     )
     gpus_per_node: int = Field(8, ge=1, description="GPUs in one node.")
+    attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = Field(
+        "auto",
+        description="FlashAttention to plan for: fa2 ships with torch; fa3 and fa4 are what a run "
+        "takes where their packages are installed. auto: fa2, and in a run that starts, the one "
+        "that it takes.",
+    )
     world_size: int = Field(
         0,
         ge=0,

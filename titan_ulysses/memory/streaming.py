@@ -42,6 +42,7 @@ from titan_ulysses.distributed.sequence import Chunk, KeysKnown, current_chunk
 from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
+from titan_ulysses.memory.tiling import visited
 
 KeepAttention = Literal["none", "auto", "all"]
 
@@ -174,7 +175,7 @@ class _Call:
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
         memory: dict[Any, Any] = {}
         output = None
-        for chunk in self.chunks:
+        for chunk in visited(self.chunks):
             self.random.append(rng_state(hidden.device))
             with _running(replace(chunk, memory=memory)):
                 y = self.run(hidden[:, chunk.local], *self.arguments(chunk)[:2])
@@ -215,7 +216,7 @@ class _Call:
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
-        for chunk in reversed(self.chunks):
+        for chunk in visited(self.chunks[::-1]):
             y, inputs = self._graph(hidden, chunk, memory, needs_input=needs[0])
             inputs += parameters
             found = torch.autograd.grad(
@@ -238,7 +239,7 @@ class _Call:
         The last one is the first whose gradients are computed, and tells its own keys then.
         """
         memory: dict[Any, Any] = {}
-        for chunk in self.chunks[:-1]:
+        for chunk in visited(self.chunks[:-1]):
             with (
                 _running(replace(chunk, goal="keys", memory=memory)),
                 self._replayed(chunk, hidden.device),

@@ -203,6 +203,25 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
     return needs
 
 
+def largest_head(config: PreTrainedConfig) -> int | None:
+    """Return the largest head size of the model, of queries and keys or of values.
+
+    None where its config does not say.
+    """
+    sizes = [
+        getattr(config, "head_dim", None),
+        getattr(config, "global_head_dim", None),
+        getattr(config, "v_head_dim", None),
+        (getattr(config, "qk_nope_head_dim", None) or 0)
+        + (getattr(config, "qk_rope_head_dim", None) or 0),
+    ]
+    known = [size for size in sizes if size]
+    heads = getattr(config, "num_attention_heads", None)
+    if not known and isinstance(heads, int) and hasattr(config, "hidden_size"):
+        return config.hidden_size // heads
+    return max(known, default=None)
+
+
 def check_family(config: PreTrainedConfig) -> None:
     """Raise UserError for a model that would train wrongly; the message names what it needs."""
     if _OTHER_MODES & config.sub_configs.keys():

@@ -43,7 +43,7 @@ def _plan_for_cpu(request: dict[str, Any]) -> dict[str, Any]:
     """Plan the memory of a run on CPUs, where device memory and host memory are the same memory."""
     config = Config.model_validate(request["config"])
     spec = resolve(config, world_size=request["world_size"], device_type="cpu")
-    simulation = simulate(spec, cuda=False)
+    simulation = simulate(spec, cuda=None)
     peak = simulation.memory.peak("device", "host", first=simulation.start)
     ranks, live, free = request["ranks"], peak.bytes / GIB, request["host_memory"] / GIB
     return {

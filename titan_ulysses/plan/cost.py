@@ -3,8 +3,9 @@ gives the step's memory.
 
 The model of time: matrix products, attention, all other kernels and the exchanges run one after the
 other, because the computation waits for each exchange. FSDP's collectives and the copies over PCIe
-overlap with the computation, and only the time by which they exceed it counts. Copies of
-checkpoints to the host overlap with forward, and copies back overlap with backward.
+overlap with the computation, and only the time by which they exceed it counts; a single GPU waits
+for offloaded parameters. Copies of checkpoints to the host overlap with forward, and copies back
+overlap with backward.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class CostCounter:
                 x.numel() * x.element_size() for x in tensors
             )
         elif func._opname == "all_to_all_single":
-            self._exchanged[stage] += args[0].numel() * args[0].element_size()
+            self._exchanged[stage] += weight * args[0].numel() * args[0].element_size()
         self._tick(stage)
 
     def _tick(self, stage: str) -> None:
@@ -170,13 +171,17 @@ class Links:
         return size * share / link
 
 
+_LIMITS = {"exchange": "network", "offloaded optimizer": "PCIe", "parameters to the GPU": "PCIe"}
+"""What limits the parts of a step's time that the GPU does not compute."""
+
+
 @dataclass(frozen=True)
 class Time:
     """The seconds of a step, by what they are spent on."""
 
     parts: dict[str, float]
     """Work that runs one after the other, so that its seconds add up: matmul, attention, other
-    kernels, exchange, offloaded optimizer.
+    kernels, exchange, parameters to the GPU (of a single GPU), offloaded optimizer.
     """
     hidden: dict[str, float]
     """Transfers that overlap with the computation: FSDP's collectives, and checkpoints and
@@ -198,7 +203,7 @@ class Time:
         if self.waits[longest] > sum(self.parts.values()):
             return "network" if longest == "FSDP" else "PCIe"
         largest = max(self.parts, key=self.parts.__getitem__)
-        return {"exchange": "network", "offloaded optimizer": "PCIe"}.get(largest, "compute")
+        return _LIMITS.get(largest, "compute")
 
 
 @dataclass(frozen=True)
@@ -212,14 +217,24 @@ class Offloaded:
     optimizer_state: float = 0
 
 
-def kernel_rates(gpu: GPU) -> dict[str, float]:
-    """Return the rate of each kind in `KINDS`: FLOP/s of products, bytes/s of other kernels."""
-    rates = gpu.matmul, gpu.attention_forward, gpu.attention_backward, gpu.memory_bandwidth
+def kernel_rates(gpu: GPU, attention_kernel: str) -> dict[str, float]:
+    """Return the rate of each kind in `KINDS`: FLOP/s of products, bytes/s of other kernels.
+
+    attention_kernel: a name of ulysses/kernels.py.
+    """
+    rates = gpu.matmul, *gpu.attention_rates(attention_kernel), gpu.memory_bandwidth
     return dict(zip(KINDS, rates, strict=True))
 
 
 def step_time(
-    cost: Cost, *, exchanged: float, gathered: float, offloaded: Offloaded, gpu: GPU, links: Links
+    cost: Cost,
+    *,
+    exchanged: float,
+    gathered: float,
+    offloaded: Offloaded,
+    gpu: GPU,
+    links: Links,
+    rates: dict[str, float],
 ) -> Time:
     """Return the time of a step.
 
@@ -227,9 +242,10 @@ def step_time(
     collectives. Checkpoints are copied to the host and back. Offloaded parameters are copied to the
     GPU twice, and their gradients to the host once. An optimizer that has only its state on the
     host fetches the state and sends it back. An optimizer whose parameters are on the host too runs
-    there, at the speed of host memory.
+    there, at the speed of host memory. On a single GPU, FSDP2 copies parameters on the stream that
+    computes (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that nothing overlaps.
+    rates: see `kernel_rates`.
     """
-    rates = kernel_rates(gpu)
     seconds = Counter({key: amount / rates[key[1]] for key, amount in cost.amounts.items()})
     exchange = links.exchange_seconds(exchanged, gpu)
     stages = {
@@ -239,11 +255,13 @@ def step_time(
     # Forward, recomputation and backward are taken to have a third of the exchanges each.
     forward = stages["forward"] + exchange / 3
     backward = stages["backward"] + 2 * exchange / 3
+    to_gpu, to_host = 2 * offloaded.parameters / gpu.host_link, offloaded.gradients / gpu.host_link
+    alone = links.world == 1
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu),
         "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
         "checkpoints back": offloaded.checkpoints / gpu.host_link,
-        "parameters": (2 * offloaded.parameters + offloaded.gradients) / gpu.host_link,
+        "parameters": to_host if alone else to_gpu + to_host,
     }
     if offloaded.parameters:
         moved = 2 * (offloaded.parameters + offloaded.optimizer_state) + offloaded.gradients
@@ -261,6 +279,7 @@ def step_time(
         "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),
         "other kernels": sum(s for (_, kind), s in seconds.items() if kind == "other kernels"),
         "exchange": exchange,
+        "parameters to the GPU": to_gpu if alone else 0.0,
         "offloaded optimizer": update,
     }
     return Time(parts, hidden, waits)
@@ -274,7 +293,8 @@ def clock(
 
     rates: amounts per second of each kind, "exchange" included. share: the share of the step's
     micro-batches that was simulated. The time that the computation waits is spread evenly over the
-    stage that waits. The transfer of an offloaded optimizer's state is spread over the update.
+    stage that waits, and that of copies of parameters over forward and backward. The transfer of an
+    offloaded optimizer's state is spread over the update.
     """
     # The seconds of each operation by itself: a tick holds cumulative amounts.
     latest: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -291,12 +311,16 @@ def clock(
     waiting = {"checkpoints to the host": {"forward"}, "checkpoints back": {"backward"}}.get(
         longest, {"forward", "backward"}
     )
-    over = sum(totals[stage] for stage in waiting)
-    slower = {stage: 1 + share * time.waits[longest] / over for stage in waiting} if over else {}
+    slower: defaultdict[str, float] = defaultdict(lambda: 1.0)
+    copies = time.parts.get("parameters to the GPU", 0.0)
+    for stages, lost in ((waiting, time.waits[longest]), ({"forward", "backward"}, copies)):
+        over = sum(totals[stage] for stage in stages)
+        for stage in stages if over else ():
+            slower[stage] += share * lost / over
     if totals["update"]:
         slower["update"] = 1 + time.parts["offloaded optimizer"] / totals["update"]
     ends, now = [], 0.0
     for tick, seconds in zip(ticks, own, strict=True):
-        now += seconds * slower.get(tick.stage, 1.0)
+        now += seconds * slower[tick.stage]
         ends.append((tick.event, now))
     return ends

@@ -21,12 +21,17 @@ class Reserve:
     source: str
 
 
-def reserves(memory: float, *, communicators: int) -> list[Reserve]:
+def reserves(
+    memory: float, *, communicators: int, multicast: int = 0, flex_tokens: int = 0
+) -> list[Reserve]:
     """Return what CUDA, its libraries and the allocator keep of a GPU with `memory` bytes.
 
-    communicators: the number of process groups with more than one rank that move device memory.
+    communicators: the number of process groups with more than one rank that move device memory;
+    those of the same ranks count once. multicast: the sum over those that reduce or gather inside a
+    node of channels times ranks (see `GPU.multicast_channels`). flex_tokens: rows times S^2 where
+    the core is flex, else 0.
     """
-    return [
+    found = [
         Reserve(
             "CUDA context",
             0.55 * GIB,
@@ -50,30 +55,65 @@ def reserves(memory: float, *, communicators: int) -> list[Reserve]:
             "assumed: 3 % of the GPU, with expandable segments; allocations of other streams' "
             "pools are in it",
         ),
+        Reserve(
+            "NCCL multicast buffers",
+            multicast * 2 * 2**20,
+            "NCCL, src/transport/nvls.cc, ncclNvlsBufferSetup: channels x ranks of the node x 2 x "
+            "8 chunks of 128 KiB (NCCL_NVLS_CHUNKSIZE): 256 MiB on 8 Hopper GPUs, as its log says",
+        ),
+        Reserve(
+            "block mask of flex",
+            16 * flex_tokens / 128**2,
+            "torch/nn/attention/flex_attention.py: four int32 arrays of (S / 128)^2 a row",
+        ),
     ]
+    return [reserve for reserve in found if reserve.bytes]
 
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def cuda_workspace(func, args: tuple, result) -> int:
-    """Return the bytes of workspace that the CUDA kernel holds while it runs, where the simulated
-    CPU operator `func` holds none.
+@dataclass(frozen=True)
+class CudaWorkspace:
+    """The workspace of CUDA's kernels."""
 
-    Only flash attention's backward has such a workspace (flash-attn 2,
-    csrc/flash_attn/flash_api.cpp, mha_varlen_bwd; PyTorch's SDPA has the same code): `dq_accum`,
-    fp32, with the size of the queries; `softmax_d`, fp32 [Hq, S]; and with grouped queries
-    `dk_expanded` and `dv_expanded`, which have all query heads. Flash attention's forward saves the
-    same tensors as the CPU operator.
-    """
-    if func is _FLASH_BACKWARD:
+    kernel: str = "fa2"
+    """which FlashAttention (see ulysses/kernels.py)"""
+    deterministic: bool = False
+    processors: int = 132
+    """streaming multiprocessors of the GPU"""
+
+    def __call__(self, func, args: tuple, result) -> int:
+        """Return the bytes of workspace that the CUDA kernel holds while it runs, where the
+        simulated CPU operator `func` holds none.
+
+        Only flash attention's backward has such a workspace: `dq_accum`, fp32, with the size of the
+        queries, and `softmax_d`, fp32 [Hq, S]. With grouped queries FlashAttention 2 also has
+        `dk_expanded` and `dv_expanded`, with all query heads (csrc/flash_attn/flash_api.cpp,
+        mha_varlen_bwd; PyTorch's file of that name is the same), and 3 has `dk_accum` and
+        `dv_accum`, fp32, with the KV heads, and `softmax_lse_log2` (hopper/flash_api.cpp, mha_bwd);
+        4 is taken to be like 3. Flash attention's forward saves the same tensors as the CPU
+        operator.
+
+        With deterministic algorithms, FlashAttention 2 has one `dq_accum` for each of ceil(
+        processors / (documents x heads)) blocks. A row counts as one document here, which is the
+        most that it can take. 3 and 4 take turns instead.
+        """
+        if func is not _FLASH_BACKWARD:
+            return 0
         query, key = args[1], args[2]
         batch, heads, tokens, size = query.shape
-        held = 4 * query.numel() + 4 * batch * heads * tokens
-        if key.shape[1] != heads:
-            held += 2 * batch * heads * key.shape[2] * size * key.element_size()
-        return held
-    return 0
+        rounded = -(-size // (32 if size <= 128 else 64)) * (32 if size <= 128 else 64)
+        of_queries, of_keys = batch * heads * tokens, batch * key.shape[1] * key.shape[2]
+        copies = 1
+        if self.kernel == "fa2":
+            if self.deterministic:
+                copies = -(-self.processors // (batch * heads))
+            expanded = batch * heads * key.shape[2] * size * key.element_size()
+            held = 4 * of_queries + 2 * expanded * (key.shape[1] != heads)
+        else:
+            held = 8 * of_queries + 2 * 4 * of_keys * rounded * (key.shape[1] != heads)
+        return held + 4 * copies * of_queries * rounded
 
 
 def cpu_workspace(func, args: tuple, result) -> int:

@@ -16,17 +16,17 @@ from titan_ulysses.config.validate import MeshDegrees, ranks_of
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
 from titan_ulysses.distributed.nodes import spans_nodes
-from titan_ulysses.model.families import attention_needs
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
 from titan_ulysses.plan.cost import Links, Offloaded, Time, clock, kernel_rates, step_time
-from titan_ulysses.plan.cuda_memory import Reserve, pinned, reserves
+from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.setup.options import select_core
 from titan_ulysses.setup.resolve import RunSpec, resolve
-from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.cores import Core, flash, flex, varlen
 from titan_ulysses.ulysses.heads import idle_ranks
+from titan_ulysses.ulysses.kernels import FA2, NAMES
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,61 @@ class Setup:
         return min(self.world_size, self.config.plan.gpus_per_node)
 
     @property
-    def communicators(self) -> int:
-        """The number of process groups with more than one rank, of FSDP's shards, of its replicas,
-        of sequence parallelism, and of all ranks (for the loss).
+    def communicators(self) -> tuple[int, ...]:
+        """The ranks of each of NCCL's communicators: of all ranks (for the loss), of FSDP's shards,
+        of its replicas, and of sequence parallelism, the last one alone only for all-to-alls.
+
+        Axes with all ranks share the communicator of all ranks: `DeviceMesh` gives them the default
+        group. Others have one each, also where two have the same ranks.
         """
         d = self.degrees
-        return sum(n > 1 for n in (d.shard * d.sequence, d.replicate, d.sequence, self.world_size))
+        axes = (d.shard * d.sequence, d.replicate, d.sequence)
+        groups = [self.world_size, *(n for n in axes if n < self.world_size)]
+        return tuple(n for n in groups if n > 1)
+
+    @property
+    def multicast(self) -> int:
+        """Channels times ranks of a node, of the communicators that reduce or gather in a node."""
+        d, per_node = self.degrees, self.config.plan.gpus_per_node
+        shards = d.shard * d.sequence
+        groups = [self.world_size] + [shards] * (shards < self.world_size)
+        if self.world_size <= per_node:  # else the ranks of different replicas are on other nodes
+            groups += [d.replicate] * (d.replicate < self.world_size)
+        return self.gpu.multicast_channels * sum(min(n, per_node) for n in groups if n > 1)
+
+    @property
+    def core(self) -> str:
+        """The name of the core that the run takes."""
+        core = self.spec.core
+        return core.core if isinstance(core, Standin) else getattr(core, "__name__", "")
+
+    @property
+    def attention_kernel(self) -> str:
+        """The FlashAttention whose rates and workspace are planned.
+
+        Only the core `varlen` has a choice. flash is FlashAttention 2, and the rates of other cores
+        are taken to be those of FlashAttention 2. UserError if another one is asked for.
+        """
+        asked = self.config.plan.attention_kernel
+        if asked == "auto":
+            return FA2
+        if asked != FA2 and self.core != "varlen":
+            raise UserError(
+                f'plan.attention_kernel = "{asked}": only the core varlen can have it, and this '
+                f'run takes {self.core} ({self.spec.core_reason}). Set it to "auto".',
+                exit_code=2,
+            )
+        return asked
+
+    @property
+    def workspace(self) -> CudaWorkspace:
+        deterministic = self.config.training.deterministic
+        return CudaWorkspace(self.attention_kernel, deterministic, self.gpu.processors)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Amounts per second (see `kernel_rates`)."""
+        return kernel_rates(self.gpu, self.attention_kernel)
 
 
 def set_up(config: Config) -> Setup:
@@ -86,24 +135,34 @@ def resolve_for_plan(config: Config, *, world_size: int) -> RunSpec:
 
 
 def _select_planned_core(
-    name: str, model_config: PreTrainedConfig, *, device_type: str, dtype: torch.dtype
+    name: str,
+    model_config: PreTrainedConfig,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    seq_len: int,
 ) -> tuple[Core, str]:
     """Return the core attention to simulate, and a note about it.
 
-    Cores that exist only on CUDA (flash and flex) are replaced by a `Standin`.
+    It is the one that a run takes on a GPU. Cores that exist only on CUDA are replaced by a
+    `Standin`. A package that is missing here need not be missing there, if it is asked for by name.
     """
-    needs = attention_needs(model_config)
-    flash_can = needs <= {"window", "softcap"} and dtype == torch.bfloat16
-    if name not in ("flex", "flash") and not (name == "auto" and flash_can):
-        return select_core(name, model_config, device_type="cpu", dtype=dtype)
-    kernel = "flex" if name == "flex" else "flash"
-    note = (
-        f"attention: {kernel} exists only on CUDA. It is planned as SDPA's flash kernel, with the "
-        "workspace that flash-attn 2 takes in backward added (titan_ulysses/plan/cuda_memory.py)"
+    core, reason = select_core(
+        name,
+        model_config,
+        device_type="cuda",
+        dtype=dtype,
+        seq_len=seq_len,
+        packages=name == "auto",
     )
-    if kernel == "flex":
-        note += ". flex's block mask, four int32 arrays of (S / 128)^2, is missing"
-    return Standin(), note
+    if core not in (varlen, flash, flex):
+        return core, reason
+    note = (
+        f"{reason}. {core.__name__} exists only on CUDA. It is planned as SDPA's flash kernel, "
+        "with the workspace that FlashAttention takes in backward added "
+        "(titan_ulysses/plan/cuda_memory.py)"
+    )
+    return Standin(core.__name__), note
 
 
 @dataclass(frozen=True)
@@ -120,7 +179,14 @@ class Plan:
 
     @cached_property
     def reserves(self) -> list[Reserve]:
-        return reserves(self.setup.gpu_memory, communicators=self.setup.communicators)
+        setup, training = self.setup, self.setup.config.training
+        flex_tokens = training.local_batch_size * training.seq_len**2 * (setup.core == "flex")
+        return reserves(
+            setup.gpu_memory,
+            communicators=len(setup.communicators),
+            multicast=setup.multicast,
+            flex_tokens=flex_tokens,
+        )
 
     @property
     def gpu_bytes(self) -> float:
@@ -183,6 +249,7 @@ class Plan:
             ),
             gpu=setup.gpu,
             links=self._links,
+            rates=setup.rates,
         )
 
     @cached_property
@@ -209,7 +276,7 @@ class Plan:
         """
         setup, simulation = self.setup, self.simulation
         exchange = self._links.exchange_seconds(1.0, setup.gpu)
-        rates = kernel_rates(setup.gpu) | {"exchange": 1 / exchange if exchange else inf}
+        rates = setup.rates | {"exchange": 1 / exchange if exchange else inf}
         share = simulation.batches / setup.degrees.accumulation_steps
         return clock(simulation.ticks, self.time, rates=rates, share=share)
 
@@ -258,7 +325,8 @@ def make_plan(setup: Setup) -> Plan:
             "quantize.float8: memory is planned with float8 products, time with the speed of bf16 "
             "products"
         )
-    simulation = simulate(setup.spec, cuda=True)
+    notes.append(f"attention kernel: {NAMES[setup.attention_kernel]} (plan.attention_kernel)")
+    simulation = simulate(setup.spec, cuda=setup.workspace)
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)
     if setup.host_memory and weights > setup.host_memory:

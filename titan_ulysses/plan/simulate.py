@@ -2,9 +2,10 @@
 fake process group.
 
 Nothing is computed and nothing is sent, so a laptop can run one rank of a thousand. The optimizer
-makes one step before, so that its state exists. Of the tiles of a function, only the first two and
-the last are run, because all tiles between do what the second one does. For the same reason, only
-the first two of the micro-batches that a step accumulates are run.
+makes one step before, so that its state exists. Of the tiles of a function and the chunks of a
+block, only the first, the middle one and the last are run, because the middle one does what all
+between do on average. For the same reason, only the first two of the micro-batches that a step
+accumulates are run.
 
 Memory that exists only in CUDA kernels cannot be simulated. `cuda_memory.py` adds it, each figure
 with its source.
@@ -27,7 +28,7 @@ from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.mesh import Mesh, build_mesh
-from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.distributed.sequence import Documents, chunk_length
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, Offload, Store
 from titan_ulysses.memory.tiling import override_tiles
@@ -35,7 +36,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import Cost, CostCounter, Tick
-from titan_ulysses.plan.cuda_memory import cpu_workspace, cuda_workspace
+from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
 from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.words import group_name
@@ -65,20 +66,23 @@ class Simulation:
     model: PreTrainedModel = field(repr=False)
 
 
-def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -> Simulation:
+def simulate(
+    spec: RunSpec, *, cuda: CudaWorkspace | None, documents: Documents | None = None
+) -> Simulation:
     """Simulate a step on rank 0 of a run, with one document per row unless documents is given.
 
-    cuda: simulate a GPU with a host, where offloaded tensors leave the device and checkpoints are
-    copied back before they are needed. The process must not be in a process group, and is in none
-    afterwards.
+    cuda: simulate a GPU of this workspace with a host, where offloaded tensors leave the device and
+    checkpoints are copied back before they are needed; None: a CPU. The process must not be in a
+    process group, and is in none afterwards.
     """
     config, core = spec.config, spec.core
-    tracker = MemoryTracker(cuda_workspace if cuda else cpu_workspace)
-    tracker.parameters_on_host = cuda and config.memory.parameter_offload
+    tracker = MemoryTracker(cuda or cpu_workspace)
+    on_gpu = cuda is not None
+    tracker.parameters_on_host = on_gpu and config.memory.parameter_offload
     optimizer_offload = (
-        cuda and config.memory.optimizer_offload and not config.memory.parameter_offload
+        on_gpu and config.memory.optimizer_offload and not config.memory.parameter_offload
     )
-    store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=cuda)
+    store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=on_gpu)
     blocks: list[nn.Module] = []
     if isinstance(core, Standin):
         core.begin(tracker)
@@ -86,7 +90,8 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         blocks.extend(find_blocks(model)[1])
-        wrap(model, mesh, replace(options, compile=False), store=store)
+        device_type = "cuda" if cuda else "cpu"
+        wrap(model, mesh, replace(options, compile=False), store=store, device_type=device_type)
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
@@ -99,7 +104,7 @@ def simulate(spec: RunSpec, *, cuda: bool, documents: Documents | None = None) -
                 model.parameters(),
                 config.optimizer,
                 offload=optimizer_offload,
-                device_type="cuda" if cuda else "cpu",
+                device_type="cuda" if on_gpu else "cpu",
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
@@ -119,7 +124,10 @@ def _run_step(
 ) -> Simulation:
     """Run the step on fake tensors, with one or two of its micro-batches."""
     accumulation = spec.degrees.accumulation_steps
-    batches = [_batch(spec.config, mesh, documents) for _ in range(accumulation)]
+    chunk = chunk_length(
+        model.stream_chunk_tokens, spec.config.training.seq_len, spec.degrees.sequence
+    )
+    batches = [_batch(spec.config, mesh, documents, chunk) for _ in range(accumulation)]
     tracker.claim(
         [vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions"
     )
@@ -129,7 +137,8 @@ def _run_step(
     for run in (batches[:1], batches[:2]) if accumulation > 1 else (batches,):
         start = len(tracker.events)
         costs.take()
-        with override_tiles(tracker.shortened), CollectiveCounter() as counter:
+        counter = CollectiveCounter(weight=lambda: tracker.weight)
+        with override_tiles(tracker.shortened), counter:
             train_step(model, optimizer, run, mesh, max_norm=max_norm)
         counts.append(dict(counter.counts))
     tracker.recording = False  # the releases that follow are not part of the step
@@ -259,7 +268,9 @@ def _label_optimizer(
     optimizer.register_step_post_hook(note_state)
 
 
-def _batch(config: Config, mesh: Mesh, documents: Documents | None) -> Batch:
+def _batch(
+    config: Config, mesh: Mesh, documents: Documents | None, chunk_tokens: int | None
+) -> Batch:
     rows, seq_len = config.training.local_batch_size, config.training.seq_len
     tokens = seq_len // mesh.sp.size()
     return Batch(
@@ -267,4 +278,5 @@ def _batch(config: Config, mesh: Mesh, documents: Documents | None) -> Batch:
         labels=torch.zeros(rows, tokens, dtype=torch.int64),
         position_ids=torch.zeros(rows, tokens, dtype=torch.int64),
         documents=documents or ((seq_len,),) * rows,
+        chunk_tokens=chunk_tokens,
     )

@@ -11,8 +11,8 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.memory.streaming import KeepAttention
-from titan_ulysses.model.families import attention_needs
-from titan_ulysses.ulysses.cores import Core, choose_core
+from titan_ulysses.model.families import attention_needs, largest_head
+from titan_ulysses.ulysses.cores import Core, Demand, choose_core
 from titan_ulysses.ulysses.pieces import pieces_of
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -38,8 +38,9 @@ class ParallelOptions:
     offload: Offload = "none"
     """Where these inputs are kept: "none" (the device), "host" (host memory) or "disk" (files)."""
     keep_attention: KeepAttention = "none"
-    """Keep the outputs of attention in the same place, so that backward does not compute them again:
-    "none", "all", or "auto", as many as there is room for (none on the device). Only streamed
+    """Which outputs of attention are kept in the same place, and not computed again in backward.
+
+    "none", "all", or "auto": as many as there is room for (none on the device). Only streamed
     blocks keep them.
     """
     offload_folder: str | None = None
@@ -93,10 +94,13 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
     )
 
 
-def obstacle_to_streaming(model_config: PreTrainedConfig, options: ParallelOptions) -> str | None:
-    """Return why blocks cannot work through a sequence chunk by chunk, or None if they can.
+def obstacle_to_streaming(
+    model_config: PreTrainedConfig, options: ParallelOptions, device_type: str
+) -> str | None:
+    """Return why blocks cannot or should not work through a sequence in chunks, or None.
 
-    options.attention must be a core. UserError if options ask for chunks all the same.
+    options.attention must be a core. UserError if options ask for chunks that cannot be. What
+    would only be slow is no obstacle then.
     """
     assert callable(options.attention)
     reason = None
@@ -112,16 +116,36 @@ def obstacle_to_streaming(model_config: PreTrainedConfig, options: ParallelOptio
             f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: {reason}. Set it to "
             '"auto" or "off".'
         )
+    if reason is None and not options.stream_chunk_tokens and device_type == "cuda":
+        if "softcap" in attention_needs(model_config):
+            reason = "on a GPU, soft-capped scores have no fast kernel for chunks"
+        elif options.param_dtype is not None and options.param_dtype.itemsize != 2:
+            reason = f"on a GPU, {options.param_dtype} has no fast kernel for chunks"
     return reason
 
 
 def select_core(
-    name: str, model_config: PreTrainedConfig, *, device_type: str, dtype: torch.dtype
+    name: str,
+    model_config: PreTrainedConfig,
+    *,
+    device_type: str,
+    dtype: torch.dtype,
+    seq_len: int | None = None,
+    packages: bool = True,
 ) -> tuple[Core, str]:
     """Return the core attention that `name` asks for on this device type, and the reason for it.
 
-    The reason is a sentence for the log. UserError if the named core cannot do what the model
-    needs.
+    The reason is a sentence for the log. packages: whether packages must be here (see `Demand`).
+    UserError if the named core cannot do what the model needs.
     """
-    needs = attention_needs(model_config)
-    return choose_core(name, needs, device_type=device_type, dtype=dtype)
+    return choose_core(
+        name,
+        Demand(
+            frozenset(attention_needs(model_config)),
+            device_type,
+            dtype,
+            seq_len=seq_len,
+            head_size=largest_head(model_config),
+            packages=packages,
+        ),
+    )

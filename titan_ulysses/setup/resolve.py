@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SelectCore = Callable[..., tuple[Core, str]]
-"""A function like `select_core`: (name, model config, device_type=, dtype=) -> (core, reason)."""
+"""A function like `select_core`: (name, model config, device_type=, dtype=, seq_len=) -> (core,
+reason)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def resolve(
         model_config,
         device_type=device_type,
         dtype=getattr(torch, config.training.param_dtype),
+        seq_len=config.training.seq_len,
     )
     tokenizer, token_ids = None, 0
     if with_tokenizer or config.model.resize_embeddings:

@@ -37,12 +37,20 @@ class Preflight:
     """The plan of a run that is starting."""
 
     def __init__(
-        self, config: Config, *, world_size: int, model_bytes: int, gpu_memory: int | None, gpu: str
+        self,
+        config: Config,
+        *,
+        world_size: int,
+        model_bytes: int,
+        gpu_memory: int | None,
+        gpu: str,
+        attention_kernel: str = "auto",
     ):
         """Start the planner, unless the run is on a CPU and small, and plan.enforce is off.
 
         `model_bytes` is about what weights, gradients and optimizer take in total. `gpu_memory` is
         the memory of this GPU in bytes, None on a CPU. `gpu` is the name that CUDA has for it.
+        `attention_kernel` is the one that the run takes, as in plan.attention_kernel.
         """
         self.cuda, self.enforce = gpu_memory is not None, config.plan.enforce
         self.plan: dict[str, Any] | None = None
@@ -57,7 +65,8 @@ class Preflight:
         per_node = ranks_per_node(world_size)
         host = free if config.plan.host_memory_gib == 0 else config.plan.host_memory_gib * 2**30
         values = config.model_dump()
-        values["plan"]["gpus_per_node"] = per_node  # what is there, not what the setting says
+        # What is there, not what the settings say.
+        values["plan"] |= {"gpus_per_node": per_node, "attention_kernel": attention_kernel}
         request = {
             "config": values,
             "world_size": world_size,

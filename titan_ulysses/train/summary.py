@@ -51,6 +51,7 @@ class Run(Protocol):
     validation_loader: Loader | None
     step: int
     float8_layers: int
+    attention_kernel: str | None
     plan_lines: list[str]
     peak_memory: PeakMemory
 
@@ -71,6 +72,7 @@ def print_run_summary(run: Run) -> None:
         f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; "
         f"{d.global_batch_size} sequence(s) "
         f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(run.spec.core_reason)}"
+        + (f"\n{markup.escape(run.attention_kernel)}" if run.attention_kernel else "")
         + "".join(f"\n{line}" for line in _choices(run))
         + (f"\n{markup.escape(beginning)}" if beginning else "")
         + "".join(f"\n{markup.escape(line)}" for line in run.plan_lines),
@@ -143,7 +145,7 @@ def _streaming(run: Run) -> str:
             else ""
         )
     if run.model.stream_chunk_tokens == -1:
-        reason = obstacle_to_streaming(run.model.config, run.spec.options)
+        reason = obstacle_to_streaming(run.model.config, run.spec.options, run.mesh.device.type)
         return f"not streamed: {reason or 'this family does not train exactly chunk by chunk'}"
     rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != wanted else ""
     return (

@@ -31,6 +31,7 @@ from titan_ulysses.distributed.hardware import peak_flops
 from titan_ulysses.distributed.mesh import build_mesh, init_distributed, set_timeout
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
+from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.observability.metrics import (
     MetricsLogger,
     PeakMemory,
@@ -54,6 +55,8 @@ from titan_ulysses.train.preflight import Preflight
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART, StopSignals
 from titan_ulysses.train.step import StepMetrics, learning_rate, parameter_not_finite, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
+from titan_ulysses.ulysses.cores import varlen
+from titan_ulysses.ulysses.kernels import NAMES, activate_fastest, active
 
 if TYPE_CHECKING:
     from titan_ulysses.data.packing import SampleStream
@@ -63,11 +66,13 @@ class Trainer:
     """One run, as `config` describes it, on the ranks that torchrun has started or on a single one.
 
     With eval_only there is no training data, no optimizer and no plan, and the existing files of
-    the run stay as they are. Only `evaluate` can be called then.
+    the run stay as they are. Only `evaluate` can be called then. With own_process, which train.py
+    sets, settings of the whole process may be changed for the run: which FlashAttention is behind
+    torch's flash operators (see ulysses/kernels.py).
     """
 
-    def __init__(self, config: Config, *, eval_only: bool = False):
-        self.config = config
+    def __init__(self, config: Config, *, eval_only: bool = False, own_process: bool = False):
+        self.config, self._own_process = config, own_process
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # only rank 0 prints
         self.folder = Path(config.job.dump_folder) / config.job.name
 
@@ -106,6 +111,21 @@ class Trainer:
             self._check_weights()
         return sequences
 
+    def _choose_kernel(self) -> str | None:
+        """Return which FlashAttention the core varlen calls, as a sentence; None for other cores.
+
+        The fastest one is put there first, if the process is the run's own.
+        """
+        spec = self.spec
+        if spec.core is not varlen:
+            return None
+        if self._own_process:
+            return activate_fastest(
+                head_size=largest_head(spec.model_config),
+                window="window" in attention_needs(spec.model_config),
+            )
+        return f"attention kernel: {NAMES[active()]}"
+
     # --- build: mesh, loaders, model --------------------------------------------------------------
 
     def _build(self, training: SampleStream | None, held_out: SampleStream | None) -> None:
@@ -119,6 +139,7 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         timeout = config.comm.startup_timeout_s
         init_distributed(timeout=timeout)
+        self.attention_kernel = self._choose_kernel()  # this rank has its device now
         self.mesh = build_mesh(
             replicate=degrees.replicate,
             shard=degrees.shard,
@@ -268,6 +289,7 @@ class Trainer:
             ),
             gpu_memory=gpu and gpu.total_memory,
             gpu=gpu.name if gpu else "",
+            attention_kernel=active() if self.spec.core is varlen else "auto",
         )
 
     def _check_plan(self) -> None:

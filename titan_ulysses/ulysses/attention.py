@@ -9,7 +9,7 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -31,7 +31,7 @@ from titan_ulysses.distributed.sequence import (
     local_slice,
 )
 from titan_ulysses.distributed.tensors import local_shard
-from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.cores import Core, takes_any_size
 from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
 from titan_ulysses.ulysses.streamed import chunk_core
@@ -185,28 +185,94 @@ def _local_heads(
         # autograd graph, because the exchange in backward is a collective that every rank must
         # join.
         return v if sinks is None else v + sinks[:, None]
-    head_elements = max(x[:, :, 0].numel() for x in (q, v))
-    for queries, keys in _bounded(plan.runs(rank), head_elements):
-        local = layer if sinks is None else layer | {"sinks": sinks[queries]}
-        heads = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-        outputs.append(_call(core_of(keys), *heads, local))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    calls = plan.runs(rank)
+    if not takes_any_size(core_of(calls[0][1])):
+        calls = list(_bounded(calls, max(x[:, :, 0].numel() for x in (q, v))))
+    if len(calls) == 1:
+        local = layer if sinks is None else layer | {"sinks": sinks}
+        return _call(core_of(calls[0][1]), q, k, v, local)
+    queries, keys = zip(*calls, strict=True)
+    inputs = zip(_parts(q, queries), _parts(k, keys), _parts(v, keys), strict=True)
+    for (heads, of_keys), (q, k, v) in zip(calls, inputs, strict=True):
+        local = layer if sinks is None else layer | {"sinks": sinks[heads]}
+        outputs.append(_call(core_of(of_keys), q, k, v, local))
+    return torch.cat(outputs, dim=2)
+
+
+_MOST_ELEMENTS = 2**31 - 1
+"""The most elements of a tensor of a call. Beyond, 32-bit indices of a kernel overflow."""
 
 
 def _bounded(runs: list[tuple[slice, slice]], head_elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut runs so that every tensor of a call has fewer than 2^31 elements.
+    """Cut runs so that every tensor of a call has at most `_MOST_ELEMENTS`.
 
-    From 2^31 on, the 32-bit indices of flash attention and other kernels overflow. head_elements is
-    the number of elements of one head over all rows and tokens. A call has at least one KV head,
-    however large that is.
+    head_elements is the number of elements of one head over all rows and tokens. The query heads of
+    a KV head are divided too, if they are too many. A call has at least one query head, however
+    large that is.
     """
+    most = max(1, _MOST_ELEMENTS // head_elements)  # query heads per call
     for queries, keys in runs:
         group = (queries.stop - queries.start) // (keys.stop - keys.start)
-        most = max(1, (2**31 - 1) // (group * head_elements))  # KV heads per call
-        for key in range(keys.start, keys.stop, most):
-            stop = min(keys.stop, key + most)
+        at_once = max(1, most // group)  # KV heads per call
+        for key in range(keys.start, keys.stop, at_once):
+            stop = min(keys.stop, key + at_once)
             first = queries.start + group * (key - keys.start)
-            yield slice(first, first + group * (stop - key)), slice(key, stop)
+            end = first + group * (stop - key)
+            for start in range(first, end, most):
+                yield slice(start, min(end, start + most)), slice(key, stop)
+
+
+def _parts(x: Tensor, heads: Sequence[slice]) -> list[Tensor]:
+    """Return x[:, :, part] for each part of the heads, all of which get a gradient.
+
+    In backward each part's gradient is written to its place in one tensor as soon as it is there.
+    Slices would make a tensor of x's size for each part, and a concatenation one more when all
+    gradients of parts are there.
+    """
+    whole = _Whole(len(heads))
+    return [_Part.apply(x, part, whole) for part in heads]
+
+
+class _Whole:
+    """The gradient of a tensor, of which the gradients of parts arrive one by one."""
+
+    def __init__(self, parts: int):
+        self._parts = parts
+        self._begin()
+
+    def _begin(self) -> None:
+        self._waiting, self._gradient, self._written = self._parts, None, []
+
+    def add(self, part: slice, gradient: Tensor, heads: int) -> Tensor | None:
+        """Add the gradient of a part. Return that of the whole, of so many heads, after the last.
+
+        Equal parts, which are the keys of calls with different queries, are added up.
+        """
+        if self._gradient is None:
+            rows, tokens, _, size = gradient.shape
+            self._gradient = gradient.new_empty(rows, tokens, heads, size)
+        place = self._gradient[:, :, part]
+        place.add_(gradient) if part in self._written else place.copy_(gradient)
+        self._written.append(part)
+        self._waiting -= 1
+        if self._waiting:
+            return None
+        gradient = self._gradient
+        self._begin()  # for another backward through the same graph
+        return gradient
+
+
+class _Part(torch.autograd.Function):
+    """A part of a tensor's heads (see `_parts`)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: slice, whole: _Whole) -> Tensor:
+        ctx.part, ctx.whole, ctx.heads = part, whole, x.shape[2]
+        return x[:, :, part]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.whole.add(ctx.part, gradient, ctx.heads), None, None
 
 
 def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) -> Tensor:

@@ -16,11 +16,12 @@ sees, including its own), `softcap` (scores become softcap * tanh(score / softca
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,25 @@ from torch.utils.checkpoint import checkpoint
 from titan_ulysses.config.schema import CORES
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
-from titan_ulysses.ulysses.pieces import has_pieces
+from titan_ulysses.ulysses.kernels import MOST_HEAD_SIZE, flash_obstacle
+from titan_ulysses.ulysses.pieces import attend_documents, borders, has_pieces
 
 Core = Callable[..., Tensor]
+
+
+def _any_size(core: Core) -> Core:
+    """Say of a core that its kernel indexes with 64 bits, so that a call may have any size."""
+    core.any_size = True  # type: ignore[attr-defined]
+    return core
+
+
+def takes_any_size(core: Core) -> bool:
+    """Return whether a call of core may have tensors of 2^31 elements and more.
+
+    A user's own core says so by an attribute `any_size = True`.
+    """
+    return getattr(core, "any_size", False)
+
 
 _QUERY_BLOCK = 1024
 """Queries per call if a mask or explicit scores are needed.
@@ -97,6 +114,32 @@ def blockwise(
     return _each_document(attend, q, k, v, documents)
 
 
+@_any_size
+@has_pieces
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    documents: Documents,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend with the flash kernel that ships with torch: all documents of all rows in one call.
+
+    These are the operators under `torch.nn.attention.varlen`. In CUDA they are FlashAttention 2, or
+    3 or 4 where one of these is active (see kernels.py). Sinks are applied to the kernel's output,
+    with its log-sum-exp. On a CPU its flash kernel computes the same, in fp64 too.
+    """
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    output = attend_documents(
+        *flat, lengths=tuple(chain(*documents)), scale=scale, window=window, sinks=sinks
+    )
+    return output.unflatten(0, q.shape[:2])
+
+
+@_any_size
 @has_pieces
 def flash(
     q: Tensor,
@@ -110,37 +153,25 @@ def flash(
 ) -> Tensor:
     """Attend with flash-attn 2's variable-length kernel: all documents of all rows in one call.
 
-    Needs CUDA, bf16 or fp16, and the package flash-attn.
+    Needs CUDA, bf16 or fp16, and the package flash-attn. Of the fast cores only it has soft-caps.
     """
     from flash_attn import flash_attn_varlen_func
 
-    longest, borders = max(chain(*documents)), _borders(documents, q.device)
+    lengths = tuple(chain(*documents))
+    places = borders(lengths, q.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attn_varlen_func(
             *(x.flatten(0, 1) for x in (q, k, v)),
-            borders,
-            borders,
-            longest,
-            longest,
+            *(places, places, max(lengths), max(lengths)),
             softmax_scale=scale,
             causal=True,
             window_size=(-1, -1) if window is None else (window - 1, 0),
             softcap=softcap or 0.0,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
     return with_equal_sizes(attend, q, k, v).unflatten(0, q.shape[:2])
-
-
-@lru_cache(maxsize=4)
-def _borders(documents: Documents, device: torch.device) -> Tensor:
-    """Return [documents + 1] int32 on device: the document borders in the flattened rows.
-
-    Cached, so that all layers of a forward share one tensor.
-    """
-    return torch.tensor([0, *accumulate(chain(*documents))], dtype=torch.int32).to(
-        device, non_blocking=True
-    )
 
 
 @has_pieces
@@ -156,8 +187,11 @@ def flex(
 ) -> Tensor:
     """Attend with compiled FlexAttention; documents and window become a block mask.
 
-    Needs CUDA, because FlexAttention has no backward on a CPU.
+    Needs CUDA, because FlexAttention has no backward on a CPU. UserError for rows of more than
+    `FLEX_TOKENS`.
     """
+    if obstacle := _flex_length_obstacle(q.shape[1]):
+        raise UserError(f'model.attention = "flex": {obstacle}.')
 
     def cap(score: Tensor, *_) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -170,6 +204,24 @@ def flex(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return output.transpose(1, 2)
+
+
+FLEX_TOKENS = 2**18
+"""The longest rows of flex.
+
+FlexAttention's block mask has up to four int32 arrays of (S / 128)^2 entries: 64 MiB a row at this
+length, 1 GiB at 1M tokens and 12.5 GiB at 3.7M.
+"""
+
+
+def _flex_length_obstacle(length: int | None) -> str | None:
+    if length is None or length <= FLEX_TOKENS:
+        return None
+    size = 16 * (length // 128) ** 2 / 2**30
+    return (
+        f"its block mask would take {size:.3g} GiB a row of {length:,} tokens "
+        f"(training.seq_len; at most {FLEX_TOKENS:,})"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -196,23 +248,37 @@ def _block_mask(documents: Documents, window: int | None, device: torch.device) 
     )
 
 
-def choose_core(
-    name: str, needs: set[str], *, device_type: str, dtype: torch.dtype
-) -> tuple[Core, str]:
+@dataclass(frozen=True)
+class Demand:
+    """What a model asks of its core, and where."""
+
+    needs: frozenset[str]
+    """the keywords that its layers will pass (see the module docstring)"""
+    device_type: str
+    dtype: torch.dtype
+    seq_len: int | None = None
+    """tokens of a row; None where that is not known yet"""
+    head_size: int | None = None
+    """the larger of D and Dv; None where it is not known"""
+    packages: bool = True
+    """whether the packages of cores must be installed here; not for a plan of another machine"""
+
+
+def choose_core(name: str, demand: Demand) -> tuple[Core, str]:
     """Return the core that `name` (model.attention) asks for, and a sentence that says which.
 
-    "auto" takes the fastest core that can run here and accepts everything in `needs`; the sentence
-    then says why each faster core was passed over. `needs` are the keywords that the model's layers
-    will pass (see the module docstring). "package.module:function" imports the user's own core.
-    UserError if the named core does not exist, cannot run here or does not accept what is needed.
+    "auto" takes the fastest core that can run here and do what `demand` says; the sentence then
+    says why each faster core was passed over. "package.module:function" imports the user's own
+    core. UserError if the named core does not exist, cannot run here or does not accept what is
+    needed.
     """
     of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
     cores = {name: _import_core(name)} if ":" in name else of_this_file
     obstacles = {}
     for candidate, core in cores.items():
-        obstacle = _obstacle(core, needs, device_type, dtype)
+        obstacle = _obstacle(core, demand)
         if obstacle is None and name in ("auto", candidate):
-            faster = "; ".join(f"{other} {why}" for other, why in obstacles.items())
+            faster = "; ".join(f"{other} {why}" for other, why in obstacles.items() if why)
             return core, f"attention: {candidate}" + (
                 f" ({faster})" if name == "auto" and faster else ""
             )
@@ -222,28 +288,48 @@ def choose_core(
             f'model.attention = "{name}": no such core; choose auto, {", ".join(cores)}, '
             "module:function."
         )
+    able = [core for core in of_this_file if _obstacle(of_this_file[core], demand) is None]
     raise UserError(
-        f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto" for one that '
-        "can do this model."
+        f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto", or one that '
+        f"can do this model here: {', '.join(able)}."
     )
 
 
-def _obstacle(core: Core, needs: set[str], device_type: str, dtype: torch.dtype) -> str | None:
+def _obstacle(core: Core, demand: Demand) -> str | None:
     """Return why core cannot be used, or None.
 
     A core supports the keywords that its signature accepts.
     """
     parameters = inspect.signature(core).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    lacking = needs - parameters.keys()
+    lacking = demand.needs - parameters.keys()
     if lacking and not takes_all:
         return f"cannot do {', '.join(sorted(lacking))}"
-    if core in (flash, flex) and device_type != "cuda":
+    if core in (varlen, flash, flex) and demand.device_type != "cuda":
         return "needs a CUDA device"
-    if core is flash and dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 (training.param_dtype is {dtype})"
-    if core is flash and importlib.util.find_spec("flash_attn") is None:
-        return "needs the package flash-attn"
+    if core is flex:
+        return _flex_length_obstacle(demand.seq_len)
+    if core not in (varlen, flash):
+        return None
+    if demand.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 (training.param_dtype is {demand.dtype})"
+    if (demand.head_size or 0) > MOST_HEAD_SIZE:
+        return f"has heads of at most {MOST_HEAD_SIZE} (this model's have {demand.head_size})"
+    needs_package = core is flash and demand.packages
+    return flash_obstacle() or (_import_obstacle("flash_attn") if needs_package else None)
+
+
+def _import_obstacle(package: str) -> str | None:
+    """Return why package cannot be imported, or None.
+
+    It is really imported, because one that was built for another torch is found, but does not load.
+    """
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        return f"needs the package {package.replace('_', '-')}"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"needs the package {package.replace('_', '-')}, which does not load here ({error})"
     return None
 
 
@@ -314,8 +400,20 @@ def _sdpa_block(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
+    if grouped and not _sdpa_takes_groups(q.device.type, q.dtype):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=grouped, **options)
     return with_equal_sizes(attend, q, k, v)
+
+
+def _sdpa_takes_groups(device_type: str, dtype: torch.dtype) -> bool:
+    """Return whether SDPA's kernels without S x S scores take grouped heads.
+
+    On CUDA the one for fp32, memory-efficient attention, does not in every torch, and SDPA then
+    computes all scores.
+    """
+    return device_type != "cuda" or dtype.itemsize == 2
 
 
 def with_equal_sizes(

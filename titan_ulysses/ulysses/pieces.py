@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,20 +67,26 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tens
 
     The new key takes the share exp(sink) / (exp(lse) + exp(sink)) of the weights, so that o becomes
     o sigmoid(lse - sink), and lse log(exp(lse) + exp(sink)). The backward for q, k and v is the
-    same as without sinks, given these two.
+    same as without sinks, given these two. output is changed in place, since it can be large.
     """
     sinks = sinks.to(lse.dtype)[:, None]
-    kept = torch.sigmoid(lse - sinks).t()[..., None]
-    return (output * kept).to(output.dtype), torch.logaddexp(lse, sinks)
+    output.mul_(torch.sigmoid(lse - sinks).t()[..., None])
+    return output, torch.logaddexp(lse, sinks)
 
 
 def sinks_gradient(grad: Tensor, output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Return the gradient of sinks [Hq], given output and lse of `with_sinks` and output's gradient
     grad [N, Hq, Dv]: - sum_i exp(sink - lse_i) grad_i output_i.
     """
-    weights = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
-    products = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1)
-    return -(weights * products.t()).sum(dim=-1).to(sinks.dtype)
+    gradient, wide = torch.zeros_like(sinks, dtype=lse.dtype), lse.dtype
+    # By blocks of queries, so that no product has the size of the output in a wider dtype.
+    for part in zip(
+        grad.split(_BLOCK), output.split(_BLOCK), lse.split(_BLOCK, dim=1), strict=True
+    ):
+        products = (part[0].to(wide) * part[1].to(wide)).sum(dim=-1)
+        weights = torch.exp(sinks.to(wide)[:, None] - part[2])
+        gradient -= (weights * products.t()).sum(dim=-1)
+    return gradient.to(sinks.dtype)
 
 
 # --- tiles of queries and keys, for kernels that take one document and no window ------------------
@@ -389,7 +395,7 @@ def _cpu_most_keys(dtype: torch.dtype) -> int:
 
 # --- the flash kernel of CUDA ---------------------------------------------------------------------
 
-_CUDA_BLOCK = 2**16
+CUDA_BLOCK = 2**16
 """Keys of a call of the backward: with grouped heads it allocates dK and dV of all keys that it is
 given, once for each query head. This many keys are enough work for a whole GPU.
 """
@@ -473,17 +479,12 @@ def _cuda_backward(
     documents = list(_documents(query_lengths, key_lengths))
     own = [slice(y.stop - (x.stop - x.start), y.stop) for x, y in documents]
     lengths = tuple(x.stop - x.start for x in own)
-    parts = _cuda_call(
-        *(grad, q, _joined(k, own), _joined(v, own), output, lse),
-        *_cuda_lengths(lengths, lengths, q.device),
-        causal=window is None,
-        scale=scale,
-        **_cuda_window(window),
-    )
+    at_own = _joined(k, own), _joined(v, own)
+    parts = _cuda_own(grad, q, *at_own, output, lse, lengths=lengths, scale=scale, window=window)
     for keys, dk_, dv_ in zip(own, *(x.split(lengths) for x in parts[1:]), strict=True):
         dk[keys].add_(dk_)
         dv[keys].add_(dv_)
-    earlier = [block for pair in documents for block in _earlier_blocks(*pair, window, _CUDA_BLOCK)]
+    earlier = [block for pair in documents for block in _earlier_blocks(*pair, window, CUDA_BLOCK)]
     if not earlier:
         return parts[0]
     dq = parts[0].to(torch.promote_types(q.dtype, torch.float32))
@@ -500,6 +501,19 @@ def _cuda_backward(
         for sum_, part in ((dq[rows], dq_), (dk[keys], dk_), (dv[keys], dv_)):
             sum_.add_(part)
     return dq.to(q.dtype)
+
+
+def _cuda_own(
+    *tensors: Tensor, lengths: Lengths, scale: float, window: int | None
+) -> tuple[Tensor, ...]:
+    """Return dq, dk and dv of whole documents: of as many queries as keys."""
+    return _cuda_call(
+        *tensors,
+        *_cuda_lengths(lengths, lengths, tensors[0].device),
+        causal=window is None,
+        scale=scale,
+        **_cuda_window(window),
+    )
 
 
 def _joined(x: Tensor, parts: list[slice]) -> Tensor:
@@ -538,7 +552,7 @@ def _cuda_call(
     v: Tensor,
     output: Tensor,
     lse: Tensor,
-    *lengths: Tensor | int,
+    *lengths: Any,  # what _cuda_lengths returns
     causal: bool,
     scale: float,
     **window: int,
@@ -592,6 +606,61 @@ KERNELS = Pieces(_best_forward, _best_backward)
 
 Their results can be mixed with those of any exact core, since all compute the same attention.
 """
+
+
+class _Attention(torch.autograd.Function):
+    """Attention of whole documents to themselves: one call of `KERNELS`, and sinks around it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        lengths: Lengths,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        ctx.options = {"scale": scale, "window": window}
+        ctx.lengths = lengths
+        output, lse = KERNELS.forward(
+            q, k, v, query_lengths=lengths, key_lengths=lengths, **ctx.options
+        )
+        if sinks is not None:
+            output, lse = with_sinks(output, lse, sinks)
+        ctx.save_for_backward(q, k, v, output, lse, sinks)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, lse, sinks = ctx.saved_tensors
+        gradient = None if sinks is None else sinks_gradient(grad, output, lse, sinks)
+        saved = grad, q, k, v, output, lse
+        if _best(q, None) is CUDA_FLASH:
+            gradients = _cuda_own(*saved, lengths=ctx.lengths, **ctx.options)
+        else:
+            dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+            lengths = {"query_lengths": ctx.lengths, "key_lengths": ctx.lengths}
+            dq = KERNELS.backward(*saved, dk=dk, dv=dv, **lengths, **ctx.options)
+            gradients = dq, dk.to(k.dtype), dv.to(v.dtype)
+        return *gradients, gradient, None, None, None
+
+
+def attend_documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Lengths,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend from whole documents to themselves: q [N, Hq, D], k [N, Hkv, D] and v [N, Hkv, Dv] ->
+    [N, Hq, Dv], for documents of `lengths`, one after the other. Differentiable.
+    """
+    return _Attention.apply(q, k, v, sinks, lengths, scale, window)
 
 
 def has_pieces(core: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -53,6 +53,9 @@ def chunk_core(core: Core, module: nn.Module, chunk: Chunk, heads: slice) -> Cor
         call = _Call(pieces, known, chunk, key, seen, options)
         return _Attention.apply(call, q, k, v, sinks)
 
+    # Pieces index with 64 bits. The heads of a run must not be divided among calls, which would
+    # all return the gradients of the keys that they share.
+    attend.any_size = True  # type: ignore[attr-defined]
     return attend
 
 
