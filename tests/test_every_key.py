@@ -42,6 +42,7 @@ from titan_ulysses.distributed.run_store import host_name
 from titan_ulysses.observability.profiling import profiled
 
 EMBEDDING, SILU = "model.embed_tokens.weight", "aten::silu"
+ATTEND = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 
 Effect = Callable[[Seen, Seen], bool]
@@ -426,6 +427,22 @@ MEMORY = {
         Case("host", lambda run, _: run.facts["buffers"] == 2 * [4 * 32 * 64], same=True),
         Case("disk", lambda run, _: len(run.facts["mapped"]) == 2, same=True),
     ],
+    "activation_checkpoint.keep_attention": [
+        Case(
+            "all",
+            lambda run, default: 2 * computed(run, ATTEND) == computed(default, ATTEND) > 0,
+            {"memory.stream_chunk_tokens": 8},
+            same=True,
+            watch="operators",
+        ),
+        Case(
+            "auto",
+            lambda run, default: len(run.facts["buffers"]) > len(default.facts["buffers"]),
+            {"memory.stream_chunk_tokens": 8, "activation_checkpoint.offload": "host"},
+            same=True,
+        ),
+        Case("auto", said('activation_checkpoint.keep_attention = "auto" changes nothing')),
+    ],
     "activation_checkpoint.offload_folder": [
         Case(
             "$MATERIAL",
@@ -454,6 +471,27 @@ MEMORY = {
             lambda run, _: computed(run, SILU, rows=7) > 0,
             {"activation_checkpoint.mode": "none"},
             watch="operators",
+        ),
+    ],
+    "memory.stream_chunk_tokens": [
+        Case(10, said("\nstreamed: 4 chunks of 10 tokens, 10 a rank"), same=True),
+        Case(
+            9,
+            said("\nstreamed: 4 chunks of 10 tokens (memory.stream_chunk_tokens = 9), 5 a rank"),
+            {"parallelism.sequence_parallel_degree": 2},
+            ranks=2,
+            same=True,
+        ),
+        Case(99, said("memory.stream_chunk_tokens = 99 is not less than training.seq_len = 32")),
+        Case(
+            8,
+            refused("memory.stream_chunk_tokens = 8", 'activation_checkpoint.mode = "none"'),
+            {"activation_checkpoint.mode": "none"},
+        ),
+        Case(
+            8,
+            refused("memory.stream_chunk_tokens = 8: the core own_core has no `pieces`"),
+            {"model.attention": "test_every_key:own_core"},
         ),
     ],
     "memory.parameter_offload": [

@@ -88,7 +88,7 @@ def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=Fal
 @pytest.fixture(params=["explicit", "cpu", "cuda"])
 def kernel(request, monkeypatch) -> Pieces:
     """The pieces to test, with tiles of a few tokens."""
-    for name, size in (("_BLOCK", 4), ("_SMALLEST_BLOCK", 2), ("_CUDA_BLOCK", 5)):
+    for name, size in (("_BLOCK", 4), ("_SMALLEST_BLOCK", 2), ("CUDA_BLOCK", 5)):
         monkeypatch.setattr(pieces, name, size)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)

@@ -217,6 +217,9 @@ PAIRS = [
     {"checkpoint_every": 2, "offload": "disk", "mlp_tile_tokens": 3},
     {"checkpoint_every": 2, "mlp_tile_tokens": -1, "attention": "blockwise"},
     {"offload": "host", "mlp_tile_tokens": -1, "loss_tile_tokens": -1},
+    {"keep_attention": "all"},
+    {"keep_attention": "all", "checkpoint_every": 2, "offload": "host"},
+    {"keep_attention": "auto", "offload": "disk", "mlp_tile_tokens": 3},
 ]
 
 
@@ -323,7 +326,9 @@ def test_the_automatic_choice_leaves_short_sequences_whole() -> None:
 # --- what it costs --------------------------------------------------------------------------------
 
 
-def counted(chunk: int, every: int, layers: int) -> tuple[dict[str, int], dict[str, int]]:
+def counted(
+    chunk: int, every: int, layers: int, keep: str
+) -> tuple[dict[str, int], dict[str, int]]:
     """Calls of the second step on (sp2): of MLPs, attention forward and backward, and keys that
     attention was given; and of collectives.
     """
@@ -345,8 +350,8 @@ def counted(chunk: int, every: int, layers: int) -> tuple[dict[str, int], dict[s
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
-    options = {"mlp_tile_tokens": 1000, "checkpoint_every": every, "stream_chunk_tokens": chunk}
-    parallelize(model, mesh, attention=core, **options)
+    options = {"mlp_tile_tokens": 1000, "checkpoint_every": every, "keep_attention": keep}
+    parallelize(model, mesh, attention=core, stream_chunk_tokens=chunk, **options)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
@@ -358,14 +363,16 @@ def counted(chunk: int, every: int, layers: int) -> tuple[dict[str, int], dict[s
     return calls, {kind: number for kind, (number, _) in counter.counts.items()}
 
 
+@pytest.mark.parametrize("keep", ["none", "all"])
 @pytest.mark.parametrize(("every", "layers"), [(1, 2), (2, 4), (3, 4)])
 @pytest.mark.parametrize(("chunk", "chunks"), [(12, 2), (10, 3)])
-def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int) -> None:
+def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int, keep: str) -> None:
     """The closed forms of memory/streaming.py, with n segments of L layers."""
     segments = -(-layers // every)
-    calls, collectives = run_on_ranks(2, counted, chunk, every, layers)[0]
+    calls, collectives = run_on_ranks(2, counted, chunk, every, layers, keep)[0]
     forwards = (3 * layers - segments) * chunks
-    assert calls == {"mlp": forwards, "forward": forwards, "backward": layers * chunks}
+    attended = layers * chunks if keep == "all" else forwards
+    assert calls == {"mlp": forwards, "forward": attended, "backward": layers * chunks}
     assert collectives["all_to_all"] == 2 * forwards + layers * (2 * chunks + chunks - 1)
     # Besides the blocks: embedding and head are gathered once, and the root with the last norm.
     assert collectives["reduce_scatter"] == layers + 3

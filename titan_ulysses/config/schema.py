@@ -410,6 +410,12 @@ class ActivationCheckpoint(Section):
         description="Where the kept inputs wait for backward. none: on the device. host: in host "
         "memory. disk: in files.",
     )
+    keep_attention: Literal["none", "auto", "all"] = Field(
+        "none",
+        description="Keep the outputs of attention too, where the inputs are kept, so that "
+        "attention is not computed again in backward. all: of all layers. auto: as many as there "
+        'is room for beside offload = "host" or "disk". Needs memory.stream_chunk_tokens.',
+    )
     offload_folder: PathText = Field(
         "",
         description='Folder of the files of offload = "disk". Empty: the system\'s temporary '

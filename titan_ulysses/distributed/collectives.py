@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -38,8 +39,10 @@ class CollectiveCounter(TorchDispatchMode):
     bytes are the size of this rank's input, including the part that stays on this rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, weight: Callable[[], int] = lambda: 1) -> None:
+        """weight() says for how many calls the current one stands."""
         super().__init__()
+        self._weight = weight
         self.counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
     @classmethod
@@ -58,7 +61,8 @@ class CollectiveCounter(TorchDispatchMode):
             kind = _KINDS.get(func._opname)
             if kind is not None:
                 calls, size = self.counts[kind]
-                self.counts[kind] = (calls + 1, size + _input_bytes(func, args))
+                weight = self._weight()
+                self.counts[kind] = calls + weight, size + weight * _input_bytes(func, args)
         return func(*args, **(kwargs or {}))
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,18 @@ class Chunk:
     """
     memory: dict[Any, Any] = field(default_factory=dict)
     """What the modules of the block remember from chunk to chunk, by module."""
+    kept: Kept | None = None
+    """What they keep from the forward of this call of the block until its backward."""
+
+
+class Kept(Protocol):
+    """Keeps tensors from forward to backward."""
+
+    def put(self, key: Any, tensors: Sequence[Tensor]) -> None:
+        """Keep the tensors, if there is room."""
+
+    def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
+        """Return what was put, or None; after the last use it is not kept any longer."""
 
 
 class KeysKnown(Exception):

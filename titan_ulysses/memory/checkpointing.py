@@ -49,6 +49,14 @@ def output_is_needed() -> bool:
     return not getattr(_phase, "output_unneeded", False)
 
 
+def block_memo() -> dict[str, Any]:
+    """Return what the running block of a segment remembers from its forward until its backward.
+
+    It is the same object when the segment is recomputed.
+    """
+    return _phase.memo
+
+
 # Per thread: CUDA's backward, and with it the recomputation, runs in a thread of its own.
 _phase = threading.local()
 
@@ -98,10 +106,11 @@ class _Segment:
         if len(self.calls) < len(self.blocks):
             return hidden
         calls, self.calls = self.calls, []
+        memos: list[dict] = [{} for _ in calls]
         assert position == len(calls) - 1, "the decoder does not call its blocks in order"
 
         def run(hidden: Tensor) -> Any:
-            return self._run(hidden, calls)
+            return self._run(hidden, calls, memos)
 
         with self.store.offload_saved_tensors() if self.store else nullcontext():
             return checkpoint(
@@ -111,10 +120,13 @@ class _Segment:
                 context_fn=lambda: (nullcontext(), _Recomputation()),
             )
 
-    def _run(self, hidden: Tensor, calls: list[tuple[tuple, dict[str, Any]]]) -> Any:
+    def _run(
+        self, hidden: Tensor, calls: list[tuple[tuple, dict[str, Any]]], memos: list[dict]
+    ) -> Any:
         last = len(calls) - 1
         for position, (block, (args, kwargs)) in enumerate(zip(self.blocks, calls, strict=True)):
             recomputing = getattr(_phase, "recomputing", False)
+            _phase.memo = memos[position]
             with without_output(recomputing and position == last):
                 hidden = block.run_block(hidden, *args, **kwargs)
             if position < last and not isinstance(hidden, Tensor):

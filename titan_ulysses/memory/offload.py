@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -32,6 +32,9 @@ from titan_ulysses.distributed.errors import UserError
 
 Offload = Literal["none", "host", "disk"]
 
+_RESERVE = 16
+"""Tensors of each process that must still fit after one that is kept only if there is room."""
+
 
 def open_store(offload: Offload, folder: str | Path | None, device: torch.device) -> Store | None:
     """Return the store for segment inputs, or None if offload is "none".
@@ -40,11 +43,18 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     """
     if offload == "none":
         return None
-    cuda = device.type == "cuda"
+    place, cuda = Path(folder or tempfile.gettempdir()), device.type == "cuda"
     if offload == "host":
-        return CudaStore(_host_buffer) if cuda else Store(_host_buffer)
-    files = _FileBuffers(Path(folder or tempfile.gettempdir()))
-    return DiskStore(files, partial(_host_buffer, offload="disk")) if cuda else Store(files)
+        make_store = CudaStore if cuda else Store
+        return make_store(_host_buffer, available_host_memory)
+
+    def room() -> int:
+        return shutil.disk_usage(place).free
+
+    files = _FileBuffers(place)
+    if not cuda:
+        return Store(files, room)
+    return DiskStore(files, partial(_host_buffer, offload="disk"), room)
 
 
 class OffloadedTensor:
@@ -70,13 +80,17 @@ class OffloadedTensor:
 class Store:
     """Keeps tensors in buffers of host memory."""
 
-    def __init__(self, make_buffer: Callable[[int, torch.device], Tensor]):
-        self.make_buffer = make_buffer
+    def __init__(
+        self,
+        make_buffer: Callable[[int, torch.device], Tensor],
+        room: Callable[[], float] = lambda: inf,
+    ):
+        self.make_buffer, self._room = make_buffer, room
         self.buffers: list[Tensor] = []
         """All buffers ever made, in use or free."""
         self.free: dict[int, list[Tensor]] = {}
         """Buffers not in use, by their size in bytes."""
-        self._latest: Callable[[], OffloadedTensor | None] = lambda: None
+        self._latest: dict[str, weakref.ref[OffloadedTensor]] = {}
 
     @contextmanager
     def offload_saved_tensors(self) -> Iterator[None]:
@@ -87,16 +101,29 @@ class Store:
             yield
 
     def _pack(self, x: Tensor) -> Tensor | OffloadedTensor:
-        if x.numel() == 0:
-            return x
+        return x if x.numel() == 0 else self.keep(x)
+
+    def has_room(self, size: int) -> bool:
+        """Return whether a tensor of size bytes can be kept, with room for others after it."""
+        if self.free.get(size):
+            return True
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return self._room() > _RESERVE * processes * size
+
+    def keep(self, x: Tensor, kind: str = "inputs") -> OffloadedTensor:
+        """Keep x in this store.
+
+        Tensors of a kind are needed in backward in the reverse of the order of these calls.
+        """
         size = x.numel() * x.element_size()
         if self.free.get(size):
             buffer = self.free[size].pop()
         else:
             buffer = self.make_buffer(size, x.device)
             self.buffers.append(buffer)
-        kept = OffloadedTensor(self, x, buffer, self._latest())
-        self._latest = weakref.ref(kept)
+        before = self._latest[kind]() if kind in self._latest else None
+        kept = OffloadedTensor(self, x, buffer, before)
+        self._latest[kind] = weakref.ref(kept)
         self.put(x.detach(), kept)
         return kept
 
@@ -118,9 +145,12 @@ class CudaStore(Store):
     """
 
     def __init__(
-        self, make_buffer: Callable[[int, torch.device], Tensor], cuda: ModuleType = torch.cuda
+        self,
+        make_buffer: Callable[[int, torch.device], Tensor],
+        room: Callable[[], float] = lambda: inf,
+        cuda: ModuleType = torch.cuda,
     ):
-        super().__init__(make_buffer)
+        super().__init__(make_buffer, room)
         self.cuda, self.stream = cuda, cuda.Stream()
         self._copies_in_flight: deque[
             tuple[weakref.ref[OffloadedTensor], Tensor, torch.cuda.Event]
@@ -188,10 +218,11 @@ class DiskStore(CudaStore):
         self,
         make_buffer: Callable[[int, torch.device], Tensor],
         make_staging: Callable[[int, torch.device], Tensor],
+        room: Callable[[], float] = lambda: inf,
         cuda: ModuleType = torch.cuda,
         background: Executor | None = None,
     ):
-        super().__init__(make_buffer, cuda)
+        super().__init__(make_buffer, room, cuda)
         self.make_staging = make_staging
         self.background = background or ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._staging = deque([_Staging(), _Staging()])
@@ -318,15 +349,16 @@ def check_room(
     itemsize: int,
     segments: int,
     processes: int,
+    attention: int = 0,
 ) -> None:
     """Raise UserError if this node has no room for the segment inputs of all its processes.
 
     shape is [B, T, h], the shape of one input, and itemsize its bytes per element. segments is the
-    number of inputs per process.
+    number of inputs per process, and attention the bytes of a process for outputs of attention.
     """
     if offload == "none":
         return
-    needed = prod(shape) * itemsize * segments * processes
+    needed = (prod(shape) * itemsize * segments + attention) * processes
     if offload == "disk":
         place = Path(folder or tempfile.gettempdir())
         setting = f"activation_checkpoint.offload_folder = {place}"
@@ -338,9 +370,12 @@ def check_room(
     else:
         setting, free = f'activation_checkpoint.offload = "{offload}"', available_host_memory()
     if needed > free:
+        remedy = (
+            'Set activation_checkpoint.keep_attention = "auto", raise' if attention else "Raise"
+        )
         raise UserError(
             f"{setting}: checkpoints take {needed / 2**30:.1f} GiB on this node ({processes} ranks "
-            f"x {segments} segments), and {free / 2**30:.1f} GiB are free. Raise "
+            f"x {segments} segments), and {free / 2**30:.1f} GiB are free. {remedy} "
             "activation_checkpoint.every, use more sequence-parallel ranks on more nodes, or "
             "shorten training.seq_len."
         )

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,25 +39,36 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Chunk, KeysKnown, current_chunk
-from titan_ulysses.memory.checkpointing import output_is_needed, without_output
+from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
+from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
+from titan_ulysses.memory.tiling import visited
+
+KeepAttention = Literal["none", "auto", "all"]
 
 
-def stream_blocks(blocks: nn.ModuleList) -> None:
+def stream_blocks(
+    blocks: nn.ModuleList, *, keep_attention: KeepAttention = "none", store: Store | None = None
+) -> None:
     """Make each block work through the chunks that its keyword `ulysses` says, in place.
+
+    keep_attention: whether the outputs and log-sum-exps of attention are kept from forward to
+    backward: "all" of them, or "auto", as many as store has room for. Without a store, "all" stay
+    on the device, and "auto" keeps none.
 
     The `forward` of the instances is replaced, so parameters keep their names, and FSDP's hooks run
     around all chunks. A sequence of one chunk is computed as before.
     """
     for block in blocks:
-        block.forward = StreamedBlock(block)
+        block.forward = StreamedBlock(block, keep_attention, store)
 
 
 class StreamedBlock:
     """The forward of a block, chunk by chunk."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: nn.Module, keep_attention: KeepAttention, store: Store | None):
         self.block, self.forward = block, block.forward
+        self.keep_attention, self.store = keep_attention, store
         self.draws_random_numbers = False  # whether the block does; set by the first forward
         self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
 
@@ -65,12 +76,44 @@ class StreamedBlock:
         chunks = kwargs["ulysses"].chunks
         if len(chunks) == 1:
             return self.forward(hidden, *args, **kwargs)
+        if torch.is_grad_enabled() and (kept := self._kept()) is not None:
+            chunks = [replace(chunk, kept=kept) for chunk in chunks]
         call = _Call(self, hidden.shape, chunks, args, kwargs)
         return _StreamedFunction.apply(call, hidden, *call.differentiable(), *self.parameters())
+
+    def _kept(self) -> _KeptTensors | None:
+        """Return where attention keeps its outputs, or None if it keeps none."""
+        if self.keep_attention == "none" or self.keep_attention == "auto" and self.store is None:
+            return None
+        new = _KeptTensors(self.store, always=self.keep_attention == "all")
+        return block_memo().setdefault("attention", new)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the block holds now; under FSDP, the gathered ones."""
         return list(self.block.parameters())
+
+
+class _KeptTensors:
+    """Tensors that wait for backward, in a store or on the device (see `sequence.Kept`)."""
+
+    def __init__(self, store: Store | None, *, always: bool):
+        self._store, self._always = store, always
+        self._tensors: dict[Any, list[Tensor | OffloadedTensor]] = {}
+
+    def put(self, key: Any, tensors: Sequence[Tensor]) -> None:
+        store = self._store
+        if store is None:
+            self._tensors[key] = list(tensors)
+        elif self._always or store.has_room(sum(x.numel() * x.element_size() for x in tensors)):
+            self._tensors[key] = [
+                store.keep(x.detach(), f"attention {i}") for i, x in enumerate(tensors)
+            ]
+
+    def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
+        if key not in self._tensors:
+            return None
+        tensors = self._tensors.pop(key) if last else self._tensors[key]
+        return [self._store.get(x) if isinstance(x, OffloadedTensor) else x for x in tensors]
 
 
 class _Call:
@@ -132,7 +175,7 @@ class _Call:
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
         memory: dict[Any, Any] = {}
         output = None
-        for chunk in self.chunks:
+        for chunk in visited(self.chunks):
             self.random.append(rng_state(hidden.device))
             with _running(replace(chunk, memory=memory)):
                 y = self.run(hidden[:, chunk.local], *self.arguments(chunk)[:2])
@@ -173,7 +216,7 @@ class _Call:
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
-        for chunk in reversed(self.chunks):
+        for chunk in visited(self.chunks[::-1]):
             y, inputs = self._graph(hidden, chunk, memory, needs_input=needs[0])
             inputs += parameters
             found = torch.autograd.grad(
@@ -196,7 +239,7 @@ class _Call:
         The last one is the first whose gradients are computed, and tells its own keys then.
         """
         memory: dict[Any, Any] = {}
-        for chunk in self.chunks[:-1]:
+        for chunk in visited(self.chunks[:-1]):
             with (
                 _running(replace(chunk, goal="keys", memory=memory)),
                 self._replayed(chunk, hidden.device),

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +25,25 @@ from torch.autograd.function import once_differentiable
 from titan_ulysses.memory.checkpointing import output_is_needed
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
 
-_visit: ContextVar[Callable[[list[slice]], Iterable[slice]]] = ContextVar("_visit", default=iter)
+T = TypeVar("T")
+_visit: ContextVar[Callable[[list], Iterable]] = ContextVar("_visit", default=iter)
 
 
 def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
     """Return the tiles of so many rows as slices, in order; the last one may be smaller."""
-    return _visit.get()(
+    return visited(
         [slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)]
     )
 
 
+def visited(parts: list[T]) -> Iterable[T]:
+    """Return the parts of a computation that are to be computed: all, unless overridden."""
+    return _visit.get()(parts)
+
+
 @contextlib.contextmanager
-def override_tiles(visit: Callable[[list[slice]], Iterable[slice]]) -> Iterator[None]:
-    """Let visit choose, from all tiles, those to compute, in the current contextvars context.
+def override_tiles(visit: Callable[[list], Iterable]) -> Iterator[None]:
+    """Let visit choose, from all tiles or chunks, those to compute, in this contextvars context.
 
     This is for callers that need no values, such as the planner.
     """

@@ -120,7 +120,7 @@ class CostCounter:
                 x.numel() * x.element_size() for x in tensors
             )
         elif func._opname == "all_to_all_single":
-            self._exchanged[stage] += args[0].numel() * args[0].element_size()
+            self._exchanged[stage] += weight * args[0].numel() * args[0].element_size()
         self._tick(stage)
 
     def _tick(self, stage: str) -> None:

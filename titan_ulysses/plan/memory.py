@@ -274,16 +274,18 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- repetition -------------------------------------------------------------------------------
 
-    def shortened(self, tiles: list[slice]) -> Iterator[slice]:
-        """Yield the first two tiles and the last one. While the second tile runs, `weight` makes it
-        stand for all tiles between the first and the last.
+    def shortened(self, parts: list) -> Iterator:
+        """Yield the first, the middle and the last of the tiles or chunks.
+
+        While the middle one runs, `weight` makes it stand for all between the first and the last.
+        The cost of a chunk grows evenly from the first to the last.
         """
-        yield from tiles[:1]
-        if len(tiles) > 2:
-            before, self.weight = self.weight, self.weight * (len(tiles) - 2)
-            yield tiles[1]
+        yield from parts[:1]
+        if len(parts) > 2:
+            before, self.weight = self.weight, self.weight * (len(parts) - 2)
+            yield parts[len(parts) // 2]
             self.weight = before
-        yield from tiles[1:][-1:]
+        yield from parts[1:][-1:]
 
     # --- what it is for ---------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 fake process group.
 
 Nothing is computed and nothing is sent, so a laptop can run one rank of a thousand. The optimizer
-makes one step before, so that its state exists. Of the tiles of a function, only the first two and
-the last are run, because all tiles between do what the second one does. For the same reason, only
-the first two of the micro-batches that a step accumulates are run.
+makes one step before, so that its state exists. Of the tiles of a function and the chunks of a
+block, only the first, the middle one and the last are run, because the middle one does what all
+between do on average. For the same reason, only the first two of the micro-batches that a step
+accumulates are run.
 
 Memory that exists only in CUDA kernels cannot be simulated. `cuda_memory.py` adds it, each figure
 with its source.
@@ -29,7 +30,7 @@ from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.mesh import Mesh, build_mesh
-from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.distributed.sequence import Documents, chunk_length
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.tiling import override_tiles
@@ -125,7 +126,10 @@ def _run_step(
 ) -> Simulation:
     """Run the step on fake tensors, with one or two of its micro-batches."""
     accumulation = spec.degrees.accumulation_steps
-    batches = [_batch(spec.config, mesh, documents) for _ in range(accumulation)]
+    chunk = chunk_length(
+        model.stream_chunk_tokens, spec.config.training.seq_len, spec.degrees.sequence
+    )
+    batches = [_batch(spec.config, mesh, documents, chunk) for _ in range(accumulation)]
     tracker.claim(
         [vars(batch) for batch in batches], "other", label="inputs: token ids, labels, positions"
     )
@@ -135,7 +139,8 @@ def _run_step(
     for run in (batches[:1], batches[:2]) if accumulation > 1 else (batches,):
         start = len(tracker.events)
         costs.take()
-        with override_tiles(tracker.shortened), CollectiveCounter() as counter:
+        counter = CollectiveCounter(weight=lambda: tracker.weight)
+        with override_tiles(tracker.shortened), counter:
             train_step(model, optimizer, run, mesh, max_norm=max_norm)
         counts.append(dict(counter.counts))
     tracker.recording = False  # the releases that follow are not part of the step
@@ -279,7 +284,9 @@ def _label_optimizer(
     optimizer.register_step_post_hook(note_state)
 
 
-def _batch(config: Config, mesh: Mesh, documents: Documents | None) -> Batch:
+def _batch(
+    config: Config, mesh: Mesh, documents: Documents | None, chunk_tokens: int | None
+) -> Batch:
     rows, seq_len = config.training.local_batch_size, config.training.seq_len
     tokens = seq_len // mesh.sp.size()
     return Batch(
@@ -287,4 +294,5 @@ def _batch(config: Config, mesh: Mesh, documents: Documents | None) -> Batch:
         labels=torch.zeros(rows, tokens, dtype=torch.int64),
         position_ids=torch.zeros(rows, tokens, dtype=torch.int64),
         documents=documents or ((seq_len,),) * rows,
+        chunk_tokens=chunk_tokens,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.ulysses.cores import with_equal_sizes
+from titan_ulysses.ulysses.pieces import CUDA_BLOCK, Lengths, Pieces
 
 
 class Standin:
@@ -48,7 +50,7 @@ class Standin:
         sinks: Tensor | None = None,
     ) -> Tensor:
         pairs = sum(_pairs(length, window) for row in documents for length in row)
-        self.scores[self.tracker.attribution.here().layer] = pairs / len(documents)
+        self._note(pairs / len(documents))
         grouped = q.shape[2] != k.shape[2]
 
         attend = partial(
@@ -56,6 +58,86 @@ class Standin:
         )
         output = with_equal_sizes(attend, *(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         return output if sinks is None else _Sinks.apply(output, sinks)
+
+    @property
+    def pieces(self) -> Pieces:
+        """Chunks of the sequence, by the same kernels with some of the queries."""
+        return Pieces(self._forward, self._backward)
+
+    def _forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        query_lengths: Lengths,
+        key_lengths: Lengths,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        self._note(_pairs_of_pieces(query_lengths, key_lengths, window))
+        size = v.shape[-1]
+        output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scale)
+        return output[0, ..., :size].transpose(0, 1), lse.reshape(lse.shape[1:])
+
+    def _backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        *,
+        dk: Tensor,
+        dv: Tensor,
+        query_lengths: Lengths,
+        key_lengths: Lengths,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Do what `pieces.CUDA_FLASH` does: the queries' own keys, then blocks of earlier ones."""
+        pairs = _pairs_of_pieces(query_lengths, key_lengths, window)
+        own, size = len(q), q.shape[-1]
+        starts = [*range(own, len(k), CUDA_BLOCK)]
+        earlier = pairs - _pairs_of_pieces(query_lengths, query_lengths, window)
+        dq = None
+        for first, stop in pairwise([0, own, *starts[1:], len(k)] if starts else [0, own]):
+            self._note(pairs - earlier if dq is None else earlier / len(starts))
+            keys = slice(first, stop)
+            inputs = _heads_first(grad, q, k[keys], v[keys], output)
+            parts = _BACKWARD(*inputs, lse[None], 0.0, False, scale=scale)
+            parts = [part[0].transpose(0, 1) for part in parts]
+            dk[keys].add_(parts[1][..., : k.shape[-1]])
+            dv[keys].add_(parts[2][..., : v.shape[-1]])
+            if dq is None:
+                dq = parts[0].to(dk.dtype) if starts else parts[0]
+            else:
+                dq.add_(parts[0])
+        return dq[..., :size].to(q.dtype)
+
+    def _note(self, pairs: float) -> None:
+        """Note the scores of a row that the layer's next calls compute."""
+        self.scores[self.tracker.attribution.here().layer] = pairs
+
+
+_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors [N, H, D] as [1, H, N, D], padded to one D."""
+    size = max(x.shape[-1] for x in tensors)
+    padded = (F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in tensors)
+    return [x.transpose(0, 1)[None] for x in padded]
+
+
+def _pairs_of_pieces(query_lengths: Lengths, key_lengths: Lengths, window: int | None) -> float:
+    """Return the pairs with a score of the last queries of each document."""
+    lengths = zip(query_lengths, key_lengths, strict=True)
+    return sum(_pairs(keys, window) - _pairs(keys - queries, window) for queries, keys in lengths)
 
 
 class _Sinks(torch.autograd.Function):

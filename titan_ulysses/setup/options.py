@@ -10,6 +10,7 @@ import torch
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.offload import Offload
+from titan_ulysses.memory.streaming import KeepAttention
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.ulysses.cores import Core, Demand, choose_core
 from titan_ulysses.ulysses.pieces import pieces_of
@@ -40,6 +41,12 @@ class ParallelOptions:
     """Blocks per activation checkpoint, which keeps only its input for backward; 0: none."""
     offload: Offload = "none"
     """Where these inputs are kept: "none" (the device), "host" (host memory) or "disk" (files)."""
+    keep_attention: KeepAttention = "none"
+    """Which outputs of attention are kept in the same place, and not computed again in backward.
+
+    "none", "all", or "auto": as many as there is room for (none on the device). Only streamed
+    blocks keep them.
+    """
     offload_folder: str | None = None
     """Folder for offload = "disk"; None: the system's temporary folder."""
     stream_chunk_tokens: int = 0
@@ -80,6 +87,7 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         mlp_tile_tokens=memory.mlp_tile_tokens,
         checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
         offload=checkpoint.offload,
+        keep_attention=checkpoint.keep_attention,
         offload_folder=checkpoint.offload_folder or None,
         stream_chunk_tokens=memory.stream_chunk_tokens,
         parameter_offload=memory.parameter_offload,
@@ -90,10 +98,13 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
     )
 
 
-def obstacle_to_streaming(model_config: PreTrainedConfig, options: ParallelOptions) -> str | None:
-    """Return why blocks cannot work through a sequence chunk by chunk, or None if they can.
+def obstacle_to_streaming(
+    model_config: PreTrainedConfig, options: ParallelOptions, device_type: str
+) -> str | None:
+    """Return why blocks cannot or should not work through a sequence in chunks, or None.
 
-    options.attention must be a core. UserError if options ask for chunks all the same.
+    options.attention must be a core. UserError if options ask for chunks that cannot be. What
+    would only be slow is no obstacle then.
     """
     assert callable(options.attention)
     reason = None
@@ -109,6 +120,11 @@ def obstacle_to_streaming(model_config: PreTrainedConfig, options: ParallelOptio
             f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: {reason}. Set it to "
             '"auto" or "off".'
         )
+    if reason is None and not options.stream_chunk_tokens and device_type == "cuda":
+        if "softcap" in attention_needs(model_config):
+            reason = "on a GPU, soft-capped scores have no fast kernel for chunks"
+        elif options.param_dtype is not None and options.param_dtype.itemsize != 2:
+            reason = f"on a GPU, {options.param_dtype} has no fast kernel for chunks"
     return reason
 
 

@@ -126,7 +126,9 @@ def _verified(
 
     tiling = verify_family(config, mesh, shard, _tilings(options))
     options = replace(options, **tiling)
-    if options.stream_chunk_tokens == -1 or obstacle_to_streaming(config, options):
+    if options.stream_chunk_tokens == -1 or obstacle_to_streaming(
+        config, options, mesh.device.type
+    ):
         return options
     reason = verify_streaming(config, mesh, shard, tiling)
     if reason and options.stream_chunk_tokens:
@@ -154,15 +156,16 @@ def wrap(
     options: ParallelOptions,
     *,
     store: Store | None,
-    device_type: str,
+    device_type: str | None = None,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
     options.attention must be a core, not a name, and options must have concrete dtypes. store keeps
-    the inputs of activation checkpoints off the device; None leaves them there. device_type is that
-    of the run, for which tiles are chosen; the planner's mesh is always one of CPUs.
+    the inputs of activation checkpoints off the device; None leaves them there. device_type is the
+    mesh's, unless the planner says for which one it wraps.
     """
     assert callable(options.attention)
+    device_type = device_type or mesh.device.type
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, options.attention)
     if _tiles_mlp(options):
@@ -173,9 +176,11 @@ def wrap(
     if options.compile:
         compile_blocks(blocks)
     model.stream_chunk_tokens = -1
-    if options.stream_chunk_tokens != -1 and not obstacle_to_streaming(model.config, options):
+    if options.stream_chunk_tokens != -1 and not obstacle_to_streaming(
+        model.config, options, device_type
+    ):
         model.stream_chunk_tokens = options.stream_chunk_tokens
-        stream_blocks(blocks)
+        stream_blocks(blocks, keep_attention=options.keep_attention, store=store)
     use_loss_head(model, decoder, options, device_type)
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 

@@ -176,4 +176,18 @@ def check_machine(spec: RunSpec) -> None:
         itemsize=getattr(torch, config.training.param_dtype).itemsize,
         segments=-(-spec.model_config.num_hidden_layers // checkpoint.every),
         processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        attention=_bytes_of_kept_attention(spec),
     )
+
+
+def _bytes_of_kept_attention(spec: RunSpec) -> int:
+    """Return the bytes of all outputs of attention and log-sum-exps that a rank keeps for sure."""
+    config, model = spec.config, spec.model_config
+    is_streamed = spec.chunk_rows[0] < spec.local_tokens
+    if config.activation_checkpoint.keep_attention != "all" or not is_streamed:
+        return 0
+    dtype = getattr(torch, config.training.param_dtype)
+    heads = model.num_attention_heads
+    size = getattr(model, "v_head_dim", None) or getattr(model, "head_dim", None)
+    a_head = (size or model.hidden_size // heads) * dtype.itemsize + max(4, dtype.itemsize)
+    return model.num_hidden_layers * spec.local_tokens * heads * a_head

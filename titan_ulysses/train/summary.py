@@ -102,6 +102,12 @@ def _choices(run: Run) -> list[str]:
         )
     if streaming := _streaming(run):
         lines.append(streaming)
+    keep = run.config.activation_checkpoint.keep_attention
+    if keep != "none" and not streaming.startswith("streamed"):
+        lines.append(
+            f'activation_checkpoint.keep_attention = "{keep}" changes nothing: layers are not '
+            "streamed"
+        )
     if run.mesh.device.type == "cuda":
         lines.append(describe_allocator())
     if run.float8_layers:
@@ -139,7 +145,7 @@ def _streaming(run: Run) -> str:
             else ""
         )
     if run.model.stream_chunk_tokens == -1:
-        reason = obstacle_to_streaming(run.model.config, run.spec.options)
+        reason = obstacle_to_streaming(run.model.config, run.spec.options, run.mesh.device.type)
         return f"not streamed: {reason or 'this family does not train exactly chunk by chunk'}"
     rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != wanted else ""
     return (

@@ -395,7 +395,7 @@ def _cpu_most_keys(dtype: torch.dtype) -> int:
 
 # --- the flash kernel of CUDA ---------------------------------------------------------------------
 
-_CUDA_BLOCK = 2**16
+CUDA_BLOCK = 2**16
 """Keys of a call of the backward: with grouped heads it allocates dK and dV of all keys that it is
 given, once for each query head. This many keys are enough work for a whole GPU.
 """
@@ -484,7 +484,7 @@ def _cuda_backward(
     for keys, dk_, dv_ in zip(own, *(x.split(lengths) for x in parts[1:]), strict=True):
         dk[keys].add_(dk_)
         dv[keys].add_(dv_)
-    earlier = [block for pair in documents for block in _earlier_blocks(*pair, window, _CUDA_BLOCK)]
+    earlier = [block for pair in documents for block in _earlier_blocks(*pair, window, CUDA_BLOCK)]
     if not earlier:
         return parts[0]
     dq = parts[0].to(torch.promote_types(q.dtype, torch.float32))

@@ -49,8 +49,13 @@ def chunk_core(core: Core, module: nn.Module, chunk: Chunk, heads: slice) -> Cor
             _seen(row, chunk.whole.start, chunk.whole.stop, options.get("window"))
             for row in documents
         ]
-        return _Attention.apply(_Call(pieces, known, chunk.whole, seen, options), q, k, v, sinks)
+        key = chunk.index, module, heads.start
+        call = _Call(pieces, known, chunk, key, seen, options)
+        return _Attention.apply(call, q, k, v, sinks)
 
+    # Pieces index with 64 bits. The heads of a run must not be divided among calls, which would
+    # all return the gradients of the keys that they share.
+    attend.any_size = True  # type: ignore[attr-defined]
     return attend
 
 
@@ -114,8 +119,9 @@ class _Call(NamedTuple):
 
     pieces: Pieces
     known: KeysAndValues
-    tokens: slice
-    """The chunk's, in the whole sequence."""
+    chunk: Chunk
+    key: tuple
+    """The name of what is kept of this call."""
     seen: list[_Seen]
     """The keys that are seen in each row."""
     options: dict[str, Any]
@@ -126,27 +132,34 @@ class _Call(NamedTuple):
             "key_lengths": self.seen[row].key_lengths,
         }
 
+    def attend(self, q: Tensor, sinks: Tensor | None) -> list[Tensor]:
+        """Return the output [B, n, Hq, Dv] and its log-sum-exps [B, Hq, n]."""
+        rows = []
+        for row, seen in enumerate(self.seen):
+            keys = self.known.of(row, seen.keys)
+            output, lse = self.pieces.forward(q[row], *keys, **self.lengths(row), **self.options)
+            rows.append((output, lse) if sinks is None else with_sinks(output, lse, sinks))
+        return [x[0][None] if len(x) == 1 else torch.stack(x) for x in zip(*rows, strict=True)]
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
-        outputs, sums = [], []
-        for row, seen in enumerate(call.seen):
-            keys = call.known.of(row, seen.keys)
-            output, lse = call.pieces.forward(q[row], *keys, **call.lengths(row), **call.options)
-            if sinks is not None:
-                output, lse = with_sinks(output, lse, sinks)
-            outputs.append(output)
-            sums.append(lse)
-        output = outputs[0][None] if len(outputs) == 1 else torch.stack(outputs)
+        chunk, kept, results = call.chunk, call.chunk.kept, None
+        if kept is not None:
+            results = kept.get(call.key, last=chunk.goal == "gradient")
+        if results is None:
+            results = call.attend(q, sinks)
+            if kept is not None and chunk.goal == "output":
+                kept.put(call.key, results)
         ctx.call = call
-        ctx.save_for_backward(q, sinks, output, *sums)
-        return output
+        ctx.save_for_backward(q, sinks, *results)
+        return results[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        call, (q, sinks, output, *sums) = ctx.call, ctx.saved_tensors
+        call, (q, sinks, output, sums) = ctx.call, ctx.saved_tensors
         dq = torch.empty_like(q)
         dsinks = None if sinks is None else torch.zeros_like(sinks)
         for row, seen in enumerate(call.seen):
@@ -164,4 +177,4 @@ class _Attention(torch.autograd.Function):
             )
             if sinks is not None:
                 dsinks += sinks_gradient(grad[row], output[row], sums[row], sinks)
-        return None, dq, *call.known.complete_gradients(call.tokens), dsinks
+        return None, dq, *call.known.complete_gradients(call.chunk.whole), dsinks
