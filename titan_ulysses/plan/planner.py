@@ -327,7 +327,12 @@ def make_plan(setup: Setup) -> Plan:
             "quantize.float8: memory is planned with float8 products, time with the speed of bf16 "
             "products"
         )
-    notes.append(f"attention kernel: {NAMES[setup.attention_kernel]} (plan.attention_kernel)")
+    kernel = NAMES[setup.attention_kernel]
+    notes.append(
+        f'attention kernel: {kernel} (plan.attention_kernel = "{config.plan.attention_kernel}")'
+        if setup.core == "varlen"
+        else f"the time of attention is planned with the rates of {kernel}"
+    )
     simulation = simulate(setup.spec, cuda=setup.workspace)
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)
