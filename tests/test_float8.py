@@ -26,9 +26,9 @@ from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
-from titan_ulysses.model.float8 import check_float8, use_float8
+from titan_ulysses.model.float8 import check_float8, is_float8, use_float8
 from titan_ulysses.model.torchao import import_torchao
-from titan_ulysses.setup.blocks import find_blocks
+from titan_ulysses.setup.blocks import compile_blocks, find_blocks
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",
@@ -73,9 +73,7 @@ def build(**changes: Any) -> nn.Module:
 
 
 def float8_layers(model: nn.Module) -> set[str]:
-    return {
-        name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"
-    }
+    return {name for name, module in model.named_modules() if is_float8(module)}
 
 
 def test_which_layers():
@@ -88,6 +86,26 @@ def test_which_layers():
     }
     assert type(model.lm_head) is nn.Linear
     assert {name: (p.shape, p.dtype) for name, p in model.named_parameters()} == before
+
+
+def test_compiled_with_the_blocks(monkeypatch):
+    """The projections of attention too, each by itself; those of the MLP are in its graph."""
+    model, compiled = build(), []
+
+    def compile_(forward, **_):
+        compiled.append(forward.__self__)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    blocks = find_blocks(model)[1]
+    plain = compile_blocks(blocks)
+    use_emulated_float8(blocks)
+    compiled.clear()
+    assert compile_blocks(blocks) == plain + 2 * 4
+    names = {module: name.split(".")[-1] for name, module in model.named_modules()}
+    assert {names[module] for module in compiled if is_float8(module)} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj")
+    }
 
 
 def test_sizes_that_are_no_multiples_of_16():

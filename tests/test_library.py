@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
@@ -35,6 +37,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.setup.checks import check_group
 from titan_ulysses.train.step import clip_gradients, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -745,6 +748,20 @@ def attention_dropout() -> str:
     with pytest.raises(UserError) as caught:
         parallelize(real_model(STARCODER2 | {"attention_dropout": 0.1}), mesh_of(1, 1, 1))
     return str(caught.value)
+
+
+def test_a_group_of_nccl_alone_cannot_offload_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def backend_of(device: torch.device) -> None:
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    group = SimpleNamespace(_get_backend=backend_of)
+    loss = SimpleNamespace(get_group=lambda: group)
+    monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
+    mesh = SimpleNamespace(device=torch.device("cuda"), loss=loss)
+    with pytest.raises(UserError, match=r'CPU tensors too, and this is "nccl" alone. Make it with'):
+        check_group(mesh, parameter_offload=True)
+    check_group(mesh, parameter_offload=False)
+    check_group(SimpleNamespace(device=torch.device("cpu"), loss=loss), parameter_offload=True)
 
 
 def test_attention_dropout_is_refused() -> None:

@@ -60,6 +60,11 @@ def use_float8(blocks: Iterable[nn.Module], *, tokens: int) -> int:
     return converted
 
 
+def is_float8(module: nn.Module) -> bool:
+    """Return whether module is a linear layer that multiplies in float8."""
+    return type(module).__name__ == "Float8Linear"
+
+
 def _can_be_float8(module: nn.Module, name: str) -> bool:
     # A subclass has a forward of its own, which the conversion would lose.
     is_plain = type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS

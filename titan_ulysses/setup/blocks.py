@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
 from titan_ulysses.model.families import MLPLayout, mlp_layout
+from titan_ulysses.model.float8 import is_float8
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
@@ -89,6 +90,9 @@ def _norms(module: nn.Module) -> Iterator[nn.Module]:
 def compile_blocks(blocks: nn.ModuleList) -> int:
     """Compile the MLP and the norms of each block, and return the number of compiled parts.
 
+    Linear layers in float8 outside the MLP are compiled too, each by itself: eager, a product takes
+    several passes over its operands for their scales and casts.
+
     Each part, tiled or not, is one graph, except an MLP whose router is counted for a router loss:
     that hook breaks the graph in two. Attention is not compiled, because its document lengths
     change from step to step and each change would recompile it.
@@ -99,6 +103,8 @@ def compile_blocks(blocks: nn.ModuleList) -> int:
         modules = [*_norms(block), *([layout.mlp] if layout else [])]
         tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
         parts += tiled or modules
+        inside = {inner for part in parts for inner in part.modules()}
+        parts += [m for m in block.modules() if is_float8(m) and m not in inside]
     for part in parts:
         # Not `part.compile()`: if the class is one of torch's own, such as nn.LayerNorm, Dynamo
         # skips everything that it calls.

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.model.freezing import bits
 
 
@@ -41,6 +42,24 @@ def check_dropout(model: PreTrainedModel) -> None:
                     f"model: {key} = {rate}{place}: each rank would skip other layers, and wait "
                     f"for ever for those that do not skip them. Set {key} = 0.0 {remedy}"
                 )
+
+
+def check_group(mesh: Mesh, *, parameter_offload: bool) -> None:
+    """Raise UserError if parameters are to be on the host and the ranks' group is NCCL's alone.
+
+    The norm of gradients that are on the host is summed there.
+    """
+    if not parameter_offload or mesh.device.type == "cpu":
+        return
+    group = mesh.loss.get_group()
+    try:
+        group._get_backend(torch.device("cpu"))
+    except RuntimeError as error:
+        raise UserError(
+            f'parameter_offload = True needs a process group for CPU tensors too, and this is "'
+            f'{dist.get_backend(group)}" alone. Make it with init_process_group('
+            '"cpu:gloo,cuda:nccl"), or not at all: build_mesh makes one.'
+        ) from error
 
 
 def check_same_weights(model: PreTrainedModel) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.memory.allocator import warn_of_fragmentation
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Store, open_store
@@ -31,7 +32,12 @@ from titan_ulysses.model.families import (
 )
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, tile_blocks
-from titan_ulysses.setup.checks import check_dropout, check_same_weights, use_one_dtype
+from titan_ulysses.setup.checks import (
+    check_dropout,
+    check_group,
+    check_same_weights,
+    use_one_dtype,
+)
 from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
@@ -87,7 +93,10 @@ def parallelize(
     options = replace(options or ParallelOptions(), **fields).resolved(model.dtype)
     check_family(model.config)
     check_dropout(model)
+    check_group(mesh, parameter_offload=options.parameter_offload)
     check_same_weights(model)
+    if mesh.device.type == "cuda":
+        warn_of_fragmentation()
     if isinstance(options.attention, str):
         core, _ = select_core(
             options.attention,

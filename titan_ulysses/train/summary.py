@@ -112,6 +112,11 @@ def _choices(run: Run) -> list[str]:
         lines.append(describe_allocator())
     if run.float8_layers:
         lines.append(f"float8: {run.float8_layers} linear layers")
+        if not run.config.compile.enable:
+            lines.append(
+                "[bold]float8 without compile.enable is slow[/]: scales and casts take several "
+                "passes a product. Set compile.enable = true"
+            )
     if run.mesh.device.type == "cpu":
         on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
         lines += [
