@@ -204,12 +204,12 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
 
 
 def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """Return the config of each layer, or that of all layers alone where they are all alike."""
+    """Return the config of each layer, where layers differ (gemma4), else config alone."""
     return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the head sizes of a layer: D of queries and keys, and Dv of values.
+    """Return the head sizes D of queries and keys, and Dv of values, of a layer's config.
 
     In latent attention, `head_dim` is the size of the part with RoPE alone.
     """
@@ -219,9 +219,11 @@ def head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
     return size, getattr(config, "v_head_dim", None) or size
 
 
-def largest_head(config: PreTrainedConfig) -> int:
-    """Return the largest head size of the model, of queries and keys or of values."""
-    return max(size for layer in layer_configs(config) for size in head_sizes(layer))
+def largest_head(config: PreTrainedConfig) -> int | None:
+    """Return the largest head size of the model; None where its config does not say."""
+    if not hasattr(config, "num_attention_heads"):
+        return None
+    return max(max(head_sizes(layer)) for layer in layer_configs(config))
 
 
 def check_family(config: PreTrainedConfig) -> None:
