@@ -580,6 +580,8 @@ def run_and_die(config: Any, dies: bool) -> None:
         Mortal(config).train()
 
 
+NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
 # --- all of them ----------------------------------------------------------------------------------
 
 Check = Callable[[Scale], Figures]
@@ -608,6 +610,7 @@ CHECKS: dict[str, tuple[Check, float]] = {
 def answer(check: Check, scale: Scale, connection: Connection) -> None:
     """Run a check in this process, a child, and send its verdict."""
     os.setsid()  # so that what it starts ends with it
+    os.environ.pop(NVML, None)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     result: Figures = {"verdict": "ok"}
     try:
@@ -643,6 +646,7 @@ def run_check(check: Check, scale: Scale, seconds: float) -> Figures:
     process = fork.Process(target=answer, args=(check, scale, theirs))
     started = time.perf_counter()
     process.start()
+    assert process.pid is not None
     theirs.close()
     result: Figures = {"verdict": "TOO LONG", "why": f"not finished after {seconds:.0f} s"}
     with suppress(EOFError):
@@ -677,23 +681,31 @@ def run_checks(
 def preload() -> None:
     """Import what the checks use, once for all of them.
 
-    CUDA must not start here: a fork of a process that uses it cannot use it. What is missing is
-    reported by the checks that need it.
+    CUDA must not start here: a fork of a process that uses it cannot use it. So libraries that ask
+    for GPUs while they are imported are answered by NVML. What is missing is reported by the checks
+    that need it.
     """
-    for module in ("transformers.models.llama.modeling_llama", "titan_ulysses.setup.parallelize"):
+    os.environ[NVML] = "1"
+    for module in (
+        "titan_ulysses.setup.parallelize",
+        "titan_ulysses.train.trainer",
+        "transformers.models.llama.modeling_llama",
+    ):
         with suppress(ImportError):
             importlib.import_module(module)
-    with suppress(ImportError):
-        importlib.import_module("titan_ulysses.train.trainer")
 
 
-def main(argv: list[str], checks: dict[str, tuple[Check, float]], script: str) -> int:
+def main(
+    argv: list[str], checks: dict[str, tuple[Check, float]], script: str, *, minutes: float
+) -> int:
+    """Run the checks that the arguments ask for; return the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
     parser.add_argument("--only", nargs="+", choices=checks, help="these checks only")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of them")
+    parser.add_argument("--minutes", type=float, default=minutes, help="for all of them")
     parser.add_argument("--output", default=f"{script}.json", help="file for all results")
     args = parser.parse_args(argv)
     if args.rehearse:
@@ -713,4 +725,4 @@ def main(argv: list[str], checks: dict[str, tuple[Check, float]], script: str) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], CHECKS, "gpu_check"))
+    sys.exit(main(sys.argv[1:], CHECKS, "gpu_check", minutes=9))
