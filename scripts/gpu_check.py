@@ -18,6 +18,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -194,11 +195,13 @@ def pytest_gpu(scale: Scale) -> Figures:
     if importlib.util.find_spec("pytest") is None:
         raise Skip("needs pytest")
     files = ["tests/test_tiling.py"] if scale.rehearses else []
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     # 5: no test is left, as in a rehearsal.
     assert done.returncode in (0, 5 if scale.rehearses else 0), done.stdout[-4000:]
-    return {"pytest": done.stdout.strip().splitlines()[-1].strip("= ")}
+    counts = re.findall(r"\d+ (?:passed|failed|skipped|deselected)", done.stdout)
+    skipped = re.findall(r"^\d+ skipped: (.*)$", done.stdout, re.M)
+    return {"tests": ", ".join(dict.fromkeys(counts))} | ({"skipped": skipped} if skipped else {})
 
 
 # --- 4. offload -----------------------------------------------------------------------------------
