@@ -698,10 +698,14 @@ def preload() -> None:
             importlib.import_module(module)
 
 
-def main(
-    argv: list[str], checks: dict[str, tuple[Check, float]], script: str, *, minutes: float
+def check_all(
+    argv: list[str],
+    checks: dict[str, tuple[Check, float]],
+    script: Path,
+    about: str,
+    minutes: float,
 ) -> int:
-    """Run the checks that the arguments ask for; return the exit code."""
+    """Run the checks that the arguments ask for; return the exit code of the script."""
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -709,7 +713,7 @@ def main(
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
     parser.add_argument("--only", nargs="+", choices=checks, help="these checks only")
     parser.add_argument("--minutes", type=float, default=minutes, help="for all of them")
-    parser.add_argument("--output", default=f"{script}.json", help="file for all results")
+    parser.add_argument("--output", default=f"{script.stem}.json", help="file for all results")
     args = parser.parse_args(argv)
     if args.rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -727,5 +731,9 @@ def main(
     return 1 if failed else 0
 
 
+def main(argv: list[str]) -> int:
+    return check_all(argv, CHECKS, Path(__file__), str(__doc__), minutes=9)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], CHECKS, "gpu_check", minutes=9))
+    sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gpu_check import (
@@ -26,10 +27,10 @@ from gpu_check import (
     Check,
     Figures,
     Scale,
+    check_all,
     config_of,
     llama,
     logged,
-    main,
     redirected,
 )
 
@@ -175,8 +176,13 @@ CHECKS: dict[str, tuple[Check, float]] = {
     "step_1m": (partial(launched, "step_1m"), 600),
 }
 
+
+def main(argv: list[str]) -> int:
+    return check_all(argv, CHECKS, Path(__file__), str(__doc__), minutes=18)
+
+
 if __name__ == "__main__":
     if "--rank" in sys.argv:
         wanted = sys.argv[sys.argv.index("--rank") + 1]
         on_this_rank(wanted, rehearses="--rehearse" in sys.argv)
-    sys.exit(main(sys.argv[1:], CHECKS, "gpu_check_8", minutes=18))
+    sys.exit(main(sys.argv[1:]))
