@@ -83,7 +83,10 @@ def nccl_memory(scale: Scale) -> Figures:
             dist.all_to_all_single, torch.empty_like(x), x, group=mesh.sp.get_group()
         ),
         "fsdp: all-gather": partial(
-            dist.all_gather_into_tensor, torch.empty_like(x), x[0], group=mesh.fsdp.get_group()
+            dist.all_gather_into_tensor,
+            torch.empty_like(x).flatten(),
+            x[0],
+            group=mesh.fsdp.get_group(),
         ),
     }
     for name, use in uses.items():
@@ -166,7 +169,8 @@ def launched(name: str, scale: Scale) -> Figures:
         ]
         environment = os.environ | {"GPU_CHECK_FOLDER": folder, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    assert done.returncode == 0, "\n".join([said[-1], *said[-60:]])
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
