@@ -18,6 +18,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -194,11 +195,13 @@ def pytest_gpu(scale: Scale) -> Figures:
     if importlib.util.find_spec("pytest") is None:
         raise Skip("needs pytest")
     files = ["tests/test_tiling.py"] if scale.rehearses else []
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     # 5: no test is left, as in a rehearsal.
     assert done.returncode in (0, 5 if scale.rehearses else 0), done.stdout[-4000:]
-    return {"pytest": done.stdout.strip().splitlines()[-1].strip("= ")}
+    counts = re.findall(r"\d+ (?:passed|failed|skipped|deselected)", done.stdout)
+    skipped = re.findall(r"^\d+ skipped: (.*)$", done.stdout, re.M)
+    return {"tests": ", ".join(dict.fromkeys(counts))} | ({"skipped": skipped} if skipped else {})
 
 
 # --- 4. offload -----------------------------------------------------------------------------------
@@ -580,6 +583,8 @@ def run_and_die(config: Any, dies: bool) -> None:
         Mortal(config).train()
 
 
+NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
 # --- all of them ----------------------------------------------------------------------------------
 
 Check = Callable[[Scale], Figures]
@@ -608,6 +613,7 @@ CHECKS: dict[str, tuple[Check, float]] = {
 def answer(check: Check, scale: Scale, connection: Connection) -> None:
     """Run a check in this process, a child, and send its verdict."""
     os.setsid()  # so that what it starts ends with it
+    os.environ.pop(NVML, None)
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     result: Figures = {"verdict": "ok"}
     try:
@@ -643,6 +649,7 @@ def run_check(check: Check, scale: Scale, seconds: float) -> Figures:
     process = fork.Process(target=answer, args=(check, scale, theirs))
     started = time.perf_counter()
     process.start()
+    assert process.pid is not None
     theirs.close()
     result: Figures = {"verdict": "TOO LONG", "why": f"not finished after {seconds:.0f} s"}
     with suppress(EOFError):
@@ -677,24 +684,36 @@ def run_checks(
 def preload() -> None:
     """Import what the checks use, once for all of them.
 
-    CUDA must not start here: a fork of a process that uses it cannot use it. What is missing is
-    reported by the checks that need it.
+    CUDA must not start here: a fork of a process that uses it cannot use it. So libraries that ask
+    for GPUs while they are imported are answered by NVML. What is missing is reported by the checks
+    that need it.
     """
-    for module in ("transformers.models.llama.modeling_llama", "titan_ulysses.setup.parallelize"):
+    os.environ[NVML] = "1"
+    for module in (
+        "titan_ulysses.setup.parallelize",
+        "titan_ulysses.train.trainer",
+        "transformers.models.llama.modeling_llama",
+    ):
         with suppress(ImportError):
             importlib.import_module(module)
-    with suppress(ImportError):
-        importlib.import_module("titan_ulysses.train.trainer")
 
 
-def main(argv: list[str], checks: dict[str, tuple[Check, float]], script: str) -> int:
+def check_all(
+    argv: list[str],
+    checks: dict[str, tuple[Check, float]],
+    script: Path,
+    about: str,
+    minutes: float,
+) -> int:
+    """Run the checks that the arguments ask for; return the exit code of the script."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
     parser.add_argument("--only", nargs="+", choices=checks, help="these checks only")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all of them")
-    parser.add_argument("--output", default=f"{script}.json", help="file for all results")
+    parser.add_argument("--minutes", type=float, default=minutes, help="for all of them")
+    parser.add_argument("--output", default=f"{script.stem}.json", help="file for all results")
     args = parser.parse_args(argv)
     if args.rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -712,5 +731,9 @@ def main(argv: list[str], checks: dict[str, tuple[Check, float]], script: str) -
     return 1 if failed else 0
 
 
+def main(argv: list[str]) -> int:
+    return check_all(argv, CHECKS, Path(__file__), str(__doc__), minutes=9)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], CHECKS, "gpu_check"))
+    sys.exit(main(sys.argv[1:]))

@@ -47,6 +47,7 @@ README_LINES, COLUMNS = 180, 100
 
 NOT_HERE = {
     "bash scripts/test.sh": "it runs these tests",
+    "scripts/gpu_check": "GPU: tests/test_gpu_check.py rehearses it",
     "hf download": "network: the Hugging Face hub",
     "roneneldan/TinyStories": "network: the Hugging Face hub",
     "--metrics.enable_wandb": "network: Weights & Biases, and a package that the tests do not "
@@ -66,6 +67,7 @@ SHORTER = {
     "bash scripts/examples/needle.sh": "",
     "scripts/bench/data.py": "--steps 2 --repeats 1",
     "scripts/bench/exchange.py": "--ranks 2 --seq-lens 512 --repeats 1 --tokens 256",
+    "scripts/bench/loss_head.py --tiles": "--tokens 256 --vocabulary 128 --tiles 64 128",
     "scripts/bench/loss_head.py": "--tokens 64 --vocabulary 128 --rounds 1",
     "scripts/bench/plan_accuracy.py": "--only tied",
     "scripts/bench/step.py": "--seq-len 512 --repeats 1",

@@ -1,0 +1,111 @@
+"""scripts/gpu_check.py and gpu_check_8.py: rehearsals, and that no check stops another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch  # noqa: F401  # once, before the checks are forked
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import gpu_check  # noqa: E402
+import gpu_check_8  # noqa: E402
+
+
+def raises(scale: gpu_check.Scale) -> gpu_check.Figures:
+    raise ValueError("it is wrong\nand more")
+
+
+def cannot(scale: gpu_check.Scale) -> gpu_check.Figures:
+    raise gpu_check.Skip("needs another machine")
+
+
+def lacks(scale: gpu_check.Scale) -> gpu_check.Figures:
+    raise ModuleNotFoundError("No module named 'pydantic'", name="pydantic")
+
+
+def dies(scale: gpu_check.Scale) -> gpu_check.Figures:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def hangs(scale: gpu_check.Scale) -> gpu_check.Figures:
+    subprocess.Popen(["sleep", "1000"])
+    time.sleep(1000)
+    raise AssertionError
+
+
+def works(scale: gpu_check.Scale) -> gpu_check.Figures:
+    return {"tokens": scale.tokens}
+
+
+def test_no_check_stops_the_next(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = {check.__name__: (check, 300.0) for check in (raises, cannot, lacks, dies, works)}
+    checks = {"hangs": (hangs, 0.5), **checks}
+    found = gpu_check.run_checks(checks, gpu_check.TINY, seconds=3000)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["TOO", "FAILED", "skipped", "skipped", "FAILED", "ok"]
+    assert found["hangs"]["why"] == "not finished after 0 s"
+    assert found["raises"]["why"] == "ValueError: it is wrong"
+    assert "and more" in found["raises"]["traceback"]
+    assert found["cannot"]["why"] == "needs another machine"
+    assert found["lacks"]["why"] == "needs pydantic, which is not installed"
+    assert found["dies"]["why"] == f"the process died with exit code {-signal.SIGKILL}"
+    assert found["works"]["figures"] == {"tokens": gpu_check.TINY.tokens}
+    late = gpu_check.run_checks({"works": (works, 20.0)}, gpu_check.TINY, seconds=0)
+    assert late["works"]["why"] == "no time is left"
+
+
+def rehearse(script: str, output: Path) -> dict[str, gpu_check.Figures]:
+    command = [sys.executable, str(ROOT / "scripts" / script), "--rehearse"]
+    done = subprocess.run(
+        [*command, "--output", str(output)], capture_output=True, text=True, cwd=output.parent
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(output.read_text())
+
+
+def test_a_rehearsal(tmp_path: Path) -> None:
+    found = rehearse("gpu_check.py", tmp_path / "found.json")
+    assert list(found) == list(gpu_check.CHECKS)
+    assert {result["verdict"] for result in found.values()} <= {"ok", "skipped"}
+    skipped = {name for name, result in found.items() if result["verdict"] == "skipped"}
+    assert skipped <= {"trainer_8bit"}, "without torchao"
+    assert found["resumed_bits"]["figures"] == {"deterministic": "same", "not": "same"}
+    rates = found["attention_rates"]["figures"]
+    assert rates["sdpa"]["forward"] >= 0 and rates["varlen, FA3"].startswith("no: ")
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_eight(tmp_path: Path) -> None:
+    found = rehearse("gpu_check_8.py", tmp_path / "found.json")
+    assert [result["verdict"] for result in found.values()] == ["ok"] * 3
+    assert found["step_1m"]["figures"]["loss"] > 0
+
+
+def test_time_that_copies_are_hidden() -> None:
+    kernels = gpu_check.merged([(5, 9), (0, 2), (1, 3), (8, 12)])
+    assert kernels == [(0, 3), (5, 12)]
+    assert gpu_check.overlap((2, 6), kernels) == 2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)", "exchange (all-to-all)"),
+        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "FSDP"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
+        ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "matmul"),
+        ("Memcpy DtoH (Device -> Pinned)", "copies to the host"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "other kernels"),
+    ],
+)
+def test_kinds_of_kernels(kernel: str, kind: str) -> None:
+    assert gpu_check_8.kind_of(kernel) == kind
