@@ -41,6 +41,7 @@ from titan_ulysses.checkpoint.folder import (
     without_data,
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
+from titan_ulysses.checkpoint.manifest import read_sealed_folder, seal_folder
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 from titan_ulysses.distributed.files import partial_path, replace_folder
@@ -314,7 +315,8 @@ def export(
         with _raise_on_all_ranks(folder):
             if writes:
                 _write_index(plan.file_of_tensor, plan.bytes, aside)
-                _write_configs(model, tokenizer, step, aside)
+                _write_configs(model, tokenizer, aside)
+                seal_folder(aside, _STEP_FILE, {"step": step})
                 replace_folder(aside, folder)
     finally:
         if writes:
@@ -360,11 +362,12 @@ def _plan_export(
 
 
 def exported_step(folder: Path) -> int | None:
-    """Return the step of the export in folder, or None if the folder does not have one."""
-    try:
-        return json.loads((folder / _STEP_FILE).read_text())["step"]
-    except OSError:
-        return None
+    """Return the step of the export in folder, or None if there is none that is whole.
+
+    Reads all of it: the export is finished when the hashes of its manifest are those of its files.
+    """
+    manifest = read_sealed_folder(folder, _STEP_FILE)
+    return manifest.get("step") if manifest else None
 
 
 def exported_bytes(model: PreTrainedModel) -> int:
@@ -414,6 +417,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
                 settings = copy.copy(model.peft_config[ADAPTER])
                 settings.base_model_name_or_path = base or None
                 settings.save_pretrained(aside)
+                seal_folder(aside, _STEP_FILE, {"step": None})
                 replace_folder(aside, folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -473,7 +477,6 @@ def _write_index(files: dict[str, str], size: int, folder: Path) -> None:
 def _write_configs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    step: int | None,
     folder: Path,
 ) -> None:
     _exported_config(model).save_pretrained(folder)
@@ -483,8 +486,6 @@ def _write_configs(
         model.generation_config.to_json_file(folder / _GENERATION_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if step is not None:
-        (folder / _STEP_FILE).write_text(json.dumps({"step": step}))
 
 
 def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
