@@ -11,7 +11,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -265,10 +265,20 @@ def _within(
 
 
 def keep_generation_config(model: PreTrainedModel, path: str) -> None:
-    """Set the model's generation config to that at path (a folder or hub name), for `export`."""
-    # Without one, the model keeps what transformers derives from config.json.
-    with suppress(OSError):
+    """Set the model's generation config to that at path (a folder or hub name), for `export`.
+
+    Raise `UserError` if there is one that cannot be used.
+    """
+    try:
         model.generation_config = GenerationConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises whatever its classes raise
+        # Without one, the model keeps what transformers derives from config.json.
+        if isinstance(error, OSError) and not (Path(path) / _GENERATION_FILE).exists():
+            return
+        raise UserError(
+            f"{Path(path) / _GENERATION_FILE}: transformers refuses it ({one_line(error)}). Repair "
+            "it, or remove it."
+        ) from error
 
 
 @torch.no_grad()

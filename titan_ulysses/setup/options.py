@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.schema import CORES, Config
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.model.families import attention_needs
 from titan_ulysses.ulysses.cores import Core, choose_core
@@ -86,4 +88,13 @@ def select_core(
     needs.
     """
     needs = attention_needs(model_config)
-    return choose_core(name, needs, device_type=device_type, dtype=dtype)
+    try:
+        return choose_core(name, needs, device_type=device_type, dtype=dtype)
+    except UserError:
+        raise
+    except Exception as error:  # a module of the user's may raise anything, or hold something else
+        raise UserError(
+            f'model.attention = "{name}": cannot be used ({type(error).__name__}: '
+            f"{one_line(error)}). Give a function of package.module:function, or one of "
+            f"{', '.join(CORES)}."
+        ) from error
