@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, train, write_run
-from test_checkpoint import RUN_STATE, Run, assert_same, error_of, no_space
+from test_checkpoint import RUN_STATE, Run, assert_same, error_of, flip, no_space, rewrite
 from test_command_line import Launch, arguments
 from titan_ulysses.checkpoint.dcp import Checkpointer, check_weights
 from titan_ulysses.distributed.failure import _lost_peer, goes_on
@@ -234,10 +234,27 @@ def save_on_two_hosts(folder: Path) -> dict[str, Any]:
     before = other.whole()
     found["mesh"] = error_of(lambda: checkpointer.load(3, other.model, other.optimizer))
     assert_same({name: x for name, x in other.whole().items() if name in before}, before)
+    checkpointer.save(4, run.model, run.optimizer, RUN_STATE)
+    if rank == 1:
+        flip(own / "step-4" / "__1_0.distcp", 5000)
+    found["told"] = []
+    both = Checkpointer(own, keep=0, hosts=HOSTS, say=found["told"].append)
+    assert both.load_newest([1, 4], resumed.model, resumed.optimizer)[0] == 1
+    both.set_damaged_aside()
+    dist.barrier()
+    checkpointer.save(4, run.model, run.optimizer, RUN_STATE)
+    edit_save_id(own / "step-4") if rank == 1 else None
+    found["parts"] = error_of(lambda: both.load_newest([4], resumed.model, resumed.optimizer))
+
     shared = Checkpointer(own, keep=0)
     found["shared"] = error_of(lambda: shared.load(3, other.model, other.optimizer))
     found["initial"] = error_of(lambda: check_weights(str(own / "step-3")))
     return found
+
+
+def edit_save_id(step: Path) -> None:
+    """As if the folder of another run had been copied here."""
+    rewrite(step, save_id="another")
 
 
 def test_what_a_host_holds(tmp_path: Path) -> None:
@@ -246,6 +263,9 @@ def test_what_a_host_holds(tmp_path: Path) -> None:
         assert found["steps"] == ["step-1"]
         assert "step-3 was saved with checkpoint.shared = false on another mesh" in found["mesh"]
         assert "Resume that run with checkpoint.shared = false" in found["shared"]
+        assert "__1_0.distcp: the bytes" in found["told"][0]
+        assert "Going on from step 1" in found["told"][0]
+        assert "save_id on beta is that of another save than on alpha" in found["parts"]
         assert found["initial"].startswith("checkpoint.initial_load_path = ")
 
 

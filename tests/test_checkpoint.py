@@ -5,6 +5,7 @@ cannot be used.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -23,6 +24,7 @@ from helpers.meshes import Degrees
 from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from titan_ulysses.checkpoint.dcp import Checkpointer
+from titan_ulysses.checkpoint.manifest import read_sealed, write_sealed
 from titan_ulysses.distributed.errors import UserError
 
 MODEL: dict[str, Any] = {
@@ -36,7 +38,7 @@ MODEL: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 ROWS = make_rows([(24,), (16, 8), (8, 16), (24,)], masked="none", vocab_size=61, seed=0)
-RUN_STATE = {"step": 2, "loader": {"sequences_consumed": 8}}
+RUN_STATE = {"loader": {"sequences_consumed": 8}, "rng": {"seed": 0}}
 
 
 class Run(training.Run):
@@ -103,6 +105,7 @@ def test_resume_on_any_mesh(degrees: Degrees, saved: tuple[Path, dict, dict]) ->
         replicate * shard * sequence, resume, degrees, folder
     ):
         assert {name: state[name] for name in RUN_STATE} == RUN_STATE
+        assert state["step"] == 2
         assert_same(loaded, before)
         assert_same(trained, after, tolerance=0.0 if same_mesh else 1e-12)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
@@ -126,7 +129,7 @@ def save_steps(folder: Path) -> dict[str, Any]:
     def steps(keep: int, *wanted: int) -> tuple[list[str], int | None]:
         checkpointer = Checkpointer(folder, keep=keep)
         for step in wanted:
-            checkpointer.save(step, run.model, run.optimizer, {"step": step})
+            checkpointer.save(step, run.model, run.optimizer, {})
         dist.barrier()
         names = sorted(path.name for path in folder.iterdir())
         dist.barrier()
@@ -137,8 +140,8 @@ def save_steps(folder: Path) -> dict[str, Any]:
     found["keep 2"] = steps(2, 2, 10)
     found["keep all"] = steps(0, 11, 12)
     run.train(1)
-    Checkpointer(folder, keep=0).save(12, run.model, run.optimizer, {"step": "again"})
-    found["again"] = Checkpointer(folder, keep=0).read_state(12)["step"]
+    Checkpointer(folder, keep=0).save(12, run.model, run.optimizer, {"mark": "again"})
+    found["again"] = Checkpointer(folder, keep=0).read_state(12).get("mark")
     found["files"] = sorted(path.name for path in (folder / "step-12").iterdir())
     found["keep 1"] = steps(1, 13)
     found["no folder"] = Checkpointer(folder / "nothing", keep=1).latest()
@@ -151,7 +154,7 @@ def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
         assert found["over a partial one"] == (["step-1"], 1)
         assert found["keep 2"] == (["step-10", "step-2"], 10)
         assert found["keep all"] == (["step-10", "step-11", "step-12", "step-2"], 12)
-        assert found["again"] == 12, "a step that was there has been written again"
+        assert found["again"] is None, "a step that was there has been written again"
         assert found["files"] == [".metadata", "__0_0.distcp", "__1_0.distcp", "run.json"]
         assert found["keep 1"] == (["step-13"], 13)
         assert found["no folder"] is None
@@ -168,14 +171,76 @@ def break_run_file(path: Path, text: str) -> None:
     (path / "run.json").write_text(text)
 
 
+def flip(path: Path, at: int, *, bit: int = 3) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def swap(step: Path) -> None:
+    """As two files that are equally long can be."""
+    first, second = step / "__0_0.distcp", step / "__1_0.distcp"
+    data = first.read_bytes(), second.read_bytes()
+    size = min(map(len, data))
+    first.write_bytes(data[1][:size].ljust(len(data[0]), b"\0"))
+    second.write_bytes(data[0][:size].ljust(len(data[1]), b"\0"))
+
+
+def edit(step: Path, **changes: Any) -> None:
+    """As an editor does, which knows nothing of a checksum."""
+    told = json.loads((step / "run.json").read_text())
+    (step / "run.json").write_text(json.dumps(told | changes))
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """With a checksum that is right. None removes a field."""
+    told, _ = read_sealed(folder / "run.json")
+    told = {name: value for name, value in (told | changes).items() if value is not None}
+    write_sealed(folder / "run.json", told)
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+# How a checkpoint is damaged, and what the message says. Those in TENSORS are found while reading.
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (lambda step: cut(step / "__1_0.distcp"), "__1_0.distcp has "),
-    "missing": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp"),
-    "metadata": (lambda step: (step / ".metadata").unlink(), ".metadata"),
-    "no run.json": (lambda step: (step / "run.json").unlink(), "run.json"),
-    "half run.json": (lambda step: cut(step / "run.json"), "JSONDecodeError"),
-    "other run.json": (partial(break_run_file, text='["files"]'), "TypeError"),
-    "poor run.json": (partial(break_run_file, text='{"files": {}}'), "'parameters'"),
+    "missing": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "a folder": (lambda step: as_folder(step / "__0_0.distcp"), "__0_0.distcp is not a file"),
+    "metadata": (lambda step: (step / ".metadata").unlink(), ".metadata is missing"),
+    "zeros in .metadata": (
+        lambda step: (step / ".metadata").write_bytes(bytes((step / ".metadata").stat().st_size)),
+        ".metadata: its bytes are not those",
+    ),
+    "a bit of .metadata": (lambda step: flip(step / ".metadata", -9), ".metadata: its bytes"),
+    "no run.json": (lambda step: (step / "run.json").unlink(), "run.json is missing"),
+    "a folder run.json": (lambda step: as_folder(step / "run.json"), "run.json is not a file"),
+    "empty run.json": (partial(break_run_file, text=""), "run.json: it is empty"),
+    "half run.json": (lambda step: cut(step / "run.json"), "run.json: it is not JSON: "),
+    "other run.json": (partial(break_run_file, text='["files"]'), "run.json: it holds a list"),
+    "poor run.json": (partial(break_run_file, text='{"files": {}}'), "run.json: step is missing"),
+    "position": (partial(edit, loader={"sequences_consumed": 9}), "run.json: it is not what was"),
+    "no checksum": (partial(edit, checksum=None), "run.json: checksum is missing"),
+    "an untyped position": (
+        partial(rewrite, loader={"sequences_consumed": "8"}),
+        "run.json: loader is {'sequences_consumed': '8'}, which it cannot be",
+    ),
+    "no position": (partial(rewrite, loader=None), "run.json: loader is missing"),
+    "no seed": (partial(rewrite, rng=None), "run.json: rng is missing"),
+    "another step": (partial(rewrite, step=3), "run.json: step is 3, and the folder is named"),
+}
+TENSORS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a bit": (lambda step: flip(step / "__1_0.distcp", 5000), "__1_0.distcp: the bytes "),
+    "the last bit": (lambda step: flip(step / "__0_0.distcp", -1, bit=7), "__0_0.distcp: the "),
+    "zeros": (
+        lambda step: (step / "__1_0.distcp").write_bytes(
+            bytes((step / "__1_0.distcp").stat().st_size)
+        ),
+        "__1_0.distcp: the bytes ",
+    ),
+    "swapped": (swap, "_0.distcp: the bytes "),
 }
 
 
@@ -185,7 +250,11 @@ def try_to_load(folders: list[Path], **changes: Any) -> list[tuple[str, bool]]:
     before, found = run.local(), []
     for folder in folders:
         checkpointer = Checkpointer(folder, keep=0)
-        message = error_of(lambda c=checkpointer: c.load(c.latest(), run.model, run.optimizer))
+        message = error_of(
+            lambda c=checkpointer: c.load(
+                c.latest(), run.model, run.optimizer, needs=("loader", "rng")
+            )
+        )
         found.append(
             (message, all(map(torch.equal, run.local(), before)) and not run.optimizer.state)
         )
@@ -213,23 +282,101 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(
             assert unchanged, case
 
 
-def test_contents_that_are_damaged_are_refused_too(
-    saved: tuple[Path, dict, dict], tmp_path: Path
-) -> None:
-    """The sizes are right. A tensor's bytes are found while reading, when the model may have
-    changed already.
-    """
-    files = {".metadata": ".metadata: ", "__1_0.distcp": "rank "}
-    for name in files:
-        shutil.copytree(saved[0], tmp_path / name)
-        file = tmp_path / name / "step-2" / name
-        file.write_bytes(bytes(file.stat().st_size))
-    for found in run_on_ranks(2, try_to_load, [tmp_path / name for name in files], timeout=30):
-        for (name, reason), (message, unchanged) in zip(files.items(), found, strict=True):
+def test_tensors_that_are_damaged_are_refused_too(saved: tuple, tmp_path: Path) -> None:
+    """What was read before may have changed the model already."""
+    for case, (damage, _) in TENSORS.items():
+        shutil.copytree(saved[0], tmp_path / case)
+        damage(tmp_path / case / "step-2")
+    for found in run_on_ranks(2, try_to_load, [tmp_path / case for case in TENSORS]):
+        for (case, (_, reason)), (message, _) in zip(TENSORS.items(), found, strict=True):
             assert message.startswith(
-                f"checkpoint.folder = {tmp_path / name}: step-2 is damaged ({reason}"
-            )
-            assert unchanged or name != ".metadata"
+                f"checkpoint.folder = {tmp_path / case}: step-2 is damaged (rank "
+            ), message
+            assert reason in message
+
+
+def take_the_newest(folder: Path) -> dict[str, Any]:
+    """Steps 1 to 4, of which 4 and 3 are damaged: what is said, taken and left."""
+    run, told, found = Run((1, 1, 2)), [], {}
+    checkpointer = Checkpointer(folder, keep=0, say=told.append)
+    states = {}
+    for step in (1, 2, 3, 4):
+        run.train(1)
+        states[step] = run.whole()
+        checkpointer.save(step, run.model, run.optimizer, RUN_STATE)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        flip(folder / "step-4" / "__1_0.distcp", 5000)
+        shutil.copy(folder / "step-2" / "__0_0.distcp", folder / "step-3")
+    dist.barrier()
+    other = Run((1, 1, 2), seed=1)
+    found["taken"], state = checkpointer.load_newest([1, 2, 3, 4], other.model, other.optimizer)
+    assert state["step"] == 2
+    assert_same(other.whole(), states[2])
+    checkpointer.set_damaged_aside()
+    dist.barrier()
+    found["names"] = sorted(path.name for path in folder.iterdir())
+    found["told"] = told
+    dist.barrier()
+    checkpointer.save(3, other.train(1).model, other.optimizer, RUN_STATE)
+    assert checkpointer.load_newest([3], other.model, other.optimizer)[0] == 3
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for step in (1, 2, 3):
+            flip(folder / f"step-{step}" / "__0_0.distcp", 7000)
+    dist.barrier()
+    found["none"] = error_of(
+        lambda: checkpointer.load_newest([1, 2, 3], other.model, other.optimizer)
+    )
+    return found
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_said(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for found in run_on_ranks(2, take_the_newest, folder):
+        assert found["taken"] == 2
+        assert found["names"] == ["step-1", "step-2", "step-3.damaged", "step-4.damaged"]
+        warning = found["told"][0]
+        assert warning.startswith(f"WARNING: checkpoint.folder = {folder}: step-4 is damaged (")
+        assert "__1_0.distcp: the bytes" in warning and "; step-3 is damaged (" in warning
+        assert "Going on from step 2, the newest checkpoint before that is whole." in warning
+        assert len(found["told"]) == 3
+        assert "no checkpoint is whole: step-3 is damaged (" in found["none"]
+        assert found["none"].endswith("Remove them to start from the beginning.")
+
+
+def load_what_lacks_hashes(folder: Path) -> tuple[list[str], list[str]]:
+    """A checkpoint as an earlier version wrote it; then in a folder that cannot be listed."""
+    told: list[str] = []
+    checkpointer, run = Checkpointer(folder, keep=0, say=told.append), Run((1, 1, 2), seed=1)
+    checkpointer.load_newest([2], run.model, run.optimizer, needs=("loader", "rng"))
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def denied(*_: Any, **__: Any) -> None:
+            raise PermissionError(13, "Permission denied", str(folder))
+
+        patch.setattr(os, "listdir", denied)
+        found.append(error_of(checkpointer.steps))
+        patch.setattr(Path, "read_text", denied)
+        found.append(error_of(lambda: checkpointer.load(2, run.model, run.optimizer)))
+    return told, found
+
+
+def test_what_lacks_hashes_is_read_with_a_warning_and_what_is_closed_is_an_error(
+    saved: tuple, tmp_path: Path
+) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(saved[0], folder)
+    told, _ = read_sealed(folder / "step-2" / "run.json")
+    sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
+    old = {name: told[name] for name in ("step", "loader", "parameters", "optimizer")}
+    (folder / "step-2" / "run.json").write_text(json.dumps(old | {"files": sizes}))
+    for told, errors in run_on_ranks(2, load_what_lacks_hashes, folder):
+        assert len(told) == 1 and "was saved by an earlier version, without hashes" in told[0]
+        for error in errors:
+            assert error.startswith(f"checkpoint.folder = {folder}: cannot be read (")
+            assert "Permission denied" in error and "Nothing is changed." in error
 
 
 @pytest.mark.parametrize(

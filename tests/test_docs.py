@@ -60,6 +60,7 @@ NOT_HERE = {
     "bash scripts/multinode.sh": "second host",
     "sbatch": "second host: a SLURM cluster",
     "kubectl apply": "second host: a Kubernetes cluster",
+    "--without-hashes": "it fails on purpose: tests/test_chaos.py runs it",
     "docker build": "network: Debian's and Python's packages",
 }
 """Part of a command -> why it does not run here. It is parsed all the same."""
@@ -76,6 +77,10 @@ SHORTER = {
     "--layers-seq-lens 256 512 --layers-counts 1 2",
     "scripts/bench/alst_published.py --what ladder": "--picture outputs/memory_ladder.png",
     "scripts/bench/alst_published.py": "",
+    "scripts/chaos.py damage": "--minutes 1",
+    "scripts/chaos.py config": "--minutes 1",
+    "scripts/chaos.py data": "--minutes 1",
+    "scripts/chaos.py kill": "--minutes 1",
     "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 "
     "--training.seq_len 65536",
 }

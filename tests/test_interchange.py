@@ -70,6 +70,30 @@ def plain_model(table: dict[str, Any], dtype: torch.dtype = torch.float32) -> Pr
     return model
 
 
+def test_an_export_is_finished_when_all_of_it_is_what_its_manifest_says(tmp_path: Path) -> None:
+    folder, plain = tmp_path / "export", plain_model(TIED)
+    weights.export(plain, load_tokenizer("bytes"), folder, step=3)
+    assert weights.exported_step(folder) == 3
+    (tmp_path / "file").touch()
+    usual = (tmp_path / "file").stat().st_mode
+    assert {file.stat().st_mode for file in folder.iterdir()} == {usual}
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    for name, damage in {
+        "model.safetensors": bytes(data),
+        "config.json": b"",
+        "tokenizer_config.json": b"{}",
+        "training_step.json": b"[]",
+    }.items():
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(damage)
+        assert weights.exported_step(folder) is None, name
+        (folder / name).write_bytes(whole)
+    assert weights.exported_step(folder) == 3
+    (folder / "training_step.json").write_text('{"step": 3}')  # that of an earlier version
+    assert weights.exported_step(folder) is None
+
+
 def tensors_in(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):

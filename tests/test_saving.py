@@ -273,7 +273,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
 def from_the_trainer(folder: Path) -> dict[str, Any]:
     loop = Loop()
     loop.train(0, 1)
-    Checkpointer(folder, keep=0).save(4, loop.model, loop.optimizer, {"step": 4, "loader": {}})
+    Checkpointer(folder, keep=0).save(
+        4, loop.model, loop.optimizer, {"loader": {"sequences_consumed": 0}}
+    )
     before, other = loop.numbers(), Loop(seed=9)
     state = load_checkpoint(folder, other.model, other.optimizer)
     assert all(torch.equal(value, before[name]) for name, value in other.numbers().items())

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, refusal, train, write_run
 from titan_ulysses.checkpoint.convert import main as convert
+from titan_ulysses.checkpoint.manifest import digest_of, read_sealed, write_sealed
 from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
@@ -66,11 +68,9 @@ def forge(config: Path, run: Path, change: Callable[[Path, Metadata], Any]) -> P
     contents = change(checkpoint, pickle.loads(file.read_bytes()))
     file.write_bytes(contents if isinstance(contents, bytes) else pickle.dumps(contents))
     # Which agrees, as an attacker would have it.
-    about = json.loads((checkpoint / "run.json").read_text())
-    about["files"] = {
-        f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name in about["files"]
-    }
-    (checkpoint / "run.json").write_text(json.dumps(about))
+    about, _ = read_sealed(checkpoint / "run.json")
+    about["files"][".metadata"] = {"bytes": file.stat().st_size, "xxh3": digest_of(file)}
+    write_sealed(checkpoint / "run.json", about)
     shutil.copy(config.parent / "outputs" / "run" / "config.toml", run)
     return checkpoint
 
@@ -148,7 +148,7 @@ def test_what_a_checkpoint_may_not_ask_for(case: str, config: Path, tmp_path: Pa
     change, reason = FORGERIES[case]
     checkpoint = forge(config, tmp_path, change)
     with pytest.raises(UserError) as refused:
-        open_checkpoint(checkpoint, where="HERE")
+        open_checkpoint(checkpoint, {}, where="HERE")
     assert str(refused.value).startswith(f"HERE is refused: its .metadata {reason}")
     if case == "a class":
         del Metadata.evil
@@ -159,10 +159,10 @@ def test_what_a_checkpoint_may_ask_for(config: Path, tmp_path: Path) -> None:
     rank's own table.
     """
     inside = forge(config, tmp_path / "inside", move_file("./{checkpoint}/../step-1/"))
-    entries = open_checkpoint(inside, where="").read_metadata().state_dict_metadata
+    entries = open_checkpoint(inside, {}, where="").read_metadata().state_dict_metadata
     assert (
         entries
-        == open_checkpoint(checkpoint_of(config), where="").read_metadata().state_dict_metadata
+        == open_checkpoint(checkpoint_of(config), {}, where="").read_metadata().state_dict_metadata
     )
 
     def by_python_3_13(_, metadata: Metadata) -> bytes:
@@ -170,10 +170,49 @@ def test_what_a_checkpoint_may_ask_for(config: Path, tmp_path: Path) -> None:
 
     newer = forge(config, tmp_path / "newer", by_python_3_13)
     assert b"pathlib._local" in (newer / ".metadata").read_bytes()
-    assert open_checkpoint(newer, where="").read_metadata().state_dict_metadata == entries
+    assert open_checkpoint(newer, {}, where="").read_metadata().state_dict_metadata == entries
     (newer / ".metadata").rename(newer / "__0.metadata")
     with pytest.raises(ValueError, match="No such file"):
-        open_checkpoint(newer, where="")
+        open_checkpoint(newer, {}, where="")
+
+
+# --- the network, and what is secret --------------------------------------------------------------
+
+
+def train_and_hear(config: Path, settings: Settings) -> list[str]:
+    """What a run connects to or asks the name service for, beyond this host.
+
+    Python's own sockets: those of torch go to the other ranks.
+    """
+    found, listens = [], [True]
+
+    def hook(event: str, arguments: tuple) -> None:
+        if listens and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+            address = arguments[1] if event != "socket.getaddrinfo" else arguments[0]
+            host = address[0] if isinstance(address, tuple) else address
+            if host not in ("127.0.0.1", "::1", "localhost", None):
+                found.append(f"{event} {address}")
+
+    sys.addaudithook(hook)  # which stays, but listens no longer than the run takes
+    os.environ |= dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY"), SECRET)
+    try:
+        train(config, settings)
+    finally:
+        listens.clear()
+        del os.environ["HF_TOKEN"], os.environ["WANDB_API_KEY"]
+    return found
+
+
+SECRET = "hf_abcdefghijklmnop"
+
+
+def test_a_local_run_asks_no_host_and_writes_no_token(config: Path) -> None:
+    settings = SETTINGS | {"job.name": "alone", "parallelism.sequence_parallel_degree": 1}
+    settings |= {"checkpoint.export": True, "validation.enable": True}
+    assert run_on_ranks(1, train_and_hear, config, settings) == [[]]
+    files = [file for file in (config.parent / "outputs" / "alone").rglob("*") if file.is_file()]
+    assert len(files) > 8
+    assert not [file for file in files if SECRET.encode() in file.read_bytes()]
 
 
 # --- folders of models and tokenizers -------------------------------------------------------------

@@ -16,6 +16,8 @@ from difflib import get_close_matches
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import dump_toml, load_config
+from titan_ulysses.config.paths import path_problems
+from titan_ulysses.config.validate import check
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.memory.allocator import expand_segments
@@ -65,6 +67,15 @@ def run(argv: list[str]) -> None:
 
         return plan_and_report(config)
 
+    # What is wrong without a look at the model or the data is said at once.
+    check(
+        config,
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        model_config=None,
+        num_token_ids=0,
+    )
+    if problems := path_problems(config):
+        raise UserError("\n".join(problems))
     expand_segments()
     # Torch and transformers are imported only now, so that --help is quick.
     from titan_ulysses.train.trainer import Trainer

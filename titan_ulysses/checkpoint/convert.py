@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.dcp import Checkpointer, cause, first_difference
+from titan_ulysses.checkpoint.dcp import Checkpointer, cause, first_difference, step_of
 from titan_ulysses.checkpoint.hosts import expect_all_hosts
 from titan_ulysses.checkpoint.initial import base_weights
+from titan_ulysses.checkpoint.manifest import HashingWriter
 from titan_ulysses.checkpoint.reader import open_checkpoint
+from titan_ulysses.checkpoint.run_file import publish
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.validate import ranks_of
 from titan_ulysses.distributed.errors import UserError
@@ -93,14 +96,14 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
     expect_all_hosts(state, str(source))
     try:
-        reader = open_checkpoint(source, where=str(source))
+        reader = open_checkpoint(source, state["files"], where=str(source))
     except ValueError as error:
         raise UserError(
             f"{source}: the checkpoint is damaged ({error}). Take another one."
         ) from error
     entries = reader.read_metadata().state_dict_metadata
     saved = {n.removeprefix("model."): m for n, m in entries.items() if n.startswith("model.")}
-    if state.get("frozen", 0):
+    if state["frozen"]:
         raise UserError(
             f"{source}: what is frozen is not in it. The run's own export/ has the whole model."
         )
@@ -125,7 +128,12 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
 
     def fetch(name: str) -> Tensor:
         tensor = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
-        dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            raise UserError(
+                f"{source}: the checkpoint is damaged ({cause(error)}). Take another one."
+            ) from error
         return tensor
 
     weights.export(plain, spec.tokenizer, target, step=state["step"], fetch=fetch)
@@ -149,13 +157,6 @@ def config_above(source: Path) -> Path:
             f"{source}: no config.toml in the folders above: name that of its run with --config."
         )
     return found
-
-
-def step_of(folder: Path) -> int:
-    number = folder.name.removeprefix("step-")
-    if not (folder.name.startswith("step-") and number.isdigit()):
-        raise UserError(f"{folder}: a checkpoint is a folder named step-N, as in step-0.")
-    return int(number)
 
 
 def expect_same(source: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
@@ -193,7 +194,7 @@ def to_checkpoint(source: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         # DCP holds all tensors of a file in memory, so each tensor gets its own file.
-        writer = dcp.FileSystemWriter(partial, single_file_per_rank=False)
+        writer = HashingWriter(partial, single_file_per_rank=False)
         dcp.save(
             {"model": tensors}, storage_writer=writer, planner=ReadWhenWritten(fetch), no_dist=True
         )
@@ -201,9 +202,11 @@ def to_checkpoint(source: Path, target: Path) -> None:
         state = {
             "step": step,
             "loader": {"sequences_consumed": 0},
+            "rng": {"seed": None},  # no step has drawn from one
             "parameters": shapes,
+            "frozen": 0,
             "optimizer": None,
         }
-        Checkpointer(target.parent, keep=0).publish(partial, target, state)
+        publish(partial, target, state, writer.pieces, save_id=uuid.uuid4().hex)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -68,9 +68,8 @@ def disk_needs(
     checkpoint. export: bytes of the export. there: number of checkpoints that exist now.
     """
     checkpoint, last = config.checkpoint, config.training.steps
-    to_come = sum(
-        step % checkpoint.interval == 0 or step == last for step in range(done + 1, last + 1)
-    )
+    to_come = max(0, last // checkpoint.interval - done // checkpoint.interval)
+    to_come += done < last and last % checkpoint.interval != 0  # that of the last step
     # The oldest checkpoint is removed after the newest is complete, so keep + 1 exist for a while.
     if checkpoint.keep_latest_k:
         to_come = min(to_come, max(1, checkpoint.keep_latest_k + 1 - there))

@@ -82,8 +82,10 @@ def _folder(path: str, setting: str) -> Path:
 def _read_index(folder: Path, where: str) -> dict[str, str]:
     """Return each tensor's file name from the index. Raise `UserError` if a file is missing."""
     try:
-        index = dict(json.loads((folder / INDEX_FILE).read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        for name, file in index.items():
+            _expect_name(name, file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where}: {INDEX_FILE} is damaged ({one_line(error)}). {_AGAIN}"
         ) from error
@@ -94,6 +96,14 @@ def _read_index(folder: Path, where: str) -> dict[str, str]:
             f"there: {some(absent)}. Copy or download them."
         )
     return index
+
+
+def _expect_name(name: str, file: Any) -> None:
+    """Raise `ValueError` unless `file`, which an index names, is that of a file in its folder."""
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise ValueError(f"the file of {name} is {file!r}, which is not the name of one")
+    if Path(file).name != file or file == "..":
+        raise ValueError(f"the file of {name} is {file}, which is not in this folder")
 
 
 def _names_in(file: Path, where: str) -> set[str]:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titan_ulysses.checkpoint.manifest import HashingWriter, Pieces
 from titan_ulysses.checkpoint.reader import CheckpointReader
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure
@@ -55,14 +56,19 @@ class HostFolders:
         """Whether this rank is the first one of its host, which renames and removes folders."""
         return self.ranks_of[self.own][0] == dist.get_rank()
 
-    def write(self, tensors: dict[str, Any], folder: Path) -> None:
-        """Write to `folder` what the ranks of this host hold. Collective."""
+    def write(self, tensors: dict[str, Any], folder: Path) -> Pieces:
+        """Write to `folder` what the ranks of this host hold. Collective.
+
+        Return the pieces that this rank has written.
+        """
+        writer = _Writer(folder, ranks=self.ranks_of[self.own])
         dcp.save(
             tensors,
-            storage_writer=_Writer(folder, ranks=self.ranks_of[self.own]),
+            storage_writer=writer,
             planner=_PartPlanner(),
-            process_group=self._ranks_of_this_host(),
+            process_group=self.ranks_of_this_host(),
         )
+        return writer.pieces
 
     def manifest(self, folder: Path) -> dict[str, Any]:
         """Return the entries of run.json that say which host holds what. Collective."""
@@ -89,6 +95,18 @@ class HostFolders:
                 "on the same hosts, in the same order."
             )
 
+    def another_save(self, state: dict[str, Any]) -> str | None:
+        """Return which hosts have parts of different saves, in words, or None. Collective."""
+        ids: list[str | None] = [None] * len(self._hosts)
+        dist.all_gather_object(ids, state.get("save_id"))
+        others = {h for h, one in zip(self._hosts, ids, strict=True) if one != ids[0]}
+        if not others:
+            return None
+        return (
+            f"run.json: save_id on {' and '.join(sorted(others))} is that of another save than on "
+            f"{self._hosts[0]}"
+        )
+
     def read(self, tensors: dict[str, Any], reader: CheckpointReader, where: str) -> None:
         """Fill the tensors from the part that this host has saved. Collective.
 
@@ -100,9 +118,9 @@ class HostFolders:
                 f"{where} was saved with checkpoint.shared = false on another mesh: the part of "
                 f"{missing} is on another host. Set the degrees in [parallelism] as they were."
             )
-        dcp.load(tensors, storage_reader=reader, process_group=self._ranks_of_this_host())
+        dcp.load(tensors, storage_reader=reader, process_group=self.ranks_of_this_host())
 
-    def _ranks_of_this_host(self) -> dist.ProcessGroup:
+    def ranks_of_this_host(self) -> dist.ProcessGroup:
         """Return the group of this host's ranks. The first call is collective over all ranks."""
         if self._group is None:
             assert dist.group.WORLD is not None
@@ -126,7 +144,7 @@ def expect_all_hosts(state: dict[str, Any], where: str) -> None:
         )
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(HashingWriter):
     """DCP's writer, whose files are named by the rank in the run, not by that on the host."""
 
     def __init__(self, folder: Path, *, ranks: list[int]):

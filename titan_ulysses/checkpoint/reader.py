@@ -8,9 +8,10 @@ entry of any other kind, so the class for such entries is not among those allowe
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,6 +26,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from titan_ulysses.checkpoint.manifest import (
+    Damage,
+    check_file,
+    check_piece,
+    pieces_by_place,
+)
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 
@@ -48,11 +55,16 @@ class Refused(ValueError):
 
 
 class CheckpointReader(dcp.FileSystemReader):
-    """DCP's file system reader with a restricted unpickler. It reads the metadata only once."""
+    """DCP's file system reader with a restricted unpickler. It reads the metadata only once.
 
-    def __init__(self, folder: Path):
+    files: the entries of the manifest. Whatever is read is compared with their hashes, if they have
+    any. A piece is read whole into host memory for that, also where a rank needs a part of it.
+    """
+
+    def __init__(self, folder: Path, files: dict[str, Any]):
         super().__init__(folder)
         self._metadata: Metadata | None = None
+        self._files, self._pieces = files, pieces_by_place(files)
 
     def read_metadata(self) -> Metadata:
         """Return the table of contents.
@@ -60,35 +72,47 @@ class CheckpointReader(dcp.FileSystemReader):
         Raise `Refused` if it asks for more than a checkpoint of tensors needs.
         """
         if self._metadata is None:
-            with open(Path(self.path) / ".metadata", "rb") as file:
-                metadata = _unpickled(file)
+            data = (Path(self.path) / ".metadata").read_bytes()
+            check_file(".metadata", data, self._files)
+            metadata = _unpickled(io.BytesIO(data))
             _expect_own_files(Path(self.path), metadata)
             metadata.storage_meta = metadata.storage_meta or StorageMeta()
             metadata.storage_meta.load_id = self.load_id
             self._metadata = metadata
         return self._metadata
 
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        """Return a stored piece as a file, after comparing its hash with the manifest."""
+        if not self._pieces:
+            return super()._slice_file(file, sinfo)  # saved by an earlier version
+        file.seek(sinfo.offset)
+        data = file.read(sinfo.length)
+        check_piece(sinfo.relative_path, sinfo.offset, data, self._pieces)
+        return io.BytesIO(data)
 
-def open_checkpoint(folder: Path, *, where: str) -> CheckpointReader:
+
+def open_checkpoint(folder: Path, files: dict[str, Any], *, where: str) -> CheckpointReader:
     """Return a reader of the checkpoint in folder, after reading its metadata. Collective.
 
-    where: the name of the checkpoint in messages. On every rank, raise `UserError` if the metadata
-    is refused, or `ValueError` if it is damaged.
+    files: the entries of its manifest. where: the name of the checkpoint in messages. On every
+    rank, raise `UserError` if the metadata is refused, or `Damage` if it is damaged.
     """
-    reader, refusal, damage = CheckpointReader(folder), None, None
+    reader, refusal, damage = CheckpointReader(folder, files), None, None
     try:
         reader.read_metadata()
     except Refused as error:
         refusal = str(error)
+    except Damage as error:
+        damage = str(error)
     except Exception as error:  # a damaged pickle can raise anything
-        damage = one_line(error)
+        damage = f".metadata: {one_line(error)}"
     if refusal := first_failure(refusal):
         raise UserError(
             f"{where} is refused: {refusal}. Nothing of it was run or read. Take checkpoints from "
             "those you trust."
         )
     if damage := first_failure(damage):
-        raise ValueError(f".metadata: {damage}")
+        raise Damage(damage)
     return reader
 
 

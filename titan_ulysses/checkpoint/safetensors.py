@@ -11,7 +11,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -41,6 +41,7 @@ from titan_ulysses.checkpoint.folder import (
     without_data,
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
+from titan_ulysses.checkpoint.manifest import read_sealed_folder, seal_folder
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 from titan_ulysses.distributed.files import partial_path, replace_folder
@@ -264,10 +265,20 @@ def _within(
 
 
 def keep_generation_config(model: PreTrainedModel, path: str) -> None:
-    """Set the model's generation config to that at path (a folder or hub name), for `export`."""
-    # Without one, the model keeps what transformers derives from config.json.
-    with suppress(OSError):
+    """Set the model's generation config to that at path (a folder or hub name), for `export`.
+
+    Raise `UserError` if there is one that cannot be used.
+    """
+    try:
         model.generation_config = GenerationConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises whatever its classes raise
+        # Without one, the model keeps what transformers derives from config.json.
+        if isinstance(error, OSError) and not (Path(path) / _GENERATION_FILE).exists():
+            return
+        raise UserError(
+            f"{Path(path) / _GENERATION_FILE}: transformers refuses it ({one_line(error)}). Repair "
+            "it, or remove it."
+        ) from error
 
 
 @torch.no_grad()
@@ -314,7 +325,8 @@ def export(
         with _raise_on_all_ranks(folder):
             if writes:
                 _write_index(plan.file_of_tensor, plan.bytes, aside)
-                _write_configs(model, tokenizer, step, aside)
+                _write_configs(model, tokenizer, aside)
+                seal_folder(aside, _STEP_FILE, {"step": step})
                 replace_folder(aside, folder)
     finally:
         if writes:
@@ -360,11 +372,12 @@ def _plan_export(
 
 
 def exported_step(folder: Path) -> int | None:
-    """Return the step of the export in folder, or None if the folder does not have one."""
-    try:
-        return json.loads((folder / _STEP_FILE).read_text())["step"]
-    except OSError:
-        return None
+    """Return the step of the export in folder, or None if there is none that is whole.
+
+    Reads all of it: the export is finished when the hashes of its manifest are those of its files.
+    """
+    manifest = read_sealed_folder(folder, _STEP_FILE)
+    return manifest.get("step") if manifest else None
 
 
 def exported_bytes(model: PreTrainedModel) -> int:
@@ -414,6 +427,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
                 settings = copy.copy(model.peft_config[ADAPTER])
                 settings.base_model_name_or_path = base or None
                 settings.save_pretrained(aside)
+                seal_folder(aside, _STEP_FILE, {"step": None})
                 replace_folder(aside, folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -473,7 +487,6 @@ def _write_index(files: dict[str, str], size: int, folder: Path) -> None:
 def _write_configs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    step: int | None,
     folder: Path,
 ) -> None:
     _exported_config(model).save_pretrained(folder)
@@ -483,8 +496,6 @@ def _write_configs(
         model.generation_config.to_json_file(folder / _GENERATION_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if step is not None:
-        (folder / _STEP_FILE).write_text(json.dumps({"step": step}))
 
 
 def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,37 +71,60 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Fill model and optimizer from the last step-N in folder, and return its state.
+    """Fill model and optimizer from the last step-N in folder that is whole; return its state.
 
-    The state is {"step": 0} if there is no checkpoint. The learning rates and other settings of the
-    optimizer are restored too. Checkpoints of `train.py` can be loaded as well; they leave these
-    settings unchanged. Collective. Raise `UserError`, on every rank, if the checkpoint is damaged
-    or belongs to another model or optimizer.
+    A warning names a later one that is damaged. With an optimizer, so that the loop goes on, it is
+    renamed to step-N.damaged. The state is {"step": 0} if there is no checkpoint. The learning
+    rates and other settings of the optimizer are restored too. Checkpoints of `train.py` can be
+    loaded as well; they leave these settings unchanged. Collective. Raise `UserError`, on every
+    rank, if no checkpoint is whole, or if it belongs to another model or optimizer.
     """
     folder = Path(folder)
     checkpointer = _Checkpoints(folder, keep=0)
-    last = [checkpointer.latest()]
-    dist.broadcast_object_list(last, src=0)
-    if last[0] is None:
+    steps = _steps_on_rank_0(checkpointer)
+    if not steps:
         return {"step": 0}
-    step = last[0]
-    saved = checkpointer.read_state(step)
-    if optimizer is not None and "optimizer_class" in saved:
-        there, here = saved["optimizer_class"], type(optimizer).__name__
-        counts = len(saved["optimizer_groups"]), len(optimizer.param_groups)
-        if there != here or counts[0] != counts[1]:
-            raise UserError(
-                f"load_checkpoint: {folder}/step-{step} has the state of {there} with {counts[0]} "
-                f"groups of parameters, and this is {here} with {counts[1]}: make the optimizer as "
-                "it was, or pass none."
-            )
-    checkpointer.load(step, model, optimizer)
+    step, saved = checkpointer.load_newest(
+        steps, model, optimizer, check=partial(_expect_optimizer, optimizer, folder)
+    )
     if optimizer is not None:
+        checkpointer.set_damaged_aside()
         for group, values in zip(
             optimizer.param_groups, saved.get("optimizer_groups", []), strict=False
         ):
             _set(group, values)
     return saved.get("loop", {"step": step})
+
+
+def _steps_on_rank_0(checkpointer: Checkpointer) -> list[int]:
+    """Return the steps that rank 0 sees. Raise its error, on every rank. Collective."""
+    steps, problem = [], None
+    if dist.get_rank() == 0:
+        try:
+            steps = checkpointer.steps()
+        except UserError as error:
+            problem = str(error)
+    if problem := first_failure(problem):
+        raise UserError(problem)
+    seen = [steps]
+    dist.broadcast_object_list(seen, src=0)
+    return seen[0]
+
+
+def _expect_optimizer(
+    optimizer: torch.optim.Optimizer | None, folder: Path, saved: dict[str, Any]
+) -> None:
+    """Raise `UserError` if the saved state is that of an optimizer of another kind."""
+    if optimizer is None or "optimizer_class" not in saved:
+        return
+    there, here = saved["optimizer_class"], type(optimizer).__name__
+    counts = len(saved["optimizer_groups"]), len(optimizer.param_groups)
+    if there != here or counts[0] != counts[1]:
+        raise UserError(
+            f"load_checkpoint: {folder}/step-{saved['step']} has the state of {there} with "
+            f"{counts[0]} groups of parameters, and this is {here} with {counts[1]}: make the "
+            "optimizer as it was, or pass none."
+        )
 
 
 def _as_json(state: dict[str, Any]) -> str:

@@ -5,13 +5,86 @@ These checks need neither the machine nor the model.
 
 from __future__ import annotations
 
-from titan_ulysses.config.schema import Config, SourceSettings
+from titan_ulysses.config.schema import KEYS, Config, SourceSettings
 from titan_ulysses.config.toml import to_toml
 
 
 def combination_problems(config: Config) -> list[str]:
     """Return one line per problem; each line names the settings and says what to do."""
-    return _model_problems(config) + _lora_problems(config) + _data_problems(config)
+    return [
+        *_folder_problems(config),
+        *_model_problems(config),
+        *_lora_problems(config),
+        *_data_problems(config),
+    ]
+
+
+_OWN_NAMES = (
+    "export",
+    "adapter",
+    "tensorboard",
+    "wandb",
+    "config.toml",
+    "metrics.jsonl",
+    "evaluation.json",
+    "plan.json",
+    "plan_memory.png",
+    "plan_ladder.png",
+)
+"""What a run writes into its folder under a name that no setting changes."""
+
+
+def _folder_problems(config: Config) -> list[str]:
+    """Return the problems of names that lead out of the run's folder, or to others of its files.
+
+    Names are compared without regard to case, as some file systems do.
+    """
+    checkpoint, profiling = config.checkpoint, config.profiling
+    inside = {
+        "checkpoint.folder": checkpoint.folder,
+        "profiling.save_traces_folder": profiling.save_traces_folder,
+        "profiling.save_memory_snapshot_folder": profiling.save_memory_snapshot_folder,
+    }
+    problems = [
+        f"{setting} = {to_toml(name)}: needs a relative path below {above}, without '.' and '..'"
+        for setting, name, above in [
+            ("job.name", config.job.name, "job.dump_folder"),
+            *((setting, name, "the run's folder") for setting, name in inside.items()),
+        ]
+        if not _is_below(name)
+    ]
+    first = {s: name.replace("\\", "/").split("/")[0].casefold() for s, name in inside.items()}
+    for setting, name in first.items():
+        if name in _OWN_NAMES or name.startswith("."):
+            problems.append(
+                f"{setting} = {to_toml(inside[setting])}: the run needs {name} for something else. "
+                f"Choose another name, such as {to_toml(_default(setting))}"
+            )
+    pairs = [("checkpoint.folder", other) for other in first if other != "checkpoint.folder"]
+    problems += [
+        f"{one} = {to_toml(inside[one])} and {other} = {to_toml(inside[other])}: the run removes "
+        "old checkpoints from the first. Choose folders that are not the same"
+        for one, other in pairs
+        if first[one] == first[other]
+    ]
+    later = [part.casefold() for part in config.job.name.split("/")[1:]]
+    if clash := next((part for part in later if part in {*_OWN_NAMES, *first.values()}), None):
+        problems.append(
+            f"job.name = {to_toml(config.job.name)}: another run may need {clash} for something "
+            "else. Choose another name"
+        )
+    return problems
+
+
+def _is_below(name: str) -> bool:
+    """Return whether a path stays in the folder that it begins in, on any system."""
+    parts = name.replace("\\", "/").split("/")
+    is_drive = len(parts[0]) == 2 and parts[0].endswith(":")
+    return not is_drive and not {"", ".", ".."} & {part.strip() for part in parts}
+
+
+def _default(setting: str) -> str:
+    return KEYS[setting].default
 
 
 def _model_problems(config: Config) -> list[str]:
@@ -29,7 +102,12 @@ def _model_problems(config: Config) -> list[str]:
 def _lora_problems(config: Config) -> list[str]:
     lora, problems = config.lora, []
     if not lora.rank:
-        return problems
+        return [
+            f"lora.{key} = {to_toml(value)} with lora.rank = 0: there are no adapters. Set "
+            f"lora.rank, or lora.{key} to its default, {to_toml(field.default)}"
+            for key, field in type(lora).model_fields.items()
+            if (value := getattr(lora, key)) != field.default
+        ]
     if config.model.freeze:
         problems.append(
             f"lora.rank = {lora.rank} and model.freeze = {to_toml(config.model.freeze)} are both "

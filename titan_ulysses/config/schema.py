@@ -7,7 +7,9 @@ answers at once.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sysconfig
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
@@ -64,6 +66,8 @@ def in_words(key: str, value: Any) -> Any:
 def _positive_or_derived(value: int) -> int:
     if value < 1 and value != -1:
         raise ValueError('must be at least 1, or "auto" (-1) to derive it')
+    if value > _MOST_RANKS:
+        raise ValueError(f"must be at most {_MOST_RANKS}")
     return value
 
 
@@ -74,11 +78,14 @@ def _positive_seconds_or_derived(value: float) -> float:
 
 
 def _core_name(name: str) -> str:
-    if name not in CORES and ":" not in name:
+    if name not in CORES and not _FUNCTION.fullmatch(name):
         raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
     return name
 
 
+_MOST_RANKS = 2**20
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+"""package.module:function"""
 CORES = ("auto", "varlen", "flash", "sdpa", "flex", "blockwise")
 """Names of the attention cores, which are functions in ulysses/cores.py.
 
@@ -87,14 +94,36 @@ block mask grows with the square of the length.
 """
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path)]
-Tile = Annotated[int, Field(ge=-1), Words({"auto": 0, "all": -1})]
-Chunk = Annotated[int, Field(ge=-1), Words({"auto": 0, "off": -1})]
+Tile = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "all": -1})]
+Chunk = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "off": -1})]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
 SecondsOrDerived = Annotated[
     float, AfterValidator(_positive_seconds_or_derived), Words({"auto": -1})
 ]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
+
+
+def _problem_of_text(value: Any) -> str | None:
+    """Return why a text, or one in a list, can be no path, name or pattern; None if it can."""
+    if isinstance(value, list):
+        return next(filter(None, map(_problem_of_text, value)), None)
+    if not isinstance(value, str):
+        return None
+    if "\0" in value:
+        return "must not contain the character NUL"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return "must be text that can be written in UTF-8"
+    return None
+
+
+def _finite(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table. Raise `ValueError` if a number in it, or in a list in it, is inf or nan."""
+    for key, value in table.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"needs finite numbers, and {key} is {number}")
+    return table
 
 
 class Section(BaseModel):
@@ -114,6 +143,8 @@ class Section(BaseModel):
         # pydantic would read true as 1, so that `steps = true` would mean one step.
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
             raise ValueError("needs a number, not true or false")
+        if problem := _problem_of_text(value):
+            raise ValueError(problem)
         return value
 
 
@@ -156,6 +187,7 @@ class Model(Section):
     resize_embeddings: int = Field(
         0,
         ge=0,
+        le=2**20,
         description="Enlarge embedding and head to the tokenizer's number of tokens, rounded up "
         "to a multiple of this value. 0: do not enlarge; a tokenizer with too many tokens is "
         "refused.",
@@ -176,18 +208,22 @@ class Model(Section):
     @field_validator("rope_scaling")
     @classmethod
     def _may_be_cleared(cls, table: dict[str, Any] | None) -> dict[str, Any] | None:
-        return table or None
+        return _finite(table or {}) or None
 
 
 class LoRA(Section):
     rank: int = Field(
         0,
         ge=0,
+        le=2**16,
         description="Rank of LoRA adapters. Only the adapters are trained; the model itself is "
         "frozen. 0: no adapters.",
     )
     alpha: float = Field(
-        16.0, gt=0, description="Scale of the adapters: their output is multiplied by alpha / rank."
+        16.0,
+        gt=0,
+        le=1e6,
+        description="Scale of the adapters: their output is multiplied by alpha / rank.",
     )
     dropout: float = Field(
         0.0,
@@ -281,6 +317,7 @@ class MixtureEntry(SourceSettings):
     weight: float = Field(
         1.0,
         gt=0,
+        le=1e9,
         description="Share of the sequences that come from this source; all weights are divided "
         "by their sum.",
     )
@@ -313,11 +350,13 @@ class Training(Section):
     seq_len: int = Field(
         2048,
         ge=1,
+        le=2**31 - 1,
         description="Tokens in a sequence, over all the sequence-parallel ranks that share it.",
     )
     local_batch_size: int = Field(
         1,
         ge=1,
+        le=2**20,
         description="Sequences in one forward of a data-parallel rank (or of a group of "
         "sequence-parallel ranks).",
     )
@@ -327,7 +366,10 @@ class Training(Section):
         "degree. A larger multiple of that accumulates gradients.",
     )
     steps: int = Field(
-        1000, ge=1, description="Number of optimizer steps. Raise it to continue a finished run."
+        1000,
+        ge=1,
+        le=10**9,
+        description="Number of optimizer steps. Raise it to continue a finished run.",
     )
     seed: int = Field(
         0,
@@ -350,6 +392,7 @@ class Training(Section):
     z_loss: float = Field(
         0.0,
         ge=0,
+        le=1e3,
         description="Weight of an additional loss for each token: the square of the logits' "
         "log-normalizer, which keeps it near 0. 0: off.",
     )
@@ -381,6 +424,7 @@ class Parallelism(Section):
 class Comm(Section):
     timeout_s: SecondsOrDerived = Field(
         -1,
+        le=1e7,
         description="Seconds after which a rank that waits for another one gives up and ends, once "
         "the first step is done. It must be longer than a checkpoint takes to be written. auto "
         "(-1): 600, or four times the planned step on a GPU, where that is longer.",
@@ -388,6 +432,7 @@ class Comm(Section):
     startup_timeout_s: float = Field(
         1800.0,
         gt=0,
+        le=1e7,
         description="The same until the first step is done: while the ranks meet, load and "
         "compile.",
     )
@@ -402,6 +447,7 @@ class ActivationCheckpoint(Section):
     every: int = Field(
         1,
         ge=1,
+        le=10**6,
         description="Blocks that share one checkpoint: only the input of the first one is kept. "
         "More blocks need less memory for inputs, but more during recomputation.",
     )
@@ -476,10 +522,14 @@ class Optimizer(Section):
         description="adamw: AdamW with its two moments in fp32. adamw8bit, adamw4bit: the "
         "moments are quantized to 8 or 4 bits (torchao).",
     )
-    lr: float = Field(3e-4, ge=0, description="Peak learning rate.")
+    lr: float = Field(3e-4, ge=0, le=1e3, description="Peak learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay rates of the two moments.")
-    eps: float = Field(1e-8, gt=0, description="Number added to the denominator of the update.")
-    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay, as in AdamW.")
+    eps: float = Field(
+        1e-8, gt=0, le=1.0, description="Number added to the denominator of the update."
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, le=1e3, description="Decoupled weight decay, as in AdamW."
+    )
     stochastic_rounding: bool = Field(
         False,
         description="Store parameters in bfloat16, rounded stochastically after each step, "
@@ -488,7 +538,9 @@ class Optimizer(Section):
 
 
 class LRScheduler(Section):
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup, before the decay.")
+    warmup_steps: int = Field(
+        0, ge=0, le=10**9, description="Steps of linear warmup, before the decay."
+    )
     decay_type: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="Shape of the learning rate after the warmup."
     )
@@ -506,10 +558,11 @@ class Checkpoint(Section):
         description="Save checkpoints, and resume from the newest one when the run is started "
         "again.",
     )
-    interval: int = Field(500, ge=1, description="Steps between checkpoints.")
+    interval: int = Field(500, ge=1, le=10**9, description="Steps between checkpoints.")
     keep_latest_k: int = Field(
         2,
         ge=0,
+        le=10**6,
         description="Number of newest checkpoints to keep; older ones are deleted. 0: keep all.",
     )
     folder: str = Field(
@@ -540,10 +593,11 @@ class Validation(Section):
         description="Compute the loss on held-out data: before the first step, during training "
         "and at the end.",
     )
-    interval: int = Field(100, ge=1, description="Training steps between validations.")
+    interval: int = Field(100, ge=1, le=10**9, description="Training steps between validations.")
     steps: int = Field(
         10,
         ge=0,
+        le=10**9,
         description="Global batches in one validation, spread evenly over the held-out data. 0: "
         "all of the data.",
     )
@@ -564,16 +618,18 @@ class Plan(Section):
     gpu_memory_gib: float = Field(
         0,
         ge=0,
+        le=1e6,
         description="Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: that of "
         "plan.gpu.",
     )
     host_memory_gib: float = Field(
         0,
         ge=0,
+        le=1e6,
         description="Host memory of one node in GiB. 0: unknown; --plan does not check it, and a "
         "run that starts takes what is free.",
     )
-    gpus_per_node: int = Field(8, ge=1, description="GPUs in one node.")
+    gpus_per_node: int = Field(8, ge=1, le=2**10, description="GPUs in one node.")
     attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = Field(
         "auto",
         description="FlashAttention to plan for: fa2 ships with torch; fa3 and fa4 are what a run "
@@ -583,6 +639,7 @@ class Plan(Section):
     world_size: int = Field(
         0,
         ge=0,
+        le=2**20,
         description="Number of GPUs to plan for. 0: the product of the degrees in [parallelism].",
     )
     search: bool = Field(
@@ -602,7 +659,7 @@ class Plan(Section):
 
 
 class Metrics(Section):
-    log_interval: int = Field(1, ge=1, description="Steps between log lines.")
+    log_interval: int = Field(1, ge=1, le=10**9, description="Steps between log lines.")
     enable_wandb: bool = Field(
         False,
         description="Log to Weights & Biases too, under job.name. Its own environment variables, "
@@ -618,13 +675,19 @@ class Profiling(Section):
         "profile_traces", min_length=1, description="Folder of the traces, inside the run's folder."
     )
     profile_freq: int = Field(
-        10, ge=1, description="Steps from one trace, or memory snapshot, to the next."
+        10, ge=1, le=10**9, description="Steps from one trace, or memory snapshot, to the next."
     )
     profiler_active: int = Field(
-        1, ge=1, description="Steps in one trace: the last ones of every profile_freq steps."
+        1,
+        ge=1,
+        le=10**6,
+        description="Steps in one trace: the last ones of every profile_freq steps.",
     )
     profiler_warmup: int = Field(
-        3, ge=0, description="Steps before a trace that the profiler records and discards."
+        3,
+        ge=0,
+        le=10**6,
+        description="Steps before a trace that the profiler records and discards.",
     )
     enable_memory_snapshot: bool = Field(
         False,

@@ -121,10 +121,13 @@ class CorpusStats:
         for document in encoded:
             if isinstance(document, BadRow):
                 self.bad += 1
-                self.first_bad = self.first_bad or f"{document.place}: {document.reason}"
+                # JSON can express half of a surrogate pair, which can be neither printed nor kept.
+                text = f"{document.place}: {document.reason}"
+                text = text.encode(errors="backslashreplace").decode()
+                self.first_bad = self.first_bad or text
                 if not skip:
                     raise UserError(
-                        f"{setting}: {document.place}: {document.reason}. Correct it, or set "
+                        f"{setting}: {text}. Correct it, or set "
                         f'{section_of(setting)}.bad_lines = "skip" to leave such lines out and '
                         "count them"
                     )

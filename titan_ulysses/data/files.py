@@ -10,6 +10,7 @@ from glob import glob
 from hashlib import blake2b
 from pathlib import Path
 
+from titan_ulysses.config.paths import data_is_absent
 from titan_ulysses.distributed.errors import UserError
 
 RAW_BYTES = "bytes"
@@ -48,10 +49,7 @@ def find_files(
     ):
         files = {file.as_posix(): file for file in matches}
     else:
-        raise UserError(
-            f'{setting} = "{path}" is not there: give a file, a folder, or a pattern that matches '
-            "files"
-        )
+        raise UserError(data_is_absent(setting, str(path)))
     files = {name: file for name, file in files.items() if file.stat().st_size > 0}
     if not files:
         raise UserError(

@@ -12,9 +12,9 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.files import digest, find_files, read_text
@@ -138,30 +138,31 @@ class RecordRows(Rows):
         """
         import pyarrow
 
-        before, codec = self.done, _CODECS.get(file.suffix.lower())
+        before, encoding = self.done, self.source.encoding
+        codec = _CODECS.get(file.suffix.lower())
         is_json = (
             file.name.lower().removesuffix(file.suffix.lower() if codec else "").endswith(".json")
         )
         with open(file, "rb") as raw:
-            lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec)) if codec else raw
+            lines: BinaryIO = raw
+            if codec:
+                lines = BufferedReader(pyarrow.CompressedInputStream(raw, codec))
+            if not _ends_lines_with_a_byte(self.source.encoding):
+                # Such files are decoded whole, because no line of theirs can be found in bytes.
+                lines = BytesIO(lines.read().decode(self.source.encoding).encode())
+                encoding = "utf-8"
             for number, line in enumerate(lines, start=1):
                 # The file is one array, not JSON lines.
                 start = line.removeprefix(codecs.BOM_UTF8).lstrip()
                 if number == 1 and is_json and start.startswith(b"["):
-                    elements = self._parse(line + lines.read())
+                    elements = _parse(line + lines.read(), encoding)
                     if isinstance(elements, Exception):
                         raise elements  # of no element is it known where it ends
                     yield from enumerate(elements, start=1)
                     return
                 if line.strip():
-                    yield number, self._parse(line)
+                    yield number, _parse(line, encoding)
                 self.done = before + raw.tell()
-
-    def _parse(self, line: bytes) -> Any:
-        try:
-            return json.loads(line.decode(self.source.encoding).removeprefix("\ufeff").strip())
-        except (ValueError, RecursionError) as error:
-            return error
 
     def _parquet(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield (row number from 1, fields) of each row."""
@@ -174,6 +175,24 @@ class RecordRows(Rows):
                     yield from enumerate(batch.to_pylist(), start=number + 1)
                     number += batch.num_rows
                 self.done = before + size * (group + 1) // table.num_row_groups
+
+
+def _ends_lines_with_a_byte(encoding: str) -> bool:
+    """Return whether a line in this codec ends with a byte: not in UTF-16 and UTF-32."""
+    try:
+        return "\n\n".encode(encoding).endswith(b"\n\n")
+    except UnicodeError:
+        return True  # of no file it is known what its lines are
+
+
+def _parse(line: bytes, encoding: str) -> Any:
+    """Return the JSON value of a line, or the exception if it has none."""
+    try:
+        return json.loads(line.decode(encoding).removeprefix("\ufeff").strip())
+    except (ValueError, RecursionError) as error:
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return ValueError('the file begins like UTF-16: set encoding = "utf-16"')
+        return error
 
 
 def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:

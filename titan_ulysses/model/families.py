@@ -236,15 +236,16 @@ def check_family(config: PreTrainedConfig) -> None:
         )
     if quantization := getattr(config, "quantization_config", None):
         method = (
-            quantization["quant_method"]
+            quantization.get("quant_method")
             if isinstance(quantization, dict)
-            else quantization.quant_method
+            else getattr(quantization, "quant_method", quantization)
         )
         raise UserError(
             f'model: the weights are quantized ("{getattr(method, "value", method)}", by '
             "quantization_config of config.json), and cannot be trained so. Take the model in "
             "bf16, or save it dequantized by transformers."
         )
+    _check_rope(config)
     needs = []
     if reason := _looks_ahead(config):
         needs.append(reason)
@@ -261,6 +262,20 @@ def check_family(config: PreTrainedConfig) -> None:
             f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that '
             "exactly."
         )
+
+
+def _check_rope(config: PreTrainedConfig) -> None:
+    """Raise UserError if a RoPE setting is not a finite number; JSON and TOML can express NaN."""
+
+    def check(value: Any, place: str) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"model: {place} = {value} in its config: needs a finite number.")
+        if isinstance(value, dict | list | tuple):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                check(inner, f"{place}.{key}")
+
+    for key in ("rope_parameters", "rope_theta", "partial_rotary_factor"):
+        check(getattr(config, key, None), key)
 
 
 def declared_value(config: PreTrainedConfig, key: str) -> Any:

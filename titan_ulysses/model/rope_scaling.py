@@ -15,6 +15,7 @@ from titan_ulysses.config.toml import show
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 
+_LARGEST_FACTOR = 10**6
 _ORIGINAL = "original_max_position_embeddings"
 # Required and optional keys of each type; rope_theta is optional for all types.
 _KEYS: dict[str, tuple[set[str], set[str]]] = {
@@ -97,7 +98,7 @@ def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     scaling = dict(table)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None)
     scaling.pop("type", None)
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise UserError(
             f"model.rope_scaling.rope_type = {show(kind)}: the types are {', '.join(_KEYS)}",
             exit_code=2,
@@ -111,9 +112,12 @@ def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if missing := sorted(needed - scaling.keys()):
         raise UserError(f'model.rope_scaling: "{kind}" needs {", ".join(missing)}', exit_code=2)
     factor = scaling["factor"]
-    if not isinstance(factor, int | float) or isinstance(factor, bool) or factor < 1:
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not is_number or not 1 <= factor <= _LARGEST_FACTOR:
         raise UserError(
-            f"model.rope_scaling.factor = {show(factor)}: needs a number of at least 1", exit_code=2
+            f"model.rope_scaling.factor = {show(factor)}: needs a number from 1 to "
+            f"{_LARGEST_FACTOR:,}",
+            exit_code=2,
         )
     return kind, scaling
 

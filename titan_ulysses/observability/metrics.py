@@ -10,7 +10,7 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -142,7 +142,12 @@ class MetricsLogger:
 
         self.console, self._wandb = console, wandb
         first_step = steps_done + 1 if steps_done else 0
-        self._file = _reopen(folder / "metrics.jsonl", before=first_step)
+        self._file, dropped = _reopen(folder / "metrics.jsonl", before=first_step)
+        if dropped:
+            console.print(
+                f"WARNING: {folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are "
+                "dropped."
+            )
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
         self._total = total_steps
 
@@ -182,17 +187,32 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield f"{prefix}{name}", value
 
 
-def _reopen(path: Path, *, before: int):
+def _reopen(path: Path, *, before: int) -> tuple[IO[str], int]:
     """Open a JSON-lines file to append, and keep only the lines of steps less than `before`.
 
-    A line that a killed run left incomplete is dropped.
+    A last line that a killed run left incomplete is dropped. Return the file, and how many other
+    lines were dropped because they are not objects with a step.
     """
+    dropped = 0
     if path.exists():
-        with whole_file(path) as aside, open(path) as old, open(aside, "w") as new:
+        with whole_file(path) as aside, open(path, "rb") as old, open(aside, "wb") as new:
             for line in old:
-                if line.endswith("\n") and json.loads(line)["step"] < before:
+                step = _step_of(line)
+                if step is None:
+                    dropped += line.endswith(b"\n")
+                elif step < before:
                     new.write(line)
-    return open(path, "a")
+    return open(path, "a"), dropped
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a complete line of metrics, or None if it is not one."""
+    try:
+        values = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if line.endswith(b"\n") and type(step) is int else None
 
 
 def perplexity(loss: float) -> float:

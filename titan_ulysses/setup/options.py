@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.schema import CORES, Config
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.memory.streaming import KeepAttention
 from titan_ulysses.model.families import attention_needs, largest_head
@@ -142,14 +143,21 @@ def select_core(
     The reason is a sentence for the log. packages: whether packages must be here (see `Demand`).
     UserError if the named core cannot do what the model needs.
     """
-    return choose_core(
-        name,
-        Demand(
-            frozenset(attention_needs(model_config)),
-            device_type,
-            dtype,
-            seq_len=seq_len,
-            head_size=largest_head(model_config),
-            packages=packages,
-        ),
+    demand = Demand(
+        frozenset(attention_needs(model_config)),
+        device_type,
+        dtype,
+        seq_len=seq_len,
+        head_size=largest_head(model_config),
+        packages=packages,
     )
+    try:
+        return choose_core(name, demand)
+    except UserError:
+        raise
+    except Exception as error:  # a module of the user's may raise anything, or hold something else
+        raise UserError(
+            f'model.attention = "{name}": cannot be used ({type(error).__name__}: '
+            f"{one_line(error)}). Give a function of package.module:function, or one of "
+            f"{', '.join(CORES)}."
+        ) from error

@@ -103,8 +103,9 @@ class Trainer:
             folder,
             keep=config.checkpoint.keep_latest_k,
             hosts=() if shared else self.ranks.hosts,
+            say=self._say,
         )
-        self.begins_at = self._agree_on_latest()
+        self.saved_steps = self._agree_on_checkpoints()
         if self._needs_base_weights():
             check_initial_weights(config)
         sequences = open_sequences(config, self.spec.tokenizer, eval_only=eval_only)
@@ -200,7 +201,7 @@ class Trainer:
         """
         if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
             return True
-        return self.begins_at is None
+        return not self.saved_steps
 
     def _check_folder(self) -> None:
         """Raise UserError if the run's folder cannot be made or written to. Makes nothing."""
@@ -222,6 +223,7 @@ class Trainer:
         """Make the run's folder and write the resolved config to it; UserError if that fails."""
         self._write("config.toml", dump_toml(self.config))
         self.checkpointer.remove_unfinished()
+        self.checkpointer.set_damaged_aside()
 
     def _write(self, name: str, text: str) -> None:
         """Write a file of the run's folder on rank 0, completely or not at all.
@@ -238,7 +240,7 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Raise UserError if the only model to evaluate would be a random one."""
-        if self.begins_at is None and not (
+        if not self.saved_steps and not (
             self.config.model.path or self.config.checkpoint.initial_load_path
         ):
             raise UserError(
@@ -247,18 +249,22 @@ class Trainer:
                 "weights, such as the export/ of a run."
             )
 
-    def _agree_on_latest(self) -> int | None:
-        """Return the step of the checkpoint to resume from: the last one that all hosts have."""
+    def _agree_on_checkpoints(self) -> list[int]:
+        """Return the steps of the checkpoints to resume from: those that all hosts have.
+
+        If they share a folder, rank 0 alone looks: the view of another host may be old.
+        """
         if not self.config.checkpoint.enable:
-            return None
-        shared = self.config.checkpoint.shared
+            return []
+        ranks, shared = self.ranks, self.config.checkpoint.shared
+        looks = ranks.rank == 0 or not shared or ranks.watch is None  # which decides alone
 
-        def last(steps: list[list[int]]) -> int | None:
-            return max(
-                set(steps[0]) if shared else set.intersection(*map(set, steps)), default=None
-            )
+        def common(steps: list[list[int] | None]) -> list[int]:
+            return sorted(set.intersection(*(set(seen) for seen in steps if seen is not None)))
 
-        return self.ranks.decide("checkpoints", self.checkpointer.steps(), last)
+        return self.ranks.decide(
+            "checkpoints", self.checkpointer.steps() if looks else None, common
+        )
 
     def _latest(self) -> int | None:
         return self.checkpointer.latest() if self.config.checkpoint.enable else None
@@ -268,12 +274,21 @@ class Trainer:
         note = initialize(self.model, self.config) if self._needs_base_weights() else None
         if note:
             self._say(note)
-        if self.begins_at is None:
+        if not self.saved_steps:
             return 0
-        state = self.checkpointer.load(self.begins_at, self.model, self.optimizer)
+        step, state = self.checkpointer.load_newest(
+            self.saved_steps, self.model, self.optimizer, needs=("loader", "rng")
+        )
         if self.loader:
             self.loader.load_state_dict(state["loader"])
-        return self.begins_at
+            saved, seed = state.get("rng", {}).get("seed"), self.config.training.seed
+            if saved not in (None, seed):
+                self._say(
+                    f"WARNING: training.seed = {seed}, and it was {saved} when step {step} was "
+                    "saved: the data goes on in another order, so that some of it comes twice and "
+                    f"some not at all. Set training.seed = {saved} to go on exactly."
+                )
+        return step
 
     def _start_preflight(self) -> Preflight | None:
         """Start to plan this run, on rank 0, while the weights are filled."""
@@ -330,7 +345,7 @@ class Trainer:
 
         The result goes to the console and to <run>/evaluation.json.
         """
-        is_checkpoint = self.begins_at is not None
+        is_checkpoint = bool(self.saved_steps)
         initial = self.config.checkpoint.initial_load_path or self.config.model.path
         weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
         with self._progress(steps=1, done=0) as self.progress:
@@ -608,7 +623,11 @@ class Trainer:
     def _save(self) -> None:
         self._expect_finite_model()
         self.progress.begin(f"checkpoint of step {self.step}")
-        state = {"step": self.step, "loader": self.loader.state_dict()}
+        state = {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "rng": {"seed": self.config.training.seed},
+        }
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
     def _progress(self, *, steps: int, done: int) -> Progress:

@@ -1,0 +1,256 @@
+"""What a config, a folder or a file of data may not be: each is refused by a message that names it,
+before anything heavy is imported where that can be, and what can be gone on from is gone on from.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoConfig
+
+from titan_ulysses.__main__ import run
+from titan_ulysses.checkpoint import folder as weights_folder
+from titan_ulysses.checkpoint.disk import disk_needs
+from titan_ulysses.checkpoint.safetensors import keep_generation_config
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.schema import Config, SourceSettings
+from titan_ulysses.data.corpus import CorpusStats
+from titan_ulysses.data.rows import open_rows
+from titan_ulysses.data.sources import BadRow, Row
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model.families import check_family
+from titan_ulysses.model.rope_scaling import scale_rope
+from titan_ulysses.observability.metrics import MetricsLogger
+from titan_ulysses.setup.options import select_core
+
+BASE = '[model]\ntokenizer = "bytes"\n[model.config]\nmodel_type = "llama"\n'
+HUGE = 10**30
+
+
+def refusal(act: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        act(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(BASE)
+    return path
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(
+            ("checkpoint.folder", n)
+            for n in ("export", "Tensorboard", ".", "../x", "/tmp/x", "a//b")
+        ),
+        *(
+            ("checkpoint.folder", n)
+            for n in ("checkpoints/../export", ".export.old", "config.toml")
+        ),
+        ("checkpoint.folder", "profile_traces"),
+        *(("job.name", n) for n in ("..", "/", "../run", "a/../b", "/tmp/run", "books/export")),
+        ("job.name", "books/checkpoints"),
+        ("profiling.save_traces_folder", "export/x"),
+        ("profiling.save_memory_snapshot_folder", "checkpoints"),
+        ("job.dump_folder", "a\0b"),
+        ("data.path", "a\0b"),
+        ("model.freeze", ["a\0b"]),
+        ("job.name", "\udc80"),
+        ("lora.alpha", 32.0),
+        ("lora.target_modules", ["q_proj"]),
+        ("model.attention", "os"),
+        ("model.attention", ":x"),
+        ("model.attention", "..a:b"),
+        ("model.rope_scaling", {"rope_type": "yarn", "factor": float("nan")}),
+    ],
+)
+def test_settings_that_cannot_be(toml: Path, setting: str, value: Any) -> None:
+    assert setting in refusal(load_config, toml, [(setting, value)])
+
+
+@pytest.mark.parametrize("value", ["checkpoints", "kept/here", "save points", "checkpoints-2"])
+def test_folders_that_can_be(toml: Path, value: str) -> None:
+    assert load_config(toml, [("checkpoint.folder", value)]).checkpoint.folder == value
+    assert load_config(toml, [("job.name", value)]).job.name == value
+
+
+def numbers() -> list[str]:
+    unlimited = {"training.max_norm"}  # inf is no clipping
+    return [
+        f"{section}.{key}"
+        for section, field in Config.model_fields.items()
+        for key, inner in field.annotation.model_fields.items()  # type: ignore[union-attr]
+        if inner.annotation in (int, float) and f"{section}.{key}" not in unlimited
+    ]
+
+
+@pytest.mark.parametrize("setting", numbers())
+def test_absurd_numbers_are_refused_with_their_limit(toml: Path, setting: str) -> None:
+    message = refusal(load_config, toml, [(setting, HUGE)])
+    assert message.startswith(f"{setting} = {HUGE}")
+    assert "must be at most " in message or "must be less than " in message
+
+
+def test_what_needs_no_model_is_said_before_torch_is_imported(toml: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom titan_ulysses.__main__ import run\n"
+        "from titan_ulysses.distributed.errors import UserError\n"
+        "for options in eval(sys.argv[2]):\n"
+        "    try:\n        run(['--config', sys.argv[1], *options])\n"
+        "    except UserError as error:\n        print(str(error).splitlines()[0])\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    cases = {
+        "--parallelism.sequence_parallel_degree=3": "dp_replicate(1) x dp_shard(-1) x sp(3)",
+        "--lr_scheduler.warmup_steps=2000": "lr_scheduler.warmup_steps = 2000 is more than",
+        f"--data.path={tmp_path}/none": f'data.path = "{tmp_path}/none" is not there',
+        "--model.tokenizer=./none": 'model.tokenizer = "./none": no such folder',
+    }
+    command = [sys.executable, "-c", code, str(toml), repr([[option] for option in cases])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line, expected in zip(done.stdout.splitlines(), cases.values(), strict=True):
+        assert line.startswith(expected)
+
+
+def test_a_core_that_is_no_function(toml: Path) -> None:
+    config = AutoConfig.for_model("llama")
+    message = refusal(select_core, "os:sep", config, device_type="cpu", dtype=None)
+    assert message.startswith('model.attention = "os:sep": cannot be used (TypeError: ')
+
+
+def test_room_on_the_disk_is_computed_and_not_counted(tmp_path: Path) -> None:
+    def checkpoints(last: int, done: int, interval: int) -> int:
+        config = Config.model_validate(
+            {
+                "training": {"steps": last},
+                "checkpoint": {"interval": interval, "keep_latest_k": 0},
+            }
+        )
+        needs = disk_needs(config, tmp_path, model=1, optimizer=1, export=1, there=0, done=done)
+        return needs.checkpoints
+
+    for last, done, interval in [
+        (10, 0, 4),
+        (10, 4, 4),
+        (8, 0, 4),
+        (8, 8, 4),
+        (3, 0, 9),
+        (9, 8, 4),
+    ]:
+        steps = range(done + 1, last + 1)
+        expected = sum(step % interval == 0 or step == last for step in steps)
+        assert checkpoints(last, done, interval) == expected, (last, done, interval)
+    assert checkpoints(10**9, 0, 1) == 10**9
+
+
+# --- folders of models ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry", ['{"a": 5}', '{"a": "../x.safetensors"}', '{"a": "/x"}', '{"a": "\\u0000"}', '["ab"]']
+)
+def test_an_index_that_names_no_file_of_its_folder(tmp_path: Path, entry: str) -> None:
+    (tmp_path / weights_folder.INDEX_FILE).write_text(f'{{"weight_map": {entry}}}')
+    message = refusal(weights_folder.find, str(tmp_path))
+    assert f"{weights_folder.INDEX_FILE} is damaged (" in message
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"max_length": "x", "do_sample": 3}'])
+def test_a_generation_config_that_is_none(tmp_path: Path, text: str) -> None:
+    class Model:
+        generation_config = None
+
+    (tmp_path / "generation_config.json").write_text(text)
+    try:
+        keep_generation_config(Model(), str(tmp_path))  # type: ignore[arg-type]
+    except UserError as error:
+        assert str(error).startswith(f"{tmp_path / 'generation_config.json'}: transformers refuses")
+    else:
+        assert text.startswith('{"max'), "what transformers takes is kept"
+    (tmp_path / "generation_config.json").unlink()
+    keep_generation_config(Model(), str(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantization", [{}, {"bits": 4}, "gptq", ["x"], {"quant_method": "awq"}])
+def test_quantized_weights_of_any_kind(quantization: Any) -> None:
+    config = AutoConfig.for_model("llama")
+    config.quantization_config = quantization
+    message = refusal(check_family, config) if quantization else "quantized"
+    assert "quantized" in message
+
+
+def test_numbers_of_rope_that_are_none() -> None:
+    config = AutoConfig.for_model("llama")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": float("nan")}
+    assert "rope_parameters.rope_theta = nan" in refusal(check_family, config)
+    plain = AutoConfig.for_model("llama")
+    for factor in (float("inf"), 10**9, "2", True):
+        assert "model.rope_scaling.factor = " in refusal(
+            scale_rope, plain, {"rope_type": "linear", "factor": factor}
+        )
+    assert "rope_type = []" in refusal(scale_rope, plain, {"rope_type": [], "factor": 2})
+
+
+# --- files of data, and of metrics ----------------------------------------------------------------
+
+
+def rows_of(file: Path, **settings: Any) -> list[Row | BadRow]:
+    return [*open_rows(SourceSettings(source="jsonl", path=str(file), **settings))]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig", "cp037"])
+def test_lines_of_any_codec(tmp_path: Path, encoding: str) -> None:
+    texts = ["one", "zwei \u0a0a\u0d0a" if encoding.startswith("utf") else "zwei"]
+    file = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    file.write_bytes("\n".join(lines).encode(encoding))
+    assert [row.content for row in rows_of(file, encoding=encoding)] == texts
+    if encoding == "utf-16":
+        bad = rows_of(file)[0]
+        assert isinstance(bad, BadRow)
+        assert 'the file begins like UTF-16: set encoding = "utf-16"' in bad.reason
+
+
+def test_half_a_character_in_a_key_can_be_skipped_and_printed(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"\\ud800": 1}\n{"text": "a"}\n')
+    tally = CorpusStats()
+    bad = [row for row in rows_of(file) if isinstance(row, BadRow)]
+    assert [*tally.keep(bad, setting="data.path", skip=True)] == []
+    "".join(tally.notes()).encode()
+    refusal(lambda: [*CorpusStats().keep(bad, setting="data.path", skip=False)]).encode()
+
+
+def test_lines_that_are_no_metrics_are_dropped_and_said(tmp_path: Path) -> None:
+    good = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
+    bad = ["\n", "{\n", "[1]\n", '{"loss": 1}\n', '{"step": "1"}\n', "\0\n", '{"step": 1, "lo']
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes("".join([good[0], *bad[:4], good[1], *bad[4:6], good[2], bad[6]]).encode())
+    with open(file, "ab") as opened:
+        opened.write(b"\xff\xfe\n")
+    out = StringIO()
+    console = Console(file=out, width=200)
+    MetricsLogger(tmp_path, steps_done=2, total_steps=9, console=console).close()
+    assert file.read_text() == good[0] + good[1]
+    assert "metrics.jsonl: 7 line(s) that are no metrics are dropped." in out.getvalue()
+
+
+def test_the_command_line_takes_what_is_right(toml: Path, capsys: pytest.CaptureFixture) -> None:
+    run(["--config", str(toml), "--print-config"])
+    assert 'model_type = "llama"' in capsys.readouterr().out

@@ -1,0 +1,40 @@
+"""A slice of each campaign of scripts/chaos.py, and that the campaigns find what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "chaos.py"
+
+
+def play(*arguments: str, out: Path) -> tuple[int, str, list[dict]]:
+    command = [sys.executable, str(SCRIPT), *arguments, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    lines = [json.loads(line) for file in sorted(out.iterdir()) for line in file.open()]
+    return done.returncode, done.stdout + done.stderr, lines
+
+
+def test_a_slice_of_each_campaign(tmp_path: Path) -> None:
+    code, text, lines = play("damage=4", "config=14", "data=8", "kill=1", "--seed=3", out=tmp_path)
+    assert code == 0, text
+    assert len(lines) == 27 and text.count("\n| ") == 6
+    # What is done is not done again.
+    code, again, lines = play("data=8", "--seed=3", out=tmp_path)
+    assert code == 0 and len(lines) == 27 and "8 of 8" in again
+
+
+@pytest.mark.slow
+def test_without_hashes_damage_is_not_found(tmp_path: Path) -> None:
+    code, text, lines = play("damage=12", "--without-hashes", out=tmp_path)
+    assert code == 1
+    assert "undetected" in {line["verdict"] for line in lines}, text
+
+
+def test_a_campaign_that_is_none() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "storm"], capture_output=True, text=True)
+    assert done.returncode == 2 and "storm is none of damage, config, data, kill" in done.stderr

@@ -1,0 +1,53 @@
+"""Whether the files that a config names are there, as far as that can be said at once.
+
+What is a name on the hub, and what the files hold, is found later, by those who read them.
+"""
+
+from __future__ import annotations
+
+from glob import iglob
+from pathlib import Path
+
+from titan_ulysses.config.schema import Config
+from titan_ulysses.config.toml import to_toml
+
+
+def path_problems(config: Config) -> list[str]:
+    """Return one line for each path of [model], [data], [checkpoint] and [validation] that is not
+    there.
+    """
+    sources = [("data.path", config.data.source, config.data.path)]
+    sources += [
+        (f"data.mixture[{i}].path", entry.source, entry.path)
+        for i, entry in enumerate(config.data.mixture)
+    ]
+    if config.validation.enable:
+        sources.append(("validation.path", config.data.source, config.validation.path))
+    problems = [
+        data_is_absent(setting, path)
+        for setting, kind, path in sources
+        if kind in ("text", "jsonl") and path and not _is_there(path)
+    ]
+    for setting, path in {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "checkpoint.initial_load_path": config.checkpoint.initial_load_path,
+    }.items():
+        # Anything else may be the name of a model on the hub.
+        if path.startswith(("/", "./", "../")) and not _is_there(path):
+            problems.append(f"{setting} = {to_toml(path)}: no such folder")
+    return problems
+
+
+def data_is_absent(setting: str, path: str) -> str:
+    """Return the message for a path of data that stands for nothing."""
+    return (
+        f'{setting} = "{path}" is not there: give a file, a folder, or a pattern that matches files'
+    )
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists() or next(iglob(path, recursive=True), None) is not None
+    except OSError:  # a name that is too long
+        return False
