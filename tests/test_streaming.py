@@ -230,6 +230,9 @@ PAIRS = [
     {"keep_attention": "all"},
     {"keep_attention": "all", "checkpoint_every": 2, "offload": "host"},
     {"keep_attention": "auto", "offload": "disk", "mlp_tile_tokens": 3},
+    {"stream_offload": "disk"},
+    {"stream_offload": "disk", "checkpoint_every": 2, "mlp_tile_tokens": -1},
+    {"stream_offload": "host", "keep_attention": "all", "offload": "host", "mlp_tile_tokens": 3},
 ]
 BATCHES = [pytest.param(1, marks=pytest.mark.slow), 2]
 

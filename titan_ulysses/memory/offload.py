@@ -39,15 +39,22 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     """
     if offload == "none":
         return None
-    buffers = (
-        _host_buffer if offload == "host" else _FileBuffers(Path(folder or tempfile.gettempdir()))
-    )
+    buffers = buffer_maker(offload, folder)
     place = Path(folder or tempfile.gettempdir())
 
     def room() -> int:
         return available_host_memory() if offload == "host" else shutil.disk_usage(place).free
 
     return CudaStore(buffers, room) if device.type == "cuda" else Store(buffers, room)
+
+
+def buffer_maker(
+    offload: Offload, folder: str | Path | None
+) -> Callable[[int, torch.device], Tensor]:
+    """Return a function of (bytes, device of the run) that makes buffers off that device."""
+    if offload == "host":
+        return _host_buffer
+    return _FileBuffers(Path(folder or tempfile.gettempdir()))
 
 
 class OffloadedTensor:

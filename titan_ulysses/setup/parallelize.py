@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -21,15 +22,17 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
-from titan_ulysses.memory.offload import Store, open_store
+from titan_ulysses.memory.offload import Store, buffer_maker, open_store
+from titan_ulysses.memory.stream_offload import SequenceStore, offload_embeddings
 from titan_ulysses.memory.streaming import stream_blocks
+from titan_ulysses.memory.tiling import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     check_family,
     head_of,
 )
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
-from titan_ulysses.setup.blocks import compile_blocks, find_blocks, tile_blocks
+from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
 from titan_ulysses.setup.checks import check_dropout, check_same_weights, use_one_dtype
 from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
@@ -160,13 +163,20 @@ def wrap(
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
+    sequences = None
     model.stream_chunk_tokens = -1
     if options.stream_chunk_tokens != -1 and not obstacle_to_streaming(
         model.config, options, device_type or mesh.device.type
     ):
         model.stream_chunk_tokens = options.stream_chunk_tokens
-        stream_blocks(blocks, keep_attention=options.keep_attention, store=store)
+        sequences = _sequence_store(model, options, mesh.device)
+        stream_blocks(
+            blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
+        )
     use_loss_head(model, decoder, options.loss_tile_tokens, options.z_loss)
+    if sequences is not None:
+        offload_sequences(model, decoder, sequences)
+        store = None  # the inputs of segments are off the device already
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 
     def shard(*modules: nn.Module, **how) -> None:
@@ -182,6 +192,40 @@ def wrap(
     for name, reason in _REFUSED.items():
         setattr(model, name, partial(_refuse, reason))
     return model
+
+
+def _sequence_store(
+    model: PreTrainedModel, options: ParallelOptions, device: torch.device
+) -> SequenceStore | None:
+    """Return where tensors of whole sequences are; None: on the device.
+
+    UserError for a model whose decoder does more with them than to call its parts.
+    """
+    if options.stream_offload == "none":
+        return None
+    setting = f'memory.stream_offload = "{options.stream_offload}"'
+    if getattr(model.config, "hidden_size_per_layer_input", 0):
+        raise UserError(
+            f"{setting}: this model's layers have inputs beside the hidden states, which its "
+            'decoder makes of the whole sequence. Set it to "none".'
+        )
+    if not _needs_no_weight_in_backward(model.get_input_embeddings()):
+        raise UserError(
+            f'{setting}: the embedding of this model is not a look-up. Set it to "none".'
+        )
+    return SequenceStore(buffer_maker(options.stream_offload, options.offload_folder), device)
+
+
+def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:
+    """Let all parts of the model around the blocks read and write hidden states off the device."""
+    parts = list(decoder.children())
+    rotaries = [x for x in parts if "rotary" in type(x).__name__.lower()]
+    offload_embeddings(model.get_input_embeddings(), rotaries, sequences)
+    for norm in norms_of(decoder):
+        if not isinstance(norm.forward, Tiled):
+            tile_norm(norm, tile_tokens=_SMALLEST_TILE)
+        norm.forward.sequences = sequences
+    model.get_output_embeddings().sequences = sequences
 
 
 def _mlp_tile_tokens(options: ParallelOptions, hidden_size: int) -> int:
