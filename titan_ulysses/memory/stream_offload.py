@@ -29,8 +29,15 @@ StreamOffload = Literal["none", "host", "disk"]
 class SequenceStore:
     """Makes tensors off the device."""
 
-    def __init__(self, make_buffer: Callable[[int, torch.device], Tensor], device: torch.device):
-        self._make_buffer, self.device = make_buffer, device
+    def __init__(
+        self,
+        make_buffer: Callable[[int, torch.device], Tensor],
+        device: torch.device,
+        *,
+        takes_keys: bool,
+    ):
+        """device: that of the run. takes_keys: whether keys and values are off the device too."""
+        self._make_buffer, self.device, self._takes_keys = make_buffer, device, takes_keys
         self._buffers: dict[int, list[tuple[Tensor, int]]] = {}
         """Buffers by their size in bytes, each with the number of references to it when unused."""
 
@@ -46,7 +53,7 @@ class SequenceStore:
 
     def keys_and_values(self, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a tensor for keys, values or their gradients."""
-        if self.device.type == "cpu":
+        if self._takes_keys:
             return self.empty(shape, dtype)
         return like.new_empty(shape, dtype=dtype)
 

@@ -13,7 +13,7 @@ with its source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -91,7 +91,16 @@ def simulate(
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         blocks.extend(find_blocks(model)[1])
         device_type = "cuda" if cuda else "cpu"
-        wrap(model, mesh, replace(options, compile=False), store=store, device_type=device_type)
+        wrap(
+            model,
+            mesh,
+            replace(options, compile=False),
+            store=store,
+            device_type=device_type,
+            make_buffer=_planned_buffers(
+                tracker, options.stream_offload, "other", "hidden states of a sequence"
+            ),
+        )
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
@@ -193,14 +202,21 @@ def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> S
     """
     if offload == "none":
         return None
-
-    def make_buffer(size: int, device: torch.device) -> Tensor:
-        with tracker.placed("host" if offload == "host" else "disk"):
-            buffer = torch.empty(size, dtype=torch.uint8)
-        tracker.claim(buffer, "checkpoints")
-        return buffer
-
+    make_buffer = _planned_buffers(tracker, offload, "checkpoints")
     return CudaStore(make_buffer, cuda=torch.cpu) if cuda else Store(make_buffer)
+
+
+def _planned_buffers(
+    tracker: MemoryTracker, offload: Offload, component: str, label: str = ""
+) -> Callable[[int, torch.device], Tensor]:
+    def make_buffer(size: int, device: torch.device) -> Tensor:
+        # In the middle one of a block's chunks, the buffers of those that it stands for are made.
+        with tracker.placed("host" if offload == "host" else "disk"):
+            buffers = torch.empty(size * tracker.weight, dtype=torch.uint8)
+        tracker.claim([buffers], component, label=label)
+        return buffers[:size]
+
+    return make_buffer
 
 
 def _label_parameters(tracker: MemoryTracker, model: nn.Module) -> None:

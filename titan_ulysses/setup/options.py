@@ -72,6 +72,11 @@ class ParallelOptions:
     `parallelize` turns this off for a model family whose verification succeeds only without it.
     """
 
+    @property
+    def store(self) -> Offload:
+        """Where inputs of blocks and outputs of attention are kept."""
+        return self.offload if self.offload != "none" else self.stream_offload
+
     def resolved(self, model_dtype: torch.dtype) -> ParallelOptions:
         """Return these options with concrete dtypes in place of None, for a model of this dtype."""
         param_dtype = self.param_dtype or model_dtype

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -88,7 +88,7 @@ def parallelize(
             dtype=options.param_dtype,
         )
         options = replace(options, attention=core)
-    store = open_store(options.offload, options.offload_folder, mesh.device)
+    store = open_store(options.store, options.offload_folder, mesh.device)
     if model.config.model_type not in CHECKED_FAMILIES:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store)
@@ -148,12 +148,14 @@ def wrap(
     *,
     store: Store | None,
     device_type: str | None = None,
+    make_buffer: Callable[[int, torch.device], Tensor] | None = None,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
     options.attention must be a core, not a name, and options must have concrete dtypes. store keeps
     the inputs of activation checkpoints off the device; None leaves them there. device_type is the
-    mesh's, unless the planner says for which one it wraps.
+    mesh's, unless the planner says for which one it wraps. The planner also has a make_buffer of
+    its own for `stream_offload`.
     """
     assert callable(options.attention)
     decoder, blocks = find_blocks(model)
@@ -169,7 +171,13 @@ def wrap(
         model.config, options, device_type or mesh.device.type
     ):
         model.stream_chunk_tokens = options.stream_chunk_tokens
-        sequences = _sequence_store(model, options, mesh.device)
+        if options.stream_offload != "none":
+            check_stream_offload(model, options.stream_offload)
+            sequences = SequenceStore(
+                make_buffer or buffer_maker(options.stream_offload, options.offload_folder),
+                mesh.device,
+                takes_keys=(device_type or mesh.device.type) == "cpu",
+            )
         stream_blocks(
             blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
         )
@@ -194,16 +202,9 @@ def wrap(
     return model
 
 
-def _sequence_store(
-    model: PreTrainedModel, options: ParallelOptions, device: torch.device
-) -> SequenceStore | None:
-    """Return where tensors of whole sequences are; None: on the device.
-
-    UserError for a model whose decoder does more with them than to call its parts.
-    """
-    if options.stream_offload == "none":
-        return None
-    setting = f'memory.stream_offload = "{options.stream_offload}"'
+def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
+    """Raise UserError if the decoder does more with hidden states than to call its parts."""
+    setting = f'memory.stream_offload = "{offload}"'
     if getattr(model.config, "hidden_size_per_layer_input", 0):
         raise UserError(
             f"{setting}: this model's layers have inputs beside the hidden states, which its "
@@ -213,7 +214,6 @@ def _sequence_store(
         raise UserError(
             f'{setting}: the embedding of this model is not a look-up. Set it to "none".'
         )
-    return SequenceStore(buffer_maker(options.stream_offload, options.offload_folder), device)
 
 
 def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:
