@@ -82,7 +82,7 @@ def simulate(
     optimizer_offload = (
         on_gpu and config.memory.optimizer_offload and not config.memory.parameter_offload
     )
-    store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=on_gpu)
+    store = _planned_store(tracker, spec.options.store, cuda=on_gpu)
     blocks: list[nn.Module] = []
     if isinstance(core, Standin):
         core.begin(tracker)
@@ -90,7 +90,7 @@ def simulate(
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         blocks.extend(find_blocks(model)[1])
-        device_type = "cuda" if cuda else "cpu"
+        device_type = "cuda" if on_gpu else "cpu"
         wrap(
             model,
             mesh,
