@@ -681,10 +681,12 @@ PLANNED = {
     ],
     "plan.attention_kernel": [
         Case(
-            "fa3",
-            lambda run, default: run.facts["step_seconds"] < default.facts["step_seconds"],
-            PLAN_OF_TWO,
+            f"fa{n}",
+            said(f'attention kernel: FlashAttention {n} (plan.attention_kernel = "fa{n}")'),
+            PLAN_OF_TWO | {"training.param_dtype": "bfloat16"},
+            slow=n != 3,
         )
+        for n in (2, 3, 4)
     ],
     "plan.world_size": [
         Case(4, said("mesh: dp_replicate 1 x dp_shard 2 x sp 2"), PLAN_OF_TWO, slow=True)

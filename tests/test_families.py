@@ -30,6 +30,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.families import CHECKED_FAMILIES
 from titan_ulysses.setup.options import select_core
 from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.ulysses.cores import Core, varlen
 
 # Where unmodified code leaves fp64, so that parity with it as it is holds to 1e-6. With those steps
 # kept in fp64, on both sides, it holds to 1e-12 for every family.
@@ -134,12 +135,12 @@ def plain_of(table: dict[str, Any], lengths: str, keep_fp64: bool) -> Record:
     return kept_in_fp64(train_plain, *arguments) if keep_fp64 else train_plain(*arguments)
 
 
-def sharded(family: str, degree: int, lengths: str, core: str, keep_fp64: bool) -> Record:
+def sharded(family: str, degree: int, lengths: str, core: str | Core, keep_fp64: bool) -> Record:
     return sharded_of(model_of(family), degree, lengths, core, keep_fp64)
 
 
 def sharded_of(
-    table: dict[str, Any], degree: int, lengths: str, core: str, keep_fp64: bool
+    table: dict[str, Any], degree: int, lengths: str, core: str | Core, keep_fp64: bool
 ) -> Record:
     call = (kept_in_fp64, train_sharded) if keep_fp64 else (train_sharded,)
     arguments = (1, 1, degree), table, steps_of(lengths), torch.float64
@@ -149,7 +150,7 @@ def sharded_of(
     )[0]
 
 
-def check_in_fp64(family: str, degree: int, lengths: str, core: str) -> None:
+def check_in_fp64(family: str, degree: int, lengths: str, core: str | Core) -> None:
     worst = largest_difference(
         sharded(family, degree, lengths, core, True), plain(family, lengths, True)
     )
@@ -212,6 +213,11 @@ def test_families_in_fp64(case: Case) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_as_they_are(family: str) -> None:
     check_as_it_is(family, 2, "packed", "auto")
+
+
+def test_the_first_choice_on_gpus_in_fp64() -> None:
+    """varlen, with a CPU's kernels in place of CUDA's, for sinks, windows and packed documents."""
+    check_in_fp64("gpt_oss", 2, "packed", varlen)
 
 
 @pytest.mark.slow

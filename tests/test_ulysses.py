@@ -809,7 +809,7 @@ def compiled_and_not(cases: list[tuple[int, int, int]]) -> list[tuple[list[Tenso
 
 def test_attention_compiles_to_one_graph_with_the_same_results() -> None:
     for eager, compiled in chain(
-        *run_on_ranks(2, compiled_and_not, [(8, 4, 2), (5, 1, 3), (1, 1, 2)])
+        *run_on_ranks(2, compiled_and_not, [(8, 4, 2), (9, 3, 3), (1, 1, 2)])
     ):
         for expected, found in zip(eager, compiled, strict=True):
             torch.testing.assert_close(found, expected, **EXACT)

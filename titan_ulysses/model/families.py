@@ -203,23 +203,27 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
     return needs
 
 
-def largest_head(config: PreTrainedConfig) -> int | None:
-    """Return the largest head size of the model, of queries and keys or of values.
+def layer_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the config of each layer, where layers differ (gemma4), else config alone."""
+    return config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
 
-    None where its config does not say.
+
+def head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
+    """Return the head sizes D of queries and keys, and Dv of values, of a layer's config.
+
+    In latent attention, `head_dim` is the size of the part with RoPE alone.
     """
-    sizes = [
-        getattr(config, "head_dim", None),
-        getattr(config, "global_head_dim", None),
-        getattr(config, "v_head_dim", None),
-        (getattr(config, "qk_nope_head_dim", None) or 0)
-        + (getattr(config, "qk_rope_head_dim", None) or 0),
-    ]
-    known = [size for size in sizes if size]
-    heads = getattr(config, "num_attention_heads", None)
-    if not known and isinstance(heads, int) and hasattr(config, "hidden_size"):
-        return config.hidden_size // heads
-    return max(known, default=None)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if (without_rope := getattr(config, "qk_nope_head_dim", None)) is not None:
+        size = without_rope + config.qk_rope_head_dim
+    return size, getattr(config, "v_head_dim", None) or size
+
+
+def largest_head(config: PreTrainedConfig) -> int | None:
+    """Return the largest head size of the model; None where its config does not say."""
+    if not hasattr(config, "num_attention_heads"):
+        return None
+    return max(max(head_sizes(layer)) for layer in layer_configs(config))
 
 
 def check_family(config: PreTrainedConfig) -> None:

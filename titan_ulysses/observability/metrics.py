@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.model.families import head_sizes, layer_configs
 from titan_ulysses.observability.wandb import WandbRun
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -67,22 +68,11 @@ def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], 
     them. Backward has twice as many.
     """
     squares = sum(length * length for row in documents for length in row)
-    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
-    sizes = sum(sum(_head_sizes(layer)) for layer in layers) * (
+    layers = layer_configs(config)
+    sizes = sum(sum(head_sizes(layer)) for layer in layers) * (
         config.num_hidden_layers // len(layers)
     )
     return 3 * config.num_attention_heads * sizes * squares
-
-
-def _head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
-    """Return the head sizes D of queries and keys, and Dv of values.
-
-    In latent attention, `head_dim` is the size of the part with RoPE alone.
-    """
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if (without_rope := getattr(config, "qk_nope_head_dim", None)) is not None:
-        size = without_rope + config.qk_rope_head_dim
-    return size, getattr(config, "v_head_dim", None) or size
 
 
 class PeakMemory:

@@ -121,12 +121,14 @@ def set_up(config: Config) -> Setup:
     """Build the setup that config describes. UserError where it cannot be planned."""
     plan = config.plan
     gpu = gpu_named(plan.gpu)
-    return Setup(
+    setup = Setup(
         resolve_for_plan(config, world_size=plan.world_size or ranks_of(config)),
         gpu,
         gpu_memory=plan.gpu_memory_gib * GIB or gpu.memory,
         host_memory=plan.host_memory_gib * GIB or None,
     )
+    gpu.attention_rates(setup.attention_kernel)  # UserError where the kernel does not run
+    return setup
 
 
 def resolve_for_plan(config: Config, *, world_size: int) -> RunSpec:
@@ -325,7 +327,12 @@ def make_plan(setup: Setup) -> Plan:
             "quantize.float8: memory is planned with float8 products, time with the speed of bf16 "
             "products"
         )
-    notes.append(f"attention kernel: {NAMES[setup.attention_kernel]} (plan.attention_kernel)")
+    kernel = NAMES[setup.attention_kernel]
+    notes.append(
+        f'attention kernel: {kernel} (plan.attention_kernel = "{config.plan.attention_kernel}")'
+        if setup.core == "varlen"
+        else f"the time of attention is planned with the rates of {kernel}"
+    )
     simulation = simulate(setup.spec, cuda=setup.workspace)
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)
