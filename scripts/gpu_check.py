@@ -105,7 +105,7 @@ def versions(scale: Scale) -> Figures:
 
     from titan_ulysses.distributed.host import visible_gpus
     from titan_ulysses.memory.loss import can_add_wide
-    from titan_ulysses.ulysses.cores import choose_core
+    from titan_ulysses.ulysses.cores import Demand, choose_core
 
     found: Figures = {"torch": torch.__version__, "transformers": transformers.__version__}
     found["python"] = sys.version.split()[0]
@@ -118,7 +118,7 @@ def versions(scale: Scale) -> Figures:
         found |= {"capability": f"{properties.major}.{properties.minor}"}
         found |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
     for dtype in (torch.bfloat16, torch.float32):
-        core, _ = choose_core("auto", set(), device_type=scale.device, dtype=dtype)
+        core, _ = choose_core("auto", Demand(frozenset(), scale.device, dtype))
         found[f"core_{str(dtype).removeprefix('torch.')}"] = core.__name__
     found["addmm_adds_bf16_to_fp32"] = can_add_wide()
     return found
@@ -314,11 +314,11 @@ def core_named(scale: Scale, name: str) -> Any:
     import torch
 
     from titan_ulysses.distributed.errors import UserError
-    from titan_ulysses.ulysses.cores import choose_core
+    from titan_ulysses.ulysses.cores import Demand, choose_core
 
     dtype = torch.float32 if scale.rehearses else torch.bfloat16
     try:
-        return choose_core(name, set(), device_type=scale.device, dtype=dtype)[0]
+        return choose_core(name, Demand(frozenset(), scale.device, dtype))[0]
     except UserError as error:
         raise Skip(str(error)) from error
 

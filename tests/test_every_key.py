@@ -494,6 +494,26 @@ MEMORY = {
             {"model.attention": "test_every_key:own_core"},
         ),
     ],
+    "memory.stream_offload": [
+        Case(
+            "host", said("; hidden states in host memory"), {"memory.stream_chunk_tokens": 8}, True
+        ),
+        Case(
+            "disk",
+            lambda run, _: set(run.facts["mapped"]) == {str(material_of(run))},
+            {
+                "memory.stream_chunk_tokens": 8,
+                "activation_checkpoint.offload_folder": "$MATERIAL",
+            },
+            same=True,
+        ),
+        Case(
+            "disk",
+            refused('memory.stream_offload = "disk" needs layers'),
+            {"memory.stream_chunk_tokens": "off"},
+        ),
+        Case("disk", said('memory.stream_offload = "disk" changes nothing')),
+    ],
     "memory.parameter_offload": [
         Case(
             True, said("memory.parameter_offload changes nothing: the device is the CPU"), same=True

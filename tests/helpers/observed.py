@@ -260,8 +260,7 @@ def _look_around(run: Trainer) -> dict[str, Any]:
     segments = (getattr(module, "checkpoint_segment", None) for module in run.model.modules())
     stores = {id(segment.store): segment.store for segment in segments if segment and segment.store}
     maps = Path("/proc/self/maps")
-    if stores:
-        gc.collect()  # else files of earlier runs may still be mapped
+    gc.collect()  # else files of earlier runs may still be mapped
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         # Bytes of each piece of host memory or disk that checkpoints wait in, and the folders of

@@ -488,6 +488,12 @@ class Memory(Section):
         "4,096 tokens a rank, and off for shorter sequences and where it is not possible. off "
         "(-1): the whole sequence at once.",
     )
+    stream_offload: Literal["none", "host", "disk"] = Field(
+        "none",
+        description="Where the hidden states of a sequence are while layers compute its chunks. "
+        "none: on the device. host: in host memory. disk: in files, in "
+        "activation_checkpoint.offload_folder. Needs memory.stream_chunk_tokens.",
+    )
     parameter_offload: bool = Field(
         False,
         description="Keep parameters, gradients and optimizer state in host memory; the "

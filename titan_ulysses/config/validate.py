@@ -154,6 +154,13 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
             'activation_checkpoint.mode = "none" keeps everything: set '
             'activation_checkpoint.mode = "full", or memory.stream_chunk_tokens = "off"'
         )
+    offload = config.memory.stream_offload
+    if offload != "none" and (chunk == -1 or checkpoint.mode == "none"):
+        problems.append(
+            f'memory.stream_offload = "{offload}" needs layers that compute chunk by chunk: set '
+            'memory.stream_chunk_tokens = "auto" and activation_checkpoint.mode = "full", or '
+            'memory.stream_offload = "none"'
+        )
     if layers is not None and checkpoint.every > layers:
         problems.append(
             f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} "

@@ -16,7 +16,7 @@ With one chunk, rank p holds tokens [p * S/P, (p + 1) * S/P).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -49,6 +49,11 @@ def chunk_length(stream_chunk_tokens: int, seq_len: int, degree: int) -> int | N
     return chunk if chunk < seq_len else None
 
 
+def new_empty(shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of undefined values on the device of `like`."""
+    return like.new_empty(shape, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A chunk of the sequence that a block computes, alone, after those before it."""
@@ -65,6 +70,8 @@ class Chunk:
     """
     memory: dict[Any, Any] = field(default_factory=dict)
     """What the modules of the block remember from chunk to chunk, by module."""
+    make: Callable[[torch.Size, Tensor, torch.dtype], Tensor] = new_empty
+    """Makes a tensor for keys, values or their gradients: shape, a tensor like it, dtype."""
     kept: Kept | None = None
     """What they keep from the forward of this call of the block until its backward."""
 
@@ -85,6 +92,10 @@ class KeysKnown(Exception):
 
 current_chunk: ContextVar[Chunk | None] = ContextVar("current_chunk", default=None)
 """The chunk that the running block computes; None if it computes the whole sequence."""
+
+
+current_chunks: ContextVar[Sequence[Chunk]] = ContextVar("current_chunks", default=())
+"""The chunks of the sequence that the running forward of the model computes."""
 
 
 def chunks_of(seq_len: int, degree: int, chunk_tokens: int | None) -> list[Chunk]:

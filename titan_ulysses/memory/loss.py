@@ -8,14 +8,17 @@ logits are computed only once, and the memory they take does not grow with the s
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, current_chunks
 from titan_ulysses.memory.tiling import tiles
+
+if TYPE_CHECKING:
+    from titan_ulysses.memory.stream_offload import SequenceStore
 
 _TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Bytes of the fp32 logits of a tile, by device type.
@@ -62,6 +65,8 @@ class LossHead(nn.Linear):
         )
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.softcap, self.z_loss = scale, softcap, z_loss
+        self.sequences: SequenceStore | None = None
+        """Where hidden is if it is off the device (see `stream_offload.py`)."""
         self.tile_tokens = tile_tokens or automatic_tile(linear.out_features, device_type)
         self.adds_wide = device_type == "cuda" and can_add_wide()
 
@@ -85,6 +90,9 @@ class LossHead(nn.Linear):
         Without labels, return the logits [B, T, V]. With reduction = "none", which needs
         `torch.no_grad`, return the cross-entropy of each label [B, T], with 0 for labels of -100.
         """
+        store = self.sequences if len(current_chunks.get()) > 1 else None
+        if store is not None and (labels is None or reduction == "none"):
+            hidden = hidden.to(store.device)
         if labels is None:
             return shape_scores(super().forward(hidden), self.scale, self.softcap)
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
@@ -102,7 +110,7 @@ class LossHead(nn.Linear):
         differentiate = torch.is_grad_enabled()
         rows, labels = hidden.flatten(0, -2), labels.flatten()
         total = _TiledCrossEntropy.apply(
-            rows, self.weight, self.bias, labels, options, self.adds_wide, differentiate
+            rows, self.weight, self.bias, labels, options, self.adds_wide, differentiate, store
         )
         return total / num_items.clamp(min=1)
 
@@ -123,21 +131,24 @@ class _TiledCrossEntropy(torch.autograd.Function):
         options: Options,
         adds_wide: bool,
         differentiate: bool,
+        store: SequenceStore | None,
     ) -> Tensor:
         tile_tokens, shape = options[0], options[1:]
         # Gradients of parameters are accumulated over the tiles in this dtype.
         wide = torch.promote_types(rows.dtype, torch.float32)
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs
-        total = torch.zeros((), dtype=torch.float64, device=rows.device)
-        grad_rows = torch.empty_like(rows) if needs_rows else None
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        grad_rows = None
+        if needs_rows:
+            grad_rows = store.empty(rows.shape, rows.dtype) if store else torch.empty_like(rows)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for tile in tiles(len(rows), tile_tokens):
             valid = labels[tile] != IGNORE_INDEX
             # Rows without a label are zeroed here and in grad_rows, and not in the logits, which
             # are much larger. `where` is used because a product with 0 is not 0 for inf or nan.
-            x = rows[tile].where(valid.unsqueeze(1), 0)
+            x = rows[tile].to(weight.device).where(valid.unsqueeze(1), 0)
             loss, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
             total += loss
             if needs_bias:
@@ -145,11 +156,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if grad_logits is not None:
                 grad_logits = grad_logits.to(rows.dtype)
             if needs_rows:
-                torch.mm(grad_logits, weight, out=grad_rows[tile]).masked_fill_(
-                    ~valid.unsqueeze(1), 0
-                )
+                into = grad_rows[tile] if store is None else torch.empty_like(x)
+                torch.mm(grad_logits, weight, out=into).masked_fill_(~valid.unsqueeze(1), 0)
+                if store is not None:
+                    grad_rows[tile] = into
             if needs_weight:
                 add_product(grad_weight, grad_logits.t(), x, adds_wide=adds_wide)
+        ctx.tile_tokens = tile_tokens if store is not None else 0
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
         return total
@@ -160,12 +173,19 @@ class _TiledCrossEntropy(torch.autograd.Function):
             "the loss head's gradients live once: backward through it cannot run twice"
         )
         grads, ctx.grads = ctx.grads, None
+        rows = grads[0]
+        if rows is not None and ctx.tile_tokens:  # off the device
+            for tile in tiles(len(rows), ctx.tile_tokens):
+                rows[tile] = rows[tile].to(upstream.device) * upstream.to(rows.dtype)
+            grads[0] = None
         # In place: these are the largest buffers of the head, and nothing else refers to them.
         scaled = [
             grad.mul_(upstream).to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None
+        if ctx.tile_tokens:
+            scaled[0] = rows
+        return *scaled, None, None, None, None, None
 
 
 def _each_cross_entropy(

@@ -44,17 +44,26 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     if offload == "none":
         return None
     place, cuda = Path(folder or tempfile.gettempdir()), device.type == "cuda"
+    buffers = buffer_maker(offload, folder)
     if offload == "host":
         make_store = CudaStore if cuda else Store
-        return make_store(_host_buffer, available_host_memory)
+        return make_store(buffers, available_host_memory)
 
     def room() -> int:
         return shutil.disk_usage(place).free
 
-    files = _FileBuffers(place)
     if not cuda:
-        return Store(files, room)
-    return DiskStore(files, partial(_host_buffer, offload="disk"), room)
+        return Store(buffers, room)
+    return DiskStore(buffers, partial(_host_buffer, offload="disk"), room)
+
+
+def buffer_maker(
+    offload: Offload, folder: str | Path | None
+) -> Callable[[int, torch.device], Tensor]:
+    """Return a function of (bytes, device of the run) that makes buffers off that device."""
+    if offload == "host":
+        return _host_buffer
+    return _FileBuffers(Path(folder or tempfile.gettempdir()))
 
 
 class OffloadedTensor:

@@ -42,33 +42,45 @@ from titan_ulysses.distributed.sequence import Chunk, KeysKnown, current_chunk
 from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
+from titan_ulysses.memory.stream_offload import SequenceStore
 from titan_ulysses.memory.tiling import visited
 
 KeepAttention = Literal["none", "auto", "all"]
 
 
 def stream_blocks(
-    blocks: nn.ModuleList, *, keep_attention: KeepAttention = "none", store: Store | None = None
+    blocks: nn.ModuleList,
+    *,
+    keep_attention: KeepAttention = "none",
+    store: Store | None = None,
+    sequences: SequenceStore | None = None,
 ) -> None:
     """Make each block work through the chunks that its keyword `ulysses` says, in place.
 
     keep_attention: whether the outputs and log-sum-exps of attention are kept from forward to
     backward: "all" of them, or "auto", as many as store has room for. Without a store, "all" stay
-    on the device, and "auto" keeps none.
+    on the device, and "auto" keeps none. sequences: where the tensors of the whole sequence are;
+    None: on the device.
 
     The `forward` of the instances is replaced, so parameters keep their names, and FSDP's hooks run
     around all chunks. A sequence of one chunk is computed as before.
     """
     for block in blocks:
-        block.forward = StreamedBlock(block, keep_attention, store)
+        block.forward = StreamedBlock(block, keep_attention, store, sequences)
 
 
 class StreamedBlock:
     """The forward of a block, chunk by chunk."""
 
-    def __init__(self, block: nn.Module, keep_attention: KeepAttention, store: Store | None):
+    def __init__(
+        self,
+        block: nn.Module,
+        keep_attention: KeepAttention,
+        store: Store | None,
+        sequences: SequenceStore | None,
+    ):
         self.block, self.forward = block, block.forward
-        self.keep_attention, self.store = keep_attention, store
+        self.keep_attention, self.store, self.sequences = keep_attention, store, sequences
         self.draws_random_numbers = False  # whether the block does; set by the first forward
         self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
 
@@ -78,6 +90,9 @@ class StreamedBlock:
             return self.forward(hidden, *args, **kwargs)
         if torch.is_grad_enabled() and (kept := self._kept()) is not None:
             chunks = [replace(chunk, kept=kept) for chunk in chunks]
+        if self.sequences is not None:
+            make = self.sequences.keys_and_values
+            chunks = [replace(chunk, make=make) for chunk in chunks]
         call = _Call(self, hidden.shape, chunks, args, kwargs)
         return _StreamedFunction.apply(call, hidden, *call.differentiable(), *self.parameters())
 
@@ -87,6 +102,16 @@ class StreamedBlock:
             return None
         new = _KeptTensors(self.store, always=self.keep_attention == "all")
         return block_memo().setdefault("attention", new)
+
+    def on_device(self, part: Tensor) -> Tensor:
+        """Return a chunk's part of a tensor of the whole sequence, on the device."""
+        return part if self.sequences is None else part.to(self.sequences.device)
+
+    def empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the whole sequence, as `like` [B, T, h]."""
+        if self.sequences is None:
+            return torch.empty_like(like, dtype=dtype)
+        return self.sequences.empty(like.shape, dtype)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the block holds now; under FSDP, the gathered ones."""
@@ -157,7 +182,7 @@ class _Call:
             if isinstance(leaf, Tensor):
                 needs_grad, part = leaf.requires_grad, leaf.detach()
                 if dim is not None:
-                    part = part.narrow(dim, *_range(chunk.local))
+                    part = self.streamed.on_device(part.narrow(dim, *_range(chunk.local)))
                 leaf = part.requires_grad_(needs_grad)
                 if needs_grad:
                     sources.append(leaf)
@@ -178,9 +203,10 @@ class _Call:
         for chunk in visited(self.chunks):
             self.random.append(rng_state(hidden.device))
             with _running(replace(chunk, memory=memory)):
-                y = self.run(hidden[:, chunk.local], *self.arguments(chunk)[:2])
+                x = streamed.on_device(hidden[:, chunk.local])
+                y = self.run(x, *self.arguments(chunk)[:2])
             if output is None:
-                output = y.new_empty(hidden.shape)
+                output = streamed.empty(hidden, y.dtype)
             output[:, chunk.local] = y
         streamed.dtype = output.dtype
         first, last = self.random[0], rng_state(hidden.device)
@@ -210,7 +236,7 @@ class _Call:
         """
         memory = self._keys_and_values(hidden)
         if not _can_be_written(upstream, hidden):
-            upstream = upstream.to(hidden.dtype, copy=True)
+            upstream = self.streamed.empty(hidden, hidden.dtype).copy_(upstream)
         others, parameters = self.differentiable(), self.streamed.parameters()
         like = [hidden, *others, *parameters]
         wanted = [i for i, needed in enumerate(needs) if needed]
@@ -220,7 +246,10 @@ class _Call:
             y, inputs = self._graph(hidden, chunk, memory, needs_input=needs[0])
             inputs += parameters
             found = torch.autograd.grad(
-                y, [inputs[i] for i in wanted], upstream[:, chunk.local], allow_unused=True
+                y,
+                [inputs[i] for i in wanted],
+                self.streamed.on_device(upstream[:, chunk.local]),
+                allow_unused=True,
             )
             del y, inputs
             for i, gradient in zip(wanted, found, strict=True):
@@ -246,14 +275,15 @@ class _Call:
                 torch.no_grad(),
                 suppress(KeysKnown),
             ):
-                self.run(hidden[:, chunk.local], *self.arguments(chunk)[:2])
+                x = self.streamed.on_device(hidden[:, chunk.local])
+                self.run(x, *self.arguments(chunk)[:2])
         return memory
 
     def _graph(
         self, hidden: Tensor, chunk: Chunk, memory: dict[Any, Any], *, needs_input: bool
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute a chunk again: its output, and the inputs that it can be differentiated by."""
-        x = hidden[:, chunk.local].detach().requires_grad_(needs_input)
+        x = self.streamed.on_device(hidden[:, chunk.local]).detach().requires_grad_(needs_input)
         args, kwargs, sources = self.arguments(chunk)
         with (
             _running(replace(chunk, goal="gradient", memory=memory)),

@@ -16,14 +16,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from titan_ulysses.distributed.sequence import current_chunks
 from titan_ulysses.memory.checkpointing import output_is_needed
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
+
+if TYPE_CHECKING:
+    from titan_ulysses.memory.stream_offload import SequenceStore
 
 T = TypeVar("T")
 _visit: ContextVar[Callable[[list], Iterable]] = ContextVar("_visit", default=iter)
@@ -123,6 +127,8 @@ class Tiled:
         self.fn, self.tile_tokens, self.ends_block = fn, tile_tokens, ends_block
         self.draws_random_numbers = False  # whether fn does; set by the first forward
         self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
+        self.sequences: SequenceStore | None = None
+        """Where rows and output are if they are off the device (see `stream_offload.py`)."""
 
     def __call__(self, rows: Tensor) -> Tensor:
         return _TiledFunction.apply(self, rows, *self.parameters())
@@ -146,9 +152,9 @@ class Tiled:
             return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)
         before, output = rng_state(rows.device), None
         for tile in tiles(len(rows), self.tile_tokens):
-            y = self.fn(rows[None, tile])
+            y = self.fn(self._on_device(rows[None, tile]))
             if output is None:
-                output = y.new_empty(rows.shape)
+                output = self._empty(rows, y.dtype)
             output[tile] = y.view(-1, rows.shape[1])
         if output is None:  # no rows
             return torch.empty_like(rows)
@@ -166,13 +172,14 @@ class Tiled:
         wanted = [i for i, needed in enumerate(needs) if needed]
         grads: list[Tensor | None] = [None] * len(inputs)
         if needs[0]:
-            grads[0] = torch.empty_like(rows)
+            grads[0] = self._empty(rows, rows.dtype)
         for tile in tiles(len(rows), self.tile_tokens):
-            x = rows[None, tile].detach().requires_grad_(needs[0])
+            x = self._on_device(rows[None, tile]).detach().requires_grad_(needs[0])
             with torch.enable_grad():
                 y = self.fn(x).view(x.shape)
             sources = [x if i == 0 else inputs[i] for i in wanted]
-            found = torch.autograd.grad(y, sources, upstream[None, tile], allow_unused=True)
+            gradient_of_y = self._on_device(upstream[None, tile])
+            found = torch.autograd.grad(y, sources, gradient_of_y, allow_unused=True)
             for i, gradient in zip(wanted, found, strict=True):
                 if i == 0:
                     grads[0][tile] = gradient[0]
@@ -182,6 +189,14 @@ class Tiled:
             None if not needed else torch.zeros_like(x) if g is None else g.to(x.dtype)
             for needed, x, g in zip(needs, inputs, grads, strict=True)
         ]
+
+    def _on_device(self, tile: Tensor) -> Tensor:
+        return tile if self.sequences is None else tile.to(self.sequences.device)
+
+    def _empty(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.sequences is None or len(current_chunks.get()) < 2:
+            return torch.empty_like(rows, dtype=dtype)
+        return self.sequences.empty(rows.shape, dtype)
 
 
 class _TiledMLP(Tiled):

@@ -13,11 +13,10 @@ with its source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -84,7 +83,7 @@ def simulate(
     optimizer_offload = (
         on_gpu and config.memory.optimizer_offload and not config.memory.parameter_offload
     )
-    store = _planned_store(tracker, config.activation_checkpoint.offload, cuda=on_gpu)
+    store = _planned_store(tracker, spec.options.store, cuda=on_gpu)
     blocks: list[nn.Module] = []
     if isinstance(core, Standin):
         core.begin(tracker)
@@ -92,8 +91,17 @@ def simulate(
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         blocks.extend(find_blocks(model)[1])
-        device_type = "cuda" if cuda else "cpu"
-        wrap(model, mesh, replace(options, compile=False), store=store, device_type=device_type)
+        device_type = "cuda" if on_gpu else "cpu"
+        wrap(
+            model,
+            mesh,
+            replace(options, compile=False),
+            store=store,
+            device_type=device_type,
+            make_buffer=_planned_buffers(
+                tracker, options.stream_offload, "other", "hidden states of a sequence"
+            ),
+        )
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
@@ -195,19 +203,19 @@ def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> S
     """
     if offload == "none":
         return None
+    make_buffer = _planned_buffers(tracker, offload, "checkpoints")
+    if not cuda:
+        return Store(make_buffer)
+    if offload == "host":
+        return CudaStore(make_buffer, cuda=torch.cpu)
 
-    def buffer_in(place: Place, size: int, device: torch.device) -> Tensor:
-        with tracker.placed(place):
+    def staging(size: int, device: torch.device) -> Tensor:
+        with tracker.placed("host"):
             buffer = torch.empty(size, dtype=torch.uint8)
         tracker.claim(buffer, "checkpoints")
         return buffer
 
-    on_host, on_disk = partial(buffer_in, "host"), partial(buffer_in, "disk")
-    if not cuda:
-        return Store(on_host if offload == "host" else on_disk)
-    if offload == "host":
-        return CudaStore(on_host, cuda=torch.cpu)
-    return DiskStore(on_disk, on_host, cuda=torch.cpu, background=_AtOnce())
+    return DiskStore(make_buffer, staging, cuda=torch.cpu, background=_AtOnce())
 
 
 class _AtOnce(Executor):
@@ -217,6 +225,19 @@ class _AtOnce(Executor):
         done: Future = Future()
         done.set_result(fn(*args, **kwargs))
         return done
+
+
+def _planned_buffers(
+    tracker: MemoryTracker, offload: Offload, component: str, label: str = ""
+) -> Callable[[int, torch.device], Tensor]:
+    def make_buffer(size: int, device: torch.device) -> Tensor:
+        # In the middle one of a block's chunks, the buffers of those that it stands for are made.
+        with tracker.placed("host" if offload == "host" else "disk"):
+            buffers = torch.empty(size * tracker.weight, dtype=torch.uint8)
+        tracker.claim([buffers], component, label=label)
+        return buffers[:size]
+
+    return make_buffer
 
 
 def _label_parameters(tracker: MemoryTracker, model: nn.Module) -> None:

@@ -75,14 +75,14 @@ def tile_blocks(
                 ends_block=layout.ends_block,
             )
         taken = () if layout is None else (layout.before, layout.after)
-        for norm in _norms(block):
+        for norm in norms_of(block):
             if norm not in taken:
                 tile_norm(norm, tile_tokens=tile_tokens)
-    for norm in _norms(decoder):
+    for norm in norms_of(decoder):
         tile_norm(norm, tile_tokens=tile_tokens)
 
 
-def _norms(module: nn.Module) -> Iterator[nn.Module]:
+def norms_of(module: nn.Module) -> Iterator[nn.Module]:
     """Return the norms that are direct children of module."""
     return (child for child in module.children() if "norm" in type(child).__name__.lower())
 
@@ -100,7 +100,7 @@ def compile_blocks(blocks: nn.ModuleList) -> int:
     parts = []
     for block in blocks:
         layout = mlp_layout(block)
-        modules = [*_norms(block), *([layout.mlp] if layout else [])]
+        modules = [*norms_of(block), *([layout.mlp] if layout else [])]
         tiled = [module.forward.fn for module in modules if isinstance(module.forward, Tiled)]
         parts += tiled or modules
         inside = {inner for part in parts for inner in part.modules()}

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, current_chunks
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
@@ -60,9 +60,13 @@ def use_ulysses(
                 documents, position_limits or documents, mesh.sp.get_local_rank(), chunk_tokens
             )
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"], chunk_tokens)
-        return _forward(
-            model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs
-        )
+        token = current_chunks.set(ulysses.chunks)
+        try:
+            return _forward(
+                model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs
+            )
+        finally:
+            current_chunks.reset(token)
 
     model.forward = MethodType(forward, model)
 

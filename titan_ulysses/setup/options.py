@@ -11,6 +11,7 @@ from titan_ulysses.config.schema import CORES, Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.memory.offload import Offload
+from titan_ulysses.memory.stream_offload import StreamOffload
 from titan_ulysses.memory.streaming import KeepAttention
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.ulysses.cores import Core, Demand, choose_core
@@ -56,6 +57,10 @@ class ParallelOptions:
     0 chooses, and computes the whole sequence at once if it is short or the blocks cannot stream;
     -1 always does. Batches must be cut for it, unless P = 1: see `shard`.
     """
+    stream_offload: StreamOffload = "none"
+    """Where the hidden states of the whole sequence are while blocks stream: "none" (the device),
+    "host" or "disk" (see `memory/stream_offload.py`). offload is not needed then.
+    """
     parameter_offload: bool = False
     """Keep sharded parameters and gradients in host memory, where the optimizer then steps."""
     compile: bool = False
@@ -71,6 +76,11 @@ class ParallelOptions:
 
     `parallelize` turns this off for a model family whose verification succeeds only without it.
     """
+
+    @property
+    def store(self) -> Offload:
+        """Where inputs of blocks and outputs of attention are kept."""
+        return self.offload if self.offload != "none" else self.stream_offload
 
     def resolved(self, model_dtype: torch.dtype) -> ParallelOptions:
         """Return these options with concrete dtypes in place of None, for a model of this dtype."""
@@ -91,6 +101,7 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         keep_attention=checkpoint.keep_attention,
         offload_folder=checkpoint.offload_folder or None,
         stream_chunk_tokens=memory.stream_chunk_tokens,
+        stream_offload=memory.stream_offload,
         parameter_offload=memory.parameter_offload,
         compile=config.compile.enable,
         z_loss=training.z_loss,
@@ -121,7 +132,13 @@ def obstacle_to_streaming(
             f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: {reason}. Set it to "
             '"auto" or "off".'
         )
-    if reason is None and not options.stream_chunk_tokens and device_type == "cuda":
+    if reason and options.stream_offload != "none":
+        raise UserError(
+            f'memory.stream_offload = "{options.stream_offload}" needs layers that are streamed: '
+            f'{reason}. Set it to "none".'
+        )
+    wanted = options.stream_chunk_tokens > 0 or options.stream_offload != "none"
+    if reason is None and not wanted and device_type == "cuda":
         if "softcap" in attention_needs(model_config):
             reason = "on a GPU, soft-capped scores have no fast kernel for chunks"
         elif options.param_dtype is not None and options.param_dtype.itemsize != 2:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -23,15 +23,17 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.allocator import warn_of_fragmentation
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
-from titan_ulysses.memory.offload import Store, open_store
+from titan_ulysses.memory.offload import Store, buffer_maker, open_store
+from titan_ulysses.memory.stream_offload import SequenceStore, offload_embeddings
 from titan_ulysses.memory.streaming import stream_blocks
+from titan_ulysses.memory.tiling import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     check_family,
     head_of,
 )
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
-from titan_ulysses.setup.blocks import compile_blocks, find_blocks, tile_blocks
+from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
 from titan_ulysses.setup.checks import (
     check_dropout,
     check_group,
@@ -105,7 +107,7 @@ def parallelize(
             dtype=options.param_dtype,
         )
         options = replace(options, attention=core)
-    store = open_store(options.offload, options.offload_folder, mesh.device)
+    store = open_store(options.store, options.offload_folder, mesh.device)
     if model.config.model_type not in CHECKED_FAMILIES:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
@@ -166,12 +168,14 @@ def wrap(
     *,
     store: Store | None,
     device_type: str | None = None,
+    make_buffer: Callable[[int, torch.device], Tensor] | None = None,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
     options.attention must be a core, not a name, and options must have concrete dtypes. store keeps
     the inputs of activation checkpoints off the device; None leaves them there. device_type is the
-    mesh's, unless the planner says for which one it wraps.
+    mesh's, unless the planner says for which one it wraps. The planner also has a make_buffer of
+    its own for `stream_offload`.
     """
     assert callable(options.attention)
     device_type = device_type or mesh.device.type
@@ -184,13 +188,26 @@ def wrap(
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
+    sequences = None
     model.stream_chunk_tokens = -1
     if options.stream_chunk_tokens != -1 and not obstacle_to_streaming(
         model.config, options, device_type
     ):
         model.stream_chunk_tokens = options.stream_chunk_tokens
-        stream_blocks(blocks, keep_attention=options.keep_attention, store=store)
+        if options.stream_offload != "none":
+            check_stream_offload(model, options.stream_offload)
+            sequences = SequenceStore(
+                make_buffer or buffer_maker(options.stream_offload, options.offload_folder),
+                mesh.device,
+                takes_keys=device_type == "cpu",
+            )
+        stream_blocks(
+            blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
+        )
     use_loss_head(model, decoder, options, device_type)
+    if sequences is not None:
+        offload_sequences(model, decoder, sequences)
+        store = None  # the inputs of segments are off the device already
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
 
     def shard(*modules: nn.Module, **how) -> None:
@@ -239,6 +256,32 @@ def _inner_width(config: PreTrainedConfig) -> int:
     dense = value("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size
     experts = value("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
     return max(dense, experts * (value("moe_intermediate_size") or dense))
+
+
+def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
+    """Raise UserError if the decoder does more with hidden states than to call its parts."""
+    setting = f'memory.stream_offload = "{offload}"'
+    if getattr(model.config, "hidden_size_per_layer_input", 0):
+        raise UserError(
+            f"{setting}: this model's layers have inputs beside the hidden states, which its "
+            'decoder makes of the whole sequence. Set it to "none".'
+        )
+    if not _needs_no_weight_in_backward(model.get_input_embeddings()):
+        raise UserError(
+            f'{setting}: the embedding of this model is not a look-up. Set it to "none".'
+        )
+
+
+def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:
+    """Let all parts of the model around the blocks read and write hidden states off the device."""
+    parts = list(decoder.children())
+    rotaries = [x for x in parts if "rotary" in type(x).__name__.lower()]
+    offload_embeddings(model.get_input_embeddings(), rotaries, sequences)
+    for norm in norms_of(decoder):
+        if not isinstance(norm.forward, Tiled):
+            tile_norm(norm, tile_tokens=_SMALLEST_TILE)
+        norm.forward.sequences = sequences
+    model.get_output_embeddings().sequences = sequences
 
 
 def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:

@@ -23,7 +23,7 @@ from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import grow_vocabulary
-from titan_ulysses.model.families import check_family
+from titan_ulysses.model.families import check_family, largest_head
 from titan_ulysses.model.float8 import check_float8
 from titan_ulysses.model.lora import check_lora
 from titan_ulysses.model.rope_scaling import scale_rope
@@ -181,13 +181,12 @@ def check_machine(spec: RunSpec) -> None:
 
 
 def _bytes_of_kept_attention(spec: RunSpec) -> int:
-    """Return the bytes of all outputs of attention and log-sum-exps that a rank keeps for sure."""
+    """Return the most bytes of outputs of attention and log-sum-exps that a rank must keep."""
     config, model = spec.config, spec.model_config
     is_streamed = spec.chunk_rows[0] < spec.local_tokens
     if config.activation_checkpoint.keep_attention != "all" or not is_streamed:
         return 0
-    dtype = getattr(torch, config.training.param_dtype)
-    heads = model.num_attention_heads
-    size = getattr(model, "v_head_dim", None) or getattr(model, "head_dim", None)
-    a_head = (size or model.hidden_size // heads) * dtype.itemsize + max(4, dtype.itemsize)
-    return model.num_hidden_layers * spec.local_tokens * heads * a_head
+    itemsize = getattr(torch, config.training.param_dtype).itemsize
+    heads, size = model.num_attention_heads, largest_head(model) or model.hidden_size
+    a_token = heads * (size * itemsize + max(4, itemsize))
+    return model.num_hidden_layers * spec.local_tokens * a_token

@@ -92,8 +92,8 @@ def _choices(run: Run) -> list[str]:
     ranks = run.mesh.world.size()
     if across := spans_nodes(sequence=degree, world_size=ranks, per_node=ranks_per_node(ranks)):
         lines.append(f"[bold]{across}[/]")
-    if unused := describe_unused_code(run.model.config):
-        lines.append(markup.escape(unused))
+    if code := describe_unused_code(run.model.config):
+        lines.append(markup.escape(code))
     if memory.mlp_tile_tokens > tokens:
         tile = memory.mlp_tile_tokens
         lines.append(
@@ -102,12 +102,16 @@ def _choices(run: Run) -> list[str]:
         )
     if streaming := _streaming(run):
         lines.append(streaming)
-    keep = run.config.activation_checkpoint.keep_attention
-    if keep != "none" and not streaming.startswith("streamed"):
-        lines.append(
-            f'activation_checkpoint.keep_attention = "{keep}" changes nothing: layers are not '
-            "streamed"
-        )
+    if not streaming.startswith("streamed"):
+        unused = {
+            "activation_checkpoint.keep_attention": run.config.activation_checkpoint.keep_attention,
+            "memory.stream_offload": memory.stream_offload,
+        }
+        lines += [
+            f'{key} = "{value}" changes nothing: layers are not streamed'
+            for key, value in unused.items()
+            if value != "none"
+        ]
     if run.mesh.device.type == "cuda":
         lines.append(describe_allocator())
     if run.float8_layers:
@@ -138,6 +142,13 @@ def _choices(run: Run) -> list[str]:
     return lines
 
 
+_PLACES = {
+    "none": "",
+    "host": "; hidden states in host memory",
+    "disk": "; hidden states in files",
+}
+
+
 def _streaming(run: Run) -> str:
     """Return a line about the chunks of a sequence; empty if nobody asked and there are none."""
     setting, length = run.config.memory.stream_chunk_tokens, run.config.training.seq_len
@@ -155,7 +166,7 @@ def _streaming(run: Run) -> str:
     rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != wanted else ""
     return (
         f"streamed: {-(-length // wanted)} chunks of {wanted:,} tokens{rounded}, "
-        f"{wanted // run.degrees.sequence:,} a rank"
+        f"{wanted // run.degrees.sequence:,} a rank{_PLACES[run.config.memory.stream_offload]}"
     )
 
 

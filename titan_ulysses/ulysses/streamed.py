@@ -31,7 +31,7 @@ def chunk_core(core: Core, module: nn.Module, chunk: Chunk, heads: slice) -> Cor
     """
     pieces = pieces_of(core)
     assert pieces is not None, core
-    known = chunk.memory.setdefault((module, heads.start), KeysAndValues(chunk.seq_len))
+    known = chunk.memory.setdefault((module, heads.start), KeysAndValues(chunk))
 
     def attend(
         q: Tensor,
@@ -62,15 +62,17 @@ def chunk_core(core: Core, module: nn.Module, chunk: Chunk, heads: slice) -> Cor
 class KeysAndValues:
     """The keys and values of a layer for this rank's KV heads, and in backward their gradients."""
 
-    def __init__(self, seq_len: int):
-        self._seq_len = seq_len
+    def __init__(self, chunk: Chunk):
+        self._seq_len, self._make = chunk.seq_len, chunk.make
         self._tensors: list[Tensor] = []
         self._gradients: list[Tensor] = []
 
     def put(self, tokens: slice, k: Tensor, v: Tensor) -> None:
         """Keep k and v [B, n, Hkv, D] of these tokens."""
         if not self._tensors:
-            self._tensors = [x.new_empty(len(x), self._seq_len, *x.shape[2:]) for x in (k, v)]
+            for x in (k, v):
+                shape = torch.Size((len(x), self._seq_len, *x.shape[2:]))
+                self._tensors.append(self._make(shape, x, x.dtype))
         for whole, x in zip(self._tensors, (k, v), strict=True):
             whole[:, tokens] = x.detach()
 
@@ -82,7 +84,7 @@ class KeysAndValues:
         """Return the sums of gradients that belong to `of`, to be added to; fp32 or wider."""
         if not self._gradients:
             wide = torch.promote_types(self._tensors[0].dtype, torch.float32)
-            self._gradients = [torch.zeros_like(x, dtype=wide) for x in self._tensors]
+            self._gradients = [self._make(x.shape, x, wide).zero_() for x in self._tensors]
         return [x[row, tokens] for x in self._gradients]
 
     def complete_gradients(self, tokens: slice) -> list[Tensor]:

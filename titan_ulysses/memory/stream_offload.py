@@ -1,0 +1,138 @@
+"""Tensors of the whole sequence that wait off the device while blocks stream (see streaming.py).
+
+Between its blocks a decoder only hands the hidden states on. So they may be in host memory or in
+files, if all that reads or writes them does so part by part: the blocks, chunk by chunk; embedding
+and rotary embedding, chunk by chunk; the last norm and the loss head, tile by tile. Nothing of the
+size [B, T, h] is on the device then. The keys and values of one layer stay on a GPU; on a CPU they
+are in the same place.
+
+Memory is used again as soon as nothing refers to it. A step holds one tensor for each input of a
+segment, and a few more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from titan_ulysses.distributed.sequence import Chunk, current_chunks
+from titan_ulysses.memory.tiling import visited
+
+StreamOffload = Literal["none", "host", "disk"]
+
+
+class SequenceStore:
+    """Makes tensors off the device."""
+
+    def __init__(
+        self,
+        make_buffer: Callable[[int, torch.device], Tensor],
+        device: torch.device,
+        *,
+        takes_keys: bool,
+    ):
+        """device: that of the run. takes_keys: whether keys and values are off the device too."""
+        self._make_buffer, self.device, self._takes_keys = make_buffer, device, takes_keys
+        self._buffers: dict[int, list[tuple[Tensor, int]]] = {}
+        """Buffers by their size in bytes, each with the number of references to it when unused."""
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor with undefined values. It is no view, so FSDP may hook it."""
+        size = prod(shape) * dtype.itemsize
+        buffers = self._buffers.setdefault(size, [])
+        buffer = next((x for x, unused in buffers if _references(x) == unused), None)
+        if buffer is None:
+            buffer = self._make_buffer(size, self.device)
+            buffers.append((buffer, _references(buffer)))
+        return torch.empty(0, dtype=dtype).set_(buffer.untyped_storage(), 0, shape)
+
+    def keys_and_values(self, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a tensor for keys, values or their gradients."""
+        if self._takes_keys:
+            return self.empty(shape, dtype)
+        return like.new_empty(shape, dtype=dtype)
+
+
+def _references(x: Tensor) -> int:
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
+def offload_embeddings(
+    embedding: nn.Module, rotaries: list[nn.Module], store: SequenceStore
+) -> None:
+    """Let these modules write what they make of a sequence of several chunks to store, in place."""
+    embedding.forward = _Embedding(embedding, store)
+    for rotary in rotaries:
+        rotary.forward = _Rotary(rotary, store)
+
+
+class _Rotary:
+    """The forward of a rotary embedding, chunk by chunk."""
+
+    def __init__(self, rotary: nn.Module, store: SequenceStore):
+        self.forward, self.store = rotary.forward, store
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args, **kwargs) -> Any:
+        chunks, store = current_chunks.get(), self.store
+        here = x.new_empty(0, device=position_ids.device)  # only its dtype and device are read
+        if len(chunks) < 2 or position_ids.ndim != 2:
+            return self.forward(here, position_ids, *args, **kwargs)
+        whole: tuple[Tensor, ...] = ()
+        for chunk in visited(list(chunks)):
+            made = self.forward(here, position_ids[:, chunk.local], *args, **kwargs)
+            parts = made if isinstance(made, tuple) else (made,)
+            if not whole:
+                shapes = [(len(x), position_ids.shape[1], *x.shape[2:]) for x in parts]
+                pairs = zip(parts, shapes, strict=True)
+                whole = tuple(store.empty(torch.Size(shape), x.dtype) for x, shape in pairs)
+            for x, part in zip(whole, parts, strict=True):
+                x[:, chunk.local] = part
+        return whole if isinstance(made, tuple) else whole[0]
+
+
+class _Embedding:
+    """The forward of an embedding, chunk by chunk."""
+
+    def __init__(self, embedding: nn.Module, store: SequenceStore):
+        self.embedding, self.forward, self.store = embedding, embedding.forward, store
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        chunks = current_chunks.get()
+        if len(chunks) < 2:
+            return self.forward(ids)
+        return _EmbeddingFunction.apply(self, chunks, ids, self.embedding.weight)
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, look_up: _Embedding, chunks: Sequence[Chunk], ids: Tensor, weight: Tensor):
+        ctx.look_up, ctx.chunks = look_up, chunks
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        shape = torch.Size((*ids.shape, weight.shape[1]))
+        output = look_up.store.empty(shape, weight.dtype)
+        for chunk in visited(list(chunks)):
+            output[:, chunk.local] = look_up.forward(ids[:, chunk.local])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor):
+        (ids,), embedding = ctx.saved_tensors, ctx.look_up.embedding
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=ids.device)
+        # gemma's embeddings multiply what they look up.
+        scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0), dtype=ctx.dtype)
+        for chunk in visited(list(ctx.chunks)):
+            rows = ids[:, chunk.local].flatten()
+            gradient = upstream[:, chunk.local].to(ids.device).flatten(0, 1) * scale.to(ids.device)
+            if embedding.padding_idx is not None:  # its row has no gradient
+                padding = (rows == embedding.padding_idx)[:, None]
+                gradient = gradient.masked_fill(padding, 0)
+            total.index_add_(0, rows, gradient.to(wide))
+        return None, None, None, total.to(ctx.dtype)
