@@ -4,8 +4,9 @@
     python scripts/gpu_check.py --only loss_tiles      some of the checks; --help lists them
     python scripts/gpu_check.py --rehearse             the same code on a CPU, with tiny shapes
 
-Needs torch and transformers, and for runs of `Trainer` what pyproject.toml lists. Each check runs
-in a process of its own and cannot stop the next one. It has a line: a verdict (ok, FAILED, skipped,
+Needs torch, transformers and pydantic, and for runs of `Trainer` what else pyproject.toml lists; a
+check that lacks a package is skipped and names it. Each check runs in a process of its own and
+cannot stop the next one. It has a line: a verdict (ok, FAILED, skipped,
 TOO LONG), its seconds, and figures. All of it goes to gpu_check.json too, where a failure has its
 traceback. Exits with 1 if a check has failed. scripts/gpu_check_8.py is for a node of eight.
 """
@@ -105,7 +106,6 @@ def versions(scale: Scale) -> Figures:
 
     from titan_ulysses.distributed.host import visible_gpus
     from titan_ulysses.memory.loss import can_add_wide
-    from titan_ulysses.ulysses.cores import Demand, choose_core
 
     found: Figures = {"torch": torch.__version__, "transformers": transformers.__version__}
     found["python"] = sys.version.split()[0]
@@ -117,10 +117,14 @@ def versions(scale: Scale) -> Figures:
         found |= {"gpu": properties.name, "gib": round(properties.total_memory / 2**30, 1)}
         found |= {"capability": f"{properties.major}.{properties.minor}"}
         found |= {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    found["addmm_adds_bf16_to_fp32"] = can_add_wide()
+    if not found["pydantic"]:
+        return found | {"missing": "pydantic, which nearly all checks need"}
+    from titan_ulysses.ulysses.cores import Demand, choose_core
+
     for dtype in (torch.bfloat16, torch.float32):
         core, _ = choose_core("auto", Demand(frozenset(), scale.device, dtype))
         found[f"core_{str(dtype).removeprefix('torch.')}"] = core.__name__
-    found["addmm_adds_bf16_to_fp32"] = can_add_wide()
     return found
 
 
