@@ -115,6 +115,13 @@ SMALL = [
         lora__rank=4,
     ),
     case(
+        "small, P 2, latent attention",
+        2,
+        model=LATENT,
+        training__seq_len=2048,
+        parallelism__sequence_parallel_degree=2,
+    ),
+    case(
         "small, P 2, streamed",
         2,
         training__seq_len=5120,
@@ -123,13 +130,6 @@ SMALL = [
         memory__stream_chunk_tokens=1024,
         memory__mlp_tile_tokens=300,
         memory__loss_tile_tokens=100,
-    ),
-    case(
-        "small, P 2, latent attention",
-        2,
-        model=LATENT,
-        training__seq_len=2048,
-        parallelism__sequence_parallel_degree=2,
     ),
 ]
 
