@@ -59,7 +59,7 @@ def measure(index: int) -> dict:
 
 
 @pytest.mark.parametrize(
-    "index", [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (1, 2, 3, 4))]
+    "index", [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (1, 2, 3, 4, 5))]
 )
 def test_the_plan_is_what_real_ranks_take(index):
     module = bench()
@@ -71,11 +71,13 @@ def test_the_plan_is_what_real_ranks_take(index):
     assert not dist.is_initialized()
 
 
-def test_tiles_that_are_left_out_change_nothing(monkeypatch):
-    """Two tiles and the last one stand for all of them: in memory, FLOPs, collectives."""
+@pytest.mark.parametrize("chunk", [-1, 576], ids=["tiles", "chunks"])
+def test_parts_that_are_left_out_change_nothing(monkeypatch, chunk):
+    """Four tiles, or chunks, stand for all: in memory, FLOPs, collectives."""
     from titan_ulysses.plan.memory import MemoryTracker
 
     settings = {
+        "memory__stream_chunk_tokens": chunk,
         "memory__mlp_tile_tokens": 300,
         "memory__loss_tile_tokens": 500,
         "parallelism__sequence_parallel_degree": 2,

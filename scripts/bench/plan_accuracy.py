@@ -121,6 +121,16 @@ SMALL = [
         training__seq_len=2048,
         parallelism__sequence_parallel_degree=2,
     ),
+    case(
+        "small, P 2, streamed",
+        2,
+        training__seq_len=5120,
+        parallelism__sequence_parallel_degree=2,
+        activation_checkpoint__every=2,
+        memory__stream_chunk_tokens=1024,
+        memory__mlp_tile_tokens=300,
+        memory__loss_tile_tokens=100,
+    ),
 ]
 
 BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}
@@ -324,6 +334,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     from titan_ulysses.data.loader import Batch
     from titan_ulysses.distributed.collectives import CollectiveCounter
     from titan_ulysses.distributed.mesh import build_mesh
+    from titan_ulysses.distributed.sequence import chunk_length
     from titan_ulysses.model import hf
     from titan_ulysses.model.lora import initialize_adapters
     from titan_ulysses.optim.adamw import build_optimizer
@@ -340,10 +351,16 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     optimizer = build_optimizer(model.parameters(), config.optimizer)
     rows, tokens = config.training.local_batch_size, config.training.seq_len // degrees.sequence
 
+    chunk_tokens = chunk_length(
+        model.stream_chunk_tokens, config.training.seq_len, degrees.sequence
+    )
+
     def batch() -> Batch:
         ids = torch.randint(spec.model_config.vocab_size, (rows, tokens))
         positions = torch.arange(tokens).expand(rows, tokens).contiguous()
-        return Batch(ids, ids.clone(), positions, documents_of(case, config))
+        return Batch(
+            ids, ids.clone(), positions, documents_of(case, config), chunk_tokens=chunk_tokens
+        )
 
     batches = [batch() for _ in range(degrees.accumulation_steps)]
     for step in range(steps):

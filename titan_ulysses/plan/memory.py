@@ -275,17 +275,18 @@ class MemoryTracker(TorchDispatchMode):
     # --- repetition -------------------------------------------------------------------------------
 
     def shortened(self, parts: list) -> Iterator:
-        """Yield the first, the middle and the last of the tiles or chunks.
+        """Yield the first two of the tiles or chunks, the middle one of the others, and the last.
 
-        While the middle one runs, `weight` makes it stand for all between the first and the last.
-        The cost of a chunk grows evenly from the first to the last.
+        While the middle one runs, `weight` makes it stand for all others but the last. The cost of
+        a chunk grows evenly from the first to the last, and is largest in the first two of backward
+        (the last chunk may be short).
         """
-        yield from parts[:1]
-        if len(parts) > 2:
-            before, self.weight = self.weight, self.weight * (len(parts) - 2)
-            yield parts[len(parts) // 2]
+        yield from parts[:2]
+        if others := parts[2:-1]:
+            before, self.weight = self.weight, self.weight * len(others)
+            yield others[len(others) // 2]
             self.weight = before
-        yield from parts[1:][-1:]
+        yield from parts[2:][-1:]
 
     # --- what it is for ---------------------------------------------------------------------------
 

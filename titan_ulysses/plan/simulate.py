@@ -3,9 +3,8 @@ fake process group.
 
 Nothing is computed and nothing is sent, so a laptop can run one rank of a thousand. The optimizer
 makes one step before, so that its state exists. Of the tiles of a function and the chunks of a
-block, only the first, the middle one and the last are run, because the middle one does what all
-between do on average. For the same reason, only the first two of the micro-batches that a step
-accumulates are run.
+block, at most four are run, one of which stands for all that are left out. For the same reason,
+only the first two of the micro-batches that a step accumulates are run.
 
 Memory that exists only in CUDA kernels cannot be simulated. `cuda_memory.py` adds it, each figure
 with its source.
