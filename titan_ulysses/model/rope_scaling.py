@@ -96,8 +96,8 @@ def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     UserError for an unknown type, an unknown or missing key, or a factor below 1.
     """
     scaling = dict(table)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None)
-    scaling.pop("type", None)
+    older = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", older)
     if not isinstance(kind, str) or kind not in _KEYS:
         raise UserError(
             f"model.rope_scaling.rope_type = {show(kind)}: the types are {', '.join(_KEYS)}",
