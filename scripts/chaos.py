@@ -149,7 +149,8 @@ class Config(Campaign):
             return what, verdict, ended.seconds
         if ended.codes == [0]:
             return what, Verdict("accepted"), ended.seconds
-        names = {*mutation} | {key.split(".", 1)[1] for key in mutation}
+        sections = {f"[{key.split('.')[0]}]" for key in mutation}
+        names = {*mutation, *sections} | {key.split(".", 1)[1] for key in mutation}
         named = any(name in ended.text for name in names)
         word = "refused" if named else "unnamed"
         return what, Verdict(word, cases.last_lines(ended.text)), ended.seconds

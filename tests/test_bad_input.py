@@ -128,6 +128,13 @@ def test_what_needs_no_model_is_said_before_torch_is_imported(toml: Path, tmp_pa
         assert line.startswith(expected)
 
 
+@pytest.mark.parametrize("base", ["a\\u0000b", "x" * 5000, "circle.toml"])
+def test_a_base_file_that_is_no_path(tmp_path: Path, base: str) -> None:
+    (tmp_path / "circle.toml").symlink_to(tmp_path / "circle.toml")
+    (tmp_path / "run.toml").write_text(f'extends = "{base}"\n{BASE}')
+    assert '"extends" of' in refusal(load_config, tmp_path / "run.toml")
+
+
 def test_a_core_that_is_no_function(toml: Path) -> None:
     config = AutoConfig.for_model("llama")
     message = refusal(select_core, "os:sep", config, device_type="cpu", dtype=None)

@@ -62,8 +62,13 @@ def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
 
     `chain` holds the files whose `extends` led to this one; it is used to detect circles.
     """
-    path = path.resolve()
     named_by = f'"extends" of {chain[-1]}' if chain else "--config"
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, NUL
+        raise UserError(
+            f"{str(path)!r}: is no path ({error}); correct the path in {named_by}", exit_code=2
+        ) from None
     if path in chain:
         circle = " -> ".join(str(p) for p in (*chain[chain.index(path) :], path))
         raise UserError(
