@@ -230,7 +230,7 @@ def test_a_scaled_config_is_that_of_transformers(name: str) -> None:
         ({"rope_type": "llama3", "factor": 2}, '"llama3" needs high_freq_factor, low_freq_factor'),
         (
             {"rope_type": "yarn", "factor": 0.5},
-            "model.rope_scaling.factor = 0.5: needs a number of at least 1",
+            "model.rope_scaling.factor = 0.5: needs a number from 1 to 1,000,000",
         ),
         (
             YARN | {"original_max_position_embeddings": 12},
