@@ -499,7 +499,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         keep,
         {
             "activation_checkpoint.offload": "host",
-            "training.local_batch_size": 2**40,
+            "model.config.hidden_size": 2**14,
+            "training.local_batch_size": 2**20,
             "training.global_batch_size": -1,
         },
         1,
