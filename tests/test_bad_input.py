@@ -211,7 +211,7 @@ def test_numbers_of_rope_that_are_none() -> None:
         assert "model.rope_scaling.factor = " in refusal(
             scale_rope, plain, {"rope_type": "linear", "factor": factor}
         )
-    assert "rope_type = []" in refusal(scale_rope, plain, {"rope_type": [], "factor": 2})
+    assert "rope_type = " in refusal(scale_rope, plain, {"rope_type": ["yarn"], "factor": 2})
 
 
 # --- files of data, and of metrics ----------------------------------------------------------------
