@@ -48,6 +48,7 @@ class Ended(NamedTuple):
 def preload() -> float:
     """Import what a run needs, and return the seconds that it took."""
     started = time.perf_counter()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
     for name in (
         "titan_ulysses.train.trainer",
         "titan_ulysses.checkpoint.convert",
@@ -118,7 +119,7 @@ def _be_rank(
         os.dup2(output, 2)
         os.chdir(folder)
         _limit_memory()
-        os.environ |= {"HOME": str(folder), "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
+        os.environ |= {"HOME": str(folder), "COLUMNS": "400"}
         os.environ |= {"WANDB_MODE": "disabled", "TORCH_CPP_LOG_LEVEL": "FATAL"}
         if ranks > 1:
             os.environ |= {

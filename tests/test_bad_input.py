@@ -5,6 +5,7 @@ before anything heavy is imported where that can be, and what can be gone on fro
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from titan_ulysses.__main__ import run
 from titan_ulysses.checkpoint import folder as weights_folder
 from titan_ulysses.checkpoint.disk import disk_needs
 from titan_ulysses.checkpoint.safetensors import keep_generation_config
+from titan_ulysses.config import hub
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data.corpus import CorpusStats
@@ -135,6 +137,22 @@ def test_a_base_file_that_is_no_path(tmp_path: Path, base: str) -> None:
     assert '"extends" of' in refusal(load_config, tmp_path / "run.toml")
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(
+    toml: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("HF_HUB_OFFLINE", "RANK", *hub._PROXIES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub.socket, "create_connection", lambda *_, **__: pytest.fail("asked"))
+        hub.look_for_hub(load_config(toml))  # no name on the hub
+    assert "HF_HUB_OFFLINE" not in os.environ
+    hub.look_for_hub(load_config(toml, [("model.tokenizer", "some/model")]))
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert "127.0.0.1 does not answer: some/model is looked for" in capsys.readouterr().err
+
+
 def test_a_core_that_is_no_function(toml: Path) -> None:
     config = AutoConfig.for_model("llama")
     message = refusal(select_core, "os:sep", config, device_type="cpu", dtype=None)
@@ -211,7 +229,7 @@ def test_numbers_of_rope_that_are_none() -> None:
         assert "model.rope_scaling.factor = " in refusal(
             scale_rope, plain, {"rope_type": "linear", "factor": factor}
         )
-    assert "rope_type = []" in refusal(scale_rope, plain, {"rope_type": [], "factor": 2})
+    assert "rope_type = " in refusal(scale_rope, plain, {"rope_type": ["yarn"], "factor": 2})
 
 
 # --- files of data, and of metrics ----------------------------------------------------------------

@@ -15,6 +15,7 @@ import sys
 from difflib import get_close_matches
 
 from titan_ulysses.config.cli import parse_command_line
+from titan_ulysses.config.hub import look_for_hub
 from titan_ulysses.config.load import dump_toml, load_config
 from titan_ulysses.config.paths import path_problems
 from titan_ulysses.config.validate import check
@@ -76,6 +77,7 @@ def run(argv: list[str]) -> None:
     )
     if problems := path_problems(config):
         raise UserError("\n".join(problems))
+    look_for_hub(config)
     expand_segments()
     # Torch and transformers are imported only now, so that --help is quick.
     from titan_ulysses.train.trainer import Trainer
