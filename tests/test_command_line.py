@@ -332,7 +332,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         {"model.attention": "magic"},
         1,
         2,
-        ['model.attention = "magic": needs one of auto, flash'],
+        ['model.attention = "magic": needs one of auto, varlen'],
     ),
     "no data.path": (
         keep,
