@@ -18,10 +18,11 @@ the input is written where the gradient of the output stood. Gradients of parame
 values are summed in fp32 or wider.
 
 With C chunks and k blocks per segment, a block's MLP and attention run forward 3 - 1/k times per
-step, and its projections of queries, keys and values (C - 1)/C times more. On P > 1 ranks a chunk
-takes two all-to-alls in forward, which are repeated where a forward is, and backward takes two more
-and one for its keys: per step 2C * (3 - 1/k) + 2C + C - 1 for a block. FSDP gathers the parameters
-of a block twice and reduces its gradients once, whatever C is.
+step (attention once where its outputs are kept), and its projections of queries, keys and values
+(C - 1)/C times more. On P > 1 ranks a chunk takes two all-to-alls in forward, which are repeated
+where a forward is. Backward takes two more, and one for the keys of all chunks but the last: per
+step and block 2C * (3 - 1/k) + 2C + C - 1. FSDP gathers the parameters of a block twice and reduces
+its gradients once, whatever C is.
 """
 
 from __future__ import annotations
@@ -155,6 +156,9 @@ class _Call:
         self.streamed, self.chunks = streamed, chunks
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.dims = [self._token_dim(leaf, shape) for leaf in self.leaves]
+        self.sources = [
+            i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.requires_grad
+        ]
         self.random: list[Tensor] = []
 
     def _token_dim(self, leaf: Any, shape: torch.Size) -> int | None:
@@ -173,7 +177,7 @@ class _Call:
 
     def differentiable(self) -> list[Tensor]:
         """Return the arguments beside the hidden states that gradients may flow to."""
-        return [x for x in self.leaves if isinstance(x, Tensor) and x.requires_grad]
+        return [self.leaves[i] for i in self.sources]
 
     def arguments(self, chunk: Chunk) -> tuple[tuple, dict[str, Any], list[Tensor]]:
         """Return the arguments of a chunk, and those of them that `differentiable` has whole."""
@@ -295,11 +299,11 @@ class _Call:
 
     def _add(self, total: Tensor | None, gradient: Tensor, index: int, chunk: Chunk) -> Tensor:
         """Return total + a chunk's gradient by the index-th of `differentiable` and parameters."""
-        others = [i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.requires_grad]
-        if index >= len(others) or (dim := self.dims[others[index]]) is None:
+        source = self.sources[index] if index < len(self.sources) else None
+        if source is None or (dim := self.dims[source]) is None:
             return accumulate(total, gradient)
         if total is None:
-            total = torch.zeros_like(self.leaves[others[index]])
+            total = torch.zeros_like(self.leaves[source])
         total.narrow(dim, *_range(chunk.local)).add_(gradient)
         return total
 
