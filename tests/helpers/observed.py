@@ -225,7 +225,7 @@ def _prepare(watch: str, patch: pytest.MonkeyPatch) -> None:
         from titan_ulysses.data import cache
 
         patch.setattr(cache, "SMALL_CHARACTERS", -1)
-        patch.setattr(cache, "_cores", lambda: 1)
+        patch.setattr(cache, "usable_cores", lambda: 1)
 
 
 @contextlib.contextmanager
