@@ -313,7 +313,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
     monkeypatch.setattr(Encoder, "__call__", counting)
     monkeypatch.setattr(cache, "SMALL_CHARACTERS", -1)
-    monkeypatch.setattr(cache, "_cores", lambda: 1)
+    monkeypatch.setattr(cache, "usable_cores", lambda: 1)
     return calls
 
 
@@ -440,7 +440,7 @@ from titan_ulysses.data import cache
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.tokenizer import load_tokenizer
 
-cache.SMALL_CHARACTERS, cache._cores, made = -1, lambda: 1, []
+cache.SMALL_CHARACTERS, cache.usable_cores, made = -1, lambda: 1, []
 encode = Encoder.__call__
 Encoder.__call__ = lambda self, row: (made.append(1), encode(self, row))[1]
 source = SourceSettings(source="jsonl", path=sys.argv[1])
