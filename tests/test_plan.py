@@ -83,7 +83,7 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, chunk):
         "parallelism__sequence_parallel_degree": 2,
     }
     short = plan_of(**settings)
-    monkeypatch.setattr(MemoryTracker, "shortened", lambda self, tiles: iter(tiles))
+    monkeypatch.setattr(MemoryTracker, "shortened", lambda self, parts, cost: iter(parts))
     whole = plan_of(**settings)
     assert short.peak.bytes == whole.peak.bytes
     assert short.peak.components == whole.peak.components

@@ -204,7 +204,7 @@ class _Call:
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
         memory: dict[Any, Any] = {}
         output = None
-        for chunk in visited(self.chunks):
+        for chunk in visited(self.chunks, "linear"):
             self.random.append(rng_state(hidden.device))
             with _running(replace(chunk, memory=memory)):
                 x = streamed.on_device(hidden[:, chunk.local])
@@ -246,7 +246,7 @@ class _Call:
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
-        for chunk in visited(self.chunks[::-1]):
+        for chunk in visited(self.chunks[::-1], "linear"):
             y, inputs = self._graph(hidden, chunk, memory, needs_input=needs[0])
             inputs += parameters
             found = torch.autograd.grad(

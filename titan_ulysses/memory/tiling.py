@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from titan_ulysses.memory.stream_offload import SequenceStore
 
 T = TypeVar("T")
-_visit: ContextVar[Callable[[list], Iterable]] = ContextVar("_visit", default=iter)
+Cost = Literal["even", "linear"]
+"""Whether the parts of a computation cost the same, or evenly more or less from part to part."""
+Visit = Callable[[list, Cost], Iterable]
+_visit: ContextVar[Visit] = ContextVar("_visit", default=lambda parts, cost: parts)
 
 
 def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
@@ -40,13 +43,13 @@ def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
     )
 
 
-def visited(parts: list[T]) -> Iterable[T]:
+def visited(parts: list[T], cost: Cost = "even") -> Iterable[T]:
     """Return the parts of a computation that are to be computed: all, unless overridden."""
-    return _visit.get()(parts)
+    return _visit.get()(parts, cost)
 
 
 @contextlib.contextmanager
-def override_tiles(visit: Callable[[list], Iterable]) -> Iterator[None]:
+def override_tiles(visit: Visit) -> Iterator[None]:
     """Let visit choose, from all tiles or chunks, those to compute, in this contextvars context.
 
     This is for callers that need no values, such as the planner.

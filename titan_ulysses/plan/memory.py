@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from titan_ulysses.distributed.tensors import plain_pieces
+from titan_ulysses.memory.tiling import Cost
 from titan_ulysses.plan.attribution import Attribution, Owner
 
 Place = Literal["device", "host", "disk"]
@@ -274,19 +275,22 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- repetition -------------------------------------------------------------------------------
 
-    def shortened(self, parts: list) -> Iterator:
-        """Yield the first two of the tiles or chunks, the middle one of the others, and the last.
+    def shortened(self, parts: list, cost: Cost) -> Iterator:
+        """Yield some of the tiles or chunks. While one runs that stands for those that are left
+        out, `weight` is their number with it.
 
-        While the middle one runs, `weight` makes it stand for all others but the last. The cost of
-        a chunk grows evenly from the first to the last, and is largest in the first two of backward
-        (the last chunk may be short).
+        Parts with even costs, of which the last may be short: the first, the second, which stands
+        for the others, and the last. Parts whose cost grows or shrinks evenly: the first two, the
+        middle one of the others, which stands for them, and the last. In backward the first two
+        are the largest (the last chunk may be short).
         """
-        yield from parts[:2]
-        if others := parts[2:-1]:
+        ahead = 1 if cost == "even" else 2
+        yield from parts[:ahead]
+        if others := parts[ahead:-1]:
             before, self.weight = self.weight, self.weight * len(others)
-            yield others[len(others) // 2]
+            yield others[0 if cost == "even" else len(others) // 2]
             self.weight = before
-        yield from parts[2:][-1:]
+        yield from parts[ahead:][-1:]
 
     # --- what it is for ---------------------------------------------------------------------------
 
