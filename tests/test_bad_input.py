@@ -34,7 +34,7 @@ from titan_ulysses.observability.metrics import MetricsLogger
 from titan_ulysses.setup.options import select_core
 
 BASE = '[model]\ntokenizer = "bytes"\n[model.config]\nmodel_type = "llama"\n'
-HUGE = 10**30
+HUGE = 10**50
 
 
 def refusal(act: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
