@@ -94,9 +94,14 @@ def test_ranks_of_the_quickstart(name, kind, ranks, run, machine, monkeypatch) -
     config = load_config(str(ROOT / "configs" / "quickstart.toml"), [])
     spec = resolve(config, world_size=ranks, device_type=device_type)
     assert (spec.degrees.sequence, spec.degrees.data_parallel) == (degree, 1)
+    assert spec.core.__name__ == "sdpa", "the quickstart computes in fp32"
     if device_type == "cpu":
-        assert spec.core.__name__ == "sdpa"
-        check_machine(spec)
+        return check_machine(spec)
+    config = load_config(
+        str(ROOT / "configs" / "quickstart.toml"), [("training.param_dtype", "bfloat16")]
+    )
+    spec = resolve(config, world_size=ranks, device_type=device_type)
+    assert spec.core.__name__ == "varlen", "it needs no package"
 
 
 REFUSED = [
