@@ -228,7 +228,7 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
         "new_empty": ("output after the exchange", "gradient of q, k or v after the exchange"),
         "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
     },
-    "tiling._accumulate": {"": "gradients of its weights, summed over the tiles"},
+    "replay.accumulate": {"": "gradients of its weights, summed over the tiles"},
     "tiling.backward": {"empty_like": "gradient of its input"},
     "tiling.forward": {"new_empty": "output", "empty_like": "output"},
     "loss._scores": {"": "logits of a tile"},
