@@ -102,7 +102,8 @@ def ulysses_attention(
     }
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
         layer["window"] = None  # it masks nothing, and cores are faster without a window
-    chunk = current_chunk.get()
+    # Not looked up where blocks do not stream: Dynamo cannot trace it.
+    chunk = None if ulysses.chunk_tokens is None else current_chunk.get()
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
         places = ulysses.places if chunk is None else ulysses.places[:, chunk.local]
         query = _correct_temperature(query, module, places)
@@ -112,8 +113,10 @@ def ulysses_attention(
     def core_of(heads: slice) -> Core:
         return ulysses.core if chunk is None else chunk_core(ulysses.core, module, chunk, heads)
 
+    rank = 0 if mesh.size() == 1 else mesh.get_local_rank()
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output = _local_heads(core_of, q, k, v, layer, plan, mesh.get_local_rank())
+        output = _local_heads(core_of, q, k, v, layer, plan, rank)
         if chunk is not None and chunk.goal == "keys":
             raise KeysKnown
         return output
