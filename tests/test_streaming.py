@@ -142,8 +142,8 @@ def test_equals_one_plain_process(mesh: str, documents: str, chunk: int) -> None
     check("starcoder2", MESHES[mesh], documents, chunk)
 
 
-SLOW_HEADS = [(14, 2), (3, 1)]
-HEADS = [(9, 3), (5, 1), (2, 2)] + [pytest.param(h, marks=pytest.mark.slow) for h in SLOW_HEADS]
+SLOW_HEADS = [(14, 2), (3, 1), (5, 1)]
+HEADS = [(9, 3), (2, 2)] + [pytest.param(h, marks=pytest.mark.slow) for h in SLOW_HEADS]
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]} of {heads[1]}")
@@ -385,7 +385,9 @@ def counted(
 
 @pytest.mark.parametrize("keep", ["none", "all"])
 @pytest.mark.parametrize(("every", "layers"), [(1, 2), (2, 4), (3, 4)])
-@pytest.mark.parametrize(("chunk", "chunks"), [(12, 2), (10, 3)])
+@pytest.mark.parametrize(
+    ("chunk", "chunks"), [pytest.param(12, 2, marks=pytest.mark.slow), (10, 3)]
+)
 def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int, keep: str) -> None:
     """The closed forms of memory/streaming.py, with n segments of L layers."""
     segments = -(-layers // every)
