@@ -556,7 +556,8 @@ def test_the_picture_has_the_peak_where_it_lasts():
     """The longer a kernel, the wider: here it is attention's backward, which holds the most."""
     from titan_ulysses.plan.plots import timeline_of
 
-    plan = plan_of(training__seq_len=262_144, memory__stream_chunk_tokens=-1)
+    small = {"memory__mlp_tile_tokens": 1024, "memory__loss_tile_tokens": 1024}
+    plan = plan_of(training__seq_len=262_144, memory__stream_chunk_tokens=-1, **small)
     line = timeline_of(plan)
     heights = [column.total() for column in line.alive]
     assert max(heights) == plan.peak.bytes and line.ends[-1] == pytest.approx(plan.time.seconds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.memory.tiling import visited
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.ulysses.cores import with_equal_sizes
 from titan_ulysses.ulysses.pieces import CUDA_BLOCK, Lengths, Pieces
@@ -104,7 +105,8 @@ class Standin:
         starts = [*range(own, len(k), CUDA_BLOCK)]
         earlier = pairs - _pairs_of_pieces(query_lengths, query_lengths, window)
         dq = None
-        for first, stop in pairwise([0, own, *starts[1:], len(k)] if starts else [0, own]):
+        # The blocks of earlier keys are alike, and a long sequence has thousands.
+        for first, stop in chain([(0, own)], visited([*pairwise([*starts, len(k)])])):
             self._note(pairs - earlier if dq is None else earlier / len(starts))
             keys = slice(first, stop)
             inputs = _heads_first(grad, q, k[keys], v[keys], output)
