@@ -200,10 +200,10 @@ def test_stopped_by_a_signal(
             if stop is ctrl_c
             else ("SIGTERM", "")
         )
-        # A signal between two steps is answered with the step that is over, or the next one.
+        # A signal that comes just as a step begins is answered with that step, which is not made.
         answers = {
             f"{name} received: stopping after step {number}, then saving a checkpoint.{again}"
-            for number in (step - 1, step)
+            for number in (step, step + 1)
         }
         assert answers & {*out.splitlines()}
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{step}"]

@@ -74,8 +74,11 @@ def test_the_plan_is_what_real_ranks_take(index):
 
 @pytest.mark.parametrize("chunk", [-1, 576], ids=["tiles", "chunks"])
 def test_parts_that_are_left_out_change_nothing(monkeypatch, chunk):
-    """Four tiles, or chunks, stand for all: in memory, FLOPs, collectives."""
+    """A few tiles, or chunks and blocks of keys, stand for all: in memory, FLOPs, collectives."""
+    from titan_ulysses.plan import standin
     from titan_ulysses.plan.memory import MemoryTracker
+
+    monkeypatch.setattr(standin, "CUDA_BLOCK", 256)
 
     settings = {
         "memory__stream_chunk_tokens": chunk,

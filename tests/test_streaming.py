@@ -454,12 +454,18 @@ def refusals() -> dict[str, str]:
     assert whole.stream_chunk_tokens == -1
     batch = local_batch(rows, mesh_of(*SP2), 8)
     note("batch", lambda: whole(**vars(batch)))
+    note("offload", lambda: model(stream_chunk_tokens=-1, stream_offload="host"))
+    note("kept", lambda: model(stream_chunk_tokens=-1, keep_attention="all"))
+    insists = model(stream_chunk_tokens=8)
+    note("whole batch", lambda: insists(**vars(local_batch(rows, mesh_of(*SP2)))))
     return found
 
 
 def test_what_cannot_be_streamed_is_refused_by_name() -> None:
     found = run_on_ranks(2, refusals)[0]
-    assert found.keys() == {"own core", "no checkpoints", "batch"}
+    assert 'memory.stream_offload = "host" needs layers that are streamed' in found["offload"]
+    assert 'keep_attention = "all" needs layers that are streamed' in found["kept"]
+    assert "= 8: the batch is not cut into chunks. Give `shard`" in found["whole batch"]
     assert "the core own_core has no `pieces`" in found["own core"]
     assert "no activation checkpoints" in found["no checkpoints"]
     assert (

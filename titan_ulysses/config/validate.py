@@ -161,6 +161,12 @@ def _memory_problems(config: Config, model_config: Any) -> list[str]:
             'memory.stream_chunk_tokens = "auto" and activation_checkpoint.mode = "full", or '
             'memory.stream_offload = "none"'
         )
+    if checkpoint.keep_attention != "none" and chunk == -1:
+        problems.append(
+            f'activation_checkpoint.keep_attention = "{checkpoint.keep_attention}" keeps what '
+            'layers compute chunk by chunk: set memory.stream_chunk_tokens = "auto", or '
+            'activation_checkpoint.keep_attention = "none"'
+        )
     if layers is not None and checkpoint.every > layers:
         problems.append(
             f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} "

@@ -88,17 +88,8 @@ def shard(
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
         dist.all_reduce(counts, group=mesh.loss.get_group())
-        # Only a rank whose loader has ended reads the count of the other ranks: reading it
-        # everywhere would make every step wait for the device.
-        if (
-            len(group) < accumulate
-            and (others := counts[1].item()) != len(group) * mesh.loss.size()
-        ):
-            raise UserError(
-                f"shard: this rank's loader ended after {step * accumulate + len(group)} batches, "
-                f"and others go on ({others} batches in this step, on {mesh.loss.size()} ranks). "
-                "Every rank needs the same number: use drop_last=True, or a DistributedSampler."
-            )
+        if len(group) < accumulate:
+            _expect_same_end(len(group), counts[1], before=step * accumulate, mesh=mesh)
         if not group:
             return
         if step % _CHECK_EVERY == 0:
@@ -108,6 +99,21 @@ def shard(
             fields = {name: value for name, value in vars(batch).items() if value is not None}
             yield fields | {"num_items_in_batch": counts[0]}
         step += 1
+
+
+def _expect_same_end(batches: int, on_all_ranks: Tensor, *, before: int, mesh: Mesh) -> None:
+    """Raise UserError if this rank's loader ended, and others go on.
+
+    batches and on_all_ranks: how many this step had, here and in total. before: how many there were
+    before it. Only a rank whose loader has ended reads the total: reading it everywhere would make
+    every step wait for the device.
+    """
+    if (others := on_all_ranks.item()) != batches * mesh.loss.size():
+        raise UserError(
+            f"shard: this rank's loader ended after {before + batches} batches, and others go on "
+            f"({others} batches in this step, on {mesh.loss.size()} ranks). Every rank needs the "
+            "same number: use drop_last=True, or a DistributedSampler."
+        )
 
 
 def read_rows(batch: Mapping[str, Any]) -> Rows:

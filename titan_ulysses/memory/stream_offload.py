@@ -127,10 +127,12 @@ class _EmbeddingFunction(torch.autograd.Function):
         wide = torch.promote_types(ctx.dtype, torch.float32)
         total = torch.zeros(ctx.shape, dtype=wide, device=ids.device)
         # gemma's embeddings multiply what they look up.
-        scale = torch.as_tensor(getattr(embedding, "embed_scale", 1.0), dtype=ctx.dtype)
+        scale = torch.as_tensor(
+            getattr(embedding, "embed_scale", 1.0), dtype=ctx.dtype, device=ids.device
+        )
         for chunk in visited(list(ctx.chunks)):
             rows = ids[:, chunk.local].flatten()
-            gradient = upstream[:, chunk.local].to(ids.device).flatten(0, 1) * scale.to(ids.device)
+            gradient = upstream[:, chunk.local].to(ids.device).flatten(0, 1) * scale
             if embedding.padding_idx is not None:  # its row has no gradient
                 padding = (rows == embedding.padding_idx)[:, None]
                 gradient = gradient.masked_fill(padding, 0)

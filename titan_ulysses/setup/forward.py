@@ -84,8 +84,15 @@ def _chunk_tokens(model: PreTrainedModel, seq_len: int, of_batch: int | None) ->
                 "not stream. Give `shard` the model's own stream_chunk_tokens."
             )
         return None
+    setting = model.stream_chunk_tokens
     if of_batch is None and alone:  # all chunks of a whole sequence are this rank's
-        return chunk_length(model.stream_chunk_tokens, seq_len, 1)
+        return chunk_length(setting, seq_len, 1)
+    if of_batch is None and setting > 0 and setting < seq_len:
+        raise UserError(
+            f"memory.stream_chunk_tokens = {setting}: the batch is not cut into chunks. Give "
+            "`shard` the model's own: shard(loader, mesh, stream_chunk_tokens = "
+            "model.stream_chunk_tokens)."
+        )
     return of_batch
 
 

@@ -120,7 +120,14 @@ def obstacle_to_streaming(
     """
     assert callable(options.attention)
     reason = None
-    if not options.checkpoint_every:
+    if options.stream_chunk_tokens == -1:
+        reason = "memory.stream_chunk_tokens is off"
+        if options.keep_attention != "none":
+            raise UserError(
+                f'activation_checkpoint.keep_attention = "{options.keep_attention}" needs layers '
+                f'that are streamed: {reason}. Set it to "none".'
+            )
+    elif not options.checkpoint_every:
         reason = "it keeps only the inputs of blocks, and there are no activation checkpoints"
     elif pieces_of(options.attention) is None:
         name = getattr(options.attention, "__name__", "model.attention")

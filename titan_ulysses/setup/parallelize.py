@@ -125,6 +125,8 @@ def _verified(
         options,
         compile=False,
         stream_chunk_tokens=-1,
+        stream_offload="none",
+        keep_attention="none",
         z_loss=0.0,
         parameter_offload=False,
         param_dtype=None,
@@ -137,18 +139,17 @@ def _verified(
 
     tiling = verify_family(config, mesh, shard, _tilings(options))
     options = replace(options, **tiling)
-    if options.stream_chunk_tokens == -1 or obstacle_to_streaming(
-        config, options, mesh.device.type
-    ):
+    if obstacle_to_streaming(config, options, mesh.device.type):
         return options
     reason = verify_streaming(config, mesh, shard, tiling)
-    if reason and options.stream_chunk_tokens:
+    if reason is None:
+        return options
+    if options.stream_chunk_tokens > 0 or options.stream_offload != "none":
         raise UserError(
-            f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: "
-            f'"{config.model_type}" does not train exactly chunk by chunk: {reason.rstrip(".")}. '
-            'Set it to "auto" or "off".'
+            f'memory.stream_chunk_tokens: "{config.model_type}" does not train exactly chunk by '
+            f'chunk: {reason.rstrip(".")}. Set it to "off", and memory.stream_offload to "none".'
         )
-    return replace(options, stream_chunk_tokens=-1) if reason else options
+    return replace(options, stream_chunk_tokens=-1, keep_attention="none")
 
 
 def _tilings(options: ParallelOptions) -> Tilings:
@@ -188,19 +189,17 @@ def wrap(
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
+    streams = obstacle_to_streaming(model.config, options, device_type) is None
+    model.stream_chunk_tokens = options.stream_chunk_tokens if streams else -1
     sequences = None
-    model.stream_chunk_tokens = -1
-    if options.stream_chunk_tokens != -1 and not obstacle_to_streaming(
-        model.config, options, device_type
-    ):
-        model.stream_chunk_tokens = options.stream_chunk_tokens
-        if options.stream_offload != "none":
-            check_stream_offload(model, options.stream_offload)
-            sequences = SequenceStore(
-                make_buffer or buffer_maker(options.stream_offload, options.offload_folder),
-                mesh.device,
-                takes_keys=device_type == "cpu",
-            )
+    if streams and options.stream_offload != "none":
+        check_stream_offload(model, options.stream_offload)
+        sequences = SequenceStore(
+            make_buffer or buffer_maker(options.stream_offload, options.offload_folder),
+            mesh.device,
+            takes_keys=device_type == "cpu",
+        )
+    if streams:
         stream_blocks(
             blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
         )
@@ -220,9 +219,14 @@ def wrap(
         checkpoint_blocks(blocks, every=options.checkpoint_every, store=store)
     shard_root(model, shard)
     guard(model)
+    _refuse_methods(model)
+    return model
+
+
+def _refuse_methods(model: PreTrainedModel) -> None:
+    """Make the model's methods that cannot work on shards raise UserError."""
     for name, reason in _REFUSED.items():
         setattr(model, name, partial(_refuse, reason))
-    return model
 
 
 def _tiles_mlp(options: ParallelOptions) -> bool:

@@ -87,6 +87,10 @@ class Preflight:
             "gpu": gpu,
             "host_memory": host,
         }
+        self._start(request)
+
+    def _start(self, request: dict[str, Any]) -> None:
+        """Start the planner and the thread that reads its plan."""
         # Without these variables of torchrun, the planner does not join the run's process group.
         ours = {
             k: v

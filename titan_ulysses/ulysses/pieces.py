@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -160,69 +160,72 @@ class _Kernel(NamedTuple):
 
 def _by_tiles(kernel: _Kernel) -> Pieces:
     """Return the pieces of a kernel that attends in tiles."""
+    return Pieces(partial(_forward_by_tiles, kernel), partial(_backward_by_tiles, kernel))
 
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        output = q.new_empty(*q.shape[:2], v.shape[-1])
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
-        for rows, columns in _documents(query_lengths, key_lengths):
-            q_, k_, v_ = (x.transpose(0, 1) for x in (q[rows], k[columns], v[columns]))
-            offset = k_.shape[1] - q_.shape[1]
-            merged = _Merged(output[rows].transpose(0, 1), lse[:, rows])
-            for tile in _tiles(q_.shape[1], k_.shape[1], window, kernel.most_keys(q.dtype)):
-                seen = _seen(tile, offset, window, q.device)
-                keys = tile.keys
-                part = kernel.forward(
-                    q_[:, tile.queries], k_[:, keys], v_[:, keys], seen, scale, softcap
-                )
-                merged.add(tile.queries, *part)
-            merged.end()
-        return output, lse
 
-    def backward(
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        lse: Tensor,
-        *,
-        dk: Tensor,
-        dv: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:
-        dq = torch.empty_like(q)
-        for rows, columns in _documents(query_lengths, key_lengths):
-            of_queries = [x[rows].transpose(0, 1) for x in (grad, q, output)]
-            of_keys = [x[columns].transpose(0, 1) for x in (k, v, dk, dv)]
-            total = torch.zeros(of_queries[1].shape, dtype=lse.dtype, device=q.device)
-            lengths = total.shape[1], of_keys[0].shape[1]
-            for tile in _tiles(*lengths, window, _BLOCK):
-                seen = _seen(tile, lengths[1] - lengths[0], window, q.device)
-                grad_, q_, output_ = (x[:, tile.queries] for x in of_queries)
-                k_, v_, dk_, dv_ = (x[:, tile.keys] for x in of_keys)
-                lse_ = lse[:, rows][:, tile.queries]
-                parts = kernel.backward(grad_, q_, k_, v_, output_, lse_, seen, scale, softcap)
-                for sum_, part in zip((total[:, tile.queries], dk_, dv_), parts, strict=True):
-                    sum_.add_(part)
-            dq[rows] = total.transpose(0, 1)
-        return dq
+def _forward_by_tiles(
+    kernel: _Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_lengths: Lengths,
+    key_lengths: Lengths,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    output = q.new_empty(*q.shape[:2], v.shape[-1])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+    for rows, columns in _documents(query_lengths, key_lengths):
+        q_, k_, v_ = (x.transpose(0, 1) for x in (q[rows], k[columns], v[columns]))
+        offset = k_.shape[1] - q_.shape[1]
+        merged = _Merged(output[rows].transpose(0, 1), lse[:, rows])
+        for tile in _tiles(q_.shape[1], k_.shape[1], window, kernel.most_keys(q.dtype)):
+            seen = _seen(tile, offset, window, q.device)
+            keys = tile.keys
+            part = kernel.forward(
+                q_[:, tile.queries], k_[:, keys], v_[:, keys], seen, scale, softcap
+            )
+            merged.add(tile.queries, *part)
+        merged.end()
+    return output, lse
 
-    return Pieces(forward, backward)
+
+def _backward_by_tiles(
+    kernel: _Kernel,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    *,
+    dk: Tensor,
+    dv: Tensor,
+    query_lengths: Lengths,
+    key_lengths: Lengths,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    dq = torch.empty_like(q)
+    for rows, columns in _documents(query_lengths, key_lengths):
+        of_queries = [x[rows].transpose(0, 1) for x in (grad, q, output)]
+        of_keys = [x[columns].transpose(0, 1) for x in (k, v, dk, dv)]
+        total = torch.zeros(of_queries[1].shape, dtype=lse.dtype, device=q.device)
+        lengths = total.shape[1], of_keys[0].shape[1]
+        for tile in _tiles(*lengths, window, _BLOCK):
+            seen = _seen(tile, lengths[1] - lengths[0], window, q.device)
+            grad_, q_, output_ = (x[:, tile.queries] for x in of_queries)
+            k_, v_, dk_, dv_ = (x[:, tile.keys] for x in of_keys)
+            lse_ = lse[:, rows][:, tile.queries]
+            parts = kernel.backward(grad_, q_, k_, v_, output_, lse_, seen, scale, softcap)
+            for sum_, part in zip((total[:, tile.queries], dk_, dv_), parts, strict=True):
+                sum_.add_(part)
+        dq[rows] = total.transpose(0, 1)
+    return dq
 
 
 def _documents(query_lengths: Lengths, key_lengths: Lengths) -> Iterator[tuple[slice, slice]]:
@@ -401,11 +404,11 @@ given, once for each query head. This many keys are enough work for a whole GPU.
 """
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1024)
 def borders(lengths: Lengths, device: torch.device) -> Tensor:
     """Return [documents + 1] int32 on device: where each document begins, and the end.
 
-    Cached, so that all layers of a forward share one tensor.
+    Cached, so that all layers of a forward share one tensor, also for each of many chunks.
     """
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 

@@ -102,7 +102,7 @@ class _Seen(NamedTuple):
     key_lengths: tuple[int, ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _seen(documents: tuple[int, ...], start: int, stop: int, window: int | None) -> _Seen:
     """Return which keys the queries of tokens [start, stop) of a row see.
 
