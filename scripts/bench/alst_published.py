@@ -6,13 +6,16 @@ run on a GPU here.
         the three longest sequences and the two step times, with FlashAttention 2 and 3
     python scripts/bench/alst_published.py --what ladder
         the feature ladder on eight GPUs, itemised and drawn
+    python scripts/bench/alst_published.py --what streaming
+        what streaming adds: the longest sequences, those of a step of an hour, and 1M tokens
 
 The published numbers are in arXiv 2506.13996, sections 5.2 and 5.3, and the settings of each run in
 ArcticTraining, projects/sequence-parallelism/run-h100-*.yml. In all of these runs, DeepSpeed keeps
 the optimizer and with it the fp32 master weights in host memory (`offload_optimizer`), and on one
 GPU the bf16 weights as well. The equivalent here is memory.parameter_offload: FSDP2 keeps master
 weights, gradients and optimizer state in host memory, and on the GPU only what is gathered.
-Blocks are not streamed here, because ALST's are not.
+Blocks are not streamed in `runs` and in the steps of the ladder that ALST has, because ALST's are
+not.
 
 The ladder shows our longest planned sequence next to theirs, for each of ALST's steps. The gap is
 the memory of the plan for their length minus that of the GPU. The items show by how much each
@@ -57,8 +60,72 @@ BASELINE: tuple[str, dict[str, Any], float | None] = (
 """The run without any part of ALST, in which each GPU has a sequence of its own."""
 KERNELS = "fa2", "fa3"
 """FlashAttention 2, as in ALST's runs, and 3, which is faster on these GPUs."""
-LADDER = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000]
-"""ALST's longest sequences, for the steps of `ladder` in `plan/search.py`."""
+LADDER = [32_000, 160_000, 1_100_000, 1_200_000, 2_400_000, 3_700_000, None, None]
+"""ALST's longest sequences, for the steps of `ladder` in `plan/search.py`. The last two are not
+ALST's.
+"""
+QWEN = ROOT / "configs" / "qwen3_8b.toml"
+ONE = {"plan.world_size": 1, "parallelism.sequence_parallel_degree": 1}
+EIGHT = {"plan.world_size": 8, "parallelism.sequence_parallel_degree": 8}
+SMALL_HOST, LARGE_HOST = {"plan.host_memory_gib": 128}, {"plan.host_memory_gib": 1770}
+ALL_ON_HOST = {"memory.stream_offload": "host", "memory.parameter_offload": True}
+KEPT = {"activation_checkpoint.keep_attention": "all"}
+EIGHT_BITS = {"optimizer.name": "adamw8bit", "optimizer.stochastic_rounding": True}
+HOUR = {"plan.max_step_seconds": 3600}
+LONGEST: list[tuple[str, dict[str, Any]]] = [
+    (
+        "1 GPU, 128 GiB, no master weights",
+        ONE
+        | SMALL_HOST
+        | EIGHT_BITS
+        | {"memory.stream_offload": "host", "activation_checkpoint.every": 4},
+    ),
+    ("1 GPU, 1.9 TB", ONE | LARGE_HOST | ALL_ON_HOST),
+    (
+        "8 GPUs, 128 GiB",
+        EIGHT | SMALL_HOST | {"memory.stream_offload": "host", "activation_checkpoint.every": 4},
+    ),
+    ("8 GPUs, 1.9 TB", EIGHT | LARGE_HOST | ALL_ON_HOST),
+    (
+        "8 GPUs, 1.9 TB, one hour",
+        EIGHT | LARGE_HOST | KEPT | HOUR | {"memory.stream_offload": "host"},
+    ),
+]
+"""The longest sequences to look for: (name, settings)."""
+MILLION: list[tuple[str, Path, dict[str, Any]]] = [
+    ("Qwen3-8B, 8 GPUs", QWEN, EIGHT | LARGE_HOST | KEPT | {"training.seq_len": 2**20}),
+    ("Llama-3-8B, 8 GPUs", CONFIG, EIGHT | LARGE_HOST | ALL_ON_HOST | {"training.seq_len": 2**20}),
+    (
+        "Llama-3-8B, 8 GPUs, 4M",
+        CONFIG,
+        EIGHT | LARGE_HOST | ALL_ON_HOST | {"training.seq_len": 2**22},
+    ),
+    (
+        "Llama-3-8B, 1 GPU, 128 GiB, 4 blocks a checkpoint",
+        CONFIG,
+        ONE
+        | SMALL_HOST
+        | EIGHT_BITS
+        | {
+            "training.seq_len": 2**20,
+            "memory.stream_offload": "host",
+            "activation_checkpoint.every": 4,
+        },
+    ),
+    (
+        "Llama-3-8B, 1 GPU, 128 GiB, 6 blocks a checkpoint",
+        CONFIG,
+        ONE
+        | SMALL_HOST
+        | EIGHT_BITS
+        | {
+            "training.seq_len": 2**20,
+            "memory.stream_offload": "host",
+            "activation_checkpoint.every": 6,
+        },
+    ),
+]
+"""Steps of given lengths: (name, config, settings)."""
 CLOSE = 0.05
 """How far the sum of the items may be from the gap, as a share of the gap."""
 
@@ -123,6 +190,10 @@ def ladder() -> list[dict]:
     )
     found = []
     for rung, theirs in zip(search.ladder(setup), LADDER, strict=True):
+        if theirs is None:
+            print(f"{rung.what:<32} {'-':>10} {rung.need.seq_len:>10,}", flush=True)
+            found.append({"what": rung.what, "theirs": None, "ours": rung.need.seq_len})
+            continue
         rung_setup = search.with_settings(setup, rung.changes)
         degree = rung_setup.degrees.sequence
         there = search.at_length(rung_setup, theirs - theirs % degree).plan
@@ -159,6 +230,45 @@ def ladder() -> list[dict]:
     return found
 
 
+def streaming() -> list[dict]:
+    """Print what streaming adds, for both kernels."""
+    from titan_ulysses.config.load import load_config
+    from titan_ulysses.distributed.hardware import GIB
+    from titan_ulysses.plan.planner import make_plan, set_up
+    from titan_ulysses.plan.report import as_json
+    from titan_ulysses.plan.search import longest
+
+    print(f"\n{'':<50} kernel      tokens  fits  GPU GiB  host GiB   step s  planned in")
+    found = []
+
+    def tell(what: str, kernel: str, plan: Any, seconds: float) -> None:
+        length = plan.setup.config.training.seq_len
+        print(
+            f"{what:<50} {kernel:>6} {length:>11,} {'yes' if plan.fits else 'no':>5} "
+            f"{plan.gpu_bytes / GIB:8.2f} {plan.host_bytes / GIB:9.0f} {plan.time.seconds:8,.0f} "
+            f"{seconds:7.0f} s",
+            flush=True,
+        )
+        found.append({"what": what, "kernel": kernel} | as_json(plan))
+
+    for kernel in KERNELS[::-1]:
+        wanted = {"plan.attention_kernel": kernel}
+        for what, config, settings in MILLION:
+            started = time.perf_counter()
+            plan = make_plan(set_up(load_config(config, (settings | wanted).items())))
+            tell(what, kernel, plan, time.perf_counter() - started)
+        near = 3_000_000
+        for what, settings in LONGEST:
+            started = time.perf_counter()
+            setup = set_up(load_config(CONFIG, (settings | wanted).items()))
+            need = longest(setup, near=near // (8 // setup.world_size), close=0.01)
+            if need is None:
+                print(f"{what:<50} {kernel:>6} does not fit at any length", flush=True)
+            else:
+                tell(what, kernel, need.plan, time.perf_counter() - started)
+    return found
+
+
 def draw(steps: list[dict], path: Path) -> None:
     """Draw the longest sequence of each step of the ladder, ALST's (measured) and ours (planned),
     on a logarithmic axis.
@@ -171,8 +281,9 @@ def draw(steps: list[dict], path: Path) -> None:
             "ours": "titan_ulysses, planned: simulated",
         }
         for number, (key, label) in enumerate(contenders.items()):
-            lengths = [step[key] for step in steps]
-            places = [-place - 0.38 * number for place in range(len(steps))]
+            drawn = [(place, step[key]) for place, step in enumerate(steps) if step[key]]
+            lengths = [length for _, length in drawn]
+            places = [-place - 0.38 * number for place, _ in drawn]
             axes.barh(places, lengths, height=0.36, color=COLORS[(4, 0)[number]], label=label)
             for place, length in zip(places, lengths, strict=True):
                 axes.text(length, place, f" {length:,}", va="center", fontsize=8)
@@ -180,7 +291,7 @@ def draw(steps: list[dict], path: Path) -> None:
             [-place - 0.19 for place in range(len(steps))], [step["what"] for step in steps]
         )
         axes.set_xscale("log")
-        longest = max(step[key] for step in steps for key in contenders)
+        longest = max(step["ours"] for step in steps)
         axes.set(xlim=(10_000, longest * 5), xlabel="longest sequence, tokens (logarithmic)")
         axes.set_title(
             "Llama-3-8B on one node of eight H100-80GB, 1.9 TB of host memory", fontsize=10
@@ -189,7 +300,7 @@ def draw(steps: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    tables = {"runs": runs, "ladder": ladder}
+    tables = {"runs": runs, "ladder": ladder, "streaming": streaming}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

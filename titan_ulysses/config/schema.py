@@ -653,6 +653,13 @@ class Plan(Section):
         description="With --plan: search for the longest sequence that fits, and for the "
         "settings that it needs.",
     )
+    max_step_seconds: float = Field(
+        0,
+        ge=0,
+        le=1e9,
+        description="Of the sequences that plan.search and plan.ladder find, a step may take this "
+        "many seconds at most. 0: any.",
+    )
     ladder: bool = Field(
         False,
         description="With --plan: switch features on one after the other, and plan the longest "

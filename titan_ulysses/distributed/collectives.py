@@ -57,13 +57,21 @@ class CollectiveCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented  # DTensor runs first; its own calls come here with plain tensors
+        self.count(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, func, args: tuple) -> None:
+        """Count func if it is a collective.
+
+        Another dispatch mode calls this for the operations that it sees, instead of entering this
+        one.
+        """
         if func.namespace in ("c10d", "_c10d_functional"):
             kind = _KINDS.get(func._opname)
             if kind is not None:
                 calls, size = self.counts[kind]
                 weight = self._weight()
                 self.counts[kind] = calls + weight, size + weight * _input_bytes(func, args)
-        return func(*args, **(kwargs or {}))
 
 
 def _input_bytes(func, args: tuple) -> int:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, current_chunks
-from titan_ulysses.memory.tiling import tiles
+from titan_ulysses.memory.tiling import tiles, tiles_with_next
 
 if TYPE_CHECKING:
     from titan_ulysses.memory.stream_offload import SequenceStore
@@ -92,7 +92,7 @@ class LossHead(nn.Linear):
         """
         store = self.sequences if len(current_chunks.get()) > 1 else None
         if store is not None and (labels is None or reduction == "none"):
-            hidden = hidden.to(store.device)
+            hidden = store.read(hidden)
         if labels is None:
             return shape_scores(super().forward(hidden), self.scale, self.softcap)
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
@@ -144,11 +144,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
             grad_rows = store.empty(rows.shape, rows.dtype) if store else torch.empty_like(rows)
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
-        for tile in tiles(len(rows), tile_tokens):
+        for tile, then in tiles_with_next(len(rows), tile_tokens):
             valid = labels[tile] != IGNORE_INDEX
+            x = _read(store, rows, tile, then)
             # Rows without a label are zeroed here and in grad_rows, and not in the logits, which
             # are much larger. `where` is used because a product with 0 is not 0 for inf or nan.
-            x = rows[tile].to(weight.device).where(valid.unsqueeze(1), 0)
+            x = x.where(valid.unsqueeze(1), 0)
             loss, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
             total += loss
             if needs_bias:
@@ -159,10 +160,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 into = grad_rows[tile] if store is None else torch.empty_like(x)
                 torch.mm(grad_logits, weight, out=into).masked_fill_(~valid.unsqueeze(1), 0)
                 if store is not None:
-                    grad_rows[tile] = into
+                    store.write(grad_rows[tile], into)
             if needs_weight:
                 add_product(grad_weight, grad_logits.t(), x, adds_wide=adds_wide)
-        ctx.tile_tokens = tile_tokens if store is not None else 0
+        ctx.tile_tokens, ctx.store = tile_tokens, store
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
         return total
@@ -174,18 +175,26 @@ class _TiledCrossEntropy(torch.autograd.Function):
         )
         grads, ctx.grads = ctx.grads, None
         rows = grads[0]
-        if rows is not None and ctx.tile_tokens:  # off the device
-            for tile in tiles(len(rows), ctx.tile_tokens):
-                rows[tile] = rows[tile].to(upstream.device) * upstream.to(rows.dtype)
+        if rows is not None and ctx.store is not None:
+            for tile, then in tiles_with_next(len(rows), ctx.tile_tokens):
+                part = _read(ctx.store, rows, tile, then)
+                ctx.store.write(rows[tile], part * upstream.to(rows.dtype))
             grads[0] = None
         # In place: these are the largest buffers of the head, and nothing else refers to them.
         scaled = [
             grad.mul_(upstream).to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        if ctx.tile_tokens:
+        if ctx.store is not None:
             scaled[0] = rows
         return *scaled, None, None, None, None, None
+
+
+def _read(store: SequenceStore | None, rows: Tensor, tile: slice, then: slice | None) -> Tensor:
+    """Return a tile of rows on the device; `then` is the tile that is read after it."""
+    if store is None:
+        return rows[tile]
+    return store.read(rows[tile], None if then is None else rows[then])
 
 
 def _each_cross_entropy(

@@ -54,7 +54,7 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
 
     if not cuda:
         return Store(buffers, room)
-    return DiskStore(buffers, partial(_host_buffer, offload="disk"), room)
+    return DiskStore(buffers, partial(host_buffer, offload="disk"), room)
 
 
 def buffer_maker(
@@ -62,7 +62,7 @@ def buffer_maker(
 ) -> Callable[[int, torch.device], Tensor]:
     """Return a function of (bytes, device of the run) that makes buffers off that device."""
     if offload == "host":
-        return _host_buffer
+        return host_buffer
     return _FileBuffers(Path(folder or tempfile.gettempdir()))
 
 
@@ -301,7 +301,7 @@ def _wait(event: torch.cuda.Event | None) -> None:
         event.synchronize()
 
 
-def _host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -> Tensor:
+def host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -> Tensor:
     """Return a buffer of size bytes in host memory, page-locked if device is a CUDA device.
 
     torch's pin_memory is not used, because it rounds sizes up to a power of two.

@@ -6,6 +6,10 @@ and rotary embedding, chunk by chunk; the last norm and the loss head, tile by t
 size [B, T, h] is on the device then. The keys and values of one layer stay on a GPU; on a CPU they
 are in the same place.
 
+On a GPU the copies run on a stream of their own, through a store of `offload.py`: a part is on its
+way while the part before it is computed, and results leave while the next part is computed. The
+compute stream waits for events, never for the host.
+
 Memory is used again as soon as nothing refers to it. A step holds one tensor for each input of a
 segment, and a few more.
 """
@@ -13,7 +17,10 @@ segment, and a few more.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,25 +28,78 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titan_ulysses.distributed.sequence import Chunk, current_chunks
-from titan_ulysses.memory.tiling import visited
+from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker, host_buffer
+from titan_ulysses.memory.tiling import visited, with_next
 
 StreamOffload = Literal["none", "host", "disk"]
 
 
+def open_sequence_store(
+    offload: Literal["host", "disk"], folder: str | Path | None, device: torch.device
+) -> SequenceStore:
+    """Return the store for the hidden states of a run on this device.
+
+    folder is used only by "disk"; None means the system's temporary folder.
+    """
+    make_buffer = buffer_maker(offload, folder)
+    if device.type != "cuda":
+        return SequenceStore(make_buffer, device)
+    copies = (
+        CudaStore(make_buffer)
+        if offload == "host"
+        else DiskStore(make_buffer, partial(host_buffer, offload="disk"))
+    )
+    return SequenceStore(make_buffer, device, copies)
+
+
 class SequenceStore:
-    """Makes tensors off the device."""
+    """Makes tensors off the device, and moves parts of them."""
 
     def __init__(
         self,
         make_buffer: Callable[[int, torch.device], Tensor],
         device: torch.device,
-        *,
-        takes_keys: bool,
+        copies: CudaStore | None = None,
     ):
-        """device: that of the run. takes_keys: whether keys and values are off the device too."""
-        self._make_buffer, self.device, self._takes_keys = make_buffer, device, takes_keys
+        """device: that of the run. copies: copies between it and the buffers; None on a CPU, which
+        reads and writes the buffers themselves.
+        """
+        self._make_buffer, self.device, self._copies = make_buffer, device, copies
         self._buffers: dict[int, list[tuple[Tensor, int]]] = {}
         """Buffers by their size in bytes, each with the number of references to it when unused."""
+        self._coming: dict[int, _Part] = {}
+        """Parts that are on their way to the device, one of each tensor."""
+
+    def read(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """Return part [B, n, ...] or [n, ...], a slice of a tensor of this store, on the device.
+
+        The result is read only. ahead: the part of the same tensor that is read next, whose copy
+        begins now. It must not change until then.
+        """
+        if self._copies is None or part.device.type == "cuda":
+            return part
+        if not part.is_contiguous():  # a part of several sequences, which does not come ahead
+            return torch.stack([self.read(row) for row in part])
+        key = part.untyped_storage()._cdata
+        wanted = self._coming.pop(key, None)
+        if wanted is not None and not wanted.is_part(part):
+            self._copies.get(wanted)  # its memory is free again once the copy has ended
+            wanted = None
+        wanted = wanted or _Part(part, self.device)
+        if ahead is not None:
+            coming = self._coming[key] = _Part(ahead, self.device)
+            wanted.before = lambda: coming
+        return self._copies.get(wanted)
+
+    def write(self, part: Tensor, values: Tensor) -> None:
+        """Write values to a part of a tensor of this store. They must not change afterwards."""
+        if self._copies is None or part.device.type == "cuda":
+            part.copy_(values)
+        elif not part.is_contiguous():
+            for row, value in zip(part, values, strict=True):
+                self.write(row, value)
+        else:
+            self._copies.put(values.detach().to(part.dtype), _Part(part, self.device))
 
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return a tensor with undefined values. It is no view, so FSDP may hook it."""
@@ -53,9 +113,36 @@ class SequenceStore:
 
     def keys_and_values(self, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a tensor for keys, values or their gradients."""
-        if self._takes_keys:
+        if self._copies is None:
             return self.empty(shape, dtype)
         return like.new_empty(shape, dtype=dtype)
+
+
+class _Part:
+    """A part of a tensor off the device, for the copies of a `CudaStore`."""
+
+    def __init__(self, part: Tensor, device: torch.device):
+        self.part, self.device = part, device
+        self.shape, self.dtype = part.shape, part.dtype
+        self.before: Callable[[], _Part | None] = lambda: None
+        """The part that is fetched after this one."""
+        self.fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None = None
+
+    @property
+    def buffer(self) -> Tensor:
+        """Its bytes."""
+        return self.part.view(-1).view(torch.uint8)
+
+    def view(self) -> Tensor:
+        return self.part
+
+    def is_part(self, other: Tensor) -> bool:
+        """Return whether other, of the same storage, is this part."""
+        return (self.part.storage_offset(), self.shape, self.dtype) == (
+            other.storage_offset(),
+            other.shape,
+            other.dtype,
+        )
 
 
 def _references(x: Tensor) -> int:
@@ -91,7 +178,7 @@ class _Rotary:
                 pairs = zip(parts, shapes, strict=True)
                 whole = tuple(store.empty(torch.Size(shape), x.dtype) for x, shape in pairs)
             for x, part in zip(whole, parts, strict=True):
-                x[:, chunk.local] = part
+                store.write(x[:, chunk.local], part)
         return whole if isinstance(made, tuple) else whole[0]
 
 
@@ -117,7 +204,7 @@ class _EmbeddingFunction(torch.autograd.Function):
         shape = torch.Size((*ids.shape, weight.shape[1]))
         output = look_up.store.empty(shape, weight.dtype)
         for chunk in visited(list(chunks)):
-            output[:, chunk.local] = look_up.forward(ids[:, chunk.local])
+            look_up.store.write(output[:, chunk.local], look_up.forward(ids[:, chunk.local]))
         return output
 
     @staticmethod
@@ -130,9 +217,12 @@ class _EmbeddingFunction(torch.autograd.Function):
         scale = torch.as_tensor(
             getattr(embedding, "embed_scale", 1.0), dtype=ctx.dtype, device=ids.device
         )
-        for chunk in visited(list(ctx.chunks)):
+        for chunk, then in visited([*with_next(ctx.chunks)]):
             rows = ids[:, chunk.local].flatten()
-            gradient = upstream[:, chunk.local].to(ids.device).flatten(0, 1) * scale
+            part = ctx.look_up.store.read(
+                upstream[:, chunk.local], None if then is None else upstream[:, then.local]
+            )
+            gradient = part.flatten(0, 1) * scale
             if embedding.padding_idx is not None:  # its row has no gradient
                 padding = (rows == embedding.padding_idx)[:, None]
                 gradient = gradient.masked_fill(padding, 0)

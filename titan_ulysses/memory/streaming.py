@@ -27,7 +27,7 @@ its gradients once, whatever C is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import replace
@@ -44,7 +44,7 @@ from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, wit
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
 from titan_ulysses.memory.stream_offload import SequenceStore
-from titan_ulysses.memory.tiling import visited
+from titan_ulysses.memory.tiling import visited, with_next
 
 KeepAttention = Literal["none", "auto", "all"]
 
@@ -82,6 +82,10 @@ class StreamedBlock:
     ):
         self.block, self.forward = block, block.forward
         self.keep_attention, self.store, self.sequences = keep_attention, store, sequences
+        self.hold: Callable[[Sequence[Tensor]], Any] = lambda tensors: None
+        """Called with tensors that are kept on the device. Its result is kept as long as they are.
+        The planner sets it, to hold as much for the chunks that it does not compute.
+        """
         self.draws_random_numbers = False  # whether the block does; set by the first forward
         self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
 
@@ -101,12 +105,27 @@ class StreamedBlock:
         """Return where attention keeps its outputs, or None if it keeps none."""
         if self.keep_attention == "none" or self.keep_attention == "auto" and self.store is None:
             return None
-        new = _KeptTensors(self.store, always=self.keep_attention == "all")
+        new = _KeptTensors(self.store, self.hold, always=self.keep_attention == "all")
         return block_memo().setdefault("attention", new)
 
-    def on_device(self, part: Tensor) -> Tensor:
-        """Return a chunk's part of a tensor of the whole sequence, on the device."""
-        return part if self.sequences is None else part.to(self.sequences.device)
+    def read(self, whole: Tensor, chunk: Chunk, then: Chunk | None, dim: int = 1) -> Tensor:
+        """Return a chunk's part of a tensor of the whole sequence, on the device.
+
+        then: the chunk that is read next. dim: the dimension of tokens.
+        """
+        part = whole.narrow(dim, *_range(chunk.local))
+        if self.sequences is None:
+            return part
+        return self.sequences.read(
+            part, None if then is None else whole.narrow(dim, *_range(then.local))
+        )
+
+    def write(self, whole: Tensor, chunk: Chunk, values: Tensor) -> None:
+        """Write a chunk's part of a tensor of the whole sequence."""
+        if self.sequences is None:
+            whole[:, chunk.local] = values
+        else:
+            self.sequences.write(whole[:, chunk.local], values)
 
     def empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a tensor of the whole sequence, as `like` [B, T, h]."""
@@ -122,14 +141,17 @@ class StreamedBlock:
 class _KeptTensors:
     """Tensors that wait for backward, in a store or on the device (see `sequence.Kept`)."""
 
-    def __init__(self, store: Store | None, *, always: bool):
-        self._store, self._always = store, always
+    def __init__(
+        self, store: Store | None, hold: Callable[[Sequence[Tensor]], Any], *, always: bool
+    ):
+        self._store, self._hold, self._always = store, hold, always
         self._tensors: dict[Any, list[Tensor | OffloadedTensor]] = {}
+        self._held: dict[Any, Any] = {}
 
     def put(self, key: Any, tensors: Sequence[Tensor]) -> None:
         store = self._store
         if store is None:
-            self._tensors[key] = list(tensors)
+            self._tensors[key], self._held[key] = list(tensors), self._hold(tensors)
         elif self._always or store.has_room(sum(x.numel() * x.element_size() for x in tensors)):
             self._tensors[key] = [
                 store.keep(x.detach(), f"attention {i}") for i, x in enumerate(tensors)
@@ -138,7 +160,10 @@ class _KeptTensors:
     def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
         if key not in self._tensors:
             return None
-        tensors = self._tensors.pop(key) if last else self._tensors[key]
+        tensors = self._tensors[key]
+        if last:
+            del self._tensors[key]
+            self._held.pop(key, None)
         return [self._store.get(x) if isinstance(x, OffloadedTensor) else x for x in tensors]
 
 
@@ -179,14 +204,19 @@ class _Call:
         """Return the arguments beside the hidden states that gradients may flow to."""
         return [self.leaves[i] for i in self.sources]
 
-    def arguments(self, chunk: Chunk) -> tuple[tuple, dict[str, Any], list[Tensor]]:
-        """Return the arguments of a chunk, and those of them that `differentiable` has whole."""
+    def arguments(
+        self, chunk: Chunk, then: Chunk | None
+    ) -> tuple[tuple, dict[str, Any], list[Tensor]]:
+        """Return the arguments of a chunk, and those of them that `differentiable` has whole.
+
+        then: the chunk whose arguments are needed next.
+        """
         leaves, sources = [], []
         for leaf, dim in zip(self.leaves, self.dims, strict=True):
             if isinstance(leaf, Tensor):
                 needs_grad, part = leaf.requires_grad, leaf.detach()
                 if dim is not None:
-                    part = self.streamed.on_device(part.narrow(dim, *_range(chunk.local)))
+                    part = self.streamed.read(part, chunk, then, dim)
                 leaf = part.requires_grad_(needs_grad)
                 if needs_grad:
                     sources.append(leaf)
@@ -204,14 +234,14 @@ class _Call:
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
         memory: dict[Any, Any] = {}
         output = None
-        for chunk in visited(self.chunks, "linear"):
+        for chunk, then in visited(with_next(self.chunks), "linear"):
             self.random.append(rng_state(hidden.device))
             with _running(replace(chunk, memory=memory)):
-                x = streamed.on_device(hidden[:, chunk.local])
-                y = self.run(x, *self.arguments(chunk)[:2])
+                x = streamed.read(hidden, chunk, then)
+                y = self.run(x, *self.arguments(chunk, then)[:2])
             if output is None:
                 output = streamed.empty(hidden, y.dtype)
-            output[:, chunk.local] = y
+            streamed.write(output, chunk, y)
         streamed.dtype = output.dtype
         first, last = self.random[0], rng_state(hidden.device)
         streamed.draws_random_numbers |= first.numpy().tobytes() != last.numpy().tobytes()
@@ -239,26 +269,27 @@ class _Call:
         The gradient of hidden [B, T, h] takes the place of upstream [B, T, h].
         """
         memory = self._keys_and_values(hidden)
+        streamed = self.streamed
         if not _can_be_written(upstream, hidden):
-            upstream = self.streamed.empty(hidden, hidden.dtype).copy_(upstream)
+            given, upstream = upstream, streamed.empty(hidden, hidden.dtype)
+            for chunk in visited(self.chunks):
+                streamed.write(upstream, chunk, streamed.read(given, chunk, None))
         others, parameters = self.differentiable(), self.streamed.parameters()
         like = [hidden, *others, *parameters]
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
-        for chunk in visited(self.chunks[::-1], "linear"):
-            y, inputs = self._graph(hidden, chunk, memory, needs_input=needs[0])
+        for chunk, then in visited(with_next(self.chunks[::-1]), "linear"):
+            y, inputs = self._graph(hidden, chunk, then, memory, needs_input=needs[0])
             inputs += parameters
+            gradient_of_y = streamed.read(upstream, chunk, then)
             found = torch.autograd.grad(
-                y,
-                [inputs[i] for i in wanted],
-                self.streamed.on_device(upstream[:, chunk.local]),
-                allow_unused=True,
+                y, [inputs[i] for i in wanted], gradient_of_y, allow_unused=True
             )
             del y, inputs
             for i, gradient in zip(wanted, found, strict=True):
                 if i == 0:
-                    upstream[:, chunk.local] = gradient
+                    streamed.write(upstream, chunk, gradient)
                 elif gradient is not None:
                     totals[i] = self._add(totals[i], gradient, i - 1, chunk)
         return [
@@ -272,23 +303,32 @@ class _Call:
         The last one is the first whose gradients are computed, and tells its own keys then.
         """
         memory: dict[Any, Any] = {}
-        for chunk in visited(self.chunks[:-1]):
+        for chunk, then in visited(with_next(self.chunks[:-1])):
             with (
                 _running(replace(chunk, goal="keys", memory=memory)),
                 self._replayed(chunk, hidden.device),
                 torch.no_grad(),
                 suppress(KeysKnown),
             ):
-                x = self.streamed.on_device(hidden[:, chunk.local])
-                self.run(x, *self.arguments(chunk)[:2])
+                x = self.streamed.read(hidden, chunk, then)
+                self.run(x, *self.arguments(chunk, then)[:2])
         return memory
 
     def _graph(
-        self, hidden: Tensor, chunk: Chunk, memory: dict[Any, Any], *, needs_input: bool
+        self,
+        hidden: Tensor,
+        chunk: Chunk,
+        then: Chunk | None,
+        memory: dict[Any, Any],
+        *,
+        needs_input: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Compute a chunk again: its output, and the inputs that it can be differentiated by."""
-        x = self.streamed.on_device(hidden[:, chunk.local]).detach().requires_grad_(needs_input)
-        args, kwargs, sources = self.arguments(chunk)
+        """Compute a chunk again: its output, and the inputs that it can be differentiated by.
+
+        then: the chunk that is computed next.
+        """
+        x = self.streamed.read(hidden, chunk, then).detach().requires_grad_(needs_input)
+        args, kwargs, sources = self.arguments(chunk, then)
         with (
             _running(replace(chunk, goal="gradient", memory=memory)),
             self._replayed(chunk, hidden.device),

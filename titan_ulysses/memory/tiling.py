@@ -38,14 +38,26 @@ _visit: ContextVar[Visit] = ContextVar("_visit", default=lambda parts, cost: par
 
 def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
     """Return the tiles of so many rows as slices, in order; the last one may be smaller."""
-    return visited(
-        [slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)]
-    )
+    return visited(_tiles(rows, tile_tokens))
+
+
+def tiles_with_next(rows: int, tile_tokens: int) -> Iterable[tuple[slice, slice | None]]:
+    """Return the tiles of so many rows, each with the one after it; None after the last."""
+    return visited(with_next(_tiles(rows, tile_tokens)))
+
+
+def _tiles(rows: int, tile_tokens: int) -> list[slice]:
+    return [slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)]
 
 
 def visited(parts: list[T], cost: Cost = "even") -> Iterable[T]:
     """Return the parts of a computation that are to be computed: all, unless overridden."""
     return _visit.get()(parts, cost)
+
+
+def with_next(parts: Sequence[T]) -> list[tuple[T, T | None]]:
+    """Return each part with the one after it; None after the last."""
+    return [*zip(parts, [*parts[1:], None], strict=True)]
 
 
 @contextlib.contextmanager
@@ -154,11 +166,11 @@ class Tiled:
             # An expanded scalar, which takes no memory. Its values are never read.
             return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)
         before, output = rng_state(rows.device), None
-        for tile in tiles(len(rows), self.tile_tokens):
-            y = self.fn(self._on_device(rows[None, tile]))
+        for tile, then in tiles_with_next(len(rows), self.tile_tokens):
+            y = self.fn(self._read(rows, tile, then)[None])
             if output is None:
                 output = self._empty(rows, y.dtype)
-            output[tile] = y.view(-1, rows.shape[1])
+            self._write(output[tile], y.view(-1, rows.shape[1]))
         if output is None:  # no rows
             return torch.empty_like(rows)
         self.dtype = output.dtype
@@ -176,16 +188,16 @@ class Tiled:
         grads: list[Tensor | None] = [None] * len(inputs)
         if needs[0]:
             grads[0] = self._empty(rows, rows.dtype)
-        for tile in tiles(len(rows), self.tile_tokens):
-            x = self._on_device(rows[None, tile]).detach().requires_grad_(needs[0])
+        for tile, then in tiles_with_next(len(rows), self.tile_tokens):
+            x = self._read(rows, tile, then)[None].detach().requires_grad_(needs[0])
             with torch.enable_grad():
                 y = self.fn(x).view(x.shape)
             sources = [x if i == 0 else inputs[i] for i in wanted]
-            gradient_of_y = self._on_device(upstream[None, tile])
+            gradient_of_y = self._read(upstream, tile, then)[None]
             found = torch.autograd.grad(y, sources, gradient_of_y, allow_unused=True)
             for i, gradient in zip(wanted, found, strict=True):
                 if i == 0:
-                    grads[0][tile] = gradient[0]
+                    self._write(grads[0][tile], gradient[0])
                 elif gradient is not None:
                     grads[i] = accumulate(grads[i], gradient, alone=len(rows) <= self.tile_tokens)
         return [
@@ -193,8 +205,17 @@ class Tiled:
             for needed, x, g in zip(needs, inputs, grads, strict=True)
         ]
 
-    def _on_device(self, tile: Tensor) -> Tensor:
-        return tile if self.sequences is None else tile.to(self.sequences.device)
+    def _read(self, rows: Tensor, tile: slice, then: slice | None) -> Tensor:
+        """Return a tile of rows on the device; `then` is the tile that is read after it."""
+        if self.sequences is None:
+            return rows[tile]
+        return self.sequences.read(rows[tile], None if then is None else rows[then])
+
+    def _write(self, tile: Tensor, values: Tensor) -> None:
+        if self.sequences is None:
+            tile.copy_(values)
+        else:
+            self.sequences.write(tile, values)
 
     def _empty(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if self.sequences is None or len(current_chunks.get()) < 2:

@@ -5,7 +5,8 @@ The model of time: matrix products, attention, all other kernels and the exchang
 other, because the computation waits for each exchange. FSDP's collectives and the copies over PCIe
 overlap with the computation, and only the time by which they exceed it counts; a single GPU waits
 for offloaded parameters. Copies of checkpoints to the host overlap with forward, and copies back
-overlap with backward.
+overlap with backward. Those of hidden states that are off the device (`memory.stream_offload`)
+overlap with both, in one stream for both directions.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ STAGES = {"forward": "forward", "recomputation": "backward", "backward": "backwa
 """The stage of time that each phase of a step belongs to. All other phases belong to "update"."""
 
 KINDS = ("matmul", "attention forward", "attention backward", "other kernels")
+TO_DEVICE, OFF_DEVICE = "hidden states to the device", "hidden states off the device"
+"""Copies of `memory.stream_offload`."""
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Cost:
 
     amounts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """amounts by (stage, kind): FLOPs for "matmul", "attention forward" and "attention backward",
-    recomputation included, and bytes read and written for "other kernels"
+    recomputation included, bytes read and written for "other kernels", and bytes of copies
     """
 
     def __add__(self, other: Cost) -> Cost:
@@ -75,7 +78,7 @@ class Tick(NamedTuple):
 
 
 class CostCounter:
-    """An observer of `MemoryTracker` that adds up the cost of each operation, times the number of
+    """An observer for `MemoryTracker` that adds up the cost of each operation, times the number of
     operations that it stands for.
     """
 
@@ -88,13 +91,17 @@ class CostCounter:
         self._exchanged: Counter[str] = Counter()
         """bytes of exchanges, by stage"""
         self._latest: Counter[tuple[str, str]] = Counter()
-        tracker.observers.append(self)
 
     def take(self) -> Cost:
         """Return the cost since the last call, and start counting from 0 again."""
         cost, self.cost = self.cost, Cost()
         self.ticks, self._exchanged, self._latest = [], Counter(), Counter()
         return cost
+
+    def add(self, kind: str, amount: float) -> None:
+        """Add the cost of what no operation shows, times the number that it stands for."""
+        stage = STAGES.get(self._tracker.attribution.phase, "update")
+        self.cost.amounts[stage, kind] += self._tracker.weight * amount
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
         weight = self._tracker.weight
@@ -248,7 +255,9 @@ def step_time(
     computes (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that nothing overlaps.
     rates: see `kernel_rates`.
     """
-    seconds = Counter({key: amount / rates[key[1]] for key, amount in cost.amounts.items()})
+    seconds = Counter(
+        {key: amount / rates[key[1]] for key, amount in cost.amounts.items() if key[1] in rates}
+    )
     exchange = links.exchange_seconds(exchanged, gpu)
     stages = {
         name: sum(s for (stage, _), s in seconds.items() if stage == name)
@@ -264,6 +273,7 @@ def step_time(
         "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
         "checkpoints back": offloaded.checkpoints / gpu.host_link,
         "parameters": to_host if alone else to_gpu + to_host,
+        "hidden states": (cost.total(TO_DEVICE) + cost.total(OFF_DEVICE)) / gpu.host_link,
     }
     if offloaded.parameters:
         moved = 2 * (offloaded.parameters + offloaded.optimizer_state) + offloaded.gradients
@@ -275,6 +285,7 @@ def step_time(
         "checkpoints to the host": max(0.0, hidden["checkpoints to the host"] - forward),
         "checkpoints back": max(0.0, hidden["checkpoints back"] - backward),
         "parameters": max(0.0, hidden["parameters"] - forward - backward),
+        "hidden states": max(0.0, hidden["hidden states"] - forward - backward),
     }
     parts = {
         "matmul": sum(s for (_, kind), s in seconds.items() if kind == "matmul"),

@@ -120,6 +120,10 @@ class MemoryTracker(TorchDispatchMode):
             # DTensor and other wrapper classes run first. The operations that they call arrive
             # here again, on plain tensors.
             return NotImplemented
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            # Most calls are this one, and no memory is in it. See FakeTensor.__torch_dispatch__.
+            inside = args[0].fake_mode.in_kernel_invocation
+            return torch.device("meta") if inside else args[0].fake_device
         kwargs = kwargs or {}
         if func is torch.ops._c10d_functional.wait_tensor.default:
             # It returns its argument. On fake tensors it would make a new tensor.

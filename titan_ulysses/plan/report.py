@@ -198,7 +198,8 @@ def tell_each(console: Console, title: str, found: Any) -> list[SearchResult]:
     for one in found:
         all_of_them.append(one)
         if one.need is None:
-            console.print(f"  {one.what:<36} does not fit at any length", highlight=False)
+            why = f"refused: {one.refused}" if one.refused else "does not fit at any length"
+            console.print(f"  {one.what:<36} {why}", highlight=False, markup=False, soft_wrap=True)
         else:
             plan = one.need.plan
             most = "at least " if is_unlimited(one.need.plan.setup, one.need.seq_len) else ""
@@ -243,7 +244,9 @@ def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
         if not setup.host_memory:
             sentence += " Host memory was not looked at: plan.host_memory_gib is not set."
     else:
-        sentence = f"With these settings {'up to' if verified else 'about'} {seq_len:,} tokens fit."
+        sentence = f"With these settings {'up to' if verified else 'about'} {seq_len:,} tokens fit"
+        most = setup.config.plan.max_step_seconds
+        sentence += f", in steps of at most {time_text(most)}." if most else "."
     positions = getattr(setup.model_config, "max_position_embeddings", None)
     if positions and seq_len > positions:
         sentence += (

@@ -4,13 +4,16 @@ Peak memory is piecewise affine in the sequence length S: at each moment of the 
 constant plus a part proportional to S, and the peak is the maximum of these lines. So a line
 through two simulated lengths predicts where the limit is. The search simulates that length and
 draws the line again with the new point, until a length fits and the next one does not.
+
+With `plan.max_step_seconds`, the time of a step is a limit like the memory. Time is a S + b S^2, so
+seconds per token are a line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import inf
+from math import inf, sqrt
 from typing import Any
 
 from titan_ulysses.config.schema import Config
@@ -35,17 +38,27 @@ _MAX_UNVERIFIED_EXTRAPOLATION = 4
 
 
 @dataclass(frozen=True)
-class MemoryNeed:
-    """The memory that a sequence length needs, in bytes of a GPU and of a node's host memory."""
+class Need:
+    """What a sequence length needs: bytes of a GPU and of a node's host memory, and the seconds of
+    a step.
+    """
 
     seq_len: int
     gpu: float
     host: float
+    seconds: float
     plan: Plan
 
     @classmethod
-    def of(cls, plan: Plan) -> MemoryNeed:
-        return cls(plan.setup.config.training.seq_len, plan.gpu_bytes, plan.host_bytes, plan)
+    def of(cls, plan: Plan) -> Need:
+        length = plan.setup.config.training.seq_len
+        return cls(length, plan.gpu_bytes, plan.host_bytes, plan.time.seconds, plan)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the hardware has the memory, and the step is not longer than it may be."""
+        most = self.plan.setup.config.plan.max_step_seconds
+        return self.plan.fits and (not most or self.seconds <= most)
 
 
 def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
@@ -71,13 +84,13 @@ def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
     return replace(setup, spec=setup.spec.with_config(config, degrees))
 
 
-def at_length(setup: Setup, seq_len: int) -> MemoryNeed:
-    return MemoryNeed.of(make_plan(with_settings(setup, {"training.seq_len": seq_len})))
+def at_length(setup: Setup, seq_len: int) -> Need:
+    return Need.of(make_plan(with_settings(setup, {"training.seq_len": seq_len})))
 
 
-def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
-    """Return the length at which the line through a and b reaches the first limit of the hardware,
-    rounded down. a and b must have different lengths.
+def limit(setup: Setup, a: Need, b: Need) -> int:
+    """Return the length at which the line through a and b reaches the first limit of the hardware
+    or of the time of a step, rounded down. a and b must have different lengths.
     """
     unit = _UNIT * setup.degrees.sequence
     lengths = []
@@ -87,7 +100,24 @@ def limit(setup: Setup, a: MemoryNeed, b: MemoryNeed) -> int:
     ):
         slope = (high - low) / (b.seq_len - a.seq_len)
         lengths.append(inf if slope <= 0 else b.seq_len + (memory - high) / slope)
+    lengths.append(_limit_of_time(setup, a, b))
     return max(0, int(min(*lengths, _MAX_TOKENS)) // unit * unit)
+
+
+def _limit_of_time(setup: Setup, a: Need, b: Need) -> float:
+    """Return the length whose step takes `plan.max_step_seconds`, or infinity without that limit.
+
+    The time of a and of b says what x and y are in seconds = x S + y S^2.
+    """
+    most = setup.config.plan.max_step_seconds
+    if not most:
+        return inf
+    per_token = a.seconds / a.seq_len, b.seconds / b.seq_len
+    y = (per_token[1] - per_token[0]) / (b.seq_len - a.seq_len)
+    x = per_token[1] - y * b.seq_len
+    if y <= 0:
+        return most / per_token[1]
+    return (sqrt(x * x + 4 * y * most) - x) / (2 * y)
 
 
 def is_unlimited(setup: Setup, seq_len: int) -> bool:
@@ -101,8 +131,8 @@ def estimate(setup: Setup, first: Plan) -> int:
 
     The estimate itself is not simulated. first: a plan of setup, at any length.
     """
-    unit, own = _UNIT * setup.degrees.sequence, MemoryNeed.of(first)
-    other = at_length(setup, max(unit, own.seq_len // (2 if first.fits else 4) // unit * unit))
+    unit, own = _UNIT * setup.degrees.sequence, Need.of(first)
+    other = at_length(setup, max(unit, own.seq_len // (2 if own.fits else 4) // unit * unit))
     if other.seq_len == own.seq_len:
         other = at_length(setup, 2 * own.seq_len)
     known = [own, other]
@@ -121,7 +151,7 @@ def longest(
     near: int = 0,
     close: float = 0.0,
     simulations: int = 6,
-) -> MemoryNeed | None:
+) -> Need | None:
     """Find the longest sequence that fits, verified by simulating it; None where none fits.
 
     first: a plan at any length. near: the length to begin with where there is no such plan. close:
@@ -130,18 +160,16 @@ def longest(
     """
     unit = _UNIT * setup.degrees.sequence
     start = (
-        MemoryNeed.of(first)
-        if first
-        else at_length(setup, max(unit, near // unit * unit or 64 * unit))
+        Need.of(first) if first else at_length(setup, max(unit, near // unit * unit or 64 * unit))
     )
     other = at_length(setup, max(unit, start.seq_len // 2 // unit * unit))
     if other.seq_len == start.seq_len:
         other = at_length(setup, 2 * start.seq_len)
     known = {need.seq_len: need for need in (start, other)}
-    best: MemoryNeed | None = None
+    best: Need | None = None
     for _ in range(simulations):
-        fitting = [need for need in known.values() if need.plan.fits]
-        failing = [need for need in known.values() if not need.plan.fits]
+        fitting = [need for need in known.values() if need.fits]
+        failing = [need for need in known.values() if not need.fits]
         best = max(fitting, key=lambda need: need.seq_len, default=None)
         lines = sorted(known.values(), key=lambda need: need.seq_len)
         guess = min(limit(setup, *_pair(lines)), _MAX_EXTRAPOLATION * lines[-1].seq_len)
@@ -151,16 +179,14 @@ def longest(
         if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
             return best
         known[guess] = at_length(setup, guess)
-    return max(
-        (n for n in known.values() if n.plan.fits), key=lambda need: need.seq_len, default=None
-    )
+    return max((n for n in known.values() if n.fits), key=lambda need: need.seq_len, default=None)
 
 
-def _pair(lines: list[MemoryNeed]) -> tuple[MemoryNeed, MemoryNeed]:
+def _pair(lines: list[Need]) -> tuple[Need, Need]:
     """Return the two lengths next to the limit, of lengths in increasing order: the last that fits
     and the first that does not, or the nearest two where all lengths are on one side.
     """
-    at = next((i for i, need in enumerate(lines) if not need.plan.fits), len(lines))
+    at = next((i for i, need in enumerate(lines) if not need.fits), len(lines))
     if at == 0:
         return lines[0], lines[1]
     if at == len(lines):
@@ -170,6 +196,7 @@ def _pair(lines: list[MemoryNeed]) -> tuple[MemoryNeed, MemoryNeed]:
 
 FEATURES: list[tuple[str, dict[str, Any]]] = [
     ("+ checkpoints on the host", {"activation_checkpoint.offload": "host"}),
+    ("+ hidden states on the host", {"memory.stream_offload": "host"}),
     ("+ optimizer state on the host", {"memory.optimizer_offload": True}),
     (
         "+ parameters on the host",
@@ -195,7 +222,10 @@ class SearchResult:
 
     what: str
     changes: dict[str, Any]
-    need: MemoryNeed | None
+    need: Need | None
+    """None where no length fits, or where the settings are refused."""
+    refused: str = ""
+    """why this model cannot have these settings"""
 
 
 def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
@@ -203,7 +233,8 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
     sequence-parallel degree, then with one more of `FEATURES` after the other.
 
     Where host memory limits a length, more blocks share a checkpoint, as long as that makes the
-    sequence longer. The steps after it keep that setting.
+    sequence longer. The steps after it keep that setting. A feature that this model cannot have is
+    left out of the steps after it.
     """
     found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
@@ -212,6 +243,7 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
         "activation_checkpoint.every": 1,
     }
     changes |= {"memory.mlp_tile_tokens": 0, "memory.loss_tile_tokens": 0}
+    changes |= {"memory.stream_chunk_tokens": 0}
     heads = getattr(setup.model_config, "num_attention_heads", 1)
     degrees = [
         p for p in range(1, setup.world_size + 1) if setup.world_size % p == 0 and p <= heads
@@ -225,12 +257,14 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
             continue
         if more and not _differs(with_settings(setup, changes).config, more):
             continue  # the feature is on already
-        changes = changes | more
-        if _differs(setup.config, changes):
-            found = _found(what, setup, changes, near=found)
-            yield found
+        together = changes | more
+        if not _differs(setup.config, together):
+            one = replace(configured, changes=together)
         else:
-            found = replace(configured, changes=changes)
+            yield (one := _found(what, setup, together, near=found))
+        if one.refused:
+            continue
+        found, changes = one, together
         for longer in _fewer_checkpoints(setup, found):
             yield longer
             found, changes = longer, longer.changes
@@ -240,9 +274,11 @@ def _found(
     what: str, setup: Setup, changes: dict[str, Any], *, near: SearchResult | None = None
 ) -> SearchResult:
     length = near.need.seq_len if near and near.need else 0
-    return SearchResult(
-        what, changes, longest(with_settings(setup, changes), near=length, close=_TOLERANCE)
-    )
+    try:
+        need = longest(with_settings(setup, changes), near=length, close=_TOLERANCE)
+    except UserError as error:
+        return SearchResult(what, changes, None, refused=str(error))
+    return SearchResult(what, changes, need)
 
 
 def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResult]:
@@ -267,18 +303,21 @@ def _host_ends(plan: Plan) -> bool:
 
 def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[SearchResult]:
     """Find the longest sequence with ALST's features, added one after the other (arXiv 2506.13996,
-    section 5.3), on this model and hardware.
+    section 5.3), and then with those of streaming, on this model and hardware.
 
     configured: the result for the settings as they are, used again at the step that equals them.
     """
-    whole, tiles = -1, 0
+    whole, tiles, chosen = -1, 0, 0
     degree = setup.degrees.sequence if setup.degrees.sequence > 1 else setup.world_size
     changes: dict[str, Any] = {
         "activation_checkpoint.mode": "full",
         "activation_checkpoint.every": 1,
         "activation_checkpoint.offload": "none",
+        "activation_checkpoint.keep_attention": "none",
         "memory.loss_tile_tokens": whole,
         "memory.mlp_tile_tokens": whole,
+        "memory.stream_chunk_tokens": whole,
+        "memory.stream_offload": "none",
         "parallelism.sequence_parallel_degree": 1,
     }
     steps: list[tuple[str, dict[str, Any]]] = [
@@ -291,6 +330,8 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
             {"memory.mlp_tile_tokens": whole, "activation_checkpoint.offload": "host"},
         ),
         ("+ offload and tiled MLP", {"memory.mlp_tile_tokens": tiles}),
+        ("+ streaming", {"memory.stream_chunk_tokens": chosen}),
+        ("+ hidden states on the host", {"memory.stream_offload": "host"}),
     ]
     found = None
     for what, more in steps:

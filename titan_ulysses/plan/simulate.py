@@ -12,10 +12,11 @@ with its source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,13 @@ from titan_ulysses.distributed.mesh import Mesh, build_mesh
 from titan_ulysses.distributed.sequence import Documents, chunk_length
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
+from titan_ulysses.memory.stream_offload import SequenceStore
+from titan_ulysses.memory.streaming import StreamedBlock
 from titan_ulysses.memory.tiling import override_tiles
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
-from titan_ulysses.plan.cost import Cost, CostCounter, Tick
+from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
 from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.standin import Standin
@@ -86,6 +89,7 @@ def simulate(
     blocks: list[nn.Module] = []
     if isinstance(core, Standin):
         core.begin(tracker)
+    costs = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
 
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
@@ -97,9 +101,7 @@ def simulate(
             replace(options, compile=False),
             store=store,
             device_type=device_type,
-            make_buffer=_planned_buffers(
-                tracker, options.stream_offload, "other", "hidden states of a sequence"
-            ),
+            open_sequences=partial(_planned_sequences, tracker, costs, cuda=on_gpu),
         )
 
     with _fake_ranks(spec.degrees) as mesh:
@@ -109,6 +111,7 @@ def simulate(
             _label_parameters(tracker, model)
             tracker.attribution = Attribution(model, blocks)
             _label_checkpoints(tracker, model, kept_on_device=store is None)
+            _hold_attention(tracker, blocks)
             optimizer = build_optimizer(
                 model.parameters(),
                 config.optimizer,
@@ -118,7 +121,6 @@ def simulate(
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
             _make_state(model, optimizer)
-            costs = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
             return _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
 
 
@@ -147,7 +149,8 @@ def _run_step(
         start = len(tracker.events)
         costs.take()
         counter = CollectiveCounter(weight=lambda: tracker.weight)
-        with override_tiles(tracker.shortened), counter:
+        tracker.observers = [costs, lambda func, args, *_: counter.count(func, args)]
+        with override_tiles(tracker.shortened):
             train_step(model, optimizer, run, mesh, max_norm=max_norm)
         counts.append(dict(counter.counts))
     tracker.recording = False  # the releases that follow are not part of the step
@@ -205,13 +208,53 @@ def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> S
     make_buffer = _planned_buffers(tracker, offload, "checkpoints")
     if not cuda:
         return Store(make_buffer)
+    return _planned_copies(tracker, offload, make_buffer, "checkpoints")
+
+
+def _planned_sequences(
+    tracker: MemoryTracker,
+    costs: CostCounter,
+    offload: Offload,
+    folder: str | None,
+    device: torch.device,
+    *,
+    cuda: bool,
+) -> SequenceStore:
+    """Do what `open_sequence_store` does, with counted buffers and copies."""
+    make_buffer = _planned_buffers(tracker, offload, "other", "hidden states of a sequence")
+    if not cuda:
+        return SequenceStore(make_buffer, device)
+    copies = _planned_copies(tracker, offload, make_buffer, "other")
+    get, put = copies.get, copies.put
+
+    # A part that comes ahead need not be the next one that is simulated, so what is asked for is
+    # counted, and not what is copied.
+    def counted_get(kept):
+        costs.add(TO_DEVICE, kept.part.numel() * kept.part.element_size())
+        return get(kept)
+
+    def counted_put(x, kept):
+        costs.add(OFF_DEVICE, x.numel() * x.element_size())
+        put(x, kept)
+
+    copies.get, copies.put = counted_get, counted_put
+    return SequenceStore(make_buffer, device, copies)
+
+
+def _planned_copies(
+    tracker: MemoryTracker,
+    offload: Offload,
+    make_buffer: Callable[[int, torch.device], Tensor],
+    component: str,
+) -> CudaStore:
+    """Return the store of a GPU's run, without streams or threads."""
     if offload == "host":
         return CudaStore(make_buffer, cuda=torch.cpu)
 
     def staging(size: int, device: torch.device) -> Tensor:
         with tracker.placed("host"):
             buffer = torch.empty(size, dtype=torch.uint8)
-        tracker.claim(buffer, "checkpoints")
+        tracker.claim(buffer, component)
         return buffer
 
     return DiskStore(make_buffer, staging, cuda=torch.cpu, background=_AtOnce())
@@ -261,6 +304,26 @@ def _label_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_devi
     for layer, block in enumerate(blocks):
         if block.checkpoint_position == 0:
             block.register_forward_pre_hook(note(layer))
+
+
+def _hold_attention(tracker: MemoryTracker, blocks: list[nn.Module]) -> None:
+    """Let attention that is kept on the device take the memory of all chunks.
+
+    The middle one of the chunks that are simulated stands for others.
+    """
+
+    def hold(tensors: Sequence[Tensor]) -> Tensor | None:
+        others = tracker.weight - 1
+        if not others:
+            return None
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        held = torch.empty(size * others, dtype=torch.uint8)
+        tracker.claim([held], "checkpoints", label="outputs of attention of further chunks")
+        return held
+
+    for block in blocks:
+        if isinstance(block.forward, StreamedBlock):
+            block.forward.hold = hold
 
 
 def _label_optimizer(

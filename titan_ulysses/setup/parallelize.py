@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -23,8 +23,12 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.allocator import warn_of_fragmentation
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
-from titan_ulysses.memory.offload import Store, buffer_maker, open_store
-from titan_ulysses.memory.stream_offload import SequenceStore, offload_embeddings
+from titan_ulysses.memory.offload import Store, open_store
+from titan_ulysses.memory.stream_offload import (
+    SequenceStore,
+    offload_embeddings,
+    open_sequence_store,
+)
 from titan_ulysses.memory.streaming import stream_blocks
 from titan_ulysses.memory.tiling import Tiled, tile_norm
 from titan_ulysses.model.families import (
@@ -169,14 +173,14 @@ def wrap(
     *,
     store: Store | None,
     device_type: str | None = None,
-    make_buffer: Callable[[int, torch.device], Tensor] | None = None,
+    open_sequences: Callable[..., SequenceStore] = open_sequence_store,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
     options.attention must be a core, not a name, and options must have concrete dtypes. store keeps
     the inputs of activation checkpoints off the device; None leaves them there. device_type is the
-    mesh's, unless the planner says for which one it wraps. The planner also has a make_buffer of
-    its own for `stream_offload`.
+    mesh's, unless the planner says for which one it wraps. The planner has an open_sequences of its
+    own.
     """
     assert callable(options.attention)
     device_type = device_type or mesh.device.type
@@ -194,11 +198,7 @@ def wrap(
     sequences = None
     if streams and options.stream_offload != "none":
         check_stream_offload(model, options.stream_offload)
-        sequences = SequenceStore(
-            make_buffer or buffer_maker(options.stream_offload, options.offload_folder),
-            mesh.device,
-            takes_keys=device_type == "cpu",
-        )
+        sequences = open_sequences(options.stream_offload, options.offload_folder, mesh.device)
     if streams:
         stream_blocks(
             blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
