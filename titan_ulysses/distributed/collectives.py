@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -60,11 +61,10 @@ class CollectiveCounter(TorchDispatchMode):
         self.count(func, args)
         return func(*args, **(kwargs or {}))
 
-    def count(self, func, args: tuple) -> None:
+    def count(self, func, args: tuple, *_: Any) -> None:
         """Count func if it is a collective.
 
-        Another dispatch mode calls this for the operations that it sees, instead of entering this
-        one.
+        A dispatch mode that sees the same operations can call this instead of entering this one.
         """
         if func.namespace in ("c10d", "_c10d_functional"):
             kind = _KINDS.get(func._opname)

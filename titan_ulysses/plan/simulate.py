@@ -149,7 +149,7 @@ def _run_step(
         start = len(tracker.events)
         costs.take()
         counter = CollectiveCounter(weight=lambda: tracker.weight)
-        tracker.observers = [costs, lambda func, args, *_: counter.count(func, args)]
+        tracker.observers = [costs, counter.count]
         with override_tiles(tracker.shortened):
             train_step(model, optimizer, run, mesh, max_norm=max_norm)
         counts.append(dict(counter.counts))

@@ -173,7 +173,7 @@ def wrap(
     *,
     store: Store | None,
     device_type: str | None = None,
-    open_sequences: Callable[..., SequenceStore] = open_sequence_store,
+    open_sequences: Callable[..., SequenceStore] | None = None,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
@@ -198,7 +198,10 @@ def wrap(
     sequences = None
     if streams and options.stream_offload != "none":
         check_stream_offload(model, options.stream_offload)
-        sequences = open_sequences(options.stream_offload, options.offload_folder, mesh.device)
+        open_store_of_sequences = open_sequences or open_sequence_store
+        sequences = open_store_of_sequences(
+            options.stream_offload, options.offload_folder, mesh.device
+        )
     if streams:
         stream_blocks(
             blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
