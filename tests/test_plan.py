@@ -72,16 +72,30 @@ def test_the_plan_is_what_real_ranks_take(index):
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("chunk", [-1, 576], ids=["tiles", "chunks"])
-def test_parts_that_are_left_out_change_nothing(monkeypatch, chunk):
-    """A few tiles, or chunks and blocks of keys, stand for all: in memory, FLOPs, collectives."""
+WHOLE, CHUNKS = {"memory__stream_chunk_tokens": -1}, {"memory__stream_chunk_tokens": 576}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        WHOLE,
+        CHUNKS,
+        CHUNKS | {"memory__stream_offload": "host"},
+        CHUNKS | {"activation_checkpoint__keep_attention": "all"},
+    ],
+    ids=["tiles", "chunks", "off the device", "kept on the device"],
+)
+def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
+    """A few tiles, or chunks and blocks of keys, stand for all: in memory, FLOPs, collectives, and
+    copies.
+    """
     from titan_ulysses.plan import standin
+    from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE
     from titan_ulysses.plan.memory import MemoryTracker
 
     monkeypatch.setattr(standin, "CUDA_BLOCK", 256)
 
-    settings = {
-        "memory__stream_chunk_tokens": chunk,
+    settings = more | {
         "memory__mlp_tile_tokens": 300,
         "memory__loss_tile_tokens": 500,
         "parallelism__sequence_parallel_degree": 2,
@@ -93,6 +107,10 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, chunk):
     assert short.peak.components == whole.peak.components
     assert short.simulation.collectives == whole.simulation.collectives
     assert short.simulation.cost.flops == pytest.approx(whole.simulation.cost.flops, rel=0.01)
+    for kind in (TO_DEVICE, OFF_DEVICE):
+        copied = short.simulation.cost.total(kind)
+        assert copied == pytest.approx(whole.simulation.cost.total(kind), rel=0.01)
+        assert bool(copied) == ("memory__stream_offload" in more)
     assert len(short.simulation.memory.events) < len(whole.simulation.memory.events)
 
 
@@ -226,6 +244,36 @@ def test_the_longest_sequence_fits_and_the_next_does_not():
     found = longest(setup)
     assert found.plan.fits
     assert not at_length(setup, int(1.02 * found.seq_len)).plan.fits
+
+
+def test_the_longest_sequence_of_a_step_that_may_not_be_longer():
+    from titan_ulysses.plan.planner import set_up
+    from titan_ulysses.plan.search import longest
+
+    seconds = plan_of(training__seq_len=8192).time.seconds
+    found = longest(set_up(config(plan__max_step_seconds=seconds)))
+    assert 8000 < found.seq_len <= 8192 and found.seconds <= seconds
+
+
+def test_hidden_states_off_the_gpu_take_time():
+    """Closed form: what each part of the model reads and writes, in bf16."""
+    from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE
+
+    layers, width, head, tokens, chunks = 2, LLAMA["hidden_size"], LLAMA["head_dim"], 4096, 8
+    plan = plan_of(memory__stream_chunk_tokens=tokens // chunks, memory__stream_offload="host")
+    hidden, angles = 2 * tokens * width, 2 * 2 * tokens * head
+    # Each block reads its input in forward, in the first sweep of backward (without the last
+    # chunk) and in the second, where it reads the gradient of its output too. The last norm reads
+    # its input, that again and the gradient. The loss head reads its input, and scales its
+    # gradient. The embedding reads its gradient.
+    block = (3 - 1 / chunks) * (hidden + angles) + hidden
+    assert plan.simulation.cost.total(TO_DEVICE) == layers * block + (3 + 2 + 1) * hidden
+    # Blocks write output and gradient, as do the norm and the loss head (twice). The embedding
+    # writes its output, and the rotary embedding cos and sin.
+    assert plan.simulation.cost.total(OFF_DEVICE) == (
+        layers * 2 * hidden + (2 + 2 + 1) * hidden + angles
+    )
+    assert plan.time.hidden["hidden states"] > 0
 
 
 @pytest.mark.slow

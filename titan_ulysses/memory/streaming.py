@@ -234,7 +234,7 @@ class _Call:
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
         memory: dict[Any, Any] = {}
         output = None
-        for chunk, then in visited(with_next(self.chunks), "linear"):
+        for chunk, then in visited(with_next(self.chunks), "growing"):
             self.random.append(rng_state(hidden.device))
             with _running(replace(chunk, memory=memory)):
                 x = streamed.read(hidden, chunk, then)
@@ -279,7 +279,7 @@ class _Call:
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
-        for chunk, then in visited(with_next(self.chunks[::-1]), "linear"):
+        for chunk, then in visited(with_next(self.chunks[::-1]), "shrinking"):
             y, inputs = self._graph(hidden, chunk, then, memory, needs_input=needs[0])
             inputs += parameters
             gradient_of_y = streamed.read(upstream, chunk, then)

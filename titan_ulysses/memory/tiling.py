@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from titan_ulysses.memory.stream_offload import SequenceStore
 
 T = TypeVar("T")
-Cost = Literal["even", "linear"]
+Cost = Literal["even", "growing", "shrinking"]
 """Whether the parts of a computation cost the same, or evenly more or less from part to part."""
 Visit = Callable[[list, Cost], Iterable]
 _visit: ContextVar[Visit] = ContextVar("_visit", default=lambda parts, cost: parts)

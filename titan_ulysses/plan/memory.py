@@ -284,17 +284,25 @@ class MemoryTracker(TorchDispatchMode):
         out, `weight` is their number with it.
 
         Parts with even costs, of which the last may be short: the first, the second, which stands
-        for the others, and the last. Parts whose cost grows or shrinks evenly: the first two, the
-        middle one of the others, which stands for them, and the last. In backward the first two
-        are the largest (the last chunk may be short).
+        for the others, and the last. Parts whose cost grows: the first, the middle one of the
+        others, which stands for them, and the last two, because the last may be short. Where it
+        shrinks, the same ones backwards, so that backward finds what forward has kept.
         """
-        ahead = 1 if cost == "even" else 2
-        yield from parts[:ahead]
-        if others := parts[ahead:-1]:
-            before, self.weight = self.weight, self.weight * len(others)
-            yield others[0 if cost == "even" else len(others) // 2]
-            self.weight = before
-        yield from parts[ahead:][-1:]
+        first, last = {"even": (1, 1), "growing": (1, 2), "shrinking": (2, 1)}[cost]
+        others = parts[first:-last]
+        if len(others) < 2:
+            yield from parts
+            return
+        middle = {
+            "even": 0,
+            "growing": len(others) // 2,
+            "shrinking": len(others) - 1 - len(others) // 2,
+        }[cost]
+        yield from parts[:first]
+        before, self.weight = self.weight, self.weight * len(others)
+        yield others[middle]
+        self.weight = before
+        yield from parts[-last:]
 
     # --- what it is for ---------------------------------------------------------------------------
 
@@ -316,6 +324,11 @@ class MemoryTracker(TorchDispatchMode):
                         found[0].component = component
                         found[0].place = place or found[0].place
                         found[0].label = label or found[0].label
+
+    def place_of(self, tensor: Tensor) -> Place:
+        """Return where a tensor is."""
+        found = self._alive.get(tensor.untyped_storage()._cdata)
+        return "device" if found is None else found[0].place
 
     def _brings_parameter(self, func, args) -> bool:
         """Return whether func prepares a parameter for FSDP: the cast of a shard before the

@@ -225,20 +225,32 @@ def _planned_sequences(
     if not cuda:
         return SequenceStore(make_buffer, device)
     copies = _planned_copies(tracker, offload, make_buffer, "other")
-    get, put = copies.get, copies.put
+    return _PlannedSequences(make_buffer, device, copies, tracker, costs)
 
-    # A part that comes ahead need not be the next one that is simulated, so what is asked for is
-    # counted, and not what is copied.
-    def counted_get(kept):
-        costs.add(TO_DEVICE, kept.part.numel() * kept.part.element_size())
-        return get(kept)
 
-    def counted_put(x, kept):
-        costs.add(OFF_DEVICE, x.numel() * x.element_size())
-        put(x, kept)
+class _PlannedSequences(SequenceStore):
+    """Counts the copies of a GPU's run, whose tensors are all on the CPU here.
 
-    copies.get, copies.put = counted_get, counted_put
-    return SequenceStore(make_buffer, device, copies)
+    A part that comes ahead need not be the next one that is simulated, so what is asked for is
+    counted, and not what is copied.
+    """
+
+    def __init__(self, make_buffer, device, copies, tracker: MemoryTracker, costs: CostCounter):
+        super().__init__(make_buffer, device, copies)
+        self.tracker, self.costs = tracker, costs
+
+    def read(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
+        if self.tracker.place_of(part) == "device":
+            return part
+        self.costs.add(TO_DEVICE, part.numel() * part.element_size())
+        return super().read(part, ahead)
+
+    def write(self, part: Tensor, values: Tensor) -> None:
+        if self.tracker.place_of(part) == "device":
+            part.copy_(values)
+            return
+        self.costs.add(OFF_DEVICE, part.numel() * part.element_size())
+        super().write(part, values)
 
 
 def _planned_copies(
@@ -318,7 +330,7 @@ def _hold_attention(tracker: MemoryTracker, blocks: list[nn.Module]) -> None:
             return None
         size = sum(x.numel() * x.element_size() for x in tensors)
         held = torch.empty(size * others, dtype=torch.uint8)
-        tracker.claim([held], "checkpoints", label="outputs of attention of further chunks")
+        tracker.claim([held], "attention", label="outputs of attention of further chunks")
         return held
 
     for block in blocks:
