@@ -91,7 +91,7 @@ def ulysses_attention(
     """
     _check_call(module, attention_mask, ulysses, **kwargs)
     mesh = ulysses.mesh
-    layer = {
+    layer: dict[str, Any] = {
         "documents": _chunked(ulysses.documents, module),
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "window": kwargs.get("sliding_window"),
@@ -165,10 +165,10 @@ def _local_heads(
 
     A run is a range of heads with one ratio of query heads to KV heads (see `HeadPlan.runs`).
     """
-    sinks, outputs = layer["sinks"], []
+    sinks, outputs, mine = layer["sinks"], [], plan.parts[rank][0].heads
     if sinks is not None:
-        sinks = sinks[plan.query[rank].start : plan.query[rank].stop]
-    if not plan.query[rank]:
+        sinks = sinks[mine.start : mine.stop]
+    if not mine:
         # An idle rank returns [B, S, 0, Dv]. The result stays connected to all inputs in the
         # autograd graph, because the exchange in backward is a collective that every rank must
         # join.

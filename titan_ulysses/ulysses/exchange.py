@@ -77,6 +77,7 @@ def sequence_to_heads(
     return tuple(queries), keys, values
 
 
+@torch.no_grad()
 def keys_to_heads(k: DTensor, v: DTensor, plan: HeadPlan) -> tuple[Tensor, Tensor]:
     """Send keys and values alone, as `sequence_to_heads` does. They have no gradients."""
     _expect_sequence(k=k, v=v)

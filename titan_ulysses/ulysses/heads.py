@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from math import inf
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class HeadPlan:
     def degree(self) -> int:
         return len(self.parts)
 
-    @cached_property
+    @property
     def query(self) -> tuple[range, ...]:
         """`query[p]`: the query heads of which rank p computes all queries or some."""
         return tuple(

@@ -51,7 +51,7 @@ class Pieces:
     D. `scores` says which queries and keys they are.
     """
 
-    forward: Callable[[Tensor, Tensor, Tensor, Scores], tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
     """forward(q, k, v, scores) -> output [N, Hq, Dv] in q's dtype, and its log-sum-exp lse [Hq, N],
     fp32 or wider.
     """
