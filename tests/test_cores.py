@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers.tensors import Largest
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.ulysses import cores, pieces
+from titan_ulysses.ulysses import cores, tiles
 from titan_ulysses.ulysses.cores import Demand, blockwise, choose_core, flash, flex, sdpa, varlen
 
 DOCUMENTS = ((10, 14, 1, 5), (30,))
@@ -70,7 +70,7 @@ def inputs(
 def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads, value_size):
     # Several blocks of queries in 30 tokens, the last one cut.
     monkeypatch.setattr(cores, "_QUERY_BLOCK", 7)
-    monkeypatch.setattr(pieces, "_BLOCK", 7)
+    monkeypatch.setattr(tiles, "BLOCK", 7)
     tensors = inputs(with_sinks=with_sinks, heads=heads, value_size=value_size)
     options = {"window": window, "softcap": softcap}
     options = {name: value for name, value in options.items() if value is not None}

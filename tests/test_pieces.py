@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from helpers.tensors import Largest
-from titan_ulysses.ulysses import pieces
+from titan_ulysses.ulysses import flash_cuda, pieces, tiles
 from titan_ulysses.ulysses.cores import blockwise, flash, flex, sdpa, varlen
-from titan_ulysses.ulysses.pieces import CPU_FLASH, CUDA_FLASH, EXPLICIT, Pieces, pieces_of
+from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH
+from titan_ulysses.ulysses.pieces import pieces_of
+from titan_ulysses.ulysses.scores import Pieces, Scores
+from titan_ulysses.ulysses.tiles import CPU_FLASH, EXPLICIT
 
 HEADS = (6, 2)
 # (query_lengths, key_lengths)
@@ -64,13 +67,12 @@ def inputs(lengths, *, value_size: int = 8, heads=HEADS) -> list[Tensor]:
 
 def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=False, **options):
     q, k, v, grad = inputs(lengths, value_size=value_size, heads=heads)
-    options = dict(zip(("query_lengths", "key_lengths"), lengths, strict=True)) | options
-    options["scale"] = 0.3
+    scores = Scores(*lengths, scale=0.3, **options)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     sinks = torch.linspace(-1, 2, heads[0], dtype=torch.float64).requires_grad_()
     more = {"sinks": sinks} if with_sinks else {}
-    expected, expected_lse = plain(*leaves, **options, **more)
-    output, lse = found.forward(q, k, v, **options)
+    expected, expected_lse = plain(*leaves, **vars(scores), **more)
+    output, lse = found.forward(q, k, v, scores)
     if with_sinks:
         output, lse = pieces.with_sinks(output, lse, sinks.detach())
         gradient = pieces.sinks_gradient(grad, output, lse, sinks.detach())
@@ -79,7 +81,7 @@ def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=Fal
     assert output.shape == expected.shape and (output - expected).abs().max() < 1e-12
     assert lse.shape == expected_lse.shape and (lse - expected_lse).abs().max() < 1e-12
     dk, dv = torch.full_like(k, 3.0), torch.full_like(v, 5.0)  # they are added to
-    dq = found.backward(grad, q, k, v, output, lse, dk=dk, dv=dv, **options)
+    dq = found.backward(grad, q, k, v, output, lse, scores, dk=dk, dv=dv)
     theirs = torch.autograd.grad(expected, leaves, grad)
     for ours, expected_ in zip((dq, dk - 3, dv - 5), theirs, strict=True):
         assert (ours - expected_).abs().max() < 1e-12
@@ -88,8 +90,9 @@ def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=Fal
 @pytest.fixture(params=["explicit", "cpu", "cuda"])
 def kernel(request, monkeypatch) -> Pieces:
     """The pieces to test, with tiles of a few tokens."""
-    for name, size in (("_BLOCK", 4), ("_SMALLEST_BLOCK", 2), ("CUDA_BLOCK", 5)):
-        monkeypatch.setattr(pieces, name, size)
+    monkeypatch.setattr(tiles, "BLOCK", 4)
+    monkeypatch.setattr(tiles, "SMALLEST_BLOCK", 2)
+    monkeypatch.setattr(flash_cuda, "CUDA_BLOCK", 5)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
     return {"explicit": EXPLICIT, "cpu": CPU_FLASH, "cuda": CUDA_FLASH}[request.param]
@@ -113,7 +116,7 @@ def test_heads_and_values_of_all_sizes(kernel, heads, value_size, window):
 @pytest.mark.parametrize("lengths", PIECES.values(), ids=PIECES.keys())
 @pytest.mark.parametrize("window", [None, 6])
 def test_softcap(monkeypatch, lengths, window):
-    monkeypatch.setattr(pieces, "_BLOCK", 4)
+    monkeypatch.setattr(tiles, "BLOCK", 4)
     compare(EXPLICIT, lengths, window=window, softcap=1.5)
     compare(pieces.KERNELS, lengths, window=window, softcap=1.5)
 
@@ -121,17 +124,17 @@ def test_softcap(monkeypatch, lengths, window):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("found", [EXPLICIT, CPU_FLASH], ids=["explicit", "cpu"])
 def test_narrow_dtypes(monkeypatch, found, dtype):
-    monkeypatch.setattr(pieces, "_BLOCK", 4)
+    monkeypatch.setattr(tiles, "BLOCK", 4)
     lengths = PIECES["documents"]
-    options = dict(zip(("query_lengths", "key_lengths"), lengths, strict=True)) | {"scale": 0.3}
+    scores = Scores(*lengths, scale=0.3)
     narrow = [x.to(dtype) for x in inputs(lengths)]
     exact = [x.double() for x in narrow]
     results = []
     for q, k, v, grad in (narrow, exact):
-        output, lse = found.forward(q, k, v, **options)
+        output, lse = found.forward(q, k, v, scores)
         assert output.dtype == q.dtype
         dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
-        dq = found.backward(grad, q, k, v, output, lse, dk=dk, dv=dv, **options)
+        dq = found.backward(grad, q, k, v, output, lse, scores, dk=dk, dv=dv)
         assert dq.dtype == q.dtype
         results.append([output, lse, dq, dk, dv])
     assert results[0][1].dtype == torch.float32
@@ -150,13 +153,12 @@ def test_tiles_of_the_real_size(window):
     """Two kernels with other tiles agree, on more tokens than a tile has."""
     lengths = (100, 2200), (2300, 2500)
     q, k, v, grad = inputs(lengths, heads=(2, 1))
-    options = {"query_lengths": lengths[0], "key_lengths": lengths[1], "scale": 0.3}
-    options["window"] = window
+    scores = Scores(*lengths, scale=0.3, window=window)
     results = []
     for found in (EXPLICIT, CPU_FLASH):
-        output, lse = found.forward(q, k, v, **options)
+        output, lse = found.forward(q, k, v, scores)
         sums = {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
-        dq = found.backward(grad, q, k, v, output, lse, **sums, **options)
+        dq = found.backward(grad, q, k, v, output, lse, scores, **sums)
         results.append([output, lse, dq, *sums.values()])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).abs().max() < 1e-12
@@ -171,13 +173,12 @@ def test_no_tensor_has_all_keys_and_all_query_heads(found, window):
         torch.randn(n, h, size)
         for n, h in ((queries, heads), (keys, 1), (keys, 1), (queries, heads))
     )
-    options = {"query_lengths": lengths[0], "key_lengths": lengths[1], "scale": 0.3}
-    options["window"] = window
+    scores = Scores(*lengths, scale=0.3, window=window)
     sums = {"dk": torch.zeros_like(k), "dv": torch.zeros_like(v)}
     with Largest() as largest:
-        output, lse = found.forward(q, k, v, **options)
-        found.backward(grad, q, k, v, output, lse, **sums, **options)
-    assert largest.elements <= max(k.numel(), heads * queries * pieces._BLOCK) < keys * heads * size
+        output, lse = found.forward(q, k, v, scores)
+        found.backward(grad, q, k, v, output, lse, scores, **sums)
+    assert largest.elements <= max(k.numel(), heads * queries * tiles.BLOCK) < keys * heads * size
 
 
 # --- the operators of CUDA ------------------------------------------------------------------------
@@ -216,13 +217,12 @@ def test_torch_accepts_the_calls(monkeypatch, window, value_size):
     for query_lengths, key_lengths in (((100, 28), (100, 28)), ((100, 28), (700, 40))):
         shapes = [(128, 8, 64), (sum(key_lengths), 2, 64), (sum(key_lengths), 2, value_size)]
         q, k, v = (torch.empty(x, dtype=torch.bfloat16, device="meta") for x in shapes)
-        options = {"query_lengths": query_lengths, "key_lengths": key_lengths, "scale": 0.1}
-        options["window"] = window
-        output, lse = CUDA_FLASH.forward(q, k, v, **options)
+        scores = Scores(query_lengths, key_lengths, scale=0.1, window=window)
+        output, lse = CUDA_FLASH.forward(q, k, v, scores)
         assert output.shape == (128, 8, value_size) and lse.shape == (8, 128)
         assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
-        dq = CUDA_FLASH.backward(output, q, k, v, output, lse, dk=dk, dv=dv, **options)
+        dq = CUDA_FLASH.backward(output, q, k, v, output, lse, scores, dk=dk, dv=dv)
         assert dq.shape == q.shape and dq.dtype == q.dtype
     assert set(calls) == {f"aten::{name}" for name in SCHEMAS_2_11} and len(calls) > 4
 

@@ -87,7 +87,7 @@ def test_training_with_copies_that_come_late(degrees, rows: int) -> None:
     steps = [
         [make_rows(DOCUMENTS[:rows], masked="none", vocab_size=61, seed=step)] for step in range(3)
     ]
-    options = {"stream_chunk_tokens": 8, "checkpoint_every": 2, "mlp_tile_tokens": 3}
+    options = {"stream_chunk_tokens": 4, "checkpoint_every": 2, "mlp_tile_tokens": 3}
     found = run_on_ranks(
         prod(degrees),
         kept_in_fp64,
@@ -101,8 +101,8 @@ def test_training_with_copies_that_come_late(degrees, rows: int) -> None:
     plain = kept_in_fp64(train_plain, STARCODER2, steps, torch.float64)
     worst = largest_difference(found, plain)
     assert max(worst.values()) < 1e-12, worst
-    # Of three chunks the first has nothing before it. Parts of several rows do not come ahead.
-    assert found.ahead > 0.6 if rows == 1 else found.ahead < 0.6
+    # Of six chunks the first has nothing before it. Parts of several rows do not come ahead.
+    assert (found.ahead > 0.65) == (rows == 1), found.ahead
 
 
 def test_a_part_that_was_not_asked_for_is_not_mistaken_for_another() -> None:

@@ -45,7 +45,8 @@ from titan_ulysses.model.freezing import freeze
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.cores import sdpa
-from titan_ulysses.ulysses.pieces import Pieces, pieces_of
+from titan_ulysses.ulysses.pieces import pieces_of
+from titan_ulysses.ulysses.scores import Pieces
 from titan_ulysses.ulysses.streamed import _seen
 
 SP3 = (1, 1, 3)

@@ -7,6 +7,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from itertools import chain, combinations, islice, product
@@ -34,8 +35,12 @@ from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses import attention
 from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention
 from titan_ulysses.ulysses.cores import flash, sdpa, takes_any_size, varlen
-from titan_ulysses.ulysses.exchange import heads_to_sequence, sequence_to_heads
-from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
+from titan_ulysses.ulysses.exchange import (
+    heads_to_sequence,
+    keys_to_heads,
+    sequence_to_heads,
+)
+from titan_ulysses.ulysses.heads import HeadPlan, deal_heads, plan_heads
 
 HEAD_COUNTS = [(8, 8), (8, 2), (9, 3), (14, 2), (5, 1), (6, 6), (3, 1), (7, 7)]
 TOKENS, HEAD_SIZE = 3, 2
@@ -76,17 +81,22 @@ def test_plan_partitions_query_heads_and_names_the_kv_heads_they_read(
     }
     for queries, keys in zip(plan.query, plan.key_value, strict=True):
         assert list(keys) == sorted({head // plan.group_size for head in queries})
-    # DTensor cuts by size alone: the query heads and the KV heads must both be multiples of P.
-    assert plan.is_even == (num_query_heads % degree == 0 and num_kv_heads % degree == 0)
+    assert all(len(parts) == 1 for parts in plan.parts)
+
+
+def is_even(plan: HeadPlan) -> bool:
+    """DTensor cuts by size alone: the query heads and the KV heads must both be multiples of P."""
+    return not plan.query[-1].stop % plan.degree and not plan.key_value[-1].stop % plan.degree
 
 
 @settings(max_examples=150, deadline=None)
 @given(head_counts())
 def test_runs_cover_each_query_head_once_with_its_kv_head(counts: tuple[int, int, int]) -> None:
     plan = plan_heads(*counts)
-    for rank in range(plan.degree):
+    even = is_even(plan)
+    for rank, mine in enumerate(plan.query):
         runs = plan.runs(rank)
-        assert len(runs) == 1 if plan.is_even else bool(plan.query[rank]) <= len(runs) <= 3
+        assert len(runs) == 1 if even else bool(mine) <= len(runs) <= 3
         reads = []
         for queries, keys in runs:
             group, rest = divmod(queries.stop - queries.start, keys.stop - keys.start)
@@ -95,9 +105,7 @@ def test_runs_cover_each_query_head_once_with_its_kv_head(counts: tuple[int, int
                 (queries.start + i, keys.start + i // group)
                 for i in range(queries.stop - queries.start)
             ]
-        expected = [
-            head // plan.group_size - plan.key_value[rank].start for head in plan.query[rank]
-        ]
+        expected = [head // plan.group_size - plan.key_value[rank].start for head in mine]
         assert reads == list(enumerate(expected))
 
 
@@ -126,10 +134,16 @@ def test_no_balanced_plan_sends_fewer_kv_heads(
 @given(head_counts())
 def test_stretches_are_the_busy_ranks_with_regular_ranges(counts: tuple[int, int, int]) -> None:
     plan = plan_heads(*counts)
-    busy = [rank for rank, heads in enumerate(plan.query) if heads]
-    of_both = (plan.rank_groups, (plan.query, plan.key_value))
-    of_queries = (plan.query_rank_groups, (plan.query,))
-    for rank_groups, all_ranges in (of_both, of_queries):
+    check_rank_groups(plan, 0)
+    if is_even(plan):
+        assert plan.rank_groups("qkv", 0) == plan.rank_groups("q", 0) == (range(plan.degree),)
+
+
+def check_rank_groups(plan: HeadPlan, source: int) -> None:
+    for tensors in ("qkv", "q", "kv"):
+        rank_groups = plan.rank_groups(tensors, source)
+        all_ranges = plan.heads_of(tensors, source)
+        busy = [rank for rank in range(plan.degree) if all_ranges[-1][rank]]
         assert [rank for ranks in rank_groups for rank in ranks] == busy
         for ranks, ranges in product(rank_groups, all_ranges):
             mine = [ranges[rank] for rank in ranks]
@@ -139,15 +153,12 @@ def test_stretches_are_the_busy_ranks_with_regular_ranges(counts: tuple[int, int
             assert one_after_another or (len(set(mine)) == 1 and ranges is plan.key_value)
             if one_after_another and len(mine) > 1 and ranks.start:
                 assert ranges[ranks.start - 1].stop == mine[0].start
-    if plan.is_even:
-        assert plan.rank_groups == plan.query_rank_groups == (range(plan.degree),)
 
 
 def test_plan_of_14_query_and_2_kv_heads_on_4_ranks() -> None:
     plan = plan_heads(14, 2, 4)
     assert plan.query == (range(0, 4), range(4, 7), range(7, 11), range(11, 14))
     assert plan.key_value == (range(0, 1), range(0, 1), range(1, 2), range(1, 2))
-    assert not plan.is_even
     assert plan_heads(9, 3, 2).runs(1) == [(slice(0, 1), slice(0, 1)), (slice(1, 4), slice(1, 2))]
 
 
@@ -156,14 +167,74 @@ def test_plan_of_1024_ranks_takes_little_time_and_one_copy_where_it_can() -> Non
     plan = plan_heads(1536, 512, 1024)  # two ranks a KV head: 2 queries and 1
     assert time.process_time() - started < 5
     assert sum(map(len, plan.key_value)) == 1024
-    assert plan_heads(1024, 1, 1024).rank_groups == (range(1024),)  # MQA: all read the one KV head
+    assert plan_heads(1024, 1, 1024).rank_groups("qkv", 0) == (
+        range(1024),
+    )  # MQA: all read the one KV head
 
 
 def test_ranks_beyond_the_query_heads_are_idle() -> None:
     plan = plan_heads(3, 1, 5)
     assert [len(heads) for heads in plan.query] == [1, 1, 1, 0, 0]
     assert [len(heads) for heads in plan.key_value] == [1, 1, 1, 0, 0]
-    assert plan.runs(4) == [] and plan.rank_groups == (range(0, 3),) and not plan.is_even
+    assert plan.runs(4) == [] and plan.rank_groups("qkv", 0) == (range(0, 3),)
+
+
+@settings(max_examples=100, deadline=None)
+@given(head_counts())
+def test_dealt_heads_are_the_same_number_of_queries_on_every_rank(
+    counts: tuple[int, int, int],
+) -> None:
+    """A cell is one head and the tokens of one rank: each is dealt once, and Hq to every rank."""
+    num_query_heads, num_kv_heads, degree = counts
+    degree = min(degree, 64)
+    plan = deal_heads(num_query_heads, num_kv_heads, degree)
+    dealt = []
+    for rank, (parts, query) in enumerate(zip(plan.parts, plan.query, strict=True)):
+        assert len(parts) <= 3
+        assert [source for part in parts for source in part.sources] == list(range(degree))
+        mine = [(head, source) for sources, heads in parts for head in heads for source in sources]
+        assert len(mine) == num_query_heads
+        assert list(plan.key_value[rank]) == sorted({head // plan.group_size for head, _ in mine})
+        assert list(query) == sorted({head for head, _ in mine})
+        reads = [
+            plan.key_value[rank].start + keys.start + i // ((q.stop - q.start) // len_of(keys))
+            for part in range(len(parts))
+            for q, keys in plan.runs(rank, part)
+            for i in range(len_of(q))
+        ]
+        assert reads == [head // plan.group_size for _, heads in parts for head in heads]
+        dealt += sorted(mine)
+    assert dealt == [(head, source) for head in range(num_query_heads) for source in range(degree)]
+    held = [len(heads) for heads in plan.key_value]
+    assert sum(held) == degree + num_kv_heads - math.gcd(degree, num_kv_heads)
+    assert max(held) < num_kv_heads / degree + 2
+    if num_query_heads % degree == 0:
+        assert plan == plan_heads(num_query_heads, num_kv_heads, degree)
+    for source in (0, degree // 2, degree - 1):
+        check_rank_groups(plan, source)
+
+
+def len_of(part: slice) -> int:
+    return part.stop - part.start
+
+
+@pytest.mark.parametrize("counts", [(9, 3, 4), (14, 2, 4), (2, 1, 3), (32, 8, 64), (5, 1, 64)])
+def test_the_work_on_16_chunks_is_balanced(counts: tuple[int, int, int]) -> None:
+    """Pairs of queries and keys of the busiest rank of each chunk, against a fair share."""
+    chunks, plan, degree = 16, deal_heads(*counts), counts[2]
+    tokens = 4
+    slowest = 0
+    for chunk in range(chunks):
+        pairs = [0] * degree
+        for rank, parts in enumerate(plan.parts):
+            for sources, heads in parts:
+                first = (chunk * degree + sources.start) * tokens
+                last = (chunk * degree + sources.stop) * tokens
+                pairs[rank] += len(heads) * sum(range(first + 1, last + 1))
+        slowest += max(pairs)
+    length = chunks * degree * tokens
+    fair = counts[0] * length * (length + 1) / 2 / degree
+    assert 1 <= slowest / fair < (chunks + 1) / chunks < 1.1
 
 
 @pytest.mark.parametrize(("num_query_heads", "num_kv_heads"), [(8, 3), (2, 4), (7, 2)])
@@ -173,6 +244,8 @@ def test_kv_heads_must_divide_query_heads(num_query_heads: int, num_kv_heads: in
         match=f"{num_kv_heads} key-value heads do not divide {num_query_heads} query heads",
     ):
         plan_heads(num_query_heads, num_kv_heads, 2)
+    with pytest.raises(ValueError, match="do not divide"):
+        deal_heads(num_query_heads, num_kv_heads, 2)
 
 
 # ---------------------------------------------------------------- the exchange
@@ -221,14 +294,16 @@ def place(local: Tensor, mesh: DeviceMesh, dim: int = 1) -> DTensor:
     return DTensor.from_local(local, mesh, (Shard(dim),), run_check=False)
 
 
-def local_of(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-def heads_of(plan: HeadPlan, rank: int) -> list[slice]:
-    return [
-        slice(r[rank].start, r[rank].stop) for r in (plan.query, plan.key_value, plan.key_value)
+def seen_by(rank: int, plan: HeadPlan, whole: list[Tensor]) -> list[Tensor]:
+    """What of whole q, k and v a rank computes with: a tensor for each part, then k and v."""
+    q, *others = whole
+    tokens = q.shape[1] // plan.degree
+    queries = [
+        q[:, sources.start * tokens : sources.stop * tokens, heads.start : heads.stop]
+        for sources, heads in plan.parts[rank]
     ]
+    keys = plan.key_value[rank]
+    return [*queries, *(x[:, :, keys.start : keys.stop] for x in others)]
 
 
 def weighed(tensors: list[Tensor], rank: int) -> Tensor:
@@ -244,35 +319,34 @@ def weighed(tensors: list[Tensor], rank: int) -> Tensor:
 def check_sequence_to_heads(mesh: DeviceMesh, plan: HeadPlan, *case) -> None:
     rank, whole = mesh.get_local_rank(), whole_qkv(plan, *case)
     own = [own_tokens(x, mesh) for x in whole]
-    received = sequence_to_heads(*(place(x, mesh) for x in own), plan)
-    assert (
-        all(isinstance(x, DTensor) and x.placements == (Shard(2),) for x in received)
-        == plan.is_even
-    )
-    for x, full, heads in zip(received, whole, heads_of(plan, rank), strict=True):
-        torch.testing.assert_close(local_of(x), full[:, :, heads].detach(), **EXACT)
-        if plan.is_even:
-            by_dtensor = place(own_tokens(full, mesh).detach(), mesh).redistribute(
-                placements=(Shard(2),)
-            )
-            assert x.shape == full.shape
-            torch.testing.assert_close(x.detach().to_local(), by_dtensor.to_local(), **EXACT)
+    queries, *keys = sequence_to_heads(*(place(x, mesh) for x in own), plan)
+    received, expected = [*queries, *keys], seen_by(rank, plan, whole)
+    for x, full in zip(received, expected, strict=True):
+        torch.testing.assert_close(x, full.detach(), **EXACT)
+    if is_even(plan):
+        for x, full in zip(received, whole, strict=True):
+            here = place(own_tokens(full, mesh).detach(), mesh)
+            by_dtensor = here.redistribute(placements=(Shard(2),)).to_local()
+            torch.testing.assert_close(x.detach(), by_dtensor, **EXACT)
+    alone = keys_to_heads(*(place(x, mesh) for x in own[1:]), plan)
+    known = tuple(x.clone() for x in alone)
+    again, *kept = sequence_to_heads(*(place(x, mesh) for x in own), plan, known=known)
+    for x, full in zip([*again, *kept], expected, strict=True):
+        torch.testing.assert_close(x, full.detach(), **EXACT)
+    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(kept, known, strict=True))
 
-    weighed([local_of(x) for x in received], rank).backward()
-    seen = [
-        [x[:, :, heads] for x, heads in zip(whole, heads_of(plan, p), strict=True)]
-        for p in range(plan.degree)
-    ]
-    sum(weighed(tensors, p) for p, tensors in enumerate(seen)).backward()
-    for x, full in zip(own, whole, strict=True):
-        torch.testing.assert_close(x.grad, full.grad[:, tokens_of(rank)], **EXACT)
+    others = [seen_by(p, plan, whole) for p in range(plan.degree)]
+    sum(weighed(tensors, p) for p, tensors in enumerate(others)).backward()
+    for results in (received, [*again, *kept]):
+        gradients = torch.autograd.grad(weighed(results, rank), own)
+        for gradient, full in zip(gradients, whole, strict=True):
+            torch.testing.assert_close(gradient, full.grad[:, tokens_of(rank)], **EXACT)
 
 
 def check_heads_to_sequence(
     mesh: DeviceMesh, plan: HeadPlan, batch: int, dtype: torch.dtype, _: int
 ) -> None:
     rank, (whole, _, _) = mesh.get_local_rank(), whole_qkv(plan, batch, dtype, HEAD_SIZE)
-    heads = heads_of(plan, rank)[0]
     weights = integers(*whole.shape, seed=9, dtype=dtype)
     kernels_write = {
         "[B, S, h, D]": lambda x: x.clone(),
@@ -280,13 +354,14 @@ def check_heads_to_sequence(
         "[B, h, S, D]": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     }
     for layout in kernels_write.values():
-        own = layout(whole.detach()[:, :, heads]).requires_grad_()
-        output = heads_to_sequence(place(own, mesh, 2) if plan.is_even else own, plan, mesh)
+        own = [layout(x).requires_grad_() for x in seen_by(rank, plan, [whole.detach()])]
+        output = heads_to_sequence(own, plan, mesh)
         assert output.placements == (Shard(1),)
         assert output.shape == whole.shape
         torch.testing.assert_close(output.to_local(), whole[:, tokens_of(rank)], **EXACT)
         (output.to_local() * weights[:, tokens_of(rank)]).sum().backward()
-        torch.testing.assert_close(own.grad, weights[:, :, heads], **EXACT)
+        for x, weight in zip(own, seen_by(rank, plan, [weights]), strict=True):
+            torch.testing.assert_close(x.grad, weight, **EXACT)
 
 
 def check_round_trip(
@@ -295,15 +370,16 @@ def check_round_trip(
     torch.manual_seed(dist.get_rank())
     shapes = heads_and_sizes(plan, value_size)
     q, k, v = (torch.randn(batch, TOKENS, heads, size).to(dtype) for heads, size in shapes)
-    query, _, _ = sequence_to_heads(*(place(x, mesh) for x in (q, k, v)), plan)
-    torch.testing.assert_close(heads_to_sequence(query, plan, mesh).to_local(), q, **EXACT)
+    queries, _, _ = sequence_to_heads(*(place(x, mesh) for x in (q, k, v)), plan)
+    torch.testing.assert_close(heads_to_sequence(queries, plan, mesh).to_local(), q, **EXACT)
 
 
 def check_exchange(mesh: DeviceMesh) -> int:
     """All cases on this mesh; the number of them."""
     cases = [
-        (plan_heads(*counts, mesh.size()), batch, dtype, value_size)
+        (plan(*counts, mesh.size()), batch, dtype, value_size)
         for counts in HEAD_COUNTS
+        for plan in (plan_heads, deal_heads)
         for (batch, dtype), value_size in zip(
             ((1, torch.float64), (2, torch.float64), (2, torch.bfloat16)), VALUE_SIZES, strict=True
         )
@@ -325,20 +401,20 @@ def exchange_over_pairs_of_ranks() -> int:
     return check_exchange(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))["sp"])
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, 24), (3, 24), (4, 24)])
+@pytest.mark.parametrize(("world_size", "cases"), [(2, 48), (3, 48), (4, 48)])
 def test_exchange_equals_indexing_of_whole_tensors(world_size: int, cases: int) -> None:
     assert run_on_ranks(world_size, exchange_over_all_ranks) == [cases] * world_size
 
 
 def test_exchange_within_pairs_of_four_ranks() -> None:
-    assert run_on_ranks(4, exchange_over_pairs_of_ranks) == [24] * 4
+    assert run_on_ranks(4, exchange_over_pairs_of_ranks) == [48] * 4
 
 
 def placement_errors() -> dict[str, str]:
     """What wrong placements raise, by the name of the mistake."""
     mesh = sp_mesh()
     grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
-    even, uneven = plan_heads(2, 2, 2), plan_heads(3, 1, 2)
+    plan = plan_heads(2, 2, 2)
     local = torch.zeros(1, TOKENS, 2, HEAD_SIZE)
     good = place(local, mesh)
     wrong = {
@@ -349,13 +425,11 @@ def placement_errors() -> dict[str, str]:
         "plain tensor": local,
     }
     calls = {
-        f"q {name}": lambda x=x: sequence_to_heads(x, good, good, even) for name, x in wrong.items()
+        f"q {name}": lambda x=x: sequence_to_heads(x, good, good, plan) for name, x in wrong.items()
     }
-    calls["k heads"] = lambda: sequence_to_heads(good, wrong["heads"], good, even)
-    calls["v replicated"] = lambda: sequence_to_heads(good, good, wrong["replicated"], even)
-    calls["output sequence"] = lambda: heads_to_sequence(good, even, mesh)
-    calls["output plain tensor"] = lambda: heads_to_sequence(local, even, mesh)
-    calls["output of an uneven plan"] = lambda: heads_to_sequence(wrong["heads"], uneven, mesh)
+    calls["k heads"] = lambda: sequence_to_heads(good, wrong["heads"], good, plan)
+    calls["v replicated"] = lambda: sequence_to_heads(good, good, wrong["replicated"], plan)
+    calls["v alone"] = lambda: keys_to_heads(good, local, plan)
     messages = {}
     for name, call in calls.items():
         try:
@@ -369,7 +443,7 @@ def placement_errors() -> dict[str, str]:
 
 def test_wrong_placements_are_refused_by_name() -> None:
     for messages in run_on_ranks(2, placement_errors):
-        assert len(messages) == 10
+        assert len(messages) == 8
         for mistake, message in messages.items():
             assert message.startswith(f"{mistake.split()[0]} must be "), f"{mistake}: {message}"
         assert "but has (Replicate(),)" in messages["v replicated"]
@@ -711,15 +785,14 @@ def copies_of_the_exchange(
         shape = (mesh.size() * TOKENS, batch, len(plan.query[rank]), value_size)
         # As a kernel writes it: [S, B, h, D].
         output = torch.ones(shape).transpose(0, 1).requires_grad_()
-        placed = place(output, mesh, 2) if plan.is_even else output
         with Copies() as there:
-            received = sequence_to_heads(*(place(x, mesh) for x in own), plan)
-            received = [local_of(x) for x in received]
+            (query,), *keys = sequence_to_heads(*(place(x, mesh) for x in own), plan)
+        received = [query, *keys]
         grads = [torch.ones_like(x) for x in received]
         with Copies() as there_backward:
             torch.autograd.grad(received, own, grads)
         with Copies() as back:
-            returned = heads_to_sequence(placed, plan, mesh).to_local()
+            returned = heads_to_sequence((output,), plan, mesh).to_local()
         grad = torch.ones_like(returned)
         with Copies() as back_backward:
             torch.autograd.grad(returned, output, grad)
@@ -749,7 +822,7 @@ def test_the_exchange_copies_once_on_each_side_at_most(batch: int, value_size: i
             assert sum(there_backward[3:]) == tokens * sum(numbers)
             # Sent as it lies; packed.
             assert sum(back) == sum(back_backward) == tokens * value_size * counts[0]
-            if plan.is_even:
+            if is_even(plan):
                 assert [len(there), len(there_backward), len(back), len(back_backward)] == [
                     3,
                     6,
@@ -860,7 +933,7 @@ def test_two_all_to_alls_each_way_send_what_the_formula_says(
 
             assert forward == [to_heads(qkv), to_sequence(output)]
             assert backward == [to_heads(output), to_sequence(qkv)]
-            if plan.is_even:
+            if is_even(plan):
                 a_token = HEAD_SIZE * (counts[0] + counts[1]) + value_size * counts[1]
                 assert (
                     to_heads(qkv)[1]

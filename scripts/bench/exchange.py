@@ -37,15 +37,13 @@ TARGETS = {"redistribute": 5.0, "four all-to-alls": 1.1, "four, KV heads repeate
 def exchange(mesh, q, k, v, o):
     from torch.distributed.tensor import DTensor
 
-    from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
+    from titan_ulysses.ulysses.exchange import SEQUENCE, heads_to_sequence, sequence_to_heads
     from titan_ulysses.ulysses.heads import plan_heads
 
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
     q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
-    if plan.is_even:
-        o = DTensor.from_local(o, mesh, (HEADS,), run_check=False)
-    results = [*sequence_to_heads(q, k, v, plan), heads_to_sequence(o, plan, mesh)]
-    return [x.to_local() if isinstance(x, DTensor) else x for x in results]
+    (query,), *keys = sequence_to_heads(q, k, v, plan)
+    return [query, *keys, heads_to_sequence((o,), plan, mesh).to_local()]
 
 
 def redistribute(mesh, q, k, v, o):
@@ -227,7 +225,8 @@ def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
     found = []
     for degree in degrees:
         plan, seq_len = plan_heads(*heads, degree), degree * tokens
-        rank = max(range(degree), key=lambda p: len(plan.query[p]) + 2 * len(plan.key_value[p]))
+        heads_of = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
+        rank = heads_of.index(max(heads_of))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=degree)
         mesh = init_device_mesh("cpu", (degree,))
         with FakeTensorMode(), counted() as calls:

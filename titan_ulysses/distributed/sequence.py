@@ -16,9 +16,12 @@ With one chunk, rank p holds tokens [p * S/P, (p + 1) * S/P).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import torch
@@ -54,6 +57,40 @@ def new_empty(shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape, dtype=dtype)
 
 
+def first_key(documents: tuple[int, ...], token: int, window: int | None) -> int:
+    """Return the first token of a row that this token or later ones read: the first one of its
+    document that is in its window, which counts the token itself.
+    """
+    starts = list(accumulate(documents, initial=0))
+    start = starts[bisect_right(starts, token) - 1]
+    return start if window is None else max(start, token - window + 1)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which tokens the queries of a chunk read: those of their documents so far, in a window."""
+
+    documents: Documents
+    window: int | None
+    size: int
+    """Tokens of a chunk; the last one may have fewer."""
+
+    def of(self, chunk: slice) -> slice:
+        """Return what a chunk of these tokens reads, its own included, in whole chunks."""
+        first = min(first_key(row, chunk.start, self.window) for row in self.documents)
+        return slice(first - first % self.size, chunk.stop)
+
+    def most(self) -> int:
+        """Return the most tokens that a chunk reads."""
+        return _most_read(self)
+
+
+@lru_cache(maxsize=64)
+def _most_read(reach: Reach) -> int:
+    chunks = chunks_of(sum(reach.documents[0]), 1, reach.size)
+    return max(x.stop - x.start for x in (reach.of(chunk.whole) for chunk in chunks))
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A chunk of the sequence that a block computes, alone, after those before it."""
@@ -64,16 +101,30 @@ class Chunk:
     local: slice
     """Its tokens on this rank, among the T of the rank."""
     seq_len: int
+    size: int
+    """Tokens of a chunk of the whole sequence; the last one may have fewer."""
     goal: Literal["output", "keys", "gradient"] = "output"
     """What the block computes: its output; only the keys and values of its attention, which then
-    raises `KeysKnown`; or its output as a graph for autograd, given the keys of all chunks before.
+    raises `KeysKnown`; or its output as a graph for autograd, given the keys that it reads.
     """
-    memory: dict[Any, Any] = field(default_factory=dict)
+    reader: slice | None = None
+    """The tokens of the chunk whose queries read its keys next; None: of itself."""
+    reach: Reach | None = None
+    """What the block's attention reads, where that is known from its forward."""
+    keys_known: bool = False
+    """Whether its keys have been computed, and are remembered."""
+    memory: dict[Any, Remembered] = field(default_factory=dict)
     """What the modules of the block remember from chunk to chunk, by module."""
     make: Callable[[torch.Size, Tensor, torch.dtype], Tensor] = new_empty
     """Makes a tensor for keys, values or their gradients: shape, a tensor like it, dtype."""
     kept: Kept | None = None
     """What they keep from the forward of this call of the block until its backward."""
+
+
+class Remembered(Protocol):
+    """What attention remembers of the chunks of a sequence."""
+
+    reach: Reach
 
 
 class Kept(Protocol):
@@ -103,7 +154,7 @@ def chunks_of(seq_len: int, degree: int, chunk_tokens: int | None) -> list[Chunk
     size = chunk_tokens or seq_len
     wholes = [slice(start, min(start + size, seq_len)) for start in range(0, seq_len, size)]
     return [
-        Chunk(index, whole, slice(whole.start // degree, whole.stop // degree), seq_len)
+        Chunk(index, whole, slice(whole.start // degree, whole.stop // degree), seq_len, size)
         for index, whole in enumerate(wholes)
     ]
 

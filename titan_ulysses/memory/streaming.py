@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import Chunk, KeysKnown, current_chunk
+from titan_ulysses.distributed.sequence import Chunk, KeysKnown, Reach, current_chunk
 from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
@@ -185,6 +185,7 @@ class _Call:
             i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.requires_grad
         ]
         self.random: list[Tensor] = []
+        self.reach: Reach | None = None  # what the block's attention reads; set by the forward
 
     def _token_dim(self, leaf: Any, shape: torch.Size) -> int | None:
         """Return the dimension of an argument's tokens, or None if it has none."""
@@ -242,6 +243,7 @@ class _Call:
             if output is None:
                 output = streamed.empty(hidden, y.dtype)
             streamed.write(output, chunk, y)
+        self.reach = _common(memory, self.chunks)
         streamed.dtype = output.dtype
         first, last = self.random[0], rng_state(hidden.device)
         streamed.draws_random_numbers |= first.numpy().tobytes() != last.numpy().tobytes()
@@ -268,8 +270,8 @@ class _Call:
 
         The gradient of hidden [B, T, h] takes the place of upstream [B, T, h].
         """
-        memory = self._keys_and_values(hidden)
         streamed = self.streamed
+        memory: dict[Any, Any] = {}
         if not _can_be_written(upstream, hidden):
             given, upstream = upstream, streamed.empty(hidden, hidden.dtype)
             for chunk in visited(self.chunks):
@@ -280,6 +282,7 @@ class _Call:
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
         for chunk, then in visited(with_next(self.chunks[::-1]), "shrinking"):
+            self._compute_keys(hidden, chunk, memory)
             y, inputs = self._graph(hidden, chunk, then, memory, needs_input=needs[0])
             inputs += parameters
             gradient_of_y = streamed.read(upstream, chunk, then)
@@ -297,22 +300,32 @@ class _Call:
             for needed, x, total in zip(needs, like, totals, strict=True)
         ]
 
-    def _keys_and_values(self, hidden: Tensor) -> dict[Any, Any]:
-        """Return what the block's attention remembers of all chunks but the last.
+    def _compute_keys(self, hidden: Tensor, reader: Chunk, memory: dict[Any, Any]) -> None:
+        """Let the block's attention know the earlier keys that a chunk reads, and no later one.
 
-        The last one is the first whose gradients are computed, and tells its own keys then.
+        The last chunk reads most of them, or all. Its own keys are not among them.
         """
-        memory: dict[Any, Any] = {}
-        for chunk, then in visited(with_next(self.chunks[:-1])):
+        stop = min([reader.index, *map(self._first_read, self._next(reader))])
+        for chunk, then in visited(with_next(self.chunks[self._first_read(reader) : stop])):
             with (
-                _running(replace(chunk, goal="keys", memory=memory)),
+                _running(self._in_backward(chunk, "keys", memory, reader=reader.whole)),
                 self._replayed(chunk, hidden.device),
                 torch.no_grad(),
                 suppress(KeysKnown),
             ):
                 x = self.streamed.read(hidden, chunk, then)
                 self.run(x, *self.arguments(chunk, then)[:2])
-        return memory
+
+    def _first_read(self, chunk: Chunk) -> int:
+        """Return the index of the first chunk of which a chunk reads keys."""
+        return chunk.index if self.reach is None else self.reach.of(chunk.whole).start // chunk.size
+
+    def _next(self, chunk: Chunk) -> list[Chunk]:
+        """Return the chunk after this one, if there is one."""
+        return self.chunks[chunk.index + 1 : chunk.index + 2]
+
+    def _in_backward(self, chunk: Chunk, goal: Any, memory: dict[Any, Any], **more: Any) -> Chunk:
+        return replace(chunk, goal=goal, memory=memory, reach=self.reach, **more)
 
     def _graph(
         self,
@@ -329,8 +342,10 @@ class _Call:
         """
         x = self.streamed.read(hidden, chunk, then).detach().requires_grad_(needs_input)
         args, kwargs, sources = self.arguments(chunk, then)
+        # Its keys are known if a later chunk has read them.
+        known = any(self._first_read(x) <= chunk.index for x in self._next(chunk))
         with (
-            _running(replace(chunk, goal="gradient", memory=memory)),
+            _running(self._in_backward(chunk, "gradient", memory, keys_known=known)),
             self._replayed(chunk, hidden.device),
             without_output(),
             torch.enable_grad(),
@@ -380,6 +395,14 @@ def _running(chunk: Chunk) -> Iterator[None]:
         yield
     finally:
         current_chunk.reset(token)
+
+
+def _common(memory: dict[Any, Any], chunks: list[Chunk]) -> Reach | None:
+    """Return what all attention of a block reads: the sequence so far, if they read differently."""
+    reaches = {remembered.reach for remembered in memory.values()}
+    if len(reaches) < 2:
+        return next(iter(reaches), None)
+    return Reach(((chunks[0].seq_len,),), None, chunks[0].size)
 
 
 def _range(tokens: slice) -> tuple[int, int]:

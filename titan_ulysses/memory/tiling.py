@@ -57,7 +57,7 @@ def visited(parts: list[T], cost: Cost = "even") -> Iterable[T]:
 
 def with_next(parts: Sequence[T]) -> list[tuple[T, T | None]]:
     """Return each part with the one after it; None after the last."""
-    return [*zip(parts, [*parts[1:], None], strict=True)]
+    return [*zip(parts, [*parts[1:], None], strict=False)]  # parts may be empty
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.memory.tiling import visited
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.ulysses.cores import with_equal_sizes
-from titan_ulysses.ulysses.pieces import CUDA_BLOCK, Lengths, Pieces
+from titan_ulysses.ulysses.flash_cuda import CUDA_BLOCK
+from titan_ulysses.ulysses.scores import Lengths, Pieces, Scores
 
 
 class Standin:
@@ -65,21 +66,10 @@ class Standin:
         """Chunks of the sequence, by the same kernels with some of the queries."""
         return Pieces(self._forward, self._backward)
 
-    def _forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        self._note(_pairs_of_pieces(query_lengths, key_lengths, window))
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        self._note(_pairs_of_pieces(scores.query_lengths, scores.key_lengths, scores.window))
         size = v.shape[-1]
-        output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scale)
+        output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scores.scale)
         return output[0, ..., :size].transpose(0, 1), lse.reshape(lse.shape[1:])
 
     def _backward(
@@ -90,27 +80,24 @@ class Standin:
         v: Tensor,
         output: Tensor,
         lse: Tensor,
+        scores: Scores,
         *,
         dk: Tensor,
         dv: Tensor,
-        query_lengths: Lengths,
-        key_lengths: Lengths,
-        scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
     ) -> Tensor:
-        """Do what `pieces.CUDA_FLASH` does: the queries' own keys, then blocks of earlier ones."""
-        pairs = _pairs_of_pieces(query_lengths, key_lengths, window)
+        """Do what `CUDA_FLASH` does: the queries' own keys, then blocks of earlier ones."""
+        queries, window = scores.query_lengths, scores.window
+        pairs = _pairs_of_pieces(queries, scores.key_lengths, window)
         own, size = len(q), q.shape[-1]
         starts = [*range(own, len(k), CUDA_BLOCK)]
-        earlier = pairs - _pairs_of_pieces(query_lengths, query_lengths, window)
+        earlier = pairs - _pairs_of_pieces(queries, queries, window)
         dq = None
         # The blocks of earlier keys are alike, and a long sequence has thousands.
         for first, stop in chain([(0, own)], visited([*pairwise([*starts, len(k)])])):
             self._note(pairs - earlier if dq is None else earlier / len(starts))
             keys = slice(first, stop)
             inputs = _heads_first(grad, q, k[keys], v[keys], output)
-            parts = _BACKWARD(*inputs, lse[None], 0.0, False, scale=scale)
+            parts = _BACKWARD(*inputs, lse[None], 0.0, False, scale=scores.scale)
             parts = [part[0].transpose(0, 1) for part in parts]
             dk[keys].add_(parts[1][..., : k.shape[-1]])
             dv[keys].add_(parts[2][..., : v.shape[-1]])

@@ -131,7 +131,7 @@ def obstacle_to_streaming(
         reason = "it keeps only the inputs of blocks, and there are no activation checkpoints"
     elif pieces_of(options.attention) is None:
         name = getattr(options.attention, "__name__", "model.attention")
-        reason = f"the core {name} has no `pieces` (see titan_ulysses/ulysses/pieces.py)"
+        reason = f"the core {name} has no `pieces` (see titan_ulysses/ulysses/scores.py)"
     elif getattr(model_config, "num_kv_shared_layers", 0):
         reason = "layers of this model read the keys of another layer (num_kv_shared_layers)"
     if reason and options.stream_chunk_tokens > 0:

@@ -9,7 +9,7 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -25,16 +25,14 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
     Chunk,
     Documents,
-    KeysKnown,
     chunks_of,
     current_chunk,
     local_slice,
 )
-from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.ulysses.cores import Core, takes_any_size
-from titan_ulysses.ulysses.exchange import HEADS, SEQUENCE, heads_to_sequence, sequence_to_heads
+from titan_ulysses.ulysses.exchange import SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
-from titan_ulysses.ulysses.streamed import chunk_core
+from titan_ulysses.ulysses.streamed import attend_chunk
 
 ATTENTION_NAME = "ulysses"
 
@@ -93,7 +91,7 @@ def ulysses_attention(
     """
     _check_call(module, attention_mask, ulysses, **kwargs)
     mesh = ulysses.mesh
-    layer = {
+    layer: dict[str, Any] = {
         "documents": _chunked(ulysses.documents, module),
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "window": kwargs.get("sliding_window"),
@@ -108,29 +106,17 @@ def ulysses_attention(
         places = ulysses.places if chunk is None else ulysses.places[:, chunk.local]
         query = _correct_temperature(query, module, places)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if chunk is not None:
+        return attend_chunk(q, k, v, chunk, module, mesh, ulysses.core, **layer), None
     plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
-
-    def core_of(heads: slice) -> Core:
-        return ulysses.core if chunk is None else chunk_core(ulysses.core, module, chunk, heads)
-
-    rank = 0 if mesh.size() == 1 else mesh.get_local_rank()
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        output = _local_heads(core_of, q, k, v, layer, plan, rank)
-        if chunk is not None and chunk.goal == "keys":
-            raise KeysKnown
-        return output
-
     if mesh.size() == 1:
-        return attend(q, k, v), None
+        return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
 
     # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
     q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
-    q, k, v = (local_shard(x) for x in sequence_to_heads(q, k, v, plan))
-    output = attend(q, k, v)
-    if plan.is_even:
-        output = DTensor.from_local(output, mesh, (HEADS,), run_check=False)
-    return heads_to_sequence(output, plan, mesh).to_local(), None
+    (q,), k, v = sequence_to_heads(q, k, v, plan)
+    output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
+    return heads_to_sequence((output,), plan, mesh).to_local(), None
 
 
 def _check_call(
@@ -167,7 +153,7 @@ def _check_call(
 
 
 def _local_heads(
-    core_of: Callable[[slice], Core],
+    core: Core,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -178,27 +164,26 @@ def _local_heads(
     """Run core attention over this rank's heads, with at least one call per run of the plan.
 
     A run is a range of heads with one ratio of query heads to KV heads (see `HeadPlan.runs`).
-    core_of(heads) is the core for a range of the rank's KV heads.
     """
-    sinks, outputs = layer["sinks"], []
+    sinks, outputs, mine = layer["sinks"], [], plan.parts[rank][0].heads
     if sinks is not None:
-        sinks = sinks[plan.query[rank].start : plan.query[rank].stop]
-    if not plan.query[rank]:
+        sinks = sinks[mine.start : mine.stop]
+    if not mine:
         # An idle rank returns [B, S, 0, Dv]. The result stays connected to all inputs in the
         # autograd graph, because the exchange in backward is a collective that every rank must
         # join.
         return v if sinks is None else v + sinks[:, None]
     calls = plan.runs(rank)
-    if not takes_any_size(core_of(calls[0][1])):
+    if not takes_any_size(core):
         calls = list(_bounded(calls, max(x[:, :, 0].numel() for x in (q, v))))
     if len(calls) == 1:
         local = layer if sinks is None else layer | {"sinks": sinks}
-        return _call(core_of(calls[0][1]), q, k, v, local)
+        return _call(core, q, k, v, local)
     queries, keys = zip(*calls, strict=True)
     inputs = zip(_parts(q, queries), _parts(k, keys), _parts(v, keys), strict=True)
-    for (heads, of_keys), (q, k, v) in zip(calls, inputs, strict=True):
+    for heads, (q, k, v) in zip(queries, inputs, strict=True):
         local = layer if sinks is None else layer | {"sinks": sinks[heads]}
-        outputs.append(_call(core_of(of_keys), q, k, v, local))
+        outputs.append(_call(core, q, k, v, local))
     return torch.cat(outputs, dim=2)
 
 

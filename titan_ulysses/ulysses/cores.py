@@ -32,8 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from titan_ulysses.config.schema import CORES
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.ulysses.flash_cuda import borders
 from titan_ulysses.ulysses.kernels import MOST_HEAD_SIZE, flash_obstacle
-from titan_ulysses.ulysses.pieces import attend_documents, borders, has_pieces
+from titan_ulysses.ulysses.pieces import attend_documents, has_pieces
 
 Core = Callable[..., Tensor]
 

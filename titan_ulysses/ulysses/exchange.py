@@ -1,31 +1,39 @@
-"""The exchange of Ulysses: sequence-sharded with all heads <-> head-sharded with all tokens.
+"""The exchange of Ulysses: from all heads of this rank's tokens to this rank's heads of all tokens,
+and back.
 
 One all-to-all carries q, k and v to the ranks of the heads, and a second one carries the output
-back. The backward of each is an all-to-all in the opposite direction. Layouts, for B rows, S tokens
-in total, T = S/P tokens per rank, H heads in total, h_p heads on rank p and head size D (in latent
-attention the size Dv of v and the output differs from the size Dq of q and k):
+back. The backward of each is an all-to-all in the opposite direction. For B rows, S tokens (of the
+sequence, or of a chunk of it), T = S/P tokens per rank, H heads in total and head size D (in latent
+attention the size Dv of v and the output differs from the size D of q and k):
 
-    sequence-sharded  [B, T, H, D]    placed Shard(1) of [B, S, H, D]
-    head-sharded      [B, S, h, D]    placed Shard(2) of [B, S, H, D] if the plan is even
+    this rank's tokens    [B, T, H, D], placed `Shard(1)` of [B, S, H, D]
+    this rank's heads     local tensors, which the `HeadPlan` describes: k and v [B, S, hkv_p, D],
+                          and of the queries a tensor [B, n, h, D] for each part of the plan
 
-The block sent to rank p is [T, B, x_p], token first. The x_p elements of a token are those of all
-its heads of q, then of k, then of v. The blocks received from ranks 0..P-1 therefore form the whole
-sequence [S, B, x], and q, k and v are views of it. On the way to heads, sending costs one copy of
-the data and receiving costs none. On the way back, receiving costs one copy. Sending the output
+Where activations live is a DTensor's placement on the side of the tokens, whatever the heads. On
+the side of the heads a DTensor can describe even plans only, as `Shard(2)`, and there the exchange
+moves what `redistribute(Shard(1) -> Shard(2))` moves (tests/test_ulysses.py compares them). A KV
+head on several ranks, 9 heads on 4 ranks or half of the queries of a head have no placement.
+
+The block that rank r sends to rank p is [T, B, x_rp], token first. The x_rp elements of a token are
+those of all its heads of q, then of k, then of v that p gets. The blocks received from ranks 0..P-1
+therefore form the whole sequence [S, B, x_p] (of each part of the plan), and q, k and v are views
+of it; k and v of several parts are joined by one copy. On the way to heads, sending costs one copy
+of the data and receiving costs none. On the way back, receiving costs one copy. Sending the output
 costs no copy if its memory is laid out as [S, B, h, D], which at B = 1 includes [B, S, h, D].
 Sending the gradients of q, k and v costs one copy, which packs them together. Copies between
 [B, T, H, D] and the blocks of all ranks are strided, one per tensor and rank group
 (`HeadPlan.rank_groups`) instead of one per rank: three for q, k and v if P divides Hkv.
 
-Bytes that rank r sends to other ranks, with x_p = Dq * (hq_p + hkv_p) + Dv * hkv_p for q, k and v,
-or Dv * hq_p for the output:
+Bytes that rank r sends to other ranks, where rank p has hq_rp query heads of r's tokens and hkv_p
+KV heads, with x_rp = D * (hq_rp + hkv_p) + Dv * hkv_p for q, k and v, or Dv * hq_rp for the output:
 
-    sequence to heads    B * T * itemsize * (sum_p x_p - x_r)
-    heads to sequence    B * T * itemsize * (P - 1) * x_r
+    tokens to heads    B * T * itemsize * (sum_p x_rp - x_rr)
+    heads to tokens    B * T * itemsize * (sum_p x_pr - x_rr)
 
 Forward carries q, k and v to heads and the output back. Backward carries the gradient of the
 output to heads and the gradients of q, k and v back. With an even plan q, k and v cost
-(P - 1)/P * B * T * (Dq * (Hq + Hkv) + Dv * Hkv) * itemsize in either direction.
+(P - 1)/P * B * T * (D * (Hq + Hkv) + Dv * Hkv) * itemsize in either direction.
 """
 
 from __future__ import annotations
@@ -39,171 +47,238 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from titan_ulysses.ulysses.heads import HeadPlan
+from titan_ulysses.ulysses.heads import HeadPlan, Part
 
 SEQUENCE = Shard(1)
-HEADS = Shard(2)
-
-
-class _ExchangeSpec(NamedTuple):
-    """Which heads of which tensors one all-to-all carries."""
-
-    ranges: tuple[tuple[range, ...], ...]
-    """`ranges[i][p]`: the heads of the i-th tensor that belong to rank p."""
-    rank_groups: tuple[range, ...]
-    """Groups of ranks that one copy per tensor serves, see `HeadPlan.rank_groups`."""
-    sizes: tuple[int, ...]
-    """The head size of each tensor."""
-
-    def widths(self, rank: int) -> list[int]:
-        """Return, for each tensor, the elements per token that belong to rank: heads times size."""
-        pairs = zip(self.ranges, self.sizes, strict=True)
-        return [len(ranges[rank]) * size for ranges, size in pairs]
-
-    def split(self, block: Tensor, rank: int) -> list[Tensor]:
-        """Split a block [..., x] of rank into views [..., h_i, D_i], one per tensor."""
-        parts = zip(block.split(self.widths(rank), dim=-1), self.sizes, strict=True)
-        return [part.unflatten(-1, (part.shape[-1] // size, size)) for part, size in parts]
 
 
 def sequence_to_heads(
-    q: DTensor, k: DTensor, v: DTensor, plan: HeadPlan
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Send the whole sequence of each head to the rank of that head, in one all-to-all.
+    q: DTensor,
+    k: DTensor,
+    v: DTensor,
+    plan: HeadPlan,
+    *,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Send the queries, keys and values of all tokens to the ranks of their heads, in one
+    all-to-all.
 
-    q is [B, S, Hq, Dq], k [B, S, Hkv, Dq] and v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D
-    mesh of P ranks. Returns [B, S, heads, D] placed `Shard(2)` if the plan is even. Otherwise
-    returns the local tensors [B, S, h_p, D] with the heads that the plan gives this rank.
-    ValueError for any other placement.
+    q is [B, S, Hq, D], k [B, S, Hkv, D] and v [B, S, Hkv, Dv], all placed `Shard(1)` on a 1-D mesh
+    of P ranks. Returns this rank's queries, [B, n, h, D] for each part of the plan, its keys
+    [B, S, hkv, D] and its values [B, S, hkv, Dv]. ValueError for any other placement.
+
+    known: this rank's keys and values, if it has them already. They are returned, and only the
+    queries travel; the gradients of all three travel back.
     """
-    _expect(SEQUENCE, q=q, k=k, v=v)
-    mesh = q.device_mesh
-    sizes = tuple(x.shape[3] for x in (q, k, v))
-    load = _ExchangeSpec((plan.query, plan.key_value, plan.key_value), plan.rank_groups, sizes)
-    local = _SequenceToHeads.apply(mesh, load, q.to_local(), k.to_local(), v.to_local())
-    return tuple(_placed(x, mesh) for x in local) if plan.is_even else local
+    _expect_sequence(q=q, k=k, v=v)
+    load = _Load(plan, "qkv", tuple(x.shape[3] for x in (q, k, v)))
+    local = (x.to_local() for x in (q, k, v))
+    *queries, keys, values = _SequenceToHeads.apply(q.device_mesh, load, known, *local)
+    return tuple(queries), keys, values
 
 
-def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTensor:
-    """Send the output of attention back to the rank of each token, in one all-to-all.
+@torch.no_grad()
+def keys_to_heads(k: DTensor, v: DTensor, plan: HeadPlan) -> tuple[Tensor, Tensor]:
+    """Send keys and values alone, as `sequence_to_heads` does. They have no gradients."""
+    _expect_sequence(k=k, v=v)
+    load = _Load(plan, "kv", (k.shape[3], v.shape[3]))
+    keys, values = _scatter_heads((k.to_local(), v.to_local()), load, k.device_mesh)
+    return keys, values
 
-    output is [B, S, Hq, D] placed `Shard(2)` if the plan is even, and otherwise the local tensor
-    [B, S, h_p, D]. Returns [B, S, Hq, D] placed `Shard(1)`. ValueError for any other placement.
+
+def heads_to_sequence(outputs: Sequence[Tensor], plan: HeadPlan, mesh: DeviceMesh) -> DTensor:
+    """Send the output of attention back to the ranks of its tokens, in one all-to-all.
+
+    outputs: [B, n, h, Dv] for each part of this rank's queries. Returns [B, S, Hq, Dv] placed
+    `Shard(1)`.
     """
-    if plan.is_even:
-        _expect(HEADS, output=output)
-        output = output.to_local()
-    elif isinstance(output, DTensor):
-        raise ValueError(
-            f"output must be a local tensor under an uneven plan, but has {output.placements}"
-        )
-    load = _ExchangeSpec((plan.query,), plan.query_rank_groups, (output.shape[3],))
-    (local,) = _HeadsToSequence.apply(mesh, load, output)
+    load = _Load(plan, "q", (outputs[0].shape[3],))
+    (local,) = _HeadsToSequence.apply(mesh, load, *outputs)
     return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
 
 
-def _placed(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(x, mesh, (HEADS,), run_check=False)
-
-
-def _expect(placement: Shard, **tensors: Tensor) -> None:
+def _expect_sequence(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         found = tensor.placements if isinstance(tensor, DTensor) else "no placement"
-        if found != (placement,):
+        if found != (SEQUENCE,):
             raise ValueError(
-                f"{name} must be placed ({placement},) on the sequence-parallel mesh, but has "
+                f"{name} must be placed ({SEQUENCE},) on the sequence-parallel mesh, but has "
                 f"{found}"
             )
 
 
+class _Load(NamedTuple):
+    """What one all-to-all carries: tensors that have the heads of q, k or v, q first."""
+
+    plan: HeadPlan
+    tensors: str
+    """"q", "k" or "v" for each tensor. The output has the heads of q."""
+    sizes: tuple[int, ...]
+    """The head size of each tensor."""
+
+    def widths(self, rank: int, part: Part) -> list[int]:
+        """Return, for each tensor, the elements of a token that rank gets, in a part of `parts`."""
+        keys = len(self.plan.key_value[rank])
+        heads = (len(part.heads) if tensor == "q" else keys for tensor in self.tensors)
+        return [number * size for number, size in zip(heads, self.sizes, strict=True)]
+
+    def parts(self, rank: int) -> tuple[Part, ...]:
+        """Return the parts of what rank has: the tokens of a part have equally many heads."""
+        return self.plan.parts[rank] if "q" in self.tensors else (self._whole,)
+
+    @property
+    def _whole(self) -> Part:
+        return Part(range(self.plan.degree), range(0))
+
+    def views(self, flat: Tensor, rank: int, tokens: int, batch: int) -> list[list[Tensor]]:
+        """View what rank has, as it lies on the wire, as [n, B, h, D] for each part and tensor.
+
+        tokens, batch: T and B.
+        """
+        views, stop = [], 0
+        for part in self.parts(rank):
+            widths, n = self.widths(rank, part), len(part.sources) * tokens
+            start, stop = stop, stop + n * batch * sum(widths)
+            views.append(self.split(flat[start:stop].view(n, batch, sum(widths)), widths))
+        return views
+
+    def split(self, block: Tensor, widths: list[int]) -> list[Tensor]:
+        """Split a block [..., x] into views [..., h_i, D_i], one per tensor."""
+        parts = zip(block.split(widths, dim=-1), self.sizes, strict=True)
+        return [part.unflatten(-1, (part.shape[-1] // size, size)) for part, size in parts]
+
+
 class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, load: _ExchangeSpec, *tensors: Tensor):
+    def forward(
+        ctx, mesh: DeviceMesh, load: _Load, known: tuple[Tensor, Tensor] | None, *tensors: Tensor
+    ):
         ctx.mesh, ctx.load = mesh, load
-        return _scatter_heads(tensors, load, mesh)
+        if known is None:
+            return _scatter_heads(tensors, load, mesh)
+        queries = _Load(load.plan, "q", load.sizes[:1])
+        return *_scatter_heads(tensors[:1], queries, mesh), *known
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        return None, None, *_gather_heads(grads, ctx.load, ctx.mesh)
+        return None, None, None, *_gather_heads(grads, ctx.load, ctx.mesh)
 
 
 class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mesh: DeviceMesh, load: _ExchangeSpec, *tensors: Tensor):
+    def forward(ctx, mesh: DeviceMesh, load: _Load, *outputs: Tensor):
         ctx.mesh, ctx.load = mesh, load
-        return _gather_heads(tensors, load, mesh)
+        return _gather_heads(outputs, load, mesh)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return None, None, *_scatter_heads(grads, ctx.load, ctx.mesh)
+    def backward(ctx, grad: Tensor):
+        return None, None, *_scatter_heads((grad,), ctx.load, ctx.mesh)
 
 
-def _scatter_heads(
-    tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh
-) -> tuple[Tensor, ...]:
-    """Exchange tensors [B, T, H_i, D_i] to [B, S, h_i, D_i], which are views of one buffer."""
-    rank, degree = mesh.get_local_rank(), mesh.size()
+def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+    """Exchange tensors [B, T, H_i, D_i] to [B, n, h, D] for each part of q and [B, S, h_i, D_i] of
+    the others.
+    """
+    rank = mesh.get_local_rank()
     batch, tokens = tensors[0].shape[:2]
-    split = [batch * tokens * sum(load.widths(p)) for p in range(degree)]
-    sent = tensors[0].new_empty(sum(split))
-    for ranks, blocks in _blocks(sent, load, tokens, batch):
-        for block, tensor, ranges in zip(blocks, tensors, load.ranges, strict=True):
-            block.copy_(_windows(tensor, ranges, ranks))
-    received = _all_to_all(sent, [split[rank]] * degree, split, mesh)
-    received = received.view(degree * tokens, batch, sum(load.widths(rank)))
-    return tuple(part.transpose(0, 1) for part in load.split(received, rank))
+    sent_sizes, received_sizes = _wire_sizes(load, rank, batch * tokens)
+    sent = tensors[0].new_empty(sum(sent_sizes))
+    for ranks, blocks, heads in _blocks(sent, load, rank, tokens, batch):
+        for block, tensor, ranges in zip(blocks, tensors, heads, strict=True):
+            if block.numel():
+                block.copy_(_windows(tensor, ranges, ranks))
+    received = _all_to_all(sent, received_sizes, sent_sizes, mesh)
+    views = [x.transpose(0, 1) for x in _by_tensor(load, load.views(received, rank, tokens, batch))]
+    return tuple(views)
 
 
-def _gather_heads(
-    tensors: Sequence[Tensor], load: _ExchangeSpec, mesh: DeviceMesh
-) -> tuple[Tensor, ...]:
-    """Exchange tensors [B, S, h_i, D_i] to [B, T, H_i, D_i], summing a head of several ranks.
+def _by_tensor(load: _Load, parts: list[list[Tensor]]) -> list[Tensor]:
+    """Return the queries of each part, and the keys and values of all parts [S, B, h, D]."""
+    queries = [part[0] for part in parts] if load.tensors[0] == "q" else []
+    others = [*zip(*parts, strict=True)][bool(queries) :]
+    return [*queries, *(x[0] if len(x) == 1 else torch.cat(x) for x in others)]
+
+
+def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
+    """Do the reverse of `_scatter_heads`, summing a head of several ranks.
 
     Only KV heads can belong to several ranks; what is summed are their gradients.
     """
     rank, degree = mesh.get_local_rank(), mesh.size()
-    batch, sequence = tensors[0].shape[:2]
-    tokens = sequence // degree
-    split = [batch * tokens * sum(load.widths(p)) for p in range(degree)]
-    received = _all_to_all(
-        _pack_token_first(tensors, load, rank), split, [split[rank]] * degree, mesh
-    )
-    shapes = [(r[-1].stop, size) for r, size in zip(load.ranges, load.sizes, strict=True)]
+    batch = tensors[0].shape[0]
+    tokens = sum(x.shape[1] for x in tensors[: len(load.parts(rank))]) // degree
+    received_sizes, sent_sizes = _wire_sizes(load, rank, batch * tokens)
+    sent = _packed(tensors, load, rank, tokens, batch, sum(sent_sizes))
+    received = _all_to_all(sent, received_sizes, sent_sizes, mesh)
+    shapes = [(_heads(load, i), size) for i, size in enumerate(load.sizes)]
     gathered = [tensors[0].new_empty(batch, tokens, *shape) for shape in shapes]
-    for ranks, blocks in _blocks(received, load, tokens, batch):
-        for block, whole, ranges in zip(blocks, gathered, load.ranges, strict=True):
+    for ranks, blocks, heads in _blocks(received, load, rank, tokens, batch):
+        for block, whole, ranges in zip(blocks, gathered, heads, strict=True):
             # Heads before `filled` hold the values of earlier rank groups already.
             filled = ranges[ranks.start - 1].stop if ranks.start else 0
-            _accumulate(
-                _windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start
-            )
+            if block.numel():
+                _accumulate(
+                    _windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start
+                )
     return tuple(gathered)
 
 
-def _pack_token_first(tensors: Sequence[Tensor], load: _ExchangeSpec, rank: int) -> Tensor:
-    """Pack tensors [B, S, h_i, D_i] into a flat [S, B, x].
+def _heads(load: _Load, tensor: int) -> int:
+    """Return the number of heads that all ranks have together of a tensor."""
+    return load.plan.heads_of(load.tensors, 0)[tensor][-1].stop
+
+
+def _wire_sizes(load: _Load, rank: int, tokens: int) -> tuple[list[int], list[int]]:
+    """Return the elements that rank sends to each rank on the way to heads, and those it receives.
+
+    tokens: B * T.
+    """
+    ranks = range(load.plan.degree)
+    to_ranks = zip(*load.plan.heads_of(load.tensors, rank), strict=True)
+    sent = [
+        tokens * sum(len(x) * size for x, size in zip(heads, load.sizes, strict=True))
+        for heads in to_ranks
+    ]
+    received = [0] * len(ranks)
+    for part in load.parts(rank):
+        width = tokens * sum(load.widths(rank, part))
+        received[part.sources.start : part.sources.stop] = [width] * len(part.sources)
+    return sent, received
+
+
+def _packed(
+    tensors: Sequence[Tensor], load: _Load, rank: int, tokens: int, batch: int, size: int
+) -> Tensor:
+    """Pack what a rank has into a flat tensor, as it goes on the wire.
 
     A single tensor whose memory already has this layout is not copied.
     """
     views = [x.transpose(0, 1) for x in tensors]
     if len(views) == 1:
         return views[0].contiguous().view(-1)
-    packed = tensors[0].new_empty(*views[0].shape[:2], sum(load.widths(rank)))
-    for part, view in zip(load.split(packed, rank), views, strict=True):
-        part.copy_(view)
-    return packed.view(-1)
+    packed, start = tensors[0].new_empty(size), 0
+    parts = load.views(packed, rank, tokens, batch)
+    queries, others = views[: len(parts)], views[len(parts) :]
+    for query, part in zip(queries, parts, strict=True):
+        stop = start + len(query)
+        for place, x in zip(part, (query, *(x[start:stop] for x in others)), strict=True):
+            place.copy_(x)
+        start = stop
+    return packed
 
 
 def _blocks(
-    buffer: Tensor, load: _ExchangeSpec, tokens: int, batch: int
-) -> Iterator[tuple[range, list[Tensor]]]:
-    """Yield each rank group with its views [ranks, T, B, h_i, D_i] of an all-to-all's buffer."""
-    stop = 0
-    for ranks in load.rank_groups:
-        width = sum(load.widths(ranks.start))
-        start, stop = stop, stop + len(ranks) * tokens * batch * width
-        block = buffer[start:stop].view(len(ranks), tokens, batch, width)
-        yield ranks, load.split(block, ranks.start)
+    buffer: Tensor, load: _Load, source: int, tokens: int, batch: int
+) -> Iterator[tuple[range, list[Tensor], list[tuple[range, ...]]]]:
+    """Yield each rank group with its views [ranks, T, B, h_i, D_i] of what source sends to heads,
+    and the heads of each tensor on all ranks.
+    """
+    heads, stop = load.plan.heads_of(load.tensors, source), 0
+    for ranks in load.plan.rank_groups(load.tensors, source):
+        widths = [len(x[ranks.start]) * size for x, size in zip(heads, load.sizes, strict=True)]
+        start, stop = stop, stop + len(ranks) * tokens * batch * sum(widths)
+        block = buffer[start:stop].view(len(ranks), tokens, batch, sum(widths))
+        yield ranks, load.split(block, widths), heads
 
 
 def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:

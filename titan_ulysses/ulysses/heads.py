@@ -3,6 +3,14 @@
 DTensor's `Shard` on the head dimension describes this only if P divides the heads: it would split
 14 heads over 4 ranks as 4, 4, 4, 2, and it cannot express partial replication of KV heads. A
 HeadPlan describes it for any Hq, Hkv and P.
+
+There are two ways to make one. They give the same plan if P divides Hq.
+
+ - `plan_heads` gives whole heads, for attention over the whole sequence at once. With 9 heads on 4
+   ranks one rank has 3 of them, 1.33 times its share, and ranks beyond Hq have none.
+ - `deal_heads` gives each rank the same number of queries, for attention of one chunk of the
+   sequence (`streamed.py`): all queries of a chunk see almost the same keys, so a part of a head's
+   queries is a fair share of its work, which it is not in a whole sequence. No rank is idle.
 """
 
 from __future__ import annotations
@@ -12,87 +20,101 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from math import inf
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """Queries of a rank: the tokens that some ranks hold, for some heads."""
+
+    sources: range
+    """The ranks that hold the tokens."""
+    heads: range
+    """The query heads; there may be none."""
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """Contiguous ranges of heads for each rank, given Hq query heads, Hkv KV heads and P ranks.
+    """What each rank computes, given Hq query heads, Hkv KV heads and P ranks.
 
-    Query heads are partitioned among the ranks; the numbers per rank differ by at most one. A rank
-    receives exactly the KV heads that its query heads read, so a KV head is sent to several ranks
-    only if its query heads are on several ranks. Of all balanced partitions, this one minimizes the
-    number of KV heads received, the sum of len(key_value[p]).
-
-    With more ranks than query heads, the ranks from Hq on have no heads. They take part in the
-    exchange but compute no attention. Splitting the queries of one head among ranks instead would
-    not pay: under a causal mask equal parts are unequal work, and every core, including a user's
-    own, would have to accept queries that are only a part of the sequence.
+    A rank receives the keys and values of all tokens, of exactly the KV heads that its query heads
+    read. So a KV head is sent to several ranks only if its query heads are on several ranks.
     """
 
-    query: tuple[range, ...]
-    """`query[p]`: the query heads of rank p."""
+    parts: tuple[tuple[Part, ...], ...]
+    """`parts[p]`: the queries of rank p. The sources of its parts follow one another, from the
+    first rank to the last. A rank that has whole heads has one part.
+    """
     key_value: tuple[range, ...]
     """`key_value[p]`: the KV heads that the query heads of rank p read."""
     group_size: int
     """Query heads that read one KV head: Hq / Hkv."""
-    rank_groups: tuple[range, ...]
-    """Groups of consecutive ranks whose heads can be copied with one strided copy per tensor.
-
-    All ranks of a group have equally many query heads and equally many KV heads. Their ranges of
-    query heads follow one another. Their ranges of KV heads either follow one another too or are
-    all the same. An even plan has one group, and so does MQA with P query heads. Idle ranks belong
-    to no group.
-    """
-    query_rank_groups: tuple[range, ...]
-    """Rank groups for an exchange of queries alone, such as that of the output."""
 
     @property
     def degree(self) -> int:
-        return len(self.query)
+        return len(self.parts)
 
     @property
-    def is_even(self) -> bool:
-        """Whether all ranks have equally many query heads and no KV head is on several ranks.
-
-        DTensor's `Shard` on the head dimension can then describe the plan.
-        """
-        return (
-            len({len(r) for r in self.query}) == 1
-            and sum(map(len, self.key_value)) == self.key_value[-1].stop
+    def query(self) -> tuple[range, ...]:
+        """`query[p]`: the query heads of which rank p computes all queries or some."""
+        return tuple(
+            range(min(x.heads.start for x in parts), max(x.heads.stop for x in parts))
+            for parts in ([x for x in of_rank if x.heads] or of_rank for of_rank in self.parts)
         )
 
-    def runs(self, rank: int) -> list[tuple[slice, slice]]:
-        """Return slices (query, KV) of rank's local heads that one attention call each can compute.
+    def queries_of(self, source: int) -> tuple[range, ...]:
+        """Return the query heads that each rank computes for the tokens of one rank."""
+        every = [part for parts in self.parts for part in parts]  # one of each rank has the source
+        return tuple([part.heads for part in every if source in part.sources])
 
-        Inside a run every KV head is read by equally many query heads. There are at most three
-        runs, if the rank's range starts or ends inside a group: the rest of a group, whole groups,
-        and the start of a group. If P divides the KV heads there is one. An idle rank has none.
+    def heads_of(self, tensors: str, source: int) -> list[tuple[range, ...]]:
+        """Return, for each tensor ("q", "k" or "v"), the heads that each rank gets of source's."""
+        queries = self.queries_of(source)
+        return [queries if tensor == "q" else self.key_value for tensor in tensors]
+
+    def rank_groups(self, tensors: str, source: int) -> tuple[range, ...]:
+        """Return groups of consecutive ranks, to which source's heads of these tensors can be
+        copied with one strided copy per tensor.
+
+        All ranks of a group have equally many heads of each tensor. Their ranges of heads follow
+        one another, or all are the same. An even plan has one group, and so does MQA with P query
+        heads. Ranks that get nothing belong to no group.
         """
-        mine = self.query[rank]
-        # How many of this rank's query heads read each of its KV heads.
+        heads = self.heads_of(tensors, source)
+        return _rank_groups(heads[0], heads[-1])
+
+    def runs(self, rank: int, part: int = 0) -> list[tuple[slice, slice]]:
+        """Return slices (query, KV) of a part's heads that one attention call each can compute.
+
+        Queries count from the part's first head, and KV heads from the rank's first one. Inside a
+        run every KV head is read by equally many query heads. There are at most three runs, if the
+        heads start or end inside a group: the rest of a group, whole groups, and the start of a
+        group. If P divides the KV heads there is one. Where there are no heads there is none.
+        """
+        mine = self.parts[rank][part].heads
+        # How many of the query heads read each of the rank's KV heads.
         sizes = [
             min(mine.stop, (head + 1) * self.group_size) - max(mine.start, head * self.group_size)
             for head in self.key_value[rank]
         ]
         runs, query, key = [], 0, 0
-        for size, equal in groupby(sizes):
+        for size, equal in groupby(max(0, size) for size in sizes):
             heads = len(list(equal))
-            runs.append((slice(query, query + size * heads), slice(key, key + heads)))
+            if size:
+                runs.append((slice(query, query + size * heads), slice(key, key + heads)))
             query, key = query + size * heads, key + heads
         return runs
 
 
 @lru_cache
 def plan_heads(num_query_heads: int, num_kv_heads: int, degree: int) -> HeadPlan:
-    """Return the plan for Hq query heads, Hkv KV heads and P = degree ranks.
+    """Return the plan of whole heads for Hq query heads, Hkv KV heads and P = degree ranks.
 
-    ValueError if Hkv does not divide Hq.
+    The numbers of query heads per rank differ by at most one. Of all such partitions, this one
+    minimizes the number of KV heads received, the sum of len(key_value[p]). With more ranks than
+    query heads, the ranks from Hq on have no heads: they take part in the exchange but compute no
+    attention. ValueError if Hkv does not divide Hq.
     """
-    if num_query_heads % num_kv_heads:
-        raise ValueError(
-            f"{num_kv_heads} key-value heads do not divide {num_query_heads} query heads"
-        )
-    group_size = num_query_heads // num_kv_heads
+    group_size = _group_size(num_query_heads, num_kv_heads)
     cuts = [0, *accumulate(_sizes(num_query_heads, group_size, degree))]
     query = tuple(range(start, stop) for start, stop in pairwise(cuts))
     key_value = tuple(
@@ -102,8 +124,53 @@ def plan_heads(num_query_heads: int, num_kv_heads: int, degree: int) -> HeadPlan
         )
         for heads in query
     )
-    rank_groups, query_rank_groups = _rank_groups(query, key_value), _rank_groups(query, query)
-    return HeadPlan(query, key_value, group_size, rank_groups, query_rank_groups)
+    whole = range(degree)
+    return HeadPlan(tuple((Part(whole, heads),) for heads in query), key_value, group_size)
+
+
+@lru_cache
+def deal_heads(num_query_heads: int, num_kv_heads: int, degree: int) -> HeadPlan:
+    """Return the plan of equally many queries on each rank: Hq and Hkv heads, P = degree ranks.
+
+    The n tokens of a chunk are on P ranks, so there are Hq P cells of one head and the n / P tokens
+    of one rank. Ordered by head, then by rank, rank p gets the cells [p Hq, (p + 1) Hq): the end of
+    a head, whole heads, the beginning of a head. Every rank computes Hq n / P queries.
+
+    Balance: of C equal chunks the last queries of a chunk see less than one chunk of keys more than
+    the first ones. A rank's work, summed over the chunks, is less than (C + 1) / C of a fair share:
+    1.0625 with 16.
+
+    Cost: rank p has the KV heads [floor(p Hkv / P), ceil((p + 1) Hkv / P)), whose sum over the
+    ranks is P + Hkv - gcd(P, Hkv): Hkv if P divides it, P if Hkv divides P, and otherwise less than
+    one KV head per rank more than Hkv / P on average. ValueError if Hkv does not divide Hq.
+    """
+    group_size = _group_size(num_query_heads, num_kv_heads)
+    parts = tuple(_dealt(num_query_heads, degree, rank) for rank in range(degree))
+    key_value = tuple(
+        range(rank * num_kv_heads // degree, -(-(rank + 1) * num_kv_heads // degree))
+        for rank in range(degree)
+    )
+    return HeadPlan(parts, key_value, group_size)
+
+
+def _dealt(num_query_heads: int, degree: int, rank: int) -> tuple[Part, ...]:
+    """Return the parts of the cells [rank Hq, (rank + 1) Hq)."""
+    first, source = divmod(rank * num_query_heads, degree)
+    stop, end = divmod((rank + 1) * num_query_heads, degree)
+    # Of a rank before `source` the first head is not dealt to this rank; of one before `end` the
+    # head `stop` still is.
+    return tuple(
+        Part(range(a, b), range(first + (a < source), stop + (a < end)))
+        for a, b in pairwise(sorted({0, source, end, degree}))
+    )
+
+
+def _group_size(num_query_heads: int, num_kv_heads: int) -> int:
+    if num_query_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_kv_heads} key-value heads do not divide {num_query_heads} query heads"
+        )
+    return num_query_heads // num_kv_heads
 
 
 def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
@@ -134,9 +201,10 @@ def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
     return sizes
 
 
+@lru_cache
 def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[range, ...]:
     rank_groups: list[range] = []
-    for rank, heads in enumerate(query):
+    for rank, heads in enumerate(key_value):
         if rank_groups and heads and _can_join_group(rank_groups[-1], query, key_value):
             rank_groups[-1] = range(rank_groups[-1].start, rank + 1)
         elif heads:

@@ -1,100 +1,180 @@
-"""Attention of one chunk of the sequence, for the heads of this rank (see memory/streaming.py).
+"""Attention of one chunk of the sequence, for the queries of this rank (see memory/streaming.py).
 
-The chunk's keys and values are appended to those of the layer, and its queries attend to the keys
-of their documents so far. In backward the chunks come from the last to the first. The gradients of
-a chunk's keys and values are then complete as soon as its own queries have added to them, because
-no earlier query can see these keys.
+The chunk's keys and values join those of the layer that are still read, and its queries attend to
+the keys of their documents so far. In backward the chunks come from the last to the first. The
+gradients of a chunk's keys and values are then complete as soon as its own queries have added to
+them, because no earlier query can see these keys.
+
+A rank has the keys and values of the KV heads that its queries read, as `heads.deal_heads` gives
+them: of one layer S * hkv_p * (D + Dv) numbers, hkv_p < Hkv / P + 2. Of chunks that no query reads
+any more, because a window or the end of a document hides them, nothing is held.
+
+The wire, in a step: q, k and v of a chunk go to the ranks of their heads in one all-to-all in
+forward, and so do their gradients the other way in backward, where first the keys and values are
+sent again, alone, and later the queries alone. Keeping the keys and values instead, from forward to
+backward, would take the memory of all layers' keys instead of one's. Each of q, k and v is so sent
+once for each forward of the chunk, but for the keys of those that recomputing a segment runs again.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from titan_ulysses.distributed.sequence import Chunk, Documents
+from titan_ulysses.distributed.sequence import Chunk, Documents, KeysKnown, Reach, first_key
 from titan_ulysses.ulysses.cores import Core
-from titan_ulysses.ulysses.pieces import Pieces, pieces_of, sinks_gradient, with_sinks
+from titan_ulysses.ulysses.exchange import (
+    SEQUENCE,
+    heads_to_sequence,
+    keys_to_heads,
+    sequence_to_heads,
+)
+from titan_ulysses.ulysses.heads import HeadPlan, deal_heads
+from titan_ulysses.ulysses.pieces import pieces_of, sinks_gradient, with_sinks
+from titan_ulysses.ulysses.scores import Pieces, Scores
 
 
-def chunk_core(core: Core, module: nn.Module, chunk: Chunk, heads: slice) -> Core:
-    """Return a core for the queries of a chunk, in the place of `core`, which must have pieces.
+def attend_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: Chunk,
+    module: nn.Module,
+    mesh: DeviceMesh,
+    core: Core,
+    *,
+    documents: Documents,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Compute a layer's attention for the queries of a chunk: -> [B, t, Hq, Dv].
 
-    It takes q [B, n, Hq, D], k [B, n, Hkv, D] and v [B, n, Hkv, Dv] of the chunk, for a range of
-    this rank's KV heads of a layer, `module`. Earlier calls have kept the keys and values of the
-    chunks before. Where only keys and values are wanted, it returns nothing of meaning.
+    q is [B, t, Hq, D], k [B, t, Hkv, D] and v [B, t, Hkv, Dv]: this rank's t tokens of the chunk.
+    core must have pieces. Earlier calls for the same `module` have kept what is read of the chunks
+    before. Raises `KeysKnown` where only keys and values are wanted.
     """
     pieces = pieces_of(core)
     assert pieces is not None, core
-    known = chunk.memory.setdefault((module, heads.start), KeysAndValues(chunk))
-
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        documents: Documents,
-        sinks: Tensor | None = None,
-        **options: Any,
-    ) -> Tensor:
+    plan = deal_heads(q.shape[2], k.shape[2], mesh.size())
+    reach = chunk.reach or Reach(documents, window, chunk.size)
+    known = chunk.memory.get(module)
+    if known is None:
+        known = chunk.memory[module] = KeysAndValues(reach, chunk)
+    assert isinstance(known, KeysAndValues)
+    known.hold(reach.of(chunk.reader or chunk.whole))
+    queries, k, v = _to_heads(q, k, v, chunk, mesh, plan, known)
+    if not chunk.keys_known:
         known.put(chunk.whole, k, v)
-        if chunk.goal == "keys":
-            return q
-        seen = [
-            _seen(row, chunk.whole.start, chunk.whole.stop, options.get("window"))
-            for row in documents
-        ]
-        key = chunk.index, module, heads.start
-        call = _Call(pieces, known, chunk, key, seen, options)
-        return _Attention.apply(call, q, k, v, sinks)
+    if chunk.goal == "keys":
+        raise KeysKnown
+    rank = 0 if mesh.size() == 1 else mesh.get_local_rank()
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    call = _Call(pieces, known, chunk, (chunk.index, module), plan, rank, documents, options)
+    outputs = _Attention.apply(call, sinks, k, v, *queries)
+    if mesh.size() == 1:
+        return outputs[0]
+    return heads_to_sequence(outputs, plan, mesh).to_local()
 
-    # Pieces index with 64 bits. The heads of a run must not be divided among calls, which would
-    # all return the gradients of the keys that they share.
-    attend.any_size = True  # type: ignore[attr-defined]
-    return attend
+
+def _to_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunk: Chunk,
+    mesh: DeviceMesh,
+    plan: HeadPlan,
+    known: KeysAndValues,
+) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    """Return this rank's queries (for each part of the plan), keys and values of all the chunk."""
+    if mesh.size() == 1:
+        return (q,), k, v
+    q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
+    if chunk.goal == "keys":
+        return (), *keys_to_heads(k, v, plan)
+    here = known.of(chunk.whole) if chunk.keys_known else None
+    return sequence_to_heads(q, k, v, plan, known=here)
 
 
 class KeysAndValues:
-    """The keys and values of a layer for this rank's KV heads, and in backward their gradients."""
+    """The keys and values of a layer that are still read, and in backward their gradients.
 
-    def __init__(self, chunk: Chunk):
-        self._seq_len, self._make = chunk.seq_len, chunk.make
+    They are of this rank's KV heads, and of one range of tokens, which moves through the sequence.
+    """
+
+    def __init__(self, reach: Reach, chunk: Chunk):
+        self.reach = reach
+        self._make, self._tokens = chunk.make, slice(0, 0)
         self._tensors: list[Tensor] = []
         self._gradients: list[Tensor] = []
+
+    def hold(self, tokens: slice) -> None:
+        """Hold these tokens from now on, which are at most `reach.most()`, and forget others."""
+        before, self._tokens = self._tokens, tokens
+        if before.start == tokens.start:
+            return
+        for x in self._tensors + self._gradients:
+            _move(x, before, tokens, self.reach.size)
+        kept = slice(max(before.start, tokens.start), min(before.stop, tokens.stop))
+        for x in self._gradients:
+            x[:, : kept.start - tokens.start] = 0
+            x[:, max(0, kept.stop - tokens.start) :] = 0
 
     def put(self, tokens: slice, k: Tensor, v: Tensor) -> None:
         """Keep k and v [B, n, Hkv, D] of these tokens."""
         if not self._tensors:
             for x in (k, v):
-                shape = torch.Size((len(x), self._seq_len, *x.shape[2:]))
+                shape = torch.Size((len(x), self.reach.most(), *x.shape[2:]))
                 self._tensors.append(self._make(shape, x, x.dtype))
-        for whole, x in zip(self._tensors, (k, v), strict=True):
-            whole[:, tokens] = x.detach()
+        for whole, x in zip(self.of(tokens), (k, v), strict=True):
+            whole.copy_(x.detach())
 
-    def of(self, row: int, tokens: slice) -> list[Tensor]:
-        """Return k and v [n, Hkv, D] of tokens of a row."""
-        return [x[row, tokens] for x in self._tensors]
+    def of(self, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Return k and v [B, n, Hkv, D] of tokens that are held."""
+        k, v = (x[:, self._places(tokens)] for x in self._tensors)
+        return k, v
 
-    def gradients_of(self, row: int, tokens: slice) -> list[Tensor]:
+    def gradients_of(self, tokens: slice) -> tuple[Tensor, Tensor]:
         """Return the sums of gradients that belong to `of`, to be added to; fp32 or wider."""
         if not self._gradients:
             wide = torch.promote_types(self._tensors[0].dtype, torch.float32)
             self._gradients = [self._make(x.shape, x, wide).zero_() for x in self._tensors]
-        return [x[row, tokens] for x in self._gradients]
+        dk, dv = (x[:, self._places(tokens)] for x in self._gradients)
+        return dk, dv
 
     def complete_gradients(self, tokens: slice) -> list[Tensor]:
         """Return the gradients [B, n, Hkv, D] of k and v, once they are complete."""
-        pairs = zip(self._gradients, self._tensors, strict=True)
-        return [gradient[:, tokens].to(x.dtype) for gradient, x in pairs]
+        pairs = zip(self.gradients_of(tokens), self._tensors, strict=True)
+        return [gradient.to(x.dtype) for gradient, x in pairs]
+
+    def _places(self, tokens: slice) -> slice:
+        return slice(tokens.start - self._tokens.start, tokens.stop - self._tokens.start)
+
+
+def _move(x: Tensor, before: slice, now: slice, size: int) -> None:
+    """Move the tokens of x [B, n, ...] that both ranges have from their places in `before` to those
+    in `now`. The ranges begin at multiples of `size`, so parts of that size do not overlap.
+    """
+    starts = range(max(before.start, now.start), min(before.stop, now.stop), size)
+    for start in starts if before.start < now.start else reversed(starts):
+        stop = min(start + size, before.stop, now.stop)
+        x[:, start - now.start : stop - now.start] = x[
+            :, start - before.start : stop - before.start
+        ]
 
 
 class _Seen(NamedTuple):
-    """The keys of a row that a chunk's queries see."""
+    """The keys of a row that some queries see."""
 
     keys: slice
     """All of them, in the whole sequence; one document follows the other."""
@@ -111,9 +191,25 @@ def _seen(documents: tuple[int, ...], start: int, stop: int, window: int | None)
     """
     starts = list(accumulate(documents, initial=0))
     first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
-    begin = starts[first] if window is None else max(starts[first], start - window + 1)
+    begin = first_key(documents, start, window)
     lengths = tuple(b - a for a, b in pairwise([start, *starts[first + 1 : last], stop]))
     return _Seen(slice(begin, stop), lengths, (lengths[0] + start - begin, *lengths[1:]))
+
+
+class _Piece(NamedTuple):
+    """What one call of a kernel computes: queries of one row and part, and of one run of heads."""
+
+    part: int
+    row: int
+    queries: slice
+    """heads among those of the part"""
+    keys: slice
+    """KV heads among those of the rank"""
+    sinks: slice
+    """heads among all query heads"""
+    tokens: slice
+    """the keys that are seen, in the whole sequence"""
+    scores: Scores
 
 
 class _Call(NamedTuple):
@@ -124,59 +220,89 @@ class _Call(NamedTuple):
     chunk: Chunk
     key: tuple
     """The name of what is kept of this call."""
-    seen: list[_Seen]
-    """The keys that are seen in each row."""
-    options: dict[str, Any]
+    plan: HeadPlan
+    rank: int
+    documents: Documents
+    options: dict
+    """Of the layer's `Scores`."""
 
-    def lengths(self, row: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "query_lengths": self.seen[row].query_lengths,
-            "key_lengths": self.seen[row].key_lengths,
-        }
+    def work(self) -> Iterator[_Piece]:
+        """Yield what this rank computes."""
+        whole = self.chunk.whole
+        tokens = (whole.stop - whole.start) // self.plan.degree
+        for part, (sources, heads) in enumerate(self.plan.parts[self.rank]):
+            start, stop = (whole.start + tokens * x for x in (sources.start, sources.stop))
+            for row, documents in enumerate(self.documents):
+                seen = _seen(documents, start, stop, self.options["window"])
+                scores = Scores(seen.query_lengths, seen.key_lengths, **self.options)
+                for queries, keys in self.plan.runs(self.rank, part):
+                    sinks = slice(heads.start + queries.start, heads.start + queries.stop)
+                    yield _Piece(part, row, queries, keys, sinks, seen.keys, scores)
 
-    def attend(self, q: Tensor, sinks: Tensor | None) -> list[Tensor]:
-        """Return the output [B, n, Hq, Dv] and its log-sum-exps [B, Hq, n]."""
-        rows = []
-        for row, seen in enumerate(self.seen):
-            keys = self.known.of(row, seen.keys)
-            output, lse = self.pieces.forward(q[row], *keys, **self.lengths(row), **self.options)
-            rows.append((output, lse) if sinks is None else with_sinks(output, lse, sinks))
-        return [x[0][None] if len(x) == 1 else torch.stack(x) for x in zip(*rows, strict=True)]
+    def attend(self, queries: Sequence[Tensor], sinks: Tensor | None) -> list[Tensor]:
+        """Return the outputs [B, n, h, Dv] of all parts, then their log-sum-exps [B, h, n]."""
+        results: list[tuple[Tensor, Tensor]] = []
+        work = [*self.work()]
+        for part, q in enumerate(queries):
+            mine = [x for x in work if x.part == part]
+            if len(mine) == 1:
+                output, lse = self._attend(mine[0], q, sinks)
+                results.append((output[None], lse[None]))
+                continue
+            results.append(self._empty(q))
+            for piece in mine:
+                output, lse = self._attend(piece, q, sinks)
+                results[part][0][piece.row, :, piece.queries] = output
+                results[part][1][piece.row, piece.queries] = lse
+        return [*chain(*zip(*results, strict=True))]
+
+    def _empty(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        rows, tokens, heads = q.shape[:3]
+        values, wide = self.known.of(slice(0, 0))[1], torch.promote_types(q.dtype, torch.float32)
+        lse = q.new_empty(rows, heads, tokens, dtype=wide)
+        return q.new_empty(rows, tokens, heads, values.shape[-1]), lse
+
+    def _attend(self, piece: _Piece, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        keys = (x[piece.row, :, piece.keys] for x in self.known.of(piece.tokens))
+        found = self.pieces.forward(q[piece.row, :, piece.queries], *keys, piece.scores)
+        return found if sinks is None else with_sinks(*found, sinks[piece.sinks])
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
+    def forward(
+        ctx, call: _Call, sinks: Tensor | None, k: Tensor, v: Tensor, *queries: Tensor
+    ) -> tuple[Tensor, ...]:
         chunk, kept, results = call.chunk, call.chunk.kept, None
         if kept is not None:
             results = kept.get(call.key, last=chunk.goal == "gradient")
         if results is None:
-            results = call.attend(q, sinks)
+            results = call.attend(queries, sinks)
             if kept is not None and chunk.goal == "output":
                 kept.put(call.key, results)
         ctx.call = call
-        ctx.save_for_backward(q, sinks, *results)
-        return results[0]
+        ctx.save_for_backward(sinks, *queries, *results)
+        return tuple(results[: len(queries)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        call, (q, sinks, output, sums) = ctx.call, ctx.saved_tensors
-        dq = torch.empty_like(q)
+    def backward(ctx, *grads: Tensor):
+        call, (sinks, *saved) = ctx.call, ctx.saved_tensors
+        queries, outputs, sums = (
+            saved[i : i + len(grads)] for i in range(0, 3 * len(grads), len(grads))
+        )
+        dqs = [torch.empty_like(q) for q in queries]
         dsinks = None if sinks is None else torch.zeros_like(sinks)
-        for row, seen in enumerate(call.seen):
-            dk, dv = call.known.gradients_of(row, seen.keys)
-            dq[row] = call.pieces.backward(
-                grad[row],
-                q[row],
-                *call.known.of(row, seen.keys),
-                output[row],
-                sums[row],
-                dk=dk,
-                dv=dv,
-                **call.lengths(row),
-                **call.options,
+        for piece in call.work():
+            part, row, heads = piece.part, piece.row, piece.queries
+            grad, q, output = (x[part][row, :, heads] for x in (grads, queries, outputs))
+            lse = sums[part][row, heads]
+            k, v = (x[row, :, piece.keys] for x in call.known.of(piece.tokens))
+            dk, dv = (x[row, :, piece.keys] for x in call.known.gradients_of(piece.tokens))
+            dqs[part][row, :, heads] = call.pieces.backward(
+                grad, q, k, v, output, lse, piece.scores, dk=dk, dv=dv
             )
             if sinks is not None:
-                dsinks += sinks_gradient(grad[row], output[row], sums[row], sinks)
-        return None, dq, *call.known.complete_gradients(call.chunk.whole), dsinks
+                of_heads = sinks[piece.sinks]
+                dsinks[piece.sinks] += sinks_gradient(grad, output, lse, of_heads)
+        return None, dsinks, *call.known.complete_gradients(call.chunk.whole), *dqs
