@@ -698,7 +698,15 @@ PLANNED = {
             slow=True,  # also a command of docs/planner.md, which test_docs.py runs
         )
     ],
-    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 6, SMALL_GPU, slow=True)],
+    "plan.max_step_seconds": [
+        Case(
+            1e-3,
+            lambda run, default: run.facts["longest_seq_len"] < default.facts["longest_seq_len"],
+            PLAN_OF_TWO,
+            slow=True,
+        )
+    ],
+    "plan.ladder": [Case(True, lambda run, _: len(run.facts["ladder"]) == 8, SMALL_GPU, slow=True)],
     "plan.enforce": [
         Case(
             True,

@@ -26,7 +26,18 @@ PIECES = {
 
 
 def plain(
-    q, k, v, *, query_lengths, key_lengths, scale, window=None, softcap=None, sinks=None, left=None
+    q,
+    k,
+    v,
+    *,
+    query_lengths,
+    key_lengths,
+    scale,
+    window=None,
+    softcap=None,
+    ahead=0,
+    sinks=None,
+    left=None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all pairs and one mask: output [N, Hq, Dv] and lse [Hq, N].
 
@@ -36,9 +47,10 @@ def plain(
     seen = torch.zeros(len(q), len(k), dtype=torch.bool)
     row = column = 0
     for queries, keys in zip(query_lengths, key_lengths, strict=True):
-        distance = (torch.arange(queries)[:, None] + keys - queries) - torch.arange(keys)
+        places = torch.arange(queries)[:, None] + keys - queries + ahead
+        distance = places - torch.arange(keys)
         inside = distance >= 0 if left is None else distance <= left
-        inside &= distance < (window or keys)
+        inside &= distance < (window or keys + ahead)
         seen[row : row + queries, column : column + keys] = inside
         row, column = row + queries, column + keys
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -103,6 +115,14 @@ def kernel(request, monkeypatch) -> Pieces:
 @pytest.mark.parametrize("lengths", PIECES.values(), ids=PIECES.keys())
 def test_equals_plain_attention(kernel, lengths, window, with_sinks):
     compare(kernel, lengths, window=window, with_sinks=with_sinks)
+
+
+@pytest.mark.parametrize("window", [None, 14, 19, 26, 100])
+@pytest.mark.parametrize(("queries", "keys", "ahead"), [(7, 9, 7), (9, 5, 10), (1, 3, 1)])
+def test_a_block_of_keys_before_all_queries(kernel, queries, keys, ahead, window):
+    if window is not None:  # those that see none of the keys are not there
+        queries = min(queries, keys - 1 + window - (keys - queries + ahead))
+    compare(kernel, ((queries,), (keys,)), window=window, ahead=ahead)
 
 
 @pytest.mark.parametrize(

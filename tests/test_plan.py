@@ -20,6 +20,7 @@ from helpers.models import LLAMA
 from helpers.ranks import run_on_ranks
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.parts import with_next
 from titan_ulysses.memory.loss import can_add_wide
 from titan_ulysses.observability.pictures import picture
 
@@ -101,7 +102,7 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
         "parallelism__sequence_parallel_degree": 2,
     }
     short = plan_of(**settings)
-    monkeypatch.setattr(MemoryTracker, "shortened", lambda self, parts, cost: iter(parts))
+    monkeypatch.setattr(MemoryTracker, "shortened", lambda self, parts, cost: with_next(parts))
     whole = plan_of(**settings)
     assert short.peak.bytes == whole.peak.bytes
     assert short.peak.components == whole.peak.components
@@ -267,11 +268,18 @@ def test_hidden_states_off_the_gpu_take_time():
     # its input, that again and the gradient. The loss head reads its input, and scales its
     # gradient. The embedding reads its gradient.
     block = (3 - 1 / chunks) * (hidden + angles) + hidden
+    # A chunk reads the keys and values of the chunks so far in forward, again in backward, and to
+    # differentiate, where it adds to their gradients in fp32, which the last chunk begins. The
+    # gradients of its own are then read once more.
+    keys = 2 * 2 * LLAMA["num_key_value_heads"] * head * tokens // chunks
+    so_far = chunks * (chunks + 1) // 2
+    block += 3 * so_far * keys + so_far * 2 * keys
     assert plan.simulation.cost.total(TO_DEVICE) == layers * block + (3 + 2 + 1) * hidden
     # Blocks write output and gradient, as do the norm and the loss head (twice). The embedding
     # writes its output, and the rotary embedding cos and sin.
+    block = 2 * hidden + 2 * chunks * keys + so_far * 2 * keys
     assert plan.simulation.cost.total(OFF_DEVICE) == (
-        layers * 2 * hidden + (2 + 2 + 1) * hidden + angles
+        layers * block + (2 + 2 + 1) * hidden + angles
     )
     assert plan.time.hidden["hidden states"] > 0
 

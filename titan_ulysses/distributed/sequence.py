@@ -17,7 +17,7 @@ With one chunk, rank p holds tokens [p * S/P, (p + 1) * S/P).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -50,11 +50,6 @@ def chunk_length(stream_chunk_tokens: int, seq_len: int, degree: int) -> int | N
         return None
     chunk = -(-stream_chunk_tokens // degree) * degree or AUTOMATIC_CHUNK_TOKENS * degree
     return chunk if chunk < seq_len else None
-
-
-def new_empty(shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of undefined values on the device of `like`."""
-    return like.new_empty(shape, dtype=dtype)
 
 
 def first_key(documents: tuple[int, ...], token: int, window: int | None) -> int:
@@ -115,8 +110,8 @@ class Chunk:
     """Whether its keys have been computed, and are remembered."""
     memory: dict[Any, Remembered] = field(default_factory=dict)
     """What the modules of the block remember from chunk to chunk, by module."""
-    make: Callable[[torch.Size, Tensor, torch.dtype], Tensor] = new_empty
-    """Makes a tensor for keys, values or their gradients: shape, a tensor like it, dtype."""
+    store: SequenceTensors | None = None
+    """Where tensors of the whole sequence are; None: on the device."""
     kept: Kept | None = None
     """What they keep from the forward of this call of the block until its backward."""
 
@@ -125,6 +120,26 @@ class Remembered(Protocol):
     """What attention remembers of the chunks of a sequence."""
 
     reach: Reach
+
+
+class SequenceTensors(Protocol):
+    """Makes tensors of the whole sequence, and reads and writes parts of them."""
+
+    device: torch.device
+    """that of the run"""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the tensors can be used as they are, without copies to the device."""
+
+    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of undefined values."""
+
+    def read(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """Return a part on the device; `ahead` is the part that is read next."""
+
+    def write(self, part: Tensor, values: Tensor) -> None:
+        """Write values to a part. They must not change afterwards."""
 
 
 class Kept(Protocol):

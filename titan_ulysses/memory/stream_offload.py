@@ -3,8 +3,8 @@
 Between its blocks a decoder only hands the hidden states on. So they may be in host memory or in
 files, if all that reads or writes them does so part by part: the blocks, chunk by chunk; embedding
 and rotary embedding, chunk by chunk; the last norm and the loss head, tile by tile. Nothing of the
-size [B, T, h] is on the device then. The keys and values of one layer stay on a GPU; on a CPU they
-are in the same place.
+size [B, T, h] is on the device then. The keys and values of one layer are in the same place (see
+`ulysses/key_blocks.py`).
 
 On a GPU the copies run on a stream of their own, through a store of `offload.py`: a part is on its
 way while the part before it is computed, and results leave while the next part is computed. The
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, current_chunks
 from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker, host_buffer
-from titan_ulysses.memory.tiling import visited, with_next
 
 StreamOffload = Literal["none", "host", "disk"]
 
@@ -70,11 +70,16 @@ class SequenceStore:
         self._coming: dict[int, _Part] = {}
         """Parts that are on their way to the device, one of each tensor."""
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether the tensors can be used as they are, without copies to the device."""
+        return self._copies is None
+
     def read(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
         """Return part [B, n, ...] or [n, ...], a slice of a tensor of this store, on the device.
 
-        The result is read only. ahead: the part of the same tensor that is read next, whose copy
-        begins now. It must not change until then.
+        Without copies, the result is the part itself. ahead: a part, of this tensor or another,
+        that is read next. Its copy begins now, so it must not change until then.
         """
         if self._copies is None or part.device.type == "cuda":
             return part
@@ -87,7 +92,8 @@ class SequenceStore:
             wanted = None
         wanted = wanted or _Part(part, self.device)
         if ahead is not None:
-            coming = self._coming[key] = _Part(ahead, self.device)
+            coming = _Part(ahead, self.device)
+            self._coming[ahead.untyped_storage()._cdata] = coming
             wanted.before = lambda: coming
         return self._copies.get(wanted)
 
@@ -110,12 +116,6 @@ class SequenceStore:
             buffer = self._make_buffer(size, self.device)
             buffers.append((buffer, _references(buffer)))
         return torch.empty(0, dtype=dtype).set_(buffer.untyped_storage(), 0, shape)
-
-    def keys_and_values(self, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a tensor for keys, values or their gradients."""
-        if self._copies is None:
-            return self.empty(shape, dtype)
-        return like.new_empty(shape, dtype=dtype)
 
 
 class _Part:
@@ -217,7 +217,7 @@ class _EmbeddingFunction(torch.autograd.Function):
         scale = torch.as_tensor(
             getattr(embedding, "embed_scale", 1.0), dtype=ctx.dtype, device=ids.device
         )
-        for chunk, then in visited([*with_next(ctx.chunks)]):
+        for chunk, then in visited_with_next(list(ctx.chunks)):
             rows = ids[:, chunk.local].flatten()
             part = ctx.look_up.store.read(
                 upstream[:, chunk.local], None if then is None else upstream[:, then.local]

@@ -39,12 +39,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, KeysKnown, Reach, current_chunk
 from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
 from titan_ulysses.memory.stream_offload import SequenceStore
-from titan_ulysses.memory.tiling import visited, with_next
 
 KeepAttention = Literal["none", "auto", "all"]
 
@@ -96,8 +96,7 @@ class StreamedBlock:
         if torch.is_grad_enabled() and (kept := self._kept()) is not None:
             chunks = [replace(chunk, kept=kept) for chunk in chunks]
         if self.sequences is not None:
-            make = self.sequences.keys_and_values
-            chunks = [replace(chunk, make=make) for chunk in chunks]
+            chunks = [replace(chunk, store=self.sequences) for chunk in chunks]
         call = _Call(self, hidden.shape, chunks, args, kwargs)
         return _StreamedFunction.apply(call, hidden, *call.differentiable(), *self.parameters())
 
@@ -235,7 +234,7 @@ class _Call:
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
         memory: dict[Any, Any] = {}
         output = None
-        for chunk, then in visited(with_next(self.chunks), "growing"):
+        for chunk, then in visited_with_next(self.chunks, "growing"):
             self.random.append(rng_state(hidden.device))
             with _running(replace(chunk, memory=memory)):
                 x = streamed.read(hidden, chunk, then)
@@ -281,7 +280,7 @@ class _Call:
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
-        for chunk, then in visited(with_next(self.chunks[::-1]), "shrinking"):
+        for chunk, then in visited_with_next(self.chunks[::-1], "shrinking"):
             self._compute_keys(hidden, chunk, memory)
             y, inputs = self._graph(hidden, chunk, then, memory, needs_input=needs[0])
             inputs += parameters
@@ -306,7 +305,7 @@ class _Call:
         The last chunk reads most of them, or all. Its own keys are not among them.
         """
         stop = min([reader.index, *map(self._first_read, self._next(reader))])
-        for chunk, then in visited(with_next(self.chunks[self._first_read(reader) : stop])):
+        for chunk, then in visited_with_next(self.chunks[self._first_read(reader) : stop]):
             with (
                 _running(self._in_backward(chunk, "keys", memory, reader=reader.whole)),
                 self._replayed(chunk, hidden.device),

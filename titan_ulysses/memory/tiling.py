@@ -14,26 +14,21 @@ runs 3 - 1/k times on average.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Iterable, Sequence
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import current_chunks
 from titan_ulysses.memory.checkpointing import output_is_needed
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
 
 if TYPE_CHECKING:
     from titan_ulysses.memory.stream_offload import SequenceStore
-
-T = TypeVar("T")
-Cost = Literal["even", "growing", "shrinking"]
-"""Whether the parts of a computation cost the same, or evenly more or less from part to part."""
-Visit = Callable[[list, Cost], Iterable]
-_visit: ContextVar[Visit] = ContextVar("_visit", default=lambda parts, cost: parts)
 
 
 def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
@@ -43,34 +38,11 @@ def tiles(rows: int, tile_tokens: int) -> Iterable[slice]:
 
 def tiles_with_next(rows: int, tile_tokens: int) -> Iterable[tuple[slice, slice | None]]:
     """Return the tiles of so many rows, each with the one after it; None after the last."""
-    return visited(with_next(_tiles(rows, tile_tokens)))
+    return visited_with_next(_tiles(rows, tile_tokens))
 
 
 def _tiles(rows: int, tile_tokens: int) -> list[slice]:
     return [slice(start, min(start + tile_tokens, rows)) for start in range(0, rows, tile_tokens)]
-
-
-def visited(parts: list[T], cost: Cost = "even") -> Iterable[T]:
-    """Return the parts of a computation that are to be computed: all, unless overridden."""
-    return _visit.get()(parts, cost)
-
-
-def with_next(parts: Sequence[T]) -> list[tuple[T, T | None]]:
-    """Return each part with the one after it; None after the last."""
-    return [*zip(parts, [*parts[1:], None], strict=False)]  # parts may be empty
-
-
-@contextlib.contextmanager
-def override_tiles(visit: Visit) -> Iterator[None]:
-    """Let visit choose, from all tiles or chunks, those to compute, in this contextvars context.
-
-    This is for callers that need no values, such as the planner.
-    """
-    token = _visit.set(visit)
-    try:
-        yield
-    finally:
-        _visit.reset(token)
 
 
 def tile_mlp(

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from titan_ulysses.distributed.parts import Cost, with_next
 from titan_ulysses.distributed.tensors import plain_pieces
-from titan_ulysses.memory.tiling import Cost
 from titan_ulysses.plan.attribution import Attribution, Owner
 
 Place = Literal["device", "host", "disk"]
@@ -279,9 +279,9 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- repetition -------------------------------------------------------------------------------
 
-    def shortened(self, parts: list, cost: Cost) -> Iterator:
-        """Yield some of the tiles or chunks. While one runs that stands for those that are left
-        out, `weight` is their number with it.
+    def shortened(self, parts: list, cost: Cost) -> Iterator[tuple]:
+        """Yield some of the tiles or chunks, each with the one that follows. While one runs that
+        stands for those that are left out, `weight` is their number with it.
 
         Parts with even costs, of which the last may be short: the first, the second, which stands
         for the others, and the last. Parts whose cost grows: the first, the middle one of the
@@ -291,18 +291,18 @@ class MemoryTracker(TorchDispatchMode):
         first, last = {"even": (1, 1), "growing": (1, 2), "shrinking": (2, 1)}[cost]
         others = parts[first:-last]
         if len(others) < 2:
-            yield from parts
+            yield from with_next(parts)
             return
         middle = {
             "even": 0,
             "growing": len(others) // 2,
             "shrinking": len(others) - 1 - len(others) // 2,
         }[cost]
-        yield from parts[:first]
-        before, self.weight = self.weight, self.weight * len(others)
-        yield others[middle]
+        before = self.weight
+        for at, pair in enumerate(with_next([*parts[:first], others[middle], *parts[-last:]])):
+            self.weight = before * len(others) if at == first else before
+            yield pair
         self.weight = before
-        yield from parts[-last:]
 
     # --- what it is for ---------------------------------------------------------------------------
 

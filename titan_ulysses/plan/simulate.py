@@ -29,12 +29,12 @@ from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.mesh import Mesh, build_mesh
+from titan_ulysses.distributed.parts import override_parts
 from titan_ulysses.distributed.sequence import Documents, chunk_length
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.stream_offload import SequenceStore
 from titan_ulysses.memory.streaming import StreamedBlock
-from titan_ulysses.memory.tiling import override_tiles
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
@@ -150,7 +150,7 @@ def _run_step(
         costs.take()
         counter = CollectiveCounter(weight=lambda: tracker.weight)
         tracker.observers = [costs, counter.count]
-        with override_tiles(tracker.shortened):
+        with override_parts(tracker.shortened):
             train_step(model, optimizer, run, mesh, max_norm=max_norm)
         counts.append(dict(counter.counts))
     tracker.recording = False  # the releases that follow are not part of the step

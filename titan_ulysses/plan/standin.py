@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.sequence import Documents
-from titan_ulysses.memory.tiling import visited
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.ulysses.cores import with_equal_sizes
 from titan_ulysses.ulysses.flash_cuda import CUDA_BLOCK
-from titan_ulysses.ulysses.scores import Lengths, Pieces, Scores
+from titan_ulysses.ulysses.scores import Pieces, Scores
 
 
 class Standin:
@@ -67,7 +67,7 @@ class Standin:
         return Pieces(self._forward, self._backward)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        self._note(_pairs_of_pieces(scores.query_lengths, scores.key_lengths, scores.window))
+        self._note(_pairs_of_pieces(scores))
         size = v.shape[-1]
         output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scores.scale)
         return output[0, ..., :size].transpose(0, 1), lse.reshape(lse.shape[1:])
@@ -86,11 +86,12 @@ class Standin:
         dv: Tensor,
     ) -> Tensor:
         """Do what `CUDA_FLASH` does: the queries' own keys, then blocks of earlier ones."""
-        queries, window = scores.query_lengths, scores.window
-        pairs = _pairs_of_pieces(queries, scores.key_lengths, window)
-        own, size = len(q), q.shape[-1]
+        pairs, size = _pairs_of_pieces(scores), q.shape[-1]
+        own = len(k) if scores.ahead else len(q)
         starts = [*range(own, len(k), CUDA_BLOCK)]
-        earlier = pairs - _pairs_of_pieces(queries, queries, window)
+        earlier = 0.0
+        if starts:
+            earlier = pairs - _pairs_of_pieces(scores.of(*[scores.query_lengths] * 2))
         dq = None
         # The blocks of earlier keys are alike, and a long sequence has thousands.
         for first, stop in chain([(0, own)], visited([*pairwise([*starts, len(k)])])):
@@ -123,10 +124,16 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1)[None] for x in padded]
 
 
-def _pairs_of_pieces(query_lengths: Lengths, key_lengths: Lengths, window: int | None) -> float:
+def _pairs_of_pieces(scores: Scores) -> float:
     """Return the pairs with a score of the last queries of each document."""
-    lengths = zip(query_lengths, key_lengths, strict=True)
-    return sum(_pairs(keys, window) - _pairs(keys - queries, window) for queries, keys in lengths)
+    window, lengths = scores.window, zip(scores.query_lengths, scores.key_lengths, strict=True)
+    if not scores.ahead:
+        return sum(_pairs(n, window) - _pairs(n - queries, window) for queries, n in lengths)
+    (queries, keys), hidden = next(lengths), 0
+    if window is not None:
+        hidden = max(0, keys + scores.ahead - window)  # of the keys, from the last query
+    rows = min(queries, hidden)
+    return queries * keys - rows * (2 * hidden - rows + 1) / 2
 
 
 class _Sinks(torch.autograd.Function):

@@ -37,7 +37,7 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tens
         *(q, k, v),
         *_lengths(scores, q.device),
         0.0,
-        scores.window is None,  # is_causal; a window says so by itself
+        scores.window is None and not scores.ahead,  # is_causal; a window says so by itself
         False,
         scale=scores.scale,
         **_window(scores),
@@ -55,9 +55,14 @@ def _lengths(scores: Scores, device: torch.device) -> tuple[Tensor, Tensor, int,
 
 
 def _window(scores: Scores) -> dict[str, int]:
-    """Return the keys left and right of a query that it sees; -1 is all."""
+    """Return the keys left and right of a query that it sees; -1 is all.
+
+    The kernel gives the last query the place of the last key.
+    """
     if scores.window is None:
         return {"window_size_left": -1, "window_size_right": -1}
+    if scores.ahead:
+        return {"window_size_left": scores.window - 1 - scores.ahead, "window_size_right": -1}
     return {"window_size_left": scores.window - 1, "window_size_right": 0}
 
 
@@ -76,6 +81,11 @@ def _cuda_backward(
     """The queries' own keys of all documents in one call, then blocks of each document's earlier
     keys.
     """
+    if scores.ahead:  # no own keys
+        parts = _call(*(grad, q, k, v, output, lse), scores=scores, causal=False, **_window(scores))
+        dk.add_(parts[1])
+        dv.add_(parts[2])
+        return parts[0]
     documents = list(scores.documents())
     own = [slice(y.stop - (x.stop - x.start), y.stop) for x, y in documents]
     lengths = tuple(x.stop - x.start for x in own)

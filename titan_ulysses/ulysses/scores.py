@@ -29,6 +29,10 @@ class Scores:
     """the number of keys that a query sees, including its own; None: all before it"""
     softcap: float | None = None
     """scores become softcap * tanh(score / softcap)"""
+    ahead: int = 0
+    """how many keys further right the queries stand. If it is not 0, there is one document, with
+    fewer keys than queries or more; each query is right of all keys and sees at least one of them.
+    """
 
     def documents(self) -> Iterator[tuple[slice, slice]]:
         """Yield the queries and the keys of each document that has queries."""
@@ -38,9 +42,9 @@ class Scores:
             if rows[0] < rows[1]:
                 yield slice(*rows), slice(*columns)
 
-    def of(self, query_lengths: Lengths, key_lengths: Lengths) -> Scores:
+    def of(self, query_lengths: Lengths, key_lengths: Lengths, *, ahead: int = 0) -> Scores:
         """Return the same of other documents."""
-        return replace(self, query_lengths=query_lengths, key_lengths=key_lengths)
+        return replace(self, query_lengths=query_lengths, key_lengths=key_lengths, ahead=ahead)
 
 
 @dataclass(frozen=True)

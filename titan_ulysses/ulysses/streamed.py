@@ -30,7 +30,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from titan_ulysses.distributed.sequence import Chunk, Documents, KeysKnown, Reach, first_key
+from titan_ulysses.distributed.sequence import (
+    Chunk,
+    Documents,
+    KeysKnown,
+    Reach,
+    SequenceTensors,
+    first_key,
+)
 from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.exchange import (
     SEQUENCE,
@@ -39,6 +46,13 @@ from titan_ulysses.ulysses.exchange import (
     sequence_to_heads,
 )
 from titan_ulysses.ulysses.heads import HeadPlan, deal_heads
+from titan_ulysses.ulysses.key_blocks import (
+    RESIDENT_CHUNKS,
+    KeyBlocks,
+    MergedParts,
+    Part,
+    part_of,
+)
 from titan_ulysses.ulysses.pieces import pieces_of, sinks_gradient, with_sinks
 from titan_ulysses.ulysses.scores import Pieces, Scores
 
@@ -70,8 +84,8 @@ def attend_chunk(
     reach = chunk.reach or Reach(documents, window, chunk.size)
     known = chunk.memory.get(module)
     if known is None:
-        known = chunk.memory[module] = KeysAndValues(reach, chunk)
-    assert isinstance(known, KeysAndValues)
+        known = chunk.memory[module] = _remember(reach, chunk)
+    assert isinstance(known, KeysAndValues | KeyBlocks)
     known.hold(reach.of(chunk.reader or chunk.whole))
     queries, k, v = _to_heads(q, k, v, chunk, mesh, plan, known)
     if not chunk.keys_known:
@@ -94,7 +108,7 @@ def _to_heads(
     chunk: Chunk,
     mesh: DeviceMesh,
     plan: HeadPlan,
-    known: KeysAndValues,
+    known: KeysAndValues | KeyBlocks,
 ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
     """Return this rank's queries (for each part of the plan), keys and values of all the chunk."""
     if mesh.size() == 1:
@@ -106,15 +120,24 @@ def _to_heads(
     return sequence_to_heads(q, k, v, plan, known=here)
 
 
+def _remember(reach: Reach, chunk: Chunk) -> KeysAndValues | KeyBlocks:
+    """Return what remembers the keys and values of a layer."""
+    store = chunk.store
+    if store is None or store.is_direct:
+        return KeysAndValues(reach, store)
+    few = reach.most() <= RESIDENT_CHUNKS * chunk.size
+    return KeysAndValues(reach, None) if few else KeyBlocks(reach, store)
+
+
 class KeysAndValues:
     """The keys and values of a layer that are still read, and in backward their gradients.
 
     They are of this rank's KV heads, and of one range of tokens, which moves through the sequence.
     """
 
-    def __init__(self, reach: Reach, chunk: Chunk):
-        self.reach = reach
-        self._make, self._tokens = chunk.make, slice(0, 0)
+    def __init__(self, reach: Reach, store: SequenceTensors | None):
+        """store makes their memory; None: it is on the device of the first keys."""
+        self.reach, self._store, self._tokens = reach, store, slice(0, 0)
         self._tensors: list[Tensor] = []
         self._gradients: list[Tensor] = []
 
@@ -135,7 +158,7 @@ class KeysAndValues:
         if not self._tensors:
             for x in (k, v):
                 shape = torch.Size((len(x), self.reach.most(), *x.shape[2:]))
-                self._tensors.append(self._make(shape, x, x.dtype))
+                self._tensors.append(self._empty(shape, x, x.dtype))
         for whole, x in zip(self.of(tokens), (k, v), strict=True):
             whole.copy_(x.detach())
 
@@ -144,18 +167,30 @@ class KeysAndValues:
         k, v = (x[:, self._places(tokens)] for x in self._tensors)
         return k, v
 
+    def read(self, tokens: slice) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """Yield blocks of tokens that are held, each with its k and v: here a single block."""
+        yield tokens, self.of(tokens)
+
     def gradients_of(self, tokens: slice) -> tuple[Tensor, Tensor]:
         """Return the sums of gradients that belong to `of`, to be added to; fp32 or wider."""
         if not self._gradients:
             wide = torch.promote_types(self._tensors[0].dtype, torch.float32)
-            self._gradients = [self._make(x.shape, x, wide).zero_() for x in self._tensors]
+            self._gradients = [self._empty(x.shape, x, wide).zero_() for x in self._tensors]
         dk, dv = (x[:, self._places(tokens)] for x in self._gradients)
         return dk, dv
+
+    def put_gradients(self, tokens: slice, gradients: Sequence[Tensor]) -> None:
+        """Keep what `gradients_of` returned: here they were added to in place."""
 
     def complete_gradients(self, tokens: slice) -> list[Tensor]:
         """Return the gradients [B, n, Hkv, D] of k and v, once they are complete."""
         pairs = zip(self.gradients_of(tokens), self._tensors, strict=True)
         return [gradient.to(x.dtype) for gradient, x in pairs]
+
+    def _empty(self, shape: torch.Size, like: Tensor, dtype: torch.dtype) -> Tensor:
+        if self._store is None:
+            return like.new_empty(shape, dtype=dtype)
+        return self._store.empty(shape, dtype)
 
     def _places(self, tokens: slice) -> slice:
         return slice(tokens.start - self._tokens.start, tokens.stop - self._tokens.start)
@@ -216,7 +251,7 @@ class _Call(NamedTuple):
     """What the attention of a chunk needs to know beside its tensors."""
 
     pieces: Pieces
-    known: KeysAndValues
+    known: KeysAndValues | KeyBlocks
     chunk: Chunk
     key: tuple
     """The name of what is kept of this call."""
@@ -239,33 +274,95 @@ class _Call(NamedTuple):
                     sinks = slice(heads.start + queries.start, heads.start + queries.stop)
                     yield _Piece(part, row, queries, keys, sinks, seen.keys, scores)
 
-    def attend(self, queries: Sequence[Tensor], sinks: Tensor | None) -> list[Tensor]:
-        """Return the outputs [B, n, h, Dv] of all parts, then their log-sum-exps [B, h, n]."""
-        results: list[tuple[Tensor, Tensor]] = []
+    def parts(
+        self, work: Sequence[_Piece], block: slice, keys: Sequence[Tensor]
+    ) -> Iterator[tuple[int, Part, list[Tensor]]]:
+        """Yield the index of each piece that sees keys of a block, its part of the block, and that
+        part of tensors [B, n, Hkv, ...] of the block's keys.
+        """
+        for index, piece in enumerate(work):
+            part = part_of(piece.scores, piece.tokens, block, self.chunk.whole)
+            if part is not None:
+                yield index, part, [x[piece.row, part.keys, piece.keys] for x in keys]
+
+    def attend(
+        self, queries: Sequence[Tensor], sinks: Tensor | None, head_size: int
+    ) -> list[Tensor]:
+        """Return the outputs [B, n, h, Dv] of all parts, then their log-sum-exps [B, h, n].
+
+        head_size: that of values, Dv.
+        """
         work = [*self.work()]
+        found = [MergedParts(sum(piece.scores.query_lengths)) for piece in work]
+        for block, tensors in self.known.read(_span(work)):
+            for index, part, keys in self.parts(work, block, tensors):
+                piece = work[index]
+                q = queries[piece.part][piece.row, part.queries, piece.queries]
+                found[index].add(part.queries, *self.pieces.forward(q, *keys, part.scores))
+        results: list[tuple[Tensor, Tensor]] = []
         for part, q in enumerate(queries):
-            mine = [x for x in work if x.part == part]
+            mine = [x for x in zip(work, found, strict=True) if x[0].part == part]
             if len(mine) == 1:
-                output, lse = self._attend(mine[0], q, sinks)
+                output, lse = _with_sinks(*mine[0], sinks)
                 results.append((output[None], lse[None]))
                 continue
-            results.append(self._empty(q))
-            for piece in mine:
-                output, lse = self._attend(piece, q, sinks)
+            results.append(_empty(q, head_size))
+            for piece, merged in mine:
+                output, lse = _with_sinks(piece, merged, sinks)
                 results[part][0][piece.row, :, piece.queries] = output
                 results[part][1][piece.row, piece.queries] = lse
         return [*chain(*zip(*results, strict=True))]
 
-    def _empty(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        rows, tokens, heads = q.shape[:3]
-        values, wide = self.known.of(slice(0, 0))[1], torch.promote_types(q.dtype, torch.float32)
-        lse = q.new_empty(rows, heads, tokens, dtype=wide)
-        return q.new_empty(rows, tokens, heads, values.shape[-1]), lse
+    def differentiate(
+        self,
+        grads: Sequence[Tensor],
+        queries: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        sums: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Return the gradients of the queries, and add those of the keys to what is known."""
+        work = [*self.work()]
+        by_blocks = isinstance(self.known, KeyBlocks)
+        dqs = [
+            torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+            if by_blocks
+            else torch.empty_like(q)
+            for q in queries
+        ]
+        for block, tensors in self.known.read(_span(work)):
+            gradients = self.known.gradients_of(block)
+            for index, part, of_keys in self.parts(work, block, [*tensors, *gradients]):
+                piece, (k, v, dk, dv) = work[index], of_keys
+                at = piece.row, part.queries, piece.queries
+                grad, q, output, dq = (x[piece.part][at] for x in (grads, queries, outputs, dqs))
+                lse = sums[piece.part][piece.row, piece.queries, part.queries]
+                found = self.pieces.backward(grad, q, k, v, output, lse, part.scores, dk=dk, dv=dv)
+                if by_blocks:
+                    dq.add_(found)
+                else:
+                    dq.copy_(found)
+            self.known.put_gradients(block, gradients)
+        return [dq.to(q.dtype) for dq, q in zip(dqs, queries, strict=True)]
 
-    def _attend(self, piece: _Piece, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        keys = (x[piece.row, :, piece.keys] for x in self.known.of(piece.tokens))
-        found = self.pieces.forward(q[piece.row, :, piece.queries], *keys, piece.scores)
-        return found if sinks is None else with_sinks(*found, sinks[piece.sinks])
+
+def _span(work: Sequence[_Piece]) -> slice:
+    """Return the tokens whose keys are seen."""
+    if not work:
+        return slice(0, 0)
+    return slice(min(x.tokens.start for x in work), max(x.tokens.stop for x in work))
+
+
+def _empty(q: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+    """Return memory for an output [B, n, h, Dv] and its log-sum-exp [B, h, n]."""
+    rows, tokens, heads = q.shape[:3]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(rows, heads, tokens, dtype=wide)
+    return q.new_empty(rows, tokens, heads, head_size), lse
+
+
+def _with_sinks(piece: _Piece, merged: MergedParts, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    found = merged.end()
+    return found if sinks is None else with_sinks(*found, sinks[piece.sinks])
 
 
 class _Attention(torch.autograd.Function):
@@ -277,7 +374,7 @@ class _Attention(torch.autograd.Function):
         if kept is not None:
             results = kept.get(call.key, last=chunk.goal == "gradient")
         if results is None:
-            results = call.attend(queries, sinks)
+            results = call.attend(queries, sinks, v.shape[-1])
             if kept is not None and chunk.goal == "output":
                 kept.put(call.key, results)
         ctx.call = call
@@ -291,18 +388,10 @@ class _Attention(torch.autograd.Function):
         queries, outputs, sums = (
             saved[i : i + len(grads)] for i in range(0, 3 * len(grads), len(grads))
         )
-        dqs = [torch.empty_like(q) for q in queries]
+        dqs = call.differentiate(grads, queries, outputs, sums)
         dsinks = None if sinks is None else torch.zeros_like(sinks)
-        for piece in call.work():
-            part, row, heads = piece.part, piece.row, piece.queries
-            grad, q, output = (x[part][row, :, heads] for x in (grads, queries, outputs))
-            lse = sums[part][row, heads]
-            k, v = (x[row, :, piece.keys] for x in call.known.of(piece.tokens))
-            dk, dv = (x[row, :, piece.keys] for x in call.known.gradients_of(piece.tokens))
-            dqs[part][row, :, heads] = call.pieces.backward(
-                grad, q, k, v, output, lse, piece.scores, dk=dk, dv=dv
-            )
-            if sinks is not None:
-                of_heads = sinks[piece.sinks]
-                dsinks[piece.sinks] += sinks_gradient(grad, output, lse, of_heads)
+        for piece in call.work() if sinks is not None else ():
+            grad, output = (x[piece.part][piece.row, :, piece.queries] for x in (grads, outputs))
+            lse, of_heads = sums[piece.part][piece.row, piece.queries], sinks[piece.sinks]
+            dsinks[piece.sinks] += sinks_gradient(grad, output, lse, of_heads)
         return None, dsinks, *call.known.complete_gradients(call.chunk.whole), *dqs

@@ -34,12 +34,14 @@ class Tile(NamedTuple):
     """
 
 
-def _tiles(queries: int, keys: int, window: int | None, most_keys: int) -> Iterator[Tile]:
+def _tiles(
+    queries: int, keys: int, window: int | None, most_keys: int, ahead: int = 0
+) -> Iterator[Tile]:
     """Cut the scores of a document into tiles of at most most_keys keys (more in a short band)."""
-    offset = keys - queries
+    offset = keys - queries + ahead
     size = BLOCK if window is None else min(BLOCK, max(SMALLEST_BLOCK, window))
-    for start in range(offset, keys, size):
-        stop = min(keys, start + size)
+    for start in range(offset, offset + queries, size):
+        stop = min(offset + queries, start + size)
         rows = slice(start - offset, stop - offset)
         # The first key that any query of the tile sees, and the first that all of them see.
         first = 0 if window is None else max(0, start - window + 1)
@@ -51,9 +53,11 @@ def _tiles(queries: int, keys: int, window: int | None, most_keys: int) -> Itera
             # One key that all see is in the band, so that its last query sees one too.
             shared += 1
             yield Tile(rows, slice(first, shared), "band")
-        for left in range(shared, start, most_keys):
-            yield Tile(rows, slice(left, min(start, left + most_keys)), "all")
-        yield Tile(rows, slice(start, stop), "causal")
+        end = min(start, keys)
+        for left in range(shared, end, most_keys):
+            yield Tile(rows, slice(left, min(end, left + most_keys)), "all")
+        if not ahead:
+            yield Tile(rows, slice(start, stop), "causal")
 
 
 def _band(tile: Tile, offset: int, window: int | None, device: torch.device) -> Tensor:
@@ -93,9 +97,10 @@ def _forward_by_tiles(
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
     for rows, columns in scores.documents():
         q_, k_, v_ = (x.transpose(0, 1) for x in (q[rows], k[columns], v[columns]))
-        offset = k_.shape[1] - q_.shape[1]
-        merged = _Merged(output[rows].transpose(0, 1), lse[:, rows])
-        for tile in _tiles(q_.shape[1], k_.shape[1], scores.window, kernel.most_keys(q.dtype)):
+        lengths, most = (q_.shape[1], k_.shape[1]), kernel.most_keys(q.dtype)
+        offset = lengths[1] - lengths[0] + scores.ahead
+        merged = Merged(output[rows].transpose(0, 1), lse[:, rows])
+        for tile in _tiles(*lengths, scores.window, most, scores.ahead):
             seen = _seen(tile, offset, scores.window, q.device)
             keys = tile.keys
             part = kernel.forward(q_[:, tile.queries], k_[:, keys], v_[:, keys], seen, scores)
@@ -123,8 +128,9 @@ def _backward_by_tiles(
         of_keys = [x[columns].transpose(0, 1) for x in (k, v, dk, dv)]
         total = torch.zeros(of_queries[1].shape, dtype=lse.dtype, device=q.device)
         lengths = total.shape[1], of_keys[0].shape[1]
-        for tile in _tiles(*lengths, scores.window, BLOCK):
-            seen = _seen(tile, lengths[1] - lengths[0], scores.window, q.device)
+        offset = lengths[1] - lengths[0] + scores.ahead
+        for tile in _tiles(*lengths, scores.window, BLOCK, scores.ahead):
+            seen = _seen(tile, offset, scores.window, q.device)
             grad_, q_, output_ = (x[:, tile.queries] for x in of_queries)
             k_, v_, dk_, dv_ = (x[:, tile.keys] for x in of_keys)
             lse_ = lse[:, rows][:, tile.queries]
@@ -139,8 +145,8 @@ def _seen(tile: Tile, offset: int, window: int | None, device: torch.device) -> 
     return _band(tile, offset, window, device) if tile.seen == "band" else tile.seen
 
 
-class _Merged:
-    """The results of a document's tiles, merged as they come.
+class Merged:
+    """Results of queries with different keys, merged as they come.
 
     output [Hq, queries, Dv] and lse [Hq, queries] are written. The sum is held in lse's dtype.
     """
