@@ -23,7 +23,7 @@ from functools import partial
 from math import inf, prod
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,28 @@ def buffer_maker(
     return _FileBuffers(Path(folder or tempfile.gettempdir()))
 
 
+class OffDevice(Protocol):
+    """A tensor in a buffer off the device, as a `CudaStore` copies it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    """that of the copies back"""
+    fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None
+    """the copy on the device, and the event of its end"""
+
+    @property
+    def buffer(self) -> Tensor:
+        """The bytes in the buffer."""
+
+    @property
+    def before(self) -> Callable[[], Any]:
+        """Returns what is fetched after this one, or None."""
+
+    def view(self) -> Tensor:
+        """Return the tensor in the buffer."""
+
+
 class OffloadedTensor:
     """A tensor in a buffer.
 
@@ -76,7 +98,9 @@ class OffloadedTensor:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.buffer = buffer
         # The tensor that was offloaded just before this one is needed just after it in backward.
-        self.before = weakref.ref(before) if before is not None else lambda: None
+        self.before: Callable[[], OffloadedTensor | None] = (
+            weakref.ref(before) if before is not None else lambda: None
+        )
         self.fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None = None
         weakref.finalize(
             self, store.free.setdefault(buffer.numel(), []).append, buffer
@@ -139,10 +163,10 @@ class Store:
     def _unpack(self, kept: Tensor | OffloadedTensor) -> Tensor:
         return self.get(kept) if isinstance(kept, OffloadedTensor) else kept
 
-    def put(self, x: Tensor, kept: OffloadedTensor) -> None:
+    def put(self, x: Tensor, kept: OffDevice) -> None:
         kept.view().copy_(x)
 
-    def get(self, kept: OffloadedTensor) -> Tensor:
+    def get(self, kept: OffDevice) -> Tensor:
         return kept.view().clone()
 
 
@@ -161,11 +185,11 @@ class CudaStore(Store):
     ):
         super().__init__(make_buffer, room)
         self.cuda, self.stream = cuda, cuda.Stream()
-        self._copies_in_flight: deque[
-            tuple[weakref.ref[OffloadedTensor], Tensor, torch.cuda.Event]
-        ] = deque()
+        self._copies_in_flight: deque[tuple[weakref.ref[OffDevice], Tensor, torch.cuda.Event]] = (
+            deque()
+        )
 
-    def put(self, x: Tensor, kept: OffloadedTensor) -> None:
+    def put(self, x: Tensor, kept: OffDevice) -> None:
         compute = self.cuda.current_stream()
         self.stream.wait_stream(compute)
         self._copies_in_flight.append((weakref.ref(kept), x, self._send(x, kept)))
@@ -175,7 +199,7 @@ class CudaStore(Store):
             _, _, copied = self._copies_in_flight.popleft()
             compute.wait_event(copied)
 
-    def get(self, kept: OffloadedTensor) -> Tensor:
+    def get(self, kept: OffDevice) -> Tensor:
         # The input of the last segment is still on the device.
         if self._copies_in_flight and self._copies_in_flight[-1][0]() is kept:
             kept.fetched = self._copies_in_flight.pop()[1:]
@@ -192,7 +216,7 @@ class CudaStore(Store):
             self._fetch(before)
         return x
 
-    def _send(self, x: Tensor, kept: OffloadedTensor) -> torch.cuda.Event:
+    def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         """Start the copy of x to its buffer; return the event of its end."""
         return self._copy(kept.view(), x)
 
@@ -201,7 +225,7 @@ class CudaStore(Store):
             target.copy_(source, non_blocking=True)
             return self.stream.record_event()
 
-    def _fetch(self, kept: OffloadedTensor) -> None:
+    def _fetch(self, kept: OffDevice) -> None:
         """Start the copy back to the device.
 
         x is allocated on the compute stream, where it will also be freed. The copy waits for that
@@ -236,13 +260,13 @@ class DiskStore(CudaStore):
         self.background = background or ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._staging = deque([_Staging(), _Staging()])
 
-    def _send(self, x: Tensor, kept: OffloadedTensor) -> torch.cuda.Event:
+    def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         staging = self._next_staging(kept)
         copied = self._copy(staging.view(kept), x)
         staging.work = self.background.submit(_to_file, kept.buffer, staging.buffer, copied)
         return copied
 
-    def _fetch(self, kept: OffloadedTensor) -> None:
+    def _fetch(self, kept: OffDevice) -> None:
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
         # Until here the compute stream may use the memory of x for an earlier tensor.
         allocated = self.cuda.current_stream().record_event()
@@ -260,7 +284,7 @@ class DiskStore(CudaStore):
         staging.read = self._copy(x, staging.buffer[: buffer.numel()].view(x.dtype).view(x.shape))
         return staging.read
 
-    def _next_staging(self, kept: OffloadedTensor) -> _Staging:
+    def _next_staging(self, kept: OffDevice) -> _Staging:
         """Return the staging buffer that was not used last, with room for kept.
 
         Waits until the thread is done with it, and raises what went wrong there.
@@ -285,7 +309,7 @@ class _Staging:
         self.read: torch.cuda.Event | None = None
         """The end of the last copy from it to the device."""
 
-    def view(self, kept: OffloadedTensor) -> Tensor:
+    def view(self, kept: OffDevice) -> Tensor:
         """Return the part for kept, with its dtype and shape."""
         return self.buffer[: kept.buffer.numel()].view(kept.dtype).view(kept.shape)
 

@@ -101,7 +101,7 @@ class CostCounter:
     def add(self, kind: str, amount: float) -> None:
         """Add the cost of what no operation shows, times the number that it stands for."""
         stage = STAGES.get(self._tracker.attribution.phase, "update")
-        self.cost.amounts[stage, kind] += self._tracker.weight * amount
+        self.cost.amounts[stage, kind] += self._tracker.weight * amount  # type: ignore[assignment]
 
     def __call__(self, func, args: tuple, kwargs: dict, result) -> None:
         weight = self._tracker.weight

@@ -300,17 +300,17 @@ class _Call(NamedTuple):
                 q = queries[piece.part][piece.row, part.queries, piece.queries]
                 found[index].add(part.queries, *self.pieces.forward(q, *keys, part.scores))
         results: list[tuple[Tensor, Tensor]] = []
-        for part, q in enumerate(queries):
-            mine = [x for x in zip(work, found, strict=True) if x[0].part == part]
+        for number, of_part in enumerate(queries):
+            mine = [x for x in zip(work, found, strict=True) if x[0].part == number]
             if len(mine) == 1:
                 output, lse = _with_sinks(*mine[0], sinks)
                 results.append((output[None], lse[None]))
                 continue
-            results.append(_empty(q, head_size))
+            results.append(_empty(of_part, head_size))
             for piece, merged in mine:
                 output, lse = _with_sinks(piece, merged, sinks)
-                results[part][0][piece.row, :, piece.queries] = output
-                results[part][1][piece.row, piece.queries] = lse
+                results[number][0][piece.row, :, piece.queries] = output
+                results[number][1][piece.row, piece.queries] = lse
         return [*chain(*zip(*results, strict=True))]
 
     def differentiate(
