@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers.families import FAMILIES, model_of
+from helpers.material import BASE, MODEL
 from helpers.meshes import DP2_SP2, ONE, SP2, SP4, mesh_of
 from helpers.models import LLAMA, STARCODER2
 from helpers.precision import kept_in_fp64
@@ -513,6 +514,25 @@ def test_keys_that_a_window_hides_are_not_touched() -> None:
     assert _seen(documents, 18, 24, 3) == (slice(16, 24), (2, 4), (4, 4))
     assert _seen(documents, 4, 20, 3) == (slice(4, 20), (16,), (16,))
     assert _seen((1, 0, 1, 22), 0, 6, None) == (slice(0, 6), (1, 0, 1, 4), (1, 0, 1, 4))
+
+
+# --- train.py -------------------------------------------------------------------------------------
+
+
+def test_more_ranks_than_heads_through_train_py(observe) -> None:
+    """Two query heads and one KV head on four ranks train as on one, and none of them is idle."""
+    model = MODEL | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    base = BASE | {"model.config": model}
+    settings = base | {"parallelism.sequence_parallel_degree": 4}
+    one = observe(base | {"memory.stream_chunk_tokens": "off"})
+    streamed = observe(settings | {"memory.stream_chunk_tokens": 8}, ranks=4)
+    whole = observe(settings | {"memory.stream_chunk_tokens": "off"}, ranks=4)
+    assert len(one.of_steps("loss")) > 1
+    for metric in ("loss", "grad_norm"):
+        assert streamed.of_steps(metric) == pytest.approx(one.of_steps(metric), rel=1e-5)
+    assert "streamed: 4 chunks of 8 tokens, 2 a rank" in streamed.said
+    idle = "2 of 4 sequence-parallel ranks have no attention head"
+    assert idle in whole.said and idle not in streamed.said
 
 
 # --- loops of one's own, and what is refused ------------------------------------------------------
