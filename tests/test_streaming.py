@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helpers.families import FAMILIES, model_of
+from helpers.material import BASE, MODEL
 from helpers.meshes import DP2_SP2, ONE, SP2, SP4, mesh_of
 from helpers.models import LLAMA, STARCODER2
 from helpers.precision import kept_in_fp64
@@ -143,13 +146,20 @@ def test_equals_one_plain_process(mesh: str, documents: str, chunk: int) -> None
     check("starcoder2", MESHES[mesh], documents, chunk)
 
 
-SLOW_HEADS = [(14, 2), (3, 1), (5, 1)]
-HEADS = [(9, 3), (2, 2)] + [pytest.param(h, marks=pytest.mark.slow) for h in SLOW_HEADS]
+# Heads that P does not divide: a rank computes parts of the queries of a head, and of each of them
+# on its own where there are more ranks than heads.
+SLOW_HEADS = [(14, 2), (3, 1), (2, 1), (1, 1), (7, 7)]
+HEADS = [(9, 3), (2, 2), (5, 1)] + [pytest.param(h, marks=pytest.mark.slow) for h in SLOW_HEADS]
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]} of {heads[1]}")
 def test_any_head_count(heads: tuple[int, int]) -> None:
     check(heads, SP4, "packed", 8)
+
+
+@pytest.mark.parametrize("heads", [(3, 1), pytest.param((9, 3), marks=pytest.mark.slow)], ids=str)
+def test_any_head_count_with_data_parallel_ranks(heads: tuple[int, int]) -> None:
+    check(heads, DP2_SP2, "packed", 8, 2, keep_attention="all", checkpoint_every=2, offload="host")
 
 
 # --- families -------------------------------------------------------------------------------------
@@ -167,7 +177,12 @@ IN_CI = {
 SLOW_CASES = [(family, mesh) for family in FAMILIES for mesh in MESHES]
 
 
-@pytest.mark.parametrize(("family", "mesh"), [x for x in IN_CI.items() if x[0] in FAMILIES])
+# 6 query heads and 2 KV heads on 4 ranks: soft-caps, sinks, windows and llama4's chunks by parts.
+UNEVEN_IN_CI = [("gemma2", "sp4"), ("gpt_oss", "sp4"), ("llama4_text", "sp4")]
+CI_CASES = [*IN_CI.items(), *UNEVEN_IN_CI]
+
+
+@pytest.mark.parametrize(("family", "mesh"), [x for x in CI_CASES if x[0] in FAMILIES])
 def test_families_of_every_kind(family: str, mesh: str) -> None:
     check(family, MESHES[mesh], "packed", 9, checkpoint_every=2)
 
@@ -185,10 +200,18 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
 
 
 def check_table(
-    table: Table, degrees, *, prepare=None, fill=None, by_peft=None, micro_batches=1, **options
+    table: Table,
+    degrees,
+    *,
+    prepare=None,
+    fill=None,
+    by_peft=None,
+    micro_batches=1,
+    documents="packed",
+    **options,
 ) -> None:
     """The same of any model, each of whose micro-batches has other rows."""
-    steps = steps_of("packed", micro_batches)
+    steps = steps_of(documents, micro_batches)
     more = {"prepare": prepare, "fill": fill}
     found = run_on_ranks(
         prod(degrees),
@@ -348,12 +371,12 @@ def test_the_automatic_choice_leaves_short_sequences_whole() -> None:
 
 
 def counted(
-    chunk: int, every: int, layers: int, keep: str
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Calls of the second step on (sp2): of MLPs, attention forward and backward, and keys that
-    attention was given; and of collectives.
+    chunk: int, every: int, layers: int, keep: str, *, degrees=SP2, heads=(6, 2), rows=((24,),)
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Calls of the second step: of MLPs, attention forward and backward; and (calls, bytes) of
+    collectives.
     """
-    mesh, calls = mesh_of(*SP2), dict.fromkeys(("mlp", "forward", "backward"), 0)
+    mesh, calls = mesh_of(*degrees), dict.fromkeys(("mlp", "forward", "backward"), 0)
     kernels = pieces_of(sdpa)
 
     def core(*_, **__) -> Tensor:
@@ -368,6 +391,8 @@ def counted(
 
     core.pieces = Pieces(counting("forward"), counting("backward"))
     table = LLAMA | {"num_hidden_layers": layers, "tie_word_embeddings": False}
+    table |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    table["hidden_size"] = 8 * heads[0]
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
@@ -376,12 +401,12 @@ def counted(
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
-    batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh, chunk)
+    batch = local_batch(make_rows([*rows], masked="none", vocab_size=61, seed=0), mesh, chunk)
     for _ in range(2):
         calls.update(dict.fromkeys(calls, 0))
         with CollectiveCounter() as counter:
             train_step(model, optimizer, [batch], mesh, max_norm=1.0)
-    return calls, {kind: number for kind, (number, _) in counter.counts.items()}
+    return calls, dict(counter.counts)
 
 
 @pytest.mark.parametrize("keep", ["none", "all"])
@@ -392,7 +417,8 @@ def counted(
 def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int, keep: str) -> None:
     """The closed forms of memory/streaming.py, with n segments of L layers."""
     segments = -(-layers // every)
-    calls, collectives = run_on_ranks(2, counted, chunk, every, layers, keep)[0]
+    calls, counts = run_on_ranks(2, counted, chunk, every, layers, keep)[0]
+    collectives = {kind: number for kind, (number, _) in counts.items()}
     forwards = (3 * layers - segments) * chunks
     attended = layers * chunks if keep == "all" else forwards
     assert calls == {"mlp": forwards, "forward": attended, "backward": layers * chunks}
@@ -400,6 +426,84 @@ def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int, 
     # Besides the blocks: embedding and head are gathered once, and the root with the last norm.
     assert collectives["reduce_scatter"] == layers + 3
     assert collectives["all_gather"] == 2 * layers + 4
+
+
+@pytest.mark.parametrize(
+    ("degree", "heads"), [(2, (6, 2)), (4, (9, 3)), (4, (2, 1)), (4, (5, 1))], ids=str
+)
+def test_what_travels(degree: int, heads: tuple[int, int]) -> None:
+    """The closed form of ulysses/streamed.py, in bytes that a rank gives to all-to-alls."""
+    length, chunk, size, rows = 24, 8, LLAMA["head_dim"], 2
+    arguments = {"degrees": (1, 1, degree), "heads": heads, "rows": ((24,), (10, 13, 1))}
+    ranks = run_on_ranks(degree, partial(counted, **arguments), chunk, 1, 2, "none")
+    queries, keys = heads
+    sent = degree + keys - gcd(degree, keys)  # KV heads, to all ranks together
+    for rank, (_, counts) in enumerate(ranks):
+        held = -(-(rank + 1) * keys // degree) - rank * keys // degree
+        own, last = length // degree, chunk // degree  # tokens of this rank
+        forward = own * (queries + 2 * sent) + own * queries
+        again = (own - last) * 2 * sent + own * queries + last * 2 * sent + own * queries
+        gradients = own * queries + (own * queries + length * 2 * held)
+        numbers = 2 * rows * size * (forward + again + gradients)  # of two layers
+        assert counts["all_to_all"] == (2 * (2 * 3 * 2 + 3 * 3 - 1), 4 * numbers)
+
+
+class KeyTensors(TorchDispatchMode):
+    """The most tokens of a tensor of these KV heads that was made, and the sum of those alive."""
+
+    def __init__(self, heads: int, size: int):
+        super().__init__()
+        self.heads, self.tokens = (heads, size), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.ndim == 4 and x.shape[2:] == self.heads:
+                self.tokens = max(self.tokens, x.shape[1])
+        return out
+
+
+def held_tokens(window: int | None, rows: list[tuple[int, ...]]) -> int:
+    """The most tokens whose keys a layer holds, in a whole step of chunks of 8 tokens."""
+    # A head size that no other tensor has.
+    table = {**model_of("mistral"), "sliding_window": window, "head_dim": 10}
+    run = Run(
+        SP2,
+        table,
+        make_rows(rows, masked="none", vocab_size=61, seed=0),
+        wrap={"stream_chunk_tokens": 8, "mlp_tile_tokens": 8, "loss_tile_tokens": 8},
+    )
+    with KeyTensors(1, 10) as keys:
+        run.train(1)
+    return keys.tokens
+
+
+@pytest.mark.parametrize("length", [48, pytest.param(192, marks=pytest.mark.slow)])
+def test_keys_that_nothing_reads_any_more_are_not_held(length: int) -> None:
+    """Behind a window, and of documents that are over: whole chunks of them are forgotten, forward
+    and backward, whatever the length.
+    """
+    cases = {
+        (None, (length,)): length,
+        (5, (length,)): 16,  # a chunk, and the one that holds the 4 keys before it
+        (9, (length,)): 16,
+        (10, (length,)): 24,
+        (None, (20,) * (length // 20) + (length % 20,)): 24,  # across up to three chunks
+        (None, (8,) * (length // 8)): 8,
+    }
+    for (window, row), most in cases.items():
+        assert run_on_ranks(2, held_tokens, window, [row]) == [most] * 2, (window, row)
+
+
+WINDOWS = {"window": 3, "wide": 11, "huge": 20}
+
+
+@pytest.mark.parametrize("mesh", ["sp2", "sp4", pytest.param("one", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
+def test_windows_across_chunks(mesh: str, window: int) -> None:
+    """Smaller than a chunk, across two of them, and across most; documents are longer."""
+    table = STARCODER2 | {"sliding_window": window}
+    check_table(table, MESHES[mesh], stream_chunk_tokens=4, documents="whole")
 
 
 def test_keys_that_a_window_hides_are_not_touched() -> None:
@@ -410,6 +514,25 @@ def test_keys_that_a_window_hides_are_not_touched() -> None:
     assert _seen(documents, 18, 24, 3) == (slice(16, 24), (2, 4), (4, 4))
     assert _seen(documents, 4, 20, 3) == (slice(4, 20), (16,), (16,))
     assert _seen((1, 0, 1, 22), 0, 6, None) == (slice(0, 6), (1, 0, 1, 4), (1, 0, 1, 4))
+
+
+# --- train.py -------------------------------------------------------------------------------------
+
+
+def test_more_ranks_than_heads_through_train_py(observe) -> None:
+    """Two query heads and one KV head on four ranks train as on one, and none of them is idle."""
+    model = MODEL | {"num_attention_heads": 2, "num_key_value_heads": 1}
+    base = BASE | {"model.config": model}
+    settings = base | {"parallelism.sequence_parallel_degree": 4}
+    one = observe(base | {"memory.stream_chunk_tokens": "off"})
+    streamed = observe(settings | {"memory.stream_chunk_tokens": 8}, ranks=4)
+    whole = observe(settings | {"memory.stream_chunk_tokens": "off"}, ranks=4)
+    assert len(one.of_steps("loss")) > 1
+    for metric in ("loss", "grad_norm"):
+        assert streamed.of_steps(metric) == pytest.approx(one.of_steps(metric), rel=1e-5)
+    assert "streamed: 4 chunks of 8 tokens, 2 a rank" in streamed.said
+    idle = "2 of 4 sequence-parallel ranks have no attention head"
+    assert idle in whole.said and idle not in streamed.said
 
 
 # --- loops of one's own, and what is refused ------------------------------------------------------

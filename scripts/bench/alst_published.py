@@ -68,33 +68,28 @@ QWEN = ROOT / "configs" / "qwen3_8b.toml"
 ONE = {"plan.world_size": 1, "parallelism.sequence_parallel_degree": 1}
 EIGHT = {"plan.world_size": 8, "parallelism.sequence_parallel_degree": 8}
 SMALL_HOST, LARGE_HOST = {"plan.host_memory_gib": 128}, {"plan.host_memory_gib": 1770}
-ALL_ON_HOST = {"memory.stream_offload": "host", "memory.parameter_offload": True}
+STREAMED = {"memory.stream_offload": "host"}
+ALL_ON_HOST = STREAMED | {"memory.parameter_offload": True}
+FEW = {"activation_checkpoint.every": 8}
+"""Few checkpoints, because host memory is what ends these lengths."""
 KEPT = {"activation_checkpoint.keep_attention": "all"}
 EIGHT_BITS = {"optimizer.name": "adamw8bit", "optimizer.stochastic_rounding": True}
+MILLION_TOKENS = {"training.seq_len": 2**20}
 HOUR = {"plan.max_step_seconds": 3600}
 LONGEST: list[tuple[str, dict[str, Any]]] = [
-    (
-        "1 GPU, 128 GiB, no master weights",
-        ONE
-        | SMALL_HOST
-        | EIGHT_BITS
-        | {"memory.stream_offload": "host", "activation_checkpoint.every": 4},
-    ),
-    ("1 GPU, 1.9 TB", ONE | LARGE_HOST | ALL_ON_HOST),
-    (
-        "8 GPUs, 128 GiB",
-        EIGHT | SMALL_HOST | {"memory.stream_offload": "host", "activation_checkpoint.every": 4},
-    ),
-    ("8 GPUs, 1.9 TB", EIGHT | LARGE_HOST | ALL_ON_HOST),
+    ("1 GPU, 128 GiB, no master weights", ONE | SMALL_HOST | EIGHT_BITS | STREAMED | FEW),
+    ("1 GPU, 1.9 TB", ONE | LARGE_HOST | ALL_ON_HOST | FEW),
+    ("8 GPUs, 128 GiB", EIGHT | SMALL_HOST | STREAMED | FEW),
+    ("8 GPUs, 1.9 TB", EIGHT | LARGE_HOST | ALL_ON_HOST | FEW),
     (
         "8 GPUs, 1.9 TB, one hour",
-        EIGHT | LARGE_HOST | KEPT | HOUR | {"memory.stream_offload": "host"},
+        EIGHT | LARGE_HOST | KEPT | HOUR | STREAMED | {"activation_checkpoint.every": 2},
     ),
 ]
 """The longest sequences to look for: (name, settings)."""
 MILLION: list[tuple[str, Path, dict[str, Any]]] = [
-    ("Qwen3-8B, 8 GPUs", QWEN, EIGHT | LARGE_HOST | KEPT | {"training.seq_len": 2**20}),
-    ("Llama-3-8B, 8 GPUs", CONFIG, EIGHT | LARGE_HOST | ALL_ON_HOST | {"training.seq_len": 2**20}),
+    ("Qwen3-8B, 8 GPUs", QWEN, EIGHT | LARGE_HOST | KEPT | MILLION_TOKENS),
+    ("Llama-3-8B, 8 GPUs", CONFIG, EIGHT | LARGE_HOST | ALL_ON_HOST | MILLION_TOKENS),
     (
         "Llama-3-8B, 8 GPUs, 4M",
         CONFIG,
@@ -106,11 +101,9 @@ MILLION: list[tuple[str, Path, dict[str, Any]]] = [
         ONE
         | SMALL_HOST
         | EIGHT_BITS
-        | {
-            "training.seq_len": 2**20,
-            "memory.stream_offload": "host",
-            "activation_checkpoint.every": 4,
-        },
+        | STREAMED
+        | MILLION_TOKENS
+        | {"activation_checkpoint.every": 4},
     ),
     (
         "Llama-3-8B, 1 GPU, 128 GiB, 6 blocks a checkpoint",
@@ -118,11 +111,9 @@ MILLION: list[tuple[str, Path, dict[str, Any]]] = [
         ONE
         | SMALL_HOST
         | EIGHT_BITS
-        | {
-            "training.seq_len": 2**20,
-            "memory.stream_offload": "host",
-            "activation_checkpoint.every": 6,
-        },
+        | STREAMED
+        | MILLION_TOKENS
+        | {"activation_checkpoint.every": 6},
     ),
 ]
 """Steps of given lengths: (name, config, settings)."""

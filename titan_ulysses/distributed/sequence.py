@@ -119,7 +119,9 @@ class Chunk:
 class Remembered(Protocol):
     """What attention remembers of the chunks of a sequence."""
 
-    reach: Reach
+    @property
+    def reach(self) -> Reach:
+        """What it reads of them."""
 
 
 class SequenceTensors(Protocol):

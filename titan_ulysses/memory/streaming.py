@@ -2,8 +2,9 @@
 
 What a block holds beside its input and its output then has the size of a chunk, whatever the length
 of the sequence. Only the keys and values of one layer are of the whole sequence, for the heads of
-this rank. The block itself is unmodified: it is called with the slices of one chunk, and its
-attention (`ulysses/streamed.py`) remembers the keys and values of the chunks before.
+this rank, or of the part of it that is still read (`sequence.Reach`). The block itself is
+unmodified: it is called with the slices of one chunk, and its attention (`ulysses/streamed.py`)
+remembers the keys and values of the chunks before.
 
     forward     chunk 0: keys, attention, MLP -> output 0
                 chunk 1: keys, attention to chunks 0 and 1, MLP -> output 1, and so on
@@ -11,6 +12,9 @@ attention (`ulysses/streamed.py`) remembers the keys and values of the chunks be
                 chunk C - 1: forward again as a graph; its gradients, those of all keys it saw too
                 chunk C - 2: forward again; now the gradients of its own keys are complete, because
                 no earlier query sees them; and so on to chunk 0
+
+Where a window or the end of a document hides keys, the keys of a chunk are computed again when the
+first chunk that reads them comes, and forgotten after the chunk's own turn.
 
 The result is exact. Only the block's input is kept, which is what `checkpointing.py` keeps too:
 where the block is the last of a segment, recomputing the segment does not run it. The gradient of
@@ -20,9 +24,9 @@ values are summed in fp32 or wider.
 With C chunks and k blocks per segment, a block's MLP and attention run forward 3 - 1/k times per
 step (attention once where its outputs are kept), and its projections of queries, keys and values
 (C - 1)/C times more. On P > 1 ranks a chunk takes two all-to-alls in forward, which are repeated
-where a forward is. Backward takes two more, and one for the keys of all chunks but the last: per
-step and block 2C * (3 - 1/k) + 2C + C - 1. FSDP gathers the parameters of a block twice and reduces
-its gradients once, whatever C is.
+where a forward is. Backward takes two more, and one for the keys of each chunk that later ones
+read, which are all but the last: per step and block 2C * (3 - 1/k) + 2C + C - 1. FSDP gathers the
+parameters of a block twice and reduces its gradients once, whatever C is.
 """
 
 from __future__ import annotations

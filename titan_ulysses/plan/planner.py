@@ -16,6 +16,7 @@ from titan_ulysses.config.validate import MeshDegrees, ranks_of
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
 from titan_ulysses.distributed.nodes import spans_nodes
+from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
 from titan_ulysses.plan.cost import Links, Offloaded, Time, clock, kernel_rates, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
@@ -345,9 +346,12 @@ def make_plan(setup: Setup) -> Plan:
     return plan
 
 
-def check_idle(setup: Setup) -> str | None:
-    """Return a sentence about ranks that have no attention head, or None where all have one."""
-    degree = setup.degrees.sequence
+def check_idle(plan: Plan) -> str | None:
+    """Return a sentence about ranks that are idle in attention, or None where there are none."""
+    setup, degree = plan.setup, plan.setup.degrees.sequence
+    setting = plan.simulation.model.stream_chunk_tokens
+    if chunk_length(setting, setup.config.training.seq_len, degree) is not None:
+        return None
     return idle_ranks(getattr(setup.model_config, "num_attention_heads", degree), degree)
 
 

@@ -100,7 +100,7 @@ def say(console: Console, plan: Plan) -> None:
         f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence}; {t.seq_len:,} "
         f"tokens a sequence, {t.seq_len // d.sequence:,} a rank"
     )
-    if idle := check_idle(setup):
+    if idle := check_idle(plan):
         tell(f"[bold]{idle}[/]")
     if across := check_nodes(setup):
         tell(f"[bold]{across}[/]")

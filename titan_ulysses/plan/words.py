@@ -217,7 +217,7 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
             "gradient of the output, after the exchange",
         ),
     },
-    "exchange._pack_token_first": {
+    "exchange._packed": {
         "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
     },
     "exchange._gather_heads": {

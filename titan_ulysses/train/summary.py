@@ -87,7 +87,9 @@ def _choices(run: Run) -> list[str]:
     tokens = run.spec.local_tokens
     degree = run.degrees.sequence
     lines = []
-    if idle := idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree):
+    streaming = _streaming(run)
+    idle = idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree)
+    if idle and not streaming.startswith("streamed"):
         lines.append(f"[bold]{idle}[/]")
     ranks = run.mesh.world.size()
     if across := spans_nodes(sequence=degree, world_size=ranks, per_node=ranks_per_node(ranks)):
@@ -100,7 +102,7 @@ def _choices(run: Run) -> list[str]:
             f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one "
             "tile"
         )
-    if streaming := _streaming(run):
+    if streaming:
         lines.append(streaming)
     if not streaming.startswith("streamed"):
         unused = {

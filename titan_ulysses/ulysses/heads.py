@@ -226,7 +226,10 @@ def _can_join_group(ranks: range, query: Sequence[range], key_value: Sequence[ra
 
 
 def idle_ranks(heads: int, degree: int) -> str | None:
-    """Return a warning if there are more sequence-parallel ranks than query heads, else None."""
+    """Return a warning if there are more sequence-parallel ranks than query heads, else None.
+
+    It is about whole heads: where layers are streamed, no rank is idle (see `deal_heads`).
+    """
     return (
         f"{degree - heads} of {degree} sequence-parallel ranks have no attention head"
         if degree > heads

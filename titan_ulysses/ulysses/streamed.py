@@ -9,11 +9,17 @@ A rank has the keys and values of the KV heads that its queries read, as `heads.
 them: of one layer S * hkv_p * (D + Dv) numbers, hkv_p < Hkv / P + 2. Of chunks that no query reads
 any more, because a window or the end of a document hides them, nothing is held.
 
-The wire, in a step: q, k and v of a chunk go to the ranks of their heads in one all-to-all in
-forward, and so do their gradients the other way in backward, where first the keys and values are
-sent again, alone, and later the queries alone. Keeping the keys and values instead, from forward to
-backward, would take the memory of all layers' keys instead of one's. Each of q, k and v is so sent
-once for each forward of the chunk, but for the keys of those that recomputing a segment runs again.
+The wire: q, k and v of a chunk go to the ranks of their heads in one all-to-all. In backward keys
+and values are sent alone first, in the sweep that computes them again, and then, in the chunk's own
+turn, queries alone, so q, k and v travel once in forward and once in backward. The keys and values
+of forward would have to be kept for all layers at once not to be sent again.
+
+In numbers that this rank gives to all-to-alls, with n tokens of a chunk, t = n / P of them on each
+rank, and K = P + Hkv - gcd(P, Hkv), the KV heads that all ranks have together:
+
+    forward    t (D Hq + (D + Dv) K) of q, k and v, and t Dv Hq of the output
+    backward   the same again, t Dv Hq of the output's gradient, and of the gradients of q, k and v
+               t D Hq + n (D + Dv) hkv_p
 """
 
 from __future__ import annotations
