@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from torch import Tensor, nn
 
+from titan_ulysses.distributed import heartbeat
+
 _SLOW = 2.0
 """Seconds after which the progress within a part is shown. Nobody could read it in a shorter part.
 """
@@ -133,6 +135,7 @@ class Progress:
         trains: whether there is a backward. is_step: whether the part is one of the run's steps.
         """
         now, expected = time.monotonic(), 0
+        heartbeat.enter(part)
         if self._work:
             self._work.take()
             expected = tokens * (self._work.training if trains else self._work.forward)

@@ -1,0 +1,144 @@
+"""Losses, gradients and parameters that are not finite: found, explained, skipped if that is asked.
+
+The numbers of a step stay on the device until somebody waits for it anyway: for a log line or a
+checkpoint. Nothing is saved or exported before all of them were looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_ulysses.config.schema import Config
+from titan_ulysses.config.validate import MeshDegrees
+from titan_ulysses.data.loader import Loader
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model.hf import named_parameters
+from titan_ulysses.train.step import StepMetrics, parameter_not_finite
+
+
+class Run(Protocol):
+    """The attributes of a `Trainer` that are used here."""
+
+    config: Config
+    model: Any
+    degrees: MeshDegrees
+    loader: Loader | None
+    step: int
+
+
+class NonFinite:
+    """Watches the numbers of a run, and ends it where they are not finite.
+
+    latest: returns the step of the last checkpoint, for the message; say: prints a line.
+    """
+
+    def __init__(
+        self, run: Run, *, latest: Callable[[], int | None], say: Callable[[str], None]
+    ) -> None:
+        self.run, self._latest, self._say = run, latest, say
+        self.skipped = 0
+        """Steps of this run that were skipped, those before it was resumed included."""
+        self._unseen: list[tuple[int, Tensor, Tensor]] = []  # step, loss and gradient norm
+        self._owners: list[int] = []
+        # Of the first unseen step that is not finite: this rank's parts of it. On the device.
+        self._found: Tensor | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def note(self, step: int, shown: StepMetrics) -> None:
+        """Keep the numbers of a step for later. Does not wait for the device."""
+        self._unseen.append((step, shown.loss, shown.grad_norm))
+        parts, is_bad = (shown.parts.losses, shown.parts.norms), ~shown.is_finite
+        if self._found is None:
+            self._found, self._parts, self._owners = is_bad, parts, shown.parts.owners
+            return
+        found = self._found
+        self._parts = tuple(
+            torch.where(found.to(new.device), old, new)
+            for old, new in zip(self._parts, parts, strict=True)
+        )
+        self._found = found | is_bad
+
+    def expect_finite_steps(self) -> None:
+        """Raise UserError if more steps had bad numbers than training.skip_nonfinite allows.
+
+        Those that were skipped are said. Waits for the device. Collective if there is a bad one.
+        """
+        unseen, self._unseen = self._unseen, []
+        found, self._found = self._found, None
+        for step, loss, norm in unseen:
+            values = loss.item(), norm.item()
+            if all(map(math.isfinite, values)):
+                continue
+            what = f"The loss is {values[0]} and the gradient norm {values[1]} at step {step}"
+            if found is not None:  # the parts are those of the first bad step
+                what, found = f"{what} {self._origin(step)}".rstrip(), None
+            allowed = self.run.config.training.skip_nonfinite
+            if self.skipped >= allowed:
+                after = f" after {allowed} skipped ones (training.skip_nonfinite)" * (allowed > 0)
+                raise self._diverged(f"{what}{after}")
+            self.skipped += 1
+            self._say(f"WARNING: {what}. It is skipped, {self.skipped} of {allowed}.")
+
+    def expect_finite_model(self) -> None:
+        """Raise UserError if the model has diverged. Collective.
+
+        That can be by steps that are not checked yet, or by the last update, which no loss shows.
+        """
+        self.expect_finite_steps()
+        if name := parameter_not_finite(self.run.model):
+            raise self._diverged(
+                f"The update of step {self.run.step} has left {name} with numbers that are not "
+                "finite"
+            )
+
+    def _diverged(self, what: str) -> UserError:
+        last, config = self._latest(), self.run.config
+        kept = "" if last is None else f"; the last checkpoint is of step {last}"
+        return UserError(
+            f"{what}. Nothing of it is saved{kept}. Lower optimizer.lr = {config.optimizer.lr}, "
+            "lengthen lr_scheduler.warmup_steps, or look at the data of this step."
+        )
+
+    def _origin(self, step: int) -> str:
+        """Return where the bad numbers of a step were first, in brackets. Collective.
+
+        The loss of one rank spreads to the gradients of all. So the ranks whose own part of the
+        loss is bad are named, with their documents; and the bad gradient that backward came to
+        first, which is the last one in the order of the model.
+        """
+        losses, norms = (part.isfinite().tolist() for part in self._parts)
+        bad_batches = [index for index, is_finite in enumerate(losses) if not is_finite]
+        bad = [self._owners[index] for index, is_finite in enumerate(norms) if not is_finite]
+        mine = {
+            "documents": self._documents(step, bad_batches) if bad_batches else None,
+            "parameter": max(bad, default=-1),
+        }
+        of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(of_ranks, mine)
+        told = []
+        ranks = [rank for rank, one in enumerate(of_ranks) if one["documents"] is not None]
+        if ranks:
+            documents = dict.fromkeys(of_ranks[rank]["documents"] for rank in ranks)
+            told.append(f"the loss of {_named('rank', ranks)}, in {'; '.join(documents)}")
+        last = max(one["parameter"] for one in of_ranks)
+        if last >= 0:
+            trained = [name for name, p in named_parameters(self.run.model) if p.requires_grad]
+            told.append(f"the gradient of {trained[last]}")
+        return f"(first: {', then '.join(told)})" if told else ""
+
+    def _documents(self, step: int, batches: Iterable[int]) -> str:
+        """Return the documents of some micro-batches of a step on this rank, in words."""
+        loader, per_step = self.run.loader, self.run.degrees.accumulation_steps
+        assert loader is not None
+        ended = (self.run.step - step + 1) * per_step
+        return ", ".join(dict.fromkeys(loader.documents(ended - batch) for batch in batches))
+
+
+def _named(what: str, numbers: list[int]) -> str:
+    return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
