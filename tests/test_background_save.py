@@ -20,6 +20,7 @@ from helpers.ranks import RankFailure, run_on_ranks
 from helpers.runs import Settings, learned, refusal, train, write_run
 from titan_ulysses.checkpoint import writing
 from titan_ulysses.checkpoint.background import copied
+from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.train.trainer import Trainer
 
@@ -42,10 +43,22 @@ def stored(run: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_same_checkpoints_as_without(shared: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shared", "optimizer"),
+    [
+        (True, "adamw8bit"),
+        pytest.param(False, "adamw", marks=pytest.mark.slow),
+        pytest.param(True, "adamw4bit", marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_checkpoints_as_without(shared: bool, optimizer: str, tmp_path: Path) -> None:
     config, outputs = write_run(tmp_path), tmp_path / "outputs"
-    settings = ASYNC | {"checkpoint.shared": shared, "optimizer.name": "adamw"}
+    shape = load_config(config).model.config | {"hidden_size": 96}  # enough to be quantized
+    settings = ASYNC | {
+        "checkpoint.shared": shared,
+        "optimizer.name": optimizer,
+        "model.config": shape,
+    }
     for name, mode in {"sync": "disabled", "async": "async"}.items():
         run_on_ranks(2, train, config, settings | {"job.name": name, "checkpoint.async_mode": mode})
     assert [*stored(outputs / "async")] == ["step-2", "step-4", "step-6"]

@@ -139,12 +139,12 @@ class Loader:
         """
         return self._hash.hexdigest()
 
-    def documents(self, batches_ago: int) -> str:
-        """Return the documents of an earlier batch of this rank, in words; 1: the last batch."""
+    def documents(self, batches_ago: int) -> list[str]:
+        """Return the documents of an earlier batch of this rank; 1: the last batch."""
         first = self._consumed - batches_ago * self.batch_size * self.batch_degree
         first += self.batch_rank * self.batch_size
         rows = range(first, first + self.batch_size)
-        return ", ".join(dict.fromkeys(self.sequences.documents(row) for row in rows))
+        return [document for row in rows for document in self.sequences.documents(row)]
 
     def epochs(self) -> float | dict[str, float]:
         """Return how often all ranks together have read the data, by source if several."""

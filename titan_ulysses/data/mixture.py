@@ -51,10 +51,10 @@ class MixedSequences(SampleStream):
         source = int(self._sources(index, index + 1)[0])
         return self._parts[source][int(self._counts(index)[source])]
 
-    def documents(self, index: int) -> str:
+    def documents(self, index: int) -> list[str]:
         source = int(self._sources(index, index + 1)[0])
         inner = self._parts[source].documents(int(self._counts(index)[source]))
-        return f"{inner} of {[*self.sources][source]}"
+        return [f"{one} of {[*self.sources][source]}" for one in inner]
 
     def epochs(self, consumed: int) -> dict[str, Any]:
         counts = self._counts(consumed).tolist()

@@ -121,12 +121,13 @@ class SampleStream:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def documents(self, index: int) -> str:
-        """Return which documents sequence `index` holds, in words, for a message.
+    def documents(self, index: int) -> list[str]:
+        """Return which documents sequence `index` holds, for a message.
 
-        Documents are counted from 0, in the order of the data, empty ones left out.
+        Documents are counted from 0, in the order of the data, empty ones left out. Those of data
+        without random access are not known by number.
         """
-        return f"sequence {index}"
+        return [f"those of sequence {index}"]
 
     def epochs(self, consumed: int) -> float | dict[str, float]:
         """Return how often the data has been read after `consumed` sequences.
@@ -210,9 +211,9 @@ class PackedSequences(SampleStream):
         pieces = (slice_document(corpus.tokens, corpus.trained, **span) for span in spans)
         return concat_pieces(pieces, self.seq_len)
 
-    def documents(self, index: int) -> str:
+    def documents(self, index: int) -> list[str]:
         begins = [span["begin"] for span in self._pieces(index * self.seq_len)]
-        return _in_words(self.corpus, begins)
+        return [*map(str, self.corpus.numbers_at(begins))]
 
     def _pieces(self, start: int) -> Iterator[dict[str, int]]:
         """Yield the pieces of the S stream tokens from `start` on, as `slice_document` arguments.
@@ -319,8 +320,9 @@ class PaddedSequences(SampleStream):
         )
         return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
 
-    def documents(self, index: int) -> str:
-        return _in_words(self.corpus, [begin for begin, *_ in self._spans(index)])
+    def documents(self, index: int) -> list[str]:
+        begins = [begin for begin, *_ in self._spans(index)]
+        return [*map(str, self.corpus.numbers_at(begins))]
 
     def __getitem__(self, index: int) -> PackedSample:
         tokens, trained = self.corpus.tokens, self.corpus.trained
@@ -341,12 +343,6 @@ class PaddedSequences(SampleStream):
             self._epoch = epoch
         here = self._order[place]
         return self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
-
-
-def _in_words(corpus: Corpus, begins: list[int]) -> str:
-    """Return the documents that pieces are of, by where the pieces begin in the corpus."""
-    found = corpus.numbers_at(begins)
-    return f"document{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
 
 
 def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int) -> tuple[np.ndarray, np.ndarray]:

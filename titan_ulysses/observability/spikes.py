@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from statistics import median
 
-WINDOW = 64
+WINDOW = 32
 """How many logged losses the median is of."""
 _LEAST = 16
 """So many losses must be known before one can be a spike."""
@@ -20,7 +20,7 @@ class LossSpikes:
     """Says of each logged loss whether it is a spike, given those logged `earlier`.
 
     That is more than 8 median absolute deviations, scaled to a standard deviation, above the
-    median of the last 64 finite losses. A spike that stays becomes the median after 32 of them.
+    median of the last 32 finite losses. A level that stays is the median after 16 of them.
     """
 
     def __init__(self, earlier: Iterable[float] = ()):

@@ -176,11 +176,12 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         if self.uses_torchao:
             if self.stochastic_rounding:
                 torch.manual_seed(_rounding_seed(p, int(state["step"]), index))
-            tensors = (shard, state["step"], exp_avg, exp_avg_sq)
-            before = [x.clone() for x in tensors] if self.found_inf is not None else []
+            changed = (shard, state["step"], exp_avg, exp_avg_sq)
+            pieces = [piece for x in changed for piece in plain_pieces(x)]
+            before = [piece.clone() for piece in pieces] if self.found_inf is not None else []
             self._update_by_torchao(shard, grad, state["step"], exp_avg, exp_avg_sq, group)
-            for x, old in zip(tensors, before, strict=False):
-                _restore_if(self.found_inf, x, old)
+            for piece, old in zip(pieces, before, strict=False):
+                piece.copy_(torch.where(self.found_inf.to(piece.device) > 0, old, piece))
         else:
             _update_fused(shard, grad, state["step"], exp_avg, exp_avg_sq, group, self.found_inf)
         if self.offload:
@@ -248,12 +249,6 @@ def _update_fused(
     tensors = ([p], [grad], [exp_avg], [exp_avg_sq], [], [step])
     switches = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": found_inf}
     adamw(*tensors, beta1=beta1, beta2=beta2, **constants, **switches)
-
-
-def _restore_if(found_inf: Tensor, x: Tensor, old: Tensor) -> None:
-    """Give x its old value again if found_inf is 1, without asking the device which it is."""
-    for piece, old_piece in zip(plain_pieces(x), plain_pieces(old), strict=True):
-        piece.copy_(torch.where(found_inf.to(piece.device) > 0, old_piece, piece))
 
 
 def _pin(x: Tensor) -> None:

@@ -7,6 +7,7 @@ checkpoint. Nothing is saved or exported before all of them were looked at.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from titan_ulysses.data.loader import Loader
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.hf import named_parameters
 from titan_ulysses.train.step import StepMetrics, parameter_not_finite
+
+_MOST_NAMED = 16
 
 
 class Run(Protocol):
@@ -109,36 +112,49 @@ class NonFinite:
         """Return where the bad numbers of a step were first, in brackets. Collective.
 
         The loss of one rank spreads to the gradients of all. So the ranks whose own part of the
-        loss is bad are named, with their documents; and the bad gradient that backward came to
-        first, which is the last one in the order of the model.
+        loss is bad are named, with their documents; and the bad gradients to which backward came
+        first, those of the last block that has any.
         """
         losses, norms = (part.isfinite().tolist() for part in self._parts)
         bad_batches = [index for index, is_finite in enumerate(losses) if not is_finite]
         bad = [self._owners[index] for index, is_finite in enumerate(norms) if not is_finite]
         mine = {
-            "documents": self._documents(step, bad_batches) if bad_batches else None,
-            "parameter": max(bad, default=-1),
+            "documents": self._documents(step, bad_batches),
+            "parameters": sorted(set(bad)),
         }
         of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(of_ranks, mine)
         told = []
-        ranks = [rank for rank, one in enumerate(of_ranks) if one["documents"] is not None]
-        if ranks:
-            documents = dict.fromkeys(of_ranks[rank]["documents"] for rank in ranks)
-            told.append(f"the loss of {_named('rank', ranks)}, in {'; '.join(documents)}")
-        last = max(one["parameter"] for one in of_ranks)
-        if last >= 0:
+        if ranks := [rank for rank, one in enumerate(of_ranks) if one["documents"]]:
+            documents = [name for rank in ranks for name in of_ranks[rank]["documents"]]
+            told.append(f"the loss of {_named('rank', ranks)}, in {_named('document', documents)}")
+        if bad := sorted({index for one in of_ranks for index in one["parameters"]}):
             trained = [name for name, p in named_parameters(self.run.model) if p.requires_grad]
-            told.append(f"the gradient of {trained[last]}")
+            block = _block_of(trained[bad[-1]])
+            names = [trained[index] for index in bad if _block_of(trained[index]) == block]
+            told.append(f"the gradient of {_listed(names)}")
         return f"(first: {', then '.join(told)})" if told else ""
 
-    def _documents(self, step: int, batches: Iterable[int]) -> str:
-        """Return the documents of some micro-batches of a step on this rank, in words."""
+    def _documents(self, step: int, batches: Iterable[int]) -> list[str]:
+        """Return the documents of some micro-batches of a step on this rank."""
         loader, per_step = self.run.loader, self.run.degrees.accumulation_steps
         assert loader is not None
         ended = (self.run.step - step + 1) * per_step
-        return ", ".join(dict.fromkeys(loader.documents(ended - batch) for batch in batches))
+        return [name for batch in batches for name in loader.documents(ended - batch)]
 
 
-def _named(what: str, numbers: list[int]) -> str:
-    return f"{what}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+def _named(what: str, names: list[Any]) -> str:
+    return f"{what}{'s' * (len({*names}) > 1)} {_listed(names)}"
+
+
+def _listed(names: list[Any]) -> str:
+    """Return names, each once and not too many, as text."""
+    once = [*dict.fromkeys(map(str, names))]
+    more = f" and {len(once) - _MOST_NAMED} more" if len(once) > _MOST_NAMED else ""
+    return ", ".join(once[:_MOST_NAMED]) + more
+
+
+def _block_of(name: str) -> str:
+    """Return the name of the block that a parameter is in, or its own."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else name
