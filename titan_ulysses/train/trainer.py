@@ -56,6 +56,7 @@ from titan_ulysses.train.exhausted import named_out_of_memory
 from titan_ulysses.train.folder import RunFolder
 from titan_ulysses.train.nonfinite import NonFinite
 from titan_ulysses.train.preflight import Preflight, timeout_of_step
+from titan_ulysses.train.resume import data_settings, warnings_of
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART, StopSignals
 from titan_ulysses.train.step import StepMetrics, learning_rate, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
@@ -269,13 +270,8 @@ class Trainer:
         if self.loader:
             self.loader.load_state_dict(state["loader"])
             self.numbers.skipped = state.get("skipped", 0)
-            saved, seed = state.get("rng", {}).get("seed"), self.config.training.seed
-            if saved not in (None, seed):
-                self._say(
-                    f"WARNING: training.seed = {seed}, and it was {saved} when step {step} was "
-                    "saved: the data goes on in another order, so that some of it comes twice and "
-                    f"some not at all. Set training.seed = {saved} to go on exactly."
-                )
+            for warning in warnings_of(self.config, step, state):
+                self._say(warning)
         return step
 
     def _start_preflight(self) -> Preflight | None:
@@ -595,6 +591,7 @@ class Trainer:
             "step": self.step,
             "loader": self.loader.state_dict(),
             "rng": {"seed": self.config.training.seed},
+            "data": data_settings(self.config),
             "skipped": self.numbers.skipped,
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
