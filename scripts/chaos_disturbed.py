@@ -18,6 +18,8 @@ from chaos_campaigns import Campaign, Verdict, failed
 
 TIMEOUT_S = 8.0
 """comm.timeout_s of the runs that hang."""
+KINDS_OF_HANG = {"stopped": 2, "loops": 2, "exits": 1, "no folder": 1, "full disk": 1}
+"""How often each is drawn."""
 GRACE_S = 10.0
 """Seconds after comm.timeout_s within which all ranks must have ended."""
 
@@ -80,9 +82,7 @@ class Hang(Campaign):
         ranks = draw.choice([2, 2, 4])
         expected, run = self._undisturbed(ranks), self.folder / "outputs" / "run"
         shutil.rmtree(run.parent, ignore_errors=True)
-        how = draw.choice(
-            ["stopped", "stopped", "loops", "loops", "exits", "no folder", "full disk"]
-        )
+        how = draw.choices([*KINDS_OF_HANG], [*KINDS_OF_HANG.values()])[0]
         rank, step = draw.randrange(ranks), draw.randint(2, 8)
         watcher = Watcher(run, rank if how == "stopped" else -1, step)
         what = f"{ranks} ranks, {how}"
@@ -271,7 +271,7 @@ class Soak(Campaign):
 
 
 class Gauge:
-    """Reads memory, open files and threads of the ranks, and sends SIGTERM when the time is over."""
+    """Reads memory, open files and threads of a rank, and sends SIGTERM when the time is over."""
 
     def __init__(self, seconds: float) -> None:
         self._until, self._next = time.perf_counter() + seconds, 0.0

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -75,6 +76,8 @@ _FIRST_SECONDS = 2.0
 _LINGER_SECONDS = 5.0
 """Seconds for which the host of the store stays at most, so that the others hear of a failure."""
 
+_OLD_SECONDS = 120.0
+
 _ending = threading.Lock()
 """Held by the thread that ends this process."""
 
@@ -105,8 +108,12 @@ def exit_on_error() -> Iterator[None]:
         if lost and _DIED in lost:
             _let_the_first_speak()
         hangs = lost is not None and _NO_ANSWER in lost
-        if hangs and (who := heartbeat.describe_hang(error, _BEAT_SECONDS)):
-            lost = f"{who}, longer than comm.timeout_s. {goes_on()}"
+        if hangs and run_store.has_store():
+            try:
+                if who := heartbeat.describe_hang(error, _BEAT_SECONDS):
+                    lost = f"{who}, longer than comm.timeout_s. {goes_on()}"
+            except ConnectionError:
+                lost = store_is_gone()
         end(f"error: {lost}" if lost else traceback.format_exc(), 1, hang=hangs)
 
 
@@ -296,10 +303,10 @@ def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn
 
     answer = run_store.within(_ANSWER_SECONDS, count)
     if answer is None:  # the store is gone, so that hosts cannot know of each other
-        if run_store.leads_host():
-            _print(message)
-        else:
+        if not run_store.leads_host():
             time.sleep(1)  # the launcher ends the first rank as soon as another one has ended
+        if _is_first_to_speak():  # the first rank may be the one that is stopped
+            _print(message)
         _exit(code)
     store, ranks, ranks_of_host = answer
     if ranks == 1:
@@ -313,6 +320,25 @@ def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn
         is_other = first and first["message"] != message
         _print(_repeated(first) if first and is_other else message)
     _exit_when_told(store, first["code"] if first else code)
+
+
+def _is_first_to_speak() -> bool:
+    """Return whether no other rank of this host has asked this, without the store.
+
+    The ranks of a host have the same parent, and their run a port of its own.
+    """
+    name = f"titan_ulysses-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}.said"
+    path = os.path.join(tempfile.gettempdir(), name)
+    with suppress(OSError):
+        if time.time() - os.path.getmtime(path) > _OLD_SECONDS:
+            os.unlink(path)  # of an earlier run with the same numbers
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        return run_store.leads_host()
+    return True
 
 
 def _told(store: TCPStore) -> dict[str, Any] | None:

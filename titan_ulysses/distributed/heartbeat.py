@@ -72,7 +72,8 @@ def describe_silent(beat_: dict[str, Any]) -> str:
 def describe_hang(error: BaseException, seconds: float) -> str | None:
     """Return who does not answer, what it was in, and what this rank waited for; None: unknown.
 
-    error: that of the collective that has given up. Asks the store twice. A rank whose beat has
+    error: that of the collective that has given up. Raise ConnectionError if the store does not
+    answer. Asks the store twice. A rank whose beat has
     stopped is stopped or cut off. Otherwise those are meant that are alive, and neither wait for
     others nor have given up themselves.
     """
@@ -86,7 +87,7 @@ def describe_hang(error: BaseException, seconds: float) -> str | None:
 
     answer = run_store.within(seconds + 3.0, ask)
     if answer is None:
-        return None
+        raise ConnectionError
     before, now = answer
     silent = [rank for rank in range(size) if rank != own and before[rank] == now[rank]]
     busy = [rank for rank in range(size) if rank != own and not now[rank].get("waits", True)]
@@ -105,13 +106,19 @@ def describe_hang(error: BaseException, seconds: float) -> str | None:
 
 
 def write_stacks() -> Path | None:
-    """Write the stacks of all threads of this rank to a file, and return its folder."""
+    """Write the stacks of all threads of this rank to a file, and return its folder.
+
+    In an `except` block the traceback comes first: the stack where the error was is gone.
+    """
     folder = _Rank.stacks
     if folder is None:
         return None
     with suppress(OSError, ValueError):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"rank-{run_store.rank_and_size()[0]}.txt", "w") as file:
+            if sys.exc_info()[0]:
+                file.write(traceback.format_exc() + "\n")
+                file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         return folder
     return None

@@ -121,8 +121,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.begin("")
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is None:  # else the part is what went wrong
+            self.begin("")
         if self._live:
             self._live.stop()
 
