@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        shape = load_config(QUICKSTART).model.config | HUNDRED_MILLION
+        shape = (load_config(QUICKSTART).model.config or {}) | HUNDRED_MILLION
         settings = SMALLER_STEP | {"job.dump_folder": temporary, "model.config": shape}
         trainer = Trainer(load_config(QUICKSTART, settings.items()))
         trainer.train()
