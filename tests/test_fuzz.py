@@ -1,4 +1,4 @@
-"""Mutants of the files that a run reads from elsewhere: none is executed, and each ends in a message.
+"""Mutants of the files that a run reads from elsewhere: none is executed, all end in a message.
 
 `.metadata` of a checkpoint (a pickle), headers of safetensors, and their index.
 """

@@ -2,8 +2,8 @@
 
 python scripts/bench/hashing.py --mib 400 --rounds 5
 
-Saving ends when the disk has the bytes (fsync), as in a run. `--limit 0.05` ends with exit code 1 if
-the hashes add more than that to the seconds of saving.
+Saving ends when the disk has the bytes (fsync), as in a run. `--limit 0.05` ends with exit code 1
+if the hashes add more than that to the seconds of saving.
 """
 
 from __future__ import annotations
