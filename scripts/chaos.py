@@ -1,9 +1,12 @@
-"""Campaigns against what a run stands on: damaged checkpoints, kills, broken configs, broken data.
+"""Campaigns against what a run stands on: damage, kills, hangs, broken configs and data.
 
     python scripts/chaos.py damage               100 kinds and places of damage to a stored run
     python scripts/chaos.py config               500 mutations over every key of the schema
     python scripts/chaos.py data                 200 broken files of data
     python scripts/chaos.py kill                 100 kills while a run steps, saves and exports
+    python scripts/chaos.py hang                 40 ranks that stop, loop or exit, and full disks
+    python scripts/chaos.py reshape              100 runs that go on on another mesh
+    python scripts/chaos.py soak                 a long run, whose memory must stay what it is
     python scripts/chaos.py damage=20 config=50 --seed 7 --minutes 5
     python scripts/chaos.py damage --without-hashes     how much only the hashes find
 
@@ -16,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import shutil
 import sys
 import tempfile
 import time
@@ -25,214 +26,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import chaos_cases as cases
-from chaos_ranks import Ended, copy_folder, preload, run_ranks
+from chaos_campaigns import GOOD, Campaign, Config, Damage, Data, Kill
+from chaos_disturbed import Hang, Reshape, Soak
+from chaos_ranks import preload
 
-GOOD = {"recovered", "refused", "harmless", "accepted", "equal"}
-"""Verdicts with which a case has passed."""
-COUNTS = {"damage": 100, "config": 500, "data": 200, "kill": 100}
-
-
-class Verdict(NamedTuple):
-    """What became of a case."""
-
-    word: str
-    """recovered: the run went on from an older checkpoint, said so by name, and got the same bits;
-    refused: it ended with a message that names the place; harmless: the damage is not read, and the
-    bits are the same; accepted: a config or data with which it trains; equal: killed runs that
-    ended with the bits of an undisturbed one. All others are failures: undetected, unnamed,
-    traceback, hung, lost.
-    """
-    detail: str = ""
-
-
-class Campaign:
-    """Cases of one kind, in a folder of their own."""
-
-    def __init__(self, name: str, folder: Path, seed: int, *, patient: float) -> None:
-        self.name, self.folder, self.seed = name, folder, seed
-        self.timeout = patient
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def draw(self, number: int) -> random.Random:
-        return random.Random(f"{self.name}/{self.seed}/{number}")
-
-    def run(self, arguments: list[str], *, ranks: int, **options: Any) -> Ended:
-        arguments = ["--config", str(self.folder / "run.toml"), *arguments]
-        here = self.folder / "a" / "b" / "c"  # where a path such as ../.. does no harm
-        here.mkdir(parents=True, exist_ok=True)
-        options = {"timeout": self.timeout} | options
-        return run_ranks(arguments, ranks=ranks, folder=here, **options)
-
-    def case(self, number: int) -> tuple[str, Verdict, float]:
-        """Return what case `number` is, what became of it, and the seconds of its run."""
-        raise NotImplementedError
-
-
-def failed(ended: Ended) -> Verdict | None:
-    """Return the verdict of a run that must not end so, whatever it was given."""
-    if ended.hung:
-        return Verdict("hung", cases.last_lines(ended.text))
-    if ended.broke:
-        return Verdict("traceback", cases.last_lines(ended.text))
-    return None
-
-
-class Damage(Campaign):
-    """A stored run of 6 steps, 3 checkpoints and an export is damaged, and goes on to step 8."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-        self.longer = ["--training.steps=8", "--checkpoint.export=false"]
-        self.stored, self.outputs = self.folder / "stored", self.folder / "outputs"
-        if not self.stored.exists():
-            shutil.rmtree(self.outputs, ignore_errors=True)
-            self._expect_ok(self.run(["--training.steps=6"], ranks=2))
-            copy_folder(self.outputs, self.folder / "new")
-            (self.folder / "new").rename(self.stored)
-        copy_folder(self.stored, self.outputs)
-        self._expect_ok(self.run(self.longer, ranks=2))
-        self.expected = cases.results(self.outputs / "run", 8)
-        self.exported = cases.contents(self.stored / "run" / "export")
-
-    def _expect_ok(self, ended: Ended) -> None:
-        assert ended.codes == [0, 0], ended.text
-
-    def case(self, number: int) -> tuple[str, Verdict, float]:
-        copy_folder(self.stored, self.outputs)
-        run = self.outputs / "run"
-        damage = cases.draw_damage(self.draw(number), run)
-        damage.do()
-        if damage.of_export:
-            ended = self.run(["--training.steps=6"], ranks=2)
-            same = cases.contents(run / "export") == self.exported
-        else:
-            ended = self.run(self.longer, ranks=2)
-            same = cases.results(run, 8) == self.expected
-        return damage.what, self._verdict(ended, same, damage), ended.seconds
-
-    def _verdict(self, ended: Ended, same: bool, damage: cases.Damage) -> Verdict:
-        if verdict := failed(ended):
-            return verdict
-        named = any(name in ended.text for name in damage.names)
-        if any(ended.codes):
-            return Verdict("refused" if named else "unnamed", cases.last_lines(ended.text))
-        if not same:
-            return Verdict("undetected", cases.last_lines(ended.text))
-        if not damage.is_read:
-            return Verdict("harmless")
-        if damage.of_export:
-            return Verdict("recovered")  # written again, as the first time
-        return Verdict("recovered" if named else "unnamed", cases.last_lines(ended.text))
-
-
-class Config(Campaign):
-    """A run of one step whose config has one to two keys with other values."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-
-    def case(self, number: int) -> tuple[str, Verdict, float]:
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-        mutation = cases.draw_config(self.draw(number), number)
-        arguments = ["--training.steps=1", "--checkpoint.export=false"]
-        arguments += cases.as_arguments(mutation, self.folder)
-        ended = self.run(arguments, ranks=1)
-        what = ", ".join(f"{key} = {str(value)[:40]!r}" for key, value in mutation.items())
-        if verdict := failed(ended):
-            return what, verdict, ended.seconds
-        if ended.codes == [0]:
-            return what, Verdict("accepted"), ended.seconds
-        sections = {f"[{key.split('.')[0]}]" for key in mutation}
-        names = {*mutation, *sections} | {key.split(".", 1)[1] for key in mutation}
-        named = any(name in ended.text for name in names)
-        word = "refused" if named else "unnamed"
-        return what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
-
-
-class Data(Campaign):
-    """A run of one step on a file that is not what it should be."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-
-    def case(self, number: int) -> tuple[str, Verdict, float]:
-        for name in ("outputs", "broken"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        broken = cases.draw_data(self.draw(number), self.folder / "broken")
-        arguments = ["--training.steps=1", "--checkpoint.enable=false", "--checkpoint.export=false"]
-        arguments += [f"--{key}={value}" for key, value in broken.settings.items()]
-        ended = self.run(arguments, ranks=1)
-        if verdict := failed(ended):
-            return broken.what, verdict, ended.seconds
-        if ended.codes == [0]:
-            return broken.what, Verdict("accepted"), ended.seconds
-        named = broken.file in ended.text or "data." in ended.text
-        word = "refused" if named else "unnamed"
-        return broken.what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
-
-
-class Kill(Campaign):
-    """A run is killed up to three times, then left alone: it must end as if it had not been."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-        self.settings = ["--training.steps=10", "--checkpoint.interval=2"]
-        self.settings += ["--validation.enable=true", "--validation.interval=4"]
-        self.expected: dict[int, tuple[Any, float]] = {}
-
-    def _undisturbed(self, ranks: int) -> tuple[Any, float]:
-        if ranks not in self.expected:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ended = self.run(self._arguments(ranks), ranks=ranks)
-            assert ended.codes == [0] * ranks, ended.text
-            self.expected[ranks] = self._found(), ended.seconds
-        return self.expected[ranks]
-
-    def _arguments(self, ranks: int) -> list[str]:
-        return [*self.settings, f"--parallelism.sequence_parallel_degree={ranks}"]
-
-    def _found(self) -> Any:
-        run = self.folder / "outputs" / "run"
-        return cases.results(run, 10), cases.contents(run / "export")
-
-    def case(self, number: int) -> tuple[str, Verdict, float]:
-        draw = self.draw(number)
-        ranks = draw.choice([2, 2, 4])
-        expected, seconds = self._undisturbed(ranks)
-        run = self.folder / "outputs" / "run"
-        shutil.rmtree(run.parent, ignore_errors=True)
-        what, total = [f"{ranks} ranks"], 0.0
-        for _ in range(draw.randint(1, 3)):
-            killer = cases.Killer(draw, run, seconds)
-            ended = self.run(self._arguments(ranks), ranks=ranks, meddle=killer)
-            total += ended.seconds
-            what.append(killer.what)
-            if ended.hung:
-                return ", ".join(what), Verdict("hung", cases.last_lines(ended.text)), total
-        ended = self.run(self._arguments(ranks), ranks=ranks)
-        total += ended.seconds
-        if verdict := failed(ended):
-            return ", ".join(what), verdict, total
-        if ended.codes != [0] * ranks:
-            return ", ".join(what), Verdict("lost", cases.last_lines(ended.text)), total
-        word = "equal" if self._found() == expected else "lost"
-        return ", ".join(what), Verdict(word), total
-
-
+COUNTS = {
+    "damage": 100,
+    "config": 500,
+    "data": 200,
+    "kill": 100,
+    "hang": 40,
+    "reshape": 100,
+    "soak": 1,
+}
 CAMPAIGNS: dict[str, type[Campaign]] = {
     "damage": Damage,
     "config": Config,
     "data": Data,
     "kill": Kill,
+    "hang": Hang,
+    "reshape": Reshape,
+    "soak": Soak,
 }
 
 
@@ -311,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", type=int, help="this case alone, again")
     parser.add_argument("--minutes", type=float, default=60.0, help="for all campaigns together")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds until a run hangs")
+    parser.add_argument("--soak-seconds", type=float, default=60.0, help="of a case of soak")
     parser.add_argument("--out", type=Path, help="folder that keeps the lines of the cases")
     parser.add_argument("--without-hashes", action="store_true")
     options = parser.parse_args(argv)
@@ -329,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             campaign = CAMPAIGNS[name](
                 name, Path(temporary) / name, options.seed, patient=options.patience
             )
+            campaign.soak_seconds = options.soak_seconds
             numbers = [*range(count)]
             if options.only is not None:
                 numbers, path = [options.only], Path(temporary) / "only.jsonl"

@@ -75,10 +75,12 @@ def run_ranks(
     folder: Path,
     timeout: float,
     meddle: Callable[[list[int]], None] = lambda pids: None,
+    file_bytes: int = 0,
 ) -> Ended:
     """Run the trainer with these arguments in `folder`; end all ranks after `timeout` seconds.
 
     meddle: called with the process ids of the ranks, again and again while one of them runs.
+    file_bytes: how large a file may become, as on a disk that is full; 0: any size.
     """
     started, files, pids = time.perf_counter(), [], []
     port = _free_port()
@@ -87,7 +89,7 @@ def run_ranks(
         files.append(folder / f"rank{rank}.txt")
         pid = os.fork()
         if pid == 0:
-            _be_rank(arguments, rank, ranks, port, folder, files[-1])
+            _be_rank(arguments, rank, ranks, port, folder, files[-1], file_bytes)
         pids.append(pid)
     codes: dict[int, int | None] = {}
     while len(codes) < ranks and time.perf_counter() - started < timeout:
@@ -110,7 +112,13 @@ def run_ranks(
 
 
 def _be_rank(
-    arguments: Sequence[str], rank: int, ranks: int, port: int, folder: Path, file: Path
+    arguments: Sequence[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    folder: Path,
+    file: Path,
+    file_bytes: int,
 ) -> NoReturn:
     try:
         os.setsid()
@@ -119,6 +127,9 @@ def _be_rank(
         os.dup2(output, 2)
         os.chdir(folder)
         _limit_memory()
+        if file_bytes:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
         os.environ |= {"HOME": str(folder), "COLUMNS": "400"}
         os.environ |= {"WANDB_MODE": "disabled", "TORCH_CPP_LOG_LEVEL": "FATAL"}
         if ranks > 1:

@@ -578,8 +578,8 @@ def run_and_die(config: Any, dies: bool) -> None:
     from titan_ulysses.train.trainer import Trainer
 
     class Mortal(Trainer):
-        def _save(self) -> None:
-            super()._save()
+        def save(self) -> None:
+            super().save()
             if dies and self.step == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 

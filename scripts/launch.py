@@ -220,6 +220,8 @@ class Agent(LocalElasticAgent):
     """torchrun's agent, but ranks are stopped as the reason for it asks."""
 
     _remaining_restarts: int
+    _patient: Any = None
+    """The ranks' processes for which torchrun's own patience has been changed."""
 
     def _stop_workers(self, worker_group: Any, *args: Any, **kwargs: Any) -> None:
         if worker_group.state == WorkerState.HEALTHY:
@@ -246,6 +248,14 @@ class Agent(LocalElasticAgent):
         They do so where they have saved because another host joins or leaves. Ranks that refuse
         their command line are not started again.
         """
+        if self._pcontext is not self._patient and self._pcontext is not None:
+            self._patient, close = self._pcontext, self._pcontext.close
+
+            def close_soon(death_sig: Any = None, timeout: int = _PATIENCE) -> None:
+                """A rank that is stopped does not end by SIGTERM; torchrun would wait for 30 s."""
+                close(death_sig, timeout)
+
+            self._pcontext.close = close_soon
         result = super()._monitor_workers(*args, **kwargs)
         if result.state == WorkerState.FAILED:
             codes = {failure.exitcode for failure in result.failures.values()}

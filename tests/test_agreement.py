@@ -22,7 +22,8 @@ from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, train, write_run
 from test_checkpoint import RUN_STATE, Run, assert_same, error_of, flip, no_space, rewrite
 from test_command_line import Launch, arguments
-from titan_ulysses.checkpoint.dcp import Checkpointer, check_weights
+from titan_ulysses.checkpoint.dcp import Checkpointer
+from titan_ulysses.checkpoint.weights import check_weights
 from titan_ulysses.distributed.failure import _lost_peer, goes_on
 from titan_ulysses.distributed.mesh import build_mesh, set_timeout, timeout_of
 

@@ -20,12 +20,13 @@ def play(*arguments: str, out: Path) -> tuple[int, str, list[dict]]:
 
 
 def test_a_slice_of_each_campaign(tmp_path: Path) -> None:
-    code, text, lines = play("damage=3", "config=10", "data=6", "kill=1", "--seed=3", out=tmp_path)
+    cases = ["damage=3", "config=10", "data=6", "kill=1", "reshape=4", "hang=1", "soak=1"]
+    code, text, lines = play(*cases, "--soak-seconds=6", "--seed=3", out=tmp_path)
     assert code == 0, text
-    assert len(lines) == 20 and text.count("\n| ") == 6
+    assert len(lines) == 26 and text.count("\n| ") == 9
     # What is done is not done again.
     code, again, lines = play("data=6", "--seed=3", out=tmp_path)
-    assert code == 0 and len(lines) == 20 and "6 of 6" in again
+    assert code == 0 and len(lines) == 26 and "6 of 6" in again
 
 
 @pytest.mark.slow
@@ -37,4 +38,6 @@ def test_without_hashes_damage_is_not_found(tmp_path: Path) -> None:
 
 def test_a_campaign_that_is_none() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "storm"], capture_output=True, text=True)
-    assert done.returncode == 2 and "storm is none of damage, config, data, kill" in done.stderr
+    assert (
+        done.returncode == 2 and "storm is none of damage, config, data, kill, hang" in done.stderr
+    )

@@ -82,6 +82,10 @@ SHORTER = {
     "scripts/chaos.py config": "--minutes 1",
     "scripts/chaos.py data": "--minutes 1",
     "scripts/chaos.py kill": "--minutes 1",
+    "scripts/chaos.py hang": "--minutes 1",
+    "scripts/chaos.py reshape": "--minutes 1",
+    "scripts/chaos.py soak": "--soak-seconds 12 --minutes 1",
+    "scripts/bench/async_save.py": "--rounds 2",
     "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 "
     "--training.seq_len 65536",
 }

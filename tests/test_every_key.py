@@ -107,6 +107,10 @@ def own_core(q: Tensor, k: Tensor, v: Tensor, *, documents: Any, scale: float) -
     )
 
 
+def nan_core(q: Tensor, k: Tensor, v: Tensor, *, documents: Any, scale: float) -> Tensor:
+    return own_core(q, k, v, documents=documents, scale=scale) * float("nan")
+
+
 # --- the table ------------------------------------------------------------------------------------
 
 # How data is told to be read, and how many of its tokens are trained on: a document is a sequence,
@@ -367,6 +371,9 @@ TRAINING = {
             VALIDATED,
         )
     ],
+    "training.skip_nonfinite": [
+        Case(2, logs("skipped_steps", [1, 2]), {"model.attention": "test_every_key:nan_core"})
+    ],
     "training.deterministic": [Case(True, lambda run, _: run.facts["deterministic"])],
     "parallelism.data_parallel_replicate_degree": [
         Case(
@@ -581,6 +588,10 @@ CHECKPOINT = {
         )
     ],
     "checkpoint.interval": [Case(1, wrote("outputs/run/checkpoints/step-1"), SAVED)],
+    "checkpoint.async_mode": [
+        # What it does is in test_background_save.py.
+        Case("async", said("checkpoints are written in the background"), SAVED, same=True)
+    ],
     "checkpoint.keep_latest_k": [
         Case(1, lambda run, _: steps_kept(run) == {"step-2"}, SAVED | {"checkpoint.interval": 1}),
         Case(

@@ -352,7 +352,8 @@ def test_a_model_that_has_diverged_is_never_saved(tmp_path: Path) -> None:
     wild = settings | {"optimizer.lr": 1e30, "training.steps": 100}
     for message in run_on_ranks(2, partial(stopped_by_a_signal, after=4), config, wild):
         assert re.match(
-            r"The loss is \S+ and the gradient norm nan at step 3\. Nothing of it is saved; ",
+            r"The loss is \S+ and the gradient norm nan at step 3 \(first: the gradient of model\."
+            r".+\)\. Nothing of it is saved; ",
             message,
         )
         assert "; the last checkpoint is of step 1. Lower optimizer.lr = 1e+30" in message

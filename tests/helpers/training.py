@@ -88,7 +88,7 @@ def train_sharded(
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
         batches = [local_batch(rows, mesh, sharded.stream_chunk_tokens) for rows in micro_batches]
-        loss, norm, _ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
+        loss, norm, *_ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
     record.parameters = {name: p.detach().full_tensor() for name, p in hf.named_parameters(sharded)}
@@ -145,7 +145,7 @@ class Run:
                 )
                 for _ in range(accumulate)
             ]
-            loss, self.grad_norm, _ = train_step(
+            loss, self.grad_norm, *_ = train_step(
                 self.model, self.optimizer, batches, self.mesh, max_norm=1.0
             )
             self.losses.append(loss.item())

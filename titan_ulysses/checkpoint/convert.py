@@ -25,12 +25,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.dcp import Checkpointer, cause, first_difference, step_of
+from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.hosts import expect_all_hosts
 from titan_ulysses.checkpoint.initial import base_weights
-from titan_ulysses.checkpoint.manifest import HashingWriter
+from titan_ulysses.checkpoint.manifest import HashingWriter, cause
 from titan_ulysses.checkpoint.reader import open_checkpoint
 from titan_ulysses.checkpoint.run_file import publish
+from titan_ulysses.checkpoint.state import first_difference
+from titan_ulysses.checkpoint.writing import step_of
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.validate import ranks_of
 from titan_ulysses.distributed.errors import UserError

@@ -12,31 +12,29 @@ they hold by themselves, in a checkpoint of that part. `run.json` names the host
 
 from __future__ import annotations
 
-import os
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from titan_ulysses.checkpoint.background import BackgroundSave, own_group
 from titan_ulysses.checkpoint.hosts import HostFolders, expect_all_hosts
-from titan_ulysses.checkpoint.manifest import Damage, HashingWriter, Pieces, unreadable
+from titan_ulysses.checkpoint.manifest import Damage, cause, innermost, unreadable
 from titan_ulysses.checkpoint.reader import CheckpointReader, open_checkpoint
-from titan_ulysses.checkpoint.run_file import RUN_FILE, expect_fields, publish, read_run_file
+from titan_ulysses.checkpoint.run_file import RUN_FILE, expect_fields, read_run_file
+from titan_ulysses.checkpoint.state import first_difference, shapes_of, tensors_of
+from titan_ulysses.checkpoint.writing import Writer, steps_in
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
-from titan_ulysses.distributed.files import partial_path
 from titan_ulysses.model.freezing import fingerprint
-from titan_ulysses.model.names import is_adapter, plain
 from titan_ulysses.optim.adamw import state_format, unaligned_blocks
 
 
@@ -69,10 +67,12 @@ class Checkpointer:
         *,
         keep: int,
         hosts: Sequence[str] = (),
+        in_background: bool = False,
         say: Callable[[str], None] = _warn,
     ):
         """hosts: the host of each rank, if each has its own folder. Empty: all share one.
 
+        in_background: `save` copies the tensors and returns, and a thread writes them.
         say: how a user is told of a checkpoint that is not taken. It is called on every rank.
         """
         self.folder, self.keep, self._say = folder, keep, say
@@ -80,6 +80,9 @@ class Checkpointer:
         """Steps of the damaged checkpoints that `load_newest` has found."""
         self.where = f"{self.setting} = {folder}"
         self._hosts = HostFolders(hosts) if hosts else None
+        self._writer = Writer(folder, keep=keep, hosts=self._hosts)
+        self.in_background = in_background
+        self._background: BackgroundSave | None = None
 
     def latest(self) -> int | None:
         """Return the step of the last complete checkpoint, or None."""
@@ -91,94 +94,75 @@ class Checkpointer:
         """Write step-<step>, then remove all but the last `keep` checkpoints. Collective.
 
         If step-<step> exists already, nothing is written. Raise `UserError`, on every rank, if
-        saving fails.
+        saving fails. In the background, return when the tensors are copied, after waiting for the
+        save before: see `retry_failed` and `finish`.
         """
-        final = self.folder / f"step-{step}"
-        partial = partial_path(final)
-        # Only those that publish are asked: the view that others have of a network file system may
-        # be old. Of separate folders, some may have a step that the others lack.
-        is_absent = self._publishes() and not final.exists()
-        if first_failure("absent" if is_absent else None) is None:
-            return
-        if self._publishes():
-            for folder in (partial, final):
-                shutil.rmtree(folder, ignore_errors=True)
-        dist.barrier()
-        reason = self._write_and_publish(partial, final, model, optimizer, state)
-        if self._publishes():
-            old = sorted(self.steps())[: -self.keep] if self.keep and not reason else []
-            done_with = [partial, final] if reason else [self.folder / f"step-{n}" for n in old]
-            for folder in done_with:
-                shutil.rmtree(folder, ignore_errors=True)
-        dist.barrier()  # no rank goes on before the folder is as it stays
-        if reason:
-            kept = None
-            with suppress(UserError):  # the folder may be what cannot be read
-                kept = self.latest()
-            raise UserError(
-                f"{self.where}: saving step {step} failed ({reason}). "
-                + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
-                + f"free space or change {self.place}, and run the same command again to go on."
-            )
-
-    def _write_and_publish(
-        self,
-        partial: Path,
-        final: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: dict[str, Any],
-    ) -> str | None:
-        """Write a checkpoint, and give it its name when all ranks have written. Collective.
-
-        Return, on every rank, why that failed, or None.
-        """
-        tensors, save_id = _tensors(model, optimizer), [uuid.uuid4().hex]
-        dist.broadcast_object_list(save_id, src=0)
+        self.finish()
+        tensors = tensors_of(model, optimizer)
         # What a model and an optimizer must match to load this checkpoint.
-        kind = {
-            "parameters": _shapes(model),
+        saved = state | {
+            "parameters": shapes_of(model),
             "frozen": fingerprint(model),
             "optimizer": state_format(optimizer),
         }
-        failure, pieces = None, Pieces()
-        try:
-            if self._hosts:
-                pieces = self._hosts.write(tensors, partial)
-            else:
-                writer = HashingWriter(partial)
-                dcp.save(tensors, storage_writer=writer)  # an error on one rank is raised on all
-                pieces = writer.pieces
-        except (CheckpointException, OSError) as error:
-            failure = cause(error)
-        if reason := first_failure(failure):
-            return reason
-        pieces = self._of_all_ranks(pieces)
-        if self._hosts:
-            kind |= self._hosts.manifest(partial)
-        try:
-            if self._publishes():
-                saved = {**state, "step": step_of(final), **kind}
-                publish(partial, final, saved, pieces, save_id=save_id[0])
-        except OSError as error:
-            failure = cause(error)
-        return first_failure(failure)  # the other ranks wait for those that publish
+        if self.in_background:
+            self._background = self._background or self._background_save()
+            self._background.start(step, tensors, saved)
+        elif reason := self._writer.write(step, tensors, saved):
+            raise self._failed(step, reason)
 
-    def _publishes(self) -> bool:
-        """Return whether this rank renames and removes what is in the folder."""
-        return self._hosts.leads if self._hosts else dist.get_rank() == 0
+    def _background_save(self) -> BackgroundSave:
+        """Return what saves in the background, with process groups of its own. Collective."""
+        group = own_group()
+        hosts = self._hosts.with_group(group) if self._hosts else None
+        return BackgroundSave(Writer(self.folder, keep=self.keep, hosts=hosts, group=group))
 
-    def _of_all_ranks(self, pieces: Pieces) -> Pieces:
-        """Return, on the ranks that publish, the pieces that go to their folder. Collective."""
-        ranks = self._hosts.ranks_of[self._hosts.own] if self._hosts else [*range(_ranks())]
-        group = self._hosts.ranks_of_this_host() if self._hosts else None
-        gathered: list[Any] | None = [None] * len(ranks) if self._publishes() else None
-        dist.gather_object(pieces, gathered, dst=ranks[0], group=group)
-        return {name: found for part in gathered or () for name, found in part.items()}
+    @property
+    def save_has_failed(self) -> bool:
+        """Whether this rank knows that the save in the background has failed. Waits for nothing."""
+        return self._background is not None and self._background.has_failed
+
+    def retry_failed(self) -> None:
+        """Say that the save in the background has failed, and try once more. Collective.
+
+        Called on every rank as soon as `save_has_failed` on one of them. The same bytes are
+        written, which are still in memory. Raise `UserError`, on every rank, the second time.
+        """
+        background = self._background
+        if background is None or (reason := background.wait()) is None:
+            return
+        assert background.step is not None
+        if background.tries > 1:
+            error = self._failed(background.step, reason)
+            background.give_up()
+            raise error
+        self._say(
+            f"WARNING: {self.where}: saving step {background.step} failed ({reason}). It is tried "
+            "once more."
+        )
+        background.again()
+
+    def finish(self) -> None:
+        """Wait until the save in the background is on the disk. Collective.
+
+        One that has failed is tried once more. Raise `UserError`, on every rank, if it fails again.
+        """
+        while self._background is not None and self._background.wait() is not None:
+            self.retry_failed()
+
+    def _failed(self, step: int, reason: str) -> UserError:
+        kept = None
+        with suppress(UserError):  # the folder may be what cannot be read
+            kept = self.latest()
+        return UserError(
+            f"{self.where}: saving step {step} failed ({reason}). "
+            + (f"The checkpoint of step {kept} is intact; " if kept is not None else "")
+            + f"free space or change {self.place}, and run the same command again to go on."
+        )
 
     def remove_unfinished(self) -> None:
         """Remove what a run that was killed while saving has left in the folder."""
-        if self._publishes():
+        if self._writer.publishes:
             for partial in self.folder.glob(".step-*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
 
@@ -251,7 +235,7 @@ class Checkpointer:
         for step in self.damaged:
             path = self.folder / f"step-{step}"
             aside = path.with_name(f"{path.name}.damaged")
-            if self._publishes() and path.exists():
+            if self._writer.publishes and path.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
             self._say(f"step-{step}, which is damaged, is now {aside}. Remove it when you like.")
@@ -277,7 +261,7 @@ class Checkpointer:
         """
         state = self._read_state_on_all(step, needs)
         check(state)
-        self._expect_model(step, state["parameters"], _shapes(model))
+        self._expect_model(step, state["parameters"], shapes_of(model))
         self._expect_frozen(step, state["frozen"], fingerprint(model))
         folder, where = self.folder / f"step-{step}", f"{self.where}: step-{step}"
         closed, damage = None, None
@@ -288,7 +272,7 @@ class Checkpointer:
                 optimizer = None
             if optimizer is not None:
                 self._expect_optimizer(step, state["optimizer"], state_format(optimizer))
-            tensors, bits = _tensors(model, optimizer), getattr(optimizer, "bits", 32)
+            tensors, bits = tensors_of(model, optimizer), getattr(optimizer, "bits", 32)
             self._expect_whole_blocks(step, reader, tensors.get("optimizer", {}), bits)
             if self._hosts and len(state.get("hosts", ())) > 1:
                 self._hosts.read(tensors, reader, where)
@@ -342,13 +326,9 @@ class Checkpointer:
         Raise `UserError` if the folder cannot be listed. It may be absent.
         """
         try:
-            names = os.listdir(self.folder)
-        except FileNotFoundError:
-            return []
+            return steps_in(self.folder)
         except OSError as error:
             raise self._unreadable(f"{self.folder}: {error.strerror}") from error
-        steps = map(step_named, names)
-        return [step for step in steps if step is not None]
 
     def _unreadable(self, why: str) -> UserError:
         return UserError(
@@ -421,114 +401,6 @@ class Checkpointer:
             )
 
 
-class Difference(NamedTuple):
-    """The first parameter whose shape differs between a checkpoint and a model."""
-
-    name: str
-    text: str
-    """the name, the shape in the checkpoint ("there") and the shape in the model, in words"""
-
-
-def first_difference(
-    saved: dict[str, list[int]], wanted: dict[str, list[int]]
-) -> Difference | None:
-    """Compare the names and shapes of a checkpoint with those of a model.
-
-    Return None if they are equal.
-    """
-    for name in dict.fromkeys((*wanted, *saved)):
-        there = saved.get(name, "absent")
-        here = wanted.get(name, "absent")
-        if there != here:
-            return Difference(name, f"{name} is {there} there and {here}")
-    return None
-
-
-def is_checkpoint(path: str) -> bool:
-    """Return whether path is a step-N folder saved by a run, not a folder of safetensors."""
-    return bool(path) and (Path(path) / RUN_FILE).exists()
-
-
-def step_named(name: str) -> int | None:
-    """Return N of the name step-N, written as the trainer writes it; None for another name."""
-    number = name.removeprefix("step-")
-    is_step = name.startswith("step-") and number.isascii() and number.isdecimal()
-    return int(number) if is_step and len(number) < 19 and number == str(int(number)) else None
-
-
-def step_of(folder: Path) -> int:
-    """Return N of a folder step-N. Raise `UserError` if it has another name."""
-    step = step_named(folder.name)
-    if step is None:
-        raise UserError(f"{folder}: a checkpoint is a folder named step-N, as in step-0.")
-    return step
-
-
-def check_weights(path: str) -> None:
-    """Raise `UserError` if the step-N folder at path is damaged. Needs no model.
-
-    The message names checkpoint.initial_load_path.
-    """
-    state = _initial_state(path)
-    expect_all_hosts(state, f"checkpoint.initial_load_path = {path}")
-
-
-def needs_base(path: str) -> bool:
-    """Return whether the step-N folder at path lacks parameters, because they were frozen."""
-    return bool(_initial_state(path)["frozen"])
-
-
-def _initial_state(path: str) -> dict[str, Any]:
-    """Return run.json of checkpoint.initial_load_path. Raise `UserError` if it is damaged."""
-    try:
-        return read_run_file(Path(path))
-    except Damage as error:
-        raise UserError(
-            f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({error})."
-        ) from error
-
-
-def load_weights(path: str, model: nn.Module) -> None:
-    """Fill the model with the weights of the step-N folder at path, from any mesh. Collective.
-
-    Only the weights that were trained in that run are loaded, and no optimizer state. All other
-    parameters must have been frozen in that run and must be in the model already, except for
-    adapters, which may be new. Raise `UserError`, before anything changes, if names, shapes or
-    frozen values do not match.
-    """
-    saved = _initial_state(path)
-    wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
-    shapes = {
-        name: list(tensor.shape)
-        for name, tensor in wanted.items()
-        # Frozen parameters are not saved, and adapters may be new.
-        if name in saved["parameters"] or not (is_adapter(name) or saved["frozen"])
-    }
-    if difference := first_difference(saved["parameters"], shapes):
-        hint = ""
-        if is_adapter(difference.name):
-            hint = " Set lora.rank and lora.target_modules as that run had them."
-        raise UserError(
-            f"checkpoint.initial_load_path = {path} holds another model: {difference.text} "
-            f"here.{hint}"
-        )
-    if saved["frozen"] and saved["frozen"] != fingerprint(model):
-        raise UserError(
-            f"checkpoint.initial_load_path = {path}: what was frozen there is not what is frozen "
-            "here, and only the rest is saved. Begin with the export/ of that run, or with its "
-            "model.path, model.freeze and [lora]."
-        )
-    tensors = {name: wanted[name] for name in saved["parameters"]}
-    try:
-        where = f"checkpoint.initial_load_path = {path}"
-        reader = open_checkpoint(Path(path), saved["files"], where=where)
-        dcp.load({"model": tensors}, storage_reader=reader)  # in place
-    except (CheckpointException, OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({cause(error)})."
-        ) from error
-
-
 def _expect_state_of(optimizer: str | None, reader: CheckpointReader) -> None:
     """Raise `Damage` if run.json and the table of contents differ about an optimizer's state."""
     names = reader.read_metadata().state_dict_metadata
@@ -538,60 +410,3 @@ def _expect_state_of(optimizer: str | None, reader: CheckpointReader) -> None:
             f"{RUN_FILE}: optimizer is {optimizer}, and there is "
             f"{'state' if has_state else 'no state'} of one"
         )
-
-
-def _ranks() -> int:
-    return dist.get_world_size()
-
-
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> dict[str, dict[str, Any]]:
-    """Return the live tensors of model and optimizer by parameter name.
-
-    An optimizer without state gets its state allocated, so that it can be filled.
-    """
-    tensors = {"model": _trained_state(model)}
-    if optimizer is not None:
-        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # offloaded state may still be on its way to the host
-    return tensors
-
-
-def _trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the state of the model by name, without frozen parameters.
-
-    A run that resumes loads frozen parameters from the same place as when it began.
-    """
-    # DCP's option `ignore_frozen_params` would keep tied frozen parameters under their second name.
-    named = model.named_parameters(remove_duplicate=False)
-    frozen = {name for name, p in named if not p.requires_grad}
-    return {name: x for name, x in get_model_state_dict(model).items() if name not in frozen}
-
-
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(p.shape) for name, p in _trained_state(model).items()}
-
-
-def saved_bytes(model: nn.Module) -> int:
-    """Return the bytes of the model in a checkpoint, summed over all ranks.
-
-    A tied tensor is counted under each of its names.
-    """
-    return sum(tensor.numel() * tensor.element_size() for tensor in _trained_state(model).values())
-
-
-def innermost(error: BaseException) -> BaseException:
-    """Return the error of the first rank that failed, of which DCP has made its own exception."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return innermost(next(iter(error.failures.values()))[0])
-    return error
-
-
-def cause(error: BaseException) -> str:
-    """Return the innermost reason in one line: DCP wraps a rank's error in its own exception."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (inner, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {cause(inner)}"
-    return one_line(error)

@@ -38,14 +38,23 @@ Box = tuple[Sequence[int], Sequence[int]]
 
 
 class HostFolders:
-    """Which ranks share a folder: those of one host. `hosts` holds the host of each rank."""
+    """Which ranks share a folder: those of one host. `hosts` holds the host of each rank.
 
-    def __init__(self, hosts: Sequence[str]):
+    everyone: a process group of all ranks; None: the default one.
+    """
+
+    def __init__(self, hosts: Sequence[str], everyone: dist.ProcessGroup | None = None):
         self.ranks_of = {host: [] for host in dict.fromkeys(hosts)}
         for rank, host in enumerate(hosts):
             self.ranks_of[host].append(rank)
-        self._hosts = list(hosts)
+        self._hosts, self._everyone = list(hosts), everyone
         self._group: dist.ProcessGroup | None = None
+
+    def with_group(self, everyone: dist.ProcessGroup) -> HostFolders:
+        """Return the same for another thread, with process groups of its own. Collective."""
+        other = HostFolders(self._hosts, everyone)
+        other.ranks_of_this_host()
+        return other
 
     @property
     def own(self) -> str:
@@ -73,7 +82,8 @@ class HostFolders:
     def manifest(self, folder: Path) -> dict[str, Any]:
         """Return the entries of run.json that say which host holds what. Collective."""
         files: list[list[str]] = [[] for _ in self._hosts]
-        dist.all_gather_object(files, sorted(file.name for file in folder.iterdir()))
+        names = sorted(file.name for file in folder.iterdir())
+        dist.all_gather_object(files, names, group=self._everyone)
         return {
             "host": self.own,
             "hosts": {

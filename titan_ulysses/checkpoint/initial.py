@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.dcp import check_weights, is_checkpoint, load_weights, needs_base
+from titan_ulysses.checkpoint.weights import (
+    check_weights,
+    is_checkpoint,
+    load_weights,
+    needs_base,
+)
 from titan_ulysses.config.schema import Config
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import fill_new_rows, token_parameters

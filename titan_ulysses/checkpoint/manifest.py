@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from titan_ulysses.distributed.failure import one_line
@@ -241,3 +242,18 @@ def unreadable(error: BaseException) -> str | None:
     ):
         return None
     return f"{error.filename or 'a file'}: {error.strerror or one_line(error)}"
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Return the error of the first rank that failed, of which DCP has made its own exception."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return innermost(next(iter(error.failures.values()))[0])
+    return error
+
+
+def cause(error: BaseException) -> str:
+    """Return the innermost reason in one line: DCP wraps a rank's error in its own exception."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (inner, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {cause(inner)}"
+    return one_line(error)

@@ -4,6 +4,8 @@ step        the optimizer steps done; the folder's name has the same number
 loader      the position in the data; of a training loop of one's own: loop, what it gave
 rng         {"seed": training.seed}, from which the random numbers of every step follow; null
             in a checkpoint that was converted
+data        the settings that decide which sequence comes next; of a run of train.py
+skipped     how many steps were skipped because they were not finite; of a run of train.py
 optimizer   the format of the optimizer's state; null if there is none
 parameters  the shape of each parameter by name
 frozen      a fingerprint of what is frozen; 0 if nothing is
@@ -117,6 +119,8 @@ _OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "rng": lambda value: (
         isinstance(value, dict) and (value.get("seed", "") is None or _is_count(value.get("seed")))
     ),
+    "data": lambda value: isinstance(value, dict),
+    "skipped": _is_count,
     "loop": lambda value: isinstance(value, dict),
     "save_id": lambda value: isinstance(value, str),
     "hosts": _table_of(lambda part: isinstance(part, dict) and isinstance(part["ranks"], list)),

@@ -396,6 +396,14 @@ class Training(Section):
         description="Weight of an additional loss for each token: the square of the logits' "
         "log-normalizer, which keeps it near 0. 0: off.",
     )
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="Steps of the run that may be skipped because their loss or gradient norm is "
+        "not finite: they change neither parameters nor optimizer. One more ends the run. 0: the "
+        "first one does.",
+    )
     deterministic: bool = Field(
         False,
         description="Use only deterministic algorithms: slower, and with more memory for attention "
@@ -565,6 +573,12 @@ class Checkpoint(Section):
         "again.",
     )
     interval: int = Field(500, ge=1, le=10**9, description="Steps between checkpoints.")
+    async_mode: Literal["disabled", "async"] = Field(
+        "disabled",
+        description="async: a checkpoint is copied to host memory, and written while the next "
+        "steps run. One is in flight at most; the last one is finished before the run ends. It "
+        "takes host memory for the copy.",
+    )
     keep_latest_k: int = Field(
         2,
         ge=0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ class Corpus:
     """[documents] int64."""
     trained: np.ndarray | None = None
     """[tokens] bool: which tokens are trained on, that is predicted; None: all of them."""
+    numbers: np.ndarray | None = None
+    """[documents] int64: the number of each document in the data; None: they are all there."""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -71,7 +73,21 @@ class Corpus:
 
     def select(self, documents: np.ndarray) -> Corpus:
         """Return some of the documents, by index or mask. Tokens are not copied."""
-        return Corpus(self.tokens, self.begins[documents], self.ends[documents], self.trained)
+        numbers = np.arange(len(self)) if self.numbers is None else self.numbers
+        return Corpus(
+            self.tokens,
+            self.begins[documents],
+            self.ends[documents],
+            self.trained,
+            numbers[documents],
+        )
+
+    def numbers_at(self, places: Sequence[int]) -> list[int]:
+        """Return the number in the data of the document at each place, an index into `tokens`."""
+        # Documents may have been reordered, as by their length.
+        order = np.argsort(self.begins, kind="stable")
+        found = order[np.searchsorted(self.begins[order], places, side="right") - 1]
+        return (found if self.numbers is None else self.numbers[found]).tolist()
 
     def split_held_out(
         self, every: int = 100, *, setting: str = "data.path"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import xxhash
 
 from titan_ulysses.data.packing import SampleStream
 from titan_ulysses.distributed.sequence import (
@@ -92,6 +93,7 @@ class Loader:
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
         self.chunk_tokens = chunk_length(stream_chunk_tokens, sequences.seq_len, sp_degree)
         self._consumed = 0  # number of sequences that all ranks together have read
+        self._hash = xxhash.xxh3_128()
 
     def next_batch(self) -> Batch:
         first = self._consumed
@@ -110,6 +112,9 @@ class Loader:
         if missing := self.batch_size - len(rows):
             row = self.sequences[indices[0]]
             rows += [row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))] * missing
+        self._hash = xxhash.xxh3_128()
+        for row in rows:
+            self._hash.update(row.input_ids.numpy())
 
         def stacked(whole_rows: list[torch.Tensor]) -> torch.Tensor:
             return local_slice(
@@ -126,6 +131,20 @@ class Loader:
             documents=tuple(row.document_lengths for row in rows),
             chunk_tokens=self.chunk_tokens,
         )
+
+    def fingerprint(self) -> str:
+        """Return a hash of the tokens of the last batch: of whole sequences, before the slice.
+
+        The ranks of a sequence-parallel group must have the same.
+        """
+        return self._hash.hexdigest()
+
+    def documents(self, batches_ago: int) -> list[str]:
+        """Return the documents of an earlier batch of this rank; 1: the last batch."""
+        first = self._consumed - batches_ago * self.batch_size * self.batch_degree
+        first += self.batch_rank * self.batch_size
+        rows = range(first, first + self.batch_size)
+        return [document for row in rows for document in self.sequences.documents(row)]
 
     def epochs(self) -> float | dict[str, float]:
         """Return how often all ranks together have read the data, by source if several."""

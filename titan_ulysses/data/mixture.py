@@ -51,6 +51,11 @@ class MixedSequences(SampleStream):
         source = int(self._sources(index, index + 1)[0])
         return self._parts[source][int(self._counts(index)[source])]
 
+    def documents(self, index: int) -> list[str]:
+        source = int(self._sources(index, index + 1)[0])
+        inner = self._parts[source].documents(int(self._counts(index)[source]))
+        return [f"{one} of {[*self.sources][source]}" for one in inner]
+
     def epochs(self, consumed: int) -> dict[str, Any]:
         counts = self._counts(consumed).tolist()
         return {

@@ -121,6 +121,14 @@ class SampleStream:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def documents(self, index: int) -> list[str]:
+        """Return which documents sequence `index` holds, for a message.
+
+        Documents are counted from 0, in the order of the data, empty ones left out. Those of data
+        without random access are not known by number.
+        """
+        return [f"those of sequence {index}"]
+
     def epochs(self, consumed: int) -> float | dict[str, float]:
         """Return how often the data has been read after `consumed` sequences.
 
@@ -202,6 +210,10 @@ class PackedSequences(SampleStream):
         spans = self._pieces(index * self.seq_len)
         pieces = (slice_document(corpus.tokens, corpus.trained, **span) for span in spans)
         return concat_pieces(pieces, self.seq_len)
+
+    def documents(self, index: int) -> list[str]:
+        begins = [span["begin"] for span in self._pieces(index * self.seq_len)]
+        return [*map(str, self.corpus.numbers_at(begins))]
 
     def _pieces(self, start: int) -> Iterator[dict[str, int]]:
         """Yield the pieces of the S stream tokens from `start` on, as `slice_document` arguments.
@@ -308,7 +320,20 @@ class PaddedSequences(SampleStream):
         )
         return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
 
+    def documents(self, index: int) -> list[str]:
+        begins = [begin for begin, *_ in self._spans(index)]
+        return [*map(str, self.corpus.numbers_at(begins))]
+
     def __getitem__(self, index: int) -> PackedSample:
+        tokens, trained = self.corpus.tokens, self.corpus.trained
+        cuts = (
+            slice_document(tokens, trained, begin=begin, end=end, document_end=last)
+            for begin, end, last in self._spans(index)
+        )
+        return concat_pieces(cuts, self.seq_len)
+
+    def _spans(self, index: int) -> list[list[int]]:
+        """Return the (begin, end, end of its document) of each piece in a sequence."""
         epoch, place = divmod(index, len(self))
         if epoch != self._epoch:
             count = len(self)
@@ -317,13 +342,7 @@ class PaddedSequences(SampleStream):
             )
             self._epoch = epoch
         here = self._order[place]
-        pieces = self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
-        tokens, trained = self.corpus.tokens, self.corpus.trained
-        cuts = (
-            slice_document(tokens, trained, begin=begin, end=end, document_end=last)
-            for begin, end, last in pieces
-        )
-        return concat_pieces(cuts, self.seq_len)
+        return self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
 
 
 def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,9 +6,11 @@ message there. The other ranks see that (watch.py), and the first of each other 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -16,10 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from titan_ulysses.distributed import run_store
+from titan_ulysses.distributed import heartbeat, run_store
 from titan_ulysses.distributed.errors import UserError
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.distributed import TCPStore
 
 _ENDED_PEER = (
@@ -58,6 +61,9 @@ _STORE_IS_GONE = (
 )
 """Texts in the errors of a rank that cannot reach torchrun's store."""
 
+_NO_ANSWER = "has not answered within comm.timeout_s"
+_BEAT_SECONDS = 2.5
+"""Seconds in which the heart of a rank that is alive beats; more where many ranks ask the store."""
 _DIED = "died without a word (out of memory?)"
 _ANSWER_SECONDS = 4.0
 """Seconds that a failing rank gives the store to answer."""
@@ -69,6 +75,8 @@ _FIRST_SECONDS = 2.0
 
 _LINGER_SECONDS = 5.0
 """Seconds for which the host of the store stays at most, so that the others hear of a failure."""
+
+_OLD_SECONDS = 120.0
 
 _ending = threading.Lock()
 """Held by the thread that ends this process."""
@@ -94,12 +102,19 @@ def exit_on_error() -> Iterator[None]:
         # This is before the first step or after the last; in between, the trainer saves and stops.
         end("Interrupted.", 130)
     except OSError as error:
-        end(f"error: {error.filename or 'input/output'}: {error.strerror or error}", 1)
+        end(f"error: {of_system(error)}", 1)
     except Exception as error:
         lost = _lost_peer(error)
         if lost and _DIED in lost:
             _let_the_first_speak()
-        end(f"error: {lost}" if lost else traceback.format_exc(), 1)
+        hangs = lost is not None and _NO_ANSWER in lost
+        if hangs and run_store.has_store():
+            try:
+                if who := heartbeat.describe_hang(error, _BEAT_SECONDS):
+                    lost = f"{who}, longer than comm.timeout_s. {goes_on()}"
+            except ConnectionError:
+                lost = store_is_gone()
+        end(f"error: {lost}" if lost else traceback.format_exc(), 1, hang=hangs)
 
 
 def _let_the_first_speak() -> None:
@@ -117,18 +132,18 @@ def _let_the_first_speak() -> None:
     run_store.within(_FIRST_SECONDS, wait)
 
 
-def first_failure(reason: str | None) -> str | None:
+def first_failure(reason: str | None, *, group: dist.ProcessGroup | None = None) -> str | None:
     """Return, on every rank, the reason of the first rank that has one; None if no rank has one.
 
-    Collective. All ranks can then stop together where one of them must. Without a process group
-    there is one rank, whose reason is returned.
+    Collective over all ranks, in the group if it is given. All ranks can then stop together where
+    one of them must. Without a process group there is one rank, whose reason is returned.
     """
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return reason
     reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
+    dist.all_gather_object(reasons, reason, group=group)
     return next(filter(None, reasons), None)
 
 
@@ -136,6 +151,22 @@ def one_line(error: BaseException) -> str:
     """Return what an exception says, on one line and short enough to stand inside a message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + " ..."
+
+
+def of_system(error: OSError) -> str:
+    """Return an error of the operating system in words, with what to do."""
+    what = f"{error.filename or 'input/output'}: {error.strerror or error}"
+    remedies = {
+        (errno.ENOSPC, errno.EDQUOT): "the disk is full. Free space, lower "
+        "checkpoint.keep_latest_k, or name another job.dump_folder",
+        (errno.EACCES, errno.EPERM, errno.EROFS): "this is a permission error. Make it readable "
+        "and writable for this user, or name another job.dump_folder",
+        (errno.EMFILE, errno.ENFILE): "too many files are open. Raise the limit, as with "
+        "`ulimit -n 65536`",
+    }
+    found = (remedy for numbers, remedy in remedies.items() if error.errno in numbers)
+    remedy = next(found, None)
+    return f"{what}: {remedy}." if remedy else what
 
 
 def goes_on() -> str:
@@ -168,7 +199,7 @@ def _lost_peer(error: BaseException | None) -> str | None:
             return store_is_gone()
         if any(sign in text for sign in _SILENT_PEER):
             return (
-                f"another rank{where} has not answered within comm.timeout_s: its host is gone, "
+                f"another rank{where} {_NO_ANSWER}: its host is gone, "
                 f"or the network to it. {goes_on()}"
             )
         error = error.__cause__ or error.__context__
@@ -223,14 +254,17 @@ def _exit_when_told(store: TCPStore, code: int) -> NoReturn:
     _exit(code)
 
 
-def end(message: str, code: int) -> NoReturn:
+def end(message: str, code: int, *, hang: bool = False) -> NoReturn:
     """End this rank at once with a message, unless another rank of this host has printed one.
 
     The message of the rank that failed first counts, and so does its exit code. A pending
-    collective must not delay the exit.
+    collective must not delay the exit. hang: another rank hangs, so that all ranks that can leave
+    their stacks in the run's folder.
     """
     _ending.acquire()  # never released: a second thread waits here until the process ends
-    _count_and_print(message, code)
+    if hang and (folder := heartbeat.write_stacks()):
+        message = f"{message} What each rank was in is in {folder}."
+    _count_and_print(message, code, hang=hang)
 
 
 def end_like_the_first(store: TCPStore) -> NoReturn:
@@ -242,6 +276,8 @@ def end_like_the_first(store: TCPStore) -> NoReturn:
 
     lost = None, 1 if run_store.leads_host() else 2
     first, ranks_of_host = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, ask) or lost
+    if first and first.get("hang"):
+        heartbeat.write_stacks()
     if ranks_of_host == 1:
         # Without a message, the first rank was ended before it could say why.
         _print(_repeated(first) if first else f"error: another rank has failed. {goes_on()}")
@@ -253,7 +289,7 @@ def failures(store: TCPStore) -> int:
     return store.add(run_store.key("failures"), 0)
 
 
-def _count_and_print(message: str, code: int) -> NoReturn:
+def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn:
     message = message.rstrip()
     if run_store.rank_and_size()[1] == 1:
         _print(message)
@@ -267,16 +303,16 @@ def _count_and_print(message: str, code: int) -> NoReturn:
 
     answer = run_store.within(_ANSWER_SECONDS, count)
     if answer is None:  # the store is gone, so that hosts cannot know of each other
-        if run_store.leads_host():
-            _print(message)
-        else:
+        if not run_store.leads_host():
             time.sleep(1)  # the launcher ends the first rank as soon as another one has ended
+        if _is_first_to_speak():  # the first rank may be the one that is stopped
+            _print(message)
         _exit(code)
     store, ranks, ranks_of_host = answer
     if ranks == 1:
         _print(message)
         rank, host = run_store.rank_and_size()[0], run_store.host_name()
-        told = {"rank": rank, "host": host, "message": message, "code": code}
+        told = {"rank": rank, "host": host, "message": message, "code": code, "hang": hang}
         run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", told))
         _exit_when_told(store, code)
     first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
@@ -284,6 +320,25 @@ def _count_and_print(message: str, code: int) -> NoReturn:
         is_other = first and first["message"] != message
         _print(_repeated(first) if first and is_other else message)
     _exit_when_told(store, first["code"] if first else code)
+
+
+def _is_first_to_speak() -> bool:
+    """Return whether no other rank of this host has asked this, without the store.
+
+    The ranks of a host have the same parent, and their run a port of its own.
+    """
+    name = f"titan_ulysses-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}.said"
+    path = os.path.join(tempfile.gettempdir(), name)
+    with suppress(OSError):
+        if time.time() - os.path.getmtime(path) > _OLD_SECONDS:
+            os.unlink(path)  # of an earlier run with the same numbers
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        return run_store.leads_host()
+    return True
 
 
 def _told(store: TCPStore) -> dict[str, Any] | None:

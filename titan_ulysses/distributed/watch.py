@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from titan_ulysses.distributed import failure, run_store
+from titan_ulysses.distributed import failure, heartbeat, run_store
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -50,7 +50,7 @@ class Watch:
         self._interval = max(_SECONDS, size / _RANKS_PER_SECOND)
         self._answers = 0
         self._refused = 0
-        self._heard: dict[int, tuple[bytes, int]] = {}
+        self._heard: dict[int, tuple[dict[str, Any], int]] = {}
         for work in (self._ask, self._count_silence):
             threading.Thread(target=work, daemon=True).start()
 
@@ -62,7 +62,7 @@ class Watch:
                 store = store or run_store.connect()
                 if failure.failures(store):
                     failure.end_like_the_first(store)
-                store.set(run_store.key(f"alive/{self._rank}"), str(self._answers))
+                heartbeat.beat(store, self._rank)
                 if self._rank == 0 and self.hosts:
                     self._listen(store)
                 self._answers += 1
@@ -75,17 +75,17 @@ class Watch:
 
     def _listen(self, store: TCPStore) -> None:
         """End this rank if another one has said nothing for too long."""
-        values = store.multi_get([run_store.key(f"alive/{rank}") for rank in range(self._size)])
-        for rank, value in enumerate(values):
-            heard, silent = self._heard.get(rank, (b"", 0))
+        for rank, value in enumerate(heartbeat.read(store, self._size)):
+            heard, silent = self._heard.get(rank, ({}, 0))
             silent = silent + 1 if value == heard else 0
             self._heard[rank] = value, silent
             if silent * self._interval > self.timeout_s:
                 failure.end(
                     f"error: rank {rank} on {self.hosts[rank]} has given no sign of life for "
-                    f"{self.timeout_s:g} s: its host is gone, or the network to it. "
-                    f"{failure.goes_on()}",
+                    f"{self.timeout_s:g} s{heartbeat.describe_silent(value)}: it is stopped, its "
+                    f"host is gone, or the network to it. {failure.goes_on()}",
                     1,
+                    hang=True,
                 )
 
     def _count_silence(self) -> None:

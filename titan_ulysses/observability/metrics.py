@@ -8,6 +8,7 @@ import json
 import math
 import resource
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.model.families import head_sizes, layer_configs
+from titan_ulysses.observability.spikes import WINDOW, LossSpikes
 from titan_ulysses.observability.wandb import WandbRun
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -142,7 +144,9 @@ class MetricsLogger:
 
         self.console, self._wandb = console, wandb
         first_step = steps_done + 1 if steps_done else 0
-        self._file, dropped = _reopen(folder / "metrics.jsonl", before=first_step)
+        self._path = folder / "metrics.jsonl"
+        self._file, dropped, losses = _reopen(self._path, before=first_step)
+        self._spikes = LossSpikes(losses)
         if dropped:
             console.print(
                 f"WARNING: {folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are "
@@ -152,9 +156,17 @@ class MetricsLogger:
         self._total = total_steps
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Log `values` at `step`. A value is None where it is not known."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Log `values` at `step`. A value is None where it is not known.
+
+        In the file, which other programs read, one that is not finite is null.
+        """
+        if "loss" in values:
+            values["loss_spike"] = self._spikes.is_spike(values["loss"])
+        try:
+            self._file.write(json.dumps({"step": step, **_finite(values)}) + "\n")
+            self._file.flush()
+        except OSError as error:  # as of a full disk; writing does not name the file
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         for name, value in scalars(values):
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
@@ -187,32 +199,42 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield f"{prefix}{name}", value
 
 
-def _reopen(path: Path, *, before: int) -> tuple[IO[str], int]:
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with None for numbers that JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _reopen(path: Path, *, before: int) -> tuple[IO[str], int, list[float]]:
     """Open a JSON-lines file to append, and keep only the lines of steps less than `before`.
 
-    A last line that a killed run left incomplete is dropped. Return the file, and how many other
-    lines were dropped because they are not objects with a step.
+    A last line that a killed run left incomplete is dropped. Return the file, how many other
+    lines were dropped because they are not objects with a step, and the last losses that are kept.
     """
-    dropped = 0
+    dropped, losses = 0, deque[float](maxlen=WINDOW)
     if path.exists():
         with whole_file(path) as aside, open(path, "rb") as old, open(aside, "wb") as new:
             for line in old:
-                step = _step_of(line)
-                if step is None:
+                values = _metrics_of(line)
+                if values is None:
                     dropped += line.endswith(b"\n")
-                elif step < before:
+                elif values["step"] < before:
                     new.write(line)
-    return open(path, "a"), dropped
+                    if isinstance(loss := values.get("loss"), float):
+                        losses.append(loss)
+    return open(path, "a"), dropped, [*losses]
 
 
-def _step_of(line: bytes) -> int | None:
-    """Return the step of a complete line of metrics, or None if it is not one."""
+def _metrics_of(line: bytes) -> dict[str, Any] | None:
+    """Return the values of a complete line of metrics, or None if it is not one."""
     try:
         values = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    step = values.get("step") if isinstance(values, dict) else None
-    return step if line.endswith(b"\n") and type(step) is int else None
+    is_one = isinstance(values, dict) and type(values.get("step")) is int
+    return values if is_one and line.endswith(b"\n") else None
 
 
 def perplexity(loss: float) -> float:
@@ -265,4 +287,5 @@ def _line(step: int, total: int, values: dict[str, Any]) -> str:
         f"{values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  peak "
         f"{values['peak_memory_gib']:.2f} GiB"
         + ("" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}")
+        + ("  [bold]loss spike[/]" if values["loss_spike"] else "")
     )

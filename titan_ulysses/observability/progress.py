@@ -21,6 +21,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from torch import Tensor, nn
 
+from titan_ulysses.distributed import heartbeat
+
 _SLOW = 2.0
 """Seconds after which the progress within a part is shown. Nobody could read it in a shorter part.
 """
@@ -119,8 +121,9 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, *_) -> None:
-        self.begin("")
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        if kind is None:  # else the part is what went wrong
+            self.begin("")
         if self._live:
             self._live.stop()
 
@@ -133,6 +136,7 @@ class Progress:
         trains: whether there is a backward. is_step: whether the part is one of the run's steps.
         """
         now, expected = time.monotonic(), 0
+        heartbeat.enter(part)
         if self._work:
             self._work.take()
             expected = tokens * (self._work.training if trains else self._work.forward)

@@ -42,14 +42,16 @@ def build_optimizer(
     config: OptimizerConfig,
     *,
     offload: bool = False,
+    skips: bool = False,
     device_type: str | None = None,
 ) -> torch.optim.Optimizer:
     """Build AdamW (arXiv 1711.05101) for all trained parameters, with state sharded like them.
 
     offload keeps the state in host memory and copies it to the device one parameter at a time.
     Parameters that are themselves on the host (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their
-    state and their update there in any case. device_type is the device type to assume for the
-    parameters; the planner sets it, and None means where they are.
+    state and their update there in any case. skips: the caller sets `found_inf` before each step,
+    a scalar tensor, 1 for a step that must change nothing. device_type is the device type to assume
+    for the parameters; the planner sets it, and None means where they are.
     """
     trained = [p for p in parameters if p.requires_grad]
     offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
@@ -59,12 +61,17 @@ def build_optimizer(
         "eps": config.eps,
         "weight_decay": config.weight_decay,
     }
+    optimizer: torch.optim.Optimizer
     if config.name == "adamw" and not config.stochastic_rounding and not offload:
-        return torch.optim.AdamW(trained, **options, fused=True)
-    bits, stochastic = _BITS.get(config.name, 32), config.stochastic_rounding
-    return ShardwiseAdamW(
-        trained, **options, bits=bits, stochastic_rounding=stochastic, offload=offload
-    )
+        optimizer = torch.optim.AdamW(trained, **options, fused=True)
+    else:
+        bits, stochastic = _BITS.get(config.name, 32), config.stochastic_rounding
+        optimizer = ShardwiseAdamW(
+            trained, **options, bits=bits, stochastic_rounding=stochastic, offload=offload
+        )
+    if skips:
+        optimizer.found_inf = torch.zeros((), device=trained[0].device)
+    return optimizer
 
 
 class ShardwiseAdamW(torch.optim.Optimizer):
@@ -84,7 +91,12 @@ class ShardwiseAdamW(torch.optim.Optimizer):
     offload: moments are kept in pinned host memory, and copied to the device and back around the
     update of their parameter. A step copies twice their bytes over the bus, and the device holds
     the moments of one shard at a time.
+
+    found_inf: a scalar tensor set by the caller, as with torch's own fused optimizers. A step
+    changes nothing if it is 1, which the host need not know.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -146,8 +158,10 @@ class ShardwiseAdamW(torch.optim.Optimizer):
     def _step_shard(self, p: nn.Parameter, group: dict[str, Any], index: int) -> None:
         state = self.state[p]
         if not state:
-            # torchao needs the step count on the host, PyTorch's fused kernel beside the parameter.
-            state["step"] = torch.zeros((), device="cpu" if self.uses_torchao else p.device)
+            # torchao takes the step count on the host, PyTorch's fused kernel beside the parameter.
+            # What the device decides to skip is counted there.
+            on_host = self.uses_torchao and self.found_inf is None
+            state["step"] = torch.zeros((), device="cpu" if on_host else p.device)
             state.update(
                 {name: self._zero_moment(p, signed=name == "exp_avg") for name in _MOMENTS}
             )
@@ -162,9 +176,14 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         if self.uses_torchao:
             if self.stochastic_rounding:
                 torch.manual_seed(_rounding_seed(p, int(state["step"]), index))
+            changed = (shard, state["step"], exp_avg, exp_avg_sq)
+            pieces = [piece for x in changed for piece in plain_pieces(x)]
+            before = [piece.clone() for piece in pieces] if self.found_inf is not None else []
             self._update_by_torchao(shard, grad, state["step"], exp_avg, exp_avg_sq, group)
+            for piece, old in zip(pieces, before, strict=False):
+                piece.copy_(torch.where(self.found_inf.to(piece.device) > 0, old, piece))
         else:
-            _update_fused(shard, grad, state["step"], exp_avg, exp_avg_sq, group)
+            _update_fused(shard, grad, state["step"], exp_avg, exp_avg_sq, group, self.found_inf)
         if self.offload:
             for host, device in zip(kept, moments, strict=True):
                 host.copy_(device, non_blocking=True)
@@ -223,11 +242,12 @@ def _update_fused(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     group: dict[str, Any],
+    found_inf: Tensor | None,
 ) -> None:
     beta1, beta2 = group["betas"]
     constants = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": group["eps"]}
     tensors = ([p], [grad], [exp_avg], [exp_avg_sq], [], [step])
-    switches = {"fused": True, "amsgrad": False, "maximize": False}
+    switches = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": found_inf}
     adamw(*tensors, beta1=beta1, beta2=beta2, **constants, **switches)
 
 

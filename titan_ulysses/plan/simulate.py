@@ -31,6 +31,7 @@ from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.mesh import Mesh, build_mesh
 from titan_ulysses.distributed.parts import override_parts
 from titan_ulysses.distributed.sequence import Documents, chunk_length
+from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.stream_offload import SequenceStore
@@ -116,12 +117,16 @@ def simulate(
                 model.parameters(),
                 config.optimizer,
                 offload=optimizer_offload,
+                skips=config.training.skip_nonfinite > 0,
                 device_type="cuda" if on_gpu else "cpu",
             )
             state_on_host = optimizer_offload or tracker.parameters_on_host
             _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
             _make_state(model, optimizer)
-            return _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
+            copy = _checkpoint_copy(config, tracker, optimizer, on_gpu=on_gpu)
+            found = _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
+            del copy  # alive during the step
+            return found
 
 
 def _run_step(
@@ -151,7 +156,14 @@ def _run_step(
         counter = CollectiveCounter(weight=lambda: tracker.weight)
         tracker.observers = [costs, counter.count]
         with override_parts(tracker.shortened):
-            train_step(model, optimizer, run, mesh, max_norm=max_norm)
+            train_step(
+                model,
+                optimizer,
+                run,
+                mesh,
+                max_norm=max_norm,
+                skip_nonfinite=spec.config.training.skip_nonfinite > 0,
+            )
         counts.append(dict(counter.counts))
     tracker.recording = False  # the releases that follow are not part of the step
     collectives = counts[0] if accumulation == 1 else _extrapolated(*counts, batches=accumulation)
@@ -377,6 +389,27 @@ def _label_optimizer(
 
     optimizer.register_step_pre_hook(note_gradients)
     optimizer.register_step_post_hook(note_state)
+
+
+def _checkpoint_copy(
+    config: Config, tracker: MemoryTracker, optimizer: torch.optim.Optimizer, *, on_gpu: bool
+) -> list[Tensor]:
+    """Return the copy of a checkpoint in host memory from which it is written in the background.
+
+    See checkpoint/background.py. Its pieces are as large as those of parameters and state.
+    """
+    if not config.checkpoint.enable or config.checkpoint.async_mode == "disabled":
+        return []
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [x for values in optimizer.state.values() for x in values.values()]
+    with tracker.placed("host" if on_gpu else "device"):
+        copies = [
+            torch.empty(piece.shape, dtype=piece.dtype)
+            for x in (*trained, *state)
+            for piece in plain_pieces(x)
+        ]
+    tracker.claim(copies, "checkpoint copy", label="copy of a checkpoint that is being written")
+    return copies
 
 
 def _batch(

@@ -20,6 +20,7 @@ COMPONENT_NAMES = {
     "MLP": "activations of MLPs",
     "norm": "activations of norms",
     "loss head": "loss head (logits, gradients)",
+    "checkpoint copy": "copy of a checkpoint (async_mode)",
     "optimizer": "temporaries of the optimizer",
     "other": "hidden states, embedding, inputs",
     "fragmentation": "fragmentation (3 %, assumed)",

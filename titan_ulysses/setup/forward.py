@@ -145,6 +145,7 @@ def _forward(
     loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
     if not sums:
         return CausalLMOutputWithPast(loss=loss)
+    model.own_loss = loss.detach()  # this rank's part, for who asks where a NaN came from
     loss = _SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
     if router_loss is None:
         return CausalLMOutputWithPast(loss=loss)

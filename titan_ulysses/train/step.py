@@ -41,6 +41,24 @@ class StepMetrics(NamedTuple):
     """The norm before clipping."""
     router_loss: Tensor | None
     """The mean over the batches, without its coefficient; None for a model without router loss."""
+    parts: Parts
+    """This rank's own, to find out where a number came from that is not finite."""
+
+    @property
+    def is_finite(self) -> Tensor:
+        """Whether loss and gradient norm are, as a bool tensor on the loss's device."""
+        return self.loss.isfinite() & self.grad_norm.isfinite().to(self.loss.device)
+
+
+class Parts(NamedTuple):
+    """What this rank has added to the loss and the gradient norm of a step."""
+
+    losses: Tensor
+    """[batches] fp64: this rank's part of each micro-batch's loss"""
+    norms: Tensor
+    """[pieces] fp64: the norms of the pieces of its gradients, see `gradient_norm`"""
+    owners: list[int]
+    """for each piece, the index of its parameter among those with a gradient"""
 
 
 def train_step(
@@ -50,24 +68,41 @@ def train_step(
     mesh: Mesh,
     *,
     max_norm: float,
+    skip_nonfinite: bool = False,
 ) -> StepMetrics:
-    """Run one optimizer step over the batches that make it up, without waiting for the device."""
+    """Run one optimizer step over the batches that make it up, without waiting for the device.
+
+    skip_nonfinite: leave parameters and optimizer state as they are if loss or gradient norm are
+    not finite. That is decided on the device, and alike on all ranks, which have the same loss and
+    norm. AdamW here and in torch takes it as `found_inf`, as from a gradient scaler.
+    """
     # The valid labels of the whole step: each loss is divided by their number.
     num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
     dist.all_reduce(num_items, group=mesh.loss.get_group())
     total, router_loss = torch.zeros(2, dtype=torch.float64, device=num_items.device).unbind()
+    own_losses = []
     for batch in batches:
         output = model(**vars(batch), num_items_in_batch=num_items)
         output.loss.backward()
         total += output.loss.detach()
+        own_losses.append(model.own_loss)
         if has_router_loss := "aux_loss" in output:
             router_loss += output.aux_loss.detach() / len(batches)
         if batch is not batches[-1]:
             _upcast_grads_to_fp32(model)
-    grad_norm = clip_gradients(list(model.parameters()), max_norm)
+    pieces: list[tuple[list[int], Tensor]] = []
+    grad_norm = clip_gradients(list(model.parameters()), max_norm, pieces=pieces)
+    parts = Parts(
+        torch.stack(own_losses),
+        torch.cat([norms for _, norms in pieces]),
+        [owner for owners, _ in pieces for owner in owners],
+    )
+    shown = StepMetrics(total, grad_norm, router_loss if has_router_loss else None, parts)
+    if skip_nonfinite:
+        optimizer.found_inf = (~shown.is_finite).float()
     optimizer.step()
     optimizer.zero_grad()
-    return StepMetrics(total, grad_norm, router_loss if has_router_loss else None)
+    return shown
 
 
 def _upcast_grads_to_fp32(model: nn.Module) -> None:
@@ -85,35 +120,48 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_gradients(
+    parameters: list[nn.Parameter],
+    max_norm: float,
+    *,
+    pieces: list[tuple[list[int], Tensor]] | None = None,
+) -> Tensor:
     """Scale the gradients to a norm of at most max_norm (0: do not scale).
 
     Returns the norm before scaling, see `gradient_norm`.
     """
-    norm = gradient_norm([p.grad for p in parameters if p.grad is not None])
+    norm = gradient_norm([p.grad for p in parameters if p.grad is not None], pieces=pieces)
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
 
 
 @torch.no_grad()
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
+def gradient_norm(
+    gradients: list[Tensor], *, pieces: list[tuple[list[int], Tensor]] | None = None
+) -> Tensor:
     """Return the 2-norm of all gradients as one vector, over the shards of all ranks.
 
     The result is a scalar, the same on every rank, in the widest dtype of the gradients, and at
     least fp32. Squares are added up in fp64: in fp32 the sum of 135M of them is too small by 1e-4
     or more, and by another amount on every mesh. Collective: one all-reduce for gradients that are
-    sharded alike.
+    sharded alike. pieces: a list that gets, for each of these, the norms of the pieces of this
+    rank's shards, and for each piece the index of its gradient.
     """
     norms: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            norms[gradient.device_mesh, gradient.placements] += _norms(gradient.to_local())
-        else:
-            norms[None, ()] += _norms(gradient)
+    owners: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[int]] = defaultdict(list)
+    for index, gradient in enumerate(gradients):
+        is_sharded = isinstance(gradient, DTensor)
+        key = (gradient.device_mesh, gradient.placements) if is_sharded else (None, ())
+        found = _norms(gradient.to_local() if is_sharded else gradient)
+        norms[key] += found
+        owners[key] += [index] * len(found)
     squares = []
     for (mesh, placements), parts in norms.items():
-        squares.append(torch.stack(parts).square().sum())
+        stacked = torch.stack(parts)
+        if pieces is not None:
+            pieces.append((owners[mesh, placements], stacked))
+        squares.append(stacked.square().sum())
         for dim, placement in enumerate(placements):
             if not placement.is_replicate():  # replicas have the same gradient: it counts once
                 dist.all_reduce(squares[-1], group=mesh.get_group(dim))

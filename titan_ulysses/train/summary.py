@@ -114,6 +114,9 @@ def _choices(run: Run) -> list[str]:
             for key, value in unused.items()
             if value != "none"
         ]
+    checkpoint = run.config.checkpoint
+    if checkpoint.enable and checkpoint.async_mode == "async" and run.optimizer is not None:
+        lines.append("checkpoints are written in the background, from a copy in host memory")
     if run.mesh.device.type == "cuda":
         lines.append(describe_allocator())
     if run.float8_layers:

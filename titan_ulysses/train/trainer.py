@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import time
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +14,10 @@ import torch.distributed as dist
 from rich.console import Console
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.dcp import Checkpointer, saved_bytes
+from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.disk import disk_needs
 from titan_ulysses.checkpoint.initial import base_weights, check_initial_weights, initialize
+from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data import open_sequences
@@ -26,7 +26,6 @@ from titan_ulysses.distributed.agreement import Ranks
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, leave_together
-from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.distributed.hardware import peak_flops
 from titan_ulysses.distributed.mesh import build_mesh, init_distributed, set_timeout
 from titan_ulysses.distributed.seeds import seed_of
@@ -51,10 +50,15 @@ from titan_ulysses.optim.adamw import (
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
+from titan_ulysses.train.drift import expect_no_drift
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
+from titan_ulysses.train.exhausted import named_out_of_memory
+from titan_ulysses.train.folder import RunFolder
+from titan_ulysses.train.nonfinite import NonFinite
 from titan_ulysses.train.preflight import Preflight, timeout_of_step
+from titan_ulysses.train.resume import data_settings, warnings_of
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART, StopSignals
-from titan_ulysses.train.step import StepMetrics, learning_rate, parameter_not_finite, train_step
+from titan_ulysses.train.step import StepMetrics, learning_rate, train_step
 from titan_ulysses.train.summary import print_completion, print_run_summary, print_wrapped
 from titan_ulysses.ulysses.cores import varlen
 from titan_ulysses.ulysses.kernels import NAMES, activate_fastest, active
@@ -75,12 +79,19 @@ class Trainer:
     def __init__(self, config: Config, *, eval_only: bool = False, own_process: bool = False):
         self.config, self._own_process = config, own_process
         self.console = Console(quiet=int(os.environ.get("RANK", 0)) != 0)  # only rank 0 prints
-        self.folder = Path(config.job.dump_folder) / config.job.name
+        self._run_folder = RunFolder(config, say=self._say)
+        self.folder = self._run_folder.path
 
         self.ranks = Ranks(config)
-        training, held_out = self._resolve(eval_only=eval_only)
-        self._build(training, held_out)
-        self._start(eval_only=eval_only)
+        self.preflight: Preflight | None = None
+        try:
+            with named_out_of_memory(lambda: "the start", lambda: self.preflight):
+                training, held_out = self._resolve(eval_only=eval_only)
+                self._build(training, held_out)
+                self._start(eval_only=eval_only)
+        except BaseException:
+            self._run_folder.release()
+            raise
 
     # --- resolve: check the input, before a process group or a weight exists ----------------------
 
@@ -95,7 +106,9 @@ class Trainer:
         )
         self.degrees = self.spec.degrees
         check_machine(self.spec)
-        self._check_folder()
+        self._run_folder.check()
+        if not eval_only:
+            self._run_folder.lock_if_there()
         folder, shared = self.folder / config.checkpoint.folder, config.checkpoint.shared
         if config.checkpoint.enable and shared:
             self.ranks.expect_one_folder(self.folder, f"job.dump_folder = {config.job.dump_folder}")
@@ -103,6 +116,7 @@ class Trainer:
             folder,
             keep=config.checkpoint.keep_latest_k,
             hosts=() if shared else self.ranks.hosts,
+            in_background=config.checkpoint.async_mode == "async",
             say=self._say,
         )
         self.saved_steps = self._agree_on_checkpoints()
@@ -162,13 +176,15 @@ class Trainer:
 
         Before the first step, the optimizer is built and the plan is checked.
         """
-        self.preflight, self.optimizer = None, None
+        self.optimizer = None
+        self.numbers = NonFinite(self, latest=self._latest, say=self._say)
         if not eval_only:
             self.preflight = self._start_preflight()
             self.optimizer = build_optimizer(
                 self.model.parameters(),
                 self.config.optimizer,
                 offload=self.config.memory.optimizer_offload,
+                skips=self.config.training.skip_nonfinite > 0,
             )
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
@@ -203,40 +219,12 @@ class Trainer:
             return True
         return not self.saved_steps
 
-    def _check_folder(self) -> None:
-        """Raise UserError if the run's folder cannot be made or written to. Makes nothing."""
-        nearest = next(
-            path for path in (self.folder, *self.folder.absolute().parents) if path.exists()
-        )
-        if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
-            raise self._unwritable(
-                f"{nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}"
-            )
-
-    def _unwritable(self, why: str) -> UserError:
-        return UserError(
-            f"job.dump_folder = {self.config.job.dump_folder}: cannot write to {self.folder} "
-            f"({why}). Choose a folder that can be written."
-        )
-
     def _open_folder(self) -> None:
         """Make the run's folder and write the resolved config to it; UserError if that fails."""
-        self._write("config.toml", dump_toml(self.config))
+        self._run_folder.open()
+        self._run_folder.write("config.toml", dump_toml(self.config))
         self.checkpointer.remove_unfinished()
         self.checkpointer.set_damaged_aside()
-
-    def _write(self, name: str, text: str) -> None:
-        """Write a file of the run's folder on rank 0, completely or not at all.
-
-        The folder is made if it does not exist.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if dist.get_rank() == 0:
-                with whole_file(self.folder / name) as partial:
-                    partial.write_text(text)
-        except OSError as error:
-            raise self._unwritable(error.strerror or str(error)) from error
 
     def _check_weights(self) -> None:
         """Raise UserError if the only model to evaluate would be a random one."""
@@ -281,13 +269,9 @@ class Trainer:
         )
         if self.loader:
             self.loader.load_state_dict(state["loader"])
-            saved, seed = state.get("rng", {}).get("seed"), self.config.training.seed
-            if saved not in (None, seed):
-                self._say(
-                    f"WARNING: training.seed = {seed}, and it was {saved} when step {step} was "
-                    "saved: the data goes on in another order, so that some of it comes twice and "
-                    f"some not at all. Set training.seed = {saved} to go on exactly."
-                )
+            self.numbers.skipped = state.get("skipped", 0)
+            for warning in warnings_of(self.config, step, state):
+                self._say(warning)
         return step
 
     def _start_preflight(self) -> Preflight | None:
@@ -354,7 +338,9 @@ class Trainer:
             "weights": str(weights_of),
             "held_out": self.validation_loader.sequences.describe(),
         }
-        self._write("evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n")
+        self._run_folder.write(
+            "evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n"
+        )
         self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
         self._say(f"Written to {self.folder / 'evaluation.json'}")
 
@@ -366,6 +352,17 @@ class Trainer:
         Checkpoints are saved on the way. After the last step, export the model and print where all
         files are.
         """
+        try:
+            with named_out_of_memory(lambda: f"step {self.step + 1}", lambda: self.preflight):
+                self._train()
+        except UserError:
+            with suppress(UserError):
+                self.checkpointer.finish()
+            raise
+        finally:
+            self._run_folder.release()
+
+    def _train(self) -> None:
         config, total = self.config, self.config.training.steps
         if self.step >= total and self._is_exported():
             self._say(
@@ -397,7 +394,7 @@ class Trainer:
             self._end_early()
             return
         if config.checkpoint.export:
-            self._expect_finite_model()
+            self.numbers.expect_finite_model()
             if config.lora.rank:
                 base = base_weights(config)
                 weights.save_adapters(
@@ -423,9 +420,10 @@ class Trainer:
                 step_is_over(self.step)
                 if self._saves_now():
                     with self._excluded_from_step_time():
-                        self._save()
+                        self.save()
         if self.step < total and config.checkpoint.enable:
-            self._save()
+            self.save()
+        self.checkpointer.finish()
 
     def _start_wandb(self) -> WandbRun | None:
         if not self.config.metrics.enable_wandb:
@@ -455,19 +453,15 @@ class Trainer:
         # Every step calls the same collectives. It is enough to count those of the first one, which
         # is slow anyway.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
-            try:
-                shown = train_step(
-                    self.model,
-                    self.optimizer,
-                    batches,
-                    self.mesh,
-                    max_norm=config.training.max_norm,
-                )
-            except torch.OutOfMemoryError:
-                if self.preflight:
-                    self._say(self.preflight.components())
-                raise
-        self._unseen.append(shown)
+            shown = train_step(
+                self.model,
+                self.optimizer,
+                batches,
+                self.mesh,
+                max_norm=config.training.max_norm,
+                skip_nonfinite=config.training.skip_nonfinite > 0,
+            )
+        self.numbers.note(self.step + 1, shown)
         if counter:
             self._end_startup()
             self._say(describe_state(self.optimizer))
@@ -521,7 +515,7 @@ class Trainer:
         device = self.mesh.device
         config = self.config.training
         # This waits until the device has finished the step, before the clock is read.
-        self._expect_finite_steps()
+        self.numbers.expect_finite_steps()
         loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
         # The ranks that share a sequence count the same documents, so each adds its part.
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
@@ -538,6 +532,7 @@ class Trainer:
                 "loss": loss,
                 "grad_norm": grad_norm,
                 "router_loss": None if shown.router_loss is None else shown.router_loss.item(),
+                "skipped_steps": self.numbers.skipped,
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
                 "epoch": self.loader.epochs(),
@@ -566,7 +561,6 @@ class Trainer:
     def _start_interval(self) -> None:
         """Begin the interval that the next log line is about."""
         self._clock, self._logged_step, self._attention_flops = time.perf_counter(), self.step, 0
-        self._unseen: list[StepMetrics] = []  # steps whose numbers are not checked yet
 
     @contextlib.contextmanager
     def _excluded_from_step_time(self):
@@ -588,45 +582,17 @@ class Trainer:
             logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
         return found
 
-    def _expect_finite_steps(self) -> None:
-        """Raise UserError if an unchecked step had a loss or gradient norm that is not finite.
-
-        Waits for the device.
-        """
-        for step, shown in enumerate(self._unseen, start=self.step + 1 - len(self._unseen)):
-            loss, grad_norm = shown.loss.item(), shown.grad_norm.item()
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise self._diverged(
-                    f"The loss is {loss} and the gradient norm {grad_norm} at step {step}"
-                )
-
-    def _expect_finite_model(self) -> None:
-        """Raise UserError if the model has diverged.
-
-        That can be by steps that are not checked yet, or by the last update, which no loss shows.
-        """
-        self._expect_finite_steps()
-        if name := parameter_not_finite(self.model):
-            raise self._diverged(
-                f"The update of step {self.step} has left {name} with numbers that are not finite"
-            )
-
-    def _diverged(self, what: str) -> UserError:
-        last = self._latest()
-        kept = "" if last is None else f"; the last checkpoint is of step {last}"
-        return UserError(
-            f"{what}. Nothing of it is saved{kept}. Lower optimizer.lr = "
-            f"{self.config.optimizer.lr}, lengthen lr_scheduler.warmup_steps, or look at the data "
-            "of this step."
-        )
-
-    def _save(self) -> None:
-        self._expect_finite_model()
+    def save(self) -> None:
+        """Save a checkpoint of this step, after a look at what would be saved. Collective."""
+        self.numbers.expect_finite_model()
+        expect_no_drift(self, self.ranks.hosts, self._latest)
         self.progress.begin(f"checkpoint of step {self.step}")
         state = {
             "step": self.step,
             "loader": self.loader.state_dict(),
             "rng": {"seed": self.config.training.seed},
+            "data": data_settings(self.config),
+            "skipped": self.numbers.skipped,
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
@@ -657,12 +623,17 @@ class Trainer:
     def _must_stop(self) -> bool:
         """Return whether any rank was told to stop, so that all ranks stop after the same step.
 
-        This is a small all-reduce on the host.
+        A save in the background that has failed is seen here too. This is a small all-reduce on the
+        host.
         """
-        flag = torch.tensor(2 if self.signals.received else int(self.signals.hosts_change))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self._another_host_joins = flag.item() == 1
-        return bool(flag)
+        stop = 2 if self.signals.received else int(self.signals.hosts_change)
+        flags = torch.tensor([stop, int(self.checkpointer.save_has_failed)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        stop, save_has_failed = flags.tolist()
+        if save_has_failed:
+            self.checkpointer.retry_failed()
+        self._another_host_joins = stop == 1
+        return bool(stop)
 
     def _end_early(self) -> None:
         """Say why the run stops before its last step, and how it goes on.

@@ -1,0 +1,171 @@
+"""Ranks that hang: the others end in time, and say who, where it was, and what they waited for. And
+one run in a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.ranks import run_on_ranks
+from helpers.runs import Settings, learned, refusal, train, write_run
+from titan_ulysses.distributed import lock as lock_module
+from titan_ulysses.distributed.failure import of_system
+from titan_ulysses.distributed.run_store import host_name
+from titan_ulysses.train import trainer as trainer_module
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+DRIVER = """
+import os
+import signal
+import sys
+import time
+
+config, how = sys.argv[1:]
+rank = int(os.environ["RANK"])
+
+from titan_ulysses.train import trainer
+from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.failure import exit_on_error
+
+train_step, steps = trainer.train_step, 0
+
+def endless():
+    while True:
+        time.sleep(0.01)
+
+def hang(*args, **options):
+    global steps
+    steps += 1
+    if rank == 1 and steps == 3:
+        time.sleep(1.5)  # until its heart has beaten in this step
+        open("hung", "w").write(str(time.time()))
+        endless() if how == "loops" else os.kill(os.getpid(), signal.SIGSTOP)
+    return train_step(*args, **options)
+
+trainer.train_step = hang
+with exit_on_error():
+    trainer.Trainer(load_config(config, {"comm.timeout_s": 3.0}.items())).train()
+"""
+
+
+@pytest.mark.parametrize("how", ["loops", pytest.param("stopped", marks=pytest.mark.slow)])
+def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(REPOSITORY / "scripts" / "launch.py"), "--nproc-per-node", "2"]
+    command += ["--standalone", str(tmp_path / "driver.py"), str(config), how]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    seconds = time.time() - float((tmp_path / "hung").read_text())
+    assert done.returncode == 1, done.stderr
+    assert seconds < 3 + 10
+    what = "is at work on something else" if how == "loops" else "gives no sign of life"
+    where = r"(endless|hang) \(\S+driver\.py:\d+\), called by \w+ \(.+?\)"
+    message = re.escape(f"error: rank 1 {what}: it is in step 3, ") + where
+    waited = r"\. Rank 0 waited for it in step 3, \w+ \(.+?\), called by \w+ \(.+?\), longer"
+    by_beats = (
+        rf"error: rank 1 on \S+ has given no sign of life for 3 s \(it was in step 3, {where}"
+    )
+    assert re.search(f"{message}{waited}|{by_beats}", done.stderr), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert f"What each rank was in is in {run / 'stacks'}." in done.stderr
+    assert "train_step" in (run / "stacks" / "rank-0.txt").read_text()
+    if how == "loops":
+        assert "endless" in (run / "stacks" / "rank-1.txt").read_text()
+
+
+# --- one run in a folder --------------------------------------------------------------------------
+
+SHORT: Settings = {"training.steps": 3, "checkpoint.interval": 3}
+HOLDER = """
+import sys, time
+from pathlib import Path
+from titan_ulysses.distributed.lock import RunLock
+lock = RunLock(Path(sys.argv[1]), say=print)
+lock.acquire()
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_one_run_in_a_folder(tmp_path: Path) -> None:
+    """The lock of a run that is killed is gone with it."""
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    run.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        [message] = run_on_ranks(1, refusal, config, SHORT)
+        assert message.startswith(f"{run}: another run is at work in this folder (process ")
+        assert f"process {holder.pid} on {host_name()}, since 20" in message
+        assert sorted(path.name for path in run.iterdir()) == [".lock"]
+        holder.send_signal(signal.SIGKILL)
+    run_on_ranks(1, train, config, SHORT)
+    assert len(learned(run)) == 3
+    # A run that has ended lets the next one in, from another process.
+    assert (run / ".lock").read_text() == ""
+    run_on_ranks(2, train, config, SHORT | {"training.steps": 4})
+    assert len(learned(run)) == 4
+
+
+def test_what_a_lock_cannot_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    other = {"host": "elsewhere", "process": 7, "since": "2026-01-01 00:00:00"}
+    (tmp_path / ".lock").write_text(json.dumps(other))
+    lock = lock_module.RunLock(tmp_path, say=said.append)
+    lock.acquire()
+    assert len(said) == 1 and "(process 7 on elsewhere, since 2026-01-01" in said[0]
+    assert json.loads((tmp_path / ".lock").read_text())["host"] == host_name()
+    lock.release()
+
+    def without_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock_module.fcntl, "lockf", without_locks)
+    lock.acquire()
+    assert "its file system has no locks: whether another run is at work" in said[1]
+
+
+# --- nothing left ---------------------------------------------------------------------------------
+
+
+def exhausted(config: Path, settings: Settings, on: str) -> str:
+    def too_much(*_: object, **__: object) -> None:
+        if on == "GPU":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+        torch.empty(2**55, dtype=torch.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "train_step", too_much)
+        return refusal(config, settings)
+
+
+@pytest.mark.parametrize("on", ["GPU", "host"])
+def test_out_of_memory_says_what_to_lower(on: str, tmp_path: Path) -> None:
+    settings = SHORT | {"plan.enforce": True, "plan.host_memory_gib": 64.0}  # so that there is one
+    [message] = run_on_ranks(1, exhausted, write_run(tmp_path), settings, on)
+    assert message.startswith(f"out of {on} memory in step 1 (")
+    assert "lower training.seq_len or training.local_batch_size" in message
+    assert "What the plan says is alive at the peak:\n" in message
+
+
+def test_errors_of_the_system_say_what_to_do() -> None:
+    full = of_system(OSError(28, "No space left on device", "/a/metrics.jsonl"))
+    assert full.startswith("/a/metrics.jsonl: No space left on device: the disk is full. ")
+    assert "lower checkpoint.keep_latest_k" in full
+    assert "this is a permission error" in of_system(PermissionError(13, "Permission denied", "/a"))
+    assert of_system(FileNotFoundError(2, "No such file", "/a")) == "/a: No such file"

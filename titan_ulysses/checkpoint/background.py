@@ -1,0 +1,111 @@
+"""Saving without waiting (checkpoint.async_mode = "async"): the next steps run while bytes are
+written.
+
+What DCP's own async_save does, with this project's writer: the tensors are copied to host memory,
+and a thread with a process group of its own writes the copy. The copy is kept and used again for
+the next save, because touching fresh memory costs more than copying.
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_ulysses.checkpoint.writing import Writer
+from titan_ulysses.distributed.mesh import timeout_of
+from titan_ulysses.distributed.tensors import plain_pieces
+
+
+class BackgroundSave:
+    """One save at a time, written by a thread. A save that has failed can be written again."""
+
+    def __init__(self, writer: Writer):
+        self.writer = writer
+        self.step: int | None = None
+        """The step that is being written or has failed; None if there is none."""
+        self.tries = 0
+        self._copy: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}
+        self._thread: threading.Thread | None = None
+        self._reason: str | None = None
+        self._error: BaseException | None = None
+
+    def start(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
+        """Copy the tensors, which may change from then on, and begin to write step-<step>."""
+        assert self.step is None, "one save is in flight at most"
+        self._copy = copied(tensors, self._copy)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies to page-locked memory do not wait for the device
+        self.step, self._state, self.tries = step, state, 0
+        self.again()
+
+    def again(self) -> None:
+        """Begin to write the copy once more."""
+        self.tries, self._reason = self.tries + 1, None
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save has ended without success. Waits for nothing."""
+        ended = self._thread is not None and not self._thread.is_alive()
+        return ended and (self._reason or self._error) is not None
+
+    def wait(self) -> str | None:
+        """Wait until the save in flight has ended, and return why it failed, or None."""
+        if self.step is None:
+            return None
+        assert self._thread is not None
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._reason is None:
+            self.step = None
+        return self._reason
+
+    def give_up(self) -> None:
+        """Forget the save that has failed."""
+        self.step = None
+
+    def _write(self) -> None:
+        assert self.step is not None
+        try:
+            self._reason = self.writer.write(self.step, self._copy, self._state)
+        except BaseException as error:  # raised again by the thread that trains
+            self._error = error
+
+
+def own_group() -> dist.ProcessGroup:
+    """Return a process group of all ranks on the host, for the thread that writes. Collective.
+
+    Collectives of two threads in one group would meet each other's.
+    """
+    assert dist.group.WORLD is not None
+    seconds = timedelta(seconds=timeout_of(dist.group.WORLD))
+    return dist.new_group(backend="gloo", timeout=seconds)
+
+
+def copied(value: Any, kept: Any = None) -> Any:
+    """Return a copy of a state dict with all tensors in host memory, page-locked for CUDA.
+
+    kept: an earlier copy of a state dict of the same shapes, whose memory is used again.
+    """
+    if isinstance(value, dict):
+        return {name: copied(x, (kept or {}).get(name)) for name, x in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if not isinstance(kept, Tensor) or kept.shape != value.shape or kept.dtype != value.dtype:
+        kept = value.to("cpu", copy=True)
+        if any(piece.is_cuda for piece in plain_pieces(value)):
+            for piece in plain_pieces(kept):
+                piece.set_(piece.pin_memory())
+        return kept
+    for target, source in zip(plain_pieces(kept), plain_pieces(value), strict=True):
+        target.copy_(source, non_blocking=True)
+    return kept

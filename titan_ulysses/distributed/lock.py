@@ -1,0 +1,112 @@
+"""One run in a folder: a lock that ends with its process, however that ends.
+
+It is a POSIX record lock (fcntl), which the kernel releases with the process, which forks do not
+inherit, and which network file systems carry between hosts, if they are mounted so.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from titan_ulysses.distributed import run_store
+from titan_ulysses.distributed.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+
+
+class RunLock:
+    """The lock of a run's folder. It is held until `release`, or until the process ends.
+
+    say: how a user is told where the lock cannot tell whether another run is there.
+    """
+
+    def __init__(self, folder: Path, *, say: Callable[[str], None]):
+        self._path, self._say = folder / LOCK_FILE, say
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock; do nothing if it is held already. The folder must exist.
+
+        Raise `UserError` if another process holds it, and OSError if the file cannot be made.
+        """
+        if self._file is not None:
+            return
+        self._file = open(self._path, "a+")  # noqa: SIM115  held as long as the run
+        if fcntl is None:
+            self._say(f"WARNING: {self._path}: this system has no locks: {_UNKNOWN}.")
+            return
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = self._holder()
+            if error.errno in _NO_LOCKS:
+                self._say(f"WARNING: {self._path}: its file system has no locks: {_UNKNOWN}.")
+                return
+            self._close()
+            raise UserError(
+                f"{self._path.parent}: another run is at work in this folder{_named(holder)}. Wait "
+                "until it has ended, end it, or choose another job.name."
+            ) from error
+        self._note_ours()
+
+    def release(self) -> None:
+        """Give the lock back, and note that this run has ended in order."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.truncate(0)
+        self._close()
+
+    def _note_ours(self) -> None:
+        """Write who holds the lock. Say so if the one before may still be at work elsewhere."""
+        before, host = self._holder(), run_store.host_name()
+        # An elastic run that was restarted may have another first host.
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if before and before.get("host") != host and not is_restart:
+            self._say(
+                f"WARNING: {self._path.parent}: the run before did not end in order"
+                f"{_named(before)}. Locks of some file systems do not reach from host to host "
+                "(NFS mounted with nolock, Lustre with localflock): if it may still be running "
+                "there, end it."
+            )
+        assert self._file is not None
+        self._file.truncate(0)
+        ours = {"host": host, "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._file.write(json.dumps(ours) + "\n")
+        self._file.flush()
+
+    def _holder(self) -> dict[str, object]:
+        """Return what the holder of the lock has written, or {}."""
+        assert self._file is not None
+        self._file.seek(0)
+        with suppress(ValueError, OSError):
+            found = json.loads(self._file.read(1000))
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+_UNKNOWN = "whether another run is at work in this folder cannot be told"
+
+
+def _named(holder: dict[str, object]) -> str:
+    if not {"host", "process", "since"} <= holder.keys():
+        return ""
+    return f" (process {holder['process']} on {holder['host']}, since {holder['since']})"

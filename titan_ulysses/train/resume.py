@@ -1,0 +1,53 @@
+"""What a run that goes on from a checkpoint must have kept, beside model and optimizer.
+
+The checkpoint itself refuses another model or optimizer (checkpoint/dcp.py). Settings that decide
+which data comes next may change, but never in silence. docs/runs.md has the table of all settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from titan_ulysses.config.schema import KEYS, Config
+from titan_ulysses.config.toml import to_toml
+
+_SAME_DATA = ("data.cache_folder", "data.bad_lines")
+"""Keys of [data] that do not decide which sequence comes next."""
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that decide which sequence is the next one, by key, as JSON."""
+    keys = [key for key in KEYS if key.startswith("data.") and key not in _SAME_DATA]
+    keys += ["training.seq_len", "model.tokenizer"]
+    values = config.model_dump(mode="json")
+    found = {key: values[key.split(".")[0]][key.split(".")[1]] for key in keys}
+    # What is held out is not trained on, unless it comes from elsewhere.
+    validation = config.validation
+    found["validation.enable"] = validation.enable and not (validation.path or validation.split)
+    return found
+
+
+def warnings_of(config: Config, step: int, saved: dict[str, Any]) -> list[str]:
+    """Return warnings for settings that lead to other data than the run would have read.
+
+    saved: run.json of the checkpoint. That of an earlier version has no settings.
+    """
+    seed, found = saved.get("rng", {}).get("seed"), []
+    if seed not in (None, config.training.seed):
+        found.append(
+            f"WARNING: training.seed = {config.training.seed}, and it was {seed} when step {step} "
+            f"was saved: the data goes on in another order, {_TWICE}. Set training.seed = {seed} "
+            "to go on exactly."
+        )
+    before, now = saved.get("data", {}), data_settings(config)
+    changed = [key for key in now if key in before and before[key] != now[key]]
+    for key in changed:
+        found.append(
+            f"WARNING: {key} = {to_toml(now[key])}, and it was {to_toml(before[key])} when step "
+            f"{step} was saved: the data goes on at the same number of a sequence in other data, "
+            f"{_TWICE}."
+        )
+    return found
+
+
+_TWICE = "so that some of it comes twice and some not at all"
