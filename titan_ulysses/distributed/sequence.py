@@ -70,6 +70,8 @@ class Chunk:
     """
     memory: dict[Any, Any] = field(default_factory=dict)
     """What the modules of the block remember from chunk to chunk, by module."""
+    states: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)
+    """The states of layers at the borders of chunks, kept until backward: by layer and chunk."""
     make: Callable[[torch.Size, Tensor, torch.dtype], Tensor] = new_empty
     """Makes a tensor for keys, values or their gradients: shape, a tensor like it, dtype."""
     kept: Kept | None = None
@@ -84,6 +86,10 @@ class Kept(Protocol):
 
     def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
         """Return what was put, or None; after the last use it is not kept any longer."""
+
+
+HAS_KEYS = "has keys"
+"""In `Chunk.memory` where the block has attention, on every rank."""
 
 
 class KeysKnown(Exception):

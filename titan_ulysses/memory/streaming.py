@@ -2,8 +2,9 @@
 
 What a block holds beside its input and its output then has the size of a chunk, whatever the length
 of the sequence. Only the keys and values of one layer are of the whole sequence, for the heads of
-this rank. The block itself is unmodified: it is called with the slices of one chunk, and its
-attention (`ulysses/streamed.py`) remembers the keys and values of the chunks before.
+this rank, and the states of linear attention at the borders of chunks (`ulysses/states.py`). The
+block itself is unmodified: it is called with the slices of one chunk, and its attention
+(`ulysses/streamed.py`) remembers the keys and values of the chunks before.
 
     forward     chunk 0: keys, attention, MLP -> output 0
                 chunk 1: keys, attention to chunks 0 and 1, MLP -> output 1, and so on
@@ -39,7 +40,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import Chunk, KeysKnown, current_chunk
+from titan_ulysses.distributed.sequence import HAS_KEYS, Chunk, KeysKnown, current_chunk
 from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
@@ -84,18 +85,25 @@ class StreamedBlock:
         self.keep_attention, self.store, self.sequences = keep_attention, store, sequences
         self.draws_random_numbers = False  # whether the block does; set by the first forward
         self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
+        self.has_keys = False  # whether its attention has keys of chunks; set by the first forward
+        # What it returns beside its output, if it returns a tuple; set by the first forward.
+        self.beside: tuple[None, ...] | None = None
 
     def __call__(self, hidden: Tensor, *args, **kwargs) -> Any:
         chunks = kwargs["ulysses"].chunks
         if len(chunks) == 1:
             return self.forward(hidden, *args, **kwargs)
-        if torch.is_grad_enabled() and (kept := self._kept()) is not None:
-            chunks = [replace(chunk, kept=kept) for chunk in chunks]
+        kept, states = None, {}
+        if torch.is_grad_enabled():
+            kept, states = self._kept(), block_memo().setdefault("states", states)
+        chunks = [replace(chunk, kept=kept, states=states) for chunk in chunks]
         if self.sequences is not None:
             make = self.sequences.keys_and_values
             chunks = [replace(chunk, make=make) for chunk in chunks]
         call = _Call(self, hidden.shape, chunks, args, kwargs)
-        return _StreamedFunction.apply(call, hidden, *call.differentiable(), *self.parameters())
+        inputs = *call.differentiable(), *self.parameters()
+        output = _StreamedFunction.apply(call, hidden, *inputs)
+        return output if self.beside is None else (output, *self.beside)
 
     def _kept(self) -> _KeptTensors | None:
         """Return where attention keeps its outputs, or None if it keeps none."""
@@ -212,7 +220,7 @@ class _Call:
             if output is None:
                 output = streamed.empty(hidden, y.dtype)
             output[:, chunk.local] = y
-        streamed.dtype = output.dtype
+        streamed.dtype, streamed.has_keys = output.dtype, HAS_KEYS in memory
         first, last = self.random[0], rng_state(hidden.device)
         streamed.draws_random_numbers |= first.numpy().tobytes() != last.numpy().tobytes()
         if not streamed.draws_random_numbers:
@@ -222,6 +230,9 @@ class _Call:
     def run(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Call the original block with the arguments of a chunk."""
         output = self.streamed.forward(hidden, *args, **kwargs)
+        if isinstance(output, tuple) and all(other is None for other in output[1:]):
+            output, *others = output
+            self.streamed.beside = tuple(others)
         if not isinstance(output, Tensor):
             raise UserError(
                 f"memory.stream_chunk_tokens: {type(self.streamed.block).__name__} returns more "
@@ -238,7 +249,7 @@ class _Call:
 
         The gradient of hidden [B, T, h] takes the place of upstream [B, T, h].
         """
-        memory = self._keys_and_values(hidden)
+        memory = self._keys_and_values(hidden) if self.streamed.has_keys else {}
         if not _can_be_written(upstream, hidden):
             upstream = self.streamed.empty(hidden, hidden.dtype).copy_(upstream)
         others, parameters = self.differentiable(), self.streamed.parameters()

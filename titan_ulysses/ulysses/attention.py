@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
+    HAS_KEYS,
     Chunk,
     Documents,
     KeysKnown,
@@ -104,6 +105,8 @@ def ulysses_attention(
         layer["window"] = None  # it masks nothing, and cores are faster without a window
     # Not looked up where blocks do not stream: Dynamo cannot trace it.
     chunk = None if ulysses.chunk_tokens is None else current_chunk.get()
+    if chunk is not None:
+        chunk.memory[HAS_KEYS] = True
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
         places = ulysses.places if chunk is None else ulysses.places[:, chunk.local]
         query = _correct_temperature(query, module, places)

@@ -78,9 +78,7 @@ def sequence_to_heads(
     """
     _expect(SEQUENCE, q=q, k=k, v=v)
     mesh = q.device_mesh
-    sizes = tuple(x.shape[3] for x in (q, k, v))
-    load = _ExchangeSpec((plan.query, plan.key_value, plan.key_value), plan.rank_groups, sizes)
-    local = _SequenceToHeads.apply(mesh, load, q.to_local(), k.to_local(), v.to_local())
+    local = send_to_heads([x.to_local() for x in (q, k, v)], (False, True, True), plan, mesh)
     return tuple(_placed(x, mesh) for x in local) if plan.is_even else local
 
 
@@ -97,9 +95,28 @@ def heads_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> DTens
         raise ValueError(
             f"output must be a local tensor under an uneven plan, but has {output.placements}"
         )
+    local = send_to_sequence(output, plan, mesh)
+    return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
+
+
+def send_to_heads(
+    tensors: Sequence[Tensor], of_keys: Sequence[bool], plan: HeadPlan, mesh: DeviceMesh
+) -> tuple[Tensor, ...]:
+    """Send any number of local tensors [B, T, H_i, D_i] of one dtype, in one all-to-all.
+
+    of_keys says which of them have key-value heads; the others have query heads. Returns the local
+    tensors [B, S, h_i, D_i] with the heads that the plan gives this rank.
+    """
+    ranges = tuple(plan.key_value if keys else plan.query for keys in of_keys)
+    load = _ExchangeSpec(ranges, plan.rank_groups, tuple(x.shape[3] for x in tensors))
+    return _SequenceToHeads.apply(mesh, load, *tensors)
+
+
+def send_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> Tensor:
+    """Send a local tensor [B, S, h_p, D] of query heads back: -> [B, T, Hq, D]."""
     load = _ExchangeSpec((plan.query,), plan.query_rank_groups, (output.shape[3],))
     (local,) = _HeadsToSequence.apply(mesh, load, output)
-    return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
+    return local
 
 
 def _placed(x: Tensor, mesh: DeviceMesh) -> DTensor:

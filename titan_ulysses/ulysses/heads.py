@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,29 @@ class HeadPlan:
             runs.append((slice(query, query + size * heads), slice(key, key + heads)))
             query, key = query + size * heads, key + heads
         return runs
+
+    def local(self, rank: int) -> LocalHeads:
+        """Return the heads of a rank."""
+        return LocalHeads(self.query[rank], self.key_value[rank], self.runs(rank))
+
+
+class LocalHeads(NamedTuple):
+    """The heads of one rank."""
+
+    query: range
+    key_value: range
+    runs: list[tuple[slice, slice]]
+    """See `HeadPlan.runs`."""
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """Repeat the KV heads of x [B, n, h, D] so that there is one for each query head."""
+        parts = []
+        for query, key in self.runs:
+            times = (query.stop - query.start) // (key.stop - key.start)
+            parts.append(
+                x[:, :, key].repeat_interleave(times, dim=2) if times > 1 else x[:, :, key]
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 @lru_cache
