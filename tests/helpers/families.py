@@ -123,8 +123,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Layers that carry a state, and one of attention beside them. Heads that two and four ranks do not
 # divide, value heads that share key heads, groups that share B and C.
 _DELTA = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
-_DELTA |= {"linear_key_head_dim": 4, "linear_value_head_dim": 6}
-_DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
+_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 6}
+_DELTA |= {"layer_types": ["linear_attention", "full_attention"], "rms_norm_eps": 1e-3}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _EXPERTS |= {"shared_expert_intermediate_size": 16}
 _MAMBA = {"mamba_n_heads": 6, "mamba_n_groups": 3, "mamba_d_state": 5, "mamba_chunk_size": 8}

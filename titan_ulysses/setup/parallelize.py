@@ -97,10 +97,11 @@ def parallelize(
     """
     options = replace(options or ParallelOptions(), **fields).resolved(model.dtype)
     check_family(model.config)
-    check_layers(find_blocks(model)[1], layer_types(model.config))
     check_dropout(model)
     check_group(mesh, parameter_offload=options.parameter_offload)
     check_same_weights(model)
+    if types := layer_types(model.config):
+        check_layers(find_blocks(model)[1], types)
     if mesh.device.type == "cuda":
         warn_of_fragmentation()
     if isinstance(options.attention, str):

@@ -67,12 +67,12 @@ def linear_layers(block: nn.Module) -> list[nn.Module]:
     return [module for module in block.modules() if _forward_of(module) is not None]
 
 
-def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str] | None) -> None:
+def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
     """Raise UserError if a block has a layer with a state that is of no known kind.
 
-    layer_types are those of the config, one for each block, or None.
+    layer_types are those of the config, one for each block.
     """
-    for block, kind in zip(blocks, layer_types or (), strict=False):
+    for block, kind in zip(blocks, layer_types, strict=False):
         if kind in _STATEFUL and not linear_layers(block):
             names = [type(x).__name__ for x in block.children()]
             names = [name for name in names if "norm" not in name.lower()]
