@@ -93,14 +93,17 @@ class StreamedBlock:
         chunks = kwargs["ulysses"].chunks
         if len(chunks) == 1:
             return self.forward(hidden, *args, **kwargs)
-        kept, states = None, {}
+        states = None
         if torch.is_grad_enabled():
-            kept, states = self._kept(), block_memo().setdefault("states", states)
-        chunks = [replace(chunk, kept=kept, states=states) for chunk in chunks]
+            states = block_memo().setdefault(
+                "states", _KeptTensors("states", self.store, always=True)
+            )
+            if (kept := self._kept()) is not None:
+                chunks = [replace(chunk, kept=kept) for chunk in chunks]
         if self.sequences is not None:
             make = self.sequences.keys_and_values
             chunks = [replace(chunk, make=make) for chunk in chunks]
-        call = _Call(self, hidden.shape, chunks, args, kwargs)
+        call = _Call(self, hidden.shape, chunks, states, args, kwargs)
         inputs = *call.differentiable(), *self.parameters()
         output = _StreamedFunction.apply(call, hidden, *inputs)
         return output if self.beside is None else (output, *self.beside)
@@ -109,7 +112,7 @@ class StreamedBlock:
         """Return where attention keeps its outputs, or None if it keeps none."""
         if self.keep_attention == "none" or self.keep_attention == "auto" and self.store is None:
             return None
-        new = _KeptTensors(self.store, always=self.keep_attention == "all")
+        new = _KeptTensors("attention", self.store, always=self.keep_attention == "all")
         return block_memo().setdefault("attention", new)
 
     def on_device(self, part: Tensor) -> Tensor:
@@ -130,8 +133,8 @@ class StreamedBlock:
 class _KeptTensors:
     """Tensors that wait for backward, in a store or on the device (see `sequence.Kept`)."""
 
-    def __init__(self, store: Store | None, *, always: bool):
-        self._store, self._always = store, always
+    def __init__(self, kind: str, store: Store | None, *, always: bool):
+        self._kind, self._store, self._always = kind, store, always
         self._tensors: dict[Any, list[Tensor | OffloadedTensor]] = {}
 
     def put(self, key: Any, tensors: Sequence[Tensor]) -> None:
@@ -140,8 +143,12 @@ class _KeptTensors:
             self._tensors[key] = list(tensors)
         elif self._always or store.has_room(sum(x.numel() * x.element_size() for x in tensors)):
             self._tensors[key] = [
-                store.keep(x.detach(), f"attention {i}") for i, x in enumerate(tensors)
+                store.keep(x.detach(), f"{self._kind} {i}") for i, x in enumerate(tensors)
             ]
+
+    def take_all(self) -> dict[Any, list[Tensor] | None]:
+        """Return all that was put, by key, and keep it no longer."""
+        return {key: self.get(key, last=True) for key in list(self._tensors)}
 
     def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
         if key not in self._tensors:
@@ -158,10 +165,11 @@ class _Call:
         streamed: StreamedBlock,
         shape: torch.Size,
         chunks: list[Chunk],
+        states: _KeptTensors | None,
         args: tuple,
         kwargs: dict[str, Any],
     ):
-        self.streamed, self.chunks = streamed, chunks
+        self.streamed, self.chunks, self.states = streamed, chunks, states
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.dims = [self._token_dim(leaf, shape) for leaf in self.leaves]
         self.sources = [
@@ -210,17 +218,20 @@ class _Call:
         if not output_is_needed() and streamed.dtype is not None:
             # An expanded scalar, which takes no memory. Its values are never read.
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
-        memory: dict[Any, Any] = {}
+        memory, states = {}, {}
         output = None
         for chunk in visited(self.chunks, "linear"):
             self.random.append(rng_state(hidden.device))
-            with _running(replace(chunk, memory=memory)):
+            with _running(replace(chunk, memory=memory, states=states)):
                 x = streamed.on_device(hidden[:, chunk.local])
                 y = self.run(x, *self.arguments(chunk)[:2])
             if output is None:
                 output = streamed.empty(hidden, y.dtype)
             output[:, chunk.local] = y
         streamed.dtype, streamed.has_keys = output.dtype, HAS_KEYS in memory
+        if self.states is not None:
+            for layer, tensors in states.items():
+                self.states.put(layer, tensors)
         first, last = self.random[0], rng_state(hidden.device)
         streamed.draws_random_numbers |= first.numpy().tobytes() != last.numpy().tobytes()
         if not streamed.draws_random_numbers:
@@ -257,7 +268,9 @@ class _Call:
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
+        states = self.states.take_all() if self.states is not None else {}
         for chunk in visited(self.chunks[::-1], "linear"):
+            chunk = replace(chunk, states=states)
             y, inputs = self._graph(hidden, chunk, memory, needs_input=needs[0])
             inputs += parameters
             found = torch.autograd.grad(

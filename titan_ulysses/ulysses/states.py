@@ -161,19 +161,23 @@ class Chunked(NamedTuple):
         chunk = self.chunk
         if chunk is None or not crosses(self.documents, chunk.whole.start):
             return None
-        key = self.name, chunk.index
+        state = tuple(x[chunk.index] for x in chunk.states[self.name])
         if chunk.goal != "gradient":
-            return chunk.states[key]
-        return _Begin.apply(chunk, key, len(anchors), *anchors, *chunk.states.pop(key))
+            return state
+        return _Begin.apply(chunk, self.name, len(anchors), *anchors, *state)
 
     def after(self, output: Tensor, state: State | None) -> Tensor:
         """Keep the state after this chunk; in backward, its gradient flows into `output`'s node."""
         if not self.is_wanted:
             return output
-        key = self.name, self.chunk.index + 1
-        if self.chunk.goal == "gradient":
-            return _End.apply(self.chunk, key, output, *state)
-        self.chunk.states[key] = tuple(x.detach() for x in state)
+        chunk = self.chunk
+        if chunk.goal == "gradient":
+            return _End.apply(chunk, self.name, output, *state)
+        if self.name not in chunk.states:
+            chunks = -(-chunk.seq_len // (chunk.whole.stop - chunk.whole.start))
+            chunk.states[self.name] = tuple(x.new_empty(chunks, *x.shape) for x in state)
+        for of_chunks, x in zip(chunk.states[self.name], state, strict=True):
+            of_chunks[chunk.index + 1] = x.detach()
         return output
 
 
@@ -181,13 +185,13 @@ class _Begin(torch.autograd.Function):
     """The state before a chunk. Backward keeps its gradient for the chunk before."""
 
     @staticmethod
-    def forward(ctx, chunk: Chunk, key: Any, count: int, *tensors: Tensor | None):
-        ctx.chunk, ctx.key, ctx.inputs = chunk, key, len(tensors)
+    def forward(ctx, chunk: Chunk, name: Any, count: int, *tensors: Tensor | None):
+        ctx.memory, ctx.key, ctx.inputs = chunk.memory, (name, "gradient"), len(tensors)
         return tuple(x.view_as(x) for x in tensors[count:])
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
-        ctx.chunk.memory[ctx.key] = gradients
+        ctx.memory[ctx.key] = gradients
         return None, None, None, *([None] * ctx.inputs)
 
 
@@ -195,14 +199,14 @@ class _End(torch.autograd.Function):
     """The output of a chunk. Backward adds the gradient of the state after it."""
 
     @staticmethod
-    def forward(ctx, chunk: Chunk, key: Any, output: Tensor, *state: Tensor):
-        ctx.chunk, ctx.key, ctx.count = chunk, key, len(state)
+    def forward(ctx, chunk: Chunk, name: Any, output: Tensor, *state: Tensor):
+        ctx.memory, ctx.key, ctx.count = chunk.memory, (name, "gradient"), len(state)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         # None where nothing after the chunk has a gradient.
-        of_state = ctx.chunk.memory.pop(ctx.key, [None] * ctx.count)
+        of_state = ctx.memory.pop(ctx.key, [None] * ctx.count)
         return None, None, gradient, *of_state
 
 
