@@ -70,7 +70,7 @@ class Chunk:
     """
     memory: dict[Any, Any] = field(default_factory=dict)
     """What the modules of the block remember from chunk to chunk, by module."""
-    states: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict)
+    states: dict[Any, Sequence[Tensor]] = field(default_factory=dict)
     """The states of layers before each chunk [C, B, ...], kept until backward."""
     make: Callable[[torch.Size, Tensor, torch.dtype], Tensor] = new_empty
     """Makes a tensor for keys, values or their gradients: shape, a tensor like it, dtype."""

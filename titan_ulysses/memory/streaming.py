@@ -146,9 +146,9 @@ class _KeptTensors:
                 store.keep(x.detach(), f"{self._kind} {i}") for i, x in enumerate(tensors)
             ]
 
-    def take_all(self) -> dict[Any, list[Tensor] | None]:
+    def take_all(self) -> dict[Any, Sequence[Tensor]]:
         """Return all that was put, by key, and keep it no longer."""
-        return {key: self.get(key, last=True) for key in list(self._tensors)}
+        return {key: self.get(key, last=True) or () for key in list(self._tensors)}
 
     def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
         if key not in self._tensors:

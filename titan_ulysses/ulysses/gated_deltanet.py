@@ -23,7 +23,7 @@ class GatedDeltaNet:
     channels. The weights of its channels are ordered [q, k, v].
     """
 
-    of_keys = (True, True, False, False, False)
+    of_keys: tuple[bool, ...] = (True, True, False, False, False)
 
     def __init__(self, module: nn.Module):
         self.module = module

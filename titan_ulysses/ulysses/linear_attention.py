@@ -84,9 +84,10 @@ def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
 
 
 def _forward_of(module: nn.Module) -> ByHeads | ShortConv | None:
-    for kind in (GatedDeltaNet, Mamba2):
-        if kind.fits(module):
-            return ByHeads(kind(module))
+    if GatedDeltaNet.fits(module):
+        return ByHeads(GatedDeltaNet(module))
+    if Mamba2.fits(module):
+        return ByHeads(Mamba2(module))
     return ShortConv(module) if ShortConv.fits(module) else None
 
 
@@ -146,7 +147,7 @@ class ByHeads:
         tensors, gate = mixer.project(hidden_states)
         plan = mixer.plan(mesh.size())
         if mesh.size() > 1:
-            tensors = send_to_heads(tensors, mixer.of_keys, plan, mesh)
+            tensors = list(send_to_heads(tensors, mixer.of_keys, plan, mesh))
         output = self.recur(tensors, plan, mesh.get_local_rank(), chunk, ulysses.documents)
         if mesh.size() > 1:
             output = send_to_sequence(output, plan, mesh)

@@ -21,7 +21,7 @@ class Mamba2:
     and scan are called apart.
     """
 
-    of_keys = (False, True, True, False)
+    of_keys: tuple[bool, ...] = (False, True, True, False)
 
     def __init__(self, module: nn.Module):
         self.module = module

@@ -59,15 +59,15 @@ class ShortConv:
         before = inputs_before(x, m.conv_kernel_size - 1, state and state[0], mesh)
         weight, bias = m.conv.weight.squeeze(1), m.conv.bias
 
-        def run(inputs: list[Tensor], tail: State | None, piece: Piece):
-            if tail is not None:  # only what its document has
-                known = tail[0][:, -piece.before :].transpose(1, 2)
-                tail = (F.pad(known, (m.conv_kernel_size - 1 - known.shape[2], 0)),)
-            x = inputs[0].transpose(1, 2)
-            return convolve(m, x, weight, bias, tail and tail[0]).transpose(1, 2), None
+        def run(inputs: list[Tensor], state: State | None, piece: Piece):
+            tail = None
+            if state is not None:  # only what its document has
+                tail = state[0][:, -piece.before :].transpose(1, 2)
+                tail = F.pad(tail, (m.conv_kernel_size - 1 - tail.shape[2], 0))
+            return convolve(m, inputs[0].transpose(1, 2), weight, bias, tail).transpose(1, 2), None
 
         first = (0 if chunk is None else chunk.whole.start) + mesh.get_local_rank() * x.shape[1]
-        y, _ = run_by_documents(run, [x], ulysses.documents, first, (before,))
+        y = run_by_documents(run, [x], ulysses.documents, first, (before,))[0]
         last = torch.cat([before, x], dim=1)[:, x.shape[1] :]
         return m.out_proj(border.after(c * _Joined.apply(y, before), (last,)))
 

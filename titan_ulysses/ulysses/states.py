@@ -168,9 +168,9 @@ class Chunked(NamedTuple):
 
     def after(self, output: Tensor, state: State | None) -> Tensor:
         """Keep the state after this chunk; in backward, its gradient flows into `output`'s node."""
-        if not self.is_wanted:
-            return output
         chunk = self.chunk
+        if chunk is None or state is None or not self.is_wanted:
+            return output
         if chunk.goal == "gradient":
             return _End.apply(chunk, self.name, output, *state)
         if self.name not in chunk.states:
