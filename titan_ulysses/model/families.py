@@ -323,6 +323,12 @@ def layer_types(config: PreTrainedConfig) -> list[str] | None:
     return None
 
 
+def attention_layers(config: PreTrainedConfig) -> int:
+    """Return the number of layers that have attention."""
+    types = layer_types(config) or ["full_attention"] * config.num_hidden_layers
+    return sum(kind not in {"linear_attention", "conv", "mlp", "moe"} for kind in types)
+
+
 def _looks_ahead(config: PreTrainedConfig) -> str | None:
     """Describe the part of config that lets tokens attend to later ones; None if there is none."""
     key, value = (

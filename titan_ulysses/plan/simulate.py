@@ -39,6 +39,7 @@ from titan_ulysses.plan.cost import Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
 from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.standin import Standin
+from titan_ulysses.plan.standin_linear import KERNELS
 from titan_ulysses.plan.words import group_name
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
@@ -46,6 +47,7 @@ from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
 from titan_ulysses.train.step import train_step
+from titan_ulysses.ulysses.states import replaced_functions
 
 
 @dataclass
@@ -119,7 +121,8 @@ def simulate(
             _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
             _make_state(model, optimizer)
             costs = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
-            return _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
+            with replaced_functions(KERNELS if on_gpu else {}):
+                return _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
 
 
 def _run_step(

@@ -35,6 +35,11 @@ class GatedDeltaNet:
             hasattr(module, name) for name in ("A_log", "dt_bias", "conv1d", "head_k_dim")
         ) and any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)
 
+    @property
+    def recurrence_flops(self) -> int:
+        m = self.module
+        return 3 * 2 * m.num_v_heads * m.head_k_dim * m.head_v_dim
+
     def plan(self, degree: int) -> HeadPlan:
         return plan_heads(self.module.num_v_heads, self.module.num_k_heads, degree)
 

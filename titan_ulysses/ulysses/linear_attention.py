@@ -62,9 +62,27 @@ def use_linear_attention(blocks: nn.ModuleList) -> None:
                 module.forward = forward
 
 
+def is_linear_attention(module: nn.Module) -> bool:
+    """Return whether a module is a layer of a known kind."""
+    return _forward_of(module) is not None
+
+
+def recurrence_flops(module: nn.Module) -> int:
+    """Return the FLOPs of a token's recurrence in forward, in all layers inside a module.
+
+    A head's state is read and written by outer products and products with a vector: three of them
+    in Gated DeltaNet, two in Mamba-2. Kernels that compute in chunks do more.
+    """
+    return sum(
+        forward.mixer.recurrence_flops
+        for forward in map(_forward_of, module.modules())
+        if isinstance(forward, ByHeads)
+    )
+
+
 def linear_layers(block: nn.Module) -> list[nn.Module]:
     """Return the layers of known kinds in a block."""
-    return [module for module in block.modules() if _forward_of(module) is not None]
+    return [module for module in block.modules() if is_linear_attention(module)]
 
 
 def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
@@ -97,6 +115,10 @@ class Mixer(Protocol):
     module: nn.Module
     of_keys: tuple[bool, ...]
     """Which of the tensors that `project` returns have key heads."""
+
+    @property
+    def recurrence_flops(self) -> int:
+        """FLOPs of a token's recurrence in forward."""
 
     def plan(self, degree: int) -> HeadPlan: ...
 

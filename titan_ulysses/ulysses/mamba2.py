@@ -31,6 +31,11 @@ class Mamba2:
         """Return whether a module is such a layer, by the names of its parts."""
         return all(hasattr(module, name) for name in _PARTS)
 
+    @property
+    def recurrence_flops(self) -> int:
+        m = self.module
+        return 2 * 2 * m.num_heads * m.head_dim * m.ssm_state_size
+
     def plan(self, degree: int) -> HeadPlan:
         return plan_heads(self.module.num_heads, self.module.n_groups, degree)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -121,11 +123,29 @@ def last_inputs(x: Tensor, tail: Tensor | None, count: int) -> Tensor:
     return F.pad(x[..., max(0, x.shape[-1] - count) :], (max(0, count - x.shape[-1]), 0))
 
 
+_replaced: ContextVar[Mapping[str, Callable[..., Any]] | None] = ContextVar(
+    "replaced", default=None
+)
+
+
+@contextmanager
+def replaced_functions(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Let `function_of` return these, by name, in this context: for simulation."""
+    token = _replaced.set(functions)
+    try:
+        yield
+    finally:
+        _replaced.reset(token)
+
+
 def function_of(module: nn.Module, name: str) -> Callable[..., Any]:
     """Return a function of the file that defines the module's class.
 
     transformers chooses there, at import, between the kernels of a package and its own code.
     """
+    replaced = _replaced.get()
+    if replaced is not None and name in replaced:
+        return replaced[name]
     for kind in type(module).__mro__:
         function = getattr(sys.modules[kind.__module__], name, None)
         if callable(function):
