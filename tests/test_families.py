@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from helpers.families import FAMILIES, model_of
+from helpers.families import FAMILIES, HYBRIDS, model_of
 from helpers.meshes import mesh_of
 from helpers.models import plain_model
 from helpers.precision import kept_in_fp64
@@ -38,6 +38,7 @@ NORMS = "RMSNorm normalizes in fp32"
 GEMMA_NORMS = (
     "RMSNorm normalizes and scales in fp32, so the gradients of its weights are sums in fp32"
 )
+RECURRENCE = "the recurrence and the gated norm are in fp32"
 FALLS_TO_FP32 = {
     "llama": NORMS,
     "mistral": NORMS,
@@ -67,6 +68,16 @@ FALLS_TO_FP32 = {
     "sarvam_moe": f"{NORMS}, the router scores in fp32",
     "hyperclovax": NORMS,
     "gemma4_text": GEMMA_NORMS,
+    "qwen3_next": f"{GEMMA_NORMS}; {RECURRENCE}, the router takes its softmax in fp32",
+    "qwen3_5_text": f"{GEMMA_NORMS}; {RECURRENCE}",
+    "qwen3_5_moe_text": f"{GEMMA_NORMS}; {RECURRENCE}, the router takes its softmax in fp32",
+    "olmo_hybrid": f"{NORMS}; {RECURRENCE}",
+    "granitemoehybrid": f"{NORMS}; {RECURRENCE}",
+    "bamba": f"{NORMS}; {RECURRENCE}",
+    "falcon_h1": f"{NORMS}; {RECURRENCE}",
+    "nemotron_h": f"{NORMS}; {RECURRENCE}, the router scores in fp32",
+    "lfm2": NORMS,
+    "lfm2_moe": f"{NORMS}, the router scores in fp32",
 }
 FALLS_TO_FP32 = {family: where for family, where in FALLS_TO_FP32.items() if family in FAMILIES}
 # Here fp32 steps round differently on the two sides, by up to 1e-6 in any gradient: gemma's as
@@ -86,7 +97,9 @@ ROUTERS_IN_FP32 = {
     "sarvam_moe",
     "solar_open",
 }
-AMPLIFIED_BY_ADAMW = {"gemma2", "gemma3_text", "gemma4_text", "llama4_text"} | ROUTERS_IN_FP32
+STATES_IN_FP32 = set(HYBRIDS) - {"olmo_hybrid", "lfm2", "lfm2_moe"}
+AMPLIFIED_BY_ADAMW = {"gemma2", "gemma3_text", "gemma4_text", "llama4_text"}
+AMPLIFIED_BY_ADAMW |= ROUTERS_IN_FP32 | STATES_IN_FP32
 
 ROUNDING_AMPLIFIED = {"gemma4_text": 5e-12}
 """Bounds of families whose own steps make more of fp64's rounding: 1.4e-12 after three steps here,

@@ -520,8 +520,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "router losses (output_router_logits)",
     ),
     (
-        {"model_type": "qwen3_next", "layer_types": ["linear_attention"] * 2},
-        "layers of type linear_attention",
+        {"model_type": "glm_moe_dsa", "layer_types": ["indexed_attention"] * 2},
+        "layers of type indexed_attention",
     ),
 ]
 ACCEPTED: list[dict[str, Any]] = [

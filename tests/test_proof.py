@@ -318,16 +318,8 @@ def test_a_family_that_cannot_be_made_small() -> None:
     ("table", "reason"),
     [
         (
-            {"model_type": "mamba"},
-            "layers of type linear_attention, which carry state along the sequence",
-        ),
-        (
-            {"model_type": "qwen3_next"},
-            "layers of type linear_attention, which carry state along the sequence",
-        ),
-        (
-            {"model_type": "lfm2", "full_attn_idxs": [1]},
-            "layers of type conv, which carry state along the sequence",
+            {"model_type": "deepseek_v32"},
+            "layers of type indexed_attention, which carry state along the sequence or choose",
         ),
         (
             {"model_type": "llama", "is_causal": False},

@@ -120,6 +120,59 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 3.0,
     },
 }
+# Layers that carry a state, and one of attention beside them. Heads that two and four ranks do not
+# divide, value heads that share key heads, groups that share B and C.
+_DELTA = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_conv_kernel_dim": 4}
+_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 6}
+_DELTA |= {"layer_types": ["linear_attention", "full_attention"], "rms_norm_eps": 1e-3}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_EXPERTS |= {"shared_expert_intermediate_size": 16}
+_MAMBA = {"mamba_n_heads": 6, "mamba_n_groups": 3, "mamba_d_state": 5, "mamba_chunk_size": 8}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**_DELTA, **_EXPERTS},
+    "qwen3_5_text": {**_DELTA, "head_dim": 16},
+    "qwen3_5_moe_text": {**_DELTA, **_EXPERTS, "head_dim": 16},
+    "olmo_hybrid": _DELTA,
+    "granitemoehybrid": {
+        **_MAMBA,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+        "position_embedding_type": "rope",
+        "residual_multiplier": 0.5,
+    },
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {
+        **_MAMBA,
+        "mamba_d_ssm": 24,
+        "mamba_rms_norm": True,
+        "ssm_multipliers": [0.5, 2.0, 0.75, 1.5, 1.25],
+        "ssm_in_multiplier": 1.25,
+        "ssm_out_multiplier": 0.8,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
+        "num_hidden_layers": 4,
+        "mamba_num_heads": 6,
+        "mamba_head_dim": 4,
+        "n_groups": 3,
+        "ssm_state_size": 5,
+        "chunk_size": 8,
+        **ROUTED,
+        "moe_shared_expert_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention"],
+        "conv_L_cache": 3,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+    },
+}
 # 5.17 has no sarvam_moe; it leaves a router of ernie4_5_moe without random numbers, and gemma4_text
 # has no fp64 there.
 LACKING = (
@@ -127,6 +180,7 @@ LACKING = (
     if Version(transformers.__version__) < Version("5.24")
     else set()
 )
+FAMILIES |= HYBRIDS
 FAMILIES = {
     name: own for name, own in FAMILIES.items() if name in CONFIG_MAPPING and name not in LACKING
 }

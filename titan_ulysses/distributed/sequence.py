@@ -108,8 +108,10 @@ class Chunk:
     """What the block's attention reads, where that is known from its forward."""
     keys_known: bool = False
     """Whether its keys have been computed, and are remembered."""
-    memory: dict[Any, Remembered] = field(default_factory=dict)
+    memory: dict[Any, Any] = field(default_factory=dict)
     """What the modules of the block remember from chunk to chunk, by module."""
+    states: dict[Any, Sequence[Tensor]] = field(default_factory=dict)
+    """The states of layers before each chunk [C, B, ...], kept until backward."""
     store: SequenceTensors | None = None
     """Where tensors of the whole sequence are; None: on the device."""
     kept: Kept | None = None

@@ -26,15 +26,22 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.offload import Store
 
 
-def checkpoint_blocks(blocks: nn.ModuleList, *, every: int, store: Store | None) -> None:
+def checkpoint_blocks(
+    blocks: nn.ModuleList,
+    *,
+    every: int,
+    store: Store | None,
+    beside: tuple[None, ...] | None = None,
+) -> None:
     """Make each `every` consecutive blocks a segment, in place; the last one may be shorter.
 
-    store keeps the inputs of segments; None leaves them on the device. Parameter names do not
+    store keeps the inputs of segments; None leaves them on the device. beside is what a block
+    returns beside its hidden states; None: it does not return a tuple. Parameter names do not
     change, because no module is wrapped around a block: the class of the block is replaced by a
     subclass, as FSDP does too.
     """
     for first in range(0, len(blocks), every):
-        segment = _Segment(list(blocks[first : first + every]), store)
+        segment = _Segment(list(blocks[first : first + every]), store, beside)
         for position, block in enumerate(segment.blocks):
             block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
             block.checkpoint_segment, block.checkpoint_position = segment, position
@@ -91,8 +98,10 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
 class _Segment:
     """Consecutive blocks that form one checkpoint and run when the last of them is called."""
 
-    def __init__(self, blocks: list[nn.Module], store: Store | None):
-        self.blocks, self.store = blocks, store
+    def __init__(
+        self, blocks: list[nn.Module], store: Store | None, beside: tuple[None, ...] | None
+    ):
+        self.blocks, self.store, self.beside = blocks, store, beside
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def call(self, position: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -104,7 +113,7 @@ class _Segment:
             self.calls = []  # drops what an interrupted forward has recorded
         self.calls.append((args, kwargs))
         if len(self.calls) < len(self.blocks):
-            return hidden
+            return hidden if self.beside is None else (hidden, *self.beside)
         calls, self.calls = self.calls, []
         memos: list[dict] = [{} for _ in calls]
         assert position == len(calls) - 1, "the decoder does not call its blocks in order"
@@ -128,14 +137,15 @@ class _Segment:
             recomputing = getattr(_phase, "recomputing", False)
             _phase.memo = memos[position]
             with without_output(recomputing and position == last):
-                hidden = block.run_block(hidden, *args, **kwargs)
+                output = block.run_block(hidden, *args, **kwargs)
+            hidden = output if self.beside is None else output[0]
             if position < last and not isinstance(hidden, Tensor):
                 raise UserError(
                     f"activation_checkpoint.every = {len(calls)}: {type(block).__name__} returns "
                     "more than its hidden state, so its decoder cannot have several blocks a "
                     "segment. Set activation_checkpoint.every = 1."
                 )
-        return hidden
+        return output
 
 
 class _Recomputation:

@@ -2,9 +2,10 @@
 
 What a block holds beside its input and its output then has the size of a chunk, whatever the length
 of the sequence. Only the keys and values of one layer are of the whole sequence, for the heads of
-this rank, or of the part of it that is still read (`sequence.Reach`). The block itself is
-unmodified: it is called with the slices of one chunk, and its attention (`ulysses/streamed.py`)
-remembers the keys and values of the chunks before.
+this rank, or of the part of it that is still read (`sequence.Reach`), and the states of linear
+attention at the borders of chunks (`ulysses/states.py`). The block itself is unmodified: it is
+called with the slices of one chunk, and its attention (`ulysses/streamed.py`) remembers the keys
+and values of the chunks before.
 
     forward     chunk 0: keys, attention, MLP -> output 0
                 chunk 1: keys, attention to chunks 0 and 1, MLP -> output 1, and so on
@@ -92,23 +93,33 @@ class StreamedBlock:
         """
         self.draws_random_numbers = False  # whether the block does; set by the first forward
         self.dtype: torch.dtype | None = None  # dtype of the output; set by the first forward
+        # What it returns beside its output, if it returns a tuple; set by the first forward.
+        self.beside: tuple[None, ...] | None = None
 
     def __call__(self, hidden: Tensor, *args, **kwargs) -> Any:
         chunks = kwargs["ulysses"].chunks
         if len(chunks) == 1:
             return self.forward(hidden, *args, **kwargs)
-        if torch.is_grad_enabled() and (kept := self._kept()) is not None:
-            chunks = [replace(chunk, kept=kept) for chunk in chunks]
+        states = None
+        if torch.is_grad_enabled():
+            states = block_memo().setdefault(
+                "states", _KeptTensors("states", self.store, always=True)
+            )
+            if (kept := self._kept()) is not None:
+                chunks = [replace(chunk, kept=kept) for chunk in chunks]
         if self.sequences is not None:
             chunks = [replace(chunk, store=self.sequences) for chunk in chunks]
-        call = _Call(self, hidden.shape, chunks, args, kwargs)
-        return _StreamedFunction.apply(call, hidden, *call.differentiable(), *self.parameters())
+        call = _Call(self, hidden.shape, chunks, states, args, kwargs)
+        inputs = *call.differentiable(), *self.parameters()
+        output = _StreamedFunction.apply(call, hidden, *inputs)
+        return output if self.beside is None else (output, *self.beside)
 
     def _kept(self) -> _KeptTensors | None:
         """Return where attention keeps its outputs, or None if it keeps none."""
         if self.keep_attention == "none" or self.keep_attention == "auto" and self.store is None:
             return None
-        new = _KeptTensors(self.store, self.hold, always=self.keep_attention == "all")
+        always = self.keep_attention == "all"
+        new = _KeptTensors("attention", self.store, self.hold, always=always)
         return block_memo().setdefault("attention", new)
 
     def read(self, whole: Tensor, chunk: Chunk, then: Chunk | None, dim: int = 1) -> Tensor:
@@ -145,9 +156,14 @@ class _KeptTensors:
     """Tensors that wait for backward, in a store or on the device (see `sequence.Kept`)."""
 
     def __init__(
-        self, store: Store | None, hold: Callable[[Sequence[Tensor]], Any], *, always: bool
+        self,
+        kind: str,
+        store: Store | None,
+        hold: Callable[[Sequence[Tensor]], Any] = lambda tensors: None,
+        *,
+        always: bool,
     ):
-        self._store, self._hold, self._always = store, hold, always
+        self._kind, self._store, self._hold, self._always = kind, store, hold, always
         self._tensors: dict[Any, list[Tensor | OffloadedTensor]] = {}
         self._held: dict[Any, Any] = {}
 
@@ -157,8 +173,12 @@ class _KeptTensors:
             self._tensors[key], self._held[key] = list(tensors), self._hold(tensors)
         elif self._always or store.has_room(sum(x.numel() * x.element_size() for x in tensors)):
             self._tensors[key] = [
-                store.keep(x.detach(), f"attention {i}") for i, x in enumerate(tensors)
+                store.keep(x.detach(), f"{self._kind} {i}") for i, x in enumerate(tensors)
             ]
+
+    def take_all(self) -> dict[Any, Sequence[Tensor]]:
+        """Return all that was put, by key, and keep it no longer."""
+        return {key: self.get(key, last=True) or () for key in list(self._tensors)}
 
     def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
         if key not in self._tensors:
@@ -178,10 +198,11 @@ class _Call:
         streamed: StreamedBlock,
         shape: torch.Size,
         chunks: list[Chunk],
+        states: _KeptTensors | None,
         args: tuple,
         kwargs: dict[str, Any],
     ):
-        self.streamed, self.chunks = streamed, chunks
+        self.streamed, self.chunks, self.states = streamed, chunks, states
         self.leaves, self.spec = tree_flatten((args, kwargs))
         self.dims = [self._token_dim(leaf, shape) for leaf in self.leaves]
         self.sources = [
@@ -236,11 +257,11 @@ class _Call:
         if not output_is_needed() and streamed.dtype is not None:
             # An expanded scalar, which takes no memory. Its values are never read.
             return hidden.new_zeros((), dtype=streamed.dtype).expand(hidden.shape)
-        memory: dict[Any, Any] = {}
+        memory, states = {}, {}
         output = None
         for chunk, then in visited_with_next(self.chunks, "growing"):
             self.random.append(rng_state(hidden.device))
-            with _running(replace(chunk, memory=memory)):
+            with _running(replace(chunk, memory=memory, states=states)):
                 x = streamed.read(hidden, chunk, then)
                 y = self.run(x, *self.arguments(chunk, then)[:2])
             if output is None:
@@ -248,6 +269,9 @@ class _Call:
             streamed.write(output, chunk, y)
         self.reach = _common(memory, self.chunks)
         streamed.dtype = output.dtype
+        if self.states is not None:
+            for layer, tensors in states.items():
+                self.states.put(layer, tensors)
         first, last = self.random[0], rng_state(hidden.device)
         streamed.draws_random_numbers |= first.numpy().tobytes() != last.numpy().tobytes()
         if not streamed.draws_random_numbers:
@@ -257,6 +281,9 @@ class _Call:
     def run(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Call the original block with the arguments of a chunk."""
         output = self.streamed.forward(hidden, *args, **kwargs)
+        if isinstance(output, tuple) and all(other is None for other in output[1:]):
+            output, *others = output
+            self.streamed.beside = tuple(others)
         if not isinstance(output, Tensor):
             raise UserError(
                 f"memory.stream_chunk_tokens: {type(self.streamed.block).__name__} returns more "
@@ -284,7 +311,9 @@ class _Call:
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
+        states = self.states.take_all() if self.states is not None else {}
         for chunk, then in visited_with_next(self.chunks[::-1], "shrinking"):
+            chunk = replace(chunk, states=states)
             self._compute_keys(hidden, chunk, memory)
             y, inputs = self._graph(hidden, chunk, then, memory, needs_input=needs[0])
             inputs += parameters

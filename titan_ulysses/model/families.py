@@ -23,11 +23,13 @@ from titan_ulysses.memory.loss import shape_scores
 from titan_ulysses.model.router import unknown_router_loss
 
 CHECKED_FAMILIES = {
+    "bamba",
     "deepseek_v2",
     "deepseek_v3",
     "dots1",
     "ernie4_5_moe",
     "exaone_moe",
+    "falcon_h1",
     "gemma2",
     "gemma3_text",
     "gemma4_text",
@@ -36,17 +38,25 @@ CHECKED_FAMILIES = {
     "glm4_moe_lite",
     "gpt_oss",
     "granite",
+    "granitemoehybrid",
     "hunyuan_v1_moe",
     "hy_v3",
     "hyperclovax",
+    "lfm2",
+    "lfm2_moe",
     "llama",
     "llama4_text",
     "mistral",
+    "nemotron_h",
     "olmo2",
+    "olmo_hybrid",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "sarvam_moe",
     "smollm3",
     "solar_open",
@@ -59,6 +69,7 @@ Any other family must pass `verify_family` before it trains.
 
 _OTHER_MODES = {"vision_config", "audio_config"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_KNOWN_LAYERS |= {"linear_attention", "conv", "hybrid", "mlp", "moe"}  # see ulysses/states.py
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,8 @@ class MLPLayout:
     """
 
 
-_MLPS = ("mlp", "feed_forward", "block_sparse_moe")
+_MLPS = ("mlp", "feed_forward", "block_sparse_moe", "shared_mlp")
+_NORMS_BEFORE = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "pre_ff_layernorm", "ffn_norm")
 _NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2")
 
 
@@ -176,17 +188,29 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
     parts = dict(block.named_children())
     mlp = next((parts[name] for name in _MLPS if name in parts), None)
     if mlp is None:
+        mixer = parts.get("mixer")  # nemotron_h: a block is one layer, some of them an MLP
+        if type(mixer).__name__.endswith(("MLP", "MoE")):
+            return MLPLayout(mixer, parts.get("norm"), ends_block=True)
         return None
     beside = "experts" in parts  # gemma4: the last norm takes the sum of MLP and experts
     after = None if beside else next((parts[name] for name in _NORMS_AFTER if name in parts), None)
-    before = parts.get("pre_feedforward_layernorm", parts.get("pre_mlp_layernorm"))
+    before = next((parts[name] for name in _NORMS_BEFORE if name in parts), None)
     # In other families `post_attention_layernorm` feeds the MLP, with two exceptions: families that
     # norm the output of attention (olmo2), and blocks whose MLP shares its input with another part.
-    if before is None and "post_feedforward_layernorm" not in parts and "shared_mlp" not in parts:
+    shared = mlp is not parts.get("shared_mlp") and "shared_mlp" in parts
+    if before is None and "post_feedforward_layernorm" not in parts and not shared:
         before = parts.get("post_attention_layernorm")
     return MLPLayout(
         mlp, before, after, ends_block=not beside and "per_layer_input_gate" not in parts
     )
+
+
+_TUPLES: dict[str, tuple[None, ...]] = {"bamba": (None,), "falcon_h1": ()}
+
+
+def beside_hidden_states(config: PreTrainedConfig) -> tuple[None, ...] | None:
+    """Return what the family's blocks return after their hidden states; None: no tuple."""
+    return _TUPLES.get(config.model_type)
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:
@@ -249,7 +273,7 @@ def check_family(config: PreTrainedConfig) -> None:
     needs = []
     if reason := _looks_ahead(config):
         needs.append(reason)
-    others = sorted(set(declared_value(config, "layer_types") or ()) - _KNOWN_LAYERS)
+    others = sorted(set(layer_types(config) or ()) - _KNOWN_LAYERS)
     if others:
         needs.append(
             f"layers of type {', '.join(others)}, which carry state along the sequence or choose "
@@ -289,6 +313,20 @@ def declared_value(config: PreTrainedConfig, key: str) -> Any:
         and key in {field.name for field in fields(config)}
     )
     return getattr(config, key, None) if declared else None
+
+
+def layer_types(config: PreTrainedConfig) -> list[str] | None:
+    """Return the type of each layer as the family's config has it; None if it has no types."""
+    for key in ("layer_types", "layers_block_type"):  # one is an alias of the other in some
+        if types := declared_value(config, key):
+            return list(types)
+    return None
+
+
+def attention_layers(config: PreTrainedConfig) -> int:
+    """Return the number of layers that have attention."""
+    types = layer_types(config) or ["full_attention"] * config.num_hidden_layers
+    return sum(kind not in {"linear_attention", "conv", "mlp", "moe"} for kind in types)
 
 
 def _looks_ahead(config: PreTrainedConfig) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,6 +153,9 @@ def allocate(
             setattr(module, name, getattr(first, first_name))
     with torch.no_grad():
         for module in model.modules():
+            for buffer in module._buffers.values():
+                if buffer is not None and buffer.is_floating_point():
+                    buffer.fill_(torch.nan)
             # Parameters beside a buffer, as in a scaled embedding, must not be initialized here:
             # meta tensors take their places.
             if module._buffers:
@@ -161,6 +164,7 @@ def allocate(
                     module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
                 ):
                     model._init_weights(module)
+                _fill_by_owners(model, module, module._buffers)
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
@@ -185,6 +189,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         with torch.random.fork_rng(devices=[]), swap_parameters(module, whole):
             torch.manual_seed(seed_of(seed, plain(name)))
             model._init_weights(module)
+            _fill_by_owners(model, module, module._parameters)
         for key, parameter in sharded.items():
             if whole[key].isnan().any():
                 raise UserError(
@@ -193,6 +198,30 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
                     "transformers."
                 )
             fill(parameter, whole[key])
+
+
+def _fill_by_owners(
+    model: PreTrainedModel, module: nn.Module, tensors: Mapping[str, Tensor | None]
+) -> None:
+    """Let the modules around `module` fill those of its tensors that still have NaN.
+
+    Some families initialize the weights of a router with the block of experts around it, and the
+    buffers of all layers with the decoder.
+    """
+
+    def is_unfilled() -> bool:
+        floats = [x for x in tensors.values() if x is not None and x.is_floating_point()]
+        return any(not x.is_meta and bool(x.isnan().any()) for x in floats)
+
+    if not is_unfilled():
+        return
+    path = next(name for name, other in model.named_modules() if other is module)
+    while path and is_unfilled():
+        path = path.rpartition(".")[0]
+        owner = model.get_submodule(path)
+        own = {k: torch.empty(p.shape) for k, p in owner._parameters.items() if p is not None}
+        with swap_parameters(owner, own):
+            model._init_weights(owner)
 
 
 @contextmanager

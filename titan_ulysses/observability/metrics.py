@@ -18,9 +18,10 @@ from rich.console import Console
 from torch import nn
 
 from titan_ulysses.distributed.files import whole_file
-from titan_ulysses.model.families import head_sizes, layer_configs
+from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
 from titan_ulysses.observability.spikes import WINDOW, LossSpikes
 from titan_ulysses.observability.wandb import WandbRun
+from titan_ulysses.ulysses.linear_attention import recurrence_flops
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig
@@ -34,7 +35,7 @@ def flops_per_token(model: nn.Module) -> int:
     are for the gradient of the input, which is not computed before the first trained parameter.
     Embeddings are looked up and not multiplied, but a head that is tied to them is multiplied. Of
     the experts of a layer, a token uses `num_experts_per_tok`. Recomputation is not counted, as in
-    the definition of MFU.
+    the definition of MFU. The recurrences of linear attention have no weights; theirs are added.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     config = model.config
@@ -50,7 +51,7 @@ def flops_per_token(model: nn.Module) -> int:
             flops += each * (
                 parameter.numel() * met // experts if ".experts." in name else parameter.numel()
             )
-    return flops
+    return flops + 3 * recurrence_flops(model)
 
 
 def describe_parameters(model: nn.Module) -> str:
@@ -65,15 +66,14 @@ def describe_parameters(model: nn.Module) -> str:
 def attention_flops(config: PreTrainedConfig, documents: tuple[tuple[int, ...], ...]) -> int:
     """Return the FLOPs of forward and backward of causal attention over documents.
 
-    For a document of L tokens they are 3 * layers * Hq * (D + Dv) * L^2. In forward a head has two
-    matrix products, of 2 * L^2 * D and 2 * L^2 * Dv FLOPs, and the causal mask removes half of
-    them. Backward has twice as many.
+    For a document of L tokens they are 3 * layers * Hq * (D + Dv) * L^2, with the layers that have
+    attention. In forward a head has two matrix products, of 2 * L^2 * D and 2 * L^2 * Dv FLOPs, and
+    the causal mask removes half of them. Backward has twice as many.
     """
     squares = sum(length * length for row in documents for length in row)
     layers = layer_configs(config)
-    sizes = sum(sum(head_sizes(layer)) for layer in layers) * (
-        config.num_hidden_layers // len(layers)
-    )
+    of_layers = len(layers) if len(layers) > 1 else attention_layers(config)
+    sizes = sum(sum(head_sizes(layer)) for layer in layers) * (of_layers // len(layers))
     return 3 * config.num_attention_heads * sizes * squares
 
 

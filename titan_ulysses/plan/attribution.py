@@ -12,6 +12,7 @@ from torch import nn
 
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.model.families import mlp_layout
+from titan_ulysses.ulysses.linear_attention import is_linear_attention
 
 COMPONENTS = (
     "parameters",
@@ -20,6 +21,7 @@ COMPONENTS = (
     "optimizer state",
     "checkpoints",
     "attention",
+    "linear attention",
     "MLP",
     "norm",
     "loss head",
@@ -139,6 +141,8 @@ def _component(module: nn.Module, mlps: set[nn.Module]) -> str:
         return "loss head"
     if module in mlps:
         return "MLP"
+    if is_linear_attention(module):
+        return "linear attention"
     if "attention" in kind or "attn" in kind:
         return "attention"
     return "norm" if "norm" in kind else "other"

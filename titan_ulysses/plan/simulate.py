@@ -43,6 +43,7 @@ from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Ti
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
 from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.standin import Standin
+from titan_ulysses.plan.standin_linear import KERNELS
 from titan_ulysses.plan.words import group_name
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
@@ -50,6 +51,7 @@ from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
 from titan_ulysses.train.step import train_step
+from titan_ulysses.ulysses.states import replaced_functions
 
 
 @dataclass
@@ -124,7 +126,8 @@ def simulate(
             _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
             _make_state(model, optimizer)
             copy = _checkpoint_copy(config, tracker, optimizer, on_gpu=on_gpu)
-            found = _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
+            with replaced_functions(KERNELS if on_gpu else {}):
+                found = _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
             del copy  # alive during the step
             return found
 

@@ -17,6 +17,7 @@ COMPONENT_NAMES = {
     "optimizer state": "optimizer state",
     "checkpoints": "checkpoints (inputs of blocks)",
     "attention": "activations of attention",
+    "linear attention": "activations of linear attention",
     "MLP": "activations of MLPs",
     "norm": "activations of norms",
     "loss head": "loss head (logits, gradients)",

@@ -57,14 +57,14 @@ def tile_blocks(
     """
     for block in blocks:
         layout = mlp_layout(block)
-        if layout is None:
+        if layout is None and not hasattr(block, "mixer"):
             parts = ", ".join(dict(block.named_children()))
             warnings.warn(
                 f'model: "{model.config.model_type}": no MLP was found in {type(block).__name__} '
                 f"(which has {parts}). It is not tiled, and takes memory for all tokens at once.",
                 stacklevel=2,
             )
-        else:
+        if layout is not None:
             if not norms_with_mlp:
                 layout = MLPLayout(layout.mlp)
             tile_mlp(

@@ -15,10 +15,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, current_chunks
+from titan_ulysses.model.families import layer_types
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.linear_attention import check_layers, use_linear_attention
 
 
 def use_ulysses(
@@ -35,6 +37,8 @@ def use_ulysses(
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
+    check_layers(blocks, layer_types(model.config) or ())
+    use_linear_attention(blocks)
     model.ulysses_mesh = mesh
     router_loss, ropes = router_loss_of(model, decoder), use_document_lengths(model, blocks)
 

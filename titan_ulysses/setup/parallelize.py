@@ -33,8 +33,10 @@ from titan_ulysses.memory.streaming import stream_blocks
 from titan_ulysses.memory.tiling import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
+    beside_hidden_states,
     check_family,
     head_of,
+    layer_types,
 )
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
@@ -48,6 +50,7 @@ from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
 from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.linear_attention import check_layers
 
 _SMALLEST_TILE = 1024
 """Smallest default size of an MLP tile on a CPU, in tokens.
@@ -101,6 +104,8 @@ def parallelize(
     check_dropout(model)
     check_group(mesh, parameter_offload=options.parameter_offload)
     check_same_weights(model)
+    if types := layer_types(model.config):
+        check_layers(find_blocks(model)[1], types)
     if mesh.device.type == "cuda":
         warn_of_fragmentation()
     if isinstance(options.attention, str):
@@ -219,7 +224,8 @@ def wrap(
 
     shard_blocks(model, blocks, shard)
     if options.checkpoint_every:
-        checkpoint_blocks(blocks, every=options.checkpoint_every, store=store)
+        beside = beside_hidden_states(model.config)
+        checkpoint_blocks(blocks, every=options.checkpoint_every, store=store, beside=beside)
     shard_root(model, shard)
     guard(model)
     _refuse_methods(model)

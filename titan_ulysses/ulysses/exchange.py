@@ -97,6 +97,26 @@ def heads_to_sequence(outputs: Sequence[Tensor], plan: HeadPlan, mesh: DeviceMes
     return DTensor.from_local(local, mesh, (SEQUENCE,), run_check=False)
 
 
+def send_to_heads(
+    tensors: Sequence[Tensor], of_keys: Sequence[bool], plan: HeadPlan, mesh: DeviceMesh
+) -> tuple[Tensor, ...]:
+    """Send any number of local tensors [B, T, H_i, D_i] of one dtype, in one all-to-all.
+
+    of_keys says which of them have key-value heads; the others have query heads. plan must be one
+    of whole heads. Returns the local tensors [B, S, h_i, D_i] with the heads that it gives this
+    rank.
+    """
+    load = _Load(plan, "".join("qk"[x] for x in of_keys), tuple(x.shape[3] for x in tensors))
+    return _SequenceToHeads.apply(mesh, load, None, *tensors)
+
+
+def send_to_sequence(output: Tensor, plan: HeadPlan, mesh: DeviceMesh) -> Tensor:
+    """Send a local tensor [B, S, h_p, D] of query heads back: -> [B, T, Hq, D]."""
+    load = _Load(plan, "q", (output.shape[3],))
+    (local,) = _HeadsToSequence.apply(mesh, load, output)
+    return local
+
+
 def _expect_sequence(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         found = tensor.placements if isinstance(tensor, DTensor) else "no placement"

@@ -22,6 +22,9 @@ from itertools import accumulate, groupby, pairwise
 from math import inf
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Part(NamedTuple):
     """Queries of a rank: the tokens that some ranks hold, for some heads."""
@@ -79,8 +82,9 @@ class HeadPlan:
         one another, or all are the same. An even plan has one group, and so does MQA with P query
         heads. Ranks that get nothing belong to no group.
         """
-        heads = self.heads_of(tensors, source)
-        return _rank_groups(heads[0], heads[-1])
+        kinds = {"q": self.queries_of(source), "k": self.key_value}
+        kinds = [heads for kind, heads in kinds.items() if kind in tensors] or [self.key_value]
+        return _rank_groups(kinds[0], kinds[-1])
 
     def runs(self, rank: int, part: int = 0) -> list[tuple[slice, slice]]:
         """Return slices (query, KV) of a part's heads that one attention call each can compute.
@@ -103,6 +107,29 @@ class HeadPlan:
                 runs.append((slice(query, query + size * heads), slice(key, key + heads)))
             query, key = query + size * heads, key + heads
         return runs
+
+    def local(self, rank: int) -> LocalHeads:
+        """Return the heads of a rank."""
+        return LocalHeads(self.query[rank], self.key_value[rank], self.runs(rank))
+
+
+class LocalHeads(NamedTuple):
+    """The heads of one rank."""
+
+    query: range
+    key_value: range
+    runs: list[tuple[slice, slice]]
+    """See `HeadPlan.runs`."""
+
+    def repeat(self, x: Tensor) -> Tensor:
+        """Repeat the KV heads of x [B, n, h, D] so that there is one for each query head."""
+        parts = []
+        for query, key in self.runs:
+            times = (query.stop - query.start) // (key.stop - key.start)
+            parts.append(
+                x[:, :, key].repeat_interleave(times, dim=2) if times > 1 else x[:, :, key]
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 @lru_cache

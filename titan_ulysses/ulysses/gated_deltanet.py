@@ -1,0 +1,130 @@
+"""Gated DeltaNet (arXiv 2412.06464): qwen3_next, qwen3_5, olmo_hybrid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan_ulysses.ulysses.heads import HeadPlan, LocalHeads, plan_heads
+from titan_ulysses.ulysses.states import State, convolve, function_of, last_inputs
+
+_PROJECTIONS = (
+    ("in_proj_qkvz", "in_proj_ba", "fix_query_key_value_ordering"),  # qwen3_next
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # qwen3_5
+    ("q_proj", "k_proj", "v_proj", "b_proj", "a_proj", "g_proj"),  # olmo_hybrid
+)
+
+
+class GatedDeltaNet:
+    """Per head, S <- exp(g) * S + k (beta * (v - (exp(g) * S)^T k))^T, and the output is S^T q.
+
+    q and k have fewer heads than v, or as many. Before it, q, k and v pass a causal convolution by
+    channels. The weights of its channels are ordered [q, k, v].
+    """
+
+    of_keys: tuple[bool, ...] = (True, True, False, False, False)
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Return whether a module is such a layer, by the names of its parts."""
+        return all(
+            hasattr(module, name) for name in ("A_log", "dt_bias", "conv1d", "head_k_dim")
+        ) and any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)
+
+    @property
+    def recurrence_flops(self) -> int:
+        m = self.module
+        return 3 * 2 * m.num_v_heads * m.head_k_dim * m.head_v_dim
+
+    def plan(self, degree: int) -> HeadPlan:
+        return plan_heads(self.module.num_v_heads, self.module.num_k_heads, degree)
+
+    def project(self, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return q, k [B, T, Hk, Dk], v [B, T, Hv, Dv], b, a [B, T, Hv, 1], gate [B, T, Hv * Dv].
+
+        qwen3_next orders its projections by key heads, which only its own function undoes.
+        """
+        m = self.module
+        if hasattr(m, "in_proj_qkvz"):
+            q, k, v, gate, b, a = m.fix_query_key_value_ordering(
+                m.in_proj_qkvz(hidden), m.in_proj_ba(hidden)
+            )
+            return [q, k, v, b[..., None], a[..., None]], gate
+        if hasattr(m, "in_proj_qkv"):
+            q, k, v = m.in_proj_qkv(hidden).split([m.key_dim, m.key_dim, m.value_dim], dim=-1)
+            gate, b, a = m.in_proj_z(hidden), m.in_proj_b(hidden), m.in_proj_a(hidden)
+        else:
+            q, k, v, gate, b, a = (
+                getattr(m, name)(hidden)
+                for name in ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
+            )
+        q, k = (x.unflatten(-1, (m.num_k_heads, m.head_k_dim)) for x in (q, k))
+        return [q, k, v.unflatten(-1, (m.num_v_heads, m.head_v_dim)), b[..., None], a[..., None]], (
+            gate
+        )
+
+    def local(self, heads: LocalHeads) -> list[Tensor | None]:
+        """Return weight and bias of the convolution, A_log and dt_bias."""
+        m = self.module
+        keys = slice(heads.key_value.start * m.head_k_dim, heads.key_value.stop * m.head_k_dim)
+        values = slice(heads.query.start * m.head_v_dim, heads.query.stop * m.head_v_dim)
+
+        def channels(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            q, k, v = x.split([m.key_dim, m.key_dim, m.value_dim])
+            return torch.cat([q[keys], k[keys], v[values]])
+
+        own = slice(heads.query.start, heads.query.stop)
+        weight, bias = channels(m.conv1d.weight), channels(m.conv1d.bias)
+        return [weight.squeeze(1), bias, m.A_log[own], m.dt_bias[own]]
+
+    def run(
+        self,
+        inputs: list[Tensor],
+        local: list[Tensor | None],
+        heads: LocalHeads,
+        state: State | None,
+        wanted: bool,
+    ) -> tuple[Tensor, State | None]:
+        m, (weight, bias, a_log, dt_bias) = self.module, local
+        tail, recurrent = state or (None, None)
+        q, k, v, b, a = inputs
+        mixed = torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1).transpose(1, 2)
+        convolved = convolve(m, mixed, weight, bias, tail, m.activation).transpose(1, 2)
+        widths = [x.shape[2] * x.shape[3] for x in (q, k, v)]
+        q, k, v = (
+            x.unflatten(-1, like.shape[2:])
+            for x, like in zip(convolved.split(widths, dim=-1), (q, k, v), strict=True)
+        )
+        beta = b.squeeze(-1).sigmoid()
+        if getattr(m, "allow_neg_eigval", False):
+            beta = beta * 2.0
+        decay = -a_log.float().exp() * F.softplus(a.squeeze(-1).float() + dt_bias)
+        output, last = function_of(m, "torch_chunk_gated_delta_rule")(
+            heads.repeat(q),
+            heads.repeat(k),
+            v,
+            g=decay,
+            beta=beta,
+            initial_state=recurrent,
+            output_final_state=wanted,
+            use_qk_l2norm_in_kernel=True,
+        )
+        if not wanted:
+            return output, None
+        return output, (last_inputs(mixed, tail, m.conv_kernel_size - 1), last)
+
+    def gated(self, output: Tensor, gate: Tensor) -> Tensor:
+        m = self.module
+        norm = m.o_norm if hasattr(m, "o_norm") else m.norm
+        flat = norm(output.reshape(-1, m.head_v_dim), gate.reshape(-1, m.head_v_dim))
+        return flat.view(*output.shape[:2], m.value_dim)
+
+    def project_back(self, gated: Tensor) -> Tensor:
+        m = self.module
+        return m.o_proj(gated) if hasattr(m, "o_proj") else m.out_proj(gated)

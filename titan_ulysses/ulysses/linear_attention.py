@@ -1,0 +1,213 @@
+"""Layers that carry a state along the sequence: linear attention, state spaces, convolutions.
+
+Their heads are as independent as those of attention, so the same exchange serves them. A layer
+projects its own tokens, one all-to-all brings each rank its heads (and their channels of the
+convolution) of the whole sequence, convolution and recurrence run there, each document from an
+empty state, and a second all-to-all brings the output back for the gated norm and the output
+projection (gated_deltanet.py, mamba2.py). A convolution alone needs no exchange of heads, but the
+last tokens of the rank before (short_conv.py).
+
+The modules are unmodified: their parameters, projections, norms and kernels are used, and only the
+`forward` of the instances is replaced. Parameters of heads and channels are used by slices.
+
+Where blocks stream (`memory/streaming.py`), the state at the end of a chunk is where the next one
+begins. These states are kept from forward to backward, and are small. Backward goes from the last
+chunk to the first and hands their gradients on (states.py).
+
+Bytes that rank r sends to other ranks, with x_p elements of a token that belong to rank p, of
+hv_p value heads and hk_p key heads (heads and groups in Mamba-2):
+
+    Gated DeltaNet    x_p = 2 * Dk * hk_p + (Dv + 2) * hv_p
+    Mamba-2           x_p = 2 * N * hk_p + (D + 1) * hv_p
+    to heads          B * T * itemsize * (sum_p x_p - x_r)
+    to sequence       B * T * itemsize * (P - 1) * Dv * hv_r
+    convolution       B * h * itemsize * (the tokens of its slice that others' windows of K - 1 see)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import Chunk, Documents
+from titan_ulysses.ulysses.attention import Ulysses
+from titan_ulysses.ulysses.exchange import send_to_heads, send_to_sequence
+from titan_ulysses.ulysses.gated_deltanet import GatedDeltaNet
+from titan_ulysses.ulysses.heads import HeadPlan, LocalHeads
+from titan_ulysses.ulysses.mamba2 import Mamba2
+from titan_ulysses.ulysses.short_conv import ShortConv
+from titan_ulysses.ulysses.states import (
+    Chunked,
+    Piece,
+    State,
+    chunk_of,
+    nothing_of,
+    run_by_documents,
+)
+
+KINDS = "Gated DeltaNet, Mamba-2 and short convolutions"
+_STATEFUL = {"linear_attention", "conv", "hybrid"}
+"""Types of layers, as configs name them, that have a layer with a state."""
+
+
+def use_linear_attention(blocks: nn.ModuleList) -> None:
+    """Make all layers of known kinds in blocks run sequence-parallel, in place."""
+    for block in blocks:
+        for module in block.modules():
+            if (forward := _forward_of(module)) is not None:
+                module.forward = forward
+
+
+def is_linear_attention(module: nn.Module) -> bool:
+    """Return whether a module is a layer of a known kind."""
+    return _forward_of(module) is not None
+
+
+def recurrence_flops(module: nn.Module) -> int:
+    """Return the FLOPs of a token's recurrence in forward, in all layers inside a module.
+
+    A head's state is read and written by outer products and products with a vector: three of them
+    in Gated DeltaNet, two in Mamba-2. Kernels that compute in chunks do more.
+    """
+    return sum(
+        forward.mixer.recurrence_flops
+        for forward in map(_forward_of, module.modules())
+        if isinstance(forward, ByHeads)
+    )
+
+
+def linear_layers(block: nn.Module) -> list[nn.Module]:
+    """Return the layers of known kinds in a block."""
+    return [module for module in block.modules() if is_linear_attention(module)]
+
+
+def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
+    """Raise UserError if a block has a layer with a state that is of no known kind.
+
+    layer_types are those of the config, one for each block.
+    """
+    for block, kind in zip(blocks, layer_types, strict=False):
+        if kind in _STATEFUL and not linear_layers(block):
+            names = [type(x).__name__ for x in block.children()]
+            names = [name for name in names if "norm" not in name.lower()]
+            raise UserError(
+                f"model: {type(block).__name__} ({', '.join(names)}) is a layer of type {kind}, "
+                "which carries a state along the sequence, and of no kind that this version knows: "
+                f"{KINDS}. Choose another model."
+            )
+
+
+def _forward_of(module: nn.Module) -> ByHeads | ShortConv | None:
+    if GatedDeltaNet.fits(module):
+        return ByHeads(GatedDeltaNet(module))
+    if Mamba2.fits(module):
+        return ByHeads(Mamba2(module))
+    return ShortConv(module) if ShortConv.fits(module) else None
+
+
+class Mixer(Protocol):
+    """A kind of layer, around a module of transformers whose parameters it uses."""
+
+    module: nn.Module
+    of_keys: tuple[bool, ...]
+    """Which of the tensors that `project` returns have key heads."""
+
+    @property
+    def recurrence_flops(self) -> int:
+        """FLOPs of a token's recurrence in forward."""
+
+    def plan(self, degree: int) -> HeadPlan: ...
+
+    def project(self, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return the tensors [B, T, H_i, D_i] that go to the ranks of their heads, and the gate,
+        which stays.
+        """
+
+    def local(self, heads: LocalHeads) -> list[Tensor | None]:
+        """Return the parts of the parameters that convolution and recurrence of heads need."""
+
+    def run(
+        self,
+        inputs: list[Tensor],
+        local: list[Tensor | None],
+        heads: LocalHeads,
+        state: State | None,
+        wanted: bool,
+    ) -> tuple[Tensor, State | None]:
+        """Run a piece of a document: -> output [B, n, h, D], and the state after it if wanted."""
+
+    def gated(self, output: Tensor, gate: Tensor) -> Tensor:
+        """Norm and gate output [B, T, H, D]: -> [B, T, H * D]."""
+
+    def project_back(self, gated: Tensor) -> Tensor:
+        """Return the layer's output [B, T, hidden size]."""
+
+
+class ByHeads:
+    """The forward of a layer whose heads are divided among the ranks."""
+
+    def __init__(self, mixer: Mixer):
+        self.mixer = mixer
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        ulysses: Ulysses | None = None,
+        attention_mask: Tensor | None = None,
+        **__: Any,
+    ) -> Tensor:
+        mixer = self.mixer
+        chunk = chunk_of(mixer.module, ulysses, attention_mask)
+        if chunk is not None and chunk.goal == "keys":
+            return nothing_of(hidden_states)
+        mesh = ulysses.mesh
+        tensors, gate = mixer.project(hidden_states)
+        plan = mixer.plan(mesh.size())
+        if mesh.size() > 1:
+            tensors = list(send_to_heads(tensors, mixer.of_keys, plan, mesh))
+        output = self.recur(tensors, plan, mesh.get_local_rank(), chunk, ulysses.documents)
+        if mesh.size() > 1:
+            output = send_to_sequence(output, plan, mesh)
+        return mixer.project_back(mixer.gated(output, gate).to(hidden_states.dtype))
+
+    def recur(
+        self,
+        tensors: Sequence[Tensor],
+        plan: HeadPlan,
+        rank: int,
+        chunk: Chunk | None,
+        documents: Documents,
+    ) -> Tensor:
+        """Run convolution and recurrence on this rank's heads of a chunk or of all tokens."""
+        mixer = self.mixer
+        heads = plan.local(rank)
+        local = mixer.local(heads)
+        if not heads.query:
+            return self._idle(tensors, local)
+        border = Chunked(chunk, documents, mixer.module)
+        state = border.before([*tensors, *local])
+
+        def run(inputs: list[Tensor], state: State | None, _: Piece):
+            return mixer.run(inputs, local, heads, state, border.is_wanted)
+
+        start = 0 if chunk is None else chunk.whole.start
+        return border.after(*run_by_documents(run, tensors, documents, start, state))
+
+    def _idle(self, tensors: Sequence[Tensor], local: Sequence[Tensor | None]) -> Tensor:
+        """Return the output [B, S, 0, D] of a rank without heads.
+
+        It stays connected to all inputs and parameters: their gradients are collectives, which
+        every rank must join. Its dtype is that of the other ranks' outputs, for the exchange.
+        """
+        values = tensors[self.mixer.of_keys.index(False)]
+        with torch.no_grad():
+            one = LocalHeads(range(1), range(1), [(slice(0, 1), slice(0, 1))])
+            token = [x.new_zeros(1, 1, 1, x.shape[3]) for x in tensors]
+            probe, _ = self.mixer.run(token, self.mixer.local(one), one, None, False)
+        nothing = sum(x.sum() for x in (*tensors, *local) if x is not None)
+        return (values + nothing).to(probe.dtype)
