@@ -395,7 +395,7 @@ def _section(name: str, keys: dict[str, Any]) -> str:
 def test_a_run_on_two_ranks_resumed_on_three(family: str, tmp_path: Path) -> None:
     """Streamed on two ranks and resumed on three, as on one; transformers opens its export."""
     config = write_run(tmp_path, family)
-    train(config, {"job.name": "one"})
+    run_on_ranks(1, train, config, {"job.name": "one"})
     one = learned(tmp_path / "outputs" / "one")
     streamed = {"job.name": "many", "memory.stream_chunk_tokens": 24}
     first = {
