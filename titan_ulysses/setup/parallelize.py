@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import AUTOMATIC_CHUNK_TOKENS
 from titan_ulysses.memory.allocator import warn_of_fragmentation
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
@@ -52,6 +53,10 @@ from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, 
 from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.linear_attention import check_layers
 
+_OFFLOADED_CHUNK_TOKENS = 2**14
+"""Tokens of the smallest chunk of the whole sequence where keys come from host memory to a GPU: a
+kernel of 600 TFLOP/s and a link of 50 GB/s need some thousand queries (see key_blocks.py).
+"""
 _SMALLEST_TILE = 1024
 """Smallest default size of an MLP tile on a CPU, in tokens.
 
@@ -199,7 +204,9 @@ def wrap(
     if options.compile:
         compile_blocks(blocks)
     streams = obstacle_to_streaming(model.config, options, device_type) is None
-    model.stream_chunk_tokens = options.stream_chunk_tokens if streams else -1
+    model.stream_chunk_tokens = -1
+    if streams:
+        model.stream_chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type)
     sequences = None
     if streams and options.stream_offload != "none":
         check_stream_offload(model, options.stream_offload)
@@ -236,6 +243,18 @@ def _refuse_methods(model: PreTrainedModel) -> None:
     """Make the model's methods that cannot work on shards raise UserError."""
     for name, reason in _REFUSED.items():
         setattr(model, name, partial(_refuse, reason))
+
+
+def _chunk_tokens(options: ParallelOptions, degree: int, device_type: str) -> int:
+    """Return the setting of the tokens of a chunk; 0: as `chunk_length` chooses.
+
+    With `stream_offload` on a GPU, copies of keys hide behind the attention of a chunk only if it
+    has enough queries.
+    """
+    chosen = options.stream_chunk_tokens
+    if chosen == 0 and options.stream_offload != "none" and device_type == "cuda":
+        return max(AUTOMATIC_CHUNK_TOKENS * degree, _OFFLOADED_CHUNK_TOKENS)
+    return chosen
 
 
 def _tiles_mlp(options: ParallelOptions) -> bool:

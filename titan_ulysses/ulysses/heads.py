@@ -82,9 +82,10 @@ class HeadPlan:
         one another, or all are the same. An even plan has one group, and so does MQA with P query
         heads. Ranks that get nothing belong to no group.
         """
-        kinds = {"q": self.queries_of(source), "k": self.key_value}
-        kinds = [heads for kind, heads in kinds.items() if kind in tensors] or [self.key_value]
-        return _rank_groups(kinds[0], kinds[-1])
+        queries, keys = self.queries_of(source), self.key_value
+        if "q" not in tensors:
+            queries = keys
+        return _rank_groups(queries, queries if set(tensors) == {"q"} else keys)
 
     def runs(self, rank: int, part: int = 0) -> list[tuple[slice, slice]]:
         """Return slices (query, KV) of a part's heads that one attention call each can compute.
