@@ -211,8 +211,13 @@ def pytest_gpu(scale: Scale) -> Figures:
 # --- 4. offload -----------------------------------------------------------------------------------
 
 
-def sharded_llama(scale: Scale, layers: int, **options: Any) -> tuple[Any, dict[str, Any], Any]:
-    """Return a llama on this device, a batch of one sequence, and the mesh."""
+def sharded_llama(
+    scale: Scale, layers: int, *, tokens: int = 0, **options: Any
+) -> tuple[Any, dict[str, Any], Any]:
+    """Return a llama on this device, a batch of one sequence, and the mesh.
+
+    tokens: of the sequence; 0: those of the scale.
+    """
     import torch
 
     from titan_ulysses import build_mesh, parallelize
@@ -227,13 +232,13 @@ def sharded_llama(scale: Scale, layers: int, **options: Any) -> tuple[Any, dict[
         parallelize(model, mesh, param_dtype=dtype, **options)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(table["vocab_size"], (1, scale.tokens), generator=generator)
-    positions = torch.arange(scale.tokens)[None]
+    generator, tokens = torch.Generator().manual_seed(0), tokens or scale.tokens
+    ids = torch.randint(table["vocab_size"], (1, tokens), generator=generator)
+    positions = torch.arange(tokens)[None]
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": positions}
     batch = {name: x.to(mesh.device) for name, x in batch.items()}
-    batch["num_items_in_batch"] = torch.tensor(scale.tokens, device=mesh.device)
-    return model, batch | {"documents": ((scale.tokens,),)}, mesh
+    batch["num_items_in_batch"] = torch.tensor(tokens, device=mesh.device)
+    return model, batch | {"documents": ((tokens,),)}, mesh
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> list[Any]:
@@ -269,29 +274,38 @@ def offload_bits(scale: Scale) -> Figures:
 
 def copies_beside_kernels(scale: Scale) -> Figures:
     """How much of the time of offloaded copies passes while kernels run."""
+    found: Figures = {}
+    for offload in ("host", "disk"):
+        shares = hidden_copies(scale, offload=offload)
+        found |= {f"{offload} {way}": said for way, said in shares.items()}
+    return found
+
+
+def hidden_copies(scale: Scale, **options: Any) -> Figures:
+    """Return for each direction how many copies a step has, and the share of their time that passes
+    while kernels run, at least half of it.
+    """
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     found: Figures = {}
-    for offload in ("host", "disk"):
-        model, batch, _ = sharded_llama(scale, 4, offload=offload)
+    model, batch, _ = sharded_llama(scale, 4, **options)
+    loss_and_gradients(model, batch)
+    gpu = [] if scale.rehearses else [ProfilerActivity.CUDA]
+    with profile(activities=[*gpu, ProfilerActivity.CPU]) as profiler:
         loss_and_gradients(model, batch)
-        gpu = [] if scale.rehearses else [ProfilerActivity.CUDA]
-        with profile(activities=[*gpu, ProfilerActivity.CPU]) as profiler:
-            loss_and_gradients(model, batch)
-            if gpu:
-                torch.cuda.synchronize()
-        events = [e for e in profiler.events() if e.device_type.name == "CUDA"]
-        spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
-        kernels = [(start, end) for name, start, end in spans if not name.startswith("Mem")]
-        for way in ("DtoH", "HtoD"):
-            copies = [(a, b) for name, a, b in spans if way in name and b - a > 100]
-            total = sum(end - start for start, end in copies)
-            hidden = sum(overlap(copy, merged(kernels)) for copy in copies)
-            if total:
-                found[f"{offload} {way}"] = f"{len(copies)}, {hidden / total:.0%} hidden"
-            assert scale.rehearses or (copies and hidden > 0.5 * total), (way, total, hidden)
-        del model
+        if gpu:
+            torch.cuda.synchronize()
+    events = [e for e in profiler.events() if e.device_type.name == "CUDA"]
+    spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
+    kernels = [(start, end) for name, start, end in spans if not name.startswith("Mem")]
+    for way in ("DtoH", "HtoD"):
+        copies = [(a, b) for name, a, b in spans if way in name and b - a > 100]
+        total = sum(end - start for start, end in copies)
+        hidden = sum(overlap(copy, merged(kernels)) for copy in copies)
+        if total:
+            found[way] = f"{len(copies)}, {hidden / total:.0%} hidden"
+        assert scale.rehearses or (copies and hidden > 0.5 * total), (way, total, hidden)
     return found
 
 
