@@ -24,7 +24,7 @@ from test_streaming import table_of
 from titan_ulysses.memory.offload import CudaStore, buffer_maker
 from titan_ulysses.memory.stream_offload import SequenceStore
 from titan_ulysses.setup import parallelize
-from titan_ulysses.ulysses import streamed
+from titan_ulysses.ulysses import key_blocks, streamed
 
 DOCUMENTS = [[11, 9, 4], [5, 19]]
 
@@ -73,7 +73,7 @@ def late_store() -> SequenceStore:
 def train_with_late_copies(*args: Any, **options: Any):
     """Keys too leave the device, however few a chunk reads."""
     stores = []
-    streamed.RESIDENT_CHUNKS = 0
+    streamed.RESIDENT_CHUNKS, key_blocks.BLOCK_TOKENS = 0, 8  # two chunks in a block
 
     def open_late(offload: str, folder: str | None, device: torch.device) -> SequenceStore:
         stores.append(late_store())
@@ -111,7 +111,7 @@ def check(degrees, table: dict[str, Any], documents: list[list[int]]) -> float:
 def test_training_with_copies_that_come_late(degrees, rows: int) -> None:
     ahead = check(degrees, STARCODER2, DOCUMENTS[:rows])
     # The first part of a sweep does not come ahead, nor do those of several rows.
-    assert (ahead > 0.5) == (rows == 1), ahead
+    assert (ahead > 0.4) == (rows == 1), ahead
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "mistral"])

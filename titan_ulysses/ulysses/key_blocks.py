@@ -1,10 +1,10 @@
 """Keys and values of a layer that wait off the device, and attention to them block by block.
 
 With `memory.stream_offload` on a GPU, the keys and values of the chunks before are in the store of
-the hidden states (`memory/stream_offload.py`), a block for each chunk, and so are the sums of their
-gradients. The queries of a chunk attend to one block after the other, while the next
-block is on its way. The results merge by their log-sum-exps, and backward adds to one block of
-gradients at a time. So what a layer needs on the device does not grow with the sequence.
+the hidden states (`memory/stream_offload.py`), and so are the sums of their gradients. The queries
+of a chunk attend to one block of keys after the other, while the next block is on its way. The
+results merge by their log-sum-exps, and backward adds to one block of gradients at a time. So what
+a layer needs on the device does not grow with the sequence.
 
 The copies hide behind the kernels where a chunk has enough queries: a block of n keys is 2 n D
 numbers of each KV head, and the queries of a chunk compute 4 n D FLOPs each with them, in backward
@@ -24,6 +24,8 @@ from titan_ulysses.distributed.sequence import Reach, SequenceTensors
 from titan_ulysses.ulysses.scores import Scores
 from titan_ulysses.ulysses.tiles import Merged
 
+BLOCK_TOKENS = 2**16
+"""Tokens of a block, in whole chunks: fewer results to merge, and longer copies."""
 RESIDENT_CHUNKS = 4
 """The keys of so many chunks stay on the device, where no chunk reads more: because of a window, or
 because documents are short.
@@ -33,19 +35,24 @@ because documents are short.
 class KeyBlocks:
     """What `streamed.KeysAndValues` does, off the device.
 
-    A block has the tokens of a chunk, for this rank's KV heads. There is memory for as many blocks
-    as a chunk reads. A later block takes the place of one that is not read any more.
+    A block has the tokens of one or several chunks, for this rank's KV heads. There is memory for
+    as many blocks as a chunk reads. A later block takes the place of one that is not read any more.
     """
 
     def __init__(self, reach: Reach, store: SequenceTensors):
         self.reach, self._store = reach, store
-        self._seq_len, self._count = sum(reach.documents[0]), -(-reach.most() // reach.size)
+        self._seq_len = sum(reach.documents[0])
+        together, most = max(1, BLOCK_TOKENS // reach.size), -(-reach.most() // reach.size)
+        self._step = together * reach.size
+        """Tokens of a block."""
+        # What a chunk reads may begin and end inside of a block.
+        self._places_count = -(-(most + together - 1) // together) * together
         self._tensors: list[Tensor] = []
         """k and v [B, n, Hkv, D] of all places."""
         self._gradients: list[Tensor] = []
         """Their sums, in fp32 or wider."""
         self._summed: set[int] = set()
-        """The first tokens of the blocks whose sums are not 0, and are in memory."""
+        """The first tokens of the blocks whose sums are in memory. All others are 0."""
         self._starts = range(0)
         """The first tokens of the blocks that `read` yields."""
         self._next: slice | None = None
@@ -53,7 +60,9 @@ class KeyBlocks:
 
     def hold(self, tokens: slice) -> None:
         """Forget what does not belong to these tokens."""
-        self._summed = {x for x in self._summed if tokens.start <= x < tokens.stop}
+        self._summed = {
+            x for x in self._summed if x < tokens.stop and x + self._step > tokens.start
+        }
 
     def put(self, tokens: slice, *tensors: Tensor) -> None:
         """Keep k and v [B, n, Hkv, D] of the tokens of a chunk."""
@@ -70,17 +79,18 @@ class KeyBlocks:
     def read(self, tokens: slice) -> Iterator[tuple[slice, list[Tensor]]]:
         """Yield the tokens of each block that has some of `tokens`, with its k and v on the device.
 
-        The last one is that of the chunk itself.
+        The last one ends with the chunk itself.
         """
-        size = self.reach.size
-        self._starts = range(tokens.start - tokens.start % size, tokens.stop, size)
-        blocks = [slice(start, min(start + size, self._seq_len)) for start in self._starts]
+        size, step = self.reach.size, self._step
+        end = min(-(-tokens.stop // size) * size, self._seq_len)
+        self._starts = range(tokens.start - tokens.start % step, tokens.stop, step)
+        blocks = [slice(start, min(start + step, end)) for start in self._starts]
         for block, self._next in visited_with_next(blocks):
             yield block, self._read(self._tensors, block, self._next)
 
     def gradients_of(self, block: slice) -> list[Tensor]:
         """Return the sums of the gradients of a block's k and v on the device, to be added to."""
-        if block.start in self._summed:
+        if block.start - block.start % self._step in self._summed:
             then = self._next if self._next and self._next.start in self._summed else None
             return self._read(self._gradients, block, then)
         if not self._gradients:
@@ -104,14 +114,14 @@ class KeyBlocks:
         return [gradient.to(x.dtype) for gradient, x in pairs]
 
     def _empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        tokens = self._count * self.reach.size
+        tokens = self._places_count * self.reach.size
         shape = torch.Size((len(like), tokens, *like.shape[2:]))
         return self._store.empty(shape, dtype)
 
     def _places(self, tensors: Sequence[Tensor], block: slice) -> list[Tensor]:
-        """Return the memory of a block."""
+        """Return the memory of a block, or of a chunk."""
         size = self.reach.size
-        start = block.start // size % self._count * size
+        start = block.start // size % self._places_count * size
         return [x[:, start : start + block.stop - block.start] for x in tensors]
 
     def _read(self, tensors: Sequence[Tensor], block: slice, then: slice | None) -> list[Tensor]:
