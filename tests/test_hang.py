@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
     assert seconds < 3 + 10
     what = "is at work on something else" if how == "loops" else "gives no sign of life"
     where = r"(endless|hang) \(\S+driver\.py:\d+\), called by \w+ \(.+?\)"
-    message = re.escape(f"error: rank 1 {what}: it is in step 3, ") + where
+    message = rf"error: rank 1 on \S+ {what}: it is in step 3, " + where
     waited = r"\. Rank 0 waited for it in step 3, \w+ \(.+?\), called by \w+ \(.+?\), longer"
     by_beats = (
         rf"error: rank 1 on \S+ has given no sign of life for 3 s \(it was in step 3, {where}"

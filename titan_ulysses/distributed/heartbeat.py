@@ -52,7 +52,8 @@ def keep_stacks_in(folder: Path) -> None:
 
 def beat(store: TCPStore, rank: int) -> None:
     """Tell the store that this rank is alive, and what its main thread is in."""
-    text = json.dumps({"beat": next(_beats), "part": _Rank.part, **_place()})
+    told = {"beat": next(_beats), "host": run_store.host_name(), "part": _Rank.part}
+    text = json.dumps(told | _place())
     store.set(run_store.key(f"alive/{rank}"), text)
 
 
@@ -95,7 +96,7 @@ def describe_hang(error: BaseException, seconds: float) -> str | None:
         return None
     what = "gives no sign of life" if silent else "is at work on something else"
     told = [
-        f"rank {rank} {what}: it is in {now[rank].get('part', 'the start')}, "
+        f"rank {rank} on {now[rank].get('host', 'its host')} {what}: it is in {now[rank].get('part', 'the start')}, "
         f"{now[rank].get('place', 'unknown')}"
         for rank in guilty[:_MOST_NAMED]
     ]
