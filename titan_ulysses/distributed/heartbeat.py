@@ -95,9 +95,9 @@ def describe_hang(error: BaseException, seconds: float) -> str | None:
     if not (guilty := silent or busy):
         return None
     what = "gives no sign of life" if silent else "is at work on something else"
+    unknown = {"host": "its host", "part": "the start", "place": "a place unknown"}
     told = [
-        f"rank {rank} on {now[rank].get('host', 'its host')} {what}: it is in {now[rank].get('part', 'the start')}, "
-        f"{now[rank].get('place', 'unknown')}"
+        "rank {} on {host} {}: it is in {part}, {place}".format(rank, what, **unknown | now[rank])
         for rank in guilty[:_MOST_NAMED]
     ]
     if len(guilty) > _MOST_NAMED:
