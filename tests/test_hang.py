@@ -87,6 +87,50 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
         assert "endless" in (run / "stacks" / "rank-1.txt").read_text()
 
 
+SLOW_DRIVER = """
+import sys, time
+from titan_ulysses.train import trainer
+from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.failure import exit_on_error
+
+train_step, steps = trainer.train_step, []
+
+def slow(*args, **options):
+    steps.append(1)
+    if len(steps) == 2:
+        print("slow", flush=True)
+        time.sleep(100)
+    return train_step(*args, **options)
+
+trainer.train_step = slow
+with exit_on_error():
+    trainer.Trainer(load_config(sys.argv[1])).train()
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    """In the middle of a step that would take minutes. The lock goes with the process."""
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    (tmp_path / "driver.py").write_text(SLOW_DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py"), str(config)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        while running.stdout.readline() not in ("slow\n", ""):
+            pass
+        running.send_signal(signal.SIGINT)
+        said = running.stdout.readline()
+        assert "SIGINT received: stopping after step 2" in said
+        time.sleep(1.3)
+        assert running.poll() is None
+        since = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=20) == 130 and time.monotonic() - since < 5
+    assert "process" in (run / ".lock").read_text(), "it did not end in order"
+    run_on_ranks(1, train, config, SHORT)
+    assert len(learned(run)) == 3
+
+
 # --- one run in a folder --------------------------------------------------------------------------
 
 SHORT: Settings = {"training.steps": 3, "checkpoint.interval": 3}
