@@ -198,7 +198,7 @@ def exhausted(config: Path, settings: Settings, on: str) -> str:
         return refusal(config, settings)
 
 
-@pytest.mark.parametrize("on", ["GPU", "host"])
+@pytest.mark.parametrize("on", ["GPU", pytest.param("host", marks=pytest.mark.slow)])
 def test_out_of_memory_says_what_to_lower(on: str, tmp_path: Path) -> None:
     settings = SHORT | {"plan.enforce": True, "plan.host_memory_gib": 64.0}  # so that there is one
     [message] = run_on_ranks(1, exhausted, write_run(tmp_path), settings, on)
