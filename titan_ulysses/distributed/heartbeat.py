@@ -60,9 +60,9 @@ def beat(store: TCPStore, rank: int) -> None:
 def read(store: TCPStore, ranks: int) -> list[dict[str, Any]]:
     """Return the last beat of each rank; {} of one that has none."""
     keys = [run_store.key(f"alive/{rank}") for rank in range(ranks)]
-    if not store.check(keys):
-        return [{}] * ranks
-    return [json.loads(value) for value in store.multi_get(keys)]
+    if store.check(keys):
+        return [json.loads(value) for value in store.multi_get(keys)]
+    return [json.loads(store.get(key)) if store.check([key]) else {} for key in keys]
 
 
 def describe_silent(beat_: dict[str, Any]) -> str:
