@@ -73,10 +73,9 @@ def describe_silent(beat_: dict[str, Any]) -> str:
 def describe_hang(error: BaseException, seconds: float) -> str | None:
     """Return who does not answer, what it was in, and what this rank waited for; None: unknown.
 
-    error: that of the collective that has given up. Raise ConnectionError if the store does not
-    answer. Asks the store twice. A rank whose beat has
+    error: that of the collective that has given up. Asks the store twice. A rank whose beat has
     stopped is stopped or cut off. Otherwise those are meant that are alive, and neither wait for
-    others nor have given up themselves.
+    others nor have given up themselves. Raise ConnectionError if the store does not answer.
     """
     own, size = run_store.rank_and_size()
 
