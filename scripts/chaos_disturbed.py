@@ -98,7 +98,7 @@ class Hang(Campaign):
             words = [f"rank {rank} "] + ["the first host"] * first_host
             words += ["another rank died without a word"] * (how == "exits")
             named = any(word in ended.text for word in words)
-        verdict = self._verdict(ended, late, named, by_exit=how == "exits")
+        verdict = self._verdict(ended, late, named)
         if verdict.word == "ended":
             again = self._play(ranks)
             if failed(again) or any(again.codes) or cases.results(run, 10) != expected:
@@ -106,7 +106,7 @@ class Hang(Campaign):
         return what, verdict, ended.seconds
 
     @staticmethod
-    def _verdict(ended: Any, late: float, named: bool, *, by_exit: bool) -> Verdict:
+    def _verdict(ended: Any, late: float, named: bool) -> Verdict:
         text = cases.last_lines(ended.text)
         if ended.hung or late > TIMEOUT_S + GRACE_S:
             return Verdict("hung", f"{late:.1f} s: {text}")

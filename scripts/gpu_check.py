@@ -615,6 +615,20 @@ CHECKS: dict[str, tuple[Check, float]] = {
         partial(trainer, optimizer__name="adamw8bit", optimizer__stochastic_rounding=True),
         90,
     ),
+    "trainer_async": (
+        partial(
+            trainer,
+            checkpoint__enable=True,
+            checkpoint__interval=1,
+            checkpoint__async_mode="async",
+        ),
+        60,
+    ),
+    "trainer_skip": (partial(trainer, training__skip_nonfinite=1), 60),
+    "trainer_skip_8bit": (
+        partial(trainer, training__skip_nonfinite=1, optimizer__name="adamw8bit"),
+        90,
+    ),
     "pytest_gpu": (pytest_gpu, 120),
     "offload_bits": (offload_bits, 90),
     "copies_beside_kernels": (copies_beside_kernels, 60),

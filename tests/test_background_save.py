@@ -110,6 +110,10 @@ def test_steps_go_on_while_bytes_are_written(tmp_path: Path) -> None:
         # before the run ends.
         assert seen == {"began": [2, 4, 6], "ended": [3, 5, 6], "threads": [False] * 3}
     assert [*stored(run)] == ["step-2", "step-4", "step-6"]
+    # What is written is what was there when the save began.
+    at_once = {"job.name": "at-once", "checkpoint.async_mode": "disabled"}
+    run_on_ranks(2, train, config, ASYNC | at_once)
+    assert stored(run) == stored(run.parent / "at-once")
 
 
 def what_is_written(folder: Path) -> list[float]:

@@ -569,7 +569,8 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     [(code, message)] = run_on_ranks(1, refusal, arguments(config, settings))
     last = logged(run)[-1]["step"]
     assert code == 1 and message.startswith("The loss is ")
-    assert f" at step {last + 1}. Nothing of it is saved. Lower optimizer.lr = 1e+30" in message
+    assert f" at step {last + 1} (first: the gradient of model." in message
+    assert "). Nothing of it is saved. Lower optimizer.lr = 1e+30" in message
     assert "nan" in message or "inf" in message
     # Nothing that the same command would go on from.
     assert not list((run / "checkpoints").glob("*"))

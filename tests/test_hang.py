@@ -74,7 +74,7 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
     assert seconds < 3 + 10
     what = "is at work on something else" if how == "loops" else "gives no sign of life"
     where = r"(endless|hang) \(\S+driver\.py:\d+\), called by \w+ \(.+?\)"
-    message = re.escape(f"error: rank 1 {what}: it is in step 3, ") + where
+    message = rf"error: rank 1 on \S+ {what}: it is in step 3, " + where
     waited = r"\. Rank 0 waited for it in step 3, \w+ \(.+?\), called by \w+ \(.+?\), longer"
     by_beats = (
         rf"error: rank 1 on \S+ has given no sign of life for 3 s \(it was in step 3, {where}"
@@ -85,6 +85,50 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
     assert "train_step" in (run / "stacks" / "rank-0.txt").read_text()
     if how == "loops":
         assert "endless" in (run / "stacks" / "rank-1.txt").read_text()
+
+
+SLOW_DRIVER = """
+import sys, time
+from titan_ulysses.train import trainer
+from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.failure import exit_on_error
+
+train_step, steps = trainer.train_step, []
+
+def slow(*args, **options):
+    steps.append(1)
+    if len(steps) == 2:
+        print("slow", flush=True)
+        time.sleep(100)
+    return train_step(*args, **options)
+
+trainer.train_step = slow
+with exit_on_error():
+    trainer.Trainer(load_config(sys.argv[1])).train()
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    """In the middle of a step that would take minutes. The lock goes with the process."""
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    (tmp_path / "driver.py").write_text(SLOW_DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py"), str(config)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        while running.stdout.readline() not in ("slow\n", ""):
+            pass
+        running.send_signal(signal.SIGINT)
+        said = running.stdout.readline()
+        assert "SIGINT received: stopping after step 2" in said
+        time.sleep(1.3)
+        assert running.poll() is None
+        since = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=20) == 130 and time.monotonic() - since < 5
+    assert "process" in (run / ".lock").read_text(), "it did not end in order"
+    run_on_ranks(1, train, config, SHORT)
+    assert len(learned(run)) == 3
 
 
 # --- one run in a folder --------------------------------------------------------------------------
@@ -154,7 +198,7 @@ def exhausted(config: Path, settings: Settings, on: str) -> str:
         return refusal(config, settings)
 
 
-@pytest.mark.parametrize("on", ["GPU", "host"])
+@pytest.mark.parametrize("on", ["GPU", pytest.param("host", marks=pytest.mark.slow)])
 def test_out_of_memory_says_what_to_lower(on: str, tmp_path: Path) -> None:
     settings = SHORT | {"plan.enforce": True, "plan.host_memory_gib": 64.0}  # so that there is one
     [message] = run_on_ranks(1, exhausted, write_run(tmp_path), settings, on)

@@ -102,7 +102,7 @@ SP2: Settings = CORE | {"parallelism.sequence_parallel_degree": 2}
     [("adamw", 1), ("adamw8bit", 3), pytest.param("adamw4bit", 1, marks=pytest.mark.slow)],
 )
 def test_skipped_steps_change_nothing(optimizer: str, log_interval: int, tmp_path: Path) -> None:
-    """On both ranks, though the numbers of one of them alone are bad; bit for bit."""
+    """On both ranks, though attention is bad on one of them alone; bit for bit."""
     config, outputs = write_run(tmp_path), tmp_path / "outputs"
     shape = load_config(config).model.config | MODEL  # large enough to be quantized
     settings = SP2 | {
@@ -117,7 +117,7 @@ def test_skipped_steps_change_nothing(optimizer: str, log_interval: int, tmp_pat
         warnings = [text for text in said if "WARNING" in text]
         start = "WARNING: The loss is nan and the gradient norm nan at step "
         assert [text.removeprefix(start)[0] for text in warnings] == ["2", "3"]
-        assert "(first: the loss of rank 1, in document" in warnings[0]
+        assert "(first: the loss of ranks 0, 1, in document" in warnings[0]
         assert warnings[0].endswith("It is skipped, 1 of 2.")
     run, reference = outputs / "run", outputs / "reference"
     good = {1, 4, 5, 6}

@@ -196,6 +196,15 @@ def test_what_leaves_the_gpu_is_on_the_host():
     assert files.host_components == {"checkpoints": 2 * 2 * tokens * width}
     assert files.peak.bytes == plan.peak.bytes
     assert plan_of().host_bytes == 0
+    # A checkpoint that is written in the background is copied: what is trained, and its state.
+    copy = plan_of(checkpoint__async_mode="async", training__skip_nonfinite=2)
+    whole = sum(
+        allocation_bytes
+        for allocation, allocation_bytes in copy.peak.alive.items()
+        if allocation.component in ("parameters", "optimizer state")
+    )
+    assert whole <= copy.host_components["checkpoint copy"] <= 2.2 * whole  # pinned: a power of 2
+    assert "checkpoint copy" not in plan_of(checkpoint__async_mode="disabled").host_components
     state = plan_of(memory__optimizer_offload=True)
     assert "optimizer state" in state.host_components
     moments = [

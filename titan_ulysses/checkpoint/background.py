@@ -47,7 +47,10 @@ class BackgroundSave:
     def again(self) -> None:
         """Begin to write the copy once more."""
         self.tries, self._reason = self.tries + 1, None
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._thread = threading.Thread(
+            target=self._write, args=(device,), name="checkpoint", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -72,9 +75,11 @@ class BackgroundSave:
         """Forget the save that has failed."""
         self.step = None
 
-    def _write(self) -> None:
+    def _write(self, device: int | None) -> None:
         assert self.step is not None
         try:
+            if device is not None:
+                torch.cuda.set_device(device)  # a thread begins on the first one
             self._reason = self.writer.write(self.step, self._copy, self._state)
         except BaseException as error:  # raised again by the thread that trains
             self._error = error

@@ -52,16 +52,17 @@ def keep_stacks_in(folder: Path) -> None:
 
 def beat(store: TCPStore, rank: int) -> None:
     """Tell the store that this rank is alive, and what its main thread is in."""
-    text = json.dumps({"beat": next(_beats), "part": _Rank.part, **_place()})
+    told = {"beat": next(_beats), "host": run_store.host_name(), "part": _Rank.part}
+    text = json.dumps(told | _place())
     store.set(run_store.key(f"alive/{rank}"), text)
 
 
 def read(store: TCPStore, ranks: int) -> list[dict[str, Any]]:
     """Return the last beat of each rank; {} of one that has none."""
     keys = [run_store.key(f"alive/{rank}") for rank in range(ranks)]
-    if not store.check(keys):
-        return [{}] * ranks
-    return [json.loads(value) for value in store.multi_get(keys)]
+    if store.check(keys):
+        return [json.loads(value) for value in store.multi_get(keys)]
+    return [json.loads(store.get(key)) if store.check([key]) else {} for key in keys]
 
 
 def describe_silent(beat_: dict[str, Any]) -> str:
@@ -72,10 +73,9 @@ def describe_silent(beat_: dict[str, Any]) -> str:
 def describe_hang(error: BaseException, seconds: float) -> str | None:
     """Return who does not answer, what it was in, and what this rank waited for; None: unknown.
 
-    error: that of the collective that has given up. Raise ConnectionError if the store does not
-    answer. Asks the store twice. A rank whose beat has
+    error: that of the collective that has given up. Asks the store twice. A rank whose beat has
     stopped is stopped or cut off. Otherwise those are meant that are alive, and neither wait for
-    others nor have given up themselves.
+    others nor have given up themselves. Raise ConnectionError if the store does not answer.
     """
     own, size = run_store.rank_and_size()
 
@@ -94,9 +94,9 @@ def describe_hang(error: BaseException, seconds: float) -> str | None:
     if not (guilty := silent or busy):
         return None
     what = "gives no sign of life" if silent else "is at work on something else"
+    unknown = {"host": "its host", "part": "the start", "place": "a place unknown"}
     told = [
-        f"rank {rank} {what}: it is in {now[rank].get('part', 'the start')}, "
-        f"{now[rank].get('place', 'unknown')}"
+        "rank {} on {host} {}: it is in {part}, {place}".format(rank, what, **unknown | now[rank])
         for rank in guilty[:_MOST_NAMED]
     ]
     if len(guilty) > _MOST_NAMED:

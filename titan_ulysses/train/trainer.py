@@ -255,6 +255,9 @@ class Trainer:
         )
 
     def _latest(self) -> int | None:
+        """Return the step of the last checkpoint, after one that is still being written."""
+        with suppress(UserError):
+            self.checkpointer.finish()
         return self.checkpointer.latest() if self.config.checkpoint.enable else None
 
     def _resume_or_initialize(self) -> int:
@@ -395,6 +398,8 @@ class Trainer:
             return
         if config.checkpoint.export:
             self.numbers.expect_finite_model()
+            if not config.checkpoint.enable:  # else the last checkpoint has been looked at
+                expect_no_drift(self, self.ranks.hosts, self._latest)
             if config.lora.rank:
                 base = base_weights(config)
                 weights.save_adapters(
