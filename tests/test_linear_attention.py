@@ -416,6 +416,51 @@ def test_a_run_on_two_ranks_resumed_on_three(family: str, tmp_path: Path) -> Non
         assert (ours - theirs).abs().max() < 1e-3, name
 
 
+# --- families that must prove themselves ----------------------------------------------------------
+
+
+def proves_itself(family: str, keys: dict[str, Any]) -> int:
+    """The chunks with which a family trains that nobody has checked."""
+    table = model_of(family) | keys
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_ulysses.ulysses.linear_attention._TESTED", {})
+        parallelize(model, mesh_of(*SP2), mlp_tile_tokens=7)
+    return model.stream_chunk_tokens
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"hidden_size": 128, "linear_num_key_heads": 8, "linear_num_value_heads": 16},
+    "bamba": {"hidden_size": 128, "mamba_n_heads": 16, "num_hidden_layers": 6},
+    "nemotron_h": {"hidden_size": 128, "mamba_num_heads": 16, "n_groups": 8},
+    "lfm2": {"hidden_size": 128},
+}
+LARGE["bamba"] |= {"attn_layer_indices": [2, 5], "mamba_n_groups": 4}
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_layers_of_another_version_are_verified_first(family: str) -> None:
+    """Sharded against whole, as a tiny model, and chunk by chunk."""
+    for chunk_tokens in run_on_ranks(2, proves_itself, family, LARGE[family]):
+        assert chunk_tokens == 0
+
+
+def test_a_mistake_is_found_by_the_proof() -> None:
+    for message in run_on_ranks(2, refusal_with_a_mistake):
+        assert '"qwen3_next" is not a family that is known to train exactly' in message
+        assert "is off by" in message
+
+
+def refusal_with_a_mistake() -> str:
+    model = hf.build_on_meta(hf.load_model_config("", model_of("qwen3_next")), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_ulysses.ulysses.linear_attention._TESTED", {})
+        patch.setattr(states, "pieces_of_row", _one_piece)
+        with pytest.raises(UserError) as caught:
+            parallelize(model, mesh_of(*SP2))
+    return str(caught.value)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -63,6 +63,20 @@ _SIZES = {
     "num_experts_per_tok": 2,
     "n_group": 2,
     "topk_group": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_d_state": 8,
+    "ssm_state_size": 8,
+    "mamba_n_groups": 2,
+    "n_groups": 2,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "mamba_d_ssm": _HIDDEN,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
 }
 """Largest widths of the tiny model, for those of these names that a config has."""
 
@@ -194,6 +208,9 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
             _SIZES
             | dict.fromkeys((name for name in vars(tiny) if "intermediate_size" in name), _HIDDEN),
         )
+        if isinstance(getattr(tiny, "mamba_d_head", None), int):
+            inner = getattr(tiny, "mamba_d_ssm", None) or tiny.mamba_expand * tiny.hidden_size
+            tiny.mamba_d_head = inner // tiny.mamba_n_heads
     _keep_kinds_of_layers(tiny)
     _limit(tiny, {"vocab_size": 64, "vocab_size_per_layer_input": 64})
     _limit(tiny, {"sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
@@ -215,6 +232,9 @@ def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
     Kinds are told apart by those lists in the config that have one entry for each layer.
     """
     layers = tiny.num_hidden_layers
+    if places := getattr(tiny, "attn_layer_indices", None):  # bamba: which layers have attention
+        tiny.attn_layer_indices, tiny.num_hidden_layers = [1] if 0 not in places else [0], 2
+        return
     lists = {
         k: v for k, v in vars(tiny).items() if isinstance(v, list | tuple) and len(v) == layers
     }

@@ -46,7 +46,7 @@ from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
 from titan_ulysses.ulysses.cores import Core
-from titan_ulysses.ulysses.linear_attention import check_layers
+from titan_ulysses.ulysses.linear_attention import check_layers, has_untested_layers
 
 _SMALLEST_TILE = 1024
 """Smallest default size of an MLP tile on a CPU, in tokens.
@@ -100,8 +100,11 @@ def parallelize(
     check_dropout(model)
     check_group(mesh, parameter_offload=options.parameter_offload)
     check_same_weights(model)
+    is_checked = model.config.model_type in CHECKED_FAMILIES
     if types := layer_types(model.config):
-        check_layers(find_blocks(model)[1], types)
+        blocks = find_blocks(model)[1]
+        check_layers(blocks, types)
+        is_checked = is_checked and not has_untested_layers(blocks)
     if mesh.device.type == "cuda":
         warn_of_fragmentation()
     if isinstance(options.attention, str):
@@ -113,7 +116,7 @@ def parallelize(
         )
         options = replace(options, attention=core)
     store = open_store(options.store, options.offload_folder, mesh.device)
-    if model.config.model_type not in CHECKED_FAMILIES:
+    if not is_checked:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
 
