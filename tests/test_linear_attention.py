@@ -31,7 +31,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
 from titan_ulysses.ulysses import gated_deltanet, mamba2, states
 from titan_ulysses.ulysses.heads import plan_heads
-from titan_ulysses.ulysses.linear_attention import linear_layers
+from titan_ulysses.ulysses.linear_attention import describe_layers, linear_layers
 from titan_ulysses.ulysses.states import Piece, crosses, pieces_of_row
 
 SP3 = (1, 1, 3)
@@ -354,6 +354,15 @@ def test_parts_of_documents() -> None:
     borders = [place for place in range(25) if not crosses((row,), place)]
     assert borders == [0, 4, 20, 24]
     assert crosses((row, (24,)), 4)
+
+
+def test_what_a_run_says_of_its_layers() -> None:
+    config = hf.load_model_config("", model_of("nemotron_h"))
+    said = describe_layers(hf.build_on_meta(config, torch.float32))
+    assert said.startswith("linear attention: 1 x NemotronHMamba2Mixer, in PyTorch, which is slow (")
+    assert "mamba-ssm" in said and "flash-linear-attention" not in said
+    config = hf.load_model_config("", model_of("qwen3"))
+    assert describe_layers(hf.build_on_meta(config, torch.float32)) == ""
 
 
 # --- the front door -------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ hv_p value heads and hk_p key heads (heads and groups in Mamba-2):
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +87,27 @@ def recurrence_flops(module: nn.Module) -> int:
 def linear_layers(block: nn.Module) -> list[nn.Module]:
     """Return the layers of known kinds in a block."""
     return [module for module in block.modules() if is_linear_attention(module)]
+
+
+def describe_layers(model: nn.Module) -> str:
+    """Return which layers of known kinds a model has, and by which code they run; "" if none.
+
+    transformers takes the kernels of a package where it can be imported.
+    """
+    layers = Counter(type(module).__name__ for module in linear_layers(model))
+    if not layers:
+        return ""
+    names = ", ".join(f"{count} x {name}" for name, count in sorted(layers.items()))
+    wanted = {"causal_conv1d": "causal-conv1d"}
+    if any(map(GatedDeltaNet.fits, model.modules())):
+        wanted["fla"] = "flash-linear-attention"
+    if any(map(Mamba2.fits, model.modules())):
+        wanted["mamba_ssm"] = "mamba-ssm"
+    missing = [name for module, name in wanted.items() if not find_spec(module)]
+    how = "by the kernels of " + ", ".join(wanted.values())
+    if missing:
+        how = f"in PyTorch, which is slow (no {', '.join(missing)})"
+    return f"linear attention: {names}, {how}; a call for each document"
 
 
 def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
