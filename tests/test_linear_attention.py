@@ -359,7 +359,7 @@ def test_parts_of_documents() -> None:
 def test_what_a_run_says_of_its_layers() -> None:
     config = hf.load_model_config("", model_of("nemotron_h"))
     said = describe_layers(hf.build_on_meta(config, torch.float32))
-    assert said.startswith("linear attention: 1 x NemotronHMamba2Mixer, in PyTorch, which is slow (")
+    assert said.startswith("linear attention: 1 x NemotronHMamba2Mixer, in PyTorch, which is slow")
     assert "mamba-ssm" in said and "flash-linear-attention" not in said
     config = hf.load_model_config("", model_of("qwen3"))
     assert describe_layers(hf.build_on_meta(config, torch.float32)) == ""
