@@ -31,7 +31,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
 from titan_ulysses.ulysses import gated_deltanet, mamba2, states
 from titan_ulysses.ulysses.heads import plan_heads
-from titan_ulysses.ulysses.linear_attention import linear_layers
+from titan_ulysses.ulysses.linear_attention import describe_layers, linear_layers
 from titan_ulysses.ulysses.states import Piece, crosses, pieces_of_row
 
 SP3 = (1, 1, 3)
@@ -356,6 +356,15 @@ def test_parts_of_documents() -> None:
     assert crosses((row, (24,)), 4)
 
 
+def test_what_a_run_says_of_its_layers() -> None:
+    config = hf.load_model_config("", model_of("nemotron_h"))
+    said = describe_layers(hf.build_on_meta(config, torch.float32))
+    assert said.startswith("linear attention: 1 x NemotronHMamba2Mixer, in PyTorch, which is slow")
+    assert "mamba-ssm" in said and "flash-linear-attention" not in said
+    config = hf.load_model_config("", model_of("qwen3"))
+    assert describe_layers(hf.build_on_meta(config, torch.float32)) == ""
+
+
 # --- the front door -------------------------------------------------------------------------------
 
 
@@ -414,6 +423,51 @@ def test_a_run_on_two_ranks_resumed_on_three(family: str, tmp_path: Path) -> Non
     opened, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in exports)
     for (name, ours), theirs in zip(other.named_parameters(), opened.parameters(), strict=True):
         assert (ours - theirs).abs().max() < 1e-3, name
+
+
+# --- families that must prove themselves ----------------------------------------------------------
+
+
+def proves_itself(family: str, keys: dict[str, Any]) -> int:
+    """The chunks with which a family trains that nobody has checked."""
+    table = model_of(family) | keys
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_ulysses.ulysses.linear_attention._TESTED", {})
+        parallelize(model, mesh_of(*SP2), mlp_tile_tokens=7)
+    return model.stream_chunk_tokens
+
+
+LARGE: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"hidden_size": 128, "linear_num_key_heads": 8, "linear_num_value_heads": 16},
+    "bamba": {"hidden_size": 128, "mamba_n_heads": 16, "num_hidden_layers": 6},
+    "nemotron_h": {"hidden_size": 128, "mamba_num_heads": 16, "n_groups": 8},
+    "lfm2": {"hidden_size": 128},
+}
+LARGE["bamba"] |= {"attn_layer_indices": [2, 5], "mamba_n_groups": 4}
+
+
+@pytest.mark.parametrize("family", LARGE)
+def test_layers_of_another_version_are_verified_first(family: str) -> None:
+    """Sharded against whole, as a tiny model, and chunk by chunk."""
+    for chunk_tokens in run_on_ranks(2, proves_itself, family, LARGE[family]):
+        assert chunk_tokens == 0
+
+
+def test_a_mistake_is_found_by_the_proof() -> None:
+    for message in run_on_ranks(2, refusal_with_a_mistake):
+        assert '"qwen3_next" is not a family that is known to train exactly' in message
+        assert "is off by" in message
+
+
+def refusal_with_a_mistake() -> str:
+    model = hf.build_on_meta(hf.load_model_config("", model_of("qwen3_next")), torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("titan_ulysses.ulysses.linear_attention._TESTED", {})
+        patch.setattr(states, "pieces_of_row", _one_piece)
+        with pytest.raises(UserError) as caught:
+            parallelize(model, mesh_of(*SP2))
+    return str(caught.value)
 
 
 # --- what is refused ------------------------------------------------------------------------------

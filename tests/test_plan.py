@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from helpers.families import model_of
 from helpers.models import LLAMA
 from helpers.ranks import run_on_ranks
 from titan_ulysses.config.schema import Config
@@ -113,6 +114,34 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
         assert copied == pytest.approx(whole.simulation.cost.total(kind), rel=0.01)
         assert bool(copied) == ("memory__stream_offload" in more)
     assert len(short.simulation.memory.events) < len(whole.simulation.memory.events)
+
+
+HYBRID_EXCHANGES = {"qwen3_next": 2, "granitemoehybrid": 2, "lfm2": 1}
+
+
+@pytest.mark.parametrize("family", HYBRID_EXCHANGES)
+def test_layers_with_a_state_are_planned(monkeypatch, family):
+    """Their exchanges, their part of the breakdown, and chunks of which few are simulated."""
+    from titan_ulysses.plan import standin
+    from titan_ulysses.plan.memory import MemoryTracker
+
+    settings = {
+        "model__config": model_of(family) | {"vocab_size": 257, "max_position_embeddings": 2**20},
+        "parallelism__sequence_parallel_degree": 2,
+    }
+    calls, _ = plan_of(**settings).simulation.collectives["all_to_all"]
+    # One layer of it and one of attention: forward, recomputed, backward.
+    assert calls == 3 * (HYBRID_EXCHANGES[family] + 2)
+    monkeypatch.setattr(standin, "CUDA_BLOCK", 256)
+    settings["memory__stream_chunk_tokens"] = 512
+    short = plan_of(**settings)
+    seen = {allocation.component for allocation, _ in short.simulation.memory.events}
+    assert "linear attention" in seen
+    monkeypatch.setattr(MemoryTracker, "shortened", lambda self, parts, cost: iter(parts))
+    whole = plan_of(**settings)
+    assert short.peak.bytes == whole.peak.bytes
+    assert short.simulation.collectives == whole.simulation.collectives
+    assert short.simulation.cost.flops == pytest.approx(whole.simulation.cost.flops, rel=0.01)
 
 
 def test_the_plan_is_the_step():

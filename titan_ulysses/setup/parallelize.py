@@ -51,7 +51,7 @@ from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
 from titan_ulysses.ulysses.cores import Core
-from titan_ulysses.ulysses.linear_attention import check_layers
+from titan_ulysses.ulysses.linear_attention import check_layers, has_untested_layers
 
 _OFFLOADED_CHUNK_TOKENS = 2**14
 """Tokens of the smallest chunk of the whole sequence where keys come from host memory to a GPU: a
@@ -109,8 +109,11 @@ def parallelize(
     check_dropout(model)
     check_group(mesh, parameter_offload=options.parameter_offload)
     check_same_weights(model)
+    is_checked = model.config.model_type in CHECKED_FAMILIES
     if types := layer_types(model.config):
-        check_layers(find_blocks(model)[1], types)
+        blocks = find_blocks(model)[1]
+        check_layers(blocks, types)
+        is_checked = is_checked and not has_untested_layers(blocks)
     if mesh.device.type == "cuda":
         warn_of_fragmentation()
     if isinstance(options.attention, str):
@@ -122,7 +125,7 @@ def parallelize(
         )
         options = replace(options, attention=core)
     store = open_store(options.store, options.offload_folder, mesh.device)
-    if model.config.model_type not in CHECKED_FAMILIES:
+    if not is_checked:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
 

@@ -21,6 +21,7 @@ from titan_ulysses.observability.metrics import describe_parameters
 from titan_ulysses.optim.adamw import missing_compiler
 from titan_ulysses.setup.options import obstacle_to_streaming
 from titan_ulysses.ulysses.heads import idle_ranks
+from titan_ulysses.ulysses.linear_attention import describe_layers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,6 +103,8 @@ def _choices(run: Run) -> list[str]:
             f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one "
             "tile"
         )
+    if layers := describe_layers(run.model):
+        lines.append(markup.escape(layers))
     if streaming:
         lines.append(streaming)
     if not streaming.startswith("streamed"):

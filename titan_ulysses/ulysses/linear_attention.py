@@ -26,7 +26,11 @@ hv_p value heads and hk_p key heads (heads and groups in Mamba-2):
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Sequence
+from hashlib import sha256
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +89,27 @@ def linear_layers(block: nn.Module) -> list[nn.Module]:
     return [module for module in block.modules() if is_linear_attention(module)]
 
 
+def describe_layers(model: nn.Module) -> str:
+    """Return which layers of known kinds a model has, and by which code they run; "" if none.
+
+    transformers takes the kernels of a package where it can be imported.
+    """
+    layers = Counter(type(module).__name__ for module in linear_layers(model))
+    if not layers:
+        return ""
+    names = ", ".join(f"{count} x {name}" for name, count in sorted(layers.items()))
+    wanted = {"causal_conv1d": "causal-conv1d"}
+    if any(map(GatedDeltaNet.fits, model.modules())):
+        wanted["fla"] = "flash-linear-attention"
+    if any(map(Mamba2.fits, model.modules())):
+        wanted["mamba_ssm"] = "mamba-ssm"
+    missing = [name for module, name in wanted.items() if not find_spec(module)]
+    how = "by the kernels of " + ", ".join(wanted.values())
+    if missing:
+        how = f"in PyTorch, which is slow (no {', '.join(missing)})"
+    return f"linear attention: {names}, {how}; a call for each document"
+
+
 def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
     """Raise UserError if a block has a layer with a state that is of no known kind.
 
@@ -99,6 +124,39 @@ def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
                 "which carries a state along the sequence, and of no kind that this version knows: "
                 f"{KINDS}. Choose another model."
             )
+
+
+_TESTED = {
+    "BambaMixer": ("64dac9386589ece1", "0cea3348d9c64a81"),
+    "FalconH1Mixer": ("0f51648956c3fa72", "c6b9855b826fc95b"),
+    "GraniteMoeHybridMambaLayer": ("f54d060249fc83f6", "5118499dddc6d76e"),
+    "Lfm2MoeShortConv": ("4d06364e9aec8b45",),
+    "Lfm2ShortConv": ("768c3845b801317a",),
+    "NemotronHMamba2Mixer": ("5dd30fe04890d863", "1e848f8b5227e9c4"),
+    "OlmoHybridGatedDeltaNet": ("cede7f1269fe866f", "a329261d9df3f9be"),
+    "Qwen3NextGatedDeltaNet": ("4774ace97d9207d6", "5dacf3484861124a"),
+    "Qwen3_5GatedDeltaNet": ("65c43dc001d87456", "368f639b3e7e8092"),
+    "Qwen3_5MoeGatedDeltaNet": ("7179b59c0584e9d1", "4920533b4da12746"),
+}
+"""SHA-256 of the sources of the classes that the tests have compared with, in transformers 5.24 and
+5.17.
+"""
+
+
+def has_untested_layers(blocks: nn.ModuleList) -> bool:
+    """Return whether a layer of a known kind is not built as in the version that was tested.
+
+    transformers writes these layers anew from version to version.
+    """
+    kinds = {type(layer) for block in blocks for layer in linear_layers(block)}
+    return any(_source_hash(kind) not in _TESTED.get(kind.__name__, ()) for kind in kinds)
+
+
+def _source_hash(kind: type) -> str | None:
+    try:
+        return sha256(inspect.getsource(kind).encode()).hexdigest()[:16]
+    except OSError:  # no file
+        return None
 
 
 def _forward_of(module: nn.Module) -> ByHeads | ShortConv | None:
