@@ -69,7 +69,7 @@ SHORTER = {
     "bash scripts/examples/hybrid.sh": "",
     "scripts/bench/data.py": "--steps 2 --repeats 1",
     "scripts/bench/exchange.py": "--ranks 2 --seq-lens 512 --repeats 1 --tokens 256",
-    "scripts/bench/hashing.py": "--mib 8 --rounds 1",
+    "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",
     "scripts/bench/loss_head.py --tiles": "--tokens 256 --vocabulary 128 --tiles 64 128",
     "scripts/bench/loss_head.py": "--tokens 64 --vocabulary 128 --rounds 1",
     "scripts/bench/plan_accuracy.py": "--only tied",
