@@ -155,6 +155,12 @@ LAYOUTS = {family: ("mlp", "post_attention_layernorm", "-") for family in FAMILI
     "llama4_text": ("feed_forward", "post_attention_layernorm", "-"),
     "hyperclovax": ("mlp", "post_attention_layernorm", "post_norm2"),
     "gemma4_text": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "granitemoehybrid": ("block_sparse_moe", "-", "-"),
+    "bamba": ("feed_forward", "pre_ff_layernorm", "-"),
+    "falcon_h1": ("feed_forward", "pre_ff_layernorm", "-"),
+    "nemotron_h": ("mixer", "norm", "-"),
+    "lfm2": ("feed_forward", "ffn_norm", "-"),
+    "lfm2_moe": ("feed_forward", "ffn_norm", "-"),
 }
 
 
@@ -163,7 +169,7 @@ def test_each_family_is_tiled(family):
     """By name, and by what runs: MLP and norms see tiles, never all rows."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(hf.load_model_config("", model_of(family)))
-    block = model.model.layers[0]
+    block = next(block for block in model.model.layers if mlp_layout(block) is not None)
     names = {module: name for name, module in block.named_children()} | {None: "-"}
     layout = mlp_layout(block)
     assert (
