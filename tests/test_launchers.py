@@ -552,6 +552,7 @@ def sbatch(clone: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
             job.kill()
 
 
+@pytest.mark.slow
 def test_slurm_saves_queues_again_and_goes_on(
     sbatch: Callable[..., subprocess.Popen], tmp_path: Path
 ) -> None:

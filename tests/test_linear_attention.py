@@ -90,17 +90,25 @@ def check(*args, bound: float = 1e-12, **kwargs) -> None:
     assert max(worst.values()) < bound, {k: v for k, v in worst.items() if v >= bound}
 
 
+def slow_but(cases, kept) -> list:
+    """The cases, of which only those in `kept` always run."""
+    return [x if x in kept else pytest.param(x, marks=pytest.mark.slow) for x in cases]
+
+
 # --- every kind on every mesh ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", slow_but(MESHES, ["sp3", "dp2 x sp2"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_one_plain_process(kind: str, mesh: str) -> None:
     """Losses, norms, every gradient and parameter, three AdamW steps, in fp64."""
     check(model_of(KINDS[kind]), MESHES[mesh])
 
 
-@pytest.mark.parametrize("family", [f for f in HYBRIDS if f not in KINDS.values()])
+OTHERS = [family for family in HYBRIDS if family not in KINDS.values()]
+
+
+@pytest.mark.parametrize("family", slow_but(OTHERS, ["qwen3_5_moe_text", "bamba", "nemotron_h"]))
 def test_every_family(family: str) -> None:
     """Segments of two blocks, the last of several tiles smaller, on three ranks."""
     check(model_of(family), SP3, checkpoint_every=2, mlp_tile_tokens=5)
@@ -130,7 +138,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("case", slow_but(HEADS, ["9 of 3", "2 of 2 groups", "kernel of 7"]))
 def test_any_heads(case: str) -> None:
     """Four ranks: idle ones, heads that several ranks read, groups that begin inside a rank."""
     family, more = HEADS[case]
@@ -152,7 +160,16 @@ STREAMED = [
 EVERY = [(family, mesh, 9) for family in HYBRIDS for mesh in MESHES]
 
 
-@pytest.mark.parametrize(("family", "mesh", "chunk"), STREAMED)
+ALWAYS_STREAMED = "olmo_hybrid", "falcon_h1", "lfm2"
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "chunk"),
+    [
+        case if case[0] in ALWAYS_STREAMED else pytest.param(*case, marks=pytest.mark.slow)
+        for case in STREAMED
+    ],
+)
 def test_streamed(family: str, mesh: str, chunk: int) -> None:
     """The state passes from chunk to chunk, and its gradient from the last to the first."""
     every = {"checkpoint_every": 2, "mlp_tile_tokens": 3}
@@ -177,13 +194,15 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=lambda x: "-".join(map(str, x.values())))
-@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize(
+    "options", slow_but(SETTINGS, SETTINGS[3:]), ids=lambda x: "-".join(map(str, x.values()))
+)
+@pytest.mark.parametrize("family", slow_but(["qwen3_next", "falcon_h1", "lfm2"], ["falcon_h1"]))
 def test_other_settings(family: str, options: dict[str, Any]) -> None:
     check(model_of(family), SP2, micro_batches=2, **options)
 
 
-@pytest.mark.parametrize("chunk", [-1, 8])
+@pytest.mark.parametrize("chunk", slow_but([-1, 8], [8]))
 @pytest.mark.parametrize("patterns", FROZEN, ids=["inside", "below"])
 @pytest.mark.parametrize("family", ["olmo_hybrid", "bamba"])
 def test_frozen_parameters(family: str, patterns: list[str], chunk: int) -> None:
@@ -193,7 +212,7 @@ def test_frozen_parameters(family: str, patterns: list[str], chunk: int) -> None
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "lfm2"])
+@pytest.mark.parametrize("family", slow_but(["qwen3_5_text", "bamba", "lfm2"], ["bamba"]))
 def test_adapters(family: str) -> None:
     """LoRA on the projections of linear layers too."""
     pytest.importorskip("peft")
@@ -400,7 +419,7 @@ def _section(name: str, keys: dict[str, Any]) -> str:
     return "\n".join([f"[{name}]", *lines, *inner, ""])
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])
+@pytest.mark.parametrize("family", slow_but(["qwen3_next", "falcon_h1", "lfm2"], ["falcon_h1"]))
 def test_a_run_on_two_ranks_resumed_on_three(family: str, tmp_path: Path) -> None:
     """Streamed on two ranks and resumed on three, as on one; transformers opens its export."""
     config = write_run(tmp_path, family)

@@ -273,6 +273,7 @@ def test_accumulated_batches():
     assert five.simulation.collectives["all_to_all"] == (5 * calls, 5 * size)
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_fits_and_the_next_does_not():
     from titan_ulysses.plan.planner import set_up
     from titan_ulysses.plan.search import at_length, longest

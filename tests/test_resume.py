@@ -106,8 +106,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory):
 
 PAIRS = [(one, other) for one in MESHES for other in MESHES]
 ALWAYS = {
-    "full": CYCLE[::3],
-    "lora": CYCLE[1::5],
+    "full": CYCLE[1:2],
+    "lora": CYCLE[4:5],
     "adamw8bit": [((1, 4, 1), (2, 1, 2))],
     "adamw4bit": [((1, 1, 2), (1, 1, 2))],
 }

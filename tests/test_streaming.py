@@ -498,7 +498,9 @@ def test_keys_that_nothing_reads_any_more_are_not_held(length: int) -> None:
 WINDOWS = {"window": 3, "wide": 11, "huge": 20}
 
 
-@pytest.mark.parametrize("mesh", ["sp2", "sp4", pytest.param("one", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["sp4", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("sp2", "one"))]
+)
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS.keys())
 def test_windows_across_chunks(mesh: str, window: int) -> None:
     """Smaller than a chunk, across two of them, and across most; documents are longer."""

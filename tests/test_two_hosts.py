@@ -261,6 +261,7 @@ def test_the_link_is_cut(after_cut: Episode) -> None:
         assert after_cut.said_once(host, CUT), after_cut.said()
 
 
+@pytest.mark.slow
 def test_started_again_on_both_hosts(after_cut: Episode, after_store_died: Episode) -> None:
     """From the checkpoint, and equal to the bit in what was lost after it."""
     before, again = after_cut.lines, after_store_died.lines[: len(after_cut.lines)]
