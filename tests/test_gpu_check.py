@@ -84,6 +84,13 @@ def test_a_rehearsal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_rehearsal_of_streaming(tmp_path: Path) -> None:
+    found = rehearse("gpu_check_streaming.py", tmp_path / "found.json")
+    assert [result["verdict"] for result in found.values()] == ["ok"] * 4
+    assert max(found["gradients"]["figures"].values()) < 1e-5
+
+
+@pytest.mark.slow
 def test_a_rehearsal_of_eight(tmp_path: Path) -> None:
     found = rehearse("gpu_check_8.py", tmp_path / "found.json")
     assert [result["verdict"] for result in found.values()] == ["ok"] * 3
