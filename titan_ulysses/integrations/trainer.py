@@ -27,7 +27,7 @@ from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,11 @@ from titan_ulysses.integrations.whole_batches import rows_of, take_whole_batches
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import clip_gradients
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # a mixin, beside any trainer
 
 _TRIED = {"Trainer", "SFTTrainer", "DPOTrainer"}
 """The trainers that the tests compare with one process."""
@@ -77,7 +82,7 @@ _SHARDED = "sharded"
 """The folder in a checkpoint-N with what `save_checkpoint` writes."""
 
 
-class UlyssesTrainer:
+class UlyssesTrainer(_Trainer):
     """A mixin: name it before the trainer's class (see above).
 
     mesh: that of `build_mesh`, whose ranks all run this trainer. options: those of `parallelize`.
@@ -177,7 +182,7 @@ class UlyssesTrainer:
         labels = [rows_of(batch).labels for batch in batch_samples]
         count = torch.stack([(x != IGNORE_INDEX).sum() for x in labels]).sum().to(device)
         dist.all_reduce(count, group=self.ulysses_mesh.batch.get_group())
-        return count / self.ulysses_mesh.batch.size()
+        return count.double() / self.ulysses_mesh.batch.size()
 
     # --- gradients --------------------------------------------------------------------------------
 
