@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, current_chunks
 from titan_ulysses.memory.losses import (
     LossFunction,
@@ -113,6 +114,11 @@ class LossHead(nn.Linear):
         """
         store = self.sequences if len(current_chunks.get()) > 1 else None
         by_logits = loss_function is not None or reduction == "statistics"
+        if store is not None and by_logits and torch.is_grad_enabled():
+            raise UserError(
+                "memory.stream_offload: a loss_function and log_probs need the hidden states on the "
+                'device in backward. Set it to "none".'
+            )
         if store is not None and (labels is None or reduction == "none" or by_logits):
             hidden = store.read(hidden)
         if labels is None:
