@@ -22,7 +22,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 
-_CHECK_EVERY = 100
+CHECK_EVERY = 100
 """Steps between checks that the ranks of a sequence-parallel group have loaded the same rows."""
 TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
 BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -92,8 +92,8 @@ def shard(
             _expect_same_end(len(group), counts[1], before=step * accumulate, mesh=mesh)
         if not group:
             return
-        if step % _CHECK_EVERY == 0:
-            _check_same_rows(group, mesh)
+        if step % CHECK_EVERY == 0:
+            check_same_rows(group, mesh)
         for batch in batches:
             batch = batch.to(mesh.device)
             fields = {name: value for name, value in vars(batch).items() if value is not None}
@@ -318,7 +318,7 @@ def slice_rows(rows: Rows, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
     )
 
 
-def _check_same_rows(group: list[Rows], mesh: Mesh) -> None:
+def check_same_rows(group: list[Rows], mesh: Mesh) -> None:
     """Raise `UserError` if ranks of a sequence-parallel group have loaded different rows.
 
     Collective. The error is raised on every rank.

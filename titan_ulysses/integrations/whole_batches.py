@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from types import MethodType
 from typing import Any
 
@@ -13,7 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from titan_ulysses.data.adapter import BORDER_KEYS, TOKEN_KEYS, Rows, read_rows, slice_rows
+from titan_ulysses.data.adapter import (
+    BORDER_KEYS,
+    CHECK_EVERY,
+    TOKEN_KEYS,
+    Rows,
+    check_same_rows,
+    read_rows,
+    slice_rows,
+)
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
@@ -36,7 +45,7 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh) -> None:
     With `fused_lm_head = True`, as TRL's trainers call it, it returns a WholeOutput, else the loss
     of all ranks' labels over `num_items_in_batch` times the data-parallel ranks.
     """
-    sharded = model.forward
+    sharded, calls = model.forward, count()
 
     @functools.wraps(type(model).forward)  # trainers read which columns it takes
     def forward(
@@ -54,11 +63,13 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh) -> None:
                 "Leave compute_metrics and predict out, or score with titan_ulysses.score."
             )
         rows = rows_of(inputs)
+        if next(calls) % CHECK_EVERY == 0:
+            check_same_rows([rows], mesh)
         batch = slice_rows(rows, mesh, model.stream_chunk_tokens).to(mesh.device)
         fields = {name: value for name, value in vars(batch).items() if value is not None}
         if not fused_lm_head:
-            count = _count(batch.labels, num_items_in_batch, mesh)
-            return sharded(**fields, num_items_in_batch=count)
+            labels = _count(batch.labels, num_items_in_batch, mesh)
+            return sharded(**fields, num_items_in_batch=labels)
         local = sharded(**fields, reduction="statistics")
         # Trainers expect the mean over data-parallel ranks, and FSDP sums.
         scale = 1 / mesh.batch.size()
@@ -75,9 +86,9 @@ def _count(labels: Tensor, of_step: Tensor | None, mesh: Mesh) -> Tensor:
     """Return the labels of the step, or where that is not known, of this batch on all ranks."""
     if of_step is not None:
         return of_step * mesh.batch.size()
-    count = (labels != IGNORE_INDEX).sum()
-    dist.all_reduce(count, group=mesh.loss.get_group())
-    return count
+    here = (labels != IGNORE_INDEX).sum()
+    dist.all_reduce(here, group=mesh.loss.get_group())
+    return here
 
 
 def rows_of(inputs: Mapping[str, Any]) -> Rows:

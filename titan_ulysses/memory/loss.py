@@ -116,8 +116,8 @@ class LossHead(nn.Linear):
         by_logits = loss_function is not None or reduction == "statistics"
         if store is not None and by_logits and torch.is_grad_enabled():
             raise UserError(
-                "memory.stream_offload: a loss_function and log_probs need the hidden states on the "
-                'device in backward. Set it to "none".'
+                "memory.stream_offload: a loss_function and log_probs need the hidden states on "
+                'the device in backward. Set it to "none".'
             )
         if store is not None and (labels is None or reduction == "none" or by_logits):
             hidden = store.read(hidden)
