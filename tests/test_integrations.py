@@ -251,14 +251,18 @@ def train_sft(degrees: Degrees | None, folder: str, batch: int, *, lora: bool = 
     cls, own = kind(SFTTrainer, degrees)
     watch = Watch()
     packed = {"packing": True, "max_length": 32, "shuffle_dataset": False}
-    data = [{key: row[key] for key in ("input_ids", "labels")} for row in rows(24)]
-    data = [{k: v[: 9 + 5 * (i % 3)] for k, v in row.items()} for i, row in enumerate(data)]
+    data = [{key: row[key] for key in ("input_ids", "labels")} for row in rows(32)]
+    lengths = [*([19, 12] * 12), *([20] * 8)]  # two of the first fill a sequence
+    data = [
+        {key: values[:length] for key, values in row.items()}
+        for row, length in zip(data, lengths, strict=True)
+    ]
     adapter = {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, "r": 4}
     trainer = cls(
         model=real_model(LLAMA, dtype=torch.float32),
         args=SFTConfig(**settings(folder, batch, gradient_accumulation_steps=2), **packed),
-        train_dataset=Dataset.from_list(data[:16]),
-        eval_dataset=Dataset.from_list(data[16:]),
+        train_dataset=Dataset.from_list(data[:24]),
+        eval_dataset=Dataset.from_list(data[24:]),
         processing_class=ByT5Tokenizer(),
         callbacks=[watch],
         peft_config=LoraConfig(**adapter, task_type="CAUSAL_LM") if lora else None,

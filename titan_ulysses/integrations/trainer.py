@@ -184,6 +184,20 @@ class UlyssesTrainer(_Trainer):
         dist.all_reduce(count, group=self.ulysses_mesh.batch.get_group())
         return count.double() / self.ulysses_mesh.batch.size()
 
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        # In evaluation too, the loss of a batch is that of all ranks' labels.
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        return super().compute_loss(
+            model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
     # --- gradients --------------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
