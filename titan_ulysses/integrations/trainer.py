@@ -38,7 +38,7 @@ from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, sa
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
-from titan_ulysses.integrations.whole_batches import rows_of, take_whole_batches
+from titan_ulysses.integrations.whole_batches import gather, rows_of, take_whole_batches
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import clip_gradients
@@ -146,7 +146,7 @@ class UlyssesTrainer(_Trainer):
                 "of all ranks."
             )
         accelerator.prepare_data_loader = self._prepared_loader
-        accelerator.gather = functools.partial(_gather, mesh.batch.get_group())
+        accelerator.gather = functools.partial(gather, mesh.batch.get_group())
 
     def _prepared_loader(self, loader: Any, *_: Any, **__: Any) -> Any:
         """Return the loader that reads the batches of this rank's sequences."""
@@ -291,19 +291,6 @@ def _check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
                 f"trl {found} was not tried with UlyssesTrainer, only {_TRIED_TRL}. {remedy}",
                 stacklevel=3,
             )
-
-
-def _gather(group: dist.ProcessGroup, data: Any) -> Any:
-    """Return tensors of the data-parallel ranks, joined along their first dimension."""
-    from accelerate.utils import recursively_apply
-
-    def join(x: Tensor) -> Tensor:
-        x = (x[None] if x.ndim == 0 else x).contiguous()
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts)
-
-    return recursively_apply(join, data, error_on_other_type=True)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

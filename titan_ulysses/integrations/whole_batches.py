@@ -9,6 +9,7 @@ from itertools import count
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -100,3 +101,16 @@ def rows_of(inputs: Mapping[str, Any]) -> Rows:
     }
     set_ones = {key: x for key, x in others.items() if isinstance(x, Tensor) or x}
     return read_rows(known | {k: x for k, x in set_ones.items() if k != "return_dict"})
+
+
+def gather(group: dist.ProcessGroup, data: Any) -> Any:
+    """Return tensors of the data-parallel ranks, joined along their first dimension."""
+    from accelerate.utils import recursively_apply
+
+    def join(x: Tensor) -> Tensor:
+        x = (x[None] if x.ndim == 0 else x).contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    return recursively_apply(join, data, error_on_other_type=True)
