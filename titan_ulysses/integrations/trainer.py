@@ -226,6 +226,9 @@ class UlyssesTrainer(_Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = {"step": self.state.global_step, "scheduler": self.lr_scheduler.state_dict()}
         folder, optimizer = Path(output_dir, _SHARDED), _unwrapped(self.optimizer)
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
+        dist.barrier()
         save_checkpoint(folder, self.ulysses_model, optimizer, state)
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
@@ -274,10 +277,7 @@ def _check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
             "model cannot. Generate elsewhere, and train on the completions with "
             "clipped_policy_loss: see docs/trainers.md."
         )
-    remedy = (
-        "Compare the losses of its first steps with those on one rank, where everything else is "
-        "the same."
-    )
+    remedy = "Compare the losses of its first steps with those of the same run on one rank."
     if parents[0].__name__ not in _TRIED:
         warnings.warn(
             f"{parents[0].__name__} was not tried with UlyssesTrainer, only "
