@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 scripts/examples/trl_sft.py [MODEL] [TEXT] [OUTPUT]
 import sys
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
@@ -29,7 +30,8 @@ else:
     )
 data = Dataset.from_list([{"text": part} for part in Path(text).read_text().split("\n\n")])
 settings = {"max_length": 512, "packing": True, "max_steps": 4, "logging_steps": 1, "bf16": False}
-args = SFTConfig(output, learning_rate=1e-3, report_to=[], **settings)
+settings |= {"use_cpu": not torch.cuda.is_available(), "report_to": [], "learning_rate": 1e-3}
+args = SFTConfig(output, **settings)
 lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 more = {"train_dataset": data, "processing_class": tokenizer, "peft_config": lora}
 trainer = LongTrainer(whole, args=args, mesh=mesh, **more)

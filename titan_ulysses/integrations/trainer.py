@@ -142,8 +142,8 @@ class UlyssesTrainer(_Trainer):
         if accelerator.num_processes != mesh.loss.size():
             raise UserError(
                 f"mesh: it has {mesh.loss.size()} ranks, and the trainer has "
-                f"{accelerator.num_processes}: start the script with torchrun, and build the mesh "
-                "of all ranks."
+                f"{accelerator.num_processes}: start the script with torchrun, build the mesh of "
+                "all ranks, and where there is no GPU, set use_cpu = True."
             )
         accelerator.prepare_data_loader = self._prepared_loader
         accelerator.gather = functools.partial(gather, mesh.batch.get_group())

@@ -18,11 +18,9 @@ from torch.autograd.function import once_differentiable
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
 from titan_ulysses.memory.tiling import tiles
 
-Outputs = Tensor | tuple[Tensor, ...]
-
 
 def tiled(
-    fn: Callable[..., Outputs],
+    fn: Callable[..., Any],
     hidden: Tensor,
     *,
     tile_tokens: int,
@@ -64,7 +62,7 @@ class _Function:
 
     def __init__(
         self,
-        fn: Callable[..., Outputs],
+        fn: Callable[..., Any],
         names: tuple[str, ...],
         tile_tokens: int,
         parameters: nn.Module | Sequence[Tensor],
