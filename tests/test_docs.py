@@ -54,8 +54,6 @@ NOT_HERE = {
     "--metrics.enable_wandb": "network: Weights & Biases, and a package that the tests do not "
     "install",
     "bash scripts/examples/smollm2": "network: packages of the package index",
-    "pip install trl": "network: packages of the package index",
-    "scripts/examples/trl_sft.py": "network: TRL, see tests/test_integrations.py",
     "scripts/bench/versus.py": "network: DeepSpeed from the package index",
     "bash scripts/train.sh long.toml": "GPU: eight of them",
     "export NCCL_SOCKET_IFNAME": "second host",

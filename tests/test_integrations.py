@@ -321,7 +321,7 @@ def train_dpo(degrees: Degrees | None, folder: str, batch: int, *, lora: bool = 
     trainer = cls(
         model=model,
         ref_model=None if lora else reference,
-        args=DPOConfig(**settings(folder, batch), beta=0.3, max_length=64),
+        args=DPOConfig(**settings(folder, batch), beta=0.1, max_length=64),
         train_dataset=Dataset.from_list(pairs[:12]),
         eval_dataset=Dataset.from_list(pairs[12:]),
         processing_class=ByT5Tokenizer(),

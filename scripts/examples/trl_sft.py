@@ -19,6 +19,7 @@ model, text, output = [*sys.argv[1:], *["tiny", "LICENSE", "outputs/trl_sft"][le
 mesh = build_mesh(sequence=2)  # two ranks share each sequence
 LongTrainer = type("LongTrainer", (UlyssesTrainer, SFTTrainer), {})  # a mixin, and the trainer
 
+torch.manual_seed(0)  # the same weights on every rank
 if model == "tiny":  # a random model of bytes, for a machine without one
     config = AutoConfig.for_model("llama", vocab_size=384, hidden_size=64, intermediate_size=128)
     config.update({"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2})
@@ -30,10 +31,9 @@ else:
     )
 data = Dataset.from_list([{"text": part} for part in Path(text).read_text().split("\n\n")])
 settings = {"max_length": 512, "packing": True, "max_steps": 4, "logging_steps": 1, "bf16": False}
-settings |= {"use_cpu": not torch.cuda.is_available(), "report_to": [], "learning_rate": 1e-3}
-args = SFTConfig(output, **settings)
+more = {"use_cpu": not torch.cuda.is_available(), "report_to": [], "learning_rate": 1e-3}
 lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-more = {"train_dataset": data, "processing_class": tokenizer, "peft_config": lora}
-trainer = LongTrainer(whole, args=args, mesh=mesh, **more)
+own = {"train_dataset": data, "processing_class": tokenizer, "peft_config": lora}
+trainer = LongTrainer(whole, args=SFTConfig(output, **settings, **more), mesh=mesh, **own)
 trainer.train()
 trainer.save_model()  # the whole model, for AutoModelForCausalLM.from_pretrained
