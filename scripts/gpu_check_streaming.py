@@ -107,5 +107,9 @@ CHECKS: dict[str, tuple[Check, float]] = {
 """The checks in their order, each with the seconds that it may take."""
 
 
+def main(argv: list[str]) -> int:
+    return check_all(argv, CHECKS, Path(__file__), str(__doc__), minutes=9)
+
+
 if __name__ == "__main__":
-    sys.exit(check_all(sys.argv[1:], CHECKS, Path(__file__), str(__doc__), minutes=9))
+    sys.exit(main(sys.argv[1:]))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
 import re
 import runpy
@@ -570,7 +571,7 @@ def test_settings_that_are_named_exist() -> None:
 
 def run_the_library_page(path: str) -> tuple[float, list[int]]:
     """Both blocks, one after the other, and what they leave: the last loss, the scores' shape."""
-    found = [block.text for block in blocks("python")]
+    found = [block.text for block in blocks("python") if block.page.name == "library.md"]
     assert len(found) == 2
     rows = make_rows([(23,)] * 6, masked="none", vocab_size=61, seed=0)
     ids = [
@@ -604,6 +605,41 @@ def test_the_loop_of_the_library_page(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     found = run_on_ranks(2, run_the_library_page, str(tmp_path))
     assert found[0] == found[1] and found[0][1] == [2, 24]
+
+
+# --- trainers.md ----------------------------------------------------------------------------------
+
+
+def run_the_trainers_page(path: str) -> tuple[float, float]:
+    """Both blocks; the first trains the model that the second begins with again."""
+    trainer, losses = [b.text for b in blocks("python") if b.page.name == "trainers.md"]
+    ids = [torch.randint(0, 61, (24,), generator=torch.manual_seed(i)).tolist() for i in range(4)]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    whole = AutoModelForCausalLM.from_pretrained(path)
+    names: dict[str, Any] = {"torch": torch, "folder": f"{path}/trained", "rows": rows}
+    names |= {"model": whole, "on_cpu": True}
+    exec(compile(trainer, "trainers.md", "exec"), names)
+    again = AutoModelForCausalLM.from_pretrained(names["folder"])
+    names["frozen"] = parallelize(AutoModelForCausalLM.from_pretrained(path), names["mesh"])
+    batch = [{"input_ids": torch.tensor(ids)}]
+    names |= {
+        "model": again,
+        "completions": batch,
+        "pairs": 2 * batch,
+        "advantages": torch.ones(4, 24),
+    }
+    exec(compile(losses, "trainers.md", "exec"), names)
+    return names["trainer"].state.log_history[0]["loss"], names["loss"].item()
+
+
+def test_the_blocks_of_the_trainers_page(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**LLAMA), dtype=torch.float32
+    ).save_pretrained(tmp_path)
+    first, last = run_on_ranks(2, run_the_trainers_page, str(tmp_path))
+    assert first == last and math.isfinite(first[1]) and 3 < first[0] < 6
 
 
 # --- the plan of the first page -------------------------------------------------------------------

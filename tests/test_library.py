@@ -664,7 +664,7 @@ def load_differently(what: str, degrees: tuple[int, int, int]) -> str:
     """
     from titan_ulysses.data import adapter as sharding
 
-    sharding._CHECK_EVERY = 2
+    sharding.CHECK_EVERY = 2
     rank, mesh = torch.distributed.get_rank(), mesh_of(*degrees)
     batches = [{"input_ids": IDS, "labels": IDS.clone()} for _ in range(4)]
     if rank == 1:
@@ -677,7 +677,7 @@ def load_differently(what: str, degrees: tuple[int, int, int]) -> str:
     except UserError as error:
         return f"{seen}: {error}"
     finally:
-        sharding._CHECK_EVERY = 100
+        sharding.CHECK_EVERY = 100
     return f"{seen}: no message"
 
 

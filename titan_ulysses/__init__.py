@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.setup.parallelize import parallelize
     from titan_ulysses.train.evaluation import score, whole_sequences
+    from titan_ulysses.train.log_probs import log_probs
 
 __all__ = [
     "UserError",
     "build_mesh",
     "load_checkpoint",
+    "log_probs",
     "parallelize",
     "save_checkpoint",
     "save_pretrained",
@@ -48,6 +50,7 @@ _MODULE_OF = {
     "UserError": "distributed.errors",
     "build_mesh": "distributed.mesh",
     "load_checkpoint": "checkpoint.saving",
+    "log_probs": "train.log_probs",
     "parallelize": "setup.parallelize",
     "save_checkpoint": "checkpoint.saving",
     "save_pretrained": "checkpoint.saving",

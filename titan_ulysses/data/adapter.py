@@ -22,10 +22,10 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 
-_CHECK_EVERY = 100
+CHECK_EVERY = 100
 """Steps between checks that the ranks of a sequence-parallel group have loaded the same rows."""
-_TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
-_BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
+BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Rows(NamedTuple):
@@ -84,7 +84,7 @@ def shard(
     source, step = iter(loader), 0
     while True:
         group = [read_rows(batch) for batch in islice(source, accumulate)]
-        batches = [_slice(rows, mesh, stream_chunk_tokens) for rows in group]
+        batches = [slice_rows(rows, mesh, stream_chunk_tokens) for rows in group]
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
         dist.all_reduce(counts, group=mesh.loss.get_group())
@@ -92,8 +92,8 @@ def shard(
             _expect_same_end(len(group), counts[1], before=step * accumulate, mesh=mesh)
         if not group:
             return
-        if step % _CHECK_EVERY == 0:
-            _check_same_rows(group, mesh)
+        if step % CHECK_EVERY == 0:
+            check_same_rows(group, mesh)
         for batch in batches:
             batch = batch.to(mesh.device)
             fields = {name: value for name, value in vars(batch).items() if value is not None}
@@ -154,11 +154,11 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
             'shard: a batch must be a mapping with "input_ids" [B, S]: give the loader such a '
             "collate_fn."
         )
-    if unknown := sorted(set(batch) - {*_TOKEN_KEYS, *_BORDER_KEYS}):
+    if unknown := sorted(set(batch) - {*TOKEN_KEYS, *BORDER_KEYS}):
         raise UserError(
             f"batch[{unknown[0]!r}]: the sharded model does not take it. Let the collate_fn leave "
             "it out, or a part of the input is lost; what is read: "
-            f"{', '.join((*_TOKEN_KEYS, *_BORDER_KEYS))}."
+            f"{', '.join((*TOKEN_KEYS, *BORDER_KEYS))}."
         )
     tensors = {
         key: torch.as_tensor(value).cpu().long()
@@ -174,7 +174,7 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     shape = tensors["input_ids"].shape
     if len(shape) != 2 or 0 in shape:
         raise UserError(f'batch["input_ids"] is {list(shape)}: it must be [B, S], and not empty.')
-    for key in set(_TOKEN_KEYS) & tensors.keys():
+    for key in set(TOKEN_KEYS) & tensors.keys():
         if tensors[key].shape != shape:
             raise UserError(
                 f"batch[{key!r}] is {list(tensors[key].shape)}, input_ids is {list(shape)}: give "
@@ -287,7 +287,7 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
     return starts
 
 
-def _slice(rows: Rows, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
+def slice_rows(rows: Rows, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
     """Return this rank's slice of the rows.
 
     If P does not divide S, the rows are padded to a multiple of P. This padding is a document of
@@ -318,7 +318,7 @@ def _slice(rows: Rows, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
     )
 
 
-def _check_same_rows(group: list[Rows], mesh: Mesh) -> None:
+def check_same_rows(group: list[Rows], mesh: Mesh) -> None:
     """Raise `UserError` if ranks of a sequence-parallel group have loaded different rows.
 
     Collective. The error is raised on every rank.

@@ -7,14 +7,23 @@ logits are computed only once, and the memory they take does not grow with the s
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, current_chunks
+from titan_ulysses.memory.losses import (
+    LossFunction,
+    TokenStatistics,
+    check_is_sum,
+    token_statistics,
+)
+from titan_ulysses.memory.tiled import tiled
 from titan_ulysses.memory.tiling import tiles, tiles_with_next
 
 if TYPE_CHECKING:
@@ -28,6 +37,9 @@ the whole gradient of it.
 """
 _CUDA_ROWS = 256
 """Tiles on CUDA have a multiple of so many rows: the kernels of products compute blocks of rows."""
+
+_CHECKED_ROWS = 256
+"""Tokens with which a loss function is tried before its first use."""
 
 Options = tuple[int, float, float | None, float]
 """Tokens per tile, scale of the logits, soft-cap of the logits, weight of the z-loss."""
@@ -69,6 +81,8 @@ class LossHead(nn.Linear):
         """Where hidden is if it is off the device (see `stream_offload.py`)."""
         self.tile_tokens = tile_tokens or automatic_tile(linear.out_features, device_type)
         self.adds_wide = device_type == "cuda" and can_add_wide()
+        self.checked: LossFunction | None = None
+        """The last loss function that was found to be a sum over tokens."""
 
     def forward(
         self,
@@ -76,8 +90,11 @@ class LossHead(nn.Linear):
         labels: Tensor | None = None,
         num_items: Tensor | None = None,
         *,
-        reduction: Literal["sum", "none"] = "sum",
-    ) -> Tensor:
+        reduction: Literal["sum", "none", "statistics"] = "sum",
+        temperature: float = 1.0,
+        loss_function: LossFunction | None = None,
+        loss_inputs: dict[str, Tensor] | None = None,
+    ) -> Tensor | TokenStatistics:
         """Return this rank's part of the loss, a scalar, from hidden [B, T, h] and labels [B, T].
 
         Labels are already shifted. The part is the sum of the cross-entropies of this rank's valid
@@ -89,14 +106,32 @@ class LossHead(nn.Linear):
 
         Without labels, return the logits [B, T, V]. With reduction = "none", which needs
         `torch.no_grad`, return the cross-entropy of each label [B, T], with 0 for labels of -100.
+
+        With reduction = "statistics", return the TokenStatistics [B, T] of the labels at this
+        temperature. With a loss function (see `losses.py`), its sum takes the place of that of the
+        cross-entropies; `loss_inputs` are [B, T, ...]. Both have gradients, whose backward computes
+        the logits again and needs the weight: under FSDP, it must be gathered then.
         """
         store = self.sequences if len(current_chunks.get()) > 1 else None
-        if store is not None and (labels is None or reduction == "none"):
+        by_logits = loss_function is not None or reduction == "statistics"
+        if store is not None and by_logits and torch.is_grad_enabled():
+            raise UserError(
+                "memory.stream_offload: a loss_function and log_probs need the hidden states on "
+                'the device in backward. Set it to "none".'
+            )
+        if store is not None and (labels is None or reduction == "none" or by_logits):
             hidden = store.read(hidden)
         if labels is None:
             return shape_scores(super().forward(hidden), self.scale, self.softcap)
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
         options = (tile_tokens, self.scale, self.softcap, self.z_loss)
+        if reduction == "statistics":
+            statistics = partial(token_statistics, temperature=temperature)
+            return self._tiled(statistics, tile_tokens, hidden, labels, {})
+        if loss_function is not None:
+            self._check(loss_function, hidden, labels, loss_inputs or {})
+            total = self._tiled(loss_function, tile_tokens, hidden, labels, loss_inputs or {})
+            return total / num_items.clamp(min=1)
         if reduction == "none":
             assert not torch.is_grad_enabled(), (
                 "cross-entropies of single tokens are for scoring: no gradient"
@@ -113,6 +148,44 @@ class LossHead(nn.Linear):
             rows, self.weight, self.bias, labels, options, self.adds_wide, differentiate, store
         )
         return total / num_items.clamp(min=1)
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Return the scaled and capped logits [n, V] of rows [n, h], in fp32 or wider."""
+        logits = F.linear(rows, self.weight, self.bias)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return shape_scores(logits.to(wide), self.scale, self.softcap)
+
+    def _tiled(
+        self,
+        function: Callable[..., Any],
+        tile_tokens: int,
+        hidden: Tensor,
+        labels: Tensor,
+        tokens: dict[str, Tensor],
+    ) -> Any:
+        """Return function(logits, labels, **tokens), computed by tiles (see `tiled`)."""
+
+        def of_rows(rows: Tensor, labels: Tensor, **tokens: Tensor) -> Any:
+            # `where`, because a row without a label may hold anything, also inf.
+            rows = rows.where((labels != IGNORE_INDEX).unsqueeze(-1), 0)
+            return function(self._logits(rows), labels, **tokens)
+
+        return tiled(
+            of_rows, hidden, labels=labels, tile_tokens=tile_tokens, parameters=self, **tokens
+        )
+
+    @torch.no_grad()
+    def _check(
+        self, function: LossFunction, hidden: Tensor, labels: Tensor, tokens: dict[str, Tensor]
+    ) -> None:
+        """Raise UserError if the function is not a sum over tokens, once for each function."""
+        if function is self.checked:
+            return
+        lead, few = labels.shape, slice(0, min(labels.numel(), _CHECKED_ROWS))
+        logits = self._logits(hidden.flatten(0, -2)[few])
+        some = {key: x.reshape(-1, *x.shape[len(lead) :])[few] for key, x in tokens.items()}
+        check_is_sum(function, logits, labels.flatten()[few], **some)
+        self.checked = function
 
 
 class _TiledCrossEntropy(torch.autograd.Function):

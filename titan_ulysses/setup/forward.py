@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, current_chunks
+from titan_ulysses.memory.losses import LossFunction
 from titan_ulysses.model.families import layer_types
 from titan_ulysses.model.rope import use_document_lengths
 from titan_ulysses.model.router import RouterLoss, router_loss_of
@@ -112,15 +115,21 @@ def _forward(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | None = None,
-    reduction: Literal["sum", "none"] = "sum",
-) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+    reduction: Literal["sum", "none", "statistics"] = "sum",
+    temperature: float = 1.0,
+    loss_function: LossFunction | None = None,
+    loss_inputs: dict[str, Tensor] | None = None,
+) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput:
     """Run a causal LM, with the loss computed from hidden states inside the head.
 
     input_ids, position_ids and labels (already shifted) are this rank's [B, T]. num_items_in_batch
     is the number of valid labels in the whole step. `.loss` is the sum over all ranks of group, the
     same on each of them, but its gradient is that of this rank's part, because gradients are summed
     over the mesh later. With reduction = "none", `.loss` is the cross-entropy of each of this
-    rank's labels [B, T]. Without labels, `.logits` are those of this rank's tokens.
+    rank's labels [B, T]. Without labels, `.logits` are those of this rank's tokens. With
+    reduction = "statistics", the output has the TokenStatistics of this rank's labels, [B, T] each,
+    with gradients. loss_function and its loss_inputs [B, T, ...] replace the cross-entropy: see
+    `memory/losses.py`.
 
     `.aux_loss` is the router loss, if the model has one, and `.loss` includes it. attention_mask
     [B, T] is 0 at padding, which the router loss does not count; it has no other effect.
@@ -139,14 +148,19 @@ def _forward(
                 hidden, (labels != IGNORE_INDEX).sum(), group
             )
     head = model.get_output_embeddings()
+    needs_weight = labels is None or loss_function is not None or reduction == "statistics"
+    if needs_weight and torch.is_grad_enabled():
+        # Unlike the backward of the loss, the backward of logits needs the weight, so FSDP has to
+        # gather it. This is not turned off again, because that backward may run after later
+        # forwards.
+        head.set_unshard_in_backward(True)
     if labels is None:
-        if torch.is_grad_enabled():
-            # Unlike the backward of the loss, the backward of logits needs the weight, so FSDP has
-            # to gather it. This is not turned off again, because that backward may run after later
-            # forwards.
-            head.set_unshard_in_backward(True)
         return CausalLMOutputWithPast(logits=head(hidden))
-    loss = head(hidden, labels, num_items_in_batch, reduction=reduction)
+    if reduction == "statistics":
+        statistics = head(hidden, labels, reduction=reduction, temperature=temperature)
+        return StatisticsOutput(**statistics._asdict())
+    own = {"loss_function": loss_function, "loss_inputs": loss_inputs} if loss_function else {}
+    loss = head(hidden, labels, num_items_in_batch, reduction=reduction, **own)
     if not sums:
         return CausalLMOutputWithPast(loss=loss)
     model.own_loss = loss.detach()  # this rank's part, for who asks where a NaN came from
@@ -158,6 +172,17 @@ def _forward(
     return MoeCausalLMOutputWithPast(
         loss=loss + router_loss.coefficient * share * aux_loss, aux_loss=aux_loss
     )
+
+
+@dataclass
+class StatisticsOutput(ModelOutput):
+    """The fields of `TokenStatistics`."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    mean_logits: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
 
 
 class _SumOverRanks(torch.autograd.Function):

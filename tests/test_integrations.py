@@ -1,0 +1,364 @@
+"""Trainers of transformers and TRL with sequence parallelism, against the same trainer in one
+process: losses, gradients, norms, evaluation, what is saved, and what is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, TrainerCallback, TrainingArguments
+
+from helpers.meshes import DP2, DP2_SP2, SP2, Degrees, mesh_of
+from helpers.models import LLAMA, STARCODER2
+from helpers.ranks import RankFailure, run_on_ranks
+from test_library import real_model
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.integrations.trainer import UlyssesTrainer
+
+pytest.importorskip("accelerate")
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 3
+BYTES = STARCODER2 | {"vocab_size": 384}
+Shown = dict[str, Any]
+MESHES = [
+    pytest.param(SP2, id="sp2"),
+    pytest.param(DP2, id="dp2"),
+    pytest.param(DP2_SP2, id="dp2-sp2", marks=pytest.mark.slow),
+]
+
+
+class Watch(TrainerCallback):
+    """Keeps the gradients that each step is made with."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        self.gradients.append({name: whole(grad) for name, grad in named.items()})
+
+
+def whole(x: Tensor) -> Tensor:
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def rows(count: int, *, vocab_size: int = 61) -> list[dict[str, list[int]]]:
+    """Rows of 24 tokens: two documents packed, with uneven masks."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for index in range(count):
+        first = 7 + 3 * (index % 4)
+        ids = torch.randint(3, vocab_size, (24,), generator=generator)
+        labels = ids.masked_fill(torch.arange(24) < 2 * (index % 5), -100)
+        labels[[0, first]] = -100
+        positions = torch.cat([torch.arange(first), torch.arange(24 - first)])
+        made.append(
+            {
+                "input_ids": ids.tolist(),
+                "labels": labels.tolist(),
+                "position_ids": positions.tolist(),
+            }
+        )
+    return made
+
+
+def settings(folder: str, batch: int, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "logging_steps": 1,
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.5,
+        "optim": "sgd",  # AdamW divides the rounding of the smallest gradients by itself
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 11,
+    } | more
+
+
+def kind(base: type, degrees: Degrees | None) -> tuple[type, dict[str, Any]]:
+    """The trainer's class and its own keywords, sharded or not."""
+    if degrees is None:
+        return base, {}
+    return type(base.__name__, (UlyssesTrainer, base), {}), {"mesh": mesh_of(*degrees)}
+
+
+def show(trainer: Any, watch: Watch, **train: Any) -> Shown:
+    trainer.train(**train)
+    evaluation = trainer.evaluate()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    timed = ("runtime", "second", "time")
+    return {
+        "logs": [{k: v for k, v in entry.items() if k != "epoch"} for entry in logs],
+        "gradients": watch.gradients,
+        "eval": {k: v for k, v in evaluation.items() if not any(word in k for word in timed)},
+        "batch": trainer.get_total_train_batch_size(trainer.args),
+    }
+
+
+def plain_trainer(degrees: Degrees | None, folder: str, batch: int, **more: Any) -> Any:
+    from transformers import Trainer, default_data_collator
+
+    cls, own = kind(Trainer, degrees)
+    watch = Watch()
+    data = rows(12)
+    trainer = cls(
+        model=real_model(STARCODER2, dtype=torch.float64),
+        args=TrainingArguments(**settings(folder, batch, **more)),
+        train_dataset=data[:8],
+        eval_dataset=data[8:],
+        data_collator=default_data_collator,
+        callbacks=[watch],
+        **own,
+    )
+    return trainer, watch
+
+
+def train_plainly(degrees: Degrees | None, folder: str, batch: int, **more: Any) -> Shown:
+    return show(*plain_trainer(degrees, folder, batch, **more))
+
+
+def compare(found: list[Shown], expected: Shown, *, exact: float) -> None:
+    """All that was shown, on every rank. Gradients to `exact`, relative to the largest one. Models
+    are in fp64, but the losses of transformers and TRL, and what trainers log, are in fp32.
+    """
+    for shown in found:
+        assert shown["batch"] == expected["batch"]
+        assert len(shown["logs"]) == len(expected["logs"]) == STEPS
+        for mine, other in zip(shown["logs"], expected["logs"], strict=True):
+            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6, abs=1e-6)
+            assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+        assert shown["eval"]["eval_loss"] == pytest.approx(
+            expected["eval"]["eval_loss"], rel=1e-6, abs=1e-6
+        )
+        assert shown["eval"] == pytest.approx(expected["eval"], rel=1e-5, abs=1e-6)
+        pairs = list(zip(shown["gradients"], expected["gradients"], strict=True))
+        assert len(pairs) == STEPS
+        for step, (mine, other) in enumerate(pairs):
+            assert mine.keys() == other.keys() and mine
+            largest = max(x.abs().max() for x in other.values())
+            for name in other:
+                difference = (mine[name] - other[name]).abs().max() / largest
+                assert difference < exact, (step, name, difference)
+
+
+def world(degrees: Degrees) -> int:
+    return degrees[0] * degrees[1] * degrees[2]
+
+
+def together(
+    train: Any, degrees: Degrees, folder: Path, *, exact: float = 1e-6, **more: Any
+) -> None:
+    expected = run_on_ranks(1, train, None, str(folder / "one"), degrees[1], **more)[0]
+    found = run_on_ranks(world(degrees), train, degrees, str(folder), 1, **more)
+    compare(found, expected, exact=exact)
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degrees", MESHES)
+def test_trainer_trains_as_in_one_process(degrees: Degrees, tmp_path: Path) -> None:
+    together(train_plainly, degrees, tmp_path)
+
+
+def resume(degrees: Degrees, folder: str) -> tuple[Shown, Shown, list[float]]:
+    adamw = {"optim": "adamw_torch", "learning_rate": 1e-2}
+    trainer, watch = plain_trainer(degrees, folder, 1, save_strategy="steps", save_steps=2, **adamw)
+    undisturbed = show(trainer, watch)
+    trainer, watch = plain_trainer(degrees, folder, 1, **adamw)
+    resumed = show(trainer, watch, resume_from_checkpoint=f"{folder}/checkpoint-2")
+    trainer.save_model()
+    saved = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    mine = {name: whole(p) for name, p in trainer.model.named_parameters()}
+    there = Path(folder, "checkpoint-2", "trainer_state.json").exists()
+    assert there, "save_model must leave checkpoints alone"
+    return undisturbed, resumed, [(saved[name] - p).abs().max().item() for name, p in mine.items()]
+
+
+def test_a_trainer_resumes_and_saves(tmp_path: Path) -> None:
+    for undisturbed, resumed, differences in run_on_ranks(2, resume, SP2, str(tmp_path)):
+        assert resumed["logs"] == undisturbed["logs"]
+        assert resumed["eval"] == undisturbed["eval"]
+        for name, gradient in undisturbed["gradients"][-1].items():
+            assert torch.equal(resumed["gradients"][-1][name], gradient), name
+        assert max(differences) == 0
+
+
+def refused(degrees: Degrees, folder: str, arguments: Shown, more: Shown) -> str:
+    from transformers import Trainer
+
+    cls, own = kind(Trainer, degrees)
+    args = TrainingArguments(**settings(folder, 1, **arguments))
+    try:
+        trainer = cls(
+            model=real_model(LLAMA, dtype=torch.float32),
+            args=args,
+            train_dataset=rows(2),
+            **own,
+            **more,
+        )
+        trainer.train(**({"resume_from_checkpoint": folder} if not arguments | more else {}))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "words"),
+    [
+        ({"label_smoothing_factor": 0.1}, {}, ["label_smoothing_factor = 0.1", "logits"]),
+        ({"torch_compile": True}, {}, ["torch_compile = True", "ParallelOptions(compile=True)"]),
+        ({}, {"compute_metrics": len}, ["compute_metrics", "logits"]),
+        ({}, {"optimizers": (1, None)}, ["optimizers", "optimizer_cls_and_kwargs"]),
+        ({}, {}, ["resume_from_checkpoint", "sharded/"]),
+    ],
+)
+def test_what_would_be_wrong_is_refused(
+    arguments: Shown, more: Shown, words: list[str], tmp_path: Path
+) -> None:
+    for message in run_on_ranks(2, refused, SP2, str(tmp_path), arguments, more):
+        assert all(word in message for word in words), message
+
+
+# --- TRL ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl")
+
+
+def quiet() -> None:
+    os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
+
+
+def train_sft(
+    degrees: Degrees | None,
+    folder: str,
+    batch: int,
+    *,
+    lora: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Shown:
+    quiet()
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    cls, own = kind(SFTTrainer, degrees)
+    watch = Watch()
+    packed = {"packing": True, "max_length": 32, "shuffle_dataset": False}
+    data = [{key: row[key] for key in ("input_ids", "labels")} for row in rows(32)]
+    lengths = [*([19, 12] * 12), *([20] * 8)]  # two of the first fill a sequence
+    data = [
+        {key: values[:length] for key, values in row.items()}
+        for row, length in zip(data, lengths, strict=True)
+    ]
+    adapter = {"target_modules": ["q_proj", "c_proj"], "init_lora_weights": False, "r": 4}
+    trainer = cls(
+        model=real_model(STARCODER2, dtype=dtype),
+        args=SFTConfig(**settings(folder, batch, gradient_accumulation_steps=2), **packed),
+        train_dataset=Dataset.from_list(data[:24]),
+        eval_dataset=Dataset.from_list(data[24:]),
+        processing_class=ByT5Tokenizer(),
+        callbacks=[watch],
+        peft_config=LoraConfig(**adapter, task_type="CAUSAL_LM") if lora else None,
+        **own,
+    )
+    return show(trainer, watch)
+
+
+@pytest.mark.parametrize("degrees", MESHES)
+def test_sft_packed(degrees: Degrees, tmp_path: Path, trl: None) -> None:
+    together(train_sft, degrees, tmp_path)
+
+
+def test_sft_in_fp32(tmp_path: Path, trl: None) -> None:
+    together(train_sft, SP2, tmp_path, exact=3e-6, dtype=torch.float32)
+
+
+def test_sft_with_lora(tmp_path: Path, trl: None) -> None:
+    together(train_sft, SP2, tmp_path, lora=True)
+
+
+def train_dpo(degrees: Degrees | None, folder: str, batch: int, *, lora: bool = False) -> Shown:
+    quiet()
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    cls, own = kind(DPOTrainer, degrees)
+    watch = Watch()
+    texts = [f"{i} is {'even' if i % 2 == 0 else 'odd'}" for i in range(20)]
+    pairs = [
+        {"prompt": f"say {i}: ", "chosen": text, "rejected": text[::-1][: 4 + i % 5]}
+        for i, text in enumerate(texts)
+    ]
+    model = real_model(BYTES, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data * 0.9
+    adapter = {"target_modules": ["q_proj", "c_proj"], "init_lora_weights": False, "r": 4}
+    more = {"peft_config": LoraConfig(**adapter, task_type="CAUSAL_LM")} if lora else {}
+    trainer = cls(
+        model=model,
+        ref_model=None if lora else reference,
+        args=DPOConfig(**settings(folder, batch), beta=0.1, max_length=64),
+        train_dataset=Dataset.from_list(pairs[:12]),
+        eval_dataset=Dataset.from_list(pairs[12:]),
+        processing_class=ByT5Tokenizer(),
+        callbacks=[watch],
+        **more,
+        **own,
+    )
+    return show(trainer, watch)
+
+
+@pytest.mark.parametrize("degrees", MESHES)
+def test_dpo(degrees: Degrees, tmp_path: Path, trl: None) -> None:
+    together(train_dpo, degrees, tmp_path)
+
+
+def test_dpo_with_lora(tmp_path: Path, trl: None) -> None:
+    together(train_dpo, SP2, tmp_path, lora=True)
+
+
+def start_grpo(folder: str) -> None:
+    quiet()
+    from trl import GRPOConfig, GRPOTrainer
+
+    cls, own = kind(GRPOTrainer, SP2)
+    model = real_model(BYTES, dtype=torch.float32)
+    cls(model=model, args=GRPOConfig(**settings(folder, 2)), reward_funcs=len, **own)
+
+
+def test_trainers_that_generate_are_refused(tmp_path: Path, trl: None) -> None:
+    with pytest.raises(RankFailure, match="it generates with the model it trains"):
+        run_on_ranks(2, start_grpo, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_example(tmp_path: Path, trl: None) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["scripts/examples/trl_sft.py", "tiny", "LICENSE", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,298 @@
+"""transformers' Trainer and TRL's SFTTrainer and DPOTrainer, with sequence parallelism.
+
+    class LongTrainer(UlyssesTrainer, SFTTrainer): ...
+
+    mesh = build_mesh(sequence=8)
+    trainer = LongTrainer(model, args=SFTConfig(...), train_dataset=data, mesh=mesh)
+    trainer.train()
+
+The trainer gets the unsharded model, and works on it as ever: it adds LoRA, makes a reference
+model, prepares the data. Then its models are sharded (`parallelize`). From there on a sharded model
+takes the trainer's own batches, of whole sequences, and each rank computes its slice. To the
+trainer, the ranks that share a sequence are one: they read the same batch and get the same loss.
+Its data loader and its metrics count data-parallel ranks only, and gradients are the mean of those
+of their losses, as under DDP.
+
+Nothing is patched but instances: the model's forward, as `parallelize` does, and two methods of
+the trainer's own Accelerator.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import warnings
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, save_pretrained
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.integrations.whole_batches import gather, rows_of, take_whole_batches
+from titan_ulysses.setup.options import ParallelOptions
+from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.step import clip_gradients
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # a mixin, beside any trainer
+
+_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer"}
+"""The trainers that the tests compare with one process."""
+_TRIED_TRL = "1.16"
+_REFUSED = {
+    "fp16": "parallelize has no loss scaling; take bf16",
+    "fsdp": "the model is sharded already",
+    "deepspeed": "the model is sharded already",
+    "parallelism_config": "give mesh = build_mesh(...)",
+    "torch_compile": "give options = ParallelOptions(compile=True)",
+    "label_smoothing_factor": "it needs the logits of all tokens",
+    "use_liger_kernel": "it replaces parts that are replaced already",
+    "neftune_noise_alpha": "its noise would differ between the ranks of a sequence",
+    "auto_find_batch_size": "one rank that runs out of memory would leave the others waiting",
+    "fp16_full_eval": "it converts the model's shards",
+    "bf16_full_eval": "it converts the model's shards",
+    "push_to_hub": "save_model writes a folder to upload",
+    "activation_offloading": 'give options = ParallelOptions(offload="host")',
+    "precompute_ref_log_probs": "it runs the reference before the model is sharded",
+    "sync_ref_model": "policy and reference are sharded",
+    "use_weighting": "it was not tried",
+}
+"""Options of trainers that would be wrong here or have no effect, with the reason."""
+_REFUSED_ARGUMENTS = {
+    "compute_metrics": "it needs the logits of all tokens",
+    "preprocess_logits_for_metrics": "it needs the logits of all tokens",
+    "compute_loss_func": "it needs the logits of all tokens; see docs/trainers.md for own losses",
+    "optimizers": "they hold parameters of the unsharded model; give optimizer_cls_and_kwargs",
+    "model_init": "give the model",
+    "quantization_config": "quantized weights cannot be sharded",
+}
+_SHARDED = "sharded"
+"""The folder in a checkpoint-N with what `save_checkpoint` writes."""
+
+
+class UlyssesTrainer(_Trainer):
+    """A mixin: name it before the trainer's class (see above).
+
+    mesh: that of `build_mesh`, whose ranks all run this trainer. options: those of `parallelize`.
+    With bf16 = True the model computes in bf16; its parameters keep their dtype. Activation
+    checkpointing is that of `options`, whatever gradient_checkpointing says. The rest of the
+    trainer's arguments mean what they mean without sequence parallelism, for mesh.batch.size()
+    data-parallel ranks. UserError for arguments that would be wrong, by name.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        *,
+        args: Any,
+        mesh: Mesh,
+        options: ParallelOptions | None = None,
+        **more: Any,
+    ):
+        self.ulysses_mesh, self.ulysses_options = mesh, options or ParallelOptions()
+        _check(type(self), args, more)
+        args = copy(args)
+        if args.bf16 and self.ulysses_options.param_dtype is None:
+            self.ulysses_options = replace(self.ulysses_options, param_dtype=torch.bfloat16)
+        for setting in ("gradient_checkpointing", "activation_checkpointing"):
+            if hasattr(args, setting):
+                setattr(args, setting, False)
+        # The trainer would multiply the loss by all ranks; `_get_num_items_in_batch` counts them.
+        args.average_tokens_across_devices = False
+        self.ulysses_model: PreTrainedModel | None = None  # until it is sharded
+        super().__init__(model=model, args=args, **more)
+        if getattr(self, "aux_loss_enabled", False):
+            raise UserError(
+                "router_aux_loss_coef: this trainer adds the routers' loss itself, of one rank's "
+                "tokens. Set router_aux_loss_coef = 0.0, or train with train.py."
+            )
+        self.ulysses_model = self._sharded(self.model)
+        if isinstance(getattr(self, "ref_model", None), nn.Module):
+            self.ref_model.requires_grad_(False)
+            self._sharded(self.ref_model)
+
+    def _sharded(self, model: nn.Module) -> PreTrainedModel:
+        """Shard a model, or what is inside of a PeftModel, and let it take whole batches."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parallelize(base, self.ulysses_mesh, self.ulysses_options)
+        take_whole_batches(base, self.ulysses_mesh)
+        if base is not model:
+            # peft calls the base model's forward past its hooks, and with them past FSDP.
+            model.base_model.forward = base.__call__
+        model._is_accelerate_prepared = True  # Accelerate would wrap it in DDP
+        return base
+
+    # --- data and counts, for data-parallel ranks -------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        mesh, accelerator = self.ulysses_mesh, self.accelerator
+        if accelerator.num_processes != mesh.loss.size():
+            raise UserError(
+                f"mesh: it has {mesh.loss.size()} ranks, and the trainer has "
+                f"{accelerator.num_processes}: start the script with torchrun, build the mesh of "
+                "all ranks, and where there is no GPU, set use_cpu = True."
+            )
+        accelerator.prepare_data_loader = self._prepared_loader
+        accelerator.gather = functools.partial(gather, mesh.batch.get_group())
+
+    def _prepared_loader(self, loader: Any, *_: Any, **__: Any) -> Any:
+        """Return the loader that reads the batches of this rank's sequences."""
+        from accelerate.data_loader import prepare_data_loader
+
+        accelerator, batch = self.accelerator, self.ulysses_mesh.batch
+        prepared = prepare_data_loader(
+            loader,
+            accelerator.device,
+            num_processes=batch.size(),
+            process_index=batch.get_local_rank(),
+            put_on_device=True,
+            rng_types=accelerator.rng_types.copy(),
+            dispatch_batches=False,
+            even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+            data_seed=accelerator.dataloader_config.data_seed,
+            non_blocking=accelerator.non_blocking,
+        )
+        accelerator._dataloaders.append(prepared)
+        return prepared
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return super().get_total_train_batch_size(args) // self.ulysses_mesh.sp.size()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Return the labels of the step on all ranks, divided by the data-parallel ranks.
+
+        The mean over these of the sums divided by it is the loss of the step.
+        """
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        labels = [rows_of(batch).labels for batch in batch_samples]
+        count = torch.stack([(x != IGNORE_INDEX).sum() for x in labels]).sum().to(device)
+        dist.all_reduce(count, group=self.ulysses_mesh.batch.get_group())
+        return count.double() / self.ulysses_mesh.batch.size()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        # In evaluation too, the loss of a batch is that of all ranks' labels.
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        return super().compute_loss(
+            model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    # --- gradients --------------------------------------------------------------------------------
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return clip_gradients(list(model.parameters()), self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor:
+        return clip_gradients(list(model.parameters()), 0.0) if grad_norm is None else grad_norm
+
+    def _move_model_to_device(self, *_: Any) -> None:
+        """Leave the whole model where it is: `parallelize` moves this rank's shards."""
+
+    # --- saving and resuming ----------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what from_pretrained opens to output_dir, adapters merged. Collective."""
+        folder = Path(output_dir or self.args.output_dir)
+        part, tokenizer = folder / ".model", self.processing_class
+        save_pretrained(self.ulysses_model, part, getattr(tokenizer, "tokenizer", tokenizer))
+        # Beside what is there: the folder may hold checkpoints.
+        if dist.get_rank() == 0:
+            for file in part.iterdir():
+                file.replace(folder / file.name)
+            shutil.rmtree(part)
+        dist.barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = {"step": self.state.global_step, "scheduler": self.lr_scheduler.state_dict()}
+        folder, optimizer = Path(output_dir, _SHARDED), _unwrapped(self.optimizer)
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in this folder
+        dist.barrier()
+        save_checkpoint(folder, self.ulysses_model, optimizer, state)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        """Only check the checkpoint: the model is loaded with the optimizer, once that is made."""
+        if not Path(checkpoint, _SHARDED).is_dir():
+            raise UserError(
+                f"resume_from_checkpoint = {checkpoint}: it has no {_SHARDED}/ with the shards of "
+                "model and optimizer. Resume from a checkpoint that this trainer wrote with "
+                "save_only_model = False, or begin from its model by from_pretrained."
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            folder, optimizer = Path(checkpoint, _SHARDED), _unwrapped(self.optimizer)
+            state = load_checkpoint(folder, self.ulysses_model, optimizer)
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        self._load_from_checkpoint(best)
+        load_checkpoint(Path(best, _SHARDED), self.ulysses_model)
+
+
+def _check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
+    """Raise UserError for what would be wrong; warn of what was not tried."""
+    for name, reason in _REFUSED.items():
+        if value := getattr(args, name, None):
+            raise UserError(f"{name} = {value}: not with UlyssesTrainer: {reason}.")
+    for name, reason in _REFUSED_ARGUMENTS.items():
+        if more.get(name) not in (None, (None, None)):
+            raise UserError(f"{name}: not with UlyssesTrainer: {reason}.")
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise UserError(
+            'train_sampling_strategy = "batch_rebalance": it would give the ranks of a sequence '
+            'different batches. Take "random" or "group_by_length".'
+        )
+    parents = [parent for parent in kind.__mro__ if parent.__module__.startswith(("trl", "transf"))]
+    if not parents:
+        raise UserError(
+            f"{kind.__name__}: name a trainer after UlyssesTrainer, as in class "
+            f"{kind.__name__}(UlyssesTrainer, SFTTrainer)."
+        )
+    if any(hasattr(parent, "_generate_and_score_completions") for parent in parents):
+        raise UserError(
+            f"{parents[0].__name__}: it generates with the model it trains, which the sharded "
+            "model cannot. Generate elsewhere, and train on the completions with "
+            "clipped_policy_loss: see docs/trainers.md."
+        )
+    remedy = "Compare the losses of its first steps with those of the same run on one rank."
+    if parents[0].__name__ not in _TRIED:
+        warnings.warn(
+            f"{parents[0].__name__} was not tried with UlyssesTrainer, only "
+            f"{', '.join(sorted(_TRIED))}. {remedy}",
+            stacklevel=3,
+        )
+    if parents[0].__module__.startswith("trl"):
+        found = version("trl")
+        if ".".join(found.split(".")[:2]) != _TRIED_TRL:
+            warnings.warn(
+                f"trl {found} was not tried with UlyssesTrainer, only {_TRIED_TRL}. {remedy}",
+                stacklevel=3,
+            )
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Return torch's optimizer, which Accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)

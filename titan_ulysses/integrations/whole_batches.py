@@ -1,0 +1,116 @@
+"""A sharded model whose forward takes the batches of trainers: whole sequences, on every rank."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from titan_ulysses.data.adapter import (
+    BORDER_KEYS,
+    CHECK_EVERY,
+    TOKEN_KEYS,
+    Rows,
+    check_same_rows,
+    read_rows,
+    slice_rows,
+)
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.setup.forward import StatisticsOutput
+from titan_ulysses.train.log_probs import whole_statistics
+
+
+@dataclass
+class WholeOutput(StatisticsOutput):
+    """What TRL's trainers read of a model's output, for whole sequences [B, S - 1]."""
+
+    loss: Tensor | None = None
+    label_mask: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def take_whole_batches(model: PreTrainedModel, mesh: Mesh) -> None:
+    """Let a sharded model's forward take the batches of trainers: whole sequences, on every rank.
+
+    With `fused_lm_head = True`, as TRL's trainers call it, it returns a WholeOutput, else the loss
+    of all ranks' labels over `num_items_in_batch` times the data-parallel ranks.
+    """
+    sharded, calls = model.forward, count()
+
+    @functools.wraps(type(model).forward)  # trainers read which columns it takes
+    def forward(
+        _: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        fused_lm_head: bool = False,
+        num_items_in_batch: Tensor | None = None,
+        **inputs: Any,
+    ) -> CausalLMOutputWithPast | WholeOutput:
+        inputs = {"input_ids": input_ids, **inputs}
+        if inputs.get("labels") is None:
+            raise UserError(
+                "model: a batch without labels: the logits of whole sequences are never made. "
+                "Leave compute_metrics and predict out, or score with titan_ulysses.score."
+            )
+        rows = rows_of(inputs)
+        if next(calls) % CHECK_EVERY == 0:
+            check_same_rows([rows], mesh)
+        batch = slice_rows(rows, mesh, model.stream_chunk_tokens).to(mesh.device)
+        fields = {name: value for name, value in vars(batch).items() if value is not None}
+        if not fused_lm_head:
+            labels = _count(batch.labels, num_items_in_batch, mesh)
+            return sharded(**fields, num_items_in_batch=labels)
+        local = sharded(**fields, reduction="statistics")
+        # Trainers expect the mean over data-parallel ranks, and FSDP sums.
+        scale = 1 / mesh.batch.size()
+        whole = whole_statistics(local, mesh, batch.chunk_tokens, scale=scale)
+        tokens = rows.labels.shape[1] - 1
+        mask = (rows.labels[:, :tokens] != IGNORE_INDEX).to(mesh.device)
+        kept = {name: x[:, :tokens] for name, x in whole._asdict().items()}
+        return WholeOutput(**kept, label_mask=mask)
+
+    model.forward = MethodType(forward, model)
+
+
+def _count(labels: Tensor, of_step: Tensor | None, mesh: Mesh) -> Tensor:
+    """Return the labels of the step, or where that is not known, of this batch on all ranks."""
+    if of_step is not None:
+        return of_step * mesh.batch.size()
+    here = (labels != IGNORE_INDEX).sum()
+    dist.all_reduce(here, group=mesh.loss.get_group())
+    return here
+
+
+def rows_of(inputs: Mapping[str, Any]) -> Rows:
+    """Return the rows of a trainer's batch. UserError for an input that the model does not take."""
+    known = {key: inputs[key] for key in (*TOKEN_KEYS, *BORDER_KEYS) if key in inputs}
+    # What is off or unset says nothing; a cache is never kept, whatever is said.
+    others = {
+        key: value for key, value in inputs.items() if key not in known and key != "use_cache"
+    }
+    set_ones = {key: x for key, x in others.items() if isinstance(x, Tensor) or x}
+    return read_rows(known | {k: x for k, x in set_ones.items() if k != "return_dict"})
+
+
+def gather(group: dist.ProcessGroup, data: Any) -> Any:
+    """Return tensors of the data-parallel ranks, joined along their first dimension."""
+    from accelerate.utils import recursively_apply
+
+    def join(x: Tensor) -> Tensor:
+        x = (x[None] if x.ndim == 0 else x).contiguous()
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    return recursively_apply(join, data, error_on_other_type=True)

@@ -1,0 +1,183 @@
+"""Losses beside cross-entropy, as functions of the logits of a tile of tokens.
+
+A sharded model computes them in its loss head, where the logits of one tile exist at a time:
+
+    loss = model(**batch, loss_function=partial(clipped_policy_loss, clip=0.2), loss_inputs={...})
+
+A loss function takes the logits [n, V] (scaled and capped as the model's family does, in fp32 or
+wider), the shifted labels [n], and the tensors of `loss_inputs`, of which it gets the same tokens.
+It returns the *sum* of the losses of the tokens whose label is not -100. Any function of that kind
+will do, also the user's own; `check_is_sum` finds one that is not a sum over tokens. The functions
+here are such functions, and what else these losses need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
+
+LossFunction = Callable[..., Tensor]
+"""(logits [n, V], labels [n], **tensors of these tokens) -> the sum of their losses, a scalar."""
+
+
+class TokenStatistics(NamedTuple):
+    """What the distribution of the next token says of each label; all are 0 without a label."""
+
+    log_probs: Tensor
+    """the log-probability of the label"""
+    entropy: Tensor
+    """the entropy of the distribution, in nats (this and log_probs have a gradient)"""
+    is_top1: Tensor
+    """whether the label is the most likely token (bool)"""
+    mean_logits: Tensor
+    """the mean of the logits over the vocabulary, without gradient"""
+    log_sum_sq_probs: Tensor
+    """the logarithm of the sum of the squared probabilities, without gradient"""
+
+
+def token_statistics(
+    logits: Tensor, labels: Tensor, *, temperature: float = 1.0
+) -> TokenStatistics:
+    """Return the statistics [n] of logits [n, V] / temperature."""
+    valid = labels != IGNORE_INDEX
+    scores = logits / temperature
+    log_p = scores.log_softmax(dim=-1)
+    index = labels.where(valid, 0).unsqueeze(-1)
+    with torch.no_grad():
+        is_top1 = (scores.argmax(dim=-1) == labels) & valid
+        mean_logits = scores.mean(dim=-1)
+        squares = (2 * log_p).logsumexp(dim=-1)
+    return TokenStatistics(
+        log_p.gather(-1, index).squeeze(-1).where(valid, 0),
+        -(log_p.exp() * log_p).sum(dim=-1).where(valid, 0),
+        is_top1,
+        mean_logits.where(valid, 0),
+        squares.where(valid, 0),
+    )
+
+
+def clipped_policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    reference_log_probs: Tensor | None = None,
+    clip: float | tuple[float, float] = 0.2,
+    kl: float = 0.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return the sum of the clipped policy-gradient losses, with a KL penalty.
+
+    With the ratio r = exp(log_prob - old_log_prob) and the advantage A, all [n], a token's loss is
+    -min(r A, clamp(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347, equation 7) + kl * k3. Here
+    k3 = exp(d) - d - 1 with d = reference_log_prob - log_prob is the estimate of the KL divergence
+    from the reference that GRPO uses (arXiv 2402.03300, equation 4). clip is (low, high), or both.
+    """
+    low, high = clip if isinstance(clip, tuple) else (clip, clip)
+    valid = labels != IGNORE_INDEX
+    log_probs = _log_probs(logits, labels, valid, temperature)
+    ratio = (log_probs - old_log_probs.where(valid, 0)).exp()
+    advantages = advantages.where(valid, 0)
+    each = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    if kl:
+        if reference_log_probs is None:
+            raise UserError(f"kl = {kl}: the penalty needs reference_log_probs.")
+        difference = reference_log_probs.where(valid, 0) - log_probs
+        each = each + kl * (difference.exp() - difference - 1)
+    return each.where(valid, 0).sum()
+
+
+def distillation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
+    teacher_logits: Tensor | None = None,
+    teacher_ids: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return temperature^2 times the sum of KL(teacher || student) (Hinton, arXiv 1503.02531).
+
+    Both distributions are at the temperature. The teacher is given by its hidden states
+    [n, h'] and its whole head weight [V, h'], which is bound with functools.partial; or by its
+    largest logits [n, k] and the ids [n, k] of their tokens, whose probabilities are then taken to
+    sum to 1.
+    """
+    valid = labels != IGNORE_INDEX
+    log_student = (logits / temperature).log_softmax(dim=-1)
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher = F.linear(teacher_hidden, teacher_weight)
+    elif teacher_logits is not None and teacher_ids is not None:
+        teacher = teacher_logits
+        log_student = log_student.gather(-1, teacher_ids)
+    else:
+        raise UserError(
+            "distillation_loss: give the teacher's hidden states and head weight (teacher_hidden, "
+            "teacher_weight), or its largest logits and their ids (teacher_logits, teacher_ids)."
+        )
+    log_teacher = (teacher.to(log_student.dtype) / temperature).log_softmax(dim=-1)
+    each = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
+    return temperature**2 * each.where(valid, 0).sum()
+
+
+def dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """Return the sigmoid DPO loss of each pair [B] (arXiv 2305.18290, equation 7).
+
+    The four are log-probabilities of whole completions, sums over their tokens [B]: of the policy,
+    with gradient (see `train.log_probs`), and of the reference.
+    """
+    margin = (chosen - reference_chosen) - (rejected - reference_rejected)
+    return -F.logsigmoid(beta * margin)
+
+
+def _log_probs(logits: Tensor, labels: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """Return the log-probabilities [n] of the labels, 0 where there is none."""
+    index = labels.where(valid, 0).unsqueeze(-1)
+    log_p = (logits / temperature).log_softmax(dim=-1)
+    return log_p.gather(-1, index).squeeze(-1).where(valid, 0)
+
+
+@torch.no_grad()
+def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **tokens: Tensor) -> None:
+    """Raise UserError if the loss of these tokens is not the sum of that of two halves of them.
+
+    A mean, for example, would depend on the size of tiles and on the number of ranks.
+    """
+    half = (len(labels) + 1) // 2
+    whole = function(logits, labels, **tokens)
+    name = getattr(function, "__name__", None) or getattr(
+        getattr(function, "func", None), "__name__", repr(function)
+    )
+    if not isinstance(whole, Tensor) or whole.ndim:
+        raise UserError(
+            f"loss_function {name} returned {type(whole).__name__} of shape "
+            f"{list(getattr(whole, 'shape', []))}: return the sum of the tokens' losses, a scalar."
+        )
+    parts = [
+        function(logits[part], labels[part], **{key: x[part] for key, x in tokens.items()})
+        for part in (slice(0, half), slice(half, None))
+    ]
+    difference = (whole - sum(parts)).abs()
+    if difference > 1e-3 * sum(part.abs() for part in parts):
+        raise UserError(
+            f"loss_function {name} is not a sum over tokens: it is {whole.item():.6g} for "
+            f"{len(labels)} tokens together, and {sum(parts).item():.6g} for two halves of them. "
+            "Return the sum of the losses of the tokens; it is divided by their number in the "
+            "whole step for you."
+        )
