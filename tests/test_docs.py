@@ -67,7 +67,6 @@ NOT_HERE = {
 """Part of a command -> why it does not run here. It is parsed all the same."""
 SHORTER = {
     "bash scripts/examples/needle.sh": "",
-    "bash scripts/examples/hybrid.sh": "",
     "scripts/bench/data.py": "--steps 2 --repeats 1",
     "scripts/bench/exchange.py": "--ranks 2 --seq-lens 512 --repeats 1 --tokens 256",
     "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",
