@@ -1,0 +1,227 @@
+"""The settings with which sequences of a given length are trained fastest.
+
+Settings are compared by the planned seconds of a token: another mesh may train more sequences in a
+step. The search estimates each candidate (`few_layers.py`). It begins with settings that need
+little memory, for every mesh, and changes one setting at a time, as long as that makes a token
+clearly faster. So it ends where no such change does. The best are then simulated whole, in the
+order of their estimates, until one fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.plan.few_layers import Estimate, estimate_plan
+from titan_ulysses.plan.planner import Plan, Setup, make_plan
+from titan_ulysses.plan.search import with_settings
+
+CLEARLY = 1e-3
+"""The share of its time by which a change must make a token faster to be taken."""
+_MESHES_DESCENDED = 2
+"""How many of the meshes are tried with all settings."""
+_BEST = 5
+
+Changes = dict[str, Any]
+_SEQUENCE, _REPLICATE, _SHARD = (
+    "parallelism.sequence_parallel_degree",
+    "parallelism.data_parallel_replicate_degree",
+    "parallelism.data_parallel_shard_degree",
+)
+_EVERY = "activation_checkpoint.every"
+_KEEP = "activation_checkpoint.keep_attention"
+_CHUNK, _HIDDEN = "memory.stream_chunk_tokens", "memory.stream_offload"
+
+LEAN: Changes = {
+    "activation_checkpoint.mode": "full",
+    _EVERY: 1,
+    "activation_checkpoint.offload": "host",
+    _KEEP: "none",
+    _CHUNK: 0,
+    _HIDDEN: "host",
+    "memory.mlp_tile_tokens": 0,
+    "memory.loss_tile_tokens": 0,
+    "memory.optimizer_offload": True,
+    "memory.parameter_offload": False,
+}
+"""The settings that a search begins with."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings, and what their step is estimated or, once simulated whole, planned to need."""
+
+    changes: Changes
+    """Settings that differ from the config, with all that make up the mesh."""
+    found: Estimate
+    plan: Plan | None = None
+
+    @property
+    def fits(self) -> bool:
+        return (self.plan or self.found).fits
+
+    @property
+    def seconds_per_token(self) -> float:
+        step = (self.plan or self.found).time.seconds
+        return step / self.found.setup.tokens_per_step
+
+    @property
+    def is_simulated(self) -> bool:
+        return self.plan is not None
+
+
+@dataclass
+class Search:
+    """A search for the fastest settings of setup's model, length and GPUs."""
+
+    setup: Setup
+    estimate: Callable[[Setup], Estimate] = estimate_plan
+    tried: dict[tuple, Candidate | None] = field(default_factory=dict)
+    """what is known of settings; None: this model or mesh cannot have them"""
+
+    def run(self) -> list[Candidate]:
+        """Return the best candidates that fit, at most five, the fastest first.
+
+        The first one is simulated whole. Empty if none was found that fits.
+        """
+        begun = [self.try_(LEAN | mesh) for mesh in meshes(self.setup)]
+        starts = sorted(filter(None, begun), key=_rank)[:_MESHES_DESCENDED]
+        for start in starts:
+            self._descend(start)
+        return self._verified()
+
+    def try_(self, settings: Changes) -> Candidate | None:
+        """Estimate settings; None where they are refused."""
+        key = tuple(sorted(settings.items()))
+        if key not in self.tried:
+            try:
+                found = self.estimate(with_settings(self.setup, settings))
+                self.tried[key] = Candidate(settings, found)
+            except UserError:
+                self.tried[key] = None
+        return self.tried[key]
+
+    def _descend(self, start: Candidate) -> Candidate:
+        """Change one setting after the other until no change is clearly better."""
+        best, before = start, None
+        while best is not before:
+            before = best
+            for name in (*LEAN, "mesh"):
+                for changed in neighbours(self.setup, best.changes, name):
+                    if best.fits and _only_saves_memory(best.changes, changed):
+                        continue
+                    other = self.try_(changed)
+                    if other and _is_better(other, best):
+                        best = other
+        return best
+
+    def _verified(self) -> list[Candidate]:
+        order = sorted((c for c in self.tried.values() if c and c.fits), key=_rank)
+        for at, candidate in enumerate(order):
+            plan = make_plan(candidate.found.setup)
+            if plan.fits:
+                best = Candidate(candidate.changes, candidate.found, plan)
+                return [best, *order[at + 1 : at + _BEST]]
+        return []
+
+    def nearest(self) -> Candidate | None:
+        """Return what was tried and needs the least memory; None where all was refused."""
+        known = [c for c in self.tried.values() if c]
+        return min(known, key=lambda c: _excess(c.found), default=None)
+
+
+def meshes(setup: Setup) -> list[Changes]:
+    """Return the meshes that setup's GPUs, model and batch allow.
+
+    Parameters are sharded over all ranks, or inside a node and replicated over the nodes.
+    """
+    world, per_node = setup.world_size, setup.config.plan.gpus_per_node
+    training, model = setup.config.training, setup.model_config
+    heads = getattr(model, "num_attention_heads", 1)
+    nodes = world // per_node if world % per_node == 0 else 1
+    found = []
+    for sequence in range(1, min(world, heads) + 1):
+        if world % sequence or training.seq_len % sequence:
+            continue
+        data = world // sequence
+        batch = training.local_batch_size * data
+        if training.global_batch_size > 0 and training.global_batch_size % batch:
+            continue
+        for replicate in {1, nodes}:
+            if data % replicate == 0:
+                found.append({_SEQUENCE: sequence, _REPLICATE: replicate, _SHARD: -1})
+    return found
+
+
+def neighbours(setup: Setup, settings: Changes, name: str) -> list[Changes]:
+    """Return settings with other values of one setting, or with other meshes (name "mesh")."""
+    if name == "mesh":
+        changed = [settings | mesh for mesh in meshes(setup)]
+    else:
+        changed = [settings | {name: value} for value in _values(setup, settings, name)]
+    return [one for one in changed if one != settings and _is_allowed(one)]
+
+
+def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
+    now = settings[name]
+    if name == _EVERY:
+        layers = getattr(setup.model_config, "num_hidden_layers", 1)
+        return [k for k in (now // 2, 2 * now) if 1 <= k <= layers]
+    if name == _CHUNK:
+        per_rank = (2048, 8192, 16384)  # auto is 4,096
+        chunks = [tokens * settings[_SEQUENCE] for tokens in per_rank]
+        return [-1, 0, *(c for c in chunks if c < setup.config.training.seq_len)]
+    return {
+        "activation_checkpoint.mode": ["none", "full"],
+        "activation_checkpoint.offload": ["none", "host"],
+        _KEEP: ["all", "none"],
+        _HIDDEN: ["none", "host"],
+        "memory.mlp_tile_tokens": [-1, 0],
+        "memory.loss_tile_tokens": [-1, 0],
+        "memory.optimizer_offload": [False, True],
+        "memory.parameter_offload": [False, True],
+    }[name]
+
+
+def _is_allowed(settings: Changes) -> bool:
+    """Return whether these settings can be together (see `validate.check`)."""
+    checkpoints = settings["activation_checkpoint.mode"] == "full"
+    streams = checkpoints and settings[_CHUNK] != -1
+    return (
+        (checkpoints or settings["activation_checkpoint.offload"] == "none")
+        and (checkpoints or settings[_EVERY] == 1)
+        and (checkpoints or settings[_CHUNK] <= 0)
+        and (streams or settings[_HIDDEN] == settings[_KEEP] == "none")
+        and not (settings["memory.optimizer_offload"] and settings["memory.parameter_offload"])
+    )
+
+
+def _only_saves_memory(settings: Changes, changed: Changes) -> bool:
+    """Return whether a change of one setting can make a step no faster: more is copied or computed
+    again than before, and nothing less.
+    """
+    return (
+        changed[_EVERY] > settings[_EVERY]
+        or changed["memory.optimizer_offload"] > settings["memory.optimizer_offload"]
+        or changed["memory.parameter_offload"] > settings["memory.parameter_offload"]
+    )
+
+
+def _is_better(one: Candidate, other: Candidate) -> bool:
+    if one.fits and other.fits:
+        return one.seconds_per_token < (1 - CLEARLY) * other.seconds_per_token
+    return _rank(one) < _rank(other)
+
+
+def _rank(candidate: Candidate) -> tuple[float, float]:
+    """Return a key to sort by: what fits comes first, then what needs less memory."""
+    excess = 1.0 if candidate.fits else _excess(candidate.found)
+    return excess, candidate.seconds_per_token
+
+
+def _excess(found: Estimate) -> float:
+    """Return how many times the memory that there is would be needed, of a GPU or of a node."""
+    host = found.host_bytes / found.setup.host_memory if found.setup.host_memory else 0.0
+    return max(found.gpu_bytes / found.setup.gpu_memory, host)
