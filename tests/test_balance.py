@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.ranks import run_on_ranks
+from helpers.runs import logged, train, write_run
 from titan_ulysses.data.balance import attention_cost, balance, deal, in_order, slowest
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
@@ -164,3 +166,42 @@ def test_the_long_tail(tmp_path):
 
 def test_attention_cost():
     assert attention_cost((3, 4)) == 25
+
+
+def test_a_run_on_two_ranks_is_that_of_one(tmp_path):
+    """Long-tailed documents, four micro-batches: the same losses and norms, and it goes on on one
+    rank from where two were.
+    """
+    config = write_run(tmp_path)
+    settings = {"training.steps": 6, "checkpoint.interval": 3, "lr_scheduler.warmup_steps": 0}
+    settings |= {"lr_scheduler.decay_type": "constant"}
+    two = settings | {"training.local_batch_size": 1, "job.name": "two"}
+    run_on_ranks(1, train, config, settings | {"job.name": "one"})
+    run_on_ranks(2, train, config, two | {"training.steps": 3})
+    assert all(line["balance"] >= 1 for line in logged(tmp_path / "outputs" / "two"))
+    run_on_ranks(1, train, config, two)
+    one, other = (logged(tmp_path / "outputs" / name) for name in ("one", "two"))
+    assert [line["step"] for line in other] == [*range(1, 7)]
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-5)
+    assert {line["balance"] for line in one} == {None}
+
+
+def test_a_document_that_cannot_be_balanced_is_named_once():
+    from titan_ulysses.train.imbalance import Imbalance, expected_balance
+
+    sequences = PaddedSequences(corpus_of([64, *[1] * 7]), seq_len=64, seed=0, best_fit=False)
+    lengths = {0: (64,)} | {place: (1,) * 64 for place in range(1, 8)}
+    sequences.document_lengths = lambda index: lengths[index % 8]
+    sequences.documents = lambda index: [f"{index}-{at}" for at in range(len(lengths[index % 8]))]
+    loader = loaders(sequences, dp=2, rows=1, accumulation=4)[0]
+    said, imbalance = [], Imbalance()
+    assert "attention takes 1." in expected_balance(loader)
+    for step in range(1, 4):
+        for _ in range(4):
+            loader.next_batch()
+        said.append(imbalance.note(step, loader))
+    assert "step 1: document 0-0 has 90% of the step's attention" in said[0]
+    assert said[1:] == [None, None]
+    assert imbalance.take() > 1.5 and imbalance.take() is None

@@ -30,23 +30,32 @@ _SEQUENCE, _REPLICATE, _SHARD = (
     "parallelism.data_parallel_replicate_degree",
     "parallelism.data_parallel_shard_degree",
 )
-_EVERY = "activation_checkpoint.every"
-_KEEP = "activation_checkpoint.keep_attention"
+_MODE, _EVERY = "activation_checkpoint.mode", "activation_checkpoint.every"
+_OFFLOAD, _KEEP = "activation_checkpoint.offload", "activation_checkpoint.keep_attention"
+_STATE, _PARAMETERS = "memory.optimizer_offload", "memory.parameter_offload"
 _CHUNK, _HIDDEN = "memory.stream_chunk_tokens", "memory.stream_offload"
 
 LEAN: Changes = {
-    "activation_checkpoint.mode": "full",
+    _MODE: "full",
     _EVERY: 1,
-    "activation_checkpoint.offload": "host",
+    _OFFLOAD: "host",
     _KEEP: "none",
     _CHUNK: 0,
     _HIDDEN: "host",
     "memory.mlp_tile_tokens": 0,
     "memory.loss_tile_tokens": 0,
-    "memory.optimizer_offload": True,
-    "memory.parameter_offload": False,
+    _STATE: True,
+    _PARAMETERS: False,
 }
 """The settings that a search begins with."""
+_WHOLE: Changes = {_KEEP: "none", _HIDDEN: "none"}
+_EXCLUDES: dict[tuple[str, Any], Changes] = {
+    (_CHUNK, -1): _WHOLE,
+    (_MODE, "none"): _WHOLE | {_EVERY: 1, _OFFLOAD: "none", _CHUNK: 0},
+    (_STATE, True): {_PARAMETERS: False},
+    (_PARAMETERS, True): {_STATE: False},
+}
+"""What changes together with a setting, because the two exclude each other."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,10 @@ def neighbours(setup: Setup, settings: Changes, name: str) -> list[Changes]:
     if name == "mesh":
         changed = [settings | mesh for mesh in meshes(setup)]
     else:
-        changed = [settings | {name: value} for value in _values(setup, settings, name)]
+        changed = [
+            settings | {name: value} | _EXCLUDES.get((name, value), {})
+            for value in _values(setup, settings, name)
+        ]
     return [one for one in changed if one != settings and _is_allowed(one)]
 
 
@@ -174,27 +186,27 @@ def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
         chunks = [tokens * settings[_SEQUENCE] for tokens in per_rank]
         return [-1, 0, *(c for c in chunks if c < setup.config.training.seq_len)]
     return {
-        "activation_checkpoint.mode": ["none", "full"],
-        "activation_checkpoint.offload": ["none", "host"],
+        _MODE: ["none", "full"],
+        _OFFLOAD: ["none", "host"],
         _KEEP: ["all", "none"],
         _HIDDEN: ["none", "host"],
         "memory.mlp_tile_tokens": [-1, 0],
         "memory.loss_tile_tokens": [-1, 0],
-        "memory.optimizer_offload": [False, True],
-        "memory.parameter_offload": [False, True],
+        _STATE: [False, True],
+        _PARAMETERS: [False, True],
     }[name]
 
 
 def _is_allowed(settings: Changes) -> bool:
     """Return whether these settings can be together (see `validate.check`)."""
-    checkpoints = settings["activation_checkpoint.mode"] == "full"
+    checkpoints = settings[_MODE] == "full"
     streams = checkpoints and settings[_CHUNK] != -1
     return (
-        (checkpoints or settings["activation_checkpoint.offload"] == "none")
+        (checkpoints or settings[_OFFLOAD] == "none")
         and (checkpoints or settings[_EVERY] == 1)
         and (checkpoints or settings[_CHUNK] <= 0)
         and (streams or settings[_HIDDEN] == settings[_KEEP] == "none")
-        and not (settings["memory.optimizer_offload"] and settings["memory.parameter_offload"])
+        and not (settings[_STATE] and settings[_PARAMETERS])
     )
 
 
@@ -202,11 +214,9 @@ def _only_saves_memory(settings: Changes, changed: Changes) -> bool:
     """Return whether a change of one setting can make a step no faster: more is copied or computed
     again than before, and nothing less.
     """
-    return (
-        changed[_EVERY] > settings[_EVERY]
-        or changed["memory.optimizer_offload"] > settings["memory.optimizer_offload"]
-        or changed["memory.parameter_offload"] > settings["memory.parameter_offload"]
-    )
+    offloads = settings[_STATE] or settings[_PARAMETERS]
+    offloads_more = changed[_STATE] or changed[_PARAMETERS]
+    return changed[_EVERY] > settings[_EVERY] or (offloads_more and not offloads)
 
 
 def _is_better(one: Candidate, other: Candidate) -> bool:
