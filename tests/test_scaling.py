@@ -1,4 +1,4 @@
-"""What scripts/bench/scaling.py says: the exchange's bytes, as closed form, planned, and counted."""
+"""Bytes of the exchange, as scripts/bench/scaling.py plans them: closed form, plan, counters."""
 
 from __future__ import annotations
 
