@@ -228,9 +228,9 @@ class PackedSequences(SampleStream):
                 break
             self._enter(epoch)
             stop = min(offset + end - position, self.epoch_tokens)
-            first, last = np.searchsorted(self._starts, [offset, stop], side="right")
-            starts = self._starts[first:last]
-            cuts = [offset, *starts[starts < stop].tolist(), stop]
+            first = int(np.searchsorted(self._starts, offset, side="right"))
+            last = int(np.searchsorted(self._starts, stop, side="left"))
+            cuts = [offset, *self._starts[first:last].tolist(), stop]
             lengths += [b - a for a, b in pairwise(cuts)]
             position += stop - offset
         return tuple(lengths)

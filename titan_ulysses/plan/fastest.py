@@ -2,9 +2,10 @@
 
 Settings are compared by the planned seconds of a token: another mesh may train more sequences in a
 step. The search estimates each candidate (`few_layers.py`). It begins with settings that need
-little memory, for every mesh, and changes one setting at a time, as long as that makes a token
-clearly faster. So it ends where no such change does. The best are then simulated whole, in the
-order of their estimates, until one fits.
+little memory, for every mesh, takes the best mesh, and changes one setting at a time, as long as
+that makes a token clearly faster. So it ends where no such change does. What cannot make it clearly
+faster is not estimated (`_most_gained`). The best are then simulated whole, in the order of their
+estimates, until one fits.
 """
 
 from __future__ import annotations
@@ -14,14 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.plan.cost import Time
 from titan_ulysses.plan.few_layers import Estimate, estimate_plan
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 from titan_ulysses.plan.search import with_settings
 
-CLEARLY = 1e-3
+CLEARLY = 5e-3
 """The share of its time by which a change must make a token faster to be taken."""
-_MESHES_DESCENDED = 2
-"""How many of the meshes are tried with all settings."""
+_ALIKE = 0.05
+"""With lean settings, another mesh may be slower than that of the best by this share of its time;
+one that is slower still is not tried with the settings of the best.
+"""
+_RECOMPUTED_ATTENTION = 2 / 9
+"""The part of attention's products that recomputation has: forward has 2, backward 5."""
+_RECOMPUTED_PRODUCTS = 2 / 8
+"""The same of other matrix products: forward has 2 FLOPs a weight and token, backward 4."""
 _BEST = 5
 
 Changes = dict[str, Any]
@@ -36,18 +44,18 @@ _STATE, _PARAMETERS = "memory.optimizer_offload", "memory.parameter_offload"
 _CHUNK, _HIDDEN = "memory.stream_chunk_tokens", "memory.stream_offload"
 
 LEAN: Changes = {
+    _KEEP: "none",
+    _STATE: True,
+    _PARAMETERS: False,
     _MODE: "full",
     _EVERY: 1,
     _OFFLOAD: "host",
-    _KEEP: "none",
-    _CHUNK: 0,
     _HIDDEN: "host",
+    _CHUNK: 0,
     "memory.mlp_tile_tokens": 0,
     "memory.loss_tile_tokens": 0,
-    _STATE: True,
-    _PARAMETERS: False,
 }
-"""The settings that a search begins with."""
+"""The settings that a search begins with, those first that matter most."""
 _WHOLE: Changes = {_KEEP: "none", _HIDDEN: "none"}
 _EXCLUDES: dict[tuple[str, Any], Changes] = {
     (_CHUNK, -1): _WHOLE,
@@ -95,9 +103,9 @@ class Search:
 
         The first one is simulated whole. Empty if none was found that fits.
         """
-        begun = [self.try_(LEAN | mesh) for mesh in meshes(self.setup)]
-        starts = sorted(filter(None, begun), key=_rank)[:_MESHES_DESCENDED]
-        for start in starts:
+        sharded = [mesh for mesh in meshes(self.setup) if mesh[_REPLICATE] == 1]
+        begun = [self.try_(LEAN | mesh) for mesh in sharded]
+        if start := min(filter(None, begun), key=_rank, default=None):
             self._descend(start)
         return self._verified()
 
@@ -119,12 +127,31 @@ class Search:
             before = best
             for name in (*LEAN, "mesh"):
                 for changed in neighbours(self.setup, best.changes, name):
-                    if best.fits and _only_saves_memory(best.changes, changed):
+                    if best.fits and not self._may_gain(best, changed, name):
                         continue
                     other = self.try_(changed)
                     if other and _is_better(other, best):
                         best = other
         return best
+
+    def _may_gain(self, best: Candidate, changed: Changes, name: str) -> bool:
+        """Return whether changed settings can be clearly faster than the best."""
+        time = best.found.time
+        enough = CLEARLY * time.seconds
+        if name == "mesh":
+            # Replicas save what is waited for, and nothing else.
+            is_other = best.changes[_REPLICATE] != changed[_REPLICATE]
+            if is_other and max(time.waits.values()) < enough:
+                return False
+            # What other settings save, they save on each mesh.
+            same_mesh, other = (
+                self.try_(LEAN | {key: settings[key] for key in (_SEQUENCE, _REPLICATE, _SHARD)})
+                for settings in (best.changes, changed)
+            )
+            if not same_mesh or not other:
+                return other is not None
+            return other.seconds_per_token < (1 + _ALIKE) * same_mesh.seconds_per_token
+        return _most_gained(best.changes, changed, time) >= enough
 
     def _verified(self) -> list[Candidate]:
         order = sorted((c for c in self.tried.values() if c and c.fits), key=_rank)
@@ -158,7 +185,7 @@ def meshes(setup: Setup) -> list[Changes]:
         batch = training.local_batch_size * data
         if training.global_batch_size > 0 and training.global_batch_size % batch:
             continue
-        for replicate in {1, nodes}:
+        for replicate in sorted({1, nodes}):
             if data % replicate == 0:
                 found.append({_SEQUENCE: sequence, _REPLICATE: replicate, _SHARD: -1})
     return found
@@ -185,7 +212,7 @@ def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
         per_rank = (2048, 8192, 16384)  # auto is 4,096
         chunks = [tokens * settings[_SEQUENCE] for tokens in per_rank]
         return [-1, 0, *(c for c in chunks if c < setup.config.training.seq_len)]
-    return {
+    values: dict[str, list[Any]] = {
         _MODE: ["none", "full"],
         _OFFLOAD: ["none", "host"],
         _KEEP: ["all", "none"],
@@ -194,7 +221,8 @@ def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
         "memory.loss_tile_tokens": [-1, 0],
         _STATE: [False, True],
         _PARAMETERS: [False, True],
-    }[name]
+    }
+    return values[name]
 
 
 def _is_allowed(settings: Changes) -> bool:
@@ -210,13 +238,36 @@ def _is_allowed(settings: Changes) -> bool:
     )
 
 
-def _only_saves_memory(settings: Changes, changed: Changes) -> bool:
-    """Return whether a change of one setting can make a step no faster: more is copied or computed
-    again than before, and nothing less.
+def _most_gained(settings: Changes, changed: Changes, time: Time) -> float:
+    """Return a bound of the seconds that a step of `time` gets shorter by a change of settings.
+
+    Copies that are hidden gain nothing. Tiles and chunks change what kernels read and write, and
+    what is exchanged again.
     """
+    parts, wait = time.parts, max(time.waits.values())
+    moved = parts["other kernels"] + parts["exchange"] + wait
+    attention = _RECOMPUTED_ATTENTION * parts["attention"]
+    kept = settings[_KEEP] == "all"
+    recomputed = 0.0 if kept else attention
+    lost = attention if kept and changed[_KEEP] == "none" else 0.0
+    gains = {
+        _KEEP: wait if kept else recomputed + moved,
+        _STATE: wait + parts["offloaded optimizer"],
+        _PARAMETERS: wait + parts["offloaded optimizer"] + parts["parameters to the GPU"],
+        _MODE: moved + _RECOMPUTED_PRODUCTS * parts["matmul"] + recomputed,
+        _EVERY: moved + parts["matmul"] / 2 + parts["attention"] / 2,
+        _OFFLOAD: wait,
+        _HIDDEN: wait,
+        _CHUNK: moved - lost / 2,
+        "memory.mlp_tile_tokens": moved,
+        "memory.loss_tile_tokens": moved,
+    }
     offloads = settings[_STATE] or settings[_PARAMETERS]
-    offloads_more = changed[_STATE] or changed[_PARAMETERS]
-    return changed[_EVERY] > settings[_EVERY] or (offloads_more and not offloads)
+    offloads_more = (changed[_STATE] or changed[_PARAMETERS]) and not offloads
+    more_copies = any(changed[key] != "none" == settings[key] for key in (_OFFLOAD, _HIDDEN))
+    if offloads_more or more_copies or changed[_EVERY] > settings[_EVERY]:
+        return 0.0
+    return max(gains[key] for key in gains if changed[key] != settings[key])
 
 
 def _is_better(one: Candidate, other: Candidate) -> bool:

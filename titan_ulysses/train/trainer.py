@@ -446,6 +446,7 @@ class Trainer:
         # Dropout, if the model has any, draws from (seed, step, rank), so that a resumed run draws
         # the same numbers.
         torch.manual_seed(seed_of(config.training.seed, self.step, dist.get_rank()))
+        assert self.loader is not None
         batches = [
             self.loader.next_batch().to(self.mesh.device)
             for _ in range(self.degrees.accumulation_steps)
