@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from titan_ulysses.config.schema import in_words
 from titan_ulysses.config.toml import show
@@ -26,7 +25,8 @@ def tell_fastest(console: Console, search: Search) -> list[dict[str, Any]]:
         return []
     tokens = tokens_of_run(setup)
     costs = [_cost_of(one, tokens) for one in found]
-    console.print(_table(found, costs))
+    for line in _table(found, costs):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if setup.config.training.global_batch_size == -1:
         console.print(
             "[dim]A mesh with more data-parallel ranks trains more sequences in a step. Set "
@@ -61,33 +61,27 @@ def _cost_of(candidate: Candidate, tokens: int) -> RunCost:
     )
 
 
-def _table(found: Sequence[Candidate], costs: Sequence[RunCost]) -> Table:
+def _table(found: Sequence[Candidate], costs: Sequence[RunCost]) -> list[str]:
+    """Return the lines of a table. They are not broken: a log file has no width."""
     first = found[0].found.setup
-    table = Table(
-        title=f"fastest settings for {first.config.training.seq_len:,} tokens on "
-        f"{first.world_size} x {first.gpu.name}",
-        title_justify="left",
-    )
-    for name in ("", "dp_replicate x dp_shard x sp", "sequences", "a step", "tokens/s", "the run"):
-        table.add_column(name, justify="right")
-    for name in ("GPU-hours", "cost", "GPU memory", "host memory", ""):
-        table.add_column(name, justify="right")
+    lines = [
+        f"fastest settings for {first.config.training.seq_len:,} tokens on {first.world_size} x "
+        f"{first.gpu.name}",
+        f"     {'replicate x shard x sp':<22} {'sequences':>9} {'a step':>14} {'tokens/s':>10} "
+        f"{'the run':>14} {'GPU-hours':>12} {'cost':>14} {'GPU':>10} {'node':>12}",
+    ]
     for number, (one, cost) in enumerate(zip(found, costs, strict=True), start=1):
         d, known = one.found.setup.degrees, one.plan or one.found
-        table.add_row(
-            str(number),
-            f"{d.replicate} x {d.shard} x {d.sequence}",
-            str(d.global_batch_size),
-            time_text(known.time.seconds),
-            f"{1 / one.seconds_per_token:,.0f}",
-            time_text(3600 * cost.hours),
-            f"{cost.gpu_hours:,.1f}",
-            "" if cost.cost is None else f"{cost.cost:,.2f}",
-            size_text(known.gpu_bytes),
-            size_text(known.host_bytes),
-            "simulated" if one.is_simulated else "estimated",
+        mesh = f"{d.replicate} x {d.shard} x {d.sequence}"
+        price = "-" if cost.cost is None else f"{cost.cost:,.2f}"
+        lines.append(
+            f"  {number}  {mesh:<22} {d.global_batch_size:>9} "
+            f"{time_text(known.time.seconds):>14} {1 / one.seconds_per_token:>10,.0f} "
+            f"{time_text(3600 * cost.hours):>14} {cost.gpu_hours:>12,.1f} {price:>14} "
+            f"{size_text(known.gpu_bytes):>10} {size_text(known.host_bytes):>12}  "
+            f"{'simulated' if one.is_simulated else 'estimated'}"
         )
-    return table
+    return lines
 
 
 def _difference(best: Candidate, other: Candidate) -> str:
