@@ -173,7 +173,7 @@ def test_the_fastest_on_the_command_line(tmp_path, capsys):
     assert best["hours"] == pytest.approx(hours)
     assert best["gpu_hours"] == pytest.approx(2 * hours)
     assert best["cost"] == pytest.approx(5 * hours)
-    pasted = said.split("The fastest that fits")[1].split("cost")[1].split(": ", 1)[1].split()
+    pasted = said.split("The fastest that fits")[1].splitlines()[0].split(": ")[-1].split()
     again, _ = plan_on_the_command_line(tmp_path, capsys, *options[2:], *pasted)
     assert again["step_seconds"] == pytest.approx(best["step_seconds"])
     assert again["run"]["cost"] == pytest.approx(best["cost"]) and again["fastest"] == []
