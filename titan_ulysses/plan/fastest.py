@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from titan_ulysses.distributed.errors import UserError
@@ -22,7 +23,7 @@ from titan_ulysses.plan.search import with_settings
 
 CLEARLY = 5e-3
 """The share of its time by which a change must make a token faster to be taken."""
-_ALIKE = 0.05
+_ALIKE = 0.02
 """With lean settings, another mesh may be slower than that of the best by this share of its time;
 one that is slower still is not tried with the settings of the best.
 """
@@ -30,6 +31,8 @@ _RECOMPUTED_ATTENTION = 2 / 9
 """The part of attention's products that recomputation has: forward has 2, backward 5."""
 _RECOMPUTED_PRODUCTS = 2 / 8
 """The same of other matrix products: forward has 2 FLOPs a weight and token, backward 4."""
+_AUTO_CHUNK = 4096
+"""The tokens of a rank in a chunk that memory.stream_chunk_tokens = "auto" takes on a GPU."""
 _BEST = 5
 
 Changes = dict[str, Any]
@@ -151,7 +154,8 @@ class Search:
             if not same_mesh or not other:
                 return other is not None
             return other.seconds_per_token < (1 + _ALIKE) * same_mesh.seconds_per_token
-        return _most_gained(best.changes, changed, time) >= enough
+        is_simpler = _offloads(changed) < _offloads(best.changes)
+        return is_simpler or _most_gained(best.changes, changed, time) >= enough
 
     def _verified(self) -> list[Candidate]:
         order = sorted((c for c in self.tried.values() if c and c.fits), key=_rank)
@@ -209,7 +213,7 @@ def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
         layers = getattr(setup.model_config, "num_hidden_layers", 1)
         return [k for k in (now // 2, 2 * now) if 1 <= k <= layers]
     if name == _CHUNK:
-        per_rank = (2048, 8192, 16384)  # auto is 4,096
+        per_rank = (_AUTO_CHUNK // 2, 2 * _AUTO_CHUNK, 4 * _AUTO_CHUNK)
         chunks = [tokens * settings[_SEQUENCE] for tokens in per_rank]
         return [-1, 0, *(c for c in chunks if c < setup.config.training.seq_len)]
     values: dict[str, list[Any]] = {
@@ -241,8 +245,8 @@ def _is_allowed(settings: Changes) -> bool:
 def _most_gained(settings: Changes, changed: Changes, time: Time) -> float:
     """Return a bound of the seconds that a step of `time` gets shorter by a change of settings.
 
-    Copies that are hidden gain nothing. Tiles and chunks change what kernels read and write, and
-    what is exchanged again.
+    Copies that are hidden gain only the kernels that copy. Tiles and chunks change what kernels
+    read and write, and what is exchanged again. More copies gain nothing, nor do smaller chunks.
     """
     parts, wait = time.parts, max(time.waits.values())
     moved = parts["other kernels"] + parts["exchange"] + wait
@@ -252,12 +256,12 @@ def _most_gained(settings: Changes, changed: Changes, time: Time) -> float:
     lost = attention if kept and changed[_KEEP] == "none" else 0.0
     gains = {
         _KEEP: wait if kept else recomputed + moved,
-        _STATE: wait + parts["offloaded optimizer"],
-        _PARAMETERS: wait + parts["offloaded optimizer"] + parts["parameters to the GPU"],
+        _STATE: moved + parts["offloaded optimizer"],
+        _PARAMETERS: moved + parts["offloaded optimizer"] + parts["parameters to the GPU"],
         _MODE: moved + _RECOMPUTED_PRODUCTS * parts["matmul"] + recomputed,
         _EVERY: moved + parts["matmul"] / 2 + parts["attention"] / 2,
-        _OFFLOAD: wait,
-        _HIDDEN: wait,
+        _OFFLOAD: moved,
+        _HIDDEN: moved,
         _CHUNK: moved - lost / 2,
         "memory.mlp_tile_tokens": moved,
         "memory.loss_tile_tokens": moved,
@@ -265,13 +269,29 @@ def _most_gained(settings: Changes, changed: Changes, time: Time) -> float:
     offloads = settings[_STATE] or settings[_PARAMETERS]
     offloads_more = (changed[_STATE] or changed[_PARAMETERS]) and not offloads
     more_copies = any(changed[key] != "none" == settings[key] for key in (_OFFLOAD, _HIDDEN))
-    if offloads_more or more_copies or changed[_EVERY] > settings[_EVERY]:
+    smaller = _chunk_tokens(changed) < _chunk_tokens(settings)
+    if offloads_more or more_copies or smaller or changed[_EVERY] > settings[_EVERY]:
         return 0.0
     return max(gains[key] for key in gains if changed[key] != settings[key])
 
 
+def _chunk_tokens(settings: Changes) -> float:
+    """Return the tokens of a chunk. Off is one chunk of all tokens."""
+    chunk = settings[_CHUNK]
+    return _AUTO_CHUNK * settings[_SEQUENCE] if chunk == 0 else inf if chunk == -1 else chunk
+
+
+def _offloads(settings: Changes) -> int:
+    """Return how many things settings keep off the GPU."""
+    names = (_STATE, _PARAMETERS, _OFFLOAD, _HIDDEN)
+    return sum(settings[name] not in (False, "none") for name in names)
+
+
 def _is_better(one: Candidate, other: Candidate) -> bool:
+    """Return whether one is clearly faster than the other, or as fast with less off the GPU."""
     if one.fits and other.fits:
+        if _offloads(one.changes) < _offloads(other.changes):
+            return one.seconds_per_token <= other.seconds_per_token
         return one.seconds_per_token < (1 - CLEARLY) * other.seconds_per_token
     return _rank(one) < _rank(other)
 
