@@ -40,7 +40,7 @@ def setup_of(**settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"parallelism__sequence_parallel_degree": 4, "memory__stream_chunk_tokens": -1},
         {
             "parallelism__sequence_parallel_degree": 2,
@@ -105,6 +105,7 @@ def test_no_neighbour_of_the_fastest_is_faster(layers):
     assert tried > 8 and too_large
 
 
+@pytest.mark.slow
 def test_with_room_nothing_is_computed_again():
     from titan_ulysses.plan.fastest import Search
 
@@ -179,6 +180,7 @@ def test_the_fastest_on_the_command_line(tmp_path, capsys):
     assert again["run"]["cost"] == pytest.approx(best["cost"]) and again["fastest"] == []
 
 
+@pytest.mark.slow
 def test_nothing_that_fits_is_said(tmp_path, capsys):
     found, said = plan_on_the_command_line(
         tmp_path, capsys, "--plan.search", "fastest", "--plan.gpu_memory_gib", "0.01"

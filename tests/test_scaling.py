@@ -52,7 +52,10 @@ def test_real_ranks_hand_in_what_the_closed_form_says(ranks):
     assert found["all_to_all"][1] == closed_form(ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8, 32, 1024])
+@pytest.mark.parametrize(
+    "ranks",
+    [2, pytest.param(4, marks=pytest.mark.slow), 8, pytest.param(32, marks=pytest.mark.slow), 1024],
+)
 def test_the_plan_hands_in_what_the_closed_form_says(ranks):
     """Also beyond the KV heads, and with more ranks than heads."""
     planned = bench("plan_accuracy").planned(case_of(ranks))
@@ -64,6 +67,7 @@ def test_bytes_do_not_grow_while_every_kv_head_has_its_rank():
     assert closed_form(2) == closed_form(4) < closed_form(8)
 
 
+@pytest.mark.slow
 def test_a_scaled_plan_of_a_small_model(tmp_path, capsys):
     from titan_ulysses.config.load import dump_toml
 
