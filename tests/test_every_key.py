@@ -703,10 +703,28 @@ PLANNED = {
     ],
     "plan.search": [
         Case(
-            True,
+            "longest",
             lambda run, _: len(run.facts["search"]) > 1 and run.facts["longest_seq_len_verified"],
             SMALL_GPU,
             slow=True,  # also a command of docs/planner.md, which test_docs.py runs
+        ),
+        Case(
+            "fastest",
+            lambda run, _: bool(run.facts["fastest"]),
+            PLAN_OF_TWO,
+            slow=True,  # also in test_fastest.py
+        ),
+    ],
+    "plan.tokens": [Case(10**6, lambda run, _: run.facts["run"]["tokens"] == 10**6, PLAN_OF_TWO)],
+    "plan.gpu_hour_price": [
+        Case(
+            3.0,
+            lambda run, _: (
+                run.facts["run"]["cost"] is not None
+                and run.facts["run"]["cost"] == 3.0 * run.facts["run"]["gpu_hours"]
+            ),
+            PLAN_OF_TWO,
+            slow=True,  # also in test_fastest.py
         )
     ],
     "plan.max_step_seconds": [

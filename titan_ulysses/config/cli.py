@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from titan_ulysses.config.load import nearest_keys
-from titan_ulysses.config.schema import KEYS, SECTIONS, in_words, words_of
+from titan_ulysses.config.schema import KEYS, SECTIONS, in_words, is_switch, words_of
 from titan_ulysses.config.toml import show
 from titan_ulysses.distributed.errors import UserError
 
@@ -90,13 +90,13 @@ def _explain_option(argument: str) -> str:
 def _override_value(setting: str, text: str | None) -> Any:
     """Return the value of an override; `text` is None where the option has no value.
 
-    Without a value, a boolean or unknown setting becomes True; any other setting raises UserError.
-    Text settings take the text unchanged. For all others see `_parse_value`; a single value for a
+    Without a value, a switch or an unknown setting becomes True; any other raises UserError. Text
+    settings take the text unchanged. For all others see `_parse_value`; a single value for a
     list setting becomes a list of one.
     """
     kind = KEYS[setting].annotation if setting in KEYS else Any
     if text is None:
-        if kind in (bool, Any):
+        if setting not in KEYS or is_switch(setting):
             return True
         raise UserError(
             f"--{setting}: needs a value, as in --{setting} {show(KEYS[setting].default)}",

@@ -52,6 +52,30 @@ class Words:
         return self.numbers.get(value, value) if isinstance(value, str) else value
 
 
+@dataclass(frozen=True, eq=False)
+class Switch:
+    """Lets a setting of words also be `true`, for the word `on`, or `false`, for `off`."""
+
+    on: str
+    off: str = "off"
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._word, handler(source))
+
+    def _word(self, value: Any) -> Any:
+        switched = {"true": self.on, "false": self.off}
+        return switched.get(str(value).lower(), value)
+
+
+def is_switch(key: str) -> bool:
+    """Return whether the setting `section.key` may be given without a value, which means `true`."""
+    return KEYS[key].annotation is bool or any(
+        isinstance(entry, Switch) for entry in KEYS[key].metadata
+    )
+
+
 def words_of(key: str) -> dict[str, int]:
     """Return the words of the setting `section.key` and the numbers that they stand for."""
     found = (entry.numbers for entry in KEYS[key].metadata if isinstance(entry, Words))
@@ -662,10 +686,23 @@ class Plan(Section):
         le=2**20,
         description="Number of GPUs to plan for. 0: the product of the degrees in [parallelism].",
     )
-    search: bool = Field(
-        False,
-        description="With --plan: search for the longest sequence that fits, and for the "
-        "settings that it needs.",
+    search: Annotated[Literal["off", "longest", "fastest"], Switch(on="longest")] = Field(
+        "off",
+        description="With --plan: search for settings. longest (or true): of the longest sequence "
+        "that fits. fastest: with which sequences of training.seq_len are trained fastest. off (or "
+        "false): none.",
+    )
+    tokens: int = Field(
+        0,
+        ge=0,
+        le=10**18,
+        description="Tokens to train, for the planned hours of the run. 0: training.steps steps.",
+    )
+    gpu_hour_price: float = Field(
+        0,
+        ge=0,
+        le=1e9,
+        description="Price of one GPU for one hour, for the planned cost of the run. 0: not known.",
     )
     max_step_seconds: float = Field(
         0,

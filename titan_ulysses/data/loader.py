@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import xxhash
 
-from titan_ulysses.data.packing import SampleStream
+from titan_ulysses.data.balance import Dealt, attention_cost, balance, deal, in_order
+from titan_ulysses.data.packing import PackedSample, SampleStream
 from titan_ulysses.distributed.sequence import (
     IGNORE_INDEX,
     Documents,
@@ -65,13 +66,41 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Shares:
+    """How evenly the attention of a step is spread over the data-parallel ranks."""
+
+    balance: float
+    """see `balance.balance`"""
+    in_order: float
+    """what it would be in the order of the data"""
+    dearest: int
+    """the sequence whose attention costs most"""
+    document: int
+    """the number, in that sequence, of its longest document"""
+    part: float
+    """what part of the attention of the whole step is inside that document"""
+
+
+@dataclass(frozen=True)
+class DealtStep:
+    """The sequences of a step, as they are dealt to its micro-batches and data-parallel ranks."""
+
+    sequences: Dealt
+    """[micro-batch][data-parallel rank] -> sequences"""
+    shares: Shares | None
+    """None on one data-parallel rank, and for data without random access"""
+
+
 class Loader:
     """Batches of `batch_size` = B rows for one rank, from a stream of sequences.
 
-    A global micro-batch consists of the next `batch_size * batch_degree` sequences. Data-parallel
-    rank `batch_rank` takes the `batch_rank`-th block of B sequences. Of each sequence it takes the
-    `sp_rank`-th of `sp_degree` = P slices (see `sequence.local_slice`). S must be a multiple of P.
-    stream_chunk_tokens is the setting of the model that trains on the batches.
+    A step consists of the next `accumulation_steps` * `batch_degree` * B sequences, on every mesh.
+    They are dealt to its micro-batches and to the data-parallel ranks, of which this one is
+    `batch_rank`, by what their attention costs (`balance.py`); those of data without random access
+    in their order. Of each sequence the rank takes the `sp_rank`-th of `sp_degree` = P slices (see
+    `sequence.local_slice`). S must be a multiple of P. stream_chunk_tokens is the setting of the
+    model that trains on the batches.
     """
 
     def __init__(
@@ -81,6 +110,7 @@ class Loader:
         batch_size: int,
         batch_rank: int = 0,
         batch_degree: int = 1,
+        accumulation_steps: int = 1,
         sp_rank: int = 0,
         sp_degree: int = 1,
         stream_chunk_tokens: int = -1,
@@ -90,18 +120,69 @@ class Loader:
         assert sequences.seq_len % sp_degree == 0, (sequences.seq_len, sp_degree)
         self.sequences = sequences
         self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
+        self.accumulation_steps = accumulation_steps
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
         self.chunk_tokens = chunk_length(stream_chunk_tokens, sequences.seq_len, sp_degree)
-        self._consumed = 0  # number of sequences that all ranks together have read
+        self._origin = 0  # number of sequences that had been read when this loader began
+        self._batches = 0  # number of batches since then
+        self._dealt_step, self._step = -1, DealtStep([], None)
         self._hash = xxhash.xxh3_128()
 
+    @property
+    def _consumed(self) -> int:
+        """The number of sequences that all ranks together have read."""
+        return self._origin + self._batches * self.batch_size * self.batch_degree
+
     def next_batch(self) -> Batch:
-        first = self._consumed
-        self._consumed += self.batch_size * self.batch_degree
-        return self.read(range(first, self._consumed))
+        rows = self._rows(self._batches)
+        self._batches += 1
+        return self._batch([self.sequences[index] for index in rows])
+
+    def step_of_last_batch(self) -> DealtStep:
+        """Return how the step is dealt that the last batch belongs to."""
+        return self._deal((self._batches - 1) // self.accumulation_steps)
+
+    def next_steps(self, count: int) -> list[DealtStep]:
+        """Return how the next steps are dealt. A step must not have begun."""
+        first = self._batches // self.accumulation_steps
+        return [self._deal(step) for step in range(first, first + count)]
+
+    def _rows(self, batch: int) -> list[int]:
+        """Return the sequences of this rank's batch number `batch` since the loader began."""
+        step, micro_batch = divmod(batch, self.accumulation_steps)
+        return self._deal(step).sequences[micro_batch][self.batch_rank]
+
+    def _deal(self, step: int) -> DealtStep:
+        if step == self._dealt_step:
+            return self._step
+        ranks, batch_size = self.batch_degree, self.batch_size
+        count = batch_size * ranks * self.accumulation_steps
+        first = self._origin + step * count
+        lengths = [
+            self.sequences.document_lengths(index) if ranks > 1 else None
+            for index in range(first, first + count)
+        ]
+        known = [x for x in lengths if x is not None]
+        if len(known) < count:
+            dealt, found = in_order(count, ranks=ranks, batch_size=batch_size), None
+        else:
+            costs = [attention_cost(x) for x in known]
+            dealt = deal(costs, ranks=ranks, batch_size=batch_size)
+            dearest = max(range(count), key=costs.__getitem__)
+            found = Shares(
+                balance(costs, dealt),
+                balance(costs, in_order(count, ranks=ranks, batch_size=batch_size)),
+                dearest=first + dearest,
+                document=max(range(len(known[dearest])), key=known[dearest].__getitem__),
+                part=max(known[dearest]) ** 2 / sum(costs),
+            )
+        indices = [[[first + place for place in rows] for rows in batch] for batch in dealt]
+        self._dealt_step, self._step = step, DealtStep(indices, found)
+        return self._step
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """Return this rank's part of a global micro-batch that consists of these sequences.
+        """Return this rank's part of a global micro-batch that consists of these sequences, in
+        their order.
 
         The position of the loader does not change. If there are too few sequences, rows without
         labels fill the batch.
@@ -112,6 +193,10 @@ class Loader:
         if missing := self.batch_size - len(rows):
             row = self.sequences[indices[0]]
             rows += [row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))] * missing
+        return self._batch(rows)
+
+    def _batch(self, rows: list[PackedSample]) -> Batch:
+        """Return this rank's slice of whole sequences."""
         self._hash = xxhash.xxh3_128()
         for row in rows:
             self._hash.update(row.input_ids.numpy())
@@ -141,9 +226,7 @@ class Loader:
 
     def documents(self, batches_ago: int) -> list[str]:
         """Return the documents of an earlier batch of this rank; 1: the last batch."""
-        first = self._consumed - batches_ago * self.batch_size * self.batch_degree
-        first += self.batch_rank * self.batch_size
-        rows = range(first, first + self.batch_size)
+        rows = self._rows(self._batches - batches_ago)
         return [document for row in rows for document in self.sequences.documents(row)]
 
     def epochs(self) -> float | dict[str, float]:
@@ -154,13 +237,15 @@ class Loader:
         """Return the position in the data, which is the same on every rank and every mesh.
 
         It is the number of sequences that all ranks together have consumed, and for streamed data
-        also the position in the data set.
+        also the position in the data set. A step must not have begun.
         """
+        assert self._batches % self.accumulation_steps == 0, "in the middle of a step"
         state: dict[str, Any] = {"sequences_consumed": self._consumed}
         if position := self.sequences.position(self._consumed):
             state["position"] = position
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._consumed = int(state["sequences_consumed"])
+        self._origin, self._batches = int(state["sequences_consumed"]), 0
+        self._dealt_step = -1
         self.sequences.seek(self._consumed, state.get("position"))

@@ -51,6 +51,10 @@ class MixedSequences(SampleStream):
         source = int(self._sources(index, index + 1)[0])
         return self._parts[source][int(self._counts(index)[source])]
 
+    def document_lengths(self, index: int) -> tuple[int, ...] | None:
+        source = int(self._sources(index, index + 1)[0])
+        return self._parts[source].document_lengths(int(self._counts(index)[source]))
+
     def documents(self, index: int) -> list[str]:
         source = int(self._sources(index, index + 1)[0])
         inner = self._parts[source].documents(int(self._counts(index)[source]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,6 +121,13 @@ class SampleStream:
     def __len__(self) -> int:
         raise NotImplementedError
 
+    def document_lengths(self, index: int) -> tuple[int, ...] | None:
+        """Return `self[index].document_lengths` without reading a token.
+
+        None where only reading tells, which is so without random access.
+        """
+        return None
+
     def documents(self, index: int) -> list[str]:
         """Return which documents sequence `index` holds, for a message.
 
@@ -187,8 +194,8 @@ class PackedSequences(SampleStream):
                 f"{self.epoch_tokens} tokens in {len(corpus)} document(s): lower training.seq_len "
                 "or give more data"
             )
-        # The epoch whose order is cached; one suffices, as sequences are mostly read in order.
-        self._epoch = -1
+        # The order of two epochs is kept: a step may have sequences of both, in any order.
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._order = self._starts = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -210,6 +217,23 @@ class PackedSequences(SampleStream):
         spans = self._pieces(index * self.seq_len)
         pieces = (slice_document(corpus.tokens, corpus.trained, **span) for span in spans)
         return concat_pieces(pieces, self.seq_len)
+
+    def document_lengths(self, index: int) -> tuple[int, ...]:
+        position, end = index * self.seq_len, (index + 1) * self.seq_len
+        lengths: list[int] = []
+        while position < end:
+            epoch, offset = divmod(position, self.epoch_tokens)
+            if self.once and epoch:
+                lengths.append(end - position)  # padding
+                break
+            self._enter(epoch)
+            stop = min(offset + end - position, self.epoch_tokens)
+            first = int(np.searchsorted(self._starts, offset, side="right"))
+            last = int(np.searchsorted(self._starts, stop, side="left"))
+            cuts = [offset, *self._starts[first:last].tolist(), stop]
+            lengths += [b - a for a, b in pairwise(cuts)]
+            position += stop - offset
+        return tuple(lengths)
 
     def documents(self, index: int) -> list[str]:
         begins = [span["begin"] for span in self._pieces(index * self.seq_len)]
@@ -242,15 +266,15 @@ class PackedSequences(SampleStream):
 
     def _enter(self, epoch: int) -> None:
         """Compute the epoch's order of documents, and where each starts in the epoch's stream."""
-        if epoch == self._epoch:
-            return
-        count = len(self.corpus)
-        self._order = (
-            shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
-        )
-        lengths = self.corpus.lengths[self._order]
-        self._starts = np.cumsum(lengths) - lengths
-        self._epoch = epoch
+        if epoch not in self._epochs:
+            count = len(self.corpus)
+            order = (
+                shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+            )
+            lengths = self.corpus.lengths[order]
+            latest = [*self._epochs.items()][-1:]
+            self._epochs = dict(latest) | {epoch: (order, np.cumsum(lengths) - lengths)}
+        self._order, self._starts = self._epochs[epoch]
 
 
 class PaddedSequences(SampleStream):
@@ -299,7 +323,8 @@ class PaddedSequences(SampleStream):
         if best_fit:
             places, self._bounds = best_fit_bins(ends - begins, seq_len, _LOOK_AHEAD)
         self._pieces = np.stack([begins, ends, corpus.ends[documents]], axis=1)[places]
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        # The order of two epochs is kept: a step may have sequences of both, in any order.
+        self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -320,6 +345,11 @@ class PaddedSequences(SampleStream):
         )
         return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
 
+    def document_lengths(self, index: int) -> tuple[int, ...]:
+        lengths = [end - begin for begin, end, _ in self._spans(index)]
+        padding = self.seq_len - sum(lengths)
+        return (*lengths, padding) if padding else tuple(lengths)
+
     def documents(self, index: int) -> list[str]:
         begins = [begin for begin, *_ in self._spans(index)]
         return [*map(str, self.corpus.numbers_at(begins))]
@@ -335,13 +365,13 @@ class PaddedSequences(SampleStream):
     def _spans(self, index: int) -> list[list[int]]:
         """Return the (begin, end, end of its document) of each piece in a sequence."""
         epoch, place = divmod(index, len(self))
-        if epoch != self._epoch:
+        if epoch not in self._orders:
             count = len(self)
-            self._order = (
+            order = (
                 shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
             )
-            self._epoch = epoch
-        here = self._order[place]
+            self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
+        here = self._orders[epoch][place]
         return self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
 
 

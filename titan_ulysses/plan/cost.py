@@ -151,6 +151,8 @@ class Links:
     gpus_per_node: int
     sequence: int
     world: int
+    replicas: int = 1
+    """copies of the sharded parameters; the ranks of one copy are neighbours"""
 
     @property
     def ranks_per_node(self) -> int:
@@ -169,15 +171,26 @@ class Links:
         return max(size * near / gpu.node_link, size * far / gpu.network)
 
     def fsdp_seconds(self, size: float, gpu: GPU) -> float:
-        """Return the seconds of FSDP's collectives, as rings over all ranks.
+        """Return the seconds of FSDP's collectives, as rings over the ranks that share parameters.
 
         size: bytes of the whole (unsharded) tensors. All GPUs of a node receive a part of the
         node's traffic over the network and share it over NVLink.
         """
+        ranks, inside = self.world // self.replicas, self.ranks_per_node
+        link = gpu.node_link if ranks <= inside else min(gpu.node_link, inside * gpu.network)
+        return size * (ranks - 1) / ranks / link
+
+    def replica_seconds(self, size: float, gpu: GPU) -> float:
+        """Return the seconds of summing the gradients of shards over the replicas, as a ring.
+
+        size: bytes of a rank's shards, of which each is sent twice. A node has a rank of as many
+        rings as it has different shards, and these share its network.
+        """
         inside = self.ranks_per_node
-        share = (self.world - 1) / self.world
-        link = gpu.node_link if self.world <= inside else min(gpu.node_link, inside * gpu.network)
-        return size * share / link
+        members = max(1, inside * self.replicas // self.world)  # of a ring, on one node
+        is_local = self.world <= inside
+        link = gpu.node_link if is_local else min(gpu.node_link, members * gpu.network)
+        return 2 * size * (self.replicas - 1) / self.replicas / link
 
 
 _LIMITS = {"exchange": "network", "offloaded optimizer": "PCIe", "parameters to the GPU": "PCIe"}
@@ -240,6 +253,7 @@ def step_time(
     *,
     exchanged: float,
     gathered: float,
+    reduced: float = 0,
     offloaded: Offloaded,
     gpu: GPU,
     links: Links,
@@ -248,11 +262,12 @@ def step_time(
     """Return the time of a step.
 
     exchanged and gathered: bytes of one rank in one step, of the exchanges and of FSDP's
-    collectives. Checkpoints are copied to the host and back. Offloaded parameters are copied to the
-    GPU twice, and their gradients to the host once. An optimizer that has only its state on the
-    host fetches the state and sends it back. An optimizer whose parameters are on the host too runs
-    there, at the speed of host memory. On a single GPU, FSDP2 copies parameters on the stream that
-    computes (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that nothing overlaps.
+    collectives; reduced: those of the shards that are summed over replicas. Checkpoints are copied
+    to the host and back. Offloaded parameters are copied to the GPU twice, and their gradients to
+    the host once. An optimizer that has only its state on the host fetches the state and sends it
+    back. An optimizer whose parameters are on the host too runs there, at the speed of host memory.
+    On a single GPU, FSDP2 copies parameters on the stream that computes
+    (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that nothing overlaps.
     rates: see `kernel_rates`.
     """
     seconds = Counter(
@@ -269,7 +284,7 @@ def step_time(
     to_gpu, to_host = 2 * offloaded.parameters / gpu.host_link, offloaded.gradients / gpu.host_link
     alone = links.world == 1
     hidden = {
-        "FSDP": links.fsdp_seconds(gathered, gpu),
+        "FSDP": links.fsdp_seconds(gathered, gpu) + links.replica_seconds(reduced, gpu),
         "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
         "checkpoints back": offloaded.checkpoints / gpu.host_link,
         "parameters": to_host if alone else to_gpu + to_host,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -18,7 +19,7 @@ from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
 from titan_ulysses.distributed.nodes import spans_nodes
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
-from titan_ulysses.plan.cost import Links, Offloaded, Time, clock, kernel_rates, step_time
+from titan_ulysses.plan.cost import Cost, Links, Offloaded, Time, clock, kernel_rates, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
@@ -113,6 +114,22 @@ class Setup:
         return CudaWorkspace(self.attention_kernel, deterministic, self.gpu.processors)
 
     @property
+    def reserves(self) -> list[Reserve]:
+        """Memory of a GPU that no tensor of the step has."""
+        training = self.config.training
+        flex_tokens = training.local_batch_size * training.seq_len**2 * (self.core == "flex")
+        return reserves(
+            self.gpu_memory,
+            communicators=len(self.communicators),
+            multicast=self.multicast,
+            flex_tokens=flex_tokens,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.degrees.global_batch_size * self.config.training.seq_len
+
+    @property
     def rates(self) -> dict[str, float]:
         """Amounts per second (see `kernel_rates`)."""
         return kernel_rates(self.gpu, self.attention_kernel)
@@ -169,6 +186,51 @@ def _select_planned_core(
 
 
 @dataclass(frozen=True)
+class Demand:
+    """What one rank asks of the hardware in a step. All of it is affine in the number of layers, if
+    these are alike.
+    """
+
+    cost: Cost
+    collectives: Mapping[str, tuple[float, float]]
+    """(calls, bytes of their inputs), by kind"""
+    on_host: Mapping[str, float]
+    """bytes of this rank in host memory at its peak, by component"""
+
+    def size(self, kind: str) -> float:
+        """Return the bytes that the rank hands in to collectives of this kind."""
+        return self.collectives.get(kind, (0, 0))[1]
+
+
+def links_of(setup: Setup) -> Links:
+    d = setup.degrees
+    return Links(setup.config.plan.gpus_per_node, d.sequence, setup.world_size, d.replicate)
+
+
+def time_of(setup: Setup, demand: Demand) -> Time:
+    """Return the time of a step that asks this of the hardware of setup."""
+    degrees, on_host = setup.degrees, demand.on_host
+    return step_time(
+        demand.cost,
+        exchanged=demand.size("all_to_all"),
+        # Bytes of whole tensors: an all-gather hands in a shard, a reduce-scatter the whole.
+        gathered=demand.size("all_gather") * degrees.shard * degrees.sequence
+        + demand.size("reduce_scatter"),
+        # The sums over replicas. The others are of a few bytes.
+        reduced=demand.size("all_reduce") if degrees.replicate > 1 else 0,
+        offloaded=Offloaded(
+            checkpoints=on_host.get("checkpoints", 0) * degrees.accumulation_steps,
+            parameters=on_host.get("parameters", 0),
+            gradients=on_host.get("gradients", 0),
+            optimizer_state=on_host.get("optimizer state", 0),
+        ),
+        gpu=setup.gpu,
+        links=links_of(setup),
+        rates=setup.rates,
+    )
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a step: its simulation, evaluated for given hardware."""
 
@@ -182,14 +244,7 @@ class Plan:
 
     @cached_property
     def reserves(self) -> list[Reserve]:
-        setup, training = self.setup, self.setup.config.training
-        flex_tokens = training.local_batch_size * training.seq_len**2 * (setup.core == "flex")
-        return reserves(
-            setup.gpu_memory,
-            communicators=len(setup.communicators),
-            multicast=setup.multicast,
-            flex_tokens=flex_tokens,
-        )
+        return self.setup.reserves
 
     @property
     def gpu_bytes(self) -> float:
@@ -227,33 +282,18 @@ class Plan:
         return self.gpu_fits and self.host_fits
 
     @cached_property
-    def time(self) -> Time:
-        setup, counts = self.setup, self.simulation.collectives
-
-        def size(kind: str) -> int:
-            return counts.get(kind, (0, 0))[1]
-
+    def demand(self) -> Demand:
+        simulation = self.simulation
         on_host: Counter[str] = Counter()
-        for allocation, bytes_ in self.simulation.memory.peak(
-            "host", first=self.simulation.start
+        for allocation, bytes_ in simulation.memory.peak(
+            "host", first=simulation.start
         ).alive.items():
             on_host[allocation.component] += bytes_
-        return step_time(
-            self.simulation.cost,
-            exchanged=size("all_to_all"),
-            # Bytes of whole tensors: an all-gather hands in a shard, a reduce-scatter the whole.
-            gathered=size("all_gather") * setup.degrees.shard * setup.degrees.sequence
-            + size("reduce_scatter"),
-            offloaded=Offloaded(
-                checkpoints=on_host["checkpoints"] * setup.degrees.accumulation_steps,
-                parameters=on_host["parameters"],
-                gradients=on_host["gradients"],
-                optimizer_state=on_host["optimizer state"],
-            ),
-            gpu=setup.gpu,
-            links=self._links,
-            rates=setup.rates,
-        )
+        return Demand(simulation.cost, simulation.collectives, on_host)
+
+    @cached_property
+    def time(self) -> Time:
+        return time_of(self.setup, self.demand)
 
     @cached_property
     def exchange_inside_node(self) -> float | None:
@@ -264,13 +304,8 @@ class Plan:
         if not check_nodes(self.setup):
             return None
         size = self.simulation.collectives.get("all_to_all", (0, 0))[1]
-        inside = replace(self._links, gpus_per_node=self.setup.world_size)
+        inside = replace(links_of(self.setup), gpus_per_node=self.setup.world_size)
         return inside.exchange_seconds(size, self.setup.gpu)
-
-    @property
-    def _links(self) -> Links:
-        setup = self.setup
-        return Links(setup.config.plan.gpus_per_node, setup.degrees.sequence, setup.world_size)
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:
@@ -278,7 +313,7 @@ class Plan:
         began).
         """
         setup, simulation = self.setup, self.simulation
-        exchange = self._links.exchange_seconds(1.0, setup.gpu)
+        exchange = links_of(setup).exchange_seconds(1.0, setup.gpu)
         rates = setup.rates | {"exchange": 1 / exchange if exchange else inf}
         share = simulation.batches / setup.degrees.accumulation_steps
         return clock(simulation.ticks, self.time, rates=rates, share=share)

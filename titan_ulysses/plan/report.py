@@ -17,6 +17,8 @@ from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import size_text, time_text
+from titan_ulysses.plan.fastest import Search
+from titan_ulysses.plan.fastest_table import tell_fastest
 from titan_ulysses.plan.planner import (
     Plan,
     Setup,
@@ -25,6 +27,7 @@ from titan_ulysses.plan.planner import (
     make_plan,
     set_up,
 )
+from titan_ulysses.plan.run_cost import RunCost, run_cost, tokens_of_run
 from titan_ulysses.plan.search import (
     SearchResult,
     estimate,
@@ -55,24 +58,29 @@ def plan_and_report(config: Config) -> None:
     say(console, plan)
     found = (
         tell_each(console, "longest sequences that fit", search(setup, plan))
-        if config.plan.search
+        if config.plan.search == "longest"
         else []
     )
+    fastest = tell_fastest(console, Search(setup)) if config.plan.search == "fastest" else []
     first = found[0] if found else None
     rungs = "longest sequences with ALST's features, one after the other"
     steps = tell_each(console, rungs, ladder(setup, first)) if config.plan.ladder else []
-    best = (first.need.seq_len if first.need else 0) if first else estimate(setup, plan)
+    best = None
+    if config.plan.search != "fastest":
+        best = (first.need.seq_len if first.need else 0) if first else estimate(setup, plan)
     values = as_json(plan) | {
         "longest_seq_len": best,
         "longest_seq_len_verified": bool(found),
-        "longest_seq_len_is_at_least": is_unlimited(setup, best),
+        "longest_seq_len_is_at_least": best is not None and is_unlimited(setup, best),
         "search": [_found_json(one) for one in found],
         "ladder": [_found_json(one) for one in steps],
+        "fastest": fastest,
     }
     with whole_file(folder / "plan.json") as partial:
         partial.write_text(json.dumps(values, indent=2))
     pictures = _draw(plan, steps, folder)
-    console.print(closing(plan, best, found), highlight=False, soft_wrap=True)
+    if best is not None:
+        console.print(closing(plan, best, found), highlight=False, soft_wrap=True)
     console.print(
         f"[dim]{folder}/plan.json{pictures}; planned in "
         f"{time_text(time.perf_counter() - started)}[/]",
@@ -118,6 +126,14 @@ def say(console: Console, plan: Plan) -> None:
         tell(f"host memory of a node: {size_text(plan.host_bytes)}{limit_of_it} ({parts})")
     for line in time_lines(plan):
         tell(line)
+    tell(cost_of(plan).sentence())
+
+
+def cost_of(plan: Plan) -> RunCost:
+    """Return what a run with the settings of a plan takes."""
+    setup = plan.setup
+    a_token = plan.time.seconds / setup.tokens_per_step
+    return run_cost(setup, tokens=tokens_of_run(setup), seconds_per_token=a_token)
 
 
 def _components(plan: Plan) -> Table:
@@ -325,6 +341,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "host_peak_gib": plan.host_bytes / GIB,
         "step_seconds": plan.time.seconds,
         "mfu": plan.mfu,
+        "run": cost_of(plan).as_json(),
         "components": {name: size / GIB for name, size in gpu_components(plan).items()},
         "host_components": {name: size / GIB for name, size in plan.host_components.items()},
         "peak": {

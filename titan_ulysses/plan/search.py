@@ -71,17 +71,23 @@ def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
         section, name = key.split(".")
         table[section][name] = value
     config = Config.model_validate(table)
-    degrees = setup.degrees
-    sequence = config.parallelism.sequence_parallel_degree
-    if sequence != degrees.sequence:
-        shard, rest = divmod(setup.world_size, degrees.replicate * sequence)
-        if rest:
-            raise UserError(
-                f"parallelism.sequence_parallel_degree = {sequence} does not divide "
-                f"{setup.world_size}"
-            )
-        degrees = MeshDegrees(degrees.replicate, shard, sequence, degrees.local_batch_size, 1)
-    return replace(setup, spec=setup.spec.with_config(config, degrees))
+    return replace(setup, spec=setup.spec.with_config(config, _degrees(setup, config, changes)))
+
+
+def _degrees(setup: Setup, config: Config, changes: dict[str, Any]) -> MeshDegrees:
+    """Return the mesh of changed settings: all ranks that are left share the parameters."""
+    before, local = setup.degrees, setup.degrees.local_batch_size
+    sequence = changes.get("parallelism.sequence_parallel_degree", before.sequence)
+    replicate = changes.get("parallelism.data_parallel_replicate_degree", before.replicate)
+    if (sequence, replicate) == (before.sequence, before.replicate):
+        return before
+    shard, rest = divmod(setup.world_size, replicate * sequence)
+    if rest:
+        raise UserError(
+            f"parallelism.sequence_parallel_degree = {sequence} does not divide {setup.world_size}"
+        )
+    accumulation = max(1, config.training.global_batch_size // (local * replicate * shard))
+    return MeshDegrees(replicate, shard, sequence, local, accumulation)
 
 
 def at_length(setup: Setup, seq_len: int) -> Need:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from titan_ulysses.config.schema import Config
@@ -212,6 +213,17 @@ def _fake_ranks(degrees: MeshDegrees) -> Iterator[Mesh]:
         )
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Empty DTensor's caches. They hold meshes, and a mesh of the next simulation may be equal to
+    one whose process groups are gone.
+    """
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()  # type: ignore[attr-defined]
+    clear = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+    if clear is not None:  # not in every version that is supported
+        clear()
 
 
 def _planned_store(tracker: MemoryTracker, offload: Offload, *, cuda: bool) -> Store | None:

@@ -20,6 +20,7 @@ from titan_ulysses.model.remote_code import describe_unused_code
 from titan_ulysses.observability.metrics import describe_parameters
 from titan_ulysses.optim.adamw import missing_compiler
 from titan_ulysses.setup.options import obstacle_to_streaming
+from titan_ulysses.train.imbalance import expected_balance
 from titan_ulysses.ulysses.heads import idle_ranks
 from titan_ulysses.ulysses.linear_attention import describe_layers
 
@@ -64,6 +65,7 @@ def print_run_summary(run: Run) -> None:
     """
     d, t, mesh = run.degrees, run.config.training, run.mesh
     beginning = describe_initial_weights(run.config, run.step) if run.loader else ""
+    spread = expected_balance(run.loader) if run.loader else None
     run.console.print(
         f"[bold]{markup.escape(run.config.job.name)}[/]: {hf.class_name(run.model)}, "
         f"{describe_parameters(run.model)}\n"
@@ -74,6 +76,7 @@ def print_run_summary(run: Run) -> None:
         f"{d.global_batch_size} sequence(s) "
         f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(run.spec.core_reason)}"
         + (f"\n{markup.escape(run.attention_kernel)}" if run.attention_kernel else "")
+        + (f"\n{spread}" if spread else "")
         + "".join(f"\n{line}" for line in _choices(run))
         + (f"\n{markup.escape(beginning)}" if beginning else "")
         + "".join(f"\n{markup.escape(line)}" for line in run.plan_lines),

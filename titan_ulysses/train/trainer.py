@@ -54,6 +54,7 @@ from titan_ulysses.train.drift import expect_no_drift
 from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
 from titan_ulysses.train.exhausted import named_out_of_memory
 from titan_ulysses.train.folder import RunFolder
+from titan_ulysses.train.imbalance import Imbalance
 from titan_ulysses.train.nonfinite import NonFinite
 from titan_ulysses.train.preflight import Preflight, timeout_of_step
 from titan_ulysses.train.resume import data_settings, warnings_of
@@ -188,6 +189,7 @@ class Trainer:
             )
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
+        self.imbalance = Imbalance()
         self._check_plan()
         if not eval_only:
             # Not earlier: a refused command must not replace the config of an existing run.
@@ -204,6 +206,7 @@ class Trainer:
             batch_size=self.config.training.local_batch_size,
             batch_rank=mesh.batch.get_local_rank(),
             batch_degree=mesh.batch.size(),
+            accumulation_steps=self.degrees.accumulation_steps,
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
             stream_chunk_tokens=self.model.stream_chunk_tokens,
@@ -448,10 +451,13 @@ class Trainer:
         # Dropout, if the model has any, draws from (seed, step, rank), so that a resumed run draws
         # the same numbers.
         torch.manual_seed(seed_of(config.training.seed, self.step, dist.get_rank()))
+        assert self.loader is not None
         batches = [
             self.loader.next_batch().to(self.mesh.device)
             for _ in range(self.degrees.accumulation_steps)
         ]
+        if told := self.imbalance.note(self.step + 1, self.loader):
+            self._say(told)
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -525,6 +531,7 @@ class Trainer:
         # The ranks that share a sequence count the same documents, so each adds its part.
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
+        balance = self.imbalance.take()
         peak = torch.tensor(self.peak_memory.gib())
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self._clock
@@ -541,6 +548,7 @@ class Trainer:
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
                 "epoch": self.loader.epochs(),
+                "balance": balance,
                 "tokens_per_second": tokens / seconds,
                 "step_seconds": seconds / steps,
                 "peak_memory_gib": peak.item(),

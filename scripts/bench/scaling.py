@@ -1,0 +1,160 @@
+"""Scale by simulation: from 1 to 1,024 ranks, and mixes of data and sequence parallelism.
+
+    python scripts/bench/scaling.py                                    # both, for Llama-3-8B
+    python scripts/bench/scaling.py --config configs/llama3_70b.toml
+    python scripts/bench/scaling.py --what mixes --ranks 8 64 --seq-len 1048576
+
+Sequence length and sequence-parallel degree are doubled together: DeepSpeed-Ulysses (arXiv
+2309.14509) hands in the same bytes for each layer then, as long as every KV head has its rank. The
+counts are those of this project's step on fake tensors (plan/few_layers.py), beside a closed form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from titan_ulysses.config.load import load_config
+from titan_ulysses.observability.units import size_text, time_text
+from titan_ulysses.plan.fastest import meshes
+from titan_ulysses.plan.few_layers import Estimate, estimate_plan
+from titan_ulysses.plan.planner import Setup, set_up
+from titan_ulysses.plan.search import with_settings
+from titan_ulysses.ulysses.heads import plan_heads
+
+LONGEST = 2**27
+"""max_position_embeddings of the planned models."""
+
+
+def exchanged_bytes(model: Any, *, degree: int, tokens: int, itemsize: int) -> int:
+    """Return the bytes that rank 0 hands in to all-to-alls in a step, its own part included.
+
+    For layers that are not streamed, each an activation checkpoint: q, k, v to heads and the output
+    back, both again in recomputation, the gradient of the output to heads, those of q, k, v back.
+    tokens: of this rank, B * T.
+    """
+    if degree == 1:
+        return 0
+    plan = plan_heads(model.num_attention_heads, model.num_key_value_heads, degree)
+    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    queries = [len(heads) for heads in plan.query]
+    every = [len(q) + 2 * len(k) for q, k in zip(plan.query, plan.key_value, strict=True)]
+    from_tokens = 2 * sum(every) + sum(queries)
+    from_heads = degree * (2 * queries[0] + every[0])
+    return model.num_hidden_layers * tokens * size * itemsize * (from_tokens + from_heads)
+
+
+def row_of(found: Estimate) -> dict[str, Any]:
+    """Return what a table has of a plan."""
+    setup, d = found.setup, found.setup.degrees
+    shards = d.shard * d.sequence
+    gathered = found.demand.size("all_gather") * shards + found.demand.size("reduce_scatter")
+    return {
+        "mesh": [d.replicate, d.shard, d.sequence],
+        "seq_len": setup.config.training.seq_len,
+        "exchanged": found.demand.size("all_to_all"),
+        "fsdp": gathered * (shards - 1) / shards,
+        "gpu_bytes": found.gpu_bytes,
+        "host_bytes": found.host_bytes,
+        "fits": found.fits,
+        "step_seconds": found.time.seconds,
+        "seconds_per_token": found.time.seconds / setup.tokens_per_step,
+        "binds": found.time.bottleneck,
+    }
+
+
+def setup_of(config: Path, *, ranks: int, seq_len: int, **more: Any) -> Setup:
+    """Return the setup of one sequence on all ranks, whole unless more says otherwise."""
+    changes = {
+        "plan.world_size": ranks,
+        "training.seq_len": seq_len,
+        "model.config.max_position_embeddings": LONGEST,
+        "parallelism.sequence_parallel_degree": ranks,
+        "parallelism.data_parallel_shard_degree": 1,
+        "memory.stream_chunk_tokens": -1,
+    }
+    changes |= {key.replace("__", "."): value for key, value in more.items()}
+    return set_up(load_config(config, changes.items()))
+
+
+def weak_scaling(config: Path, *, tokens: int, largest: int) -> list[dict[str, Any]]:
+    """Plan S = tokens * P on P ranks for P = 1, 2, 4, ..., streamed and not."""
+    rows = []
+    print(f"\nS / P = {tokens:,} tokens; bytes of a rank and a step")
+    print(
+        f"{'P':>5} {'S':>12}  {'':<8} {'exchanged':>11} {'closed form':>11} {'FSDP':>11} ", end=""
+    )
+    print(f"{'GPU memory':>11} {'host (node)':>11} {'a step':>13}  limited by   planned in")
+    for ranks in [2**i for i in range(largest.bit_length())]:
+        for streamed in (False, True):
+            started = time.perf_counter()
+            chunk = {"memory__stream_chunk_tokens": 0 if streamed else -1}
+            found = estimate_plan(setup_of(config, ranks=ranks, seq_len=ranks * tokens, **chunk))
+            closed = exchanged_bytes(
+                found.setup.model_config, degree=ranks, tokens=tokens, itemsize=2
+            )
+            row = row_of(found) | {"streamed": streamed, "closed_form": closed}
+            row["planned_in"] = time.perf_counter() - started
+            rows.append(row)
+            print(
+                f"{ranks:>5} {row['seq_len']:>12,}  {'streamed' if streamed else 'whole':<8} "
+                f"{size_text(row['exchanged']):>11} {'' if streamed else size_text(closed):>11} "
+                f"{size_text(row['fsdp']):>11} {size_text(row['gpu_bytes']):>11} "
+                f"{size_text(row['host_bytes']):>11} {time_text(row['step_seconds']):>13}  "
+                f"{row['binds']:<12} {row['planned_in']:.1f} s",
+                flush=True,
+            )
+    return rows
+
+
+def mixes(config: Path, *, ranks: list[int], seq_len: int) -> list[dict[str, Any]]:
+    """Plan every mesh of these numbers of ranks for one length of sequences."""
+    rows = []
+    print(f"\nmeshes for sequences of {seq_len:,} tokens, streamed, checkpoints as configured")
+    print(
+        f"{'ranks':>5}  dp_replicate x dp_shard x sp  {'a step':>13} {'tokens/s':>11} "
+        f"{'GPU memory':>11}  fits   limited by"
+    )
+    for world in ranks:
+        setup = setup_of(config, ranks=world, seq_len=seq_len, memory__stream_chunk_tokens=0)
+        for mesh in meshes(setup):
+            found = estimate_plan(with_settings(setup, mesh))
+            row = row_of(found) | {"ranks": world}
+            rows.append(row)
+            print(
+                f"{world:>5}  {' x '.join(map(str, row['mesh'])):<28} "
+                f"{time_text(row['step_seconds']):>13} {1 / row['seconds_per_token']:>11,.0f} "
+                f"{size_text(row['gpu_bytes']):>11}  {'yes' if row['fits'] else 'no':<5}  "
+                f"{row['binds']}",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=Path("configs/llama3_8b.toml"))
+    parser.add_argument("--what", choices=["weak", "mixes", "both"], default="both")
+    parser.add_argument("--tokens", type=int, default=32768, help="S / P")
+    parser.add_argument("--largest", type=int, default=1024, help="ranks")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="of the mixes")
+    parser.add_argument("--seq-len", type=int, default=2**20, help="of the mixes")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    found: dict[str, Any] = {}
+    print(f"planned, nothing is measured: {options.config}")
+    if options.what != "mixes":
+        found["weak"] = weak_scaling(options.config, tokens=options.tokens, largest=options.largest)
+    if options.what != "weak":
+        found["mixes"] = mixes(options.config, ranks=options.ranks, seq_len=options.seq_len)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

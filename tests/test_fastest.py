@@ -1,0 +1,218 @@
+"""The fastest settings of a length: the search, its estimates, and what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers.models import LLAMA
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.errors import UserError
+
+SIX = LLAMA | {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "head_dim": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2**24,
+}
+
+
+def setup_of(**settings):
+    """section__key = value, over a llama of six layers on GPUs with little memory."""
+    from titan_ulysses.plan.planner import set_up
+
+    table: dict = {"model": {"config": SIX, "tokenizer": "bytes"}}
+    table |= {"training": {"seq_len": 262144}, "plan": {"world_size": 4, "gpu_memory_gib": 6}}
+    for key, value in settings.items():
+        section, name = key.split("__")
+        table.setdefault(section, {})[name] = value
+    return set_up(Config.model_validate(table))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"parallelism__sequence_parallel_degree": 4, "memory__stream_chunk_tokens": -1},
+        {
+            "parallelism__sequence_parallel_degree": 2,
+            "parallelism__data_parallel_replicate_degree": 2,
+            "activation_checkpoint__offload": "host",
+            "memory__optimizer_offload": True,
+        },
+    ],
+    ids=["dp", "sp", "hsdp, on the host"],
+)
+def test_few_layers_tell_what_all_layers_need(settings):
+    from titan_ulysses.plan.few_layers import estimate_plan
+    from titan_ulysses.plan.planner import make_plan
+
+    setup = setup_of(**settings)
+    found, plan = estimate_plan(setup), make_plan(setup)
+    assert found.time.seconds == pytest.approx(plan.time.seconds, rel=1e-9)
+    assert dict(found.demand.collectives) == pytest.approx(
+        {k: pytest.approx(v) for k, v in plan.simulation.collectives.items()}
+    )
+    assert found.gpu_bytes == pytest.approx(plan.gpu_bytes, rel=0.01)
+    assert found.host_bytes == pytest.approx(plan.host_bytes, rel=0.01)
+
+
+def small(layers: int = 2, **settings):
+    """A setup whose GPUs have half as much again as lean settings need."""
+    from titan_ulysses.plan.fastest import LEAN
+    from titan_ulysses.plan.planner import make_plan
+    from titan_ulysses.plan.search import with_settings
+
+    setup = setup_of(
+        model__config=SIX | {"num_hidden_layers": layers},
+        training__seq_len=32768,
+        plan__world_size=2,
+        **settings,
+    )
+    lean = make_plan(with_settings(setup, LEAN | {"parallelism.sequence_parallel_degree": 2}))
+    return replace(setup, gpu_memory=1.1 * lean.gpu_bytes)
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_no_neighbour_of_the_fastest_is_faster(layers):
+    """Each with one setting changed, or on another mesh, simulated whole."""
+    from titan_ulysses.plan.fastest import CLEARLY, LEAN, Search, neighbours
+    from titan_ulysses.plan.planner import make_plan
+    from titan_ulysses.plan.search import with_settings
+
+    setup = small(layers)
+    best, *others = Search(setup).run()
+    assert best.is_simulated and best.fits and all(one.fits for one in others)
+    tried = too_large = 0
+    for name in (*LEAN, "mesh"):
+        for changes in neighbours(setup, best.changes, name):
+            other = with_settings(setup, changes)
+            try:
+                plan = make_plan(other)
+            except UserError:
+                continue
+            seconds = plan.time.seconds / other.tokens_per_step
+            tried, too_large = tried + 1, too_large + (not plan.fits)
+            assert not plan.fits or seconds >= best.seconds_per_token * (1 - CLEARLY), changes
+    assert tried > 8 and too_large
+
+
+@pytest.mark.slow
+def test_with_room_nothing_is_computed_again():
+    from titan_ulysses.plan.fastest import Search
+
+    setup = replace(small(), gpu_memory=2**40)
+    best = Search(setup).run()[0]
+    assert best.changes["activation_checkpoint.mode"] == "none"
+    assert not best.changes["memory.optimizer_offload"]
+
+
+def test_sums_over_replicas_take_time():
+    """Closed form: a ring sends the shards' gradients in fp32 twice, over the network."""
+    from titan_ulysses.distributed.hardware import GPUS
+    from titan_ulysses.plan.cost import Links
+
+    gpu = GPUS["H100-80GB"]
+    nodes = Links(gpus_per_node=8, sequence=8, world=64, replicas=8)
+    assert nodes.replica_seconds(1e9, gpu) == 2e9 * 7 / 8 / gpu.network
+    assert nodes.fsdp_seconds(8e9, gpu) == 7e9 / gpu.node_link
+    inside = Links(gpus_per_node=8, sequence=1, world=8, replicas=4)
+    assert inside.replica_seconds(1e9, gpu) == 2e9 * 3 / 4 / gpu.node_link
+    halves = Links(gpus_per_node=8, sequence=1, world=32, replicas=8)  # two replicas a node
+    assert halves.replica_seconds(1e9, gpu) == pytest.approx(2e9 * 7 / 8 / (2 * gpu.network))
+
+
+def test_a_mesh_must_deal_the_whole_batch():
+    from titan_ulysses.plan.fastest import meshes
+
+    def degrees(**settings):
+        return {
+            (m["parallelism.data_parallel_replicate_degree"],
+             m["parallelism.sequence_parallel_degree"])
+            for m in meshes(setup_of(**settings))
+        }  # fmt: skip
+
+    assert degrees() == {(1, 1), (1, 2), (1, 4)}
+    assert degrees(training__global_batch_size=2, parallelism__sequence_parallel_degree=4) == {
+        (1, 2),
+        (1, 4),
+    }
+    assert (4, 2) in degrees(plan__gpus_per_node=2, plan__world_size=8)
+
+
+def plan_on_the_command_line(folder: Path, capsys, *options: str) -> tuple[dict, str]:
+    from titan_ulysses.plan.report import plan_and_report
+
+    settings = {"model.config": SIX, "model.tokenizer": "bytes", "training.seq_len": 16384}
+    settings |= {"model.config": SIX | {"num_hidden_layers": 2}}
+    settings |= {"job.dump_folder": str(folder), "job.name": "x", "plan.world_size": 2}
+    (folder / "x.toml").write_text("")
+    from titan_ulysses.config.cli import parse_command_line
+
+    line = parse_command_line(["--config", str(folder / "x.toml"), "--plan", *options])
+    plan_and_report(load_config(folder / "x.toml", [*settings.items(), *line.overrides]))
+    found = json.loads((folder / "x" / "plan.json").read_text())
+    return found, capsys.readouterr().out
+
+
+def test_the_fastest_on_the_command_line(tmp_path, capsys):
+    """With hours, GPU-hours and cost, and settings to paste that plan the same step."""
+    options = ["--plan.search", "fastest", "--plan.tokens", "1_000_000_000"]
+    options += ["--plan.gpu_hour_price", "2.5", "--plan.gpu_memory_gib", "4"]
+    found, said = plan_on_the_command_line(tmp_path, capsys, *options)
+    best = found["fastest"][0]
+    assert best["simulated"] and best["tokens"] == 10**9
+    hours = 1e9 / best["tokens_per_step"] * best["step_seconds"] / 3600
+    assert best["hours"] == pytest.approx(hours)
+    assert best["gpu_hours"] == pytest.approx(2 * hours)
+    assert best["cost"] == pytest.approx(5 * hours)
+    pasted = said.split("The fastest that fits")[1].splitlines()[0].split(": ")[-1].split()
+    again, _ = plan_on_the_command_line(tmp_path, capsys, *options[2:], *pasted)
+    assert again["step_seconds"] == pytest.approx(best["step_seconds"])
+    assert again["run"]["cost"] == pytest.approx(best["cost"]) and again["fastest"] == []
+
+
+@pytest.mark.slow
+def test_nothing_that_fits_is_said(tmp_path, capsys):
+    found, said = plan_on_the_command_line(
+        tmp_path, capsys, "--plan.search", "fastest", "--plan.gpu_memory_gib", "0.01"
+    )
+    assert found["fastest"] == []
+    assert "training.seq_len = 16,384 on 2 x H100-80GB: none of" in said
+    assert "Use more GPUs (plan.world_size)" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "search"),
+    [("true", "longest"), (None, "longest"), ("false", "off"), ("fastest", "fastest")],
+)
+def test_a_switch_keeps_its_words(tmp_path, given, search):
+    from titan_ulysses.config.cli import parse_command_line
+
+    (tmp_path / "x.toml").write_text('[model]\npath = "x"\ntokenizer = "bytes"\n')
+    options = ["--plan.search", *([given] if given else [])]
+    line = parse_command_line(["--config", str(tmp_path / "x.toml"), *options])
+    assert load_config(tmp_path / "x.toml", line.overrides).plan.search == search
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tokens", -1, "plan.tokens = -1: must be at least 0"),
+        ("gpu_hour_price", -0.5, "plan.gpu_hour_price = -0.5: must be at least 0"),
+        ("search", "slow", 'plan.search = "slow": needs "off", "longest" or "fastest"'),
+    ],
+)
+def test_bad_input(tmp_path, key, value, said):
+    (tmp_path / "x.toml").write_text('[model]\npath = "x"\ntokenizer = "bytes"\n')
+    with pytest.raises(UserError) as refused:
+        load_config(tmp_path / "x.toml", [(f"plan.{key}", value)])
+    assert said in str(refused.value) and refused.value.exit_code == 2

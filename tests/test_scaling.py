@@ -1,0 +1,83 @@
+"""Bytes of the exchange, as scripts/bench/scaling.py plans them: closed form, plan, counters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from helpers.ranks import run_on_ranks
+from titan_ulysses.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3}
+TOKENS = 512
+
+
+def bench(name: str) -> ModuleType:
+    sys.path.insert(0, str(ROOT / "scripts" / "bench"))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.pop(0)
+
+
+def case_of(ranks: int):
+    return bench("plan_accuracy").case(
+        f"P {ranks}",
+        ranks,
+        model=MODEL,
+        training__seq_len=ranks * TOKENS,
+        parallelism__sequence_parallel_degree=ranks,
+        memory__stream_chunk_tokens=-1,
+    )
+
+
+def counted(ranks: int) -> dict:
+    return bench("plan_accuracy").measure(case_of(ranks))["collectives"]
+
+
+def closed_form(ranks: int) -> int:
+    spec = bench("plan_accuracy").spec_of(case_of(ranks))
+    return bench("scaling").exchanged_bytes(
+        spec.model_config, degree=ranks, tokens=TOKENS, itemsize=4
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_real_ranks_hand_in_what_the_closed_form_says(ranks):
+    found = run_on_ranks(ranks, counted, ranks)[0]
+    assert found["all_to_all"][1] == closed_form(ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(32, marks=pytest.mark.slow), 1024])
+def test_the_plan_hands_in_what_the_closed_form_says(ranks):
+    """Also beyond the KV heads, and with more ranks than heads."""
+    planned = bench("plan_accuracy").planned(case_of(ranks))
+    assert planned["collectives"]["all_to_all"][1] == closed_form(ranks)
+
+
+def test_bytes_do_not_grow_while_every_kv_head_has_its_rank():
+    """The theorem of DeepSpeed-Ulysses: S and P together."""
+    assert closed_form(2) == closed_form(4) < closed_form(8)
+
+
+@pytest.mark.slow
+def test_a_scaled_plan_of_a_small_model(tmp_path, capsys):
+    from titan_ulysses.config.load import dump_toml
+
+    table = {"model": {"config": case_of(2).model, "tokenizer": "bytes"}}
+    (tmp_path / "small.toml").write_text(dump_toml(Config.model_validate(table)))
+    scaling = bench("scaling")
+    rows = scaling.weak_scaling(tmp_path / "small.toml", tokens=8192, largest=4)
+    assert [row["mesh"] for row in rows if row["streamed"]] == [[1, 1, n] for n in (1, 2, 4)]
+    assert all(row["exchanged"] == row["closed_form"] for row in rows if not row["streamed"])
+    one, *_, four = (row for row in rows if not row["streamed"])
+    assert one["exchanged"] == 0 and four["seq_len"] == 32768
+    assert four["step_seconds"] > one["step_seconds"]  # attention grows with S, a rank's part too
+    found = scaling.mixes(tmp_path / "small.toml", ranks=[16], seq_len=65536)
+    assert [1, 2, 8] in [row["mesh"] for row in found]
+    assert [2, 1, 8] in [row["mesh"] for row in found]
+    assert "planned in" in capsys.readouterr().out

@@ -1,0 +1,308 @@
+"""The settings with which sequences of a given length are trained fastest.
+
+Settings are compared by the planned seconds of a token: another mesh may train more sequences in a
+step. The search estimates each candidate (`few_layers.py`). It begins with settings that need
+little memory, for every mesh, takes the best mesh, and changes one setting at a time, as long as
+that makes a token clearly faster. So it ends where no such change does. What cannot make it clearly
+faster is not estimated (`_most_gained`). The best are then simulated whole, in the order of their
+estimates, until one fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.plan.cost import Time
+from titan_ulysses.plan.few_layers import Estimate, estimate_plan
+from titan_ulysses.plan.planner import Plan, Setup, make_plan
+from titan_ulysses.plan.search import with_settings
+
+CLEARLY = 5e-3
+"""The share of its time by which a change must make a token faster to be taken."""
+_ALIKE = 0.02
+"""With lean settings, another mesh may be slower than that of the best by this share of its time;
+one that is slower still is not tried with the settings of the best.
+"""
+_RECOMPUTED_ATTENTION = 2 / 9
+"""The part of attention's products that recomputation has: forward has 2, backward 5."""
+_RECOMPUTED_PRODUCTS = 2 / 8
+"""The same of other matrix products: forward has 2 FLOPs a weight and token, backward 4."""
+_AUTO_CHUNK = 4096
+"""The tokens of a rank in a chunk that memory.stream_chunk_tokens = "auto" takes on a GPU."""
+_BEST = 5
+
+Changes = dict[str, Any]
+_SEQUENCE, _REPLICATE, _SHARD = (
+    "parallelism.sequence_parallel_degree",
+    "parallelism.data_parallel_replicate_degree",
+    "parallelism.data_parallel_shard_degree",
+)
+_MODE, _EVERY = "activation_checkpoint.mode", "activation_checkpoint.every"
+_OFFLOAD, _KEEP = "activation_checkpoint.offload", "activation_checkpoint.keep_attention"
+_STATE, _PARAMETERS = "memory.optimizer_offload", "memory.parameter_offload"
+_CHUNK, _HIDDEN = "memory.stream_chunk_tokens", "memory.stream_offload"
+
+LEAN: Changes = {
+    _KEEP: "none",
+    _STATE: True,
+    _PARAMETERS: False,
+    _MODE: "full",
+    _EVERY: 1,
+    _OFFLOAD: "host",
+    _HIDDEN: "host",
+    _CHUNK: 0,
+    "memory.mlp_tile_tokens": 0,
+    "memory.loss_tile_tokens": 0,
+}
+"""The settings that a search begins with, those first that matter most."""
+_WHOLE: Changes = {_KEEP: "none", _HIDDEN: "none"}
+_EXCLUDES: dict[tuple[str, Any], Changes] = {
+    (_CHUNK, -1): _WHOLE,
+    (_MODE, "none"): _WHOLE | {_EVERY: 1, _OFFLOAD: "none", _CHUNK: 0},
+    (_STATE, True): {_PARAMETERS: False},
+    (_PARAMETERS, True): {_STATE: False},
+}
+"""What changes together with a setting, because the two exclude each other."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings, and what their step is estimated or, once simulated whole, planned to need."""
+
+    changes: Changes
+    """Settings that differ from the config, with all that make up the mesh."""
+    found: Estimate
+    plan: Plan | None = None
+
+    @property
+    def fits(self) -> bool:
+        return (self.plan or self.found).fits
+
+    @property
+    def seconds_per_token(self) -> float:
+        step = (self.plan or self.found).time.seconds
+        return step / self.found.setup.tokens_per_step
+
+    @property
+    def is_simulated(self) -> bool:
+        return self.plan is not None
+
+
+@dataclass
+class Search:
+    """A search for the fastest settings of setup's model, length and GPUs."""
+
+    setup: Setup
+    estimate: Callable[[Setup], Estimate] = estimate_plan
+    tried: dict[tuple, Candidate | None] = field(default_factory=dict)
+    """what is known of settings; None: this model or mesh cannot have them"""
+
+    def run(self) -> list[Candidate]:
+        """Return the best candidates that fit, at most five, the fastest first.
+
+        The first one is simulated whole. Empty if none was found that fits.
+        """
+        sharded = [mesh for mesh in meshes(self.setup) if mesh[_REPLICATE] == 1]
+        begun = [self.try_(LEAN | mesh) for mesh in sharded]
+        if start := min(filter(None, begun), key=_rank, default=None):
+            self._descend(start)
+        return self._verified()
+
+    def try_(self, settings: Changes) -> Candidate | None:
+        """Estimate settings; None where they are refused."""
+        key = tuple(sorted(settings.items()))
+        if key not in self.tried:
+            try:
+                found = self.estimate(with_settings(self.setup, settings))
+                self.tried[key] = Candidate(settings, found)
+            except UserError:
+                self.tried[key] = None
+        return self.tried[key]
+
+    def _descend(self, start: Candidate) -> Candidate:
+        """Change one setting after the other until no change is clearly better."""
+        best, before = start, None
+        while best is not before:
+            before = best
+            for name in (*LEAN, "mesh"):
+                for changed in neighbours(self.setup, best.changes, name):
+                    if best.fits and not self._may_gain(best, changed, name):
+                        continue
+                    other = self.try_(changed)
+                    if other and _is_better(other, best):
+                        best = other
+        return best
+
+    def _may_gain(self, best: Candidate, changed: Changes, name: str) -> bool:
+        """Return whether changed settings can be clearly faster than the best."""
+        time = best.found.time
+        enough = CLEARLY * time.seconds
+        if name == "mesh":
+            # Replicas save what is waited for, and nothing else.
+            is_other = best.changes[_REPLICATE] != changed[_REPLICATE]
+            if is_other and max(time.waits.values()) < enough:
+                return False
+            # What other settings save, they save on each mesh.
+            same_mesh, other = (
+                self.try_(LEAN | {key: settings[key] for key in (_SEQUENCE, _REPLICATE, _SHARD)})
+                for settings in (best.changes, changed)
+            )
+            if not same_mesh or not other:
+                return other is not None
+            return other.seconds_per_token < (1 + _ALIKE) * same_mesh.seconds_per_token
+        is_simpler = _offloads(changed) < _offloads(best.changes)
+        return is_simpler or _most_gained(best.changes, changed, time) >= enough
+
+    def _verified(self) -> list[Candidate]:
+        order = sorted((c for c in self.tried.values() if c and c.fits), key=_rank)
+        for at, candidate in enumerate(order):
+            plan = make_plan(candidate.found.setup)
+            if plan.fits:
+                best = Candidate(candidate.changes, candidate.found, plan)
+                return [best, *order[at + 1 : at + _BEST]]
+        return []
+
+    def nearest(self) -> Candidate | None:
+        """Return what was tried and needs the least memory; None where all was refused."""
+        known = [c for c in self.tried.values() if c]
+        return min(known, key=lambda c: _excess(c.found), default=None)
+
+
+def meshes(setup: Setup) -> list[Changes]:
+    """Return the meshes that setup's GPUs, model and batch allow.
+
+    Parameters are sharded over all ranks, or inside a node and replicated over the nodes.
+    """
+    world, per_node = setup.world_size, setup.config.plan.gpus_per_node
+    training, model = setup.config.training, setup.model_config
+    heads = getattr(model, "num_attention_heads", 1)
+    nodes = world // per_node if world % per_node == 0 else 1
+    found = []
+    for sequence in range(1, min(world, heads) + 1):
+        if world % sequence or training.seq_len % sequence:
+            continue
+        data = world // sequence
+        batch = training.local_batch_size * data
+        if training.global_batch_size > 0 and training.global_batch_size % batch:
+            continue
+        for replicate in sorted({1, nodes}):
+            if data % replicate == 0:
+                found.append({_SEQUENCE: sequence, _REPLICATE: replicate, _SHARD: -1})
+    return found
+
+
+def neighbours(setup: Setup, settings: Changes, name: str) -> list[Changes]:
+    """Return settings with other values of one setting, or with other meshes (name "mesh")."""
+    if name == "mesh":
+        changed = [settings | mesh for mesh in meshes(setup)]
+    else:
+        changed = [
+            settings | {name: value} | _EXCLUDES.get((name, value), {})
+            for value in _values(setup, settings, name)
+        ]
+    return [one for one in changed if one != settings and _is_allowed(one)]
+
+
+def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
+    now = settings[name]
+    if name == _EVERY:
+        layers = getattr(setup.model_config, "num_hidden_layers", 1)
+        return [k for k in (now // 2, 2 * now) if 1 <= k <= layers]
+    if name == _CHUNK:
+        per_rank = (_AUTO_CHUNK // 2, 2 * _AUTO_CHUNK, 4 * _AUTO_CHUNK)
+        chunks = [tokens * settings[_SEQUENCE] for tokens in per_rank]
+        return [-1, 0, *(c for c in chunks if c < setup.config.training.seq_len)]
+    values: dict[str, list[Any]] = {
+        _MODE: ["none", "full"],
+        _OFFLOAD: ["none", "host"],
+        _KEEP: ["all", "none"],
+        _HIDDEN: ["none", "host"],
+        "memory.mlp_tile_tokens": [-1, 0],
+        "memory.loss_tile_tokens": [-1, 0],
+        _STATE: [False, True],
+        _PARAMETERS: [False, True],
+    }
+    return values[name]
+
+
+def _is_allowed(settings: Changes) -> bool:
+    """Return whether these settings can be together (see `validate.check`)."""
+    checkpoints = settings[_MODE] == "full"
+    streams = checkpoints and settings[_CHUNK] != -1
+    return (
+        (checkpoints or settings[_OFFLOAD] == "none")
+        and (checkpoints or settings[_EVERY] == 1)
+        and (checkpoints or settings[_CHUNK] <= 0)
+        and (streams or settings[_HIDDEN] == settings[_KEEP] == "none")
+        and not (settings[_STATE] and settings[_PARAMETERS])
+    )
+
+
+def _most_gained(settings: Changes, changed: Changes, time: Time) -> float:
+    """Return a bound of the seconds that a step of `time` gets shorter by a change of settings.
+
+    Copies that are hidden gain only the kernels that copy. Tiles and chunks change what kernels
+    read and write, and what is exchanged again. More copies gain nothing, nor do smaller chunks.
+    """
+    parts, wait = time.parts, max(time.waits.values())
+    moved = parts["other kernels"] + parts["exchange"] + wait
+    attention = _RECOMPUTED_ATTENTION * parts["attention"]
+    kept = settings[_KEEP] == "all"
+    recomputed = 0.0 if kept else attention
+    lost = attention if kept and changed[_KEEP] == "none" else 0.0
+    gains = {
+        _KEEP: wait if kept else recomputed + moved,
+        _STATE: moved + parts["offloaded optimizer"],
+        _PARAMETERS: moved + parts["offloaded optimizer"] + parts["parameters to the GPU"],
+        _MODE: moved + _RECOMPUTED_PRODUCTS * parts["matmul"] + recomputed,
+        _EVERY: moved + parts["matmul"] / 2 + parts["attention"] / 2,
+        _OFFLOAD: moved,
+        _HIDDEN: moved,
+        _CHUNK: moved - lost / 2,
+        "memory.mlp_tile_tokens": moved,
+        "memory.loss_tile_tokens": moved,
+    }
+    offloads = settings[_STATE] or settings[_PARAMETERS]
+    offloads_more = (changed[_STATE] or changed[_PARAMETERS]) and not offloads
+    more_copies = any(changed[key] != "none" == settings[key] for key in (_OFFLOAD, _HIDDEN))
+    smaller = _chunk_tokens(changed) < _chunk_tokens(settings)
+    if offloads_more or more_copies or smaller or changed[_EVERY] > settings[_EVERY]:
+        return 0.0
+    return max(gains[key] for key in gains if changed[key] != settings[key])
+
+
+def _chunk_tokens(settings: Changes) -> float:
+    """Return the tokens of a chunk. Off is one chunk of all tokens."""
+    chunk = settings[_CHUNK]
+    return _AUTO_CHUNK * settings[_SEQUENCE] if chunk == 0 else inf if chunk == -1 else chunk
+
+
+def _offloads(settings: Changes) -> int:
+    """Return how many things settings keep off the GPU."""
+    names = (_STATE, _PARAMETERS, _OFFLOAD, _HIDDEN)
+    return sum(settings[name] not in (False, "none") for name in names)
+
+
+def _is_better(one: Candidate, other: Candidate) -> bool:
+    """Return whether one is clearly faster than the other, or as fast with less off the GPU."""
+    if one.fits and other.fits:
+        if _offloads(one.changes) < _offloads(other.changes):
+            return one.seconds_per_token <= other.seconds_per_token
+        return one.seconds_per_token < (1 - CLEARLY) * other.seconds_per_token
+    return _rank(one) < _rank(other)
+
+
+def _rank(candidate: Candidate) -> tuple[float, float]:
+    """Return a key to sort by: what fits comes first, then what needs less memory."""
+    excess = 1.0 if candidate.fits else _excess(candidate.found)
+    return excess, candidate.seconds_per_token
+
+
+def _excess(found: Estimate) -> float:
+    """Return how many times the memory that there is would be needed, of a GPU or of a node."""
+    host = found.host_bytes / found.setup.host_memory if found.setup.host_memory else 0.0
+    return max(found.gpu_bytes / found.setup.gpu_memory, host)

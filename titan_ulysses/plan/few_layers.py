@@ -1,0 +1,159 @@
+"""Estimates the plan of a model with many layers from the plans of two models with few.
+
+A simulated step takes as long as the model has layers. But layers are alike, or repeat with a
+period, and then all that a step asks of the hardware is affine in their number L: FLOPs, bytes of
+collectives, and memory at a given moment of the step. The moment of the peak is not the same for
+every L: with few layers it is in the loss head, with many in a block or in the optimizer. So memory
+is extrapolated for each kind of moment, of which the first and the last layers are enough: between
+them it is affine, too.
+
+An estimate ranks settings. What is reported is simulated whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import lcm
+
+from transformers import PreTrainedConfig
+
+from titan_ulysses.plan.cost import Cost, Time
+from titan_ulysses.plan.planner import Demand, Plan, Setup, make_plan, time_of
+
+_IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
+"""Numbers of layers at one end of a model that differ from the others."""
+
+MomentKind = tuple[str, "int | str"]
+"""(phase of the step, layer from the first or, if negative, from the last; else a module)"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The plan of setup, extrapolated (or simulated, where its layers do not repeat)."""
+
+    setup: Setup
+    demand: Demand
+    gpu_bytes: float
+    """peak memory of one GPU, reserves included"""
+    host_bytes: float
+    """peak of a node's host memory"""
+
+    @cached_property
+    def time(self) -> Time:
+        return time_of(self.setup, self.demand)
+
+    @property
+    def fits(self) -> bool:
+        host = self.setup.host_memory
+        return self.gpu_bytes <= self.setup.gpu_memory and (host is None or self.host_bytes <= host)
+
+
+def estimate_plan(setup: Setup) -> Estimate:
+    """Estimate the plan of setup, by two simulations of a few layers. UserError as `make_plan`."""
+    counts = _layers_to_simulate(setup)
+    if counts is None:
+        plan = make_plan(setup)
+        return Estimate(setup, plan.demand, plan.gpu_bytes, plan.host_bytes)
+    few, more = (make_plan(_with_layers(setup, count)) for count in counts)
+    # value(L) = few + factor * (more - few)
+    layers = setup.model_config.num_hidden_layers
+    factor = (layers - counts[0]) / (counts[1] - counts[0])
+    a, b = (_peaks(plan, ends=counts[1] - counts[0]) for plan in (few, more))
+    peak = max(a[kind] + factor * (b[kind] - a[kind]) for kind in a.keys() & b.keys())
+    return Estimate(
+        setup,
+        _extrapolated_demand(few.demand, more.demand, factor),
+        gpu_bytes=peak + sum(reserve.bytes for reserve in setup.reserves),
+        host_bytes=few.host_bytes + factor * (more.host_bytes - few.host_bytes),
+    )
+
+
+def _layers_to_simulate(setup: Setup) -> tuple[int, int] | None:
+    """Return two numbers of layers that stand for all; None where no fewer would do.
+
+    Each has at least a first and a last layer, and whole periods of layers and of checkpoints.
+    """
+    model, checkpoint = setup.model_config, setup.config.activation_checkpoint
+    layers = getattr(model, "num_hidden_layers", 0)
+    irregular = any(getattr(model, name, None) for name in _IRREGULAR)
+    if irregular or getattr(model, "is_heterogeneous", False):
+        return None
+    period = lcm(_period(model, layers), checkpoint.every if checkpoint.mode == "full" else 1)
+    first = period if period > 1 else 2
+    return (first, first + period) if first + period < layers else None
+
+
+def _period(model: PreTrainedConfig, layers: int) -> int:
+    """Return after how many layers the kinds of layers repeat."""
+    lists = _lists_by_layer(model, layers).values()
+    return next(
+        p
+        for p in range(1, layers + 1)
+        if all(kinds[i] == kinds[i - p] for kinds in lists for i in range(p, layers))
+    )
+
+
+def _lists_by_layer(model: PreTrainedConfig, layers: int) -> dict[str, list]:
+    return {
+        name: value
+        for name, value in vars(model).items()
+        if isinstance(value, list) and len(value) == layers
+    }
+
+
+def _with_layers(setup: Setup, layers: int) -> Setup:
+    """Return setup for the first layers of its model."""
+    model = copy.deepcopy(setup.model_config)
+    for name, kinds in _lists_by_layer(model, model.num_hidden_layers).items():
+        setattr(model, name, kinds[:layers])
+    model.num_hidden_layers = layers
+    return replace(setup, spec=replace(setup.spec, model_config=model))
+
+
+def _peaks(plan: Plan, *, ends: int) -> Mapping[MomentKind, float]:
+    """Return the peak of device memory at each kind of moment of a step.
+
+    ends: how many layers at the beginning and at the end are told apart.
+    """
+    memory, layers = plan.simulation.memory, plan.setup.model_config.num_hidden_layers
+    peaks: defaultdict[MomentKind, float] = defaultdict(float)
+    total = 0
+    for index, (allocation, change) in enumerate(memory.events):
+        if allocation.place != "device":
+            continue
+        total += change
+        if index < plan.simulation.start:
+            continue
+        phase, owner, *_ = memory.moments[index]
+        places: tuple[int | str, ...] = (owner.module,)
+        if owner.layer is not None:  # of few layers, one can be among the first and the last
+            places = tuple(
+                place for place in (owner.layer, owner.layer - layers) if -ends <= place < ends
+            )
+        for place in places:
+            peaks[phase, place] = max(peaks[phase, place], total)
+    return peaks
+
+
+def _extrapolated_demand(few: Demand, more: Demand, factor: float) -> Demand:
+    def line(a: Mapping, b: Mapping) -> dict:
+        keys = dict.fromkeys((*a, *b))
+        return {key: a.get(key, 0) + factor * (b.get(key, 0) - a.get(key, 0)) for key in keys}
+
+    kinds = dict.fromkeys((*few.collectives, *more.collectives))
+    calls, sizes = (
+        line(
+            {kind: few.collectives.get(kind, (0, 0))[of] for kind in kinds},
+            {kind: more.collectives.get(kind, (0, 0))[of] for kind in kinds},
+        )
+        for of in (0, 1)
+    )
+    return Demand(
+        Cost(Counter(line(few.cost.amounts, more.cost.amounts))),
+        {kind: (calls[kind], sizes[kind]) for kind in kinds},
+        line(few.on_host, more.on_host),
+    )
