@@ -137,7 +137,7 @@ def test_layers_with_a_state_are_planned(monkeypatch, family):
     short = plan_of(**settings)
     seen = {allocation.component for allocation, _ in short.simulation.memory.events}
     assert "linear attention" in seen
-    monkeypatch.setattr(MemoryTracker, "shortened", lambda self, parts, cost: iter(parts))
+    monkeypatch.setattr(MemoryTracker, "shortened", lambda self, parts, cost: with_next(parts))
     whole = plan_of(**settings)
     assert short.peak.bytes == whole.peak.bytes
     assert short.simulation.collectives == whole.simulation.collectives
