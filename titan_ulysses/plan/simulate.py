@@ -220,7 +220,8 @@ def _forget_meshes() -> None:
     """Empty DTensor's caches. They hold meshes, and a mesh of the next simulation may be equal to
     one whose process groups are gone.
     """
-    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()  # type: ignore[attr-defined]
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    propagator.propagate_op_sharding.cache_clear()  # type: ignore[attr-defined]
     clear = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
     if clear is not None:  # not in every version that is supported
         clear()

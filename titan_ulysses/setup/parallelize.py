@@ -206,18 +206,13 @@ def wrap(
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
-    streams = obstacle_to_streaming(model.config, options, device_type) is None
-    model.stream_chunk_tokens = -1
-    if streams:
+    model.stream_chunk_tokens, sequences = -1, None
+    if obstacle_to_streaming(model.config, options, device_type) is None:
         model.stream_chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type)
-    sequences = None
-    if streams and options.stream_offload != "none":
-        check_stream_offload(model, options.stream_offload)
-        open_store_of_sequences = open_sequences or open_sequence_store
-        sequences = open_store_of_sequences(
-            options.stream_offload, options.offload_folder, mesh.device
-        )
-    if streams:
+        if (offload := options.stream_offload) != "none":
+            check_stream_offload(model, offload)
+            open_them = open_sequences or open_sequence_store
+            sequences = open_them(offload, options.offload_folder, mesh.device)
         stream_blocks(
             blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
         )
