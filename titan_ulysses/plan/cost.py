@@ -295,13 +295,8 @@ def step_time(
         update = moved * links.ranks_per_node / HOST_BANDWIDTH
     else:
         update = 2 * offloaded.optimizer_state / gpu.host_link
-    waits = {
-        "FSDP": max(0.0, hidden["FSDP"] - forward - backward),
-        "checkpoints to the host": max(0.0, hidden["checkpoints to the host"] - forward),
-        "checkpoints back": max(0.0, hidden["checkpoints back"] - backward),
-        "parameters": max(0.0, hidden["parameters"] - forward - backward),
-        "hidden states": max(0.0, hidden["hidden states"] - forward - backward),
-    }
+    beside = {"checkpoints to the host": forward, "checkpoints back": backward}
+    waits = {name: max(0.0, s - beside.get(name, forward + backward)) for name, s in hidden.items()}
     parts = {
         "matmul": sum(s for (_, kind), s in seconds.items() if kind == "matmul"),
         "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),
