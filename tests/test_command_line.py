@@ -777,3 +777,24 @@ def test_two_ranks_say_once_what_is_wrong(tmp_path: Path, launch: Callable[..., 
         and len(err.splitlines()) == 1
     )
     assert not (tmp_path / "outputs").exists()
+
+
+def test_two_ranks_that_fail_at_once_say_it_once(
+    tmp_path: Path, launch: Callable[..., Launch]
+) -> None:
+    """Rank 0 is the first of the run that has failed, and rank 1 the first of its host."""
+    (tmp_path / "driver.py").write_text(
+        "import os, time\n"
+        "from torch.distributed import TCPStore\n"
+        "from titan_ulysses.distributed import failure\n"
+        "rank, add = int(os.environ['RANK']), TCPStore.add\n"
+        "def count(store, key, amount):\n"
+        "    ranks = add(store, key, amount)\n"
+        "    if rank == 0 and amount and key.endswith('/failures'):\n"
+        "        time.sleep(1)\n"
+        "    return ranks\n"
+        "TCPStore.add = count\n"
+        "time.sleep(rank / 2)\n"
+        "failure.end('error: both', 1)\n"
+    )
+    assert launch(tmp_path / "driver.py").end(timeout=30) == (1, "", "error: both\n")

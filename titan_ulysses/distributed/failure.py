@@ -73,6 +73,10 @@ _TOLD_SECONDS = 3.0
 _FIRST_SECONDS = 2.0
 """Seconds that a rank whose connection was closed gives the one that closed it to say why."""
 
+_PRINT_SECONDS = 1.0
+"""Seconds that the first rank to fail gives another one of its host to print why. torchrun ends all
+ranks as soon as one has ended."""
+
 _LINGER_SECONDS = 5.0
 """Seconds for which the host of the store stays at most, so that the others hear of a failure."""
 
@@ -280,7 +284,7 @@ def end_like_the_first(store: TCPStore) -> NoReturn:
         heartbeat.write_stacks()
     if ranks_of_host == 1:
         # Without a message, the first rank was ended before it could say why.
-        _print(_repeated(first) if first else f"error: another rank has failed. {goes_on()}")
+        _speak(_repeated(first) if first else f"error: another rank has failed. {goes_on()}")
     _exit_when_told(store, first["code"] if first else 1)
 
 
@@ -309,25 +313,36 @@ def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn
             _print(message)
         _exit(code)
     store, ranks, ranks_of_host = answer
+    first: dict[str, Any] | None
     if ranks == 1:
-        _print(message)
-        rank, host = run_store.rank_and_size()[0], run_store.host_name()
-        told = {"rank": rank, "host": host, "message": message, "code": code, "hang": hang}
-        run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", told))
-        _exit_when_told(store, code)
-    first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
+        first = {"rank": run_store.rank_and_size()[0], "message": message, "code": code}
+        first |= {"host": run_store.host_name(), "node": run_store.node(), "hang": hang}
+        run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", first))
+    else:
+        first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
+    # Of two ranks that fail at once, one may be the first of the run and the other the first of the
+    # host. Which one prints must depend on one counter alone.
     if ranks_of_host == 1:
-        is_other = first and first["message"] != message
-        _print(_repeated(first) if first and is_other else message)
+        _speak(_repeated(first) if first and first["message"] != message else message)
+    elif ranks == 1:
+        time.sleep(_PRINT_SECONDS)
     _exit_when_told(store, first["code"] if first else code)
+
+
+def _speak(message: str) -> None:
+    """Print the message of this host. A rank of it that the store does not answer hears of it."""
+    _is_first_to_speak()
+    _print(message)
 
 
 def _is_first_to_speak() -> bool:
     """Return whether no other rank of this host has asked this, without the store.
 
-    The ranks of a host have the same parent, and their run a port of its own.
+    The ranks of a host have the same parent, and their run a port of its own. torchrun starts them
+    again with both.
     """
-    name = f"titan_ulysses-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}.said"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    name = f"titan_ulysses-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}-{attempt}.said"
     path = os.path.join(tempfile.gettempdir(), name)
     with suppress(OSError):
         if time.time() - os.path.getmtime(path) > _OLD_SECONDS:
@@ -352,11 +367,14 @@ def _told(store: TCPStore) -> dict[str, Any] | None:
 
 
 def _repeated(first: dict[str, Any]) -> str:
-    """Return the message of the rank that failed first, for another host. Of a traceback, its end.
+    """Return the message of the rank that failed first, for another rank to print.
 
-    A message in which all ranks agree is repeated as it is.
+    On another host it names the rank and its host, and of a traceback it is the end. A message in
+    which all ranks agree is repeated as it is.
     """
     message: str = first["message"]
+    if first["node"] == run_store.node():
+        return message
     if message.startswith("Traceback"):
         message = message.splitlines()[-1]
     if message.startswith("error: the ranks of this run"):
