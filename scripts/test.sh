@@ -10,4 +10,5 @@ cd "$ROOT"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec "$PYTHON" -m pytest "$@"
+# Two files of tests at a time: most tests leave a core idle or wait for a process that dies.
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

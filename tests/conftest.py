@@ -57,8 +57,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name the skipped tests by reason, without -rs: a test nobody sees skipped is a test nobody
     runs. Likewise for tests of two hosts on a machine that cannot have two.
     """
-    hosts = sys.modules.get("helpers.hosts")
-    if hosts and (lacking := hosts.without_namespaces()):
+    from helpers.hosts import without_namespaces
+
+    ran = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    of_hosts = any("test_two_hosts.py" in report.nodeid for report in ran)
+    if of_hosts and (lacking := without_namespaces()):
         terminalreporter.section("two hosts")
         terminalreporter.line(f"both were this machine, on loopback: {lacking}")
     names_by_reason: dict[str, Counter[str]] = defaultdict(Counter)

@@ -119,6 +119,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, flo
     return learned(folder / "outputs" / "run")
 
 
+@pytest.mark.slow  # test_chaos.py kills a run, too
 def test_killed_and_run_again(
     tmp_path: Path, launch: Callable[..., Launch], undisturbed: list
 ) -> None:

@@ -50,7 +50,7 @@ def graphs_of(config: Path, settings: Settings) -> int:
     ("model", "memory"),
     [
         pytest.param({}, TILED, id="llama, tiled"),
-        pytest.param({"model.config": GPT2}, WHOLE, id="gpt2, whole"),
+        pytest.param({"model.config": GPT2}, WHOLE, id="gpt2, whole", marks=pytest.mark.slow),
         pytest.param({}, WHOLE, id="llama, whole", marks=pytest.mark.slow),
         pytest.param({"model.config": GPT2}, TILED, id="gpt2, tiled", marks=pytest.mark.slow),
     ],

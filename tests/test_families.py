@@ -223,7 +223,13 @@ def test_families_in_fp64(case: Case) -> None:
     check_in_fp64(*case)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if i % 3 == 0 else [pytest.mark.slow])
+        for i, family in enumerate(FAMILIES)
+    ],
+)
 def test_families_as_they_are(family: str) -> None:
     check_as_it_is(family, 2, "packed", "auto")
 

@@ -81,9 +81,11 @@ WHOLE, CHUNKS = {"memory__stream_chunk_tokens": -1}, {"memory__stream_chunk_toke
     "more",
     [
         WHOLE,
-        CHUNKS,
+        pytest.param(CHUNKS, marks=pytest.mark.slow),
         CHUNKS | {"memory__stream_offload": "host"},
-        CHUNKS | {"activation_checkpoint__keep_attention": "all"},
+        pytest.param(
+            CHUNKS | {"activation_checkpoint__keep_attention": "all"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["tiles", "chunks", "off the device", "kept on the device"],
 )
