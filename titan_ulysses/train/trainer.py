@@ -16,6 +16,7 @@ from rich.console import Console
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.disk import disk_needs
+from titan_ulysses.checkpoint.folder import exported_step
 from titan_ulysses.checkpoint.initial import base_weights, check_initial_weights, initialize
 from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.load import dump_toml
@@ -461,6 +462,7 @@ class Trainer:
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.steps_before = self.step
         # Every step calls the same collectives. It is enough to count those of the first one, which
         # is slow anyway.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
@@ -673,7 +675,7 @@ class Trainer:
         """Return whether rank 0, which exports, sees the export of this step. Collective."""
         if not self.config.checkpoint.export:
             return True
-        there = weights.exported_step(self.folder / "export") == self.step
+        there = exported_step(self.folder / "export") == self.step
         return first_failure("absent" if dist.get_rank() == 0 and not there else None) is None
 
     def _say(self, text: str) -> None:
