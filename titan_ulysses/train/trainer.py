@@ -277,7 +277,8 @@ class Trainer:
         if self.loader:
             self.loader.load_state_dict(state["loader"])
             self.numbers.skipped = state.get("skipped", 0)
-            for warning in warnings_of(self.config, step, state):
+            content = self.loader.sequences.content()
+            for warning in warnings_of(self.config, step, state, content):
                 self._say(warning)
         return step
 
@@ -607,6 +608,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "rng": {"seed": self.config.training.seed},
             "data": data_settings(self.config),
+            "content": self.loader.sequences.content(),
             "skipped": self.numbers.skipped,
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
