@@ -16,7 +16,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -74,11 +75,13 @@ def starts(folder: Path, mib: int, rounds: int) -> dict[str, list[tuple[float, f
     layers = max(1, round(mib * 2**20 / _LAYER_BYTES))
     (folder / "run.toml").write_text(RUN_TOML.format(folder=folder, layers=layers))
     config = load_config(folder / "run.toml")
-    Trainer(config).train()
+    with redirect_stdout(StringIO()):
+        Trainer(config).train()
     found: dict[str, list[tuple[float, float]]] = {"start without": [], "start with": []}
 
     def start() -> None:
-        trainer = Trainer(config)
+        with redirect_stdout(StringIO()):
+            trainer = Trainer(config)
         assert trainer.step == 1
         trainer.preflight.close()
         trainer._run_folder.release()
