@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,10 +65,17 @@ class Hang(Campaign):
         ]
 
     def _play(
-        self, ranks: int, how: str = "none", rank: int = 0, step: int = 0, **more: Any
+        self,
+        ranks: int,
+        how: str = "none",
+        rank: int = 0,
+        step: int = 0,
+        *,
+        arguments: Sequence[str] = (),
+        **more: Any,
     ) -> Any:
         os.environ["TITAN_CHAOS"] = f"{how}/{rank if how != 'none' else -1}/{step}"
-        return self.run(self._arguments(ranks), ranks=ranks, **more)
+        return self.run([*self._arguments(ranks), *arguments], ranks=ranks, **more)
 
     def _undisturbed(self, ranks: int) -> Any:
         if ranks not in self.expected:
@@ -87,7 +95,9 @@ class Hang(Campaign):
         watcher = Watcher(run, rank if how == "stopped" else -1, step)
         what = f"{ranks} ranks, {how}"
         if how in ("no folder", "full disk"):
-            ended, undo = self._without_disk(how, ranks, run)
+            mode = ["disabled", "async"][number % 2]
+            what += f", async_mode {mode}"
+            ended, undo = self._without_disk(how, ranks, run, mode)
             named, late = "checkpoint.folder" in ended.text, 0.0
             undo()
         else:
@@ -114,14 +124,14 @@ class Hang(Campaign):
             return Verdict("traceback" if "Traceback" in ended.text else "unnoticed", text)
         return Verdict("ended" if named else "unnamed", text)
 
-    def _without_disk(self, how: str, ranks: int, run: Path) -> tuple[Any, Any]:
+    def _without_disk(self, how: str, ranks: int, run: Path, mode: str) -> tuple[Any, Any]:
         """Play a run whose checkpoints cannot be made, or fill the disk; and what mends that."""
-        folder = run / "checkpoints"
+        folder, arguments = run / "checkpoints", [f"--checkpoint.async_mode={mode}"]
         run.mkdir(parents=True)
         if how == "no folder":
             folder.symlink_to("/proc/nothing")  # in which not even root can make a file
-            return self._play(ranks), folder.unlink
-        return self._play(ranks, file_bytes=20_000), lambda: None
+            return self._play(ranks, arguments=arguments), folder.unlink
+        return self._play(ranks, arguments=arguments, file_bytes=20_000), lambda: None
 
 
 class Watcher:

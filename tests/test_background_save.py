@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -175,6 +176,30 @@ def test_a_save_that_fails_twice_ends_the_run(tmp_path: Path) -> None:
         assert "saving step 2 failed ([Errno 28] No space left on device). free space" in message
         assert len(warnings) == 1
     assert list((run / "checkpoints").iterdir()) == []
+
+
+def with_no_room(config: Path, settings: Settings) -> str:
+    """The refusal of a run none of whose files may grow beyond 20,000 bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        return refusal(config, settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_fills_up_under_the_thread_that_writes(
+    tmp_path: Path, undisturbed: list
+) -> None:
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    for message in run_on_ranks(2, with_no_room, config, ASYNC):
+        assert "saving step 2 failed (" in message and "File too large" in message
+        assert "free space or change job.dump_folder" in message
+    assert list((run / "checkpoints").iterdir()) == []
+    run_on_ranks(2, train, config, ASYNC)
+    assert learned(run) == undisturbed
 
 
 # --- stopped and killed ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from titan_ulysses.__main__ import run
 from titan_ulysses.checkpoint import folder as weights_folder
 from titan_ulysses.checkpoint.disk import disk_needs
 from titan_ulysses.checkpoint.safetensors import keep_generation_config
+from titan_ulysses.checkpoint.writing import steps_in
 from titan_ulysses.config import hub
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config, SourceSettings
@@ -184,7 +185,20 @@ def test_room_on_the_disk_is_computed_and_not_counted(tmp_path: Path) -> None:
     assert checkpoints(10**9, 0, 1) == 10**9
 
 
+def test_names_that_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("step-²", "step-9x", "step-", "step--1", "step-07", "step-" + "9" * 30, "Step-3"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-5").mkdir()
+    assert steps_in(tmp_path) == [5]
+
+
 # --- folders of models ----------------------------------------------------------------------------
+
+
+def test_an_index_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / weights_folder.INDEX_FILE).write_bytes(b'{"weight_map": {"a\xff": "x"}}')
+    message = refusal(weights_folder.find, str(tmp_path))
+    assert f"{weights_folder.INDEX_FILE} is damaged (" in message
 
 
 @pytest.mark.parametrize(

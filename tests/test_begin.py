@@ -121,6 +121,21 @@ def test_adapters_beside_another_runs_weights(config: Path) -> None:
     )
 
 
+def test_an_export_that_was_damaged_since(config: Path) -> None:
+    """One bit, in a tensor: every reader of safetensors takes it."""
+    damaged = config.parent / "damaged export"
+    shutil.copytree(outputs(config, "first") / "export", damaged)
+    stored = bytearray((damaged / "model.safetensors").read_bytes())
+    stored[-100] ^= 1
+    (damaged / "model.safetensors").write_bytes(stored)
+    setting = f'checkpoint.initial_load_path = "{damaged}"'
+    message = refused(config, {"checkpoint.initial_load_path": str(damaged)})
+    assert message.startswith(f"{setting}: the export is damaged (model.safetensors: its bytes are")
+    assert message.endswith("if it was changed on purpose, remove its training_step.json.")
+    (damaged / "training_step.json").unlink()
+    assert run(config, "on purpose", {"checkpoint.initial_load_path": str(damaged)}).exists()
+
+
 def test_weights_that_do_not_fit(config: Path) -> None:
     checkpoint, export = (
         begin_with(config, "first", part) for part in ("checkpoints/step-2", "export")

@@ -212,6 +212,47 @@ def test_stopped_by_a_signal(
     assert learned(run) == undisturbed
 
 
+LONG_STEP = """
+import sys, time
+from titan_ulysses.train import trainer
+from titan_ulysses.__main__ import run
+from titan_ulysses.distributed.failure import exit_on_error
+
+train_step, steps = trainer.train_step, []
+
+def slow(*args, **options):
+    steps.append(1)
+    if len(steps) == 2:
+        print("a long step", flush=True)
+        time.sleep(35)
+    return train_step(*args, **options)
+
+trainer.train_step = slow
+with exit_on_error():
+    run(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_step_may_take_longer_than_the_patience_of_torchrun(
+    tmp_path: Path, launch: Callable[..., Launch], undisturbed: list
+) -> None:
+    """torchrun kills its ranks 30 s after a signal. The launcher waits for the step."""
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
+    (tmp_path / "driver.py").write_text(LONG_STEP)
+    launched = launch(tmp_path / "driver.py", *arguments(config, LONG))
+    assert launched.process.stdout is not None
+    while launched.process.stdout.readline() not in ("a long step\n", ""):
+        pass
+    since = time.monotonic()
+    launched.process.terminate()
+    code, out, err = launched.end()
+    assert (code, err) == (143, "") and time.monotonic() - since > 30
+    assert out.splitlines()[-1].startswith("Stopped by a signal after step 2.")
+    run_on_ranks(2, train, config, LONG)
+    assert learned(run) == undisturbed
+
+
 def signal_handlers_around_a_run(config: Path, settings: Settings) -> bool:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     train(config, settings)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,6 +86,48 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
     assert "train_step" in (run / "stacks" / "rank-0.txt").read_text()
     if how == "loops":
         assert "endless" in (run / "stacks" / "rank-1.txt").read_text()
+
+
+HOSTS_THE_STORE = """
+import os, sys, time
+from titan_ulysses.distributed import failure, run_store
+from titan_ulysses.distributed.watch import Watch
+
+rank = int(os.environ["RANK"])
+store = run_store.first_connection(60.0)
+run_store.put(store, f"there/{rank}", True)
+while not run_store.is_there(store, f"there/{1 - rank}"):
+    time.sleep(0.05)
+Watch.started(100.0)
+if rank == 0:
+    failure.end("error: rank 1 is at work on something else", 7)
+while True:
+    time.sleep(0.01)
+"""
+
+
+def test_the_rank_that_runs_the_store_stays_until_all_have_heard(tmp_path: Path) -> None:
+    """Without a launcher that ends the others. They would look for the store for seconds, and then
+    blame its host.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    started = []
+    for rank in "01":
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "TORCHELASTIC_RUN_ID": "none"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        environment |= {"RANK": rank, "LOCAL_RANK": rank}
+        command = [sys.executable, "-c", HOSTS_THE_STORE]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, env=environment, stderr=pipe, text=True))
+    with started[0], started[1]:
+        said = started[0].communicate(timeout=60)[1]
+        since = time.monotonic()
+        of_the_other = started[1].communicate(timeout=60)[1]
+    assert said == "error: rank 1 is at work on something else\n" and of_the_other == ""
+    assert [one.returncode for one in started] == [7, 7]
+    assert time.monotonic() - since < 3, "it looked for the store"
 
 
 SLOW_DRIVER = """

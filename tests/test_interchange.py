@@ -35,6 +35,7 @@ from helpers.runs import learned, train, write_run
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.convert import ReadWhenWritten
 from titan_ulysses.checkpoint.convert import main as convert
+from titan_ulysses.checkpoint.folder import exported_step
 from titan_ulysses.checkpoint.manifest import read_sealed, write_sealed
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
@@ -74,7 +75,7 @@ def plain_model(table: dict[str, Any], dtype: torch.dtype = torch.float32) -> Pr
 def test_an_export_is_finished_when_all_of_it_is_what_its_manifest_says(tmp_path: Path) -> None:
     folder, plain = tmp_path / "export", plain_model(TIED)
     weights.export(plain, load_tokenizer("bytes"), folder, step=3)
-    assert weights.exported_step(folder) == 3
+    assert exported_step(folder) == 3
     (tmp_path / "file").touch()
     usual = (tmp_path / "file").stat().st_mode
     assert {file.stat().st_mode for file in folder.iterdir()} == {usual}
@@ -88,11 +89,11 @@ def test_an_export_is_finished_when_all_of_it_is_what_its_manifest_says(tmp_path
     }.items():
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(damage)
-        assert weights.exported_step(folder) is None, name
+        assert exported_step(folder) is None, name
         (folder / name).write_bytes(whole)
-    assert weights.exported_step(folder) == 3
+    assert exported_step(folder) == 3
     (folder / "training_step.json").write_text('{"step": 3}')  # that of an earlier version
-    assert weights.exported_step(folder) is None
+    assert exported_step(folder) is None
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:

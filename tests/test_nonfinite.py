@@ -5,6 +5,9 @@ of the steps after.
 from __future__ import annotations
 
 import json
+import re
+import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,16 +101,26 @@ SP2: Settings = CORE | {"parallelism.sequence_parallel_degree": 2}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "log_interval"),
-    [("adamw", 1), ("adamw8bit", 3), pytest.param("adamw4bit", 1, marks=pytest.mark.slow)],
+    ("optimizer", "rounds", "log_interval"),
+    [
+        ("adamw", False, 1),
+        ("adamw8bit", True, 3),
+        pytest.param("adamw", True, 1, marks=pytest.mark.slow),
+        pytest.param("adamw8bit", False, 3, marks=pytest.mark.slow),
+        pytest.param("adamw4bit", False, 1, marks=pytest.mark.slow),
+    ],
 )
-def test_skipped_steps_change_nothing(optimizer: str, log_interval: int, tmp_path: Path) -> None:
+def test_skipped_steps_change_nothing(
+    optimizer: str, rounds: bool, log_interval: int, tmp_path: Path
+) -> None:
     """On both ranks, though attention is bad on one of them alone; bit for bit."""
     config, outputs = write_run(tmp_path), tmp_path / "outputs"
     shape = load_config(config).model.config | MODEL  # large enough to be quantized
     settings = SP2 | {
         "model.config": shape,
         "optimizer.name": optimizer,
+        "optimizer.stochastic_rounding": rounds,
+        "training.param_dtype": "bfloat16" if rounds else "float32",
         "metrics.log_interval": log_interval,
     }
     run_on_ranks(2, without_updates, config, settings | {"job.name": "reference"}, {2, 3})
@@ -206,14 +219,81 @@ def test_without_the_setting_the_first_one_ends_the_run(tmp_path: Path) -> None:
         assert "the loss of ranks 0, 1, in documents " in message
 
 
-def test_what_cannot_be_skipped_is_refused(tmp_path: Path) -> None:
+# --- never saved ----------------------------------------------------------------------------------
+
+BAD_UPDATE = 3
+EXPORT: Settings = {"checkpoint.enable": False, "checkpoint.export": True, "training.steps": 3}
+WAYS: dict[str, tuple[Settings, signal.Signals | None]] = {
+    "at an interval": ({"checkpoint.interval": 3}, None),
+    "while the last save is written": (
+        {"checkpoint.interval": 1, "checkpoint.async_mode": "async"},
+        None,
+    ),
+    "after the last step": ({"training.steps": 3}, None),
+    "SIGTERM": ({}, signal.SIGTERM),
+    "SIGTERM, in the background": ({"checkpoint.async_mode": "async"}, signal.SIGTERM),
+    "Ctrl-C": ({}, signal.SIGINT),
+    "another host joins": ({}, signal.SIGUSR1),
+    "export alone": (EXPORT, None),
+    "export of adapters": (EXPORT | {"lora.rank": 4}, None),
+    "skipping": ({"training.steps": 3, "training.skip_nonfinite": 5}, None),
+}
+"""The ways in which a run comes to save or export what it has."""
+ALWAYS = {"while the last save is written", "SIGTERM", "another host joins", "export of adapters"}
+
+
+def refused_after_a_bad_update(
+    config: Path, settings: Settings, number: signal.Signals | None, of: str
+) -> str:
+    """The refusal of a run that gets a signal in a step whose update is bad on one rank: of the
+    parameters, which no loss shows, or of the second moment, which none ever shows.
+    """
+    train_one_step = Trainer._train_one_step
+
+    def spoiling(trainer: Trainer, *args: Any) -> None:
+        is_bad = trainer.step + 1 == BAD_UPDATE
+        if is_bad and number is not None:
+            signal.raise_signal(number)
+            time.sleep(0.1)  # until the thread that listens to signals has noted it
+        train_one_step(trainer, *args)
+        if is_bad and dist.get_rank() == 1:
+            trained = [p for p in trainer.model.parameters() if p.requires_grad]
+            p = max(trained, key=lambda p: p.to_local().numel())
+            spoiled = p.detach() if of == "parameter" else trainer.optimizer.state[p]["exp_avg_sq"]
+            spoiled.to_local()[-1] = float("inf")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_train_one_step", spoiling)
+        return refusal(config, settings)
+
+
+@pytest.mark.parametrize(
+    ("way", "of"),
+    [
+        pytest.param(way, of, marks=[] if way in ALWAYS else [pytest.mark.slow])
+        for number, way in enumerate(WAYS)
+        for of in (("parameter", "moment")[number % 2],)
+    ],
+)
+def test_a_bad_update_is_never_saved(way: str, of: str, tmp_path: Path) -> None:
+    settings, number = WAYS[way]
+    config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     settings = {
-        "training.skip_nonfinite": 1,
-        "optimizer.stochastic_rounding": True,
-        "training.param_dtype": "bfloat16",
-    }
-    [message] = run_on_ranks(1, refusal, write_run(tmp_path), settings)
-    assert "training.skip_nonfinite = 1 with optimizer.stochastic_rounding = true" in message
+        "parallelism.sequence_parallel_degree": 2,
+        "training.steps": 6,
+        "checkpoint.interval": 100,
+        "metrics.log_interval": 100,
+    } | settings
+    for message in run_on_ranks(2, refused_after_a_bad_update, config, settings, number, of):
+        name = "exp_avg_sq of " * (of == "moment") + r"\S+"
+        assert re.match(
+            rf"The update of step 3 has left {name} with numbers that are not finite\. Nothing of "
+            "it is saved",
+            message,
+        ), message
+    kept = sorted(path.name for path in run.glob("checkpoints/*"))
+    assert kept == (["step-1", "step-2"] if "written" in way else [])
+    assert not {"export", "adapter"} & {path.name for path in run.iterdir()}
 
 
 # --- spikes ---------------------------------------------------------------------------------------

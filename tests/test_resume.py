@@ -287,6 +287,30 @@ BASE: Settings = {
 }
 
 
+@pytest.mark.parametrize("what", ["a character", "a file more"])
+def test_data_that_has_changed_is_said(
+    what: str, stopped: tuple[Path, list], tmp_path: Path
+) -> None:
+    """The position is a number of a sequence, whatever the sequences are."""
+    half, _ = stopped
+    shutil.copytree(half / "outputs", tmp_path / "outputs")
+    settings = BASE | {"job.dump_folder": str(tmp_path / "outputs")}
+    (half / "data").rename(half / "kept")
+    try:
+        shutil.copytree(half / "kept", half / "data")
+        if what == "a character":
+            file = sorted((half / "data").iterdir())[7]
+            file.write_text("X" + file.read_text()[1:])
+        else:
+            (half / "data" / "99.txt").write_text("one more")
+        [(refused, warnings, began)] = run_on_ranks(1, resume_changed, half / "run.toml", settings)
+    finally:
+        shutil.rmtree(half / "data")
+        (half / "kept").rename(half / "data")
+    assert (refused, began, len(warnings)) == ("", SAVED, 1)
+    assert "WARNING: data.path: the documents are not those of when step 3 was saved" in warnings[0]
+
+
 @pytest.mark.parametrize(("outcome", "key", "value"), CHANGES)
 def test_what_a_resumed_run_may_change(
     outcome: str, key: str, value: Any, stopped: tuple[Path, list], tmp_path: Path

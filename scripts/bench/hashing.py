@@ -2,8 +2,9 @@
 
 python scripts/bench/hashing.py --mib 400 --rounds 5
 
-Saving ends when the disk has the bytes (fsync), as in a run. `--limit 0.05` ends with exit code 1
-if the hashes add more than that to the seconds of saving.
+Saving ends when the disk has the bytes (fsync), as in a run. A start is that of a run of one rank
+which resumes from a checkpoint of that size, until its first step, without its plan. `--limit 0.05`
+ends with exit code 1 if the hashes add more than that to the seconds of saving.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
 
+import titan_ulysses.model  # noqa: F401  imports transformers without its warnings
+from titan_ulysses.checkpoint import reader
 from titan_ulysses.checkpoint.manifest import HashingWriter, describe_files
-from titan_ulysses.checkpoint.reader import CheckpointReader
 
 _TENSORS = 48
 
@@ -32,6 +37,63 @@ def seconds(act: Callable[[], object]) -> tuple[float, float]:
     clock, cpu = time.perf_counter(), time.process_time()
     act()
     return time.perf_counter() - clock, time.process_time() - cpu
+
+
+RUN_TOML = """
+[job]
+dump_folder = "{folder}/outputs"
+[model]
+tokenizer = "bytes"
+[model.config]
+model_type = "llama"
+vocab_size = 257
+hidden_size = 256
+intermediate_size = 1024
+num_hidden_layers = {layers}
+num_attention_heads = 4
+bos_token_id = 256
+eos_token_id = 256
+[data]
+path = "{folder}/text.txt"
+[training]
+seq_len = 128
+steps = 1
+param_dtype = "float32"
+[checkpoint]
+export = false
+"""
+_LAYER_BYTES = 12 * (4 * 256**2 + 3 * 256 * 1024)
+"""Of a layer in a checkpoint: its parameters and two moments in fp32."""
+
+
+def starts(folder: Path, mib: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Return the seconds of starts of a resumed run, with and without comparing hashes."""
+    from titan_ulysses.config.load import load_config
+    from titan_ulysses.train.trainer import Trainer
+
+    (folder / "text.txt").write_text("in the beginning was the word. " * 100)
+    layers = max(1, round(mib * 2**20 / _LAYER_BYTES))
+    (folder / "run.toml").write_text(RUN_TOML.format(folder=folder, layers=layers))
+    config = load_config(folder / "run.toml")
+    with redirect_stdout(StringIO()):
+        Trainer(config).train()
+    found: dict[str, list[tuple[float, float]]] = {"start without": [], "start with": []}
+
+    def start() -> None:
+        # The plan is made by another process meanwhile, which takes longer than all the rest.
+        without_plan = mock.patch.object(Trainer, "_start_preflight", lambda self: None)
+        with redirect_stdout(StringIO()), without_plan:
+            trainer = Trainer(config)
+        assert trainer.step == 1
+        trainer._run_folder.release()
+
+    for _ in range(rounds):
+        with ExitStack() as stack:
+            for name in ("check_piece", "check_file"):
+                stack.enter_context(mock.patch.object(reader, name))
+            found["start without"].append(seconds(start))
+        found["start with"].append(seconds(start))
+    return found
 
 
 def main() -> None:
@@ -61,11 +123,12 @@ def main() -> None:
                 files = describe_files(folder, pieces) if pieces else {}
 
                 def load(folder: Path = folder, files: dict = files) -> None:
-                    reader = CheckpointReader(folder, files)
-                    dcp.load(target, storage_reader=reader, no_dist=True)
+                    storage = reader.CheckpointReader(folder, files)
+                    dcp.load(target, storage_reader=storage, no_dist=True)
 
                 found.setdefault(f"load {name}", []).append(seconds(load))
-    for act in ("save", "load"):
+        found |= starts(Path(temporary), options.mib, options.rounds)
+    for act in ("save", "load", "start"):
         rows = [
             [median(column) for column in zip(*found[f"{act} {name}"], strict=True)]
             for name in ("without", "with")

@@ -1,8 +1,11 @@
-"""Folders of safetensors: finds the file of each tensor, and opens files while they are read."""
+"""Folders of safetensors: finds the file of each tensor, opens files while they are read, and says
+whether an export is what a run has written.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -14,11 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from titan_ulysses.checkpoint.layout import Read
+from titan_ulysses.checkpoint.manifest import Damage, expect_as_sealed, read_sealed_folder
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.failure import first_failure, one_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+STEP_FILE = "training_step.json"
+"""The manifest of an export: the step of its run, and the hashes of its files."""
 _AGAIN = "Copy or download it again."
 
 Get = Callable[[str], Any]
@@ -56,6 +62,35 @@ def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
                 f"{where}: {INDEX_FILE} says that {file} holds {name}, and it does not. {_AGAIN}"
             )
     return {name: folder / file for name, file in index.items()}
+
+
+def expect_as_exported(files: dict[str, Path], where: str) -> None:
+    """Raise UserError, on every rank, if an export has changed since it was written. Collective.
+
+    The ranks of a host share the files, which are read once more for that.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    names = sorted({file.name for file in files.values()})[rank::ranks]
+    folder, damage = next(iter(files.values())).parent, None
+    try:
+        expect_as_sealed(folder, STEP_FILE, names)
+    except (Damage, OSError) as error:
+        damage = one_line(error)
+    if damage := first_failure(damage):
+        raise UserError(
+            f"{where}: the export is damaged ({damage}). Copy or export it again; if it was "
+            f"changed on purpose, remove its {STEP_FILE}."
+        )
+
+
+def exported_step(folder: Path) -> int | None:
+    """Return the step of the export in folder, or None if there is none that is whole.
+
+    Reads all of it: the export is finished when the hashes of its manifest are those of its files.
+    """
+    manifest = read_sealed_folder(folder, STEP_FILE)
+    return manifest.get("step") if manifest else None
 
 
 def _folder(path: str, setting: str) -> Path:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,21 @@ def seal_folder(folder: Path, name: str, state: dict[str, Any]) -> None:
     with whole_file(folder / name) as partial:
         write_sealed(partial, {**state, "files": describe_files(folder, {})})
     sync_folder(folder)
+
+
+def expect_as_sealed(folder: Path, name: str, files: Collection[str]) -> None:
+    """Raise `Damage` if `seal_folder` has sealed the folder, and files of it have changed since.
+
+    name: the manifest, without which nothing is known of the folder. files: those to look at. They
+    are read whole.
+    """
+    if not (folder / name).is_file():
+        return
+    state, is_sealed = read_sealed(folder / name)
+    known = state.get("files", {}) if is_sealed else {}  # an earlier version has kept no hashes
+    for file in files:
+        if file in known and digest_of(folder / file) != known[file]["xxh3"]:
+            raise Damage(f"{file}: its bytes are not those that were exported")
 
 
 def read_sealed_folder(folder: Path, name: str) -> dict[str, Any] | None:

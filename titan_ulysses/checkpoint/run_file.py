@@ -5,6 +5,7 @@ loader      the position in the data; of a training loop of one's own: loop, wha
 rng         {"seed": training.seed}, from which the random numbers of every step follow; null
             in a checkpoint that was converted
 data        the settings that decide which sequence comes next; of a run of train.py
+content     a hash of the documents that were read, by source; of a run of train.py
 skipped     how many steps were skipped because they were not finite; of a run of train.py
 optimizer   the format of the optimizer's state; null if there is none
 parameters  the shape of each parameter by name
@@ -120,6 +121,7 @@ _OPTIONAL: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and (value.get("seed", "") is None or _is_count(value.get("seed")))
     ),
     "data": lambda value: isinstance(value, dict),
+    "content": _table_of(lambda value: isinstance(value, str)),
     "skipped": _is_count,
     "loop": lambda value: isinstance(value, dict),
     "save_id": lambda value: isinstance(value, str),

@@ -34,14 +34,16 @@ from transformers import (
 from titan_ulysses.checkpoint.folder import (
     INDEX_FILE,
     SINGLE_FILE,
+    STEP_FILE,
     Get,
+    expect_as_exported,
     find,
     opened,
     some,
     without_data,
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
-from titan_ulysses.checkpoint.manifest import read_sealed_folder, seal_folder
+from titan_ulysses.checkpoint.manifest import seal_folder
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure, one_line
 from titan_ulysses.distributed.files import partial_path, replace_folder
@@ -50,7 +52,6 @@ from titan_ulysses.model.lora import ADAPTER, Delta, deltas
 from titan_ulysses.model.names import is_adapter
 
 _EXPORT_FILE_BYTES = 4 * 2**30
-_STEP_FILE = "training_step.json"
 _GENERATION_FILE = "generation_config.json"
 
 # --- in -------------------------------------------------------------------------------------------
@@ -76,9 +77,11 @@ def load(
     anything else is read whole, one tensor at a time. Persistent buffers are filled too.
 
     growing: names of parameters that may have fewer rows in the files; only those rows are filled.
-    Raise `UserError` if tensors of the model are missing in the files or have another shape.
+    Raise `UserError` if tensors of the model are missing in the files or have another shape, or if
+    a run has exported the files, and they are not what it wrote.
     """
     files, where = find(path, setting=setting), f'{setting} = "{path}"'
+    expect_as_exported(files, where)
     layout, state = Layout(model), hf.state_of(model)
     reads, unknown = layout.reads(set(files))
     growing = {layout.main[name] for name in growing}
@@ -115,9 +118,10 @@ def open_folder(
     one tensor by name; and the names of tensors that the model does not have. No more than one
     `Read` is in memory at a time. Raise `UserError` as `load` does.
     """
-    files, layout = find(path, setting=setting), Layout(plain)
+    files, layout, where = find(path, setting=setting), Layout(plain), f'{setting} = "{path}"'
+    expect_as_exported(files, where)
     reads, unknown = layout.reads(set(files))
-    found = _check_complete(layout, reads, files, hf.class_name(plain), f'{setting} = "{path}"')
+    found = _check_complete(layout, reads, files, hf.class_name(plain), where)
 
     def fetch(name: str) -> Tensor:
         for get, read in opened([found[layout.main[name]][0]], files):
@@ -326,7 +330,7 @@ def export(
             if writes:
                 _write_index(plan.file_of_tensor, plan.bytes, aside)
                 _write_configs(model, tokenizer, aside)
-                seal_folder(aside, _STEP_FILE, {"step": step})
+                seal_folder(aside, STEP_FILE, {"step": step})
                 replace_folder(aside, folder)
     finally:
         if writes:
@@ -369,15 +373,6 @@ def _plan_export(
         for names in groups
     ]
     return _ExportPlan(groups, sizes, _plan_files([sum(named.values()) for named in sizes]))
-
-
-def exported_step(folder: Path) -> int | None:
-    """Return the step of the export in folder, or None if there is none that is whole.
-
-    Reads all of it: the export is finished when the hashes of its manifest are those of its files.
-    """
-    manifest = read_sealed_folder(folder, _STEP_FILE)
-    return manifest.get("step") if manifest else None
 
 
 def exported_bytes(model: PreTrainedModel) -> int:
@@ -427,7 +422,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
                 settings = copy.copy(model.peft_config[ADAPTER])
                 settings.base_model_name_or_path = base or None
                 settings.save_pretrained(aside)
-                seal_folder(aside, _STEP_FILE, {"step": None})
+                seal_folder(aside, STEP_FILE, {"step": None})
                 replace_folder(aside, folder)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)

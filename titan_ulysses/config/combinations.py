@@ -16,7 +16,6 @@ def combination_problems(config: Config) -> list[str]:
         *_model_problems(config),
         *_lora_problems(config),
         *_data_problems(config),
-        *_training_problems(config),
     ]
 
 
@@ -128,17 +127,6 @@ def _lora_problems(config: Config) -> list[str]:
             "compile.enable = false"
         )
     return problems
-
-
-def _training_problems(config: Config) -> list[str]:
-    training, optimizer = config.training, config.optimizer
-    if training.skip_nonfinite and optimizer.stochastic_rounding:
-        return [
-            f"training.skip_nonfinite = {training.skip_nonfinite} with "
-            "optimizer.stochastic_rounding = true: the rounding needs the number of steps on the "
-            "host, and the device decides which are skipped. Set one of them to its default"
-        ]
-    return []
 
 
 _READ_BY = {

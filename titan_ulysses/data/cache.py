@@ -182,7 +182,9 @@ def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
         return None
     ends = np.cumsum(lengths)
     trained = found["trained"].view(bool) if "trained" in found else None
-    return Corpus(tokens, ends - lengths, ends, trained), tally
+    # Of sizes and checksums, which have been compared with the files just now.
+    content = blake2b(json.dumps(about["files"], sort_keys=True).encode(), digest_size=16)
+    return Corpus(tokens, ends - lengths, ends, trained, content=content.hexdigest()), tally
 
 
 def _map(path: Path, size: int, checksum: int) -> np.ndarray:

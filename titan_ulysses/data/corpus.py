@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.files import section_of
@@ -27,6 +28,8 @@ class Corpus:
     """[tokens] bool: which tokens are trained on, that is predicted; None: all of them."""
     numbers: np.ndarray | None = None
     """[documents] int64: the number of each document in the data; None: they are all there."""
+    content: str = ""
+    """a hash of all documents of the data, those included that are not selected; "": unknown"""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -52,7 +55,11 @@ class Corpus:
             )
             trained = np.concatenate([*whole])
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
-        return cls(tokens, np.append(0, ends)[:-1].astype(np.int64), ends, trained)
+        hasher = xxhash.xxh3_128()
+        for array in (tokens, ends, *([] if trained is None else [trained])):
+            hasher.update(array.tobytes())
+        begins = np.append(0, ends)[:-1].astype(np.int64)
+        return cls(tokens, begins, ends, trained, content=hasher.hexdigest())
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -80,6 +87,7 @@ class Corpus:
             self.ends[documents],
             self.trained,
             numbers[documents],
+            self.content,
         )
 
     def numbers_at(self, places: Sequence[int]) -> list[int]:

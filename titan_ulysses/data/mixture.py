@@ -60,6 +60,11 @@ class MixedSequences(SampleStream):
         inner = self._parts[source].documents(int(self._counts(index)[source]))
         return [f"{one} of {[*self.sources][source]}" for one in inner]
 
+    def content(self) -> dict[str, str]:
+        return {
+            name: found for name, part in self.sources.items() for found in part.content().values()
+        }
+
     def epochs(self, consumed: int) -> dict[str, Any]:
         counts = self._counts(consumed).tolist()
         return {

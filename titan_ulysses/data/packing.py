@@ -136,6 +136,13 @@ class SampleStream:
         """
         return [f"those of sequence {index}"]
 
+    def content(self) -> dict[str, str]:
+        """Return a hash of the documents that the stream is made of, by source; {} if unknown.
+
+        Those of data without random access are not known before they are read.
+        """
+        return {}
+
     def epochs(self, consumed: int) -> float | dict[str, float]:
         """Return how often the data has been read after `consumed` sequences.
 
@@ -204,6 +211,9 @@ class PackedSequences(SampleStream):
             if self.once
             else self.epoch_tokens // self.seq_len
         )
+
+    def content(self) -> dict[str, str]:
+        return {"data": self.corpus.content}
 
     def epochs(self, consumed: int) -> float:
         return consumed * self.seq_len / self.epoch_tokens
@@ -328,6 +338,9 @@ class PaddedSequences(SampleStream):
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
+
+    def content(self) -> dict[str, str]:
+        return {"data": self.corpus.content}
 
     def epochs(self, consumed: int) -> float:
         return consumed / len(self)

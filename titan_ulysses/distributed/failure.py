@@ -78,7 +78,7 @@ _PRINT_SECONDS = 1.0
 ranks as soon as one has ended."""
 
 _LINGER_SECONDS = 5.0
-"""Seconds for which the host of the store stays at most, so that the others hear of a failure."""
+"""Seconds for which those stay at most with whom the store ends, so that the others can hear."""
 
 _OLD_SECONDS = 120.0
 
@@ -241,20 +241,23 @@ def _exit(code: int) -> NoReturn:
 
 
 def _exit_when_told(store: TCPStore, code: int) -> NoReturn:
-    """Exit after a failure that the store knows of.
+    """Exit after a failure that the store knows of, and that this rank has counted.
 
-    The store ends with the ranks of its host. So these stay until all other hosts have heard.
+    The store ends with rank 0 if that runs it, else with the ranks of its host. So these stay until
+    the others have heard. A rank that looks for the store in vain would blame the first host.
     """
-    hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    hosts, size = int(os.environ.get("GROUP_WORLD_SIZE", "1")), run_store.rank_and_size()[1]
+    first_ones = [run_store.key(f"failures/{node}") for node in range(hosts)]
+    hosts_store = run_store.hosts_store()
 
-    def all_have_heard() -> bool:
-        keys = [run_store.key(f"failures/{node}") for node in range(hosts)]
-        while not store.check(keys):
+    def others_have_heard() -> bool:
+        time.sleep(0.2)  # a rank that has counted itself may still be reading why
+        while failures(store) < size if hosts_store else not store.check(first_ones):
             time.sleep(0.2)
         return True
 
-    if run_store.node() == "0" and hosts > 1:
-        run_store.within(_LINGER_SECONDS, all_have_heard)
+    if hosts_store or (run_store.node() == "0" and hosts > 1):
+        run_store.within(_LINGER_SECONDS, others_have_heard)
     _exit(code)
 
 
@@ -276,7 +279,7 @@ def end_like_the_first(store: TCPStore) -> NoReturn:
     _ending.acquire()
 
     def ask() -> tuple[dict[str, Any] | None, int]:
-        return _told(store), store.add(run_store.key(f"failures/{run_store.node()}"), 1)
+        return _told(store), _count(store)[1]
 
     lost = None, 1 if run_store.leads_host() else 2
     first, ranks_of_host = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, ask) or lost
@@ -289,8 +292,15 @@ def end_like_the_first(store: TCPStore) -> NoReturn:
 
 
 def failures(store: TCPStore) -> int:
-    """Return how many ranks have failed."""
+    """Return how many ranks have failed, by themselves or because another one has."""
     return store.add(run_store.key("failures"), 0)
+
+
+def _count(store: TCPStore) -> tuple[int, int]:
+    """Count this rank as failed; return which one it is of the run, and which one of its host."""
+    names = ("failures", f"failures/{run_store.node()}")
+    of_run, of_host = (store.add(run_store.key(name), 1) for name in names)
+    return of_run, of_host
 
 
 def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn:
@@ -302,8 +312,7 @@ def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn
 
     def count() -> tuple[TCPStore, int, int]:
         store = run_store.connect()
-        ranks = store.add(run_store.key("failures"), 1)
-        return store, ranks, store.add(run_store.key(f"failures/{run_store.node()}"), 1)
+        return store, *_count(store)
 
     answer = run_store.within(_ANSWER_SECONDS, count)
     if answer is None:  # the store is gone, so that hosts cannot know of each other

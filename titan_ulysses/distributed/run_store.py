@@ -54,6 +54,11 @@ def has_store() -> bool:
     return rank_and_size()[1] > 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def hosts_store() -> bool:
+    """Return whether this process runs the store, which ends with it."""
+    return bool(_hosted)
+
+
 def address() -> tuple[str, int]:
     """Return the address of the store: a host and a port."""
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

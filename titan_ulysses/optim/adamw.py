@@ -94,9 +94,14 @@ class ShardwiseAdamW(torch.optim.Optimizer):
 
     found_inf: a scalar tensor set by the caller, as with torch's own fused optimizers. A step
     changes nothing if it is 1, which the host need not know.
+
+    steps_before: the number of steps before the next one, those that have changed nothing included,
+    set by the caller. Stochastic rounding draws its random numbers for it. None: it is read from
+    the state. With found_inf that waits for the device, and counts what was not skipped.
     """
 
     found_inf: Tensor | None = None
+    steps_before: int | None = None
 
     def __init__(
         self,
@@ -175,7 +180,9 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         exp_avg, exp_avg_sq = moments
         if self.uses_torchao:
             if self.stochastic_rounding:
-                torch.manual_seed(_rounding_seed(p, int(state["step"]), index))
+                number = self.steps_before
+                number = int(state["step"]) if number is None else number
+                torch.manual_seed(_rounding_seed(p, number, index))
             changed = (shard, state["step"], exp_avg, exp_avg_sq)
             pieces = [piece for x in changed for piece in plain_pieces(x)]
             before = [piece.clone() for piece in pieces] if self.found_inf is not None else []

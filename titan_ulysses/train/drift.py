@@ -22,7 +22,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model.freezing import bits
-from titan_ulysses.model.hf import named_parameters
+from titan_ulysses.train.step import trained_state
 
 
 class Run(Protocol):
@@ -108,7 +108,7 @@ def _claims(run: Run) -> list[Claim]:
     assert coordinate is not None and run.loader is not None
     replica, shard, sequence = coordinate
     if mesh.world.size(0) > 1:
-        sums = _sums(_replicated_state(run))
+        sums = _sums(trained_state(run.model, run.optimizer))
         what = "the replicated parameters and their optimizer"
         claims.append(Claim(what, (shard, sequence), sums))
     saved = run.model.state_dict().keys()
@@ -120,15 +120,6 @@ def _claims(run: Run) -> list[Claim]:
     batch = {"the last batch": run.loader.fingerprint()}
     claims.append(Claim("the data", (replica, shard), batch))
     return claims
-
-
-def _replicated_state(run: Run) -> dict[str, Tensor]:
-    """Return this rank's shards of what is trained, and of the optimizer's state, by name."""
-    names = {p: name for name, p in named_parameters(run.model) if p.requires_grad}
-    found: dict[str, Tensor] = {name: p for p, name in names.items()}
-    for p, state in run.optimizer.state.items() if run.optimizer else ():
-        found |= {f"{key} of {names[p]}": x for key, x in state.items() if isinstance(x, Tensor)}
-    return found
 
 
 @torch.no_grad()

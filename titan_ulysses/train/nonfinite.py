@@ -20,7 +20,7 @@ from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.hf import named_parameters
-from titan_ulysses.train.step import StepMetrics, parameter_not_finite
+from titan_ulysses.train.step import StepMetrics, not_finite
 
 _MOST_NAMED = 16
 
@@ -30,6 +30,7 @@ class Run(Protocol):
 
     config: Config
     model: Any
+    optimizer: torch.optim.Optimizer | None
     degrees: MeshDegrees
     loader: Loader | None
     step: int
@@ -89,12 +90,12 @@ class NonFinite:
             self._say(f"WARNING: {what}. It is skipped, {self.skipped} of {allowed}.")
 
     def expect_finite_model(self) -> None:
-        """Raise UserError if the model has diverged. Collective.
+        """Raise UserError if the model, or the optimizer's state, has diverged. Collective.
 
         That can be by steps that are not checked yet, or by the last update, which no loss shows.
         """
         self.expect_finite_steps()
-        if name := parameter_not_finite(self.run.model):
+        if name := not_finite(self.run.model, self.run.optimizer):
             raise self._diverged(
                 f"The update of step {self.run.step} has left {name} with numbers that are not "
                 "finite"

@@ -27,10 +27,14 @@ def data_settings(config: Config) -> dict[str, Any]:
     return found
 
 
-def warnings_of(config: Config, step: int, saved: dict[str, Any]) -> list[str]:
-    """Return warnings for settings that lead to other data than the run would have read.
+def warnings_of(
+    config: Config, step: int, saved: dict[str, Any], content: dict[str, str]
+) -> list[str]:
+    """Return warnings for what leads to other data than the run would have read: settings, or files
+    that have changed.
 
-    saved: run.json of the checkpoint. That of an earlier version has no settings.
+    saved: run.json of the checkpoint. That of an earlier version has no settings and no hashes.
+    content: the hashes of the documents that are there now, by source.
     """
     seed, found = saved.get("rng", {}).get("seed"), []
     if seed not in (None, config.training.seed):
@@ -46,6 +50,15 @@ def warnings_of(config: Config, step: int, saved: dict[str, Any]) -> list[str]:
             f"WARNING: {key} = {to_toml(now[key])}, and it was {to_toml(before[key])} when step "
             f"{step} was saved: the data goes on at the same number of a sequence in other data, "
             f"{_TWICE}."
+        )
+    then = saved.get("content", {})
+    other = [name for name in content if then.get(name, content[name]) != content[name]]
+    if other and not changed:
+        where = "data.path" if config.data.path else f"data.mixture ({', '.join(other)})"
+        found.append(
+            f"WARNING: {where}: the documents are not those of when step {step} was saved: a file "
+            "has changed, has come or is gone. The data goes on at the same number of a sequence "
+            f"in other data, {_TWICE}."
         )
     return found
 

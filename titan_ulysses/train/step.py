@@ -176,17 +176,29 @@ def _norms(gradient: Tensor) -> list[Tensor]:
     return [torch.linalg.vector_norm(flat[part].double()) for part in parts]
 
 
-def parameter_not_finite(model: nn.Module) -> str | None:
-    """Return the name of a trained parameter with a NaN or an infinity; None if all are finite.
+def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Return what is trained, and the optimizer's state of it as "exp_avg of <name>", by name."""
+    names = {p: name for name, p in named_parameters(model) if p.requires_grad}
+    found: dict[str, Tensor] = {name: p for p, name in names.items()}
+    for p, state in optimizer.state.items() if optimizer else ():
+        found |= {f"{key} of {names[p]}": x for key, x in state.items() if isinstance(x, Tensor)}
+    return found
 
-    The result is the same on every rank. Waits for the device, and reads every shard once. The
-    optimizer's moments need no check of their own: a NaN in them is in their parameter after the
-    same step. Collective.
+
+def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """Return the name of what is trained and has a NaN or an infinity; None if all is finite.
+
+    See `trained_state` for the names. The optimizer's state is looked at too: the square of a
+    finite gradient may be infinite, and its parameter then stays where it is for ever. The result
+    is the same on every rank. Waits for the device, and reads every shard once. Collective.
     """
-    trained = [(name, p) for name, p in named_parameters(model) if p.requires_grad]
-    pieces = [(name, x) for name, p in trained for x in plain_pieces(p) if x.numel()]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # offloaded state may still be on its way to the host
+    named = trained_state(model, optimizer).items()
+    pieces = [(name, x) for name, shard in named for x in plain_pieces(shard) if x.numel()]
+    pieces = [(name, x) for name, x in pieces if x.is_floating_point()]  # the others are codes
     finite = [torch.linalg.vector_norm(x, math.inf).isfinite() for _, x in pieces]
-    found = torch.stack(finite).tolist() if finite else []
+    found = torch.stack([x.to(finite[0].device) for x in finite]).tolist() if finite else []
     bad = (name for (name, _), is_finite in zip(pieces, found, strict=True) if not is_finite)
     return first_failure(next(bad, None))
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.disk import disk_needs
+from titan_ulysses.checkpoint.folder import exported_step
 from titan_ulysses.checkpoint.initial import base_weights, check_initial_weights, initialize
 from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.load import dump_toml
@@ -276,7 +277,8 @@ class Trainer:
         if self.loader:
             self.loader.load_state_dict(state["loader"])
             self.numbers.skipped = state.get("skipped", 0)
-            for warning in warnings_of(self.config, step, state):
+            content = self.loader.sequences.content()
+            for warning in warnings_of(self.config, step, state, content):
                 self._say(warning)
         return step
 
@@ -461,6 +463,7 @@ class Trainer:
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.steps_before = self.step
         # Every step calls the same collectives. It is enough to count those of the first one, which
         # is slow anyway.
         with contextlib.nullcontext() if self.collectives else CollectiveCounter() as counter:
@@ -605,6 +608,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "rng": {"seed": self.config.training.seed},
             "data": data_settings(self.config),
+            "content": self.loader.sequences.content(),
             "skipped": self.numbers.skipped,
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
@@ -673,7 +677,7 @@ class Trainer:
         """Return whether rank 0, which exports, sees the export of this step. Collective."""
         if not self.config.checkpoint.export:
             return True
-        there = weights.exported_step(self.folder / "export") == self.step
+        there = exported_step(self.folder / "export") == self.step
         return first_failure("absent" if dist.get_rank() == 0 and not there else None) is None
 
     def _say(self, text: str) -> None:
