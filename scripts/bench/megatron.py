@@ -138,9 +138,9 @@ def _forward(
     Each rank needs the ids of all tokens: they are gathered once.
     """
     mine = torch.stack([input_ids, labels, position_ids])
-    every = mine.new_empty(mesh.sp.size(), *mine.shape)
-    dist.all_gather_into_tensor(every, mine, group=mesh.sp.get_group())
-    ids, labels, positions = every.permute(1, 2, 0, 3).flatten(2)
+    every = [torch.empty_like(mine) for _ in range(mesh.sp.size())]
+    dist.all_gather(every, mine, group=mesh.sp.get_group())
+    ids, labels, positions = torch.cat(every, dim=2)
     # Heads are cut, the sequence is not: attention runs as on a mesh of one rank.
     here = Ulysses(mesh.world["dp_shard"], core, documents, positions)
     hidden = decoder(

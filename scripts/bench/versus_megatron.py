@@ -5,6 +5,7 @@ DeepSpeed-Ulysses (arXiv 2309.14509): bytes, time, and the longest sequence.
     python scripts/bench/versus_megatron.py --what ranks --seq-lens 8192
     python scripts/bench/versus_megatron.py --what ranks --ranks 4 --repeats 0     # bytes alone
     python scripts/bench/versus_megatron.py --what plan
+    python scripts/bench/versus_megatron.py --what plan --gpus 32 --kv-heads 32    # four nodes
 
 "ranks" trains the same llama both ways on CPU ranks, in turns in the same processes. Their losses
 and gradient norms must agree. Bytes are counted in the real calls and planned by simulating the
@@ -197,12 +198,12 @@ _WHOLE: dict[str, Any] = {
     "memory.mlp_tile_tokens": -1,
     "memory.loss_tile_tokens": -1,
 }
-_TILED_LOSS = _WHOLE | {"memory.loss_tile_tokens": 8192}
+_TILED_LOSS = _WHOLE | {"memory.loss_tile_tokens": 2**15}
 PLANNED: list[tuple[str, str, dict[str, Any]]] = [
     ("megatron", "", _WHOLE),
     ("ulysses", "as published: FSDP, nothing tiled", _WHOLE),
-    ("megatron", "loss in tiles of 8,192 tokens", _TILED_LOSS),
-    ("ulysses", "loss in tiles of 8,192 tokens", _TILED_LOSS),
+    ("megatron", "loss in tiles of 32,768 tokens", _TILED_LOSS),
+    ("ulysses", "loss in tiles of 32,768 tokens", _TILED_LOSS),
     (
         "ulysses",
         "tiles and streaming, all on the GPU",
@@ -260,7 +261,10 @@ def time_of_plan(name: str, plan: Plan) -> Time:
 
 def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Plan the longest sequence of both, and a step of each at one length."""
-    changes = {"plan.world_size": 8, "parallelism.sequence_parallel_degree": 8}
+    gpus = options.gpus
+    changes = {"plan.world_size": gpus, "parallelism.sequence_parallel_degree": gpus}
+    if options.kv_heads:
+        changes["model.config.num_key_value_heads"] = options.kv_heads
     setup = set_up(load_config(options.config, changes.items()))
     print(
         f"\nplanned, not measured: {options.config} on {setup.world_size} x {setup.gpu.name}; "
@@ -276,7 +280,7 @@ def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
             "what": name,
             "settings": what,
             "longest": need.seq_len if need else 0,
-            "sent": sum(sent(at.demand.collectives, 8).values()),
+            "sent": sum(sent(at.demand.collectives, gpus).values()),
             "seconds": seconds.seconds,
             "waits_for_collectives": seconds.parts["exchange"],
             "gpu_bytes": at.gpu_bytes,
@@ -304,6 +308,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20, help="patience with the ranks")
     parser.add_argument("--config", type=Path, default=Path("configs/llama3_8b.toml"))
     parser.add_argument("--seq-len", type=int, default=2**18, help="of the planned steps")
+    parser.add_argument("--gpus", type=int, default=8, help="that are planned")
+    parser.add_argument("--kv-heads", type=int, default=0, help="of the planned model; 0: its own")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--contend", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
