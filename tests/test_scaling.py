@@ -1,4 +1,6 @@
-"""Bytes of the exchange, as scripts/bench/scaling.py plans them: closed form, plan, counters."""
+"""Bytes of the exchange, as scripts/bench/scaling.py plans them: closed form, plan, counters. And
+Megatron-style parallelism, that scripts/bench/versus_megatron.py compares with Ulysses.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch.distributed.tensor.parallel import loss_parallel
 
+from helpers.models import LLAMA
+from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
+from helpers.rows import Row, make_rows
+from helpers.training import Record, largest_difference, train_plain, train_sharded
 from titan_ulysses.config.schema import Config
+from titan_ulysses.ulysses.cores import sdpa
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 3}
@@ -81,3 +90,67 @@ def test_a_scaled_plan_of_a_small_model(tmp_path, capsys):
     assert [1, 2, 8] in [row["mesh"] for row in found]
     assert [2, 1, 8] in [row["mesh"] for row in found]
     assert "planned in" in capsys.readouterr().out
+
+
+# --- against Megatron -----------------------------------------------------------------------------
+
+SMALL = LLAMA | {"vocab_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def packed_steps() -> list[list[list[Row]]]:
+    """Two steps of two micro-batches of two packed rows, with masked labels."""
+    rows = [(10, 14), (1, 1, 21, 1)]
+    return [
+        [make_rows(rows, masked="uneven", vocab_size=64, seed=2 * step + micro) for micro in (0, 1)]
+        for step in (0, 1)
+    ]
+
+
+def train_megatron(degree: int, tile: int) -> Record:
+    with loss_parallel():
+        return kept_in_fp64(
+            train_sharded,
+            (1, 1, degree),
+            SMALL,
+            packed_steps(),
+            torch.float64,
+            parallelize=bench("megatron").tensor_parallelize,
+            attention=sdpa,
+            loss_tile_tokens=tile,
+        )
+
+
+@pytest.mark.parametrize(("degree", "tile"), [(2, 7), pytest.param(4, -1, marks=pytest.mark.slow)])
+def test_megatron_trains_what_one_process_trains(degree, tile):
+    """Else there would be nothing to compare with: losses, norms, every gradient and parameter."""
+    found = run_on_ranks(degree, train_megatron, degree, tile)[0]
+    worst = largest_difference(
+        found, kept_in_fp64(train_plain, SMALL, packed_steps(), torch.float64)
+    )
+    assert max(worst.values()) < 1e-12, worst
+
+
+def contend(ranks: int) -> list[dict]:
+    return bench("versus_megatron").contend(ranks, [1024], 0)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_both_send_what_is_planned(ranks):
+    """And train the same. Megatron's bytes are those of its closed form, too."""
+    versus = bench("versus_megatron")
+    of, spec = run_on_ranks(ranks, contend, ranks)[0][0], versus.spec_of(ranks, 1024)
+    assert of["ulysses"]["step"] == pytest.approx(of["megatron"]["step"], rel=versus.TOLERANCE)
+    for name, one in of.items():
+        planned = versus.planned(name, spec)
+        assert {k: v[1] for k, v in planned.items()} == {k: v[1] for k, v in one["counts"].items()}
+    sent = sum(versus.sent(of["megatron"]["counts"], ranks).values())
+    closed = versus.megatron_bytes(spec.model_config, degree=ranks, tokens=1024, itemsize=4)
+    assert closed == pytest.approx(sent, rel=0.01)
+
+
+def test_megatron_refuses_what_it_cannot_cut():
+    from titan_ulysses.distributed.errors import UserError
+
+    versus = bench("versus_megatron")
+    with pytest.raises(UserError, match="8 ranks do not divide 4 KV heads"):
+        versus.planned("megatron", versus.spec_of(8, 1024))

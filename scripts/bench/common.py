@@ -92,13 +92,13 @@ def training_step(
 
     def step(seq_len: int, index: int = 0) -> tuple[Any, Any]:
         return train_step(
-            built, optimizer, [_batch(sequence(index, seq_len), mesh, built)], mesh, max_norm=1.0
+            built, optimizer, [sliced(sequence(index, seq_len), mesh, built)], mesh, max_norm=1.0
         )[:2]
 
     return step
 
 
-def _batch(ids: Any, mesh: Any, model: Any) -> Any:
+def sliced(ids: Any, mesh: Any, model: Any) -> Any:
     """Return this rank's slice of one sequence, cut for model. Data-parallel ranks have the same
     sequence.
     """

@@ -57,12 +57,14 @@ def train_sharded(
     *,
     prepare: Act | None = None,
     fill: Act | None = None,
+    parallelize: Callable[..., Any] = parallelize,
     **options,
 ) -> Record:
     """Train on this rank of a mesh; steps[i] holds a step's micro-batches. Gradients are noted
     after clipping.
 
-    prepare is given the model on meta, fill once more when it is initialized.
+    prepare is given the model on meta, fill once more when it is initialized. parallelize: another
+    way to cut the model, that takes the same batches.
     """
     mesh, record = mesh_of(*degrees), Record()
     sharded = hf.build_on_meta(hf.load_model_config("", model), dtype)

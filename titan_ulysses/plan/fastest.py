@@ -4,14 +4,14 @@ Settings are compared by the planned seconds of a token: another mesh may train 
 step. The search estimates each candidate (`few_layers.py`). It begins with settings that need
 little memory, for every mesh, takes the best mesh, and changes one setting at a time, as long as
 that makes a token clearly faster. So it ends where no such change does. What cannot make it clearly
-faster is not estimated (`_most_gained`). The best are then simulated whole, in the order of their
-estimates, until one fits.
+faster (`_most_gained`), or cannot fit, is not estimated. The best are then simulated whole, in the
+order of their estimates, until one fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
@@ -23,10 +23,6 @@ from titan_ulysses.plan.search import with_settings
 
 CLEARLY = 5e-3
 """The share of its time by which a change must make a token faster to be taken."""
-_ALIKE = 0.02
-"""With lean settings, another mesh may be slower than that of the best by this share of its time;
-one that is slower still is not tried with the settings of the best.
-"""
 _RECOMPUTED_ATTENTION = 2 / 9
 """The part of attention's products that recomputation has: forward has 2, backward 5."""
 _RECOMPUTED_PRODUCTS = 2 / 8
@@ -67,6 +63,15 @@ _EXCLUDES: dict[tuple[str, Any], Changes] = {
     (_PARAMETERS, True): {_STATE: False},
 }
 """What changes together with a setting, because the two exclude each other."""
+_HUNGRIER: dict[str, list[Any]] = {
+    _STATE: [True, False],
+    _OFFLOAD: ["host", "none"],
+    _HIDDEN: ["host", "none"],
+    _KEEP: ["none", "all"],
+    "memory.mlp_tile_tokens": [0, -1],
+    "memory.loss_tile_tokens": [0, -1],
+}
+"""Values of settings, of which the second needs more memory of a GPU, whatever the others are."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,12 @@ class Search:
 
     def try_(self, settings: Changes) -> Candidate | None:
         """Estimate settings; None where they are refused."""
-        key = tuple(sorted(settings.items()))
+        key = _key(settings)
         if key not in self.tried:
             try:
-                found = self.estimate(with_settings(self.setup, settings))
+                setup = with_settings(self.setup, settings)
+                same = self.tried.get(_key(_as_it_runs(settings)))
+                found = replace(same.found, setup=setup) if same else self.estimate(setup)
                 self.tried[key] = Candidate(settings, found)
             except UserError:
                 self.tried[key] = None
@@ -132,6 +139,8 @@ class Search:
                 for changed in neighbours(self.setup, best.changes, name):
                     if best.fits and not self._may_gain(best, changed, name):
                         continue
+                    if best.fits and self._is_too_large(changed):
+                        continue
                     other = self.try_(changed)
                     if other and _is_better(other, best):
                         best = other
@@ -142,23 +151,60 @@ class Search:
         time = best.found.time
         enough = CLEARLY * time.seconds
         if name == "mesh":
-            # Replicas save what is waited for, and nothing else.
-            is_other = best.changes[_REPLICATE] != changed[_REPLICATE]
-            if is_other and max(time.waits.values()) < enough:
-                return False
-            # What other settings save, they save on each mesh.
-            same_mesh, other = (
-                self.try_(LEAN | {key: settings[key] for key in (_SEQUENCE, _REPLICATE, _SHARD)})
-                for settings in (best.changes, changed)
-            )
-            if not same_mesh or not other:
-                return other is not None
-            return other.seconds_per_token < (1 + _ALIKE) * same_mesh.seconds_per_token
+            return self._gained_by_mesh(best, changed) >= enough
         is_simpler = _offloads(changed) < _offloads(best.changes)
         return is_simpler or _most_gained(best.changes, changed, time) >= enough
 
+    def _gained_by_mesh(self, best: Candidate, changed: Changes) -> float:
+        """Return a bound of the seconds that a step of the best gets shorter on another mesh.
+
+        At most it neither exchanges nor waits. And what it computes less with lean settings, it
+        computes less with all. Replicas save what is waited for, and nothing else.
+        """
+        time, tokens = best.found.time, best.found.setup.tokens_per_step
+        wait = max(time.waits.values())
+        if changed[_SEQUENCE] == best.changes[_SEQUENCE]:
+            return wait
+        degrees = (best.changes[_SEQUENCE], changed[_SEQUENCE])
+        own, other = (
+            self.try_(LEAN | {_SEQUENCE: degree, _REPLICATE: 1, _SHARD: -1}) for degree in degrees
+        )
+        if own is None or other is None:
+            return inf
+        computed = [c.found.time.parts | {"exchange": 0.0} for c in (own, other)]
+        per_token = [
+            sum(parts.values()) / c.found.setup.tokens_per_step
+            for parts, c in zip(computed, (own, other), strict=True)
+        ]
+        return time.parts["exchange"] + wait + tokens * max(0.0, per_token[0] - per_token[1])
+
+    def _is_too_large(self, changed: Changes) -> bool:
+        """Return whether changed settings need more than a GPU has.
+
+        They do if the logits of all tokens alone do, or if other settings do that differ only in
+        what needs less memory.
+        """
+        setup = self.setup
+        if changed["memory.loss_tile_tokens"] == -1:
+            training = setup.config.training
+            tokens = training.local_batch_size * training.seq_len // changed[_SEQUENCE]
+            if 4 * tokens * setup.model_config.vocab_size > setup.gpu_memory:
+                return True
+        return any(
+            one is not None
+            and one.found.gpu_bytes > setup.gpu_memory
+            and _needs_no_less(changed, one.changes)
+            for one in self.tried.values()
+        )
+
     def _verified(self) -> list[Candidate]:
-        order = sorted((c for c in self.tried.values() if c and c.fits), key=_rank)
+        """Return the best that fit, the first one simulated whole, each step once."""
+        fitting = [c for c in self.tried.values() if c and c.fits]
+        fitting.sort(key=lambda c: (_rank(c), _offloads(c.changes)))
+        steps: dict[tuple, Candidate] = {}
+        for candidate in fitting:
+            steps.setdefault(_key(_as_it_runs(candidate.changes)), candidate)
+        order = [*steps.values()]
         for at, candidate in enumerate(order):
             plan = make_plan(candidate.found.setup)
             if plan.fits:
@@ -170,6 +216,34 @@ class Search:
         """Return what was tried and needs the least memory; None where all was refused."""
         known = [c for c in self.tried.values() if c]
         return min(known, key=lambda c: _excess(c.found), default=None)
+
+
+def _key(settings: Changes) -> tuple:
+    return tuple(sorted(settings.items()))
+
+
+def _as_it_runs(settings: Changes) -> Changes:
+    """Return the settings tried before that mean the same step.
+
+    Where hidden states are off the device, the inputs of checkpoints are too.
+    """
+    hidden = settings[_HIDDEN]
+    return settings if hidden == "none" else settings | {_OFFLOAD: hidden}
+
+
+def _needs_no_less(changed: Changes, other: Changes) -> bool:
+    """Return whether changed settings need as much memory of a GPU as others, or more."""
+    for key in changed:
+        if key == _CHUNK:
+            if _chunk_tokens(changed) < _chunk_tokens(other):
+                return False
+        elif key in _HUNGRIER:
+            order = _HUNGRIER[key]
+            if order.index(changed[key]) < order.index(other[key]):
+                return False
+        elif changed[key] != other[key]:
+            return False
+    return True
 
 
 def meshes(setup: Setup) -> list[Changes]:
@@ -213,9 +287,10 @@ def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
         layers = getattr(setup.model_config, "num_hidden_layers", 1)
         return [k for k in (now // 2, 2 * now) if 1 <= k <= layers]
     if name == _CHUNK:
-        per_rank = (_AUTO_CHUNK // 2, 2 * _AUTO_CHUNK, 4 * _AUTO_CHUNK)
+        # The largest first: where it is better, smaller ones need no estimate.
+        per_rank = (4 * _AUTO_CHUNK, 2 * _AUTO_CHUNK, _AUTO_CHUNK // 2)
         chunks = [tokens * settings[_SEQUENCE] for tokens in per_rank]
-        return [-1, 0, *(c for c in chunks if c < setup.config.training.seq_len)]
+        return [-1, *(c for c in chunks if c < setup.config.training.seq_len), 0]
     values: dict[str, list[Any]] = {
         _MODE: ["none", "full"],
         _OFFLOAD: ["none", "host"],

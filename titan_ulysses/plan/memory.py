@@ -210,7 +210,7 @@ class MemoryTracker(TorchDispatchMode):
         allocation = self._allocation(func, tuple(tensor.shape), tensor.dtype, component)
         self._alive[key] = allocation, weakref.ref(storage, lambda _: self._release(key))
         self._sizes[key] = size
-        if func is torch.ops.aten.empty.memory_format:
+        if func is torch.ops.aten.empty.memory_format and FSDP in allocation.created_in:
             self._resizable[key] = self._alive[key][1]
         self._add(allocation, size)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -25,6 +25,7 @@ from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.setup.options import select_core
+from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec, resolve
 from titan_ulysses.ulysses.cores import Core, flash, flex, varlen
 from titan_ulysses.ulysses.heads import idle_ranks
@@ -347,9 +348,9 @@ class Plan:
         return self.time.bottleneck if self.host_fits else "host memory"
 
 
-def make_plan(setup: Setup) -> Plan:
-    """Simulate a step of setup and return the plan. UserError where the weights alone exceed host
-    memory.
+def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
+    """Simulate a step of setup and return the plan. wrap: see `simulate`. UserError where the
+    weights alone exceed host memory.
     """
     config = setup.config
     notes = [setup.spec.core_reason]
@@ -369,7 +370,7 @@ def make_plan(setup: Setup) -> Plan:
         if setup.core == "varlen"
         else f"the time of attention is planned with the rates of {kernel}"
     )
-    simulation = simulate(setup.spec, cuda=setup.workspace)
+    simulation = simulate(setup.spec, cuda=setup.workspace, wrap=wrap)
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)
     if setup.host_memory and weights > setup.host_memory:

@@ -11,7 +11,7 @@ seconds per token are a line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf, sqrt
 from typing import Any
@@ -90,8 +90,8 @@ def _degrees(setup: Setup, config: Config, changes: dict[str, Any]) -> MeshDegre
     return MeshDegrees(replicate, shard, sequence, local, accumulation)
 
 
-def at_length(setup: Setup, seq_len: int) -> Need:
-    return Need.of(make_plan(with_settings(setup, {"training.seq_len": seq_len})))
+def at_length(setup: Setup, seq_len: int, plan: Callable[[Setup], Plan] = make_plan) -> Need:
+    return Need.of(plan(with_settings(setup, {"training.seq_len": seq_len})))
 
 
 def limit(setup: Setup, a: Need, b: Need) -> int:
@@ -157,20 +157,24 @@ def longest(
     near: int = 0,
     close: float = 0.0,
     simulations: int = 6,
+    plan: Callable[[Setup], Plan] = make_plan,
 ) -> Need | None:
     """Find the longest sequence that fits, verified by simulating it; None where none fits.
 
     first: a plan at any length. near: the length to begin with where there is no such plan. close:
-    the share of its length by which the result may be too short. Where memory does not limit the
-    length, the result is the length at which the search ends (see `is_unlimited`).
+    the share of its length by which the result may be too short. plan: what makes a plan. Where
+    memory does not limit the length, the result is the length at which the search ends (see
+    `is_unlimited`).
     """
     unit = _UNIT * setup.degrees.sequence
-    start = (
-        Need.of(first) if first else at_length(setup, max(unit, near // unit * unit or 64 * unit))
-    )
-    other = at_length(setup, max(unit, start.seq_len // 2 // unit * unit))
+
+    def need_of(seq_len: int) -> Need:
+        return at_length(setup, seq_len, plan)
+
+    start = Need.of(first) if first else need_of(max(unit, near // unit * unit or 64 * unit))
+    other = need_of(max(unit, start.seq_len // 2 // unit * unit))
     if other.seq_len == start.seq_len:
-        other = at_length(setup, 2 * start.seq_len)
+        other = need_of(2 * start.seq_len)
     known = {need.seq_len: need for need in (start, other)}
     best: Need | None = None
     for _ in range(simulations):
@@ -184,7 +188,7 @@ def longest(
             guess = min(guess, min(need.seq_len for need in failing) - unit)
         if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
             return best
-        known[guess] = at_length(setup, guess)
+        known[guess] = need_of(guess)
     return max((n for n in known.values() if n.fits), key=lambda need: need.seq_len, default=None)
 
 

@@ -74,13 +74,18 @@ class Simulation:
 
 
 def simulate(
-    spec: RunSpec, *, cuda: CudaWorkspace | None, documents: Documents | None = None
+    spec: RunSpec,
+    *,
+    cuda: CudaWorkspace | None,
+    documents: Documents | None = None,
+    wrap: Callable[..., object] = wrap,
 ) -> Simulation:
     """Simulate a step on rank 0 of a run, with one document per row unless documents is given.
 
     cuda: simulate a GPU of this workspace with a host, where offloaded tensors leave the device and
-    checkpoints are copied back before they are needed; None: a CPU. The process must not be in a
-    process group, and is in none afterwards.
+    checkpoints are copied back before they are needed; None: a CPU. wrap parallelizes the model,
+    with the arguments of `setup.parallelize.wrap`; another way to do so can be planned by giving
+    it. The process must not be in a process group, and is in none afterwards.
     """
     config, core = spec.config, spec.core
     tracker = MemoryTracker(cuda or cpu_workspace)
