@@ -235,10 +235,12 @@ def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[ra
     # First the ranks with the same KV heads, then the runs of them that are alike.
     same: list[range] = []
     for rank, heads in enumerate(key_value):
+        if not heads:
+            continue
         before = rank - 1
         if same and (heads, len(query[rank])) == (key_value[before], len(query[before])):
             same[-1] = range(same[-1].start, rank + 1)
-        elif heads:
+        else:
             same.append(range(rank, rank + 1))
     groups: list[list[range]] = []
     for ranks in same:
@@ -253,6 +255,8 @@ def _can_join_group(
     group: Sequence[range], ranks: range, query: Sequence[range], key_value: Sequence[range]
 ) -> bool:
     """Return whether `ranks`, which have the same KV heads, can join the runs of a group."""
+    if ranks.start != group[-1].stop:  # between them are ranks that get nothing
+        return False
     start, mine, first = group[0].start, key_value[ranks.start], key_value[group[0].start]
     alike = (len(ranks), len(mine), len(query[ranks.start])) == (
         len(group[0]),
