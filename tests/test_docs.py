@@ -67,12 +67,14 @@ NOT_HERE = {
 """Part of a command -> why it does not run here. It is parsed all the same."""
 SHORTER = {
     "bash scripts/examples/needle.sh": "",
+    "bash scripts/examples/hybrid.sh": "",
     "scripts/bench/data.py": "--steps 2 --repeats 1",
     "scripts/bench/exchange.py": "--ranks 2 --seq-lens 512 --repeats 1 --tokens 256",
     "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",
     "scripts/bench/loss_head.py --tiles": "--tokens 256 --vocabulary 128 --tiles 64 128",
     "scripts/bench/loss_head.py": "--tokens 64 --vocabulary 128 --rounds 1",
     "scripts/bench/plan_accuracy.py": "--only tied",
+    "scripts/bench/linear.py": "--tokens 256 512 --chunk 128",
     "scripts/bench/step.py": "--seq-len 512 --repeats 1",
     "scripts/bench/ulysses.py": "--seq-len 512 --rounds 1",
     "scripts/bench/ablation.py": "--seq-lens 256 512 --head-seq-lens 256 512 --longest-untiled 512 "

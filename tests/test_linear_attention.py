@@ -7,31 +7,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from helpers.families import HYBRIDS, model_of
 from helpers.meshes import DP2_SP2, ONE, SP2, SP4, mesh_of
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import local_batch, make_rows
-from helpers.runs import learned, train, write_documents
 from helpers.training import Record, largest_difference, train_plain, train_sharded
 from test_lora import add, add_by_peft, fill
 from titan_ulysses import parallelize
-from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
 from titan_ulysses.ulysses import gated_deltanet, mamba2, states
 from titan_ulysses.ulysses.heads import plan_heads
-from titan_ulysses.ulysses.linear_attention import describe_layers, linear_layers
+from titan_ulysses.ulysses.linear_attention import linear_layers
 from titan_ulysses.ulysses.states import Piece, crosses, pieces_of_row
 
 SP3 = (1, 1, 3)
@@ -375,75 +371,6 @@ def test_parts_of_documents() -> None:
     assert crosses((row, (24,)), 4)
 
 
-def test_what_a_run_says_of_its_layers() -> None:
-    config = hf.load_model_config("", model_of("nemotron_h"))
-    said = describe_layers(hf.build_on_meta(config, torch.float32))
-    assert said.startswith("linear attention: 1 x NemotronHMamba2Mixer, in PyTorch, which is slow")
-    assert "mamba-ssm" in said and "flash-linear-attention" not in said
-    config = hf.load_model_config("", model_of("qwen3"))
-    assert describe_layers(hf.build_on_meta(config, torch.float32)) == ""
-
-
-# --- the front door -------------------------------------------------------------------------------
-
-
-def write_run(folder: Path, family: str, **keys: Any) -> Path:
-    """A run of train.py on packed documents of bytes."""
-    table = model_of(family) | {"vocab_size": 257, "max_position_embeddings": 128, **keys}
-    table |= {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 256}
-    data = write_documents(folder / "data", documents=20, seed=0)
-    settings = {
-        "job": {"dump_folder": str(folder / "outputs")},
-        "model": {"tokenizer": "bytes", "config": table},
-        "data": {"path": str(data)},
-        "training": {
-            "seq_len": 48,
-            "local_batch_size": 2,
-            "global_batch_size": 4,
-            "steps": 6,
-            "param_dtype": "float32",
-        },
-        "optimizer": {"lr": 3e-3},
-        "lr_scheduler": {"warmup_steps": 2},
-        "checkpoint": {"interval": 3},
-    }
-    path = folder / "run.toml"
-    path.write_text("".join(_section(name, keys) for name, keys in settings.items()))
-    return path
-
-
-def _section(name: str, keys: dict[str, Any]) -> str:
-    nested = {key: value for key, value in keys.items() if isinstance(value, dict)}
-    lines = [f"{key} = {to_toml(value)}" for key, value in keys.items() if key not in nested]
-    inner = [_section(f"{name}.{key}", value) for key, value in nested.items()]
-    return "\n".join([f"[{name}]", *lines, *inner, ""])
-
-
-@pytest.mark.parametrize("family", slow_but(["qwen3_next", "falcon_h1", "lfm2"], ["falcon_h1"]))
-def test_a_run_on_two_ranks_resumed_on_three(family: str, tmp_path: Path) -> None:
-    """Streamed on two ranks and resumed on three, as on one; transformers opens its export."""
-    config = write_run(tmp_path, family)
-    run_on_ranks(1, train, config, {"job.name": "one"})
-    one = learned(tmp_path / "outputs" / "one")
-    streamed = {"job.name": "many", "memory.stream_chunk_tokens": 24}
-    first = {
-        "parallelism.sequence_parallel_degree": 2,
-        "training.steps": 3,
-        "checkpoint.export": False,
-    }
-    run_on_ranks(2, train, config, streamed | first)
-    run_on_ranks(3, train, config, streamed | {"parallelism.sequence_parallel_degree": 3})
-    many = learned(tmp_path / "outputs" / "many")
-    assert [step for step, *_ in many] == [step for step, *_ in one] == [1, 2, 3, 4, 5, 6]
-    for ours, theirs in zip(many, one, strict=True):
-        assert ours[1:] == pytest.approx(theirs[1:], rel=2e-5)
-    assert one[-1][1] < one[0][1]
-    exports = [tmp_path / "outputs" / name / "export" for name in ("one", "many")]
-    opened, other = (AutoModelForCausalLM.from_pretrained(folder) for folder in exports)
-    for (name, ours), theirs in zip(other.named_parameters(), opened.parameters(), strict=True):
-        assert (ours - theirs).abs().max() < 1e-3, name
-
-
 # --- families that must prove themselves ----------------------------------------------------------
 
 
@@ -511,3 +438,27 @@ def test_unknown_kinds_are_refused_by_name(family: str, name: str) -> None:
 
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 61, "intermediate_size": 64}
 _SMALL |= {"num_attention_heads": 4, "head_dim": 16, "num_key_value_heads": 2}
+
+
+def refusal_without_keywords() -> str:
+    """Of a decoder that does not hand its keywords to a layer, as lfm2's of transformers 5.17."""
+    mesh = mesh_of(*ONE)
+    model = hf.build_on_meta(hf.load_model_config("", model_of("lfm2")), torch.float32)
+    parallelize(model, mesh, checkpoint_every=0)
+    hf.allocate(model, mesh.device)
+    layer = linear_layers(model.get_submodule("model.layers.0"))[0]
+    layer.forward = partial(_without_keywords, layer.forward)
+    batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh)
+    with pytest.raises(UserError) as caught:
+        model(**vars(batch), num_items_in_batch=torch.tensor(23))
+    return str(caught.value)
+
+
+def _without_keywords(forward, hidden_states: Tensor, **_: Any) -> Tensor:
+    return forward(hidden_states)
+
+
+def test_a_decoder_that_keeps_its_keywords_is_refused() -> None:
+    (message,) = run_on_ranks(1, refusal_without_keywords)
+    assert message.startswith("model: Lfm2ShortConv is not told of documents and ranks")
+    assert "Take a newer one" in message

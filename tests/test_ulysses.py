@@ -148,10 +148,12 @@ def check_rank_groups(plan: HeadPlan, source: int) -> None:
         for ranks, ranges in product(rank_groups, all_ranges):
             mine = [ranges[rank] for rank in ranks]
             assert len(set(map(len, mine))) == 1
-            together = [head for heads in mine for head in heads]
-            one_after_another = together == list(range(mine[0].start, mine[-1].stop))
-            assert one_after_another or (len(set(mine)) == 1 and ranges is plan.key_value)
-            if one_after_another and len(mine) > 1 and ranks.start:
+            windows = {heads: mine.count(heads) for heads in mine}
+            together = [head for heads in windows for head in heads]
+            assert together == list(range(mine[0].start, mine[-1].stop))
+            assert len(set(windows.values())) == 1
+            assert len(windows) == len(mine) or not mine[0] or ranges is plan.key_value
+            if len(windows) > 1 and ranks.start:
                 assert ranges[ranks.start - 1].stop == mine[0].start
 
 
@@ -170,6 +172,8 @@ def test_plan_of_1024_ranks_takes_little_time_and_one_copy_where_it_can() -> Non
     assert plan_heads(1024, 1, 1024).rank_groups("qkv", 0) == (
         range(1024),
     )  # MQA: all read the one KV head
+    # Gated DeltaNet of Qwen3-Next: two ranks a key head.
+    assert plan_heads(32, 16, 32).rank_groups("kkqqq", 0) == (range(32),)
 
 
 def test_ranks_beyond_the_query_heads_are_idle() -> None:

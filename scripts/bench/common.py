@@ -54,11 +54,10 @@ def sequence(index: int, seq_len: int) -> Any:
     return torch.randint(256, (seq_len,), generator=torch.Generator().manual_seed(index))
 
 
-def training_step(
+def sharded_model(
     model: dict | str, *, dtype: str = "float32", degree: int | None = None, **options: Any
-) -> Callable[..., tuple[Any, Any]]:
-    """Build, on every rank of a launch, a function of (S, index = 0) that trains a step on that
-    sequence and returns the loss and the gradient norm.
+) -> tuple[Any, Any]:
+    """Build a model on every rank of a launch. Returns the model and its mesh.
 
     model: a table as in `[model.config]`, initialised at random, or a folder with config and
     weights. degree: P; all ranks by default. options are those of `parallelize`. Parameters are
@@ -68,13 +67,10 @@ def training_step(
     import torch.distributed as dist
 
     from titan_ulysses.checkpoint import safetensors as weights
-    from titan_ulysses.config.schema import Optimizer
     from titan_ulysses.distributed.mesh import build_mesh, init_distributed
     from titan_ulysses.model import hf
-    from titan_ulysses.optim.adamw import build_optimizer
     from titan_ulysses.setup.parallelize import parallelize
     from titan_ulysses.setup.resolve import resolve_model
-    from titan_ulysses.train.step import train_step
 
     init_distributed()
     mesh = build_mesh(sequence=degree or dist.get_world_size())
@@ -88,17 +84,29 @@ def training_step(
         weights.load(built, model)
     else:
         hf.initialize(built, seed=0)
+    return built, mesh
+
+
+def training_step(model: dict | str, **options: Any) -> Callable[..., tuple[Any, Any]]:
+    """Build, on every rank of a launch, a function of (S, index = 0) that trains a step on that
+    sequence and returns the loss and the gradient norm. The arguments are those of
+    `sharded_model`.
+    """
+    from titan_ulysses.config.schema import Optimizer
+    from titan_ulysses.optim.adamw import build_optimizer
+    from titan_ulysses.train.step import train_step
+
+    built, mesh = sharded_model(model, **options)
     optimizer = build_optimizer(built.parameters(), Optimizer())
 
     def step(seq_len: int, index: int = 0) -> tuple[Any, Any]:
-        return train_step(
-            built, optimizer, [sliced(sequence(index, seq_len), mesh, built)], mesh, max_norm=1.0
-        )[:2]
+        batch = batch_of(sequence(index, seq_len), mesh, built)
+        return train_step(built, optimizer, [batch], mesh, max_norm=1.0)[:2]
 
     return step
 
 
-def sliced(ids: Any, mesh: Any, model: Any) -> Any:
+def batch_of(ids: Any, mesh: Any, model: Any) -> Any:
     """Return this rank's slice of one sequence, cut for model. Data-parallel ranks have the same
     sequence.
     """
@@ -149,21 +157,21 @@ def measure(step: Callable[..., tuple[Any, Any]], lengths: list[int]) -> dict[st
 def peak_memory() -> Iterator[dict[str, int]]:
     """Measure peak memory in this context. The yielded dict is complete when the context ends.
 
-    It holds, in bytes, the memory at the beginning (`before`), the `peak`, and the `anonymous` peak
-    (see `measure`).
+    It holds, in bytes, the memory at the beginning (`before`) and the `peak`, and both of anonymous
+    memory alone (`before_anonymous`, `anonymous`; see `measure`).
     """
     import torch
 
     peaks: dict[str, int] = {}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        peaks["before"] = torch.cuda.memory_allocated()
+        peaks["before"] = peaks["before_anonymous"] = torch.cuda.memory_allocated()
         yield peaks
         peaks["peak"] = peaks["anonymous"] = torch.cuda.max_memory_allocated()
         return
     # Reset the kernel's peak, which is that of loading and initialising so far.
     Path("/proc/self/clear_refs").write_text("5")
-    peaks["before"] = _status("VmRSS")
+    peaks["before"], peaks["before_anonymous"] = _status("VmRSS"), _status("RssAnon")
     done = threading.Event()
 
     # Anonymous memory is sampled, because the kernel does not record its peak.

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import LLAMA, launch, run, sequence, sliced, tell
+from common import LLAMA, batch_of, launch, run, sequence, tell
 from megatron import tensor_parallelize
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -107,7 +107,7 @@ def step_of(name: str, spec: RunSpec) -> Callable[[int, int], tuple[float, float
     optimizer = build_optimizer(model.parameters(), spec.config.optimizer)
 
     def step(seq_len: int, index: int) -> tuple[float, float]:
-        batch = sliced(sequence(index, seq_len), mesh, model)
+        batch = batch_of(sequence(index, seq_len), mesh, model)
         with loss_parallel():
             loss, norm = train_step(model, optimizer, [batch], mesh, max_norm=1.0)[:2]
         return float(loss), float(norm)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from titan_ulysses.config.toml import to_toml
@@ -68,8 +70,6 @@ Any other family must pass `verify_family` before it trains.
 """
 
 _OTHER_MODES = {"vision_config", "audio_config"}
-_KNOWN_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-_KNOWN_LAYERS |= {"linear_attention", "conv", "hybrid", "mlp", "moe"}  # see ulysses/states.py
 
 
 @dataclass(frozen=True)
@@ -250,13 +250,33 @@ def largest_head(config: PreTrainedConfig) -> int | None:
     return max(max(head_sizes(layer)) for layer in layer_configs(config))
 
 
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the language model in a multi-modal one, if transformers knows which of
+    the tensors in a checkpoint of the whole are its own (qwen3_5). Otherwise return config.
+    """
+    text = config.get_text_config()
+    known = get_checkpoint_conversion_mapping(text.model_type) or ()
+    if (
+        not _OTHER_MODES & config.sub_configs.keys()
+        or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or not any(isinstance(conversion, PrefixChange) for conversion in known)
+    ):
+        return config
+    # What the whole says of itself is meant for its parts.
+    text.tie_word_embeddings |= config.tie_word_embeddings
+    if quantization := getattr(config, "quantization_config", None):
+        text.quantization_config = quantization
+    return text
+
+
 def check_family(config: PreTrainedConfig) -> None:
     """Raise UserError for a model that would train wrongly; the message names what it needs."""
     if _OTHER_MODES & config.sub_configs.keys():
         raise UserError(
-            f'model: "{config.model_type}" is multi-modal, of which this version trains no part. '
-            "Save its text part as a model of its own, if transformers has one for it "
-            "(gemma3_text, llama4_text), and train that."
+            f'model: "{config.model_type}" is multi-modal, of which this version trains the text '
+            "part at most. That of qwen3_5 loads alone from the whole's weights (model.path). Save "
+            "that of another as a model of its own, if transformers has one for it (gemma3_text, "
+            "llama4_text), and train that."
         )
     if quantization := getattr(config, "quantization_config", None):
         method = (
@@ -273,12 +293,6 @@ def check_family(config: PreTrainedConfig) -> None:
     needs = []
     if reason := _looks_ahead(config):
         needs.append(reason)
-    others = sorted(set(layer_types(config) or ()) - _KNOWN_LAYERS)
-    if others:
-        needs.append(
-            f"layers of type {', '.join(others)}, which carry state along the sequence or choose "
-            "what to see"
-        )
     if reason := unknown_router_loss(config):
         needs.append(reason)
     if needs:

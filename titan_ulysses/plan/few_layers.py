@@ -21,6 +21,7 @@ from math import lcm
 
 from transformers import PreTrainedConfig
 
+from titan_ulysses.model.families import layer_types
 from titan_ulysses.plan.cost import Cost, Time
 from titan_ulysses.plan.planner import Demand, Plan, Setup, make_plan, time_of
 
@@ -89,7 +90,8 @@ def _layers_to_simulate(setup: Setup) -> tuple[int, int] | None:
 
 def _period(model: PreTrainedConfig, layers: int) -> int:
     """Return after how many layers the kinds of layers repeat."""
-    lists = _lists_by_layer(model, layers).values()
+    # Some families have no list of kinds, but places of one kind (bamba).
+    lists = [*_lists_by_layer(model, layers).values(), layer_types(model) or [""] * layers]
     return next(
         p
         for p in range(1, layers + 1)

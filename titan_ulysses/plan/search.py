@@ -11,15 +11,19 @@ seconds per token are a line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.plan.few_layers import Estimate, estimate_plan
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _UNIT = 256
 """Lengths are multiples of this many tokens per rank."""
@@ -47,18 +51,23 @@ class Need:
     gpu: float
     host: float
     seconds: float
-    plan: Plan
+    fits: bool
+    """Whether the hardware has the memory, and the step is not longer than it may be."""
 
     @classmethod
-    def of(cls, plan: Plan) -> Need:
-        length = plan.setup.config.training.seq_len
-        return cls(length, plan.gpu_bytes, plan.host_bytes, plan.time.seconds, plan)
+    def of(cls, plan: Plan | Estimate, **more: Any) -> Self:
+        config, seconds = plan.setup.config, plan.time.seconds
+        most = config.plan.max_step_seconds
+        fits = plan.fits and (not most or seconds <= most)
+        length = config.training.seq_len
+        return cls(length, plan.gpu_bytes, plan.host_bytes, seconds, fits, **more)
 
-    @property
-    def fits(self) -> bool:
-        """Whether the hardware has the memory, and the step is not longer than it may be."""
-        most = self.plan.setup.config.plan.max_step_seconds
-        return self.plan.fits and (not most or self.seconds <= most)
+
+@dataclass(frozen=True)
+class Simulated(Need):
+    """The need of a length that was simulated whole."""
+
+    plan: Plan
 
 
 def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
@@ -90,8 +99,12 @@ def _degrees(setup: Setup, config: Config, changes: dict[str, Any]) -> MeshDegre
     return MeshDegrees(replicate, shard, sequence, local, accumulation)
 
 
-def at_length(setup: Setup, seq_len: int, plan: Callable[[Setup], Plan] = make_plan) -> Need:
-    return Need.of(plan(with_settings(setup, {"training.seq_len": seq_len})))
+def at_length(setup: Setup, seq_len: int, plan: Callable[[Setup], Plan] = make_plan) -> Simulated:
+    return _simulated(plan(with_settings(setup, {"training.seq_len": seq_len})))
+
+
+def _simulated(plan: Plan) -> Simulated:
+    return Simulated.of(plan, plan=plan)
 
 
 def limit(setup: Setup, a: Need, b: Need) -> int:
@@ -132,22 +145,27 @@ def is_unlimited(setup: Setup, seq_len: int) -> bool:
     return seq_len >= _MAX_TOKENS // unit * unit
 
 
-def estimate(setup: Setup, first: Plan) -> int:
-    """Estimate the longest sequence that fits from a few simulated lengths; 0 where none fits.
+def estimate(setup: Setup) -> int:
+    """Estimate the longest sequence that fits from a few lengths; 0 where none fits.
 
-    The estimate itself is not simulated. first: a plan of setup, at any length.
+    The lengths are those of models with few layers (`few_layers.py`), so the result is not
+    simulated.
     """
-    unit, own = _UNIT * setup.degrees.sequence, Need.of(first)
-    other = at_length(setup, max(unit, own.seq_len // (2 if own.fits else 4) // unit * unit))
+
+    def at_length(seq_len: int) -> Need:
+        return Need.of(estimate_plan(with_settings(setup, {"training.seq_len": seq_len})))
+
+    unit, own = _UNIT * setup.degrees.sequence, at_length(setup.config.training.seq_len)
+    other = at_length(max(unit, own.seq_len // (2 if own.fits else 4) // unit * unit))
     if other.seq_len == own.seq_len:
-        other = at_length(setup, 2 * own.seq_len)
+        other = at_length(2 * own.seq_len)
     known = [own, other]
     while True:
         known.sort(key=lambda need: need.seq_len)
         guess, farthest = limit(setup, *_pair(known)), known[-1].seq_len
         if guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
             return guess
-        known.append(at_length(setup, min(guess, _MAX_EXTRAPOLATION * farthest)))
+        known.append(at_length(min(guess, _MAX_EXTRAPOLATION * farthest)))
 
 
 def longest(
@@ -158,7 +176,7 @@ def longest(
     close: float = 0.0,
     simulations: int = 6,
     plan: Callable[[Setup], Plan] = make_plan,
-) -> Need | None:
+) -> Simulated | None:
     """Find the longest sequence that fits, verified by simulating it; None where none fits.
 
     first: a plan at any length. near: the length to begin with where there is no such plan. close:
@@ -168,15 +186,15 @@ def longest(
     """
     unit = _UNIT * setup.degrees.sequence
 
-    def need_of(seq_len: int) -> Need:
+    def need_of(seq_len: int) -> Simulated:
         return at_length(setup, seq_len, plan)
 
-    start = Need.of(first) if first else need_of(max(unit, near // unit * unit or 64 * unit))
+    start = _simulated(first) if first else need_of(max(unit, near // unit * unit or 64 * unit))
     other = need_of(max(unit, start.seq_len // 2 // unit * unit))
     if other.seq_len == start.seq_len:
         other = need_of(2 * start.seq_len)
     known = {need.seq_len: need for need in (start, other)}
-    best: Need | None = None
+    best: Simulated | None = None
     for _ in range(simulations):
         fitting = [need for need in known.values() if need.fits]
         failing = [need for need in known.values() if not need.fits]
@@ -192,7 +210,7 @@ def longest(
     return max((n for n in known.values() if n.fits), key=lambda need: need.seq_len, default=None)
 
 
-def _pair(lines: list[Need]) -> tuple[Need, Need]:
+def _pair(lines: Sequence[Need]) -> tuple[Need, Need]:
     """Return the two lengths next to the limit, of lengths in increasing order: the last that fits
     and the first that does not, or the nearest two where all lengths are on one side.
     """
@@ -232,7 +250,7 @@ class SearchResult:
 
     what: str
     changes: dict[str, Any]
-    need: Need | None
+    need: Simulated | None
     """None where no length fits, or where the settings are refused."""
     refused: str = ""
     """why this model cannot have these settings"""

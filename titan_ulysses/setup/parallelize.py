@@ -112,7 +112,7 @@ def parallelize(
     is_checked = model.config.model_type in CHECKED_FAMILIES
     if types := layer_types(model.config):
         blocks = find_blocks(model)[1]
-        check_layers(blocks, types)
+        check_layers(blocks, types, device_type=mesh.device.type)
         is_checked = is_checked and not has_untested_layers(blocks)
     if mesh.device.type == "cuda":
         warn_of_fragmentation()

@@ -23,7 +23,7 @@ from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import grow_vocabulary
-from titan_ulysses.model.families import check_family, largest_head
+from titan_ulysses.model.families import check_family, largest_head, text_part
 from titan_ulysses.model.float8 import check_float8
 from titan_ulysses.model.lora import check_lora
 from titan_ulysses.model.rope_scaling import scale_rope
@@ -48,6 +48,8 @@ class RunSpec:
     config: Config
     model_config: PreTrainedConfig
     """The model's config, with the RoPE scaling and the vocabulary size that `config` asks for."""
+    part_of: str | None
+    """The type of the multi-modal model whose text part it is; None: of none."""
     degrees: MeshDegrees
     device_type: str
     """The device type of the run: "cpu" or "cuda"."""
@@ -98,7 +100,8 @@ def resolve(
     core attention. UserError with exit code 2 for settings that contradict each other, the model or
     the number of ranks, and with exit code 1 for a model, core or tokenizer that cannot be used.
     """
-    model_config = hf.load_model_config(config.model.path, config.model.config)
+    whole = hf.load_model_config(config.model.path, config.model.config)
+    model_config = whole if config.model.config else text_part(whole)
     check_family(model_config)
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
@@ -125,6 +128,7 @@ def resolve(
     return RunSpec(
         config=config,
         model_config=model_config,
+        part_of=None if model_config is whole else whole.model_type,
         degrees=degrees,
         device_type=device_type,
         core=core,

@@ -98,6 +98,11 @@ def _choices(run: Run) -> list[str]:
     ranks = run.mesh.world.size()
     if across := spans_nodes(sequence=degree, world_size=ranks, per_node=ranks_per_node(ranks)):
         lines.append(f"[bold]{across}[/]")
+    if whole := run.spec.part_of:
+        lines.append(
+            f"{whole} is multi-modal: its text part alone is trained and exported, as a "
+            f"{run.spec.model_config.model_type}"
+        )
     if code := describe_unused_code(run.model.config):
         lines.append(markup.escape(code))
     if memory.mlp_tile_tokens > tokens:
@@ -106,7 +111,7 @@ def _choices(run: Run) -> list[str]:
             f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one "
             "tile"
         )
-    if layers := describe_layers(run.model):
+    if layers := describe_layers(run.model, run.mesh.device.type):
         lines.append(markup.escape(layers))
     if streaming:
         lines.append(streaming)

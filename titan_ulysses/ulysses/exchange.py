@@ -206,7 +206,8 @@ def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> 
     for ranks, blocks, heads in _blocks(sent, load, rank, tokens, batch):
         for block, tensor, ranges in zip(blocks, tensors, heads, strict=True):
             if block.numel():
-                block.copy_(_windows(tensor, ranges, ranks))
+                windows = _windows(tensor, ranges, ranks)
+                _by_window(block, windows).copy_(windows[:, None])
     received = _all_to_all(sent, received_sizes, sent_sizes, mesh)
     views = [x.transpose(0, 1) for x in _by_tensor(load, load.views(received, rank, tokens, batch))]
     return tuple(views)
@@ -302,20 +303,24 @@ def _blocks(
 
 
 def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
-    """View x [B, T, H, D] as [ranks, T, B, h, D], the heads of each rank of a group.
+    """View x [B, T, H, D] as [windows, T, B, h, D], the heads of each rank of a group.
 
-    If all ranks of the group have the same heads, the first dimension is 1.
+    Ranks with the same heads follow one another, and have one window.
     """
     first, last = ranges[ranks.start], ranges[ranks[-1]]
     windows = x[:, :, first.start : last.stop].unflatten(2, (-1, len(first)))
     return windows.permute(2, 1, 0, 3, 4)
 
 
+def _by_window(block: Tensor, windows: Tensor) -> Tensor:
+    """View block [ranks, T, B, h, D] as [windows, ranks of a window, T, B, h, D]."""
+    return block.unflatten(0, (len(windows), -1))
+
+
 def _accumulate(windows: Tensor, block: Tensor, *, shared: int) -> None:
     """Write block into windows, but add it to their first `shared` heads, filled before."""
-    # All ranks of the group have the same heads, so what they send is summed.
-    if len(windows) < len(block):
-        block = block.sum(dim=0, keepdim=True)
+    if len(windows) < len(block):  # what ranks with the same heads send is summed
+        block = _by_window(block, windows).sum(dim=1)
     if shared:
         windows[..., :shared, :].add_(block[..., :shared, :])
         windows, block = windows[..., shared:, :], block[..., shared:, :]

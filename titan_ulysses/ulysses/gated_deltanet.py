@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.ulysses.heads import HeadPlan, LocalHeads, plan_heads
-from titan_ulysses.ulysses.states import State, convolve, function_of, last_inputs
+from titan_ulysses.ulysses.heads import LocalHeads
+from titan_ulysses.ulysses.mixer import Channels, Mixer
+from titan_ulysses.ulysses.states import function_of
 
 _PROJECTIONS = (
     ("in_proj_qkvz", "in_proj_ba", "fix_query_key_value_ordering"),  # qwen3_next
@@ -16,17 +16,16 @@ _PROJECTIONS = (
 )
 
 
-class GatedDeltaNet:
+class GatedDeltaNet(Mixer):
     """Per head, S <- exp(g) * S + k (beta * (v - (exp(g) * S)^T k))^T, and the output is S^T q.
 
     q and k have fewer heads than v, or as many. Before it, q, k and v pass a causal convolution by
     channels. The weights of its channels are ordered [q, k, v].
     """
 
-    of_keys: tuple[bool, ...] = (True, True, False, False, False)
-
-    def __init__(self, module: nn.Module):
-        self.module = module
+    of_keys = (True, True, False, False, False)
+    function = "torch_chunk_gated_delta_rule"
+    of_heads = ("A_log", "dt_bias")
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -36,12 +35,15 @@ class GatedDeltaNet:
         ) and any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)
 
     @property
+    def channels(self) -> tuple[Channels, Channels, Channels]:
+        m = self.module
+        keys = Channels(m.num_k_heads, m.head_k_dim)
+        return keys, keys, Channels(m.num_v_heads, m.head_v_dim)
+
+    @property
     def recurrence_flops(self) -> int:
         m = self.module
         return 3 * 2 * m.num_v_heads * m.head_k_dim * m.head_v_dim
-
-    def plan(self, degree: int) -> HeadPlan:
-        return plan_heads(self.module.num_v_heads, self.module.num_k_heads, degree)
 
     def project(self, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return q, k [B, T, Hk, Dk], v [B, T, Hv, Dv], b, a [B, T, Hv, 1], gate [B, T, Hv * Dv].
@@ -67,57 +69,29 @@ class GatedDeltaNet:
             gate
         )
 
-    def local(self, heads: LocalHeads) -> list[Tensor | None]:
-        """Return weight and bias of the convolution, A_log and dt_bias."""
-        m = self.module
-        keys = slice(heads.key_value.start * m.head_k_dim, heads.key_value.stop * m.head_k_dim)
-        values = slice(heads.query.start * m.head_v_dim, heads.query.stop * m.head_v_dim)
-
-        def channels(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            q, k, v = x.split([m.key_dim, m.key_dim, m.value_dim])
-            return torch.cat([q[keys], k[keys], v[values]])
-
-        own = slice(heads.query.start, heads.query.stop)
-        weight, bias = channels(m.conv1d.weight), channels(m.conv1d.bias)
-        return [weight.squeeze(1), bias, m.A_log[own], m.dt_bias[own]]
-
-    def run(
+    def recur(
         self,
         inputs: list[Tensor],
-        local: list[Tensor | None],
+        of_heads: list[Tensor],
         heads: LocalHeads,
-        state: State | None,
+        state: Tensor | None,
         wanted: bool,
-    ) -> tuple[Tensor, State | None]:
-        m, (weight, bias, a_log, dt_bias) = self.module, local
-        tail, recurrent = state or (None, None)
-        q, k, v, b, a = inputs
-        mixed = torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1).transpose(1, 2)
-        convolved = convolve(m, mixed, weight, bias, tail, m.activation).transpose(1, 2)
-        widths = [x.shape[2] * x.shape[3] for x in (q, k, v)]
-        q, k, v = (
-            x.unflatten(-1, like.shape[2:])
-            for x, like in zip(convolved.split(widths, dim=-1), (q, k, v), strict=True)
-        )
+    ) -> tuple[Tensor, Tensor | None]:
+        m, (q, k, v, b, a), (a_log, dt_bias) = self.module, inputs, of_heads
         beta = b.squeeze(-1).sigmoid()
         if getattr(m, "allow_neg_eigval", False):
             beta = beta * 2.0
         decay = -a_log.float().exp() * F.softplus(a.squeeze(-1).float() + dt_bias)
-        output, last = function_of(m, "torch_chunk_gated_delta_rule")(
+        return function_of(m, self.function, v.device)(
             heads.repeat(q),
             heads.repeat(k),
             v,
             g=decay,
             beta=beta,
-            initial_state=recurrent,
+            initial_state=state,
             output_final_state=wanted,
             use_qk_l2norm_in_kernel=True,
         )
-        if not wanted:
-            return output, None
-        return output, (last_inputs(mixed, tail, m.conv_kernel_size - 1), last)
 
     def gated(self, output: Tensor, gate: Tensor) -> Tensor:
         m = self.module

@@ -79,8 +79,9 @@ class HeadPlan:
         copied with one strided copy per tensor.
 
         All ranks of a group have equally many heads of each tensor. Their ranges of heads follow
-        one another, or all are the same. An even plan has one group, and so does MQA with P query
-        heads. Ranks that get nothing belong to no group.
+        one another, and each range belongs to equally many ranks. An even plan has one group, and
+        so do P query heads whose KV heads divide P, as in MQA. Ranks that get nothing belong to no
+        group.
         """
         queries, keys = self.queries_of(source), self.key_value
         if "q" not in tensors:
@@ -231,26 +232,41 @@ def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
 
 @lru_cache
 def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[range, ...]:
-    rank_groups: list[range] = []
+    # First the ranks with the same KV heads, then the runs of them that are alike.
+    same: list[range] = []
     for rank, heads in enumerate(key_value):
-        if rank_groups and heads and _can_join_group(rank_groups[-1], query, key_value):
-            rank_groups[-1] = range(rank_groups[-1].start, rank + 1)
-        elif heads:
-            rank_groups.append(range(rank, rank + 1))
-    return tuple(rank_groups)
+        if not heads:
+            continue
+        before = rank - 1
+        if same and (heads, len(query[rank])) == (key_value[before], len(query[before])):
+            same[-1] = range(same[-1].start, rank + 1)
+        else:
+            same.append(range(rank, rank + 1))
+    groups: list[list[range]] = []
+    for ranks in same:
+        if groups and _can_join_group(groups[-1], ranks, query, key_value):
+            groups[-1].append(ranks)
+        else:
+            groups.append([ranks])
+    return tuple(range(group[0].start, group[-1].stop) for group in groups)
 
 
-def _can_join_group(ranks: range, query: Sequence[range], key_value: Sequence[range]) -> bool:
-    """Return whether the rank after the group `ranks` can join it."""
-    first, rank = key_value[ranks.start], key_value[ranks.stop]
-    if len(query[ranks.stop]) != len(query[ranks.start]) or len(rank) != len(first):
+def _can_join_group(
+    group: Sequence[range], ranks: range, query: Sequence[range], key_value: Sequence[range]
+) -> bool:
+    """Return whether `ranks`, which have the same KV heads, can join the runs of a group."""
+    if ranks.start != group[-1].stop:  # between them are ranks that get nothing
         return False
-    if rank == key_value[ranks.stop - 1]:
-        return rank == first
+    start, mine, first = group[0].start, key_value[ranks.start], key_value[group[0].start]
+    alike = (len(ranks), len(mine), len(query[ranks.start])) == (
+        len(group[0]),
+        len(first),
+        len(query[start]),
+    )
     # A group with several KV ranges must share no KV head with the rank before it: the gradients of
     # its KV heads are then copied, never added.
-    fresh = ranks.start == 0 or first.start == key_value[ranks.start - 1].stop
-    return fresh and rank.start == first.start + len(first) * len(ranks)
+    fresh = start == 0 or first.start == key_value[start - 1].stop
+    return alike and fresh and mine.start == first.start + len(first) * len(group)
 
 
 def idle_ranks(heads: int, degree: int) -> str | None:

@@ -30,8 +30,7 @@ import inspect
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
-from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,9 @@ from titan_ulysses.ulysses.attention import Ulysses
 from titan_ulysses.ulysses.exchange import send_to_heads, send_to_sequence
 from titan_ulysses.ulysses.gated_deltanet import GatedDeltaNet
 from titan_ulysses.ulysses.heads import HeadPlan, LocalHeads
+from titan_ulysses.ulysses.linear_kernels import check_kernels, describe_kernels
 from titan_ulysses.ulysses.mamba2 import Mamba2
+from titan_ulysses.ulysses.mixer import Mixer
 from titan_ulysses.ulysses.short_conv import ShortConv
 from titan_ulysses.ulysses.states import (
     Chunked,
@@ -54,8 +55,10 @@ from titan_ulysses.ulysses.states import (
 )
 
 KINDS = "Gated DeltaNet, Mamba-2 and short convolutions"
-_STATEFUL = {"linear_attention", "conv", "hybrid"}
+WITH_STATE = {"linear_attention", "conv", "hybrid"}
 """Types of layers, as configs name them, that have a layer with a state."""
+WITHOUT_STATE = {"full_attention", "sliding_attention", "chunked_attention", "mlp", "moe"}
+"""The other types that are known."""
 
 
 def use_linear_attention(blocks: nn.ModuleList) -> None:
@@ -89,41 +92,45 @@ def linear_layers(block: nn.Module) -> list[nn.Module]:
     return [module for module in block.modules() if is_linear_attention(module)]
 
 
-def describe_layers(model: nn.Module) -> str:
-    """Return which layers of known kinds a model has, and by which code they run; "" if none.
-
-    transformers takes the kernels of a package where it can be imported.
-    """
-    layers = Counter(type(module).__name__ for module in linear_layers(model))
+def describe_layers(model: nn.Module, device_type: str) -> str:
+    """Return which layers of known kinds a model has, and by which code they run; "" if none."""
+    layers = linear_layers(model)
     if not layers:
         return ""
-    names = ", ".join(f"{count} x {name}" for name, count in sorted(layers.items()))
-    wanted = {"causal_conv1d": "causal-conv1d"}
-    if any(map(GatedDeltaNet.fits, model.modules())):
-        wanted["fla"] = "flash-linear-attention"
-    if any(map(Mamba2.fits, model.modules())):
-        wanted["mamba_ssm"] = "mamba-ssm"
-    missing = [name for module, name in wanted.items() if not find_spec(module)]
-    how = "by the kernels of " + ", ".join(wanted.values())
-    if missing:
-        how = f"in PyTorch, which is slow (no {', '.join(missing)})"
+    counts = Counter(type(layer).__name__ for layer in layers)
+    names = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
+    how = describe_kernels(_functions_of(layers), device_type)
     return f"linear attention: {names}, {how}; a call for each document"
 
 
-def check_layers(blocks: nn.ModuleList, layer_types: Sequence[str]) -> None:
-    """Raise UserError if a block has a layer with a state that is of no known kind.
+def _functions_of(layers: Sequence[nn.Module]) -> list[str]:
+    """Return the names of the functions of transformers that layers compute with."""
+    forwards = [_forward_of(layer) for layer in layers]
+    recurrences = {x.mixer.function for x in forwards if isinstance(x, ByHeads)}
+    return ["causal_conv1d_fn", *sorted(recurrences)] if forwards else []
+
+
+def check_layers(
+    blocks: nn.ModuleList, layer_types: Sequence[str], *, device_type: str = "cpu"
+) -> None:
+    """Raise UserError for a block with a layer of no known kind, or with one that is to run on a
+    GPU by an installed package that cannot.
 
     layer_types are those of the config, one for each block.
     """
     for block, kind in zip(blocks, layer_types, strict=False):
-        if kind in _STATEFUL and not linear_layers(block):
-            names = [type(x).__name__ for x in block.children()]
-            names = [name for name in names if "norm" not in name.lower()]
-            raise UserError(
-                f"model: {type(block).__name__} ({', '.join(names)}) is a layer of type {kind}, "
-                "which carries a state along the sequence, and of no kind that this version knows: "
-                f"{KINDS}. Choose another model."
-            )
+        if kind in WITHOUT_STATE or kind in WITH_STATE and linear_layers(block):
+            continue
+        names = [type(x).__name__ for x in block.children()]
+        names = [name for name in names if "norm" not in name.lower()]
+        raise UserError(
+            f"model: {type(block).__name__} ({', '.join(names)}) is a layer of type {kind}, "
+            "which carries a state along the sequence or chooses what to see. The kinds that this "
+            f"version knows, beside attention to all tokens or a window, are {KINDS}. Choose "
+            "another model."
+        )
+    if device_type == "cuda":
+        check_kernels(_functions_of([layer for block in blocks for layer in linear_layers(block)]))
 
 
 _TESTED = {
@@ -165,44 +172,6 @@ def _forward_of(module: nn.Module) -> ByHeads | ShortConv | None:
     if Mamba2.fits(module):
         return ByHeads(Mamba2(module))
     return ShortConv(module) if ShortConv.fits(module) else None
-
-
-class Mixer(Protocol):
-    """A kind of layer, around a module of transformers whose parameters it uses."""
-
-    module: nn.Module
-    of_keys: tuple[bool, ...]
-    """Which of the tensors that `project` returns have key heads."""
-
-    @property
-    def recurrence_flops(self) -> int:
-        """FLOPs of a token's recurrence in forward."""
-
-    def plan(self, degree: int) -> HeadPlan: ...
-
-    def project(self, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the tensors [B, T, H_i, D_i] that go to the ranks of their heads, and the gate,
-        which stays.
-        """
-
-    def local(self, heads: LocalHeads) -> list[Tensor | None]:
-        """Return the parts of the parameters that convolution and recurrence of heads need."""
-
-    def run(
-        self,
-        inputs: list[Tensor],
-        local: list[Tensor | None],
-        heads: LocalHeads,
-        state: State | None,
-        wanted: bool,
-    ) -> tuple[Tensor, State | None]:
-        """Run a piece of a document: -> output [B, n, h, D], and the state after it if wanted."""
-
-    def gated(self, output: Tensor, gate: Tensor) -> Tensor:
-        """Norm and gate output [B, T, H, D]: -> [B, T, H * D]."""
-
-    def project_back(self, gated: Tensor) -> Tensor:
-        """Return the layer's output [B, T, hidden size]."""
 
 
 class ByHeads:

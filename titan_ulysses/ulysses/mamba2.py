@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.ulysses.heads import HeadPlan, LocalHeads, plan_heads
-from titan_ulysses.ulysses.states import State, convolve, function_of, last_inputs
+from titan_ulysses.ulysses.heads import LocalHeads
+from titan_ulysses.ulysses.mixer import Channels, Mixer
+from titan_ulysses.ulysses.states import function_of
 
 _PARTS = ("A_log", "D", "dt_bias", "conv1d", "in_proj", "out_proj", "n_groups", "ssm_state_size")
 
 
-class Mamba2:
+class Mamba2(Mixer):
     """Per head, S <- exp(dt * A) * S + dt * x B^T, and the output is S C + D * x.
 
     Groups of heads share B and C, as query heads share a KV head. x, B and C pass a causal
@@ -21,10 +22,9 @@ class Mamba2:
     and scan are called apart.
     """
 
-    of_keys: tuple[bool, ...] = (False, True, True, False)
-
-    def __init__(self, module: nn.Module):
-        self.module = module
+    of_keys = (False, True, True, False)
+    function = "mamba2_chunk_scan"
+    of_heads = ("A_log", "D", "dt_bias")
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -32,12 +32,15 @@ class Mamba2:
         return all(hasattr(module, name) for name in _PARTS)
 
     @property
+    def channels(self) -> tuple[Channels, Channels, Channels]:
+        m = self.module
+        groups = Channels(m.n_groups, m.ssm_state_size)
+        return Channels(m.num_heads, m.head_dim), groups, groups
+
+    @property
     def recurrence_flops(self) -> int:
         m = self.module
         return 2 * 2 * m.num_heads * m.head_dim * m.ssm_state_size
-
-    def plan(self, degree: int) -> HeadPlan:
-        return plan_heads(self.module.num_heads, self.module.n_groups, degree)
 
     def project(self, hidden: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return x [B, T, H, D], B and C [B, T, groups, N], dt [B, T, H, 1], gate [B, T, H * D]."""
@@ -54,44 +57,18 @@ class Mamba2:
         b, c = (y.unflatten(-1, (m.n_groups, m.ssm_state_size)) for y in (b, c))
         return [x.unflatten(-1, (m.num_heads, m.head_dim)), b, c, dt[..., None]], gate
 
-    def local(self, heads: LocalHeads) -> list[Tensor | None]:
-        """Return weight and bias of the convolution, A_log, D and dt_bias."""
-        m = self.module
-        size, states = m.ssm_state_size, m.n_groups * m.ssm_state_size
-        values = slice(heads.query.start * m.head_dim, heads.query.stop * m.head_dim)
-        groups = slice(heads.key_value.start * size, heads.key_value.stop * size)
-
-        def channels(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            of_x, of_b, of_c = x.split([m.intermediate_size, states, states])
-            return torch.cat([of_x[values], of_b[groups], of_c[groups]])
-
-        own = slice(heads.query.start, heads.query.stop)
-        weight, bias = channels(m.conv1d.weight), channels(m.conv1d.bias)
-        return [weight.squeeze(1), bias, m.A_log[own], m.D[own], m.dt_bias[own]]
-
-    def run(
+    def recur(
         self,
         inputs: list[Tensor],
-        local: list[Tensor | None],
+        of_heads: list[Tensor],
         heads: LocalHeads,
-        state: State | None,
+        state: Tensor | None,
         wanted: bool,
-    ) -> tuple[Tensor, State | None]:
-        m, (weight, bias, a_log, d, dt_bias) = self.module, local
-        tail, recurrent = state or (None, None)
-        x, b, c, dt = inputs
-        mixed = torch.cat([y.flatten(2) for y in (x, b, c)], dim=-1).transpose(1, 2)
-        convolved = convolve(m, mixed, weight, bias, tail, m.activation).transpose(1, 2)
-        widths = [y.shape[2] * y.shape[3] for y in (x, b, c)]
-        x, b, c = (
-            y.unflatten(-1, like.shape[2:])
-            for y, like in zip(convolved.split(widths, dim=-1), (x, b, c), strict=True)
-        )
+    ) -> tuple[Tensor, Tensor | None]:
+        m, (x, b, c, dt), (a_log, d, dt_bias) = self.module, inputs, of_heads
         if len(heads.runs) > 1:  # the scan wants equally many heads in each group
             b, c = heads.repeat(b), heads.repeat(c)
-        result = function_of(m, "mamba2_chunk_scan")(
+        result = function_of(m, self.function, x.device)(
             x,
             dt.squeeze(-1),
             -torch.exp(a_log.float()),
@@ -101,14 +78,11 @@ class Mamba2:
             D=d,
             dt_bias=dt_bias,
             dt_softplus=True,
-            initial_states=recurrent,
+            initial_states=state,
             dt_limit=m.time_step_limit,
             return_final_states=wanted,
         )
-        if not wanted:
-            return result, None
-        output, last = result
-        return output, (last_inputs(mixed, tail, m.conv_kernel_size - 1), last)
+        return result if wanted else (result, None)
 
     def gated(self, output: Tensor, gate: Tensor) -> Tensor:
         flat = output.flatten(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def convolve(
     """
     if tail is not None:
         x = torch.cat([tail, x], dim=-1)
-    function = function_of(module, "causal_conv1d_fn")
+    function = function_of(module, "causal_conv1d_fn", x.device)
     y = function(x, weight, bias, activation=activation)
     return y if tail is None else y[..., tail.shape[-1] :]
 
@@ -138,10 +139,11 @@ def replaced_functions(functions: Mapping[str, Callable[..., Any]]) -> Iterator[
         _replaced.reset(token)
 
 
-def function_of(module: nn.Module, name: str) -> Callable[..., Any]:
+def function_of(module: nn.Module, name: str, device: torch.device) -> Callable[..., Any]:
     """Return a function of the file that defines the module's class.
 
-    transformers chooses there, at import, between the kernels of a package and its own code.
+    transformers chooses there, at import, between the kernels of a package and its own code, which
+    its decorator wraps. On a CPU it is its own code, whatever is installed.
     """
     replaced = _replaced.get()
     if replaced is not None and name in replaced:
@@ -149,7 +151,7 @@ def function_of(module: nn.Module, name: str) -> Callable[..., Any]:
     for kind in type(module).__mro__:
         function = getattr(sys.modules[kind.__module__], name, None)
         if callable(function):
-            return function
+            return inspect.unwrap(function) if device.type == "cpu" else function
     raise UserError(
         f"model: {type(module).__name__} has no function {name} in its file, which this version of "
         "titan_ulysses computes it with. Take another version of transformers."
