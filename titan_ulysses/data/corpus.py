@@ -27,6 +27,9 @@ class Corpus:
     """[tokens] bool: which tokens are trained on, that is predicted; None: all of them."""
     numbers: np.ndarray | None = None
     """[documents] int64: the number of each document in the data; None: they are all there."""
+    splits: np.ndarray | None = None
+    """[documents] int64: where the second half of each pair of documents begins, counted from the
+    pair's begin; None: they are no pairs. A pair counts as one document."""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -35,7 +38,7 @@ class Corpus:
         Documents without a token are left out. `tokens` gets the smallest dtype that holds every
         id.
         """
-        ids, masks = [], []
+        ids, masks, splits = [], [], []
         for document in documents:
             encoded = document if isinstance(document, Encoded) else Encoded(document)
             if len(encoded.ids):
@@ -43,6 +46,7 @@ class Corpus:
                 # a time.
                 ids.append(_narrow(encoded.ids))
                 masks.append(encoded.trained)
+                splits.append(encoded.split)
         tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint8)
         trained = None
         if any(mask is not None for mask in masks):
@@ -52,7 +56,9 @@ class Corpus:
             )
             trained = np.concatenate([*whole])
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
-        return cls(tokens, np.append(0, ends)[:-1].astype(np.int64), ends, trained)
+        begins = np.append(0, ends)[:-1].astype(np.int64)
+        pairs = None if None in splits or not splits else np.array(splits, dtype=np.int64)
+        return cls(tokens, begins, ends, trained, splits=pairs)
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -80,6 +86,7 @@ class Corpus:
             self.ends[documents],
             self.trained,
             numbers[documents],
+            None if self.splits is None else self.splits[documents],
         )
 
     def numbers_at(self, places: Sequence[int]) -> list[int]:

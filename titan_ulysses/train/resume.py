@@ -27,12 +27,19 @@ def data_settings(config: Config) -> dict[str, Any]:
     return found
 
 
-def warnings_of(config: Config, step: int, saved: dict[str, Any]) -> list[str]:
-    """Return warnings for settings that lead to other data than the run would have read.
+def warnings_of(config: Config, step: int, saved: dict[str, Any], beside: int) -> list[str]:
+    """Return warnings for settings that lead to other data than the run would have read, and for a
+    reference or teacher with other weights.
 
-    saved: run.json of the checkpoint. That of an earlier version has no settings.
+    saved: run.json of the checkpoint. That of an earlier version has no settings. beside: the
+    fingerprint of the second model's weights.
     """
     seed, found = saved.get("rng", {}).get("seed"), []
+    if saved.get("beside", beside) != beside:
+        found.append(
+            f"WARNING: [loss]: the reference or teacher is not the one beside which step {step} "
+            "was trained: the loss goes on with the new one."
+        )
     if seed not in (None, config.training.seed):
         found.append(
             f"WARNING: training.seed = {config.training.seed}, and it was {seed} when step {step} "
