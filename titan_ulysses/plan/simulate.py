@@ -83,7 +83,7 @@ def simulate(
     checkpoints are copied back before they are needed; None: a CPU. The process must not be in a
     process group, and is in none afterwards.
     """
-    config, core = spec.config, spec.core
+    config = spec.config
     tracker = MemoryTracker(cuda or cpu_workspace)
     on_gpu = cuda is not None
     tracker.parameters_on_host = on_gpu and config.memory.parameter_offload
@@ -92,9 +92,11 @@ def simulate(
     )
     store = _planned_store(tracker, spec.options.store, cuda=on_gpu)
     blocks: list[nn.Module] = []
-    if isinstance(core, Standin):
-        core.begin(tracker)
-    costs = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
+    scores: dict[int | None, float] = {}
+    for one in (spec, spec.frozen):
+        if one is not None and isinstance(one.core, Standin):
+            one.core.begin(tracker, scores)
+    costs = CostCounter(tracker, scores)
 
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
