@@ -451,7 +451,7 @@ LOSS = {
     "loss.reference": [
         Case(
             "$MATERIAL/earlier/run/export",
-            lambda run, _: run.of_steps("rewards")[0]["margins"] != 0,
+            lambda run, _: abs(run.of_steps("rewards")[0]["margins"]) > 1e-3,
             DPO,
         )
     ],

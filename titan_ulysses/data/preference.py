@@ -1,8 +1,8 @@
 """Encodes a prompt with two completions of it, for DPO: two documents that stay together.
 
-As TRL does it: a completion is what follows the prompt's own tokens. Of texts, the prompt and the
-completion are encoded one after the other, and the end of a document follows. Of messages, the
-chat template renders the prompt with the beginning of an answer, and the whole.
+Of texts, the prompt and the completion are encoded one after the other, and the end of a document
+follows. Of messages, the chat template renders the prompt with the beginning of an answer, and the
+whole; the completion is what is added.
 """
 
 from __future__ import annotations
@@ -34,47 +34,51 @@ def encode_preference(
         if not completion:
             raise RefusedRow(f"the {name} completion is empty")
         encoded = _of_texts if isinstance(completion, str) else _of_messages
-        prompt, ids = encoded(tokenizer, pair.prompt, completion)
+        ids, trained = encoded(tokenizer, pair.prompt, completion)
         documents.append(ids)
-        masks.append(np.arange(len(ids)) >= prompt)
-        if not masks[-1][1:].any():  # the first token of a document is never a label
+        masks.append(trained)
+        if not trained[1:].any():  # the first token of a document is never a label
             raise RefusedRow(f"nothing of the {name} completion can be predicted")
     return np.concatenate(documents), np.concatenate(masks), len(documents[0])
 
 
 def _of_texts(
     tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
-) -> tuple[int, np.ndarray]:
-    """Return the number of the prompt's tokens, and the ids of prompt and completion."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of prompt and completion, and which of them are the completion's."""
     if has_surrogate(prompt) or has_surrogate(completion):
         raise RefusedRow(LONE_SURROGATE_ERROR)
     before = encode(tokenizer, prompt, ends=False)
-    return len(before), np.concatenate([before, encode(tokenizer, completion)])
+    ids = np.concatenate([before, encode(tokenizer, completion)])
+    return ids, np.arange(len(ids)) >= len(before)
 
 
 def _of_messages(
     tokenizer: PreTrainedTokenizerBase, prompt: list[Any], completion: list[Any]
-) -> tuple[int, np.ndarray]:
-    if not tokenizer.chat_template:
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same of messages. A token with a character of the completion is one of its own."""
+    if not (tokenizer.chat_template and tokenizer.is_fast):
         raise UserError(
-            f'model.tokenizer = "{tokenizer.name_or_path}" has no chat template, which completions '
-            "of messages need: take the tokenizer of the family's instruct model, or give prompt, "
-            "chosen and rejected as texts"
+            f'model.tokenizer = "{tokenizer.name_or_path}" has no chat template, or is not a fast '
+            "tokenizer, which completions of messages need: take the tokenizer of the family's "
+            "instruct model, or give prompt, chosen and rejected as texts"
         )
-    before, whole = (
-        render_messages(tokenizer, prompt, None, asks=True),
-        render_messages(tokenizer, [*prompt, *completion], None),
-    )
+    before = render_messages(tokenizer, prompt, None, asks=True)
+    whole = render_messages(tokenizer, [*prompt, *completion], None)
     if has_surrogate(whole):
         raise RefusedRow(LONE_SURROGATE_ERROR)
-    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-    prompt_ids, ids = (
-        np.array(tokenizer(text, add_special_tokens=False, **options)["input_ids"], dtype=np.uint32)
-        for text in (before, whole)
-    )
-    if not np.array_equal(ids[: len(prompt_ids)], prompt_ids):
+    if not whole.startswith(before):
         raise RefusedRow(
-            "the chat template or the tokenizer reads the prompt differently once a completion "
-            "follows it, so that nobody knows where the completion begins"
+            "the chat template renders the prompt differently once a completion follows it, so "
+            "that nobody knows where the completion begins"
         )
-    return len(prompt_ids), ids
+    found = tokenizer(
+        whole,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    ends = np.array([end for _, end in found["offset_mapping"]], dtype=np.int64)
+    return np.array(found["input_ids"], dtype=np.uint32), ends > len(before)

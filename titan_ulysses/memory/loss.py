@@ -143,7 +143,8 @@ class LossHead(nn.Linear):
             total = self._tiled(loss_function, tile_tokens, hidden, labels, loss_inputs or {})
             return total / num_items.clamp(min=1)
         if reduction == "none" and torch.is_grad_enabled():
-            return self._tiled(cross_entropies, tile_tokens, hidden, labels, {})
+            # A clone, because FSDP warns of views.
+            return self._tiled(cross_entropies, tile_tokens, hidden, labels, {}).clone()
         if reduction == "none":
             each = _each_cross_entropy(
                 hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options
