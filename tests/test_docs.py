@@ -264,6 +264,9 @@ class Sandbox:
             "bodies": [{"body": text} for text in words],
             "qa": [{"question": text, "answer": text} for text in words],
             "chats": [{"messages": turns}] * 40,
+            "pairs": [
+                {"prompt": text[:9], "chosen": text[9:40], "rejected": "no"} for text in words
+            ],
         }
         for name, lines in rows.items():
             (self.home / f"{name}.jsonl").write_text(

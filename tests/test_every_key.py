@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import log
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -128,6 +129,14 @@ CHATS |= {"model.tokenizer": "$MATERIAL/pairs", "validation.path": "$MATERIAL/ch
 DATASET: Settings = {"data.source": "hf", "data.path": "$MATERIAL/dataset"}
 PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/run/export"}
 LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
+PAIRS: Settings = {
+    "data.source": "preference",
+    "data.path": "$MATERIAL/pairs.jsonl",
+    "data.packing": "none",
+    "training.seq_len": 256,
+}
+DPO: Settings = PAIRS | {"loss.name": "dpo"}
+TEACHER: Settings = {"loss.name": "distillation", "loss.teacher": "$MATERIAL/earlier/run/export"}
 SAVED: Settings = {"checkpoint.enable": None}
 VALIDATED: Settings = {"validation.enable": True}
 TRACED: Settings = {
@@ -238,6 +247,7 @@ DATA = {
         Case("jsonl", said("data: 12 document(s)"), {"data.path": "$MATERIAL/mixed"}),
         Case("hf", said("data: 9 document(s)"), {"data.path": "$MATERIAL/dataset"}),
         Case("chat", said("data: 6 document(s)"), CHATS),
+        Case("preference", said("data: 8 document(s)"), DPO),
     ],
     "data.path": [Case("$MATERIAL/texts", said("data: 20 document(s)"))],
     "data.extensions": [Case([".md"], said("data: 2 document(s)"))],
@@ -268,6 +278,16 @@ DATA = {
             "a",
             lambda run, _: labels(run) == 12 * len("1234\n"),
             HELD_OUT_RECORDS | {"data.prompt_field": "q"},
+        )
+    ],
+    "data.chosen_field": [
+        Case(
+            "best", lambda run, default: run.of_steps("rewards") != default.of_steps("rewards"), DPO
+        )
+    ],
+    "data.rejected_field": [
+        Case(
+            "best", lambda run, default: run.of_steps("rewards") != default.of_steps("rewards"), DPO
         )
     ],
     "data.messages_field": [
@@ -411,6 +431,42 @@ TRAINING = {
     ],
     "comm.startup_timeout_s": [
         Case(77.0, lambda run, _: run.facts["startup_timeouts"] == {77.0}, REPLICATED, ranks=2)
+    ],
+}
+LOSS = {
+    "loss.name": [
+        Case("dpo", lambda run, _: near(losses(run)[0], log(2.0)), PAIRS),
+        Case("distillation", said("loss: 1 of the divergence from "), TEACHER),
+    ],
+    "loss.beta": [
+        Case(
+            0.2,
+            lambda run, default: (
+                near(losses(run)[0], losses(default)[0])
+                and near(norms(run)[0], 2 * norms(default)[0])
+            ),
+            DPO,
+        )
+    ],
+    "loss.reference": [
+        Case(
+            "$MATERIAL/earlier/run/export",
+            lambda run, _: abs(run.of_steps("rewards")[0]["margins"]) > 1e-3,
+            DPO,
+        )
+    ],
+    "loss.teacher": [
+        Case(
+            "$MATERIAL/earlier/run/export",
+            said("loss: 1 of the divergence from "),
+            {"loss.name": "distillation"},
+        )
+    ],
+    "loss.temperature": [
+        Case(2.0, lambda run, default: not near(losses(run), losses(default)), TEACHER)
+    ],
+    "loss.teacher_share": [
+        Case(0.5, lambda run, default: not near(losses(run), losses(default)), TEACHER)
     ],
 }
 MEMORY = {
@@ -746,7 +802,7 @@ PLANNED = {
     ],
 }
 EFFECTS: dict[str, list[Case]] = (
-    JOB | MODELS | DATA | TRAINING | MEMORY | OPTIMIZER | CHECKPOINT | PLANNED
+    JOB | MODELS | DATA | TRAINING | LOSS | MEMORY | OPTIMIZER | CHECKPOINT | PLANNED
 )
 
 

@@ -5,10 +5,13 @@ process: losses, gradients, norms, evaluation, what is saved, and what is refuse
 from __future__ import annotations
 
 import copy
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +24,10 @@ from helpers.meshes import DP2, DP2_SP2, SP2, Degrees, mesh_of
 from helpers.models import LLAMA, STARCODER2
 from helpers.ranks import RankFailure, run_on_ranks
 from test_library import real_model
+from test_loss_settings import BETA, LR, PAIRS, dpo, on_ranks, write_material
+from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.integrations import checks
 from titan_ulysses.integrations.trainer import UlyssesTrainer
 
 pytest.importorskip("accelerate")
@@ -106,7 +112,9 @@ def show(trainer: Any, watch: Watch, **train: Any) -> Shown:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     timed = ("runtime", "second", "time")
     return {
-        "logs": [{k: v for k, v in entry.items() if k != "epoch"} for entry in logs],
+        "logs": [
+            {k: v for k, v in entry.items() if k not in ("epoch", "step_time")} for entry in logs
+        ],
         "gradients": watch.gradients,
         "eval": {k: v for k, v in evaluation.items() if not any(word in k for word in timed)},
         "batch": trainer.get_total_train_batch_size(trainer.args),
@@ -202,6 +210,87 @@ def test_a_trainer_resumes_and_saves(tmp_path: Path) -> None:
         assert max(differences) == 0
 
 
+def killed_in_step(folder: str, steps: int) -> None:
+    """A trainer on this rank that dies by SIGKILL within a step, after a checkpoint of two."""
+    adamw = {"optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps"}
+    trainer, _ = plain_trainer(SP2, folder, 1, save_steps=2, **adamw | {"max_steps": steps})
+
+    class Kill(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if Path(folder, "checkpoint-2").is_dir():
+        trainer.train(resume_from_checkpoint=True)
+    else:
+        trainer.add_callback(Kill())
+        trainer.train()
+    if int(os.environ["RANK"]) == 0:
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        Path(folder, "losses.json").write_text(json.dumps(losses))
+
+
+def undisturbed(folder: str, steps: int) -> list[float]:
+    adamw = {"optim": "adamw_torch", "learning_rate": 1e-2}
+    trainer, watch = plain_trainer(SP2, folder, 1, **adamw | {"max_steps": steps})
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_killed_trainer_resumes(tmp_path: Path) -> None:
+    """Two processes of torchrun die by SIGKILL in a step, and the same command goes on."""
+    script = tmp_path / "run.py"
+    calls = f"import test_integrations as t; t.killed_in_step({str(tmp_path)!r}, 5)"
+    script.write_text(calls)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script)]
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert first.returncode != 0 and "SIGKILL" in first.stderr, first.stderr[-2000:]
+    assert not (tmp_path / "losses.json").exists() and (tmp_path / "checkpoint-2").is_dir()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr[-2000:]
+    expected = run_on_ranks(2, undisturbed, str(tmp_path / "undisturbed"), 5)[0]
+    assert json.loads((tmp_path / "losses.json").read_text()) == expected
+
+
+def uneven(folder: str) -> str:
+    """From the third batch on, the ranks of a sequence have rows of other lengths."""
+    from transformers import Trainer, default_data_collator
+
+    cls, own = kind(Trainer, SP2)
+    data = rows(6)
+    if torch.distributed.get_rank() == 1:
+        data = data[:2] + [{key: values[:17] for key, values in row.items()} for row in data[2:]]
+    more = {"train_dataset": data, "data_collator": default_data_collator}
+    arguments = settings(
+        folder, 1, gradient_accumulation_steps=1, train_sampling_strategy="sequential"
+    )
+    trainer = cls(model=real_model(LLAMA), args=TrainingArguments(**arguments), **more, **own)
+    try:
+        trainer.train()
+    except UserError as error:
+        return f"{trainer.state.global_step}: {error}"
+    return ""
+
+
+def test_other_lengths_on_ranks_of_a_sequence_are_found(tmp_path: Path) -> None:
+    for told in run_on_ranks(2, uneven, str(tmp_path)):
+        assert told.startswith("2: shard: ranks [0, 1] share a sequence"), told
+
+
+def test_what_was_not_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "version", lambda _: "9.9.1")
+    of_trl = type("SFTTrainer", (), {"__module__": "trl.trainer"})
+    named = type("Long", (UlyssesTrainer, of_trl), {"__module__": "mine"})
+    with pytest.warns(UserWarning, match=r"trl 9\.9\.1 was not tried .* Compare the losses"):
+        checks.check(named, SimpleNamespace(), {})
+    of_trl.__name__ = "OtherTrainer"
+    with pytest.warns(UserWarning, match="OtherTrainer was not tried"):
+        checks.check(named, SimpleNamespace(), {})
+
+
 def refused(degrees: Degrees, folder: str, arguments: Shown, more: Shown) -> str:
     from transformers import Trainer
 
@@ -250,6 +339,12 @@ def quiet() -> None:
     os.environ.update({"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"})
 
 
+def in_both_precisions(degrees: Degrees | None, folder: str) -> list[Shown]:
+    """In fp64 and in fp32."""
+    dtypes = (torch.float64, torch.float32)
+    return [train_sft(degrees, folder, 1, dtype=dtype) for dtype in dtypes]
+
+
 def train_sft(
     degrees: Degrees | None,
     folder: str,
@@ -292,14 +387,27 @@ def test_sft_packed(degrees: Degrees, tmp_path: Path, trl: None) -> None:
 
 
 def test_sft_in_fp32(tmp_path: Path, trl: None) -> None:
-    together(train_sft, SP2, tmp_path, exact=3e-6, dtype=torch.float32)
+    """What differs is rounding: fp32 with sequence parallelism is as near to fp64 as without."""
+    exact, plain = run_on_ranks(1, in_both_precisions, None, str(tmp_path / "one"))[0]
+    found = run_on_ranks(2, in_both_precisions, SP2, str(tmp_path))[0][1]
+    compare([found], plain, exact=3e-6)
+    for mine, other, truth in zip(*(x["gradients"] for x in (found, plain, exact)), strict=True):
+        largest = max(x.abs().max() for x in truth.values())
+        ours, theirs = (
+            max((x[name] - truth[name]).abs().max() for name in truth) / largest
+            for x in (mine, other)
+        )
+        print(f"from fp64: {ours:.1e} sharded, {theirs:.1e} plain")
+        assert ours < max(2 * theirs, 1e-6)
 
 
 def test_sft_with_lora(tmp_path: Path, trl: None) -> None:
     together(train_sft, SP2, tmp_path, lora=True)
 
 
-def train_dpo(degrees: Degrees | None, folder: str, batch: int, *, lora: bool = False) -> Shown:
+def train_dpo(
+    degrees: Degrees | None, folder: str, batch: int, *, lora: bool = False, **loss: Any
+) -> Shown:
     quiet()
     from datasets import Dataset
     from peft import LoraConfig
@@ -321,7 +429,7 @@ def train_dpo(degrees: Degrees | None, folder: str, batch: int, *, lora: bool = 
     trainer = cls(
         model=model,
         ref_model=None if lora else reference,
-        args=DPOConfig(**settings(folder, batch), beta=0.1, max_length=64),
+        args=DPOConfig(**settings(folder, batch), **{"beta": 0.1, "max_length": 64} | loss),
         train_dataset=Dataset.from_list(pairs[:12]),
         eval_dataset=Dataset.from_list(pairs[12:]),
         processing_class=ByT5Tokenizer(),
@@ -339,6 +447,119 @@ def test_dpo(degrees: Degrees, tmp_path: Path, trl: None) -> None:
 
 def test_dpo_with_lora(tmp_path: Path, trl: None) -> None:
     together(train_dpo, SP2, tmp_path, lora=True)
+
+
+EVERY_DPO = ["hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"]
+EVERY_DPO += ["aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "sigmoid"]
+
+
+def test_dpo_of_every_kind(tmp_path: Path, trl: None) -> None:
+    """All of TRL's losses of pairs in one sum, of another beta and divergence."""
+    weights = [0.1 + 0.1 * index for index in range(len(EVERY_DPO))]
+    sums = {"loss_type": EVERY_DPO, "loss_weights": weights, "beta": 0.05, "label_smoothing": 0.1}
+    together(train_dpo, SP2, tmp_path, **sums)
+
+
+def test_dpo_of_another_divergence(tmp_path: Path, trl: None) -> None:
+    other = {"f_divergence_type": "js_divergence", "ld_alpha": 0.5, "beta": 0.02}
+    together(train_dpo, SP2, tmp_path, **other)
+
+
+# --- DPO from the TOML ----------------------------------------------------------------------------
+
+
+def dpo_through_trl(material: Path, folder: str) -> Shown:
+    """The pairs of test_loss_settings.py, all in each step, in one process."""
+    quiet()
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    watch = Watch()
+    model, reference = (
+        AutoModelForCausalLM.from_pretrained(material / name, dtype=torch.float64)
+        for name in ("start", "other")
+    )
+    own = {"gradient_accumulation_steps": 1, "learning_rate": LR, "lr_scheduler_type": "constant"}
+    own |= {"optim": "adamw_torch", "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=DPOConfig(**settings(folder, len(PAIRS), **own), beta=BETA, max_length=64),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=load_tokenizer("bytes"),
+        callbacks=[watch],
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"logs": logs, "gradients": watch.gradients}
+
+
+def test_dpo_from_the_toml_is_that_of_trl(tmp_path: Path, trl: None) -> None:
+    write_material(tmp_path)
+    through_trl = run_on_ranks(1, dpo_through_trl, tmp_path, str(tmp_path / "trl"))[0]
+    # Trainer decays some parameters only.
+    for found in on_ranks(tmp_path, dpo(tmp_path) | {"optimizer.weight_decay": 0.0}, SP2):
+        for step, log in enumerate(through_trl["logs"]):
+            assert found.losses[step] == pytest.approx(log["loss"], rel=1e-6, abs=1e-6)
+            assert found.norms[step] == pytest.approx(log["grad_norm"], rel=1e-5)
+            for name, value in found.rewards[step].items():
+                assert value == pytest.approx(log[f"rewards/{name}"], rel=1e-5, abs=1e-6)
+        pairs = zip(found.gradients, through_trl["gradients"], strict=True)
+        for step, (mine, other) in enumerate(pairs):
+            largest = max(x.abs().max() for x in other.values())
+            worst = max((mine[name] - x).abs().max() for name, x in other.items())
+            assert worst / largest < 1e-6, step
+
+
+# --- GRPO -----------------------------------------------------------------------------------------
+
+
+def given_completions(prompts: list[str], trainer: Any) -> dict[str, list]:
+    """Completions of several lengths that do not depend on the rank, and no generation."""
+    made = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+    for index, prompt in enumerate(prompts):
+        length = 3 + (len(prompt) + 2 * index + trainer.state.global_step) % 7
+        made["prompt_ids"].append([3 + x for x in prompt.encode()])
+        made["completion_ids"].append([(11 * index + 5 * i) % 250 + 3 for i in range(length)])
+    return made
+
+
+def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [float(sum(ids) % 17) for ids in completion_ids]
+
+
+def train_grpo(degrees: Degrees | None, folder: str, batch: int, **loss: Any) -> Shown:
+    quiet()
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    cls, own = kind(GRPOTrainer, degrees)
+    watch = Watch()
+    own |= {"rollout_func": given_completions, "reward_funcs": reward, "callbacks": [watch]}
+    prompts = [{"prompt": "say" + i * "!"} for i in range(8)]
+    arguments = settings(folder, 4 * batch) | {"max_completion_length": 16, "num_generations": 4}
+    trainer = cls(
+        model=real_model(BYTES, dtype=torch.float64),
+        args=GRPOConfig(**arguments | loss),
+        train_dataset=Dataset.from_list(prompts),
+        eval_dataset=Dataset.from_list(prompts[:4]),
+        processing_class=ByT5Tokenizer(),
+        **own,
+    )
+    return show(trainer, watch)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"temperature": 0.8},
+        {"loss_type": "grpo", "num_iterations": 2, "epsilon": 0.1},
+        {"loss_type": "cispo", "top_entropy_quantile": 0.6},
+    ],
+    ids=["dapo", "grpo", "cispo"],
+)
+def test_grpo_of_given_completions(loss: Shown, tmp_path: Path, trl: None) -> None:
+    together(train_grpo, SP2, tmp_path, **loss)
 
 
 def start_grpo(folder: str) -> None:

@@ -70,6 +70,8 @@ def write_earlier_run(folder: Path) -> None:
 def _write_records(folder: Path) -> None:
     record = {"text": "the text", "body": "another text", "q": "what is it? ", "a": "1234"}
     lines = "".join(json.dumps(record) + "\n" for _ in range(12))
+    pair = {"prompt": "what is it? ", "chosen": "a tale", "rejected": "no", "best": "a fable"}
+    (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 8)
     (folder / "mixed").mkdir()
     (folder / "mixed" / "one.txt").write_text(
         "the only text of this folder, with more than 32 bytes"

@@ -16,6 +16,7 @@ def combination_problems(config: Config) -> list[str]:
         *_model_problems(config),
         *_lora_problems(config),
         *_data_problems(config),
+        *_loss_problems(config),
     ]
 
 
@@ -129,15 +130,73 @@ def _lora_problems(config: Config) -> list[str]:
     return problems
 
 
+_OF_LOSS = {
+    "beta": "dpo",
+    "reference": "dpo",
+    "teacher": "distillation",
+    "temperature": "distillation",
+    "teacher_share": "distillation",
+}
+"""Keys of [loss] that only one loss reads."""
+
+
+def _loss_problems(config: Config) -> list[str]:
+    loss, data = config.loss, config.data
+    name, problems = f'loss.name = "{loss.name}"', []
+    for key, reader in _OF_LOSS.items():
+        default = type(loss).model_fields[key].default
+        if loss.name != reader and (value := getattr(loss, key)) != default:
+            problems.append(
+                f'loss.{key} = {to_toml(value)} with {name}: only "{reader}" reads it. Set '
+                f'loss.name = "{reader}", or loss.{key} to its default, {to_toml(default)}'
+            )
+    if loss.name == "distillation" and not loss.teacher:
+        problems.append(f"{name}: loss.teacher is not set. Give the folder of a model")
+    for setting, source in [
+        ("data", data),
+        *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)),
+    ]:
+        read = setting != "data" or not data.mixture
+        if read and (loss.name == "dpo") != (source.source == "preference"):
+            problems.append(
+                f'{name} with {setting}.source = "{source.source}": DPO, and nothing else, is '
+                'trained on pairs of completions. Set both loss.name = "dpo" and '
+                f'{setting}.source = "preference", or neither'
+            )
+    if loss.name == "dpo" and data.packing == "concat":
+        problems.append(
+            f'{name} with data.packing = "concat": it would cut pairs of completions. Set '
+            'data.packing = "best_fit", or "none" for one pair in a sequence'
+        )
+    if loss.name != "cross_entropy":
+        others = {
+            "training.z_loss": (config.training.z_loss, "it belongs to the cross-entropy", 0.0),
+            "memory.stream_offload": (
+                config.memory.stream_offload,
+                "this loss needs the hidden states on the device in backward",
+                "none",
+            ),
+        }
+        problems += [
+            f"{setting} = {to_toml(value)} with {name}: {why}. Set it to {to_toml(default)}"
+            for setting, (value, why, default) in others.items()
+            if value != default
+        ]
+    return problems
+
+
 _READ_BY = {
-    "extensions": ("text", "jsonl", "chat"),
-    "encoding": ("text", "jsonl", "chat"),
+    "extensions": ("text", "jsonl", "chat", "preference"),
+    "encoding": ("text", "jsonl", "chat", "preference"),
     "text_field": ("jsonl", "hf"),
-    "prompt_field": ("jsonl", "hf"),
+    "prompt_field": ("jsonl", "hf", "preference"),
+    "completion_field": ("jsonl", "hf"),
+    "chosen_field": ("preference",),
+    "rejected_field": ("preference",),
     "messages_field": ("chat",),
     "tools_field": ("chat",),
-    "subset": ("hf", "chat"),
-    "split": ("hf", "chat"),
+    "subset": ("hf", "chat", "preference"),
+    "split": ("hf", "chat", "preference"),
 }
 """Keys of a data source that only some kinds of source read, with the names of those kinds."""
 
@@ -190,7 +249,8 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
         problems.append(
             f'{setting}.encoding = "bytes" with {setting}.source = "{source.source}": JSON is text'
         )
-    if bool(source.prompt_field) != bool(source.completion_field):
+    pairs = source.source == "preference"
+    if not pairs and bool(source.prompt_field) != bool(source.completion_field):
         given, missing = sorted(
             ("prompt_field", "completion_field"), key=lambda name: not getattr(source, name)
         )
@@ -201,7 +261,9 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
     for key, value in source.changed().items():
         # Such a value has been reported above.
         already_reported = (key == "encoding" and value == "bytes") or (
-            key == "prompt_field" and not source.completion_field
+            key in ("prompt_field", "completion_field")
+            and bool(source.prompt_field) != bool(source.completion_field)
+            and not pairs
         )
         if not already_reported and source.source not in _READ_BY.get(key, (source.source,)):
             readers = " and ".join(_READ_BY[key])
@@ -209,6 +271,11 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
                 f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it '
                 f"is read from {readers} alone. Set {setting}.source, or leave {setting}.{key} out"
             )
+    if pairs and source.train_on == "all":
+        problems.append(
+            f'{setting}.train_on = "all" with {setting}.source = "preference": the loss is of the '
+            'completions. Set it to "assistant"'
+        )
     if source.streaming and source.source not in ("hf", "chat"):
         problems.append(
             f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = '

@@ -13,8 +13,8 @@ from titan_ulysses.config.toml import to_toml
 
 
 def path_problems(config: Config) -> list[str]:
-    """Return one line for each path of [model], [data], [checkpoint] and [validation] that is not
-    there.
+    """Return one line for each path of [model], [data], [checkpoint], [loss] and [validation] that
+    is not there.
     """
     sources = [("data.path", config.data.source, config.data.path)]
     sources += [
@@ -32,6 +32,8 @@ def path_problems(config: Config) -> list[str]:
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "checkpoint.initial_load_path": config.checkpoint.initial_load_path,
+        "loss.reference": config.loss.reference,
+        "loss.teacher": config.loss.teacher,
     }.items():
         # Anything else may be the name of a model on the hub.
         if path.startswith(("/", "./", "../")) and not _is_there(path):

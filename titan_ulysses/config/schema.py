@@ -265,11 +265,12 @@ class LoRA(Section):
 class SourceSettings(Section):
     """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
-    source: Literal["text", "jsonl", "hf", "chat"] = Field(
+    source: Literal["text", "jsonl", "hf", "chat", "preference"] = Field(
         "text",
         description="Kind of data. text: each file is a document. jsonl: each line of JSON "
         "lines, or row of parquet, is one. hf: each row of a Hugging Face data set is one. chat: "
-        "each row is a conversation with a list of messages.",
+        "each row is a conversation with a list of messages. preference: each row is a prompt with "
+        "a chosen and a rejected completion, as texts or lists of messages.",
     )
     path: PathText = Field(
         "",
@@ -278,8 +279,8 @@ class SourceSettings(Section):
     )
     extensions: list[str] = Field(
         [],
-        description="Extensions of the files of a folder that are read. Empty: .txt for text, "
-        "and .jsonl, .json (also with .gz or .zst) and .parquet for jsonl and chat.",
+        description="Extensions of the files of a folder that are read. Empty: .txt for text, and "
+        ".jsonl, .json (also with .gz or .zst) and .parquet for jsonl, chat and preference.",
     )
     encoding: str = Field(
         "utf-8",
@@ -293,12 +294,21 @@ class SourceSettings(Section):
     prompt_field: str = Field(
         "",
         description="jsonl, hf: name of the field with a prompt, which is not trained on unless "
-        "train_on is all. Set it together with completion_field, instead of text_field.",
+        "train_on is all. Set it together with completion_field, instead of text_field. "
+        "preference: name of the field with the prompt. Empty: prompt.",
     )
     completion_field: str = Field(
         "",
         description="jsonl, hf: name of the field with the text that follows the prompt, which "
         "is trained on.",
+    )
+    chosen_field: str = Field(
+        "chosen",
+        min_length=1,
+        description="preference: name of the field with the completion that is preferred.",
+    )
+    rejected_field: str = Field(
+        "rejected", min_length=1, description="preference: name of the field with the other one."
     )
     messages_field: str = Field(
         "messages", min_length=1, description="chat: name of the field with the list of messages."
@@ -315,9 +325,12 @@ class SourceSettings(Section):
         "and the completions. all: every token.",
     )
     subset: str = Field(
-        "", description="hf, chat: configuration of the data set. Empty: its default configuration."
+        "",
+        description="hf, chat, preference: configuration of the data set. Empty: its default one.",
     )
-    split: str = Field("train", min_length=1, description="hf, chat: split of the data set.")
+    split: str = Field(
+        "train", min_length=1, description="hf, chat, preference: split of the data set."
+    )
     streaming: bool = Field(
         False,
         description="hf, chat: read and tokenize the data set during training, without preparing "
@@ -432,6 +445,34 @@ class Training(Section):
         False,
         description="Use only deterministic algorithms: slower, and with more memory for attention "
         "on a GPU, but a repeated run gives the same bits.",
+    )
+
+
+class Loss(Section):
+    name: Literal["cross_entropy", "dpo", "distillation"] = Field(
+        "cross_entropy",
+        description="cross_entropy: of the next token. dpo: of pairs of completions (sigmoid DPO), "
+        'read by data.source = "preference". distillation: the KL divergence from a teacher.',
+    )
+    beta: float = Field(
+        0.1, gt=0, le=1e3, description="dpo: how closely the model stays with the reference."
+    )
+    reference: PathText = Field(
+        "",
+        description="dpo: folder or hub name of the frozen reference model. Empty: the weights "
+        "that the run begins with, which with LoRA are the model without its adapters.",
+    )
+    teacher: PathText = Field(
+        "", description="distillation: folder or hub name of the teacher, of the same vocabulary."
+    )
+    temperature: float = Field(
+        1.0, gt=0, le=1e3, description="distillation: temperature of both distributions."
+    )
+    teacher_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="distillation: share of the divergence in the loss. The rest is cross-entropy.",
     )
 
 
@@ -650,7 +691,10 @@ class Validation(Section):
         description="Held-out data, read with the other keys of [data]. Empty: validation.split, "
         "or else every 100th document of the training data, which is then not trained on.",
     )
-    split: str = Field("", description="hf, chat: split with the held-out data. Empty: data.split.")
+    split: str = Field(
+        "",
+        description="hf, chat, preference: split with the held-out data. Empty: data.split.",
+    )
 
 
 class Plan(Section):
@@ -777,6 +821,7 @@ class Config(Section):
     lora: LoRA = LoRA()
     data: Data = Data()
     training: Training = Training()
+    loss: Loss = Loss()
     parallelism: Parallelism = Parallelism()
     comm: Comm = Comm()
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()

@@ -66,6 +66,28 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
     return MeshDegrees(replicate, shard, sequence, batch_size, accumulation)
 
 
+def check_frozen(config: Config, frozen: Any, model_config: Any, *, setting: str) -> None:
+    """Check the transformers config of the second model of [loss] against that of the first.
+
+    UserError (exit code 2) with one line for each problem, which begin with `setting`.
+    """
+    problems, seq_len = [], config.training.seq_len
+    sizes = [getattr(one, "vocab_size", None) for one in (frozen, model_config)]
+    if sizes[0] != sizes[1]:
+        problems.append(
+            f"{setting}: its vocab_size is {sizes[0]}, and the model's is {sizes[1]}: both must "
+            "read the same tokens. Take a model of the same vocabulary"
+        )
+    positions = _longest_sequence(frozen)
+    if positions is not None and seq_len > positions:
+        problems.append(
+            f"{setting}: it has {positions} positions, and training.seq_len = {seq_len}: lower the "
+            "length, or stretch RoPE in the config.json of that model"
+        )
+    if problems:
+        raise UserError("\n".join(problems), exit_code=2)
+
+
 def _mesh_degrees(config: Config, world_size: int) -> tuple[tuple[int, int, int], list[str]]:
     """Return (replicate, shard, sequence) and the problems, which are empty if there are none.
 
@@ -226,6 +248,10 @@ def _model_problems(
         )
 
     problems = _length_problems(config, model_config, setting("max_position_embeddings"))
+    if config.loss.name == "dpo" and value("output_router_logits"):
+        problems.append(
+            f'loss.name = "dpo" has no router loss: set {setting("output_router_logits")} to false'
+        )
     vocab_size, dropout = value("vocab_size"), value("attention_dropout")
     heads, kv_heads = value("num_attention_heads"), value("num_key_value_heads")
     if vocab_size is not None and num_token_ids > vocab_size:

@@ -139,6 +139,13 @@ def _pack(
     # Documents longer than a sequence are dropped here, or split later by the packing.
     if long := int((corpus.lengths > seq_len).sum()):
         drops = config.data.long_documents == "drop"
+        if corpus.splits is not None and not drops:
+            raise UserError(
+                f"{setting}: {long:,} pair(s) of completions, with their prompts, are longer than "
+                f"training.seq_len = {seq_len} (the longest has {corpus.lengths.max():,} tokens), "
+                "and a pair cannot be cut: raise training.seq_len, or set data.long_documents = "
+                '"drop"'
+            )
         corpus = corpus.select(corpus.lengths <= seq_len) if drops else corpus
         notes = [
             *notes,

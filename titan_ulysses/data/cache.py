@@ -35,7 +35,7 @@ SMALL_CHARACTERS = 2**23
 """Sources of up to this many characters are not cached: tokenizing them again is faster than
 starting worker processes, and the corpus takes little memory.
 """
-_LAYOUT = 1  # version of the file layout; part of the cache key
+_LAYOUT = 2  # version of the file layout; part of the cache key
 _BLOCK = 2**22
 
 
@@ -131,14 +131,14 @@ def _cached(
 
 def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype) -> None:
     folder.mkdir()
-    masked = False
+    masked = paired = False
     with ExitStack() as opened:
-        names = ("tokens", "lengths", "trained")
+        names = ("tokens", "lengths", "trained", "splits")
         files = {
             name: _Checked(opened.enter_context(open(folder / f"{name}.bin", "wb")))
             for name in names
         }
-        for ids, trained in documents:
+        for ids, trained, split in documents:
             files["tokens"].write(ids.astype(dtype))
             files["lengths"].write(np.array([len(ids)], dtype=np.int64))
             if trained is not None:
@@ -147,9 +147,11 @@ def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype
                 )
                 masked = True
                 files["trained"].write(trained)
-        described = {
-            name: file.finish() for name, file in files.items() if name != "trained" or masked
-        }
+            if split is not None:
+                paired = True
+                files["splits"].write(np.array([split], dtype=np.int64))
+        absent = {"trained": not masked, "splits": not paired}
+        described = {name: file.finish() for name, file in files.items() if not absent.get(name)}
     about = {"dtype": np.dtype(dtype).name, "files": described, "tally": asdict(tally)}
     (folder / "corpus.json").write_text(json.dumps(about))
 
@@ -182,9 +184,13 @@ def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
         return None
     ends = np.cumsum(lengths)
     trained = found["trained"].view(bool) if "trained" in found else None
+    splits = found["splits"].view(np.int64) if "splits" in found else None
     # Of sizes and checksums, which have been compared with the files just now.
     content = blake2b(json.dumps(about["files"], sort_keys=True).encode(), digest_size=16)
-    return Corpus(tokens, ends - lengths, ends, trained, content=content.hexdigest()), tally
+    corpus = Corpus(
+        tokens, ends - lengths, ends, trained, content=content.hexdigest(), splits=splits
+    )
+    return corpus, tally
 
 
 def _map(path: Path, size: int, checksum: int) -> np.ndarray:

@@ -86,15 +86,19 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, count: int, *, asks: bool = False
 ) -> str:
     """Render the first `count` messages as text; `asks` adds the generation prompt."""
-    return _render_messages(tokenizer, chat.messages[:count], chat.tools, asks)
+    return render_messages(tokenizer, chat.messages[:count], chat.tools, asks)
 
 
-def _render_messages(
+def render_messages(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     tools: list | None,
     asks: bool = False,
 ) -> str:
+    """Render messages as text; `asks` adds the generation prompt.
+
+    Raise `RefusedRow` if the template fails.
+    """
     from jinja2 import TemplateError
 
     try:
@@ -118,7 +122,7 @@ def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, te
     }:
         others = [message for message in chat.messages if message["role"] != role]
         try:
-            without = _render_messages(tokenizer, others, chat.tools)
+            without = render_messages(tokenizer, others, chat.tools)
         except RefusedRow:
             continue  # the template fails without these messages, so it does use them
         if without == text:

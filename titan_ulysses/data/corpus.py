@@ -30,6 +30,9 @@ class Corpus:
     """[documents] int64: the number of each document in the data; None: they are all there."""
     content: str = ""
     """a hash of all documents of the data, those included that are not selected; "": unknown"""
+    splits: np.ndarray | None = None
+    """[documents] int64: where the second half of each pair of documents begins, counted from the
+    pair's begin; None: they are no pairs. A pair counts as one document."""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -38,7 +41,7 @@ class Corpus:
         Documents without a token are left out. `tokens` gets the smallest dtype that holds every
         id.
         """
-        ids, masks = [], []
+        ids, masks, splits = [], [], []
         for document in documents:
             encoded = document if isinstance(document, Encoded) else Encoded(document)
             if len(encoded.ids):
@@ -46,6 +49,7 @@ class Corpus:
                 # a time.
                 ids.append(_narrow(encoded.ids))
                 masks.append(encoded.trained)
+                splits.append(encoded.split)
         tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint8)
         trained = None
         if any(mask is not None for mask in masks):
@@ -55,11 +59,13 @@ class Corpus:
             )
             trained = np.concatenate([*whole])
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
-        hasher = xxhash.xxh3_128()
-        for array in (tokens, ends, *([] if trained is None else [trained])):
-            hasher.update(array.tobytes())
         begins = np.append(0, ends)[:-1].astype(np.int64)
-        return cls(tokens, begins, ends, trained, content=hasher.hexdigest())
+        pairs = None if None in splits or not splits else np.array(splits, dtype=np.int64)
+        hasher = xxhash.xxh3_128()
+        for array in (tokens, ends, trained, pairs):
+            if array is not None:
+                hasher.update(array.tobytes())
+        return cls(tokens, begins, ends, trained, content=hasher.hexdigest(), splits=pairs)
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -88,6 +94,7 @@ class Corpus:
             self.trained,
             numbers[documents],
             self.content,
+            None if self.splits is None else self.splits[documents],
         )
 
     def numbers_at(self, places: Sequence[int]) -> list[int]:

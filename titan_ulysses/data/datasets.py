@@ -37,8 +37,8 @@ class DatasetRows(Rows):
             if name not in names:
                 raise UserError(
                     f'{setting} = "{source.path}" has no field "{name}" (it has '
-                    f"{', '.join(names)}); text_field, prompt_field and completion_field, or "
-                    "messages_field say which is read"
+                    f"{', '.join(names)}); text_field, prompt_field and completion_field, "
+                    "messages_field, or chosen_field and rejected_field say which is read"
                 )
         self.total = None if source.streaming else len(self.dataset)
 

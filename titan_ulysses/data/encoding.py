@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from titan_ulysses.data.chat import check_chat_template, encode_chat
+from titan_ulysses.data.preference import encode_preference
 from titan_ulysses.data.sources import (
     LONE_SURROGATE_ERROR,
     BadRow,
     Chat,
     Completion,
+    Preference,
     RefusedRow,
     Row,
     has_surrogate,
@@ -43,6 +45,8 @@ class Encoded(NamedTuple):
     """[tokens] unsigned; empty for an empty row."""
     trained: np.ndarray | None = None
     """[tokens] bool: which tokens are trained on; None: all of them."""
+    split: int | None = None
+    """where the second document of a pair begins; None: it is one document."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class Encoder:
             )
         return encoded
 
-    def _encode(self, content: str | bytes | Completion | Chat) -> Encoded:
+    def _encode(self, content: str | bytes | Completion | Chat | Preference) -> Encoded:
+        if isinstance(content, Preference):
+            return Encoded(*encode_preference(self.tokenizer, content))
         if isinstance(content, Chat):
             return Encoded(*encode_chat(self.tokenizer, content, train_on=self.train_on))
         if any(
@@ -168,6 +174,8 @@ def size_of(row: Row | BadRow) -> int:
     content = row.content if isinstance(row, Row) else ""
     if isinstance(content, Chat):
         return sum(len(str(message.get("content", ""))) for message in content.messages)
+    if isinstance(content, Preference):
+        return len(str(content))
     return sum(map(len, content)) if isinstance(content, Completion) else len(content)
 
 

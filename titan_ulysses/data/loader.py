@@ -229,6 +229,10 @@ class Loader:
         rows = self._rows(self._batches - batches_ago)
         return [document for row in rows for document in self.sequences.documents(row)]
 
+    def sources(self, batches_ago: int) -> list[str]:
+        """Return the source of each row of an earlier batch of this rank; 1: the last batch."""
+        return [self.sequences.source(row) for row in self._rows(self._batches - batches_ago)]
+
     def epochs(self) -> float | dict[str, float]:
         """Return how often all ranks together have read the data, by source if several."""
         return self.sequences.epochs(self._consumed)

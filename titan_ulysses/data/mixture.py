@@ -29,7 +29,7 @@ class MixedSequences(SampleStream):
         self, sources: dict[str, SampleStream], weights: list[float], *, seed: int
     ) -> None:
         assert len(sources) == len(weights) and sources, (sources, weights)
-        self.sources, self.notes = sources, []
+        self.sources, self.notes, self.source_names = sources, [], [*sources]
         self._parts = [*sources.values()]
         self.seq_len = self._parts[0].seq_len
         total = sum(weights)
@@ -54,6 +54,9 @@ class MixedSequences(SampleStream):
     def document_lengths(self, index: int) -> tuple[int, ...] | None:
         source = int(self._sources(index, index + 1)[0])
         return self._parts[source].document_lengths(int(self._counts(index)[source]))
+
+    def source(self, index: int) -> str:
+        return self.source_names[int(self._sources(index, index + 1)[0])]
 
     def documents(self, index: int) -> list[str]:
         source = int(self._sources(index, index + 1)[0])

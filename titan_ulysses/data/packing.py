@@ -114,6 +114,8 @@ class SampleStream:
     seq_len: int
     notes: list[str]
     """Remarks about the data for the log: what was left out or cut, and a mixture's weights."""
+    source_names: list[str] = []
+    """Names of the sources of a mixture; empty where there is one source."""
 
     def __getitem__(self, index: int) -> PackedSample:
         raise NotImplementedError
@@ -127,6 +129,10 @@ class SampleStream:
         None where only reading tells, which is so without random access.
         """
         return None
+
+    def source(self, index: int) -> str:
+        """Return the name of the source of a mixture that sequence `index` comes from."""
+        return ""
 
     def documents(self, index: int) -> list[str]:
         """Return which documents sequence `index` holds, for a message.
@@ -292,9 +298,10 @@ class PaddedSequences(SampleStream):
 
     A sequence contains one document, or with `best_fit` several, chosen by `best_fit_bins`. A
     document of more than S tokens is cut into pieces of S tokens; the label of a piece's last token
-    is the next token of the document. The assignment of documents to sequences is computed once.
-    Each epoch is a permutation of the sequences, drawn from (seed, epoch), so every token comes
-    once per epoch. With `shuffle=False` the order is kept.
+    is the next token of the document. A pair of documents stays together, as two documents that
+    follow each other; it must not be longer than S. The assignment of documents to sequences is
+    computed once. Each epoch is a permutation of the sequences, drawn from (seed, epoch), so every
+    token comes once per epoch. With `shuffle=False` the order is kept.
 
     Raise `UserError` if there is no document.
     """
@@ -332,7 +339,8 @@ class PaddedSequences(SampleStream):
         places, self._bounds = np.arange(len(documents)), np.arange(len(documents) + 1)
         if best_fit:
             places, self._bounds = best_fit_bins(ends - begins, seq_len, _LOOK_AHEAD)
-        self._pieces = np.stack([begins, ends, corpus.ends[documents]], axis=1)[places]
+        splits = 0 if corpus.splits is None else corpus.splits[documents]
+        self._pieces = np.stack([begins, begins + splits, ends, corpus.ends[documents]], 1)[places]
         # The order of two epochs is kept: a step may have sequences of both, in any order.
         self._orders: dict[int, np.ndarray] = {}
 
@@ -365,7 +373,7 @@ class PaddedSequences(SampleStream):
 
     def documents(self, index: int) -> list[str]:
         begins = [begin for begin, *_ in self._spans(index)]
-        return [*map(str, self.corpus.numbers_at(begins))]
+        return [*dict.fromkeys(map(str, self.corpus.numbers_at(begins)))]
 
     def __getitem__(self, index: int) -> PackedSample:
         tokens, trained = self.corpus.tokens, self.corpus.trained
@@ -376,7 +384,10 @@ class PaddedSequences(SampleStream):
         return concat_pieces(cuts, self.seq_len)
 
     def _spans(self, index: int) -> list[list[int]]:
-        """Return the (begin, end, end of its document) of each piece in a sequence."""
+        """Return the (begin, end, end of its document) of each piece in a sequence.
+
+        A pair has two.
+        """
         epoch, place = divmod(index, len(self))
         if epoch not in self._orders:
             count = len(self)
@@ -385,7 +396,13 @@ class PaddedSequences(SampleStream):
             )
             self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
         here = self._orders[epoch][place]
-        return self._pieces[self._bounds[here] : self._bounds[here + 1]].tolist()
+        spans = []
+        for begin, split, end, last in self._pieces[
+            self._bounds[here] : self._bounds[here + 1]
+        ].tolist():
+            spans += [[begin, split, split]] if begin < split else []
+            spans.append([split, end, last])
+        return spans
 
 
 def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
 
 
 def _has_files(path: str) -> bool:
-    """Return whether the path of a chat source stands for files, not for the name of a data set.
+    """Return whether the path of chats or pairs stands for files, not for the name of a data set.
 
     A path that looks like a file or a pattern is never the name of a data set.
     """

@@ -2,8 +2,8 @@
 
 A source yields rows, each with the place where it was found, in the same order on every machine and
 rank. A row that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
-whether to skip it. A record holds a text, a prompt and completion, or a chat. The rows of Hugging
-Face data sets are in datasets.py.
+whether to skip it. A record holds a text, a prompt and completion, a chat, or a prompt with two
+completions. The rows of Hugging Face data sets are in datasets.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from io import BufferedReader, BytesIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -39,10 +40,18 @@ class Chat(NamedTuple):
     tools: list[dict[str, Any]] | None
 
 
+class Preference(NamedTuple):
+    """A prompt and two completions of it: three texts, or three lists of messages."""
+
+    prompt: str | list[dict[str, Any]]
+    chosen: str | list[dict[str, Any]]
+    rejected: str | list[dict[str, Any]]
+
+
 class Row(NamedTuple):
     place: str
     """the file's name and the line or row in it, for messages"""
-    content: str | bytes | Completion | Chat
+    content: str | bytes | Completion | Chat | Preference
 
 
 class BadRow(NamedTuple):
@@ -196,7 +205,7 @@ def _parse(line: bytes, encoding: str) -> Any:
 
 
 def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
-    """Return the row of one record: its text, its prompt and completion, or its chat."""
+    """Return the row of one record: its text, its prompt and completion or two, or its chat."""
     if isinstance(record, ValueError | RecursionError):
         return BadRow(
             place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record)
@@ -205,6 +214,8 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
         return BadRow(place, f"a JSON {type(record).__name__}, not an object with fields")
     if source.source == "chat":
         return _read_chat(record, source, place)
+    if source.source == "preference":
+        return _read_preference(record, source, place)
     names = field_names(source)
     for name in names:
         if not isinstance(record.get(name), str):
@@ -217,6 +228,8 @@ def field_names(source: SourceSettings) -> list[str]:
     """Return the fields that every row must have."""
     if source.source == "chat":
         return [source.messages_field]
+    if source.source == "preference":
+        return [source.chosen_field, source.rejected_field]
     return (
         [source.prompt_field, source.completion_field]
         if source.prompt_field
@@ -246,6 +259,42 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
     ):
         return BadRow(place, f"{source.tools_field} is not a list of tools")
     return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None))
+
+
+def _read_preference(record: dict[str, Any], source: SourceSettings, place: str) -> Row | BadRow:
+    """Read texts, or lists of messages.
+
+    Where there is no list of messages with the prompt, both completions are whole conversations,
+    and the prompt is what they begin with alike.
+    """
+    name = source.prompt_field or "prompt"
+    prompt, completions = record.get(name), [record.get(key) for key in field_names(source)]
+    if all(isinstance(value, str) for value in (prompt, *completions)):
+        return Row(place, Preference(prompt, *completions))
+    for key, value in zip(field_names(source), completions, strict=True):
+        if not _are_messages(value):
+            wanted = "text beside texts, or a list of messages that have a role"
+            return BadRow(place, _missing(record, key, wanted))
+    chosen, rejected = completions
+    if not _are_messages(prompt):
+        alike = (one == other for one, other in zip(chosen, rejected, strict=False))
+        shared = sum(takewhile(bool, alike))
+        if not shared:
+            return BadRow(
+                place,
+                f'no list of messages in "{name}", and {" and ".join(field_names(source))} do not '
+                "begin alike",
+            )
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    return Row(place, Preference(*map(_without_nulls, (prompt, chosen, rejected))))
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(x, dict) and isinstance(x.get("role"), str) for x in value)
+    )
 
 
 def _without_nulls(value: Any) -> Any:

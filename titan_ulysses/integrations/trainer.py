@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer and DPOTrainer, with sequence parallelism.
+"""transformers' Trainer and TRL's SFT, DPO and GRPO trainers, with sequence parallelism.
 
     class LongTrainer(UlyssesTrainer, SFTTrainer): ...
 
@@ -21,23 +21,21 @@ from __future__ import annotations
 
 import functools
 import shutil
-import warnings
-from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, save_pretrained
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.integrations.checks import check
 from titan_ulysses.integrations.whole_batches import gather, rows_of, take_whole_batches
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
@@ -48,36 +46,6 @@ if TYPE_CHECKING:
 else:
     _Trainer = object  # a mixin, beside any trainer
 
-_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer"}
-"""The trainers that the tests compare with one process."""
-_TRIED_TRL = "1.16"
-_REFUSED = {
-    "fp16": "parallelize has no loss scaling; take bf16",
-    "fsdp": "the model is sharded already",
-    "deepspeed": "the model is sharded already",
-    "parallelism_config": "give mesh = build_mesh(...)",
-    "torch_compile": "give options = ParallelOptions(compile=True)",
-    "label_smoothing_factor": "it needs the logits of all tokens",
-    "use_liger_kernel": "it replaces parts that are replaced already",
-    "neftune_noise_alpha": "its noise would differ between the ranks of a sequence",
-    "auto_find_batch_size": "one rank that runs out of memory would leave the others waiting",
-    "fp16_full_eval": "it converts the model's shards",
-    "bf16_full_eval": "it converts the model's shards",
-    "push_to_hub": "save_model writes a folder to upload",
-    "activation_offloading": 'give options = ParallelOptions(offload="host")',
-    "precompute_ref_log_probs": "it runs the reference before the model is sharded",
-    "sync_ref_model": "policy and reference are sharded",
-    "use_weighting": "it was not tried",
-}
-"""Options of trainers that would be wrong here or have no effect, with the reason."""
-_REFUSED_ARGUMENTS = {
-    "compute_metrics": "it needs the logits of all tokens",
-    "preprocess_logits_for_metrics": "it needs the logits of all tokens",
-    "compute_loss_func": "it needs the logits of all tokens; see docs/trainers.md for own losses",
-    "optimizers": "they hold parameters of the unsharded model; give optimizer_cls_and_kwargs",
-    "model_init": "give the model",
-    "quantization_config": "quantized weights cannot be sharded",
-}
 _SHARDED = "sharded"
 """The folder in a checkpoint-N with what `save_checkpoint` writes."""
 
@@ -102,7 +70,7 @@ class UlyssesTrainer(_Trainer):
         **more: Any,
     ):
         self.ulysses_mesh, self.ulysses_options = mesh, options or ParallelOptions()
-        _check(type(self), args, more)
+        check(type(self), args, more)
         args = copy(args)
         if args.bf16 and self.ulysses_options.param_dtype is None:
             self.ulysses_options = replace(self.ulysses_options, param_dtype=torch.bfloat16)
@@ -111,6 +79,8 @@ class UlyssesTrainer(_Trainer):
                 setattr(args, setting, False)
         # The trainer would multiply the loss by all ranks; `_get_num_items_in_batch` counts them.
         args.average_tokens_across_devices = False
+        if hasattr(args, "generation_batch_size"):  # the config counts all ranks
+            args.generation_batch_size //= mesh.sp.size()
         self.ulysses_model: PreTrainedModel | None = None  # until it is sharded
         super().__init__(model=model, args=args, **more)
         if getattr(self, "aux_loss_enabled", False):
@@ -118,6 +88,8 @@ class UlyssesTrainer(_Trainer):
                 "router_aux_loss_coef: this trainer adds the routers' loss itself, of one rank's "
                 "tokens. Set router_aux_loss_coef = 0.0, or train with train.py."
             )
+        if hasattr(self, "rollout_func"):  # it draws the order of completions, seeded by rank
+            set_seed(args.seed + mesh.batch.get_local_rank())
         self.ulysses_model = self._sharded(self.model)
         if isinstance(getattr(self, "ref_model", None), nn.Module):
             self.ref_model.requires_grad_(False)
@@ -127,7 +99,8 @@ class UlyssesTrainer(_Trainer):
         """Shard a model, or what is inside of a PeftModel, and let it take whole batches."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parallelize(base, self.ulysses_mesh, self.ulysses_options)
-        take_whole_batches(base, self.ulysses_mesh)
+        temperature = getattr(self, "temperature", 1.0)  # of GRPO's distributions
+        take_whole_batches(base, self.ulysses_mesh, temperature=temperature)
         if base is not model:
             # peft calls the base model's forward past its hooks, and with them past FSDP.
             model.base_model.forward = base.__call__
@@ -145,6 +118,7 @@ class UlyssesTrainer(_Trainer):
                 f"{accelerator.num_processes}: start the script with torchrun, build the mesh of "
                 "all ranks, and where there is no GPU, set use_cpu = True."
             )
+        accelerator.__class__ = _of_data_parallel(type(accelerator), mesh)
         accelerator.prepare_data_loader = self._prepared_loader
         accelerator.gather = functools.partial(gather, mesh.batch.get_group())
 
@@ -197,6 +171,15 @@ class UlyssesTrainer(_Trainer):
         return super().compute_loss(
             model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
         )
+
+    # --- given completions (GRPO) -----------------------------------------------------------------
+
+    def _calculate_rewards(self, *inputs: Any) -> Tensor:
+        """Return the rewards of all data-parallel ranks: of a sequence's ranks, those of one."""
+        rewards = super()._calculate_rewards(*inputs)
+        mesh = self.ulysses_mesh
+        of_ranks = rewards.view(mesh.batch.size(), mesh.sp.size(), -1, rewards.shape[-1])
+        return of_ranks[:, 0].flatten(0, 1)
 
     # --- gradients --------------------------------------------------------------------------------
 
@@ -252,45 +235,10 @@ class UlyssesTrainer(_Trainer):
         load_checkpoint(Path(best, _SHARDED), self.ulysses_model)
 
 
-def _check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
-    """Raise UserError for what would be wrong; warn of what was not tried."""
-    for name, reason in _REFUSED.items():
-        if value := getattr(args, name, None):
-            raise UserError(f"{name} = {value}: not with UlyssesTrainer: {reason}.")
-    for name, reason in _REFUSED_ARGUMENTS.items():
-        if more.get(name) not in (None, (None, None)):
-            raise UserError(f"{name}: not with UlyssesTrainer: {reason}.")
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
-        raise UserError(
-            'train_sampling_strategy = "batch_rebalance": it would give the ranks of a sequence '
-            'different batches. Take "random" or "group_by_length".'
-        )
-    parents = [parent for parent in kind.__mro__ if parent.__module__.startswith(("trl", "transf"))]
-    if not parents:
-        raise UserError(
-            f"{kind.__name__}: name a trainer after UlyssesTrainer, as in class "
-            f"{kind.__name__}(UlyssesTrainer, SFTTrainer)."
-        )
-    if any(hasattr(parent, "_generate_and_score_completions") for parent in parents):
-        raise UserError(
-            f"{parents[0].__name__}: it generates with the model it trains, which the sharded "
-            "model cannot. Generate elsewhere, and train on the completions with "
-            "clipped_policy_loss: see docs/trainers.md."
-        )
-    remedy = "Compare the losses of its first steps with those of the same run on one rank."
-    if parents[0].__name__ not in _TRIED:
-        warnings.warn(
-            f"{parents[0].__name__} was not tried with UlyssesTrainer, only "
-            f"{', '.join(sorted(_TRIED))}. {remedy}",
-            stacklevel=3,
-        )
-    if parents[0].__module__.startswith("trl"):
-        found = version("trl")
-        if ".".join(found.split(".")[:2]) != _TRIED_TRL:
-            warnings.warn(
-                f"trl {found} was not tried with UlyssesTrainer, only {_TRIED_TRL}. {remedy}",
-                stacklevel=3,
-            )
+def _of_data_parallel(kind: type, mesh: Mesh) -> type:
+    """Return a class of accelerators that count data-parallel ranks."""
+    ranks = {"num_processes": mesh.batch.size(), "process_index": mesh.batch.get_local_rank()}
+    return type(kind.__name__, (kind,), ranks)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

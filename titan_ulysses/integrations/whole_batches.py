@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from types import MethodType
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from titan_ulysses.data.adapter import (
     BORDER_KEYS,
-    CHECK_EVERY,
     TOKEN_KEYS,
     Rows,
     check_same_rows,
@@ -40,13 +38,14 @@ class WholeOutput(StatisticsOutput):
     aux_loss: Tensor | None = None
 
 
-def take_whole_batches(model: PreTrainedModel, mesh: Mesh) -> None:
+def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float = 1.0) -> None:
     """Let a sharded model's forward take the batches of trainers: whole sequences, on every rank.
 
-    With `fused_lm_head = True`, as TRL's trainers call it, it returns a WholeOutput, else the loss
-    of all ranks' labels over `num_items_in_batch` times the data-parallel ranks.
+    With `fused_lm_head = True`, as TRL's trainers call it, it returns a WholeOutput, at this
+    temperature, else the loss of all ranks' labels over `num_items_in_batch` times the
+    data-parallel ranks. UserError if ranks that share a sequence have other batches.
     """
-    sharded, calls = model.forward, count()
+    sharded = model.forward
 
     @functools.wraps(type(model).forward)  # trainers read which columns it takes
     def forward(
@@ -64,14 +63,15 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh) -> None:
                 "Leave compute_metrics and predict out, or score with titan_ulysses.score."
             )
         rows = rows_of(inputs)
-        if next(calls) % CHECK_EVERY == 0:
-            check_same_rows([rows], mesh)
+        # Each time, because trainers pad each batch to a length of its own: ranks whose lengths
+        # differ would wait for each other.
+        check_same_rows([rows], mesh)
         batch = slice_rows(rows, mesh, model.stream_chunk_tokens).to(mesh.device)
         fields = {name: value for name, value in vars(batch).items() if value is not None}
         if not fused_lm_head:
             labels = _count(batch.labels, num_items_in_batch, mesh)
             return sharded(**fields, num_items_in_batch=labels)
-        local = sharded(**fields, reduction="statistics")
+        local = sharded(**fields, reduction="statistics", temperature=temperature)
         # Trainers expect the mean over data-parallel ranks, and FSDP sums.
         scale = 1 / mesh.batch.size()
         whole = whole_statistics(local, mesh, batch.chunk_tokens, scale=scale)

@@ -7,7 +7,7 @@ logits are computed only once, and the memory they take does not grow with the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,8 @@ from titan_ulysses.memory.losses import (
     LossFunction,
     TokenStatistics,
     check_is_sum,
+    cross_entropies,
+    shape_scores,
     token_statistics,
 )
 from titan_ulysses.memory.tiled import tiled
@@ -83,6 +85,8 @@ class LossHead(nn.Linear):
         self.adds_wide = device_type == "cuda" and can_add_wide()
         self.checked: LossFunction | None = None
         """The last loss function that was found to be a sum over tokens."""
+        self.row_losses: Tensor | None = None
+        """[B] fp64: the summed cross-entropies of each row of the last batch, on this rank."""
 
     def forward(
         self,
@@ -90,7 +94,7 @@ class LossHead(nn.Linear):
         labels: Tensor | None = None,
         num_items: Tensor | None = None,
         *,
-        reduction: Literal["sum", "none", "statistics"] = "sum",
+        reduction: Literal["sum", "none", "statistics", "hidden"] = "sum",
         temperature: float = 1.0,
         loss_function: LossFunction | None = None,
         loss_inputs: dict[str, Tensor] | None = None,
@@ -104,22 +108,28 @@ class LossHead(nn.Linear):
         wider. Sums, and therefore the part, are in fp64, so that the number of tiles and ranks has
         no visible effect on the loss.
 
-        Without labels, return the logits [B, T, V]. With reduction = "none", which needs
-        `torch.no_grad`, return the cross-entropy of each label [B, T], with 0 for labels of -100.
+        `row_losses` then has the sums of each row [B], in fp64 and without gradient.
+
+        Without labels, return the logits [B, T, V]. With reduction = "none", return the
+        cross-entropy of each label [B, T], with 0 for labels of -100. With reduction = "hidden",
+        return hidden as it is.
 
         With reduction = "statistics", return the TokenStatistics [B, T] of the labels at this
         temperature. With a loss function (see `losses.py`), its sum takes the place of that of the
-        cross-entropies; `loss_inputs` are [B, T, ...]. Both have gradients, whose backward computes
-        the logits again and needs the weight: under FSDP, it must be gathered then.
+        cross-entropies; `loss_inputs` are [B, T, ...]. These, and reduction = "none", have
+        gradients, whose backward computes the logits again and needs the weight: under FSDP, it
+        must be gathered then.
         """
+        if reduction == "hidden":
+            return hidden
         store = self.sequences if len(current_chunks.get()) > 1 else None
-        by_logits = loss_function is not None or reduction == "statistics"
+        by_logits = loss_function is not None or reduction != "sum"
         if store is not None and by_logits and torch.is_grad_enabled():
             raise UserError(
                 "memory.stream_offload: a loss_function and log_probs need the hidden states on "
                 'the device in backward. Set it to "none".'
             )
-        if store is not None and (labels is None or reduction == "none" or by_logits):
+        if store is not None and (labels is None or by_logits):
             hidden = store.read(hidden)
         if labels is None:
             return shape_scores(super().forward(hidden), self.scale, self.softcap)
@@ -132,20 +142,28 @@ class LossHead(nn.Linear):
             self._check(loss_function, hidden, labels, loss_inputs or {})
             total = self._tiled(loss_function, tile_tokens, hidden, labels, loss_inputs or {})
             return total / num_items.clamp(min=1)
+        if reduction == "none" and torch.is_grad_enabled():
+            # A clone, because FSDP warns of views.
+            return self._tiled(cross_entropies, tile_tokens, hidden, labels, {}).clone()
         if reduction == "none":
-            assert not torch.is_grad_enabled(), (
-                "cross-entropies of single tokens are for scoring: no gradient"
-            )
             each = _each_cross_entropy(
                 hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options
             )
             return each.view(labels.shape)
         # Passed as an argument: inside an autograd function is_grad_enabled() is always False, and
         # needs_input_grad ignores no_grad.
-        differentiate = torch.is_grad_enabled()
+        differentiate, lead = torch.is_grad_enabled(), labels.shape
         rows, labels = hidden.flatten(0, -2), labels.flatten()
-        total = _TiledCrossEntropy.apply(
-            rows, self.weight, self.bias, labels, options, self.adds_wide, differentiate, store
+        total, self.row_losses = _TiledCrossEntropy.apply(
+            rows,
+            self.weight,
+            self.bias,
+            labels,
+            options,
+            self.adds_wide,
+            differentiate,
+            store,
+            lead,
         )
         return total / num_items.clamp(min=1)
 
@@ -189,9 +207,10 @@ class LossHead(nn.Linear):
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropy over rows [N, h] with labels [N], in fp64.
+    """Sum of cross-entropy over rows [N, h] with labels [N], and the sums [B] of the B sequences
+    that they are of, in fp64. `lead` is (B, N / B).
 
-    Gradients are computed in forward and scaled in backward.
+    Gradients of the first are computed in forward and scaled in backward. The second has none.
     """
 
     @staticmethod
@@ -205,13 +224,14 @@ class _TiledCrossEntropy(torch.autograd.Function):
         adds_wide: bool,
         differentiate: bool,
         store: SequenceStore | None,
-    ) -> Tensor:
+        lead: torch.Size,
+    ) -> tuple[Tensor, Tensor]:
         tile_tokens, shape = options[0], options[1:]
         # Gradients of parameters are accumulated over the tiles in this dtype.
         wide = torch.promote_types(rows.dtype, torch.float32)
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs
-        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        totals = torch.zeros(lead[0], dtype=torch.float64, device=weight.device)
         grad_rows = None
         if needs_rows:
             grad_rows = store.empty(rows.shape, rows.dtype) if store else torch.empty_like(rows)
@@ -223,8 +243,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
             # Rows without a label are zeroed here and in grad_rows, and not in the logits, which
             # are much larger. `where` is used because a product with 0 is not 0 for inf or nan.
             x = x.where(valid.unsqueeze(1), 0)
-            loss, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
-            total += loss
+            each, grad_logits = _tile_loss(x, weight, bias, labels[tile], valid, shape, any(needs))
+            for row, part in _parts_of_rows(tile, lead[1]):
+                totals[row] += each[part].sum(dtype=torch.float64)
             if needs_bias:
                 grad_bias += valid.to(wide) @ grad_logits
             if grad_logits is not None:
@@ -239,10 +260,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
         ctx.tile_tokens, ctx.store = tile_tokens, store
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
-        return total
+        ctx.mark_non_differentiable(totals)
+        return totals.sum(), totals
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, upstream: Tensor, _: Tensor):
         assert ctx.grads is not None, (
             "the loss head's gradients live once: backward through it cannot run twice"
         )
@@ -260,7 +282,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
         ]
         if ctx.store is not None:
             scaled[0] = rows
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
+
+
+def _parts_of_rows(tile: slice, tokens: int) -> Iterator[tuple[int, slice]]:
+    """Yield the sequences of so many tokens that a tile has tokens of, with the part of each."""
+    first = tile.start
+    while first < tile.stop:
+        row = first // tokens
+        last = min(tile.stop, (row + 1) * tokens)
+        yield row, slice(first - tile.start, last - tile.start)
+        first = last
 
 
 def _read(store: SequenceStore | None, rows: Tensor, tile: slice, then: slice | None) -> Tensor:
@@ -319,13 +351,6 @@ def _cross_entropy(scores: Tensor, labels: Tensor, valid: Tensor) -> tuple[Tenso
     )
 
 
-def shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Return softcap * tanh(scale * logits / softcap), as gemma, granite and cohere need it."""
-    if scale != 1:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def _tile_loss(
     x: Tensor,
     weight: Tensor,
@@ -335,7 +360,8 @@ def _tile_loss(
     shape: tuple[float, float | None, float],
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the summed loss of rows x [n, h], in fp64, and its gradient by the logits.
+    """Return the losses [n] of rows x [n, h], 0 where not valid, and the gradient of their sum by
+    the logits.
 
     The logits here are those before scale and cap. The gradient [n, V] is in fp32 or wider, and
     None if needs_grad is False. It is softmax - one_hot, times the derivative of scale and cap,
@@ -348,7 +374,7 @@ def _tile_loss(
     slope = scale if softcap is None else scale * (1 - (scores / softcap) ** 2)
     each, index, log_probabilities = _cross_entropy(scores, labels, valid)
     if not needs_grad:
-        return each.sum(dtype=torch.float64), None
+        return each, None
     if z_loss:
         log_normalizer = scores.gather(1, index) - log_probabilities.gather(1, index)
         each = each + (z_loss * log_normalizer.squeeze(1) ** 2).where(valid, 0)
@@ -358,7 +384,7 @@ def _tile_loss(
     grad.scatter_add_(1, index, grad.new_full(index.shape, -1))
     if scale != 1 or softcap is not None:
         grad.mul_(slope)
-    return each.sum(dtype=torch.float64), grad
+    return each, grad
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, adds_wide: bool) -> None:

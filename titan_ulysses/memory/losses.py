@@ -63,6 +63,11 @@ def token_statistics(
     )
 
 
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each label [n], 0 where there is none."""
+    return -_log_probs(logits, labels, labels != IGNORE_INDEX, 1.0)
+
+
 def clipped_policy_loss(
     logits: Tensor,
     labels: Tensor,
@@ -104,18 +109,23 @@ def distillation_loss(
     teacher_logits: Tensor | None = None,
     teacher_ids: Tensor | None = None,
     temperature: float = 1.0,
+    teacher_shape: tuple[float, float | None] = (1.0, None),
+    cross_entropy: float = 0.0,
 ) -> Tensor:
     """Return temperature^2 times the sum of KL(teacher || student) (Hinton, arXiv 1503.02531).
 
     Both distributions are at the temperature. The teacher is given by its hidden states
-    [n, h'] and its whole head weight [V, h'], which is bound with functools.partial; or by its
-    largest logits [n, k] and the ids [n, k] of their tokens, whose probabilities are then taken to
-    sum to 1.
+    [n, h'] and its whole head weight [V, h'], which is bound with functools.partial, with the scale
+    and the soft-cap of its logits as teacher_shape; or by its largest logits [n, k] and the ids
+    [n, k] of their tokens, whose probabilities are then taken to sum to 1. cross_entropy is the
+    share c of the labels' cross-entropy: the loss is (1 - c) times the above, plus c times that.
     """
     valid = labels != IGNORE_INDEX
     log_student = (logits / temperature).log_softmax(dim=-1)
     if teacher_hidden is not None and teacher_weight is not None:
         teacher = F.linear(teacher_hidden, teacher_weight)
+        # In fp32 or wider, as the student's.
+        teacher = shape_scores(teacher.to(log_student.dtype), *teacher_shape)
     elif teacher_logits is not None and teacher_ids is not None:
         teacher = teacher_logits
         log_student = log_student.gather(-1, teacher_ids)
@@ -126,7 +136,11 @@ def distillation_loss(
         )
     log_teacher = (teacher.to(log_student.dtype) / temperature).log_softmax(dim=-1)
     each = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
-    return temperature**2 * each.where(valid, 0).sum()
+    loss = temperature**2 * each.where(valid, 0).sum()
+    if cross_entropy:
+        labels_loss = cross_entropies(logits, labels).sum()
+        loss = (1 - cross_entropy) * loss + cross_entropy * labels_loss
+    return loss
 
 
 def dpo_loss(
@@ -144,6 +158,13 @@ def dpo_loss(
     """
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
     return -F.logsigmoid(beta * margin)
+
+
+def shape_scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return softcap * tanh(scale * logits / softcap), as gemma, granite and cohere need it."""
+    if scale != 1:
+        logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _log_probs(logits: Tensor, labels: Tensor, valid: Tensor, temperature: float) -> Tensor:

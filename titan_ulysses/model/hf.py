@@ -32,11 +32,13 @@ from titan_ulysses.model.names import is_adapter, plain
 from titan_ulysses.model.remote_code import check_model_code
 
 
-def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
+def load_model_config(
+    path: str, table: dict | None, *, setting: str = "model.path"
+) -> PreTrainedConfig:
     """Return the transformers config of a folder, a hub name or the table `[model.config]`.
 
-    `path` is `model.path`, and is not read if there is a table. UserError if transformers cannot
-    make a config of either.
+    `path` is that of `setting`, and is not read if there is a table. UserError if transformers
+    cannot make a config of either.
     """
     if table is not None:
         settings = copy.deepcopy(table)
@@ -51,7 +53,7 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
     hub.setLevel(logging.ERROR)  # it logs each retry; the result is reported once, below
     try:
         settings, _ = PreTrainedConfig.get_config_dict(path)
-        check_model_code(settings, f'model.path = "{path}"')
+        check_model_code(settings, f'{setting} = "{path}"')
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UserError:
         raise
@@ -59,7 +61,7 @@ def load_model_config(path: str, table: dict | None) -> PreTrainedConfig:
         # transformers would only say that such a path is not a valid hub name.
         absent = path.startswith(("/", ".")) and not Path(path).exists()
         raise UserError(
-            f'model.path = "{path}": no transformers model there '
+            f'{setting} = "{path}": no transformers model there '
             f"({'no such folder' if absent else one_line(error)}). Give a folder with config.json "
             "and *.safetensors, or the name of a model on the hub."
         ) from error

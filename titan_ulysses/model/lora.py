@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -111,6 +112,22 @@ def initialize_adapters(model: nn.Module, seed: int) -> None:
             layer.reset_lora_parameters(ADAPTER, True)
         for module, values in whole.items():
             hf.fill(module.weight, values)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Let the model compute without its adapters in this context: what they add is scaled by 0.
+
+    peft's own switch would change which parameters are trained, on which FSDP counts.
+    """
+    scales = [(layer.scaling, layer.scaling[ADAPTER]) for _, layer in _adapted_layers(model)]
+    for scaling, _ in scales:
+        scaling[ADAPTER] = 0.0
+    try:
+        yield
+    finally:
+        for scaling, scale in scales:
+            scaling[ADAPTER] = scale
 
 
 class Delta(NamedTuple):

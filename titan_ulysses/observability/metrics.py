@@ -266,6 +266,12 @@ def describe_validation(loss: float, by_position: Sequence[tuple[int, float, int
     ]
 
 
+def describe_pairs(loss: float, rewards: dict[str, float]) -> list[str]:
+    """Return a line about the loss of pairs of completions, and one about their rewards."""
+    means = "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
+    return [f"loss {loss:.4f}", f"rewards: {means}"]
+
+
 def short(count: int) -> str:
     """Format a number of tokens in few characters, without loss: 512, 64K (65,536), 1M (2^20)."""
     for unit, name in ((2**20, "M"), (2**10, "K")):
@@ -277,9 +283,12 @@ def short(count: int) -> str:
 def _line(step: int, total: int, values: dict[str, Any]) -> str:
     head = f"step {step:>{len(str(total))}}/{total}  "
     if "validation_loss" in values:
-        loss, *more = describe_validation(
-            values["validation_loss"], values["validation_by_position"]
-        )
+        if "validation_rewards" in values:
+            loss, *more = describe_pairs(values["validation_loss"], values["validation_rewards"])
+        else:
+            loss, *more = describe_validation(
+                values["validation_loss"], values["validation_by_position"]
+            )
         return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
     # The line fits 80 columns where MFU is not known.
     return (
@@ -287,5 +296,6 @@ def _line(step: int, total: int, values: dict[str, Any]) -> str:
         f"{values['lr']:.2e}  {values['tokens_per_second']:,.0f} tok/s  peak "
         f"{values['peak_memory_gib']:.2f} GiB"
         + ("" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}")
+        + (f"  margin {rewards['margins']:.3f}" if (rewards := values.get("rewards")) else "")
         + ("  [bold]loss spike[/]" if values["loss_spike"] else "")
     )

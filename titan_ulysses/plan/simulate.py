@@ -51,6 +51,7 @@ from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
+from titan_ulysses.train.loss import CrossEntropy, build_loss
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.states import replaced_functions
 
@@ -87,7 +88,7 @@ def simulate(
     with the arguments of `setup.parallelize.wrap`; another way to do so can be planned by giving
     it. The process must not be in a process group, and is in none afterwards.
     """
-    config, core = spec.config, spec.core
+    config = spec.config
     tracker = MemoryTracker(cuda or cpu_workspace)
     on_gpu = cuda is not None
     tracker.parameters_on_host = on_gpu and config.memory.parameter_offload
@@ -96,13 +97,16 @@ def simulate(
     )
     store = _planned_store(tracker, spec.options.store, cuda=on_gpu)
     blocks: list[nn.Module] = []
-    if isinstance(core, Standin):
-        core.begin(tracker)
-    costs = CostCounter(tracker, core.scores if isinstance(core, Standin) else {})
+    scores: dict[int | None, float] = {}
+    for one in (spec, spec.frozen):
+        if one is not None and isinstance(one.core, Standin):
+            one.core.begin(tracker, scores)
+    costs = CostCounter(tracker, scores)
 
     def wrap_here(model: PreTrainedModel, mesh: Mesh, options: ParallelOptions) -> None:
         """Do what `parallelize` does, without communication with other ranks or compilation."""
-        blocks.extend(find_blocks(model)[1])
+        if not blocks:  # of the model that is trained, which comes first
+            blocks.extend(find_blocks(model)[1])
         device_type = "cuda" if on_gpu else "cpu"
         wrap(
             model,
@@ -115,9 +119,14 @@ def simulate(
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
+        loss = build_loss(spec, model, mesh, wrap=wrap_here)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
             _label_parameters(tracker, model)
+            loss.allocate(parameter_offload=False)
+            loss.prepare()
+            if loss.frozen is not None:
+                _label_parameters(tracker, loss.frozen, of="the second model's ")
             tracker.attribution = Attribution(model, blocks)
             _label_checkpoints(tracker, model, kept_on_device=store is None)
             _hold_attention(tracker, blocks)
@@ -133,7 +142,7 @@ def simulate(
             _make_state(model, optimizer)
             copy = _checkpoint_copy(config, tracker, optimizer, on_gpu=on_gpu)
             with replaced_functions(KERNELS if on_gpu else {}):
-                found = _run_step(spec, tracker, costs, model, optimizer, mesh, documents)
+                found = _run_step(spec, tracker, costs, model, optimizer, mesh, documents, loss)
             del copy  # alive during the step
             return found
 
@@ -146,6 +155,7 @@ def _run_step(
     optimizer: torch.optim.Optimizer,
     mesh: Mesh,
     documents: Documents | None,
+    loss: CrossEntropy,
 ) -> Simulation:
     """Run the step on fake tensors, with one or two of its micro-batches."""
     accumulation = spec.degrees.accumulation_steps
@@ -172,6 +182,7 @@ def _run_step(
                 mesh,
                 max_norm=max_norm,
                 skip_nonfinite=spec.config.training.skip_nonfinite > 0,
+                loss=loss,
             )
         counts.append(dict(counter.counts))
     tracker.recording = False  # the releases that follow are not part of the step
@@ -327,12 +338,12 @@ def _planned_buffers(
     return make_buffer
 
 
-def _label_parameters(tracker: MemoryTracker, model: nn.Module) -> None:
+def _label_parameters(tracker: MemoryTracker, model: nn.Module, *, of: str = "") -> None:
     """Tell the tracker which tensors are the model's own."""
     for name, parameter in model.named_parameters():
         place: Place | None = "host" if tracker.parameters_on_host else None
-        tracker.claim([parameter], "parameters", place=place, label=f"parameter {name}")
-    tracker.claim(list(model.buffers()), "other", label="buffers of the model")
+        tracker.claim([parameter], "parameters", place=place, label=f"{of}parameter {name}")
+    tracker.claim(list(model.buffers()), "other", label=f"{of}buffers of the model")
 
 
 def _label_checkpoints(tracker: MemoryTracker, model: nn.Module, *, kept_on_device: bool) -> None:
@@ -438,6 +449,8 @@ def _batch(
 ) -> Batch:
     rows, seq_len = config.training.local_batch_size, config.training.seq_len
     tokens = seq_len // mesh.sp.size()
+    if documents is None and config.loss.name == "dpo":  # a pair in each row
+        documents = ((seq_len - seq_len // 2, seq_len // 2),) * rows
     return Batch(
         input_ids=torch.zeros(rows, tokens, dtype=torch.int64),
         labels=torch.zeros(rows, tokens, dtype=torch.int64),

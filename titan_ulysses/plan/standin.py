@@ -35,9 +35,9 @@ class Standin:
         self.scores: dict[int | None, float] = {}
         self.tracker: MemoryTracker | None = None
 
-    def begin(self, tracker: MemoryTracker) -> None:
-        """Begin a new simulation, which tracker follows, and forget the scores of the last one."""
-        self.scores, self.tracker = {}, tracker
+    def begin(self, tracker: MemoryTracker, scores: dict[int | None, float]) -> None:
+        """Begin a simulation, which tracker follows; the scores of each layer go to `scores`."""
+        self.scores, self.tracker = scores, tracker
 
     def __call__(
         self,

@@ -22,6 +22,19 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
     from transformers import PreTrainedModel
 
 
+def build_frozen(
+    spec: RunSpec, mesh: Mesh, *, wrap: Callable[..., Any] = parallelize
+) -> PreTrainedModel:
+    """Build a second model on the meta device that is only read, wrapped and sharded as the first.
+
+    All of it is frozen, in the dtype of the computation. See `build_model`.
+    """
+    model = hf.build_on_meta(spec.model_config, getattr(torch, spec.config.training.param_dtype))
+    model.requires_grad_(False)
+    wrap(model, mesh, spec.options)
+    return model.eval()
+
+
 def build_model(
     spec: RunSpec, mesh: Mesh, *, wrap: Callable[..., Any] = parallelize
 ) -> tuple[PreTrainedModel, int]:

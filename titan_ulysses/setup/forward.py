@@ -11,7 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 from transformers.utils import ModelOutput
 
 from titan_ulysses.distributed.errors import UserError
@@ -115,18 +119,19 @@ def _forward(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | None = None,
-    reduction: Literal["sum", "none", "statistics"] = "sum",
+    reduction: Literal["sum", "none", "statistics", "hidden"] = "sum",
     temperature: float = 1.0,
     loss_function: LossFunction | None = None,
     loss_inputs: dict[str, Tensor] | None = None,
-) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput:
+) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast | StatisticsOutput | BaseModelOutput:
     """Run a causal LM, with the loss computed from hidden states inside the head.
 
     input_ids, position_ids and labels (already shifted) are this rank's [B, T]. num_items_in_batch
     is the number of valid labels in the whole step. `.loss` is the sum over all ranks of group, the
     same on each of them, but its gradient is that of this rank's part, because gradients are summed
     over the mesh later. With reduction = "none", `.loss` is the cross-entropy of each of this
-    rank's labels [B, T]. Without labels, `.logits` are those of this rank's tokens. With
+    rank's labels [B, T], with gradients. Without labels, `.logits` are those of this rank's tokens.
+    With reduction = "hidden", `.last_hidden_state` is what the head is given, [B, T, h]. With
     reduction = "statistics", the output has the TokenStatistics of this rank's labels, [B, T] each,
     with gradients. loss_function and its loss_inputs [B, T, ...] replace the cross-entropy: see
     `memory/losses.py`.
@@ -148,12 +153,15 @@ def _forward(
                 hidden, (labels != IGNORE_INDEX).sum(), group
             )
     head = model.get_output_embeddings()
-    needs_weight = labels is None or loss_function is not None or reduction == "statistics"
+    needs_weight = labels is None or loss_function is not None or not sums
     if needs_weight and torch.is_grad_enabled():
         # Unlike the backward of the loss, the backward of logits needs the weight, so FSDP has to
         # gather it. This is not turned off again, because that backward may run after later
         # forwards.
         head.set_unshard_in_backward(True)
+    if reduction == "hidden":
+        # By the head, because FSDP counts on a call of each module of a forward.
+        return BaseModelOutput(last_hidden_state=head(hidden, reduction=reduction))
     if labels is None:
         return CausalLMOutputWithPast(logits=head(hidden))
     if reduction == "statistics":
@@ -164,7 +172,7 @@ def _forward(
     if not sums:
         return CausalLMOutputWithPast(loss=loss)
     model.own_loss = loss.detach()  # this rank's part, for who asks where a NaN came from
-    loss = _SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
+    loss = SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
     if router_loss is None:
         return CausalLMOutputWithPast(loss=loss)
     # The micro-batch's share of the labels of the step weights its router loss.
@@ -185,7 +193,7 @@ class StatisticsOutput(ModelOutput):
     log_sum_sq_probs: Tensor | None = None
 
 
-class _SumOverRanks(torch.autograd.Function):
+class SumOverRanks(torch.autograd.Function):
     """The sum over all ranks of a scalar in fp64, converted to dtype.
 
     Backward passes the gradient to this rank's part only, because FSDP sums the gradients of the

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titan_ulysses.config.schema import Config
-from titan_ulysses.config.validate import MeshDegrees, check
+from titan_ulysses.config.validate import MeshDegrees, check, check_frozen
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.host import visible_gpus
@@ -60,6 +60,8 @@ class RunSpec:
     options: ParallelOptions
     tokenizer: PreTrainedTokenizerBase | None = None
     """None if the caller did not ask for it and resize_embeddings does not need it."""
+    frozen: RunSpec | None = None
+    """The second model, which the loss reads: a reference or a teacher. None if there is none."""
 
     @property
     def local_tokens(self) -> int:
@@ -83,7 +85,8 @@ class RunSpec:
         settings that a run must not have.
         """
         options = options_of(config, self.core)
-        return replace(self, config=config, degrees=degrees, options=options)
+        frozen = self.frozen and self.frozen.with_config(config, degrees)
+        return replace(self, config=config, degrees=degrees, options=options, frozen=frozen)
 
 
 def resolve(
@@ -125,7 +128,7 @@ def resolve(
         model_config=model_config,
         num_token_ids=token_ids,
     )
-    return RunSpec(
+    spec = RunSpec(
         config=config,
         model_config=model_config,
         part_of=None if model_config is whole else whole.model_type,
@@ -136,6 +139,36 @@ def resolve(
         options=options_of(config, core),
         tokenizer=tokenizer,
     )
+    return replace(spec, frozen=_frozen_spec(spec, select))
+
+
+def _frozen_spec(spec: RunSpec, select: SelectCore) -> RunSpec | None:
+    """Return the spec of the second model, which [loss] asks for, or None.
+
+    It is computed as the first one is. UserError if it has another vocabulary, or not the
+    positions for these sequences.
+    """
+    config, loss = spec.config, spec.config.loss
+    if loss.name == "cross_entropy":
+        return None
+    setting = "loss.reference" if loss.name == "dpo" else "loss.teacher"
+    path = loss.reference if loss.name == "dpo" else loss.teacher
+    if loss.name == "dpo" and not path:
+        return None if config.lora.rank else spec
+    own = hf.load_model_config(path, None, setting=setting)
+    check_family(own)
+    if config.model.rope_scaling and loss.name == "dpo":
+        scale_rope(own, config.model.rope_scaling)  # it is the same model, of another time
+    check_frozen(config, own, spec.model_config, setting=f'{setting} = "{path}"')
+    core, reason = select(
+        config.model.attention,
+        own,
+        device_type=spec.device_type,
+        dtype=getattr(torch, config.training.param_dtype),
+        seq_len=config.training.seq_len,
+    )
+    options = options_of(config, core)
+    return replace(spec, model_config=own, core=core, core_reason=reason, options=options)
 
 
 def resolve_model(

@@ -5,7 +5,7 @@ It computes log-probabilities, and losses that do not depend on the mesh.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,11 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_ulysses.data.loader import Loader
+from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, join_slices
-from titan_ulysses.observability.metrics import perplexity
+from titan_ulysses.observability.metrics import (
+    describe_pairs,
+    describe_validation,
+    perplexity,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +79,36 @@ class Evaluation(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {**self._asdict(), "perplexity": self.perplexity}
+
+    def describe(self) -> list[str]:
+        return describe_validation(self.loss, self.by_position)
+
+
+class PairEvaluation(NamedTuple):
+    """The mean DPO loss of pairs of completions, the same on every rank and mesh."""
+
+    loss: float
+    pairs: int
+    """Number of pairs that the loss is the mean of."""
+    sequences: int
+    """Number of sequences that were read (see `spread`)."""
+    rewards: dict[str, float]
+    """The mean rewards `chosen` and `rejected`, their `margins`, and the `accuracies`."""
+
+    def as_json(self) -> dict[str, Any]:
+        return self._asdict()
+
+    def describe(self) -> list[str]:
+        return describe_pairs(self.loss, self.rewards)
+
+
+REWARDS = ("chosen", "rejected", "margins", "accuracies")
+"""Metrics of pairs: the rewards of both completions, their difference, and whether it is > 0."""
+
+
+def pairs_of(documents: tuple[int, ...]) -> int:
+    """Return how many pairs a row of these documents holds; an odd one is padding."""
+    return len(documents) // 2
 
 
 def position_edges(seq_len: int) -> list[int]:
@@ -145,3 +179,40 @@ def evaluate(
         (edge, loss / n, int(n)) for edge, loss, n in zip(edges, losses, counts, strict=True) if n
     ]
     return Evaluation(sum(losses) / tokens, tokens, read, ranges)
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    model: PreTrainedModel,
+    loader: Loader,
+    mesh: Mesh,
+    of_pairs: Callable[[Batch], tuple[Tensor, Tensor]],
+    *,
+    sequences: int = 0,
+) -> PairEvaluation:
+    """Return the mean loss and rewards of held-out pairs (see `evaluate`).
+
+    of_pairs returns the loss [N] and the REWARDS [N, 4] of each pair of this rank's rows.
+    Collective.
+    """
+    batches = held_out_batches(loader, sequences)
+    # The sum of losses, those of the rewards, and the number of pairs.
+    sums = torch.zeros(2 + len(REWARDS), dtype=torch.float64, device=mesh.device)
+    trains = model.training
+    model.eval()
+    try:
+        for indices in batches:
+            batch = loader.read(indices).to(mesh.device)
+            each, rewards = of_pairs(batch)
+            # Rows that fill up a batch come last.
+            rows = max(0, len(indices) - loader.batch_rank * loader.batch_size)
+            count = sum(map(pairs_of, batch.documents[:rows]))
+            sums[0] += each[:count].sum()
+            sums[1:-1] += rewards[:count].sum(dim=0)
+            sums[-1] += count
+    finally:
+        model.train(trains)
+    dist.all_reduce(sums, group=mesh.batch.get_group())
+    loss, *rewards, pairs = sums.tolist()
+    means = dict(zip(REWARDS, (value / pairs for value in rewards), strict=True))
+    return PairEvaluation(loss / pairs, int(pairs), sum(map(len, batches)), means)

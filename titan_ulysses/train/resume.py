@@ -28,15 +28,21 @@ def data_settings(config: Config) -> dict[str, Any]:
 
 
 def warnings_of(
-    config: Config, step: int, saved: dict[str, Any], content: dict[str, str]
+    config: Config, step: int, saved: dict[str, Any], *, content: dict[str, str], beside: int
 ) -> list[str]:
     """Return warnings for what leads to other data than the run would have read: settings, or files
-    that have changed.
+    that have changed; and for a reference or teacher with other weights.
 
     saved: run.json of the checkpoint. That of an earlier version has no settings and no hashes.
-    content: the hashes of the documents that are there now, by source.
+    content: the hashes of the documents that are there now, by source. beside: the fingerprint of
+    the second model's weights.
     """
     seed, found = saved.get("rng", {}).get("seed"), []
+    if saved.get("beside", beside) != beside:
+        found.append(
+            f"WARNING: [loss]: the reference or teacher is not the one beside which step {step} "
+            "was trained: the loss goes on with the new one."
+        )
     if seed not in (None, config.training.seed):
         found.append(
             f"WARNING: training.seed = {config.training.seed}, and it was {seed} when step {step} "

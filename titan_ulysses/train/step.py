@@ -6,7 +6,7 @@ A step runs forward and backward for each micro-batch, clips the gradients, and 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import reduce
 from typing import NamedTuple
 
@@ -21,10 +21,10 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.failure import first_failure
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.memory.tiling import tiles
 from titan_ulysses.model.hf import named_parameters
+from titan_ulysses.train.loss import CrossEntropy
 
 _NORM_PART = 2**20
 """Elements of a gradient that are copied to fp64 at once (8 MiB).
@@ -43,6 +43,12 @@ class StepMetrics(NamedTuple):
     """The mean over the batches, without its coefficient; None for a model without router loss."""
     parts: Parts
     """This rank's own, to find out where a number came from that is not finite."""
+    rows: list[Tensor] = []  # noqa: RUF012  a default that nobody changes
+    """for each micro-batch [2, B] fp64: this rank's part of the losses of its rows, summed, and of
+    their number; empty if the loss does not know them
+    """
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012
+    """other metrics, of all ranks, by name"""
 
     @property
     def is_finite(self) -> Tensor:
@@ -69,25 +75,31 @@ def train_step(
     *,
     max_norm: float,
     skip_nonfinite: bool = False,
+    loss: CrossEntropy | None = None,
 ) -> StepMetrics:
     """Run one optimizer step over the batches that make it up, without waiting for the device.
+
+    loss: that of the run; None: cross-entropy.
 
     skip_nonfinite: leave parameters and optimizer state as they are if loss or gradient norm are
     not finite. That is decided on the device, and alike on all ranks, which have the same loss and
     norm. AdamW here and in torch takes it as `found_inf`, as from a gradient scaler.
     """
-    # The valid labels of the whole step: each loss is divided by their number.
-    num_items = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
-    dist.all_reduce(num_items, group=mesh.loss.get_group())
-    total, router_loss = torch.zeros(2, dtype=torch.float64, device=num_items.device).unbind()
-    own_losses = []
+    loss = loss or CrossEntropy(model, mesh)
+    # The labels (or pairs) of the whole step: each loss is divided by their number.
+    count = loss.count(batches)
+    total, router_loss = torch.zeros(2, dtype=torch.float64, device=count.device).unbind()
+    own_losses, metrics = [], Counter[str]()
+    rows: list[Tensor] = []
     for batch in batches:
-        output = model(**vars(batch), num_items_in_batch=num_items)
-        output.loss.backward()
-        total += output.loss.detach()
+        part = loss(batch, count)
+        part.loss.backward()
+        total += part.loss.detach()
         own_losses.append(model.own_loss)
-        if has_router_loss := "aux_loss" in output:
-            router_loss += output.aux_loss.detach() / len(batches)
+        rows += [] if part.rows is None else [part.rows]
+        metrics.update(part.metrics)
+        if has_router_loss := part.router_loss is not None:
+            router_loss += part.router_loss.detach() / len(batches)
         if batch is not batches[-1]:
             _upcast_grads_to_fp32(model)
     pieces: list[tuple[list[int], Tensor]] = []
@@ -97,7 +109,8 @@ def train_step(
         torch.cat([norms for _, norms in pieces]),
         [owner for owners, _ in pieces for owner in owners],
     )
-    shown = StepMetrics(total, grad_norm, router_loss if has_router_loss else None, parts)
+    aux_loss = router_loss if has_router_loss else None
+    shown = StepMetrics(total, grad_norm, aux_loss, parts, rows, dict(metrics))
     if skip_nonfinite:
         optimizer.found_inf = (~shown.is_finite).float()
     optimizer.step()

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from titan_ulysses.distributed.mesh import Mesh
     from titan_ulysses.observability.metrics import PeakMemory
     from titan_ulysses.setup.resolve import RunSpec
+    from titan_ulysses.train.loss import CrossEntropy
 
 
 class Run(Protocol):
@@ -53,6 +54,7 @@ class Run(Protocol):
     validation_loader: Loader | None
     step: int
     float8_layers: int
+    loss: CrossEntropy
     attention_kernel: str | None
     plan_lines: list[str]
     peak_memory: PeakMemory
@@ -111,6 +113,8 @@ def _choices(run: Run) -> list[str]:
             f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one "
             "tile"
         )
+    if about := run.loss.describe(run.config):
+        lines.append(markup.escape(about))
     if layers := describe_layers(run.model, run.mesh.device.type):
         lines.append(markup.escape(layers))
     if streaming:

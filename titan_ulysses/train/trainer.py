@@ -36,7 +36,6 @@ from titan_ulysses.observability.metrics import (
     MetricsLogger,
     PeakMemory,
     attention_flops,
-    describe_validation,
     flops_per_token,
 )
 from titan_ulysses.observability.profiling import profiled
@@ -52,10 +51,11 @@ from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
 from titan_ulysses.train.drift import expect_no_drift
-from titan_ulysses.train.evaluation import Evaluation, evaluate, held_out_batches
+from titan_ulysses.train.evaluation import Evaluation, PairEvaluation, held_out_batches
 from titan_ulysses.train.exhausted import named_out_of_memory
 from titan_ulysses.train.folder import RunFolder
 from titan_ulysses.train.imbalance import Imbalance
+from titan_ulysses.train.loss import build_loss, details
 from titan_ulysses.train.nonfinite import NonFinite
 from titan_ulysses.train.preflight import Preflight, timeout_of_step
 from titan_ulysses.train.resume import data_settings, warnings_of
@@ -166,8 +166,10 @@ class Trainer:
         )
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
         self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
+        self.loss = build_loss(self.spec, self.model, self.mesh)
         offload = config.memory.parameter_offload
         hf.allocate(self.model, self.mesh.device, parameter_offload=offload)
+        self.loss.allocate(parameter_offload=offload)
         if base := base_weights(config):
             weights.keep_generation_config(self.model, base.path)
 
@@ -188,6 +190,7 @@ class Trainer:
                 offload=self.config.memory.optimizer_offload,
                 skips=self.config.training.skip_nonfinite > 0,
             )
+        self.loss.fill(self.config)
         self.step = self._resume_or_initialize()
         self.collectives: dict[str, dict[str, int]] = {}
         self.imbalance = Imbalance()
@@ -217,11 +220,12 @@ class Trainer:
         """Return whether the weights that the run began with are needed.
 
         A resumed run with frozen parameters needs them too, because a checkpoint holds only what is
-        trained.
+        trained, and so does one whose loss refers to them.
         """
-        if self.config.lora.rank or self.config.model.freeze or not self.config.checkpoint.enable:
-            return True
-        return not self.saved_steps
+        config = self.config
+        refers = config.loss.name == "dpo" and not config.loss.reference
+        frozen = config.lora.rank or config.model.freeze or refers
+        return bool(frozen or not config.checkpoint.enable or not self.saved_steps)
 
     def _open_folder(self) -> None:
         """Make the run's folder and write the resolved config to it; UserError if that fails."""
@@ -277,8 +281,11 @@ class Trainer:
         if self.loader:
             self.loader.load_state_dict(state["loader"])
             self.numbers.skipped = state.get("skipped", 0)
-            content = self.loader.sequences.content()
-            for warning in warnings_of(self.config, step, state, content):
+            now = {
+                "content": self.loader.sequences.content(),
+                "beside": self.loss.fingerprint(),
+            }
+            for warning in warnings_of(self.config, step, state, **now):
                 self._say(warning)
         return step
 
@@ -349,7 +356,7 @@ class Trainer:
         self._run_folder.write(
             "evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n"
         )
-        self._say(f"{weights_of}: " + "\n".join(describe_validation(found.loss, found.by_position)))
+        self._say(f"{weights_of}: " + "\n".join(found.describe()))
         self._say(f"Written to {self.folder / 'evaluation.json'}")
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -474,6 +481,7 @@ class Trainer:
                 self.mesh,
                 max_norm=config.training.max_norm,
                 skip_nonfinite=config.training.skip_nonfinite > 0,
+                loss=self.loss,
             )
         self.numbers.note(self.step + 1, shown)
         if counter:
@@ -535,6 +543,7 @@ class Trainer:
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         balance = self.imbalance.take()
+        of_loss = details(shown, self.loader, self.mesh)
         peak = torch.tensor(self.peak_memory.gib())
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self._clock
@@ -546,7 +555,7 @@ class Trainer:
             values = {
                 "loss": loss,
                 "grad_norm": grad_norm,
-                "router_loss": None if shown.router_loss is None else shown.router_loss.item(),
+                **of_loss,
                 "skipped_steps": self.numbers.skipped,
                 "lr": lr,
                 "tokens": self.step * self.degrees.global_batch_size * config.seq_len,
@@ -585,17 +594,17 @@ class Trainer:
         yield
         self._clock += time.perf_counter() - started
 
-    def _validate(self, logger: MetricsLogger | None) -> Evaluation:
+    def _validate(self, logger: MetricsLogger | None) -> Evaluation | PairEvaluation:
         assert self.validation_loader is not None
         sequences = self.config.validation.steps * self.degrees.global_batch_size
         tokens = self.spec.local_tokens * len(held_out_batches(self.validation_loader, sequences))
         self.progress.begin(
             f"validation at step {self.step}", tokens=tokens, is_step=self.optimizer is None
         )
-        found = evaluate(self.model, self.validation_loader, self.mesh, sequences=sequences)
+        found = self.loss.evaluate(self.validation_loader, sequences)
         if logger:
-            names = ("loss", "tokens", "sequences", "by_position")
-            logger.log(self.step, {f"validation_{name}": getattr(found, name) for name in names})
+            values = found._asdict().items()
+            logger.log(self.step, {f"validation_{name}": value for name, value in values})
         return found
 
     def save(self) -> None:
@@ -609,6 +618,7 @@ class Trainer:
             "rng": {"seed": self.config.training.seed},
             "data": data_settings(self.config),
             "content": self.loader.sequences.content(),
+            "beside": self.loss.fingerprint(),
             "skipped": self.numbers.skipped,
         }
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
