@@ -121,6 +121,7 @@ COUNTED: Settings = {
     "validation.enable": True,
     "validation.steps": 0,
 }
+TOKENS = "$MATERIAL/tokens.jsonl"
 RECORDS: Settings = {"data.source": "jsonl", "data.path": "$MATERIAL/records.jsonl"}
 HELD_OUT_RECORDS: Settings = RECORDS | COUNTED | {"validation.path": "$MATERIAL/records.jsonl"}
 CHATS: Settings = COUNTED | {"data.source": "chat", "data.path": "$MATERIAL/chats.jsonl"}
@@ -238,6 +239,11 @@ DATA = {
         Case("jsonl", said("data: 12 document(s)"), {"data.path": "$MATERIAL/mixed"}),
         Case("hf", said("data: 9 document(s)"), {"data.path": "$MATERIAL/dataset"}),
         Case("chat", said("data: 6 document(s)"), CHATS),
+        Case(
+            "tokens",
+            lambda run, _: tokens(run) == 12 * len("the text\n") and labels(run) == 12 * 4,
+            COUNTED | {"data.path": TOKENS, "validation.path": TOKENS},
+        ),
     ],
     "data.path": [Case("$MATERIAL/texts", said("data: 20 document(s)"))],
     "data.extensions": [Case([".md"], said("data: 2 document(s)"))],

@@ -70,6 +70,9 @@ def write_earlier_run(folder: Path) -> None:
 def _write_records(folder: Path) -> None:
     record = {"text": "the text", "body": "another text", "q": "what is it? ", "a": "1234"}
     lines = "".join(json.dumps(record) + "\n" for _ in range(12))
+    ids = [*b"the text", 256]
+    token_record = {"input_ids": ids, "labels": 5 * [-100] + ids[5:]}
+    (folder / "tokens.jsonl").write_text(12 * (json.dumps(token_record) + "\n"))
     (folder / "mixed").mkdir()
     (folder / "mixed" / "one.txt").write_text(
         "the only text of this folder, with more than 32 bytes"

@@ -142,14 +142,14 @@ def _training_problems(config: Config) -> list[str]:
 
 
 _READ_BY = {
-    "extensions": ("text", "jsonl", "chat"),
+    "extensions": ("text", "jsonl", "chat", "tokens"),
     "encoding": ("text", "jsonl", "chat"),
     "text_field": ("jsonl", "hf"),
     "prompt_field": ("jsonl", "hf"),
     "messages_field": ("chat",),
     "tools_field": ("chat",),
-    "subset": ("hf", "chat"),
-    "split": ("hf", "chat"),
+    "subset": ("hf", "chat", "tokens"),
+    "split": ("hf", "chat", "tokens"),
 }
 """Keys of a data source that only some kinds of source read, with the names of those kinds."""
 
@@ -221,7 +221,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
                 f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it '
                 f"is read from {readers} alone. Set {setting}.source, or leave {setting}.{key} out"
             )
-    if source.streaming and source.source not in ("hf", "chat"):
+    if source.streaming and source.source not in ("hf", "chat", "tokens"):
         problems.append(
             f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = '
             '"hf"'

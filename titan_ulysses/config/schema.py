@@ -265,11 +265,12 @@ class LoRA(Section):
 class SourceSettings(Section):
     """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
-    source: Literal["text", "jsonl", "hf", "chat"] = Field(
+    source: Literal["text", "jsonl", "hf", "chat", "tokens"] = Field(
         "text",
         description="Kind of data. text: each file is a document. jsonl: each line of JSON "
         "lines, or row of parquet, is one. hf: each row of a Hugging Face data set is one. chat: "
-        "each row is a conversation with a list of messages.",
+        "each row is a conversation with a list of messages. tokens: each row has input_ids, or "
+        "the files are Megatron's .bin and .idx.",
     )
     path: PathText = Field(
         "",
@@ -279,7 +280,8 @@ class SourceSettings(Section):
     extensions: list[str] = Field(
         [],
         description="Extensions of the files of a folder that are read. Empty: .txt for text, "
-        "and .jsonl, .json (also with .gz or .zst) and .parquet for jsonl and chat.",
+        "and .jsonl, .json (also with .gz or .zst) and .parquet for jsonl and chat; .jsonl, "
+        ".parquet, .arrow and .idx for tokens.",
     )
     encoding: str = Field(
         "utf-8",
@@ -311,17 +313,19 @@ class SourceSettings(Section):
     )
     train_on: Literal["assistant", "all"] = Field(
         "assistant",
-        description="What is trained on in chats and prompts. assistant: the assistant's turns "
-        "and the completions. all: every token.",
+        description="What is trained on in chats, prompts and tokens. assistant: the assistant's "
+        "turns, the completions, and the tokens that have labels. all: every token.",
     )
     subset: str = Field(
-        "", description="hf, chat: configuration of the data set. Empty: its default configuration."
+        "", description="hf, chat, tokens: configuration of the data set. Empty: its default one."
     )
-    split: str = Field("train", min_length=1, description="hf, chat: split of the data set.")
+    split: str = Field(
+        "train", min_length=1, description="hf, chat, tokens: split of the data set."
+    )
     streaming: bool = Field(
         False,
-        description="hf, chat: read and tokenize the data set during training, without preparing "
-        "it first. For data that is too large to prepare.",
+        description="hf, chat, tokens: read and tokenize the data set during training, without "
+        "preparing it first. For data that is too large to prepare.",
     )
     bad_lines: Literal["stop", "skip"] = Field(
         "stop",
@@ -650,7 +654,9 @@ class Validation(Section):
         description="Held-out data, read with the other keys of [data]. Empty: validation.split, "
         "or else every 100th document of the training data, which is then not trained on.",
     )
-    split: str = Field("", description="hf, chat: split with the held-out data. Empty: data.split.")
+    split: str = Field(
+        "", description="hf, chat, tokens: split with the held-out data. Empty: data.split."
+    )
 
 
 class Plan(Section):

@@ -1,9 +1,9 @@
-"""The sources of documents: text files, and files of records (JSON lines, JSON, parquet).
+"""The sources of documents: text files, and files of records (JSON lines, JSON, parquet, arrow).
 
 A source yields rows, each with the place where it was found, in the same order on every machine and
 rank. A row that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
-whether to skip it. A record holds a text, a prompt and completion, or a chat. The rows of Hugging
-Face data sets are in datasets.py.
+whether to skip it. A record holds a text, a prompt and completion, a chat, or tokens (tokens.py).
+The rows of Hugging Face data sets are in datasets.py.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.files import digest, find_files, read_text
+from titan_ulysses.data.tokens import TOKEN_EXTENSIONS, Tokens, token_records, tokens_of
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 
@@ -27,6 +28,7 @@ RECORD_EXTENSIONS = [
 ] + [".parquet"]
 LONE_SURROGATE_ERROR = "half of a surrogate pair in it is no character"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class Completion(NamedTuple):
@@ -42,7 +44,7 @@ class Chat(NamedTuple):
 class Row(NamedTuple):
     place: str
     """the file's name and the line or row in it, for messages"""
-    content: str | bytes | Completion | Chat
+    content: str | bytes | Completion | Chat | Tokens
 
 
 class BadRow(NamedTuple):
@@ -97,7 +99,7 @@ class TextRows(Rows):
 
 
 class RecordRows(Rows):
-    """JSON-lines, JSON and parquet files, one row per record. Progress is counted in bytes.
+    """JSON-lines, JSON, parquet and arrow files, one row per record. Progress is in bytes.
 
     `.gz` and `.zst` files are decompressed while they are read.
     """
@@ -105,8 +107,9 @@ class RecordRows(Rows):
     def __init__(self, source: SourceSettings, setting: str) -> None:
         super().__init__()
         self.source, self.setting = source, setting
+        default = TOKEN_EXTENSIONS if source.source == "tokens" else RECORD_EXTENSIONS
         self.files = find_files(
-            source.path, extensions=source.extensions or RECORD_EXTENSIONS, setting=setting
+            source.path, extensions=source.extensions or default, setting=setting
         )
         self.total = sum(file.stat().st_size for file in self.files.values())
 
@@ -114,7 +117,8 @@ class RecordRows(Rows):
         before = 0
         for name, file in self.files.items():
             self.done = before
-            records = self._parquet if file.suffix.lower() == ".parquet" else self._json
+            readers = {".parquet": self._parquet, ".arrow": self._arrow}
+            records = readers.get(file.suffix.lower(), self._json)
             try:
                 for number, record in records(file):
                     yield read_record(record, self.source, f"{name}:{number}")
@@ -172,9 +176,34 @@ class RecordRows(Rows):
         with pyarrow.parquet.ParquetFile(file) as table:
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
-                    yield from enumerate(batch.to_pylist(), start=number + 1)
+                    yield from enumerate(self._records(batch), start=number + 1)
                     number += batch.num_rows
                 self.done = before + size * (group + 1) // table.num_row_groups
+
+    def _arrow(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (row number from 1, fields) of each row of an Arrow file, or stream in a file."""
+        import pyarrow
+
+        before, number = self.done, 0
+        with pyarrow.memory_map(str(file)) as mapped:
+            is_file = mapped.read(6) == b"ARROW1"
+            mapped.seek(max(0, mapped.size() - 8))
+            if not is_file and mapped.read() != _END_OF_STREAM:
+                # Its reader would take any end between two batches for the end of the stream.
+                raise ValueError("it has no mark of its end: it is cut short, or no Arrow file")
+            mapped.seek(0)
+            if is_file:
+                table = pyarrow.ipc.open_file(mapped)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(mapped))
+            for batch in batches:
+                yield from enumerate(self._records(batch), start=number + 1)
+                number += batch.num_rows
+                self.done = before + mapped.tell()
+
+    def _records(self, batch: Any) -> Iterable[dict[str, Any]]:
+        return token_records(batch) if self.source.source == "tokens" else batch.to_pylist()
 
 
 def _ends_lines_with_a_byte(encoding: str) -> bool:
@@ -196,7 +225,7 @@ def _parse(line: bytes, encoding: str) -> Any:
 
 
 def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
-    """Return the row of one record: its text, its prompt and completion, or its chat."""
+    """Return the row of one record: its text, prompt and completion, chat, or tokens."""
     if isinstance(record, ValueError | RecursionError):
         return BadRow(
             place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record)
@@ -205,6 +234,11 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
         return BadRow(place, f"a JSON {type(record).__name__}, not an object with fields")
     if source.source == "chat":
         return _read_chat(record, source, place)
+    if source.source == "tokens":
+        try:
+            return Row(place, tokens_of(record))
+        except ValueError as error:
+            return BadRow(place, str(error))
     names = field_names(source)
     for name in names:
         if not isinstance(record.get(name), str):
@@ -217,6 +251,8 @@ def field_names(source: SourceSettings) -> list[str]:
     """Return the fields that every row must have."""
     if source.source == "chat":
         return [source.messages_field]
+    if source.source == "tokens":
+        return ["input_ids"]
     return (
         [source.prompt_field, source.completion_field]
         if source.prompt_field
