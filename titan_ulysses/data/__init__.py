@@ -103,7 +103,13 @@ def _read(
     corpus, tally = read_corpus(
         source, encoder, cache_folder=config.data.cache_folder, setting=setting
     )
-    return corpus, tally.notes()
+    notes = tally.notes()
+    if source.source == "chat" and tally.divided:
+        notes.append(
+            f"{tally.divided:,} chat(s) became {tally.parts:,} samples, because the chat template "
+            "writes earlier turns differently once others follow"
+        )
+    return corpus, notes
 
 
 def _stream(

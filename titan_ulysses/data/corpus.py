@@ -130,6 +130,10 @@ class CorpusStats:
     empty: int = 0
     bad: int = 0
     first_bad: str = ""
+    divided: int = 0
+    """rows that became several documents"""
+    parts: int = 0
+    """those documents"""
 
     def keep(
         self, encoded: Iterable[Encoded | BadRow], *, setting: str, skip: bool
@@ -154,7 +158,10 @@ class CorpusStats:
             elif not len(document.ids):
                 self.empty += 1
             else:
-                self.documents += 1 if document.lengths is None else len(document.lengths)
+                parts = 1 if document.lengths is None else len(document.lengths)
+                self.documents += parts
+                if parts > 1:
+                    self.divided, self.parts = self.divided + 1, self.parts + parts
                 self.tokens += len(document.ids)
                 yield document
 

@@ -85,7 +85,8 @@ class Encoder:
         if encoded.trained is not None and not encoded.trained[1:].any():
             return BadRow(
                 row.place,
-                "nothing in it is trained on (no turn of the assistant, or an empty completion)",
+                "nothing in it is trained on (no turn of the assistant, none without "
+                '"train": false, or an empty completion)',
             )
         return encoded
 

@@ -39,6 +39,8 @@ class Completion(NamedTuple):
 class Chat(NamedTuple):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    untrained: frozenset[int] = frozenset()
+    """messages of the assistant, by number from 0, that are not trained on"""
 
 
 class Row(NamedTuple):
@@ -271,6 +273,8 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
             return BadRow(place, f"message {number} has no role")
+        if problem := _problem_of_flag(message):
+            return BadRow(place, f"message {number}: {problem}")
     # A column has one type and the schemas of tools differ, so data sets store tools as JSON text.
     if isinstance(tools, str):
         try:
@@ -281,7 +285,20 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
         tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
     ):
         return BadRow(place, f"{source.tools_field} is not a list of tools")
-    return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None))
+    untrained = frozenset(i for i, message in enumerate(messages) if message.get("train") is False)
+    # Templates get the messages without the flag: some write all that a message holds.
+    messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+    return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None, untrained))
+
+
+def _problem_of_flag(message: dict[str, Any]) -> str | None:
+    """Return what is wrong with the flag "train" of a message, which may be missing or null."""
+    flag = message.get("train")
+    if flag is not None and not isinstance(flag, bool):
+        return f'"train" is {json.dumps(flag, default=str)[:40]}, neither true nor false'
+    if flag and message["role"] != "assistant":
+        return f'"train" is true, and its role is "{message["role"]}": only "assistant" is trained'
+    return None
 
 
 def _without_nulls(value: Any) -> Any:
