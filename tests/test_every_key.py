@@ -606,6 +606,13 @@ CHECKPOINT = {
             SAVED | {"checkpoint.interval": 1, "training.steps": 3},
         ),
     ],
+    "checkpoint.keep_best": [
+        Case(
+            True,
+            lambda run, _: manifest(run)["best"]["keep"],
+            SAVED | VALIDATED | {"validation.interval": 1},
+        )
+    ],
     "checkpoint.shared": [
         Case(False, lambda run, _: set(manifest(run).get("hosts", ())) == {host_name()}, SAVED)
     ],
@@ -644,6 +651,24 @@ CHECKPOINT = {
             CHATS | {"validation.path": None},
         ),
         Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED),
+    ],
+    # What these do is in test_validation_sets.py.
+    "validation.sets": [
+        Case(
+            [{"name": "mixed", "path": "$MATERIAL/mixed"}],
+            lambda run, _: run.of_validations("sets")[0]["mixed"]["tokens"] > 0,
+            VALIDATED,
+        )
+    ],
+    "validation.metric": [
+        Case("other/loss", refused('validation.metric = "other/loss": no validation set has it'))
+    ],
+    "validation.patience": [
+        Case(
+            1,
+            lambda run, _: len(losses(run)) == 2,
+            VALIDATED | {"validation.interval": 1, "optimizer.lr": 0.0, "training.steps": 3},
+        )
     ],
     "metrics.log_interval": [Case(2, lambda run, _: [line["step"] for line in run.lines] == [2])],
     "metrics.enable_wandb": [

@@ -17,6 +17,7 @@ def combination_problems(config: Config) -> list[str]:
         *_lora_problems(config),
         *_data_problems(config),
         *_training_problems(config),
+        *_validation_problems(config),
     ]
 
 
@@ -168,7 +169,7 @@ def _data_problems(config: Config) -> list[str]:
             f"data.path = {to_toml(data.path)} and [[data.mixture]] are both set: clear one, with "
             'data.path = ""'
         )
-    apart = validation.enable and (validation.path or validation.split)
+    apart = validation.enable and (validation.path or validation.split or validation.sets)
     # With separate held-out data, the keys of [data] are in use: they say how it is read.
     if data.mixture and not apart:
         problems += [
@@ -186,8 +187,60 @@ def _data_problems(config: Config) -> list[str]:
     return problems
 
 
+def _validation_problems(config: Config) -> list[str]:
+    validation, problems = config.validation, []
+    names = [entry.name for entry in validation.sets]
+    for number, entry in enumerate(validation.sets):
+        setting = f"validation.sets[{number}]"
+        problems += _source_problems(config, setting, entry)
+        if not entry.path:
+            problems.append(f"{setting}.path is not set: every validation set needs a path")
+        if not entry.name or entry.name in names[:number]:
+            why = "is another set's too" if entry.name else "is not set"
+            problems.append(f"{setting}.name = {to_toml(entry.name)} {why}: give each set its own")
+        if entry.streaming:
+            problems.append(
+                f"{setting}.streaming = true: held-out data is read as a whole. Set it to false"
+            )
+    for key in ("path", "split"):
+        if validation.sets and (value := getattr(validation, key)):
+            problems.append(
+                f"validation.{key} = {to_toml(value)} and [[validation.sets]] are both set: clear "
+                f'one, with validation.{key} = ""'
+            )
+    return problems + _best_problems(config, ["loss", *(f"{name}/loss" for name in names)])
+
+
+def _best_problems(config: Config, metrics: list[str]) -> list[str]:
+    """Return the problems of what depends on the best validation, of which there are `metrics`."""
+    validation, problems = config.validation, []
+    keeps, patience = config.checkpoint.keep_best, validation.patience
+    if validation.metric not in metrics:
+        problems.append(
+            f"validation.metric = {to_toml(validation.metric)}: no validation set has it. There "
+            f"is {', '.join(map(to_toml, metrics))}"
+        )
+    if validation.metric != "loss" and not keeps and not patience:
+        problems.append(
+            f"validation.metric = {to_toml(validation.metric)} is used by nothing: set "
+            "checkpoint.keep_best or validation.patience"
+        )
+    users = {"checkpoint.keep_best = true": keeps, f"validation.patience = {patience}": patience}
+    problems += [
+        f"{setting} needs validations: set validation.enable = true"
+        for setting, is_set in users.items()
+        if is_set and not validation.enable
+    ]
+    if keeps and not config.checkpoint.enable:
+        problems.append(
+            "checkpoint.keep_best = true with checkpoint.enable = false: no checkpoint is saved. "
+            "Set the second to true, or the first to false"
+        )
+    return problems
+
+
 def _source_problems(config: Config, setting: str, source: SourceSettings) -> list[str]:
-    """Return the problems of one source.
+    """Return the problems of one source, also of a validation set.
 
     `setting` is where the source's keys are: "data", or an entry such as "data.mixture[0]".
     """
@@ -234,7 +287,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
     if (
         source.streaming
         and config.validation.enable
-        and not (config.validation.path or config.validation.split)
+        and not (config.validation.path or config.validation.split or config.validation.sets)
     ):
         problems.append(
             f"{setting}.streaming = true: no document can be held out of a stream; set "

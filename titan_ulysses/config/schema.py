@@ -613,6 +613,11 @@ class Checkpoint(Section):
         le=10**6,
         description="Number of newest checkpoints to keep; older ones are deleted. 0: keep all.",
     )
+    keep_best: bool = Field(
+        False,
+        description="Also save and keep the checkpoint with the best validation.metric, and "
+        "export that one at the end.",
+    )
     folder: str = Field(
         "checkpoints",
         min_length=1,
@@ -632,6 +637,19 @@ class Checkpoint(Section):
         True,
         description="At the end, write the model to export/, which from_pretrained of "
         "transformers opens.",
+    )
+
+
+class ValidationSet(SourceSettings):
+    """An entry of [[validation.sets]]."""
+
+    name: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="Name of the set, in metrics and pictures: letters, digits, - and _.",
+    )
+    packing: Literal["", "none", "concat", "best_fit"] = Field(
+        "", description="How documents of this set fill sequences. Empty: data.packing."
     )
 
 
@@ -656,6 +674,24 @@ class Validation(Section):
     )
     split: str = Field(
         "", description="hf, chat, tokens: split with the held-out data. Empty: data.split."
+    )
+    sets: list[ValidationSet] = Field(
+        [],
+        description="Several named sets in place of validation.path: tables [[validation.sets]], "
+        "each with a name, the keys of a source in [data], and a packing.",
+    )
+    metric: str = Field(
+        "loss",
+        min_length=1,
+        description="Metric of checkpoint.keep_best and validation.patience. loss: of all "
+        "held-out data. NAME/loss: of the set NAME.",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="Validations in a row without a new best validation.metric after which the "
+        "run ends early. 0: never.",
     )
 
 

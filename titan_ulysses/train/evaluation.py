@@ -5,7 +5,7 @@ It computes log-probabilities, and losses that do not depend on the mesh.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,6 +75,21 @@ class Evaluation(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         return {**self._asdict(), "perplexity": self.perplexity}
+
+
+def together(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """Return the evaluation of the data of several sets, in which every token counts alike."""
+    found = [*evaluations]
+    if len(found) == 1:
+        return found[0]
+    sums: dict[int, tuple[float, int]] = {}
+    for first, loss, labels in (each for one in found for each in one.by_position):
+        total, count = sums.get(first, (0.0, 0))
+        sums[first] = total + loss * labels, count + labels
+    tokens = sum(one.tokens for one in found)
+    loss = sum(one.loss * one.tokens for one in found) / tokens
+    by_position = [(first, total / n, n) for first, (total, n) in sorted(sums.items())]
+    return Evaluation(loss, tokens, sum(one.sequences for one in found), by_position)
 
 
 def position_edges(seq_len: int) -> list[int]:
