@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.data import open_sequences
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.train.evaluation import spread
 
 
@@ -32,6 +34,11 @@ def held_out_loss(folder: Path, config: Path, tokens: int, sequences: int) -> fl
         folder, dtype=torch.float32, trust_remote_code=False
     ).eval()
     settings = load_config(config, [("validation.enable", True)])
+    if settings.validation.sets:
+        raise UserError(
+            f"{config}: [[validation.sets]] are several sets, and this script reads one: give a "
+            "--config with validation.path"
+        )
     _, held_out = open_sequences(
         settings, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     )
@@ -93,4 +100,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -4,7 +4,8 @@
     python scripts/plot.py outputs/short outputs/long --output pictures
 
 Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run
-validated, positions.png. They go to --output, which for a single run is its plots/ by default.
+validated, positions.png, and validation.png where it has named sets. They go to --output, which for
+a single run is its plots/ by default.
 Curves that coincide are all visible, because those of later runs are thinner and drawn on top.
 Needs matplotlib.
 """
@@ -115,6 +116,27 @@ def draw_loss(runs: dict[str, Lines], path: Path) -> None:
                 style = run.style | {"markerfacecolor": "white", "label": f"{run.name}: validation"}
                 axes.plot(steps, losses, run.marker + "--", **style)
         finish(figure, axes, ylabel="loss, nats a token")
+
+
+def draw_sets(runs: dict[str, Lines], path: Path) -> None:
+    """Draw the loss of each named validation set: of one run in a colour each, of several in a
+    line style each.
+    """
+    with picture(path, size=(9, 5)) as (figure, axes):
+        for run in drawn(runs):
+            lines = [line for line in run.lines if line.get("validation_sets")]
+            for number, name in enumerate(lines[-1]["validation_sets"] if lines else ()):
+                found = [
+                    (x["step"], x["validation_sets"][name]["loss"])
+                    for x in lines
+                    if name in x["validation_sets"]
+                ]
+                marker, line = MARKERS[number % len(MARKERS)], ("-", "--", ":", "-.")[number % 4]
+                style = run.style | {"label": f"{run.name}: {name}"}
+                if len(runs) == 1:
+                    style["color"] = COLORS[number % len(COLORS)]
+                axes.plot(*zip(*found, strict=True), marker + line, **style)
+        finish(figure, axes, ylabel="validation loss, nats a token")
 
 
 def draw_memory(runs: dict[str, Lines], path: Path) -> None:
@@ -233,6 +255,8 @@ def main(argv: list[str] | None = None) -> None:
         "speed": draw_speed,
         "positions": draw_positions,
     }
+    if any("validation_sets" in line for lines in runs.values() for line in lines):
+        pictures["validation"] = draw_sets
     if not any(map(validations, runs.values())):
         del pictures["positions"]
     for name, draw in pictures.items():

@@ -5,6 +5,9 @@ without its tags.
 from __future__ import annotations
 
 import json
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from helpers.runs import write_run
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.sources import BadRow, Chat, Row, read_record
 from titan_ulysses.distributed.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 few = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -120,6 +125,8 @@ SPECIAL += [
     "<end_of_turn>",
 ]
 SPECIAL += ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+SPECIAL += ["<think>", "</think>", "<|start|>", "<|channel|>", "<|message|>", "<|call|>"]
+SPECIAL += ["<|return|>"]
 TOOLS = [
     {
         "type": "function",
@@ -342,25 +349,242 @@ def test_tools_may_be_json(backend: Tokenizer) -> None:
     )
 
 
-def test_a_template_that_changes_earlier_turns_is_refused_by_name(
-    backend: Tokenizer, tmp_path
+# --- templates that write earlier turns differently once others follow ----------------------------
+
+# In the manner of Qwen3: thoughts are kept only behind the last question of the user, so through
+# calls of tools and what they answered; answers of tools stand together in one turn of the user.
+QWEN3 = """
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- if tools %}{{ '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}[[
+{%- if loop.index0 > ns.last and (loop.last or m.reasoning_content) %}
+{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{% endif %}
+{{- m.content or '' }}
+{%- for call in m.tool_calls or [] %}
+{{- '\\n<tool_call>\\n' + (call.function | tojson) + '\\n</tool_call>' }}{% endfor %}
+{{- '<|im_end|>' }}]]{{ '\\n' }}
+{%- elif m.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+# In the manner of gpt-oss: an analysis is a message of its own. It is dropped as soon as a final
+# answer follows, and the token that ends the last answer is another one than of earlier answers.
+HARMONY = """
+{%- set ns = namespace(final=-1) %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' and not m.tool_calls %}{% set ns.final = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- if tools %}{{ '<|start|>developer<|message|>' + (tools | tojson) + '<|end|>' }}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}{{ '<|start|>assistant' }}[[
+{%- if m.reasoning_content and (loop.index0 > ns.final or loop.last) %}
+{{- '<|channel|>analysis<|message|>' + m.reasoning_content + '<|end|><|start|>assistant' }}
+{%- endif %}
+{%- if m.tool_calls %}{% set call = m.tool_calls[0].function %}
+{{- ' to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}
+{{- (call.arguments | tojson) + '<|call|>' }}
+{%- else %}{{ '<|channel|>final<|message|>' + m.content }}
+{{- '<|return|>' if loop.last else '<|end|>' }}{% endif %}]]
+{%- elif m.role == 'tool' %}
+{{- '<|start|>functions.add to=assistant<|channel|>commentary<|message|>' + m.content + '<|end|>' }}
+{%- else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
+
+REWRITING = {"qwen3": QWEN3, "harmony": HARMONY}
+
+
+def call(**arguments) -> list[dict]:
+    return [{"type": "function", "function": {"name": "add", "arguments": arguments}}]
+
+
+AGENT = [
+    {"role": "user", "content": "What is 1 + 2, then + 4?"},
+    {"role": "assistant", "reasoning_content": "Add first.", "tool_calls": call(a=1, b=2)},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "reasoning_content": "Again.", "tool_calls": call(a=3, b=4)},
+    {"role": "tool", "content": "7"},
+    {"role": "assistant", "reasoning_content": "Done.", "content": "It is 7."},
+    {"role": "user", "content": "And + 1?"},
+    {"role": "assistant", "reasoning_content": "Easy.", "content": "8"},
+]
+
+
+def parts_of(encoded) -> list[tuple[list[int], list[bool]]]:
+    return [(part.ids.tolist(), part.trained.tolist()) for part in encoded.documents()]
+
+
+def turns_as_seen(tokenizer, messages: list[dict], tools) -> list[tuple[list[int], int, int]]:
+    """For each turn of the assistant, from transformers alone: the tokens that the model sees up to
+    and with it, and from where to where they are the turn's own.
+
+    They are those of the messages before with the generation prompt, and what the template marks as
+    the last turn when it is there.
+    """
+    found = []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            ids, mask = transformers_mask(tokenizer, Chat(messages[: number + 1], tools))
+            end = len(mask) - mask[::-1].index(1)
+            begin = end - [*mask[:end][::-1], 0].index(0)
+            seen = tokenizer.apply_chat_template(
+                messages[:number], tools=tools, add_generation_prompt=True
+            )["input_ids"]
+            found.append((seen + ids[begin:], len(seen), len(seen) + end - begin))
+    return found
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "unmarked"])
+@pytest.mark.parametrize("family", REWRITING)
+def test_each_turn_is_trained_as_the_model_sees_it(
+    family: str, marked: bool, backend: Tokenizer
 ) -> None:
-    tokenizer_with(backend, FORGETFUL).save_pretrained(tmp_path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    one = record(("user", "a"), ("assistant", "hm</think>b"))
-    several = record(
-        ("user", "a"), ("assistant", "hm</think>b"), ("user", "c"), ("assistant", "hm</think>d")
+    """Against transformers' rendering and mask of each prefix, token by token."""
+    reference = tokenizer_with(backend, REWRITING[family], marked=True)
+    tokenizer = tokenizer_with(backend, REWRITING[family], marked=marked)
+    found = parts_of(encoded(tokenizer, {"messages": AGENT, "tools": TOOLS}))
+    expected = turns_as_seen(reference, AGENT, TOOLS)
+    # The last question makes the template forget the thoughts before.
+    assert [len(ids) for ids, _ in found] == [len(expected[i][0]) for i in (2, 3)]
+    for (ids, mask), turns in zip(found, (expected[:3], expected[3:]), strict=True):
+        assert ids == turns[-1][0]
+        own = set()
+        for seen, begin, end in turns:
+            assert ids[:end] == seen[:end]
+            own |= {*range(begin, end)}
+        assert [i for i, is_trained in enumerate(mask) if is_trained] == sorted(own)
+    words = reference.decode([i for ids, m in found for i, t in zip(ids, m, strict=True) if t])
+    thoughts = [m["reasoning_content"] for m in AGENT if m["role"] == "assistant"]
+    assert [words.count(thought) for thought in thoughts] == 4 * [1]
+
+
+@few
+@given(data=st.data())
+@pytest.mark.parametrize("family", REWRITING)
+def test_any_chat_trains_each_turn_once(
+    family: str, backend: Tokenizer, data: st.DataObject
+) -> None:
+    chat = data.draw(chats(tools=True))
+    reference = tokenizer_with(backend, REWRITING[family], marked=True)
+    turns = turns_as_seen(reference, chat.messages, chat.tools)
+    expected = [token for seen, begin, end in turns for token in seen[begin:end]]
+    for marked in (True, False):
+        tokenizer = tokenizer_with(backend, REWRITING[family], marked=marked)
+        found = parts_of(Encoder(tokenizer)(Row("a", chat)))
+        assert [i for ids, m in found for i, t in zip(ids, m, strict=True) if t] == expected
+
+
+def test_a_turn_may_be_left_out(backend: Tokenizer) -> None:
+    tokenizer = tokenizer_with(backend, QWEN3)
+    messages = [dict(message) for message in AGENT]
+    messages[1]["train"] = messages[5]["train"] = False
+    messages[3]["train"] = True
+    messages[0]["train"] = None  # as Arrow gives it
+    found = parts_of(encoded(tokenizer, {"messages": messages, "tools": TOOLS}))
+    trained = tokenizer.decode([ids[i] for ids, m in found for i in range(len(ids)) if m[i]])
+    kept, left_out = ("Again.", "Easy."), ("Add first.", "Done.")
+    assert all(word in trained for word in kept) and not any(word in trained for word in left_out)
+    whole = parts_of(encoded(tokenizer, {"messages": AGENT, "tools": TOOLS}))
+    # The flag is not for the template, and what is not trained on is read all the same.
+    assert "Add first." in tokenizer.decode(found[0][0])
+    assert found[-1][0] == whole[-1][0]
+    refused = encoded(tokenizer, {"messages": messages, "tools": TOOLS}, train_on="all")
+    assert refused.reason.startswith('message 1 has "train": false, and data.train_on = "all"')
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "assistant", "content": "b", "train": "no"}, 'message 1: "train" is "no", neit'),
+        ({"role": "assistant", "content": "b", "train": 0}, 'message 1: "train" is 0, neither'),
+        ({"role": "user", "content": "b", "train": True}, 'message 1: "train" is true, and its'),
+    ],
+)
+def test_a_flag_that_is_none(message: dict, reason: str, backend: Tokenizer) -> None:
+    found = encoded(
+        tokenizer_with(backend, CHATML), {"messages": [{"role": "user", "content": "a"}, message]}
     )
-    # Nothing earlier: fine.
-    assert "hm</think>b<|im_end|>" in tokenizer.decode(encoded(tokenizer, one).ids)
+    assert isinstance(found, BadRow) and found.reason.startswith(reason)
+
+
+def test_a_template_that_cannot_tell_is_refused_by_name(backend: Tokenizer, tmp_path) -> None:
+    """It asks with a thought begun, and writes the answer without it."""
+    template = FORGETFUL.replace(
+        "assistant\\n' }}{% endif %}", "assistant\\n<think>' }}{% endif %}"
+    )
+    assert template != FORGETFUL
+    tokenizer_with(backend, template).save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    fields = record(("user", "a"), ("assistant", "b"))
     with pytest.raises(UserError) as caught:
-        encoded(tokenizer, several)
+        encoded(tokenizer, fields)
     message = str(caught.value)
     assert message.startswith(
-        f'chats.jsonl:7: model.tokenizer = "{tmp_path}": its chat template is not prefix-stable'
+        f'chats.jsonl:7: model.tokenizer = "{tmp_path}": its chat template has no way to tell'
     )
-    assert "message 2 of 4" in message and "{% generation %}" in message and "\n" not in message
-    assert encoded(tokenizer, several, train_on="all").trained is None
+    assert "message 2 of 2" in message and "{% generation %}" in message and "\n" not in message
+    assert encoded(tokenizer, fields, train_on="all").trained is None
+
+
+# --- seen from outside ----------------------------------------------------------------------------
+
+
+SHOWN = [
+    {"role": "user", "content": "What is 1 + 2?"},
+    {"role": "assistant", "reasoning_content": "Add them.", "tool_calls": call(a=1, b=2)},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+    {"role": "user", "content": "And + 1?"},
+    {"role": "assistant", "reasoning_content": "Easy.", "content": "4"},
+]
+
+
+def write_chats(folder: Path, backend: Tokenizer) -> Path:
+    """A config of chats in the manner of Qwen3, whose tokenizer is in `folder`."""
+    config = write_run(folder)
+    tokenizer_with(backend, QWEN3).save_pretrained(folder / "tokenizer")
+    lines = [{"messages": SHOWN}] + 3 * [record(("user", "a"), ("assistant", "b"))]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = config.read_text().replace('"bytes"', f'"{folder}/tokenizer"')
+    text = text.replace("vocab_size = 257", f"vocab_size = {backend.get_vocab_size()}")
+    data = f'source = "chat"\npath = "{folder}/chats.jsonl"\npacking = "best_fit"\n'
+    config.write_text(text.replace(f'path = "{folder}/data"\n', data))
+    return config
+
+
+def test_the_start_says_how_many_samples_chats_became(tmp_path, backend: Tokenizer) -> None:
+    from titan_ulysses.config.load import load_config
+    from titan_ulysses.data import open_sequences
+    from titan_ulysses.data.tokenizer import load_tokenizer
+
+    config = load_config(write_chats(tmp_path, backend), [("training.seq_len", 512)])
+    sequences, _ = open_sequences(config, load_tokenizer(config.model.tokenizer))
+    said = sequences.describe()
+    assert said.startswith("5 document(s)")
+    assert "1 chat(s) became 2 samples, because the chat template writes earlier turns" in said
+
+
+def test_show_data(tmp_path, backend: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it prints is what docs/data.md shows, and what is between brackets is what is trained
+    on.
+    """
+    show = runpy.run_path(str(ROOT / "scripts" / "show_data.py"), run_name="called")["main"]
+    config = write_chats(tmp_path, backend)
+    show(["--config", str(config), "--rows", "1"])
+    printed = capsys.readouterr().out
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    encoding = encoded(tokenizer, {"messages": SHOWN})
+    trained = [id for ids, m in parts_of(encoding) for id, t in zip(ids, m, strict=True) if t]
+    assert "".join(re.findall(r"\[\[(.*?)\]\]", printed, re.DOTALL)) == tokenizer.decode(trained)
+    page = (ROOT / "docs" / "data.md").read_text()
+    assert f"```console\n{printed}```" in page, printed
 
 
 def test_tokenizers_that_cannot(backend: Tokenizer) -> None:

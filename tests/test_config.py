@@ -155,7 +155,11 @@ def test_infinite_max_norm_is_allowed(toml: Path) -> None:
             "bytes",
             'data.encoding = "bytes" with model.tokenizer = "": raw bytes need model.tokenizer',
         ),
-        ("data.source", "csv", 'data.source = "csv": needs "text", "jsonl", "hf" or "chat"'),
+        (
+            "data.source",
+            "csv",
+            'data.source = "csv": needs "text", "jsonl", "hf", "chat" or "tokens"',
+        ),
         ("data.packing", "tight", 'data.packing = "tight": needs "none", "concat" or "best_fit"'),
         (
             "data.prompt_field",

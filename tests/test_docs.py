@@ -35,6 +35,7 @@ from helpers.models import LLAMA
 from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.runs import working_in
+from test_tokens import write_megatron
 from titan_ulysses import parallelize, shard
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
@@ -268,6 +269,7 @@ class Sandbox:
                 {"prompt": text[:9], "chosen": text[9:40], "rejected": "no"} for text in words
             ],
         }
+        write_megatron(self.home / "text_document", [[*text.encode(), 256] for text in words])
         for name, lines in rows.items():
             (self.home / f"{name}.jsonl").write_text(
                 "".join(json.dumps(line) + "\n" for line in lines)

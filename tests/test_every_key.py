@@ -122,6 +122,7 @@ COUNTED: Settings = {
     "validation.enable": True,
     "validation.steps": 0,
 }
+TOKENS = "$MATERIAL/tokens.jsonl"
 RECORDS: Settings = {"data.source": "jsonl", "data.path": "$MATERIAL/records.jsonl"}
 HELD_OUT_RECORDS: Settings = RECORDS | COUNTED | {"validation.path": "$MATERIAL/records.jsonl"}
 CHATS: Settings = COUNTED | {"data.source": "chat", "data.path": "$MATERIAL/chats.jsonl"}
@@ -248,6 +249,11 @@ DATA = {
         Case("hf", said("data: 9 document(s)"), {"data.path": "$MATERIAL/dataset"}),
         Case("chat", said("data: 6 document(s)"), CHATS),
         Case("preference", said("data: 8 document(s)"), DPO),
+        Case(
+            "tokens",
+            lambda run, _: tokens(run) == 12 * len("the text\n") and labels(run) == 12 * 4,
+            COUNTED | {"data.path": TOKENS, "validation.path": TOKENS},
+        ),
     ],
     "data.path": [Case("$MATERIAL/texts", said("data: 20 document(s)"))],
     "data.extensions": [Case([".md"], said("data: 2 document(s)"))],
@@ -656,6 +662,13 @@ CHECKPOINT = {
             SAVED | {"checkpoint.interval": 1, "training.steps": 3},
         ),
     ],
+    "checkpoint.keep_best": [
+        Case(
+            True,
+            lambda run, _: manifest(run)["best"]["keep"],
+            SAVED | VALIDATED | {"validation.interval": 1},
+        )
+    ],
     "checkpoint.shared": [
         Case(False, lambda run, _: set(manifest(run).get("hosts", ())) == {host_name()}, SAVED)
     ],
@@ -694,6 +707,24 @@ CHECKPOINT = {
             CHATS | {"validation.path": None},
         ),
         Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED),
+    ],
+    # What these do is in test_validation_sets.py.
+    "validation.sets": [
+        Case(
+            [{"name": "mixed", "path": "$MATERIAL/mixed"}],
+            lambda run, _: run.of_validations("sets")[0]["mixed"]["tokens"] > 0,
+            VALIDATED,
+        )
+    ],
+    "validation.metric": [
+        Case("other/loss", refused('validation.metric = "other/loss": no validation set has it'))
+    ],
+    "validation.patience": [
+        Case(
+            1,
+            lambda run, _: len(losses(run)) == 2,
+            VALIDATED | {"validation.interval": 1, "optimizer.lr": 0.0, "training.steps": 3},
+        )
     ],
     "metrics.log_interval": [Case(2, lambda run, _: [line["step"] for line in run.lines] == [2])],
     "metrics.enable_wandb": [

@@ -72,6 +72,9 @@ def _write_records(folder: Path) -> None:
     lines = "".join(json.dumps(record) + "\n" for _ in range(12))
     pair = {"prompt": "what is it? ", "chosen": "a tale", "rejected": "no", "best": "a fable"}
     (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 8)
+    ids = [*b"the text", 256]
+    token_record = {"input_ids": ids, "labels": 5 * [-100] + ids[5:]}
+    (folder / "tokens.jsonl").write_text(12 * (json.dumps(token_record) + "\n"))
     (folder / "mixed").mkdir()
     (folder / "mixed" / "one.txt").write_text(
         "the only text of this folder, with more than 32 bytes"

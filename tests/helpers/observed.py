@@ -65,7 +65,8 @@ class Seen:
         return [line[name] for line in self.lines if "loss" in line]
 
     def of_validations(self, name: str) -> list[Any]:
-        return [line[f"validation_{name}"] for line in self.lines if "validation_loss" in line]
+        lines = [line for line in self.lines if "validation_loss" in line]
+        return [line.get(f"validation_{name}") for line in lines]
 
     def moved(self) -> float:
         """How far training has moved the parameters: the norm of their change."""

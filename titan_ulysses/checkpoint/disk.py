@@ -72,7 +72,8 @@ def disk_needs(
     to_come += done < last and last % checkpoint.interval != 0  # that of the last step
     # The oldest checkpoint is removed after the newest is complete, so keep + 1 exist for a while.
     if checkpoint.keep_latest_k:
-        to_come = min(to_come, max(1, checkpoint.keep_latest_k + 1 - there))
+        kept = checkpoint.keep_latest_k + checkpoint.keep_best
+        to_come = min(to_come + checkpoint.keep_best, max(1, kept + 1 - there))
     return DiskNeeds(
         folder=config.job.dump_folder,
         free=shutil.disk_usage(

@@ -7,6 +7,7 @@ rng         {"seed": training.seed}, from which the random numbers of every step
 data        the settings that decide which sequence comes next; of a run of train.py
 content     a hash of the documents that were read, by source; of a run of train.py
 skipped     how many steps were skipped because they were not finite; of a run of train.py
+best        the best validation so far, and its step; of a run of train.py that validates
 optimizer   the format of the optimizer's state; null if there is none
 parameters  the shape of each parameter by name
 frozen      a fingerprint of what is frozen; 0 if nothing is
@@ -123,6 +124,13 @@ _OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "data": lambda value: isinstance(value, dict),
     "content": _table_of(lambda value: isinstance(value, str)),
     "skipped": _is_count,
+    "best": lambda value: (
+        isinstance(value, dict)
+        and all(_is_count(value.get(key)) for key in ("step", "waited"))
+        and isinstance(value.get("value"), float)
+        and isinstance(value.get("metric"), str)
+        and isinstance(value.get("keep"), bool)
+    ),
     "loop": lambda value: isinstance(value, dict),
     "save_id": lambda value: isinstance(value, str),
     "hosts": _table_of(lambda part: isinstance(part, dict) and isinstance(part["ranks"], list)),

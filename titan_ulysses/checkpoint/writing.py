@@ -45,7 +45,8 @@ class Writer:
     def write(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> str | None:
         """Write step-<step>, then remove all but the last `keep` checkpoints.
 
-        tensors: as `tensors_of` returns them. state: what else goes to run.json. If step-<step>
+        tensors: as `tensors_of` returns them. state: what else goes to run.json; the checkpoint
+        that its "best" tells to keep stays there too. If step-<step>
         exists already, nothing is written. Return, on every rank, why it failed, or None.
         """
         final = self.folder / f"step-{step}"
@@ -60,7 +61,9 @@ class Writer:
         dist.barrier(group=self.group)
         reason = self._write_and_publish(partial, final, tensors, state)
         if self.publishes:
-            _remove(*([partial, final] if reason else self._too_old()))
+            best = state.get("best") or {}
+            kept = best["step"] if best.get("keep") else None
+            _remove(*([partial, final] if reason else self._too_old(kept)))
         dist.barrier(group=self.group)  # no rank goes on before the folder is as it stays
         return reason
 
@@ -103,14 +106,14 @@ class Writer:
         dist.gather_object(pieces, gathered, dst=ranks[0], group=group)
         return {name: found for part in gathered or () for name, found in part.items()}
 
-    def _too_old(self) -> list[Path]:
+    def _too_old(self, best: int | None) -> list[Path]:
         if not self.keep:
             return []
         try:
             steps = sorted(steps_in(self.folder))
         except OSError:
             return []  # whoever reads the folder next says that it cannot be read
-        return [self.folder / f"step-{step}" for step in steps[: -self.keep]]
+        return [self.folder / f"step-{step}" for step in steps[: -self.keep] if step != best]
 
     def _first(self, reason: str | None) -> str | None:
         return first_failure(reason, group=self.group)

@@ -17,6 +17,7 @@ def combination_problems(config: Config) -> list[str]:
         *_lora_problems(config),
         *_data_problems(config),
         *_loss_problems(config),
+        *_validation_problems(config),
     ]
 
 
@@ -186,7 +187,7 @@ def _loss_problems(config: Config) -> list[str]:
 
 
 _READ_BY = {
-    "extensions": ("text", "jsonl", "chat", "preference"),
+    "extensions": ("text", "jsonl", "chat", "preference", "tokens"),
     "encoding": ("text", "jsonl", "chat", "preference"),
     "text_field": ("jsonl", "hf"),
     "prompt_field": ("jsonl", "hf", "preference"),
@@ -195,8 +196,8 @@ _READ_BY = {
     "rejected_field": ("preference",),
     "messages_field": ("chat",),
     "tools_field": ("chat",),
-    "subset": ("hf", "chat", "preference"),
-    "split": ("hf", "chat", "preference"),
+    "subset": ("hf", "chat", "preference", "tokens"),
+    "split": ("hf", "chat", "preference", "tokens"),
 }
 """Keys of a data source that only some kinds of source read, with the names of those kinds."""
 
@@ -215,7 +216,7 @@ def _data_problems(config: Config) -> list[str]:
             f"data.path = {to_toml(data.path)} and [[data.mixture]] are both set: clear one, with "
             'data.path = ""'
         )
-    apart = validation.enable and (validation.path or validation.split)
+    apart = validation.enable and (validation.path or validation.split or validation.sets)
     # With separate held-out data, the keys of [data] are in use: they say how it is read.
     if data.mixture and not apart:
         problems += [
@@ -233,8 +234,60 @@ def _data_problems(config: Config) -> list[str]:
     return problems
 
 
+def _validation_problems(config: Config) -> list[str]:
+    validation, problems = config.validation, []
+    names = [entry.name for entry in validation.sets]
+    for number, entry in enumerate(validation.sets):
+        setting = f"validation.sets[{number}]"
+        problems += _source_problems(config, setting, entry)
+        if not entry.path:
+            problems.append(f"{setting}.path is not set: every validation set needs a path")
+        if not entry.name or entry.name in names[:number]:
+            why = "is another set's too" if entry.name else "is not set"
+            problems.append(f"{setting}.name = {to_toml(entry.name)} {why}: give each set its own")
+        if entry.streaming:
+            problems.append(
+                f"{setting}.streaming = true: held-out data is read as a whole. Set it to false"
+            )
+    for key in ("path", "split"):
+        if validation.sets and (value := getattr(validation, key)):
+            problems.append(
+                f"validation.{key} = {to_toml(value)} and [[validation.sets]] are both set: clear "
+                f'one, with validation.{key} = ""'
+            )
+    return problems + _best_problems(config, ["loss", *(f"{name}/loss" for name in names)])
+
+
+def _best_problems(config: Config, metrics: list[str]) -> list[str]:
+    """Return the problems of what depends on the best validation, of which there are `metrics`."""
+    validation, problems = config.validation, []
+    keeps, patience = config.checkpoint.keep_best, validation.patience
+    if validation.metric not in metrics:
+        problems.append(
+            f"validation.metric = {to_toml(validation.metric)}: no validation set has it. There "
+            f"is {', '.join(map(to_toml, metrics))}"
+        )
+    if validation.metric != "loss" and not keeps and not patience:
+        problems.append(
+            f"validation.metric = {to_toml(validation.metric)} is used by nothing: set "
+            "checkpoint.keep_best or validation.patience"
+        )
+    users = {"checkpoint.keep_best = true": keeps, f"validation.patience = {patience}": patience}
+    problems += [
+        f"{setting} needs validations: set validation.enable = true"
+        for setting, is_set in users.items()
+        if is_set and not validation.enable
+    ]
+    if keeps and not config.checkpoint.enable:
+        problems.append(
+            "checkpoint.keep_best = true with checkpoint.enable = false: no checkpoint is saved. "
+            "Set the second to true, or the first to false"
+        )
+    return problems
+
+
 def _source_problems(config: Config, setting: str, source: SourceSettings) -> list[str]:
-    """Return the problems of one source.
+    """Return the problems of one source, also of a validation set.
 
     `setting` is where the source's keys are: "data", or an entry such as "data.mixture[0]".
     """
@@ -276,7 +329,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
             f'{setting}.train_on = "all" with {setting}.source = "preference": the loss is of the '
             'completions. Set it to "assistant"'
         )
-    if source.streaming and source.source not in ("hf", "chat"):
+    if source.streaming and source.source not in ("hf", "chat", "tokens"):
         problems.append(
             f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = '
             '"hf"'
@@ -289,7 +342,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
     if (
         source.streaming
         and config.validation.enable
-        and not (config.validation.path or config.validation.split)
+        and not (config.validation.path or config.validation.split or config.validation.sets)
     ):
         problems.append(
             f"{setting}.streaming = true: no document can be held out of a stream; set "

@@ -47,7 +47,7 @@ def look_for_hub(config: Config) -> None:
 def _names(config: Config) -> list[str]:
     """Return what may be a name on the hub, of a model, a tokenizer or a data set."""
     tokenizer = config.model.tokenizer
-    sources = [config.data, *config.data.mixture]
+    sources = [config.data, *config.data.mixture, *config.validation.sets]
     return [
         config.model.path,
         "" if tokenizer == "bytes" else tokenizer,

@@ -23,6 +23,10 @@ def path_problems(config: Config) -> list[str]:
     ]
     if config.validation.enable:
         sources.append(("validation.path", config.data.source, config.validation.path))
+        sources += [
+            (f"validation.sets[{i}].path", entry.source, entry.path)
+            for i, entry in enumerate(config.validation.sets)
+        ]
     problems = [
         data_is_absent(setting, path)
         for setting, kind, path in sources

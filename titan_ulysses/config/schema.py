@@ -265,12 +265,13 @@ class LoRA(Section):
 class SourceSettings(Section):
     """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
-    source: Literal["text", "jsonl", "hf", "chat", "preference"] = Field(
+    source: Literal["text", "jsonl", "hf", "chat", "tokens", "preference"] = Field(
         "text",
         description="Kind of data. text: each file is a document. jsonl: each line of JSON "
         "lines, or row of parquet, is one. hf: each row of a Hugging Face data set is one. chat: "
-        "each row is a conversation with a list of messages. preference: each row is a prompt with "
-        "a chosen and a rejected completion, as texts or lists of messages.",
+        "each row is a conversation with a list of messages. tokens: each row has input_ids, or "
+        "the files are Megatron's .bin and .idx. preference: each row is a prompt with a chosen "
+        "and a rejected completion, as texts or lists of messages.",
     )
     path: PathText = Field(
         "",
@@ -279,8 +280,9 @@ class SourceSettings(Section):
     )
     extensions: list[str] = Field(
         [],
-        description="Extensions of the files of a folder that are read. Empty: .txt for text, and "
-        ".jsonl, .json (also with .gz or .zst) and .parquet for jsonl, chat and preference.",
+        description="Extensions of the files of a folder that are read. Empty: .txt for text; "
+        ".jsonl, .json (also with .gz or .zst) and .parquet for jsonl, chat and preference; "
+        ".jsonl, .parquet, .arrow and .idx for tokens.",
     )
     encoding: str = Field(
         "utf-8",
@@ -321,20 +323,21 @@ class SourceSettings(Section):
     )
     train_on: Literal["assistant", "all"] = Field(
         "assistant",
-        description="What is trained on in chats and prompts. assistant: the assistant's turns "
-        "and the completions. all: every token.",
+        description="What is trained on in chats, prompts and tokens. assistant: the assistant's "
+        "turns, the completions, and the tokens that have labels. all: every token.",
     )
     subset: str = Field(
         "",
-        description="hf, chat, preference: configuration of the data set. Empty: its default one.",
+        description="hf, chat, tokens, preference: configuration of the data set. Empty: its "
+        "default one.",
     )
     split: str = Field(
-        "train", min_length=1, description="hf, chat, preference: split of the data set."
+        "train", min_length=1, description="hf, chat, tokens, preference: split of the data set."
     )
     streaming: bool = Field(
         False,
-        description="hf, chat: read and tokenize the data set during training, without preparing "
-        "it first. For data that is too large to prepare.",
+        description="hf, chat, tokens: read and tokenize the data set during training, without "
+        "preparing it first. For data that is too large to prepare.",
     )
     bad_lines: Literal["stop", "skip"] = Field(
         "stop",
@@ -650,6 +653,11 @@ class Checkpoint(Section):
         le=10**6,
         description="Number of newest checkpoints to keep; older ones are deleted. 0: keep all.",
     )
+    keep_best: bool = Field(
+        False,
+        description="Also save and keep the checkpoint with the best validation.metric, and "
+        "export that one at the end.",
+    )
     folder: str = Field(
         "checkpoints",
         min_length=1,
@@ -669,6 +677,19 @@ class Checkpoint(Section):
         True,
         description="At the end, write the model to export/, which from_pretrained of "
         "transformers opens.",
+    )
+
+
+class ValidationSet(SourceSettings):
+    """An entry of [[validation.sets]]."""
+
+    name: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="Name of the set, in metrics and pictures: letters, digits, - and _.",
+    )
+    packing: Literal["", "none", "concat", "best_fit"] = Field(
+        "", description="How documents of this set fill sequences. Empty: data.packing."
     )
 
 
@@ -693,7 +714,26 @@ class Validation(Section):
     )
     split: str = Field(
         "",
-        description="hf, chat, preference: split with the held-out data. Empty: data.split.",
+        description="hf, chat, tokens, preference: split with the held-out data. Empty: "
+        "data.split.",
+    )
+    sets: list[ValidationSet] = Field(
+        [],
+        description="Several named sets in place of validation.path: tables [[validation.sets]], "
+        "each with a name, the keys of a source in [data], and a packing.",
+    )
+    metric: str = Field(
+        "loss",
+        min_length=1,
+        description="Metric of checkpoint.keep_best and validation.patience. loss: of all "
+        "held-out data. NAME/loss: of the set NAME.",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="Validations in a row without a new best validation.metric after which the "
+        "run ends early. 0: never.",
     )
 
 

@@ -23,14 +23,16 @@ def open_sequences(
 ) -> tuple[SampleStream | None, SampleStream | None]:
     """Return the training stream and the held-out stream of a run.
 
-    The first is None if `eval_only`, the second if validation is disabled. Training data is
-    shuffled and has no end. Held-out data contains every token once, in the order of its files;
-    sequences that are not full are padded. It comes from `validation.path` or `validation.split`,
-    read with the settings of [data], or from documents held out of each training source.
+    The first is None if `eval_only`. The second is None if validation is disabled, or has named
+    sets (see `open_validation_sets`). Training data is shuffled and has no end. Held-out data
+    contains every token once, in the order of its files; sequences that are not full are padded. It
+    comes from `validation.path` or `validation.split`, read with the settings of [data], or from
+    documents held out of each training source.
     """
     data, validation = config.data, config.validation
     # Validation data of its own, instead of documents held out of the training data.
-    apart = validation.enable and bool(validation.path or validation.split)
+    apart = validation.enable and bool(validation.path or validation.split or validation.sets)
+    held_out = None
     if apart and eval_only:
         training = None
     elif not data.mixture:
@@ -41,7 +43,7 @@ def open_sequences(
         training, held_out = _open_mixture(
             config, tokenizer, splits=validation.enable and not apart
         )
-    if apart:
+    if apart and not validation.sets:
         changes = {
             "path": validation.path or data.path,
             "split": validation.split or data.split,
@@ -51,6 +53,20 @@ def open_sequences(
         corpus, notes = _read(config, tokenizer, data.model_copy(update=changes), setting)
         held_out = _pack(config, corpus, setting, held_out=True, notes=notes)
     return None if eval_only else training, held_out
+
+
+def open_validation_sets(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, SampleStream]:
+    """Return {name: held-out sequences} of [[validation.sets]], each with its own packing."""
+    found: dict[str, SampleStream] = {}
+    for number, entry in enumerate(config.validation.sets if config.validation.enable else ()):
+        setting = f"validation.sets[{number}].path"
+        corpus, notes = _read(config, tokenizer, entry, setting)
+        found[entry.name] = _pack(
+            config, corpus, setting, held_out=True, notes=notes, packing=entry.packing
+        )
+    return found
 
 
 def _open_mixture(
@@ -103,7 +119,13 @@ def _read(
     corpus, tally = read_corpus(
         source, encoder, cache_folder=config.data.cache_folder, setting=setting
     )
-    return corpus, tally.notes()
+    notes = tally.notes()
+    if source.source == "chat" and tally.divided:
+        notes.append(
+            f"{tally.divided:,} chat(s) became {tally.parts:,} samples, because the chat template "
+            "writes earlier turns differently once others follow"
+        )
+    return corpus, notes
 
 
 def _stream(
@@ -131,11 +153,17 @@ def _stream(
 
 
 def _pack(
-    config: Config, corpus: Corpus, setting: str, *, held_out: bool, notes: list[str]
+    config: Config,
+    corpus: Corpus,
+    setting: str,
+    *,
+    held_out: bool,
+    notes: list[str],
+    packing: str = "",
 ) -> SampleStream:
     from titan_ulysses.data.packing import PackedSequences, PaddedSequences
 
-    seq_len, packing = config.training.seq_len, config.data.packing
+    seq_len, packing = config.training.seq_len, packing or config.data.packing
     # Documents longer than a sequence are dropped here, or split later by the packing.
     if long := int((corpus.lengths > seq_len).sum()):
         drops = config.data.long_documents == "drop"

@@ -26,8 +26,10 @@ import numpy as np
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus, CorpusStats
 from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows, size_of
+from titan_ulysses.data.megatron import find_megatron, read_megatron
 from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow, Row, Rows
+from titan_ulysses.data.tokenizer import num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.host import usable_cores
 
@@ -47,12 +49,18 @@ def read_corpus(
     Raise `UserError` if the source cannot be read or contains no document.
     """
     encoder.check(source.source)
+    if source.source == "tokens" and (files := find_megatron(source.path, setting)):
+        skip = source.bad_lines == "skip"
+        corpus, tally = read_megatron(
+            files, num_token_ids=num_token_ids(encoder.tokenizer), skip=skip, setting=setting
+        )
+        return _not_empty(corpus, tally, source, setting)
     rows, tally = open_rows(source, setting), CorpusStats()
     reading = iter(rows)
     head, goes_on = _small_head(reading)
 
     def documents() -> Iterator[Encoded]:
-        workers = usable_cores() if goes_on else 1
+        workers = usable_cores() if goes_on and source.source != "tokens" else 1
         encoded = encode_rows(chain(head, reading), encoder, workers=workers)
         return tally.keep(encoded, setting=setting, skip=source.bad_lines == "skip")
 
@@ -70,6 +78,12 @@ def read_corpus(
         )
     else:
         corpus = Corpus.from_documents(documents())
+    return _not_empty(corpus, tally, source, setting)
+
+
+def _not_empty(
+    corpus: Corpus, tally: CorpusStats, source: SourceSettings, setting: str
+) -> tuple[Corpus, CorpusStats]:
     if not len(corpus):
         why = "; ".join(tally.notes()) or "it is empty"
         raise UserError(
@@ -138,18 +152,21 @@ def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype
             name: _Checked(opened.enter_context(open(folder / f"{name}.bin", "wb")))
             for name in names
         }
-        for ids, trained, split in documents:
-            files["tokens"].write(ids.astype(dtype))
-            files["lengths"].write(np.array([len(ids)], dtype=np.int64))
-            if trained is not None:
-                assert masked or tally.documents == 1, (
-                    "a source has masks of all documents or of none"
-                )
+        written = 0
+        for row in documents:
+            files["tokens"].write(row.ids.astype(dtype))
+            lengths = row.lengths or (len(row.ids),)
+            files["lengths"].write(np.array(lengths, dtype=np.int64))
+            if row.trained is not None and not masked:
                 masked = True
-                files["trained"].write(trained)
-            if split is not None:
+                files["trained"].write(np.ones(written, bool))  # of the rows before, without mask
+            if masked:
+                every = np.ones(len(row.ids), bool)
+                files["trained"].write(every if row.trained is None else row.trained)
+            if row.split is not None:
                 paired = True
-                files["splits"].write(np.array([split], dtype=np.int64))
+                files["splits"].write(np.array([row.split], dtype=np.int64))
+            written += len(row.ids)
         absent = {"trained": not masked, "splits": not paired}
         described = {name: file.finish() for name, file in files.items() if not absent.get(name)}
     about = {"dtype": np.dtype(dtype).name, "files": described, "tally": asdict(tally)}

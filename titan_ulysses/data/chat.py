@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -38,22 +42,32 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, *, train_on: str) ->
         )
 
 
+class _Sample(NamedTuple):
+    """A text that the model reads, and what of it is trained on."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """[begin, end) of what the assistant wrote in each trained turn, in characters, in order"""
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, *, train_on: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return (ids [tokens], trained [tokens] bool) of one chat, exactly as the template renders it.
+) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...] | None]:
+    """Return (ids [tokens], trained [tokens] bool, lengths of the samples) of one chat.
 
     `trained` marks the tokens that are trained on. With train_on = "all" it is None: every token
-    is. With "assistant" it marks what the assistant wrote. A template with a `{% generation %}`
-    block defines this itself (transformers' `return_assistant_tokens_mask`). For any other
-    template, an assistant's turn is the difference between two renderings: the chat up to and
-    including that turn, minus the chat before it with the generation prompt
-    (`add_generation_prompt`). Whitespace after the token that ends a turn does not belong to the
-    assistant. A token is trained on if any of its characters belongs to the assistant.
+    of the whole chat is. With "assistant" it marks what the assistant wrote, in the turns that the
+    chat trains on. A token is trained on if any of its characters is.
+
+    A turn is trained as the model sees it: with the messages before it rendered as they are when
+    the turn is the last one. Most templates write earlier turns alike whatever follows, and then
+    one sample, the whole chat, holds all turns; the lengths are None. Others leave the thoughts of
+    earlier turns out, or end them otherwise. Then a sample ends where the next turn would read
+    something else before it, and that turn begins a sample of its own, with all that the model sees
+    at that point. Its earlier turns are not trained on again.
 
     Raise `RefusedRow` if the template refuses the chat or leaves a message out. Raise `UserError`
-    if the template renders earlier turns differently once later turns follow, because the
-    difference is not defined then.
+    if the template has no way to tell the assistant's turns apart, see `_turn`.
     """
     text = _render(tokenizer, chat, len(chat.messages))
     if has_surrogate(text):
@@ -61,25 +75,22 @@ def encode_chat(
     _refuse_messages_left_out(tokenizer, chat, text)
     options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     if train_on == "all":
-        return np.array(
-            tokenizer(text, add_special_tokens=False, **options)["input_ids"], dtype=np.uint32
-        ), None
-    if _GENERATION.search(tokenizer.get_chat_template(None, chat.tools)):
-        found = tokenizer.apply_chat_template(
-            chat.messages,
-            tools=chat.tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
+        if chat.untrained:
+            raise RefusedRow(
+                f'message {min(chat.untrained)} has "train": false, and data.train_on = "all" '
+                "trains on everything"
+            )
+        ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+        return np.array(ids, dtype=np.uint32), None, None
+    ids, masks = [], []
+    for sample in _samples(tokenizer, chat, text) or [_Sample(text, [])]:
+        found = tokenizer(
+            sample.text, add_special_tokens=False, return_offsets_mapping=True, **options
         )
-        return np.array(found["input_ids"], dtype=np.uint32), np.array(
-            found["assistant_masks"], dtype=bool
-        )
-    spans = _assistant_spans(tokenizer, chat, text)
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **options)
-    return np.array(found["input_ids"], dtype=np.uint32), _overlapping(
-        found["offset_mapping"], spans
-    )
+        ids.append(np.array(found["input_ids"], dtype=np.uint32))
+        masks.append(_overlapping(found["offset_mapping"], sample.spans))
+    lengths = tuple(map(len, ids)) if len(ids) > 1 else None
+    return np.concatenate(ids), np.concatenate(masks), lengths
 
 
 def _render(
@@ -99,13 +110,19 @@ def render_messages(
 
     Raise `RefusedRow` if the template fails.
     """
-    from jinja2 import TemplateError
-
-    try:
+    with _refusing():
         return tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=asks
         )
-    # A template is a program, so it can fail in many ways.
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raise `RefusedRow` for what a template raises: it is a program, and can fail in many ways."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise RefusedRow(f"the chat template refuses it ({one_line(error)})") from error
 
@@ -129,34 +146,102 @@ def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, te
             raise RefusedRow(f'the chat template leaves out messages with the role "{role}"')
 
 
-def _assistant_spans(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str
-) -> list[tuple[int, int]]:
-    """Return the span [begin, end) in `text` of what the assistant wrote in each of its turns."""
-    if chat.messages[0]["role"] == "assistant":
+def _samples(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> list[_Sample]:
+    """Return the samples that train each turn of the assistant once; none if no turn is trained.
+
+    text: the whole chat.
+    """
+    samples: list[_Sample] = []
+
+    def goes_on(text: str) -> bool:
+        last = samples[-1]
+        return text.startswith(last.text[: last.spans[-1][1]])
+
+    for number, message in enumerate(chat.messages):
+        if message["role"] != "assistant" or number in chat.untrained:
+            continue
+        turn = _turn(tokenizer, chat, number)
+        if turn.spans and samples and goes_on(turn.text):
+            samples[-1] = _Sample(turn.text, [*samples[-1].spans, *turn.spans])
+        elif turn.spans:
+            samples.append(turn)
+    if samples and goes_on(text):  # with what follows the last turn
+        samples[-1] = _Sample(text, samples[-1].spans)
+    return samples
+
+
+def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat, number: int) -> _Sample:
+    """Return the chat up to and including a message of the assistant, which alone is trained on.
+
+    A template with `{% generation %}` says itself what the assistant wrote: what it marks behind
+    the messages before. For any other template it is what follows the messages before with the
+    generation prompt (`add_generation_prompt`). Whitespace after the token that ends the turn does
+    not belong to it.
+    """
+    template = tokenizer.get_chat_template(None, chat.tools)
+    if _GENERATION.search(template):
+        text, marked = _render_marked(tokenizer, chat, number + 1, template)
+        before = _render(tokenizer, chat, number) if number else ""
+        cut = _cut(tokenizer, chat, number, before, "", text)
+        # Marks are in order, and those behind the cut are this turn's.
+        spans = [(a + len(before) - cut, b + len(before) - cut) for a, b in marked if cut <= a < b]
+        return _Sample(before + text[cut:], spans)
+    if number == 0:
         raise RefusedRow(
             "the assistant begins, and the chat template has no {% generation %} to say with what"
         )
+    before = _render(tokenizer, chat, number)
+    asked = _render(tokenizer, chat, number, asks=True)
+    text = _render(tokenizer, chat, number + 1)
+    if not text.startswith(asked):
+        kept = os.path.commonprefix([before, asked])
+        text = kept + text[_cut(tokenizer, chat, number, kept, asked[len(kept) :], text) :]
+    turn = text[len(asked) :]
     added = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
-    spans = []
-    for count, message in enumerate(chat.messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, chat, count, asks=True)
-        after = _render(tokenizer, chat, count + 1)
-        if not (text.startswith(after) and after.startswith(before)):
-            raise UserError(
-                f'model.tokenizer = "{tokenizer.name_or_path}": its chat template is not '
-                f"prefix-stable (message {count + 1} of {len(chat.messages)} reads differently "
-                "once others follow it), so that the assistant's part of a chat cannot be told. "
-                "Give it a template with {% generation %} around what the assistant writes, or set "
-                'data.train_on = "all"'
-            )
-        turn = after[len(before) :]
-        if (ended := turn.rstrip()).endswith(added):
-            turn = ended
-        spans.append((len(before), len(before) + len(turn)))
-    return spans
+    if (ended := turn.rstrip()).endswith(added):
+        turn = ended
+    return _Sample(text, [(len(asked), len(asked) + len(turn))] if turn else [])
+
+
+def _cut(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, number: int, before: str, asks: str, text: str
+) -> int:
+    """Return where message `number` begins in `text`, which ends with it.
+
+    before: the messages before it as the model sees them; asks: the generation prompt behind them.
+    Usually `text` begins with them. A template may also leave thoughts out of earlier messages as
+    soon as this one is there. Then the last message before, with `asks`, must be in `text` once.
+    """
+    if text.startswith(before + asks):
+        return len(before)
+    earlier = _render(tokenizer, chat, number - 1) if number > 1 else ""
+    last = before[len(os.path.commonprefix([before, earlier])) :]
+    if not last or text.count(last + asks) != 1:
+        raise UserError(
+            f'model.tokenizer = "{tokenizer.name_or_path}": its chat template has no way to tell '
+            f"the assistant's part of message {number + 1} of {len(chat.messages)}: it does not "
+            "stand behind the messages before, which end in "
+            f"{json.dumps((before + asks)[-30:], ensure_ascii=False)}. Give it a template with "
+            '{% generation %} around what the assistant writes, or set data.train_on = "all"'
+        )
+    return text.index(last + asks) + len(last)
+
+
+def _render_marked(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, count: int, template: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render the first `count` messages; also return the spans in {% generation %}, in order."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    with _refusing():
+        texts, spans = render_jinja_template(
+            conversations=[chat.messages[:count]],
+            tools=chat.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    return texts[0], sorted(map(tuple, spans[0]))
 
 
 def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:

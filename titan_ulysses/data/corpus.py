@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -13,13 +14,16 @@ from titan_ulysses.data.files import section_of
 from titan_ulysses.data.sources import BadRow
 from titan_ulysses.distributed.errors import UserError
 
+if TYPE_CHECKING:
+    from titan_ulysses.data.megatron import JoinedTokens
+
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents as spans of one array of tokens. No document is empty."""
 
-    tokens: np.ndarray
-    """[tokens] uint8, uint16 or uint32."""
+    tokens: np.ndarray | JoinedTokens
+    """[tokens] of some integer dtype, of which only spans within a document are taken."""
     begins: np.ndarray
     """[documents] int64: document d is tokens[begins[d]:ends[d]]."""
     ends: np.ndarray
@@ -36,15 +40,15 @@ class Corpus:
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
-        """Build a corpus from 1-D integer arrays of token ids, or from `Encoded` documents.
+        """Build a corpus from 1-D integer arrays of token ids, or from `Encoded` rows.
 
         Documents without a token are left out. `tokens` gets the smallest dtype that holds every
         id.
         """
         ids, masks, splits = [], [], []
         for document in documents:
-            encoded = document if isinstance(document, Encoded) else Encoded(document)
-            if len(encoded.ids):
+            row = document if isinstance(document, Encoded) else Encoded(document)
+            for encoded in row.documents() if len(row.ids) else ():
                 # Each array is narrowed as it arrives, so that only one wide array is in memory at
                 # a time.
                 ids.append(_narrow(encoded.ids))
@@ -141,11 +145,15 @@ class CorpusStats:
     empty: int = 0
     bad: int = 0
     first_bad: str = ""
+    divided: int = 0
+    """rows that became several documents"""
+    parts: int = 0
+    """those documents"""
 
     def keep(
         self, encoded: Iterable[Encoded | BadRow], *, setting: str, skip: bool
     ) -> Iterator[Encoded]:
-        """Yield the documents that have a token, and count all rows.
+        """Yield the rows that have a token, and count rows and documents.
 
         Raise `UserError` for a bad row, unless `skip`.
         """
@@ -165,7 +173,10 @@ class CorpusStats:
             elif not len(document.ids):
                 self.empty += 1
             else:
-                self.documents += 1
+                parts = 1 if document.lengths is None else len(document.lengths)
+                self.documents += parts
+                if parts > 1:
+                    self.divided, self.parts = self.divided + 1, self.parts + parts
                 self.tokens += len(document.ids)
                 yield document
 

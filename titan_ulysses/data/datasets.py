@@ -32,13 +32,16 @@ class DatasetRows(Rows):
         self.source, self.setting = source, setting
         with _quiet():
             self.dataset = self._open()
+        if source.source == "tokens":
+            self.dataset = self.dataset.with_format("numpy")  # not a Python number for each token
         names = self.dataset.column_names  # None for a stream that does not know its columns yet
         for name in field_names(source) if names is not None else []:
             if name not in names:
                 raise UserError(
                     f'{setting} = "{source.path}" has no field "{name}" (it has '
                     f"{', '.join(names)}); text_field, prompt_field and completion_field, "
-                    "messages_field, or chosen_field and rejected_field say which is read"
+                    "messages_field, or chosen_field and rejected_field say which is read, and of "
+                    "tokens it is input_ids"
                 )
         self.total = None if source.streaming else len(self.dataset)
 

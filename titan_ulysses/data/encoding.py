@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from multiprocessing import get_context, parent_process
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +30,7 @@ from titan_ulysses.data.sources import (
     has_surrogate,
 )
 from titan_ulysses.data.tokenizer import encode, num_token_ids
+from titan_ulysses.data.tokens import Tokens, token_problem
 from titan_ulysses.distributed.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,8 +47,21 @@ class Encoded(NamedTuple):
     """[tokens] unsigned; empty for an empty row."""
     trained: np.ndarray | None = None
     """[tokens] bool: which tokens are trained on; None: all of them."""
+    lengths: tuple[int, ...] | None = None
+    """the lengths of the documents that the row became, in order; None: it is one."""
     split: int | None = None
-    """where the second document of a pair begins; None: it is one document."""
+    """where the second document of a pair begins; None: it is no pair."""
+
+    def documents(self) -> Iterator[Encoded]:
+        """Yield each document of the row. A pair is one."""
+        if self.lengths is None:
+            yield self
+            return
+        begin = 0
+        for length in self.lengths:
+            span = slice(begin, begin + length)
+            yield Encoded(self.ids[span], None if self.trained is None else self.trained[span])
+            begin += length
 
 
 @dataclass(frozen=True)
@@ -74,13 +89,20 @@ class Encoder:
         if encoded.trained is not None and not encoded.trained[1:].any():
             return BadRow(
                 row.place,
-                "nothing in it is trained on (no turn of the assistant, or an empty completion)",
+                "nothing in it is trained on (no turn of the assistant, none without "
+                '"train": false, or an empty completion)',
             )
         return encoded
 
-    def _encode(self, content: str | bytes | Completion | Chat | Preference) -> Encoded:
+    def _encode(self, content: str | bytes | Completion | Chat | Preference | Tokens) -> Encoded:
+        if isinstance(content, Tokens):
+            if problem := token_problem(content.ids, self._num_token_ids):
+                raise RefusedRow(problem)
+            trained = None if self.train_on == "all" else content.trained
+            return Encoded(content.ids.astype(self.dtype), trained, content.lengths)
         if isinstance(content, Preference):
-            return Encoded(*encode_preference(self.tokenizer, content))
+            ids, trained, split = encode_preference(self.tokenizer, content)
+            return Encoded(ids, trained, split=split)
         if isinstance(content, Chat):
             return Encoded(*encode_chat(self.tokenizer, content, train_on=self.train_on))
         if any(
@@ -100,7 +122,11 @@ class Encoder:
     @property
     def dtype(self) -> np.dtype:
         """The smallest dtype that holds every id of the tokenizer."""
-        return np.min_scalar_type(num_token_ids(self.tokenizer) - 1)
+        return np.min_scalar_type(self._num_token_ids - 1)
+
+    @cached_property
+    def _num_token_ids(self) -> int:
+        return num_token_ids(self.tokenizer)
 
     def check(self, kind: str) -> None:
         """Raise `UserError` if the tokenizer cannot encode rows of data.source = `kind`."""
@@ -176,6 +202,8 @@ def size_of(row: Row | BadRow) -> int:
         return sum(len(str(message.get("content", ""))) for message in content.messages)
     if isinstance(content, Preference):
         return len(str(content))
+    if isinstance(content, Tokens):
+        return len(content.ids)
     return sum(map(len, content)) if isinstance(content, Completion) else len(content)
 
 

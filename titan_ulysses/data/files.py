@@ -23,7 +23,8 @@ def section_of(setting: str) -> str:
 
     Held-out data is read with the keys of [data].
     """
-    return "data" if setting.startswith("validation") else setting.removesuffix(".path")
+    own = setting.removesuffix(".path")
+    return "data" if own in ("validation", "validation.split: data") else own
 
 
 def find_files(

@@ -8,6 +8,7 @@ from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.datasets import DatasetRows, is_saved_dataset
 from titan_ulysses.data.files import check_codec
 from titan_ulysses.data.sources import RECORD_EXTENSIONS, RecordRows, Rows, TextRows
+from titan_ulysses.data.tokens import TOKEN_EXTENSIONS
 from titan_ulysses.distributed.errors import UserError
 
 
@@ -34,12 +35,13 @@ def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
 
 
 def _has_files(path: str) -> bool:
-    """Return whether the path of chats or pairs stands for files, not for the name of a data set.
+    """Return whether a path of chats, pairs or tokens stands for files, not for the name of a data
+    set.
 
     A path that looks like a file or a pattern is never the name of a data set.
     """
     return (
         Path(path).exists()
         or any(sign in path for sign in "*?[")
-        or path.lower().endswith(tuple(RECORD_EXTENSIONS))
+        or path.lower().endswith((*RECORD_EXTENSIONS, *TOKEN_EXTENSIONS))
     )

@@ -1,9 +1,9 @@
-"""The sources of documents: text files, and files of records (JSON lines, JSON, parquet).
+"""The sources of documents: text files, and files of records (JSON lines, JSON, parquet, arrow).
 
 A source yields rows, each with the place where it was found, in the same order on every machine and
 rank. A row that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
-whether to skip it. A record holds a text, a prompt and completion, a chat, or a prompt with two
-completions. The rows of Hugging Face data sets are in datasets.py.
+whether to skip it. A record holds a text, a prompt and completion, a chat, tokens (tokens.py), or a
+prompt with two completions. The rows of Hugging Face data sets are in datasets.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader, BytesIO
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.files import digest, find_files, read_text
+from titan_ulysses.data.tokens import TOKEN_EXTENSIONS, Tokens, token_records, tokens_of
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 
@@ -28,6 +29,7 @@ RECORD_EXTENSIONS = [
 ] + [".parquet"]
 LONE_SURROGATE_ERROR = "half of a surrogate pair in it is no character"
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 class Completion(NamedTuple):
@@ -38,6 +40,8 @@ class Completion(NamedTuple):
 class Chat(NamedTuple):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
+    untrained: frozenset[int] = frozenset()
+    """messages of the assistant, by number from 0, that are not trained on"""
 
 
 class Preference(NamedTuple):
@@ -51,7 +55,7 @@ class Preference(NamedTuple):
 class Row(NamedTuple):
     place: str
     """the file's name and the line or row in it, for messages"""
-    content: str | bytes | Completion | Chat | Preference
+    content: str | bytes | Completion | Chat | Preference | Tokens
 
 
 class BadRow(NamedTuple):
@@ -106,7 +110,7 @@ class TextRows(Rows):
 
 
 class RecordRows(Rows):
-    """JSON-lines, JSON and parquet files, one row per record. Progress is counted in bytes.
+    """JSON-lines, JSON, parquet and arrow files, one row per record. Progress is in bytes.
 
     `.gz` and `.zst` files are decompressed while they are read.
     """
@@ -114,8 +118,9 @@ class RecordRows(Rows):
     def __init__(self, source: SourceSettings, setting: str) -> None:
         super().__init__()
         self.source, self.setting = source, setting
+        default = TOKEN_EXTENSIONS if source.source == "tokens" else RECORD_EXTENSIONS
         self.files = find_files(
-            source.path, extensions=source.extensions or RECORD_EXTENSIONS, setting=setting
+            source.path, extensions=source.extensions or default, setting=setting
         )
         self.total = sum(file.stat().st_size for file in self.files.values())
 
@@ -123,7 +128,8 @@ class RecordRows(Rows):
         before = 0
         for name, file in self.files.items():
             self.done = before
-            records = self._parquet if file.suffix.lower() == ".parquet" else self._json
+            readers = {".parquet": self._parquet, ".arrow": self._arrow}
+            records = readers.get(file.suffix.lower(), self._json)
             try:
                 for number, record in records(file):
                     yield read_record(record, self.source, f"{name}:{number}")
@@ -181,9 +187,34 @@ class RecordRows(Rows):
         with pyarrow.parquet.ParquetFile(file) as table:
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
-                    yield from enumerate(batch.to_pylist(), start=number + 1)
+                    yield from enumerate(self._records(batch), start=number + 1)
                     number += batch.num_rows
                 self.done = before + size * (group + 1) // table.num_row_groups
+
+    def _arrow(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (row number from 1, fields) of each row of an Arrow file, or stream in a file."""
+        import pyarrow
+
+        before, number = self.done, 0
+        with pyarrow.memory_map(str(file)) as mapped:
+            is_file = mapped.read(6) == b"ARROW1"
+            mapped.seek(max(0, mapped.size() - 8))
+            if not is_file and mapped.read() != _END_OF_STREAM:
+                # Its reader would take any end between two batches for the end of the stream.
+                raise ValueError("it has no mark of its end: it is cut short, or no Arrow file")
+            mapped.seek(0)
+            if is_file:
+                table = pyarrow.ipc.open_file(mapped)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(mapped))
+            for batch in batches:
+                yield from enumerate(self._records(batch), start=number + 1)
+                number += batch.num_rows
+                self.done = before + mapped.tell()
+
+    def _records(self, batch: Any) -> Iterable[dict[str, Any]]:
+        return token_records(batch) if self.source.source == "tokens" else batch.to_pylist()
 
 
 def _ends_lines_with_a_byte(encoding: str) -> bool:
@@ -205,7 +236,7 @@ def _parse(line: bytes, encoding: str) -> Any:
 
 
 def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
-    """Return the row of one record: its text, its prompt and completion or two, or its chat."""
+    """Return the row of one record: its text, prompt and completion or two, chat, or tokens."""
     if isinstance(record, ValueError | RecursionError):
         return BadRow(
             place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record)
@@ -216,6 +247,11 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
         return _read_chat(record, source, place)
     if source.source == "preference":
         return _read_preference(record, source, place)
+    if source.source == "tokens":
+        try:
+            return Row(place, tokens_of(record))
+        except ValueError as error:
+            return BadRow(place, str(error))
     names = field_names(source)
     for name in names:
         if not isinstance(record.get(name), str):
@@ -230,6 +266,8 @@ def field_names(source: SourceSettings) -> list[str]:
         return [source.messages_field]
     if source.source == "preference":
         return [source.chosen_field, source.rejected_field]
+    if source.source == "tokens":
+        return ["input_ids"]
     return (
         [source.prompt_field, source.completion_field]
         if source.prompt_field
@@ -248,6 +286,8 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
             return BadRow(place, f"message {number} has no role")
+        if problem := _problem_of_flag(message):
+            return BadRow(place, f"message {number}: {problem}")
     # A column has one type and the schemas of tools differ, so data sets store tools as JSON text.
     if isinstance(tools, str):
         try:
@@ -258,7 +298,20 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
         tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
     ):
         return BadRow(place, f"{source.tools_field} is not a list of tools")
-    return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None))
+    untrained = frozenset(i for i, message in enumerate(messages) if message.get("train") is False)
+    # Templates get the messages without the flag: some write all that a message holds.
+    messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+    return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None, untrained))
+
+
+def _problem_of_flag(message: dict[str, Any]) -> str | None:
+    """Return what is wrong with the flag "train" of a message, which may be missing or null."""
+    flag = message.get("train")
+    if flag is not None and not isinstance(flag, bool):
+        return f'"train" is {json.dumps(flag, default=str)[:40]}, neither true nor false'
+    if flag and message["role"] != "assistant":
+        return f'"train" is true, and its role is "{message["role"]}": only "assistant" is trained'
+    return None
 
 
 def _read_preference(record: dict[str, Any], source: SourceSettings, place: str) -> Row | BadRow:

@@ -87,9 +87,14 @@ class StreamedSequences(SampleStream):
         """Yield the pieces (ids, labels) of the next S tokens."""
         remaining = self.seq_len
         while remaining:
-            ids, trained = self._current()
-            begin, end = self._offset, min(len(ids), self._offset + remaining)
-            yield slice_document(ids, trained, begin=begin, end=end, document_end=len(ids))
+            row = self._current()
+            ends = np.cumsum(row.lengths or (len(row.ids),))
+            begin = self._offset
+            document_end = int(ends[np.searchsorted(ends, begin, side="right")])
+            end = min(document_end, begin + remaining)
+            yield slice_document(
+                row.ids, row.trained, begin=begin, end=end, document_end=document_end
+            )
             self._offset, remaining = end, remaining - (end - begin)
 
     def _current(self) -> Encoded:

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -190,7 +190,7 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
     names is the order of the positions.
     """
     for name, value in values.items():
-        if name == "validation_by_position":
+        if name.endswith("by_position"):
             width = len(str(value[-1][0]))
             yield from ((f"{prefix}{name}/from_{first:0{width}}", mean) for first, mean, _ in value)
         elif isinstance(value, dict):
@@ -272,6 +272,16 @@ def describe_pairs(loss: float, rewards: dict[str, float]) -> list[str]:
     return [f"loss {loss:.4f}", f"rewards: {means}"]
 
 
+def describe_sets(sets: Mapping[str, Any]) -> list[str]:
+    """Return a line about the losses of named validation sets, if there are any.
+
+    A set is an `Evaluation` or its fields. The name of what is no named set is empty.
+    """
+    found = {name: x if isinstance(x, dict) else x._asdict() for name, x in sets.items() if name}
+    each = "  ".join(f"{name} {fields['loss']:.4f}" for name, fields in found.items())
+    return [f"sets: {each}"] if found else []
+
+
 def short(count: int) -> str:
     """Format a number of tokens in few characters, without loss: 512, 64K (65,536), 1M (2^20)."""
     for unit, name in ((2**20, "M"), (2**10, "K")):
@@ -289,6 +299,7 @@ def _line(step: int, total: int, values: dict[str, Any]) -> str:
             loss, *more = describe_validation(
                 values["validation_loss"], values["validation_by_position"]
             )
+        more += describe_sets(values.get("validation_sets", {}))
         return "\n".join([f"{head}[bold]validation {loss}[/]", *(f"  {line}" for line in more)])
     # The line fits 80 columns where MFU is not known.
     return (

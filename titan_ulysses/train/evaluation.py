@@ -5,7 +5,7 @@ It computes log-probabilities, and losses that do not depend on the mesh.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,6 +109,36 @@ REWARDS = ("chosen", "rejected", "margins", "accuracies")
 def pairs_of(documents: tuple[int, ...]) -> int:
     """Return how many pairs a row of these documents holds; an odd one is padding."""
     return len(documents) // 2
+
+
+Found = Evaluation | PairEvaluation
+"""What a loss says about held-out data."""
+
+
+def together(evaluations: Iterable[Found]) -> Found:
+    """Return the evaluation of the data of several sets, in which every token counts alike, or
+    every pair of completions.
+    """
+    found = [*evaluations]
+    if len(found) == 1:
+        return found[0]
+    sequences = sum(one.sequences for one in found)
+    if of_pairs := [one for one in found if isinstance(one, PairEvaluation)]:
+        pairs = sum(one.pairs for one in of_pairs)
+        loss = sum(one.loss * one.pairs for one in of_pairs) / pairs
+        rewards = {
+            name: sum(one.rewards[name] * one.pairs for one in of_pairs) / pairs for name in REWARDS
+        }
+        return PairEvaluation(loss, pairs, sequences, rewards)
+    of_tokens = [one for one in found if isinstance(one, Evaluation)]
+    sums: dict[int, tuple[float, int]] = {}
+    for first, loss, labels in (each for one in of_tokens for each in one.by_position):
+        total, count = sums.get(first, (0.0, 0))
+        sums[first] = total + loss * labels, count + labels
+    tokens = sum(one.tokens for one in of_tokens)
+    loss = sum(one.loss * one.tokens for one in of_tokens) / tokens
+    by_position = [(first, total / n, n) for first, (total, n) in sorted(sums.items())]
+    return Evaluation(loss, tokens, sequences, by_position)
 
 
 def position_edges(seq_len: int) -> list[int]:

@@ -23,7 +23,8 @@ def data_settings(config: Config) -> dict[str, Any]:
     found = {key: values[key.split(".")[0]][key.split(".")[1]] for key in keys}
     # What is held out is not trained on, unless it comes from elsewhere.
     validation = config.validation
-    found["validation.enable"] = validation.enable and not (validation.path or validation.split)
+    apart = validation.path or validation.split or validation.sets
+    found["validation.enable"] = validation.enable and not apart
     return found
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from titan_ulysses.distributed.mesh import Mesh
     from titan_ulysses.observability.metrics import PeakMemory
     from titan_ulysses.setup.resolve import RunSpec
+    from titan_ulysses.train.best import Best
     from titan_ulysses.train.loss import CrossEntropy
 
 
@@ -51,8 +52,9 @@ class Run(Protocol):
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer | None
     loader: Loader | None
-    validation_loader: Loader | None
+    validation_loaders: dict[str, Loader]
     step: int
+    best: Best
     float8_layers: int
     loss: CrossEntropy
     attention_kernel: str | None
@@ -71,7 +73,7 @@ def print_run_summary(run: Run) -> None:
     run.console.print(
         f"[bold]{markup.escape(run.config.job.name)}[/]: {hf.class_name(run.model)}, "
         f"{describe_parameters(run.model)}\n"
-        f"data: {markup.escape((run.loader or run.validation_loader).sequences.describe())}\n"
+        f"{markup.escape(_data(run))}\n"
         f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on "
         f"{mesh.device.type}; "
         f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; "
@@ -85,6 +87,14 @@ def print_run_summary(run: Run) -> None:
         highlight=False,
         soft_wrap=not run.console.is_terminal,
     )
+
+
+def _data(run: Run) -> str:
+    """Return a line about the training data, and one about each named validation set."""
+    sets = {name: one.sequences.describe() for name, one in run.validation_loaders.items()}
+    lines = [f"validation set {name}: {described}" for name, described in sets.items() if name]
+    loader = run.loader or run.validation_loaders.get("")
+    return "\n".join([*([f"data: {loader.sequences.describe()}"] if loader else []), *lines])
 
 
 def _choices(run: Run) -> list[str]:
@@ -202,6 +212,9 @@ def print_completion(run: Run) -> None:
         lines.append(
             f"  {newest}  from which the same command goes on with a larger training.steps"
         )
+        best = run.best.step if run.best.keeps else None
+        if best not in (None, run.step):
+            lines.append(f"  {run.config.checkpoint.folder}/step-{best}  the best one, exported")
     if run.config.checkpoint.export:
         lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
         if run.config.lora.rank:

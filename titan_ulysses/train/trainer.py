@@ -7,7 +7,7 @@ import json
 import os
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from titan_ulysses.checkpoint.initial import base_weights, check_initial_weights
 from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
-from titan_ulysses.data import open_sequences
+from titan_ulysses.data import open_sequences, open_validation_sets
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.distributed.agreement import Ranks
 from titan_ulysses.distributed.collectives import CollectiveCounter
@@ -36,6 +36,7 @@ from titan_ulysses.observability.metrics import (
     MetricsLogger,
     PeakMemory,
     attention_flops,
+    describe_sets,
     flops_per_token,
 )
 from titan_ulysses.observability.profiling import profiled
@@ -50,8 +51,9 @@ from titan_ulysses.optim.adamw import (
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
+from titan_ulysses.train.best import Best
 from titan_ulysses.train.drift import expect_no_drift
-from titan_ulysses.train.evaluation import Evaluation, PairEvaluation, held_out_batches
+from titan_ulysses.train.evaluation import Found, held_out_batches, together
 from titan_ulysses.train.exhausted import named_out_of_memory
 from titan_ulysses.train.folder import RunFolder
 from titan_ulysses.train.imbalance import Imbalance
@@ -97,8 +99,11 @@ class Trainer:
 
     # --- resolve: check the input, before a process group or a weight exists ----------------------
 
-    def _resolve(self, *, eval_only: bool) -> tuple[SampleStream | None, SampleStream | None]:
-        """Check the input; return the training sequences and the held-out sequences."""
+    def _resolve(self, *, eval_only: bool) -> tuple[SampleStream | None, dict[str, SampleStream]]:
+        """Check the input; return the training sequences, and the held-out sequences by name.
+
+        Those that are not a named set have the name "".
+        """
         config = self.config
         self.spec = resolve(
             config,
@@ -124,10 +129,11 @@ class Trainer:
         self.saved_steps = self._agree_on_checkpoints()
         if self._needs_base_weights():
             check_initial_weights(config)
-        sequences = open_sequences(config, self.spec.tokenizer, eval_only=eval_only)
+        training, held_out = open_sequences(config, self.spec.tokenizer, eval_only=eval_only)
+        sets = open_validation_sets(config, self.spec.tokenizer)
         if eval_only:
             self._check_weights()
-        return sequences
+        return training, sets if held_out is None else {"": held_out}
 
     def _choose_kernel(self) -> str | None:
         """Return which FlashAttention the core varlen calls, as a sentence; None for other cores.
@@ -146,7 +152,7 @@ class Trainer:
 
     # --- build: mesh, loaders, model --------------------------------------------------------------
 
-    def _build(self, training: SampleStream | None, held_out: SampleStream | None) -> None:
+    def _build(self, training: SampleStream | None, held_out: dict[str, SampleStream]) -> None:
         """Join the process group, and make the mesh, the loaders and the model.
 
         The memory of the model is allocated and not filled.
@@ -165,7 +171,8 @@ class Trainer:
             timeout=timeout,
         )
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
-        self.loader, self.validation_loader = self._loader(training), self._loader(held_out)
+        self.loader = self._loader(training) if training else None
+        self.validation_loaders = {name: self._loader(one) for name, one in held_out.items()}
         self.loss = build_loss(self.spec, self.model, self.mesh)
         offload = config.memory.parameter_offload
         hf.allocate(self.model, self.mesh.device, parameter_offload=offload)
@@ -181,6 +188,7 @@ class Trainer:
         Before the first step, the optimizer is built and the plan is checked.
         """
         self.optimizer = None
+        self.best, self._is_best = Best(self.config), False
         self.numbers = NonFinite(self, latest=self._latest, say=self._say)
         if not eval_only:
             self.preflight = self._start_preflight()
@@ -201,10 +209,8 @@ class Trainer:
         self.peak_memory = PeakMemory(self.mesh.device)
         print_run_summary(self)
 
-    def _loader(self, sequences: SampleStream | None) -> Loader | None:
+    def _loader(self, sequences: SampleStream) -> Loader:
         mesh = self.mesh
-        if sequences is None:
-            return None
         return Loader(
             sequences,
             batch_size=self.config.training.local_batch_size,
@@ -281,11 +287,9 @@ class Trainer:
         if self.loader:
             self.loader.load_state_dict(state["loader"])
             self.numbers.skipped = state.get("skipped", 0)
-            now = {
-                "content": self.loader.sequences.content(),
-                "beside": self.loss.fingerprint(),
-            }
-            for warning in warnings_of(self.config, step, state, **now):
+            content, beside = self.loader.sequences.content(), self.loss.fingerprint()
+            warnings = warnings_of(self.config, step, state, content=content, beside=beside)
+            for warning in filter(None, [*warnings, self.best.load(state.get("best"))]):
                 self._say(warning)
         return step
 
@@ -348,15 +352,16 @@ class Trainer:
         initial = self.config.checkpoint.initial_load_path or self.config.model.path
         weights_of = self.checkpointer.folder / f"step-{self.step}" if is_checkpoint else initial
         with self._progress(steps=1, done=0) as self.progress:
-            found = self._validate(None)
-        values = {
-            "weights": str(weights_of),
-            "held_out": self.validation_loader.sequences.describe(),
-        }
+            sets, found = self._validate(None)
+        held_out = {name: one.sequences.describe() for name, one in self.validation_loaders.items()}
+        values: dict[str, Any] = {"weights": str(weights_of)}
+        values["held_out"] = held_out.get("") or held_out
+        if "" not in sets:
+            values["sets"] = {name: one.as_json() for name, one in sets.items()}
         self._run_folder.write(
             "evaluation.json", json.dumps(values | found.as_json(), indent=2) + "\n"
         )
-        self._say(f"{weights_of}: " + "\n".join(found.describe()))
+        self._say(f"{weights_of}: " + "\n".join([*found.describe(), *describe_sets(sets)]))
         self._say(f"Written to {self.folder / 'evaluation.json'}")
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -379,10 +384,8 @@ class Trainer:
 
     def _train(self) -> None:
         config, total = self.config, self.config.training.steps
-        if self.step >= total and self._is_exported():
-            self._say(
-                f"Finished: {self.folder} has all {total} steps. To go on, raise training.steps."
-            )
+        if (self.step >= total or self.best.ends_run) and self._is_exported():
+            self._say(f"Finished: {self.folder} has {self._how_far()}.")
             return
         logger = None
         if dist.get_rank() == 0:
@@ -405,9 +408,10 @@ class Trainer:
                 logger.close()
             if self.preflight:
                 self.preflight.close()
-        if self.step < total:
+        if self.step < total and not self.best.ends_run:
             self._end_early()
             return
+        self._take_best()
         if config.checkpoint.export:
             self.numbers.expect_finite_model()
             if not config.checkpoint.enable:  # else the last checkpoint has been looked at
@@ -417,7 +421,8 @@ class Trainer:
                 weights.save_adapters(
                     self.model, self.folder / "adapter", base=base.path if base else ""
                 )
-            weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=self.step)
+            step = self._exported_step
+            weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=step)
         print_completion(self)
 
     def _train_steps(self, logger: MetricsLogger | None) -> None:
@@ -427,7 +432,8 @@ class Trainer:
         self._start_interval()
         tokens = self.spec.local_tokens * self.degrees.accumulation_steps
         with profiled(config.profiling, self.folder, self.step + 1) as step_is_over:
-            while self.step < total:
+            while self.step < total and not self.best.ends_run:
+                self._is_best = False
                 self.progress.begin(
                     f"step {self.step + 1}", tokens=tokens, trains=True, is_step=True
                 )
@@ -435,12 +441,34 @@ class Trainer:
                     break
                 self._train_one_step(logger)
                 step_is_over(self.step)
-                if self._saves_now():
+                if self._saves_now() or (self._is_best and self.best.keeps):
                     with self._excluded_from_step_time():
                         self.save()
         if self.step < total and config.checkpoint.enable:
             self.save()
         self.checkpointer.finish()
+
+    @property
+    def _exported_step(self) -> int:
+        """The step whose model is exported: the best one if it is kept, else the last one."""
+        best = self.best.step if self.best.keeps else None
+        return self.step if best is None else best
+
+    def _take_best(self) -> None:
+        """Fill the model with the best checkpoint, if it is kept. Say why the run ends early."""
+        if self.best.ends_run:
+            self._say(f"Ended: {self._how_far()}.")
+        if (step := self._exported_step) != self.step:
+            self.checkpointer.load(step, self.model, None)
+            self._say(f"The best checkpoint is exported: {self.best.describe()}.")
+
+    def _how_far(self) -> str:
+        if self.step >= self.config.training.steps:
+            return f"all {self.step} steps. To go on, raise training.steps"
+        return (
+            f"{self.step} steps, of which the last {self.best.waited} validations were not better "
+            f"than {self.best.describe()}. To go on, raise validation.patience"
+        )
 
     def _start_wandb(self) -> WandbRun | None:
         if not self.config.metrics.enable_wandb:
@@ -594,18 +622,27 @@ class Trainer:
         yield
         self._clock += time.perf_counter() - started
 
-    def _validate(self, logger: MetricsLogger | None) -> Evaluation | PairEvaluation:
-        assert self.validation_loader is not None
+    def _validate(self, logger: MetricsLogger | None) -> tuple[dict[str, Found], Found]:
+        """Evaluate each set of held-out data; return what each has, and all of them together."""
         sequences = self.config.validation.steps * self.degrees.global_batch_size
-        tokens = self.spec.local_tokens * len(held_out_batches(self.validation_loader, sequences))
+        loaders = self.validation_loaders
+        batches = sum(len(held_out_batches(one, sequences)) for one in loaders.values())
         self.progress.begin(
-            f"validation at step {self.step}", tokens=tokens, is_step=self.optimizer is None
+            f"validation at step {self.step}",
+            tokens=self.spec.local_tokens * batches,
+            is_step=self.optimizer is None,
         )
-        found = self.loss.evaluate(self.validation_loader, sequences)
+        sets: dict[str, Found] = {
+            name: self.loss.evaluate(one, sequences) for name, one in loaders.items()
+        }
+        found = together(sets.values())
+        self._is_best = self.best.note(self.step, sets, found)
         if logger:
-            values = found._asdict().items()
-            logger.log(self.step, {f"validation_{name}": value for name, value in values})
-        return found
+            values = {f"validation_{name}": value for name, value in found._asdict().items()}
+            if "" not in sets:
+                values["validation_sets"] = {name: one._asdict() for name, one in sets.items()}
+            logger.log(self.step, values)
+        return sets, found
 
     def save(self) -> None:
         """Save a checkpoint of this step, after a look at what would be saved. Collective."""
@@ -621,6 +658,8 @@ class Trainer:
             "beside": self.loss.fingerprint(),
             "skipped": self.numbers.skipped,
         }
+        if best := self.best.state():
+            state["best"] = best
         self.checkpointer.save(self.step, self.model, self.optimizer, state)
 
     def _progress(self, *, steps: int, done: int) -> Progress:
@@ -687,7 +726,7 @@ class Trainer:
         """Return whether rank 0, which exports, sees the export of this step. Collective."""
         if not self.config.checkpoint.export:
             return True
-        there = exported_step(self.folder / "export") == self.step
+        there = exported_step(self.folder / "export") == self._exported_step
         return first_failure("absent" if dist.get_rank() == 0 and not there else None) is None
 
     def _say(self, text: str) -> None:

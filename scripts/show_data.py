@@ -1,0 +1,142 @@
+"""Show what a run would train on: the first documents of its data, trained tokens in colour.
+
+    python scripts/show_data.py --config my.toml --rows 2
+    python scripts/show_data.py --config my.toml --data.source chat --data.path ~/chats.jsonl
+
+Takes the options of train.py, and --rows: how many rows of each source are shown. Nothing is
+trained, and no model is loaded but its tokenizer. On a terminal, what is trained on is green;
+elsewhere, as in a file, it is between [[ and ]]. A chat is several documents where the chat
+template writes earlier turns differently once others follow: each is what the model would see.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from titan_ulysses.config.cli import parse_command_line
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.schema import SourceSettings
+from titan_ulysses.data.encoding import Encoded, Encoder
+from titan_ulysses.data.megatron import find_megatron, read_megatron
+from titan_ulysses.data.rows import open_rows
+from titan_ulysses.data.sources import BadRow
+from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import exit_on_error
+
+TRAINED = "bold green"
+
+
+def runs_of(document: Encoded) -> list[tuple[bool, np.ndarray]]:
+    """Return (trained on, ids) of each run of tokens that are trained on, or are not.
+
+    The first token of a document is never predicted.
+    """
+    trained = np.ones(len(document.ids), bool) if document.trained is None else document.trained
+    trained = trained & (np.arange(len(trained)) > 0)
+    borders = np.flatnonzero(np.diff(trained)) + 1
+    parts = np.split(document.ids, borders)
+    return [(bool(trained[at]), ids) for at, ids in zip([0, *borders], parts, strict=True)]
+
+
+def written(tokenizer: PreTrainedTokenizerBase, document: Encoded, *, coloured: bool) -> Text:
+    """Return the document's text, with what is trained on in colour or between brackets."""
+    text = Text()
+    for is_trained, ids in runs_of(document):
+        words = tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+        if is_trained and not coloured:
+            words = f"[[{words}]]"
+        text.append(words, style=TRAINED if is_trained else "dim")
+    return text
+
+
+def first_rows(
+    source: SourceSettings, encoder: Encoder, *, setting: str, count: int
+) -> Iterator[tuple[str, Encoded | BadRow]]:
+    """Yield (place, what became of it) of the first rows of a source."""
+    if source.source == "tokens" and (files := find_megatron(source.path, setting)):
+        ids = num_token_ids(encoder.tokenizer)
+        corpus, _ = read_megatron(files, num_token_ids=ids, skip=True, setting=setting)
+        for number in range(min(count, len(corpus))):
+            yield f"document {number}", Encoded(corpus[number])
+        return
+    for row in islice(open_rows(source, setting), count):
+        yield row.place, encoder(row)
+
+
+def show_source(
+    console: Console,
+    tokenizer: PreTrainedTokenizerBase,
+    source: SourceSettings,
+    *,
+    setting: str,
+    rows: int,
+) -> None:
+    """Print the first rows of a source, and how many of their tokens are trained on."""
+    if not source.path:
+        raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
+    encoder = Encoder(tokenizer, source.train_on)
+    encoder.check(source.source)
+    shown = tokens = trained = documents = 0
+    for place, encoded in first_rows(source, encoder, setting=setting, count=rows):
+        shown += 1
+        if isinstance(encoded, BadRow):
+            console.print(Text(f"--- {place}: cannot be used: {encoded.reason}", style="bold red"))
+            continue
+        parts = [*encoded.documents()]
+        for number, document in enumerate(parts, start=1):
+            if not len(document.ids):
+                continue
+            count = sum(len(ids) for is_trained, ids in runs_of(document) if is_trained)
+            of = f", document {number} of {len(parts)}" if len(parts) > 1 else ""
+            told = f"{len(document.ids):,} tokens, {count:,} trained on"
+            console.print(Text(f"--- {place}{of}: {told}", style="bold"))
+            console.print(written(tokenizer, document, coloured=console.is_terminal))
+            documents, tokens, trained = (
+                documents + 1,
+                tokens + len(document.ids),
+                trained + count,
+            )
+    console.print(
+        Text(
+            f"{setting}: {shown:,} row(s) shown, {documents:,} document(s), {tokens:,} tokens, of "
+            f"which {trained:,} are trained on",
+            style="bold",
+        )
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = [*(sys.argv[1:] if argv is None else argv)]
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return
+    rows = 3
+    if "--rows" in arguments:
+        at = arguments.index("--rows")
+        value = arguments[at + 1] if at + 1 < len(arguments) else ""
+        if not value.isdecimal() or not int(value):
+            raise UserError(f"--rows {value}: needs a number of rows, at least 1", exit_code=2)
+        rows = int(value)
+        del arguments[at : at + 2]
+    command = parse_command_line(arguments)
+    config = load_config(command.config_path, command.overrides)
+    tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
+    console = Console(soft_wrap=True, highlight=False)
+    if not config.data.mixture:
+        show_source(console, tokenizer, config.data, setting="data.path", rows=rows)
+    for number, entry in enumerate(config.data.mixture):
+        setting = f"data.mixture[{number}].path"
+        show_source(console, tokenizer, entry, setting=setting, rows=rows)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
