@@ -5,10 +5,10 @@
     python scripts/migrate.py fsdp.yaml --model.path FOLDER     accelerate's, which has no model
     python scripts/migrate.py --table axolotl     the keys that are known, as in docs/migration.md
 
-Any setting may be given as an option, as for train.py. Settings that the recipe leaves to its own trainer get that trainer's defaults, where ours differ. A
-key that has no counterpart is named, with its value and the reason, on the console and in comments
-at the end of the file. Nothing is left out silently but what is empty or off. The rules are in
-scripts/migration/.
+Any setting may be given as an option, as for train.py. Settings that the recipe leaves to its own
+trainer get that trainer's defaults, where ours differ. A key that has no counterpart is named, with
+its value and the reason, on the console and in comments at the end of the file. Nothing is left out
+silently but what is empty or off. The rules are in scripts/migration/.
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ OPTIONS = {  # the last that stands on a command line counts
     + ["--profiling.profiler_warmup", "0"],
     "train.py": TRAINING,
     "eval_needle.py": shlex.split("--lengths 200 --depths 0.5 --trials 1 --candidates 2"),
+    "eval_long.py": shlex.split("--lengths 500 --depths 0.5 --trials 1"),
     "generate.py": ["--tokens", "4"],
 }
 TOY_8B = shlex.split(

@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.models import LLAMA
+from helpers.models import write_byte_model
 from helpers.ranks import run_on_ranks
 from helpers.runs import learned, train, working_in
 from titan_ulysses.__main__ import main
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.model_cli import Gpus, parse_gpus, parse_model_command, parse_tokens
-from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny model of 512 positions and a tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    table = LLAMA | {"vocab_size": 320, "max_position_embeddings": 512}
-    torch.manual_seed(0)
-    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**table), dtype=torch.float32)
-    built.save_pretrained(folder)
-    load_tokenizer("bytes").save_pretrained(folder)
+    write_byte_model(folder, max_position_embeddings=512)
     return folder
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.run import config_from_args
-from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -26,7 +25,7 @@ import eval_needle  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
 
-from helpers.models import LLAMA  # noqa: E402
+from helpers.models import write_byte_model  # noqa: E402
 from helpers.ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
@@ -91,17 +90,6 @@ def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two.accuracy == 0
 
 
-def tiny_model(folder: Path) -> Any:
-    table = LLAMA | {"vocab_size": 257, "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**table), dtype=torch.float32
-    ).eval()
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return model
-
-
 ARGUMENTS = [
     "--lengths",
     "120",
@@ -128,7 +116,11 @@ def needle_main(arguments: list[str]) -> str | None:
 
 def test_the_map_is_that_of_plain_transformers(tmp_path: Path) -> None:
     """Two ranks, of which the second has the question and a padded end."""
-    model, text, output = tiny_model(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
+    model, text, output = (
+        write_byte_model(tmp_path / "model"),
+        tmp_path / "text.txt",
+        tmp_path / "out",
+    )
     text.write_bytes(bytes(TEXT))
     arguments = [str(tmp_path / "model"), *ARGUMENTS, "--text", str(text), "--output", str(output)]
     assert run_on_ranks(2, needle_main, arguments) == [None, None]
