@@ -68,7 +68,7 @@ class Puzzle(NamedTuple):
     question: str
     answer: str
     filler: Callable[[], Iterator[str]] | None = None
-    """makes the text around the pieces; None: it is --text"""
+    """makes the text around the pieces, in parts that none of them divides; None: it is --text"""
 
 
 class Trial(NamedTuple):
@@ -126,7 +126,9 @@ def words(draw: random.Random, depth: float, count: int) -> Puzzle:
         own = random.Random(seed)
         while True:
             some = [draw_key(own) for _ in range(16)]
-            yield "".join(f" {word}" for word in own.sample(2 * some, 32) if word != often)
+            listed = [word for word in own.sample(2 * some, 32) if word != often]
+            for first in range(0, len(listed), 4):
+                yield "".join(f" {word}" for word in listed[first : first + 4])
 
     return Puzzle(pieces, "\nThe word that is most often in this list is", f" {often}", filler)
 
@@ -181,13 +183,14 @@ def make_trial(
         return encode(tokenizer, one, ends=False).tolist()
 
     answer = ids(puzzle.answer)
-    around = text
+    around, borders = text, None
     if puzzle.filler:
-        around = []
+        around, borders = [], [0]
         for some in puzzle.filler():
             around += ids(some)
             if len(around) >= length:
                 break
+            borders.append(len(around))
     prompt = fill(
         tokenizer,
         around,
@@ -196,6 +199,7 @@ def make_trial(
         question=ids(puzzle.question),
         answer_tokens=len(answer),
         draw=draw,
+        borders=borders,
         what=f"what {task} needs",
     )
     return Trial(prompt, answer)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -50,13 +51,15 @@ def fill(
     question: list[int],
     answer_tokens: int,
     draw: random.Random,
+    borders: Sequence[int] | None = None,
     what: str = "needle and question",
 ) -> list[int]:
     """Build a prompt that has `length` tokens together with its answer.
 
     A part of text, which draw chooses, with each of pieces, (depth, token ids), at its depth; those
-    of one depth stand in their order. Then the question. UserError where they alone are longer than
-    length (`what` names them), or where text is too short.
+    of one depth stand in their order. Then the question. borders: the places of text at which a
+    piece may stand, in order, 0 first; None: all. UserError where pieces and question alone are
+    longer than length (`what` names them), or where text is too short.
     """
     first = tokenizer("")["input_ids"][:1]
     # The token that the model expects at the beginning, if any.
@@ -71,11 +74,15 @@ def fill(
         raise UserError(
             f"--lengths {length}: --text has {len(text):,} tokens only; give a longer one."
         )
-    begin = draw.randrange(len(text) - room + 1)
+
+    def at_border(place: int) -> int:
+        return borders[bisect_right(borders, place) - 1] if borders else place
+
+    begin = at_border(draw.randrange(len(text) - room + 1))
     hay = [*text[begin : begin + room]]
     prompt, before = [*start], 0
     for depth, piece in sorted(pieces, key=lambda one: one[0]):
-        place = round(depth * room)
+        place = max(before, at_border(begin + round(depth * room)) - begin)
         prompt += [*hay[before:place], *piece]
         before = place
     return [*prompt, *hay[before:], *question]

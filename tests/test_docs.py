@@ -96,7 +96,7 @@ SHORTER = {
 TRAINING = shlex.split(
     "--training.steps 2 --training.seq_len 128 --training.param_dtype float32 "
     "--lr_scheduler.warmup_steps 1 --checkpoint.interval 1 --validation.interval 2 "
-    "--validation.steps 1"
+    "--validation.steps 1 --metrics.enable_report false"
 )
 OPTIONS = {  # the last that stands on a command line counts
     "--plan": ["--training.seq_len", "16384"],

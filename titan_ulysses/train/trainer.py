@@ -40,6 +40,7 @@ from titan_ulysses.observability.metrics import (
 )
 from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
+from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.observability.units import time_text
 from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.optim.adamw import (
@@ -409,6 +410,8 @@ class Trainer:
                     self.model, self.folder / "adapter", base=base.path if base else ""
                 )
             weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=self.step)
+        if config.metrics.enable_report and dist.get_rank() == 0:
+            write_run_page(self.folder)
         print_completion(self)
 
     def _train_steps(self, logger: MetricsLogger | None) -> None:
