@@ -38,6 +38,7 @@ from helpers.runs import working_in
 from titan_ulysses import parallelize, shard
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
+from titan_ulysses.config.model_cli import parse_model_command
 from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
@@ -89,6 +90,7 @@ SHORTER = {
     "scripts/bench/async_save.py": "--rounds 2",
     "scripts/bench/balance.py": "--steps 2",
     "scripts/bench/scaling.py": "--largest 2 --ranks 2 --seq-len 65536",
+    "titan-ulysses": "--seq-len 512",
     "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 "
     "--training.seq_len 65536",
 }
@@ -404,6 +406,10 @@ def parse(root: Path, command: Command) -> None:
         started_in(str(root), call._replace(arguments=arguments)),
         pytest.MonkeyPatch.context() as patch,
     ):
+        if call.script == "titan_ulysses/__main__.py":
+            command, *rest = arguments
+            parse_model_command(rest, writes=command == "init")
+            return
         if call.script == "train.py":
             parsed = parse_command_line(arguments)
             load_config(parsed.config_path, parsed.overrides)

@@ -19,6 +19,9 @@ from titan_ulysses.__main__ import main
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.model_cli import Gpus, parse_gpus, parse_model_command, parse_tokens
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.plan import init
+from titan_ulysses.plan.fastest import Candidate
+from titan_ulysses.plan.planner import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,6 +128,7 @@ def test_init_writes_a_file_that_plans_and_trains(
     assert (tmp_path / "outputs" / "tiny" / "export" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_plan_of_a_model_without_a_file(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,9 +145,28 @@ def test_plan_of_a_model_without_a_file(
     assert 'path = "{stdlib}/*.py"' in text and "rope_scaling" not in text
 
 
-def test_what_does_not_fit(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class NothingFits:
+    """A search that has tried one thing in vain; the real one is in tests/test_fastest.py."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.tried = setup, {(): None}
+
+    def run(self) -> list[Candidate]:
+        return []
+
+    def nearest(self) -> None:
+        return None
+
+
+def test_what_does_not_fit(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """`plan` plans what comes closest; `init` writes nothing."""
-    small = ["--gpus", "1xH100", "--seq-len", "512K", "--plan.gpu_memory_gib", "0.5"]
+    monkeypatch.setattr(init, "Search", NothingFits)
+    small = ["--gpus", "1xH100", "--plan.gpu_memory_gib", "0.5"]
     with working_in(tmp_path):
         main(["plan", str(model), *small])
         assert "do not fit." in " ".join(capsys.readouterr().out.split())
