@@ -47,6 +47,9 @@ warmup_steps = 3
 [checkpoint]
 interval = 4
 export = false
+
+[metrics]
+enable_report = false
 """
 Settings = dict[str, Any]
 
@@ -78,8 +81,6 @@ def train(config: Path, settings: Settings) -> None:
     from titan_ulysses.config.load import load_config
     from titan_ulysses.train.trainer import Trainer
 
-    # A page takes longer than such a run; tests/test_report.py has those with one.
-    settings = {"metrics.enable_report": False} | settings
     Trainer(load_config(config, settings.items())).train()
 
 
