@@ -255,7 +255,8 @@ class Sandbox:
             f"{number} bottles of water on the wall, take one down and pass it around. "
             for number in range(40)
         ]
-        # A recipe of another trainer, for docs/migration.md.
+        # Recipes of other trainers, for docs/migration.md.
+        (self.root / "fsdp.yaml").write_text("distributed_type: FSDP\nnum_processes: 8\n")
         (self.root / "run-h100-sp8-llama-8b.yml").write_text(
             "model: {name_or_path: a/b}\nsequence_parallel_size: 8\n"
         )

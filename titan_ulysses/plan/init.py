@@ -190,9 +190,11 @@ def _commented(text: str) -> list[str]:
 def _start(config: Config, path: Path) -> str:
     """Return the command that starts the run, on each node."""
     world, per_node = config.plan.world_size, config.plan.gpus_per_node
-    several = "--nnodes N --node-rank I --master-addr FIRST " if world > per_node else ""
-    several = several.replace("N ", f"{-(-world // per_node)} ", 1)
+    nodes = -(-world // per_node)
+    where = "--standalone"
+    if nodes > 1:
+        where = f"--nnodes {nodes} --node-rank I --master-addr FIRST --master-port 29500"
     return (
-        f"torchrun {several or '--standalone '}--nproc-per-node {min(world, per_node)} "
+        f"torchrun {where} --nproc-per-node {min(world, per_node)} "
         f"-m titan_ulysses train --config {shlex.quote(str(path))}"
     )
