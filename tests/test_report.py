@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from helpers.runs import train, working_in, write_run
 from titan_ulysses.__main__ import run
 from titan_ulysses.observability import page, pictures
 from titan_ulysses.observability.run_page import write_run_page
+from titan_ulysses.plan import report
+from titan_ulysses.plan.planner import Plan, Setup, make_plan
+from titan_ulysses.plan.search import Need, SearchResult
 
 pytest.importorskip("matplotlib")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -60,15 +64,23 @@ def outline(path: Path) -> Outline:
     return found
 
 
+def few(setup: Setup, first: Plan | SearchResult | None) -> Iterator[SearchResult]:
+    """In place of a search and of a ladder, which take longer than such a test may."""
+    plan = first if isinstance(first, Plan) else make_plan(setup)
+    yield SearchResult("as configured", {}, Need.of(plan))
+    yield SearchResult("+ offload", {"activation_checkpoint.offload": "host"}, Need.of(plan))
+    yield SearchResult("+ nothing", {}, None)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a plan with all that can be asked, and then of a run, on two ranks."""
     place = tmp_path_factory.mktemp("report")
     config = write_run(place)
-    plan = ["--plan.ladder", "--plan.search", "longest", "--plan.gpu_memory_gib", "4"]
-    plan += ["--model.config.max_position_embeddings", "1000000000"]
-    with working_in(place):
-        run(["--config", str(config), "--plan", *plan])
+    with working_in(place), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "search", few)
+        patch.setattr(report, "ladder", few)
+        run(["--config", str(config), "--plan", "--plan.ladder", "--plan.search", "longest"])
     shutil.copy(place / "outputs/run/report.html", place / "plan_alone.html")
     more = {"metrics.enable_report": True, "training.steps": 3, "validation.enable": True}
     more |= {"validation.interval": 1, "checkpoint.enable": False}
