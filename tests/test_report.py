@@ -45,8 +45,12 @@ class Outline(HTMLParser):
         self.loads += [link for link in links if link and not link.startswith(("#", "data:"))]
         if tag in ("script", "iframe"):
             self.loads.append(tag)
-        if tag not in ("meta", "link", "br") and not self.get_starttag_text().endswith("/>"):
+        if tag not in ("meta", "link"):  # which HTML does not close
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag

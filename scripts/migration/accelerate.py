@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from migration.rules import (
     ATTENTION,
     DTYPE,
@@ -37,8 +39,10 @@ def _accelerate_nodes(value: int, values: Flat) -> Flat:
     return {"plan.gpus_per_node": ranks // value} if value > 1 and ranks % value == 0 else {}
 
 
-_COMPILE = {"compile.enable": True}
-_OFF = {"": {}, "no": {}, "none": {}, False: {}}
+_COMPILE: dict[Any, Flat | str] = {
+    "inductor": {"compile.enable": True},
+    **dict.fromkeys(("", "no", False), {}),
+}
 ACCELERATE = Format(
     "accelerate",
     lambda table: bool(
@@ -106,7 +110,7 @@ ACCELERATE = Format(
         lost("deepspeed_config.deepspeed_config_file", "there is no such file beside the recipe"),
         *deepspeed("deepspeed_config.file"),
         needless("deepspeed_config.*", "FSDP2 shards what ZeRO stage 3 does"),
-        words("dynamo_config.dynamo_backend", "`compile.enable`", {"inductor": _COMPILE} | _OFF),
+        words("dynamo_config.dynamo_backend", "`compile.enable`", _COMPILE),
         needless("dynamo_config.*", "torch.compile of MLPs and norms"),
         only(
             "distributed_type",

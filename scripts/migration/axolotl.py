@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 from migration.rules import (
@@ -106,8 +107,8 @@ def _template(name: str, _: Flat) -> Flat:
 
 
 def _output(value: str, _: Flat) -> Flat:
-    folder, _, name = value.rstrip("/").rpartition("/")
-    return {"job.dump_folder": folder or ".", "job.name": name}
+    path = PurePosixPath(value)
+    return {"job.dump_folder": str(path.parent), "job.name": path.name}
 
 
 _LR: dict[Any, Flat | str] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.distributed.errors import UserError
@@ -35,7 +35,8 @@ usage: titan-ulysses plan MODEL --gpus GPUS [--seq-len TOKENS] [--section.key va
 plan finds the fastest settings that fit, and plans them. init writes them to a TOML file."""
 
 
-class Gpus(NamedTuple):
+@dataclass(frozen=True)
+class Gpus:
     count: int
     name: str
     per_node: int

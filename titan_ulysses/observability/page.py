@@ -52,7 +52,7 @@ class Section:
         self._parts += [f"<p>{html.escape(line)}</p>" for line in lines]
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Add a table. The first column is on the left, columns of numbers are on the right."""
+        """Add a table. Columns of numbers are on the right. A head of empty texts is left out."""
         rows = [[str(cell) for cell in row] for row in rows]
         numbers = [
             column > 0 and all(re.match(r"[-+<]?[ \d]|-$|$", row[column]) for row in rows)
@@ -67,8 +67,8 @@ class Section:
             )
             return f"<tr>{''.join(made)}</tr>"
 
-        body = "\n".join(line("td", row) for row in rows)
-        self._parts.append(f"<table>\n{line('th', head)}\n{body}\n</table>")
+        lines = [line("th", head)] * any(head) + [line("td", row) for row in rows]
+        self._parts.append("\n".join(["<table>", *lines, "</table>"]))
 
     def figure(self, caption: str, draw: Callable[[IO[str]], None]) -> None:
         """Add a picture, which `draw` writes to a file as SVG (see `pictures.picture`)."""

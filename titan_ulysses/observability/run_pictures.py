@@ -15,6 +15,7 @@ from titan_ulysses.observability.pictures import COLORS, picture
 
 Lines = list[dict[str, Any]]
 MARKERS = "os^Dv*P"
+STEPS = "optimizer step"
 _SMOOTHED = 100
 """A curve with at least this many points is shown with its running mean, over a fiftieth of them.
 """
@@ -86,8 +87,10 @@ def curve(axes: Any, run: Run, key: str, *, label: str) -> None:
     axes.plot(steps[width // 2 :][: len(mean)], mean, label=label, **run.style)
 
 
-def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = "optimizer step") -> None:
+def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = STEPS) -> None:
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    if xlabel == STEPS:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()

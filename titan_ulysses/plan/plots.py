@@ -82,14 +82,16 @@ def timeline(plan: Plan, path: Path | IO[str]) -> None:
     line = timeline_of(plan)
     unit, unit_name = unit_of(line.peak[1])
     time_unit, time_name = time_unit_of(line.ends[-1])
-    heights = np.array([[column[name] / unit for column in line.alive] for name in COMPONENTS])
+    present = [name for name in COMPONENTS if any(column[name] for column in line.alive)]
+    heights = np.array([[column[name] / unit for column in line.alive] for name in present])
     ends = np.array([0.0, *line.ends]) / time_unit
     when, peak = line.peak[0] / time_unit, line.peak[1] / unit
     limit = (plan.setup.gpu_memory - sum(reserve.bytes for reserve in plan.reserves)) / unit
     with picture(path, size=(10, 5)) as (_, axes):
         stacked = np.concatenate([heights[:, :1], heights], axis=1)
-        names = [component_name(name) for name in COMPONENTS]
-        colors = [colormaps["tab20"](index) for index in range(len(names))]
+        names = [component_name(name) for name in present]
+        # Each component has its colour, whatever others there are.
+        colors = [colormaps["tab20"](COMPONENTS.index(name)) for name in present]
         axes.stackplot(ends, stacked, labels=names, colors=colors, linewidth=0, step="pre")
         axes.set(
             xlim=(0, ends[-1]),
