@@ -52,6 +52,8 @@ decay_type = "constant"
 [checkpoint]
 interval = 2
 keep_latest_k = 3
+[metrics]
+enable_report = false
 """
 
 

@@ -7,6 +7,11 @@ checkpoint for the third. Exits with 1 unless both runs save the same bits, and 
 computes from them the logits of the sharded model. Then the
 `titan-ulysses` command plans a run, trains it on two ranks, evaluates it and converts its
 checkpoint.
+
+    python check_wheel.py --first-hour
+
+What a new user does first, and nothing else: init, plan, two steps and an export, and the first
+step of a loop of their own. Prints the seconds of each.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -95,13 +101,25 @@ checkpoint = {{ enable = true, interval = 2 }}
 """A run of the `titan-ulysses` command."""
 
 
-def check_command() -> None:
-    """Plan, train, evaluate and convert by the installed command; an error of any ends this one."""
-    Path("run.toml").write_text(RUN)
+COMMAND = str(Path(sys.executable).with_name("titan-ulysses"))
+
+
+def write_texts() -> None:
     Path("texts").mkdir()
     for number in range(8):
         Path(f"texts/{number}.txt").write_text(json.__doc__)
-    command, ranks = str(Path(sys.executable).with_name("titan-ulysses")), [*TWO_RANKS, "-m"]
+
+
+def write_model(folder: str, **changes: int) -> None:
+    config = AutoConfig.for_model(**MODEL | changes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float64).save_pretrained(folder)
+
+
+def check_command() -> None:
+    """Plan, train, evaluate and convert by the installed command; an error of any ends this one."""
+    Path("run.toml").write_text(RUN)
+    write_texts()
+    command, ranks = COMMAND, [*TWO_RANKS, "-m"]
     for arguments in (
         [command, "--version"],
         [command, "plan", "--config", "run.toml"],
@@ -113,11 +131,33 @@ def check_command() -> None:
     AutoModelForCausalLM.from_pretrained("converted")
 
 
+def first_hour() -> None:
+    """Init, plan, train two steps and export; then the first step of an own loop."""
+    write_texts()
+    write_model("small", vocab_size=259, max_position_embeddings=512)
+    write_model("start")
+    own = ["--model.tokenizer", "bytes", "--data.path", "texts", "--training.steps", "2"]
+    own += ["--lr_scheduler.warmup_steps", "1", "--training.param_dtype", "float32"]
+    for name, arguments in {
+        "init": [COMMAND, "init", "small", "--gpus", "2xH100", *own],
+        "plan": [COMMAND, "plan", "--config", "small.toml"],
+        "train": [sys.executable, *TWO_RANKS, "-m", "titan_ulysses", "train"]
+        + ["--config", "small.toml"],
+    }.items():
+        started = time.perf_counter()
+        subprocess.run(arguments, check=True)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    AutoModelForCausalLM.from_pretrained("outputs/small/export")
+    started = time.perf_counter()
+    on_two_ranks("an own loop", 1)
+    print(f"an own loop: {time.perf_counter() - started:.0f} s")
+
+
 def main() -> None:
     print(f"titan_ulysses from {Path(titan_ulysses.__file__).parent}")
-    AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**MODEL), dtype=torch.float64
-    ).save_pretrained("start")
+    if sys.argv[1:] == ["--first-hour"]:
+        return first_hour()
+    write_model("start")
     on_two_ranks("at once", STEPS)
     on_two_ranks("in two parts", STEPS - 1)
     on_two_ranks("in two parts", STEPS)
@@ -142,7 +182,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 2:
         train(sys.argv[1], int(sys.argv[2]))
     else:
         main()

@@ -2,8 +2,11 @@
 # The wheel as its user has it: built, installed with its dependencies into a venv of its own, used in another folder.
 # Two ranks train three steps in a loop of their own, save, and go on from a checkpoint. Minutes of installing: not part
 # of CI.
-#   bash scripts/check_wheel.sh
+#   bash scripts/check_wheel.sh                 all of it
+#   bash scripts/check_wheel.sh --first-hour    what a new user does first: init, plan, two steps, an export, an own loop
+#   PACKAGES=.venv/lib/python3.11/site-packages bash scripts/check_wheel.sh   what the wheel needs is taken from there
 set -euo pipefail
+PACKAGES=${PACKAGES:+$(realpath "$PACKAGES")}
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -12,8 +15,14 @@ cp -r titan_ulysses pyproject.toml README.md LICENSE "$folder/source"
 cp scripts/check_wheel.py "$folder"
 cd "$folder"
 unset PYTHONPATH
-python3 -m venv venv
+"${PYTHON:-python3}" -m venv venv
 venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir . ./source
 rm -r source
-venv/bin/python -m pip install --quiet --disable-pip-version-check ./*.whl
-venv/bin/python check_wheel.py
+if [[ -n ${PACKAGES:-} ]]; then
+  # On the path of the environment. The wheel itself is installed here, also where those have another one.
+  echo "$PACKAGES" > "$(echo venv/lib/python3*/site-packages)/packages.pth"
+  venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed ./*.whl
+else
+  venv/bin/python -m pip install --quiet --disable-pip-version-check ./*.whl
+fi
+venv/bin/python check_wheel.py "$@"

@@ -21,25 +21,28 @@ import argparse
 import json
 import random
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from long_texts import (
+    add_options,
+    batches_of,
+    check_options,
+    draw_codes,
+    draw_key,
+    fill,
+    heat_map,
+    open_model,
+    read_haystack,
+)
 
-from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.config.schema import expand_path
 from titan_ulysses.data.adapter import shard
-from titan_ulysses.data.files import find_files, read_text
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
-from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
-from titan_ulysses.model import hf
-from titan_ulysses.observability.pictures import SHADES, has_matplotlib, picture
-from titan_ulysses.setup.parallelize import parallelize
-from titan_ulysses.setup.resolve import resolve_model
+from titan_ulysses.observability.pictures import has_matplotlib, picture
 from titan_ulysses.train.evaluation import score
 
 if TYPE_CHECKING:
@@ -48,9 +51,6 @@ if TYPE_CHECKING:
 QUESTION = "\nThe secret code of {key} is"
 ANSWER = " {code}"
 NEEDLE = QUESTION + ANSWER + ".\n"
-_SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-_ROW_TOKENS = 16384
-"""The most tokens of a rank in one forward, unless a single sequence has more."""
 
 
 class Trial(NamedTuple):
@@ -68,15 +68,6 @@ class Cell(NamedTuple):
     accuracy: float
     log_probability: float
     """mean log-probability per token of the right code, over all trials, in nats"""
-
-
-def draw_key(draw: random.Random) -> str:
-    return "".join(draw.choices(_SYLLABLES, k=3))
-
-
-def draw_codes(draw: random.Random, count: int) -> list[str]:
-    """Draw `count` different numbers of five digits."""
-    return [str(code) for code in draw.sample(range(10_000, 100_000), count)]
 
 
 def make_trial(
@@ -100,61 +91,16 @@ def make_trial(
         return encode(tokenizer, template.format(key=key, code=code), ends=False).tolist()
 
     codes = [ids(ANSWER, one) for one in (code, *others)]
-    needle, question = ids(NEEDLE), ids(QUESTION)
-    first = tokenizer("")["input_ids"][:1]
-    # The token that the model expects at the beginning, if any.
-    start = first if first == [tokenizer.bos_token_id] else []
-    room = length - len(start) - len(needle) - len(question) - max(map(len, codes))
-    if room < 0:
-        raise UserError(
-            f"--lengths {length}: needle and question alone are {length - room} tokens; give a "
-            "larger one."
-        )
-    if room > len(text):
-        raise UserError(
-            f"--lengths {length}: --text has {len(text):,} tokens only; give a longer one."
-        )
-    begin, before = draw.randrange(len(text) - room + 1), round(depth * room)
-    hay = [*text[begin : begin + room]]
-    return Trial([*start, *hay[:before], *needle, *hay[before:], *question], codes)
-
-
-def read_haystack(
-    tokenizer: PreTrainedTokenizerBase, path: str, *, tokens: int, seed: int
-) -> list[int]:
-    """Join the files at path, in a random order, until there are `tokens` token ids or no more
-    files. seed chooses the order.
-    """
-    files = find_files(expand_path(path), extensions=[".txt", ".md", ".py"], setting="--text")
-    text: list[int] = []
-    for file in random.Random(seed).sample([*files.values()], len(files)):
-        text += encode(tokenizer, read_text(file, "utf-8", "--text"), ends=False).tolist()
-        if len(text) >= tokens:
-            break
-    return text
-
-
-def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
-    """Open the model in folder, sharded, in bf16 on a GPU and fp32 on a CPU.
-
-    UserError where the model has fewer positions than `longest`.
-    """
-    dtype = "bfloat16" if mesh.device.type == "cuda" else "float32"
-    spec = resolve_model(
-        folder, world_size=mesh.loss.size(), device_type=mesh.device.type, param_dtype=dtype
+    prompt = fill(
+        tokenizer,
+        text,
+        length=length,
+        pieces=[(depth, ids(NEEDLE))],
+        question=ids(QUESTION),
+        answer_tokens=max(map(len, codes)),
+        draw=draw,
     )
-    positions = getattr(spec.model_config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise UserError(
-            f"--lengths {longest} is longer than the model's max_position_embeddings = "
-            f"{positions}: give shorter ones, or raise it in {folder}/config.json."
-        )
-    weights.find(folder)
-    model = hf.build_on_meta(spec.model_config, spec.options.param_dtype)
-    parallelize(model, mesh, spec.options)
-    hf.allocate(model, mesh.device)
-    weights.load(model, folder)
-    return model.eval()
+    return Trial(prompt, codes)
 
 
 def code_scores(
@@ -162,29 +108,10 @@ def code_scores(
 ) -> list[float]:
     """Return the log-probability of every code of every trial after its prompt. Collective."""
     rows = [(trial.prompt, code) for trial in trials for code in trial.codes]
-    at_once = max(1, _ROW_TOKENS * mesh.sp.size() // length)
     found: list[float] = []
-    for batch in shard(
-        (pad(rows[i : i + at_once], length) for i in range(0, len(rows), at_once)), mesh
-    ):
+    for batch in shard(batches_of(rows, mesh, length=length), mesh):
         found += score(model, batch).sum(dim=1, dtype=torch.float64).tolist()
     return found
-
-
-def pad(rows: Sequence[tuple[list[int], list[int]]], length: int) -> dict[str, torch.Tensor]:
-    """Build a batch for `shard` from (prompt, code) of each row. Only the codes have labels."""
-    shape = (len(rows), length)
-    batch = {
-        "input_ids": torch.zeros(shape, dtype=torch.long),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-    }
-    batch["labels"] = torch.full(shape, -100)
-    for row, (prompt, code) in enumerate(rows):
-        end = len(prompt) + len(code)
-        batch["input_ids"][row, :end] = torch.tensor([*prompt, *code])
-        batch["attention_mask"][row, :end] = 1
-        batch["labels"][row, len(prompt) : end] = torch.tensor(code)
-    return batch
 
 
 def find_needles(
@@ -212,34 +139,19 @@ def find_needles(
 
 def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
     """Draw accuracy and log-probability side by side, with a number in every cell."""
-    lengths, depths = options.lengths, options.depths
-    size = (3 + 1.7 * len(lengths), 2.2 + 0.5 * len(depths))
+    size = (3 + 1.7 * len(options.lengths), 2.2 + 0.5 * len(options.depths))
     with picture(path, size=size, panels=(1, 2)) as (figure, panels):
-        titles = {
-            "accuracy": (
-                f"right among {options.candidates} codes, %\n(guessing: "
-                f"{100 / options.candidates:.3g})",
-                100,
-            ),
-            "log_probability": ("log-probability of the right code,\nnats a token", 1),
-        }
-        for axes, (name, (title, unit)) in zip(panels, titles.items(), strict=True):
-            grid = (
-                torch.tensor([getattr(cell, name) * unit for cell in cells])
-                .view(len(lengths), len(depths))
-                .T
-            )
-            low, high = (0, 100) if unit == 100 else (min(grid.min().item(), -0.1), 0)
-            axes.imshow(grid, cmap=SHADES, vmin=low, vmax=high, aspect="auto")
-            for row, column in product(range(len(depths)), range(len(lengths))):
-                value = grid[row, column].item()
-                number = f"{value:.0f}" if unit == 100 else f"{value:.2f}"
-                color = "white" if (value - low) / (high - low) < 0.55 else "black"
-                axes.text(column, row, number, ha="center", va="center", color=color)
-            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-            axes.set_title(title, fontsize=10)
-            axes.set(xlabel="length, tokens", ylabel="depth of the needle")
+        guessing = f"{100 / options.candidates:.3g}"
+        panels[0].set_title(
+            f"right among {options.candidates} codes, %\n(guessing: {guessing})", fontsize=10
+        )
+        heat_map(
+            panels[0], (100 * cell.accuracy for cell in cells), options, low=0, high=100, form=".0f"
+        )
+        panels[1].set_title("log-probability of the right code,\nnats a token", fontsize=10)
+        low = min(-0.1, *(cell.log_probability for cell in cells))
+        found = (cell.log_probability for cell in cells)
+        heat_map(panels[1], found, options, low=low, high=0, form=".2f")
         figure.suptitle(f"{options.model}: {options.trials} trials a cell", fontsize=10)
 
 
@@ -247,34 +159,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="folder with a model and its tokenizer, such as a run's export/",
-    )
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="TOKENS"
-    )
-    parser.add_argument(
-        "--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="SHARE"
-    )
-    parser.add_argument("--trials", type=int, default=8, help="texts and needles a cell (8)")
+    add_options(parser, output="outputs/needle")
     parser.add_argument("--candidates", type=int, default=8, help="codes to choose from (8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--text",
-        default="{stdlib}/*.py",
-        metavar="PATH",
-        help="file, folder or pattern of the texts",
-    )
-    parser.add_argument("--output", type=Path, default=Path("outputs/needle"), metavar="FOLDER")
     options = parser.parse_args(argv)
-    for name, least in (("trials", 1), ("candidates", 2)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: at least {least}.", exit_code=2)
-    if wrong := [depth for depth in options.depths if not 0 <= depth <= 1]:
-        raise UserError(f"--depths {wrong[0]}: a share of the text, from 0 to 1.", exit_code=2)
-    options.lengths, options.depths = sorted(set(options.lengths)), sorted(set(options.depths))
+    check_options(options, candidates=2)
     return options
 
 

@@ -39,6 +39,7 @@ from test_tokens import write_megatron
 from titan_ulysses import parallelize, shard
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
+from titan_ulysses.config.model_cli import parse_model_command
 from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
@@ -92,6 +93,7 @@ SHORTER = {
     "scripts/bench/async_save.py": "--rounds 2",
     "scripts/bench/balance.py": "--steps 2",
     "scripts/bench/scaling.py": "--largest 2 --ranks 2 --seq-len 65536",
+    "titan-ulysses": "--seq-len 512",
     "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 "
     "--training.seq_len 65536",
 }
@@ -99,7 +101,7 @@ SHORTER = {
 TRAINING = shlex.split(
     "--training.steps 2 --training.seq_len 128 --training.param_dtype float32 "
     "--lr_scheduler.warmup_steps 1 --checkpoint.interval 1 --validation.interval 2 "
-    "--validation.steps 1"
+    "--validation.steps 1 --metrics.enable_report false"
 )
 OPTIONS = {  # the last that stands on a command line counts
     "--plan": ["--training.seq_len", "16384"],
@@ -107,6 +109,7 @@ OPTIONS = {  # the last that stands on a command line counts
     + ["--profiling.profiler_warmup", "0"],
     "train.py": TRAINING,
     "eval_needle.py": shlex.split("--lengths 200 --depths 0.5 --trials 1 --candidates 2"),
+    "eval_long.py": shlex.split("--lengths 500 --depths 0.5 --trials 1"),
     "generate.py": ["--tokens", "4"],
 }
 TOY_8B = shlex.split(
@@ -191,6 +194,8 @@ def call_of(command: Command) -> Call | None:
         options = parse_torchrun(words[1:])  # exits where an option is wrong
         arguments = options.training_script_args
         return Call(int(options.nproc_per_node), options.training_script, arguments, environment)
+    if words[0] == "titan-ulysses":
+        return Call(1, "titan_ulysses/__main__.py", words[1:], environment)
     return Call(1, words[1], words[2:], environment) if words[0] == "python" else None
 
 
@@ -253,6 +258,11 @@ class Sandbox:
             f"{number} bottles of water on the wall, take one down and pass it around. "
             for number in range(40)
         ]
+        # Recipes of other trainers, for docs/migration.md.
+        (self.root / "fsdp.yaml").write_text("distributed_type: FSDP\nnum_processes: 8\n")
+        (self.root / "run-h100-sp8-llama-8b.yml").write_text(
+            "model: {name_or_path: a/b}\nsequence_parallel_size: 8\n"
+        )
         (self.home / "books").mkdir()
         for number in range(3):
             (self.home / "books" / f"{number}.txt").write_text("".join(words[number:]))
@@ -339,7 +349,9 @@ class Sandbox:
         folder = self.root / ".venv" / "bin"
         if not folder.exists():
             folder.mkdir(parents=True)
-            for name, first in (("python", ""), ("torchrun", "-m torch.distributed.run ")):
+            programs = {"torchrun": "torch.distributed.run", "titan-ulysses": "titan_ulysses"}
+            starts = {name: f"-m {module} " for name, module in programs.items()}
+            for name, first in ({"python": ""} | starts).items():
                 skip = (
                     "if [[ $1 == -m && $2 == pip ]]; then exit 0; fi\n" if name == "python" else ""
                 )
@@ -402,6 +414,10 @@ def parse(root: Path, command: Command) -> None:
         started_in(str(root), call._replace(arguments=arguments)),
         pytest.MonkeyPatch.context() as patch,
     ):
+        if call.script == "titan_ulysses/__main__.py":
+            command, *rest = arguments
+            parse_model_command(rest, writes=command == "init")
+            return
         if call.script == "train.py":
             parsed = parse_command_line(arguments)
             load_config(parsed.config_path, parsed.overrides)
@@ -563,7 +579,10 @@ def test_settings_that_are_named_exist() -> None:
     """
     unknown = set()
     for page in PAGES:
-        for span in re.findall(r"`([^`\n]+)`", prose(page)):
+        text = prose(page)
+        if page.name == "migration.md":  # the first column has the keys of others
+            text = re.sub(r"^\| `[^`\n]+` \|", "|", text, flags=re.MULTILINE)
+        for span in re.findall(r"`([^`\n]+)`", text):
             for match in re.finditer(
                 r"(?<![\w./~-])(?:--)?([a-z_0-9]+)\.([a-z_0-9]+)(?![\w(*]|\.\*)", span
             ):

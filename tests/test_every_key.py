@@ -727,6 +727,7 @@ CHECKPOINT = {
         )
     ],
     "metrics.log_interval": [Case(2, lambda run, _: [line["step"] for line in run.lines] == [2])],
+    "metrics.enable_report": [Case(True, wrote("outputs/run/report.html"))],
     "metrics.enable_wandb": [
         Case(
             True,

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.run import config_from_args
-from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -26,10 +25,11 @@ import eval_needle  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
 
-from helpers.models import LLAMA  # noqa: E402
+from helpers.models import write_byte_model  # noqa: E402
 from helpers.ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
+from titan_ulysses.observability import run_pictures  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
 
@@ -91,17 +91,6 @@ def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two.accuracy == 0
 
 
-def tiny_model(folder: Path) -> Any:
-    table = LLAMA | {"vocab_size": 257, "max_position_embeddings": 256}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**table), dtype=torch.float32
-    ).eval()
-    model.save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return model
-
-
 ARGUMENTS = [
     "--lengths",
     "120",
@@ -128,7 +117,11 @@ def needle_main(arguments: list[str]) -> str | None:
 
 def test_the_map_is_that_of_plain_transformers(tmp_path: Path) -> None:
     """Two ranks, of which the second has the question and a padded end."""
-    model, text, output = tiny_model(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
+    model, text, output = (
+        write_byte_model(tmp_path / "model"),
+        tmp_path / "text.txt",
+        tmp_path / "out",
+    )
     text.write_bytes(bytes(TEXT))
     arguments = [str(tmp_path / "model"), *ARGUMENTS, "--text", str(text), "--output", str(output)]
     assert run_on_ranks(2, needle_main, arguments) == [None, None]
@@ -218,7 +211,9 @@ def test_pictures_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for file in (tmp_path / "pictures").iterdir():
         pixels = image.imread(file)[..., :3]
         # A line of each run.
-        for color in plot.COLORS[:2] if file.name != "positions.png" else plot.COLORS[1:2]:
+        for color in (
+            run_pictures.COLORS[:2] if file.name != "positions.png" else run_pictures.COLORS[1:2]
+        ):
             wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
             drawn = ((torch.tensor(pixels) - wanted).abs().amax(-1) < 0.02).sum().item()
             assert drawn > 20, (file, color, drawn)
@@ -237,7 +232,7 @@ def test_curves_that_coincide_are_told_apart(tmp_path: Path) -> None:
     for file in (tmp_path / "pictures").iterdir():
         pixels = torch.tensor(image.imread(file)[..., :3])
         axes = pixels[: int(0.7 * len(pixels))]  # the legend is below
-        for color in plot.COLORS[:3]:
+        for color in run_pictures.COLORS[:3]:
             wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
             assert ((axes - wanted).abs().amax(-1) < 0.02).sum() > 200, (file, color)
 
@@ -245,12 +240,12 @@ def test_curves_that_coincide_are_told_apart(tmp_path: Path) -> None:
 def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="metrics.jsonl is empty: the run has logged nothing yet"):
-        plot.read_runs([tmp_path])
+        run_pictures.read_runs([tmp_path])
     with pytest.raises(
         UserError,
         match="nowhere/metrics.jsonl: No such file or directory. Give the folder of a run",
     ):
-        plot.read_runs([tmp_path / "nowhere"])
+        run_pictures.read_runs([tmp_path / "nowhere"])
     monkeypatch.setattr(plot, "has_matplotlib", lambda: False)
     with pytest.raises(UserError, match="needs matplotlib: pip install matplotlib"):
         plot.main([str(tmp_path)])
@@ -266,7 +261,7 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_round_perplexities(low: float, high: float, ticks: list[float]) -> None:
-    assert plot.round_between(low, high) == pytest.approx(ticks)
+    assert run_pictures.round_between(low, high) == pytest.approx(ticks)
 
 
 # --- the launchers --------------------------------------------------------------------------------

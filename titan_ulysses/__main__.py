@@ -2,6 +2,8 @@
 
     titan-ulysses train --config X.toml       what `python train.py` does in a clone
     titan-ulysses plan --config X.toml        train.py --plan
+    titan-ulysses plan MODEL --gpus 8xH100    the same of a model, without a TOML file
+    titan-ulysses init MODEL --gpus 8xH100    writes a TOML file
     titan-ulysses evaluate --config X.toml    train.py --evaluate
     titan-ulysses convert SOURCE TARGET       scripts/convert.py
 
@@ -17,6 +19,7 @@ from difflib import get_close_matches
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.hub import look_for_hub
 from titan_ulysses.config.load import dump_toml, load_config
+from titan_ulysses.config.model_cli import parse_model_command
 from titan_ulysses.config.paths import path_problems
 from titan_ulysses.config.validate import check
 from titan_ulysses.distributed.errors import UserError
@@ -34,12 +37,14 @@ _EVALUATION = (
 _ONE_PROCESS = {"-h", "--help", "--print-config", "--plan"}
 """Options that do their work in one process, without a process group."""
 
-_COMMANDS = ("train", "plan", "evaluate", "convert")
+_COMMANDS = ("train", "plan", "init", "evaluate", "convert")
 
 _USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
 
   titan-ulysses train --config X.toml [--section.key value ...]
   titan-ulysses plan --config X.toml       does it fit these GPUs, and what binds? Needs none
+  titan-ulysses plan MODEL --gpus 8xH100 --seq-len 1M      the same, without a TOML file
+  titan-ulysses init MODEL --gpus 8xH100 --seq-len 1M      writes a TOML file for them
   titan-ulysses evaluate --config X.toml   validate the run's model alone
   titan-ulysses convert SOURCE TARGET      a checkpoint to safetensors, or back
 
@@ -62,8 +67,7 @@ def run(argv: list[str]) -> None:
         print(dump_toml(config), end="")
         return
     if command.plan:
-        # The same plan on every machine; set before torch is imported.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        _plan_alike_everywhere()
         from titan_ulysses.plan.report import plan_and_report
 
         return plan_and_report(config)
@@ -87,6 +91,20 @@ def run(argv: list[str]) -> None:
     Trainer(config, own_process=True).train()
 
 
+def _plan_alike_everywhere() -> None:
+    """Hide this machine's GPUs from a plan. Called before torch is imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _run_with_model(command: str, argv: list[str]) -> None:
+    """Do what `plan MODEL` or `init MODEL` asks for. UserError for what cannot be used."""
+    asked = parse_model_command(argv, writes=command == "init")
+    _plan_alike_everywhere()
+    from titan_ulysses.plan.init import init, plan_model
+
+    init(asked) if command == "init" else plan_model(asked)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The `titan-ulysses` command: a subcommand and its arguments. UserError for no such one."""
     command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -100,12 +118,21 @@ def main(argv: list[str] | None = None) -> None:
         from titan_ulysses.checkpoint.convert import main as convert
 
         convert(rest)
+    elif command == "init" or (command == "plan" and _names_a_model(rest)):
+        _run_with_model(command, rest)
     elif command in _COMMANDS:
         run(rest if command == "train" else [*rest, f"--{command}"])
     else:
         near = get_close_matches(command, _COMMANDS, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(_COMMANDS)}"
         raise UserError(f"titan-ulysses {command}: no such command; {remedy}", exit_code=2)
+
+
+def _names_a_model(arguments: list[str]) -> bool:
+    """Return whether arguments of `plan` are those of a model, and not of a TOML file."""
+    first = arguments[0] if arguments else "--help"
+    is_model = not first.startswith("-") and not first.endswith(".toml")
+    return is_model or any(one.partition("=")[0] == "--gpus" for one in arguments)
 
 
 def console() -> None:

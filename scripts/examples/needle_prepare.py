@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_needle import ANSWER, NEEDLE, QUESTION, draw_codes, draw_key
+from eval_needle import ANSWER, NEEDLE, QUESTION
+from long_texts import draw_codes, draw_key
 
 from titan_ulysses.config.schema import expand_path
 from titan_ulysses.data.files import find_files

@@ -32,6 +32,7 @@ BASE: Settings = {
     "training.param_dtype": "float32",
     "checkpoint.enable": False,
     "checkpoint.export": False,
+    "metrics.enable_report": False,
 }
 """Two steps in a fraction of a second. Other settings come over these; None leaves one out."""
 

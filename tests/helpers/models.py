@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
 
@@ -39,6 +41,17 @@ STARCODER2 = {
     "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
+
+
+def write_byte_model(folder: Path, **changes: Any) -> PreTrainedModel:
+    """Write a tiny llama of bytes, with its tokenizer, in fp32; return it in eval mode."""
+    table = LLAMA | {"vocab_size": 257, "max_position_embeddings": 256} | changes
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**table)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    return model
 
 
 def plain_model(

@@ -47,6 +47,9 @@ warmup_steps = 3
 [checkpoint]
 interval = 4
 export = false
+
+[metrics]
+enable_report = false
 """
 Settings = dict[str, Any]
 

@@ -29,6 +29,7 @@ _OWN_NAMES = (
     "config.toml",
     "metrics.jsonl",
     "evaluation.json",
+    "report.html",
     "plan.json",
     "plan_memory.png",
     "plan_ladder.png",

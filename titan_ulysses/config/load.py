@@ -32,7 +32,14 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[tuple[str, Any
     one line for each problem: unreadable file, invalid syntax, unknown key, wrong type, value out
     of bounds.
     """
-    settings = _read_toml(Path(path), chain=())
+    return config_of(_read_toml(Path(path), chain=()), overrides)
+
+
+def config_of(settings: dict[str, Any], overrides: Iterable[tuple[str, Any]] = ()) -> Config:
+    """Return tables of settings, as in a TOML file, with overrides applied, as a valid `Config`.
+
+    Raises UserError as `load_config` does. `settings` is changed by the overrides.
+    """
     for setting, value in overrides:
         _override(settings, setting, value)
     try:

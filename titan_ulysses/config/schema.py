@@ -808,6 +808,11 @@ class Plan(Section):
 
 class Metrics(Section):
     log_interval: int = Field(1, ge=1, le=10**9, description="Steps between log lines.")
+    enable_report: bool = Field(
+        True,
+        description="At the end of the run, write report.html: a page with its losses, memory, "
+        "speed, balance and loss by position.",
+    )
     enable_wandb: bool = Field(
         False,
         description="Log to Weights & Biases too, under job.name. Its own environment variables, "

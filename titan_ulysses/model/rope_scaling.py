@@ -60,12 +60,7 @@ def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
     longest = config.max_position_embeddings
     original = longest
     if _ORIGINAL in _KEYS[kind][1]:
-        original = (
-            scaling.get(_ORIGINAL)
-            or old.get(_ORIGINAL)
-            or getattr(config, _ORIGINAL, None)
-            or longest
-        )
+        original = scaling.get(_ORIGINAL) or _original_positions(config, old)
         scaling[_ORIGINAL] = original
         if hasattr(config, _ORIGINAL):  # phi3 has it here too, where it takes precedence
             setattr(config, _ORIGINAL, original)
@@ -88,6 +83,23 @@ def scale_rope(config: PreTrainedConfig, table: dict[str, Any]) -> None:
         raise UserError(
             f"model.rope_scaling: transformers refuses it: {one_line(error)}"
         ) from error
+
+
+def _original_positions(config: PreTrainedConfig, rope: dict[str, Any]) -> int:
+    return rope.get(_ORIGINAL) or getattr(config, _ORIGINAL, None) or config.max_position_embeddings
+
+
+def rope_for(config: PreTrainedConfig, seq_len: int) -> dict[str, Any] | None:
+    """Return the [model.rope_scaling] with which config's model reads seq_len tokens: YaRN.
+
+    None where it reads them as it is, or has no RoPE that could be scaled.
+    """
+    parameters = getattr(config, "rope_parameters", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if not parameters or positions is None or seq_len <= positions:
+        return None
+    original = _original_positions(config, parameters.get("full_attention", parameters))
+    return {"rope_type": "yarn", "factor": float(-(-seq_len // original))}
 
 
 def _checked(table: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from titan_ulysses.distributed.errors import UserError
 
@@ -26,9 +26,9 @@ def has_matplotlib() -> bool:
 
 @contextmanager
 def picture(
-    path: Path, *, size: tuple[float, float], panels: tuple[int, int] = (1, 1)
+    path: Path | IO[str], *, size: tuple[float, float], panels: tuple[int, int] = (1, 1)
 ) -> Iterator[Any]:
-    """Yield (figure, axes) to draw on, and save the picture to path.
+    """Yield (figure, axes) to draw on, and save the picture to path, or as SVG to an open file.
 
     size: width and height in inches. panels: (rows, columns); with several panels, axes is a flat
     list of Axes. No window is opened, and the caller's settings of matplotlib do not change.
@@ -46,11 +46,14 @@ def picture(
             "axes.spines.top": False,
             "axes.spines.right": False,
             "lines.linewidth": 1.6,
+            "svg.hashsalt": "",  # the same picture has the same ids
         }
     ):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(*panels, squeeze=False).flatten().tolist()
         yield figure, axes[0] if len(axes) == 1 else axes
+        if not isinstance(path, Path):
+            return figure.savefig(path, format="svg")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)

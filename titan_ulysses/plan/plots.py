@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -77,19 +77,21 @@ def _begins(plan: Plan) -> list[tuple[str, float]]:
     return [*begins, ("update", backward_ended)]
 
 
-def timeline(plan: Plan, path: Path) -> None:
+def timeline(plan: Plan, path: Path | IO[str]) -> None:
     """Draw GPU memory over the planned time of a step, stacked by component, and mark its peak."""
     line = timeline_of(plan)
     unit, unit_name = unit_of(line.peak[1])
     time_unit, time_name = time_unit_of(line.ends[-1])
-    heights = np.array([[column[name] / unit for column in line.alive] for name in COMPONENTS])
+    present = [name for name in COMPONENTS if any(column[name] for column in line.alive)]
+    heights = np.array([[column[name] / unit for column in line.alive] for name in present])
     ends = np.array([0.0, *line.ends]) / time_unit
     when, peak = line.peak[0] / time_unit, line.peak[1] / unit
     limit = (plan.setup.gpu_memory - sum(reserve.bytes for reserve in plan.reserves)) / unit
     with picture(path, size=(10, 5)) as (_, axes):
         stacked = np.concatenate([heights[:, :1], heights], axis=1)
-        names = [component_name(name) for name in COMPONENTS]
-        colors = [colormaps["tab20"](index) for index in range(len(names))]
+        names = [component_name(name) for name in present]
+        # Each component has its colour, whatever others there are.
+        colors = [colormaps["tab20"](COMPONENTS.index(name)) for name in present]
         axes.stackplot(ends, stacked, labels=names, colors=colors, linewidth=0, step="pre")
         axes.set(
             xlim=(0, ends[-1]),
@@ -175,7 +177,7 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
         axes.text(0, 0.98, words, va="top", fontsize=8, transform=axes.transAxes)
 
 
-def ladder(steps: Sequence[SearchResult], path: Path) -> None:
+def ladder(steps: Sequence[SearchResult], path: Path | IO[str]) -> None:
     """Draw the longest sequence of each step of the feature ladder, on a logarithmic axis."""
     lengths = [step.need.seq_len if step.need else 0 for step in steps]
     with picture(path, size=(8, 0.6 * len(steps) + 1.2)) as (_, axes):
@@ -188,3 +190,16 @@ def ladder(steps: Sequence[SearchResult], path: Path) -> None:
         least = min([length for length in lengths if length], default=1)
         axes.set_xlim(least / 3, max(*lengths, 2) * 6)
         axes.set_xlabel("tokens of the longest sequence that fits")
+
+
+def parts(values: Mapping[str, float], path: Path | IO[str], *, unit: float, label: str) -> None:
+    """Draw what a whole is made of as bars, the largest on top. Values are divided by unit."""
+    shown = sorted(((value, name) for name, value in values.items() if value), reverse=True)
+    with picture(path, size=(8, 0.32 * len(shown) + 1)) as (_, axes):
+        places = np.arange(len(shown))[::-1]
+        axes.barh(places, [value / unit for value, _ in shown], color=COLORS[0])
+        for place, (value, _) in zip(places, shown, strict=True):
+            axes.text(value / unit, place, f" {value / unit:.3g}", va="center", fontsize=8)
+        axes.set_yticks(places, [name for _, name in shown], fontsize=9)
+        axes.margins(x=0.12)
+        axes.set_xlabel(label)

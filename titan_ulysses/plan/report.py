@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.toml import show
@@ -19,6 +20,7 @@ from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.fastest import Search
 from titan_ulysses.plan.fastest_table import tell_fastest
+from titan_ulysses.plan.page import write_plan_page
 from titan_ulysses.plan.planner import (
     Plan,
     Setup,
@@ -79,10 +81,12 @@ def plan_and_report(config: Config) -> None:
     with whole_file(folder / "plan.json") as partial:
         partial.write_text(json.dumps(values, indent=2))
     pictures = _draw(plan, steps, folder)
-    if best is not None:
-        console.print(closing(plan, best, found), highlight=False, soft_wrap=True)
+    summary = closing(plan, best, found) if best is not None else ""
+    if summary:
+        console.print(summary, highlight=False, soft_wrap=True)
+    write_plan_page(folder, plan, values, summary=Text.from_markup(summary).plain, steps=steps)
     console.print(
-        f"[dim]{folder}/plan.json{pictures}; planned in "
+        f"[dim]{folder}/report.html, plan.json{pictures}; planned in "
         f"{time_text(time.perf_counter() - started)}[/]",
         highlight=False,
         soft_wrap=True,

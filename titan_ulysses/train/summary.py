@@ -207,6 +207,8 @@ def print_completion(run: Run) -> None:
         f"Done: {run.step} steps. In {run.folder}:",
         "  config.toml, metrics.jsonl, tensorboard/",
     ]
+    if run.config.metrics.enable_report:
+        lines.append("  report.html  a page with its losses, memory, speed and balance")
     if run.config.checkpoint.enable:
         newest = f"{run.config.checkpoint.folder}/step-{run.step}"
         lines.append(

@@ -41,6 +41,7 @@ from titan_ulysses.observability.metrics import (
 )
 from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
+from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.observability.units import time_text
 from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.optim.adamw import (
@@ -423,6 +424,8 @@ class Trainer:
                 )
             step = self._exported_step
             weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=step)
+        if config.metrics.enable_report and dist.get_rank() == 0:
+            write_run_page(self.folder)
         print_completion(self)
 
     def _train_steps(self, logger: MetricsLogger | None) -> None:
@@ -571,6 +574,7 @@ class Trainer:
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         balance = self.imbalance.take()
+        assert self.loader is not None
         of_loss = details(shown, self.loader, self.mesh)
         peak = torch.tensor(self.peak_memory.gib())
         dist.all_reduce(peak, dist.ReduceOp.MAX)

@@ -1,0 +1,218 @@
+"""Turn a recipe of ArcticTraining, accelerate, axolotl or torchtitan into our TOML.
+
+    python scripts/migrate.py run-h100-sp8-llama-8b.yml --ranks 8 --output llama.toml
+    python scripts/migrate.py llama3_8b.toml      torchtitan's; ours goes to the console
+    python scripts/migrate.py fsdp.yaml --model.path FOLDER     accelerate's, which has no model
+    python scripts/migrate.py --table axolotl     the keys that are known, as in docs/migration.md
+
+Any setting may be given as an option, as for train.py. Settings that the recipe leaves to its own
+trainer get that trainer's defaults, where ours differ. A key that has no counterpart is named, with
+its value and the reason, on the console and in comments at the end of the file. Nothing is left out
+silently but what is empty or off. The rules are in scripts/migration/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from migration import FORMATS
+from migration.rules import Format, Lost, Rule
+
+from titan_ulysses.config.cli import parse_command_line
+from titan_ulysses.config.load import config_of
+from titan_ulysses.config.schema import KEYS, SECTIONS
+from titan_ulysses.config.toml import show, table_to_toml
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.distributed.files import whole_file
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+Flat = dict[str, Any]
+"""Values of a recipe by their keys, the keys of nested tables with dots; lists are values."""
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a YAML, TOML or JSON file. UserError where it cannot be read, or is not a table."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise UserError(f"{path}: {why}. Give the file of a recipe.", exit_code=2) from None
+    try:
+        if path.suffix == ".toml":
+            table = tomllib.loads(text)
+        elif path.suffix == ".json":
+            table = json.loads(text)
+        else:
+            import yaml  # comes with transformers
+
+            table = yaml.safe_load(text)
+    except Exception as error:  # of three parsers
+        line = " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be parsed: {line}", exit_code=2) from None
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: has no keys: it is not a recipe.", exit_code=2)
+    return table
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> Flat:
+    flat: Flat = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
+def format_of(path: Path, table: dict[str, Any]) -> Format:
+    """Return whose recipe this is, by the keys that it has. UserError where that is not clear."""
+    found = [one for one in FORMATS.values() if one.recognize(table)]
+    if len(found) != 1:
+        raise UserError(
+            f"{path}: whose recipe is this? Say it with --from {'|'.join(FORMATS)}.", exit_code=2
+        )
+    return found[0]
+
+
+class Migration:
+    """A recipe, the settings that follow from it, and what could not be carried."""
+
+    def __init__(self, kind: Format, flat: Flat, *, ranks: int | None):
+        self.kind, self.flat, self.ranks = kind, flat, ranks
+        self.settings: Flat = dict(kind.defaults)
+        self.given: set[str] = set()
+        """our keys that the recipe itself sets"""
+        self.lost: list[tuple[str, Any, str]] = []
+        self.needless: list[tuple[str, Any, str]] = []
+
+    def run(self) -> Migration:
+        values = self.flat | {"--ranks": self.ranks}
+        for key, value in self.flat.items():
+            rule = self.kind.rule_of(key)
+            if rule is None:
+                # What is off or empty asks for nothing.
+                if value not in (None, False, "", [], {}):
+                    self.lost.append((key, value, "not known here"))
+            elif value is not None:
+                self._apply(rule, key, value, values)
+        return self
+
+    def _apply(self, rule: Rule, key: str, value: Any, values: Flat) -> None:
+        try:
+            found = rule.become(value, values)
+        except Lost as why:
+            self.lost.append((key, value, str(why)))
+            return
+        except (TypeError, ValueError, KeyError, AttributeError):
+            self.lost.append((key, value, "its value is not one that this key has"))
+            return
+        if not found and rule.why:
+            self.needless.append((key, value, rule.why))
+        self.settings |= found
+        self.given |= found.keys()
+
+
+def with_included(path: Path, flat: Flat, kind: Format) -> Flat:
+    """Return flat with the keys of the files that it names, such as a DeepSpeed config."""
+    result: Flat = {}
+    for key, value in flat.items():
+        prefix = kind.includes.get(key)
+        beside = path.parent / value if isinstance(value, str) and prefix is not None else None
+        if beside is not None and beside.is_file():
+            result |= flatten(read_recipe(beside), f"{prefix}.")
+        else:
+            result[key] = value
+    return result
+
+
+def as_text(source: str, migration: Migration) -> str:
+    """Return the TOML text. UserError where a value cannot be one of ours."""
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in migration.settings.items():
+        section, name = key.split(".")
+        tables.setdefault(section, {})[name] = value
+    config_of(json.loads(json.dumps(tables)))
+    defaults = [key for key in migration.kind.defaults if key not in migration.given]
+    lines = [f"# From {source}, a recipe of {migration.kind.name}, by scripts/migrate.py."]
+    if defaults:
+        lines.append(f"# Defaults of {migration.kind.name}, which the recipe does not set:")
+        lines += [f"#   {key}" for key in defaults]
+    for section in SECTIONS:
+        if section in tables:
+            order = [k for k in SECTIONS[section].model_fields if k in tables[section]]
+            lines += ["", *table_to_toml(section, {k: tables[section][k] for k in order})]
+    if migration.lost:
+        lines += ["", "# Not carried over:"]
+        lines += [f"#   {key} = {show(value)}: {why}" for key, value, why in migration.lost]
+    return "\n".join(lines) + "\n"
+
+
+def markdown(kind: Format) -> str:
+    """Return the table of a format for docs/migration.md."""
+    lines = [f"| {kind.name} | here |", "|---|---|"]
+    for rule in kind.rules:
+        lines.append(f"| `{rule.theirs}` | {rule.describe()} |")
+    for key, value in kind.defaults.items():
+        lines.append(f"| (not set) | `{key} = {show(value)}` |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="YAML or TOML")
+    parser.add_argument("--from", dest="kind", choices=FORMATS, help="default: seen from its keys")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="GPUs of the run, for keys that depend on them"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: the console")
+    parser.add_argument("--table", choices=FORMATS, help="print the keys that are known")
+    options, settings = parser.parse_known_args(argv)
+    options.overrides = parse_command_line(["--config", "none", *settings]).overrides
+    if not options.table and not options.recipe:
+        parser.error("give a RECIPE, or --table")
+    if options.ranks is not None and options.ranks < 1:
+        raise UserError(f"--ranks {options.ranks}: at least 1.", exit_code=2)
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    if options.table:
+        print(markdown(FORMATS[options.table]), end="")
+        return
+    path: Path = options.recipe
+    table = read_recipe(path)
+    kind = FORMATS[options.kind] if options.kind else format_of(path, table)
+    flat = with_included(path, flatten(table), kind)
+    migration = Migration(kind, flat, ranks=options.ranks).run()
+    given = dict(options.overrides)
+    migration.settings |= given
+    migration.given |= given.keys()
+    if not {"model.path", "model.config"} & migration.settings.keys():
+        raise UserError(f"{path}: it names no model: add --model.path FOLDER.", exit_code=2)
+    text = as_text(path.name, migration)
+    if options.output:
+        if options.output.exists():
+            raise UserError(f"{options.output} is there already: give another --output.")
+        with whole_file(options.output) as partial:
+            partial.write_text(text)
+        print(f"{options.output}: {len(migration.settings)} of {len(KEYS)} settings are set.")
+    else:
+        print(text, end="")
+    for title, found in (("needs nothing here", migration.needless), ("LOST", migration.lost)):
+        for key, value, why in found:
+            print(f"{title}: {key} = {show(value)}: {why}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

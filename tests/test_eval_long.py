@@ -1,0 +1,142 @@
+"""scripts/eval_long.py: what each task puts where, and its scores against plain transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import eval_long  # noqa: E402
+
+from helpers.models import write_byte_model  # noqa: E402
+from helpers.ranks import run_on_ranks  # noqa: E402
+from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
+from titan_ulysses.distributed.errors import UserError  # noqa: E402
+
+TOKENIZER = load_tokenizer("bytes")
+TEXT = [*("the quick brown fox jumps over the lazy dog. " * 60).encode()]
+
+
+def trial(task: str, **changes: Any) -> tuple[str, str]:
+    """(prompt, answer) as text."""
+    settings = {"length": 900, "depth": 0.5, "count": 3, "seed": "0 900 1"} | changes
+    made = eval_long.make_trial(TOKENIZER, TEXT, task=task, **settings)
+    assert len(made.prompt) + len(made.answer) == settings["length"]
+    assert made == eval_long.make_trial(TOKENIZER, TEXT, task=task, **settings)
+    return bytes(made.prompt).decode(), bytes(made.answer).decode()
+
+
+@pytest.mark.parametrize("task", eval_long.TASKS)
+def test_a_seed_has_one_answer_at_every_depth(task: str) -> None:
+    answers = {trial(task, depth=depth)[1] for depth in (0, 0.3, 1)}
+    assert len(answers) == 1
+    assert trial(task, seed="0 900 2")[1] not in answers
+
+
+@pytest.mark.parametrize("depth", [0, 0.5, 1])
+def test_needles(depth: float) -> None:
+    text, answer = trial("needles", depth=depth)
+    codes = dict(re.findall(r"The secret code of (\w+) is (\d+)\.", text))
+    key = re.search(r"The secret code of (\w+) is$", text)[1]
+    assert len(codes) == 3 and codes[key] == answer.strip()
+    # The asked one is at the depth of the text around all; others may stand before it.
+    before = text.index(f"of {key} is {codes[key]}") - 18
+    others = sum(len(f"\nThe secret code of {k} is {c}.\n") for k, c in codes.items() if k != key)
+    room = 900 - len(text[text.rindex("\n") :]) - len(answer) - others
+    assert depth * room - 60 <= before <= depth * room + others + 60
+
+
+def test_variables() -> None:
+    text, answer = trial("variables", depth=0.25)
+    value = re.search(r"with the value (\d+)", text)[1]
+    lines = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\n", text)
+    chain = [name for name, _ in lines]
+    assert answer == " " + ", ".join(chain) and len(chain) == 3
+    assert [source for _, source in lines] == [value, *chain[:-1]]
+    assert 0.15 < text.index(f"VAR {chain[0]} = {value}") / 900 < 0.3
+
+
+def test_words() -> None:
+    text, answer = trial("words", depth=0.5)
+    listed = text[: text.index("\nThe word that")].split()
+    assert listed.count(answer.strip()) == eval_long._OFTEN
+    counts = {word: listed.count(word) for word in listed if word != answer.strip()}
+    assert max(counts.values()) <= 2
+    places = [m.start() / 900 for m in re.finditer(answer, text)]
+    assert min(places) > 0.3 and max(places) < 0.7
+
+
+def test_questions() -> None:
+    text, answer = trial("questions", depth=1)
+    who = re.search(r"where does (\w+) live", text)[1]
+    lives = dict(re.findall(r"(\w+) lives in the town of (\w+)\.", text))
+    assert lives[who] == answer.strip() and len(lives) > 10
+    assert text.count(f"{who} lives") == 1
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(UserError, match=r"--lengths 40: what variables needs alone are \d+ tokens"):
+        trial("variables", length=40)
+    with pytest.raises(UserError, match="--lengths 9000: --text has 2,700 tokens only"):
+        trial("needles", length=9000)
+    for arguments in (["--count", "1"], ["--trials", "0"], ["--depths", "2"]):
+        with pytest.raises(UserError, match=arguments[0]) as error:
+            eval_long.parse(["m", *arguments])
+        assert error.value.exit_code == 2
+
+
+def long_main(arguments: list[str]) -> str | None:
+    """What is wrong, if anything."""
+    try:
+        return eval_long.main(arguments)
+    except UserError as error:
+        return str(error)
+
+
+def test_the_scores_are_those_of_plain_transformers(tmp_path: Path) -> None:
+    """Two ranks, of which the second has the answer; a length that they do not divide."""
+    model = write_byte_model(tmp_path / "model", max_position_embeddings=512)
+    # It says vowels alone, so that some tokens of the answers are the likeliest, and others not.
+    vowels = torch.zeros(257, dtype=torch.bool)
+    vowels[[*b"aeiouAEIOU"]] = True
+    model.lm_head.weight.data[~vowels] = 0
+    model.save_pretrained(tmp_path / "model")
+    output, text = tmp_path / "out", tmp_path / "text.txt"
+    text.write_bytes(bytes(TEXT))
+    arguments = [str(tmp_path / "model"), "--lengths", "401", "--depths", "0", "1"]
+    arguments += ["--trials", "3", "--seed", "5", "--text", str(text), "--output", str(output)]
+    assert run_on_ranks(2, long_main, arguments) == [None, None]
+    found = json.loads((output / "long.json").read_text())["cells"]
+    assert [(c["task"], c["depth"]) for c in found] == [
+        (task, depth) for task in eval_long.TASKS for depth in (0, 1)
+    ]
+    shares = set()
+    for cell in found:
+        rows = [
+            plain(model, cell["task"], depth=cell["depth"], seed=f"5 401 {number}")
+            for number in range(3)
+        ]
+        assert cell["loss"] == pytest.approx(sum(loss for loss, _ in rows) / 3, rel=1e-5)
+        assert cell["likeliest"] == pytest.approx(sum(share for _, share in rows) / 3)
+        assert cell["exact"] == pytest.approx(sum(share == 1 for _, share in rows) / 3)
+        shares.add(cell["likeliest"])
+    assert len(shares) > 2
+    assert (output / "long.png").exists() == eval_long.has_matplotlib()
+
+
+@torch.no_grad()
+def plain(model: Any, task: str, **settings: Any) -> tuple[float, float]:
+    """(loss, share of likeliest tokens) of a trial's answer."""
+    made = eval_long.make_trial(TOKENIZER, TEXT, task=task, length=401, count=4, **settings)
+    answer = torch.tensor(made.answer)
+    ids = torch.tensor([[*made.prompt, *made.answer]])
+    logits = model(input_ids=ids).logits[0, len(made.prompt) - 1 : -1]
+    loss = torch.nn.functional.cross_entropy(logits, answer).item()
+    return loss, (logits.argmax(-1) == answer).double().mean().item()

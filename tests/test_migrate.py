@@ -1,0 +1,303 @@
+"""scripts/migrate.py: recipes of four trainers, what they become, and what is said to be lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import migrate  # noqa: E402
+from migration import FORMATS  # noqa: E402
+
+from titan_ulysses.config.load import load_config  # noqa: E402
+from titan_ulysses.config.schema import KEYS, Config  # noqa: E402
+from titan_ulysses.distributed.errors import UserError  # noqa: E402
+
+# Recipes as their projects publish them, shortened: ArcticTraining's run-h100-sp8-llama-8b.yml,
+# accelerate's cp.yaml, axolotl's llama3-8b-deepspeed-alst.yaml, torchtitan's llama3_8b.toml.
+ARCTIC = """
+type: sft
+micro_batch_size: 1
+exit_iteration: 4
+min_iterations: 4
+activation_checkpoint_cpu_offload: true
+tiled_mlp_compute: true
+sequence_parallel_size: 8
+deepspeed:
+  zero_optimization:
+    stage: 3
+    offload_optimizer:
+      device: cpu
+  seq_parallel_communication_data_type: bf16
+optimizer:
+  type: cpu_adam
+  learning_rate: 0.00001
+model:
+  type: "liger"
+  name_or_path: meta-llama/Llama-3.1-8B-Instruct
+  attn_implementation: flash_attention_2
+  save_name: mine
+data:
+  sources:
+    - type: huggingface_instruct
+      name_or_path: HuggingFaceH4/ultrachat_200k
+      split: train_sft
+      role_mapping:
+        user: messages.role.user
+        assistant: messages.role.assistant
+  cache_dir: data-cache
+  dl_num_workers: 1
+  max_length: 3_800_000
+epochs: 2
+logger:
+  level: WARNING
+  output_dir: "logs"
+"""
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_activation_checkpointing: true
+  fsdp_offload_params: true
+  fsdp_version: 2
+mixed_precision: bf16
+num_machines: 2
+num_processes: 8
+parallelism_config:
+  parallelism_config_cp_size: 4
+  parallelism_config_dp_replicate_size: 1
+  parallelism_config_dp_shard_size: 2
+  parallelism_config_tp_size: 2
+use_cpu: false
+"""
+AXOLOTL = """
+base_model: meta-llama/Llama-3.1-8B
+datasets:
+  - path: princeton-nlp/TextbookChapters
+    type: completion
+    field: chapter
+val_set_size: 0.0
+output_dir: ./outputs/out
+sequence_len: 500_000
+min_sample_len: 200_000
+sample_packing: true
+tiled_mlp: true
+context_parallel_size: 8
+plugins:
+  - axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin
+gradient_accumulation_steps: 2
+micro_batch_size: 1
+max_steps: 50
+optimizer: adamw_torch_8bit
+lr_scheduler: cosine
+learning_rate: 2e-5
+bf16: auto
+gradient_checkpointing: true
+activation_offloading: legacy
+resume_from_checkpoint:
+attn_implementation: flash_attention_2
+warmup_ratio: 0.1
+adam_beta2: 0.95
+neftune_noise_alpha: 5
+deepspeed: zero3.json
+"""
+ZERO3 = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}
+TORCHTITAN = """
+[job]
+dump_folder = "./outputs"
+[metrics]
+log_freq = 10
+enable_tensorboard = true
+[model]
+name = "llama3"
+flavor = "8B"
+hf_assets_path = "./assets/hf/Llama-3.1-8B"
+converters = ["float8"]
+[optimizer]
+name = "AdamW"
+lr = 3e-4
+[training]
+local_batch_size = 1
+seq_len = 8192
+dataset = "c4"
+[parallelism]
+data_parallel_shard_degree = -1
+tensor_parallel_degree = 1
+pipeline_parallel_degree = 2
+context_parallel_degree = 4
+[checkpoint]
+enable = true
+async_mode = "async_with_pinned_mem"
+[activation_checkpoint]
+mode = "selective"
+selective_ac_option = "op"
+[validation]
+enable = false
+steps = -1
+freq = 500
+"""
+RECIPES = {"arctic": ARCTIC, "accelerate": ACCELERATE, "axolotl": AXOLOTL, "torchtitan": TORCHTITAN}
+EXPECTED: dict[str, dict[str, Any]] = {
+    "arctic": {
+        "model.path": "meta-llama/Llama-3.1-8B-Instruct",
+        "data.source": "chat",
+        "data.path": "HuggingFaceH4/ultrachat_200k",
+        "data.split": "train_sft",
+        "training.seq_len": 3_800_000,
+        "training.steps": 4,
+        "parallelism.sequence_parallel_degree": 8,
+        "activation_checkpoint.offload": "host",
+        "memory.optimizer_offload": True,
+        "optimizer.lr": 1e-5,
+        "optimizer.betas": (0.9, 0.999),
+        "job.dump_folder": "logs",
+        "data.cache_folder": "data-cache",
+    },
+    "accelerate": {
+        "parallelism.sequence_parallel_degree": 4,
+        "parallelism.data_parallel_shard_degree": 2,
+        "plan.world_size": 8,
+        "plan.gpus_per_node": 4,
+        "memory.parameter_offload": True,
+        "training.param_dtype": "bfloat16",
+    },
+    "axolotl": {
+        "model.path": "meta-llama/Llama-3.1-8B",
+        "data.source": "hf",
+        "data.text_field": "chapter",
+        "data.packing": "best_fit",
+        "job.name": "out",
+        "training.seq_len": 500_000,
+        "training.global_batch_size": 4,
+        "training.steps": 50,
+        "lr_scheduler.warmup_steps": 5,
+        "parallelism.sequence_parallel_degree": 8,
+        "optimizer.name": "adamw8bit",
+        "optimizer.betas": (0.9, 0.95),
+        "optimizer.lr": 2e-5,
+        "optimizer.weight_decay": 0.0,
+        "activation_checkpoint.offload": "host",
+        "memory.parameter_offload": True,
+    },
+    "torchtitan": {
+        "model.path": "./assets/hf/Llama-3.1-8B",
+        "data.path": "allenai/c4",
+        "data.streaming": True,
+        "training.seq_len": 8192,
+        "training.steps": 10_000,
+        "lr_scheduler.warmup_steps": 200,
+        "lr_scheduler.min_lr_ratio": 0.0,
+        "parallelism.sequence_parallel_degree": 4,
+        "quantize.float8": True,
+        "checkpoint.async_mode": "async",
+        "checkpoint.keep_latest_k": 10,
+        "activation_checkpoint.mode": "full",
+        "validation.steps": 0,
+    },
+}
+LOST = {
+    "arctic": ["model.save_name", "epochs"],
+    "accelerate": ["parallelism_config.parallelism_config_tp_size"],
+    "axolotl": ["min_sample_len", "neftune_noise_alpha"],
+    "torchtitan": ["parallelism.pipeline_parallel_degree"],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file that is written loads; what is lost is in it and on the console."""
+    recipe = tmp_path / ("recipe.toml" if name == "torchtitan" else "recipe.yaml")
+    recipe.write_text(RECIPES[name])
+    (tmp_path / "zero3.json").write_text(json.dumps(ZERO3))
+    arguments = [str(recipe), "--ranks", "16", "--output", str(tmp_path / "ours.toml")]
+    if name == "accelerate":
+        with pytest.raises(UserError, match="it names no model: add --model.path FOLDER"):
+            migrate.main(arguments)
+        arguments += ["--model.path", "folder"]
+    migrate.main(arguments)
+    config = load_config(tmp_path / "ours.toml")
+    for key, value in EXPECTED[name].items():
+        section, field = key.split(".")
+        assert getattr(getattr(config, section), field) == value, key
+    said = capsys.readouterr().err.splitlines()
+    lost = [line.split()[1] for line in said if line.startswith("LOST: ")]
+    assert lost == LOST[name]
+    text = (tmp_path / "ours.toml").read_text()
+    assert all(f"#   {key} = " in text for key in lost)
+    with pytest.raises(UserError, match="is there already"):
+        migrate.main(arguments)
+
+
+def migrated(recipe: Path, text: str) -> migrate.Migration:
+    recipe.write_text(text)
+    table = migrate.read_recipe(recipe)
+    kind = migrate.format_of(recipe, table)
+    return migrate.Migration(kind, migrate.flatten(table), ranks=None).run()
+
+
+def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, key, why in [
+        ("base_model: m\nadapter: qlora", "adapter", "weights in 4 bits"),
+        ("base_model: m\ngradient_accumulation_steps: 4", "gradient_accumulation_steps", "--ranks"),
+        ("base_model: m\noptimizer: lion_8bit", "optimizer", "known values are adamw_torch"),
+        ("base_model: m\ndeepspeed: absent.json", "deepspeed", "no such file beside the recipe"),
+        ("base_model: m\ndatasets: 7", "datasets", "its value is not one that this key has"),
+        ("base_model: m\ndatasets: [{path: a, type: alpaca}]", "datasets", "of a: type alpaca"),
+        ("base_model: m\nplugins: [a.LigerPlugin, b.KDPlugin]", "plugins", "b.KDPlugin"),
+        ("base_model: m\na_new_key: {b: 1}", "a_new_key.b", "not known here"),
+        (
+            ARCTIC.replace("offload_optimizer", "offload_param").replace(
+                "device: cpu", "device: nvme"
+            ),
+            "deepspeed.zero_optimization.offload_param.device",
+            "parameters on a disk",
+        ),
+    ]:
+        found = {one: reason for one, _, reason in migrated(recipe, text).lost}
+        assert why in found[key], (text, found)
+    # What is off asks for nothing.
+    assert not migrated(recipe, "base_model: m\nload_in_4bit: false\nqat:\nrl: []").lost
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "x: [1", "a.yaml: cannot be parsed: "),
+        ("a.toml", "x = ", "a.toml: cannot be parsed: "),
+        ("a.yaml", "- 1", "a.yaml: has no keys: it is not a recipe"),
+        ("a.yaml", "lr: 1", "a.yaml: whose recipe is this\\? Say it with --from arctic|"),
+        ("a.yaml", "base_model: m\nlearning_rate: fast", "optimizer.lr = "),
+    ],
+)
+def test_files_that_are_no_recipes(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        migrate.main([str(tmp_path / name)])
+    assert error.value.exit_code == 2
+    with pytest.raises(UserError, match="absent.yaml: No such file"):
+        migrate.main([str(tmp_path / "absent.yaml")])
+
+
+def test_rules_lead_to_settings_that_exist() -> None:
+    """Every default, and every key that a rule says it becomes."""
+    for kind in FORMATS.values():
+        assert not kind.defaults.keys() - KEYS.keys()
+        for rule in kind.rules:
+            named = [word.strip("`,;") for word in rule.ours.split() if word.startswith("`")]
+            for key in named:
+                section = key.partition(".")[0]
+                ours = key.partition(" ")[0]
+                if "." in key and section in Config.model_fields and not key.endswith("*"):
+                    assert ours in KEYS, (kind.name, rule.theirs, key)
+
+
+def test_the_page_has_the_tables() -> None:
+    page = (ROOT / "docs" / "migration.md").read_text()
+    for name, kind in FORMATS.items():
+        assert migrate.markdown(kind) in page, f"python scripts/migrate.py --table {name}"

@@ -1,0 +1,137 @@
+"""report.html of a run's folder: one self-contained page, which needs no network and no script.
+
+A plan and a finished run each have a section of it, and each keeps the section of the other.
+Pictures are SVG inside the page.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO
+
+from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.observability.pictures import has_matplotlib
+
+PAGE = "report.html"
+SECTIONS = {"run": "The run", "plan": "The plan"}
+"""The sections of a page, in their order, with their titles."""
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1b1b1b; background: #fff }
+h1 { font-size: 1.6rem } h2 { font-size: 1.3rem; border-bottom: 1px solid #ccc; margin-top: 2.5rem }
+h3 { font-size: 1.05rem; margin-bottom: .3rem }
+table { border-collapse: collapse; margin: .5rem 0 1.2rem; display: block; overflow-x: auto }
+th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
+th { border-bottom: 1px solid #999 } td { border-bottom: 1px solid #eee }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+figure { margin: .5rem 0 1.5rem } figcaption { color: #555 }
+figure svg { width: 100%; height: auto }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } code { font-size: .9em }
+"""
+
+
+class Section:
+    """The body of a section, as it is built from top to bottom. Text is escaped."""
+
+    def __init__(self, name: str):
+        assert name in SECTIONS
+        self.name = name
+        self._parts: list[str] = []
+        self._figures = 0
+
+    def heading(self, text: str) -> None:
+        self._parts.append(f"<h3>{html.escape(text)}</h3>")
+
+    def text(self, *lines: str) -> None:
+        """Add a paragraph for each line."""
+        self._parts += [f"<p>{html.escape(line)}</p>" for line in lines]
+
+    def table(self, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Add a table. Columns of numbers are on the right. A head of empty texts is left out."""
+        rows = [[str(cell) for cell in row] for row in rows]
+        numbers = [
+            column > 0 and all(re.match(r"[-+<]?[ \d]|-$|$", row[column]) for row in rows)
+            for column in range(len(head))
+        ]
+
+        def line(tag: str, cells: Sequence[str]) -> str:
+            marked = (' class="number"' if number else "" for number in numbers)
+            made = (
+                f"<{tag}{mark}>{html.escape(cell)}</{tag}>"
+                for mark, cell in zip(marked, cells, strict=True)
+            )
+            return f"<tr>{''.join(made)}</tr>"
+
+        lines = [line("th", head)] * any(head) + [line("td", row) for row in rows]
+        self._parts.append("\n".join(["<table>", *lines, "</table>"]))
+
+    def figure(self, caption: str, draw: Callable[[IO[str]], None]) -> None:
+        """Add a picture, which `draw` writes to a file as SVG (see `pictures.picture`)."""
+        if not has_matplotlib():
+            return
+        file = io.StringIO()
+        draw(file)
+        self._figures += 1
+        svg = _inline(file.getvalue(), prefix=f"{self.name}{self._figures}-", label=caption)
+        self._parts.append(
+            f"<figure>\n{svg}\n<figcaption>{html.escape(caption)}</figcaption>\n</figure>"
+        )
+
+    def folded(self, title: str, text: str) -> None:
+        """Add text as it is, which its reader has to open."""
+        self._parts.append(
+            f"<details><summary>{html.escape(title)}</summary>\n<pre>{html.escape(text)}</pre>"
+            "</details>"
+        )
+
+    def html(self) -> str:
+        parts = list(self._parts)
+        if not has_matplotlib():
+            parts.append("<p>There are no pictures: matplotlib is not installed.</p>")
+        inside = "\n".join(parts)
+        return (
+            f'<section id="{self.name}">\n<h2>{SECTIONS[self.name]}</h2>\n{inside}\n</section>'
+            f"<!-- end of {self.name} -->"
+        )
+
+
+def write_page(folder: Path, section: Section, *, title: str) -> Path:
+    """Write report.html of a folder with this section, and with the other one if it is there."""
+    path = folder / PAGE
+    try:
+        before = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        before = ""
+    bodies = []
+    for name in SECTIONS:
+        found = re.search(rf'<section id="{name}">.*?<!-- end of {name} -->', before, re.DOTALL)
+        kept = found[0] if found else ""
+        bodies.append(section.html() if name == section.name else kept)
+    name = html.escape(title)
+    text = (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Without it a browser asks the server, or the folder, for one.
+        f'<link rel="icon" href="data:,">\n<title>{name}</title>\n<style>{_STYLE}</style>\n'
+        f"</head>\n<body>\n<h1>{name}</h1>\n" + "\n".join(filter(None, bodies)) + "\n"
+        "<footer><p>Written by titan_ulysses. What is planned was computed, not measured.</p>"
+        "</footer>\n</body>\n</html>\n"
+    )
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return path
+
+
+def _inline(svg: str, *, prefix: str, label: str) -> str:
+    """Return an SVG file as an element of a page, whose ids no other element has."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1).strip()

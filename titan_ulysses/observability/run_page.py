@@ -1,0 +1,108 @@
+"""The section of report.html about a run, from its metrics.jsonl and its config.toml."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from titan_ulysses.observability.page import Section, write_page
+from titan_ulysses.observability.run_pictures import (
+    Lines,
+    draw_balance,
+    draw_loss,
+    draw_memory,
+    draw_positions,
+    draw_speed,
+    ranges_of,
+    read_runs,
+    validations,
+    values,
+)
+from titan_ulysses.observability.units import size_text, time_text
+
+_GIB = 2**30
+
+
+def write_run_page(folder: Path) -> Path:
+    """Write the section of a run into report.html of its folder. UserError where nothing is logged.
+
+    It may be called at any time, also while the run is going on.
+    """
+    ((name, lines),) = read_runs([folder]).items()
+    section, runs = Section("run"), {name: lines}
+    section.table(["", ""], _summary(lines))
+    if values(lines, "loss")[0] or values(lines, "validation_loss")[0]:
+        section.heading("Loss")
+        section.figure("Loss of training, and of held-out data", partial(draw_loss, runs))
+    if validations(lines):
+        section.heading("Loss by position in the document")
+        section.figure(
+            "First validation (dashed) and last one (solid)", partial(draw_positions, runs)
+        )
+        _positions(section, validations(lines))
+    if values(lines, "step_seconds")[0]:
+        section.heading("Speed")
+        section.figure("Tokens a second, and seconds a step", partial(draw_speed, runs))
+        section.heading("Memory")
+        section.figure("Peak of a rank so far, measured and planned", partial(draw_memory, runs))
+    section.heading("Balance")
+    if values(lines, "balance")[0]:
+        section.figure(
+            "How many times as long attention takes as if it were spread evenly over the "
+            "data-parallel ranks",
+            partial(draw_balance, runs),
+        )
+    else:
+        section.text("One data-parallel rank reads all sequences: there is nothing to balance.")
+    with suppress(OSError):  # of a run of an older version
+        section.folded("config.toml", (folder / "config.toml").read_text(encoding="utf-8"))
+    return write_page(folder, section, title=name)
+
+
+def _summary(lines: Lines) -> list[tuple[str, str]]:
+    """Return (what, value) of a run in numbers; what was not logged is left out."""
+    steps = [line for line in lines if "loss" in line]
+    held_out = [line for line in lines if "validation_loss" in line]
+    last: dict[str, Any] = steps[-1] if steps else {}
+    rows = []
+    if steps:
+        rows += [("steps", f"{last['step']:,}"), ("tokens", f"{last.get('tokens') or 0:,}")]
+        rows += [("loss of the first and of the last logged step", _both(steps, "loss"))]
+    if held_out:
+        rows += [("validation loss, first and last", _both(held_out, "validation_loss"))]
+    times = sorted(line["step_seconds"] for line in steps if line.get("step_seconds"))
+    if times:
+        rows += [("a step, median", time_text(times[len(times) // 2]))]
+    if last.get("tokens_per_second"):
+        rows += [("tokens a second, last", f"{last['tokens_per_second']:,.0f}")]
+    for key, what in (("peak_memory_gib", "measured"), ("planned_memory_gib", "planned")):
+        if last.get(key):
+            rows += [(f"peak memory of a rank, {what}", size_text(last[key] * _GIB))]
+    if last.get("mfu"):
+        rows += [("MFU, last", f"{last['mfu']:.1%}")]
+    for kind, count in (last.get("collectives") or {}).items():
+        rows += [(f"{kind} of a step", f"{count['calls']:,} calls, {size_text(count['bytes'])}")]
+    if last.get("skipped_steps"):
+        rows += [("skipped steps", f"{last['skipped_steps']:,}")]
+    return rows
+
+
+def _both(lines: Lines, key: str) -> str:
+    known = [line[key] for line in lines if line.get(key) is not None]
+    return f"{known[0]:.4f}, {known[-1]:.4f}" if known else "not finite"
+
+
+def _positions(section: Section, found: Lines) -> None:
+    first = {position: loss for position, loss, _ in ranges_of(found[0])}
+    rows = [
+        (
+            f"{position:,}",
+            f"{first[position]:.4f}" if position in first else "",
+            f"{loss:.4f}",
+            f"{labels:,}",
+        )
+        for position, loss, labels in ranges_of(found[-1])
+    ]
+    section.table(["from position", "first", "last", "labels"], rows)
