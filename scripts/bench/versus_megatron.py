@@ -276,7 +276,7 @@ def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
         need = longest(own, near=options.seq_len, close=0.01, plan=partial(plan_of, name))
         at = at_length(own, options.seq_len, partial(plan_of, name)).plan
         seconds = time_of_plan(name, at)
-        row = {
+        row: dict[str, Any] = {
             "what": name,
             "settings": what,
             "longest": need.seq_len if need else 0,
@@ -317,7 +317,7 @@ def main() -> None:
         from titan_ulysses.distributed.mesh import init_distributed
 
         init_distributed()
-        return tell(contend(options.ranks, options.seq_lens, options.repeats))
+        tell(contend(options.ranks, options.seq_lens, options.repeats))
     found = {}
     if options.what != "plan":
         found["ranks"] = on_ranks(options)

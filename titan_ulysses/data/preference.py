@@ -7,6 +7,7 @@ whole; the completion is what is added.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def encode_preference(
     for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not completion:
             raise RefusedRow(f"the {name} completion is empty")
-        encoded = _of_texts if isinstance(completion, str) else _of_messages
+        encoded: Callable[..., Any] = _of_texts if isinstance(completion, str) else _of_messages
         ids, trained = encoded(tokenizer, pair.prompt, completion)
         documents.append(ids)
         masks.append(trained)

@@ -321,7 +321,8 @@ def _read_preference(record: dict[str, Any], source: SourceSettings, place: str)
     and the prompt is what they begin with alike.
     """
     name = source.prompt_field or "prompt"
-    prompt, completions = record.get(name), [record.get(key) for key in field_names(source)]
+    prompt: Any = record.get(name)
+    completions: list[Any] = [record.get(key) for key in field_names(source)]
     if all(isinstance(value, str) for value in (prompt, *completions)):
         return Row(place, Preference(prompt, *completions))
     for key, value in zip(field_names(source), completions, strict=True):

@@ -112,7 +112,7 @@ def draw_loss(runs: dict[str, Lines], path: Path | IO[str]) -> None:
         finish(figure, axes, ylabel="loss, nats a token")
 
 
-def draw_sets(runs: dict[str, Lines], path: Path) -> None:
+def draw_sets(runs: dict[str, Lines], path: Path | IO[str]) -> None:
     """Draw the loss of each named validation set: of one run in a colour each, of several in a
     line style each.
     """
