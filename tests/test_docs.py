@@ -587,7 +587,7 @@ def test_settings_that_are_named_exist() -> None:
                 r"(?<![\w./~-])(?:--)?([a-z_0-9]+)\.([a-z_0-9]+)(?![\w(*]|\.\*)", span
             ):
                 section, key = match.groups()
-                is_file = key in ("py", "toml", "json", "jsonl")
+                is_file = key in ("py", "toml", "json", "jsonl", "png")
                 if section in SECTIONS and not is_file and f"{section}.{key}" not in KEYS:
                     unknown.add(f"{page.name}: {match[0]}")
     assert not unknown

@@ -172,7 +172,7 @@ class Trainer:
             timeout=timeout,
         )
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
-        self.loader = self._loader(training) if training else None
+        self.loader = None if training is None else self._loader(training)
         self.validation_loaders = {name: self._loader(one) for name, one in held_out.items()}
         self.loss = build_loss(self.spec, self.model, self.mesh)
         offload = config.memory.parameter_offload
