@@ -57,7 +57,7 @@ class Corpus:
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
         hasher = xxhash.xxh3_128()
         for array in (tokens, ends, *([] if trained is None else [trained])):
-            hasher.update(array.tobytes())
+            hasher.update(array)
         begins = np.append(0, ends)[:-1].astype(np.int64)
         return cls(tokens, begins, ends, trained, content=hasher.hexdigest())
 
