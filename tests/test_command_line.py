@@ -213,7 +213,7 @@ def test_stopped_by_a_signal(
 
 
 LONG_STEP = """
-import sys, time
+import os, sys, time
 from titan_ulysses.train import trainer
 from titan_ulysses.__main__ import run
 from titan_ulysses.distributed.failure import exit_on_error
@@ -223,13 +223,13 @@ train_step, steps = trainer.train_step, []
 def slow(*args, **options):
     steps.append(1)
     if len(steps) == 2:
-        print("a long step", flush=True)
+        open(f"{sys.argv[1]}-{os.environ['RANK']}", "w").close()
         time.sleep(35)
     return train_step(*args, **options)
 
 trainer.train_step = slow
 with exit_on_error():
-    run(sys.argv[1:])
+    run(sys.argv[2:])
 """
 
 
@@ -240,10 +240,10 @@ def test_a_step_may_take_longer_than_the_patience_of_torchrun(
     """torchrun kills its ranks 30 s after a signal. The launcher waits for the step."""
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     (tmp_path / "driver.py").write_text(LONG_STEP)
-    launched = launch(tmp_path / "driver.py", *arguments(config, LONG))
-    assert launched.process.stdout is not None
-    while launched.process.stdout.readline() not in ("a long step\n", ""):
-        pass
+    launched = launch(tmp_path / "driver.py", tmp_path / "in", *arguments(config, LONG))
+    while not all((tmp_path / f"in-{rank}").exists() for rank in (0, 1)):
+        assert launched.process.poll() is None, launched.end()
+        time.sleep(0.01)
     since = time.monotonic()
     launched.process.terminate()
     code, out, err = launched.end()

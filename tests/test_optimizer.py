@@ -304,6 +304,21 @@ def test_rounding_is_stochastic_and_right_on_average():
     assert (nearest == 1).all(), "rounded to nearest, such a step is lost"
 
 
+def test_the_number_of_a_step_that_may_be_skipped_is_the_hosts(monkeypatch):
+    """What the device skips is counted there, and the host would wait to know it."""
+    rounded = []
+    for number in (0, 0, 1):
+        p = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        config = Optimizer(lr=0.1 * 2**-8, weight_decay=0, stochastic_rounding=True)
+        optimizer = build_optimizer([p], config, skips=True)
+        optimizer.steps_before, p.grad = number, torch.ones_like(p)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "__int__", lambda self: pytest.fail("the host waits"))
+            optimizer.step()
+        rounded.append(p.detach())
+    assert torch.equal(rounded[0], rounded[1]) and not torch.equal(rounded[0], rounded[2])
+
+
 def rounded_replicas() -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
     torch.manual_seed(dist.get_rank())  # as the trainer does, for dropout
     before = torch.get_rng_state()
