@@ -68,7 +68,7 @@ class Corpus:
         hasher = xxhash.xxh3_128()
         for array in (tokens, ends, trained, pairs):
             if array is not None:
-                hasher.update(array)
+                hasher.update(np.ascontiguousarray(array).data)
         return cls(tokens, begins, ends, trained, content=hasher.hexdigest(), splits=pairs)
 
     def __len__(self) -> int:
