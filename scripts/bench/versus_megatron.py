@@ -154,7 +154,7 @@ def on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
         spec = spec_of(options.ranks, seq_len)
         closed = megatron_bytes(spec.model_config, degree=options.ranks, tokens=seq_len, itemsize=4)
         for name, one in of.items():
-            row = {"what": name, "seq_len": seq_len, "step": one["step"]}
+            row: dict[str, Any] = {"what": name, "seq_len": seq_len, "step": one["step"]}
             row["counted"] = sent(one["counts"], options.ranks)
             row["planned"] = sent(planned(name, spec), options.ranks)
             row["seconds"] = statistics.median(one["seconds"]) if one["seconds"] else None
@@ -276,7 +276,7 @@ def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
         need = longest(own, near=options.seq_len, close=0.01, plan=partial(plan_of, name))
         at = at_length(own, options.seq_len, partial(plan_of, name)).plan
         seconds = time_of_plan(name, at)
-        row = {
+        row: dict[str, Any] = {
             "what": name,
             "settings": what,
             "longest": need.seq_len if need else 0,
@@ -317,7 +317,7 @@ def main() -> None:
         from titan_ulysses.distributed.mesh import init_distributed
 
         init_distributed()
-        return tell(contend(options.ranks, options.seq_lens, options.repeats))
+        tell(contend(options.ranks, options.seq_lens, options.repeats))
     found = {}
     if options.what != "plan":
         found["ranks"] = on_ranks(options)
@@ -325,7 +325,6 @@ def main() -> None:
         found["plan"] = on_gpus(options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))
-    return None
 
 
 if __name__ == "__main__":
