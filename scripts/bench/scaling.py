@@ -223,7 +223,7 @@ def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
         closed = exchanged_bytes(config, degree=ranks, tokens=short, itemsize=4)
         rows.append({"what": "bytes", "ranks": ranks, "counted": handed_in, "closed_form": closed})
         print(
-            f"{ranks} ranks, {short:,} tokens each: a rank hands in {handed_in:,} bytes, closed "
+            f"P = {ranks}, {short:,} tokens a rank: a rank hands in {handed_in:,} bytes, closed "
             f"form {closed:,}",
             flush=True,
         )
