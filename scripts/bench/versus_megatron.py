@@ -203,7 +203,7 @@ PLANNED: list[tuple[str, str, dict[str, Any]]] = [
     ("megatron", "", _WHOLE),
     ("ulysses", "as published: FSDP, nothing tiled", _WHOLE),
     ("megatron", "loss in tiles of 32,768 tokens", _TILED_LOSS),
-    ("ulysses", "loss in tiles of 32,768 tokens", _TILED_LOSS),
+    ("ulysses", "loss in tiles of 1 GiB", _WHOLE | {"memory.loss_tile_tokens": 0}),
     (
         "ulysses",
         "tiles and streaming, all on the GPU",
@@ -226,7 +226,9 @@ PLANNED: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
 ]
-"""(contender, what it has, its settings). All have activation checkpoints of every block."""
+"""(contender, what it has, its settings). All have activation checkpoints of every block. A rank
+has the logits of a tile for the whole vocabulary in Ulysses, and for its part of it in Megatron.
+"""
 
 
 def plan_of(name: str, setup: Setup) -> Plan:
