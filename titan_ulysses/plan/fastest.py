@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
+import torch
+
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.cost import Time
 from titan_ulysses.plan.few_layers import Estimate, estimate_plan
@@ -201,7 +203,9 @@ class Search:
         if changed["memory.loss_tile_tokens"] == -1:
             training = setup.config.training
             tokens = training.local_batch_size * training.seq_len // changed[_SEQUENCE]
-            if 4 * tokens * setup.model_config.vocab_size > setup.gpu_memory:
+            size = getattr(torch, training.param_dtype).itemsize
+            size = size if size >= 4 else size + 4  # as the product gives them, and in fp32
+            if size * tokens * setup.model_config.vocab_size > setup.gpu_memory:
                 return True
         return any(
             one is not None
