@@ -92,6 +92,8 @@ SHORTER = {
     "scripts/chaos.py soak": "--soak-seconds 12 --minutes 1",
     "scripts/bench/async_save.py": "--rounds 2",
     "scripts/bench/balance.py": "--steps 2",
+    "scripts/bench/versus_megatron.py": "--what ranks --seq-lens 512 --repeats 1",
+    "scripts/bench/scaling.py --what measured": "--measured-tokens 512 --repeats 1",
     "scripts/bench/scaling.py": "--largest 2 --ranks 2 --seq-len 65536",
     "titan-ulysses": "--seq-len 512",
     "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 "

@@ -208,6 +208,25 @@ def test_the_fastest_on_the_command_line(tmp_path, capsys):
     assert again["run"]["cost"] == pytest.approx(best["cost"]) and again["fastest"] == []
 
 
+def test_a_search_over_nothing_is_said():
+    """No mesh deals the sequences: what is wrong, and no traceback."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from titan_ulysses.plan.fastest import Search
+    from titan_ulysses.plan.fastest_table import tell_fastest
+
+    def refuse(setup):
+        raise UserError("refused")
+
+    said = StringIO()
+    console = Console(file=said, width=200)
+    assert tell_fastest(console, Search(setup_of(), estimate=refuse)) == []
+    assert "training.seq_len = 262,144 on 4 x H100-80GB: none of" in said.getvalue()
+    assert "All are refused: give training.seq_len a length that a mesh" in said.getvalue()
+
+
 @pytest.mark.slow
 def test_nothing_that_fits_is_said(tmp_path, capsys):
     found, said = plan_on_the_command_line(

@@ -1,8 +1,10 @@
-"""Scale by simulation: from 1 to 1,024 ranks, and mixes of data and sequence parallelism.
+"""Scale by simulation: from 1 to 1,024 ranks, and mixes of data and sequence parallelism. And
+measured: weak and strong scaling on the ranks that a machine has.
 
     python scripts/bench/scaling.py                                    # both, for Llama-3-8B
     python scripts/bench/scaling.py --config configs/llama3_70b.toml
-    python scripts/bench/scaling.py --what mixes --ranks 8 64 --seq-len 1048576
+    python scripts/bench/scaling.py --what mixes --ranks 8 64 --seq-len 1048576 --picture x.png
+    python scripts/bench/scaling.py --what measured                    # 1 and 2 CPU ranks; 4: bytes
 
 Sequence length and sequence-parallel degree are doubled together: DeepSpeed-Ulysses (arXiv
 2309.14509) hands in the same bytes for each layer then, as long as every KV head has its rank. The
@@ -13,9 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
+
+from common import launch, run
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.observability.units import size_text, time_text
@@ -62,6 +67,8 @@ def row_of(found: Estimate) -> dict[str, Any]:
         "fits": found.fits,
         "step_seconds": found.time.seconds,
         "seconds_per_token": found.time.seconds / setup.tokens_per_step,
+        "network_share": (found.time.parts["exchange"] + found.time.waits["FSDP"])
+        / found.time.seconds,
         "binds": found.time.bottleneck,
     }
 
@@ -116,7 +123,7 @@ def mixes(config: Path, *, ranks: list[int], seq_len: int) -> list[dict[str, Any
     print(f"\nmeshes for sequences of {seq_len:,} tokens, streamed, checkpoints as configured")
     print(
         f"{'ranks':>5}  dp_replicate x dp_shard x sp  {'a step':>13} {'tokens/s':>11} "
-        f"{'GPU memory':>11}  fits   limited by"
+        f"{'GPU memory':>11}  fits   limited by  network"
     )
     for world in ranks:
         setup = setup_of(config, ranks=world, seq_len=seq_len, memory__stream_chunk_tokens=0)
@@ -128,9 +135,98 @@ def mixes(config: Path, *, ranks: list[int], seq_len: int) -> list[dict[str, Any
                 f"{world:>5}  {' x '.join(map(str, row['mesh'])):<28} "
                 f"{time_text(row['step_seconds']):>13} {1 / row['seconds_per_token']:>11,.0f} "
                 f"{size_text(row['gpu_bytes']):>11}  {'yes' if row['fits'] else 'no':<5}  "
-                f"{row['binds']}",
+                f"{row['binds']:<10}  {row['network_share']:.1%}",
                 flush=True,
             )
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draw the tokens per second and GPU of each mesh of `mixes`, over the degree of sequence
+    parallelism. Filled points fit; dashed lines have replicas.
+    """
+    from titan_ulysses.observability.pictures import COLORS, picture
+
+    with picture(path, size=(8, 4.2)) as (_, axes):
+        for number, world in enumerate(sorted({row["ranks"] for row in rows})):
+            for replicas in (False, True):
+                line = [
+                    row
+                    for row in rows
+                    if row["ranks"] == world and (row["mesh"][0] > 1) == replicas
+                ]
+                if not line:
+                    continue
+                color, degrees = COLORS[number], [row["mesh"][2] for row in line]
+                speeds = [1 / row["seconds_per_token"] / world for row in line]
+                shared = f"{world} GPUs" + (", a replica a node" if replicas else "")
+                axes.plot(degrees, speeds, "--" if replicas else "-", color=color, label=shared)
+                for degree, speed, row in zip(degrees, speeds, line, strict=True):
+                    face = color if row["fits"] else "white"
+                    axes.plot(degree, speed, "o", color=color, markerfacecolor=face)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({row["mesh"][2] for row in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set(xlabel="sequence-parallel degree", ylabel="tokens per second and GPU, planned")
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"{title} (filled: it fits)", fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+
+
+# --- measured -------------------------------------------------------------------------------------
+
+
+def on_ranks(role: str, *, ranks: int, seq_len: int, repeats: int = 1) -> Any:
+    """Return what ulysses.py finds on CPU ranks of one thread each."""
+    child = launch(ranks, str(Path(__file__).with_name("ulysses.py")))
+    options = ["--role", role, "--seq-len", str(seq_len), "--repeats", str(repeats)]
+    found = run([*child, *options], threads=1, minutes=10)
+    if isinstance(found, str):
+        raise SystemExit(f"{ranks} ranks: {found}")
+    return found
+
+
+def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """Measure strong and weak scaling on 1 and 2 ranks, exchange apart, and count on 1, 2 and 4 the
+    bytes of the exchange, S / P constant. Every rank needs a core of its own for times.
+    """
+    from ulysses import MODEL
+
+    from titan_ulysses.model import hf
+
+    rows = []
+    print(f"\nmeasured: a small llama, fp32, medians of {repeats} steps, seconds of rank 0")
+    print(f"{'':<7} {'P':>2} {'S':>7} {'a step':>8} {'exchange':>9} {'the rest':>9} {'CPU':>7}")
+    # One rank at S = tokens is the first row of both.
+    for what, ranks, seq_len in (
+        ("", 1, tokens),
+        ("strong", 2, tokens),
+        ("weak", 2, 2 * tokens),
+    ):
+        steps = on_ranks("measure", ranks=ranks, seq_len=seq_len, repeats=repeats)
+        row: dict[str, Any] = {"what": what, "ranks": ranks, "seq_len": seq_len}
+        row |= {
+            key: statistics.median(step[key] for step in steps)
+            for key in ("seconds", "exchange", "cpu")
+        }
+        rows.append(row)
+        print(
+            f"{what:<7} {ranks:>2} {seq_len:>7,} {row['seconds']:>8.2f} {row['exchange']:>9.3f} "
+            f"{row['seconds'] - row['exchange']:>9.2f} {row['cpu']:>7.2f}",
+            flush=True,
+        )
+    config = hf.load_model_config("", MODEL)
+    for ranks in (1, 2, 4):
+        short = tokens // 4
+        counted = on_ranks("count", ranks=ranks, seq_len=ranks * short)
+        handed_in = counted.get("all_to_all", (0, 0))[1]
+        closed = exchanged_bytes(config, degree=ranks, tokens=short, itemsize=4)
+        rows.append({"what": "bytes", "ranks": ranks, "counted": handed_in, "closed_form": closed})
+        print(
+            f"P = {ranks}, {short:,} tokens a rank: a rank hands in {handed_in:,} bytes, closed "
+            f"form {closed:,}",
+            flush=True,
+        )
     return rows
 
 
@@ -139,19 +235,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=Path("configs/llama3_8b.toml"))
-    parser.add_argument("--what", choices=["weak", "mixes", "both"], default="both")
+    parser.add_argument("--what", choices=["weak", "mixes", "both", "measured"], default="both")
     parser.add_argument("--tokens", type=int, default=32768, help="S / P")
     parser.add_argument("--largest", type=int, default=1024, help="ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="of the mixes")
     parser.add_argument("--seq-len", type=int, default=2**20, help="of the mixes")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--picture", type=Path, help="draw the mixes here")
+    parser.add_argument("--measured-tokens", type=int, default=4096, help="of a rank")
+    parser.add_argument("--repeats", type=int, default=3, help="measured steps")
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    print(f"planned, nothing is measured: {options.config}")
-    if options.what != "mixes":
+    if options.what == "measured":
+        found["measured"] = measured(tokens=options.measured_tokens, repeats=options.repeats)
+    else:
+        print(f"planned, nothing is measured: {options.config}")
+    if options.what in ("weak", "both"):
         found["weak"] = weak_scaling(options.config, tokens=options.tokens, largest=options.largest)
-    if options.what != "weak":
+    if options.what in ("mixes", "both"):
         found["mixes"] = mixes(options.config, ranks=options.ranks, seq_len=options.seq_len)
+        if options.picture:
+            title = f"{options.config.stem}, sequences of {options.seq_len:,} tokens"
+            draw(found["mixes"], options.picture, title=title)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))
 

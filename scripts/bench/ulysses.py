@@ -72,6 +72,20 @@ def measure(seq_len: int, repeats: int) -> None:
     dist.destroy_process_group()
 
 
+def count(seq_len: int, _: int) -> None:
+    """Print on rank 0 what it hands in to collectives in a step: {kind: (calls, bytes)}."""
+    import torch.distributed as dist
+
+    from titan_ulysses.distributed.collectives import CollectiveCounter
+
+    step = training_step(MODEL)
+    with CollectiveCounter() as counter:
+        step(seq_len)
+    if dist.get_rank() == 0:
+        print(json.dumps(counter.counts))
+    dist.destroy_process_group()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,10 +95,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1, help="steps a round")
     parser.add_argument("--minutes", type=float, default=20, help="patience a process")
-    parser.add_argument("--role", choices=["measure"], help=argparse.SUPPRESS)
+    parser.add_argument("--role", choices=["measure", "count"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        return measure(args.seq_len, args.repeats)
+        return {"measure": measure, "count": count}[args.role](args.seq_len, args.repeats)
 
     options = ["--role", "measure", "--seq-len", str(args.seq_len), "--repeats", str(args.repeats)]
     print(

@@ -154,7 +154,7 @@ def on_ranks(options: argparse.Namespace) -> list[dict[str, Any]]:
         spec = spec_of(options.ranks, seq_len)
         closed = megatron_bytes(spec.model_config, degree=options.ranks, tokens=seq_len, itemsize=4)
         for name, one in of.items():
-            row = {"what": name, "seq_len": seq_len, "step": one["step"]}
+            row: dict[str, Any] = {"what": name, "seq_len": seq_len, "step": one["step"]}
             row["counted"] = sent(one["counts"], options.ranks)
             row["planned"] = sent(planned(name, spec), options.ranks)
             row["seconds"] = statistics.median(one["seconds"]) if one["seconds"] else None
@@ -203,7 +203,7 @@ PLANNED: list[tuple[str, str, dict[str, Any]]] = [
     ("megatron", "", _WHOLE),
     ("ulysses", "as published: FSDP, nothing tiled", _WHOLE),
     ("megatron", "loss in tiles of 32,768 tokens", _TILED_LOSS),
-    ("ulysses", "loss in tiles of 32,768 tokens", _TILED_LOSS),
+    ("ulysses", "loss in tiles of 1 GiB", _WHOLE | {"memory.loss_tile_tokens": 0}),
     (
         "ulysses",
         "tiles and streaming, all on the GPU",
@@ -226,7 +226,9 @@ PLANNED: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
 ]
-"""(contender, what it has, its settings). All have activation checkpoints of every block."""
+"""(contender, what it has, its settings). All have activation checkpoints of every block. A rank
+has the logits of a tile for the whole vocabulary in Ulysses, and for its part of it in Megatron.
+"""
 
 
 def plan_of(name: str, setup: Setup) -> Plan:
@@ -325,7 +327,6 @@ def main() -> None:
         found["plan"] = on_gpus(options)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))
-    return None
 
 
 if __name__ == "__main__":

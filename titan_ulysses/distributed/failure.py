@@ -109,8 +109,8 @@ def exit_on_error() -> Iterator[None]:
         end(f"error: {of_system(error)}", 1)
     except Exception as error:
         lost = _lost_peer(error)
-        if lost and _DIED in lost:
-            _let_the_first_speak()
+        if lost and _DIED in lost and not _the_first_speaks():
+            lost = _named(lost)
         hangs = lost is not None and _NO_ANSWER in lost
         if hangs and run_store.has_store():
             try:
@@ -121,19 +121,35 @@ def exit_on_error() -> Iterator[None]:
         end(f"error: {lost}" if lost else traceback.format_exc(), 1, hang=hangs)
 
 
-def _let_the_first_speak() -> None:
-    """Wait until a rank has failed, for a moment at most.
+def _the_first_speaks() -> bool:
+    """Wait until a rank has failed, for a moment at most. Return whether one has.
 
     A rank that has lost another one closes all of its connections. The ranks at their other ends
     may notice that before it has said what is wrong.
     """
 
-    def wait() -> None:
+    def wait() -> bool:
         store = run_store.connect()
         while not failures(store):
             time.sleep(0.05)
+        return True
 
-    run_store.within(_FIRST_SECONDS, wait)
+    return bool(run_store.within(_FIRST_SECONDS, wait))
+
+
+def _named(lost: str) -> str:
+    """Return the message for a rank that has died, with the ranks and hosts that are gone.
+
+    The beats of ranks say which. On the same host there is no time to ask: torchrun ends all ranks
+    of a host as soon as one has ended.
+    """
+    if not lost.startswith("another rank on ") or not run_store.has_store():
+        return lost
+    try:
+        who = heartbeat.describe_dead(_BEAT_SECONDS)
+    except ConnectionError:
+        return store_is_gone()
+    return f"{who} {_DIED}: the process or its host is gone. {goes_on()}" if who else lost
 
 
 def first_failure(reason: str | None, *, group: dist.ProcessGroup | None = None) -> str | None:

@@ -70,12 +70,23 @@ def describe_silent(beat_: dict[str, Any]) -> str:
     return f" (it was in {beat_['part']}, {beat_['place']})" if beat_ else ""
 
 
-def describe_hang(error: BaseException, seconds: float) -> str | None:
-    """Return who does not answer, what it was in, and what this rank waited for; None: unknown.
+def describe_dead(seconds: float) -> str:
+    """Return which ranks are silent, on which hosts and in what, as "rank 2 on b (it was in step 3,
+    in ...)"; empty if none is. Asks the store twice. Raise ConnectionError if it does not answer.
+    """
+    silent, now = _silent(seconds)
+    told = [
+        f"rank {rank} on {now[rank].get('host', 'its host')}{describe_silent(now[rank])}"
+        for rank in silent[:_MOST_NAMED]
+    ]
+    more = [f"{len(silent) - _MOST_NAMED} more"] if len(silent) > _MOST_NAMED else []
+    return " and ".join([*told, *more])
 
-    error: that of the collective that has given up. Asks the store twice. A rank whose beat has
-    stopped is stopped or cut off. Otherwise those are meant that are alive, and neither wait for
-    others nor have given up themselves. Raise ConnectionError if the store does not answer.
+
+def _silent(seconds: float) -> tuple[list[int], list[dict[str, Any]]]:
+    """Return the other ranks whose beat has stopped for so long, and the last beat of each rank.
+
+    Raise ConnectionError if the store does not answer.
     """
     own, size = run_store.rank_and_size()
 
@@ -89,7 +100,18 @@ def describe_hang(error: BaseException, seconds: float) -> str | None:
     if answer is None:
         raise ConnectionError
     before, now = answer
-    silent = [rank for rank in range(size) if rank != own and before[rank] == now[rank]]
+    return [rank for rank in range(size) if rank != own and before[rank] == now[rank]], now
+
+
+def describe_hang(error: BaseException, seconds: float) -> str | None:
+    """Return who does not answer, what it was in, and what this rank waited for; None: unknown.
+
+    error: that of the collective that has given up. Asks the store twice. A rank whose beat has
+    stopped is stopped or cut off. Otherwise those are meant that are alive, and neither wait for
+    others nor have given up themselves. Raise ConnectionError if the store does not answer.
+    """
+    own, size = run_store.rank_and_size()
+    silent, now = _silent(seconds)
     busy = [rank for rank in range(size) if rank != own and not now[rank].get("waits", True)]
     if not (guilty := silent or busy):
         return None

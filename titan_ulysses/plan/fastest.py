@@ -2,10 +2,11 @@
 
 Settings are compared by the planned seconds of a token: another mesh may train more sequences in a
 step. The search estimates each candidate (`few_layers.py`). It begins with settings that need
-little memory, for every mesh, takes the best mesh, and changes one setting at a time, as long as
-that makes a token clearly faster. So it ends where no such change does. What cannot make it clearly
-faster (`_most_gained`), or cannot fit, is not estimated. The best are then simulated whole, in the
-order of their estimates, until one fits.
+little memory, for every mesh whose sequences stay inside a node, or for all if none of these fits.
+It takes the best mesh, and changes one setting at a time, as long as that makes a token clearly
+faster. So it ends where no such change does. What cannot make it clearly faster (`_most_gained`),
+or cannot fit, is not estimated. The best are then simulated whole, in the order of their estimates,
+until one fits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
+
+import torch
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.cost import Time
@@ -112,10 +115,19 @@ class Search:
         The first one is simulated whole. Empty if none was found that fits.
         """
         sharded = [mesh for mesh in meshes(self.setup) if mesh[_REPLICATE] == 1]
-        begun = [self.try_(LEAN | mesh) for mesh in sharded]
-        if start := min(filter(None, begun), key=_rank, default=None):
+        begun: list[Candidate] = []
+        for spans_nodes in (False, True):
+            # Ranks of other nodes compute no less, and exchange over the network.
+            if not any(one.fits for one in begun):
+                some = [m for m in sharded if (m[_SEQUENCE] > self._per_node) == spans_nodes]
+                begun += filter(None, (self.try_(LEAN | mesh) for mesh in some))
+        if start := min(begun, key=_rank, default=None):
             self._descend(start)
         return self._verified()
+
+    @property
+    def _per_node(self) -> int:
+        return self.setup.config.plan.gpus_per_node
 
     def try_(self, settings: Changes) -> Candidate | None:
         """Estimate settings; None where they are refused."""
@@ -159,12 +171,15 @@ class Search:
         """Return a bound of the seconds that a step of the best gets shorter on another mesh.
 
         At most it neither exchanges nor waits. And what it computes less with lean settings, it
-        computes less with all. Replicas save what is waited for, and nothing else.
+        computes less with all. Replicas save what is waited for, and nothing else. More ranks of a
+        sequence, on more nodes, save nothing.
         """
         time, tokens = best.found.time, best.found.setup.tokens_per_step
         wait = max(time.waits.values())
         if changed[_SEQUENCE] == best.changes[_SEQUENCE]:
             return wait
+        if changed[_SEQUENCE] > max(self._per_node, best.changes[_SEQUENCE]):
+            return 0.0
         degrees = (best.changes[_SEQUENCE], changed[_SEQUENCE])
         own, other = (
             self.try_(LEAN | {_SEQUENCE: degree, _REPLICATE: 1, _SHARD: -1}) for degree in degrees
@@ -188,7 +203,9 @@ class Search:
         if changed["memory.loss_tile_tokens"] == -1:
             training = setup.config.training
             tokens = training.local_batch_size * training.seq_len // changed[_SEQUENCE]
-            if 4 * tokens * setup.model_config.vocab_size > setup.gpu_memory:
+            size = getattr(torch, training.param_dtype).itemsize
+            size = size if size >= 4 else size + 4  # as the product gives them, and in fp32
+            if size * tokens * setup.model_config.vocab_size > setup.gpu_memory:
                 return True
         return any(
             one is not None
