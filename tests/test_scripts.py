@@ -26,6 +26,7 @@ import eval_needle  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
 
+from helpers.families import model_of  # noqa: E402
 from helpers.models import LLAMA  # noqa: E402
 from helpers.ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
@@ -91,8 +92,8 @@ def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two.accuracy == 0
 
 
-def tiny_model(folder: Path) -> Any:
-    table = LLAMA | {"vocab_size": 257, "max_position_embeddings": 256}
+def tiny_model(folder: Path, table: dict[str, Any]) -> Any:
+    table = table | {"vocab_size": 257, "max_position_embeddings": 256}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**table), dtype=torch.float32
@@ -126,9 +127,11 @@ def needle_main(arguments: list[str]) -> str | None:
         return str(error)
 
 
-def test_the_map_is_that_of_plain_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [LLAMA, model_of("granitemoehybrid")], ids=["llama", "hybrid"])
+def test_the_map_is_that_of_plain_transformers(table: dict[str, Any], tmp_path: Path) -> None:
     """Two ranks, of which the second has the question and a padded end."""
-    model, text, output = tiny_model(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
+    text, output = tmp_path / "text.txt", tmp_path / "out"
+    model = tiny_model(tmp_path / "model", table)
     text.write_bytes(bytes(TEXT))
     arguments = [str(tmp_path / "model"), *ARGUMENTS, "--text", str(text), "--output", str(output)]
     assert run_on_ranks(2, needle_main, arguments) == [None, None]
