@@ -79,7 +79,8 @@ def test_layers_that_a_config_lists_by_place():
     """Each third layer of this bamba has attention: six layers tell what all need, and nine."""
     from titan_ulysses.plan.few_layers import _layers_to_simulate
 
-    bamba = model_of("bamba") | {"num_hidden_layers": 12, "attn_layer_indices": [2, 5, 8, 11]}
+    bamba = model_of("bamba") | {"num_hidden_layers": 12, "max_position_embeddings": 2**20}
+    bamba |= {"attn_layer_indices": [2, 5, 8, 11]}
     assert _layers_to_simulate(setup_of(model__config=bamba)) == (6, 9)
 
 

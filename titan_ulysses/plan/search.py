@@ -55,7 +55,7 @@ class Need:
     """Whether the hardware has the memory, and the step is not longer than it may be."""
 
     @classmethod
-    def of(cls, plan: Plan | Estimate, **more: Any) -> Self:
+    def of(cls, plan: Plan | Estimate, /, **more: Any) -> Self:
         config, seconds = plan.setup.config, plan.time.seconds
         most = config.plan.max_step_seconds
         fits = plan.fits and (not most or seconds <= most)
