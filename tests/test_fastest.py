@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.families import model_of
 from helpers.models import LLAMA
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config
@@ -21,6 +22,11 @@ SIX = LLAMA | {
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
+    "max_position_embeddings": 2**24,
+}
+HYBRID = model_of("qwen3_next") | {
+    "num_hidden_layers": 8,
+    "layer_types": ["linear_attention", "full_attention"] * 4,
     "max_position_embeddings": 2**24,
 }
 
@@ -48,8 +54,12 @@ def setup_of(**settings):
             "activation_checkpoint__offload": "host",
             "memory__optimizer_offload": True,
         },
+        pytest.param(
+            {"model__config": HYBRID, "parallelism__sequence_parallel_degree": 4},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["dp", "sp", "hsdp, on the host"],
+    ids=["dp", "sp", "hsdp, on the host", "hybrid"],
 )
 def test_few_layers_tell_what_all_layers_need(settings):
     from titan_ulysses.plan.few_layers import estimate_plan
@@ -63,6 +73,15 @@ def test_few_layers_tell_what_all_layers_need(settings):
     )
     assert found.gpu_bytes == pytest.approx(plan.gpu_bytes, rel=0.01)
     assert found.host_bytes == pytest.approx(plan.host_bytes, rel=0.01)
+
+
+def test_layers_that_a_config_lists_by_place():
+    """Each third layer of this bamba has attention: six layers tell what all need, and nine."""
+    from titan_ulysses.plan.few_layers import _layers_to_simulate
+
+    bamba = model_of("bamba") | {"num_hidden_layers": 12, "max_position_embeddings": 2**20}
+    bamba |= {"attn_layer_indices": [2, 5, 8, 11]}
+    assert _layers_to_simulate(setup_of(model__config=bamba)) == (6, 9)
 
 
 def small(layers: int = 2, **settings):

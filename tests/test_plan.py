@@ -118,6 +118,18 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
     assert len(short.simulation.memory.events) < len(whole.simulation.memory.events)
 
 
+def test_products_of_experts_are_counted():
+    """Two of four experts a token: three products of each weight that it meets."""
+    plan = plan_of(
+        model__config=model_of("qwen3_moe") | {"vocab_size": 257, "max_position_embeddings": 4096},
+        activation_checkpoint__mode="none",
+        memory__mlp_tile_tokens=-1,
+    )
+    heads, experts = 24 * (24 + 8 + 8 + 24), 2 * 3 * 24 * 16
+    weights = 2 * (heads + 24 * 4 + experts) + 24 * 257
+    assert plan.simulation.cost.total("matmul") == pytest.approx(3 * 2 * 4096 * weights, rel=0.01)
+
+
 HYBRID_EXCHANGES = {"qwen3_next": 2, "granitemoehybrid": 2, "lfm2": 1}
 
 

@@ -25,7 +25,8 @@ import eval_needle  # noqa: E402
 import launch  # noqa: E402
 import plot  # noqa: E402
 
-from helpers.models import write_byte_model  # noqa: E402
+from helpers.families import model_of  # noqa: E402
+from helpers.models import LLAMA, write_byte_model  # noqa: E402
 from helpers.ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
@@ -115,13 +116,11 @@ def needle_main(arguments: list[str]) -> str | None:
         return str(error)
 
 
-def test_the_map_is_that_of_plain_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("table", [LLAMA, model_of("granitemoehybrid")], ids=["llama", "hybrid"])
+def test_the_map_is_that_of_plain_transformers(table: dict[str, Any], tmp_path: Path) -> None:
     """Two ranks, of which the second has the question and a padded end."""
-    model, text, output = (
-        write_byte_model(tmp_path / "model"),
-        tmp_path / "text.txt",
-        tmp_path / "out",
-    )
+    text, output = tmp_path / "text.txt", tmp_path / "out"
+    model = write_byte_model(tmp_path / "model", table)
     text.write_bytes(bytes(TEXT))
     arguments = [str(tmp_path / "model"), *ARGUMENTS, "--text", str(text), "--output", str(output)]
     assert run_on_ranks(2, needle_main, arguments) == [None, None]

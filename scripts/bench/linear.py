@@ -31,6 +31,8 @@ BLOCK: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+_TILE_TOKENS = 1024
+"""Small, so that the peak is not in the last norm or in the head."""
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": (
         "Gated DeltaNet, 8 heads of 64 x 64",
@@ -73,7 +75,12 @@ def measure(kind: str, tokens: int, chunk: int) -> None:
     """Print the bytes of the peak and the CPU seconds of forward and backward, of a warm pass."""
     import torch
 
-    model, mesh = sharded_model(BLOCK | KINDS[kind][1], stream_chunk_tokens=chunk)
+    model, mesh = sharded_model(
+        BLOCK | KINDS[kind][1],
+        stream_chunk_tokens=chunk,
+        mlp_tile_tokens=_TILE_TOKENS,
+        loss_tile_tokens=_TILE_TOKENS,
+    )
     found: dict[str, float] = {}
 
     def pass_through(length: int) -> None:

@@ -43,9 +43,11 @@ STARCODER2 = {
 }
 
 
-def write_byte_model(folder: Path, **changes: Any) -> PreTrainedModel:
-    """Write a tiny llama of bytes, with its tokenizer, in fp32; return it in eval mode."""
-    table = LLAMA | {"vocab_size": 257, "max_position_embeddings": 256} | changes
+def write_byte_model(
+    folder: Path, table: dict[str, Any] = LLAMA, **changes: Any
+) -> PreTrainedModel:
+    """Write a tiny model of bytes, with its tokenizer, in fp32; return it in eval mode."""
+    table = table | {"vocab_size": 257, "max_position_embeddings": 256} | changes
     torch.manual_seed(0)
     config = AutoConfig.for_model(**table)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -115,7 +115,9 @@ class CostCounter:
             products = _ATTENTION[func] * 2 * query.shape[0] * query.shape[1] * query.shape[3]
             kind = "attention backward" if backward else "attention forward"
             self.cost.amounts[stage, kind] += products * pairs * weight
-        elif (packet := func._overloadpacket) in flop_registry:
+        elif (packet := func._overloadpacket) is torch.ops.aten._grouped_mm:
+            self.cost.amounts[stage, "matmul"] += weight * _grouped_flops(*args[:2])
+        elif packet in flop_registry:
             # torch's formulas do not expect the output dtype that some products take.
             shapes = [x for x in args if not isinstance(x, torch.dtype)]
             self.cost.amounts[stage, "matmul"] += weight * flop_registry[packet](
@@ -138,6 +140,16 @@ class CostCounter:
             if amount != self._latest[stage, kind]:
                 self._latest[stage, kind] = amount
                 self.ticks.append(Tick(event, stage, kind, amount))
+
+
+def _grouped_flops(a: Tensor, b: Tensor) -> int:
+    """Return the FLOPs of the products of experts, of which torch has no formula.
+
+    The groups divide the rows of a [S, K] with b [E, K, N], or the sum over S of a [K, S] with
+    b [S, N], or the columns of b [K, S] with a [E, M, K].
+    """
+    both = a.shape[0] if a.dim() == b.dim() == 3 else 1
+    return 2 * both * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
 def _causal_pairs(queries: int, keys: int) -> float:

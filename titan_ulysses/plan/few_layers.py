@@ -76,7 +76,8 @@ def estimate_plan(setup: Setup) -> Estimate:
 def _layers_to_simulate(setup: Setup) -> tuple[int, int] | None:
     """Return two numbers of layers that stand for all; None where no fewer would do.
 
-    Each has at least a first and a last layer, and whole periods of layers and of checkpoints.
+    Each has whole periods of layers and of checkpoints, the first of which is not the last: what
+    comes from the layers after it (their gradients, say) is there in both.
     """
     model, checkpoint = setup.model_config, setup.config.activation_checkpoint
     layers = getattr(model, "num_hidden_layers", 0)
@@ -84,7 +85,7 @@ def _layers_to_simulate(setup: Setup) -> tuple[int, int] | None:
     if irregular or getattr(model, "is_heterogeneous", False):
         return None
     period = lcm(_period(model, layers), checkpoint.every if checkpoint.mode == "full" else 1)
-    first = period if period > 1 else 2
+    first = 2 * period
     return (first, first + period) if first + period < layers else None
 
 
