@@ -305,13 +305,13 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
         ),
         (
             {"prompt_field": "q", "completion_field": "a"},
-            'data.prompt_field = "q" with data.source = "text": it is read from jsonl and hf '
-            "alone. Set data.source",
+            'data.prompt_field = "q" with data.source = "text": it is read from jsonl, hf and '
+            "preference alone. Set data.source",
         ),
         (
             {"mixture": [{"path": "b", "source": "jsonl", "subset": "de"}]},
             'data.mixture[0].subset = "de" with data.mixture[0].source = "jsonl": it is read from '
-            "hf and chat alone.",
+            "hf, chat and preference alone.",
         ),
         (
             {"mixture": [{"path": "b", "source": "chat"}], "train_on": "all"},

@@ -278,7 +278,8 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
             and not pairs
         )
         if not already_reported and source.source not in _READ_BY.get(key, (source.source,)):
-            readers = " and ".join(_READ_BY[key])
+            *others, last = _READ_BY[key]
+            readers = f"{', '.join(others)} and {last}" if others else last
             problems.append(
                 f'{setting}.{key} = {to_toml(value)} with {setting}.source = "{source.source}": it '
                 f"is read from {readers} alone. Set {setting}.source, or leave {setting}.{key} out"

@@ -41,11 +41,11 @@ class Chat(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """A prompt and two completions of it: three texts, or three lists of messages."""
+    """A prompt and two completions of it: three texts (str), or three lists of messages."""
 
-    prompt: str | list[dict[str, Any]]
-    chosen: str | list[dict[str, Any]]
-    rejected: str | list[dict[str, Any]]
+    prompt: Any
+    chosen: Any
+    rejected: Any
 
 
 class Row(NamedTuple):
@@ -268,7 +268,8 @@ def _read_preference(record: dict[str, Any], source: SourceSettings, place: str)
     and the prompt is what they begin with alike.
     """
     name = source.prompt_field or "prompt"
-    prompt, completions = record.get(name), [record.get(key) for key in field_names(source)]
+    prompt: Any = record.get(name)
+    completions: list[Any] = [record.get(key) for key in field_names(source)]
     if all(isinstance(value, str) for value in (prompt, *completions)):
         return Row(place, Preference(prompt, *completions))
     for key, value in zip(field_names(source), completions, strict=True):

@@ -87,7 +87,7 @@ class StreamedSequences(SampleStream):
         """Yield the pieces (ids, labels) of the next S tokens."""
         remaining = self.seq_len
         while remaining:
-            ids, trained = self._current()
+            ids, trained, _ = self._current()
             begin, end = self._offset, min(len(ids), self._offset + remaining)
             yield slice_document(ids, trained, begin=begin, end=end, document_end=len(ids))
             self._offset, remaining = end, remaining - (end - begin)

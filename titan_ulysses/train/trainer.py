@@ -16,7 +16,12 @@ from rich.console import Console
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.disk import disk_needs
-from titan_ulysses.checkpoint.initial import base_weights, check_initial_weights, initialize
+from titan_ulysses.checkpoint.initial import (
+    base_weights,
+    check_initial_weights,
+    initialize,
+    needs_initial_weights,
+)
 from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
@@ -121,7 +126,7 @@ class Trainer:
             say=self._say,
         )
         self.saved_steps = self._agree_on_checkpoints()
-        if self._needs_base_weights():
+        if needs_initial_weights(config, self.saved_steps):
             check_initial_weights(config)
         sequences = open_sequences(config, self.spec.tokenizer, eval_only=eval_only)
         if eval_only:
@@ -215,17 +220,6 @@ class Trainer:
             stream_chunk_tokens=self.model.stream_chunk_tokens,
         )
 
-    def _needs_base_weights(self) -> bool:
-        """Return whether the weights that the run began with are needed.
-
-        A resumed run with frozen parameters needs them too, because a checkpoint holds only what is
-        trained, and so does one whose loss refers to them.
-        """
-        config = self.config
-        refers = config.loss.name == "dpo" and not config.loss.reference
-        frozen = config.lora.rank or config.model.freeze or refers
-        return bool(frozen or not config.checkpoint.enable or not self.saved_steps)
-
     def _open_folder(self) -> None:
         """Make the run's folder and write the resolved config to it; UserError if that fails."""
         self._run_folder.open()
@@ -269,7 +263,8 @@ class Trainer:
 
     def _resume_or_initialize(self) -> int:
         """Fill the model; return the number of steps that are already done."""
-        note = initialize(self.model, self.config) if self._needs_base_weights() else None
+        needed = needs_initial_weights(self.config, self.saved_steps)
+        note = initialize(self.model, self.config) if needed else None
         if note:
             self._say(note)
         if not self.saved_steps:
@@ -537,6 +532,7 @@ class Trainer:
         attention = torch.tensor(self._attention_flops / self.degrees.sequence, dtype=torch.float64)
         dist.all_reduce(attention)
         balance = self.imbalance.take()
+        assert self.loader is not None
         of_loss = details(shown, self.loader, self.mesh)
         peak = torch.tensor(self.peak_memory.gib())
         dist.all_reduce(peak, dist.ReduceOp.MAX)
