@@ -46,11 +46,7 @@ from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.units import time_text
 from titan_ulysses.observability.wandb import WandbRun
-from titan_ulysses.optim.adamw import (
-    build_optimizer,
-    describe_state,
-    expected_bytes,
-)
+from titan_ulysses.optim.adamw import build_optimizer, describe_state, expected_bytes
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
@@ -264,8 +260,7 @@ class Trainer:
     def _resume_or_initialize(self) -> int:
         """Fill the model; return the number of steps that are already done."""
         needed = needs_initial_weights(self.config, self.saved_steps)
-        note = initialize(self.model, self.config) if needed else None
-        if note:
+        if needed and (note := initialize(self.model, self.config)):
             self._say(note)
         if not self.saved_steps:
             return 0
