@@ -9,11 +9,12 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir "$folder/source"
 cp -r titan_ulysses pyproject.toml README.md LICENSE "$folder/source"
-cp scripts/check_wheel.py "$folder"
+cp scripts/check_wheel.py LICENSE "$folder"
+cp -r scripts/examples "$folder/examples"
 cd "$folder"
 unset PYTHONPATH
 python3 -m venv venv
 venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir . ./source
 rm -r source
-venv/bin/python -m pip install --quiet --disable-pip-version-check ./*.whl
+venv/bin/python -m pip install --quiet --disable-pip-version-check "$(echo ./*.whl)[trl]"
 venv/bin/python check_wheel.py

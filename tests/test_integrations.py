@@ -584,9 +584,10 @@ def test_trainers_that_generate_are_refused(tmp_path: Path, trl: None) -> None:
 
 
 @pytest.mark.slow
-def test_the_example(tmp_path: Path, trl: None) -> None:
+@pytest.mark.parametrize("name", ["trainer", "trl_sft"])
+def test_the_examples(name: str, tmp_path: Path, trl: None) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["scripts/examples/trl_sft.py", "tiny", "LICENSE", str(tmp_path / "out")]
+    command += [f"scripts/examples/{name}.py", "tiny", "LICENSE", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
