@@ -6,7 +6,7 @@ Two ranks train three steps at once. Then two ranks train two steps, stop, and r
 checkpoint for the third. Exits with 1 unless both runs save the same bits, and plain transformers
 computes from them the logits of the sharded model. Then the
 `titan-ulysses` command plans a run, trains it on two ranks, evaluates it and converts its
-checkpoint.
+checkpoint, and the examples for Trainer and TRL train on two ranks.
 
     python check_wheel.py --first-hour
 
@@ -116,7 +116,9 @@ def write_model(folder: str, **changes: int) -> None:
 
 
 def check_command() -> None:
-    """Plan, train, evaluate and convert by the installed command; an error of any ends this one."""
+    """Plan, train, evaluate and convert by the installed command, and run the examples; an error of
+    any ends this one.
+    """
     Path("run.toml").write_text(RUN)
     write_texts()
     command, ranks = COMMAND, [*TWO_RANKS, "-m"]
@@ -129,6 +131,10 @@ def check_command() -> None:
     ):
         subprocess.run(arguments, check=True)
     AutoModelForCausalLM.from_pretrained("converted")
+    for name in ("trainer", "trl_sft"):
+        script = [f"examples/{name}.py", "tiny", "LICENSE", f"outputs/{name}"]
+        subprocess.run([sys.executable, *TWO_RANKS, *script], check=True)
+        AutoModelForCausalLM.from_pretrained(f"outputs/{name}")
 
 
 def first_hour() -> None:

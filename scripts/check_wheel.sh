@@ -12,7 +12,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkdir "$folder/source"
 cp -r titan_ulysses pyproject.toml README.md LICENSE "$folder/source"
-cp scripts/check_wheel.py "$folder"
+cp scripts/check_wheel.py LICENSE "$folder"
+cp -r scripts/examples "$folder/examples"
 cd "$folder"
 unset PYTHONPATH
 "${PYTHON:-python3}" -m venv venv
@@ -23,6 +24,6 @@ if [[ -n ${PACKAGES:-} ]]; then
   echo "$PACKAGES" > "$(echo venv/lib/python3*/site-packages)/packages.pth"
   venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed ./*.whl
 else
-  venv/bin/python -m pip install --quiet --disable-pip-version-check ./*.whl
+  venv/bin/python -m pip install --quiet --disable-pip-version-check "$(echo ./*.whl)[trl]"
 fi
 venv/bin/python check_wheel.py "$@"

@@ -309,8 +309,8 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
         ),
         (
             {"prompt_field": "q", "completion_field": "a"},
-            'data.prompt_field = "q" with data.source = "text": it is read from jsonl, hf '
-            "and preference alone. Set data.source",
+            'data.prompt_field = "q" with data.source = "text": it is read from jsonl, hf and '
+            "preference alone. Set data.source",
         ),
         (
             {"mixture": [{"path": "b", "source": "jsonl", "subset": "de"}]},

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from math import log
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -441,7 +440,7 @@ TRAINING = {
 }
 LOSS = {
     "loss.name": [
-        Case("dpo", lambda run, _: near(losses(run)[0], log(2.0)), PAIRS),
+        Case("dpo", said("loss: DPO of pairs of completions, beta 0.1"), PAIRS),
         Case("distillation", said("loss: 1 of the divergence from "), TEACHER),
     ],
     "loss.beta": [

@@ -340,9 +340,9 @@ def quiet() -> None:
 
 
 def in_both_precisions(degrees: Degrees | None, folder: str) -> list[Shown]:
-    """In fp64 and in fp32."""
+    """In fp64 and in fp32, from the same weights."""
     dtypes = (torch.float64, torch.float32)
-    return [train_sft(degrees, folder, 1, dtype=dtype) for dtype in dtypes]
+    return [train_sft(degrees, folder, 1, dtype=x, weights=torch.float32) for x in dtypes]
 
 
 def train_sft(
@@ -352,6 +352,7 @@ def train_sft(
     *,
     lora: bool = False,
     dtype: torch.dtype = torch.float64,
+    weights: torch.dtype | None = None,
 ) -> Shown:
     quiet()
     from datasets import Dataset
@@ -369,7 +370,7 @@ def train_sft(
     ]
     adapter = {"target_modules": ["q_proj", "c_proj"], "init_lora_weights": False, "r": 4}
     trainer = cls(
-        model=real_model(STARCODER2, dtype=dtype),
+        model=real_model(STARCODER2, dtype=weights or dtype).to(dtype),
         args=SFTConfig(**settings(folder, batch, gradient_accumulation_steps=2), **packed),
         train_dataset=Dataset.from_list(data[:24]),
         eval_dataset=Dataset.from_list(data[24:]),
@@ -528,13 +529,19 @@ def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [float(sum(ids) % 17) for ids in completion_ids]
 
 
-def train_grpo(degrees: Degrees | None, folder: str, batch: int, **loss: Any) -> Shown:
+def train_grpo(
+    degrees: Degrees | None, folder: str, batch: int, *, lora: bool = False, **loss: Any
+) -> Shown:
     quiet()
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
     cls, own = kind(GRPOTrainer, degrees)
     watch = Watch()
+    adapter = {"target_modules": ["q_proj", "c_proj"], "init_lora_weights": False, "r": 4}
+    if lora:
+        own |= {"peft_config": LoraConfig(**adapter, task_type="CAUSAL_LM")}
     own |= {"rollout_func": given_completions, "reward_funcs": reward, "callbacks": [watch]}
     prompts = [{"prompt": "say" + i * "!"} for i in range(8)]
     arguments = settings(folder, 4 * batch) | {"max_completion_length": 16, "num_generations": 4}
@@ -554,9 +561,9 @@ def train_grpo(degrees: Degrees | None, folder: str, batch: int, **loss: Any) ->
     [
         {"temperature": 0.8},
         {"loss_type": "grpo", "num_iterations": 2, "epsilon": 0.1},
-        {"loss_type": "cispo", "top_entropy_quantile": 0.6},
+        {"loss_type": "cispo", "lora": True, "beta": 0.1},
     ],
-    ids=["dapo", "grpo", "cispo"],
+    ids=["dapo", "grpo", "cispo-kl-lora"],
 )
 def test_grpo_of_given_completions(loss: Shown, tmp_path: Path, trl: None) -> None:
     together(train_grpo, SP2, tmp_path, **loss)
@@ -577,9 +584,10 @@ def test_trainers_that_generate_are_refused(tmp_path: Path, trl: None) -> None:
 
 
 @pytest.mark.slow
-def test_the_example(tmp_path: Path, trl: None) -> None:
+@pytest.mark.parametrize("name", ["trainer", "trl_sft"])
+def test_the_examples(name: str, tmp_path: Path, trl: None) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["scripts/examples/trl_sft.py", "tiny", "LICENSE", str(tmp_path / "out")]
+    command += [f"scripts/examples/{name}.py", "tiny", "LICENSE", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -43,6 +43,18 @@ def _model_path(config: Config) -> Safetensors | None:
     return Safetensors(config.model.path, "model.path") if config.model.path else None
 
 
+def needs_initial_weights(config: Config, saved_steps: list[int]) -> bool:
+    """Return whether a run with these checkpoints needs the weights that it began with.
+
+    A resumed run with frozen parameters needs them too, because a checkpoint holds only what is
+    trained, and so does one whose loss refers to them.
+    """
+    refers = config.loss.name == "dpo" and not config.loss.reference
+    if config.lora.rank or config.model.freeze or refers or not config.checkpoint.enable:
+        return True
+    return not saved_steps
+
+
 def check_initial_weights(config: Config) -> None:
     """Raise `UserError` if the initial weights are missing or damaged. Reads no tensor data."""
     if is_checkpoint(config.checkpoint.initial_load_path):

@@ -45,11 +45,11 @@ class Chat(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """A prompt and two completions of it: three texts, or three lists of messages."""
+    """A prompt and two completions of it: three texts (str), or three lists of messages."""
 
-    prompt: str | list[dict[str, Any]]
-    chosen: str | list[dict[str, Any]]
-    rejected: str | list[dict[str, Any]]
+    prompt: Any
+    chosen: Any
+    rejected: Any
 
 
 class Row(NamedTuple):

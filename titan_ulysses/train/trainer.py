@@ -17,7 +17,12 @@ from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.disk import disk_needs
 from titan_ulysses.checkpoint.folder import exported_step
-from titan_ulysses.checkpoint.initial import base_weights, check_initial_weights, initialize
+from titan_ulysses.checkpoint.initial import (
+    base_weights,
+    check_initial_weights,
+    initialize,
+    needs_initial_weights,
+)
 from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
@@ -44,11 +49,7 @@ from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.observability.units import time_text
 from titan_ulysses.observability.wandb import WandbRun
-from titan_ulysses.optim.adamw import (
-    build_optimizer,
-    describe_state,
-    expected_bytes,
-)
+from titan_ulysses.optim.adamw import build_optimizer, describe_state, expected_bytes
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
@@ -128,7 +129,7 @@ class Trainer:
             say=self._say,
         )
         self.saved_steps = self._agree_on_checkpoints()
-        if self._needs_base_weights():
+        if needs_initial_weights(config, self.saved_steps):
             check_initial_weights(config)
         training, held_out = open_sequences(config, self.spec.tokenizer, eval_only=eval_only)
         sets = open_validation_sets(config, self.spec.tokenizer)
@@ -223,17 +224,6 @@ class Trainer:
             stream_chunk_tokens=self.model.stream_chunk_tokens,
         )
 
-    def _needs_base_weights(self) -> bool:
-        """Return whether the weights that the run began with are needed.
-
-        A resumed run with frozen parameters needs them too, because a checkpoint holds only what is
-        trained, and so does one whose loss refers to them.
-        """
-        config = self.config
-        refers = config.loss.name == "dpo" and not config.loss.reference
-        frozen = config.lora.rank or config.model.freeze or refers
-        return bool(frozen or not config.checkpoint.enable or not self.saved_steps)
-
     def _open_folder(self) -> None:
         """Make the run's folder and write the resolved config to it; UserError if that fails."""
         self._run_folder.open()
@@ -277,8 +267,8 @@ class Trainer:
 
     def _resume_or_initialize(self) -> int:
         """Fill the model; return the number of steps that are already done."""
-        note = initialize(self.model, self.config) if self._needs_base_weights() else None
-        if note:
+        needed = needs_initial_weights(self.config, self.saved_steps)
+        if needed and (note := initialize(self.model, self.config)):
             self._say(note)
         if not self.saved_steps:
             return 0
