@@ -133,6 +133,17 @@ def _lora_problems(config: Config) -> list[str]:
 
 def _training_problems(config: Config) -> list[str]:
     training, optimizer = config.training, config.optimizer
+    others = {
+        "lora.rank": config.lora.rank,
+        "optimizer.stochastic_rounding": optimizer.stochastic_rounding,
+    }
+    for setting, value in others.items() if optimizer.name == "muon" else ():
+        if value:
+            return [
+                f'optimizer.name = "muon" with {setting} = {to_toml(value)}: Muon is for the '
+                'hidden matrices of the model, in fp32. Set optimizer.name = "adamw", or '
+                f"{setting} to its default, {to_toml(KEYS[setting].default)}"
+            ]
     if training.skip_nonfinite and optimizer.stochastic_rounding:
         return [
             f"training.skip_nonfinite = {training.skip_nonfinite} with "

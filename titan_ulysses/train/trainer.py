@@ -44,10 +44,10 @@ from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.units import time_text
 from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.optim.adamw import (
-    build_optimizer,
     describe_state,
     expected_bytes,
 )
+from titan_ulysses.optim.build import optimizer_of
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
@@ -170,7 +170,7 @@ class Trainer:
             timeout=timeout,
         )
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
-        self.loader = self._loader(training) if training else None
+        self.loader = None if training is None else self._loader(training)
         self.validation_loaders = {name: self._loader(one) for name, one in held_out.items()}
         offload = config.memory.parameter_offload
         hf.allocate(self.model, self.mesh.device, parameter_offload=offload)
@@ -189,8 +189,8 @@ class Trainer:
         self.numbers = NonFinite(self, latest=self._latest, say=self._say)
         if not eval_only:
             self.preflight = self._start_preflight()
-            self.optimizer = build_optimizer(
-                self.model.parameters(),
+            self.optimizer = optimizer_of(
+                self.model,
                 self.config.optimizer,
                 offload=self.config.memory.optimizer_offload,
                 skips=self.config.training.skip_nonfinite > 0,
