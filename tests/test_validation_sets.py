@@ -186,7 +186,10 @@ SET = {"name": "a", "path": "texts"}
         ({"validation.sets": [SET, SET]}, 'validation.sets[1].name = "a" is another set\'s too'),
         ({"validation.sets": [{"path": "texts"}]}, 'validation.sets[0].name = "" is not set'),
         ({"validation.sets": [{"name": "a"}]}, "validation.sets[0].path is not set"),
-        ({"validation.sets": [SET | {"name": "a/b"}]}, "validation.sets[0].name"),
+        (
+            {"validation.sets": [SET | {"name": "a/b"}]},
+            'validation.sets[0].name = "a/b": needs letters',
+        ),
         ({"validation.sets": [SET | {"packing": "tight"}]}, "validation.sets[0].packing"),
         ({"validation.sets": [SET], "validation.path": "texts"}, "are both set"),
         (

@@ -650,13 +650,18 @@ class ValidationSet(SourceSettings):
     """An entry of [[validation.sets]]."""
 
     name: str = Field(
-        "",
-        pattern=r"^[A-Za-z0-9_-]*$",
-        description="Name of the set, in metrics and pictures: letters, digits, - and _.",
+        "", description="Name of the set, in metrics and pictures: letters, digits, - and _."
     )
     packing: Literal["", "none", "concat", "best_fit"] = Field(
         "", description="How documents of this set fill sequences. Empty: data.packing."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_part_of_a_path(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_-]*", name):
+            raise ValueError("needs letters, digits, - and _ alone")
+        return name
 
 
 class Validation(Section):
