@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
 from itertools import islice, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ import torch
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from titan_ulysses.data.megatron import JoinedTokens
 
 PADDING_ID = 0
 _LOOK_AHEAD = 1024
@@ -43,7 +46,12 @@ class PackedSample(NamedTuple):
 
 
 def slice_document(
-    tokens: np.ndarray, trained: np.ndarray | None, *, begin: int, end: int, document_end: int
+    tokens: np.ndarray | JoinedTokens,
+    trained: np.ndarray | None,
+    *,
+    begin: int,
+    end: int,
+    document_end: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids, labels), each [end - begin], of one piece of the document.
 
