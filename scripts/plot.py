@@ -4,7 +4,7 @@
     python scripts/plot.py outputs/short outputs/long --output pictures
 
 Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run
-validated, positions.png, and validation.png where it has named sets. They go to --output, which for
+validated, positions.png, and sets.png where it has named sets. They go to --output, which for
 a single run is its plots/ by default.
 Curves that coincide are all visible, because those of later runs are thinner and drawn on top.
 Needs matplotlib.
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         "positions": draw_positions,
     }
     if any("validation_sets" in line for lines in runs.values() for line in lines):
-        pictures["validation"] = draw_sets
+        pictures["sets"] = draw_sets
     if not any(map(validations, runs.values())):
         del pictures["positions"]
     for name, draw in pictures.items():

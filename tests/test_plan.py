@@ -275,6 +275,19 @@ def test_low_bit_optimizers_are_planned(name):
     assert few.peak.components["optimizer state"] < 0.5 * full.peak.components["optimizer state"]
 
 
+def test_muon_is_planned():
+    """One momentum of hidden matrices; a step gathers each of them once more, in bf16."""
+    adamw, muon = (
+        plan_of(optimizer__name=name, parallelism__data_parallel_shard_degree=2)
+        for name in ("adamw", "muon")
+    )
+    state = [plan.peak.components["optimizer state"] for plan in (adamw, muon)]
+    assert 0.5 * state[0] < state[1] < 0.9 * state[0]
+    gathered = [plan.simulation.collectives["all_gather"] for plan in (adamw, muon)]
+    assert gathered[1][0] > gathered[0][0] and gathered[1][1] > gathered[0][1]
+    assert muon.simulation.cost.flops > adamw.simulation.cost.flops
+
+
 def test_accumulated_batches():
     """A step of five batches counts what five count; two are simulated."""
     one, five = plan_of(), plan_of(training__global_batch_size=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.data.tokens import tokens_of
 from titan_ulysses.distributed.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = load_tokenizer("bytes")
 TEXTS = ["one", "zwei ä", "三\n", "four is a longer one"]
 DOCUMENTS = [encode(TOKENIZER, text).tolist() for text in TEXTS]
@@ -338,6 +340,24 @@ def test_record_files_cut_short(kind: str, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match=f"{file.name} cannot be read"):
         corpus_of(tmp_path)
+
+
+def test_show_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show = runpy.run_path(str(ROOT / "scripts" / "show_data.py"), run_name="called")["main"]
+    write_megatron(tmp_path / "a", DOCUMENTS)
+    write_jsonl(
+        tmp_path, [{"input_ids": [*b"abc"], "labels": [-100, -100, 99]}, {"input_ids": [999]}]
+    )
+    arguments = ["--config", str(write_run(tmp_path)), "--data.source", "tokens", "--data.path"]
+    show([*arguments, str(tmp_path / "a.bin"), "--rows", "2"])
+    printed = capsys.readouterr().out
+    assert "--- document 1: 8 tokens, 7 trained on" in printed and "z[[wei ä" in printed
+    show([*arguments, str(tmp_path / "a.jsonl")])
+    printed = capsys.readouterr().out
+    assert "--- a.jsonl:1: 3 tokens, 1 trained on\nab[[c]]" in printed
+    assert "a.jsonl:2: cannot be used: token 0 of 1 (from 0) is 999" in printed
+    with pytest.raises(UserError, match="--rows none: needs a number of rows"):
+        show([*arguments, "x", "--rows", "none"])
 
 
 def test_through_the_front_door(tmp_path: Path) -> None:

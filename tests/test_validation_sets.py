@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from helpers.ranks import run_on_ranks
@@ -13,8 +16,11 @@ from helpers.runs import logged, train, write_documents, write_run
 from titan_ulysses.checkpoint.run_file import read_run_file
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.observability.metrics import scalars
+from titan_ulysses.train.best import Best
 from titan_ulysses.train.evaluation import Evaluation, together
 
+ROOT = Path(__file__).resolve().parent.parent
 SP2 = {"parallelism.sequence_parallel_degree": 2}
 
 
@@ -65,6 +71,52 @@ def test_sets_together() -> None:
     found = together([one, two])
     assert found == Evaluation(2.75, 4, 3, [(0, 3.0, 2), (1, 2.5, 2)])
     assert together([one]) is one
+
+
+def test_sets_in_pictures_and_tensorboard(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    plot = runpy.run_path(str(ROOT / "scripts" / "plot.py"), run_name="called")
+    ranges = [(0, 4.0, 1), (1, 3.0, 2)]
+    for run_name in ("a", "b"):
+        lines = []
+        for step in (0, 5, 9):
+            sets = {
+                name: {"loss": 4.0 - step / 9 + number, "by_position": ranges}
+                for number, name in enumerate(("one", "two"))
+            }
+            line = {"step": step, "validation_loss": 4.0, "validation_by_position": ranges}
+            lines.append(line | {"validation_sets": sets})
+        (tmp_path / run_name).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / run_name / "metrics.jsonl").write_text(text)
+    plot["main"]([str(tmp_path / "a")])
+    plot["main"]([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both")])
+    for file in (tmp_path / "a" / "plots" / "sets.png", tmp_path / "both" / "sets.png"):
+        pixels = torch.tensor(image.imread(file)[..., :3])
+        for color in plot["COLORS"][:2]:
+            wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+            assert ((pixels - wanted).abs().amax(-1) < 0.02).sum() > 100, (file, color)
+    found = dict(scalars({"validation_sets": sets}))
+    assert found["validation_sets/one/loss"] == sets["one"]["loss"]
+    assert found["validation_sets/two/by_position/from_1"] == 3.0
+
+
+def test_what_a_resumed_run_knows_of_the_best(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+
+    def best(**settings: Any) -> Best:
+        named = {key.replace("__", "."): value for key, value in settings.items()}
+        return Best(load_config(config, ({"validation.enable": True} | named).items()))
+
+    saved = {"metric": "loss", "step": 4, "value": 1.5, "waited": 1, "keep": False}
+    goes_on = best(validation__patience=2)
+    assert goes_on.load(saved) is None and goes_on.load(None) is None
+    assert (goes_on.step, goes_on.value, goes_on.ends_run) == (4, 1.5, False)
+    assert goes_on.state() == saved
+    anew = best(checkpoint__keep_best=True)
+    assert "checkpoint.keep_best = true, and it was false" in anew.load(saved)
+    assert anew.step is None and anew.state() is None
+    assert 'and it was "a/loss"' in goes_on.load(saved | {"metric": "a/loss"})
 
 
 def test_the_best_checkpoint_is_kept_and_exported_and_the_run_ends_early(tmp_path: Path) -> None:
@@ -134,7 +186,10 @@ SET = {"name": "a", "path": "texts"}
         ({"validation.sets": [SET, SET]}, 'validation.sets[1].name = "a" is another set\'s too'),
         ({"validation.sets": [{"path": "texts"}]}, 'validation.sets[0].name = "" is not set'),
         ({"validation.sets": [{"name": "a"}]}, "validation.sets[0].path is not set"),
-        ({"validation.sets": [SET | {"name": "a/b"}]}, "validation.sets[0].name"),
+        (
+            {"validation.sets": [SET | {"name": "a/b"}]},
+            'validation.sets[0].name = "a/b": needs letters',
+        ),
         ({"validation.sets": [SET | {"packing": "tight"}]}, "validation.sets[0].packing"),
         ({"validation.sets": [SET], "validation.path": "texts"}, "are both set"),
         (

@@ -16,6 +16,7 @@ def combination_problems(config: Config) -> list[str]:
         *_model_problems(config),
         *_lora_problems(config),
         *_data_problems(config),
+        *_training_problems(config),
         *_loss_problems(config),
         *_validation_problems(config),
     ]
@@ -132,6 +133,22 @@ def _lora_problems(config: Config) -> list[str]:
     return problems
 
 
+def _training_problems(config: Config) -> list[str]:
+    optimizer = config.optimizer
+    others = {
+        "lora.rank": config.lora.rank,
+        "optimizer.stochastic_rounding": optimizer.stochastic_rounding,
+    }
+    for setting, value in others.items() if optimizer.name == "muon" else ():
+        if value:
+            return [
+                f'optimizer.name = "muon" with {setting} = {to_toml(value)}: Muon is for the '
+                'hidden matrices of the model, in fp32. Set optimizer.name = "adamw", or '
+                f"{setting} to its default, {to_toml(KEYS[setting].default)}"
+            ]
+    return []
+
+
 _OF_LOSS = {
     "beta": "dpo",
     "reference": "dpo",
@@ -157,6 +174,7 @@ def _loss_problems(config: Config) -> list[str]:
     for setting, source in [
         ("data", data),
         *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)),
+        *((f"validation.sets[{i}]", one) for i, one in enumerate(config.validation.sets)),
     ]:
         read = setting != "data" or not data.mixture
         if read and (loss.name == "dpo") != (source.source == "preference"):

@@ -599,12 +599,18 @@ class Quantize(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adamw8bit", "adamw4bit"] = Field(
+    name: Literal["adamw", "adamw8bit", "adamw4bit", "muon"] = Field(
         "adamw",
         description="adamw: AdamW with its two moments in fp32. adamw8bit, adamw4bit: the "
-        "moments are quantized to 8 or 4 bits (torchao).",
+        "moments are quantized to 8 or 4 bits (torchao). muon: Muon for hidden matrices, and AdamW "
+        "for embeddings, head, norms and all else.",
     )
-    lr: float = Field(3e-4, ge=0, le=1e40, description="Peak learning rate.")
+    lr: float = Field(
+        3e-4,
+        ge=0,
+        le=1e40,
+        description="Peak learning rate. muon scales its updates so that it is that of AdamW.",
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay rates of the two moments.")
     eps: float = Field(
         1e-8, gt=0, le=1.0, description="Number added to the denominator of the update."
@@ -684,13 +690,18 @@ class ValidationSet(SourceSettings):
     """An entry of [[validation.sets]]."""
 
     name: str = Field(
-        "",
-        pattern=r"^[A-Za-z0-9_-]*$",
-        description="Name of the set, in metrics and pictures: letters, digits, - and _.",
+        "", description="Name of the set, in metrics and pictures: letters, digits, - and _."
     )
     packing: Literal["", "none", "concat", "best_fit"] = Field(
         "", description="How documents of this set fill sequences. Empty: data.packing."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_part_of_a_path(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_-]*", name):
+            raise ValueError("needs letters, digits, - and _ alone")
+        return name
 
 
 class Validation(Section):

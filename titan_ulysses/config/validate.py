@@ -221,7 +221,7 @@ def _dtype_problems(config: Config) -> list[str]:
             "optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "
             f'"{dtype}": set one to false or the other to "bfloat16"'
         )
-    if config.optimizer.name != "adamw" and dtype == "float64":
+    if config.optimizer.name not in ("adamw", "muon") and dtype == "float64":
         problems.append(
             f'optimizer.name = "{config.optimizer.name}" computes in fp32, but '
             'training.param_dtype = "float64": set optimizer.name = "adamw"'

@@ -105,7 +105,7 @@ class ShardwiseAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: list[nn.Parameter],
+        parameters: list[nn.Parameter] | list[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float],
@@ -334,7 +334,14 @@ def state_format(optimizer: torch.optim.Optimizer) -> str:
     A checkpoint with state of one format cannot be loaded by an optimizer with another.
     """
     bits = getattr(optimizer, "bits", 32)
+    if momentum_of(optimizer.param_groups[0]):
+        return "muon"
     return next((name for name, its_bits in _BITS.items() if its_bits == bits), "adamw")
+
+
+def momentum_of(group: dict[str, Any]) -> bool:
+    """Return whether the parameters of a group have one momentum alone: those of muon.py."""
+    return group.get("muon", False)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -356,11 +363,13 @@ def expected_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Estimate the bytes of state on all ranks after the first step, counting replicas once."""
     bits = getattr(optimizer, "bits", 32)
     total = 0.0
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
+    each_parameter = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    for p, group in each_parameter:
         each = float(torch.promote_types(p.dtype, torch.float32).itemsize)
         if is_quantized(_largest_shard(p), bits):
             each = bits / 8 + 4 / _BLOCK_SIZES[bits]  # each block has a scale in fp32
-        total += len(_MOMENTS) * each * p.numel()
+        moments = 1 if momentum_of(group) else len(_MOMENTS)
+        total += moments * each * p.numel()
     return int(total)
 
 
@@ -375,7 +384,8 @@ def describe_state(optimizer: torch.optim.Optimizer) -> str:
         local_shard(p.detach()).numel() for group in optimizer.param_groups for p in group["params"]
     )
     kinds = ", ".join(f"{count / 2**20:,.1f} MiB {dtype}" for dtype, count in by_dtype.items())
-    places = {plain_pieces(state["exp_avg"])[0].device.type for state in optimizer.state.values()}
+    kept = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    places = {plain_pieces(value)[0].device.type for value in kept}
     where = " and ".join(sorted("host" if place == "cpu" else "device" for place in places))
     return (
         f"{state_format(optimizer)}: {sum(by_dtype.values()) / max(1, parameters):.2f} bytes of "

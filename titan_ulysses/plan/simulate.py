@@ -38,7 +38,7 @@ from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.stream_offload import SequenceStore
 from titan_ulysses.memory.streaming import StreamedBlock
 from titan_ulysses.model import hf
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import optimizer_of
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
@@ -130,8 +130,8 @@ def simulate(
             tracker.attribution = Attribution(model, blocks)
             _label_checkpoints(tracker, model, kept_on_device=store is None)
             _hold_attention(tracker, blocks)
-            optimizer = build_optimizer(
-                model.parameters(),
+            optimizer = optimizer_of(
+                model,
                 config.optimizer,
                 offload=optimizer_offload,
                 skips=config.training.skip_nonfinite > 0,
@@ -400,6 +400,7 @@ def _label_optimizer(
         parameter: layer for layer, block in enumerate(blocks) for parameter in block.parameters()
     }
     moments = {"exp_avg": "first moment", "exp_avg_sq": "second moment"}
+    moments |= {"momentum_buffer": "momentum"}
 
     def note_gradients(*_) -> None:
         place: Place | None = "host" if tracker.parameters_on_host else None

@@ -58,9 +58,14 @@ class Best:
         }
 
     def load(self, state: dict[str, Any] | None) -> str | None:
-        """Go on from `state`; return a warning if that is of another metric."""
+        """Go on from `state`; return a warning if it is of no use here."""
         if state is None:
             return None
+        if self.keeps and not state["keep"]:
+            return (
+                "WARNING: checkpoint.keep_best = true, and it was false: the best checkpoint is "
+                "looked for from here on."
+            )
         if state["metric"] != self.metric:
             return (
                 f'WARNING: validation.metric = "{self.metric}", and it was "{state["metric"]}": '

@@ -49,7 +49,8 @@ from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.observability.units import time_text
 from titan_ulysses.observability.wandb import WandbRun
-from titan_ulysses.optim.adamw import build_optimizer, describe_state, expected_bytes
+from titan_ulysses.optim.adamw import describe_state, expected_bytes
+from titan_ulysses.optim.build import optimizer_of
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
@@ -194,8 +195,8 @@ class Trainer:
         self.numbers = NonFinite(self, latest=self._latest, say=self._say)
         if not eval_only:
             self.preflight = self._start_preflight()
-            self.optimizer = build_optimizer(
-                self.model.parameters(),
+            self.optimizer = optimizer_of(
+                self.model,
                 self.config.optimizer,
                 offload=self.config.memory.optimizer_offload,
                 skips=self.config.training.skip_nonfinite > 0,
