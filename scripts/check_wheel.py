@@ -143,7 +143,7 @@ def first_hour() -> None:
     write_model("small", vocab_size=259, max_position_embeddings=512)
     write_model("start")
     own = ["--model.tokenizer", "bytes", "--data.path", "texts", "--training.steps", "2"]
-    own += ["--lr_scheduler.warmup_steps", "1", "--training.param_dtype", "float32"]
+    own += ["--training.param_dtype", "float32"]
     for name, arguments in {
         "init": [COMMAND, "init", "small", "--gpus", "2xH100", *own],
         "plan": [COMMAND, "plan", "--config", "small.toml"],

@@ -167,7 +167,7 @@ def heat_map(
         axes.text(column, row, f"{value:{form}}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-    axes.set(xlabel="length, tokens", ylabel="depth of the needle")
+    axes.set(xlabel="length, tokens", ylabel="depth")
 
 
 def add_options(parser: argparse.ArgumentParser, *, output: str) -> None:

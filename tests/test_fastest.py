@@ -216,6 +216,8 @@ def test_the_fastest_on_the_command_line(tmp_path, capsys):
     options += ["--plan.gpu_hour_price", "2.5", "--plan.gpu_memory_gib", "4"]
     found, said = plan_on_the_command_line(tmp_path, capsys, *options)
     best = found["fastest"][0]
+    page = (tmp_path / "x" / "report.html").read_text()
+    assert "<h3>The fastest settings that fit</h3>" in page and "<td>simulated</td>" in page
     assert best["simulated"] and best["tokens"] == 10**9
     hours = 1e9 / best["tokens_per_step"] * best["step_seconds"] / 3600
     assert best["hours"] == pytest.approx(hours)

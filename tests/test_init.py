@@ -75,12 +75,24 @@ def test_tokens(text: str, tokens: int) -> None:
         (["m", "--gpus", "8xH100", "--evaluate"], "--evaluate: plan MODEL has no such option"),
         (["m", "--gpus", "8xH100", "--output", "x"], "--output: no such option"),
         (["m", "n", "--gpus", "8xH100"], "n: unexpected"),
+        (
+            ["m", "--gpus", "8xH100", "--training.seq_len", "9"],
+            "--training.seq_len: here it is plan",
+        ),
     ],
 )
 def test_arguments_that_cannot_be(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}") as error:
         parse_model_command(arguments, writes=False)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["plan", "init"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: titan-ulysses plan MODEL --gpus GPUS")
 
 
 def test_settings_that_the_search_chooses_are_refused(model: Path) -> None:

@@ -265,6 +265,20 @@ def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) 
     assert not migrated(recipe, "base_model: m\nload_in_4bit: false\nqat:\nrl: []").lost
 
 
+def test_keys_that_depend_on_others(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, key, value in [
+        ("sample_packing: true", "data.packing", "best_fit"),
+        ("sample_packing: true\npretraining_dataset: a/b", "data.packing", "concat"),
+        ("warmup_steps: 0.1\nmax_steps: 50", "lr_scheduler.warmup_steps", 5),
+        ("warmup_steps: 7", "lr_scheduler.warmup_steps", 7),
+        ("adam_beta1: 0.8\nadam_beta2: 0.95", "optimizer.betas", [0.8, 0.95]),
+        ("gradient_accumulation_steps: 1", "training.global_batch_size", None),
+    ]:
+        found = migrated(recipe, f"base_model: m\n{text}").settings
+        assert found.get(key) == value, text
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

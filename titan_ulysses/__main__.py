@@ -132,7 +132,8 @@ def _names_a_model(arguments: list[str]) -> bool:
     """Return whether arguments of `plan` are those of a model, and not of a TOML file."""
     first = arguments[0] if arguments else "--help"
     is_model = not first.startswith("-") and not first.endswith(".toml")
-    return is_model or any(one.partition("=")[0] == "--gpus" for one in arguments)
+    options = {one.partition("=")[0] for one in arguments}
+    return is_model or bool({"--gpus", "-h", "--help"} & options)
 
 
 def console() -> None:

@@ -40,6 +40,9 @@ def _dataset(entry: Any) -> Flat:
     """Return the keys of a source for one of the datasets."""
     kind = entry.get("type", "completion")
     kind = kind if isinstance(kind, str) else "a format of its own"
+    mapping = entry.get("message_property_mappings")
+    if mapping == {"role": "role", "content": "content"}:
+        entry = {key: value for key, value in entry.items() if key != "message_property_mappings"}
     known = {"path", "type", "field", "split", "name", "data_files", "ds_type", "field_messages"}
     if more := sorted(k for k in entry.keys() - known if entry[k] not in (None, False, [], {})):
         raise Lost(f"of {entry.get('path')}: {', '.join(more)}")
@@ -96,6 +99,20 @@ def _betas(second: Any, values: Flat) -> Flat:
     return {"optimizer.betas": [first, float(values.get("adam_beta2") or 0.999)]}
 
 
+def _packing(value: bool, values: Flat) -> Flat:
+    if not value:
+        return {"data.packing": "none"}
+    # Only documents end to end can be packed while they are read.
+    streams = values.get("pretraining_dataset") or values.get("streaming")
+    return {"data.packing": "concat" if streams else "best_fit"}
+
+
+def _warmup(value: float, values: Flat) -> Flat:
+    if 0 < value < 1:
+        return _warmup_ratio(value, values)
+    return {"lr_scheduler.warmup_steps": int(value)}
+
+
 def _warmup_ratio(share: float, values: Flat) -> Flat:
     return warmup(share, values.get("max_steps") or 0)
 
@@ -135,11 +152,14 @@ AXOLOTL = Format(
     [
         same("base_model", "model.path"),
         same("tokenizer_config", "model.tokenizer"),
+        needless("model_type", "config.json says it"),
+        needless("tokenizer_type", "tokenizer_config.json says it"),
+        lost("trust_remote_code", "code of a model folder is never run"),
         same("sequence_len", "training.seq_len"),
-        words(
+        custom(
             "sample_packing",
-            '`true`: `data.packing = "best_fit"`; `false`: `"none"`',
-            {True: {"data.packing": "best_fit"}, False: {"data.packing": "none"}},
+            '`true`: `data.packing = "best_fit"`, or `"concat"` where data is streamed',
+            _packing,
         ),
         custom("datasets", "`data.source`, `data.path` and others, or `data.mixture`", _datasets),
         custom("pretraining_dataset", "`data.streaming = true` and the same", _pretraining),
@@ -168,7 +188,7 @@ AXOLOTL = Format(
         same("max_steps", "training.steps"),
         same("learning_rate", "optimizer.lr"),
         words("lr_scheduler", "`lr_scheduler.decay_type`", _LR),
-        same("warmup_steps", "lr_scheduler.warmup_steps"),
+        custom("warmup_steps", "`lr_scheduler.warmup_steps`; a share: of max_steps", _warmup),
         custom("warmup_ratio", "`lr_scheduler.warmup_steps`, of max_steps", _warmup_ratio),
         same("cosine_min_lr_ratio", "lr_scheduler.min_lr_ratio"),
         words("optimizer", "`optimizer.name`", _OPTIMIZERS),
@@ -227,6 +247,9 @@ AXOLOTL = Format(
             "`lora.target_modules`",
             lambda v, _: {"lora.target_modules": [v] if isinstance(v, str) else v},
         ),
+        needless("lora_mlp_kernel", "kernels of its own"),
+        needless("lora_qkv_kernel", "kernels of its own"),
+        needless("lora_o_kernel", "kernels of its own"),
         needless("lora_target_linear", "without lora.target_modules, all linear layers"),
         lost("load_in_4bit", "weights in 4 bits"),
         lost("load_in_8bit", "weights in 8 bits"),
@@ -257,6 +280,10 @@ AXOLOTL = Format(
         needless("resume_from_checkpoint", "the same command resumes"),
         needless("auto_resume_from_checkpoints", "the same command resumes"),
         needless("pad_to_sequence_len", "sequences have one length"),
+        needless("eval_sample_packing", "held-out data is packed as data.packing says"),
+        needless("ddp_find_unused_parameters", "FSDP2"),
+        lost("eot_tokens", "the chat template marks what is trained"),
+        lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
         needless("fsdp_version", "FSDP2"),
         same("fsdp_config.offload_params", "memory.parameter_offload"),
         needless("fsdp_config.*", "FSDP2 of each block, whose checkpoints are sharded"),

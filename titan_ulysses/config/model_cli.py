@@ -32,7 +32,9 @@ usage: titan-ulysses plan MODEL --gpus GPUS [--seq-len TOKENS] [--section.key va
   --output   init: the file to write. Without it: <name of the model>.toml
   --section.key value  any setting, as in --plan.host_memory_gib 1770 --data.path ~/books
 
-plan finds the fastest settings that fit, and plans them. init writes them to a TOML file."""
+plan finds the fastest settings that fit, and plans them. init writes them to a TOML file.
+A file is planned with titan-ulysses plan --config FILE; titan-ulysses train --help lists all
+settings."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def _settings(command: str, arguments: list[str]) -> list[tuple[str, Any]]:
                 exit_code=2,
             )
     parsed = parse_command_line(["--config", "none", *arguments])
+    if any(key == "training.seq_len" for key, _ in parsed.overrides):
+        raise UserError(f"--training.seq_len: here it is {command} MODEL --seq-len", exit_code=2)
     if parsed.print_config or parsed.plan or parsed.evaluate:
         flag = next(one for one in arguments if "." not in one and one.startswith("--"))
         raise UserError(f"{flag}: {command} MODEL has no such option; see --help", exit_code=2)

@@ -106,13 +106,14 @@ def _config(command: ModelCommand) -> Config:
     before = config_of(settings, command.overrides)
     look_for_hub(before)
     model = hf.load_model_config(before.model.path, before.model.config)
-    length = command.seq_len or dict(command.overrides).get("training.seq_len")
-    length = length or getattr(model, "max_position_embeddings", None)
+    length = command.seq_len or getattr(model, "max_position_embeddings", None)
     if length is None:
         raise UserError(
             f"{command.model} does not say how many positions it has: give --seq-len.", exit_code=2
         )
     settings["training"]["seq_len"] = length
+    warmup = settings["lr_scheduler"]["warmup_steps"]
+    settings["lr_scheduler"]["warmup_steps"] = min(warmup, before.training.steps)
     stretched = before.model.rope_scaling or rope_for(model, length)
     if stretched:
         settings["model"]["rope_scaling"] = stretched
