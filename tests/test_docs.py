@@ -10,6 +10,7 @@ NOT_HERE, with the reason.
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import json
 import math
@@ -593,6 +594,16 @@ def test_settings_that_are_named_exist() -> None:
                 if section in SECTIONS and not is_file and f"{section}.{key}" not in KEYS:
                     unknown.add(f"{page.name}: {match[0]}")
     assert not unknown
+
+
+def test_functions_fit_a_screen() -> None:
+    """At most 60 lines, with their docstrings."""
+    files = [ROOT / "train.py", *(ROOT / "titan_ulysses").rglob("*.py")]
+    for path in [*files, *(ROOT / "scripts").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 60, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
 
 
 # --- library.md -----------------------------------------------------------------------------------

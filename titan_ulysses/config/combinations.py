@@ -310,7 +310,7 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
 
     `setting` is where the source's keys are: "data", or an entry such as "data.mixture[0]".
     """
-    data, problems = config.data, []
+    problems = []
     if source.encoding == "bytes" and config.model.tokenizer != "bytes":
         tokenizer = to_toml(config.model.tokenizer)
         problems.append(
@@ -349,21 +349,23 @@ def _source_problems(config: Config, setting: str, source: SourceSettings) -> li
             f'{setting}.train_on = "all" with {setting}.source = "preference": the loss is of the '
             'completions. Set it to "assistant"'
         )
-    if source.streaming and source.source not in ("hf", "chat", "tokens"):
+    return problems + (_streaming_problems(config, setting, source) if source.streaming else [])
+
+
+def _streaming_problems(config: Config, setting: str, source: SourceSettings) -> list[str]:
+    """Return the problems of a source that is read while it is trained on."""
+    data, validation, problems = config.data, config.validation, []
+    if source.source not in ("hf", "chat", "tokens"):
         problems.append(
             f'{setting}.streaming = true with {setting}.source = "{source.source}": set source = '
             '"hf"'
         )
-    if source.streaming and (data.packing != "concat" or data.long_documents != "split"):
+    if data.packing != "concat" or data.long_documents != "split":
         problems.append(
             f'{setting}.streaming = true: only data.packing = "concat" with data.long_documents = '
             '"split" can pack what is not known yet; set both, or streaming = false'
         )
-    if (
-        source.streaming
-        and config.validation.enable
-        and not (config.validation.path or config.validation.split or config.validation.sets)
-    ):
+    if validation.enable and not (validation.path or validation.split or validation.sets):
         problems.append(
             f"{setting}.streaming = true: no document can be held out of a stream; set "
             "validation.path or validation.split"

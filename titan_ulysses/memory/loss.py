@@ -133,23 +133,20 @@ class LossHead(nn.Linear):
             hidden = store.read(hidden)
         if labels is None:
             return shape_scores(super().forward(hidden), self.scale, self.softcap)
-        tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
-        options = (tile_tokens, self.scale, self.softcap, self.z_loss)
         if reduction == "statistics":
             statistics = partial(token_statistics, temperature=temperature)
-            return self._tiled(statistics, tile_tokens, hidden, labels, {})
+            return self._tiled(statistics, hidden, labels)
         if loss_function is not None:
             self._check(loss_function, hidden, labels, loss_inputs or {})
-            total = self._tiled(loss_function, tile_tokens, hidden, labels, loss_inputs or {})
+            total = self._tiled(loss_function, hidden, labels, loss_inputs)
             return total / num_items.clamp(min=1)
-        if reduction == "none" and torch.is_grad_enabled():
-            # A clone, because FSDP warns of views.
-            return self._tiled(cross_entropies, tile_tokens, hidden, labels, {}).clone()
         if reduction == "none":
-            each = _each_cross_entropy(
-                hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options
-            )
-            return each.view(labels.shape)
+            return self._each(hidden, labels)
+        return self._sum(hidden, labels, store) / num_items.clamp(min=1)
+
+    def _sum(self, hidden: Tensor, labels: Tensor, store: SequenceStore | None) -> Tensor:
+        """Return the sum of the cross-entropies of this rank's labels, with its gradients."""
+        options = self._options(labels)
         # Passed as an argument: inside an autograd function is_grad_enabled() is always False, and
         # needs_input_grad ignores no_grad.
         differentiate, lead = torch.is_grad_enabled(), labels.shape
@@ -165,7 +162,20 @@ class LossHead(nn.Linear):
             store,
             lead,
         )
-        return total / num_items.clamp(min=1)
+        return total
+
+    def _options(self, labels: Tensor) -> Options:
+        tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())
+        return tile_tokens, self.scale, self.softcap, self.z_loss
+
+    def _each(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the cross-entropy of each label [B, T]."""
+        if torch.is_grad_enabled():
+            # A clone, because FSDP warns of views.
+            return self._tiled(cross_entropies, hidden, labels).clone()
+        rows, options = hidden.flatten(0, -2), self._options(labels)
+        each = _each_cross_entropy(rows, self.weight, self.bias, labels.flatten(), options)
+        return each.view(labels.shape)
 
     def _logits(self, rows: Tensor) -> Tensor:
         """Return the scaled and capped logits [n, V] of rows [n, h], in fp32 or wider."""
@@ -176,10 +186,9 @@ class LossHead(nn.Linear):
     def _tiled(
         self,
         function: Callable[..., Any],
-        tile_tokens: int,
         hidden: Tensor,
         labels: Tensor,
-        tokens: dict[str, Tensor],
+        tokens: dict[str, Tensor] | None = None,
     ) -> Any:
         """Return function(logits, labels, **tokens), computed by tiles (see `tiled`)."""
 
@@ -188,9 +197,9 @@ class LossHead(nn.Linear):
             rows = rows.where((labels != IGNORE_INDEX).unsqueeze(-1), 0)
             return function(self._logits(rows), labels, **tokens)
 
-        return tiled(
-            of_rows, hidden, labels=labels, tile_tokens=tile_tokens, parameters=self, **tokens
-        )
+        tile_tokens = self._options(labels)[0]
+        tokens = {"labels": labels} | (tokens or {})
+        return tiled(of_rows, hidden, tile_tokens=tile_tokens, parameters=self, **tokens)
 
     @torch.no_grad()
     def _check(

@@ -92,9 +92,6 @@ def simulate(
     tracker = MemoryTracker(cuda or cpu_workspace)
     on_gpu = cuda is not None
     tracker.parameters_on_host = on_gpu and config.memory.parameter_offload
-    optimizer_offload = (
-        on_gpu and config.memory.optimizer_offload and not config.memory.parameter_offload
-    )
     store = _planned_store(tracker, spec.options.store, cuda=on_gpu)
     blocks: list[nn.Module] = []
     scores: dict[int | None, float] = {}
@@ -130,21 +127,35 @@ def simulate(
             tracker.attribution = Attribution(model, blocks)
             _label_checkpoints(tracker, model, kept_on_device=store is None)
             _hold_attention(tracker, blocks)
-            optimizer = optimizer_of(
-                model,
-                config.optimizer,
-                offload=optimizer_offload,
-                skips=config.training.skip_nonfinite > 0,
-                device_type="cuda" if on_gpu else "cpu",
-            )
-            state_on_host = optimizer_offload or tracker.parameters_on_host
-            _label_optimizer(tracker, model, blocks, optimizer, state_on_host=state_on_host)
-            _make_state(model, optimizer)
+            optimizer = _planned_optimizer(config, tracker, model, blocks, on_gpu=on_gpu)
             copy = _checkpoint_copy(config, tracker, optimizer, on_gpu=on_gpu)
             with replaced_functions(KERNELS if on_gpu else {}):
                 found = _run_step(spec, tracker, costs, model, optimizer, mesh, documents, loss)
             del copy  # alive during the step
             return found
+
+
+def _planned_optimizer(
+    config: Config,
+    tracker: MemoryTracker,
+    model: PreTrainedModel,
+    blocks: list[nn.Module],
+    *,
+    on_gpu: bool,
+) -> torch.optim.Optimizer:
+    """Return the optimizer with its state, each where the run has it."""
+    offload = on_gpu and config.memory.optimizer_offload and not config.memory.parameter_offload
+    optimizer = optimizer_of(
+        model,
+        config.optimizer,
+        offload=offload,
+        skips=config.training.skip_nonfinite > 0,
+        device_type="cuda" if on_gpu else "cpu",
+    )
+    on_host = offload or tracker.parameters_on_host
+    _label_optimizer(tracker, model, blocks, optimizer, state_on_host=on_host)
+    _make_state(model, optimizer)
+    return optimizer
 
 
 def _run_step(

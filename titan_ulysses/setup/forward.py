@@ -136,28 +136,18 @@ def _forward(
     with gradients. loss_function and its loss_inputs [B, T, ...] replace the cross-entropy: see
     `memory/losses.py`.
 
-    `.aux_loss` is the router loss, if the model has one, and `.loss` includes it. attention_mask
-    [B, T] is 0 at padding, which the router loss does not count; it has no other effect.
+    `.aux_loss` is the router loss, if there is one, and `.loss` includes it. attention_mask [B, T]
+    is 0 at padding, which the router loss does not count; it has no other effect.
     """
-    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    inputs |= {"use_cache": False, "ulysses": ulysses}
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
     sums = labels is not None and reduction == "sum"
-    if router_loss is None:
-        hidden = decoder(**inputs).last_hidden_state
-    else:
-        with router_loss.forward_pass(count=sums, mask=attention_mask) as routers:
-            # Hooks read the logits of routers, so the decoder keeps none.
-            hidden = decoder(**inputs, output_router_logits=False).last_hidden_state
-        if sums:
-            hidden, aux_loss, num_labels = routers.reduce(
-                hidden, (labels != IGNORE_INDEX).sum(), group
-            )
+    own_labels = labels if sums else None
+    hidden, *of_routers = _decode(decoder, inputs, router_loss, attention_mask, own_labels, group)
     head = model.get_output_embeddings()
     needs_weight = labels is None or loss_function is not None or not sums
     if needs_weight and torch.is_grad_enabled():
-        # Unlike the backward of the loss, the backward of logits needs the weight, so FSDP has to
-        # gather it. This is not turned off again, because that backward may run after later
-        # forwards.
+        # Unlike that of the loss, the backward of logits needs the weight: FSDP has to gather it.
+        # This is not turned off again, because that backward may run after later forwards.
         head.set_unshard_in_backward(True)
     if reduction == "hidden":
         # By the head, because FSDP counts on a call of each module of a forward.
@@ -175,11 +165,37 @@ def _forward(
     loss = SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
     if router_loss is None:
         return CausalLMOutputWithPast(loss=loss)
-    # The micro-batch's share of the labels of the step weights its router loss.
-    share = num_labels.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
-    return MoeCausalLMOutputWithPast(
-        loss=loss + router_loss.coefficient * share * aux_loss, aux_loss=aux_loss
-    )
+    aux_loss, count = of_routers
+    return _with_router_loss(loss, aux_loss, count, num_items_in_batch, router_loss.coefficient)
+
+
+def _with_router_loss(
+    loss: Tensor, aux_loss: Tensor, num_labels: Tensor, num_items: Tensor, coefficient: float
+) -> MoeCausalLMOutputWithPast:
+    """Add the router loss of a micro-batch, weighted by its share of the labels of the step."""
+    share = num_labels.to(aux_loss.dtype) / num_items.clamp(min=1)
+    return MoeCausalLMOutputWithPast(loss=loss + coefficient * share * aux_loss, aux_loss=aux_loss)
+
+
+def _decode(
+    decoder: nn.Module,
+    inputs: dict[str, Any],
+    router_loss: RouterLoss | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, ...]:
+    """Return the hidden states [B, T, h]; and the router loss and the number of labels on all
+    ranks, if there is such a loss, and labels whose batch it belongs to.
+    """
+    if router_loss is None:
+        return (decoder(**inputs, use_cache=False).last_hidden_state,)
+    with router_loss.forward_pass(count=labels is not None, mask=mask) as routers:
+        # Hooks read the logits of routers, so the decoder keeps none.
+        hidden = decoder(**inputs, use_cache=False, output_router_logits=False).last_hidden_state
+    if labels is None:
+        return (hidden,)
+    return routers.reduce(hidden, (labels != IGNORE_INDEX).sum(), group)
 
 
 @dataclass

@@ -139,7 +139,12 @@ def _choices(run: Run) -> list[str]:
             for key, value in unused.items()
             if value != "none"
         ]
-    checkpoint = run.config.checkpoint
+    return lines + _choices_of_device(run)
+
+
+def _choices_of_device(run: Run) -> list[str]:
+    """Return those lines of `_choices` that are about devices, their memory, and the optimizer."""
+    memory, checkpoint, lines = run.config.memory, run.config.checkpoint, []
     if checkpoint.enable and checkpoint.async_mode == "async" and run.optimizer is not None:
         lines.append("checkpoints are written in the background, from a copy in host memory")
     if run.mesh.device.type == "cuda":
