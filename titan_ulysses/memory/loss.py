@@ -149,7 +149,8 @@ class LossHead(nn.Linear):
         options = self._options(labels)
         # Passed as an argument: inside an autograd function is_grad_enabled() is always False, and
         # needs_input_grad ignores no_grad.
-        differentiate, lead = torch.is_grad_enabled(), labels.shape
+        differentiate = torch.is_grad_enabled()
+        lead = labels.shape if labels.ndim == 2 else torch.Size((1, labels.numel()))
         rows, labels = hidden.flatten(0, -2), labels.flatten()
         total, self.row_losses = _TiledCrossEntropy.apply(
             rows,
