@@ -168,9 +168,9 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
         ticks = sorted({row["mesh"][2] for row in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set(xlabel="sequence-parallel degree", ylabel="tokens per second and GPU, planned")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(1 / row["seconds_per_token"] / row["ranks"] for row in rows))
         axes.set_title(f"{title} (filled: it fits)", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
 
 
 # --- measured -------------------------------------------------------------------------------------
