@@ -23,6 +23,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.memory.losses import shape_scores
 from titan_ulysses.model.router import unknown_router_loss
+from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE
 
 CHECKED_FAMILIES = {
     "bamba",
@@ -293,6 +294,12 @@ def check_family(config: PreTrainedConfig) -> None:
     needs = []
     if reason := _looks_ahead(config):
         needs.append(reason)
+    others = sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE)
+    if others:
+        needs.append(
+            f"layers of type {', '.join(others)}, which carry state along the sequence or choose "
+            f"what to see (known are {KINDS})"
+        )
     if reason := unknown_router_loss(config):
         needs.append(reason)
     if needs:

@@ -119,15 +119,14 @@ def check_layers(
     layer_types are those of the config, one for each block.
     """
     for block, kind in zip(blocks, layer_types, strict=False):
-        if kind in WITHOUT_STATE or kind in WITH_STATE and linear_layers(block):
+        if kind not in WITH_STATE or linear_layers(block):  # other types: see `check_family`
             continue
         names = [type(x).__name__ for x in block.children()]
         names = [name for name in names if "norm" not in name.lower()]
         raise UserError(
             f"model: {type(block).__name__} ({', '.join(names)}) is a layer of type {kind}, "
-            "which carries a state along the sequence or chooses what to see. The kinds that this "
-            f"version knows, beside attention to all tokens or a window, are {KINDS}. Choose "
-            "another model."
+            "which carries a state along the sequence, and of no kind that this version knows: "
+            f"{KINDS}. Choose another model."
         )
     if device_type == "cuda":
         check_kernels(_functions_of([layer for block in blocks for layer in linear_layers(block)]))
