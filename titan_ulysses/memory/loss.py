@@ -143,8 +143,7 @@ class LossHead(nn.Linear):
             total = self._tiled(loss_function, tile_tokens, hidden, labels, loss_inputs or {})
             return total / num_items.clamp(min=1)
         if reduction == "none" and torch.is_grad_enabled():
-            # A clone, because FSDP warns of views.
-            return self._tiled(cross_entropies, tile_tokens, hidden, labels, {}).clone()
+            return self._tiled(cross_entropies, tile_tokens, hidden, labels, {})
         if reduction == "none":
             each = _each_cross_entropy(
                 hidden.flatten(0, -2), self.weight, self.bias, labels.flatten(), options
