@@ -34,7 +34,7 @@ from titan_ulysses.model import hf
 
 END = 256
 TINY = STARCODER2 | {"vocab_size": 260, "max_position_embeddings": 4096}
-SEQ_LEN, STEPS, LR, BETA = 64, 3, 1e-2, 0.3
+SEQ_LEN, STEPS, LR, BETA = 40, 3, 1e-2, 0.3
 PAIRS = [
     {
         "prompt": f"say {i}: ",
@@ -65,7 +65,9 @@ def write_material(folder: Path) -> Path:
 
 
 def settings(material: Path) -> Settings:
-    """Each step has all of the data, so that its order does not matter."""
+    """Each step has all of the data, so that its order does not matter. The halves of a sequence
+    share the tokens of a completion.
+    """
     return {
         "model.path": f"{material}/start",
         "model.tokenizer": "bytes",

@@ -172,8 +172,7 @@ class LossHead(nn.Linear):
     def _each(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy of each label [B, T]."""
         if torch.is_grad_enabled():
-            # A clone, because FSDP warns of views.
-            return self._tiled(cross_entropies, hidden, labels).clone()
+            return self._tiled(cross_entropies, hidden, labels)
         rows, options = hidden.flatten(0, -2), self._options(labels)
         each = _each_cross_entropy(rows, self.weight, self.bias, labels.flatten(), options)
         return each.view(labels.shape)

@@ -50,11 +50,10 @@ def tiled(
                 f"must begin with {list(lead)}, the tokens. Bind what is no token's own to fn with "
                 "functools.partial."
             )
-    function = _Function(fn, names, tile_tokens, parameters)
+    function = _Function(fn, names, tile_tokens, parameters, lead)
     rows = [x.flatten(0, len(lead) - 1) for x in (hidden, *tokens.values())]
     outputs = _Tiled.apply(function, torch.is_grad_enabled(), *rows, *function.parameters())
-    shaped = [y if y.ndim == 0 else y.view(*lead, *y.shape[1:]) for y in outputs]
-    return function.pack(shaped)
+    return function.pack(list(outputs))
 
 
 class _Function:
@@ -66,8 +65,9 @@ class _Function:
         names: tuple[str, ...],
         tile_tokens: int,
         parameters: nn.Module | Sequence[Tensor],
+        lead: torch.Size,
     ):
-        self.fn, self.names, self.tile_tokens = fn, names, tile_tokens
+        self.fn, self.names, self.tile_tokens, self.lead = fn, names, tile_tokens, lead
         self._parameters = parameters
         self.pack: Callable[[list[Tensor]], Any] = tuple
         self.differentiable: list[bool] = []
@@ -98,8 +98,9 @@ class _Function:
         return tuple(output)
 
     def forward(self, inputs: Sequence[Tensor], differentiate: bool) -> tuple[Tensor, ...]:
-        """Return the outputs of all rows [N, ...]."""
+        """Return the outputs of all rows [N, ...], in the shape of the tokens."""
         outputs: list[Tensor] = []
+        rows: list[Tensor] = []
         for tile in self.tiles(inputs[0]):
             first = not outputs
             # The first tile shows which outputs have a gradient.
@@ -107,13 +108,19 @@ class _Function:
                 parts = self([x[tile] for x in (_leaves(inputs) if first else inputs)])
             if first:
                 self.differentiable = [y.requires_grad for y in parts]
-                outputs = [_empty(y, len(inputs[0])) for y in parts]
-            for output, part in zip(outputs, parts, strict=True):
+                # Not views of what has rows: FSDP warns of views.
+                outputs = [_empty(y, self.lead) for y in parts]
+                rows = [self.rows(y) for y in outputs]
+            for output, part in zip(rows, parts, strict=True):
                 if output.ndim:
                     output[tile] = part.detach()
                 else:
                     output += part.detach()
         return tuple(outputs)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Return an output, or its gradient, as rows [N, ...]; a sum as it is."""
+        return values.flatten(0, len(self.lead) - 1) if values.ndim else values
 
     def backward(
         self,
@@ -124,6 +131,7 @@ class _Function:
         """Return the gradients of inputs [N, ...] and of the parameters, None if not needed."""
         parameters = self.parameters()
         everything = [*inputs, *parameters]
+        upstream = [None if g is None else self.rows(g) for g in upstream]
         wanted = [i for i, needed in enumerate(needs) if needed]
         grads: list[Tensor | None] = [
             torch.zeros_like(x) if needed and i < len(inputs) else None
@@ -191,11 +199,11 @@ def _leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
     return [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
 
 
-def _empty(part: Tensor, rows: int) -> Tensor:
-    """Return the memory of an output of so many rows, of which `part` is the first tile's."""
+def _empty(part: Tensor, lead: torch.Size) -> Tensor:
+    """Return the memory of an output of tokens [...], of which `part` is the first tile's."""
     if part.ndim == 0:
         return torch.zeros((), dtype=torch.float64, device=part.device)
-    return part.new_empty(rows, *part.shape[1:])
+    return part.new_empty(*lead, *part.shape[1:])
 
 
 def _only(outputs: list[Tensor]) -> Tensor:
