@@ -450,7 +450,7 @@ class Trainer:
 
     def _take_best(self) -> None:
         """Fill the model with the best checkpoint, if it is kept. Say why the run ends early."""
-        if self.best.ends_run:
+        if self.step < self.config.training.steps:
             self._say(f"Ended: {self._how_far()}.")
         if (step := self._exported_step) != self.step:
             self.checkpointer.load(step, self.model, None)
