@@ -19,6 +19,8 @@ from titan_ulysses.plan.words import component_name
 
 _COLUMNS = 1000
 """Columns of the timeline. Each shows the highest moment of its part of the step."""
+_VISIBLE = 1e-3
+"""The share of a whole from which on a part has a bar."""
 _IN_SIGHT = 4
 """The GPU's limit is drawn as a line if it is less than this many times as high as the peak."""
 
@@ -193,9 +195,13 @@ def ladder(steps: Sequence[SearchResult], path: Path | IO[str]) -> None:
 
 
 def parts(values: Mapping[str, float], path: Path | IO[str], *, unit: float, label: str) -> None:
-    """Draw what a whole is made of as bars, the largest on top. Values are divided by unit."""
-    shown = sorted(((value, name) for name, value in values.items() if value), reverse=True)
-    with picture(path, size=(8, 0.32 * len(shown) + 1)) as (_, axes):
+    """Draw what a whole is made of as bars, the largest on top, without parts that cannot be seen.
+
+    Values are divided by unit.
+    """
+    least = _VISIBLE * sum(values.values())
+    shown = sorted(((v, name) for name, v in values.items() if v and v >= least), reverse=True)
+    with picture(path, size=(8, 0.32 * len(shown) + 1.6)) as (_, axes):
         places = np.arange(len(shown))[::-1]
         axes.barh(places, [value / unit for value, _ in shown], color=COLORS[0])
         for place, (value, _) in zip(places, shown, strict=True):
