@@ -315,7 +315,7 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
         (
             {"mixture": [{"path": "b", "source": "jsonl", "subset": "de"}]},
             'data.mixture[0].subset = "de" with data.mixture[0].source = "jsonl": it is read from '
-            "hf and chat alone.",
+            "hf and chat and tokens alone.",
         ),
         (
             {"mixture": [{"path": "b", "source": "chat"}], "train_on": "all"},
