@@ -72,7 +72,7 @@ def by_plain_transformers(model: Any, texts: list[Encoded], *, seq_len: int) -> 
     """
     edges, at = position_edges(seq_len), 0
     losses, counts = [0.0] * len(edges), [0] * len(edges)
-    for ids, trained in texts:
+    for ids, trained, *_ in texts:
         begin = 0
         while begin < len(ids):
             end = min(len(ids), begin + seq_len - at % seq_len)
