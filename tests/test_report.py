@@ -19,7 +19,7 @@ from titan_ulysses.observability import page, pictures
 from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.plan import report
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
-from titan_ulysses.plan.search import Need, SearchResult
+from titan_ulysses.plan.search import SearchResult, Simulated
 
 pytest.importorskip("matplotlib")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -71,8 +71,9 @@ def outline(path: Path) -> Outline:
 def few(setup: Setup, first: Plan | SearchResult | None) -> Iterator[SearchResult]:
     """In place of a search and of a ladder, which take longer than such a test may."""
     plan = first if isinstance(first, Plan) else make_plan(setup)
-    yield SearchResult("as configured", {}, Need.of(plan))
-    yield SearchResult("+ offload", {"activation_checkpoint.offload": "host"}, Need.of(plan))
+    need = Simulated.of(plan, plan=plan)
+    yield SearchResult("as configured", {}, need)
+    yield SearchResult("+ offload", {"activation_checkpoint.offload": "host"}, need)
     yield SearchResult("+ nothing", {}, None)
 
 

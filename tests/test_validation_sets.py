@@ -17,6 +17,7 @@ from titan_ulysses.checkpoint.run_file import read_run_file
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability.metrics import scalars
+from titan_ulysses.observability.pictures import COLORS
 from titan_ulysses.train.best import Best
 from titan_ulysses.train.evaluation import Evaluation, together
 
@@ -93,7 +94,7 @@ def test_sets_in_pictures_and_tensorboard(tmp_path: Path) -> None:
     plot["main"]([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both")])
     for file in (tmp_path / "a" / "plots" / "sets.png", tmp_path / "both" / "sets.png"):
         pixels = torch.tensor(image.imread(file)[..., :3])
-        for color in plot["COLORS"][:2]:
+        for color in COLORS[:2]:
             wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
             assert ((pixels - wanted).abs().amax(-1) < 0.02).sum() > 100, (file, color)
     found = dict(scalars({"validation_sets": sets}))

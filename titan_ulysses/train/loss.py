@@ -77,8 +77,10 @@ class CrossEntropy:
     def __call__(self, batch: Batch, count: Tensor) -> Part:
         """Return the part of a micro-batch in a step of `count` labels. Collective."""
         output = self._forward(batch, count)
-        sums = self.model.get_output_embeddings().row_losses
-        rows = torch.stack([sums, (batch.labels != IGNORE_INDEX).sum(dim=1).double()])
+        # A model that was parallelized in another way has another head.
+        rows = getattr(self.model.get_output_embeddings(), "row_losses", None)
+        if rows is not None:
+            rows = torch.stack([rows, (batch.labels != IGNORE_INDEX).sum(dim=1).double()])
         return Part(output.loss, rows, output.get("aux_loss"))
 
     def evaluate(self, loader: Loader, sequences: int) -> Evaluation:
