@@ -275,6 +275,7 @@ def test_what_a_host_holds(tmp_path: Path) -> None:
 QUICK: Settings = {"comm.timeout_s": 8.0}
 
 
+@pytest.mark.slow  # test_hang.py has one on one host
 def test_a_rank_that_does_not_answer(hosts: Hosts) -> None:
     """Both end: one waits in a collective, the other one outside of any."""
     launched = hosts.start(QUICK, hangs_at=3)

@@ -48,12 +48,15 @@ def setup_of(**settings):
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"parallelism__sequence_parallel_degree": 4, "memory__stream_chunk_tokens": -1},
-        {
-            "parallelism__sequence_parallel_degree": 2,
-            "parallelism__data_parallel_replicate_degree": 2,
-            "activation_checkpoint__offload": "host",
-            "memory__optimizer_offload": True,
-        },
+        pytest.param(
+            {
+                "parallelism__sequence_parallel_degree": 2,
+                "parallelism__data_parallel_replicate_degree": 2,
+                "activation_checkpoint__offload": "host",
+                "memory__optimizer_offload": True,
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"model__config": HYBRID, "parallelism__sequence_parallel_degree": 4},
             marks=pytest.mark.slow,
@@ -122,7 +125,8 @@ def faster_neighbours(setup, best, plan) -> tuple[list, int, int]:
     return faster, tried, too_large
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [2, 6])
 def test_no_neighbour_of_the_fastest_is_faster(layers):
     """Each simulated whole."""
     from titan_ulysses.plan.fastest import Search

@@ -237,6 +237,7 @@ def undisturbed(folder: str, steps: int) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_resumes(tmp_path: Path) -> None:
     """Two processes of torchrun die by SIGKILL in a step, and the same command goes on."""
     script = tmp_path / "run.py"

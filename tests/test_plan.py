@@ -133,7 +133,9 @@ def test_products_of_experts_are_counted():
 HYBRID_EXCHANGES = {"qwen3_next": 2, "granitemoehybrid": 2, "lfm2": 1}
 
 
-@pytest.mark.parametrize("family", HYBRID_EXCHANGES)
+@pytest.mark.parametrize(
+    "family", [pytest.param("qwen3_next", marks=pytest.mark.slow), "granitemoehybrid", "lfm2"]
+)
 def test_layers_with_a_state_are_planned(monkeypatch, family):
     """Their exchanges, their part of the breakdown, and chunks of which few are simulated."""
     from titan_ulysses.plan import standin
