@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -136,6 +137,7 @@ def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
 
     trainer.optimizer.register_step_pre_hook(note)
     trainer.train()
+    dist.barrier()  # rank 0 writes what all of them read
     lines = [line for line in logged(folder / "run") if "loss" in line]
     return Trained(
         [line["loss"] for line in lines],

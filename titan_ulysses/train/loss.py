@@ -64,6 +64,7 @@ class CrossEntropy:
 
     frozen: PreTrainedModel | None = None
     """The second model; None where there is none."""
+    _fingerprint: int | None = None
 
     def __init__(self, model: PreTrainedModel, mesh: Mesh):
         self.model, self.mesh = model, mesh
@@ -107,7 +108,9 @@ class CrossEntropy:
 
     def fingerprint(self) -> int:
         """Return a checksum of the weights of the second model; 0 if there is none. Collective."""
-        return 0 if self.frozen is None else fingerprint(self.frozen)
+        if self._fingerprint is None:  # the second model is frozen: once is enough
+            self._fingerprint = 0 if self.frozen is None else fingerprint(self.frozen)
+        return self._fingerprint
 
 
 class _WithFrozen(CrossEntropy):
