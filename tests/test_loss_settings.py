@@ -25,6 +25,7 @@ from helpers.observed import see_plan
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, logged, refusal
 from test_library import real_model
+from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config, MixtureEntry
 from titan_ulysses.config.validate import _model_problems
@@ -322,6 +323,24 @@ def test_held_out_pairs_are_evaluated(material: Path, tmp_path: Path) -> None:
     expected = run_on_ranks(1, plain_dpo, material)[0]
     assert first["validation_loss"] == pytest.approx(expected.losses[0], rel=1e-12)
     assert first["validation_rewards"] == pytest.approx(expected.rewards[0], rel=1e-12)
+
+
+def test_named_sets_of_pairs(material: Path, tmp_path: Path) -> None:
+    """Twice the same pairs: each set, and both together, have the loss and rewards of one."""
+    pairs = {"source": "preference", "path": f"{material}/pairs.jsonl", "packing": "none"}
+    sets = [{"name": name, **pairs} for name in ("one", "two")]
+    wanted = dpo(material) | {"validation.enable": True, "validation.sets": sets}
+    wanted |= {"training.steps": 1, "validation.steps": 0}
+    on_ranks(tmp_path, wanted, SP2)
+    first, *_ = logged(tmp_path / "run")
+    assert first["validation_pairs"] == 2 * len(PAIRS)
+    for one in first["validation_sets"].values():
+        assert one["loss"] == pytest.approx(first["validation_loss"], rel=1e-12)
+        assert one["rewards"] == pytest.approx(first["validation_rewards"], rel=1e-12)
+    texts = [{**sets[0], "source": "text"}]
+    config = load_config_of({"model.config": TINY} | wanted | {"validation.sets": texts})
+    problems = "\n".join(combination_problems(config))
+    assert 'with validation.sets[0].source = "text": DPO, and nothing else' in problems
 
 
 @pytest.mark.parametrize("loss", [dpo, distillation])
