@@ -76,8 +76,9 @@ def return_what_cannot_travel() -> object:
     return lambda: None
 
 
-def make_a_group() -> None:
-    dist.barrier(group=dist.new_group([0, 1]))
+def make_a_group(times: int = 1) -> None:
+    for _ in range(times):
+        dist.barrier(group=dist.new_group([0, 1]))
 
 
 def destroy_the_group() -> None:
@@ -220,9 +221,17 @@ def test_groups_of_earlier_calls_do_not_exhaust_open_files() -> None:
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096));"
     )
     finished = run_python(
-        code + "[ranks.run_on_ranks(2, test_ranks.make_a_group) for _ in range(60)]"
+        code + "[ranks.run_on_ranks(2, test_ranks.make_a_group) for _ in range(25)]"
     )
     assert finished.returncode == 0, finished.stderr
+
+
+def test_ranks_with_many_groups_are_replaced() -> None:
+    """Their threads would take the processor from those of later calls."""
+    [before, _] = run_on_ranks(2, os.getpid)
+    for _ in range(5):
+        run_on_ranks(2, make_a_group, 10)
+    assert run_on_ranks(2, os.getpid)[0] != before
 
 
 def test_ranks_end_at_exit() -> None:
