@@ -92,3 +92,29 @@ def test_ranks_that_agree_are_left_alone(tmp_path: Path) -> None:
     shape = {"model.config.hidden_size": 96}
     run_on_ranks(4, train, config, REPLICATED | more | shape)
     assert (tmp_path / "outputs/run/checkpoints/step-3").is_dir()
+
+
+def train_on_damaged_tokens(config: Path, settings: Settings) -> str:
+    """The tokens of the third step are damaged in memory, as those of a mapped file would be."""
+    next_batch, batches = Loader.next_batch, []
+
+    def damaged(loader: Loader) -> Any:
+        batches.append(1)
+        if len(batches) == 3:
+            tokens = loader.sequences.corpus.tokens
+            damage = (tokens.astype("int32") + 1000,)
+            object.__setattr__(loader.sequences.corpus, "tokens", *damage)
+        return next_batch(loader)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "next_batch", damaged)
+        return refusal(config, settings)
+
+
+def test_tokens_outside_of_the_vocabulary_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    settings = SETTINGS | {"parallelism.sequence_parallel_degree": 2}
+    settings |= {"training.local_batch_size": 8}
+    for message in run_on_ranks(2, train_on_damaged_tokens, write_run(tmp_path), settings):
+        assert "outside of the model's vocabulary of 257: its tokens were damaged" in message
+    checkpoints = tmp_path / "outputs" / "run" / "checkpoints"
+    assert [folder.name for folder in checkpoints.iterdir()] == ["step-2"]

@@ -15,6 +15,7 @@ import xxhash
 
 from titan_ulysses.data.balance import Dealt, attention_cost, balance, deal, in_order
 from titan_ulysses.data.packing import PackedSample, SampleStream
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
     IGNORE_INDEX,
     Documents,
@@ -101,6 +102,9 @@ class Loader:
     in their order. Of each sequence the rank takes the `sp_rank`-th of `sp_degree` = P slices (see
     `sequence.local_slice`). S must be a multiple of P. stream_chunk_tokens is the setting of the
     model that trains on the batches.
+
+    vocab_size: of that model. A token outside of it is a `UserError` that names the sequence; None
+    does not look.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class Loader:
         sp_rank: int = 0,
         sp_degree: int = 1,
         stream_chunk_tokens: int = -1,
+        vocab_size: int | None = None,
     ) -> None:
         assert 0 <= batch_rank < batch_degree, (batch_rank, batch_degree)
         assert 0 <= sp_rank < sp_degree, (sp_rank, sp_degree)
@@ -122,6 +127,7 @@ class Loader:
         self.batch_size, self.batch_rank, self.batch_degree = batch_size, batch_rank, batch_degree
         self.accumulation_steps = accumulation_steps
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
+        self.vocab_size = vocab_size
         self.chunk_tokens = chunk_length(stream_chunk_tokens, sequences.seq_len, sp_degree)
         self._origin = 0  # number of sequences that had been read when this loader began
         self._batches = 0  # number of batches since then
@@ -136,7 +142,21 @@ class Loader:
     def next_batch(self) -> Batch:
         rows = self._rows(self._batches)
         self._batches += 1
-        return self._batch([self.sequences[index] for index in rows])
+        return self._batch([self._checked(index) for index in rows])
+
+    def _checked(self, index: int) -> PackedSample:
+        """Return a sequence whose tokens are all in the vocabulary."""
+        sample = self.sequences[index]
+        if self.vocab_size is not None:
+            low, high = (int(end) for end in sample.input_ids.aminmax())
+            if low < 0 or high >= self.vocab_size:
+                raise UserError(
+                    f"sequence {index:,} of the data has token {low if low < 0 else high}, outside "
+                    f"of the model's vocabulary of {self.vocab_size:,}: its tokens were damaged "
+                    "after the run began. Check the disk they are on (data.cache_folder or "
+                    "data.path) and run the same command again."
+                )
+        return sample
 
     def step_of_last_batch(self) -> DealtStep:
         """Return how the step is dealt that the last batch belongs to."""
@@ -189,9 +209,9 @@ class Loader:
         """
         assert 0 < len(indices) <= self.batch_size * self.batch_degree, len(indices)
         first = self.batch_rank * self.batch_size
-        rows = [self.sequences[i] for i in indices[first : first + self.batch_size]]
+        rows = [self._checked(i) for i in indices[first : first + self.batch_size]]
         if missing := self.batch_size - len(rows):
-            row = self.sequences[indices[0]]
+            row = self._checked(indices[0])
             rows += [row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))] * missing
         return self._batch(rows)
 

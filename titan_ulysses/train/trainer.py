@@ -223,6 +223,7 @@ class Trainer:
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
             stream_chunk_tokens=self.model.stream_chunk_tokens,
+            vocab_size=getattr(self.model.config.get_text_config(), "vocab_size", None),
         )
 
     def _open_folder(self) -> None:
