@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -839,4 +840,8 @@ def test_two_ranks_that_fail_at_once_say_it_once(
         "time.sleep(rank / 2)\n"
         "failure.end('error: both', 1)\n"
     )
+    old = Path(tempfile.gettempdir()) / f"titan_ulysses-{tmp_path.name}-0.said"
+    old.touch()
+    os.utime(old, (0, 0))
     assert launch(tmp_path / "driver.py").end(timeout=30) == (1, "", "error: both\n")
+    assert not old.exists()  # what runs leave there does not add up

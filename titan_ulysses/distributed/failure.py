@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from titan_ulysses.distributed import heartbeat, run_store
@@ -369,9 +370,11 @@ def _is_first_to_speak() -> bool:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     name = f"titan_ulysses-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}-{attempt}.said"
     path = os.path.join(tempfile.gettempdir(), name)
-    with suppress(OSError):
-        if time.time() - os.path.getmtime(path) > _OLD_SECONDS:
-            os.unlink(path)  # of an earlier run with the same numbers
+    # Those of earlier runs: one may have had the same numbers.
+    for earlier in Path(tempfile.gettempdir()).glob("titan_ulysses-*.said"):
+        with suppress(OSError):
+            if time.time() - earlier.stat().st_mtime > _OLD_SECONDS:
+                earlier.unlink()
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
