@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.config.schema import expand_path
+from titan_ulysses.config.fields import expand_path
 from titan_ulysses.data.files import find_files, read_text
 from titan_ulysses.data.tokenizer import encode
 from titan_ulysses.distributed.errors import UserError

@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
-    from titan_ulysses.config.schema import expand_path
+    from titan_ulysses.config.fields import expand_path
     from titan_ulysses.data.files import find_files
     from titan_ulysses.data.tokenizer import load_tokenizer
 

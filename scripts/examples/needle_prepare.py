@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval_needle import ANSWER, NEEDLE, QUESTION
 from long_texts import draw_codes, draw_key
 
-from titan_ulysses.config.schema import expand_path
+from titan_ulysses.config.fields import expand_path
 from titan_ulysses.data.files import find_files
 
 LINES = {128: 40_000, 512: 4_000}

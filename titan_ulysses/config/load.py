@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from titan_ulysses.config.combinations import combination_problems
-from titan_ulysses.config.schema import KEYS, SECTIONS, Config, expand_path, in_words, words_of
+from titan_ulysses.config.fields import expand_path
+from titan_ulysses.config.schema import KEYS, SECTIONS, Config, in_words, words_of
 from titan_ulysses.config.toml import show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from titan_ulysses.config.schema import CORES, Config
+from titan_ulysses.config.fields import CORES
+from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.memory.offload import Offload

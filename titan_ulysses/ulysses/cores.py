@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from titan_ulysses.config.schema import CORES
+from titan_ulysses.config.fields import CORES
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.flash_cuda import borders

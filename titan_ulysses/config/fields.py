@@ -1,0 +1,148 @@
+"""The kinds of values of settings, and the base class of all sections of `schema.py`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sysconfig
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    field_validator,
+)
+from pydantic_core import core_schema
+
+
+def expand_path(path: str) -> str:
+    """Expand `~`, `$VARS` and `{stdlib}` in a path.
+
+    `{stdlib}` is the folder of Python's standard library, which is real text that every machine
+    has.
+    """
+    return os.path.expanduser(
+        os.path.expandvars(path.replace("{stdlib}", sysconfig.get_path("stdlib")))
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Words that may be written for special numbers of a setting, for example "auto" for -1."""
+
+    numbers: dict[str, int]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._number, handler(source))
+
+    def _number(self, value: Any) -> Any:
+        return self.numbers.get(value, value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, eq=False)
+class Switch:
+    """Lets a setting of words also be `true`, for the word `on`, or `false`, for `off`."""
+
+    on: str
+    off: str = "off"
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_before_validator_function(self._word, handler(source))
+
+    def _word(self, value: Any) -> Any:
+        switched = {"true": self.on, "false": self.off}
+        return switched.get(str(value).lower(), value)
+
+
+def _positive_or_derived(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError('must be at least 1, or "auto" (-1) to derive it')
+    if value > _MOST_RANKS:
+        raise ValueError(f"must be at most {_MOST_RANKS}")
+    return value
+
+
+def _positive_seconds_or_derived(value: float) -> float:
+    if value <= 0 and value != -1:
+        raise ValueError('must be greater than 0, or "auto" (-1) to derive it')
+    return value
+
+
+def _core_name(name: str) -> str:
+    if name not in CORES and not _FUNCTION.fullmatch(name):
+        raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
+    return name
+
+
+_MOST_RANKS = 2**20
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+"""package.module:function"""
+CORES = ("auto", "varlen", "flash", "sdpa", "flex", "blockwise")
+"""Names of the attention cores, which are functions in ulysses/cores.py.
+
+"auto" takes the first of the others that can run this model here. flex comes after sdpa because its
+block mask grows with the square of the length.
+"""
+Core = Annotated[str, AfterValidator(_core_name)]
+PathText = Annotated[str, AfterValidator(expand_path)]
+Tile = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "all": -1})]
+Chunk = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "off": -1})]
+PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
+SecondsOrDerived = Annotated[
+    float, AfterValidator(_positive_seconds_or_derived), Words({"auto": -1})
+]
+Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Dtype = Literal["float64", "float32", "bfloat16"]
+
+
+def _problem_of_text(value: Any) -> str | None:
+    """Return why a text, or one in a list, can be no path, name or pattern; None if it can."""
+    if isinstance(value, list):
+        return next(filter(None, map(_problem_of_text, value)), None)
+    if not isinstance(value, str):
+        return None
+    if "\0" in value:
+        return "must not contain the character NUL"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return "must be text that can be written in UTF-8"
+    return None
+
+
+def finite(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table. Raise `ValueError` if a number in it, or in a list in it, is inf or nan."""
+    for key, value in table.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"needs finite numbers, and {key} is {number}")
+    return table
+
+
+class Section(BaseModel):
+    """Base class of all sections.
+
+    Unknown keys are refused, and values cannot change once they are read. inf and nan are refused
+    unless a field allows them.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: Any) -> Any:
+        # pydantic would read true as 1, so that `steps = true` would mean one step.
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("needs a number, not true or false")
+        if problem := _problem_of_text(value):
+            raise ValueError(problem)
+        return value
