@@ -17,7 +17,7 @@ of gathered blocks are not in 4 bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -269,7 +269,7 @@ def _copy(func, weight: NF4Weight, source: Tensor, non_blocking: bool = False) -
 
 
 _ATEN = torch.ops.aten
-_OPERATIONS = {
+_OPERATIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.detach.default: _on_bytes,
     _ATEN.clone.default: _on_bytes,
     _ATEN._pin_memory.default: _on_bytes,
