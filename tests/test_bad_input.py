@@ -75,6 +75,8 @@ def toml(tmp_path: Path) -> Path:
         ("model.freeze", ["a\0b"]),
         ("job.name", "\udc80"),
         ("lora.alpha", 32.0),
+        ("lora.quantize_base", "nf4"),
+        ("lora.quantize_base", "fp4"),
         ("lora.target_modules", ["q_proj"]),
         ("model.attention", "os"),
         ("model.attention", ":x"),

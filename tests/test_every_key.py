@@ -234,6 +234,18 @@ MODELS = {
             LORA,
         )
     ],
+    "lora.quantize_base": [
+        # 4 bits are near the weights, and are not the weights.
+        Case(
+            "nf4",
+            lambda run, default: (
+                losses(run) == pytest.approx(losses(default), rel=0.05)
+                and not near(losses(run), losses(default))
+            ),
+            LORA,
+        ),
+        Case("nf4", said("lora.quantize_base: 14 weights of "), LORA),
+    ],
     "lora.target_modules": [
         Case(
             ["q_proj"],

@@ -243,7 +243,7 @@ def migrated(recipe: Path, text: str) -> migrate.Migration:
 def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     for text, key, why in [
-        ("base_model: m\nadapter: qlora", "adapter", "weights in 4 bits"),
+        ("base_model: m\nload_in_8bit: true", "load_in_8bit", "weights in 8 bits"),
         ("base_model: m\ngradient_accumulation_steps: 4", "gradient_accumulation_steps", "--ranks"),
         ("base_model: m\noptimizer: lion_8bit", "optimizer", "known values are adamw_torch"),
         ("base_model: m\ndeepspeed: absent.json", "deepspeed", "no such file beside the recipe"),
@@ -272,6 +272,8 @@ def test_keys_that_depend_on_others(tmp_path: Path) -> None:
         ("sample_packing: true\npretraining_dataset: a/b", "data.packing", "concat"),
         ("warmup_steps: 0.1\nmax_steps: 50", "lr_scheduler.warmup_steps", 5),
         ("warmup_steps: 7", "lr_scheduler.warmup_steps", 7),
+        ("adapter: qlora\nlora_r: 8", "lora.quantize_base", "nf4"),
+        ("adapter: lora\nload_in_4bit: true", "lora.quantize_base", "nf4"),
         ("adam_beta1: 0.8\nadam_beta2: 0.95", "optimizer.betas", [0.8, 0.95]),
         ("gradient_accumulation_steps: 1", "training.global_batch_size", None),
     ]:

@@ -131,6 +131,16 @@ SMALL = [
         memory__mlp_tile_tokens=300,
         memory__loss_tile_tokens=100,
     ),
+    case(
+        "small, P 2, bf16, QLoRA",
+        2,
+        model={"hidden_size": 256, "intermediate_size": 512},
+        training__seq_len=512,
+        training__param_dtype="bfloat16",
+        parallelism__sequence_parallel_degree=2,
+        lora__rank=4,
+        lora__quantize_base="nf4",
+    ),
 ]
 
 BIG = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2}

@@ -236,8 +236,8 @@ AXOLOTL = Format(
         ),
         words(
             "adapter",
-            "`lora.rank`, from `lora_r`",
-            {"lora": {}, "qlora": "weights in 4 bits (qlora)", "": {}},
+            "`lora.rank`, from `lora_r`; of `qlora` `lora.quantize_base` too",
+            {"lora": {}, "qlora": {"lora.quantize_base": "nf4"}, "": {}},
         ),
         same("lora_r", "lora.rank"),
         same("lora_alpha", "lora.alpha"),
@@ -251,7 +251,11 @@ AXOLOTL = Format(
         needless("lora_qkv_kernel", "kernels of its own"),
         needless("lora_o_kernel", "kernels of its own"),
         needless("lora_target_linear", "without lora.target_modules, all linear layers"),
-        lost("load_in_4bit", "weights in 4 bits"),
+        words(
+            "load_in_4bit",
+            "`lora.quantize_base`",
+            {True: {"lora.quantize_base": "nf4"}, False: {}},
+        ),
         lost("load_in_8bit", "weights in 8 bits"),
         lost("peft_use_dora", _CLOSED),
         lost("unfrozen_parameters", "name what is frozen in model.freeze"),

@@ -23,6 +23,7 @@ from helpers.rows import Row, local_batch
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model import hf
+from titan_ulysses.model.nf4 import full_tensor
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
@@ -93,7 +94,7 @@ def train_sharded(
         loss, norm, *_ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
-    record.parameters = {name: p.detach().full_tensor() for name, p in hf.named_parameters(sharded)}
+    record.parameters = {name: full_tensor(p.detach()) for name, p in hf.named_parameters(sharded)}
     return record if torch.distributed.get_rank() == 0 else Record(record.losses, record.grad_norms)
 
 

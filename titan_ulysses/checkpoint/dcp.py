@@ -358,8 +358,8 @@ class Checkpointer:
         if saved != wanted:
             raise UserError(
                 f"{self.where}: what is frozen here is not what step-{step} was trained beside. "
-                "Has what model.path names changed, or training.param_dtype? Give this run what it "
-                f"began with, or {self.other}."
+                "Has what model.path names changed, or training.param_dtype, or "
+                f"lora.quantize_base? Give this run what it began with, or {self.other}."
             )
 
     def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:

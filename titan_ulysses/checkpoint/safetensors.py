@@ -50,6 +50,7 @@ from titan_ulysses.distributed.files import partial_path, replace_folder
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
 from titan_ulysses.model.names import is_adapter
+from titan_ulysses.model.nf4 import full_tensor
 
 _EXPORT_FILE_BYTES = 4 * 2**30
 _GENERATION_FILE = "generation_config.json"
@@ -301,8 +302,9 @@ def export(
     `save_pretrained`. Rank 0 writes a file for about every 4 GiB, so no rank holds the whole model.
     The folder is written under a temporary name and renamed when it is complete; an existing
     folder is replaced then. Parameters keep their storage dtype. Adapters are merged into the
-    parameters, in the dtype of the adapters or at least fp32. If `step` is given, `exported_step`
-    can read it from the folder. Raise `UserError`, on every rank, if the folder cannot be written.
+    parameters, in the dtype that `Delta` says, and weights in NF4 are written as numbers. If `step`
+    is given, `exported_step` can read it from the folder. Raise `UserError`, on every rank, if the
+    folder cannot be written.
     """
     aside = partial_path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -387,7 +389,7 @@ def exported_bytes(model: PreTrainedModel) -> int:
 
 def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
     """Return the whole parameter in host memory, or None on ranks without `keep`. Collective."""
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    whole = full_tensor(parameter)
     return whole.detach().cpu().contiguous() if keep else None
 
 

@@ -124,6 +124,11 @@ def _lora_problems(config: Config) -> list[str]:
             f"{config.model.resize_embeddings} are both set: LoRA would leave the rows of new "
             "tokens as they begin. Set one of them to 0"
         )
+    if lora.quantize_base != "none" and config.quantize.float8:
+        problems.append(
+            f'lora.quantize_base = "{lora.quantize_base}" and quantize.float8 = true are both set: '
+            'a frozen weight is stored in 4 bits, or multiplied in 8. Set one to "none" or false'
+        )
     if lora.dropout and config.compile.enable:
         problems.append(
             f"lora.dropout = {lora.dropout} with compile.enable = true: compiled code would drop "

@@ -117,6 +117,11 @@ class LoRA(Section):
         description='Linear layers that get an adapter: names ("q_proj") or patterns '
         '("layers.1?.mlp.*"). Empty: all except the head.',
     )
+    quantize_base: Literal["none", "nf4"] = Field(
+        "none",
+        description="QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head and "
+        "routers stay in training.param_dtype, and so do rows that are no multiple of 64 numbers.",
+    )
 
 
 class SourceSettings(Section):

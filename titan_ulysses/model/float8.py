@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.model.names import is_router
 from titan_ulysses.model.torchao import import_torchao, require_torchao
 
 _SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper: the first tensor cores with float8
 _ALIGNMENT = 16
-_ROUTERS = ("gate", "router")  # a wrong expert costs more than these small products save
 
 
 def check_float8(device_type: str) -> None:
@@ -67,7 +67,7 @@ def is_float8(module: nn.Module) -> bool:
 
 def _can_be_float8(module: nn.Module, name: str) -> bool:
     # A subclass has a forward of its own, which the conversion would lose.
-    is_plain = type(module) is nn.Linear and name.rpartition(".")[2] not in _ROUTERS
+    is_plain = type(module) is nn.Linear and not is_router(name)
     return (
         is_plain and module.in_features % _ALIGNMENT == 0 and module.out_features % _ALIGNMENT == 0
     )

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model.names import matching, plain
 
 
@@ -50,7 +51,7 @@ def fingerprint(model: nn.Module) -> int:
     if not frozen:
         return 0
     total = torch.stack(
-        [bits(p.to_local() if isinstance(p, DTensor) else p).sum(dtype=torch.int64) for p in frozen]
+        [bits(x).sum(dtype=torch.int64) for p in frozen for x in plain_pieces(p)]
     ).sum()
     first = frozen[0]  # all are sharded alike
     if isinstance(first, DTensor):

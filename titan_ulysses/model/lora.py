@@ -21,6 +21,7 @@ from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.names import matching, plain
+from titan_ulysses.model.nf4 import is_nf4
 from titan_ulysses.model.torchao import suppress_torchao_warnings
 
 if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.py
@@ -136,25 +137,26 @@ class Delta(NamedTuple):
     a: nn.Parameter
     b: nn.Parameter
     scale: float
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the merged weight: that of the adapter, but at least fp32."""
-        return torch.promote_types(self.b.dtype, torch.float32)
+    dtype: torch.dtype
+    """The dtype of the merged weight: that of the adapter, but at least fp32. Of a weight in NF4 it
+    is that of the computation, because 4 bits have no digits that fp32 would save.
+    """
 
     def added_to(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return the merged weight; weight, a and b are whole tensors, gathered from all ranks."""
-        return weight.to(self.dtype) + self.scale * (b.to(self.dtype) @ a.to(self.dtype))
+        wide = torch.promote_types(self.b.dtype, torch.float32)
+        return (weight.to(wide) + self.scale * (b.to(wide) @ a.to(wide))).to(self.dtype)
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
     """Return the Delta of each weight that has an adapter, by the weight's plain name."""
-    return {
-        f"{name}.weight": Delta(
-            layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
-        )
-        for name, layer in _adapted_layers(model)
-    }
+    found = {}
+    for name, layer in _adapted_layers(model):
+        base, (a, b) = layer.base_layer.weight, (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
+        wide = torch.promote_types(b.weight.dtype, torch.float32)
+        dtype = base.dtype if is_nf4(base) else wide
+        found[f"{name}.weight"] = Delta(a.weight, b.weight, layer.scaling[ADAPTER], dtype)
+    return found
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -12,6 +12,7 @@ from titan_ulysses.distributed.errors import UserError
 
 _ADAPTER = re.compile(r"\.lora_[AB]\.")
 _ADAPTED = re.compile(r"\.base_layer(?=\.|$)")
+_ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def plain(name: str) -> str:
@@ -22,6 +23,14 @@ def plain(name: str) -> str:
 def is_adapter(name: str) -> bool:
     """Return whether the parameter or module of this name belongs to a LoRA adapter of peft."""
     return _ADAPTER.search(name) is not None
+
+
+def is_router(name: str) -> bool:
+    """Return whether the module of this name chooses experts, or how much of one is taken.
+
+    Low precision is not for these small layers: a wrong expert costs more than they save.
+    """
+    return name.rpartition(".")[2] in _ROUTERS
 
 
 def matching(

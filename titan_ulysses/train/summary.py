@@ -16,6 +16,7 @@ from titan_ulysses.distributed.nodes import ranks_per_node, spans_nodes
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.model import hf
+from titan_ulysses.model.nf4 import describe_quantized
 from titan_ulysses.model.remote_code import describe_unused_code
 from titan_ulysses.observability.metrics import describe_parameters
 from titan_ulysses.optim.adamw import missing_compiler
@@ -149,6 +150,8 @@ def _choices_of_device(run: Run) -> list[str]:
         lines.append("checkpoints are written in the background, from a copy in host memory")
     if run.mesh.device.type == "cuda":
         lines.append(describe_allocator())
+    if quantized := describe_quantized(run.model):
+        lines.append(quantized)
     if run.float8_layers:
         lines.append(f"float8: {run.float8_layers} linear layers")
         if not run.config.compile.enable:
