@@ -118,7 +118,8 @@ def train_py_losses(ranks: int, seq_len: int, *, minutes: float) -> list[float] 
     shutil.rmtree(FOLDER / "train.py", ignore_errors=True)  # it would resume
     command = [*launch(ranks, str(ROOT / "train.py")), "--config", str(HERE / WRITTEN["ours"][0])]
     command += ["--job.dump_folder", str(FOLDER), "--job.name", "train.py"]
-    command += ["--training.seq_len", str(seq_len)]
+    command += ["--model.path", str(FOLDER / "agreement"), "--training.seq_len", str(seq_len)]
+    command += ["--data.path", str(FOLDER / "tokens.jsonl")]
     command += ["--parallelism.sequence_parallel_degree", str(ranks)]
     child = subprocess.run(
         command,
