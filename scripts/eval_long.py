@@ -24,14 +24,13 @@ Writes long.json and, where matplotlib is installed, long.png to --output.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from long_texts import (
     add_options,
     batches_of,
@@ -39,16 +38,16 @@ from long_texts import (
     draw_codes,
     draw_key,
     fill,
+    grid,
     heat_map,
-    open_model,
-    read_haystack,
+    run,
 )
 
 from titan_ulysses.data.adapter import shard
-from titan_ulysses.data.tokenizer import encode, load_tokenizer
+from titan_ulysses.data.tokenizer import encode
 from titan_ulysses.distributed.failure import exit_on_error
-from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
-from titan_ulysses.observability.pictures import has_matplotlib, picture
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.observability.pictures import picture
 from titan_ulysses.train.log_probs import log_probs
 
 if TYPE_CHECKING:
@@ -231,16 +230,14 @@ def evaluate(
     options: Any,
 ) -> Iterator[Cell]:
     for task in options.tasks:
-        for length in options.lengths:
-            seeds = [f"{options.seed} {length} {trial}" for trial in range(options.trials)]
-            for depth in options.depths:
-                shared = {"task": task, "length": length, "depth": depth, "count": options.count}
-                trials = [make_trial(tokenizer, text, **shared, seed=seed) for seed in seeds]
-                scores = answer_scores(model, mesh, trials, length=length)
-                losses, shares = zip(*scores, strict=True)
-                n = len(scores)
-                exact = sum(share == 1 for share in shares) / n
-                yield Cell(task, length, depth, sum(losses) / n, sum(shares) / n, exact)
+        for length, depth, seeds in grid(options):
+            shared = {"task": task, "length": length, "depth": depth, "count": options.count}
+            trials = [make_trial(tokenizer, text, **shared, seed=seed) for seed in seeds]
+            scores = answer_scores(model, mesh, trials, length=length)
+            losses, shares = zip(*scores, strict=True)
+            n = len(scores)
+            exact = sum(share == 1 for share in shares) / n
+            yield Cell(task, length, depth, sum(losses) / n, sum(shares) / n, exact)
 
 
 def draw_maps(cells: Sequence[Cell], options: Any, path: Path) -> None:
@@ -281,35 +278,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    init_distributed()
-    mesh, longest = build_mesh(sequence=dist.get_world_size()), options.lengths[-1]
-    tokenizer = load_tokenizer(options.model)
-    text = read_haystack(tokenizer, options.text, tokens=4 * longest, seed=options.seed)
-    # Errors in the lengths are reported before the model is read, which takes time.
-    for task in options.tasks:
-        for length in options.lengths:
+
+    def check(tokenizer: PreTrainedTokenizerBase, text: list[int]) -> None:
+        for task, length in product(options.tasks, options.lengths):
             shared = {"task": task, "length": length, "depth": 0, "count": options.count}
             make_trial(tokenizer, text, **shared, seed="")
-    model = open_model(options.model, mesh, longest=longest)
-    speaks = dist.get_rank() == 0
-    cells = []
-    for cell in evaluate(model, mesh, tokenizer, text, options):
-        cells.append(cell)
-        if speaks:
-            print(
-                f"{cell.task:<9} {cell.length:>9,} tokens, depth {cell.depth:4.0%}: loss "
-                f"{cell.loss:.3f}, likeliest tokens {cell.likeliest:.0%}, exact {cell.exact:.0%}",
-                flush=True,
-            )
-    if speaks:
-        options.output.mkdir(parents=True, exist_ok=True)
-        about = {key: value for key, value in vars(options).items() if key != "output"}
-        about["cells"] = [cell._asdict() for cell in cells]
-        (options.output / "long.json").write_text(json.dumps(about, indent=2) + "\n")
-        if has_matplotlib():
-            draw_maps(cells, options, options.output / "long.png")
-        pictures = ", long.png" if has_matplotlib() else " (no picture: pip install matplotlib)"
-        print(f"{options.output}/long.json{pictures}")
+
+    def say(cell: Cell) -> str:
+        return (
+            f"{cell.task:<9} {cell.length:>9,} tokens, depth {cell.depth:4.0%}: loss "
+            f"{cell.loss:.3f}, likeliest tokens {cell.likeliest:.0%}, exact {cell.exact:.0%}"
+        )
+
+    run(options, name="long", check=check, evaluate=evaluate, say=say, draw=draw_maps)
 
 
 if __name__ == "__main__":

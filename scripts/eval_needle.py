@@ -18,14 +18,12 @@ Writes needle.json and, where matplotlib is installed, needle.png to --output.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from long_texts import (
     add_options,
     batches_of,
@@ -33,16 +31,16 @@ from long_texts import (
     draw_codes,
     draw_key,
     fill,
+    grid,
     heat_map,
-    open_model,
-    read_haystack,
+    run,
 )
 
 from titan_ulysses.data.adapter import shard
-from titan_ulysses.data.tokenizer import encode, load_tokenizer
+from titan_ulysses.data.tokenizer import encode
 from titan_ulysses.distributed.failure import exit_on_error
-from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
-from titan_ulysses.observability.pictures import has_matplotlib, picture
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.observability.pictures import picture
 from titan_ulysses.train.evaluation import score
 
 if TYPE_CHECKING:
@@ -121,20 +119,17 @@ def find_needles(
     text: Sequence[int],
     options: Any,
 ) -> Iterator[Cell]:
-    for length in options.lengths:
-        for depth in options.depths:
-            shared = {"length": length, "depth": depth, "candidates": options.candidates}
-            seeds = [f"{options.seed} {length} {trial}" for trial in range(options.trials)]
-            trials = [make_trial(tokenizer, text, **shared, seed=seed) for seed in seeds]
-            found = torch.tensor(code_scores(model, mesh, trials, length=length)).view(
-                len(trials), -1
-            )
-            of_tokens = [
-                right / len(trial.codes[0])
-                for right, trial in zip(found[:, 0].tolist(), trials, strict=True)
-            ]
-            accuracy = (found[:, 0] > found[:, 1:].amax(dim=1)).double().mean().item()
-            yield Cell(length, depth, accuracy, sum(of_tokens) / len(of_tokens))
+    for length, depth, seeds in grid(options):
+        shared = {"length": length, "depth": depth, "candidates": options.candidates}
+        trials = [make_trial(tokenizer, text, **shared, seed=seed) for seed in seeds]
+        scores = code_scores(model, mesh, trials, length=length)
+        found = torch.tensor(scores).view(len(trials), -1)
+        of_tokens = [
+            right / len(trial.codes[0])
+            for right, trial in zip(found[:, 0].tolist(), trials, strict=True)
+        ]
+        accuracy = (found[:, 0] > found[:, 1:].amax(dim=1)).double().mean().item()
+        yield Cell(length, depth, accuracy, sum(of_tokens) / len(of_tokens))
 
 
 def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
@@ -168,35 +163,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    init_distributed()
-    mesh, longest = build_mesh(sequence=dist.get_world_size()), options.lengths[-1]
-    tokenizer = load_tokenizer(options.model)
-    text = read_haystack(tokenizer, options.text, tokens=4 * longest, seed=options.seed)
-    # Errors in the lengths are reported before the model is read, which takes time.
-    for length in options.lengths:
-        make_trial(tokenizer, text, length=length, depth=0, candidates=options.candidates, seed="")
-    model = open_model(options.model, mesh, longest=longest)
-    speaks = dist.get_rank() == 0
-    cells = []
-    for cell in find_needles(model, mesh, tokenizer, text, options):
-        cells.append(cell)
-        if speaks:
-            said = (
-                f"accuracy {cell.accuracy:4.0%}, log-probability {cell.log_probability:.3f} a token"
-            )
-            print(f"{cell.length:>9,} tokens, depth {cell.depth:4.0%}: {said}", flush=True)
-    if speaks:
-        options.output.mkdir(parents=True, exist_ok=True)
-        about = {
-            "chance": 1 / options.candidates,
-            **{k: v for k, v in vars(options).items() if k != "output"},
-        }
-        about["cells"] = [cell._asdict() for cell in cells]
-        (options.output / "needle.json").write_text(json.dumps(about, indent=2) + "\n")
-        if has_matplotlib():
-            draw_map(cells, options, options.output / "needle.png")
-        pictures = ", needle.png" if has_matplotlib() else " (no picture: pip install matplotlib)"
-        print(f"guessing: {1 / options.candidates:.0%}. {options.output}/needle.json{pictures}")
+    chance = 1 / options.candidates
+
+    def check(tokenizer: PreTrainedTokenizerBase, text: list[int]) -> None:
+        shared = {"depth": 0, "candidates": options.candidates, "seed": ""}
+        for length in options.lengths:
+            make_trial(tokenizer, text, length=length, **shared)
+
+    def say(cell: Cell) -> str:
+        return (
+            f"{cell.length:>9,} tokens, depth {cell.depth:4.0%}: accuracy {cell.accuracy:4.0%} "
+            f"(guessing: {chance:.0%}), log-probability {cell.log_probability:.3f} a token"
+        )
+
+    run(
+        options,
+        name="needle",
+        check=check,
+        evaluate=find_needles,
+        say=say,
+        draw=draw_map,
+        more={"chance": chance},
+    )
 
 
 if __name__ == "__main__":

@@ -5,23 +5,25 @@ eval_long.py share.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.config.fields import expand_path
 from titan_ulysses.data.files import find_files, read_text
-from titan_ulysses.data.tokenizer import encode
+from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.model import hf
-from titan_ulysses.observability.pictures import SHADES
+from titan_ulysses.observability.pictures import SHADES, has_matplotlib
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.setup.resolve import resolve_model
 
@@ -149,6 +151,52 @@ def batches_of(
     at_once = max(1, _ROW_TOKENS * mesh.sp.size() // length)
     for first in range(0, len(rows), at_once):
         yield pad(rows[first : first + at_once], length)
+
+
+def grid(options: Any) -> Iterator[tuple[int, float, list[str]]]:
+    """Yield (length, depth, the seed of each trial) of every cell, by length and then by depth."""
+    for length, depth in product(options.lengths, options.depths):
+        yield length, depth, [f"{options.seed} {length} {trial}" for trial in range(options.trials)]
+
+
+def run(
+    options: argparse.Namespace,
+    *,
+    name: str,
+    check: Callable[[PreTrainedTokenizerBase, list[int]], None],
+    evaluate: Callable[..., Iterator[Any]],
+    say: Callable[[Any], str],
+    draw: Callable[[list[Any], Any, Path], None],
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Open model and texts on all ranks, evaluate every cell, and write NAME.json and NAME.png.
+
+    check(tokenizer, text) raises UserError for lengths that cannot be. evaluate(model, mesh,
+    tokenizer, text, options) yields a NamedTuple for each cell, and say is its line on the
+    console. draw(cells, options, path) draws the picture. more is written to NAME.json, too.
+    """
+    init_distributed()
+    mesh, longest = build_mesh(sequence=dist.get_world_size()), options.lengths[-1]
+    tokenizer = load_tokenizer(options.model)
+    text = read_haystack(tokenizer, options.text, tokens=4 * longest, seed=options.seed)
+    # Errors in the lengths are reported before the model is read, which takes time.
+    check(tokenizer, text)
+    model = open_model(options.model, mesh, longest=longest)
+    speaks, cells = dist.get_rank() == 0, []
+    for cell in evaluate(model, mesh, tokenizer, text, options):
+        cells.append(cell)
+        if speaks:
+            print(say(cell), flush=True)
+    if not speaks:
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    found = (more or {}) | {key: value for key, value in vars(options).items() if key != "output"}
+    found["cells"] = [cell._asdict() for cell in cells]
+    (options.output / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
+    if has_matplotlib():
+        draw(cells, options, options.output / f"{name}.png")
+    pictures = f", {name}.png" if has_matplotlib() else " (no picture: pip install matplotlib)"
+    print(f"{options.output}/{name}.json{pictures}")
 
 
 def heat_map(

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import eval_long  # noqa: E402
+import long_texts  # noqa: E402
 
 from helpers.models import write_byte_model  # noqa: E402
 from helpers.ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
+from titan_ulysses.observability.pictures import has_matplotlib  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
 TEXT = [*("the quick brown fox jumps over the lazy dog. " * 60).encode()]
@@ -108,33 +111,49 @@ def test_the_scores_are_those_of_plain_transformers(tmp_path: Path) -> None:
     vowels[[*b"aeiouAEIOU"]] = True
     model.lm_head.weight.data[~vowels] = 0
     model.save_pretrained(tmp_path / "model")
-    output, text = tmp_path / "out", tmp_path / "text.txt"
+    text = tmp_path / "text.txt"
     text.write_bytes(bytes(TEXT))
-    arguments = [str(tmp_path / "model"), "--lengths", "401", "--depths", "0", "1"]
-    arguments += ["--trials", "3", "--seed", "5", "--text", str(text), "--output", str(output)]
-    assert run_on_ranks(2, long_main, arguments) == [None, None]
-    found = json.loads((output / "long.json").read_text())["cells"]
-    assert [(c["task"], c["depth"]) for c in found] == [
+    more = ["--lengths", "401", "--depths", "0", "1", "--seed", "5", "--text", str(text)]
+    cells = compared_with_plain(tmp_path / "model", more, tmp_path / "out")
+    assert [(c["task"], c["depth"]) for c in cells] == [
         (task, depth) for task in eval_long.TASKS for depth in (0, 1)
     ]
-    shares = set()
-    for cell in found:
-        rows = [
-            plain(model, cell["task"], depth=cell["depth"], seed=f"5 401 {number}")
-            for number in range(3)
-        ]
-        assert cell["loss"] == pytest.approx(sum(loss for loss, _ in rows) / 3, rel=1e-5)
-        assert cell["likeliest"] == pytest.approx(sum(share for _, share in rows) / 3)
-        assert cell["exact"] == pytest.approx(sum(share == 1 for _, share in rows) / 3)
-        shares.add(cell["likeliest"])
-    assert len(shares) > 2
-    assert (output / "long.png").exists() == eval_long.has_matplotlib()
+    assert len({cell["likeliest"] for cell in cells}) > 2
+
+
+@pytest.mark.slow
+def test_the_scores_of_the_needle_example(tmp_path: Path) -> None:
+    """A trained model, on the default text."""
+    folder = ROOT / "outputs" / "needle-512" / "export"
+    if not folder.is_dir():
+        pytest.skip("bash scripts/examples/needle.sh makes outputs/needle-512/export")
+    cells = compared_with_plain(folder, ["--lengths", "512", "1023"], tmp_path)
+    assert any(cell["likeliest"] > 0.5 for cell in cells)
+
+
+def compared_with_plain(folder: Path, more: list[str], output: Path) -> list[dict[str, Any]]:
+    """Return the cells of two ranks, which equal those of plain transformers in this process."""
+    arguments = [str(folder), "--trials", "3", *more, "--output", str(output)]
+    assert run_on_ranks(2, long_main, arguments) == [None, None]
+    found = json.loads((output / "long.json").read_text())
+    assert (output / "long.png").exists() == has_matplotlib()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    size, seed = 4 * found["lengths"][-1], found["seed"]
+    text = long_texts.read_haystack(TOKENIZER, found["text"], tokens=size, seed=seed)
+    for cell in found["cells"]:
+        cell_of = {key: cell[key] for key in ("task", "length", "depth")}
+        seeds = [f"{seed} {cell['length']} {number}" for number in range(3)]
+        losses, shares = zip(*(plain(model, text, **cell_of, seed=s) for s in seeds), strict=True)
+        assert cell["loss"] == pytest.approx(sum(losses) / 3, rel=1e-5, abs=1e-6), cell
+        assert cell["likeliest"] == pytest.approx(sum(shares) / 3), cell
+        assert cell["exact"] == pytest.approx(sum(share == 1 for share in shares) / 3), cell
+    return found["cells"]
 
 
 @torch.no_grad()
-def plain(model: Any, task: str, **settings: Any) -> tuple[float, float]:
+def plain(model: Any, text: list[int], **settings: Any) -> tuple[float, float]:
     """(loss, share of likeliest tokens) of a trial's answer."""
-    made = eval_long.make_trial(TOKENIZER, TEXT, task=task, length=401, count=4, **settings)
+    made = eval_long.make_trial(TOKENIZER, text, count=4, **settings)
     answer = torch.tensor(made.answer)
     ids = torch.tensor([[*made.prompt, *made.answer]])
     logits = model(input_ids=ids).logits[0, len(made.prompt) - 1 : -1]

@@ -31,6 +31,7 @@ from helpers.ranks import run_on_ranks  # noqa: E402
 from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
 from titan_ulysses.observability import run_pictures  # noqa: E402
+from titan_ulysses.observability.pictures import has_matplotlib  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
 
@@ -142,7 +143,7 @@ def test_the_map_is_that_of_plain_transformers(table: dict[str, Any], tmp_path: 
             assert cell["log_probability"] == pytest.approx(
                 sum(row[0] for row in sums) / 2 / 6, rel=1e-5
             )
-    assert (output / "needle.png").exists() == eval_needle.has_matplotlib()
+    assert (output / "needle.png").exists() == has_matplotlib()
     for message in run_on_ranks(2, needle_main, [*arguments, "--lengths", "257"]):
         assert message.startswith(
             "--lengths 257 is longer than the model's max_position_embeddings = 256"

@@ -143,6 +143,39 @@ def test_megatron(kind: str, sentences: int, modes: bool, tmp_path: Path) -> Non
     assert documents_of(corpus_of(tmp_path)) == DOCUMENTS + DOCUMENTS[::-1]
 
 
+@pytest.mark.parametrize("modes", [b"", bytes([0, 1, 0])])
+@pytest.mark.parametrize(
+    ("code", "letter"), [(1, "B"), (2, "b"), (3, "h"), (4, "i"), (5, "q"), (8, "H")]
+)
+def test_megatron_byte_by_byte(code: int, letter: str, modes: bytes, tmp_path: Path) -> None:
+    """Files after Megatron-LM's megatron/core/datasets/indexed_dataset.py (commit 00caa53), not by
+    a writer of this repository: `_IndexWriter`, `DType`, `IndexedDatasetBuilder`.
+
+    Document 0 has the sequences [5, 6] and [7], document 1 has none, document 2 has [8, 9, 10].
+    """
+    width = struct.calcsize(f"<{letter}")
+    index = b"MMIDIDX\x00\x00"
+    index += b"\x01\x00\x00\x00\x00\x00\x00\x00"  # version 1, <Q
+    index += bytes([code])  # <B
+    index += struct.pack("<Q", 3)  # sequences
+    index += struct.pack("<Q", 4)  # documents, and the 0 with which their list begins
+    index += struct.pack("<iii", 2, 1, 3)  # tokens of each sequence
+    index += struct.pack("<qqq", 0, 2 * width, 3 * width)  # bytes at which they begin
+    index += struct.pack("<qqqq", 0, 2, 2, 3)  # sequences before the end of each document
+    assert len(index) == 34 + 3 * (4 + 8) + 4 * 8
+    (tmp_path / "hand.idx").write_bytes(index + modes)
+    (tmp_path / "hand.bin").write_bytes(struct.pack(f"<6{letter}", 5, 6, 7, 8, 9, 10))
+    corpus, tally = read_corpus(
+        SourceSettings(source="tokens", path=str(tmp_path / "hand")), Encoder(TOKENIZER)
+    )
+    assert documents_of(corpus) == [[5, 6, 7], [8, 9, 10]]
+    assert (tally.documents, tally.empty, tally.tokens) == (2, 1, 6)
+    for wrong in (6, 7, 9):  # float64, float32, none
+        (tmp_path / "hand.idx").write_bytes(index[:17] + bytes([wrong]) + index[18:])
+        with pytest.raises(UserError, match=f"type {wrong}, which is not that of whole numbers"):
+            corpus_of(tmp_path / "hand")
+
+
 def test_labels_and_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Labels mask what is not trained on, and padding is no data."""
     ids = [1, 2, 3, 4, 5, 0, 0]

@@ -2,13 +2,15 @@
 weights, sequences and steps.
 
     python scripts/bench/versus.py  losses must agree; then time and the slope of memory
+    python scripts/bench/versus.py --peers
+        also accelerate with DeepSpeed and torch's ring attention; and what a user writes for each
     python scripts/bench/versus.py --what memory --contenders ours alst --dtypes float32
     python scripts/bench/versus.py --breakdown
         which tensors are alive at our peak, and what made them
     python scripts/bench/versus.py --profile            where our step's time goes
 
-DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_alst.py). Every number comes
-from fresh gloo processes with one thread each.
+DeepSpeed gets an environment of its own, .venv-deepspeed (see versus_deepspeed.py). Every number
+comes from fresh gloo processes with one thread each.
 
 Time: the contenders take turns, and a ratio is the median of the ratios within each turn. Look at
 the ratio of CPU seconds where other work uses the cores. Memory: the slope of the resident peak
@@ -21,8 +23,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import statistics
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +46,29 @@ CONTENDERS = {
     "kept": "small chunks, attention kept",
     "disk": "small chunks, all in files",
     "whole": "ours, not streamed",
+    "library": "ours, an own loop",
+    "plain": "one plain process",
     "alst": "DeepSpeed ALST",
     "alst-reentrant": "ALST, reentrant",
+    "accelerate": "accelerate + DeepSpeed",
     "fsdp2": "transformers + FSDP2",
+    "ring": "torch's ring + FSDP2",
 }
 """The contenders and their names. ALST was published with reentrant activation checkpoints, which
 were the default of transformers then. Today's default, the non-reentrant ones, costs ALST less.
 """
+MODULES = {
+    "library": "versus_library",
+    "plain": "versus_plain",
+    "alst": "versus_alst",
+    "alst-reentrant": "versus_alst",
+    "accelerate": "versus_accelerate",
+    "fsdp2": "versus_fsdp2",
+    "ring": "versus_ring",
+}
+"""The file of each contender whose step is not that of `train.py`."""
+DEEPSPEED = ("alst", "alst-reentrant", "accelerate")
+UNABLE = "cannot run on this machine"
 SMALL_CHUNKS = {"stream_chunk_tokens": 2048}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -77,15 +97,13 @@ def contend(args: argparse.Namespace) -> None:
             loss_tile_tokens=args.loss_tile_tokens,
             **OURS[args.contender],
         )
-    elif args.contender.startswith("alst"):
-        from versus_alst import build_step
-
-        step = build_step(args)
     else:
-        from versus_fsdp2 import build_step
-
-        step = build_step(args)
-    tell(measure(step, args.lengths))
+        step = import_module(MODULES[args.contender]).build_step(args)
+    try:
+        found = measure(step, args.lengths)
+    except NotImplementedError as error:
+        raise SystemExit(f"{UNABLE}: {error}") from error
+    tell(found)
 
 
 def save_weights(folder: Path, config: dict) -> None:
@@ -106,16 +124,27 @@ def save_weights(folder: Path, config: dict) -> None:
 # ---------------------------------------------------------------- the parent
 
 
+def accelerate_launch(ranks: int, dtype: str, python: str) -> list[str]:
+    """Return the command that runs this script by `accelerate launch`."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    precision = {"float32": "no", "bfloat16": "bf16"}[dtype]
+    command = [python, "-m", "accelerate.commands.launch", "--config_file"]
+    command += ["scripts/bench/versus_accelerate.yaml", "--mixed_precision", precision]
+    command += ["--num_processes", str(ranks), "--parallelism_config_sp_size", str(ranks)]
+    return [*command, "--main_process_port", str(port), str(Path(__file__).resolve())]
+
+
 class Match:
     """Starts the contenders with the same settings, and compares what they print."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.alst: tuple[str, dict[str, str]] = ("", {})
-        if any(name.startswith("alst") for name in args.contenders):
-            from versus_alst import environment
+        self.deepspeed: tuple[str, dict[str, str]] = ("", {})
+        if any(name in DEEPSPEED for name in args.contenders):
+            from versus_deepspeed import environment
 
-            self.alst = environment()
+            self.deepspeed = environment()
 
     def child(
         self, contender: str, what: str, dtype: str, lengths: list[int], role: str = "contend"
@@ -126,18 +155,16 @@ class Match:
         config, folder = MODELS[what], FOLDER / what
         if not (folder / "config.json").is_file():
             save_weights(folder, config)
-        python, variables = self.alst if contender.startswith("alst") else (sys.executable, {})
+        python, variables = self.deepspeed if contender in DEEPSPEED else (sys.executable, {})
         tile_bytes = LOSS_TILE_BYTES[what]
         if contender.startswith("alst") and what == "time":
             tile_bytes = self.args.alst_loss_tile_mib * 2**20
         tile = tile_bytes // (4 * config["vocab_size"])
-        command = [
-            *launch(self.args.ranks, __file__, python),
-            "--role",
-            role,
-            "--contender",
-            contender,
-        ]
+        if contender == "accelerate":
+            command = accelerate_launch(self.args.ranks, dtype, python)
+        else:
+            command = launch(1 if contender == "plain" else self.args.ranks, __file__, python)
+        command += ["--role", role, "--contender", contender, "--ranks", str(self.args.ranks)]
         command += ["--folder", str(folder), "--dtype", dtype, "--loss-tile-tokens", str(tile)]
         command += ["--lengths", *map(str, lengths)]
         allocator = CACHING if what == "time" else ALLOCATOR
@@ -152,6 +179,9 @@ class Match:
             reference = None
             for contender in self.args.contenders:
                 found = self.child(contender, "agreement", dtype, lengths)
+                if isinstance(found, str) and UNABLE in found:
+                    print(f"{dtype:<9} {CONTENDERS[contender]:<21} {found}", flush=True)
+                    continue
                 if isinstance(found, str):
                     raise SystemExit(f"{CONTENDERS[contender]}, {dtype}: {found}")
                 losses, norms = found[0]["loss"], found[0]["norm"]
@@ -306,10 +336,19 @@ def arguments() -> argparse.Namespace:
         "--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS)
     )
     parser.add_argument(
-        "--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS)
+        "--contenders",
+        nargs="+",
+        choices=[name for name in CONTENDERS if name != "plain"],
+        default=[name for name in CONTENDERS if name not in ("plain", "library", "ring")],
     )
     parser.add_argument("--dtypes", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[8192, 16_384, 32_768])
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="the comparison of versus_peers.py, with settings of its own but for --ranks and "
+        "--minutes",
+    )
     parser.add_argument(
         "--longest-fsdp2",
         type=int,
@@ -360,6 +399,10 @@ def main() -> None:
 
         return versus_peak.main(args, Match)
 
+    if args.peers:
+        import versus_peers
+
+        return versus_peers.main(args)
     match, table = Match(args), {}
     print(
         f"{args.ranks} gloo ranks, one thread each, h {LLAMA['hidden_size']}, 8/4 heads, ffn 896",

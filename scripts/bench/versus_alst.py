@@ -1,4 +1,4 @@
-"""DeepSpeed's ALST as a contender of versus.py: its own environment, and its training step.
+"""DeepSpeed's ALST as a contender of versus.py.
 
 The step combines ALST's parts (deepspeed.runtime.sequence_parallel.ulysses_sp) as their docstrings
 say: ZeRO-3 with its default settings, UlyssesSPAttentionHF over sdpa, TiledMLP with ceil(T / h)
@@ -8,70 +8,12 @@ tiles, TiledFusedLogitsLoss, and the activation checkpointing of transformers, r
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any
 
-from common import ROOT, sequence
-
-PINS = ("torch==2.13.0", "transformers==5.24.0", "deepspeed==0.19.8")
-"""Versions that work together, in the order of installation: DeepSpeed's installation needs torch.
-"""
-FOLDER = ROOT / ".venv-deepspeed"
-
-
-def environment() -> tuple[str, dict[str, str]]:
-    """Return the interpreter of DeepSpeed's environment and its environment variables.
-
-    The first call makes the environment, which takes a few minutes. pip's own settings apply.
-    """
-    python, stamp = FOLDER / "bin" / "python", FOLDER / "installed"
-    variables = {
-        "DS_ACCELERATOR": "cpu",
-        # Compile only what a run needs: DeepSpeed's all-reduce, where there is a compiler.
-        "DS_BUILD_OPS": "0",
-        "TORCH_EXTENSIONS_DIR": str(FOLDER / "extensions"),
-        # To find ninja.
-        "PATH": f"{FOLDER / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONWARNINGS": "ignore",
-    }
-    if not stamp.is_file() or stamp.read_text().split() != list(PINS):
-        print(
-            f"Installing {', '.join(PINS)} into {FOLDER.name} (once; a few minutes) ...", flush=True
-        )
-        _call([sys.executable, "-m", "venv", "--clear", str(FOLDER)], variables)
-        for pin in PINS:
-            _call(
-                [
-                    str(python),
-                    "-m",
-                    "pip",
-                    "install",
-                    "--disable-pip-version-check",
-                    "--quiet",
-                    pin,
-                ],
-                variables,
-            )
-        _call(
-            [str(python), "-c", "import deepspeed.runtime.sequence_parallel.ulysses_sp"], variables
-        )
-        stamp.write_text("\n".join(PINS))
-    return str(python), variables
-
-
-def _call(command: list[str], variables: dict[str, str]) -> None:
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
-    if done.returncode:
-        last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
-        raise SystemExit(
-            f"error: the environment of DeepSpeed could not be made: `{' '.join(command)}` ended "
-            f"with {done.returncode}:\n{last}\nWithout it: --contenders ours fsdp2"
-        )
+from common import sequence
 
 
 class _Samples:

@@ -1,7 +1,8 @@
 """Megatron's `.bin` and `.idx`: tokens that are memory-mapped and never copied.
 
-The format is that of `MMapIndexedDataset`, version 1, as Megatron-LM (Megatron core 0.x) and
-GPT-NeoX write it. All numbers are little-endian. NAME.idx holds
+The format is that of `MMapIndexedDataset`, version 1, as Megatron-LM writes it
+(megatron/core/datasets/indexed_dataset.py, compared at commit 00caa53), and GPT-NeoX. All numbers
+are little-endian. NAME.idx holds
 
     9 bytes   MMIDIDX\\0\\0
     uint64    version, 1
