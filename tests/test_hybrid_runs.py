@@ -17,16 +17,20 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
-from helpers.families import model_of
+from helpers.families import FAMILIES, model_of
 from helpers.ranks import run_on_ranks
 from helpers.runs import learned, logged, refusal, train, write_documents
 from test_evaluation import by_plain_transformers
+from titan_ulysses.config.load import load_config
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.mesh import build_mesh
 from titan_ulysses.model import hf
+from titan_ulysses.plan.planner import make_plan, set_up
 from titan_ulysses.setup.blocks import find_blocks
+from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.ulysses import linear_kernels
 from titan_ulysses.ulysses.linear_attention import check_layers, describe_layers, linear_layers
 from titan_ulysses.ulysses.states import function_of
@@ -125,6 +129,52 @@ def test_a_compiled_run(family: str, tmp_path: Path) -> None:
         found[name] = [loss for _, loss, _ in learned(tmp_path / "outputs" / name)]
     assert len(found["eager"]) == 3
     assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
+
+
+# --- layers of unknown kinds ----------------------------------------------------------------------
+
+UNKNOWN = {
+    "jamba": "JambaMambaDecoderLayer (JambaMambaMixer, JambaMLP) is a layer of type "
+    "linear_attention, which carries a state along the sequence, and is of no kind that this "
+    "version knows: ",
+    # Its config has no types of layers.
+    "rwkv": "RwkvBlock (RwkvSelfAttention, RwkvFeedForward) carries a state along the sequence, ",
+    "deepseek_v32": "layers of type indexed_attention, as in DeepseekV32DecoderLayer "
+    "(DeepseekV32Attention, DeepseekV32MLP), which carry state along the sequence or choose what "
+    "to see (known are ",
+}
+
+
+def _plan(config: Path, settings: dict[str, Any]) -> str:
+    """Why it cannot be planned."""
+    with pytest.raises(UserError) as caught:
+        make_plan(set_up(load_config(config, [*settings.items()])))
+    return str(caught.value)
+
+
+def _in_a_loop(table: dict[str, Any]) -> str:
+    """Why it is not parallelized."""
+    model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
+    with pytest.raises(UserError) as caught:
+        parallelize(model, build_mesh(sequence=2), param_dtype=torch.float32)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_a_layer_of_an_unknown_kind(family: str, tmp_path: Path) -> None:
+    """Its class is named, and what is known is listed, however a run begins."""
+    config = write_run(tmp_path, "lfm2")
+    table = model_of("lfm2") | {"model_type": family, "num_hidden_layers": 2, "vocab_size": 257}
+    table = {key: value for key, value in table.items() if key not in FAMILIES["lfm2"]}
+    settings = {"model.config": table, "checkpoint.enable": False}
+    said = [
+        *run_on_ranks(2, refusal, config, settings),
+        _plan(config, settings),
+        *run_on_ranks(2, _in_a_loop, table),
+    ]
+    for message in said:
+        assert UNKNOWN[family] in message, message
+        assert "Gated DeltaNet, Mamba-2 and short convolutions" in message
 
 
 # --- the text part of a multi-modal model ---------------------------------------------------------

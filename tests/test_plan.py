@@ -382,7 +382,7 @@ def test_an_estimate_from_a_short_sequence():
     model = LLAMA | {"vocab_size": 20_000, "num_hidden_layers": 1, "max_position_embeddings": 8192}
     setup = set_up(config(model__config=model, training__seq_len=512, plan__gpu_memory_gib=4))
     plan = make_plan(setup)
-    found = estimate(setup)
+    found = estimate(plan)
     assert at_length(setup, int(0.8 * found)).plan.fits
     assert not at_length(setup, int(1.2 * found)).plan.fits
     said = closing(plan, found, [])

@@ -319,7 +319,7 @@ def test_a_family_that_cannot_be_made_small() -> None:
     [
         (
             {"model_type": "deepseek_v32"},
-            "layers of type indexed_attention, which carry state along the sequence or choose",
+            "layers of type indexed_attention, as in DeepseekV32DecoderLayer (",
         ),
         (
             {"model_type": "llama", "is_causal": False},

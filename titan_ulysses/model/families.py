@@ -22,8 +22,9 @@ from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.memory.losses import shape_scores
+from titan_ulysses.model.hf import build_on_meta
 from titan_ulysses.model.router import unknown_router_loss
-from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE
+from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE, described
 
 CHECKED_FAMILIES = {
     "bamba",
@@ -297,8 +298,8 @@ def check_family(config: PreTrainedConfig) -> None:
     others = sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE)
     if others:
         needs.append(
-            f"layers of type {', '.join(others)}, which carry state along the sequence or choose "
-            f"what to see (known are {KINDS})"
+            f"layers of type {_named(config, others)}, which carry state along the sequence or "
+            f"choose what to see (known are {KINDS})"
         )
     if reason := unknown_router_loss(config):
         needs.append(reason)
@@ -307,6 +308,17 @@ def check_family(config: PreTrainedConfig) -> None:
             f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that '
             "exactly."
         )
+
+
+def _named(config: PreTrainedConfig, types: list[str]) -> str:
+    """Return types of layers, each with the classes of its first block."""
+    model, every = build_on_meta(config, torch.float32), layer_types(config) or []
+    blocks = next(
+        (x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) == len(every)), None
+    )
+    if blocks is None:
+        return ", ".join(types)
+    return ", ".join(f"{kind}, as in {described(blocks[every.index(kind)])}" for kind in types)
 
 
 def _check_rope(config: PreTrainedConfig) -> None:

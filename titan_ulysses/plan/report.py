@@ -69,7 +69,7 @@ def plan_and_report(config: Config) -> None:
     steps = tell_each(console, rungs, ladder(setup, first)) if config.plan.ladder else []
     best = None
     if config.plan.search != "fastest":
-        best = (first.need.seq_len if first.need else 0) if first else estimate(setup)
+        best = (first.need.seq_len if first.need else 0) if first else estimate(plan)
     values = as_json(plan) | {
         "longest_seq_len": best,
         "longest_seq_len_verified": bool(found),

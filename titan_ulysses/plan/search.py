@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.sequence import chunk_length
+from titan_ulysses.memory.tiling import Tiled
 from titan_ulysses.plan.few_layers import Estimate, estimate_plan
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 
@@ -145,27 +147,45 @@ def is_unlimited(setup: Setup, seq_len: int) -> bool:
     return seq_len >= _MAX_TOKENS // unit * unit
 
 
-def estimate(setup: Setup) -> int:
-    """Estimate the longest sequence that fits from a few lengths; 0 where none fits.
+def estimate(first: Plan) -> int:
+    """Estimate the longest sequence that fits from the plan of one length; 0 where none fits.
 
-    The lengths are those of models with few layers (`few_layers.py`), so the result is not
-    simulated.
+    The other lengths are planned from models with few layers (`few_layers.py`), so the result is
+    not simulated. Memory grows more slowly once tiles and chunks are full, so that a line from a
+    shorter length would end too early: it is followed up to where it leads.
     """
+    setup = first.setup
 
     def at_length(seq_len: int) -> Need:
         return Need.of(estimate_plan(with_settings(setup, {"training.seq_len": seq_len})))
 
-    unit, own = _UNIT * setup.degrees.sequence, at_length(setup.config.training.seq_len)
+    unit, own = _UNIT * setup.degrees.sequence, Need.of(first)
     other = at_length(max(unit, own.seq_len // (2 if own.fits else 4) // unit * unit))
     if other.seq_len == own.seq_len:
         other = at_length(2 * own.seq_len)
-    known = [own, other]
+    known, full = [own, other], _full_length(first)
     while True:
         known.sort(key=lambda need: need.seq_len)
-        guess, farthest = limit(setup, *_pair(known)), known[-1].seq_len
-        if guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
+        low, high = _pair(known)
+        guess, farthest = limit(setup, low, high), known[-1].seq_len
+        is_line = low.seq_len >= full or guess <= 2 * low.seq_len
+        if is_line and guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
             return guess
-        known.append(at_length(min(guess, _MAX_EXTRAPOLATION * farthest)))
+        if guess < farthest:
+            known.append(at_length(guess // 2 // unit * unit))
+        else:
+            known.append(at_length(min(max(guess, 2 * farthest), _MAX_EXTRAPOLATION * farthest)))
+
+
+def _full_length(plan: Plan) -> int:
+    """Return the sequence length of two full tiles or chunks of each kind on a rank. A longer one
+    only has more of them.
+    """
+    model, degree = plan.simulation.model, plan.setup.degrees.sequence
+    tiled = [x.forward.tile_tokens for x in model.modules() if isinstance(x.forward, Tiled)]
+    sizes = [*tiled, getattr(model.get_output_embeddings(), "tile_tokens", 0)]
+    chunk = chunk_length(model.stream_chunk_tokens, _MAX_TOKENS, degree) or 0
+    return 2 * max(degree * max(sizes), chunk)
 
 
 def longest(

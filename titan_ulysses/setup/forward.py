@@ -44,7 +44,7 @@ def use_ulysses(
     for module in model.modules():
         if getattr(module, "config", None) is shared:
             module.config = own
-    check_layers(blocks, layer_types(model.config) or ())
+    check_layers(blocks, layer_types(model.config), is_stateful=model._is_stateful)
     use_linear_attention(blocks)
     model.ulysses_mesh = mesh
     router_loss, ropes = router_loss_of(model, decoder), use_document_lengths(model, blocks)

@@ -110,9 +110,9 @@ def parallelize(
     check_group(mesh, parameter_offload=options.parameter_offload)
     check_same_weights(model)
     is_checked = model.config.model_type in CHECKED_FAMILIES
-    if types := layer_types(model.config):
+    if (types := layer_types(model.config)) or model._is_stateful:
         blocks = find_blocks(model)[1]
-        check_layers(blocks, types, device_type=mesh.device.type)
+        check_layers(blocks, types, is_stateful=model._is_stateful, device_type=mesh.device.type)
         is_checked = is_checked and not has_untested_layers(blocks)
     if mesh.device.type == "cuda":
         warn_of_fragmentation()

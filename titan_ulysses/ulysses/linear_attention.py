@@ -111,25 +111,41 @@ def _functions_of(layers: Sequence[nn.Module]) -> list[str]:
 
 
 def check_layers(
-    blocks: nn.ModuleList, layer_types: Sequence[str], *, device_type: str = "cpu"
+    blocks: nn.ModuleList,
+    layer_types: Sequence[str] | None,
+    *,
+    is_stateful: bool = False,
+    device_type: str = "cpu",
 ) -> None:
     """Raise UserError for a block with a layer of no known kind, or with one that is to run on a
     GPU by an installed package that cannot.
 
-    layer_types are those of the config, one for each block.
+    layer_types are those of the config, one for each block; None: the config has none.
+    is_stateful: whether transformers says that the model carries a state (`_is_stateful`). Without
+    types, its blocks are then taken to be of the kind of the first one.
     """
-    for block, kind in zip(blocks, layer_types, strict=False):
-        if kind not in WITH_STATE or linear_layers(block):  # other types: see `check_family`
-            continue
-        names = [type(x).__name__ for x in block.children()]
-        names = [name for name in names if "norm" not in name.lower()]
-        raise UserError(
-            f"model: {type(block).__name__} ({', '.join(names)}) is a layer of type {kind}, "
-            "which carries a state along the sequence, and of no kind that this version knows: "
-            f"{KINDS}. Choose another model."
-        )
+    known = [bool(linear_layers(block)) for block in blocks]
+    if layer_types is None and is_stateful and not any(known):
+        raise UserError(_refusal(f"model: {described(blocks[0])}"))
+    for block, kind, is_known in zip(blocks, layer_types or (), known, strict=False):
+        if kind in WITH_STATE and not is_known:  # other types: see `check_family`
+            raise UserError(_refusal(f"model: {described(block)} is a layer of type {kind}, which"))
     if device_type == "cuda":
         check_kernels(_functions_of([layer for block in blocks for layer in linear_layers(block)]))
+
+
+def described(block: nn.Module) -> str:
+    """Return the classes of a block and of its parts, norms left out."""
+    names = dict.fromkeys(type(x).__name__ for x in block.children())
+    parts = ", ".join(name for name in names if "norm" not in name.lower())
+    return f"{type(block).__name__} ({parts})"
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"{what} carries a state along the sequence, and is of no kind that this version knows: "
+        f"{KINDS}. Choose another model."
+    )
 
 
 _TESTED = {
