@@ -76,6 +76,7 @@ SHORTER = {
     "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",
     "scripts/bench/loss_head.py --tiles": "--tokens 256 --vocabulary 128 --tiles 64 128",
     "scripts/bench/loss_head.py": "--tokens 64 --vocabulary 128 --rounds 1",
+    "scripts/bench/losses.py": "--tokens 64 128 --vocabulary 99 --tile 32 --only z-loss DPO",
     "scripts/bench/plan_accuracy.py": "--only tied",
     "scripts/bench/linear.py": "--tokens 256 512 --chunk 128",
     "scripts/bench/step.py": "--seq-len 512 --repeats 1",

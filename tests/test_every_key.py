@@ -460,6 +460,9 @@ LOSS = {
             DPO,
         )
     ],
+    "loss.precompute_reference": [
+        Case(True, said("reference's log-probabilities of 8 pair(s)"), DPO, same=True),
+    ],
     "loss.teacher": [
         Case(
             "$MATERIAL/earlier/run/export",

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -119,6 +120,7 @@ class Trained(NamedTuple):
     """before they are clipped"""
     parameters: Named
     rewards: list[dict[str, float]]
+    has_second_model: bool = False
 
 
 def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
@@ -146,6 +148,7 @@ def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
         gradients,
         {name: p.detach().full_tensor() for name, p in named},
         [line["rewards"] for line in lines if "rewards" in line],
+        trainer.loss.frozen is not None,
     )
 
 
@@ -207,6 +210,20 @@ def plain_dpo(material: Path) -> Trained:
     return train_plainly(material, step)
 
 
+def divergence_of(model: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
+    """0.7 of the divergence from a teacher at temperature 2, and 0.3 of cross-entropy, summed."""
+    scores = model(ids[None, :-1], use_cache=False).logits[0]
+    with torch.no_grad():
+        wanted = teacher(ids[None, :-1], use_cache=False).logits[0]
+    kl = F.kl_div(
+        (scores / 2).log_softmax(-1),
+        (wanted / 2).log_softmax(-1),
+        log_target=True,
+        reduction="sum",
+    )
+    return 0.7 * 4 * kl + 0.3 * F.cross_entropy(scores, ids[1:], reduction="sum")
+
+
 def plain_distillation(material: Path) -> Trained:
     teacher = AutoModelForCausalLM.from_pretrained(material / "teacher", dtype=torch.float64)
 
@@ -214,16 +231,7 @@ def plain_distillation(material: Path) -> Trained:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for row in TEXTS:
             ids = encoded(row["text"])
-            scores = model(ids[None, :-1], use_cache=False).logits[0]
-            with torch.no_grad():
-                wanted = teacher(ids[None, :-1], use_cache=False).logits[0]
-            kl = F.kl_div(
-                (scores / 2).log_softmax(-1),
-                (wanted / 2).log_softmax(-1),
-                log_target=True,
-                reduction="sum",
-            )
-            total = total + 0.7 * 4 * kl + 0.3 * F.cross_entropy(scores, ids[1:], reduction="sum")
+            total = total + divergence_of(model, teacher, ids)
             count += len(ids) - 1
         return total / count, {}
 
@@ -256,6 +264,7 @@ MESHES = [
 ]
 PACKED = {"data.packing": "best_fit", "training.seq_len": 192, "training.global_batch_size": -1}
 STREAMED = {"memory.stream_chunk_tokens": 16}
+BEFORE = {"loss.precompute_reference": True}
 
 
 def on_ranks(folder: Path, wanted: Settings, degrees: Degrees) -> list[Trained]:
@@ -271,6 +280,18 @@ def test_dpo_is_that_of_plain_transformers(
     expected = run_on_ranks(1, plain_dpo, material)[0]
     for found in on_ranks(tmp_path, dpo(material) | more, degrees):
         compare(found, expected)
+
+
+@pytest.mark.parametrize("degrees", MESHES)
+def test_a_reference_computed_before_training(
+    degrees: Degrees, material: Path, tmp_path: Path
+) -> None:
+    """The same losses and gradients, and no step has the reference."""
+    expected = run_on_ranks(1, plain_dpo, material)[0]
+    wanted = dpo(material) | BEFORE | {"training.local_batch_size": 2 if degrees == ONE else 1}
+    for found in on_ranks(tmp_path, wanted, degrees):
+        compare(found, expected)
+        assert not found.has_second_model
 
 
 @pytest.mark.parametrize("degrees", MESHES)
@@ -356,6 +377,44 @@ def test_a_resumed_run_goes_on(
     assert found.losses == expected.losses and found.norms == expected.norms
     for name, x in expected.parameters.items():
         assert torch.equal(found.parameters[name], x), name
+
+
+@pytest.mark.parametrize("more", [{}, {"lora.rank": 4}], ids=["all", "lora"])
+def test_a_resumed_run_reads_what_was_computed(
+    more: Settings, material: Path, tmp_path: Path
+) -> None:
+    """Without the reference, from another mesh, packed, with held-out pairs, and from a mixture."""
+    if more:
+        pytest.importorskip("peft")
+    (material / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS[::-1][:4]))
+    entries = [
+        {"source": "preference", "path": f"{material}/{name}.jsonl"} for name in ("pairs", "few")
+    ]
+    live = dpo(material) | PACKED | {"training.seq_len": 96, "training.global_batch_size": 4}
+    live |= {"data.source": "text", "data.path": "", "data.mixture": entries, "loss.reference": ""}
+    live |= {"validation.enable": True, "validation.steps": 0, "training.steps": 4, **more}
+    live |= {"checkpoint.enable": True, "checkpoint.interval": 1, "optimizer.lr": 1e-3}
+    for name in ("live", "before"):
+        (tmp_path / name).mkdir()
+    expected = on_ranks(tmp_path / "live", live, ONE)[0]
+    wanted, folder = live | BEFORE, tmp_path / "before"
+    on_ranks(folder, wanted | {"training.steps": 2}, DP2)
+    file = folder / "run" / "reference.safetensors"
+    written = file.read_bytes()
+    assert not on_ranks(folder, wanted | {"training.steps": 3}, SP2)[0].has_second_model
+    assert file.read_bytes() == written, "it was computed again"
+    file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))  # of which a hash tells
+    same(on_ranks(folder, wanted, SP2)[0], expected)
+    for name, table in load_tensors(written).items():
+        again = load_tensors(file.read_bytes())[name]
+        torch.testing.assert_close(again, table, rtol=1e-12, atol=1e-12)
+    validated = [
+        [line for line in logged(one / "run") if "validation_loss" in line][-1]
+        for one in (folder, tmp_path / "live")
+    ]
+    assert validated[0]["step"] == validated[1]["step"] == 4
+    for key in ("validation_loss", "validation_rewards"):
+        assert validated[0][key] == pytest.approx(validated[1][key], rel=1e-11)
 
 
 def test_another_reference_is_said() -> None:
@@ -514,19 +573,27 @@ def test_the_second_model_is_planned(
     assert facts[0]["step_seconds"] > 1.1 * facts[1]["step_seconds"]
 
 
-def test_a_mixture_has_the_loss_of_each_source(material: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("loss", "meshes"), [(settings, (ONE, SP2, DP2)), (distillation, (SP2, DP2))]
+)
+def test_a_mixture_has_the_loss_of_each_source(
+    loss: Callable[[Path], Settings], meshes: tuple[Degrees], material: Path, tmp_path: Path
+) -> None:
     """They are those of the documents of each, and their mean is the loss."""
     other = [{"text": f"{i} tales and fables"} for i in range(6)]
     (material / "tales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     paths = [f"{material}/{name}.jsonl" for name in ("texts", "tales")]
     entries = [{"source": "jsonl", "path": path} for path in paths]
-    wanted = settings(material) | {"data.mixture": entries, "training.steps": 1}
+    wanted = loss(material) | {"data.mixture": entries, "training.steps": 1}
     wanted |= {"training.global_batch_size": 12, "training.local_batch_size": 2}
-    for folder, degrees in {"one": ONE, "sp2": SP2, "dp2": DP2}.items():
-        (tmp_path / folder).mkdir()
-        on_ranks(tmp_path / folder, wanted, degrees)
-        (line, *_) = logged(tmp_path / folder / "run")
-        expected = run_on_ranks(1, plain_losses, material, [TEXTS, other])[0]
+    wanted |= {"data.source": "text", "data.path": ""}
+    divergence = loss is distillation
+    expected = run_on_ranks(1, plain_losses, material, [TEXTS, other], divergence)[0]
+    for number, degrees in enumerate(meshes):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        on_ranks(folder, wanted, degrees)
+        (line, *_) = logged(folder / "run")
         assert list(line["loss_by_source"]) == paths
         means = [total / count for total, count in expected]
         assert [*line["loss_by_source"].values()] == pytest.approx(means, rel=1e-12)
@@ -534,8 +601,13 @@ def test_a_mixture_has_the_loss_of_each_source(material: Path, tmp_path: Path) -
         assert line["loss"] == pytest.approx(total / count, rel=1e-12)
 
 
-def plain_losses(material: Path, sources: list[list[dict[str, str]]]) -> list[tuple[float, int]]:
-    model = AutoModelForCausalLM.from_pretrained(material / "start", dtype=torch.float64)
+def plain_losses(
+    material: Path, sources: list[list[dict[str, str]]], divergence: bool
+) -> list[tuple[float, int]]:
+    model, teacher = (
+        AutoModelForCausalLM.from_pretrained(material / name, dtype=torch.float64)
+        for name in ("start", "teacher")
+    )
     found = []
     for rows in sources:
         total, count = 0.0, 0
@@ -543,7 +615,8 @@ def plain_losses(material: Path, sources: list[list[dict[str, str]]]) -> list[tu
             ids = encoded(row["text"])
             with torch.no_grad():
                 scores = model(ids[None, :-1], use_cache=False).logits[0]
-            total += F.cross_entropy(scores, ids[1:], reduction="sum").item()
+                of_row = F.cross_entropy(scores, ids[1:], reduction="sum")
+                total += (divergence_of(model, teacher, ids) if divergence else of_row).item()
             count += len(ids) - 1
         found.append((total, count))
     return found

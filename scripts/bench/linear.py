@@ -87,7 +87,7 @@ def measure(kind: str, tokens: int, chunk: int) -> None:
         batch = batch_of(sequence(0, length), mesh, model)
         with peak_memory() as peaks:
             started = time.process_time()
-            loss = model(**vars(batch), num_items_in_batch=torch.tensor(length - 1)).loss
+            loss = model(**batch.inputs(), num_items_in_batch=torch.tensor(length - 1)).loss
             middle = time.process_time()
             loss.backward()
             found.update(forward=middle - started, backward=time.process_time() - middle)

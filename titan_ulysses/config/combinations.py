@@ -30,6 +30,7 @@ _OWN_NAMES = (
     "config.toml",
     "metrics.jsonl",
     "evaluation.json",
+    "reference.safetensors",
     "report.html",
     "plan.json",
     "plan_memory.png",
@@ -152,6 +153,7 @@ def _training_problems(config: Config) -> list[str]:
 _OF_LOSS = {
     "beta": "dpo",
     "reference": "dpo",
+    "precompute_reference": "dpo",
     "teacher": "distillation",
     "temperature": "distillation",
     "teacher_share": "distillation",

@@ -465,6 +465,11 @@ class Loss(Section):
         description="dpo: folder or hub name of the frozen reference model. Empty: the weights "
         "that the run begins with, which with LoRA are the model without its adapters.",
     )
+    precompute_reference: bool = Field(
+        False,
+        description="dpo: compute the log-probabilities of the reference once, before the first "
+        "step, for all pairs. The steps then hold no reference model.",
+    )
     teacher: PathText = Field(
         "", description="distillation: folder or hub name of the teacher, of the same vocabulary."
     )

@@ -37,6 +37,9 @@ class Corpus:
     splits: np.ndarray | None = None
     """[documents] int64: where the second half of each pair of documents begins, counted from the
     pair's begin; None: they are no pairs. A pair counts as one document."""
+    reference: np.ndarray | None = None
+    """[documents, 2] float64: the reference's log-probabilities of the chosen and the rejected
+    completion of each pair; None: they were not computed before training."""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -99,6 +102,7 @@ class Corpus:
             numbers[documents],
             self.content,
             None if self.splits is None else self.splits[documents],
+            None if self.reference is None else self.reference[documents],
         )
 
     def numbers_at(self, places: Sequence[int]) -> list[int]:

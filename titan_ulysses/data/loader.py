@@ -48,6 +48,16 @@ class Batch:
     """
     chunk_tokens: int | None = None
     """The tokens of a chunk of the whole sequence, of which each rank has a slice; None: all S."""
+    reference: torch.Tensor | None = None
+    """[2 * pairs] fp64, the reference's log-probabilities of the completions of all rows, if they
+    were computed before training (train/references.py).
+    """
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the arguments of the model's forward: what is there of all but `reference`."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        given.pop("reference", None)
+        return given
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device` without making the host wait."""
@@ -63,6 +73,7 @@ class Batch:
             labels=move(self.labels),
             position_ids=move(self.position_ids),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            reference=None if self.reference is None else move(self.reference),
         )
 
 
@@ -209,12 +220,14 @@ class Loader:
                 chunk_tokens=self.chunk_tokens,
             )
 
+        references = [row.reference for row in rows if row.reference is not None]
         return Batch(
             input_ids=stacked([row.input_ids for row in rows]),
             labels=stacked([row.labels for row in rows]),
             position_ids=stacked([row.position_ids for row in rows]),
             documents=tuple(row.document_lengths for row in rows),
             chunk_tokens=self.chunk_tokens,
+            reference=torch.cat(references) if references else None,
         )
 
     def fingerprint(self) -> str:

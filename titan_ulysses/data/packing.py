@@ -43,6 +43,8 @@ class PackedSample(NamedTuple):
     """[S] int64, from 0 in each piece"""
     document_lengths: tuple[int, ...]
     """the lengths of the pieces, with padding as the last piece; their sum is S"""
+    reference: torch.Tensor | None = None
+    """[2 * pairs] fp64: the reference's log-probabilities of the completions; None: not known"""
 
 
 def slice_document(
@@ -141,6 +143,10 @@ class SampleStream:
     def source(self, index: int) -> str:
         """Return the name of the source of a mixture that sequence `index` comes from."""
         return ""
+
+    def parts(self) -> dict[str, SampleStream]:
+        """Return the streams that it is made of, by source; itself as "" where there is one."""
+        return {"": self}
 
     def documents(self, index: int) -> list[str]:
         """Return which documents sequence `index` holds, for a message.
@@ -347,6 +353,7 @@ class PaddedSequences(SampleStream):
         places, self._bounds = np.arange(len(documents)), np.arange(len(documents) + 1)
         if best_fit:
             places, self._bounds = best_fit_bins(ends - begins, seq_len, _LOOK_AHEAD)
+        self._documents = documents[places]
         splits = 0 if corpus.splits is None else corpus.splits[documents]
         self._pieces = np.stack([begins, begins + splits, ends, corpus.ends[documents]], 1)[places]
         # The order of two epochs is kept: a step may have sequences of both, in any order.
@@ -389,13 +396,29 @@ class PaddedSequences(SampleStream):
             slice_document(tokens, trained, begin=begin, end=end, document_end=last)
             for begin, end, last in self._spans(index)
         )
-        return concat_pieces(cuts, self.seq_len)
+        sample = concat_pieces(cuts, self.seq_len)
+        if self.corpus.reference is None:
+            return sample
+        reference = self.corpus.reference[self.pairs(index)]
+        return sample._replace(reference=torch.from_numpy(reference).flatten())
+
+    def pairs(self, index: int) -> np.ndarray:
+        """Return the pairs of completions in a sequence, as indices of documents, in its order."""
+        return self._documents[self._places(index)]
 
     def _spans(self, index: int) -> list[list[int]]:
         """Return the (begin, end, end of its document) of each piece in a sequence.
 
         A pair has two.
         """
+        spans = []
+        for begin, split, end, last in self._pieces[self._places(index)].tolist():
+            spans += [[begin, split, split]] if begin < split else []
+            spans.append([split, end, last])
+        return spans
+
+    def _places(self, index: int) -> slice:
+        """Return which of the pieces are in a sequence."""
         epoch, place = divmod(index, len(self))
         if epoch not in self._orders:
             count = len(self)
@@ -404,13 +427,7 @@ class PaddedSequences(SampleStream):
             )
             self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
         here = self._orders[epoch][place]
-        spans = []
-        for begin, split, end, last in self._pieces[
-            self._bounds[here] : self._bounds[here + 1]
-        ].tolist():
-            spans += [[begin, split, split]] if begin < split else []
-            spans.append([split, end, last])
-        return spans
+        return slice(self._bounds[here], self._bounds[here + 1])
 
 
 def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int) -> tuple[np.ndarray, np.ndarray]:
