@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config, MixtureEntry
 from titan_ulysses.config.validate import _model_problems
 from titan_ulysses.data import cache
+from titan_ulysses.data.packing import PackedSequences, PaddedSequences
+from titan_ulysses.data.teacher import FIELDS
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
@@ -48,6 +51,30 @@ PAIRS = [
 ]
 TEXTS = [{"text": f"{row['prompt']}{row['chosen']}, and so on"} for row in PAIRS]
 Named = dict[str, Tensor]
+TOP_K = 3
+
+
+def taught() -> list[dict[str, Any]]:
+    """Tokens with three log-probabilities of a teacher each, of which the first is the token's own.
+    The first half of a row is not trained on, and every third row is two documents.
+    """
+    draw, rows = torch.Generator().manual_seed(6), []
+    for number, row in enumerate(TEXTS):
+        ids = encoded(row["text"]).tolist()
+        others = torch.randint(0, 256, (len(ids), TOP_K - 1), generator=draw).tolist()
+        log_probs = torch.randn(len(ids), TOP_K, generator=draw).tolist()
+        first = len(ids) // 2
+        lengths = [first + 3, len(ids) - first - 3] if number % 3 == 0 else [len(ids)]
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": [-100] * first + ids[first:],
+                "document_lengths": lengths,
+                "teacher_ids": [[] if i < first else [ids[i], *others[i]] for i in range(len(ids))],
+                "teacher_log_probs": [None if i < first else x for i, x in enumerate(log_probs)],
+            }
+        )
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +88,7 @@ def write_material(folder: Path) -> Path:
     teacher |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
     for name, table, seed in (("start", TINY, 3), ("other", TINY, 5), ("teacher", teacher, 7)):
         real_model(table, seed=seed).save_pretrained(folder / name)
-    for name, rows in (("pairs", PAIRS), ("texts", TEXTS)):
+    for name, rows in (("pairs", PAIRS), ("texts", TEXTS), ("taught", taught())):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
     return folder
@@ -108,6 +135,12 @@ def distillation(material: Path) -> Settings:
         "loss.temperature": 2.0,
         "loss.teacher_share": 0.7,
     }
+
+
+def distillation_from_data(material: Path) -> Settings:
+    from_data = {"data.source": "tokens", "data.path": f"{material}/taught.jsonl"}
+    wanted = distillation(material) | from_data | {"data.teacher_top_k": TOP_K}
+    return {key: value for key, value in wanted.items() if key != "loss.teacher"}
 
 
 # --- a run of Trainer, and the same with plain transformers ---------------------------------------
@@ -238,6 +271,30 @@ def plain_distillation(material: Path) -> Trained:
     return train_plainly(material, step)
 
 
+def plain_distillation_from_data(material: Path) -> Trained:
+    def step(model: PreTrainedModel) -> tuple[Tensor, dict[str, float]]:
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for row in taught():
+            begin = 0
+            for length in row["document_lengths"]:
+                span = slice(begin, begin + length)
+                ids, labels = (torch.tensor(row[key][span]) for key in ("input_ids", "labels"))
+                scores = model(ids[None], use_cache=False).logits[0]
+                for place in range(1, length):
+                    if labels[place] == -100:
+                        continue
+                    top, said = (row[key][begin + place] for key in FIELDS)
+                    student = (scores[place - 1] / 2).log_softmax(-1)[top]
+                    wanted = (torch.tensor(said).double() / 2).log_softmax(-1)
+                    kl = (wanted.exp() * (wanted - student)).sum()
+                    own = F.cross_entropy(scores[place - 1], labels[place])
+                    total, count = total + 0.7 * 4 * kl + 0.3 * own, count + 1
+                begin += length
+        return total / count, {}
+
+    return train_plainly(material, step)
+
+
 def compare(found: Trained, expected: Trained) -> None:
     close = {"rel": 1e-12, "abs": 1e-13}
     assert found.losses == pytest.approx(expected.losses, **close)
@@ -301,6 +358,27 @@ def test_distillation_is_that_of_plain_transformers(
     expected = run_on_ranks(1, plain_distillation, material)[0]
     for found in on_ranks(tmp_path, distillation(material) | STREAMED, degrees):
         compare(found, expected)
+
+
+@pytest.mark.parametrize("degrees", MESHES)
+def test_distillation_from_data_is_that_of_plain_transformers(
+    degrees: Degrees, material: Path, tmp_path: Path
+) -> None:
+    expected = run_on_ranks(1, plain_distillation_from_data, material)[0]
+    wanted = distillation_from_data(material) | STREAMED
+    if degrees == SP2:  # all rows in one sequence
+        wanted |= {"data.packing": "best_fit", "training.seq_len": 208}
+        wanted |= {"training.global_batch_size": -1, "validation.enable": True}
+        wanted |= {"validation.path": f"{material}/plain.jsonl", "validation.interval": STEPS}
+        held_out = [{"input_ids": row["input_ids"]} for row in taught()]
+        (material / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    elif degrees != ONE:  # documents are sequences: there are eight of them
+        wanted |= {"training.global_batch_size": 8}
+    else:
+        wanted |= {"training.global_batch_size": 8, "training.local_batch_size": 4}
+    for found in on_ranks(tmp_path, wanted, degrees):
+        compare(found, expected)
+        assert not found.has_second_model
 
 
 # --- references, packing, evaluation, resume ------------------------------------------------------
@@ -481,6 +559,75 @@ def test_pairs_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read(tmp_path, [{"chosen": CHAT, "rejected": CHAT[:1]}], tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "cached"])
+def test_what_a_teacher_said_stays_with_its_token(
+    kind: str, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of each token's three is the token itself: so it must be of each label, in every
+    packing, also where a document is cut.
+    """
+    from titan_ulysses.data.cache import read_corpus
+    from titan_ulysses.data.encoding import Encoder
+
+    path = material / "taught.jsonl"
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        path = tmp_path / "taught.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(taught()), path)
+    if kind == "cached":
+        monkeypatch.setattr(cache, "SMALL_CHARACTERS", -1)
+    source = MixtureEntry(source="tokens", path=str(path), teacher_top_k=TOP_K)
+    for _ in range(2):  # written to the cache, and read from there
+        encoder = Encoder(load_tokenizer("bytes"))
+        corpus, _ = read_corpus(source, encoder, cache_folder=str(tmp_path / "cache"))
+    half = corpus.select(np.arange(len(corpus))[::-2])
+    for sequences in (
+        PackedSequences(corpus, seq_len=16, seed=1),
+        PackedSequences(half, seq_len=13, seed=1, shuffle=False, once=True),
+        PaddedSequences(corpus, seq_len=12, seed=2),
+        PaddedSequences(half, seq_len=64, seed=3, best_fit=True),
+    ):
+        labels = 0
+        for index in range(len(sequences) + 2 * (not getattr(sequences, "once", False))):
+            sample = sequences[index]
+            trained = sample.labels != -100
+            said = sample.loss_inputs
+            assert torch.equal(said["teacher_ids"][trained, 0], sample.labels[trained])
+            assert (said["teacher_logits"][trained] != 0).all()
+            labels += int(trained.sum())
+        assert labels > 20
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"teacher_ids": None}, 'no field "teacher_ids", which data.teacher_top_k = 3 needs'),
+        ({"teacher_ids": [[1, 2, 3]] * 2}, "2 teacher_ids for 3 input_ids"),
+        ({"teacher_log_probs": [[0.0] * 3] * 4}, "4 teacher_log_probs for 3 input_ids"),
+        ({"teacher_ids": [[], [1, 2], [1, 2, 3]]}, "teacher_ids[1] has 2 entries, and data.teach"),
+        ({"teacher_log_probs": [[], [0.0] * 3, None]}, "teacher_log_probs[2] has no entries"),
+        ({"teacher_ids": [[], [1, 2, 3.5], [1, 2, 3]]}, "an entry that is no whole number"),
+        ({"teacher_ids": [[], [1, 2, -1], [1, 2, 3]]}, "an entry that is no token id: -1"),
+        ({"teacher_ids": [[], [1, 2, 999], [1, 2, 3]]}, "teacher_ids has 999, and the tokenizer"),
+        ({"teacher_log_probs": [[], [0, 0, float("-inf")], [0.0] * 3]}, "is no finite number"),
+    ],
+)
+def test_what_a_teacher_said_is_checked(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    from titan_ulysses.data.cache import read_corpus
+    from titan_ulysses.data.encoding import Encoder
+
+    row: dict[str, Any] = {"input_ids": [5, 6, 7], "teacher_ids": [[], [1, 2, 3], [1, 2, 3]]}
+    row |= {"teacher_log_probs": [[], [-1.0] * 3, [-1.0] * 3]} | change
+    file = tmp_path / "row.jsonl"
+    file.write_text(json.dumps(row))
+    source = MixtureEntry(source="tokens", path=str(file), teacher_top_k=TOP_K)
+    with pytest.raises(UserError) as raised:
+        read_corpus(source, Encoder(load_tokenizer("bytes")))
+    assert f"row.jsonl:1: {words}" in str(raised.value) or words in str(raised.value)
+
+
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
@@ -510,6 +657,14 @@ def nested(wanted: Settings) -> dict[str, Any]:
         (dpo, {"training.z_loss": 0.1}, ["training.z_loss = 0.1", "cross-entropy"]),
         (dpo, {"memory.stream_offload": "host"}, ['memory.stream_offload = "host"', '"none"']),
         (distillation, {"loss.teacher": ""}, ["loss.teacher is not set"]),
+        (
+            distillation,
+            {"data.teacher_top_k": 2, "data.source": "tokens"},
+            ["loss.teacher = ", "0"],
+        ),
+        (distillation_from_data, {"data.teacher_top_k": 0}, ["or set data.teacher_top_k to read"]),
+        (distillation_from_data, {"data.teacher_top_k": 4}, [":1: teacher_ids[14] has 3 entries"]),
+        (distillation_from_data, {"data.source": "jsonl"}, ["it is read from tokens alone"]),
         (dpo, {"loss.reference": "./nowhere"}, ['loss.reference = "./nowhere"']),
         (dpo, {"loss.reference": "$MATERIAL/small"}, ["its vocab_size is 99", "model's is 260"]),
         (dpo, {"loss.reference": "$MATERIAL/short"}, ["it has 8 positions"]),

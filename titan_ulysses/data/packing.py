@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from titan_ulysses.data.corpus import Corpus
+from titan_ulysses.data.teacher import of_labels
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
@@ -45,6 +46,8 @@ class PackedSample(NamedTuple):
     """the lengths of the pieces, with padding as the last piece; their sum is S"""
     reference: torch.Tensor | None = None
     """[2 * pairs] fp64: the reference's log-probabilities of the completions; None: not known"""
+    loss_inputs: dict[str, torch.Tensor] = {}  # noqa: RUF012  a default that nobody changes
+    """[S, ...] each: what the loss reads beside the labels, by name (see `teacher.of_labels`)"""
 
 
 def slice_document(
@@ -244,9 +247,13 @@ class PackedSequences(SampleStream):
 
     def __getitem__(self, index: int) -> PackedSample:
         corpus = self.corpus
-        spans = self._pieces(index * self.seq_len)
+        spans = [*self._pieces(index * self.seq_len)]
         pieces = (slice_document(corpus.tokens, corpus.trained, **span) for span in spans)
-        return concat_pieces(pieces, self.seq_len)
+        sample = concat_pieces(pieces, self.seq_len)
+        if corpus.teacher is None:
+            return sample
+        bounds = ((span["begin"], span["end"], span["document_end"]) for span in spans)
+        return sample._replace(loss_inputs=of_labels(corpus.teacher, bounds, self.seq_len))
 
     def document_lengths(self, index: int) -> tuple[int, ...]:
         position, end = index * self.seq_len, (index + 1) * self.seq_len
@@ -391,30 +398,32 @@ class PaddedSequences(SampleStream):
         return [*dict.fromkeys(map(str, self.corpus.numbers_at(begins)))]
 
     def __getitem__(self, index: int) -> PackedSample:
-        tokens, trained = self.corpus.tokens, self.corpus.trained
+        corpus, spans = self.corpus, self._spans(index)
         cuts = (
-            slice_document(tokens, trained, begin=begin, end=end, document_end=last)
-            for begin, end, last in self._spans(index)
+            slice_document(corpus.tokens, corpus.trained, begin=begin, end=end, document_end=last)
+            for begin, end, last in spans
         )
         sample = concat_pieces(cuts, self.seq_len)
-        if self.corpus.reference is None:
-            return sample
-        reference = self.corpus.reference[self.pairs(index)]
-        return sample._replace(reference=torch.from_numpy(reference).flatten())
+        if corpus.reference is not None:
+            reference = torch.from_numpy(corpus.reference[self.pairs(index)]).flatten()
+            sample = sample._replace(reference=reference)
+        if corpus.teacher is not None:
+            sample = sample._replace(loss_inputs=of_labels(corpus.teacher, spans, self.seq_len))
+        return sample
 
     def pairs(self, index: int) -> np.ndarray:
         """Return the pairs of completions in a sequence, as indices of documents, in its order."""
         return self._documents[self._places(index)]
 
-    def _spans(self, index: int) -> list[list[int]]:
+    def _spans(self, index: int) -> list[tuple[int, int, int]]:
         """Return the (begin, end, end of its document) of each piece in a sequence.
 
         A pair has two.
         """
         spans = []
         for begin, split, end, last in self._pieces[self._places(index)].tolist():
-            spans += [[begin, split, split]] if begin < split else []
-            spans.append([split, end, last])
+            spans += [(begin, split, split)] if begin < split else []
+            spans.append((split, end, last))
         return spans
 
     def _places(self, index: int) -> slice:

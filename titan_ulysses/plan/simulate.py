@@ -459,6 +459,16 @@ def _checkpoint_copy(
     return copies
 
 
+def _teacher(config: Config, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Return a teacher's log-probabilities of a rank's tokens, where they come with the data."""
+    sources = config.data.mixture or [config.data]
+    size = (rows, tokens, max(source.teacher_top_k for source in sources))
+    if not size[-1]:
+        return {}
+    ids = torch.zeros(size, dtype=torch.int64)
+    return {"teacher_ids": ids, "teacher_logits": torch.zeros(size, dtype=torch.float32)}
+
+
 def _batch(
     config: Config, mesh: Mesh, documents: Documents | None, chunk_tokens: int | None
 ) -> Batch:
@@ -477,4 +487,5 @@ def _batch(
         documents=documents or ((seq_len,),) * rows,
         chunk_tokens=chunk_tokens,
         reference=reference,
+        loss_inputs=_teacher(config, rows, tokens),
     )

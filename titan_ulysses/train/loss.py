@@ -123,11 +123,10 @@ class _WithFrozen(CrossEntropy):
         self.frozen = frozen
 
     def fill(self, config: Config) -> None:
-        if self.frozen is None:
-            return
-        if path := getattr(config.loss, self.setting):
+        path = getattr(config.loss, self.setting)
+        if self.frozen is not None and path:
             weights.load(self.frozen, path, setting=f"loss.{self.setting}")
-        else:
+        elif self.frozen is not None:
             initialize(self.frozen, config)
         self.prepare()
 
@@ -259,25 +258,40 @@ class Distillation(_WithFrozen):
     """The divergence from a teacher, beside cross-entropy (see `distillation_losses`).
 
     The teacher's hidden states are computed for each micro-batch. Its logits exist for a tile at a
-    time, as the student's do. Each rank holds the whole weight of the teacher's head.
+    time, as the student's do. Each rank holds the whole weight of the teacher's head. Without a
+    second model, the teacher's largest log-probabilities come with the batches (data/teacher.py).
     """
 
     setting = "teacher"
 
-    def __init__(self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel, loss: Any):
+    def __init__(
+        self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel | None, loss: Any
+    ):
         super().__init__(model, mesh, frozen)
         self._settings = loss
         self._function: Callable[..., Tensor] | None = None
 
     def describe(self, config: Config) -> str:
         loss = self._settings
+        teacher = loss.teacher or "what a teacher has said in the data,"
         return (
-            f"loss: {loss.teacher_share:g} of the divergence from {loss.teacher} at temperature "
+            f"loss: {loss.teacher_share:g} of the divergence from {teacher} at temperature "
             f"{loss.temperature:g}, {1 - loss.teacher_share:g} of cross-entropy"
         )
 
     def prepare(self) -> None:
-        assert self.frozen is not None
+        shares = {
+            "temperature": self._settings.temperature,
+            "cross_entropy": 1 - self._settings.teacher_share,
+        }
+        self._function = partial(distillation_losses, **shares, **self._head())
+        # It is a sum over tokens. The check would read values, which the planner has not.
+        self.model.get_output_embeddings().checked = self._function
+
+    def _head(self) -> dict[str, Any]:
+        """Return the teacher's head, as the divergence takes it. Collective."""
+        if self.frozen is None:
+            return {}
         head = self.frozen.get_output_embeddings()
         if head.bias is not None:
             raise UserError(
@@ -286,25 +300,21 @@ class Distillation(_WithFrozen):
             )
         weight = head.weight.detach()
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        self._function = partial(
-            distillation_losses,
-            teacher_weight=whole.to(self.mesh.device),
-            teacher_shape=(head.scale, head.softcap),
-            temperature=self._settings.temperature,
-            cross_entropy=1 - self._settings.teacher_share,
-        )
-        # It is a sum over tokens. The check would read values, which the planner has not.
-        self.model.get_output_embeddings().checked = self._function
+        shape = (head.scale, head.softcap)
+        return {"teacher_weight": whole.to(self.mesh.device), "teacher_shape": shape}
 
     def _forward(self, batch: Batch, count: Tensor) -> Any:
-        assert self.frozen is not None and self._function is not None
-        with torch.no_grad():
-            hidden = self.frozen(**batch.inputs(), reduction="hidden").last_hidden_state
+        assert self._function is not None
+        inputs = batch.loss_inputs
+        if self.frozen is not None:
+            with torch.no_grad():
+                hidden = self.frozen(**batch.inputs(), reduction="hidden").last_hidden_state
+            inputs = {"teacher_hidden": hidden}
         return self.model(
             **batch.inputs(),
             num_items_in_batch=count,
             loss_function=self._function,
-            loss_inputs={"teacher_hidden": hidden},
+            loss_inputs=inputs,
         )
 
 
@@ -329,7 +339,6 @@ def build_loss(
         frozen = build_frozen(spec.frozen, mesh, wrap=wrap)
     if loss.name == "dpo":
         return DPO(model, mesh, frozen, beta=loss.beta, stored=stored)
-    assert frozen is not None
     return Distillation(model, mesh, frozen, loss)
 
 
