@@ -34,6 +34,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["helpers.preload"])
 _STARTUP_SECONDS = 120.0
 _GRACE_SECONDS = 2.0
+_MAX_THREADS = 100
+"""Ranks with more threads are replaced after a call. Each gloo group that a call makes leaves three
+for the life of the rank, one of which wakes a hundred times a second: hundreds of groups take a
+core. New ranks take a third of a second of it.
+"""
 
 
 class RankFailure(Exception):
@@ -73,7 +78,7 @@ def run_on_ranks(
     results by rank.
 
     `fn` is a module-level function; arguments and results travel by pickle, tensors by value (a
-    view with its whole storage). Ranks are reused: whatever `fn` sets for the process (seed,
+    view with its whole storage). Ranks are mostly reused: whatever `fn` sets for the process (seed,
     environment, working directory) stays set, and what the parent sets after their start does not
     reach them. `timeout` is in seconds and excludes their start.
 
@@ -87,7 +92,10 @@ def run_on_ranks(
             _POOLS[world_size] = _Pool(world_size)
             _POOLS[world_size].collect(_STARTUP_SECONDS)
         _POOLS[world_size].send(request)
-        return _POOLS[world_size].collect(timeout)
+        results = _POOLS[world_size].collect(timeout)
+        if _POOLS[world_size].threads() > _MAX_THREADS:
+            _POOLS.pop(world_size).close()
+        return results
     except BaseException:
         if world_size in _POOLS:
             _POOLS.pop(world_size).close()
@@ -156,6 +164,11 @@ class _Pool:
             self.processes[rank].join(_GRACE_SECONDS)
             return False, f"died with exit code {self.processes[rank].exitcode}"
         return pickle.loads(reply)
+
+    def threads(self) -> int:
+        """Return the most threads of a rank; 0 where the system does not tell (no /proc)."""
+        tasks = (Path(f"/proc/{process.pid}/task") for process in self.processes)
+        return max(len(list(folder.iterdir())) if folder.is_dir() else 0 for folder in tasks)
 
     def stacks(self) -> dict[int, str]:
         for process in self.processes:
