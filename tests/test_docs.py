@@ -282,6 +282,14 @@ class Sandbox:
             "pairs": [
                 {"prompt": text[:9], "chosen": text[9:40], "rejected": "no"} for text in words
             ],
+            "taught": [
+                {
+                    "input_ids": [*text.encode()],
+                    "teacher_ids": [[*range(8)]] * len(text),
+                    "teacher_log_probs": [[-float(i) for i in range(8)]] * len(text),
+                }
+                for text in words
+            ],
         }
         write_megatron(self.home / "text_document", [[*text.encode(), 256] for text in words])
         for name, lines in rows.items():

@@ -186,6 +186,16 @@ def together(
     compare(found, expected, exact=exact)
 
 
+def as_ddp(train: Any, degrees: Degrees, folder: Path, *, batch: int = 1, **more: Any) -> None:
+    """Compare with the same trainer under DDP, on as many ranks as there are data-parallel ones.
+
+    Losses and metrics of TRL that look at the batch of a rank are others in one process.
+    """
+    expected = run_on_ranks(degrees[1], train, None, str(folder / "ddp"), batch, **more)[0]
+    found = run_on_ranks(world(degrees), train, degrees, str(folder), batch, **more)
+    compare(found, expected, exact=1e-6)
+
+
 # --- transformers ---------------------------------------------------------------------------------
 
 
@@ -475,10 +485,7 @@ def every_dpo() -> Shown:
 @pytest.mark.slow
 @pytest.mark.parametrize("degrees", [DP2, DP2_SP2])
 def test_dpo_of_every_kind_is_that_of_ddp(degrees: Degrees, tmp_path: Path, trl: None) -> None:
-    """Some look at the whole batch of a rank, so that one process has another loss."""
-    expected = run_on_ranks(2, train_dpo, None, str(tmp_path / "ddp"), 2, **every_dpo())[0]
-    found = run_on_ranks(world(degrees), train_dpo, degrees, str(tmp_path), 2, **every_dpo())
-    compare(found, expected, exact=1e-6)
+    as_ddp(train_dpo, degrees, tmp_path, batch=2, **every_dpo())
 
 
 @pytest.mark.parametrize("degrees", MORE_MESHES)
@@ -595,7 +602,7 @@ def train_grpo(
 def test_grpo_of_given_completions(
     degrees: Degrees, loss: Shown, tmp_path: Path, trl: None
 ) -> None:
-    together(train_grpo, degrees, tmp_path, **loss)
+    (together if degrees == SP2 else as_ddp)(train_grpo, degrees, tmp_path, **loss)
 
 
 def start_grpo(folder: str) -> None:

@@ -209,8 +209,10 @@ def _loss_problems(config: Config) -> list[str]:
 def _teacher_problems(config: Config) -> list[str]:
     """Return the problems of a teacher: there must be a model, or what one has said, as data."""
     loss, data, problems = config.loss, config.data, []
-    mixed = [(f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)]
-    for setting, source in mixed or [("data", data)]:
+    sources: list[tuple[str, SourceSettings]] = [("data", data)]
+    if data.mixture:
+        sources = [(f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)]
+    for setting, source in sources:
         key, wanted = f"{setting}.teacher_top_k", loss.name == "distillation"
         if wanted and not loss.teacher and not source.teacher_top_k:
             problems.append(
@@ -229,7 +231,7 @@ def _teacher_problems(config: Config) -> list[str]:
                 f"{key} = {source.teacher_top_k} with {setting}.streaming = true: it is read from "
                 "data that is prepared first. Set streaming to false"
             )
-    counts = {source.teacher_top_k for _, source in mixed}
+    counts = {source.teacher_top_k for _, source in sources}
     if len(counts) > 1:
         problems.append(
             f"data.mixture: teacher_top_k is {' and '.join(map(str, sorted(counts)))}: set it to "

@@ -461,9 +461,10 @@ def _checkpoint_copy(
 
 def _teacher(config: Config, rows: int, tokens: int) -> dict[str, Tensor]:
     """Return a teacher's log-probabilities of a rank's tokens, where they come with the data."""
-    sources = config.data.mixture or [config.data]
-    size = (rows, tokens, max(source.teacher_top_k for source in sources))
-    if not size[-1]:
+    entries = config.data.mixture
+    top_k = entries[0].teacher_top_k if entries else config.data.teacher_top_k
+    size = (rows, tokens, top_k)
+    if not top_k:
         return {}
     ids = torch.zeros(size, dtype=torch.int64)
     return {"teacher_ids": ids, "teacher_logits": torch.zeros(size, dtype=torch.float32)}
