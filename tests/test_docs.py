@@ -76,6 +76,7 @@ SHORTER = {
     "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",
     "scripts/bench/loss_head.py --tiles": "--tokens 256 --vocabulary 128 --tiles 64 128",
     "scripts/bench/loss_head.py": "--tokens 64 --vocabulary 128 --rounds 1",
+    "scripts/bench/losses.py": "--tokens 64 128 --vocabulary 99 --tile 32 --only z-loss DPO",
     "scripts/bench/plan_accuracy.py": "--only tied",
     "scripts/bench/linear.py": "--tokens 256 512 --chunk 128",
     "scripts/bench/step.py": "--seq-len 512 --repeats 1",
@@ -280,6 +281,14 @@ class Sandbox:
             "chats": [{"messages": turns}] * 40,
             "pairs": [
                 {"prompt": text[:9], "chosen": text[9:40], "rejected": "no"} for text in words
+            ],
+            "taught": [
+                {
+                    "input_ids": [*text.encode()],
+                    "teacher_ids": [[*range(8)]] * len(text),
+                    "teacher_log_probs": [[-float(i) for i in range(8)]] * len(text),
+                }
+                for text in words
             ],
         }
         write_megatron(self.home / "text_document", [[*text.encode(), 256] for text in words])

@@ -137,6 +137,12 @@ PAIRS: Settings = {
 }
 DPO: Settings = PAIRS | {"loss.name": "dpo"}
 TEACHER: Settings = {"loss.name": "distillation", "loss.teacher": "$MATERIAL/earlier/run/export"}
+TAUGHT: Settings = {
+    "loss.name": "distillation",
+    "data.source": "tokens",
+    "data.path": "$MATERIAL/taught.jsonl",
+    "data.packing": "none",
+}
 SAVED: Settings = {"checkpoint.enable": None}
 VALIDATED: Settings = {"validation.enable": True}
 TRACED: Settings = {
@@ -265,6 +271,10 @@ DATA = {
             lambda run, _: tokens(run) == 12 * len("the text\n") and labels(run) == 12 * 4,
             COUNTED | {"data.path": TOKENS, "validation.path": TOKENS},
         ),
+    ],
+    "data.teacher_top_k": [
+        Case(2, said("of the divergence from what a teacher has said in the data"), TAUGHT),
+        Case(1, refused("taught.jsonl:1: teacher_ids[5] has 2 entries"), TAUGHT),
     ],
     "data.path": [Case("$MATERIAL/texts", said("data: 20 document(s)"))],
     "data.extensions": [Case([".md"], said("data: 2 document(s)"))],
@@ -471,6 +481,9 @@ LOSS = {
             lambda run, _: abs(run.of_steps("rewards")[0]["margins"]) > 1e-3,
             DPO,
         )
+    ],
+    "loss.precompute_reference": [
+        Case(True, said("reference's log-probabilities of 8 pair(s)"), DPO, same=True),
     ],
     "loss.teacher": [
         Case(

@@ -43,6 +43,13 @@ MESHES = [
 ]
 
 
+MORE_MESHES = [
+    pytest.param(SP2, id="sp2"),
+    pytest.param(DP2, id="dp2", marks=pytest.mark.slow),
+    pytest.param(DP2_SP2, id="dp2-sp2", marks=pytest.mark.slow),
+]
+
+
 class Watch(TrainerCallback):
     """Keeps the gradients that each step is made with."""
 
@@ -177,6 +184,16 @@ def together(
     expected = run_on_ranks(1, train, None, str(folder / "one"), degrees[1], **more)[0]
     found = run_on_ranks(world(degrees), train, degrees, str(folder), 1, **more)
     compare(found, expected, exact=exact)
+
+
+def as_ddp(train: Any, degrees: Degrees, folder: Path, *, batch: int = 1, **more: Any) -> None:
+    """Compare with the same trainer under DDP, on as many ranks as there are data-parallel ones.
+
+    Losses and metrics of TRL that look at the batch of a rank are others in one process.
+    """
+    expected = run_on_ranks(degrees[1], train, None, str(folder / "ddp"), batch, **more)[0]
+    found = run_on_ranks(world(degrees), train, degrees, str(folder), batch, **more)
+    compare(found, expected, exact=1e-6)
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -457,14 +474,24 @@ EVERY_DPO += ["aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoi
 
 def test_dpo_of_every_kind(tmp_path: Path, trl: None) -> None:
     """All of TRL's losses of pairs in one sum, of another beta and divergence."""
+    together(train_dpo, SP2, tmp_path, **every_dpo())
+
+
+def every_dpo() -> Shown:
     weights = [0.1 + 0.1 * index for index in range(len(EVERY_DPO))]
-    sums = {"loss_type": EVERY_DPO, "loss_weights": weights, "beta": 0.05, "label_smoothing": 0.1}
-    together(train_dpo, SP2, tmp_path, **sums)
+    return {"loss_type": EVERY_DPO, "loss_weights": weights, "beta": 0.05, "label_smoothing": 0.1}
 
 
-def test_dpo_of_another_divergence(tmp_path: Path, trl: None) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("degrees", [DP2, DP2_SP2])
+def test_dpo_of_every_kind_is_that_of_ddp(degrees: Degrees, tmp_path: Path, trl: None) -> None:
+    as_ddp(train_dpo, degrees, tmp_path, batch=2, **every_dpo())
+
+
+@pytest.mark.parametrize("degrees", MORE_MESHES)
+def test_dpo_of_another_divergence(degrees: Degrees, tmp_path: Path, trl: None) -> None:
     other = {"f_divergence_type": "js_divergence", "ld_alpha": 0.5, "beta": 0.02}
-    together(train_dpo, SP2, tmp_path, **other)
+    together(train_dpo, degrees, tmp_path, **other)
 
 
 # --- DPO from the TOML ----------------------------------------------------------------------------
@@ -517,12 +544,17 @@ def test_dpo_from_the_toml_is_that_of_trl(tmp_path: Path, trl: None) -> None:
 
 
 def given_completions(prompts: list[str], trainer: Any) -> dict[str, list]:
-    """Completions of several lengths that do not depend on the rank, and no generation."""
+    """Completions of several lengths that do not depend on the rank, and no generation.
+
+    There are four of each prompt, one after the other.
+    """
     made = {"prompt_ids": [], "completion_ids": [], "logprobs": None}
     for index, prompt in enumerate(prompts):
-        length = 3 + (len(prompt) + 2 * index + trainer.state.global_step) % 7
+        number = index % 4
+        length = 3 + (len(prompt) + 2 * number + trainer.state.global_step) % 7
         made["prompt_ids"].append([3 + x for x in prompt.encode()])
-        made["completion_ids"].append([(11 * index + 5 * i) % 250 + 3 for i in range(length)])
+        ids = [(11 * number + 7 * len(prompt) + 5 * i) % 250 + 3 for i in range(length)]
+        made["completion_ids"].append(ids)
     return made
 
 
@@ -557,6 +589,7 @@ def train_grpo(
     return show(trainer, watch)
 
 
+@pytest.mark.parametrize("degrees", MORE_MESHES)
 @pytest.mark.parametrize(
     "loss",
     [
@@ -566,8 +599,10 @@ def train_grpo(
     ],
     ids=["dapo", "grpo", "cispo-kl-lora"],
 )
-def test_grpo_of_given_completions(loss: Shown, tmp_path: Path, trl: None) -> None:
-    together(train_grpo, SP2, tmp_path, **loss)
+def test_grpo_of_given_completions(
+    degrees: Degrees, loss: Shown, tmp_path: Path, trl: None
+) -> None:
+    (together if degrees == SP2 else as_ddp)(train_grpo, degrees, tmp_path, **loss)
 
 
 def start_grpo(folder: str) -> None:

@@ -273,7 +273,7 @@ def outputs_in_bf16(family: str) -> tuple[Tensor, Tensor]:
         batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh)
         caught = []
         layer.register_forward_hook(lambda *args: caught.append(args), with_kwargs=True)
-        model(**vars(batch) | {"labels": None})
+        model(**batch.inputs() | {"labels": None})
         (_, _, kwargs, _) = caught[0]
         model.get_submodule("model.layers.0").unshard()
         ours = layer.forward(mesh.local_slice(hidden), ulysses=kwargs["ulysses"])
@@ -308,7 +308,7 @@ def counted(family: str, degree: int, heads: dict[str, int]) -> list[tuple[int, 
     layer.forward = partial(count, layer.forward)
     batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh)
     with CollectiveCounter() as counter:
-        loss = model(**vars(batch), num_items_in_batch=torch.tensor(23)).loss
+        loss = model(**batch.inputs(), num_items_in_batch=torch.tensor(23)).loss
         forward = counter.counts["all_to_all"]
         loss.backward()
     total = counter.counts["all_to_all"]
@@ -450,7 +450,7 @@ def refusal_without_keywords() -> str:
     layer.forward = partial(_without_keywords, layer.forward)
     batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh)
     with pytest.raises(UserError) as caught:
-        model(**vars(batch), num_items_in_batch=torch.tensor(23))
+        model(**batch.inputs(), num_items_in_batch=torch.tensor(23))
     return str(caught.value)
 
 

@@ -127,7 +127,7 @@ def slope_of_dropout() -> tuple[float, float, float]:
             with torch.no_grad():
                 hf.fill(parameter, start[name] + step * direction[name])
         torch.manual_seed(7 + torch.distributed.get_rank())
-        return run.model(**vars(batch), num_items_in_batch=valid).loss
+        return run.model(**batch.inputs(), num_items_in_batch=valid).loss
 
     loss(0.0).backward()
     by_gradient = sum(

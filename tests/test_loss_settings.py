@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from helpers.material import _write_tokenizer as write_tokenizer
 from helpers.material import as_toml
 from helpers.meshes import DP2, DP2_SP2, ONE, SP2, Degrees
 from helpers.models import STARCODER2
@@ -27,11 +26,8 @@ from helpers.runs import Settings, logged, refusal
 from test_library import real_model
 from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.load import load_config
-from titan_ulysses.config.schema import Config, MixtureEntry
+from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import _model_problems
-from titan_ulysses.data import cache
-from titan_ulysses.data.tokenizer import load_tokenizer
-from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 
 END = 256
@@ -47,6 +43,30 @@ PAIRS = [
 ]
 TEXTS = [{"text": f"{row['prompt']}{row['chosen']}, and so on"} for row in PAIRS]
 Named = dict[str, Tensor]
+TOP_K = 3
+
+
+def taught() -> list[dict[str, Any]]:
+    """Tokens with three log-probabilities of a teacher each, of which the first is the token's own.
+    The first half of a row is not trained on, and every third row is two documents.
+    """
+    draw, rows = torch.Generator().manual_seed(6), []
+    for number, row in enumerate(TEXTS):
+        ids = encoded(row["text"]).tolist()
+        others = torch.randint(0, 256, (len(ids), TOP_K - 1), generator=draw).tolist()
+        log_probs = torch.randn(len(ids), TOP_K, generator=draw).tolist()
+        first = len(ids) // 2
+        lengths = [first + 3, len(ids) - first - 3] if number % 3 == 0 else [len(ids)]
+        rows.append(
+            {
+                "input_ids": ids,
+                "labels": [-100] * first + ids[first:],
+                "document_lengths": lengths,
+                "teacher_ids": [[] if i < first else [ids[i], *others[i]] for i in range(len(ids))],
+                "teacher_log_probs": [None if i < first else x for i, x in enumerate(log_probs)],
+            }
+        )
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +80,7 @@ def write_material(folder: Path) -> Path:
     teacher |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
     for name, table, seed in (("start", TINY, 3), ("other", TINY, 5), ("teacher", teacher, 7)):
         real_model(table, seed=seed).save_pretrained(folder / name)
-    for name, rows in (("pairs", PAIRS), ("texts", TEXTS)):
+    for name, rows in (("pairs", PAIRS), ("texts", TEXTS), ("taught", taught())):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines)
     return folder
@@ -109,6 +129,12 @@ def distillation(material: Path) -> Settings:
     }
 
 
+def distillation_from_data(material: Path) -> Settings:
+    from_data = {"data.source": "tokens", "data.path": f"{material}/taught.jsonl"}
+    wanted = distillation(material) | from_data | {"data.teacher_top_k": TOP_K}
+    return {key: value for key, value in wanted.items() if key != "loss.teacher"}
+
+
 # --- a run of Trainer, and the same with plain transformers ---------------------------------------
 
 
@@ -119,6 +145,7 @@ class Trained(NamedTuple):
     """before they are clipped"""
     parameters: Named
     rewards: list[dict[str, float]]
+    has_second_model: bool = False
 
 
 def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
@@ -146,6 +173,7 @@ def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
         gradients,
         {name: p.detach().full_tensor() for name, p in named},
         [line["rewards"] for line in lines if "rewards" in line],
+        trainer.loss.frozen is not None,
     )
 
 
@@ -207,6 +235,20 @@ def plain_dpo(material: Path) -> Trained:
     return train_plainly(material, step)
 
 
+def divergence_of(model: PreTrainedModel, teacher: PreTrainedModel, ids: Tensor) -> Tensor:
+    """0.7 of the divergence from a teacher at temperature 2, and 0.3 of cross-entropy, summed."""
+    scores = model(ids[None, :-1], use_cache=False).logits[0]
+    with torch.no_grad():
+        wanted = teacher(ids[None, :-1], use_cache=False).logits[0]
+    kl = F.kl_div(
+        (scores / 2).log_softmax(-1),
+        (wanted / 2).log_softmax(-1),
+        log_target=True,
+        reduction="sum",
+    )
+    return 0.7 * 4 * kl + 0.3 * F.cross_entropy(scores, ids[1:], reduction="sum")
+
+
 def plain_distillation(material: Path) -> Trained:
     teacher = AutoModelForCausalLM.from_pretrained(material / "teacher", dtype=torch.float64)
 
@@ -214,16 +256,7 @@ def plain_distillation(material: Path) -> Trained:
         total, count = torch.zeros((), dtype=torch.float64), 0
         for row in TEXTS:
             ids = encoded(row["text"])
-            scores = model(ids[None, :-1], use_cache=False).logits[0]
-            with torch.no_grad():
-                wanted = teacher(ids[None, :-1], use_cache=False).logits[0]
-            kl = F.kl_div(
-                (scores / 2).log_softmax(-1),
-                (wanted / 2).log_softmax(-1),
-                log_target=True,
-                reduction="sum",
-            )
-            total = total + 0.7 * 4 * kl + 0.3 * F.cross_entropy(scores, ids[1:], reduction="sum")
+            total = total + divergence_of(model, teacher, ids)
             count += len(ids) - 1
         return total / count, {}
 
@@ -368,63 +401,6 @@ def test_another_reference_is_said() -> None:
     assert "the reference or teacher is not the one" in warning
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-
-def read(material: Path, rows: list[dict[str, Any]], tokenizer: Any, **more: Any) -> Any:
-    """The corpus of some rows, and the tally."""
-    from titan_ulysses.data.cache import read_corpus
-    from titan_ulysses.data.encoding import Encoder
-
-    file = material / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = MixtureEntry(source="preference", path=str(file), bad_lines="skip", **more)
-    return read_corpus(source, Encoder(tokenizer), cache_folder=str(material / "cache"))
-
-
-def test_conversations_are_rendered(tmp_path: Path) -> None:
-    """With a prompt, and without one, where both begin alike; what cannot be told apart is bad."""
-    write_tokenizer(tmp_path / "chat")
-    tokenizer = load_tokenizer(str(tmp_path / "chat"))
-    ask = [{"role": "user", "content": "that?"}]
-    yes, no = ([{"role": "assistant", "content": text}] for text in ("this", "taste it"))
-    rows = [
-        {"prompt": ask, "chosen": yes, "rejected": no},
-        {"prompt": "that?", "chosen": ask + yes, "rejected": ask + no},
-        {"chosen": yes, "rejected": no},
-        {"prompt": ask, "chosen": "this", "rejected": no},
-        {"prompt": ask, "chosen": yes},
-        {"prompt": "p", "chosen": "", "rejected": "r"},
-    ]
-    corpus, tally = read(tmp_path, rows, tokenizer)
-    assert len(corpus) == 2 and tally.bad == 4 and "do not begin alike" in tally.first_bad
-    for pair in range(2):
-        begin, split = corpus.begins[pair], corpus.splits[pair]
-        for span, wanted in (
-            (slice(begin, begin + split), "assistant: this<end>"),
-            (slice(begin + split, corpus.ends[pair]), "assistant: taste it<end>"),
-        ):
-            ids, trained = corpus.tokens[span], corpus.trained[span]
-            assert tokenizer.decode(ids) == f"user: that?<end>{wanted}"
-            assert tokenizer.decode(ids[trained]).strip() == wanted.removeprefix("assistant: ")
-
-
-def test_pairs_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "usable_cores", lambda: 1)
-    tokenizer = load_tokenizer("bytes")
-    small = read(tmp_path, PAIRS, tokenizer)[0]
-    monkeypatch.setattr(cache, "SMALL_CHARACTERS", -1)
-    for _ in range(2):
-        corpus, _ = read(tmp_path, PAIRS, tokenizer)
-        assert corpus.splits.tolist() == small.splits.tolist()
-        assert corpus.tokens.tolist() == small.tokens.tolist()
-    with pytest.raises(UserError, match="has no chat template"):
-        read(tmp_path, [{"chosen": CHAT, "rejected": CHAT[:1]}], tokenizer)
-
-
-CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
 # --- refusals, plan, mixtures ---------------------------------------------------------------------
 
 
@@ -451,6 +427,14 @@ def nested(wanted: Settings) -> dict[str, Any]:
         (dpo, {"training.z_loss": 0.1}, ["training.z_loss = 0.1", "cross-entropy"]),
         (dpo, {"memory.stream_offload": "host"}, ['memory.stream_offload = "host"', '"none"']),
         (distillation, {"loss.teacher": ""}, ["loss.teacher is not set"]),
+        (
+            distillation,
+            {"data.teacher_top_k": 2, "data.source": "tokens"},
+            ["loss.teacher = ", "0"],
+        ),
+        (distillation_from_data, {"data.teacher_top_k": 0}, ["or set data.teacher_top_k to read"]),
+        (distillation_from_data, {"data.teacher_top_k": 4}, [":1: teacher_ids[14] has 3 entries"]),
+        (distillation_from_data, {"data.source": "jsonl"}, ["it is read from tokens alone"]),
         (dpo, {"loss.reference": "./nowhere"}, ['loss.reference = "./nowhere"']),
         (dpo, {"loss.reference": "$MATERIAL/small"}, ["its vocab_size is 99", "model's is 260"]),
         (dpo, {"loss.reference": "$MATERIAL/short"}, ["it has 8 positions"]),
@@ -502,7 +486,10 @@ def test_the_second_model_is_planned(
     plain = {k: v for k, v in wanted.items() if not k.startswith("loss.")}
     plain |= {"data.source": "jsonl"}
     facts = []
-    for name, one in (("with", wanted), ("without", plain)):
+    plans = {"with": wanted, "without": plain}
+    if loss is dpo:  # no step has the second model
+        plans["before"] = wanted | {"loss.precompute_reference": True}
+    for name, one in plans.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.toml").write_text(as_toml(one))
         seen = see_plan(tmp_path / name, {"HOME": str(tmp_path)})
@@ -512,21 +499,33 @@ def test_the_second_model_is_planned(
     weights = real_model(TINY | {"num_hidden_layers": 1}).num_parameters() * 2  # in bf16
     assert more * 2**30 > 0.99 * weights, (more * 2**30, weights)
     assert facts[0]["step_seconds"] > 1.1 * facts[1]["step_seconds"]
+    if loss is dpo:
+        saved = facts[0]["gpu_peak_gib"] - facts[2]["gpu_peak_gib"]
+        assert saved * 2**30 > 0.99 * weights
+        assert facts[2]["step_seconds"] < facts[0]["step_seconds"] / 1.1
 
 
-def test_a_mixture_has_the_loss_of_each_source(material: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("loss", "meshes"), [(settings, (ONE, SP2, DP2)), (distillation, (SP2, DP2))]
+)
+def test_a_mixture_has_the_loss_of_each_source(
+    loss: Callable[[Path], Settings], meshes: tuple[Degrees], material: Path, tmp_path: Path
+) -> None:
     """They are those of the documents of each, and their mean is the loss."""
     other = [{"text": f"{i} tales and fables"} for i in range(6)]
     (material / "tales.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     paths = [f"{material}/{name}.jsonl" for name in ("texts", "tales")]
     entries = [{"source": "jsonl", "path": path} for path in paths]
-    wanted = settings(material) | {"data.mixture": entries, "training.steps": 1}
+    wanted = loss(material) | {"data.mixture": entries, "training.steps": 1}
     wanted |= {"training.global_batch_size": 12, "training.local_batch_size": 2}
-    for folder, degrees in {"one": ONE, "sp2": SP2, "dp2": DP2}.items():
-        (tmp_path / folder).mkdir()
-        on_ranks(tmp_path / folder, wanted, degrees)
-        (line, *_) = logged(tmp_path / folder / "run")
-        expected = run_on_ranks(1, plain_losses, material, [TEXTS, other])[0]
+    wanted |= {"data.source": "text", "data.path": ""}
+    divergence = loss is distillation
+    expected = run_on_ranks(1, plain_losses, material, [TEXTS, other], divergence)[0]
+    for number, degrees in enumerate(meshes):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        on_ranks(folder, wanted, degrees)
+        (line, *_) = logged(folder / "run")
         assert list(line["loss_by_source"]) == paths
         means = [total / count for total, count in expected]
         assert [*line["loss_by_source"].values()] == pytest.approx(means, rel=1e-12)
@@ -534,8 +533,13 @@ def test_a_mixture_has_the_loss_of_each_source(material: Path, tmp_path: Path) -
         assert line["loss"] == pytest.approx(total / count, rel=1e-12)
 
 
-def plain_losses(material: Path, sources: list[list[dict[str, str]]]) -> list[tuple[float, int]]:
-    model = AutoModelForCausalLM.from_pretrained(material / "start", dtype=torch.float64)
+def plain_losses(
+    material: Path, sources: list[list[dict[str, str]]], divergence: bool
+) -> list[tuple[float, int]]:
+    model, teacher = (
+        AutoModelForCausalLM.from_pretrained(material / name, dtype=torch.float64)
+        for name in ("start", "teacher")
+    )
     found = []
     for rows in sources:
         total, count = 0.0, 0
@@ -543,7 +547,8 @@ def plain_losses(material: Path, sources: list[list[dict[str, str]]]) -> list[tu
             ids = encoded(row["text"])
             with torch.no_grad():
                 scores = model(ids[None, :-1], use_cache=False).logits[0]
-            total += F.cross_entropy(scores, ids[1:], reduction="sum").item()
+                of_row = F.cross_entropy(scores, ids[1:], reduction="sum")
+                total += (divergence_of(model, teacher, ids) if divergence else of_row).item()
             count += len(ids) - 1
         found.append((total, count))
     return found

@@ -25,6 +25,7 @@ from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.losses import (
     TokenStatistics,
     clipped_policy_loss,
+    cross_entropies,
     distillation_loss,
     dpo_loss,
     token_statistics,
@@ -209,8 +210,20 @@ def test_a_mean_is_found() -> None:
     head, hidden, labels, count = a_head()
     with pytest.raises(UserError, match="loss_function mean_loss is not a sum over tokens"):
         head(hidden, labels, count, loss_function=mean_loss)
-    with pytest.raises(UserError, match=r"of shape \[12\]: return the sum"):
-        head(hidden, labels, count, loss_function=lambda logits, _: logits.sum(-1))
+    with pytest.raises(UserError, match=r"of shape \[64\] for 12 tokens: return the sum"):
+        head(hidden, labels, count, loss_function=lambda logits, _: logits.sum(0))
+
+
+def test_the_loss_of_each_token_is_summed_by_rows() -> None:
+    head, hidden, labels, count = a_head()
+    hidden, labels = hidden.view(3, 4, -1), labels.view(3, 4).clone()
+    labels[1, 2] = -100
+    whole = head(hidden, labels, count, loss_function=cross_entropy)
+    assert head.row_losses is None
+    by_token = head(hidden, labels, count, loss_function=cross_entropies)
+    torch.testing.assert_close(by_token, whole)
+    rows = [cross_entropy(head(hidden[i]), labels[i]) for i in range(3)]
+    torch.testing.assert_close(head.row_losses, torch.stack(rows).double())
 
 
 def test_losses_say_what_they_need() -> None:

@@ -175,7 +175,7 @@ def batch_of(degrees: tuple[int, int, int], lengths: str, seed: int) -> dict[str
     batch = local_batch(
         make_rows(LENGTHS[lengths], masked="uneven", vocab_size=61, seed=seed), mesh_of(*degrees)
     )
-    present = {name: value for name, value in vars(batch).items() if value is not None}
+    present = batch.inputs()
     return present | {"num_items_in_batch": torch.tensor(17)}
 
 

@@ -579,7 +579,7 @@ def refusals() -> dict[str, str]:
     whole = model(attention=own_core)  # unstreamed, because nobody insists
     assert whole.stream_chunk_tokens == -1
     batch = local_batch(rows, mesh_of(*SP2), 8)
-    note("batch", lambda: whole(**vars(batch)))
+    note("batch", lambda: whole(**batch.inputs()))
     note("offload", lambda: model(stream_chunk_tokens=-1, stream_offload="host"))
     note("kept", lambda: model(stream_chunk_tokens=-1, keep_attention="all"))
     insists = model(stream_chunk_tokens=8)

@@ -469,7 +469,7 @@ def norm_of_a_step(degrees: tuple[int, int, int]) -> tuple[float, float]:
     batch = local_batch(
         make_rows([(10, 14), (24,)], masked="none", vocab_size=20_000, seed=0), mesh
     )
-    model(**vars(batch), num_items_in_batch=torch.tensor(45)).loss.backward()
+    model(**batch.inputs(), num_items_in_batch=torch.tensor(45)).loss.backward()
     norm = clip_gradients(list(model.parameters()), 0)
     squares = [p.grad.full_tensor().double().square().sum() for p in model.parameters()]
     return norm.item(), torch.stack(squares).sum().sqrt().item()

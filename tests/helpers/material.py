@@ -76,6 +76,8 @@ def _write_records(folder: Path) -> None:
     ids = [*b"the text", 256]
     token_record = {"input_ids": ids, "labels": 5 * [-100] + ids[5:]}
     (folder / "tokens.jsonl").write_text(12 * (json.dumps(token_record) + "\n"))
+    said = {"teacher_ids": [[x, 7] for x in ids], "teacher_log_probs": [[-0.5, -1.5]] * len(ids)}
+    (folder / "taught.jsonl").write_text(12 * (json.dumps(token_record | said) + "\n"))
     (folder / "mixed").mkdir()
     (folder / "mixed" / "one.txt").write_text(
         "the only text of this folder, with more than 32 bytes"

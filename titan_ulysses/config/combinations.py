@@ -30,6 +30,7 @@ _OWN_NAMES = (
     "config.toml",
     "metrics.jsonl",
     "evaluation.json",
+    "reference.safetensors",
     "report.html",
     "plan.json",
     "plan_memory.png",
@@ -157,6 +158,7 @@ def _training_problems(config: Config) -> list[str]:
 _OF_LOSS = {
     "beta": "dpo",
     "reference": "dpo",
+    "precompute_reference": "dpo",
     "teacher": "distillation",
     "temperature": "distillation",
     "teacher_share": "distillation",
@@ -174,8 +176,7 @@ def _loss_problems(config: Config) -> list[str]:
                 f'loss.{key} = {to_toml(value)} with {name}: only "{reader}" reads it. Set '
                 f'loss.name = "{reader}", or loss.{key} to its default, {to_toml(default)}'
             )
-    if loss.name == "distillation" and not loss.teacher:
-        problems.append(f"{name}: loss.teacher is not set. Give the folder of a model")
+    problems += _teacher_problems(config)
     for setting, source in [
         ("data", data),
         *((f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)),
@@ -210,6 +211,40 @@ def _loss_problems(config: Config) -> list[str]:
     return problems
 
 
+def _teacher_problems(config: Config) -> list[str]:
+    """Return the problems of a teacher: there must be a model, or what one has said, as data."""
+    loss, data, problems = config.loss, config.data, []
+    sources: list[tuple[str, SourceSettings]] = [("data", data)]
+    if data.mixture:
+        sources = [(f"data.mixture[{i}]", entry) for i, entry in enumerate(data.mixture)]
+    for setting, source in sources:
+        key, wanted = f"{setting}.teacher_top_k", loss.name == "distillation"
+        if wanted and not loss.teacher and not source.teacher_top_k:
+            problems.append(
+                f'loss.name = "distillation": loss.teacher is not set. Give the folder of a model, '
+                f"or set {key} to read what a teacher has said from the data"
+            )
+        if source.teacher_top_k and (not wanted or loss.teacher):
+            other = "loss.teacher" if wanted else "loss.name"
+            value = loss.teacher if wanted else loss.name
+            problems.append(
+                f"{key} = {source.teacher_top_k} with {other} = {to_toml(value)}: nothing would "
+                'read it. Set it to 0, or set loss.name = "distillation" without loss.teacher'
+            )
+        if source.teacher_top_k and source.streaming:
+            problems.append(
+                f"{key} = {source.teacher_top_k} with {setting}.streaming = true: it is read from "
+                "data that is prepared first. Set streaming to false"
+            )
+    counts = {source.teacher_top_k for _, source in sources}
+    if len(counts) > 1:
+        problems.append(
+            f"data.mixture: teacher_top_k is {' and '.join(map(str, sorted(counts)))}: set it to "
+            "the same in each entry"
+        )
+    return problems
+
+
 _READ_BY = {
     "extensions": ("text", "jsonl", "chat", "preference", "tokens"),
     "encoding": ("text", "jsonl", "chat", "preference"),
@@ -218,6 +253,7 @@ _READ_BY = {
     "completion_field": ("jsonl", "hf"),
     "chosen_field": ("preference",),
     "rejected_field": ("preference",),
+    "teacher_top_k": ("tokens",),
     "messages_field": ("chat",),
     "tools_field": ("chat",),
     "subset": ("hf", "chat", "preference", "tokens"),

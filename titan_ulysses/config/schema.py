@@ -188,6 +188,12 @@ class SourceSettings(Section):
         description="What is trained on in chats, prompts and tokens. assistant: the assistant's "
         "turns, the completions, and the tokens that have labels. all: every token.",
     )
+    teacher_top_k: int = Field(
+        0,
+        ge=0,
+        description="tokens: how many of a teacher's log-probabilities each token has, in the "
+        'fields teacher_ids and teacher_log_probs, for loss.name = "distillation". 0: none.',
+    )
     subset: str = Field(
         "",
         description="hf, chat, tokens, preference: configuration of the data set. Empty: its "
@@ -327,8 +333,15 @@ class Loss(Section):
         description="dpo: folder or hub name of the frozen reference model. Empty: the weights "
         "that the run begins with, which with LoRA are the model without its adapters.",
     )
+    precompute_reference: bool = Field(
+        False,
+        description="dpo: compute the log-probabilities of the reference once, before the first "
+        "step, for all pairs. The steps then hold no reference model.",
+    )
     teacher: PathText = Field(
-        "", description="distillation: folder or hub name of the teacher, of the same vocabulary."
+        "",
+        description="distillation: folder or hub name of the teacher, of the same vocabulary. "
+        "Empty: its log-probabilities come with the data (data.teacher_top_k).",
     )
     temperature: float = Field(
         1.0, gt=0, le=1e3, description="distillation: temperature of both distributions."

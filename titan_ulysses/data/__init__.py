@@ -48,6 +48,7 @@ def open_sequences(
             "path": validation.path or data.path,
             "split": validation.split or data.split,
             "streaming": False,
+            "teacher_top_k": 0,  # held-out data is for the cross-entropy
         }
         setting = "validation.path" if validation.path else "validation.split: data.path"
         corpus, notes = _read(config, tokenizer, data.model_copy(update=changes), setting)

@@ -96,7 +96,7 @@ def shard(
             check_same_rows(group, mesh)
         for batch in batches:
             batch = batch.to(mesh.device)
-            fields = {name: value for name, value in vars(batch).items() if value is not None}
+            fields = batch.inputs()
             yield fields | {"num_items_in_batch": counts[0]}
         step += 1
 

@@ -26,9 +26,11 @@ import numpy as np
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus, CorpusStats
 from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows, size_of
+from titan_ulysses.data.files import section_of
 from titan_ulysses.data.megatron import find_megatron, read_megatron
 from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow, Row, Rows
+from titan_ulysses.data.teacher import TOP
 from titan_ulysses.data.tokenizer import num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.host import usable_cores
@@ -50,6 +52,11 @@ def read_corpus(
     """
     encoder.check(source.source)
     if source.source == "tokens" and (files := find_megatron(source.path, setting)):
+        if source.teacher_top_k:
+            raise UserError(
+                f"{section_of(setting)}.teacher_top_k = {source.teacher_top_k}: Megatron's files "
+                "hold tokens alone. Give rows with teacher_ids and teacher_log_probs, or a teacher."
+            )
         skip = source.bad_lines == "skip"
         corpus, tally = read_megatron(
             files, num_token_ids=num_token_ids(encoder.tokenizer), skip=skip, setting=setting
@@ -145,9 +152,9 @@ def _cached(
 
 def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype) -> None:
     folder.mkdir()
-    masked = paired = False
+    masked = paired = taught = False
     with ExitStack() as opened:
-        names = ("tokens", "lengths", "trained", "splits")
+        names = ("tokens", "lengths", "trained", "splits", "teacher")
         files = {
             name: _Checked(opened.enter_context(open(folder / f"{name}.bin", "wb")))
             for name in names
@@ -166,8 +173,11 @@ def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype
             if row.split is not None:
                 paired = True
                 files["splits"].write(np.array([row.split], dtype=np.int64))
+            if row.teacher is not None:
+                taught = True
+                files["teacher"].write(row.teacher)
             written += len(row.ids)
-        absent = {"trained": not masked, "splits": not paired}
+        absent = {"trained": not masked, "splits": not paired, "teacher": not taught}
         described = {name: file.finish() for name, file in files.items() if not absent.get(name)}
     about = {"dtype": np.dtype(dtype).name, "files": described, "tally": asdict(tally)}
     (folder / "corpus.json").write_text(json.dumps(about))
@@ -202,10 +212,19 @@ def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
     ends = np.cumsum(lengths)
     trained = found["trained"].view(bool) if "trained" in found else None
     splits = found["splits"].view(np.int64) if "splits" in found else None
+    teacher = None
+    if "teacher" in found:
+        teacher = found["teacher"].view(TOP).reshape(len(tokens), -1)
     # Of sizes and checksums, which have been compared with the files just now.
     content = blake2b(json.dumps(about["files"], sort_keys=True).encode(), digest_size=16)
     corpus = Corpus(
-        tokens, ends - lengths, ends, trained, content=content.hexdigest(), splits=splits
+        tokens,
+        ends - lengths,
+        ends,
+        trained,
+        content=content.hexdigest(),
+        splits=splits,
+        teacher=teacher,
     )
     return corpus, tally
 

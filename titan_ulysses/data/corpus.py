@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,11 @@ class Corpus:
     splits: np.ndarray | None = None
     """[documents] int64: where the second half of each pair of documents begins, counted from the
     pair's begin; None: they are no pairs. A pair counts as one document."""
+    reference: np.ndarray | None = None
+    """[documents, 2] float64: the reference's log-probabilities of the chosen and the rejected
+    completion of each pair; None: they were not computed before training."""
+    teacher: np.ndarray | None = None
+    """[tokens, k] TOP: a teacher's largest log-probabilities of each token; None: none."""
 
     @classmethod
     def from_documents(cls, documents: Iterable[np.ndarray | Encoded]) -> Corpus:
@@ -45,7 +50,7 @@ class Corpus:
         Documents without a token are left out. `tokens` gets the smallest dtype that holds every
         id.
         """
-        ids, masks, splits = [], [], []
+        ids, masks, splits, teachers = [], [], [], []
         for document in documents:
             row = document if isinstance(document, Encoded) else Encoded(document)
             for encoded in row.documents() if len(row.ids) else ():
@@ -54,6 +59,7 @@ class Corpus:
                 ids.append(_narrow(encoded.ids))
                 masks.append(encoded.trained)
                 splits.append(encoded.split)
+                teachers.append(encoded.teacher)
         tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint8)
         trained = None
         if any(mask is not None for mask in masks):
@@ -65,11 +71,22 @@ class Corpus:
         ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
         begins = np.append(0, ends)[:-1].astype(np.int64)
         pairs = None if None in splits or not splits else np.array(splits, dtype=np.int64)
+        given = [one for one in teachers if one is not None]
+        teacher = np.concatenate(given) if given else None
+        assert len(given) in (0, len(ids)), "a teacher's words for some documents only"
         hasher = xxhash.xxh3_128()
-        for array in (tokens, ends, trained, pairs):
+        for array in (tokens, ends, trained, pairs, teacher):
             if array is not None:
-                hasher.update(np.ascontiguousarray(array).data)
-        return cls(tokens, begins, ends, trained, content=hasher.hexdigest(), splits=pairs)
+                hasher.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return cls(
+            tokens,
+            begins,
+            ends,
+            trained,
+            content=hasher.hexdigest(),
+            splits=pairs,
+            teacher=teacher,
+        )
 
     def __len__(self) -> int:
         """The number of documents."""
@@ -91,14 +108,13 @@ class Corpus:
     def select(self, documents: np.ndarray) -> Corpus:
         """Return some of the documents, by index or mask. Tokens are not copied."""
         numbers = np.arange(len(self)) if self.numbers is None else self.numbers
-        return Corpus(
-            self.tokens,
-            self.begins[documents],
-            self.ends[documents],
-            self.trained,
-            numbers[documents],
-            self.content,
-            None if self.splits is None else self.splits[documents],
+        return replace(
+            self,
+            begins=self.begins[documents],
+            ends=self.ends[documents],
+            numbers=numbers[documents],
+            splits=None if self.splits is None else self.splits[documents],
+            reference=None if self.reference is None else self.reference[documents],
         )
 
     def numbers_at(self, places: Sequence[int]) -> list[int]:

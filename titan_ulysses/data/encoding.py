@@ -51,6 +51,8 @@ class Encoded(NamedTuple):
     """the lengths of the documents that the row became, in order; None: it is one."""
     split: int | None = None
     """where the second document of a pair begins; None: it is no pair."""
+    teacher: np.ndarray | None = None
+    """[tokens, k] TOP: a teacher's largest log-probabilities (see teacher.py); None: none."""
 
     def documents(self) -> Iterator[Encoded]:
         """Yield each document of the row. A pair is one."""
@@ -60,7 +62,11 @@ class Encoded(NamedTuple):
         begin = 0
         for length in self.lengths:
             span = slice(begin, begin + length)
-            yield Encoded(self.ids[span], None if self.trained is None else self.trained[span])
+            yield Encoded(
+                self.ids[span],
+                None if self.trained is None else self.trained[span],
+                teacher=None if self.teacher is None else self.teacher[span],
+            )
             begin += length
 
 
@@ -98,8 +104,16 @@ class Encoder:
         if isinstance(content, Tokens):
             if problem := token_problem(content.ids, self._num_token_ids):
                 raise RefusedRow(problem)
+            teacher = content.teacher
+            largest = 0 if teacher is None else teacher["id"].max(initial=0)
+            if largest >= self._num_token_ids:
+                raise RefusedRow(
+                    f"teacher_ids has {largest}, and the tokenizer has the ids 0 to "
+                    f"{self._num_token_ids - 1}"
+                )
             trained = None if self.train_on == "all" else content.trained
-            return Encoded(content.ids.astype(self.dtype), trained, content.lengths)
+            ids = content.ids.astype(self.dtype)
+            return Encoded(ids, trained, content.lengths, teacher=teacher)
         if isinstance(content, Preference):
             ids, trained, split = encode_preference(self.tokenizer, content)
             return Encoded(ids, trained, split=split)
@@ -203,7 +217,8 @@ def size_of(row: Row | BadRow) -> int:
     if isinstance(content, Preference):
         return len(str(content))
     if isinstance(content, Tokens):
-        return len(content.ids)
+        stored = 0 if content.teacher is None else content.teacher.size
+        return len(content.ids) + stored
     return sum(map(len, content)) if isinstance(content, Completion) else len(content)
 
 

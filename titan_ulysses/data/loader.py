@@ -7,7 +7,7 @@ therefore needs no communication, and a position in the stream means the same on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,17 @@ class Batch:
     """
     chunk_tokens: int | None = None
     """The tokens of a chunk of the whole sequence, of which each rank has a slice; None: all S."""
+    reference: torch.Tensor | None = None
+    """[2 * pairs] fp64, the reference's log-probabilities of the completions of all rows, if they
+    were computed before training (train/references.py).
+    """
+    loss_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[B, T, ...] each: what the loss reads of each label, by name."""
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the arguments of the model's forward: what is there, without that of the loss."""
+        of_loss = ("reference", "loss_inputs")
+        return {k: x for k, x in vars(self).items() if x is not None and k not in of_loss}
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device` without making the host wait."""
@@ -64,6 +75,8 @@ class Batch:
             labels=move(self.labels),
             position_ids=move(self.position_ids),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            reference=None if self.reference is None else move(self.reference),
+            loss_inputs={name: move(x) for name, x in self.loss_inputs.items()},
         )
 
 
@@ -229,12 +242,18 @@ class Loader:
                 chunk_tokens=self.chunk_tokens,
             )
 
+        references = [row.reference for row in rows if row.reference is not None]
         return Batch(
             input_ids=stacked([row.input_ids for row in rows]),
             labels=stacked([row.labels for row in rows]),
             position_ids=stacked([row.position_ids for row in rows]),
             documents=tuple(row.document_lengths for row in rows),
             chunk_tokens=self.chunk_tokens,
+            reference=torch.cat(references) if references else None,
+            loss_inputs={
+                name: stacked([row.loss_inputs[name] for row in rows])
+                for name in rows[0].loss_inputs
+            },
         )
 
     def fingerprint(self) -> str:

@@ -63,6 +63,9 @@ class MixedSequences(SampleStream):
         inner = self._parts[source].documents(int(self._counts(index)[source]))
         return [f"{one} of {[*self.sources][source]}" for one in inner]
 
+    def parts(self) -> dict[str, SampleStream]:
+        return self.sources
+
     def content(self) -> dict[str, str]:
         return {
             name: found for name, part in self.sources.items() for found in part.content().values()
@@ -132,6 +135,9 @@ class ChainedSequences(SampleStream):
     def __getitem__(self, index: int) -> PackedSample:
         source = bisect_right(self._ends, index)
         return self._parts[source][index - (self._ends[source - 1] if source else 0)]
+
+    def parts(self) -> dict[str, SampleStream]:
+        return self.sources
 
     def describe(self) -> str:
         lines = [f"{name}: {part.describe()}" for name, part in self.sources.items()]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from titan_ulysses.data.corpus import Corpus
+from titan_ulysses.data.teacher import of_labels
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
@@ -43,6 +44,10 @@ class PackedSample(NamedTuple):
     """[S] int64, from 0 in each piece"""
     document_lengths: tuple[int, ...]
     """the lengths of the pieces, with padding as the last piece; their sum is S"""
+    reference: torch.Tensor | None = None
+    """[2 * pairs] fp64: the reference's log-probabilities of the completions; None: not known"""
+    loss_inputs: dict[str, torch.Tensor] = {}  # noqa: RUF012  a default that nobody changes
+    """[S, ...] each: what the loss reads beside the labels, by name (see `teacher.of_labels`)"""
 
 
 def slice_document(
@@ -142,6 +147,10 @@ class SampleStream:
         """Return the name of the source of a mixture that sequence `index` comes from."""
         return ""
 
+    def parts(self) -> dict[str, SampleStream]:
+        """Return the streams that it is made of, by source; itself as "" where there is one."""
+        return {"": self}
+
     def documents(self, index: int) -> list[str]:
         """Return which documents sequence `index` holds, for a message.
 
@@ -238,9 +247,13 @@ class PackedSequences(SampleStream):
 
     def __getitem__(self, index: int) -> PackedSample:
         corpus = self.corpus
-        spans = self._pieces(index * self.seq_len)
+        spans = [*self._pieces(index * self.seq_len)]
         pieces = (slice_document(corpus.tokens, corpus.trained, **span) for span in spans)
-        return concat_pieces(pieces, self.seq_len)
+        sample = concat_pieces(pieces, self.seq_len)
+        if corpus.teacher is None:
+            return sample
+        bounds = ((span["begin"], span["end"], span["document_end"]) for span in spans)
+        return sample._replace(loss_inputs=of_labels(corpus.teacher, bounds, self.seq_len))
 
     def document_lengths(self, index: int) -> tuple[int, ...]:
         position, end = index * self.seq_len, (index + 1) * self.seq_len
@@ -347,6 +360,7 @@ class PaddedSequences(SampleStream):
         places, self._bounds = np.arange(len(documents)), np.arange(len(documents) + 1)
         if best_fit:
             places, self._bounds = best_fit_bins(ends - begins, seq_len, _LOOK_AHEAD)
+        self._documents = documents[places]
         splits = 0 if corpus.splits is None else corpus.splits[documents]
         self._pieces = np.stack([begins, begins + splits, ends, corpus.ends[documents]], 1)[places]
         # The order of two epochs is kept: a step may have sequences of both, in any order.
@@ -384,18 +398,36 @@ class PaddedSequences(SampleStream):
         return [*dict.fromkeys(map(str, self.corpus.numbers_at(begins)))]
 
     def __getitem__(self, index: int) -> PackedSample:
-        tokens, trained = self.corpus.tokens, self.corpus.trained
+        corpus, spans = self.corpus, self._spans(index)
         cuts = (
-            slice_document(tokens, trained, begin=begin, end=end, document_end=last)
-            for begin, end, last in self._spans(index)
+            slice_document(corpus.tokens, corpus.trained, begin=begin, end=end, document_end=last)
+            for begin, end, last in spans
         )
-        return concat_pieces(cuts, self.seq_len)
+        sample = concat_pieces(cuts, self.seq_len)
+        if corpus.reference is not None:
+            reference = torch.from_numpy(corpus.reference[self.pairs(index)]).flatten()
+            sample = sample._replace(reference=reference)
+        if corpus.teacher is not None:
+            sample = sample._replace(loss_inputs=of_labels(corpus.teacher, spans, self.seq_len))
+        return sample
 
-    def _spans(self, index: int) -> list[list[int]]:
+    def pairs(self, index: int) -> np.ndarray:
+        """Return the pairs of completions in a sequence, as indices of documents, in its order."""
+        return self._documents[self._places(index)]
+
+    def _spans(self, index: int) -> list[tuple[int, int, int]]:
         """Return the (begin, end, end of its document) of each piece in a sequence.
 
         A pair has two.
         """
+        spans = []
+        for begin, split, end, last in self._pieces[self._places(index)].tolist():
+            spans += [(begin, split, split)] if begin < split else []
+            spans.append((split, end, last))
+        return spans
+
+    def _places(self, index: int) -> slice:
+        """Return which of the pieces are in a sequence."""
         epoch, place = divmod(index, len(self))
         if epoch not in self._orders:
             count = len(self)
@@ -404,13 +436,7 @@ class PaddedSequences(SampleStream):
             )
             self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
         here = self._orders[epoch][place]
-        spans = []
-        for begin, split, end, last in self._pieces[
-            self._bounds[here] : self._bounds[here + 1]
-        ].tolist():
-            spans += [[begin, split, split]] if begin < split else []
-            spans.append([split, end, last])
-        return spans
+        return slice(self._bounds[here], self._bounds[here + 1])
 
 
 def best_fit_bins(lengths: np.ndarray, size: int, look_ahead: int) -> tuple[np.ndarray, np.ndarray]:

@@ -249,7 +249,9 @@ def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow
         return _read_preference(record, source, place)
     if source.source == "tokens":
         try:
-            return Row(place, tokens_of(record))
+            everything = source.train_on == "all"
+            found = tokens_of(record, teacher_top_k=source.teacher_top_k, train_on_all=everything)
+            return Row(place, found)
         except ValueError as error:
             return BadRow(place, str(error))
     names = field_names(source)

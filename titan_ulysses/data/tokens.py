@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from titan_ulysses.data.teacher import FIELDS, top_of
+
 TOKEN_EXTENSIONS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".idx"]
 TOKEN_FIELDS = (
     "input_ids",
@@ -27,9 +29,13 @@ class Tokens(NamedTuple):
     """[tokens] bool: which tokens are trained on; None: all of them."""
     lengths: tuple[int, ...] | None
     """lengths of the documents of the record, in order; None: it is one document."""
+    teacher: np.ndarray | None = None
+    """[tokens, k] TOP: a teacher's largest log-probabilities (see teacher.py); None: none."""
 
 
-def tokens_of(record: dict[str, Any]) -> Tokens:
+def tokens_of(
+    record: dict[str, Any], *, teacher_top_k: int = 0, train_on_all: bool = False
+) -> Tokens:
     """Return the tokens of a record.
 
     - `input_ids`: the tokens. Nothing is added to them.
@@ -38,6 +44,8 @@ def tokens_of(record: dict[str, Any]) -> Tokens:
     - `position_ids`, or `document_lengths` (TRL: `seq_lengths`): where each document of the record
       begins. Positions begin at 0 in each document, and go up by 1.
     - `attention_mask`: tokens at which it is 0 are padding, and left out.
+    - with teacher_top_k: what a teacher says of each token that is trained on (see teacher.py);
+      train_on_all: also where labels are -100.
 
     Raise `ValueError` with the reason if the fields contradict each other.
     """
@@ -60,9 +68,17 @@ def tokens_of(record: dict[str, Any]) -> Tokens:
                 f"input_ids[{wrong[0]}] = {ids[wrong[0]]}: give labels that are not shifted"
             )
     trained = None if labels is None else labels != NOT_TRAINED
-    if "attention_mask" in arrays:
-        return _without_padding(Tokens(ids, trained, lengths), arrays["attention_mask"] != 0)
-    return Tokens(ids, trained, lengths)
+    kept = arrays["attention_mask"] != 0 if "attention_mask" in arrays else None
+    teacher = None
+    if teacher_top_k:
+        needed = np.ones(len(ids), bool) if trained is None or train_on_all else trained.copy()
+        if kept is not None:
+            needed &= kept
+        begins = np.cumsum((0, *(lengths or (len(ids),))))[:-1]
+        needed[begins[begins < len(ids)]] = False  # the first token of a document is never a label
+        teacher = top_of(record, teacher_top_k, needed=needed)
+    tokens = Tokens(ids, trained, lengths, teacher)
+    return tokens if kept is None else _without_padding(tokens, kept)
 
 
 def _whole_numbers(name: str, values: Any) -> np.ndarray:
@@ -103,11 +119,12 @@ def _lengths(arrays: dict[str, np.ndarray], count: int) -> tuple[int, ...] | Non
 
 
 def _without_padding(tokens: Tokens, kept: np.ndarray) -> Tokens:
-    ids, trained, lengths = tokens
+    ids, trained, lengths, teacher = tokens
     if lengths is not None:
         parts = np.split(kept, np.cumsum(lengths)[:-1])
         lengths = tuple(int(part.sum()) for part in parts if part.any())
-    return Tokens(ids[kept], None if trained is None else trained[kept], lengths)
+    masked = (None if x is None else x[kept] for x in (trained, teacher))
+    return Tokens(ids[kept], next(masked), lengths, next(masked))
 
 
 def token_records(batch: Any) -> Iterator[dict[str, Any]]:
@@ -118,6 +135,8 @@ def token_records(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _value(scalar: Any, name: str) -> Any:
+    if name in FIELDS:
+        return scalar.as_py()
     if name not in TOKEN_FIELDS:
         return None  # only its name is of use, for messages
     values = getattr(scalar, "values", None)  # of a list

@@ -67,7 +67,7 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float
         # differ would wait for each other.
         check_same_rows([rows], mesh)
         batch = slice_rows(rows, mesh, model.stream_chunk_tokens).to(mesh.device)
-        fields = {name: value for name, value in vars(batch).items() if value is not None}
+        fields = batch.inputs()
         if not fused_lm_head:
             labels = _count(batch.labels, num_items_in_batch, mesh)
             return sharded(**fields, num_items_in_batch=labels)

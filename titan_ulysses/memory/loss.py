@@ -86,7 +86,9 @@ class LossHead(nn.Linear):
         self.checked: LossFunction | None = None
         """The last loss function that was found to be a sum over tokens."""
         self.row_losses: Tensor | None = None
-        """[B] fp64: the summed cross-entropies of each row of the last batch, on this rank."""
+        """[B] fp64: the summed losses of each row of the last batch, on this rank; None if a loss
+        function has returned sums.
+        """
 
     def forward(
         self,
@@ -108,7 +110,8 @@ class LossHead(nn.Linear):
         wider. Sums, and therefore the part, are in fp64, so that the number of tiles and ranks has
         no visible effect on the loss.
 
-        `row_losses` then has the sums of each row [B], in fp64 and without gradient.
+        `row_losses` then has the sums of each row [B], in fp64 and without gradient, also with a
+        loss function that returns the loss of each label.
 
         Without labels, return the logits [B, T, V]. With reduction = "none", return the
         cross-entropy of each label [B, T], with 0 for labels of -100. With reduction = "hidden",
@@ -138,8 +141,7 @@ class LossHead(nn.Linear):
             return self._tiled(statistics, hidden, labels)
         if loss_function is not None:
             self._check(loss_function, hidden, labels, loss_inputs or {})
-            total = self._tiled(loss_function, hidden, labels, loss_inputs)
-            return total / num_items.clamp(min=1)
+            return self._own(loss_function, hidden, labels, loss_inputs) / num_items.clamp(min=1)
         if reduction == "none":
             return self._each(hidden, labels)
         return self._sum(hidden, labels, store) / num_items.clamp(min=1)
@@ -164,6 +166,22 @@ class LossHead(nn.Linear):
             lead,
         )
         return total
+
+    def _own(
+        self,
+        function: LossFunction,
+        hidden: Tensor,
+        labels: Tensor,
+        inputs: dict[str, Tensor] | None,
+    ) -> Tensor:
+        """Return the sum of a loss function over this rank's labels, in fp64."""
+        found = self._tiled(function, hidden, labels, inputs)
+        self.row_losses = None
+        if found.ndim:  # the loss of each label
+            lead = labels.shape if labels.ndim == 2 else torch.Size((1, labels.numel()))
+            self.row_losses = found.detach().view(lead).sum(dim=1, dtype=torch.float64)
+            found = found.sum(dtype=torch.float64)
+        return found
 
     def _options(self, labels: Tensor) -> Options:
         tile_tokens = self.tile_tokens if self.tile_tokens != -1 else max(1, labels.numel())

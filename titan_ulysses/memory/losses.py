@@ -6,15 +6,16 @@ A sharded model computes them in its loss head, where the logits of one tile exi
 
 A loss function takes the logits [n, V] (scaled and capped as the model's family does, in fp32 or
 wider), the shifted labels [n], and the tensors of `loss_inputs`, of which it gets the same tokens.
-It returns the *sum* of the losses of the tokens whose label is not -100. Any function of that kind
-will do, also the user's own; `check_is_sum` finds one that is not a sum over tokens. The functions
-here are such functions, and what else these losses need.
+It returns the *sum* of the losses of the tokens whose label is not -100. It may also return the
+loss of each token [n], 0 without a label: then the head knows the sums of each row too. Any
+function of that kind will do, also the user's own; `check_is_sum` finds one that is not a sum over
+tokens. The functions here are such functions, and what else these losses need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,9 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 LossFunction = Callable[..., Tensor]
-"""(logits [n, V], labels [n], **tensors of these tokens) -> the sum of their losses, a scalar."""
+"""(logits [n, V], labels [n], **tensors of these tokens) -> the sum of their losses, a scalar; or
+the loss of each [n], 0 where there is no label.
+"""
 
 
 class TokenStatistics(NamedTuple):
@@ -100,7 +103,12 @@ def clipped_policy_loss(
     return each.where(valid, 0).sum()
 
 
-def distillation_loss(
+def distillation_loss(logits: Tensor, labels: Tensor, **given: Any) -> Tensor:
+    """Return the sum of the `distillation_losses` of the tokens, a scalar."""
+    return distillation_losses(logits, labels, **given).sum()
+
+
+def distillation_losses(
     logits: Tensor,
     labels: Tensor,
     *,
@@ -112,13 +120,14 @@ def distillation_loss(
     teacher_shape: tuple[float, float | None] = (1.0, None),
     cross_entropy: float = 0.0,
 ) -> Tensor:
-    """Return temperature^2 times the sum of KL(teacher || student) (Hinton, arXiv 1503.02531).
+    """Return temperature^2 KL(teacher || student) of each token [n], 0 where there is no label.
 
-    Both distributions are at the temperature. The teacher is given by its hidden states
-    [n, h'] and its whole head weight [V, h'], which is bound with functools.partial, with the scale
-    and the soft-cap of its logits as teacher_shape; or by its largest logits [n, k] and the ids
-    [n, k] of their tokens, whose probabilities are then taken to sum to 1. cross_entropy is the
-    share c of the labels' cross-entropy: the loss is (1 - c) times the above, plus c times that.
+    That is Hinton's distillation (arXiv 1503.02531), with both distributions at the temperature.
+    The teacher is given by its hidden states [n, h'] and its whole head weight [V, h'], which is
+    bound with functools.partial, with the scale and the soft-cap of its logits as teacher_shape; or
+    by its largest logits [n, k] and the ids [n, k] of their tokens, whose probabilities are then
+    taken to sum to 1. cross_entropy is the share c of the labels' cross-entropy: the loss is
+    (1 - c) times the above, plus c times that.
     """
     valid = labels != IGNORE_INDEX
     log_student = (logits / temperature).log_softmax(dim=-1)
@@ -136,11 +145,10 @@ def distillation_loss(
         )
     log_teacher = (teacher.to(log_student.dtype) / temperature).log_softmax(dim=-1)
     each = (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1)
-    loss = temperature**2 * each.where(valid, 0).sum()
+    each = temperature**2 * each.where(valid, 0)
     if cross_entropy:
-        labels_loss = cross_entropies(logits, labels).sum()
-        loss = (1 - cross_entropy) * loss + cross_entropy * labels_loss
-    return loss
+        each = (1 - cross_entropy) * each + cross_entropy * cross_entropies(logits, labels)
+    return each
 
 
 def dpo_loss(
@@ -181,17 +189,19 @@ def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **token
     A mean, for example, would depend on the size of tiles and on the number of ranks.
     """
     half = (len(labels) + 1) // 2
-    whole = function(logits, labels, **tokens)
+    count, whole = len(labels), function(logits, labels, **tokens)
     name = getattr(function, "__name__", None) or getattr(
         getattr(function, "func", None), "__name__", repr(function)
     )
-    if not isinstance(whole, Tensor) or whole.ndim:
+    if not isinstance(whole, Tensor) or whole.shape not in ((), (count,)):
         raise UserError(
             f"loss_function {name} returned {type(whole).__name__} of shape "
-            f"{list(getattr(whole, 'shape', []))}: return the sum of the tokens' losses, a scalar."
+            f"{list(getattr(whole, 'shape', []))} for {count} tokens: return the sum of the "
+            "tokens' losses, a scalar, or the loss of each."
         )
+    whole = whole.sum()
     parts = [
-        function(logits[part], labels[part], **{key: x[part] for key, x in tokens.items()})
+        function(logits[part], labels[part], **{key: x[part] for key, x in tokens.items()}).sum()
         for part in (slice(0, half), slice(half, None))
     ]
     difference = (whole - sum(parts)).abs()

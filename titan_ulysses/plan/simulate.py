@@ -51,6 +51,7 @@ from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
+from titan_ulysses.train.evaluation import pairs_of
 from titan_ulysses.train.loss import CrossEntropy, build_loss
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.states import replaced_functions
@@ -116,7 +117,9 @@ def simulate(
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
-        loss = build_loss(spec, model, mesh, wrap=wrap_here)
+        # The steps of a run whose reference was computed before training have no second model.
+        stored = 0 if config.loss.precompute_reference else None
+        loss = build_loss(spec, model, mesh, wrap=wrap_here, stored=stored)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
             _label_parameters(tracker, model)
@@ -456,6 +459,17 @@ def _checkpoint_copy(
     return copies
 
 
+def _teacher(config: Config, rows: int, tokens: int) -> dict[str, Tensor]:
+    """Return a teacher's log-probabilities of a rank's tokens, where they come with the data."""
+    entries = config.data.mixture
+    top_k = entries[0].teacher_top_k if entries else config.data.teacher_top_k
+    size = (rows, tokens, top_k)
+    if not top_k:
+        return {}
+    ids = torch.zeros(size, dtype=torch.int64)
+    return {"teacher_ids": ids, "teacher_logits": torch.zeros(size, dtype=torch.float32)}
+
+
 def _batch(
     config: Config, mesh: Mesh, documents: Documents | None, chunk_tokens: int | None
 ) -> Batch:
@@ -463,10 +477,16 @@ def _batch(
     tokens = seq_len // mesh.sp.size()
     if documents is None and config.loss.name == "dpo":  # a pair in each row
         documents = ((seq_len - seq_len // 2, seq_len // 2),) * rows
+    reference = None
+    if config.loss.precompute_reference:
+        completions = sum(2 * pairs_of(row) for row in documents or ())
+        reference = torch.zeros(completions, dtype=torch.float64)
     return Batch(
         input_ids=torch.zeros(rows, tokens, dtype=torch.int64),
         labels=torch.zeros(rows, tokens, dtype=torch.int64),
         position_ids=torch.zeros(rows, tokens, dtype=torch.int64),
         documents=documents or ((seq_len,),) * rows,
         chunk_tokens=chunk_tokens,
+        reference=reference,
+        loss_inputs=_teacher(config, rows, tokens),
     )

@@ -153,8 +153,8 @@ def _frozen_spec(spec: RunSpec, select: SelectCore) -> RunSpec | None:
         return None
     setting = "loss.reference" if loss.name == "dpo" else "loss.teacher"
     path = loss.reference if loss.name == "dpo" else loss.teacher
-    if loss.name == "dpo" and not path:
-        return None if config.lora.rank else spec
+    if not path:  # of a teacher: its log-probabilities come with the data
+        return spec if loss.name == "dpo" and not config.lora.rank else None
     own = hf.load_model_config(path, None, setting=setting)
     check_family(own)
     if config.model.rope_scaling and loss.name == "dpo":

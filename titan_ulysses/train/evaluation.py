@@ -190,7 +190,7 @@ def evaluate(
     try:
         for indices in batches:
             batch = loader.read(indices).to(mesh.device)
-            losses = model(**vars(batch), reduction="none").loss.double()
+            losses = model(**batch.inputs(), reduction="none").loss.double()
             is_label = (batch.labels != IGNORE_INDEX).double()
             places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
             sums[0].index_add_(0, places, losses.flatten())

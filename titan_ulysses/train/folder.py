@@ -52,13 +52,13 @@ class RunFolder:
         """Let other runs in."""
         self._lock.release()
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the folder on rank 0, completely or not at all. Makes the folder."""
         self._make()
         try:
             if dist.get_rank() == 0:
                 with whole_file(self.path / name) as partial:
-                    partial.write_text(text)
+                    partial.write_bytes(content.encode() if isinstance(content, str) else content)
         except OSError as error:
             raise self._unwritable(error.strerror or str(error)) from error
 

@@ -23,7 +23,7 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
-from titan_ulysses.memory.losses import distillation_loss, dpo_loss
+from titan_ulysses.memory.losses import distillation_losses, dpo_loss
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.lora import adapters_off
@@ -89,7 +89,7 @@ class CrossEntropy:
         return evaluate(self.model, loader, self.mesh, sequences=sequences)
 
     def _forward(self, batch: Batch, count: Tensor) -> Any:
-        return self.model(**vars(batch), num_items_in_batch=count)
+        return self.model(**batch.inputs(), num_items_in_batch=count)
 
     def allocate(self, *, parameter_offload: bool) -> None:
         """Allocate this rank's shards of the second model, if there is one, without values."""
@@ -123,11 +123,10 @@ class _WithFrozen(CrossEntropy):
         self.frozen = frozen
 
     def fill(self, config: Config) -> None:
-        if self.frozen is None:
-            return
-        if path := getattr(config.loss, self.setting):
+        path = getattr(config.loss, self.setting)
+        if self.frozen is not None and path:
             weights.load(self.frozen, path, setting=f"loss.{self.setting}")
-        else:
+        elif self.frozen is not None:
             initialize(self.frozen, config)
         self.prepare()
 
@@ -137,16 +136,23 @@ class DPO(_WithFrozen):
 
     The documents of a row are chosen, rejected, chosen, rejected, ...; padding may follow. The
     labels are those of the completions. Without a second model the reference is the model itself,
-    with its adapters off.
+    with its adapters off; or its log-probabilities come with the batches (see references.py), and
+    `stored` is the checksum of its weights.
     """
 
     setting = "reference"
 
     def __init__(
-        self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel | None, *, beta: float
+        self,
+        model: PreTrainedModel,
+        mesh: Mesh,
+        frozen: PreTrainedModel | None,
+        *,
+        beta: float,
+        stored: int | None = None,
     ):
         super().__init__(model, mesh, frozen)
-        self.beta = beta
+        self.beta, self._fingerprint = beta, stored
 
     def count(self, batches: list[Batch]) -> Tensor:
         """Return how many pairs the loss of a step is the mean over. Collective."""
@@ -175,19 +181,34 @@ class DPO(_WithFrozen):
         The losses [N] have gradients. The rewards [N, 4] are the REWARDS: beta times the logarithm
         of a completion's probability over that of the reference. Collective.
         """
-        with torch.no_grad(), self._reference() as reference:
-            other = self._completions(reference, batch)
+        other = self.reference_of(batch)
         policy = self._completions(self.model, batch)
         each = dpo_loss(policy[::2], policy[1::2], other[::2], other[1::2], beta=self.beta)
         rewards = self.beta * (policy.detach() - other).view(-1, 2)
         margins = rewards[:, 0] - rewards[:, 1]
         return each, torch.stack([*rewards.unbind(1), margins, (margins > 0).double()], dim=1)
 
+    def reference_of(self, batch: Batch) -> Tensor:
+        """Return the reference's log-probability of each completion of this rank's rows.
+
+        [2 * pairs] fp64, those of the batch if it has them. Collective.
+        """
+        if batch.reference is not None:
+            return batch.reference
+        with torch.no_grad(), self._reference() as reference:
+            return self._completions(reference, batch)
+
+    def give_up_reference(self) -> None:
+        """Drop the second model: from now on all batches have its log-probabilities. Collective."""
+        self.fingerprint()
+        self.frozen = None
+
     def describe(self, config: Config) -> str:
         where = config.loss.reference or "the weights that the run begins with"
-        if self.frozen is None:
+        if config.lora.rank and not config.loss.reference:
             where = "the model without its adapters"
-        return f"loss: DPO of pairs of completions, beta {self.beta:g}, reference: {where}"
+        before = ", computed before training" if config.loss.precompute_reference else ""
+        return f"loss: DPO of pairs of completions, beta {self.beta:g}, reference: {where}{before}"
 
     def evaluate(self, loader: Loader, sequences: int) -> PairEvaluation:  # type: ignore[override]
         """Return the mean loss and rewards of held-out pairs. Collective."""
@@ -211,7 +232,7 @@ class DPO(_WithFrozen):
 
         It is that of all its tokens, on each of the ranks that share them. Collective.
         """
-        each = model(**vars(batch), reduction="none").loss
+        each = model(**batch.inputs(), reduction="none").loss
         place, count = self._places(batch)
         sums = torch.zeros(count + 1, dtype=torch.float64, device=each.device)
         sums = sums.index_add(0, place, -each.flatten().double())
@@ -234,28 +255,43 @@ class DPO(_WithFrozen):
 
 
 class Distillation(_WithFrozen):
-    """The divergence from a teacher, beside cross-entropy (see `distillation_loss`).
+    """The divergence from a teacher, beside cross-entropy (see `distillation_losses`).
 
     The teacher's hidden states are computed for each micro-batch. Its logits exist for a tile at a
-    time, as the student's do. Each rank holds the whole weight of the teacher's head.
+    time, as the student's do. Each rank holds the whole weight of the teacher's head. Without a
+    second model, the teacher's largest log-probabilities come with the batches (data/teacher.py).
     """
 
     setting = "teacher"
 
-    def __init__(self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel, loss: Any):
+    def __init__(
+        self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel | None, loss: Any
+    ):
         super().__init__(model, mesh, frozen)
         self._settings = loss
         self._function: Callable[..., Tensor] | None = None
 
     def describe(self, config: Config) -> str:
         loss = self._settings
+        teacher = loss.teacher or "what a teacher has said in the data,"
         return (
-            f"loss: {loss.teacher_share:g} of the divergence from {loss.teacher} at temperature "
+            f"loss: {loss.teacher_share:g} of the divergence from {teacher} at temperature "
             f"{loss.temperature:g}, {1 - loss.teacher_share:g} of cross-entropy"
         )
 
     def prepare(self) -> None:
-        assert self.frozen is not None
+        shares = {
+            "temperature": self._settings.temperature,
+            "cross_entropy": 1 - self._settings.teacher_share,
+        }
+        self._function = partial(distillation_losses, **shares, **self._head())
+        # It is a sum over tokens. The check would read values, which the planner has not.
+        self.model.get_output_embeddings().checked = self._function
+
+    def _head(self) -> dict[str, Any]:
+        """Return the teacher's head, as the divergence takes it. Collective."""
+        if self.frozen is None:
+            return {}
         head = self.frozen.get_output_embeddings()
         if head.bias is not None:
             raise UserError(
@@ -264,43 +300,45 @@ class Distillation(_WithFrozen):
             )
         weight = head.weight.detach()
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        self._function = partial(
-            distillation_loss,
-            teacher_weight=whole.to(self.mesh.device),
-            teacher_shape=(head.scale, head.softcap),
-            temperature=self._settings.temperature,
-            cross_entropy=1 - self._settings.teacher_share,
-        )
-        # It is a sum over tokens. The check would read values, which the planner has not.
-        self.model.get_output_embeddings().checked = self._function
-
-    def __call__(self, batch: Batch, count: Tensor) -> Part:
-        output = self._forward(batch, count)
-        return Part(output.loss, None, output.get("aux_loss"))
+        shape = (head.scale, head.softcap)
+        return {"teacher_weight": whole.to(self.mesh.device), "teacher_shape": shape}
 
     def _forward(self, batch: Batch, count: Tensor) -> Any:
-        assert self.frozen is not None and self._function is not None
-        with torch.no_grad():
-            hidden = self.frozen(**vars(batch), reduction="hidden").last_hidden_state
+        assert self._function is not None
+        inputs = batch.loss_inputs
+        if self.frozen is not None:
+            with torch.no_grad():
+                hidden = self.frozen(**batch.inputs(), reduction="hidden").last_hidden_state
+            inputs = {"teacher_hidden": hidden}
         return self.model(
-            **vars(batch),
+            **batch.inputs(),
             num_items_in_batch=count,
             loss_function=self._function,
-            loss_inputs={"teacher_hidden": hidden},
+            loss_inputs=inputs,
         )
 
 
 def build_loss(
-    spec: RunSpec, model: PreTrainedModel, mesh: Mesh, *, wrap: Callable[..., Any] = parallelize
+    spec: RunSpec,
+    model: PreTrainedModel,
+    mesh: Mesh,
+    *,
+    wrap: Callable[..., Any] = parallelize,
+    stored: int | None = None,
 ) -> CrossEntropy:
-    """Return the loss of a run, with its second model built on meta, if it has one."""
+    """Return the loss of a run, with its second model built on meta, if it has one.
+
+    stored: the checksum of the reference whose log-probabilities come with the batches; no model is
+    built then.
+    """
     loss = spec.config.loss
     if loss.name == "cross_entropy":
         return CrossEntropy(model, mesh)
-    frozen = build_frozen(spec.frozen, mesh, wrap=wrap) if spec.frozen else None
+    frozen = None
+    if spec.frozen is not None and stored is None:
+        frozen = build_frozen(spec.frozen, mesh, wrap=wrap)
     if loss.name == "dpo":
-        return DPO(model, mesh, frozen, beta=loss.beta)
-    assert frozen is not None
+        return DPO(model, mesh, frozen, beta=loss.beta, stored=stored)
     return Distillation(model, mesh, frozen, loss)
 
 

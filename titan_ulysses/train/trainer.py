@@ -60,9 +60,11 @@ from titan_ulysses.train.evaluation import Found, held_out_batches, together
 from titan_ulysses.train.exhausted import named_out_of_memory
 from titan_ulysses.train.folder import RunFolder
 from titan_ulysses.train.imbalance import Imbalance
-from titan_ulysses.train.loss import build_loss, details
+from titan_ulysses.train.loss import DPO, build_loss, details
 from titan_ulysses.train.nonfinite import NonFinite
 from titan_ulysses.train.preflight import Preflight, timeout_of_step
+from titan_ulysses.train.references import FILE as REFERENCES
+from titan_ulysses.train.references import References
 from titan_ulysses.train.resume import data_settings, warnings_of
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART, StopSignals
 from titan_ulysses.train.step import StepMetrics, learning_rate, train_step
@@ -176,7 +178,12 @@ class Trainer:
         self.model, self.float8_layers = build_model(self.spec, self.mesh)
         self.loader = None if training is None else self._loader(training)
         self.validation_loaders = {name: self._loader(one) for name, one in held_out.items()}
-        self.loss = build_loss(self.spec, self.model, self.mesh)
+        self.references, stored = None, None
+        if config.loss.precompute_reference:
+            self.references = References(config, training, held_out)
+            if training is not None and self.saved_steps:
+                stored = self.references.load(self.folder)
+        self.loss = build_loss(self.spec, self.model, self.mesh, stored=stored)
         offload = config.memory.parameter_offload
         hf.allocate(self.model, self.mesh.device, parameter_offload=offload)
         self.loss.allocate(parameter_offload=offload)
@@ -211,6 +218,12 @@ class Trainer:
             self._open_folder()
         self.peak_memory = PeakMemory(self.mesh.device)
         print_run_summary(self)
+        if self.references and not self.references.are_there:
+            assert isinstance(self.loss, DPO)
+            self.references.compute(self.loss, self._loader, self.mesh, self.console)
+            if self.config.checkpoint.enable and not eval_only:
+                content = self.references.as_bytes(self.loss.fingerprint())
+                self._run_folder.write(REFERENCES, content)
 
     def _loader(self, sequences: SampleStream) -> Loader:
         mesh = self.mesh

@@ -1,0 +1,78 @@
+"""What a teacher has said of each token, stored with the tokens: its largest log-probabilities.
+
+A record with `input_ids` then also has `teacher_ids` and `teacher_log_probs`: for each token a list
+of k token ids, and a list of their log-probabilities in the teacher's distribution of that token,
+given those before it. As `labels`, they are not shifted. Tokens that are not trained on, and the
+first one of a document, may have empty lists, or null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+FIELDS = ("teacher_ids", "teacher_log_probs")
+TOP = np.dtype([("id", np.uint32), ("log_prob", np.float32)])
+"""One of the k largest log-probabilities of a token, in fp32."""
+
+
+def top_of(record: dict[str, Any], top_k: int, *, needed: np.ndarray) -> np.ndarray:
+    """Return the teacher's largest log-probabilities [tokens, k] of a record, as TOP.
+
+    needed [tokens] bool: which tokens must have them; those of others are 0. Raise `ValueError`
+    with the reason if they are not there, or not k for each token.
+    """
+    found = np.zeros((len(needed), top_k), dtype=TOP)
+    places = np.flatnonzero(needed)
+    for name, key, kinds in zip(FIELDS, ("id", "log_prob"), ("iu", "iuf"), strict=True):
+        rows = record.get(name)
+        if rows is None:
+            raise ValueError(f'no field "{name}", which data.teacher_top_k = {top_k} needs')
+        if not isinstance(rows, list) or len(rows) != len(needed):
+            count = len(rows) if isinstance(rows, list) else "no list of"
+            raise ValueError(f"{count} {name} for {len(needed)} input_ids")
+        for place in places.tolist():
+            row = rows[place]
+            if not isinstance(row, list) or len(row) != top_k:
+                count = len(row) if isinstance(row, list) else "no"
+                raise ValueError(
+                    f"{name}[{place}] has {count} entries, and data.teacher_top_k = {top_k}"
+                )
+        try:
+            values = np.array([rows[place] for place in places.tolist()])
+        except ValueError:  # lists in lists
+            values = np.array(None)
+        if len(places) and (values.dtype.kind not in kinds or not np.isfinite(values).all()):
+            raise ValueError(f"{name} has an entry that is no {_KINDS[key]}")
+        if key == "id" and len(places) and (values.min() < 0 or values.max() > _LARGEST):
+            raise ValueError(f"{name} has an entry that is no token id: {values.min()}")
+        if len(places):
+            found[key][places] = values
+    return found
+
+
+_KINDS = {"id": "whole number", "log_prob": "finite number"}
+_LARGEST = np.iinfo(np.uint32).max
+
+
+def of_labels(
+    teacher: np.ndarray, spans: Iterable[tuple[int, int, int]], size: int
+) -> dict[str, torch.Tensor]:
+    """Return what the teacher says of each label of a sequence of `size` tokens, as loss inputs.
+
+    `teacher_ids` [size, k] int64 and `teacher_logits` [size, k] fp32, 0 where there is no label.
+    spans: the (begin, end, end of its document) of each piece, indices into teacher.
+    """
+    found, at = np.zeros((size, teacher.shape[1]), dtype=TOP), 0
+    for begin, end, document_end in spans:
+        # As labels are shifted: see `slice_document`.
+        following = teacher[begin + 1 : min(end + 1, document_end)]
+        found[at : at + len(following)] = following
+        at += end - begin
+    return {
+        "teacher_ids": torch.from_numpy(found["id"].astype(np.int64)),
+        "teacher_logits": torch.from_numpy(np.ascontiguousarray(found["log_prob"])),
+    }
