@@ -210,7 +210,8 @@ TILED = {"mlp_tile_tokens": 5, "offload": "host"}
         ((1, 1, 2), TILED),
         ((1, 1, 2), STREAMED),
         ((1, 2, 2), TILED),
-        ((2, 1, 2), STREAMED),
+        ((2, 1, 2), STREAMED | {"parameter_offload": True}),
+        pytest.param((1, 1, 2), TILED | {"compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -227,6 +228,42 @@ def test_parity_with_a_plain_process(
     assert len(found.losses) == 3 and all(map(is_adapter, found.gradients[0]))
     assert len(found.gradients[0]) == 2 * 2 * 6
     assert min(gradient.abs().max() for gradient in found.gradients[0].values()) > 0
+
+
+# Three experts, which two ranks do not share evenly; adapters of attention alone.
+MIXTURE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 3, "num_experts_per_tok": 2}
+MIXTURE |= {"hidden_size": 64, "moe_intermediate_size": 64, "num_attention_heads": 8}
+ATTENTION = LoRA(rank=3, alpha=6, target_modules=["self_attn.*"])
+EXPERTS = {"gate_up_proj", "down_proj"}
+
+
+def train_mixture() -> Record:
+    def prepare(model: nn.Module) -> None:
+        add_adapters(model, ATTENTION)
+        assert quantize_base(find_blocks(model)[1]) == 2 * (4 + 2)
+
+    return train_sharded((1, 2, 1), MIXTURE, STEPS, torch.float64, prepare=prepare, fill=fill)
+
+
+def test_parity_of_a_mixture_of_experts() -> None:
+    """Whose norms are in fp32, in transformers' own code."""
+
+    @torch.no_grad()
+    def fill_mixture(model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            if "base_layer.weight" in name or name.rpartition(".")[2] in EXPERTS:
+                p.copy_(numbers_of(quantize(p), p.shape[-1], p.dtype))
+        fill(model)
+
+    expected = train_plain(
+        MIXTURE,
+        STEPS,
+        torch.float64,
+        prepare=lambda model: add_adapters(model, ATTENTION),
+        fill=fill_mixture,
+    )
+    worst = largest_difference(run_on_ranks(2, train_mixture)[0], expected)
+    assert max(worst.values()) < 1e-6, {k: v for k, v in worst.items() if v >= 1e-6}
 
 
 # --- runs -----------------------------------------------------------------------------------------
