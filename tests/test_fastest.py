@@ -61,8 +61,12 @@ def setup_of(**settings):
             {"model__config": HYBRID, "parallelism__sequence_parallel_degree": 4},
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            {"lora__rank": 4, "lora__quantize_base": "nf4", "memory__stream_chunk_tokens": -1},
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["dp", "sp", "hsdp, on the host", "hybrid"],
+    ids=["dp", "sp", "hsdp, on the host", "hybrid", "QLoRA"],
 )
 def test_few_layers_tell_what_all_layers_need(settings):
     from titan_ulysses.plan.few_layers import estimate_plan

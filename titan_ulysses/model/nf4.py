@@ -169,10 +169,11 @@ class NF4Weight(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        operation = _OPERATIONS.get(func)
+        operation = _OPERATIONS.get(func) if isinstance(args[0], NF4Weight) else None
         result = operation(func, *args, **kwargs or {}) if operation else None
         if result is None:
-            raise NotImplementedError(f"{func} of a weight in NF4, {args[0]!r}")
+            weight = next((x for x in args if isinstance(x, NF4Weight)), "")
+            raise NotImplementedError(f"{func} of a weight in NF4, {weight!r}")
         return result
 
     def fsdp_pre_all_gather(self, mesh) -> tuple[tuple[Tensor, ...], Any]:
@@ -206,8 +207,8 @@ def _on_bytes(func, weight: NF4Weight, *args, **kwargs) -> NF4Weight:
     return weight._like(func(weight._padded, *args, **kwargs))
 
 
-def _is_pinned(func, weight: NF4Weight, *args) -> bool:
-    return func(weight._padded, *args)
+def _is_pinned(func, weight: NF4Weight, *args, **kwargs) -> bool:
+    return func(weight._padded, *args, **kwargs)
 
 
 def _to(func, weight: NF4Weight, *, dtype=None, device=None, **kwargs) -> NF4Weight | None:
@@ -223,10 +224,12 @@ def _empty_like(func, weight: NF4Weight, *, dtype=None, **kwargs) -> NF4Weight |
     return _on_bytes(func, weight, **kwargs)
 
 
-def _new(func, weight: NF4Weight, size: list[int], **kwargs) -> Tensor | None:
+def _new(func, weight: NF4Weight, size: list[int], *, dtype=None, **kwargs) -> Tensor | None:
+    if dtype not in (None, weight.dtype):
+        return None
     if tuple(size[1:]) == weight.shape[1:]:
         return weight._like(func(weight._padded, [size[0], *weight._padded.shape[1:]]), size[0])
-    # FSDP's sign for a rank without a row.
+    # What FSDP takes for the shard of a rank without a row.
     return weight._padded.new_empty(0) if list(size) == [0] else None
 
 
