@@ -71,6 +71,7 @@ NOT_HERE = {
 SHORTER = {
     "bash scripts/examples/needle.sh": "",
     "bash scripts/examples/hybrid.sh": "",
+    "eval_long.py outputs/needle-512": "",
     "scripts/bench/data.py": "--steps 2 --repeats 1",
     "scripts/bench/exchange.py": "--ranks 2 --seq-lens 512 --repeats 1 --tokens 256",
     "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",
@@ -102,6 +103,11 @@ SHORTER = {
     "--training.seq_len 65536",
 }
 """Part of a command that is run with --slow only -> options that make it shorter there."""
+MAKERS = {
+    "quickstart": "bash scripts/train.sh",
+    "needle-512": "bash scripts/examples/needle.sh",
+}
+"""A folder of outputs/ -> the command that makes it, where that does not name it."""
 TRAINING = shlex.split(
     "--training.steps 2 --training.seq_len 128 --training.param_dtype float32 "
     "--lr_scheduler.warmup_steps 1 --checkpoint.interval 1 --validation.interval 2 "
@@ -328,7 +334,7 @@ class Sandbox:
     def make_what_is_read(self, command: Command, run: Any) -> None:
         """Run the command that makes outputs/X where `command` reads of it."""
         for job in re.findall(r"outputs/([\w-]+)", command.text):
-            makes = f"--job.name {job}" if job != "quickstart" else "bash scripts/train.sh"
+            makes = MAKERS.get(job, f"--job.name {job}")
             for other in commands():
                 if f"{other.text} ".endswith(f"{makes} ") or f"{makes} --" in other.text:
                     if other is not command and "--evaluate" not in other.text:
