@@ -5,8 +5,9 @@
 #   bash scripts/check_wheel.sh                 all of it
 #   bash scripts/check_wheel.sh --first-hour    what a new user does first: init, plan, two steps, an export, an own loop
 #   PACKAGES=.venv/lib/python3.11/site-packages bash scripts/check_wheel.sh   what the wheel needs is taken from there
+#   (several folders have a ':' between them)
 set -euo pipefail
-PACKAGES=${PACKAGES:+$(realpath "$PACKAGES")}
+PACKAGES=${PACKAGES:+$(tr ':' '\n' <<< "$PACKAGES" | xargs -d '\n' realpath)}
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

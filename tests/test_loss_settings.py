@@ -4,6 +4,7 @@ data, what they log, what they resume to, what is planned, and what is refused.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -173,8 +174,15 @@ def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
         gradients,
         {name: p.detach().full_tensor() for name, p in named},
         [line["rewards"] for line in lines if "rewards" in line],
-        trainer.loss.frozen is not None,
+        len(sharded_models(trainer)) > 1,
     )
+
+
+def sharded_models(trainer: Any) -> list[PreTrainedModel]:
+    """The models on a trainer's mesh that are alive."""
+    gc.collect()
+    models = [x for x in gc.get_objects() if type(x) is type(trainer.model)]
+    return [x for x in models if getattr(x, "ulysses_mesh", None) is trainer.mesh]
 
 
 def encoded(*texts: str, ends: bool = True) -> Tensor:
@@ -304,6 +312,7 @@ def test_dpo_is_that_of_plain_transformers(
     expected = run_on_ranks(1, plain_dpo, material)[0]
     for found in on_ranks(tmp_path, dpo(material) | more, degrees):
         compare(found, expected)
+        assert found.has_second_model
 
 
 @pytest.mark.parametrize("degrees", MESHES)

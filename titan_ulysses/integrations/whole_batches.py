@@ -77,7 +77,8 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float
         whole = whole_statistics(local, mesh, batch.chunk_tokens, scale=scale)
         tokens = rows.labels.shape[1] - 1
         mask = (rows.labels[:, :tokens] != IGNORE_INDEX).to(mesh.device)
-        kept = {name: x[:, :tokens] for name, x in whole._asdict().items()}
+        # Not views, of which FSDP warns.
+        kept = {name: x[:, :tokens].clone() for name, x in whole._asdict().items()}
         return WholeOutput(**kept, label_mask=mask)
 
     model.forward = MethodType(forward, model)

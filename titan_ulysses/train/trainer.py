@@ -224,6 +224,7 @@ class Trainer:
             if self.config.checkpoint.enable and not eval_only:
                 content = self.references.as_bytes(self.loss.fingerprint())
                 self._run_folder.write(REFERENCES, content)
+            self.peak_memory = PeakMemory(self.mesh.device)  # of the steps, without the reference
 
     def _loader(self, sequences: SampleStream) -> Loader:
         mesh = self.mesh
