@@ -209,7 +209,7 @@ TILED = {"mlp_tile_tokens": 5, "offload": "host"}
     ("degrees", "options"),
     [
         ((1, 1, 1), {"stream_chunk_tokens": -1, "checkpoint_every": 0}),
-        ((1, 1, 2), TILED),
+        pytest.param((1, 1, 2), TILED, marks=pytest.mark.slow),
         ((1, 1, 2), STREAMED),
         ((1, 2, 2), TILED),
         ((2, 1, 2), STREAMED | {"parameter_offload": True}),
@@ -400,6 +400,7 @@ def test_which_weights_of_a_mixture() -> None:
     assert found == attention | shared | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
 
 
+@pytest.mark.slow  # test_plan.py compares a plan with real ranks
 def test_the_plan_has_their_bytes() -> None:
     """4 bits and their scales in place of 16 bits."""
     settings = {"training__seq_len": 256, "lora__rank": 2}
