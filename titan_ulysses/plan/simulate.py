@@ -117,8 +117,7 @@ def simulate(
 
     with _fake_ranks(spec.degrees) as mesh:
         model, _ = build_model(spec, mesh, wrap=wrap_here)
-        # The steps of a run whose reference was computed before training have no second model.
-        stored = 0 if config.loss.precompute_reference else None
+        stored = 0 if config.loss.precompute_reference else None  # no step has the second model
         loss = build_loss(spec, model, mesh, wrap=wrap_here, stored=stored)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker:
             hf.allocate(model, mesh.device)
