@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -265,8 +266,9 @@ def run(
         return json.loads(printed.splitlines()[-1])
     memory_words = ("can't allocate memory", "MemoryError", "bad_alloc")
     out_of_memory = child.returncode < 0 or any(word in errors for word in memory_words)
-    return (
-        "out of memory"
-        if out_of_memory
-        else (errors.strip().splitlines() or [f"exit {child.returncode}"])[-1]
-    )
+    if out_of_memory:
+        return "out of memory"
+    # torchrun's own report ends in a line of signs.
+    lines = errors.strip().splitlines() or [f"exit {child.returncode}"]
+    named = [line for line in lines if re.search(r"(Error|Exception): \S", line)]
+    return lines[-1] if re.search("[a-z]", lines[-1]) or not named else named[-1]

@@ -46,7 +46,8 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
     model.gradient_checkpointing_enable()
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **args.optimizer)
-    sequences = Sequences(args.lengths)
+    # The ranks' sequences of one turn must have one length: gloo gathers no others.
+    sequences = Sequences(args.lengths + args.lengths[-1:] * (args.ranks - 1))
     # DeepSpeed's adapter takes a sequence from each rank in turn. On a GPU accelerate would deal
     # them to the ranks; on a CPU with DeepSpeed, accelerate 1.15 takes every rank for the only one.
     sampler = DistributedSampler(sequences, shuffle=False)
