@@ -158,10 +158,10 @@ def code_lines(source: str) -> int:
     told: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, kinds):
-            within.update(range(node.lineno, node.end_lineno + 1))
+            within.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
             first = node.body[0]
             if ast.get_docstring(node, clean=False) is not None:
-                told.update(range(first.lineno, first.end_lineno + 1))
+                told.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -105,13 +105,12 @@ def simulate(
         """Do what `parallelize` does, without communication with other ranks or compilation."""
         if not blocks:  # of the model that is trained, which comes first
             blocks.extend(find_blocks(model)[1])
-        device_type = "cuda" if on_gpu else "cpu"
         wrap(
             model,
             mesh,
             replace(options, compile=False),
             store=store,
-            device_type=device_type,
+            device_type="cuda" if on_gpu else "cpu",
             open_sequences=partial(_planned_sequences, tracker, costs, cuda=on_gpu),
         )
 
