@@ -76,16 +76,18 @@ def main(args: argparse.Namespace) -> None:
 def agreement(match: Match) -> list[dict[str, Any]]:
     """Compare the losses of STEPS steps with those of one plain process."""
     seq_len = match.args.agreement_seq_len
-    rows, expected = [], None
+    rows: list[dict[str, Any]] = []
+    expected: list[float] | None = None
     for name in (*WRITTEN, "train.py"):
         if name == "train.py":
             losses = train_py_losses(match.args.ranks, seq_len, minutes=match.args.minutes)
         else:
             found = match.child(name, "agreement", "float32", [seq_len] * STEPS)
             losses = found if isinstance(found, str) else found[0]["loss"]
-        if expected is None and isinstance(losses, str):
-            raise SystemExit(f"error: {CONTENDERS[name]}: {losses}")
-        expected = expected or losses
+        if expected is None:
+            if isinstance(losses, str):
+                raise SystemExit(f"error: {CONTENDERS[name]}: {losses}")
+            expected = losses
         rows.append(compared(name, losses, expected))
     return rows
 
