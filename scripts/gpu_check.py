@@ -562,7 +562,8 @@ def page_locking(scale: Scale) -> Figures:
 def resumed_bits(scale: Scale) -> Figures:
     """Two steps, against one step, a kill, and a second one: the same bits?"""
     found: Figures = {}
-    for deterministic in (True, False):
+    # On the CPU of a rehearsal, both are the same.
+    for deterministic in (True,) if scale.rehearses else (True, False):
         lines = {}
         for name in ("whole", "killed"):
             with tempfile.TemporaryDirectory() as folder:

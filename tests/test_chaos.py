@@ -20,13 +20,13 @@ def play(*arguments: str, out: Path) -> tuple[int, str, list[dict]]:
 
 
 def test_a_slice_of_each_campaign(tmp_path: Path) -> None:
-    cases = ["damage=2", "config=10", "data=6", "kill=1"]
+    cases = ["damage=1", "config=6", "data=4", "kill=1"]
     code, text, lines = play(*cases, "--seed=3", out=tmp_path)
     assert code == 0, text
-    assert len(lines) == 19 and text.count("\n| ") == 6
+    assert len(lines) == 12 and text.count("\n| ") == 6
     # What is done is not done again.
-    code, again, lines = play("data=6", "--seed=3", out=tmp_path)
-    assert code == 0 and len(lines) == 19 and "6 of 6" in again
+    code, again, lines = play("data=4", "--seed=3", out=tmp_path)
+    assert code == 0 and len(lines) == 12 and "4 of 4" in again
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ class Loop:
         self.shown: list[float] = []
 
     def batch(self, index: int, *, labels: bool = True) -> dict[str, Any]:
-        batch = vars(local_batch(ROWS[index], self.run.mesh))
+        batch = local_batch(ROWS[index], self.run.mesh).inputs()
         if not labels:
             return {name: value for name, value in batch.items() if name != "labels"}
         return batch | {"num_items_in_batch": torch.tensor(24)}

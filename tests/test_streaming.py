@@ -314,7 +314,7 @@ def slope_of_dropout(every: int) -> tuple[float, float, float]:
     table = STARCODER2 | {"residual_dropout": 0.2}
     wrap = {"stream_chunk_tokens": 8, "checkpoint_every": every, "mlp_tile_tokens": 3}
     run = Run(SP2, table, make_rows([(24,)], masked="none", vocab_size=61, seed=1), wrap=wrap)
-    batch = vars(local_batch(run.rows, run.mesh, 8))
+    batch = local_batch(run.rows, run.mesh, 8).inputs()
     parameters = list(run.model.parameters())
 
     def loss() -> Tensor:
@@ -583,7 +583,7 @@ def refusals() -> dict[str, str]:
     note("offload", lambda: model(stream_chunk_tokens=-1, stream_offload="host"))
     note("kept", lambda: model(stream_chunk_tokens=-1, keep_attention="all"))
     insists = model(stream_chunk_tokens=8)
-    note("whole batch", lambda: insists(**vars(local_batch(rows, mesh_of(*SP2)))))
+    note("whole batch", lambda: insists(**local_batch(rows, mesh_of(*SP2)).inputs()))
     return found
 
 

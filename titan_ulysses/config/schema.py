@@ -191,6 +191,7 @@ class SourceSettings(Section):
     teacher_top_k: int = Field(
         0,
         ge=0,
+        le=10**6,
         description="tokens: how many of a teacher's log-probabilities each token has, in the "
         'fields teacher_ids and teacher_log_probs, for loss.name = "distillation". 0: none.',
     )
