@@ -180,7 +180,7 @@ class _Pool:
         }
 
     def close(self) -> None:
-        for process in self.processes:
+        for process in reversed(self.processes):  # rank 0 last: it may have the others' store
             process.kill()
         for process in self.processes:
             process.join()
