@@ -70,6 +70,7 @@ def toml(tmp_path: Path) -> Path:
         ("job.name", "books/checkpoints"),
         ("profiling.save_traces_folder", "export/x"),
         ("profiling.save_memory_snapshot_folder", "checkpoints"),
+        *((key, "x" * 256) for key in ("job.name", "job.dump_folder", "checkpoint.folder")),
         ("job.dump_folder", "a\0b"),
         ("data.path", "a\0b"),
         ("model.freeze", ["a\0b"]),

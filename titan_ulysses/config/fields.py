@@ -31,6 +31,13 @@ def expand_path(path: str) -> str:
     )
 
 
+def _possible_names(path: str) -> str:
+    """Return a path. Raise `ValueError` if no file system takes a name in it."""
+    if any(len(name.encode(errors="replace")) > 255 for name in path.split("/")):
+        raise ValueError("a file or folder must have a name of at most 255 bytes")
+    return path
+
+
 @dataclass(frozen=True, eq=False)
 class Words:
     """Words that may be written for special numbers of a setting, for example "auto" for -1."""
@@ -93,7 +100,8 @@ CORES = ("auto", "varlen", "flash", "sdpa", "flex", "blockwise")
 block mask grows with the square of the length.
 """
 Core = Annotated[str, AfterValidator(_core_name)]
-PathText = Annotated[str, AfterValidator(expand_path)]
+PathText = Annotated[str, AfterValidator(expand_path), AfterValidator(_possible_names)]
+FolderName = Annotated[str, AfterValidator(_possible_names)]
 Tile = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "all": -1})]
 Chunk = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "off": -1})]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]

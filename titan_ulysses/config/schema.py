@@ -18,6 +18,7 @@ from titan_ulysses.config.fields import (
     Chunk,
     Core,
     Dtype,
+    FolderName,
     PathText,
     PositiveOrDerived,
     SecondsOrDerived,
@@ -30,7 +31,7 @@ from titan_ulysses.config.fields import (
 
 
 class Job(Section):
-    name: str = Field(
+    name: FolderName = Field(
         "run", min_length=1, description="Name of the run; its files go to <dump_folder>/<name>/."
     )
     dump_folder: PathText = Field(
@@ -540,7 +541,7 @@ class Checkpoint(Section):
         description="Also save and keep the checkpoint with the best validation.metric, and "
         "export that one at the end.",
     )
-    folder: str = Field(
+    folder: FolderName = Field(
         "checkpoints",
         min_length=1,
         description="Folder of the checkpoints, inside the run's folder.",
@@ -711,7 +712,7 @@ class Profiling(Section):
     enable_profiling: bool = Field(
         False, description="Write traces of the torch profiler, one file for each rank."
     )
-    save_traces_folder: str = Field(
+    save_traces_folder: FolderName = Field(
         "profile_traces", min_length=1, description="Folder of the traces, inside the run's folder."
     )
     profile_freq: int = Field(
@@ -734,7 +735,7 @@ class Profiling(Section):
         description="CUDA only: write a snapshot of the memory allocator's history every "
         "profile_freq steps, and when memory runs out.",
     )
-    save_memory_snapshot_folder: str = Field(
+    save_memory_snapshot_folder: FolderName = Field(
         "memory_snapshot",
         min_length=1,
         description="Folder of the snapshots, inside the run's folder.",
