@@ -64,6 +64,13 @@ def test_a_bit_that_flips_on_one_replica(in_state: bool, tmp_path: Path) -> None
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-2"]
 
 
+def refusal_with(next_batch: Any, config: Path, settings: Settings) -> str:
+    """Of a run whose loader has another `next_batch`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "next_batch", next_batch)
+        return refusal(config, settings)
+
+
 def train_on_other_data(config: Path, settings: Settings) -> str:
     next_batch = Loader.next_batch
 
@@ -73,9 +80,7 @@ def train_on_other_data(config: Path, settings: Settings) -> str:
             loader.read(range(40, 48))
         return batch
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "next_batch", other)
-        return refusal(config, settings)
+    return refusal_with(other, config, settings)
 
 
 def test_a_sequence_whose_ranks_read_other_samples(tmp_path: Path) -> None:
@@ -106,9 +111,7 @@ def train_on_damaged_tokens(config: Path, settings: Settings) -> str:
             object.__setattr__(loader.sequences.corpus, "tokens", *damage)
         return next_batch(loader)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "next_batch", damaged)
-        return refusal(config, settings)
+    return refusal_with(damaged, config, settings)
 
 
 def test_tokens_outside_of_the_vocabulary_in_the_middle_of_a_run(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ _SCALES = 8
 _AT_ONCE = 2**24
 """Numbers that are made from bytes at once, in fp32."""
 _QUANTIZED_AT_ONCE = 2**22
+"""Numbers that are turned into bytes at once: fewer, because each takes several tensors."""
 # Appendix E of the paper, as torchao rounds them.
 _LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0) + (
     (0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
