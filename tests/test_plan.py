@@ -12,8 +12,10 @@ import time
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from helpers.families import model_of
@@ -619,6 +621,32 @@ def test_the_clock_ends_with_the_step(case):
     plan = planned(case)
     assert plan.clock[-1][1] == pytest.approx(plan.time.seconds)
     assert sorted(plan.clock) == plan.clock
+
+
+def test_bytes_of_other_kernels():
+    """What only makes a tensor moves no bytes, and what overwrites one does not read it."""
+    from titan_ulysses.plan.cost import CostCounter
+
+    aten = torch.ops.aten
+    here = SimpleNamespace(phase="forward")
+    counter = CostCounter(SimpleNamespace(attribution=here, weight=3, events=[]), {})
+    x, y = torch.ones(4, 8), torch.ones(4, 8)
+    size = 4 * 8 * 4
+    for func, args, moved in (
+        (aten.add.Tensor, (x, y), 3),
+        (aten.add_.Tensor, (x, y), 3),
+        (aten.copy_.default, (x, y), 2),
+        (aten.zero_.default, (x,), 1),
+        (aten.fill_.Scalar, (x, 1.0), 1),
+        (aten.empty.memory_format, ([4, 8],), 0),
+        (aten.empty_like.default, (x,), 0),
+        (aten.new_empty.default, (x, [4, 8]), 0),
+        (aten._unsafe_view.default, (x, [8, 4]), 0),
+        (aten.transpose.int, (x, 0, 1), 0),
+    ):
+        counter.take()
+        counter(func, args, {}, func(*args))
+        assert counter.cost.total("other kernels") == 3 * moved * size, func
 
 
 def test_the_clock_waits():

@@ -34,6 +34,14 @@ the scores again and has four gradients.
 """
 
 
+_MOVE_NOTHING = frozenset(
+    ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+)
+"""Operators that make a tensor without reading or writing one, beside those that torch calls views.
+"""
+_OVERWRITE = frozenset(("copy_", "fill_", "zero_"))
+"""Operators that write their first argument, which is also their result, without reading it."""
+
 STAGES = {"forward": "forward", "recomputation": "backward", "backward": "backward"}
 """The stage of time that each phase of a step belongs to. All other phases belong to "update"."""
 
@@ -123,8 +131,9 @@ class CostCounter:
             self.cost.amounts[stage, "matmul"] += weight * flop_registry[packet](
                 *shapes, **kwargs, out_val=result
             )
-        elif func.namespace == "aten" and not func.is_view:
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        elif func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
+            moved = (args, kwargs) if func._opname in _OVERWRITE else (args, kwargs, result)
+            tensors = [x for x in tree_leaves(moved) if isinstance(x, Tensor)]
             self.cost.amounts[stage, "other kernels"] += weight * sum(
                 x.numel() * x.element_size() for x in tensors
             )
