@@ -146,13 +146,19 @@ class Match:
 
             self.deepspeed = environment()
 
+    def model(self, what: str) -> dict[str, Any]:
+        """Return the model of a comparison, with as many layers as asked for."""
+        layers = self.args.layers or MODELS[what]["num_hidden_layers"]
+        return {**MODELS[what], "num_hidden_layers": layers}
+
     def child(
         self, contender: str, what: str, dtype: str, lengths: list[int], role: str = "contend"
     ) -> Any:
         """Run one contender. Returns what its ranks found, or a string with the reason where it
         failed.
         """
-        config, folder = MODELS[what], FOLDER / what
+        config = self.model(what)
+        folder = FOLDER / (what if self.args.layers is None else f"{what}-{self.args.layers}")
         if not (folder / "config.json").is_file():
             save_weights(folder, config)
         python, variables = self.deepspeed if contender in DEEPSPEED else (sys.executable, {})
@@ -355,6 +361,7 @@ def arguments() -> argparse.Namespace:
         default=16_384,
         help="beyond it FSDP2, with P times the work, rests",
     )
+    parser.add_argument("--layers", type=int, help="layers of the models: 4, for memory 2")
     parser.add_argument("--agreement-seq-len", type=int, default=2048)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender, for times")
@@ -409,7 +416,7 @@ def main() -> None:
         flush=True,
     )
     for what in args.what:
-        config = MODELS[what]
+        config = match.model(what)
         print(
             f"\n{what}: {config['num_hidden_layers']} layers, vocab {config['vocab_size']:,}",
             flush=True,
