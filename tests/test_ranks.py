@@ -234,6 +234,17 @@ def test_ranks_with_many_groups_are_replaced() -> None:
     assert run_on_ranks(2, os.getpid)[0] != before
 
 
+def test_ranks_that_are_idle_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once others are called."""
+    [before] = run_on_ranks(1, os.getpid)
+    run_on_ranks(2, os.getpid)
+    assert run_on_ranks(1, os.getpid) == [before]
+    monkeypatch.setattr("helpers.ranks._IDLE_SECONDS", 0.0)
+    assert run_on_ranks(1, os.getpid) == [before]
+    run_on_ranks(2, os.getpid)
+    assert run_on_ranks(1, os.getpid) != [before]
+
+
 def test_ranks_end_at_exit() -> None:
     finished = run_python(
         "import test_ranks, helpers.ranks as r; print(r.run_on_ranks(1, test_ranks.visible_gpus))"
