@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -72,18 +73,33 @@ def journal(path: Path) -> dict[int, dict[str, Any]]:
     return {line["case"]: line for line in map(json.loads, lines)}
 
 
+@cache
+def import_once() -> None:
+    """Make the imports of all runs, and say how long they took."""
+    print(f"imports: {preload():.1f} s, which each run of its own would take too", flush=True)
+
+
 def play(
-    campaign: Campaign, numbers: list[int], path: Path, *, until: float, say: Callable[[str], None]
+    name: str,
+    make: Callable[[], Campaign],
+    numbers: list[int],
+    path: Path,
+    *,
+    until: float,
+    say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the line of each case, those that are in the journal first."""
-    done = journal(path)
+    """Yield the line of each case. The campaign is made for those that are not in the journal."""
+    done, campaign = journal(path), None
     with open(path, "a") as file:
         for number in numbers:
             line = done.get(number)
             if line is None:
                 if time.monotonic() > until:
-                    say(f"{campaign.name}: the time is over before case {number}")
+                    say(f"{name}: the time is over before case {number}")
                     return
+                if campaign is None:
+                    import_once()
+                    campaign = make()
                 what, verdict, seconds = campaign.case(number)
                 line = {
                     "case": number,
@@ -94,7 +110,7 @@ def play(
                 }
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-                say(f"{campaign.name} {number:>3}  {line['verdict']:<10} {seconds:5.1f} s  {what}")
+                say(f"{name} {number:>3}  {line['verdict']:<10} {seconds:5.1f} s  {what}")
                 if verdict.word not in GOOD:
                     say(f"    {verdict.detail}")
             yield line
@@ -138,22 +154,23 @@ def main(argv: list[str] | None = None) -> int:
         import titan_ulysses.model  # noqa: F401  imports transformers without its warnings
 
         without_hashes()
-    print(f"imports: {preload():.1f} s, which each run of its own would take too", flush=True)
     rows, is_good = [], True
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         for name, count in options.campaigns:
             out = options.out or Path(temporary)
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{name}-{options.seed}.jsonl"
-            campaign = CAMPAIGNS[name](
-                name, Path(temporary) / name, options.seed, patient=options.patience
+            make = partial(
+                CAMPAIGNS[name],
+                *(name, Path(temporary) / name, options.seed),
+                patient=options.patience,
+                soak_seconds=options.soak_seconds,
             )
-            campaign.soak_seconds = options.soak_seconds
             numbers = [*range(count)]
             if options.only is not None:
                 numbers, path = [options.only], Path(temporary) / "only.jsonl"
             say = lambda text: print(text, flush=True)  # noqa: E731
-            lines = [*play(campaign, numbers, path, until=until, say=say)]
+            lines = [*play(name, make, numbers, path, until=until, say=say)]
             rows += table(name, lines)
             is_good &= all(line["verdict"] in GOOD for line in lines)
     print("\n| campaign | passed | verdicts | median | longest |\n| - | - | - | - | - |")

@@ -32,9 +32,11 @@ class Verdict(NamedTuple):
 class Campaign:
     """Cases of one kind, in a folder of their own."""
 
-    def __init__(self, name: str, folder: Path, seed: int, *, patient: float) -> None:
+    def __init__(
+        self, name: str, folder: Path, seed: int, *, patient: float, soak_seconds: float
+    ) -> None:
         self.name, self.folder, self.seed = name, folder, seed
-        self.timeout, self.soak_seconds = patient, 60.0
+        self.timeout, self.soak_seconds = patient, soak_seconds
         folder.mkdir(parents=True, exist_ok=True)
 
     def draw(self, number: int) -> random.Random:

@@ -4,12 +4,15 @@ what was skipped.
 
 from __future__ import annotations
 
+import compileall
+import gc
 import os
 import sys
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +36,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _asks_for_gpu(config):
         # All other tests are of a CPU and of gloo: a mesh that finds a GPU would be a CUDA mesh.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
+        # The tests start a hundred processes, each of which would compile the package again.
+        compileall.compile_dir(_TESTS.parent / "titan_ulysses", quiet=2)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files that wait beside files that compute: see helpers/schedule.py."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from helpers.schedule import OneWaits
+
+    return OneWaits(config, log)
 
 
 def _asks_for_gpu(config: pytest.Config) -> bool:
@@ -51,6 +67,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=why_not))
         elif item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays for ever: the collector need not look through it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -87,9 +114,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def rank_pools() -> Iterator[None]:
-    """End the processes of `run_on_ranks` with the session."""
+    """End the processes of `run_on_ranks` with the file: idle ones take time from the next."""
     yield
     from helpers.ranks import close_pools
 

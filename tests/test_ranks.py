@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,44 @@ def test_ranks_with_many_groups_are_replaced() -> None:
     for _ in range(5):
         run_on_ranks(2, make_a_group, 10)
     assert run_on_ranks(2, os.getpid)[0] != before
+
+
+def test_ranks_that_are_idle_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once others are called."""
+    [before] = run_on_ranks(1, os.getpid)
+    run_on_ranks(2, os.getpid)
+    assert run_on_ranks(1, os.getpid) == [before]
+    monkeypatch.setattr("helpers.ranks._IDLE_SECONDS", 0.0)
+    assert run_on_ranks(1, os.getpid) == [before]
+    run_on_ranks(2, os.getpid)
+    assert run_on_ranks(1, os.getpid) != [before]
+
+
+class Worker:
+    """Of pytest-xdist."""
+
+    def send_runtest_some(self, indices: list[int]) -> None:
+        pass
+
+
+def test_one_worker_takes_the_files_that_wait() -> None:
+    """And then, as the others, those that compute."""
+    pytest.importorskip("xdist")
+    from helpers import schedule
+
+    waiting = [f"tests/test_{name}.py" for name in schedule.WAITING]
+    assert all((_TESTS.parent / file).exists() for file in waiting)
+    computing = [f"tests/test_{name}.py" for name in ("loss", "lora", "nf4")]
+    files = [computing[0], waiting[1], computing[1], waiting[0], computing[2]]
+    one, other = Worker(), Worker()
+    scheduler = schedule.OneWaits.__new__(schedule.OneWaits)
+    scheduler.workqueue = OrderedDict((file, {f"{file}::test": False}) for file in files)
+    scheduler.assigned_work = {one: {}, other: {}}
+    scheduler.registered_collections = dict.fromkeys((one, other), [f"{f}::test" for f in files])
+    for worker in (one, other, one, other, one):
+        scheduler._assign_work_unit(worker)
+    assert [*scheduler.assigned_work[one]] == [*waiting[:2], computing[2]]
+    assert [*scheduler.assigned_work[other]] == computing[:2]
 
 
 def test_ranks_end_at_exit() -> None:

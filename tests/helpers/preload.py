@@ -3,14 +3,18 @@
 import gc
 import importlib
 
+# What is imported stays for ever: the collector need not look through it again and again.
+gc.disable()
 for _name in (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "titan_ulysses.model",  # before transformers, whose import is noisy without it
     "transformers.models.llama.modeling_llama",
+    # Most ranks run `Trainer`. On its own each of them would take a second to import this.
+    "titan_ulysses.train.trainer",
+    "torch.utils.tensorboard",
 ):
     importlib.import_module(_name)
 
-# What is imported stays for ever: the collector need not look through it again and again.
-gc.collect()
 gc.freeze()
+gc.enable()

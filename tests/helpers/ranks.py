@@ -34,10 +34,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["helpers.preload"])
 _STARTUP_SECONDS = 120.0
 _GRACE_SECONDS = 2.0
-_MAX_THREADS = 100
-"""Ranks with more threads are replaced after a call. Each gloo group that a call makes leaves three
-for the life of the rank, one of which wakes a hundred times a second: hundreds of groups take a
-core. New ranks take a third of a second of it.
+_MAX_THREADS = 64
+_IDLE_SECONDS = 10.0
+"""Ranks with more threads are replaced after a call, and so are those that have not been called for
+so long while others were. Each gloo group that a call makes leaves three threads for the life of
+the rank, one of which wakes a hundred times a second: 1,000 groups take a core, in idle ranks too.
+New ranks take a few hundredths of a second of it each.
 """
 
 
@@ -87,6 +89,7 @@ def run_on_ranks(
     collectives are of no further use.
     """
     request = pickle.dumps((fn, args, kwargs))
+    _close_idle(but=world_size)
     try:
         if world_size not in _POOLS:
             _POOLS[world_size] = _Pool(world_size)
@@ -100,6 +103,12 @@ def run_on_ranks(
         if world_size in _POOLS:
             _POOLS.pop(world_size).close()
         raise
+
+
+def _close_idle(*, but: int) -> None:
+    oldest = time.monotonic() - _IDLE_SECONDS
+    for size in [size for size, pool in _POOLS.items() if size != but and pool.used_at < oldest]:
+        _POOLS.pop(size).close()
 
 
 def close_pools() -> None:
@@ -118,6 +127,7 @@ class _Pool:
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.processes: list[multiprocessing.process.BaseProcess] = []
         self.connections: list[Connection] = []
+        self.used_at = time.monotonic()
         port = _free_port()
         for rank in range(world_size):
             ours, theirs = _CONTEXT.Pipe()
@@ -155,6 +165,7 @@ class _Pool:
             raise RankFailure(failures, list(waiting))
         if waiting:
             raise RankTimeout(timeout, self.stacks(), list(waiting))
+        self.used_at = time.monotonic()
         return [results[rank] for rank in range(len(self.connections))]
 
     def _receive(self, rank: int) -> tuple[bool, Any]:
