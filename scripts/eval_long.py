@@ -37,6 +37,7 @@ from long_texts import (
     check_options,
     draw_codes,
     draw_key,
+    draw_keys,
     fill,
     grid,
     heat_map,
@@ -94,7 +95,7 @@ class Cell(NamedTuple):
 
 def needles(draw: random.Random, depth: float, count: int) -> Puzzle:
     """`count` codes, of which one is asked for."""
-    keys, codes = [draw_key(draw) for _ in range(count)], draw_codes(draw, count)
+    keys, codes = draw_keys(draw, count), draw_codes(draw, count)
     places = [depth, *(draw.random() for _ in range(count - 1))]
     pieces = [
         (place, f"\nThe secret code of {key} is {code}.\n")
@@ -105,7 +106,7 @@ def needles(draw: random.Random, depth: float, count: int) -> Puzzle:
 
 def variables(draw: random.Random, depth: float, count: int) -> Puzzle:
     """A chain of `count` variables; each but the first has the value of the one before it."""
-    names = [draw_key(draw).upper() for _ in range(count)]
+    names = [name.upper() for name in draw_keys(draw, count)]
     (value,) = draw_codes(draw, 1)
     shares = sorted(draw.random() for _ in range(count - 1))
     places = [depth, *(depth + (1 - depth) * share for share in shares)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from titan_ulysses.config.fields import expand_path
 from titan_ulysses.data.files import find_files, read_text
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.failure import first_failure
 from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.model import hf
 from titan_ulysses.observability.pictures import SHADES, has_matplotlib
@@ -33,10 +35,20 @@ if TYPE_CHECKING:
 _SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 _ROW_TOKENS = 16384
 """The most tokens of a rank in one forward, unless a single sequence has more."""
+_MOST_CODES = 10_000
+"""The most codes of a text: a tenth of those with five digits."""
 
 
 def draw_key(draw: random.Random) -> str:
     return "".join(draw.choices(_SYLLABLES, k=3))
+
+
+def draw_keys(draw: random.Random, count: int) -> list[str]:
+    """Draw `count` different keys."""
+    keys: dict[str, None] = {}
+    while len(keys) < count:
+        keys[draw_key(draw)] = None
+    return [*keys]
 
 
 def draw_codes(draw: random.Random, count: int) -> list[str]:
@@ -181,6 +193,7 @@ def run(
     text = read_haystack(tokenizer, options.text, tokens=4 * longest, seed=options.seed)
     # Errors in the lengths are reported before the model is read, which takes time.
     check(tokenizer, text)
+    _make_folder(options.output)
     model = open_model(options.model, mesh, longest=longest)
     speaks, cells = dist.get_rank() == 0, []
     for cell in evaluate(model, mesh, tokenizer, text, options):
@@ -189,7 +202,6 @@ def run(
             print(say(cell), flush=True)
     if not speaks:
         return
-    options.output.mkdir(parents=True, exist_ok=True)
     found = (more or {}) | {key: value for key, value in vars(options).items() if key != "output"}
     found["cells"] = [cell._asdict() for cell in cells]
     (options.output / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -197,6 +209,20 @@ def run(
         draw(cells, options, options.output / f"{name}.png")
     pictures = f", {name}.png" if has_matplotlib() else " (no picture: pip install matplotlib)"
     print(f"{options.output}/{name}.json{pictures}")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of the results on rank 0. UserError, on every rank, if that fails."""
+    problem = None
+    try:
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                problem = "it is not writable"
+    except OSError as error:
+        problem = error.strerror
+    if problem := first_failure(problem):
+        raise UserError(f"--output {folder}: {problem}. Choose another folder.")
 
 
 def heat_map(
@@ -243,11 +269,17 @@ def add_options(parser: argparse.ArgumentParser, *, output: str) -> None:
 
 
 def check_options(options: argparse.Namespace, **least: int) -> None:
-    """Check and sort the options that both scripts have; least: the lower bounds of numbers."""
+    """Check and sort the options that both scripts have. UserError for what cannot be.
+
+    least: the lower bounds of the numbers of codes.
+    """
     for name, bound in ({"trials": 1} | least).items():
         if getattr(options, name) < bound:
             value = getattr(options, name)
             raise UserError(f"--{name} {value}: at least {bound}.", exit_code=2)
+    for name in least:
+        if (value := getattr(options, name)) > _MOST_CODES:
+            raise UserError(f"--{name} {value}: at most {_MOST_CODES:,}.", exit_code=2)
     if wrong := [depth for depth in options.depths if not 0 <= depth <= 1]:
         raise UserError(f"--depths {wrong[0]}: a share of the text, from 0 to 1.", exit_code=2)
     options.lengths, options.depths = sorted(set(options.lengths)), sorted(set(options.depths))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,21 @@ def markdown(kind: Format) -> str:
     return "\n".join(lines) + "\n"
 
 
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments of this script, and the settings with their values."""
+    own, settings, rest = [], [], [*argv]
+    while rest:
+        argument = rest.pop(0)
+        option, equals, _ = argument.partition("=")
+        if not option.startswith("--") or "." not in option:
+            own.append(argument)
+            continue
+        settings.append(argument)
+        if not equals and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return own, settings
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -175,8 +191,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: the console")
     parser.add_argument("--table", choices=FORMATS, help="print the keys that are known")
-    options, settings = parser.parse_known_args(argv)
-    options.overrides = parse_command_line(["--config", "none", *settings]).overrides
+    own, settings = split_arguments(sys.argv[1:] if argv is None else argv)
+    options, unknown = parser.parse_known_args(own)
+    options.overrides = parse_command_line(["--config", "none", *unknown, *settings]).overrides
     if not options.table and not options.recipe:
         parser.error("give a RECIPE, or --table")
     if options.ranks is not None and options.ranks < 1:

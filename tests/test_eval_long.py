@@ -27,12 +27,12 @@ TOKENIZER = load_tokenizer("bytes")
 TEXT = [*("the quick brown fox jumps over the lazy dog. " * 60).encode()]
 
 
-def trial(task: str, **changes: Any) -> tuple[str, str]:
+def trial(task: str, text: list[int] = TEXT, **changes: Any) -> tuple[str, str]:
     """(prompt, answer) as text."""
     settings = {"length": 900, "depth": 0.5, "count": 3, "seed": "0 900 1"} | changes
-    made = eval_long.make_trial(TOKENIZER, TEXT, task=task, **settings)
+    made = eval_long.make_trial(TOKENIZER, text, task=task, **settings)
     assert len(made.prompt) + len(made.answer) == settings["length"]
-    assert made == eval_long.make_trial(TOKENIZER, TEXT, task=task, **settings)
+    assert made == eval_long.make_trial(TOKENIZER, text, task=task, **settings)
     return bytes(made.prompt).decode(), bytes(made.answer).decode()
 
 
@@ -89,10 +89,29 @@ def test_what_cannot_be() -> None:
         trial("variables", length=40)
     with pytest.raises(UserError, match="--lengths 9000: --text has 2,700 tokens only"):
         trial("needles", length=9000)
-    for arguments in (["--count", "1"], ["--trials", "0"], ["--depths", "2"]):
+    wrong = [["--count", "1"], ["--count", "100000"], ["--trials", "0"], ["--depths", "2"]]
+    for arguments in wrong:
         with pytest.raises(UserError, match=arguments[0]) as error:
             eval_long.parse(["m", *arguments])
         assert error.value.exit_code == 2
+
+
+def test_no_name_is_there_twice() -> None:
+    """Of two codes of one name, nobody knows which is asked for."""
+    for task in ("needles", "variables"):
+        text, _ = trial(task, length=200_000, count=1500, text=[*TEXT * 80])
+        names = re.findall(r"\n(?:The secret code of|VAR) (\w+) (?:is|=) \w+", text)
+        assert len({*names}) == len(names) == 1500, task
+
+
+def test_a_folder_that_cannot_be_is_named_before_the_model_is_read(tmp_path: Path) -> None:
+    write_byte_model(tmp_path / "model", max_position_embeddings=512)
+    (tmp_path / "file").touch()
+    (tmp_path / "text.txt").write_bytes(bytes(TEXT))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    arguments = [str(tmp_path / "model"), "--lengths", "401", "--text", f"{tmp_path}/text.txt"]
+    for message in run_on_ranks(2, long_main, [*arguments, "--output", f"{tmp_path}/file"]):
+        assert message == f"--output {tmp_path}/file: File exists. Choose another folder."
 
 
 def long_main(arguments: list[str]) -> str | None:

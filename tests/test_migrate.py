@@ -233,11 +233,11 @@ def test_a_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         migrate.main(arguments)
 
 
-def migrated(recipe: Path, text: str) -> migrate.Migration:
+def migrated(recipe: Path, text: str, *, ranks: int | None = None) -> migrate.Migration:
     recipe.write_text(text)
     table = migrate.read_recipe(recipe)
     kind = migrate.format_of(recipe, table)
-    return migrate.Migration(kind, migrate.flatten(table), ranks=None).run()
+    return migrate.Migration(kind, migrate.flatten(table), ranks=ranks).run()
 
 
 def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) -> None:
@@ -279,6 +279,27 @@ def test_keys_that_depend_on_others(tmp_path: Path) -> None:
     ]:
         found = migrated(recipe, f"base_model: m\n{text}").settings
         assert found.get(key) == value, text
+
+
+def test_a_step_has_as_many_sequences_whatever_the_key_of_the_degree_is(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        text = f"base_model: m\n{key}: 4\nmicro_batch_size: 3\ngradient_accumulation_steps: 2"
+        assert migrated(recipe, text, ranks=8).settings["training.global_batch_size"] == 12, key
+        (lost,) = migrated(recipe, text, ranks=6).lost
+        assert lost[2] == "--ranks 6 cannot be divided by 4 ranks of a sequence"
+
+
+def test_options_may_stand_before_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("distributed_type: FSDP")
+    for given in (["--model.path", "m"], ["--model.path=m"]):
+        migrate.main([*given, "--compile.enable", "--ranks", "8", str(recipe)])
+        out = capsys.readouterr().out
+        assert 'path = "m"' in out
+        assert "enable = true" in out
 
 
 @pytest.mark.parametrize(

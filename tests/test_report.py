@@ -9,14 +9,18 @@ import subprocess
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from helpers.ranks import run_on_ranks
 from helpers.runs import train, working_in, write_run
 from titan_ulysses.__main__ import run
 from titan_ulysses.observability import page, pictures
+from titan_ulysses.observability.metrics import MetricsLogger
 from titan_ulysses.observability.run_page import write_run_page
+from titan_ulysses.observability.run_pictures import loss_label, read_runs
 from titan_ulysses.plan import report
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 from titan_ulysses.plan.search import SearchResult, Simulated
@@ -132,6 +136,56 @@ def test_a_page_that_is_damaged_is_written_anew(folder: Path, tmp_path: Path) ->
     assert "1 &lt; 2 &amp; &lt;b&gt;bold" in written and "<h1>&lt;job&gt;</h1>" in written
     assert '<td class="number">22</td>' in written and "<td>&lt;y&gt;</td>" in written
     assert not Outline(written).open
+
+
+def log(folder: Path, *lines: dict[str, Any]) -> str:
+    """Write the metrics of a run, step after step, and return its page."""
+    logger = MetricsLogger(folder, steps_done=0, total_steps=9, console=Console(quiet=True))
+    known = {"grad_norm": 1.0, "lr": 1.0, "tokens_per_second": 1.0, "peak_memory_gib": 1.0}
+    for step, line in enumerate(lines):
+        logger.log(step, {**(known | {"mfu": None} if "loss" in line else {}), **line})
+    logger.close()
+    return write_run_page(folder).read_text()
+
+
+def test_a_run_of_pairs_has_their_rewards(tmp_path: Path) -> None:
+    """A loss of pairs is not one of tokens."""
+    pairs = [{"margins": 0.25, "accuracies": 0.5}, {"margins": 1.5, "accuracies": 1.0}]
+    text = log(
+        tmp_path,
+        {"validation_loss": 0.6, "validation_rewards": pairs[0]},
+        {"loss": 0.5, "rewards": pairs[0]},
+        {"loss": 0.25, "rewards": pairs[1]},
+    )
+    assert "<td>rewards, first and last: margins</td><td" in text
+    assert ">0.2500, 1.5000</td>" in text and ">0.5000, 1.0000</td>" in text
+    assert "validation rewards, first and last: margins" in text
+    of_pairs = read_runs([tmp_path])
+    assert loss_label(of_pairs) == "loss, nats a pair"
+    of_tokens = {"other": [{"step": 1, "loss": 1.0}]}
+    assert loss_label(of_tokens) == "loss, nats a token"
+    assert loss_label(of_pairs | of_tokens) == "loss"
+
+
+def test_numbers_that_are_not_finite_are_null_wherever_they_are(tmp_path: Path) -> None:
+    """Other programs read the file, and the page leaves them out."""
+    ranges = [(0, float("nan"), 3), (1, 2.5, 3)]
+    nothing = {"validation_loss": float("nan"), "validation_by_position": ranges[:1]}
+    text = log(
+        tmp_path,
+        nothing,
+        {"loss": float("inf"), "rewards": {"margins": float("nan")}},
+        {"validation_loss": 2.5, "validation_by_position": ranges},
+    )
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    file = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=refuse) for line in file]
+    assert lines[1]["rewards"] == {"margins": None}
+    assert lines[2]["validation_by_position"] == [[0, None, 3], [1, 2.5, 3]]
+    assert ">2.5000</td>" in text and "not finite" in text
 
 
 def test_without_matplotlib_the_page_has_its_tables(

@@ -4,6 +4,7 @@ measured: weak and strong scaling on the ranks that a machine has.
     python scripts/bench/scaling.py                                    # both, for Llama-3-8B
     python scripts/bench/scaling.py --config configs/llama3_70b.toml
     python scripts/bench/scaling.py --what mixes --ranks 8 64 --seq-len 1048576 --picture x.png
+    python scripts/bench/scaling.py --what waits     # the exchange's share of a streamed step
     python scripts/bench/scaling.py --what measured                    # 1 and 2 CPU ranks; 4: bytes
 
 Sequence length and sequence-parallel degree are doubled together: DeepSpeed-Ulysses (arXiv
@@ -23,6 +24,7 @@ from typing import Any
 from common import launch, run
 
 from titan_ulysses.config.load import load_config
+from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.fastest import meshes
 from titan_ulysses.plan.few_layers import Estimate, estimate_plan
@@ -32,6 +34,12 @@ from titan_ulysses.ulysses.heads import plan_heads
 
 LONGEST = 2**27
 """max_position_embeddings of the planned models."""
+
+WAITS = [
+    (ranks, tokens * 2**10)
+    for ranks, tokens in ((8, 64), (8, 256), (8, 1024), (16, 128), (64, 512), (64, 1024))
+]
+"""Ranks and tokens whose exchange `waits` plans."""
 
 
 def exchanged_bytes(model: Any, *, degree: int, tokens: int, itemsize: int) -> int:
@@ -141,6 +149,42 @@ def mixes(config: Path, *, ranks: list[int], seq_len: int) -> list[dict[str, Any
     return rows
 
 
+def waits(config: Path, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Plan streamed steps of (ranks, tokens), each layer a checkpoint: the share of the exchange,
+    for which the computation waits, and the most that it would save to send a chunk's q, k and v
+    while the chunk before is attended to.
+
+    That is a third of the bytes, but for the first chunk. Forward has q, k, v and the output,
+    backward these again, and their gradients. The rest of a layer waits for the output, autograd
+    for the gradients, and the keys and values that backward computes first have no attention beside
+    them: q, k and v of forward and q of backward are left, as many as q, k, v and the output.
+    """
+    rows = []
+    print("\nthe exchange of a streamed step; ahead: the most that a chunk sent ahead could save")
+    print(
+        f"{'ranks':>5} {'S':>11} {'kernel':<6} {'chunks':>6} {'a step':>13} {'exchange':>10} ",
+        end="",
+    )
+    print(f"{'share':>7} {'ahead':>7}")
+    for ranks, seq_len in cases:
+        for kernel in ("fa2", "fa3"):
+            more = {"memory__stream_chunk_tokens": 0, "plan__attention_kernel": kernel}
+            found = estimate_plan(setup_of(config, ranks=ranks, seq_len=seq_len, **more))
+            tokens = chunk_length(0, seq_len, ranks) or seq_len
+            chunks, time_ = -(-seq_len // tokens), found.time
+            share = time_.parts["exchange"] / time_.seconds
+            ahead = share / 3 * (chunks - 1) / chunks
+            row: dict[str, Any] = {"ranks": ranks, "seq_len": seq_len, "kernel": kernel}
+            row |= {"chunks": chunks, "step_seconds": time_.seconds}
+            rows.append(row | {"share": share, "ahead": ahead})
+            print(
+                f"{ranks:>5} {seq_len:>11,} {kernel:<6} {chunks:>6} {time_text(time_.seconds):>13} "
+                f"{time_text(time_.parts['exchange']):>10} {share:>7.2%} {ahead:>7.2%}",
+                flush=True,
+            )
+    return rows
+
+
 def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Draw the tokens per second and GPU of each mesh of `mixes`, over the degree of sequence
     parallelism. Filled points fit; dashed lines have replicas.
@@ -235,7 +279,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=Path("configs/llama3_8b.toml"))
-    parser.add_argument("--what", choices=["weak", "mixes", "both", "measured"], default="both")
+    parser.add_argument(
+        "--what", choices=["weak", "mixes", "both", "waits", "measured"], default="both"
+    )
     parser.add_argument("--tokens", type=int, default=32768, help="S / P")
     parser.add_argument("--largest", type=int, default=1024, help="ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 512], help="of the mixes")
@@ -257,6 +303,8 @@ def main() -> None:
         if options.picture:
             title = f"{options.config.stem}, sequences of {options.seq_len:,} tokens"
             draw(found["mixes"], options.picture, title=title)
+    if options.what == "waits":
+        found["waits"] = waits(options.config, WAITS)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2))
 

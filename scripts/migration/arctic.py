@@ -87,7 +87,7 @@ ARCTIC = Format(
             "gradient_accumulation_steps",
             "`training.global_batch_size`, with `--ranks`",
             lambda n, values: accumulation(
-                n, values, batch="micro_batch_size", sequence="sequence_parallel_size"
+                n, values, batch="micro_batch_size", sequence=("sequence_parallel_size",)
             ),
         ),
         same("exit_iteration", "training.steps"),

@@ -181,7 +181,10 @@ AXOLOTL = Format(
             "gradient_accumulation_steps",
             "`training.global_batch_size`, with `--ranks`",
             lambda n, values: accumulation(
-                n, values, batch="micro_batch_size", sequence="context_parallel_size"
+                n,
+                values,
+                batch="micro_batch_size",
+                sequence=("context_parallel_size", "sequence_parallel_degree"),
             ),
         ),
         lost("num_epochs", "set training.steps, or plan.tokens for the cost"),

@@ -10,7 +10,7 @@ axolotl: src/axolotl/utils/schemas/, July 2026. torchtitan 0.2.2: torchtitan/con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,14 +126,21 @@ DTYPE: dict[Any, Flat | str] = {
 NO_TENSOR = "tensor parallelism: raise parallelism.sequence_parallel_degree instead"
 
 
-def accumulation(steps: int, values: Flat, *, batch: str, sequence: str) -> Flat:
-    """Return the sequences of a step of `steps` micro-batches a rank."""
+def accumulation(steps: int, values: Flat, *, batch: str, sequence: Sequence[str]) -> Flat:
+    """Return the sequences of a step of `steps` micro-batches a rank.
+
+    batch, sequence: the keys of a micro-batch's size, and those that may have the degree of
+    sequence parallelism.
+    """
     if steps == 1:
         return {}
     ranks = values["--ranks"]
     if not ranks:
         raise Lost("training.global_batch_size depends on the number of GPUs: give --ranks")
-    data = ranks // int(values.get(sequence) or 1)
+    degree = max(int(values.get(key) or 1) for key in sequence)
+    data, left = divmod(ranks, degree)
+    if left:
+        raise Lost(f"--ranks {ranks} cannot be divided by {degree} ranks of a sequence")
     return {"training.global_batch_size": steps * int(values.get(batch) or 1) * data}
 
 

@@ -199,12 +199,13 @@ def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield f"{prefix}{name}", value
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with None for numbers that JSON does not have."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+def _finite(value: Any) -> Any:
+    """Return a value with None for the numbers in it that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _reopen(path: Path, *, before: int) -> tuple[IO[str], int, list[float]]:

@@ -72,6 +72,7 @@ def _summary(lines: Lines) -> list[tuple[str, str]]:
         rows += [("loss of the first and of the last logged step", _both(steps, "loss"))]
     if held_out:
         rows += [("validation loss, first and last", _both(held_out, "validation_loss"))]
+    rows += _rewards(lines)
     times = sorted(line["step_seconds"] for line in steps if line.get("step_seconds"))
     if times:
         rows += [("a step, median", time_text(times[len(times) // 2]))]
@@ -86,6 +87,15 @@ def _summary(lines: Lines) -> list[tuple[str, str]]:
         rows += [(f"{kind} of a step", f"{count['calls']:,} calls, {size_text(count['bytes'])}")]
     if last.get("skipped_steps"):
         rows += [("skipped steps", f"{last['skipped_steps']:,}")]
+    return rows
+
+
+def _rewards(lines: Lines) -> list[tuple[str, str]]:
+    rows = []
+    for key, what in (("rewards", "rewards"), ("validation_rewards", "validation rewards")):
+        found = [line[key] for line in lines if line.get(key)]
+        names = found[0] if found else {}
+        rows += [(f"{what}, first and last: {name}", _both(found, name)) for name in names]
     return rows
 
 

@@ -101,6 +101,19 @@ def finish(figure: Any, axes: Any, *, ylabel: str, xlabel: str = STEPS) -> None:
         )
 
 
+def loss_label(runs: dict[str, Lines]) -> str:
+    """Return what the losses of runs are, with their unit if all have the same."""
+    of_pairs = {
+        "rewards" in line or "validation_rewards" in line
+        for lines in runs.values()
+        for line in lines
+        if "loss" in line or "validation_loss" in line
+    }
+    if len(of_pairs) > 1:
+        return "loss"
+    return "loss, nats a pair" if True in of_pairs else "loss, nats a token"
+
+
 def draw_loss(runs: dict[str, Lines], path: Path | IO[str]) -> None:
     with picture(path, size=(9, 5)) as (figure, axes):
         for run in drawn(runs):
@@ -109,7 +122,7 @@ def draw_loss(runs: dict[str, Lines], path: Path | IO[str]) -> None:
             if steps:
                 style = run.style | {"markerfacecolor": "white", "label": f"{run.name}: validation"}
                 axes.plot(steps, losses, run.marker + "--", **style)
-        finish(figure, axes, ylabel="loss, nats a token")
+        finish(figure, axes, ylabel=loss_label(runs))
 
 
 def draw_sets(runs: dict[str, Lines], path: Path | IO[str]) -> None:
@@ -130,7 +143,7 @@ def draw_sets(runs: dict[str, Lines], path: Path | IO[str]) -> None:
                 if len(runs) == 1:
                     style["color"] = COLORS[number % len(COLORS)]
                 axes.plot(*zip(*found, strict=True), marker + line, **style)
-        finish(figure, axes, ylabel="validation loss, nats a token")
+        finish(figure, axes, ylabel=f"validation {loss_label(runs)}")
 
 
 def draw_memory(runs: dict[str, Lines], path: Path | IO[str]) -> None:
@@ -227,9 +240,11 @@ def round_between(low: float, high: float) -> list[float]:
 
 
 def validations(lines: Lines) -> Lines:
-    return [line for line in lines if line.get("validation_by_position")]
+    return [line for line in lines if line.get("validation_by_position") and ranges_of(line)]
 
 
 def ranges_of(line: dict[str, Any]) -> list[tuple[int, float, int]]:
-    """Return (first position, mean loss, number of labels) of each range of positions."""
-    return line["validation_by_position"]
+    """Return (first position, mean loss, number of labels) of each range of positions whose loss
+    is finite.
+    """
+    return [one for one in line["validation_by_position"] if one[1] is not None]
