@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from itertools import chain, combinations, islice, product
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ from helpers.rows import make_rows
 from helpers.training import largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
-from titan_ulysses.ulysses import attention
+from titan_ulysses.ulysses import attention, exchange
 from titan_ulysses.ulysses.attention import Ulysses, ulysses_attention
 from titan_ulysses.ulysses.cores import flash, sdpa, takes_any_size, varlen
 from titan_ulysses.ulysses.exchange import (
@@ -40,7 +42,7 @@ from titan_ulysses.ulysses.exchange import (
     keys_to_heads,
     sequence_to_heads,
 )
-from titan_ulysses.ulysses.heads import HeadPlan, deal_heads, plan_heads
+from titan_ulysses.ulysses.heads import HeadPlan, RankGroup, deal_heads, plan_heads
 
 HEAD_COUNTS = [(8, 8), (8, 2), (9, 3), (14, 2), (5, 1), (6, 6), (3, 1), (7, 7)]
 TOKENS, HEAD_SIZE = 3, 2
@@ -132,29 +134,81 @@ def test_no_balanced_plan_sends_fewer_kv_heads(
 
 @settings(max_examples=150, deadline=None)
 @given(head_counts())
-def test_stretches_are_the_busy_ranks_with_regular_ranges(counts: tuple[int, int, int]) -> None:
+def test_even_plans_are_copied_at_once(counts: tuple[int, int, int]) -> None:
     plan = plan_heads(*counts)
-    check_rank_groups(plan, 0)
-    if is_even(plan):
-        assert plan.rank_groups("qkv", 0) == plan.rank_groups("q", 0) == (range(plan.degree),)
-
-
-def check_rank_groups(plan: HeadPlan, source: int) -> None:
     for tensors in ("qkv", "q", "kv"):
-        rank_groups = plan.rank_groups(tensors, source)
-        all_ranges = plan.heads_of(tensors, source)
-        busy = [rank for rank in range(plan.degree) if all_ranges[-1][rank]]
-        assert [rank for ranks in rank_groups for rank in ranks] == busy
-        for ranks, ranges in product(rank_groups, all_ranges):
-            mine = [ranges[rank] for rank in ranks]
-            assert len(set(map(len, mine))) == 1
-            windows = {heads: mine.count(heads) for heads in mine}
-            together = [head for heads in windows for head in heads]
-            assert together == list(range(mine[0].start, mine[-1].stop))
-            assert len(set(windows.values())) == 1
-            assert len(windows) == len(mine) or not mine[0] or ranges is plan.key_value
-            if len(windows) > 1 and ranks.start:
-                assert ranges[ranks.start - 1].stop == mine[0].start
+        groups = plan.rank_groups(tensors, 0)
+        assert [rank for group in groups for rank in group.ranks] == list(range(plan.degree))
+        if is_even(plan):
+            assert groups == (RankGroup(range(plan.degree), 1),)
+
+
+def copied(plan: HeadPlan, tensors: str, source: int) -> int:
+    """What source sends to heads and gathers from there, against loops over ranks; the number of
+    copies.
+    """
+    sizes = tuple({"q": 2, "k": 2, "v": 3}[tensor] for tensor in tensors)
+    load = exchange._Load(plan, tensors, sizes)
+    heads, batch = plan.heads_of(tensors, source), 2
+    whole = [
+        integers(batch, TOKENS, ranges[-1].stop, size, seed=seed)
+        for seed, (ranges, size) in enumerate(zip(heads, sizes, strict=True))
+    ]
+    blocks = [
+        torch.cat(
+            [
+                x[:, :, of[rank].start : of[rank].stop].flatten(2)
+                for x, of in zip(whole, heads, strict=True)
+            ],
+            dim=2,
+        )
+        for rank in range(plan.degree)
+    ]
+    expected = torch.cat([block.transpose(0, 1).flatten() for block in blocks])
+    buffer = torch.full_like(expected, torch.nan)
+    copies = 0
+    for windows, places, _ in exchange._copies(whole, buffer, load, source):
+        places.copy_(windows[:, None])
+        copies += 1
+    assert torch.equal(buffer, expected)
+
+    gathered = [torch.full_like(x, torch.nan) for x in whole]
+    for windows, places, shared in exchange._copies(gathered, buffer, load, source):
+        exchange._accumulate(windows, places, shared=shared)
+    for x, ours, ranges in zip(whole, gathered, heads, strict=True):
+        times = Counter(head for of_rank in ranges for head in of_rank)
+        assert torch.equal(ours, x * torch.tensor([times[i] for i in range(x.shape[2])])[:, None])
+    return copies
+
+
+@settings(max_examples=150, deadline=None)
+@given(head_counts(), st.sampled_from([plan_heads, deal_heads]), st.integers(0, 63))
+def test_copies_of_groups_are_those_of_ranks(
+    counts: tuple[int, int, int], make_plan: Callable[..., HeadPlan], source: int
+) -> None:
+    num_query_heads, num_kv_heads, degree = counts
+    plan = make_plan(num_query_heads, num_kv_heads, min(degree, 64))
+    for tensors in ("qkv", "q", "kv", "kkqq"):
+        copies = copied(plan, tensors, source % plan.degree)
+        assert copies <= len(tensors) * sum(map(bool, plan.key_value))
+
+
+@pytest.mark.parametrize(
+    ("plan", "tensors", "copies"),
+    [
+        (plan_heads(32, 16, 8), "kkqqq", 5),  # Gated DeltaNet of Qwen3-Next
+        (plan_heads(32, 16, 32), "kkqqq", 5),  # two ranks a key head
+        (deal_heads(16, 2, 32), "qkv", 5),  # its attention: two ranks a query head
+        (deal_heads(16, 2, 32), "q", 1),
+        (deal_heads(64, 8, 1024), "qkv", 33),
+        (deal_heads(40, 8, 32), "qkv", 12),
+        (plan_heads(1024, 1, 1024), "qkv", 3),  # MQA: all ranks read the one KV head
+        (plan_heads(1536, 512, 1024), "qkv", 6),  # two ranks a KV head: 2 queries and 1
+        (plan_heads(3, 1, 5), "qkv", 3),  # two ranks without heads
+    ],
+)
+def test_a_copy_serves_all_ranks_that_are_alike(plan: HeadPlan, tensors: str, copies: int) -> None:
+    assert copied(plan, tensors, 0) == copies
 
 
 def test_plan_of_14_query_and_2_kv_heads_on_4_ranks() -> None:
@@ -164,23 +218,18 @@ def test_plan_of_14_query_and_2_kv_heads_on_4_ranks() -> None:
     assert plan_heads(9, 3, 2).runs(1) == [(slice(0, 1), slice(0, 1)), (slice(1, 4), slice(1, 2))]
 
 
-def test_plan_of_1024_ranks_takes_little_time_and_one_copy_where_it_can() -> None:
+def test_plan_of_1024_ranks_takes_little_time_and_() -> None:
     started = time.process_time()
     plan = plan_heads(1536, 512, 1024)  # two ranks a KV head: 2 queries and 1
     assert time.process_time() - started < 5
     assert sum(map(len, plan.key_value)) == 1024
-    assert plan_heads(1024, 1, 1024).rank_groups("qkv", 0) == (
-        range(1024),
-    )  # MQA: all read the one KV head
-    # Gated DeltaNet of Qwen3-Next: two ranks a key head.
-    assert plan_heads(32, 16, 32).rank_groups("kkqqq", 0) == (range(32),)
 
 
 def test_ranks_beyond_the_query_heads_are_idle() -> None:
     plan = plan_heads(3, 1, 5)
     assert [len(heads) for heads in plan.query] == [1, 1, 1, 0, 0]
     assert [len(heads) for heads in plan.key_value] == [1, 1, 1, 0, 0]
-    assert plan.runs(4) == [] and plan.rank_groups("qkv", 0) == (range(0, 3),)
+    assert plan.runs(4) == []
 
 
 @settings(max_examples=100, deadline=None)
@@ -214,8 +263,6 @@ def test_dealt_heads_are_the_same_number_of_queries_on_every_rank(
     assert max(held) < num_kv_heads / degree + 2
     if num_query_heads % degree == 0:
         assert plan == plan_heads(num_query_heads, num_kv_heads, degree)
-    for source in (0, degree // 2, degree - 1):
-        check_rank_groups(plan, source)
 
 
 def len_of(part: slice) -> int:

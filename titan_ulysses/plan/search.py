@@ -152,7 +152,8 @@ def estimate(first: Plan) -> int:
 
     The other lengths are planned from models with few layers (`few_layers.py`), so the result is
     not simulated. Memory grows more slowly once tiles and chunks are full, so that a line from a
-    shorter length would end too early: it is followed up to where it leads.
+    shorter length would end too early: it is followed up to where it leads. Where that is the
+    length at which a search ends, this is tried at once, if a GPU could hold its hidden states.
     """
     setup = first.setup
 
@@ -164,17 +165,23 @@ def estimate(first: Plan) -> int:
     if other.seq_len == own.seq_len:
         other = at_length(2 * own.seq_len)
     known, full = [own, other], _full_length(first)
+    hidden = 2 * setup.degrees.local_batch_size * getattr(setup.model_config, "hidden_size", 0)
+    try_end = hidden * _MAX_TOKENS / setup.degrees.sequence < setup.gpu_memory
     while True:
         known.sort(key=lambda need: need.seq_len)
         low, high = _pair(known)
         guess, farthest = limit(setup, low, high), known[-1].seq_len
-        is_line = low.seq_len >= full or guess <= 2 * low.seq_len
+        is_line = low.seq_len >= full or guess < 2 * (low.seq_len + unit)
         if is_line and guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
             return guess
-        if guess < farthest:
+        if guess <= farthest:
             known.append(at_length(guess // 2 // unit * unit))
-        else:
-            known.append(at_length(min(max(guess, 2 * farthest), _MAX_EXTRAPOLATION * farthest)))
+            continue
+        if is_unlimited(setup, guess) and try_end:
+            if at_length(guess).fits:
+                return guess
+            try_end = False
+        known.append(at_length(min(max(guess, 2 * farthest), _MAX_EXTRAPOLATION * farthest)))
 
 
 def _full_length(plan: Plan) -> int:

@@ -203,11 +203,8 @@ def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> 
     batch, tokens = tensors[0].shape[:2]
     sent_sizes, received_sizes = _wire_sizes(load, rank, batch * tokens)
     sent = tensors[0].new_empty(sum(sent_sizes))
-    for ranks, blocks, heads in _blocks(sent, load, rank, tokens, batch):
-        for block, tensor, ranges in zip(blocks, tensors, heads, strict=True):
-            if block.numel():
-                windows = _windows(tensor, ranges, ranks)
-                _by_window(block, windows).copy_(windows[:, None])
+    for windows, places, _ in _copies(tensors, sent, load, rank):
+        places.copy_(windows[:, None])
     received = _all_to_all(sent, received_sizes, sent_sizes, mesh)
     views = [x.transpose(0, 1) for x in _by_tensor(load, load.views(received, rank, tokens, batch))]
     return tuple(views)
@@ -233,14 +230,8 @@ def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> t
     received = _all_to_all(sent, received_sizes, sent_sizes, mesh)
     shapes = [(_heads(load, i), size) for i, size in enumerate(load.sizes)]
     gathered = [tensors[0].new_empty(batch, tokens, *shape) for shape in shapes]
-    for ranks, blocks, heads in _blocks(received, load, rank, tokens, batch):
-        for block, whole, ranges in zip(blocks, gathered, heads, strict=True):
-            # Heads before `filled` hold the values of earlier rank groups already.
-            filled = ranges[ranks.start - 1].stop if ranks.start else 0
-            if block.numel():
-                _accumulate(
-                    _windows(whole, ranges, ranks), block, shared=filled - ranges[ranks.start].start
-                )
+    for windows, places, shared in _copies(gathered, received, load, rank):
+        _accumulate(windows, places, shared=shared)
     return tuple(gathered)
 
 
@@ -288,43 +279,58 @@ def _packed(
     return packed
 
 
-def _blocks(
-    buffer: Tensor, load: _Load, source: int, tokens: int, batch: int
-) -> Iterator[tuple[range, list[Tensor], list[tuple[range, ...]]]]:
-    """Yield each rank group with its views [ranks, T, B, h_i, D_i] of what source sends to heads,
-    and the heads of each tensor on all ranks.
+def _copies(
+    tensors: Sequence[Tensor], buffer: Tensor, load: _Load, source: int
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield the copies between source's tensors [B, T, H_i, D_i] and the buffer of what it sends to
+    heads: of each tensor, what the alike ranks of a group have of it.
+
+    That is the windows [w, T, B, h, D] of the tensor, their places [w, ranks, T, B, h, D] in the
+    buffer, and how many of the first heads of a window are in windows before as well.
     """
+    batch, tokens = tensors[0].shape[:2]
     heads, stop = load.plan.heads_of(load.tensors, source), 0
-    for ranks in load.plan.rank_groups(load.tensors, source):
-        widths = [len(x[ranks.start]) * size for x, size in zip(heads, load.sizes, strict=True)]
-        start, stop = stop, stop + len(ranks) * tokens * batch * sum(widths)
-        block = buffer[start:stop].view(len(ranks), tokens, batch, sum(widths))
-        yield ranks, load.split(block, widths), heads
+    for group in load.plan.rank_groups(load.tensors, source):
+        cycle, cycles = group.ranks[: group.period], len(group.ranks) // group.period
+        widths = [
+            [len(x[rank]) * size for x, size in zip(heads, load.sizes, strict=True)]
+            for rank in cycle
+        ]
+        sizes = [tokens * batch * sum(of_rank) for of_rank in widths]
+        start, stop = stop, stop + cycles * sum(sizes)
+        blocks = buffer[start:stop].view(cycles, sum(sizes)).split(sizes, dim=1)
+        for rank, block, of_rank in zip(cycle, blocks, widths, strict=True):
+            of_tensors = load.split(block.unflatten(1, (tokens, batch, sum(of_rank))), of_rank)
+            for x, ranges, places in zip(tensors, heads, of_tensors, strict=True):
+                if places.numel():
+                    windows = _windows(x, ranges[rank], *group.windows(ranges))
+                    filled = ranges[rank - 1].stop if rank else 0
+                    shared = max(0, filled - ranges[rank].start)
+                    yield windows, places.unflatten(0, (len(windows), -1)), shared
 
 
-def _windows(x: Tensor, ranges: tuple[range, ...], ranks: range) -> Tensor:
-    """View x [B, T, H, D] as [windows, T, B, h, D], the heads of each rank of a group.
-
-    Ranks with the same heads follow one another, and have one window.
+def _windows(x: Tensor, heads: range, first: range, count: int) -> Tensor:
+    """View x [B, T, H, D] as [count, T, B, h, D]: some heads of the first window, and the same of
+    those that follow it.
     """
-    first, last = ranges[ranks.start], ranges[ranks[-1]]
-    windows = x[:, :, first.start : last.stop].unflatten(2, (-1, len(first)))
+    windows = x[:, :, first.start : first.start + count * len(first)]
+    windows = windows.unflatten(2, (count, len(first)))
+    if heads != first:
+        windows = windows[:, :, :, heads.start - first.start : heads.stop - first.start]
     return windows.permute(2, 1, 0, 3, 4)
 
 
-def _by_window(block: Tensor, windows: Tensor) -> Tensor:
-    """View block [ranks, T, B, h, D] as [windows, ranks of a window, T, B, h, D]."""
-    return block.unflatten(0, (len(windows), -1))
+def _accumulate(windows: Tensor, places: Tensor, *, shared: int) -> None:
+    """Write places into windows, but add to their first `shared` heads, filled before.
 
-
-def _accumulate(windows: Tensor, block: Tensor, *, shared: int) -> None:
-    """Write block into windows, but add it to their first `shared` heads, filled before."""
-    if len(windows) < len(block):  # what ranks with the same heads send is summed
-        block = _by_window(block, windows).sum(dim=1)
+    What several ranks have for a window is summed.
+    """
+    values = places.sum(dim=1) if places.shape[1] > 1 else places[:, 0]
     if shared:
-        windows[..., :shared, :].add_(block[..., :shared, :])
-        windows, block = windows[..., shared:, :], block[..., shared:, :]
-    windows.copy_(block)
+        windows[..., :shared, :].add_(values[..., :shared, :])
+        windows, values = windows[..., shared:, :], values[..., shared:, :]
+    if values.numel():
+        windows.copy_(values)
 
 
 def _all_to_all(sent: Tensor, received: list[int], split: list[int], mesh: DeviceMesh) -> Tensor:

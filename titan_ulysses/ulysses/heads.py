@@ -26,6 +26,10 @@ import torch
 from torch import Tensor
 
 
+_LONGEST_PERIOD = 64
+"""Ranks of the longest cycle of a `RankGroup` that is looked for."""
+
+
 class Part(NamedTuple):
     """Queries of a rank: the tokens that some ranks hold, for some heads."""
 
@@ -33,6 +37,30 @@ class Part(NamedTuple):
     """The ranks that hold the tokens."""
     heads: range
     """The query heads; there may be none."""
+
+
+class RankGroup(NamedTuple):
+    """Consecutive ranks, in cycles of `period` ranks.
+
+    The ranks at one place of all cycles are alike: they have equally many heads of each tensor. The
+    heads of all ranks of a cycle are a window, and those of the next cycle are the same window, or
+    the next one, equally far on each time.
+    """
+
+    ranks: range
+    period: int
+
+    def windows(self, ranges: Sequence[range]) -> tuple[range, int]:
+        """Return the heads of the group's first window, and the number of windows.
+
+        ranges: the heads of a tensor on each rank. The windows follow one another.
+        """
+        starts = [ranges[rank].start for rank in self.ranks[:: self.period]]
+        last = self.ranks[self.period - 1]
+        if starts[-1] == starts[0]:
+            return range(starts[0], ranges[last].stop), 1
+        repeats = starts.count(starts[0])
+        return range(starts[0], starts[repeats]), len(starts) // repeats
 
 
 @dataclass(frozen=True)
@@ -74,14 +102,13 @@ class HeadPlan:
         queries = self.queries_of(source)
         return [queries if tensor == "q" else self.key_value for tensor in tensors]
 
-    def rank_groups(self, tensors: str, source: int) -> tuple[range, ...]:
-        """Return groups of consecutive ranks, to which source's heads of these tensors can be
-        copied with one strided copy per tensor.
+    def rank_groups(self, tensors: str, source: int) -> tuple[RankGroup, ...]:
+        """Return all ranks, in groups to whose alike ranks source's heads of these tensors can be
+        copied with one strided copy per tensor (see `RankGroup`).
 
-        All ranks of a group have equally many heads of each tensor. Their ranges of heads follow
-        one another, and each range belongs to equally many ranks. An even plan has one group, and
-        so do P query heads whose KV heads divide P, as in MQA. Ranks that get nothing belong to no
-        group.
+        An even plan has one group of one cycle after the other, each of one rank. So have P query
+        heads whose KV heads divide P, as in MQA. If a head of queries is on several ranks, each has
+        the heads of a part of the sources, and a cycle is those ranks.
         """
         queries, keys = self.queries_of(source), self.key_value
         if "q" not in tensors:
@@ -231,42 +258,54 @@ def _sizes(num_query_heads: int, group_size: int, degree: int) -> list[int]:
 
 
 @lru_cache
-def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[range, ...]:
-    # First the ranks with the same KV heads, then the runs of them that are alike.
-    same: list[range] = []
-    for rank, heads in enumerate(key_value):
-        if not heads:
-            continue
-        before = rank - 1
-        if same and (heads, len(query[rank])) == (key_value[before], len(query[before])):
-            same[-1] = range(same[-1].start, rank + 1)
-        else:
-            same.append(range(rank, rank + 1))
-    groups: list[list[range]] = []
-    for ranks in same:
-        if groups and _can_join_group(groups[-1], ranks, query, key_value):
-            groups[-1].append(ranks)
-        else:
-            groups.append([ranks])
-    return tuple(range(group[0].start, group[-1].stop) for group in groups)
+def _rank_groups(query: Sequence[range], key_value: Sequence[range]) -> tuple[RankGroup, ...]:
+    groups, start = [], 0
+    while start < len(query):
+        period, cycles = 1, 0
+        for longer in range(1, _LONGEST_PERIOD + 1):
+            if (len(query) - start) // longer <= cycles:
+                break  # a copy would not serve more ranks
+            found = _cycles((query, key_value), start, longer)
+            if found > cycles:
+                period, cycles = longer, found
+        groups.append(RankGroup(range(start, start + period * cycles), period))
+        start += period * cycles
+    return tuple(groups)
 
 
-def _can_join_group(
-    group: Sequence[range], ranks: range, query: Sequence[range], key_value: Sequence[range]
-) -> bool:
-    """Return whether `ranks`, which have the same KV heads, can join the runs of a group."""
-    if ranks.start != group[-1].stop:  # between them are ranks that get nothing
-        return False
-    start, mine, first = group[0].start, key_value[ranks.start], key_value[group[0].start]
-    alike = (len(ranks), len(mine), len(query[ranks.start])) == (
-        len(group[0]),
-        len(first),
-        len(query[start]),
-    )
-    # A group with several KV ranges must share no KV head with the rank before it: the gradients of
-    # its KV heads are then copied, never added.
-    fresh = start == 0 or first.start == key_value[start - 1].stop
-    return alike and fresh and mine.start == first.start + len(first) * len(group)
+def _cycles(of_tensors: Sequence[Sequence[range]], start: int, period: int) -> int:
+    """Return the largest number of cycles of `period` ranks each, from rank `start` on, that are a
+    group for tensors with these heads.
+    """
+    windows = [_regular_cycles(ranges, start, period) for ranges in of_tensors]
+    cycles = min(most for most, _ in windows)
+    while any(cycles > repeats and cycles % repeats for _, repeats in windows):
+        cycles -= 1
+    return cycles
+
+
+def _regular_cycles(ranges: Sequence[range], start: int, period: int) -> tuple[int, int]:
+    """Return how many cycles have the heads of one tensor in windows at equal distances, and how
+    many cycles share a window.
+    """
+    base, end = ranges[start].start, ranges[start + period - 1].stop
+    before = ranges[start - 1].stop if start else 0
+    cycles, repeats, step = 1, 1, 0
+    for begin in range(start + period, len(ranges) - period + 1, period):
+        shift = ranges[begin].start - base
+        if shift and not step:
+            step, repeats = shift, cycles
+            # Several windows share no head with one another, nor with the rank before: the
+            # gradients of the heads of all windows are then added to the same of their heads.
+            if end > base + step or before > base:
+                break
+        if shift != cycles // repeats * step:
+            break
+        pairs = ((ranges[start + i], ranges[begin + i]) for i in range(period))
+        if any(x != range(first.start + shift, first.stop + shift) for first, x in pairs):
+            break
+        cycles += 1
+    return cycles, repeats if step else cycles
 
 
 def idle_ranks(heads: int, degree: int) -> str | None:
