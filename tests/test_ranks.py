@@ -108,7 +108,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """
     environment = {**os.environ, "PYTHONPATH": str(_TESTS), "CUDA_VISIBLE_DEVICES": "3"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=180, env=environment
     )
 
 

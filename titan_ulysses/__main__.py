@@ -100,8 +100,8 @@ def run(argv: list[str]) -> None:
 def _large_imports() -> Iterator[None]:
     """Keep the garbage collector from what is imported here, all of which stays.
 
-    It would look through half a million objects again and again: for a seventh of the time that the
-    imports take, and later in the middle of a step.
+    It would look through hundreds of thousands of objects again and again: while a rank starts, and
+    later in the middle of a step.
     """
     gc.disable()
     try:

@@ -1,8 +1,9 @@
 """Which worker of pytest-xdist takes which file of tests, with `--dist loadfile`.
 
-xdist hands out files by their number of tests. Those that start processes and wait for them have
-few, so that they would come last, two at a time, while the cores have nothing to do. Here one
-worker takes the files that wait, and the others those that compute, until one kind is used up.
+xdist hands out files by their number of tests. Those that start processes, and wait for them, have
+few tests that take long. So they would come last, two at a time, and one worker would end minutes
+before the other. Here one worker takes these files, and the others those that compute, until one
+kind is used up.
 """
 
 from __future__ import annotations
@@ -19,11 +20,10 @@ WAITING = (
     "command_line",
     "agreement",
     "hang",
-    "launchers",
-    "network",
     "console",
+    "network",
 )
-"""Files that leave a core idle for most of their time, the longest first."""
+"""The longest first."""
 
 
 class OneWaits(LoadFileScheduling):
