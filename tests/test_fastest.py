@@ -253,7 +253,31 @@ def test_a_search_over_nothing_is_said():
     console = Console(file=said, width=200)
     assert tell_fastest(console, Search(setup_of(), estimate=refuse)) == []
     assert "training.seq_len = 262,144 on 4 x H100-80GB: none of" in said.getvalue()
-    assert "All are refused: give training.seq_len a length that a mesh" in said.getvalue()
+    assert "All are refused: refused" in said.getvalue()
+    one = {"parallelism__sequence_parallel_degree": 16, "training__global_batch_size": 1}
+    tell_fastest(console, Search(setup_of(plan__world_size=16, **one)))
+    assert "All are refused: no mesh divides training.seq_len and" in said.getvalue()
+
+
+def test_a_loss_whose_hidden_states_stay_on_the_device():
+    """The search begins with what such a loss can have. All settings are as good here."""
+    from titan_ulysses.plan.fastest import Search
+    from titan_ulysses.plan.few_layers import estimate_plan
+
+    setup = setup_of(
+        model__config=SIX | {"num_hidden_layers": 2},
+        training__seq_len=4096,
+        plan__world_size=2,
+        loss__name="dpo",
+        data__source="preference",
+        data__packing="best_fit",
+    )
+    one = estimate_plan(setup)
+    search = Search(setup, estimate=lambda other: replace(one, setup=other))
+    best, *_ = search.run()
+    assert best.is_simulated and best.changes["memory.stream_offload"] == "none"
+    hidden = [one for key, one in search.tried.items() if ("memory.stream_offload", "host") in key]
+    assert hidden and not any(hidden)
 
 
 @pytest.mark.slow

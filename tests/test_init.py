@@ -162,7 +162,7 @@ class NothingFits:
     """A search that has tried one thing in vain; the real one is in tests/test_fastest.py."""
 
     def __init__(self, setup: Setup) -> None:
-        self.setup, self.tried = setup, {(): None}
+        self.setup, self.tried, self.refusal = setup, {(): None}, "why it is refused"
 
     def run(self) -> list[Candidate]:
         return []
@@ -185,9 +185,13 @@ def test_what_does_not_fit(
         assert "do not fit." in " ".join(capsys.readouterr().out.split())
         with pytest.raises(UserError, match="tiny.toml is not written, because nothing fits"):
             main(["init", str(model), *small])
+        assert "All are refused: why it is refused" in capsys.readouterr().out
         assert not Path("tiny.toml").exists()
         with pytest.raises(UserError, match="there is no folder absent"):
             main(["init", str(model), "--gpus", "1xH100", "--output", "absent/a.toml"])
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        with pytest.raises(UserError, match=r"--output a.toml: cannot write to the folder \. \(it"):
+            main(["init", str(model), "--gpus", "1xH100", "--output", "a.toml"])
 
 
 # --- outside of the repository --------------------------------------------------------------------

@@ -108,6 +108,8 @@ class Search:
     estimate: Callable[[Setup], Estimate] = estimate_plan
     tried: dict[tuple, Candidate | None] = field(default_factory=dict)
     """what is known of settings; None: this model or mesh cannot have them"""
+    refusal: str = ""
+    """why the last settings that were refused cannot be"""
 
     def run(self) -> list[Candidate]:
         """Return the best candidates that fit, at most five, the fastest first.
@@ -120,7 +122,7 @@ class Search:
             # Ranks of other nodes compute no less, and exchange over the network.
             if not any(one.fits for one in begun):
                 some = [m for m in sharded if (m[_SEQUENCE] > self._per_node) == spans_nodes]
-                begun += filter(None, (self.try_(LEAN | mesh) for mesh in some))
+                begun += filter(None, (self._lean(mesh) for mesh in some))
         if start := min(begun, key=_rank, default=None):
             self._descend(start)
         return self._verified()
@@ -128,6 +130,13 @@ class Search:
     @property
     def _per_node(self) -> int:
         return self.setup.config.plan.gpus_per_node
+
+    def _lean(self, mesh: Changes) -> Candidate | None:
+        """Estimate settings that need little memory, on a mesh; None where all are refused.
+
+        Not every loss and model can have its hidden states off the device.
+        """
+        return self.try_(LEAN | mesh) or self.try_(LEAN | {_HIDDEN: "none"} | mesh)
 
     def try_(self, settings: Changes) -> Candidate | None:
         """Estimate settings; None where they are refused."""
@@ -138,8 +147,8 @@ class Search:
                 same = self.tried.get(_key(_as_it_runs(settings)))
                 found = replace(same.found, setup=setup) if same else self.estimate(setup)
                 self.tried[key] = Candidate(settings, found)
-            except UserError:
-                self.tried[key] = None
+            except UserError as error:
+                self.tried[key], self.refusal = None, str(error)
         return self.tried[key]
 
     def _descend(self, start: Candidate) -> Candidate:
@@ -182,7 +191,7 @@ class Search:
             return 0.0
         degrees = (best.changes[_SEQUENCE], changed[_SEQUENCE])
         own, other = (
-            self.try_(LEAN | {_SEQUENCE: degree, _REPLICATE: 1, _SHARD: -1}) for degree in degrees
+            self._lean({_SEQUENCE: degree, _REPLICATE: 1, _SHARD: -1}) for degree in degrees
         )
         if own is None or other is None:
             return inf

@@ -115,7 +115,11 @@ def _nothing(search: Search) -> str:
     )
     nearest = search.nearest()
     if nearest is None:
-        return f"{what} All are refused: give training.seq_len a length that a mesh can divide."
+        no_mesh = (
+            "no mesh divides training.seq_len and training.global_batch_size with at most as many "
+            "ranks of a sequence as there are query heads."
+        )
+        return f"{what} All are refused: {search.refusal or no_mesh}"
     found = nearest.found
     host = f" of {size_text(setup.host_memory)}" if setup.host_memory else ""
     return (

@@ -7,6 +7,7 @@ description of the schema.
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
 from pathlib import Path
@@ -60,18 +61,30 @@ def init(command: ModelCommand) -> None:
         raise UserError(f"{path} is there already: give another --output, or remove it.")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}. Make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise _unwritable(path, "it is not writable")
     console = Console()
     config, changes, fits = _find(command, console)
     if not fits:
         raise UserError(f"{path} is not written, because nothing fits {_asked(command)}.")
     config = _changed(config, changes)
-    with whole_file(path) as partial:
-        partial.write_text(_file(command, config, changes, make_plan(set_up(config)), path))
+    text = _file(command, config, changes, make_plan(set_up(config)), path)
+    try:
+        with whole_file(path) as partial:
+            partial.write_text(text)
+    except OSError as error:
+        raise _unwritable(path, error.strerror or str(error)) from error
     console.print(
         f"[bold]{path}[/] has these settings. Set data.path and the others in it, and start with\n"
         f"  {_start(config, path)}",
         highlight=False,
         soft_wrap=True,
+    )
+
+
+def _unwritable(path: Path, why: str) -> UserError:
+    return UserError(
+        f"--output {path}: cannot write to the folder {path.parent} ({why}). Choose another one."
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
+from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
@@ -75,13 +76,16 @@ class Simulated(Need):
 def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
     """Return setup with changed settings ("section.key" -> value) and the mesh that follows.
 
-    UserError where the sequence-parallel degree does not divide the number of ranks.
+    UserError where settings exclude each other, and where the sequence-parallel degree does not
+    divide the number of ranks.
     """
     table = setup.config.model_dump()
     for key, value in changes.items():
         section, name = key.split(".")
         table[section][name] = value
     config = Config.model_validate(table)
+    if problems := combination_problems(config):
+        raise UserError("\n".join(problems))
     return replace(setup, spec=setup.spec.with_config(config, _degrees(setup, config, changes)))
 
 
