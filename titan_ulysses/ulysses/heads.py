@@ -25,7 +25,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 _LONGEST_PERIOD = 64
 """Ranks of the longest cycle of a `RankGroup` that is looked for."""
 
