@@ -391,6 +391,39 @@ def test_an_estimate_from_a_short_sequence():
     assert f"about {found:,} tokens fit. (Beyond 8,192, its max_position_embeddings" in said
 
 
+@pytest.mark.parametrize(
+    ("seq_len", "full", "bytes_a_token", "tried", "found"),
+    [
+        (2**20, 2**20, 2**13, [2**22], 2**22),  # on the line that the limit is on
+        (2**20, 2**22, 2**13, [2**19, 2**22, 2**21], 2**22),  # tiles are not full yet
+        (2**20, 2**20, 2**16, [2**18], 2**19),  # too long
+        (512, 2**12, 1, [256, 2**27], 2**27),  # nothing limits it
+        (2**27, 2**20, 1, [2**26], 2**27),
+    ],
+)
+def test_an_estimate_tries_few_lengths(
+    monkeypatch, seq_len: int, full: int, bytes_a_token: int, tried: list[int], found: int
+):
+    from titan_ulysses.plan import search
+    from titan_ulysses.plan.planner import set_up
+
+    settings = {"plan__gpu_memory_gib": 32, "training__seq_len": seq_len}
+    model = {"model__config": LLAMA | {"max_position_embeddings": 2**27}}
+    lengths: list[int] = []
+
+    def planned(setup) -> SimpleNamespace:
+        lengths.append(setup.config.training.seq_len)
+        size = bytes_a_token * lengths[-1]
+        fits = size <= setup.gpu_memory
+        time = SimpleNamespace(seconds=1.0)
+        return SimpleNamespace(setup=setup, gpu_bytes=size, host_bytes=0, fits=fits, time=time)
+
+    monkeypatch.setattr(search, "estimate_plan", planned)
+    monkeypatch.setattr(search, "_full_length", lambda plan: full)
+    assert search.estimate(planned(set_up(config(**model, **settings)))) == found
+    assert lengths[1:] == tried
+
+
 # --- what it says ---------------------------------------------------------------------------------
 
 CASES = {

@@ -164,11 +164,16 @@ def estimate(first: Plan) -> int:
     def at_length(seq_len: int) -> Need:
         return Need.of(estimate_plan(with_settings(setup, {"training.seq_len": seq_len})))
 
-    unit, own = _UNIT * setup.degrees.sequence, Need.of(first)
-    other = at_length(max(unit, own.seq_len // (2 if own.fits else 4) // unit * unit))
+    unit, own, full = _UNIT * setup.degrees.sequence, Need.of(first), _full_length(first)
+    end = _MAX_TOKENS // unit * unit
+    if own.fits and full <= own.seq_len < end:
+        # Beyond full tiles and chunks, so that a longer length is on the same line.
+        other = at_length(min(_MAX_UNVERIFIED_EXTRAPOLATION * own.seq_len, end))
+    else:
+        other = at_length(max(unit, own.seq_len // (2 if own.fits else 4) // unit * unit))
     if other.seq_len == own.seq_len:
         other = at_length(2 * own.seq_len)
-    known, full = [own, other], _full_length(first)
+    known = [own, other]
     hidden = 2 * setup.degrees.local_batch_size * getattr(setup.model_config, "hidden_size", 0)
     try_end = hidden * _MAX_TOKENS / setup.degrees.sequence < setup.gpu_memory
     while True:

@@ -22,7 +22,7 @@ of it; k and v of several parts are joined by one copy. On the way to heads, sen
 of the data and receiving costs none. On the way back, receiving costs one copy. Sending the output
 costs no copy if its memory is laid out as [S, B, h, D], which at B = 1 includes [B, S, h, D].
 Sending the gradients of q, k and v costs one copy, which packs them together. Copies between
-[B, T, H, D] and the blocks of all ranks are strided, one per tensor and rank group
+[B, T, H, D] and the blocks of all ranks are strided, one per tensor for all ranks that are alike
 (`HeadPlan.rank_groups`) instead of one per rank: three for q, k and v if P divides Hkv.
 
 Bytes that rank r sends to other ranks, where rank p has hq_rp query heads of r's tokens and hkv_p
