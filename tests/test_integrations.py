@@ -309,6 +309,10 @@ def test_what_was_not_tried_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.check(named, SimpleNamespace(), {})
 
 
+BEST: Shown = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+BEST |= {"save_strategy": "steps", "save_steps": 1}
+
+
 def refused(degrees: Degrees, folder: str, arguments: Shown, more: Shown) -> str:
     from transformers import Trainer
 
@@ -333,6 +337,7 @@ def refused(degrees: Degrees, folder: str, arguments: Shown, more: Shown) -> str
     [
         ({"label_smoothing_factor": 0.1}, {}, ["label_smoothing_factor = 0.1", "logits"]),
         ({"torch_compile": True}, {}, ["torch_compile = True", "ParallelOptions(compile=True)"]),
+        (BEST | {"save_only_model": True}, {}, ["load_best_model_at_end", "save_only_model"]),
         ({}, {"compute_metrics": len}, ["compute_metrics", "logits"]),
         ({}, {"optimizers": (1, None)}, ["optimizers", "optimizer_cls_and_kwargs"]),
         ({}, {}, ["resume_from_checkpoint", "sharded/"]),

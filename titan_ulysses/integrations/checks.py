@@ -51,6 +51,12 @@ def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
     for name, reason in _REFUSED_ARGUMENTS.items():
         if more.get(name) not in (None, (None, None)):
             raise UserError(f"{name}: not with UlyssesTrainer: {reason}.")
+    if getattr(args, "load_best_model_at_end", False) and args.save_only_model:
+        raise UserError(
+            "load_best_model_at_end = True with save_only_model = True: the best model is loaded "
+            "from the shards of its checkpoint, which would not be there. Set save_only_model = "
+            "False."
+        )
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise UserError(
             'train_sampling_strategy = "batch_rebalance": it would give the ranks of a sequence '
