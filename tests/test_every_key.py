@@ -160,6 +160,7 @@ SLOW_ADAM: Settings = {
 PLAN: Settings = {
     "training.seq_len": 1024,
     "model.config": MODEL | {"num_hidden_layers": 1, "max_position_embeddings": 2**27},
+    "plan.gpu_memory_gib": 2.0,  # so that no plans of very long sequences are needed
 }
 REPLICATED: Settings = {"parallelism.data_parallel_replicate_degree": 2}
 PLAN_OF_TWO: Settings = PLAN | {"parallelism.sequence_parallel_degree": 2}

@@ -895,8 +895,9 @@ def test_a_sequence_that_spans_nodes(tmp_path, capsys):
     from titan_ulysses.plan.report import as_json, plan_and_report
 
     sequence = {"parallelism__sequence_parallel_degree": 4, "plan__world_size": 8}
-    folder = {"job__dump_folder": str(tmp_path)}
-    plan_and_report(config(**sequence, **folder, plan__gpus_per_node=2))
+    # A small GPU: the sentence about what would fit needs no plans of very long sequences.
+    small = {"job__dump_folder": str(tmp_path), "plan__gpu_memory_gib": 2.0}
+    plan_and_report(config(**sequence, **small, plan__gpus_per_node=2))
     across = json.loads((tmp_path / "run" / "plan.json").read_text())
     said = capsys.readouterr().out
     inside = as_json(plan_of(**sequence, plan__gpus_per_node=4))
