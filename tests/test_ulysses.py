@@ -218,7 +218,7 @@ def test_plan_of_14_query_and_2_kv_heads_on_4_ranks() -> None:
     assert plan_heads(9, 3, 2).runs(1) == [(slice(0, 1), slice(0, 1)), (slice(1, 4), slice(1, 2))]
 
 
-def test_plan_of_1024_ranks_takes_little_time_and_() -> None:
+def test_plan_of_1024_ranks_takes_little_time() -> None:
     started = time.process_time()
     plan = plan_heads(1536, 512, 1024)  # two ranks a KV head: 2 queries and 1
     assert time.process_time() - started < 5
