@@ -9,6 +9,7 @@ Wrong gradients cannot be repaired, so using them is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -101,7 +102,8 @@ class Guard:
                     group._partial_reduce_output = None
                     group.reshard()
         for parameter in self.parameters():
-            parameter.unsharded_accumulated_grad = None
+            with suppress(AttributeError):  # since torch 2.15 it is the gradient below
+                parameter.unsharded_accumulated_grad = None
             if hasattr(parameter, "_unsharded_param"):
                 parameter._unsharded_param.grad = None
 
