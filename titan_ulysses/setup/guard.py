@@ -86,7 +86,11 @@ class Guard:
         """
         root = self.model._get_fsdp_state()
         if hasattr(self.model, "reset_iter_state"):  # torch 2.13
+            # From torch 2.15 on it drops the reduced gradients too, also those of other backwards.
+            reduced = [(p.sharded_param, p.sharded_param.grad) for p in self.parameters()]
             self.model.reset_iter_state()
+            for parameter, gradient in reduced:
+                parameter.grad = gradient
         else:
             # Older versions lack that method.
             root._state_ctx.iter_forward_root = None
