@@ -325,7 +325,7 @@ class Sandbox:
         if "--plan" in arguments and any(word.startswith("configs/") for word in arguments):
             arguments += TOY_8B
             if any("olmo_hybrid" in word for word in arguments):  # its own is too large
-                arguments += ["--model.config.pad_token_id", "0", "--plan.gpu_memory_gib", "2"]
+                arguments += ["--model.config.pad_token_id", "0"]
         here = (str(self.root), call._replace(arguments=arguments))
         if call.ranks == 1:
             run_script(*here)
