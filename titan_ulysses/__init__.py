@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.setup.parallelize import parallelize
     from titan_ulysses.train.evaluation import score, whole_sequences
+    from titan_ulysses.train.huggingface.trainer import UlyssesTrainer
     from titan_ulysses.train.log_probs import log_probs
 
 __all__ = [
+    "UlyssesTrainer",
     "UserError",
     "build_mesh",
     "load_checkpoint",
@@ -47,6 +49,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "UlyssesTrainer": "train.huggingface.trainer",
     "UserError": "distributed.errors",
     "build_mesh": "distributed.mesh",
     "load_checkpoint": "checkpoint.saving",

@@ -107,8 +107,7 @@ def trl_loss(name: str, tokens: int, args: argparse.Namespace, folder: str) -> C
     from transformers import AutoConfig, AutoModelForCausalLM, ByT5Tokenizer
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from titan_ulysses import build_mesh
-    from titan_ulysses.integrations.trainer import UlyssesTrainer
+    from titan_ulysses import UlyssesTrainer, build_mesh
     from titan_ulysses.setup.options import ParallelOptions
 
     config = AutoConfig.for_model("llama", vocab_size=args.vocabulary, hidden_size=64)

@@ -17,8 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
-from titan_ulysses import build_mesh
-from titan_ulysses.integrations.trainer import UlyssesTrainer
+from titan_ulysses import UlyssesTrainer, build_mesh
 
 model, text, output = [*sys.argv[1:], *["tiny", "LICENSE", "outputs/trainer"][len(sys.argv) - 1 :]]
 mesh = build_mesh(sequence=2)  # two ranks share each sequence

@@ -12,8 +12,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from titan_ulysses import build_mesh
-from titan_ulysses.integrations.trainer import UlyssesTrainer
+from titan_ulysses import UlyssesTrainer, build_mesh
 
 model, text, output = [*sys.argv[1:], *["tiny", "LICENSE", "outputs/trl_sft"][len(sys.argv) - 1 :]]
 mesh = build_mesh(sequence=2)  # two ranks share each sequence

@@ -35,10 +35,10 @@ from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, sa
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
-from titan_ulysses.integrations.checks import check
-from titan_ulysses.integrations.whole_batches import gather, rows_of, take_whole_batches
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
+from titan_ulysses.train.huggingface.checks import check
+from titan_ulysses.train.huggingface.whole_batches import gather, rows_of, take_whole_batches
 from titan_ulysses.train.step import clip_gradients
 
 if TYPE_CHECKING:
