@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers import training
+from helpers.families import model_of
 from helpers.models import LLAMA, STARCODER2
 from helpers.ranks import run_on_ranks
 from helpers.rows import local_batch, make_rows
@@ -462,3 +463,14 @@ def test_settings_that_exclude_each_other(
     with pytest.raises(UserError) as caught:
         load_config(write_run(tmp_path), ({"lora.rank": 4} | settings).items())
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_next", "falcon_h1", "nemotron_h"])
+def test_the_message_names_layers_that_peft_takes(family: str) -> None:
+    """Where all linear layers cannot have one: the names that the message gives can."""
+    config = hf.load_model_config("", model_of(family))
+    with pytest.raises(UserError, match="lora.target_modules: .*Name other layers") as caught:
+        add_adapters(hf.build_on_meta(config, torch.float32), SETTINGS)
+    names = json.loads(str(caught.value).split("lora.target_modules = ")[1].split("]")[0] + "]")
+    model = hf.build_on_meta(config, torch.float32)
+    assert add_adapters(model, LoRA(rank=3, target_modules=names)) >= len(names) > 3

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from titan_ulysses.config.schema import LoRA
+from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import one_line
 from titan_ulysses.distributed.seeds import seed_of
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.
 
 ADAPTER = "default"
 """The name that peft gives to a model's only adapter."""
+_MLPS = {"mlp", "feed_forward", "block_sparse_moe", "shared_mlp", "moe"}
+"""How families name the MLP of a block, dense or a mixture."""
 
 
 def check_lora(settings: LoRA) -> None:
@@ -64,13 +67,15 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
             with torch.device(next(model.parameters()).device):
                 inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         except ValueError as error:
-            raise UserError(f"lora.target_modules: peft refuses them: {one_line(error)}") from error
+            names = _outside_mlps(targets, but=one_line(error))
+            raise UserError(
+                f"lora.target_modules: peft refuses them. {names} Peft says: {one_line(error)}"
+            ) from error
     if other := sorted({name for name, _ in _adapted_layers(model)} ^ targets):
         # peft goes by names, and in some mixtures takes shared experts and dense MLPs for experts.
         raise UserError(
             f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a '
-            "part of a mixture of experts, which cannot be sharded. Name other layers, as in "
-            'lora.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj"].'
+            f"part of a mixture of experts, which cannot be sharded. {_outside_mlps(targets)}"
         )
     for _, layer in _adapted_layers(model):
         for part in (layer.lora_A, layer.lora_B):
@@ -93,6 +98,15 @@ def _targets(model: PreTrainedModel, settings: LoRA) -> set[str]:
         return set(linear)
     setting, what = "lora.target_modules", "linear layer that can have an adapter"
     return matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
+
+
+def _outside_mlps(targets: set[str], but: str = "") -> str:
+    """Say which layers to name instead of `targets`, of this very model: those that are in no MLP,
+    and whose name is not quoted in peft's message `but`.
+    """
+    parts = [name.split(".") for name in sorted(targets)]
+    names = {path[-1] for path in parts if not _MLPS & {*path[:-1]} and f"'{path[-1]}'" not in but}
+    return f"Name other layers, as in lora.target_modules = {to_toml(sorted(names))}."
 
 
 @torch.no_grad()
