@@ -17,6 +17,7 @@ from titan_ulysses.ulysses.states import (
     State,
     chunk_of,
     convolve,
+    last_inputs,
     nothing_of,
     run_by_documents,
 )
@@ -68,7 +69,7 @@ class ShortConv:
 
         first = (0 if chunk is None else chunk.whole.start) + mesh.get_local_rank() * x.shape[1]
         y = run_by_documents(run, [x], ulysses.documents, first, (before,))[0]
-        last = torch.cat([before, x], dim=1)[:, x.shape[1] :]
+        last = last_inputs(x.mT, before.mT, m.conv_kernel_size - 1).mT
         return m.out_proj(border.after(c * _Joined.apply(y, before), (last,)))
 
 

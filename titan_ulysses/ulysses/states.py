@@ -119,7 +119,7 @@ def convolve(
 
 def last_inputs(x: Tensor, tail: Tensor | None, count: int) -> Tensor:
     """Return the last `count` of tail and x [B, C, n] along the last dimension, after zeros."""
-    if tail is not None:
+    if tail is not None and x.shape[-1] < count:
         x = torch.cat([tail, x], dim=-1)
     return F.pad(x[..., max(0, x.shape[-1] - count) :], (max(0, count - x.shape[-1]), 0))
 
