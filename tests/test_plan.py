@@ -399,6 +399,7 @@ def test_an_estimate_from_a_short_sequence():
         (2**20, 2**20, 2**16, [2**18], 2**19),  # too long
         (512, 2**12, 1, [256, 2**27], 2**27),  # nothing limits it
         (2**27, 2**20, 1, [2**26], 2**27),
+        (512, 2**24, 0, [256], 0),  # no length fits, and none needs more than another
     ],
 )
 def test_an_estimate_tries_few_lengths(
@@ -413,7 +414,8 @@ def test_an_estimate_tries_few_lengths(
 
     def planned(setup) -> SimpleNamespace:
         lengths.append(setup.config.training.seq_len)
-        size = bytes_a_token * lengths[-1]
+        size = bytes_a_token * lengths[-1] or 2**36
+        assert len(lengths) < 9, "it goes on and on"
         fits = size <= setup.gpu_memory
         time = SimpleNamespace(seconds=1.0)
         return SimpleNamespace(setup=setup, gpu_bytes=size, host_bytes=0, fits=fits, time=time)

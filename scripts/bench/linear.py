@@ -191,7 +191,7 @@ def main() -> None:
                 print(f"  {said(chunk)}: {slope(points) / 1024:.2f} KiB a token", flush=True)
 
 
-def figures_of(command: list[str]) -> dict[str, Any] | str:
+def figures_of(command: list[str]) -> Any:
     """Return what `measure` prints, its times with an allocator that keeps memory; or an error."""
     of_memory, of_time = (
         run(command, threads=1, minutes=10, env=env) for env in (ALLOCATOR, CACHING)

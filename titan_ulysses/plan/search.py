@@ -115,7 +115,7 @@ def _simulated(plan: Plan) -> Simulated:
 
 def limit(setup: Setup, a: Need, b: Need) -> int:
     """Return the length at which the line through a and b reaches the first limit of the hardware
-    or of the time of a step, rounded down. a and b must have different lengths.
+    or of the time of a step, rounded down; 0 where none fits. a is the shorter one.
     """
     unit = _UNIT * setup.degrees.sequence
     lengths = []
@@ -124,7 +124,10 @@ def limit(setup: Setup, a: Need, b: Need) -> int:
         (setup.host_memory or inf, a.host, b.host),
     ):
         slope = (high - low) / (b.seq_len - a.seq_len)
-        lengths.append(inf if slope <= 0 else b.seq_len + (memory - high) / slope)
+        if slope > 0:
+            lengths.append(b.seq_len + (memory - high) / slope)
+        else:  # the length changes nothing: all of them fit, or none
+            lengths.append(inf if high <= memory else 0)
     lengths.append(_limit_of_time(setup, a, b))
     return max(0, int(min(*lengths, _MAX_TOKENS)) // unit * unit)
 
@@ -184,7 +187,10 @@ def estimate(first: Plan) -> int:
         if is_line and guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
             return guess
         if guess <= farthest:
-            known.append(at_length(guess // 2 // unit * unit))
+            half = guess // 2 // unit * unit
+            if half in {need.seq_len for need in known}:
+                return guess
+            known.append(at_length(half))
             continue
         if is_unlimited(setup, guess) and try_end:
             if at_length(guess).fits:
