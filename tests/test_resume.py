@@ -58,7 +58,7 @@ KINDS: dict[str, Settings] = {
     "adamw8bit": {"optimizer.name": "adamw8bit"},
     "adamw4bit": {"optimizer.name": "adamw4bit"},
 }
-SAVED, LAST = 3, 6
+SAVED, LAST = 2, 4
 
 
 def settings_of(kind: str, degrees: Degrees) -> Settings:
@@ -68,6 +68,7 @@ def settings_of(kind: str, degrees: Degrees) -> Settings:
         "parallelism.data_parallel_shard_degree": shard,
         "parallelism.sequence_parallel_degree": sequence,
         "training.local_batch_size": 1,
+        "training.global_batch_size": 4,
         "training.steps": LAST,
         "checkpoint.interval": SAVED,
         "checkpoint.keep_latest_k": 0,
@@ -170,7 +171,7 @@ EXAMPLES: dict[str, list[tuple[str, Any]]] = {
         ("training.local_batch_size", 1),
         ("training.skip_nonfinite", 3),
         ("training.deterministic", True),
-        ("checkpoint.interval", 2),
+        ("checkpoint.interval", 1),
         ("checkpoint.async_mode", "async"),
         ("checkpoint.initial_load_path", "{earlier}"),
         ("metrics.log_interval", 1),
@@ -179,8 +180,8 @@ EXAMPLES: dict[str, list[tuple[str, Any]]] = {
         ("data.bad_lines", "skip"),
     ],
     "trains differently from there": [
-        ("training.steps", 7),
-        ("training.global_batch_size", 4),
+        ("training.steps", LAST + 1),
+        ("training.global_batch_size", 2),
         ("training.max_norm", 0.1),
         ("training.z_loss", 0.1),
         ("training.param_dtype", "bfloat16"),
@@ -279,11 +280,12 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
 
 BASE: Settings = {
     "training.steps": LAST,
+    "training.global_batch_size": 4,
     "checkpoint.interval": SAVED,
     "checkpoint.keep_latest_k": 0,
     "lr_scheduler.warmup_steps": 1,
     "memory.stream_chunk_tokens": "off",
-    "metrics.log_interval": 3,
+    "metrics.log_interval": SAVED,
 }
 
 
@@ -308,7 +310,7 @@ def test_data_that_has_changed_is_said(
         shutil.rmtree(half / "data")
         (half / "kept").rename(half / "data")
     assert (refused, began, len(warnings)) == ("", SAVED, 1)
-    assert "WARNING: data.path: the documents are not those of when step 3 was saved" in warnings[0]
+    assert "WARNING: data.path: the documents are not those of when step 2 was saved" in warnings[0]
 
 
 @pytest.mark.parametrize(("outcome", "key", "value"), CHANGES)
