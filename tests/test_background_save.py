@@ -31,6 +31,7 @@ ASYNC: Settings = {
     "checkpoint.interval": 2,
     "checkpoint.keep_latest_k": 0,
     "training.steps": 6,
+    "training.global_batch_size": 2,
 }
 
 

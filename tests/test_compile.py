@@ -33,7 +33,7 @@ GPT2 = {
     "n_positions": 128,
 }
 GPT2 |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-TILED: Settings = {"memory.mlp_tile_tokens": 16}
+TILED: Settings = {"memory.mlp_tile_tokens": 16, "activation_checkpoint.offload": "host"}
 WHOLE: Settings = {"memory.mlp_tile_tokens": -1, "activation_checkpoint.mode": "none"}
 STEPS, LAYERS = 50, 2
 OPTIMIZER = Optimizer(lr=1e-3)

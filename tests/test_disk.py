@@ -20,6 +20,7 @@ from titan_ulysses.train import trainer
 SETTINGS: Settings = {
     "parallelism.sequence_parallel_degree": 2,
     "training.steps": 3,
+    "training.global_batch_size": 2,
     "checkpoint.export": True,
     "model.config.hidden_size": 256,
     "model.config.intermediate_size": 512,

@@ -209,6 +209,7 @@ def test_before_the_first_step_and_without_training(tmp_path: Path) -> None:
     held_out = write_documents(tmp_path / "held-out", documents=6, seed=1)
     settings = SP2 | {"validation.enable": True, "validation.path": held_out, "validation.steps": 0}
     settings |= {"training.steps": 2, "validation.interval": 10, "lr_scheduler.warmup_steps": 1}
+    settings |= {"training.global_batch_size": 2}
     run_on_ranks(2, train_main, config, settings | {"checkpoint.enable": False})
     first = logged(run)
     # Nothing was saved: it begins again.
@@ -314,6 +315,7 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
 def test_a_run_goes_on_after_an_evaluation(tmp_path: Path) -> None:
     """Resumed runs do not validate before their first step."""
     config, settings = write_run(tmp_path), SP2 | {"training.steps": 4, "validation.enable": True}
+    settings |= {"training.global_batch_size": 2}
     run_on_ranks(2, train, config, settings)
     run_on_ranks(2, train, config, settings | {"training.steps": 5})
     lines = logged(tmp_path / "outputs" / "run")

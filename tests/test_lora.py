@@ -40,7 +40,7 @@ STEPS = [
         make_rows(rows, masked="uneven", vocab_size=61, seed=10 * step + i)
         for i, rows in enumerate(micro_batches)
     ]
-    for step, micro_batches in enumerate(3 * [[[(10, 13, 1), (6, 6, 12)], [(24,), (8, 16)]]])
+    for step, micro_batches in enumerate(2 * [[[(10, 13, 1), (6, 6, 12)], [(24,), (8, 16)]]])
 ]
 
 
@@ -290,6 +290,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lora.dropout": 0.1,
         "checkpoint.export": True,
         "checkpoint.interval": 2,
+        "training.global_batch_size": 2,
     }
     settings |= {
         "lr_scheduler.decay_type": "constant",

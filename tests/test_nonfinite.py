@@ -97,7 +97,10 @@ CORE: Settings = {
     "training.steps": 6,
     "checkpoint.interval": 100,
 }
-SP2: Settings = CORE | {"parallelism.sequence_parallel_degree": 2}
+SP2: Settings = CORE | {
+    "parallelism.sequence_parallel_degree": 2,
+    "training.global_batch_size": 2,
+}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from test_loss_settings import (
     PAIRS,
     compare,
     dpo,
+    in_batches,
     on_ranks,
     plain_dpo,
     same,
@@ -39,7 +40,7 @@ def test_a_reference_computed_before_training(
 ) -> None:
     """The same losses and gradients, and no step has the reference."""
     expected = run_on_ranks(1, plain_dpo, material)[0]
-    wanted = dpo(material) | BEFORE | {"training.local_batch_size": 2 if degrees == ONE else 1}
+    wanted = dpo(material) | BEFORE | in_batches(degrees)
     for found in on_ranks(tmp_path, wanted, degrees):
         compare(found, expected)
         assert not found.has_second_model
@@ -60,16 +61,16 @@ def test_a_resumed_run_reads_what_was_computed(
     ]
     live = dpo(material) | PACKED | {"training.seq_len": 96, "training.global_batch_size": 4}
     live |= {"data.source": "text", "data.path": "", "data.mixture": entries, "loss.reference": ""}
-    live |= {"validation.enable": True, "validation.steps": 0, "training.steps": 4, **more}
+    live |= {"validation.enable": True, "validation.steps": 0, "training.steps": 3, **more}
     live |= {"checkpoint.enable": True, "checkpoint.interval": 1, "optimizer.lr": 1e-3}
     for name in ("live", "before"):
         (tmp_path / name).mkdir()
     expected = on_ranks(tmp_path / "live", live, ONE)[0]
     wanted, folder = live | BEFORE, tmp_path / "before"
-    on_ranks(folder, wanted | {"training.steps": 2}, DP2)
+    on_ranks(folder, wanted | {"training.steps": 1}, DP2)
     file = folder / "run" / "reference.safetensors"
     written = file.read_bytes()
-    assert not on_ranks(folder, wanted | {"training.steps": 3}, SP2)[0].has_second_model
+    assert not on_ranks(folder, wanted | {"training.steps": 2}, SP2)[0].has_second_model
     assert file.read_bytes() == written, "it was computed again"
     file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))  # of which a hash tells
     same(on_ranks(folder, wanted, SP2)[0], expected)
@@ -80,6 +81,6 @@ def test_a_resumed_run_reads_what_was_computed(
         [line for line in logged(one / "run") if "validation_loss" in line][-1]
         for one in (folder, tmp_path / "live")
     ]
-    assert validated[0]["step"] == validated[1]["step"] == 4
+    assert validated[0]["step"] == validated[1]["step"] == 3
     for key in ("validation_loss", "validation_rewards"):
         assert validated[0][key] == pytest.approx(validated[1][key], rel=1e-11)

@@ -58,7 +58,7 @@ KINDS: dict[str, Settings] = {
     "adamw8bit": {"optimizer.name": "adamw8bit"},
     "adamw4bit": {"optimizer.name": "adamw4bit"},
 }
-SAVED, LAST = 3, 6
+SAVED, LAST = 2, 4
 
 
 def settings_of(kind: str, degrees: Degrees) -> Settings:
@@ -68,6 +68,7 @@ def settings_of(kind: str, degrees: Degrees) -> Settings:
         "parallelism.data_parallel_shard_degree": shard,
         "parallelism.sequence_parallel_degree": sequence,
         "training.local_batch_size": 1,
+        "training.global_batch_size": 4,
         "training.steps": LAST,
         "checkpoint.interval": SAVED,
         "checkpoint.keep_latest_k": 0,
@@ -152,6 +153,7 @@ def test_resume_anywhere(
 
 # --- what a resumed run may change ----------------------------------------------------------------
 
+STOPPED, END = 3, 6  # 48 sequences, more than there are: what is held out of them shows
 OUTCOMES = {
     "goes on exactly": "exact",
     "trains differently from there": "other",
@@ -269,21 +271,21 @@ def resume_changed(config: Path, settings: Settings) -> tuple[str, list[str], in
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
-    """A run of one rank that has been stopped at SAVED of its LAST steps, and what it would do."""
+    """A run of one rank that has been stopped at STOPPED of its END steps, and what it would do."""
     whole, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
     for folder in (whole, half):
         run_on_ranks(1, train, write_run(folder), BASE)
-    shutil.rmtree(half / f"outputs/run/checkpoints/step-{LAST}")
+    shutil.rmtree(half / f"outputs/run/checkpoints/step-{END}")
     return half, learned(whole / "outputs/run")
 
 
 BASE: Settings = {
-    "training.steps": LAST,
-    "checkpoint.interval": SAVED,
+    "training.steps": END,
+    "checkpoint.interval": STOPPED,
     "checkpoint.keep_latest_k": 0,
     "lr_scheduler.warmup_steps": 1,
     "memory.stream_chunk_tokens": "off",
-    "metrics.log_interval": 3,
+    "metrics.log_interval": STOPPED,
 }
 
 
@@ -307,7 +309,7 @@ def test_data_that_has_changed_is_said(
     finally:
         shutil.rmtree(half / "data")
         (half / "kept").rename(half / "data")
-    assert (refused, began, len(warnings)) == ("", SAVED, 1)
+    assert (refused, began, len(warnings)) == ("", STOPPED, 1)
     assert "WARNING: data.path: the documents are not those of when step 3 was saved" in warnings[0]
 
 
@@ -321,7 +323,7 @@ def test_what_a_resumed_run_may_change(
     before = learned(run)
     write_documents(tmp_path / "more", documents=30, seed=1)
     if isinstance(value, str):
-        earlier = half / f"outputs/run/checkpoints/step-{SAVED}"
+        earlier = half / f"outputs/run/checkpoints/step-{STOPPED}"
         value = value.format(earlier=earlier, more=tmp_path / "more")
     [(refused, warnings, began)] = run_on_ranks(
         1, resume_changed, config, BASE | {"job.dump_folder": str(run.parent)} | {key: value}
@@ -330,13 +332,13 @@ def test_what_a_resumed_run_may_change(
     if refused:
         assert began == -1 and learned(run) == before
         return
-    assert began == (0 if outcome == "is another run" else SAVED)
+    assert began == (0 if outcome == "is another run" else STOPPED)
     assert bool(warnings) == (outcome == "goes on, with a warning"), warnings
     assert all(key in warning for warning in warnings)
     if outcome == "is another run":
         return
     found = {step: (loss, norm) for step, loss, norm in learned(run)}
-    loss, norm = found[LAST]
+    loss, norm = found[END]
     expected = whole[-1]
     if outcome == "goes on exactly":
         assert loss == pytest.approx(expected[1], rel=1e-6)

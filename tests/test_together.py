@@ -139,16 +139,8 @@ COMPILED: dict[str, Settings] = {
 }
 
 
-COMPILED_IN_CI = ("host", "adamw8bit")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in COMPILED_IN_CI else [pytest.mark.slow])
-        for name in COMPILED
-    ],
-)
+@pytest.mark.slow  # test_compile.py has a compiled run with checkpoints on the host
+@pytest.mark.parametrize("name", COMPILED)
 def test_compile_with(name: str, observe: Observer) -> None:
     if name == "LoRA":
         pytest.importorskip("peft")

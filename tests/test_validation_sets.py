@@ -29,13 +29,14 @@ def write(folder: Path) -> tuple[Path, dict[str, Any]]:
     """A config, and the settings of two sets of its validation."""
     config = write_run(folder)
     for name, seed in (("one", 1), ("two", 2)):
-        write_documents(folder / name, documents=6, seed=seed)
+        write_documents(folder / name, documents=3, seed=seed)
     sets = [
         {"name": "one", "path": str(folder / "one"), "packing": "none"},
         {"name": "two", "path": str(folder / "two")},
     ]
     settings = {"validation.enable": True, "validation.sets": sets, "validation.steps": 0}
     settings |= {"checkpoint.enable": False, "training.steps": 2, "lr_scheduler.warmup_steps": 0}
+    settings |= {"training.global_batch_size": 2}
     return config, settings
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from helpers.training import Record
+
+_WITH_ONE_ARGUMENT = {Tensor.backward, Tensor.float, torch.zeros}
+_STAYS_IN_FP64 = {"starcoder2"}
+"""What needs no such help: models without a step in fp32."""
 
 
 class KeepFp64(TorchFunctionMode):
@@ -20,6 +25,8 @@ class KeepFp64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if len(args) == 1 and not kwargs and func not in _WITH_ONE_ARGUMENT:
+            return func(*args)  # nothing names a dtype: most calls, as those for a shape
         if func is Tensor.backward:
             loss = args[0]
             # No mode is in force in here, nor would one be where backward computes a checkpoint
@@ -63,6 +70,9 @@ class KeepFp64(TorchFunctionMode):
 
 
 def kept_in_fp64(train: Callable[..., Record], *args, **kwargs) -> Record:
-    """train(*args, **kwargs) under `KeepFp64`."""
-    with KeepFp64():
+    """train(*args, **kwargs) under `KeepFp64`; but that takes time, so not where the model, a table
+    among args, stays in fp64 by itself.
+    """
+    model = next((x for x in args if isinstance(x, dict) and "model_type" in x), {})
+    with nullcontext() if model.get("model_type") in _STAYS_IN_FP64 else KeepFp64():
         return train(*args, **kwargs)
