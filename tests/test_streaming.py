@@ -62,7 +62,7 @@ DOCUMENTS = {"packed": PACKED, "whole": [(24,)] * 4, "exact": [(12, 12)] * 4, "o
 # The last chunk of 20 is smaller; 5 and 7 are rounded up to a multiple of P.
 CHUNKS = (12, 20, 5, 7)
 # The second one begins with what the first one has left: parameters, moments, stores.
-STEPS = 2
+STEPS = 3
 
 
 @pytest.fixture(autouse=True, scope="module")
