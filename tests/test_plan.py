@@ -395,8 +395,9 @@ def test_an_estimate_from_a_short_sequence():
     ("seq_len", "full", "bytes_a_token", "tried", "found"),
     [
         (2**20, 2**20, 2**13, [2**22], 2**22),  # on the line that the limit is on
-        (2**20, 2**22, 2**13, [2**19, 2**22, 2**21], 2**22),  # tiles are not full yet
+        (2**20, 2**22, 2**13, [2**19, 2**22], 2**22),  # tiles are not full yet
         (2**20, 2**20, 2**16, [2**18], 2**19),  # too long
+        (2**20, 2**18, 2**19, [2**18, 2**16], 2**16),  # and so is a quarter
         (512, 2**12, 1, [256, 2**27], 2**27),  # nothing limits it
         (2**27, 2**20, 1, [2**26], 2**27),
         (512, 2**24, 0, [256], 0),  # no length fits, and none needs more than another

@@ -42,6 +42,10 @@ not reach far, because a long sequence may have its peak at another moment than 
 """
 _MAX_UNVERIFIED_EXTRAPOLATION = 4
 """The same factor for a length that is only estimated, not simulated."""
+_CLOSE = 0.02
+"""A length that differs from an estimated one by this share has the same line to the limit."""
+_MOST_LENGTHS = 8
+"""How many lengths an estimate is made from at most."""
 
 
 @dataclass(frozen=True)
@@ -182,15 +186,18 @@ def estimate(first: Plan) -> int:
     while True:
         known.sort(key=lambda need: need.seq_len)
         low, high = _pair(known)
-        guess, farthest = limit(setup, low, high), known[-1].seq_len
-        is_line = low.seq_len >= full or guess < 2 * (low.seq_len + unit)
+        if low.seq_len <= unit and not low.fits:
+            return 0
+        guess, farthest = max(unit, limit(setup, low, high)), known[-1].seq_len
+        # Lengths that do not fit say little of shorter ones.
+        is_line = low.fits and (low.seq_len >= full or guess < 2 * (low.seq_len + unit))
+        is_known = any(abs(need.seq_len - guess) <= _CLOSE * guess for need in known)
+        if is_known or len(known) == _MOST_LENGTHS:
+            return guess
         if is_line and guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
             return guess
         if guess <= farthest:
-            half = guess // 2 // unit * unit
-            if half in {need.seq_len for need in known}:
-                return guess
-            known.append(at_length(half))
+            known.append(at_length(guess))
             continue
         if is_unlimited(setup, guess) and try_end:
             if at_length(guess).fits:
