@@ -206,7 +206,7 @@ def test_a_mesh_must_deal_the_whole_batch():
 def plan_on_the_command_line(folder: Path, capsys, *options: str) -> tuple[dict, str]:
     from titan_ulysses.plan.report import plan_and_report
 
-    settings = {"model.config": SIX, "model.tokenizer": "bytes", "training.seq_len": 16384}
+    settings = {"model.config": SIX, "model.tokenizer": "bytes", "training.seq_len": 4096}
     settings |= {"model.config": SIX | {"num_hidden_layers": 2}}
     settings |= {"job.dump_folder": str(folder), "job.name": "x", "plan.world_size": 2}
     (folder / "x.toml").write_text("")
@@ -286,7 +286,7 @@ def test_nothing_that_fits_is_said(tmp_path, capsys):
         tmp_path, capsys, "--plan.search", "fastest", "--plan.gpu_memory_gib", "0.01"
     )
     assert found["fastest"] == []
-    assert "training.seq_len = 16,384 on 2 x H100-80GB: none of" in said
+    assert "training.seq_len = 4,096 on 2 x H100-80GB: none of" in said
     assert "Use more GPUs (plan.world_size)" in said
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,19 +59,26 @@ def plan_of(**settings):
     return make_plan(set_up(config(**settings)))
 
 
-def measure(index: int) -> dict:
-    module = bench()
-    return module.measure(module.SMALL[index])
+def small_case(index: int, tokens: int):
+    """tokens: the sequence length, in the place of the benchmark's; 0: that."""
+    case = bench().SMALL[index]
+    training = case.settings["training"] | ({"seq_len": tokens} if tokens else {})
+    return replace(case, settings=case.settings | {"training": training})
 
 
+def measure(index: int, tokens: int) -> dict:
+    return bench().measure(small_case(index, tokens))
+
+
+# The first one's plain settings, and the last one's, which need the most of the planner.
 @pytest.mark.parametrize(
-    "index", [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (1, 2, 3, 4, 5)), 6]
+    ("index", "tokens"),
+    [(0, 1024), *(pytest.param(index, 0, marks=pytest.mark.slow) for index in range(6)), (6, 0)],
 )
-def test_the_plan_is_what_real_ranks_take(index):
-    module = bench()
-    case = module.SMALL[index]
-    planned = module.planned(case)
-    real = run_on_ranks(case.ranks, measure, index)[0]
+def test_the_plan_is_what_real_ranks_take(index, tokens):
+    case = small_case(index, tokens)
+    planned = bench().planned(case)
+    real = run_on_ranks(case.ranks, measure, index, tokens)[0]
     assert planned["collectives"] == real["collectives"]
     assert planned["peak"] == pytest.approx(real["peak"], rel=0.03)
     assert not dist.is_initialized()
@@ -102,6 +110,7 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
     monkeypatch.setattr(standin, "CUDA_BLOCK", 256)
 
     settings = more | {
+        "training__seq_len": 2304,
         "memory__mlp_tile_tokens": 300,
         "memory__loss_tile_tokens": 500,
         "parallelism__sequence_parallel_degree": 2,
@@ -145,6 +154,7 @@ def test_layers_with_a_state_are_planned(monkeypatch, family):
 
     settings = {
         "model__config": model_of(family) | {"vocab_size": 257, "max_position_embeddings": 2**20},
+        "training__seq_len": 2048,
         "parallelism__sequence_parallel_degree": 2,
     }
     calls, _ = plan_of(**settings).simulation.collectives["all_to_all"]
@@ -294,11 +304,12 @@ def test_muon_is_planned():
 
 def test_accumulated_batches():
     """A step of five batches counts what five count; two are simulated."""
-    one, five = plan_of(), plan_of(training__global_batch_size=5)
+    short = {"training__seq_len": 512}
+    one, five = plan_of(**short), plan_of(**short, training__global_batch_size=5)
     gathers = [plan.simulation.collectives.get("all_to_all", (0, 0)) for plan in (one, five)]
     assert gathers == [(0, 0), (0, 0)]
     assert five.simulation.cost.flops == pytest.approx(5 * one.simulation.cost.flops, rel=0.05)
-    pair = {"parallelism__sequence_parallel_degree": 2}
+    pair = short | {"parallelism__sequence_parallel_degree": 2}
     one, five = plan_of(**pair), plan_of(**pair, training__global_batch_size=5)
     calls, size = one.simulation.collectives["all_to_all"]
     assert five.simulation.collectives["all_to_all"] == (5 * calls, 5 * size)

@@ -32,6 +32,7 @@ from helpers.hosts import (
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, train, write_run
 
+FORKED = str(Path(__file__).parent / "helpers" / "forked.py")
 Hosts = tuple[Host, Host]
 Lines = list[tuple[int, float, float]]
 TIMEOUT = 15.0
@@ -105,15 +106,23 @@ class Launcher:
         self.scripts, self.hosts, self.config = scripts, hosts, config
         self.run = outputs(config, "run")
 
-    def start(self, settings: Settings, *, host: Host, of: str = "2") -> Running:
-        """Start the ranks of one host; `of`: how many hosts there are, as multinode.sh has it."""
+    def start(
+        self, settings: Settings, *, host: Host, of: str = "2", forks: bool = False
+    ) -> Running:
+        """Start the ranks of one host; `of`: how many hosts there are, as multinode.sh has it.
+
+        forks: the ranks are forks of the launcher, as forked.py has it.
+        """
         line = [of, str(self.hosts.index(host)), self.hosts[0].address, host.interface]
         self.run = outputs(self.config, settings.get("job.name", "run"))
         script = self.scripts / "multinode.sh"
-        return host.start("bash", script, *line, self.config, *flags(settings), NPROC="2")
+        environment = {"NPROC": "2"} | ({"PYTHON_WITH": FORKED} if forks else {})
+        return host.start("bash", script, *line, self.config, *flags(settings), **environment)
 
-    def start_both(self, settings: Settings, *, of: str = "2") -> list[Running]:
-        return [self.start(settings, host=host, of=of) for host in self.hosts]
+    def start_both(
+        self, settings: Settings, *, of: str = "2", forks: bool = False
+    ) -> list[Running]:
+        return [self.start(settings, host=host, of=of, forks=forks) for host in self.hosts]
 
     def logged(self) -> Lines:
         return learned(self.run) if (self.run / "metrics.jsonl").exists() else []
@@ -140,7 +149,7 @@ LAYOUTS: dict[str, Settings] = {
     "sp across": {"parallelism.sequence_parallel_degree": 4},
     "replicas across": {"parallelism.data_parallel_replicate_degree": 2},
 }
-FEW = 6
+FEW = 3
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +160,7 @@ def layouts(config: Path, hosts: Hosts) -> list[str]:
     started = [
         host.start(
             sys.executable,
+            FORKED,
             "scripts/launch.py",
             "--nnodes=2",
             f"--node-rank={rank}",
@@ -214,7 +224,7 @@ class Episode(NamedTuple):
 
 def episode(launcher: Launcher, *, until: int, happens: Callable[[], float]) -> Episode:
     """A run on both hosts until a step is logged and something happens."""
-    runs = launcher.start_both(LONG)
+    runs = launcher.start_both(LONG, forks=True)
     launcher.wait_for(runs, lambda lines: bool(lines) and lines[-1][0] >= until)
     at = happens()
     results = ended(runs, within=3 * BOUND)
@@ -253,7 +263,7 @@ def after_other_died(launcher: Launcher, hosts: Hosts, after_store_died: Episode
 
 @pytest.fixture(scope="module")
 def on_one_host(launcher: Launcher, hosts: Hosts, after_other_died: Episode) -> Ended:
-    settings = LONG | {"training.steps": STEPS}
+    settings = LONG | {"training.steps": STEPS}  # its ranks are no forks, as those of a user
     return ended([launcher.start(settings, host=hosts[0], of="1")], within=START)[0]
 
 
