@@ -4,6 +4,7 @@ given bad input.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -106,6 +107,26 @@ def launch() -> Iterator[Callable[..., Launch]]:
     for one in started:
         if one.process.poll() is None:
             one.kill()
+
+
+AS_NEW = """
+import json, os, signal, sys
+print(json.dumps([sys.argv[1:], os.environ["COLOUR"], os.getsid(0) == os.getpid(), os.getcwd()]))
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, os.listdir("/proc/self/fd")[:-1])
+sys.exit("why")
+"""
+
+
+def test_a_fork_is_as_a_new_process(tmp_path: Path) -> None:
+    """What forked.py promises: arguments, environment, session, folder, signals, open files."""
+    (tmp_path / "script.py").write_text(AS_NEW)
+    fork = start(tmp_path / "said", tmp_path / "script.py", "a b", cwd=tmp_path, COLOUR="blue")
+    out, err = fork.communicate(timeout=60)
+    told, rest = out.splitlines()
+    assert json.loads(told) == [["a b"], "blue", True, str(tmp_path)]
+    assert rest == "True ['0', '1', '2']"
+    assert (fork.returncode, err) == (1, "why\n")
+    assert "COLOUR" not in os.environ
 
 
 # --- killed and stopped ---------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+from helpers.forked import address
 from helpers.hosts import (
     Ended,
     Host,
@@ -32,7 +33,6 @@ from helpers.hosts import (
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, train, write_run
 
-FORKED = str(Path(__file__).parent / "helpers" / "forked.py")
 Hosts = tuple[Host, Host]
 Lines = list[tuple[int, float, float]]
 TIMEOUT = 15.0
@@ -56,6 +56,18 @@ DIED = rf"another rank.* died without a word|{SILENT}"
 STORE_DIED = rf"{DIED}|the first host, \S+, is gone or out of reach"
 NAMED = r"rank [23] on host-two (.*died without a word|gives no sign|has given no sign)"
 """Said by the host that is left, where hosts have names: who is gone, and from where."""
+
+FORKED = Path(__file__).parent / "helpers" / "forked.py"
+
+
+def forks() -> dict[str, str]:
+    """The environment with which launcher and ranks are forks. Where both hosts are this machine
+    they are none: one that is killed is known by the environment that it was started with.
+    """
+    if without_namespaces() is not None:
+        return {}
+    return {"PYTHON_WITH": str(FORKED), "FORKS": address()}
+
 
 linked = pytest.mark.skipif(
     without_namespaces() is not None, reason=f"no cable to cut: {without_namespaces()}"
@@ -106,23 +118,15 @@ class Launcher:
         self.scripts, self.hosts, self.config = scripts, hosts, config
         self.run = outputs(config, "run")
 
-    def start(
-        self, settings: Settings, *, host: Host, of: str = "2", forks: bool = False
-    ) -> Running:
-        """Start the ranks of one host; `of`: how many hosts there are, as multinode.sh has it.
-
-        forks: the ranks are forks of the launcher, as forked.py has it.
-        """
+    def start(self, settings: Settings, *, host: Host, of: str = "2", **more: str) -> Running:
+        """Start the ranks of one host; `of`: how many hosts there are, as multinode.sh has it."""
         line = [of, str(self.hosts.index(host)), self.hosts[0].address, host.interface]
         self.run = outputs(self.config, settings.get("job.name", "run"))
         script = self.scripts / "multinode.sh"
-        environment = {"NPROC": "2"} | ({"PYTHON_WITH": FORKED} if forks else {})
-        return host.start("bash", script, *line, self.config, *flags(settings), **environment)
+        return host.start("bash", script, *line, self.config, *flags(settings), NPROC="2", **more)
 
-    def start_both(
-        self, settings: Settings, *, of: str = "2", forks: bool = False
-    ) -> list[Running]:
-        return [self.start(settings, host=host, of=of, forks=forks) for host in self.hosts]
+    def start_both(self, settings: Settings, *, of: str = "2", **more: str) -> list[Running]:
+        return [self.start(settings, host=host, of=of, **more) for host in self.hosts]
 
     def logged(self) -> Lines:
         return learned(self.run) if (self.run / "metrics.jsonl").exists() else []
@@ -153,14 +157,13 @@ FEW = 3
 
 
 @pytest.fixture(scope="module")
-def layouts(config: Path, hosts: Hosts) -> list[str]:
+def layouts(config: Path, hosts: Hosts, scripts: Path) -> list[str]:
     """What both hosts have said of runs with each layout, one after the other."""
     short = SETTINGS | {"training.steps": FEW, "checkpoint.enable": False}
     runs = [json.dumps(short | {"job.name": name} | more) for name, more in LAYOUTS.items()]
     started = [
         host.start(
-            sys.executable,
-            FORKED,
+            scripts.parent / ".venv" / "bin" / "python",
             "scripts/launch.py",
             "--nnodes=2",
             f"--node-rank={rank}",
@@ -171,6 +174,7 @@ def layouts(config: Path, hosts: Hosts) -> list[str]:
             config,
             *runs,
             GLOO_SOCKET_IFNAME=host.interface,
+            **forks(),
         )
         for rank, host in enumerate(hosts)
     ]
@@ -224,7 +228,7 @@ class Episode(NamedTuple):
 
 def episode(launcher: Launcher, *, until: int, happens: Callable[[], float]) -> Episode:
     """A run on both hosts until a step is logged and something happens."""
-    runs = launcher.start_both(LONG, forks=True)
+    runs = launcher.start_both(LONG, **forks())
     launcher.wait_for(runs, lambda lines: bool(lines) and lines[-1][0] >= until)
     at = happens()
     results = ended(runs, within=3 * BOUND)

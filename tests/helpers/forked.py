@@ -2,7 +2,9 @@
 which takes seconds of a core in each process that torchrun starts.
 
     started = start(folder, "scripts/launch.py", "--nproc-per-node", "2", ... , "train.py", ...)
-    python tests/helpers/forked.py scripts/launch.py ...       the same as a command
+    FORKS=<address()> python tests/helpers/forked.py scripts/launch.py ...       as a command
+
+The command is in the namespaces that it is started in, as on the hosts of hosts.py.
 
 A fork gets what a new process would have: a session, an environment and signals of its own, and
 none of the open files. All else, the launcher's own code and torchrun's, is what runs otherwise.
@@ -12,15 +14,21 @@ test_command_line.py, test_network.py and test_launchers.py have starts without 
 from __future__ import annotations
 
 import atexit
+import ctypes
+import faulthandler
 import functools
 import json
 import logging
 import os
 import runpy
 import select
+import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import suppress
@@ -89,17 +97,27 @@ def start(
     told = {"folder": str(folder), "command": [*map(str, command)], "env": os.environ | env}
     outputs = [terminal or str(folder / name) for name in ("out", "err")]
     told |= {"outputs": outputs, "cwd": str(cwd or os.getcwd())}
-    server = _server()
+    server, _ = _server()
     server.stdin.write(json.dumps(told) + "\n")
     server.stdin.flush()
     return Started(folder, int(server.stdout.readline()))
 
 
+def address() -> str:
+    """Where commands find the process that all are forks of."""
+    return _server()[1]
+
+
 @functools.cache
-def _server() -> subprocess.Popen:
-    """The process that all are forks of. It ends with this one."""
+def _server() -> tuple[subprocess.Popen, str]:
+    """The process that all are forks of, and its address. It ends with this one."""
+    folder = tempfile.mkdtemp(prefix="forks-")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{folder}/address")
+    listener.listen()
     server = subprocess.Popen(
-        [sys.executable, __file__, "--serve"],
+        [sys.executable, __file__, "--serve", str(listener.fileno())],
+        pass_fds=[listener.fileno()],
         # transformers reads HF_HUB_OFFLINE when it is imported: no fork asks the hub.
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_TESTS.parent), "HF_HUB_OFFLINE": "1"},
@@ -108,42 +126,98 @@ def _server() -> subprocess.Popen:
         text=True,
         start_new_session=True,  # Ctrl-C is for the tests
     )
+    listener.close()
+    atexit.register(shutil.rmtree, folder)
     atexit.register(server.stdin.close)
-    return server
+    return server, f"{folder}/address"
+
+
+def _ask(command: list[str]) -> int:
+    """Run a command as a fork of the process at FORKS; return its exit code, as a shell has it."""
+    told = {"command": command, "env": dict(os.environ), "cwd": os.getcwd()}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(os.environ["FORKS"])
+        socket.send_fds(server, [b"."], [0, 1, 2])
+        server.sendall(json.dumps(told).encode())
+        server.shutdown(socket.SHUT_WR)
+        code = int(server.recv(16) or 1)
+    return code if code >= 0 else 128 - code
 
 
 # --- in the process that is forked ----------------------------------------------------------------
 
 
-def _serve() -> None:
-    """Fork for each line of stdin, and print the process id; when the fork has ended, write its
-    exit code to `folder`.
-    """
+def _serve(listener: socket.socket) -> None:
+    """Fork for each line of stdin and each connection, until stdin ends."""
     _import_all()
-    folders: dict[int, Path] = {}
+    folders: dict[int, Path | None] = {}
     while True:
         # Nobody tells that a fork has ended: look often, while there is one.
-        if select.select([0], [], [], 0.02 if folders else None)[0]:
-            line = sys.stdin.readline()
-            if not line:
+        ready, _, _ = select.select([0, listener], [], [], 0.02 if folders else None)
+        if listener in ready:
+            with listener.accept()[0] as connection:
+                folders[_fork_for(connection)] = None
+        if 0 in ready:
+            if not (line := sys.stdin.readline()):
                 return
             told = json.loads(line)
-            outputs = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in told["outputs"]]
-            pid = os.fork()
-            if pid == 0:
-                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-                os.chdir(told["cwd"])
-                _be(told["command"], told["env"], outputs)
-            for output in outputs:
-                os.close(output)
-            folders[pid] = Path(told["folder"])
+            folders[pid := _fork(told)] = Path(told["folder"])
             print(pid, flush=True)
         for pid in [*folders]:
             ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = folders.pop(pid) / "code"
-                code.with_suffix(".new").write_text(str(os.waitstatus_to_exitcode(status)))
-                code.with_suffix(".new").rename(code)
+            if ended and (folder := folders.pop(pid)):
+                (folder / "new").write_text(str(os.waitstatus_to_exitcode(status)))
+                (folder / "new").rename(folder / "code")
+
+
+def _fork(told: dict[str, Any]) -> int:
+    """Start a script whose output goes to paths; return its process id."""
+    outputs = [os.open(path, os.O_WRONLY | os.O_CREAT) for path in told["outputs"]]
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(told["cwd"])
+        _be(told["command"], told["env"], outputs)
+    for output in outputs:
+        os.close(output)
+    return pid
+
+
+def _fork_for(connection: socket.socket) -> int:
+    """Start a script for `_ask`, with its files and in its namespaces, and a process that waits for
+    it and tells its exit code; return the id of that one.
+    """
+    _, files, *_ = socket.recv_fds(connection, 1, 3)
+    told = json.loads(b"".join(iter(lambda: connection.recv(2**16), b"")))
+    waiting = os.fork()
+    if waiting:
+        for file in files:
+            os.close(file)
+        return waiting
+    try:
+        _enter(connection)
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(files[0], 0)
+            os.chdir(told["cwd"])
+            _be(told["command"], told["env"], files[1:])
+        connection.sendall(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+    finally:
+        os._exit(0)
+
+
+def _enter(connection: socket.socket) -> None:
+    """Enter the namespaces of the process at the other end; that of processes is for children."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    theirs = f"/proc/{struct.unpack('3i', credentials)[0]}/ns"
+    kinds = [
+        kind
+        for kind in ("user", "net", "uts", "mnt", "pid")
+        if os.readlink(f"{theirs}/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    ]
+    for namespace in [os.open(f"{theirs}/{kind}", os.O_RDONLY) for kind in kinds]:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):
+            raise OSError(ctypes.get_errno(), "setns")
 
 
 def _import_all() -> None:
@@ -177,7 +251,7 @@ def _be(command: list[str], env: dict[str, str], outputs: list[int]) -> NoReturn
     try:
         os.setsid()
         _as_new(env, outputs)
-        code = run_as_main(command)
+        code = _run(command)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -197,10 +271,12 @@ def _as_new(env: dict[str, str], outputs: list[int]) -> None:
     os.environ.clear()
     os.environ.update(env)
     logging.disable(logging.NOTSET)  # the launcher silences torchrun's own
+    if env.get("PYTHONFAULTHANDLER"):
+        faulthandler.enable()
     sys.stdout.reconfigure(write_through=True)
 
 
-def run_as_main(command: list[str]) -> int:
+def _run(command: list[str]) -> int:
     """Run a script and its arguments; return the exit code that Python would have."""
     sys.argv, sys.path[0] = command, str(Path(command[0]).resolve().parent)
     try:
@@ -217,7 +293,5 @@ def run_as_main(command: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        sys.exit(_serve())
-    if os.path.basename(sys.argv[1]) == "launch.py":
-        _import_all()
-    sys.exit(run_as_main(sys.argv[1:]))
+        sys.exit(_serve(socket.socket(fileno=int(sys.argv[2]))))
+    sys.exit(_ask(sys.argv[1:]))
