@@ -110,7 +110,7 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
     monkeypatch.setattr(standin, "CUDA_BLOCK", 256)
 
     settings = more | {
-        "training__seq_len": 2304,
+        "training__seq_len": 3328,  # six chunks, of which the last is short
         "memory__mlp_tile_tokens": 300,
         "memory__loss_tile_tokens": 500,
         "parallelism__sequence_parallel_degree": 2,
@@ -154,7 +154,7 @@ def test_layers_with_a_state_are_planned(monkeypatch, family):
 
     settings = {
         "model__config": model_of(family) | {"vocab_size": 257, "max_position_embeddings": 2**20},
-        "training__seq_len": 2048,
+        "training__seq_len": 3072,  # six chunks: fewer than five are all simulated
         "parallelism__sequence_parallel_degree": 2,
     }
     calls, _ = plan_of(**settings).simulation.collectives["all_to_all"]
