@@ -906,8 +906,8 @@ def test_a_sequence_that_spans_nodes(tmp_path, capsys):
     from titan_ulysses.plan.report import as_json, plan_and_report
 
     sequence = {"parallelism__sequence_parallel_degree": 4, "plan__world_size": 8}
-    # A small GPU: the sentence about what would fit needs no plans of very long sequences.
-    small = {"job__dump_folder": str(tmp_path), "plan__gpu_memory_gib": 2.0}
+    # Too small a GPU for any length, so that no other ones are planned to find the longest one.
+    small = {"job__dump_folder": str(tmp_path), "plan__gpu_memory_gib": 1.0}
     plan_and_report(config(**sequence, **small, plan__gpus_per_node=2))
     across = json.loads((tmp_path / "run" / "plan.json").read_text())
     said = capsys.readouterr().out
