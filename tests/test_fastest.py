@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,8 +232,8 @@ def test_the_fastest_on_the_command_line(tmp_path, capsys):
     assert best["hours"] == pytest.approx(hours)
     assert best["gpu_hours"] == pytest.approx(2 * hours)
     assert best["cost"] == pytest.approx(5 * hours)
-    pasted = said.split("The fastest that fits")[1].splitlines()[0].split(": ")[-1].split()
-    again, _ = plan_on_the_command_line(tmp_path, capsys, *options[2:], *pasted)
+    pasted = said.split("The fastest that fits")[1].splitlines()[0].split(": ")[-1]
+    again, _ = plan_on_the_command_line(tmp_path, capsys, *options[2:], *shlex.split(pasted))
     assert again["step_seconds"] == pytest.approx(best["step_seconds"])
     assert again["run"]["cost"] == pytest.approx(best["cost"]) and again["fastest"] == []
 

@@ -45,7 +45,7 @@ def case_of(ranks: int):
 
 
 def counted(ranks: int) -> dict:
-    return bench("plan_accuracy").train(case_of(ranks), steps=1)
+    return dict(bench("plan_accuracy").train(case_of(ranks), steps=1))
 
 
 def closed_form(ranks: int) -> int:
