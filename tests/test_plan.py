@@ -782,7 +782,6 @@ def test_a_report(tmp_path, capsys):
 
     plan_and_report(
         config(
-            model__config=LLAMA | {"num_hidden_layers": 1, "max_position_embeddings": 2**24},
             job__dump_folder=str(tmp_path),
             parallelism__sequence_parallel_degree=8,
             plan__gpu="B200",
