@@ -275,7 +275,8 @@ def test_what_leaves_the_gpu_is_on_the_host():
     assert "parameters" not in whole.peak.components
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit"])
+# test_optimizer.py has the bytes a parameter of both.
+@pytest.mark.parametrize("name", ["adamw8bit", pytest.param("adamw4bit", marks=pytest.mark.slow)])
 def test_low_bit_optimizers_are_planned(name):
     pytest.importorskip("torchao")
     model = LLAMA | {"hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 2**20}
