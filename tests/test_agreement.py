@@ -105,7 +105,8 @@ class Hosts:
         ]
         ranks[0] |= of_first or {}
         ranks[1] |= of_second
-        self.started.append(Launch(self.folder / "driver.py", json.dumps(ranks)))
+        said = self.folder / f"said-{len(self.started)}"
+        self.started.append(Launch(self.folder / "driver.py", json.dumps(ranks), forks=said))
         return self.started[-1]
 
 

@@ -4,6 +4,7 @@ given bad input.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import train as train_script
+from helpers.forked import Started, start
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, logged, train, write_run
 from titan_ulysses import __main__ as command_line
@@ -43,18 +45,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 class Launch:
     """Two ranks started by scripts/launch.py, in a process group of their own."""
 
-    def __init__(self, *command: str | Path) -> None:
-        launcher = [
-            sys.executable,
-            REPOSITORY / "scripts" / "launch.py",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    def __init__(self, *command: str | Path, forks: Path | None = None) -> None:
+        """forks: an absent folder, with which launcher and ranks are forks (see forked.py): that
+        takes seconds less.
+        """
+        launcher = [REPOSITORY / "scripts" / "launch.py", "--standalone", "--nproc-per-node", "2"]
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        self.process: Started | subprocess.Popen[str]
+        if forks:
+            self.process = start(forks, *launcher, *command, **environment)
+            return
         self.process = subprocess.Popen(
-            [*launcher, *command],
-            env=environment,
+            [sys.executable, *launcher, *command],
+            env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -96,14 +99,34 @@ class Launch:
 def launch() -> Iterator[Callable[..., Launch]]:
     started: list[Launch] = []
 
-    def start(*command: str | Path) -> Launch:
-        started.append(Launch(*command))
+    def begin(*command: str | Path, forks: Path | None = None) -> Launch:
+        started.append(Launch(*command, forks=forks))
         return started[-1]
 
-    yield start
+    yield begin
     for one in started:
         if one.process.poll() is None:
             one.kill()
+
+
+AS_NEW = """
+import json, os, signal, sys
+print(json.dumps([sys.argv[1:], os.environ["COLOUR"], os.getsid(0) == os.getpid(), os.getcwd()]))
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, os.listdir("/proc/self/fd")[:-1])
+sys.exit("why")
+"""
+
+
+def test_a_fork_is_as_a_new_process(tmp_path: Path) -> None:
+    """What forked.py promises: arguments, environment, session, folder, signals, open files."""
+    (tmp_path / "script.py").write_text(AS_NEW)
+    fork = start(tmp_path / "said", tmp_path / "script.py", "a b", cwd=tmp_path, COLOUR="blue")
+    out, err = fork.communicate(timeout=60)
+    told, rest = out.splitlines()
+    assert json.loads(told) == [["a b"], "blue", True, str(tmp_path)]
+    assert rest == "True ['0', '1', '2']"
+    assert (fork.returncode, err) == (1, "why\n")
+    assert "COLOUR" not in os.environ
 
 
 # --- killed and stopped ---------------------------------------------------------------------------
@@ -775,7 +798,7 @@ def failing_rank(tmp_path: Path, launch: Callable[..., Launch]) -> Callable[[str
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
 
     def fail(how: str) -> str:
-        launched = launch(tmp_path / "driver.py", config, how)
+        launched = launch(tmp_path / "driver.py", config, how, forks=tmp_path / "said")
         if how != "killed at the start":
             launched.wait_for(run, 2)
         code, _, err = launched.end(timeout=30)
@@ -811,9 +834,8 @@ def test_a_rank_that_is_killed_at_the_start(failing_rank: Callable[[str], str]) 
 
 def test_two_ranks_say_once_what_is_wrong(tmp_path: Path, launch: Callable[..., Launch]) -> None:
     settings: Settings = SP2 | {"training.global_batch_size": 9}
-    code, out, err = launch(
-        REPOSITORY / "train.py", *arguments(write_run(tmp_path), settings)
-    ).end()
+    command = [REPOSITORY / "train.py", *arguments(write_run(tmp_path), settings)]
+    code, out, err = launch(*command, forks=tmp_path / "said").end()
     assert (code, out) == (2, "")
     assert (
         err.startswith("error: training.global_batch_size = 9 is not a multiple")
@@ -843,5 +865,6 @@ def test_two_ranks_that_fail_at_once_say_it_once(
     old = Path(tempfile.gettempdir()) / f"titan_ulysses-{tmp_path.name}-0.said"
     old.touch()
     os.utime(old, (0, 0))
-    assert launch(tmp_path / "driver.py").end(timeout=30) == (1, "", "error: both\n")
+    launched = launch(tmp_path / "driver.py", forks=tmp_path / "said")
+    assert launched.end(timeout=30) == (1, "", "error: both\n")
     assert not old.exists()  # what runs leave there does not add up

@@ -10,6 +10,7 @@ import io
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import subprocess
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from helpers.forked import start
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, train, write_run
 from titan_ulysses.observability import progress
@@ -63,32 +65,18 @@ for mfu in (None, 0.4567):
 
 def on_terminal(folder: Path, columns: int) -> str:
     """All that the program writes to a terminal so wide."""
+    (folder / "program.py").write_text(PROGRAM)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, folder],
-        env=environment | {"TERM": "xterm", "PYTHONPATH": str(ROOT)},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    )
-    os.close(theirs)
+    terminal = {"terminal": os.ttyname(theirs), "TERM": "xterm"}
+    process = start(folder / "said", folder / "program.py", folder, **terminal)
     written = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # how Linux says that the other side has closed
-            break
-        if not piece:
-            break
-        written += piece
+    while process.poll() is None or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.05)[0]:
+            written += os.read(ours, 65536)
+    os.close(theirs)
     os.close(ours)
-    assert process.wait(timeout=60) == 0, written.decode()
+    assert process.returncode == 0, written.decode()
     return written.decode()
 
 
@@ -128,8 +116,10 @@ VALIDATION = [
 ]
 
 
-def test_on_a_terminal(tmp_path: Path) -> None:
+def test_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines that end between words, above one bar; what others print has a line of its own."""
+    for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
     written = on_terminal(tmp_path, 80)
     shown = screen(written, 80)
     expected = []
@@ -151,14 +141,10 @@ def test_on_a_terminal(tmp_path: Path) -> None:
 
 def test_in_a_log_file(tmp_path: Path) -> None:
     """No control codes, no bar, no line broken."""
-    with open(tmp_path / "log", "w") as file:
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM, tmp_path],
-            stdout=file,
-            check=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
-        )
-    written = (tmp_path / "log").read_text()
+    (tmp_path / "program.py").write_text(PROGRAM)
+    process = start(tmp_path / "said", tmp_path / "program.py", tmp_path, TERM="xterm")
+    written, err = process.communicate()
+    assert process.returncode == 0, err
     assert "\x1b" not in written and "\r" not in written and "━" not in written
     assert [line for line in written.splitlines() if line != "a plain line"][:3] == [
         *VALIDATION,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -206,7 +207,7 @@ def test_a_mesh_must_deal_the_whole_batch():
 def plan_on_the_command_line(folder: Path, capsys, *options: str) -> tuple[dict, str]:
     from titan_ulysses.plan.report import plan_and_report
 
-    settings = {"model.config": SIX, "model.tokenizer": "bytes", "training.seq_len": 16384}
+    settings = {"model.config": SIX, "model.tokenizer": "bytes", "training.seq_len": 4096}
     settings |= {"model.config": SIX | {"num_hidden_layers": 2}}
     settings |= {"job.dump_folder": str(folder), "job.name": "x", "plan.world_size": 2}
     (folder / "x.toml").write_text("")
@@ -231,8 +232,8 @@ def test_the_fastest_on_the_command_line(tmp_path, capsys):
     assert best["hours"] == pytest.approx(hours)
     assert best["gpu_hours"] == pytest.approx(2 * hours)
     assert best["cost"] == pytest.approx(5 * hours)
-    pasted = said.split("The fastest that fits")[1].splitlines()[0].split(": ")[-1].split()
-    again, _ = plan_on_the_command_line(tmp_path, capsys, *options[2:], *pasted)
+    pasted = said.split("The fastest that fits")[1].splitlines()[0].split(": ")[-1]
+    again, _ = plan_on_the_command_line(tmp_path, capsys, *options[2:], *shlex.split(pasted))
     assert again["step_seconds"] == pytest.approx(best["step_seconds"])
     assert again["run"]["cost"] == pytest.approx(best["cost"]) and again["fastest"] == []
 
@@ -286,7 +287,7 @@ def test_nothing_that_fits_is_said(tmp_path, capsys):
         tmp_path, capsys, "--plan.search", "fastest", "--plan.gpu_memory_gib", "0.01"
     )
     assert found["fastest"] == []
-    assert "training.seq_len = 16,384 on 2 x H100-80GB: none of" in said
+    assert "training.seq_len = 4,096 on 2 x H100-80GB: none of" in said
     assert "Use more GPUs (plan.world_size)" in said
 
 

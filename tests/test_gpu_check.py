@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_check  # noqa: E402
 import gpu_check_8  # noqa: E402
 
+from helpers.forked import start  # noqa: E402
+
 
 def raises(scale: gpu_check.Scale) -> gpu_check.Figures:
     raise ValueError("it is wrong\nand more")
@@ -64,11 +66,11 @@ def test_no_check_stops_the_next(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def rehearse(script: str, output: Path) -> dict[str, gpu_check.Figures]:
-    command = [sys.executable, str(ROOT / "scripts" / script), "--rehearse"]
-    done = subprocess.run(
-        [*command, "--output", str(output)], capture_output=True, text=True, cwd=output.parent
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """It forks itself for each check: all of them have what this process has imported."""
+    command = [ROOT / "scripts" / script, "--rehearse", "--output", output]
+    done = start(output.parent / "said", *command, cwd=output.parent)
+    said = "".join(done.communicate())
+    assert done.returncode == 0, said
     return json.loads(output.read_text())
 
 

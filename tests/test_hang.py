@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.forked import start
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, refusal, train, write_run
+from test_command_line import Launch
 from titan_ulysses.distributed import lock as lock_module
 from titan_ulysses.distributed.failure import of_system
 from titan_ulysses.distributed.run_store import host_name
@@ -50,7 +52,7 @@ def hang(*args, **options):
     steps += 1
     if rank == 1 and steps == 3:
         time.sleep(1.5)  # until its heart has beaten in this step
-        open("hung", "w").write(str(time.time()))
+        open(f"{os.path.dirname(config)}/hung", "w").write(str(time.time()))
         endless() if how == "loops" else os.kill(os.getpid(), signal.SIGSTOP)
     return train_step(*args, **options)
 
@@ -64,14 +66,10 @@ with exit_on_error():
 def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     (tmp_path / "driver.py").write_text(DRIVER)
-    command = [sys.executable, str(REPOSITORY / "scripts" / "launch.py"), "--nproc-per-node", "2"]
-    command += ["--standalone", str(tmp_path / "driver.py"), str(config), how]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
+    launched = Launch(tmp_path / "driver.py", config, how, forks=tmp_path / "said")
+    code, _, err = launched.end()
     seconds = time.time() - float((tmp_path / "hung").read_text())
-    assert done.returncode == 1, done.stderr
+    assert code == 1, err
     assert seconds < 3 + 10
     what = "is at work on something else" if how == "loops" else "gives no sign of life"
     where = r"(endless|hang) \(\S+driver\.py:\d+\), called by \w+ \(.+?\)"
@@ -80,9 +78,9 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
     by_beats = (
         rf"error: rank 1 on \S+ has given no sign of life for 3 s \(it was in step 3, {where}"
     )
-    assert re.search(f"{message}{waited}|{by_beats}", done.stderr), done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert f"What each rank was in is in {run / 'stacks'}." in done.stderr
+    assert re.search(f"{message}{waited}|{by_beats}", err), err
+    assert len(err.splitlines()) == 1
+    assert f"What each rank was in is in {run / 'stacks'}." in err
     assert "train_step" in (run / "stacks" / "rank-0.txt").read_text()
     if how == "loops":
         assert "endless" in (run / "stacks" / "rank-1.txt").read_text()
@@ -155,20 +153,16 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     """In the middle of a step that would take minutes. The lock goes with the process."""
     config, run = write_run(tmp_path), tmp_path / "outputs" / "run"
     (tmp_path / "driver.py").write_text(SLOW_DRIVER)
-    command = [sys.executable, str(tmp_path / "driver.py"), str(config)]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as running:
-        assert running.stdout is not None
-        while running.stdout.readline() not in ("slow\n", ""):
-            pass
-        running.send_signal(signal.SIGINT)
-        said = running.stdout.readline()
-        assert "SIGINT received: stopping after step 2" in said
-        time.sleep(1.3)
-        assert running.poll() is None
-        since = time.monotonic()
-        running.send_signal(signal.SIGINT)
-        assert running.wait(timeout=20) == 130 and time.monotonic() - since < 5
+    running = start(tmp_path / "said", tmp_path / "driver.py", config, PYTHONPATH=str(REPOSITORY))
+    running.wait_for("slow\n")
+    running.send_signal(signal.SIGINT)
+    running.wait_for("SIGINT received: stopping after step 2")
+    time.sleep(1.3)
+    assert running.poll() is None
+    since = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=20)
+    assert running.returncode == 130 and time.monotonic() - since < 5
     assert "process" in (run / ".lock").read_text(), "it did not end in order"
     run_on_ranks(1, train, config, SHORT)
     assert len(learned(run)) == 3

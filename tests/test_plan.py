@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,19 +59,26 @@ def plan_of(**settings):
     return make_plan(set_up(config(**settings)))
 
 
-def measure(index: int) -> dict:
-    module = bench()
-    return module.measure(module.SMALL[index])
+def small_case(index: int, tokens: int):
+    """tokens: the sequence length, in the place of the benchmark's; 0: that."""
+    case = bench().SMALL[index]
+    training = case.settings["training"] | ({"seq_len": tokens} if tokens else {})
+    return replace(case, settings=case.settings | {"training": training})
 
 
+def measure(index: int, tokens: int) -> dict:
+    return bench().measure(small_case(index, tokens))
+
+
+# The first one's plain settings, and the last one's, which need the most of the planner.
 @pytest.mark.parametrize(
-    "index", [0, *(pytest.param(index, marks=pytest.mark.slow) for index in (1, 2, 3, 4, 5)), 6]
+    ("index", "tokens"),
+    [(0, 1024), *(pytest.param(index, 0, marks=pytest.mark.slow) for index in range(6)), (6, 0)],
 )
-def test_the_plan_is_what_real_ranks_take(index):
-    module = bench()
-    case = module.SMALL[index]
-    planned = module.planned(case)
-    real = run_on_ranks(case.ranks, measure, index)[0]
+def test_the_plan_is_what_real_ranks_take(index, tokens):
+    case = small_case(index, tokens)
+    planned = bench().planned(case)
+    real = run_on_ranks(case.ranks, measure, index, tokens)[0]
     assert planned["collectives"] == real["collectives"]
     assert planned["peak"] == pytest.approx(real["peak"], rel=0.03)
     assert not dist.is_initialized()
@@ -102,6 +110,7 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
     monkeypatch.setattr(standin, "CUDA_BLOCK", 256)
 
     settings = more | {
+        "training__seq_len": 3328,  # six chunks, of which the last is short
         "memory__mlp_tile_tokens": 300,
         "memory__loss_tile_tokens": 500,
         "parallelism__sequence_parallel_degree": 2,
@@ -145,6 +154,7 @@ def test_layers_with_a_state_are_planned(monkeypatch, family):
 
     settings = {
         "model__config": model_of(family) | {"vocab_size": 257, "max_position_embeddings": 2**20},
+        "training__seq_len": 3072,  # six chunks: fewer than five are all simulated
         "parallelism__sequence_parallel_degree": 2,
     }
     calls, _ = plan_of(**settings).simulation.collectives["all_to_all"]
@@ -265,7 +275,8 @@ def test_what_leaves_the_gpu_is_on_the_host():
     assert "parameters" not in whole.peak.components
 
 
-@pytest.mark.parametrize("name", ["adamw8bit", "adamw4bit"])
+# test_optimizer.py has the bytes a parameter of both.
+@pytest.mark.parametrize("name", ["adamw8bit", pytest.param("adamw4bit", marks=pytest.mark.slow)])
 def test_low_bit_optimizers_are_planned(name):
     pytest.importorskip("torchao")
     model = LLAMA | {"hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 2**20}
@@ -294,11 +305,12 @@ def test_muon_is_planned():
 
 def test_accumulated_batches():
     """A step of five batches counts what five count; two are simulated."""
-    one, five = plan_of(), plan_of(training__global_batch_size=5)
+    short = {"training__seq_len": 512}
+    one, five = plan_of(**short), plan_of(**short, training__global_batch_size=5)
     gathers = [plan.simulation.collectives.get("all_to_all", (0, 0)) for plan in (one, five)]
     assert gathers == [(0, 0), (0, 0)]
     assert five.simulation.cost.flops == pytest.approx(5 * one.simulation.cost.flops, rel=0.05)
-    pair = {"parallelism__sequence_parallel_degree": 2}
+    pair = short | {"parallelism__sequence_parallel_degree": 2}
     one, five = plan_of(**pair), plan_of(**pair, training__global_batch_size=5)
     calls, size = one.simulation.collectives["all_to_all"]
     assert five.simulation.collectives["all_to_all"] == (5 * calls, 5 * size)
@@ -898,8 +910,8 @@ def test_a_sequence_that_spans_nodes(tmp_path, capsys):
     from titan_ulysses.plan.report import as_json, plan_and_report
 
     sequence = {"parallelism__sequence_parallel_degree": 4, "plan__world_size": 8}
-    # A small GPU: the sentence about what would fit needs no plans of very long sequences.
-    small = {"job__dump_folder": str(tmp_path), "plan__gpu_memory_gib": 2.0}
+    # Too small a GPU for any length, so that no other ones are planned to find the longest one.
+    small = {"job__dump_folder": str(tmp_path), "plan__gpu_memory_gib": 1.0}
     plan_and_report(config(**sequence, **small, plan__gpus_per_node=2))
     across = json.loads((tmp_path / "run" / "plan.json").read_text())
     said = capsys.readouterr().out

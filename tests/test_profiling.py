@@ -19,6 +19,7 @@ from titan_ulysses.observability.profiling import check_profiling
 SETTINGS: Settings = {
     "parallelism.sequence_parallel_degree": 2,
     "lr_scheduler.decay_type": "constant",
+    "training.global_batch_size": 2,  # one micro-batch: a trace has all that happens in it
 }
 PROFILED: Settings = {
     "profiling.enable_profiling": True,

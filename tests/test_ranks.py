@@ -216,15 +216,19 @@ def test_close_pools_leaves_no_process() -> None:
     assert_gone(pids)
 
 
-def test_groups_of_earlier_calls_do_not_exhaust_open_files() -> None:
-    code = (
-        "import resource, test_ranks; from helpers import ranks; "
+@pytest.fixture(scope="module")
+def with_few_files() -> subprocess.CompletedProcess[str]:
+    """A process that may open few files, ends with a rank alive, and prints what GPUs that sees."""
+    return run_python(
+        "import resource, test_ranks; from helpers import ranks;"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096));"
+        "[ranks.run_on_ranks(2, test_ranks.make_a_group) for _ in range(25)];"
+        "print(ranks.run_on_ranks(1, test_ranks.visible_gpus))"
     )
-    finished = run_python(
-        code + "[ranks.run_on_ranks(2, test_ranks.make_a_group) for _ in range(25)]"
-    )
-    assert finished.returncode == 0, finished.stderr
+
+
+def test_groups_of_earlier_calls_do_not_exhaust_open_files(with_few_files) -> None:
+    assert with_few_files.returncode == 0, with_few_files.stderr
 
 
 def test_ranks_with_many_groups_are_replaced() -> None:
@@ -273,12 +277,10 @@ def test_one_worker_takes_the_files_that_wait() -> None:
     assert [*scheduler.assigned_work[other]] == computing[:2]
 
 
-def test_ranks_end_at_exit() -> None:
-    finished = run_python(
-        "import test_ranks, helpers.ranks as r; print(r.run_on_ranks(1, test_ranks.visible_gpus))"
-    )
+def test_ranks_end_at_exit(with_few_files) -> None:
     # gloo ranks see no GPU, whatever the parent sees.
-    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "['']\n", "")
+    found = with_few_files.returncode, with_few_files.stdout, with_few_files.stderr
+    assert found == (0, "['']\n", "")
 
 
 def visible_gpus() -> str | None:

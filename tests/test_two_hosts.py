@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+from helpers.forked import address
 from helpers.hosts import (
     Ended,
     Host,
@@ -55,6 +56,18 @@ DIED = rf"another rank.* died without a word|{SILENT}"
 STORE_DIED = rf"{DIED}|the first host, \S+, is gone or out of reach"
 NAMED = r"rank [23] on host-two (.*died without a word|gives no sign|has given no sign)"
 """Said by the host that is left, where hosts have names: who is gone, and from where."""
+
+FORKED = Path(__file__).parent / "helpers" / "forked.py"
+
+
+def forks() -> dict[str, str]:
+    """The environment with which launcher and ranks are forks. Where both hosts are this machine
+    they are none: one that is killed is known by the environment that it was started with.
+    """
+    if without_namespaces() is not None:
+        return {}
+    return {"PYTHON_WITH": str(FORKED), "FORKS": address()}
+
 
 linked = pytest.mark.skipif(
     without_namespaces() is not None, reason=f"no cable to cut: {without_namespaces()}"
@@ -105,15 +118,15 @@ class Launcher:
         self.scripts, self.hosts, self.config = scripts, hosts, config
         self.run = outputs(config, "run")
 
-    def start(self, settings: Settings, *, host: Host, of: str = "2") -> Running:
+    def start(self, settings: Settings, *, host: Host, of: str = "2", **more: str) -> Running:
         """Start the ranks of one host; `of`: how many hosts there are, as multinode.sh has it."""
         line = [of, str(self.hosts.index(host)), self.hosts[0].address, host.interface]
         self.run = outputs(self.config, settings.get("job.name", "run"))
         script = self.scripts / "multinode.sh"
-        return host.start("bash", script, *line, self.config, *flags(settings), NPROC="2")
+        return host.start("bash", script, *line, self.config, *flags(settings), NPROC="2", **more)
 
-    def start_both(self, settings: Settings, *, of: str = "2") -> list[Running]:
-        return [self.start(settings, host=host, of=of) for host in self.hosts]
+    def start_both(self, settings: Settings, *, of: str = "2", **more: str) -> list[Running]:
+        return [self.start(settings, host=host, of=of, **more) for host in self.hosts]
 
     def logged(self) -> Lines:
         return learned(self.run) if (self.run / "metrics.jsonl").exists() else []
@@ -140,17 +153,17 @@ LAYOUTS: dict[str, Settings] = {
     "sp across": {"parallelism.sequence_parallel_degree": 4},
     "replicas across": {"parallelism.data_parallel_replicate_degree": 2},
 }
-FEW = 6
+FEW = 3
 
 
 @pytest.fixture(scope="module")
-def layouts(config: Path, hosts: Hosts) -> list[str]:
+def layouts(config: Path, hosts: Hosts, scripts: Path) -> list[str]:
     """What both hosts have said of runs with each layout, one after the other."""
     short = SETTINGS | {"training.steps": FEW, "checkpoint.enable": False}
     runs = [json.dumps(short | {"job.name": name} | more) for name, more in LAYOUTS.items()]
     started = [
         host.start(
-            sys.executable,
+            scripts.parent / ".venv" / "bin" / "python",
             "scripts/launch.py",
             "--nnodes=2",
             f"--node-rank={rank}",
@@ -161,6 +174,7 @@ def layouts(config: Path, hosts: Hosts) -> list[str]:
             config,
             *runs,
             GLOO_SOCKET_IFNAME=host.interface,
+            **forks(),
         )
         for rank, host in enumerate(hosts)
     ]
@@ -214,7 +228,7 @@ class Episode(NamedTuple):
 
 def episode(launcher: Launcher, *, until: int, happens: Callable[[], float]) -> Episode:
     """A run on both hosts until a step is logged and something happens."""
-    runs = launcher.start_both(LONG)
+    runs = launcher.start_both(LONG, **forks())
     launcher.wait_for(runs, lambda lines: bool(lines) and lines[-1][0] >= until)
     at = happens()
     results = ended(runs, within=3 * BOUND)
@@ -253,7 +267,7 @@ def after_other_died(launcher: Launcher, hosts: Hosts, after_store_died: Episode
 
 @pytest.fixture(scope="module")
 def on_one_host(launcher: Launcher, hosts: Hosts, after_other_died: Episode) -> Ended:
-    settings = LONG | {"training.steps": STEPS}
+    settings = LONG | {"training.steps": STEPS}  # its ranks are no forks, as those of a user
     return ended([launcher.start(settings, host=hosts[0], of="1")], within=START)[0]
 
 

@@ -213,7 +213,8 @@ def printed(runs: Sequence[Running]) -> str:
 
 
 def clone(folder: Path) -> Path:
-    """A clone of the repository whose scripts run with the Python of the tests.
+    """A clone of the repository whose scripts run with the Python of the tests, and with what
+    PYTHON_WITH names as its first argument.
 
     Otherwise they would install a .venv, which a host without the internet cannot.
     """
@@ -221,7 +222,7 @@ def clone(folder: Path) -> Path:
     for name in ("scripts", "configs", "titan_ulysses", "train.py", "pyproject.toml"):
         (folder / name).symlink_to(REPOSITORY / name)
     python = _made(folder / ".venv" / "bin") / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" $PYTHON_WITH "$@"\n')
     python.chmod(0o755)
     with open(folder / "pyproject.toml") as project:
         checksum = subprocess.run(["cksum"], stdin=project, capture_output=True, text=True)
