@@ -9,8 +9,8 @@ memory above what it has before: the hidden states, the gradient of the output, 
 It holds the output, and the gradient of the hidden states where that is not written over the
 gradient of the output. The slope is that of the peak over the lengths.
 
-A second process takes the times, because an allocator that returns freed memory at once, by which
-the peak is measured, spends part of them in page faults.
+Another process takes the times, of both in turns. Its allocator keeps memory: where freed memory
+is returned at once, as the measurement of the peak needs it, part of the time is page faults.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from statistics import median
 from typing import Any
 
 from common import ALLOCATOR, CACHING, launch, peak_memory, run, slope
@@ -35,8 +36,8 @@ BLOCK: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-_LONG = 2.0
-"""Seconds of a backward that is not repeated: nothing disturbs it much."""
+_LONG = 10.0
+"""Seconds of a backward that is not repeated."""
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gated_deltanet": (
         "Gated DeltaNet, 8 heads of 64 x 64",
@@ -76,41 +77,56 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure(kind: str, tokens: int, chunk: int) -> None:
-    """Print the bytes of the peak and the CPU seconds of forward and backward, of the fastest of
-    three warm passes, or of the first if it is long.
+    """Print the bytes of the peak, and the norms of output and gradient."""
+    layer, mesh = layer_of(kind, streamed=chunk > 0)
+    pass_through(layer, mesh, 1024, chunk)
+    print(json.dumps(pass_through(layer, mesh, tokens, chunk)))
+
+
+def take_times(kind: str, tokens: int, chunk: int) -> None:
+    """Print the CPU seconds of forward and backward, whole and in chunks: medians of three turns,
+    in which one follows the other, or those of the first turn if it is long. The ratio is the
+    median of those of the turns.
     """
+    layers = {-1: layer_of(kind, streamed=False), chunk: layer_of(kind, streamed=True)}
+    for chunk, layer in layers.items():
+        pass_through(*layer, 1024, chunk)
+    turns: list[list[dict[str, Any]]] = []
+    while len(turns) < 3 and not (turns and turns[0][0]["backward"] > _LONG):
+        turns.append([pass_through(*layer, tokens, chunk) for chunk, layer in layers.items()])
+    found: dict[str, Any] = {
+        name: [median(of[name] for of in one) for one in zip(*turns, strict=True)]
+        for name in ("forward", "backward")
+    }
+    found["ratio"] = median(streamed["backward"] / whole["backward"] for whole, streamed in turns)
+    print(json.dumps(found))
+
+
+def pass_through(layer: Any, mesh: Any, length: int, chunk: int) -> dict[str, Any]:
+    """One forward and backward: CPU seconds, bytes of the peak, norms of output and gradient."""
     import torch
 
-    layer, mesh = layer_of(kind, streamed=chunk > 0)
-    found: dict[str, Any] = {}
-
-    def pass_through(length: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shape = 1, length, BLOCK["hidden_size"]
-        hidden, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
-        hidden.requires_grad_()
-        documents = documents_of(mesh, length, chunk)
-        with peak_memory() as peaks:
-            started = time.process_time()
-            output = layer(hidden, ulysses=documents)
-            middle = time.process_time()
-            size = output.detach().norm().item()
-            # No name here holds the output or the gradient while backward runs.
-            held = [output, gradient]
-            del output, gradient
-            torch.autograd.backward(held.pop(0), held.pop())
-            taken = {"forward": middle - started, "backward": time.process_time() - middle}
-        found.update({name: min(x, found.get(name, x)) for name, x in taken.items()})
-        found["peak"] = peaks["anonymous"] - peaks["before_anonymous"]
-        found["norms"] = [size, hidden.grad.norm().item()]
-
-    pass_through(1024)
-    found.clear()
-    for _ in range(3):
-        pass_through(tokens)
-        if found["backward"] > _LONG:
-            break
-    print(json.dumps(found))
+    generator = torch.Generator().manual_seed(0)
+    shape = 1, length, BLOCK["hidden_size"]
+    hidden, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+    hidden.requires_grad_()
+    documents = documents_of(mesh, length, chunk)
+    with peak_memory() as peaks:
+        started = time.process_time()
+        output = layer(hidden, ulysses=documents)
+        middle = time.process_time()
+        size = output.detach().norm().item()
+        # No name here holds the output or the gradient while backward runs.
+        held = [output, gradient]
+        del output, gradient
+        torch.autograd.backward(held.pop(0), held.pop())
+        backward = time.process_time() - middle
+    return {
+        "forward": middle - started,
+        "backward": backward,
+        "peak": peaks["anonymous"] - peaks["before_anonymous"],
+        "norms": [size, hidden.grad.norm().item()],
+    }
 
 
 def layer_of(kind: str, *, streamed: bool) -> tuple[Any, Any]:
@@ -161,58 +177,56 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--take-times", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        kind, tokens, chunk = args.measure
-        return measure(kind, int(tokens), int(chunk))
+    if of := args.measure or args.take_times:
+        return (measure if args.measure else take_times)(of[0], int(of[1]), int(of[2]))
 
     print(f"layers of width {BLOCK['hidden_size']}, fp32, one process, one thread", flush=True)
     for kind in args.kinds:
         print(KINDS[kind][0], flush=True)
         peaks: dict[int, list[tuple[float, float]]] = {-1: [], args.chunk: []}
         for tokens in args.tokens:
-            found = {}
-            for chunk in peaks:
-                command = [*launch(1, __file__), "--measure", kind, str(tokens), str(chunk)]
-                found[chunk] = figures_of(command)
-                show(tokens, chunk, found[chunk])
-                if isinstance(found[chunk], dict):
-                    peaks[chunk].append((tokens, found[chunk]["peak"]))
-            if all(isinstance(x, dict) for x in found.values()):
-                whole, streamed = found.values()
-                ratios = {name: streamed[name] / whole[name] for name in ("peak", "backward")}
-                print(
-                    f"  {tokens:>7,} tokens: streamed, {ratios['peak']:.2f} times the peak and "
-                    f"{ratios['backward']:.2f} times the backward",
-                    flush=True,
+            for chunk, points in peaks.items():
+                found = child("--measure", kind, tokens, chunk, ALLOCATOR)
+                points.append((tokens, found["peak"]))
+                norms = " and ".join(f"{x:.6f}" for x in found["norms"])
+                said = (
+                    f"peak {found['peak'] / 2**20:7.1f} MiB, norms of output and gradient {norms}"
                 )
+                print(f"  {tokens:>7,} tokens, {named(chunk):<16} {said}", flush=True)
+            times = child("--take-times", kind, tokens, args.chunk, CACHING)
+            print(f"  {tokens:>7,} tokens, whole and in chunks: {described(times)}", flush=True)
+            whole, streamed = (points[-1][1] for points in peaks.values())
+            print(
+                f"  {tokens:>7,} tokens: streamed, {streamed / whole:.2f} times the peak and "
+                f"{times['ratio']:.2f} times the backward",
+                flush=True,
+            )
         for chunk, points in peaks.items():
             if len(points) > 1:
-                print(f"  {said(chunk)}: {slope(points) / 1024:.2f} KiB a token", flush=True)
+                print(f"  {named(chunk)}: {slope(points) / 1024:.2f} KiB a token", flush=True)
 
 
-def figures_of(command: list[str]) -> Any:
-    """Return what `measure` prints, its times with an allocator that keeps memory; or an error."""
-    of_memory, of_time = (
-        run(command, threads=1, minutes=10, env=env) for env in (ALLOCATOR, CACHING)
-    )
-    if isinstance(of_memory, str) or isinstance(of_time, str):
-        return of_memory if isinstance(of_memory, str) else of_time
-    return of_time | {"peak": of_memory["peak"]}
+def child(what: str, kind: str, tokens: int, chunk: int, allocator: dict[str, str]) -> Any:
+    """Return what a process of this script prints; end with its error where it fails."""
+    command = [*launch(1, __file__), what, kind, str(tokens), str(chunk)]
+    found = run(command, threads=1, minutes=10, env=allocator)
+    if isinstance(found, str):
+        raise SystemExit(f"{kind}, {tokens:,} tokens: {found}")
+    return found
 
 
-def said(chunk: int) -> str:
+def named(chunk: int) -> str:
     return "whole" if chunk < 0 else f"chunks of {chunk:,}"
 
 
-def show(tokens: int, chunk: int, found: dict[str, Any] | str) -> None:
-    if not isinstance(found, str):
-        found = (
-            f"peak {found['peak'] / 2**20:7.1f} MiB, forward {found['forward']:6.2f} s, backward "
-            f"{found['backward']:6.2f} s, norms of output and gradient "
-            f"{' and '.join(f'{x:.6f}' for x in found['norms'])}"
-        )
-    print(f"  {tokens:>7,} tokens, {said(chunk):<16} {found}", flush=True)
+def described(times: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {whole:.2f} and {streamed:.2f} s"
+        for name in ("forward", "backward")
+        for whole, streamed in [times[name]]
+    )
 
 
 if __name__ == "__main__":
