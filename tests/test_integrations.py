@@ -532,7 +532,8 @@ def test_dpo_from_the_toml_is_that_of_trl(tmp_path: Path, trl: None) -> None:
     write_material(tmp_path)
     through_trl = run_on_ranks(1, dpo_through_trl, tmp_path, str(tmp_path / "trl"))[0]
     # Trainer decays some parameters only.
-    for found in on_ranks(tmp_path, dpo(tmp_path) | {"optimizer.weight_decay": 0.0}, SP2):
+    wanted = dpo(tmp_path) | {"optimizer.weight_decay": 0.0, "training.steps": STEPS}
+    for found in on_ranks(tmp_path, wanted, SP2):
         for step, log in enumerate(through_trl["logs"]):
             assert found.losses[step] == pytest.approx(log["loss"], rel=1e-6, abs=1e-6)
             assert found.norms[step] == pytest.approx(log["grad_norm"], rel=1e-5)

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import local_slice
@@ -95,8 +94,10 @@ def init_distributed(*, timeout: float | None = None) -> None:
 
 def set_timeout(seconds: float) -> None:
     """Let collectives of all existing groups give up after so many seconds, sub-groups too."""
-    for group in dist.distributed_c10d._world.pg_map:
-        _set_pg_timeout(timedelta(seconds=seconds), group)
+    c10d = dist.distributed_c10d
+    set_of_group = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # before torch 2.15
+    for group in c10d._world.pg_map:
+        set_of_group(timedelta(seconds=seconds), group)
 
 
 def timeout_of(group: dist.ProcessGroup) -> float:
