@@ -785,10 +785,7 @@ CHECKPOINT = {
     "profiling.save_memory_snapshot_folder": [],  # see test_memory_snapshots
 }
 PLANNED = {
-    "plan.gpu": [
-        # Also in test_plan.py, with a B200.
-        Case("A100-80GB", said("planned for 2 x A100-80GB"), PLAN_OF_TWO, slow=True)
-    ],
+    "plan.gpu": [Case("A100-80GB", said("planned for 2 x A100-80GB"), PLAN_OF_TWO)],
     "plan.gpu_memory_gib": [
         Case(
             0.5,

@@ -466,12 +466,19 @@ def test_settings_that_exclude_each_other(
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "qwen3_next", "falcon_h1", "nemotron_h"])
-def test_the_message_names_layers_that_peft_takes(family: str) -> None:
-    """Where all linear layers cannot have one: the names that the message gives can."""
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [
+        *((family, []) for family in ("deepseek_v2", "qwen3_next", "falcon_h1", "nemotron_h")),
+        ("deepseek_v2", ["down_proj"]),
+    ],
+)
+def test_the_message_names_layers_that_peft_takes(family: str, asked: list[str]) -> None:
+    """Where all linear layers, or those of MLPs, cannot have one: the names that it gives can."""
     config = hf.load_model_config("", model_of(family))
     with pytest.raises(UserError, match="lora.target_modules: .*Name other layers") as caught:
-        add_adapters(hf.build_on_meta(config, torch.float32), SETTINGS)
+        model = hf.build_on_meta(config, torch.float32)
+        add_adapters(model, LoRA(rank=3, target_modules=asked))
     names = json.loads(str(caught.value).split("lora.target_modules = ")[1].split("]")[0] + "]")
     model = hf.build_on_meta(config, torch.float32)
     assert add_adapters(model, LoRA(rank=3, target_modules=names)) >= len(names) > 3

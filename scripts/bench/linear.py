@@ -89,11 +89,11 @@ def take_times(kind: str, tokens: int, chunk: int) -> None:
     median of those of the turns.
     """
     layers = {-1: layer_of(kind, streamed=False), chunk: layer_of(kind, streamed=True)}
-    for chunk, layer in layers.items():
-        pass_through(*layer, 1024, chunk)
+    for size, layer in layers.items():
+        pass_through(*layer, 1024, size)
     turns: list[list[dict[str, Any]]] = []
     while len(turns) < 3 and not (turns and turns[0][0]["backward"] > _LONG):
-        turns.append([pass_through(*layer, tokens, chunk) for chunk, layer in layers.items()])
+        turns.append([pass_through(*layer, tokens, size) for size, layer in layers.items()])
     found: dict[str, Any] = {
         name: [median(of[name] for of in one) for one in zip(*turns, strict=True)]
         for name in ("forward", "backward")

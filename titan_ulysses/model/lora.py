@@ -52,7 +52,8 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     B [out, rank] in W's dtype. UserError for a pattern that matches no linear layer.
     """
     check_lora(settings)
-    targets = _targets(model, settings)
+    linear = _linear_layers(model)
+    targets = _targets(linear, model, settings)
     with suppress_torchao_warnings():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -67,7 +68,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
             with torch.device(next(model.parameters()).device):
                 inject_adapter_in_model(config, model, adapter_name=ADAPTER)
         except ValueError as error:
-            names = _outside_mlps(targets, but=one_line(error))
+            names = _outside_mlps(linear, but=one_line(error))
             raise UserError(
                 f"lora.target_modules: peft refuses them. {names} Peft says: {one_line(error)}"
             ) from error
@@ -75,7 +76,7 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         # peft goes by names, and in some mixtures takes shared experts and dense MLPs for experts.
         raise UserError(
             f'lora.target_modules: in a "{model.config.model_type}" peft adapts {other[0]} as a '
-            f"part of a mixture of experts, which cannot be sharded. {_outside_mlps(targets)}"
+            f"part of a mixture of experts, which cannot be sharded. {_outside_mlps(linear)}"
         )
     for _, layer in _adapted_layers(model):
         for part in (layer.lora_A, layer.lora_B):
@@ -83,12 +84,14 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     return len(targets)
 
 
-def _targets(model: PreTrainedModel, settings: LoRA) -> set[str]:
-    """The names of the layers that get an adapter."""
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """The names of all linear layers except the head."""
     head = model.get_output_embeddings()
-    linear = [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
-    ]
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def _targets(linear: list[str], model: PreTrainedModel, settings: LoRA) -> set[str]:
+    """The names of the layers that get an adapter."""
     if not linear:
         raise UserError(
             f'lora.rank = {settings.rank}: "{model.config.model_type}" has no linear layers for '
@@ -100,11 +103,11 @@ def _targets(model: PreTrainedModel, settings: LoRA) -> set[str]:
     return matching(settings.target_modules, linear, setting=setting, what=what, tails=True)
 
 
-def _outside_mlps(targets: set[str], but: str = "") -> str:
-    """Say which layers to name instead of `targets`, of this very model: those that are in no MLP,
-    and whose name is not quoted in peft's message `but`.
+def _outside_mlps(linear: list[str], but: str = "") -> str:
+    """Say which of a model's linear layers to name: those that are in no MLP, and whose name is not
+    quoted in peft's message `but`.
     """
-    parts = [name.split(".") for name in sorted(targets)]
+    parts = [name.split(".") for name in linear]
     names = {path[-1] for path in parts if not _MLPS & {*path[:-1]} and f"'{path[-1]}'" not in but}
     return f"Name other layers, as in lora.target_modules = {to_toml(sorted(names))}."
 

@@ -43,7 +43,7 @@ not reach far, because a long sequence may have its peak at another moment than 
 _MAX_UNVERIFIED_EXTRAPOLATION = 4
 """The same factor for a length that is only estimated, not simulated."""
 _CLOSE = 0.02
-"""A length that differs from an estimated one by this share has the same line to the limit."""
+"""An estimated length is not planned if one was planned that differs by at most this share."""
 _MOST_LENGTHS = 8
 """How many lengths an estimate is made from at most."""
 
