@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.tensors import Largest
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.ulysses import cores, tiles
-from titan_ulysses.ulysses.cores import Demand, blockwise, choose_core, flash, flex, sdpa, varlen
+from titan_ulysses.ulysses.cores import Demand, choose_core, flash, flex, sdpa, varlen
 
 DOCUMENTS = ((10, 14, 1, 5), (30,))
 
@@ -64,12 +64,9 @@ def inputs(
 )
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 1, 4, 9, 100])
-@pytest.mark.parametrize(
-    ("core", "softcap"), [(sdpa, None), (varlen, None), (blockwise, None), (blockwise, 2.0)]
-)
+@pytest.mark.parametrize(("core", "softcap"), [(sdpa, None), (sdpa, 2.0), (varlen, None)])
 def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, heads, value_size):
     # Several blocks of queries in 30 tokens, the last one cut.
-    monkeypatch.setattr(cores, "_QUERY_BLOCK", 7)
     monkeypatch.setattr(tiles, "BLOCK", 7)
     tensors = inputs(with_sinks=with_sinks, heads=heads, value_size=value_size)
     options = {"window": window, "softcap": softcap}
@@ -88,7 +85,7 @@ def test_equals_plain_attention(monkeypatch, core, softcap, window, with_sinks, 
     assert max((ours - theirs).abs().max() for ours, theirs in gradients) < 1e-12
 
 
-@pytest.mark.parametrize("core", [sdpa, varlen, blockwise])
+@pytest.mark.parametrize("core", [sdpa, varlen])
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_document_is_alone(core, window):
     """Changing one document changes no bit of another one's output or gradients."""
@@ -110,18 +107,15 @@ def test_a_document_is_alone(core, window):
         assert not torch.equal(before[0, 10:24], after[0, 10:24])
 
 
-@pytest.mark.parametrize("core", [sdpa, varlen, blockwise])
+@pytest.mark.parametrize("core", [sdpa, varlen])
 def test_no_square_of_the_length(core):
     """The largest tensor grows with S * window, not with S * S."""
     length, window = 8192, 64
     q = torch.randn(1, length, 1, 8, requires_grad=True)
     with Largest() as largest:
         core(q, q, q, documents=((length,),), scale=0.3, window=window).sum().backward()
-    assert (
-        largest.elements
-        <= cores._QUERY_BLOCK * (cores._QUERY_BLOCK + window)
-        < length * length / 16
-    )
+    block = tiles.SMALLEST_BLOCK
+    assert largest.elements <= max(q.numel(), block * (block + window)) < length * length / 16
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
@@ -136,7 +130,7 @@ def test_values_of_another_size_stay_on_the_flash_kernel(size, value_size, with_
     options = {"sinks": torch.zeros(2)} if with_sinks else {}
     with Largest() as largest:
         sdpa(q, k, v, documents=((length,),), scale=0.3, **options).sum().backward()
-    assert largest.elements <= 2 * (length + 1) * (24 + cores._SINK_PADDING) < length * length / 8
+    assert largest.elements <= 2 * length * 24 < length * length / 8
 
 
 def test_flash_is_given_equal_sizes(monkeypatch):
@@ -209,9 +203,13 @@ def test_auto_takes_the_fastest_that_is_exact_and_says_why():
     core, why = choose("auto")
     assert core is sdpa and "varlen needs a CUDA device" in why
     core, why = choose("auto", {"softcap"})
-    assert core is blockwise and "sdpa cannot do softcap" in why
+    assert core is sdpa and "flex needs a CUDA device" in why
     assert choose("auto", {"window", "sinks"})[0] is sdpa
-    assert choose("auto", {"sinks", "softcap"})[0] is blockwise
+    assert choose("auto", {"sinks", "softcap"})[0] is sdpa
+    core, why = choose("auto", device_type="cuda")
+    assert core is sdpa and "flex is only faster for soft-caps" in why
+    core, why = choose("blockwise", {"softcap"})
+    assert core is sdpa and 'set it to "sdpa"' in why
     assert choose("flex", device_type="cuda")[0] is flex
 
 
@@ -244,7 +242,7 @@ def test_softcaps_on_cuda(monkeypatch, no_package):
     core, why = choose("auto", {"softcap"}, **CUDA, seq_len=65_536)
     assert core is flex and "flash needs the package flash-attn" in why
     core, why = choose("auto", {"softcap"}, **CUDA, seq_len=1_048_576)
-    assert core is blockwise and "flex its block mask would take 1 GiB a row" in why
+    assert core is sdpa and "flex its block mask would take 1 GiB a row" in why
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
     assert choose("auto", {"softcap"}, **CUDA)[0] is flash
 
@@ -278,16 +276,15 @@ def test_sdpa_on_cuda_is_not_given_groups_that_cost_all_scores():
 @pytest.mark.parametrize(
     ("name", "needs", "device_type", "dtype", "message"),
     [
-        (
-            "sdpa",
-            {"softcap"},
-            "cpu",
-            torch.float32,
-            r'model\.attention = "sdpa": cannot do softcap\. Set .*"auto".*: blockwise\.',
-        ),
         ("flash", set(), "cpu", torch.bfloat16, "needs a CUDA device"),
         ("varlen", set(), "cpu", torch.bfloat16, "needs a CUDA device"),
-        ("varlen", {"softcap"}, "cuda", torch.bfloat16, "cannot do softcap"),
+        (
+            "varlen",
+            {"softcap"},
+            "cuda",
+            torch.bfloat16,
+            r'model\.attention = "varlen": cannot do softcap\. Set .*"auto".*: .*sdpa\.',
+        ),
         ("varlen", set(), "cuda", torch.float32, "needs bfloat16"),
         ("flash", set(), "cuda", torch.float32, "needs bfloat16"),
         ("flash", {"sinks"}, "cuda", torch.bfloat16, "cannot do sinks"),

@@ -190,8 +190,8 @@ MODELS = {
         Case("bytes", lambda run, _: f"{bytes_of(run, 'texts'):,} tokens" in run.said, PRETRAINED),
     ],
     "model.attention": [
-        Case("blockwise", said("\nattention: blockwise\n"), same=True),
         Case("sdpa", said("\nattention: sdpa\n"), same=True),
+        Case("blockwise", said('attention: sdpa. model.attention = "blockwise" is its old name')),
         Case("test_every_key:own_core", said("\nattention: test_every_key:own_core\n")),
         Case(
             "test_every_key:own_core", lambda run, default: not near(losses(run), losses(default))

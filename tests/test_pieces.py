@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helpers.tensors import Largest
 from titan_ulysses.ulysses import flash_cuda, pieces, tiles
-from titan_ulysses.ulysses.cores import blockwise, flash, flex, sdpa, varlen
+from titan_ulysses.ulysses.cores import flash, flex, sdpa, varlen
 from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH
 from titan_ulysses.ulysses.pieces import pieces_of
 from titan_ulysses.ulysses.scores import Pieces, Scores
@@ -164,7 +164,7 @@ def test_narrow_dtypes(monkeypatch, found, dtype):
 
 
 def test_which_cores_have_pieces():
-    assert all(pieces_of(core) for core in (sdpa, varlen, blockwise, flash, flex))
+    assert all(pieces_of(core) for core in (sdpa, varlen, flash, flex))
     assert pieces_of(plain) is None
 
 
@@ -268,12 +268,15 @@ def test_varlen_calls_the_operators_of_cuda(monkeypatch):
         for h in (6, 2, 2)
     ]
     sinks = torch.linspace(-1, 2, 6, dtype=torch.float64).requires_grad_()
-    options = {"documents": ((10, 5), (15,)), "scale": 0.3, "window": 4, "sinks": sinks}
+    options = {"scale": 0.3, "window": 4, "sinks": sinks}
+    lengths = (10, 5, 15)
+    flat = (x.flatten(0, 1) for x in leaves)
+    expected, _ = plain(*flat, query_lengths=lengths, key_lengths=lengths, **options)
+    found = varlen(*leaves, documents=((10, 5), (15,)), **options)
     results = []
-    for core in (varlen, blockwise):
-        output = core(*leaves, **options)
-        loss = output.square().sum()
-        results.append([output, *torch.autograd.grad(loss, [*leaves, sinks])])
+    for output in (found, expected.view_as(found)):
+        gradients = torch.autograd.grad(output.square().sum(), [*leaves, sinks])
+        results.append([output, *gradients])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).abs().max() < 1e-12
     assert calls == [[0, 10, 15, 30]] * 2

@@ -168,7 +168,7 @@ EXAMPLES: dict[str, list[tuple[str, Any]]] = {
         ("memory.mlp_tile_tokens", 7),
         ("memory.loss_tile_tokens", 5),
         ("memory.stream_chunk_tokens", 8),
-        ("model.attention", "blockwise"),
+        ("model.attention", "sdpa"),
         ("training.local_batch_size", 1),
         ("training.skip_nonfinite", 3),
         ("training.deterministic", True),

@@ -116,7 +116,7 @@ def check(name: str, lengths: str, degrees: tuple[int, int, int], *, keep_fp64: 
         if keep_fp64
         else train_plain(model, steps, torch.float64)
     )
-    options = {"checkpoint_every": int(not keep_fp64), "attention": "blockwise"}
+    options = {"checkpoint_every": int(not keep_fp64), "attention": "sdpa"}
     call = (kept_in_fp64, train_sharded) if keep_fp64 else (train_sharded,)
     ranks = degrees[0] * degrees[1] * degrees[2]
     found = run_on_ranks(ranks, *call, degrees, model, steps, torch.float64, **options)[0]

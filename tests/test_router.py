@@ -133,7 +133,7 @@ def differences(
         steps,
         torch.float64,
         checkpoint_every=0,
-        attention="blockwise",
+        attention="sdpa",
     )
     assert all(other.losses == found[0].losses for other in found)
     return largest_difference(found[0], kept_in_fp64(train_plain, model, steps, torch.float64))
@@ -164,7 +164,7 @@ def sharded_model(
 ) -> PreTrainedModel:
     table = {**model_of(family), "output_router_logits": has_router_loss}
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float64)
-    parallelize(model, mesh_of(*degrees), attention="blockwise", **options)
+    parallelize(model, mesh_of(*degrees), attention="sdpa", **options)
     hf.allocate(model, torch.device("cpu"))
     hf.initialize(model, seed=3)
     return model

@@ -259,9 +259,9 @@ PAIRS = [
     {"stream_offload": "disk", "checkpoint_every": 2, "mlp_tile_tokens": -1},
     {"stream_offload": "host", "keep_attention": "all", "offload": "host", "mlp_tile_tokens": 3},
 ]
-# Each of them is in a pair above; the families with soft-caps and sinks choose "blockwise".
+# Each of them is in a pair above.
 SLOW_PAIRS = [
-    {"checkpoint_every": 2, "mlp_tile_tokens": -1, "attention": "blockwise"},
+    {"checkpoint_every": 2, "mlp_tile_tokens": -1, "attention": "sdpa"},
     {"keep_attention": "all"},
     {"stream_offload": "disk"},
 ]

@@ -39,7 +39,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.files import partial_path
 from titan_ulysses.model import hf
 from titan_ulysses.setup.resolve import resolve, resolve_model
-from titan_ulysses.ulysses.cores import blockwise
+from titan_ulysses.ulysses.cores import sdpa
 
 HELP = """\
 SOURCE is a checkpoint (checkpoints/step-N of a run): TARGET is a folder to be made, with \
@@ -146,7 +146,7 @@ def no_attention(*_: Any, **__: Any) -> tuple[Any, str]:
 
     Nothing is computed here, so a run whose core needs a GPU can be converted on any machine.
     """
-    return blockwise, "attention: none"
+    return sdpa, "attention: none"
 
 
 def config_above(source: Path) -> Path:

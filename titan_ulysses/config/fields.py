@@ -85,7 +85,7 @@ def _positive_seconds_or_derived(value: float) -> float:
 
 
 def _core_name(name: str) -> str:
-    if name not in CORES and not _FUNCTION.fullmatch(name):
+    if name not in (*CORES, *RENAMED_CORES) and not _FUNCTION.fullmatch(name):
         raise ValueError(f"needs one of {', '.join(CORES)}, or package.module:function")
     return name
 
@@ -93,12 +93,14 @@ def _core_name(name: str) -> str:
 _MOST_RANKS = 2**20
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 """package.module:function"""
-CORES = ("auto", "varlen", "flash", "sdpa", "flex", "blockwise")
+CORES = ("auto", "varlen", "flash", "flex", "sdpa")
 """Names of the attention cores, which are functions in ulysses/cores.py.
 
-"auto" takes the first of the others that can run this model here. flex comes after sdpa because its
-block mask grows with the square of the length.
+"auto" takes the first of the others that can run this model here, and flex only for soft-caps,
+because its block mask grows with the square of the length.
 """
+RENAMED_CORES = {"blockwise": "sdpa"}
+"""Names of earlier versions, which are still understood."""
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path), AfterValidator(_possible_names)]
 FolderName = Annotated[str, AfterValidator(_possible_names)]

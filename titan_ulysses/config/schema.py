@@ -57,7 +57,7 @@ class Model(Section):
     )
     attention: Core = Field(
         "auto",
-        description="Core attention: auto, varlen, flash, sdpa, flex or blockwise, or your own as "
+        description="Core attention: auto, varlen, flash, flex or sdpa, or your own as "
         "package.module:function. auto: the fastest one that can run this model on this machine.",
     )
     rope_scaling: dict[str, Any] | None = Field(

@@ -26,7 +26,7 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs
-from titan_ulysses.ulysses.cores import Core, blockwise
+from titan_ulysses.ulysses.cores import Core, sdpa
 from titan_ulysses.ulysses.linear_attention import linear_layers
 from titan_ulysses.ulysses.pieces import pieces_of
 
@@ -280,9 +280,9 @@ def _core_of(config: PreTrainedConfig) -> Core:
                 f"its attention layers ask for {', '.join(hidden)}, of which its config says "
                 "nothing"
             )
-        return blockwise(q, k, v, documents=documents, scale=scale, **features)
+        return sdpa(q, k, v, documents=documents, scale=scale, **features)
 
-    core.pieces = pieces_of(blockwise)  # type: ignore[attr-defined]
+    core.pieces = pieces_of(sdpa)  # type: ignore[attr-defined]
     return core
 
 

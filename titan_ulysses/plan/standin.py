@@ -13,9 +13,8 @@ from torch import Tensor
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.plan.memory import MemoryTracker
-from titan_ulysses.ulysses.cores import with_equal_sizes
 from titan_ulysses.ulysses.flash_cuda import CUDA_BLOCK
-from titan_ulysses.ulysses.scores import Pieces, Scores
+from titan_ulysses.ulysses.scores import Pieces, Scores, of_one_size, with_equal_sizes
 
 
 class Standin:
@@ -119,9 +118,7 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """Return tensors [N, H, D] as [1, H, N, D], padded to one D."""
-    size = max(x.shape[-1] for x in tensors)
-    padded = (F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in tensors)
-    return [x.transpose(0, 1)[None] for x in padded]
+    return [x.transpose(0, 1)[None] for x in of_one_size(*tensors)]
 
 
 def _pairs_of_pieces(scores: Scores) -> float:

@@ -22,19 +22,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
 
-from titan_ulysses.config.fields import CORES
+from titan_ulysses.config.fields import CORES, RENAMED_CORES
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.flash_cuda import borders
 from titan_ulysses.ulysses.kernels import MOST_HEAD_SIZE, flash_obstacle
 from titan_ulysses.ulysses.pieces import attend_documents, has_pieces
+from titan_ulysses.ulysses.scores import with_equal_sizes
 
 Core = Callable[..., Tensor]
 
@@ -53,45 +54,8 @@ def takes_any_size(core: Core) -> bool:
     return getattr(core, "any_size", False)
 
 
-_QUERY_BLOCK = 1024
-"""Queries per call if a mask or explicit scores are needed.
-
-With a window these take at most [block, block + window] elements per head, never [S, S]. Without
-one they take [block, keys up to the block's last query].
-"""
-
-
 @has_pieces
 def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    documents: Documents,
-    scale: float,
-    window: int | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attend with `F.scaled_dot_product_attention`, one call per document.
-
-    With a window shorter than the document, there is one call per block of queries instead.
-    """
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if window is not None and window < q.shape[2]:
-            return _in_blocks(_sdpa_block, q, k, v, window=window, scale=scale, sinks=sinks)
-        if sinks is not None:
-            # The key of the sink comes first, so that the causal mask lets every query see it. A
-            # query is added in front too, to keep the diagonal in place, and its output dropped.
-            q, k, v = _with_sink(F.pad(q, (0, 0, 1, 0)), k, v, sinks, scale)
-            return _sdpa(q, k, v, scale, is_causal=True)[:, :, 1:, : v.shape[-1] - _SINK_PADDING]
-        return _sdpa(q, k, v, scale, is_causal=True)
-
-    return _each_document(attend, q, k, v, documents)
-
-
-@has_pieces
-def blockwise(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -102,17 +66,17 @@ def blockwise(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attend with explicit scores, one block of queries at a time, recomputed in backward.
+    """Attend with `F.scaled_dot_product_attention`, one call per document.
 
-    It is exact and slow, and serves the cases that none of the kernels here can do.
+    What it cannot do (windows, soft-caps and sinks) is computed tile by tile (tiles.py), so this
+    core does everything on every device. Where only explicit scores serve, as for soft-caps, it is
+    slow.
     """
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _in_blocks(
-            _plain_block, q, k, v, window=window, scale=scale, sinks=sinks, softcap=softcap
-        )
-
-    return _each_document(attend, q, k, v, documents)
+    if window is None and softcap is None and sinks is None:
+        return _each_document(partial(_sdpa, scale=scale), q, k, v, documents)
+    return _in_one_call(
+        q, k, v, documents, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
 
 
 @_any_size
@@ -133,11 +97,7 @@ def varlen(
     3 or 4 where one of these is active (see kernels.py). Sinks are applied to the kernel's output,
     with its log-sum-exp. On a CPU its flash kernel computes the same, in fp64 too.
     """
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    output = attend_documents(
-        *flat, lengths=tuple(chain(*documents)), scale=scale, window=window, sinks=sinks
-    )
-    return output.unflatten(0, q.shape[:2])
+    return _in_one_call(q, k, v, documents, scale=scale, window=window, sinks=sinks)
 
 
 @_any_size
@@ -273,11 +233,14 @@ def choose_core(name: str, demand: Demand) -> tuple[Core, str]:
     core. UserError if the named core does not exist, cannot run here or does not accept what is
     needed.
     """
+    if new := RENAMED_CORES.get(name):
+        core, reason = choose_core(new, demand)
+        return core, f'{reason}. model.attention = "{name}" is its old name: set it to "{new}"'
     of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
     cores = {name: _import_core(name)} if ":" in name else of_this_file
     obstacles = {}
     for candidate, core in cores.items():
-        obstacle = _obstacle(core, demand)
+        obstacle = _obstacle(core, demand, name)
         if obstacle is None and name in ("auto", candidate):
             faster = "; ".join(f"{other} {why}" for other, why in obstacles.items() if why)
             return core, f"attention: {candidate}" + (
@@ -289,15 +252,15 @@ def choose_core(name: str, demand: Demand) -> tuple[Core, str]:
             f'model.attention = "{name}": no such core; choose auto, {", ".join(cores)}, '
             "module:function."
         )
-    able = [core for core in of_this_file if _obstacle(of_this_file[core], demand) is None]
+    able = [x for x, core in of_this_file.items() if _obstacle(core, demand, x) is None]
     raise UserError(
         f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto", or one that '
         f"can do this model here: {', '.join(able)}."
     )
 
 
-def _obstacle(core: Core, demand: Demand) -> str | None:
-    """Return why core cannot be used, or None.
+def _obstacle(core: Core, demand: Demand, asked: str) -> str | None:
+    """Return why core cannot be used, or None; asked is what model.attention says.
 
     A core supports the keywords that its signature accepts.
     """
@@ -309,6 +272,8 @@ def _obstacle(core: Core, demand: Demand) -> str | None:
     if core in (varlen, flash, flex) and demand.device_type != "cuda":
         return "needs a CUDA device"
     if core is flex:
+        if asked == "auto" and "softcap" not in demand.needs:
+            return "is only faster for soft-caps"
         return _flex_length_obstacle(demand.seq_len)
     if core not in (varlen, flash):
         return None
@@ -367,44 +332,21 @@ def _each_document(
     return torch.cat([row(*one) for one in rows])
 
 
-def _in_blocks(
-    block: Core, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, **options
-) -> Tensor:
-    """Call block(q, k, v, seen) once per block of queries.
-
-    k and v hold only the keys that at least one query of the block sees. `seen` is the boolean mask
-    [queries, keys].
-    """
-    outputs, length = [], q.shape[2]
-    for start in range(0, length, _QUERY_BLOCK):
-        stop = min(length, start + _QUERY_BLOCK)
-        first = 0 if window is None else max(0, start - window + 1)
-        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(
-            first, stop, device=q.device
-        )
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        outputs.append(
-            block(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen, **options)
-        )
-    return torch.cat(outputs, dim=2)
+def _in_one_call(q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any) -> Tensor:
+    """Attend from the documents of all rows to themselves, one after the other (pieces.py)."""
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    output = attend_documents(*flat, lengths=tuple(chain(*documents)), **options)
+    return output.unflatten(0, q.shape[:2])
 
 
-def _sdpa_block(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, sinks: Tensor | None
-) -> Tensor:
-    if sinks is None:
-        return _sdpa(q, k, v, scale, attn_mask=seen)
-    size = v.shape[-1]
-    q, k, v = _with_sink(q, k, v, sinks, scale)
-    return _sdpa(q, k, v, scale, attn_mask=F.pad(seen, (1, 0), value=True))[..., :size]
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, **options) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if grouped and not _sdpa_takes_groups(q.device.type, q.dtype):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         grouped = False
-    attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=grouped, **options)
+    attend = partial(
+        F.scaled_dot_product_attention, scale=scale, is_causal=True, enable_gqa=grouped
+    )
     return with_equal_sizes(attend, q, k, v)
 
 
@@ -415,74 +357,3 @@ def _sdpa_takes_groups(device_type: str, dtype: torch.dtype) -> bool:
     computes all scores.
     """
     return device_type != "cuda" or dtype.itemsize == 2
-
-
-def with_equal_sizes(
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """Call attend(q, k, v) with one head size, padding the smaller of D and Dv with zeros.
-
-    This is exact: zeros in q and k add nothing to a score, and zeros in v give columns of zeros in
-    the output, which are cut off. It is needed because flash-attn 2 refuses unequal head sizes, and
-    because `F.scaled_dot_product_attention` then falls back from its flash kernels to slower ones,
-    which on a CPU hold all S x S scores.
-    """
-    size, value_size = q.shape[-1], v.shape[-1]
-    if size == value_size:
-        return attend(q, k, v)
-    if size > value_size:
-        v = F.pad(v, (0, size - value_size))
-    else:
-        q, k = (F.pad(x, (0, value_size - size)) for x in (q, k))
-    return attend(q, k, v)[..., :value_size]
-
-
-_SINK_PADDING = 8
-"""How much a sink enlarges the head size. It needs 1, but CUDA kernels need multiples of 8."""
-
-
-def _with_sink(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Put a key in front whose score with every query is the head's sink and whose value is 0.
-
-    One extra component produces this score: sink / scale in each query, 1 in the new key and 0 in
-    all other keys. Because the sink is stored in the query, query heads that share a KV head can
-    have different sinks, and autograd computes the gradients of the sinks.
-    """
-    column = (sinks.to(q.dtype) / scale).view(1, -1, 1, 1).expand(*q.shape[:3], 1)
-    q = F.pad(torch.cat([q, column], dim=-1), (0, _SINK_PADDING - 1))
-    k, v = (F.pad(x, (0, _SINK_PADDING, 1, 0)) for x in (k, v))
-    sink_key = torch.zeros_like(k[:, :, :1])
-    sink_key[..., -_SINK_PADDING] = 1
-    return q, torch.cat([sink_key, k[:, :, 1:]], dim=2), v
-
-
-def _plain_block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Tensor,
-    *,
-    scale: float,
-    sinks: Tensor | None,
-    softcap: float | None,
-) -> Tensor:
-    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        q = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, group, queries, D]: keys are not copied
-        scores = torch.einsum("bhgqd,bhkd->bhgqk", q, k) * scale
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(
-            ~seen, -torch.inf
-        )
-        if sinks is not None:
-            column = (
-                sinks.to(scores.dtype).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
-            )
-            weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
-        else:
-            weights = scores.softmax(dim=-1)
-        return torch.einsum("bhgqk,bhkd->bhgqd", weights.to(v.dtype), v).flatten(1, 2)
-
-    return checkpoint(attend, q, k, v, sinks, use_reentrant=False)

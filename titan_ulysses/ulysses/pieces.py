@@ -110,7 +110,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, output, lse, sinks = ctx.saved_tensors
         gradient = None if sinks is None else sinks_gradient(grad, output, lse, sinks)
         saved = grad, q, k, v, output, lse, ctx.scores
-        if _best(q, None) is CUDA_FLASH:
+        if _best(q, ctx.scores.softcap) is CUDA_FLASH:
             gradients = flash_own(*saved)
         else:
             dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
@@ -127,12 +127,13 @@ def attend_documents(
     lengths: Lengths,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend from whole documents to themselves: q [N, Hq, D], k [N, Hkv, D] and v [N, Hkv, Dv] ->
     [N, Hq, Dv], for documents of `lengths`, one after the other. Differentiable.
     """
-    return _Attention.apply(q, k, v, sinks, Scores(lengths, lengths, scale, window))
+    return _Attention.apply(q, k, v, sinks, Scores(lengths, lengths, scale, window, softcap))
 
 
 def has_pieces(core: Callable[..., Tensor]) -> Callable[..., Tensor]:

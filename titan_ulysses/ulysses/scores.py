@@ -70,7 +70,20 @@ class Pieces:
 def of_one_size(*tensors: Tensor, multiple: int = 1) -> list[Tensor]:
     """Pad the last dimension with zeros to the largest one, rounded up to a multiple.
 
-    This is exact (see `cores.with_equal_sizes`), also for an output and its gradient.
+    This is exact: zeros in q and k add nothing to a score, and zeros in v give columns of zeros in
+    the output, which are cut off. So it is for an output and its gradient.
     """
     size = -(-max(x.shape[-1] for x in tensors) // multiple) * multiple
     return [x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in tensors]
+
+
+def with_equal_sizes(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Call attend(q, k, v) with one head size, the larger of D and Dv.
+
+    It is needed because flash-attn 2 refuses unequal head sizes, and because
+    `F.scaled_dot_product_attention` then falls back from its flash kernels to slower ones, which on
+    a CPU hold all S x S scores.
+    """
+    return attend(*of_one_size(q, k, v))[..., : v.shape[-1]]
