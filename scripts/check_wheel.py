@@ -128,6 +128,9 @@ def check_command() -> None:
         [sys.executable, *ranks, "titan_ulysses", "train", "--config", "run.toml"],
         [sys.executable, *ranks, "titan_ulysses", "evaluate", "--config", "run.toml"],
         [command, "convert", "outputs/run/checkpoints/step-2", "converted"],
+        [command, "generate", "converted", "--prompt", "a", "--tokens", "2"],
+        [command, "show-data", "--config", "run.toml", "--rows", "1"],
+        [sys.executable, *ranks, "titan_ulysses", "needle", "converted", "--lengths", "256"],
     ):
         subprocess.run(arguments, check=True)
     AutoModelForCausalLM.from_pretrained("converted")

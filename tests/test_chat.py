@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -575,7 +574,8 @@ def test_show_data(tmp_path, backend: Tokenizer, capsys: pytest.CaptureFixture[s
     """What it prints is what docs/data.md shows, and what is between brackets is what is trained
     on.
     """
-    show = runpy.run_path(str(ROOT / "scripts" / "show_data.py"), run_name="called")["main"]
+    from titan_ulysses.tools.show_data import main as show
+
     config = write_chats(tmp_path, backend)
     show(["--config", str(config), "--rows", "1"])
     printed = capsys.readouterr().out

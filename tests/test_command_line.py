@@ -719,6 +719,15 @@ def test_the_installed_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [config, [*config, "--plan"], [*config, "--evaluate"]]
 
 
+@pytest.mark.parametrize("tool", command_line._TOOLS)
+def test_help_of_the_tools(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        command_line.main([tool, "--help"])
+    except SystemExit as end:
+        assert not end.code
+    assert f"titan-ulysses {tool} " in capsys.readouterr().out
+
+
 def test_ctrl_c_outside_the_loop() -> None:
     program = (
         "from titan_ulysses.distributed.failure import exit_on_error\nwith exit_on_error(): raise "

@@ -71,7 +71,7 @@ NOT_HERE = {
 SHORTER = {
     "bash scripts/examples/needle.sh": "",
     "bash scripts/examples/hybrid.sh": "",
-    "eval_long.py outputs/needle-512": "",
+    "eval-long outputs/needle-512": "",
     "scripts/bench/data.py": "--steps 2 --repeats 1",
     "scripts/bench/exchange.py": "--ranks 2 --seq-lens 512 --repeats 1 --tokens 256",
     "scripts/bench/hashing.py": "--mib 8 --rounds 1 --limit 9",
@@ -98,7 +98,8 @@ SHORTER = {
     "scripts/bench/versus_megatron.py": "--what ranks --seq-lens 512 --repeats 1",
     "scripts/bench/scaling.py --what measured": "--measured-tokens 512 --repeats 1",
     "scripts/bench/scaling.py": "--largest 2 --ranks 2 --seq-len 65536",
-    "titan-ulysses": "--seq-len 512",
+    "titan-ulysses plan": "--seq-len 512",
+    "titan-ulysses init": "--seq-len 512",
     "--plan.search": "--model.config.num_hidden_layers 2 --plan.gpu_memory_gib 8 "
     "--training.seq_len 65536",
 }
@@ -120,9 +121,9 @@ OPTIONS = {  # the last that stands on a command line counts
     "--profiling.enable_profiling": [*TRAINING, "--profiling.profile_freq", "2"]
     + ["--profiling.profiler_warmup", "0"],
     "train.py": TRAINING,
-    "eval_needle.py": shlex.split("--lengths 200 --depths 0.5 --trials 1 --candidates 2"),
-    "eval_long.py": shlex.split("--lengths 500 --depths 0.5 --trials 1"),
-    "generate.py": ["--tokens", "4"],
+    "needle": shlex.split("--lengths 200 --depths 0.5 --trials 1 --candidates 2"),
+    "eval-long": shlex.split("--lengths 500 --depths 0.5 --trials 1"),
+    "generate": ["--tokens", "4"],
 }
 TOY_8B = shlex.split(
     "--model.config.num_hidden_layers 2 --model.config.hidden_size 256 --model.config.vocab_size "
@@ -131,6 +132,9 @@ TOY_8B = shlex.split(
 
 
 # --- what the pages hold --------------------------------------------------------------------------
+
+
+COMMAND = "titan_ulysses/__main__.py"
 
 
 class Block(NamedTuple):
@@ -205,9 +209,10 @@ def call_of(command: Command) -> Call | None:
     if words[0] == "torchrun":
         options = parse_torchrun(words[1:])  # exits where an option is wrong
         arguments = options.training_script_args
-        return Call(int(options.nproc_per_node), options.training_script, arguments, environment)
+        script = COMMAND if options.module else options.training_script
+        return Call(int(options.nproc_per_node), script, arguments, environment)
     if words[0] == "titan-ulysses":
-        return Call(1, "titan_ulysses/__main__.py", words[1:], environment)
+        return Call(1, COMMAND, words[1:], environment)
     return Call(1, words[1], words[2:], environment) if words[0] == "python" else None
 
 
@@ -436,7 +441,7 @@ def parse(root: Path, command: Command) -> None:
         started_in(str(root), call._replace(arguments=arguments)),
         pytest.MonkeyPatch.context() as patch,
     ):
-        if call.script == "titan_ulysses/__main__.py":
+        if call.script == COMMAND and arguments[0] in ("plan", "init"):
             command, *rest = arguments
             parse_model_command(rest, writes=command == "init")
             return
@@ -511,7 +516,7 @@ def test_a_command_runs_as_the_shell_runs_it(command: Command, shell: Sandbox) -
     ("text", "message"),
     [
         ("python scripts/bench/versus.py --whatever", "unrecognized arguments: --whatever"),
-        ("python scripts/plot.py", "the following arguments are required: RUN"),
+        ("titan-ulysses plot", "the following arguments are required: RUN"),
         ("bash scripts/train.sh my.toml --training.stepz 3", "training.stepz"),
         ("bash scripts/train.sh absent.toml", "absent.toml: no such file"),
         (

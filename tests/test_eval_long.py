@@ -1,10 +1,9 @@
-"""scripts/eval_long.py: what each task puts where, and its scores against plain transformers."""
+"""`titan-ulysses eval-long`: what each task puts where; its scores against plain transformers."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.models import write_byte_model
+from helpers.ranks import run_on_ranks
+from titan_ulysses.data.tokenizer import load_tokenizer
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.observability.pictures import has_matplotlib
+from titan_ulysses.tools import eval_long, long_texts
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import eval_long  # noqa: E402
-import long_texts  # noqa: E402
-
-from helpers.models import write_byte_model  # noqa: E402
-from helpers.ranks import run_on_ranks  # noqa: E402
-from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
-from titan_ulysses.distributed.errors import UserError  # noqa: E402
-from titan_ulysses.observability.pictures import has_matplotlib  # noqa: E402
-
 TOKENIZER = load_tokenizer("bytes")
 TEXT = [*("the quick brown fox jumps over the lazy dog. " * 60).encode()]
 

@@ -1,5 +1,5 @@
 """Weights in and out, as transformers writes and opens them: all families, bit by bit; and
-scripts/convert.py.
+`titan-ulysses convert`.
 """
 
 from __future__ import annotations
@@ -341,7 +341,7 @@ def test_quantized_weights_are_refused() -> None:
         check_family(config)
 
 
-# --- scripts/convert.py ---------------------------------------------------------------------------
+# --- titan-ulysses convert ------------------------------------------------------------------------
 
 
 MOE = {

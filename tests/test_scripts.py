@@ -1,4 +1,4 @@
-"""scripts/eval_needle.py against plain transformers; scripts/plot.py; scripts/train.sh and
+"""`titan-ulysses needle` against plain transformers; `titan-ulysses plot`; scripts/train.sh and
 scripts/launch.py.
 """
 
@@ -21,9 +21,7 @@ from torch.distributed.run import config_from_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-import eval_needle  # noqa: E402
 import launch  # noqa: E402
-import plot  # noqa: E402
 
 from helpers.families import model_of  # noqa: E402
 from helpers.models import LLAMA, write_byte_model  # noqa: E402
@@ -32,6 +30,7 @@ from titan_ulysses.data.tokenizer import load_tokenizer  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
 from titan_ulysses.observability import run_pictures  # noqa: E402
 from titan_ulysses.observability.pictures import has_matplotlib  # noqa: E402
+from titan_ulysses.tools import needle, plot  # noqa: E402
 
 TOKENIZER = load_tokenizer("bytes")
 
@@ -40,8 +39,8 @@ TOKENIZER = load_tokenizer("bytes")
 TEXT = [*("the quick brown fox jumps over the lazy dog. " * 20).encode()]
 
 
-def trial(**changes: Any) -> eval_needle.Trial:
-    return eval_needle.make_trial(
+def trial(**changes: Any) -> needle.Trial:
+    return needle.make_trial(
         TOKENIZER,
         TEXT,
         **{"length": 200, "depth": 0.5, "candidates": 8, "seed": "0 200 1"} | changes,
@@ -81,9 +80,9 @@ def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
         100: [-1.0, -2.0, -3.0, -4.0, -3.0, -9.0],
         150: [-5.0, -5.0, -6.0, float("nan"), -1.0, -2.0],
     }
-    monkeypatch.setattr(eval_needle, "code_scores", lambda *_, length: scores[length])
+    monkeypatch.setattr(needle, "code_scores", lambda *_, length: scores[length])
     options = SimpleNamespace(lengths=[100, 150], depths=[0.0], candidates=3, trials=2, seed=0)
-    one, two = eval_needle.find_needles(None, None, TOKENIZER, TEXT, options)
+    one, two = needle.find_needles(None, None, TOKENIZER, TEXT, options)
     # " 12345": 6 bytes.
     assert (one.length, one.accuracy, one.log_probability) == (
         100,
@@ -112,7 +111,7 @@ ARGUMENTS = [
 def needle_main(arguments: list[str]) -> str | None:
     """What is wrong, if anything."""
     try:
-        return eval_needle.main(arguments)
+        return needle.main(arguments)
     except UserError as error:
         return str(error)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -376,7 +375,8 @@ def test_record_files_cut_short(kind: str, tmp_path: Path) -> None:
 
 
 def test_show_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show = runpy.run_path(str(ROOT / "scripts" / "show_data.py"), run_name="called")["main"]
+    from titan_ulysses.tools.show_data import main as show
+
     write_megatron(tmp_path / "a", DOCUMENTS)
     write_jsonl(
         tmp_path, [{"input_ids": [*b"abc"], "labels": [-100, -100, 99]}, {"input_ids": [999]}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,8 @@ def test_sets_together() -> None:
 
 def test_sets_in_pictures_and_tensorboard(tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
-    plot = runpy.run_path(str(ROOT / "scripts" / "plot.py"), run_name="called")
+    from titan_ulysses.tools import plot
+
     ranges = [(0, 4.0, 1), (1, 3.0, 2)]
     for run_name in ("a", "b"):
         lines = []
@@ -91,8 +91,8 @@ def test_sets_in_pictures_and_tensorboard(tmp_path: Path) -> None:
         (tmp_path / run_name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / run_name / "metrics.jsonl").write_text(text)
-    plot["main"]([str(tmp_path / "a")])
-    plot["main"]([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both")])
+    plot.main([str(tmp_path / "a")])
+    plot.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both")])
     for file in (tmp_path / "a" / "plots" / "sets.png", tmp_path / "both" / "sets.png"):
         pixels = torch.tensor(image.imread(file)[..., :3])
         for color in COLORS[:2]:

@@ -5,7 +5,7 @@
     titan-ulysses plan MODEL --gpus 8xH100    the same of a model, without a TOML file
     titan-ulysses init MODEL --gpus 8xH100    writes a TOML file
     titan-ulysses evaluate --config X.toml    train.py --evaluate
-    titan-ulysses convert SOURCE TARGET       scripts/convert.py
+    titan-ulysses TOOL ...                    a tool beside training; see `_TOOLS`
 
 On several ranks: `torchrun --nproc-per-node 8 -m titan_ulysses train --config X.toml`.
 """
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.hub import look_for_hub
@@ -40,7 +41,16 @@ _EVALUATION = (
 _ONE_PROCESS = {"-h", "--help", "--print-config", "--plan"}
 """Options that do their work in one process, without a process group."""
 
-_COMMANDS = ("train", "plan", "init", "evaluate", "convert")
+_TOOLS = {
+    "convert": "titan_ulysses.checkpoint.convert",
+    "generate": "titan_ulysses.tools.generate",
+    "show-data": "titan_ulysses.tools.show_data",
+    "plot": "titan_ulysses.tools.plot",
+    "needle": "titan_ulysses.tools.needle",
+    "eval-long": "titan_ulysses.tools.eval_long",
+}
+"""Tools beside training, each a module whose `main` takes the arguments."""
+_COMMANDS = ("train", "plan", "init", "evaluate", *_TOOLS)
 
 _USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
 
@@ -50,6 +60,10 @@ _USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
   titan-ulysses init MODEL --gpus 8xH100 --seq-len 1M      writes a TOML file for them
   titan-ulysses evaluate --config X.toml   validate the run's model alone
   titan-ulysses convert SOURCE TARGET      a checkpoint to safetensors, or back
+  titan-ulysses generate FOLDER --prompt TEXT    text from an exported model
+  titan-ulysses show-data --config X.toml  what a run would train on, in colour
+  titan-ulysses plot RUN ...               pictures of one or several runs
+  titan-ulysses needle MODEL, eval-long MODEL    what a model finds in long texts
 
 On several ranks: torchrun --nproc-per-node N -m titan_ulysses train --config X.toml
 All settings: titan-ulysses train --help"""
@@ -134,10 +148,8 @@ def main(argv: list[str] | None = None) -> None:
         from titan_ulysses import __version__
 
         print(f"titan-ulysses {__version__}")
-    elif command == "convert":
-        from titan_ulysses.checkpoint.convert import main as convert
-
-        convert(rest)
+    elif command in _TOOLS:
+        import_module(_TOOLS[command]).main(rest)
     elif command == "init" or (command == "plan" and _names_a_model(rest)):
         _run_with_model(command, rest)
     elif command in _COMMANDS:

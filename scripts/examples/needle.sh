@@ -19,5 +19,5 @@ $LAUNCH train.py --config "scripts/examples/$NAME.toml" --job.name "$NAME-512" -
   --model.path "outputs/$NAME-128/export" --data.path $DATA/512/train.jsonl --validation.path $DATA/512/held_out.jsonl \
   --parallelism.sequence_parallel_degree 2 --training.seq_len 512 --training.steps 150 --optimizer.lr 2e-3 \
   --lr_scheduler.warmup_steps 10 --lr_scheduler.decay_type cosine "$@"
-$LAUNCH scripts/eval_needle.py "outputs/$NAME-512/export" --lengths 128 256 512 1024 --output "outputs/$NAME-512/needle"
-$PYTHON scripts/plot.py "outputs/$NAME-128" "outputs/$NAME-512" --output "outputs/$NAME-512/plots"
+$LAUNCH -m titan_ulysses needle "outputs/$NAME-512/export" --lengths 128 256 512 1024 --output "outputs/$NAME-512/needle"
+$PYTHON -m titan_ulysses plot "outputs/$NAME-128" "outputs/$NAME-512" --output "outputs/$NAME-512/plots"

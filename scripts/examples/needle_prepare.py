@@ -1,10 +1,10 @@
-"""Data from which a tiny model learns to find a needle, for scripts/eval_needle.py to look for.
+"""Data from which a tiny model learns to find a needle, for `titan-ulysses needle` to look for.
 
     python scripts/examples/needle_prepare.py FOLDER
 
 Writes FOLDER/<bytes>/train.jsonl and held_out.jsonl for sequences of 128 and 512 bytes. A line's
 prompt is text of Python's standard library in which a code stands anywhere; its completion, which
-alone is trained on, is the question of eval_needle with its answer.
+alone is trained on, is the question of needle with its answer.
 """
 
 import json
@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval_needle import ANSWER, NEEDLE, QUESTION
-from long_texts import draw_codes, draw_key
-
 from titan_ulysses.config.fields import expand_path
 from titan_ulysses.data.files import find_files
+from titan_ulysses.tools.long_texts import draw_codes, draw_key
+from titan_ulysses.tools.needle import ANSWER, NEEDLE, QUESTION
 
 LINES = {128: 40_000, 512: 4_000}
 HELD_OUT = 200

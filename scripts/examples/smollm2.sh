@@ -29,6 +29,6 @@ echo "== One step at 8,192 tokens"
 train 2 --training.seq_len 8192 --training.steps 1 --lr_scheduler.warmup_steps 0 --validation.enable false \
   --checkpoint.enable false --checkpoint.export false --job.name smollm2_8192
 
-$PYTHON scripts/plot.py "${RUNS[@]}" --output outputs/smollm2_plots
-$PYTHON scripts/generate.py "${RUNS[0]}/export" --tokens 80 --prompt "**HAMLET**  
+$PYTHON -m titan_ulysses plot "${RUNS[@]}" --output outputs/smollm2_plots
+$PYTHON -m titan_ulysses generate "${RUNS[0]}/export" --tokens 80 --prompt "**HAMLET**  
 To"

@@ -9,4 +9,4 @@ source scripts/examples/smollm2_prepare.sh
 NPROC=2 bash scripts/train.sh scripts/examples/smollm2_chat.toml "$@"
 $PYTHON scripts/check_export.py outputs/smollm2_chat
 $PYTHON scripts/examples/learned.py 0.05 outputs/smollm2_chat
-$PYTHON scripts/generate.py outputs/smollm2_chat/export --tokens 60 --chat "What dost thou want?"
+$PYTHON -m titan_ulysses generate outputs/smollm2_chat/export --tokens 60 --chat "What dost thou want?"

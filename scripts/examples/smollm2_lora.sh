@@ -9,4 +9,4 @@ source scripts/examples/smollm2_prepare.sh
 NPROC=2 bash scripts/train.sh scripts/examples/smollm2_lora.toml "$@"
 $PYTHON scripts/check_export.py outputs/smollm2_lora
 $PYTHON scripts/examples/learned.py 0.05 outputs/smollm2_lora
-$PYTHON scripts/generate.py $FOLDER/model --adapter outputs/smollm2_lora/adapter --tokens 60 --chat "What dost thou want?"
+$PYTHON -m titan_ulysses generate $FOLDER/model --adapter outputs/smollm2_lora/adapter --tokens 60 --chat "What dost thou want?"

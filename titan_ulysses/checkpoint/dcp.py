@@ -254,10 +254,10 @@ class Checkpointer:
 
         Return the JSON state, which has the fields `needs` and has passed `check`. Only tensor
         values are loaded; the hyperparameters of the optimizer (learning rate, betas, ...) stay as
-        the config sets them. A checkpoint made by scripts/convert.py has no optimizer state and
-        leaves the optimizer unchanged. Raise `DamagedCheckpoint` if the checkpoint is damaged: what
-        was read until then stays in the model. Raise another `UserError` if it belongs to another
-        model or optimizer, or if a file cannot be read.
+        the config sets them. A checkpoint that `titan-ulysses convert` made has no optimizer state
+        and leaves the optimizer unchanged. Raise `DamagedCheckpoint` if the checkpoint is damaged:
+        what was read until then stays in the model. Raise another `UserError` if it belongs to
+        another model or optimizer, or if a file cannot be read.
         """
         state = self._read_state_on_all(step, needs)
         check(state)

@@ -1,8 +1,8 @@
 """Evaluate whether a model finds a fact in a long text, for each length of the text and each depth
 at which the fact stands in it.
 
-    python scripts/eval_needle.py outputs/quickstart/export --lengths 512 1024
-    torchrun --nproc-per-node 8 scripts/eval_needle.py MODEL --lengths 65536 262144 --trials 4
+    titan-ulysses needle outputs/quickstart/export --lengths 512 1024
+    torchrun --nproc-per-node 8 -m titan_ulysses needle MODEL --lengths 65536 262144 --trials 4
 
 A needle, such as "The secret code of zorabi is 48213.", is put into a text, and the text ends with
 the question "The secret code of zorabi is". Nothing is generated. Instead, the log-probability of
@@ -24,7 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from long_texts import (
+
+from titan_ulysses.data.adapter import shard
+from titan_ulysses.data.tokenizer import encode
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.observability.pictures import picture
+from titan_ulysses.tools.long_texts import (
     add_options,
     batches_of,
     check_options,
@@ -35,12 +40,6 @@ from long_texts import (
     heat_map,
     run,
 )
-
-from titan_ulysses.data.adapter import shard
-from titan_ulysses.data.tokenizer import encode
-from titan_ulysses.distributed.failure import exit_on_error
-from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.observability.pictures import picture
 from titan_ulysses.train.evaluation import score
 
 if TYPE_CHECKING:
@@ -150,9 +149,11 @@ def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
         figure.suptitle(f"{options.model}: {options.trials} trials a cell", fontsize=10)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="titan-ulysses needle",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser, output="outputs/needle")
     parser.add_argument("--candidates", type=int, default=8, help="codes to choose from (8)")
@@ -161,7 +162,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     options = parse(argv)
     chance = 1 / options.candidates
 
@@ -185,8 +186,3 @@ def main(argv: list[str] | None = None) -> None:
         draw=draw_map,
         more={"chance": chance},
     )
-
-
-if __name__ == "__main__":
-    with exit_on_error():
-        main()

@@ -1,7 +1,7 @@
 """Draw pictures of one or several runs: loss, memory, speed, and loss by position in the document.
 
-    python scripts/plot.py outputs/quickstart
-    python scripts/plot.py outputs/short outputs/long --output pictures
+    titan-ulysses plot outputs/quickstart
+    titan-ulysses plot outputs/short outputs/long --output pictures
 
 Reads metrics.jsonl of each folder and writes loss.png, memory.png, speed.png and, where a run
 validated, positions.png, and sets.png where it has named sets. They go to --output, which for
@@ -16,7 +16,6 @@ import argparse
 from pathlib import Path
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.run_pictures import (
     draw_loss,
@@ -29,9 +28,11 @@ from titan_ulysses.observability.run_pictures import (
 )
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="titan-ulysses plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     if not has_matplotlib():
-        raise UserError("scripts/plot.py needs matplotlib: pip install matplotlib")
+        raise UserError("titan-ulysses plot needs matplotlib: pip install matplotlib")
     runs = read_runs(arguments.runs)
     if len(runs) > 1 and not arguments.output:
         raise UserError(
@@ -59,8 +60,3 @@ def main(argv: list[str] | None = None) -> None:
     for name, draw in pictures.items():
         draw(runs, output / f"{name}.png")
         print(output / f"{name}.png")
-
-
-if __name__ == "__main__":
-    with exit_on_error():
-        main()

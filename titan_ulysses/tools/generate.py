@@ -1,8 +1,8 @@
 """Generate text with an exported model and plain transformers, to see what was trained.
 
-    python scripts/generate.py outputs/quickstart/export --prompt "def "
-    python scripts/generate.py outputs/smollm2_chat/export --chat "Who art thou?"
-    python scripts/generate.py MODEL --adapter outputs/smollm2_lora/adapter --chat "Who art thou?"
+    titan-ulysses generate outputs/quickstart/export --prompt "def "
+    titan-ulysses generate outputs/smollm2_chat/export --chat "Who art thou?"
+    titan-ulysses generate MODEL --adapter outputs/smollm2_lora/adapter --chat "Who art thou?"
 
 --chat uses the chat template of the tokenizer.
 """
@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="titan-ulysses generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="what AutoModelForCausalLM.from_pretrained opens")
     what = parser.add_mutually_exclusive_group(required=True)
@@ -28,7 +29,7 @@ def main() -> None:
         "--temperature", type=float, default=0.8, help="0: the likeliest token (default: 0.8)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for option, path in (("FOLDER", args.folder), ("--adapter", args.adapter)):
         if path is not None and not path.is_dir():
             parser.error(f"{option}: there is no folder {path}")
@@ -59,8 +60,4 @@ def main() -> None:
     output = model.generate(
         **inputs, max_new_tokens=args.tokens, pad_token_id=tokenizer.eos_token_id, **sampling
     )
-    sys.stdout.write(tokenizer.decode(output[0], skip_special_tokens=args.chat is None) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    print(tokenizer.decode(output[0], skip_special_tokens=args.chat is None))

@@ -1,8 +1,9 @@
 """Evaluate what a model does with a long text, by task, length, and depth: the kinds of tasks of
 RULER (arXiv 2404.06654), made here.
 
-    python scripts/eval_long.py outputs/quickstart/export --lengths 512 1024
-    torchrun --nproc-per-node 8 scripts/eval_long.py MODEL --lengths 65536 262144 --tasks variables
+    titan-ulysses eval-long outputs/quickstart/export --lengths 512 1024
+    torchrun --nproc-per-node 8 -m titan_ulysses eval-long MODEL \\
+        --lengths 65536 262144 --tasks variables
 
 | task | the text has | asked is |
 |---|---|---|
@@ -31,7 +32,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from long_texts import (
+
+from titan_ulysses.data.adapter import shard
+from titan_ulysses.data.tokenizer import encode
+from titan_ulysses.distributed.mesh import Mesh
+from titan_ulysses.observability.pictures import picture
+from titan_ulysses.tools.long_texts import (
     add_options,
     batches_of,
     check_options,
@@ -43,12 +49,6 @@ from long_texts import (
     heat_map,
     run,
 )
-
-from titan_ulysses.data.adapter import shard
-from titan_ulysses.data.tokenizer import encode
-from titan_ulysses.distributed.failure import exit_on_error
-from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.observability.pictures import picture
 from titan_ulysses.train.log_probs import log_probs
 
 if TYPE_CHECKING:
@@ -262,9 +262,11 @@ def draw_maps(cells: Sequence[Cell], options: Any, path: Path) -> None:
         figure.suptitle(f"{options.model}: {options.trials} trials a cell", fontsize=10)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="titan-ulysses eval-long",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_options(parser, output="outputs/long")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
@@ -277,7 +279,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     options = parse(argv)
 
     def check(tokenizer: PreTrainedTokenizerBase, text: list[int]) -> None:
@@ -292,8 +294,3 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     run(options, name="long", check=check, evaluate=evaluate, say=say, draw=draw_maps)
-
-
-if __name__ == "__main__":
-    with exit_on_error():
-        main()

@@ -1,7 +1,7 @@
 """Show what a run would train on: the first documents of its data, trained tokens in colour.
 
-    python scripts/show_data.py --config my.toml --rows 2
-    python scripts/show_data.py --config my.toml --data.source chat --data.path ~/chats.jsonl
+    titan-ulysses show-data --config my.toml --rows 2
+    titan-ulysses show-data --config my.toml --data.source chat --data.path ~/chats.jsonl
 
 Takes the options of train.py, and --rows: how many rows of each source are shown. Nothing is
 trained, and no model is loaded but its tokenizer. On a terminal, what is trained on is green;
@@ -11,7 +11,6 @@ template writes earlier turns differently once others follow: each is what the m
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import islice
 
@@ -29,7 +28,6 @@ from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import exit_on_error
 
 TRAINED = "bold green"
 
@@ -113,8 +111,8 @@ def show_source(
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = [*(sys.argv[1:] if argv is None else argv)]
+def main(argv: list[str]) -> None:
+    arguments = [*argv]
     if {"-h", "--help"} & {*arguments}:
         print(__doc__)
         return
@@ -135,8 +133,3 @@ def main(argv: list[str] | None = None) -> None:
     for number, entry in enumerate(config.data.mixture):
         setting = f"data.mixture[{number}].path"
         show_source(console, tokenizer, entry, setting=setting, rows=rows)
-
-
-if __name__ == "__main__":
-    with exit_on_error():
-        main()

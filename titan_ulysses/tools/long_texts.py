@@ -1,4 +1,4 @@
-"""Long texts with something to find in them, and the model that is asked: what eval_needle.py and
+"""Long texts with something to find in them, and the model that is asked: what needle.py and
 eval_long.py share.
 """
 

@@ -1,0 +1,1 @@
+"""What users do with data, runs and models beside training: a module for each subcommand."""
