@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from titan_ulysses.__main__ import run as main
-from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.launch.failure import exit_on_error
 
 if __name__ == "__main__":
     with exit_on_error():

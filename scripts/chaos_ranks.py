@@ -145,7 +145,7 @@ def _be_rank(
                 "TORCHELASTIC_RUN_ID": "chaos",
             }
         from titan_ulysses.__main__ import run
-        from titan_ulysses.distributed.failure import exit_on_error
+        from titan_ulysses.launch.failure import exit_on_error
 
         with exit_on_error():
             run(list(arguments))

@@ -104,7 +104,7 @@ def versions(scale: Scale) -> Figures:
     import torch
     import transformers
 
-    from titan_ulysses.distributed.host import visible_gpus
+    from titan_ulysses.launch.host import visible_gpus
     from titan_ulysses.memory.loss import can_add_wide
 
     found: Figures = {"torch": torch.__version__, "transformers": transformers.__version__}

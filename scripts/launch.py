@@ -48,9 +48,8 @@ from torch.distributed.run import parse_args, parse_min_max_nnodes, run
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
-from titan_ulysses.distributed.host import usable_cores, visible_gpus
+from titan_ulysses.distributed.errors import UserError, one_line
+from titan_ulysses.launch.host import usable_cores, visible_gpus
 from titan_ulysses.train.signals import HOSTS_CHANGE, RESTART
 
 _DAY = 24 * 60 * 60

@@ -28,8 +28,8 @@ from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.config.toml import show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import exit_on_error
 from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.launch.failure import exit_on_error
 
 try:
     import tomllib

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch.distributed import PrefixStore, TCPStore
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.run_store import within
+from titan_ulysses.launch.run_store import within
 
 _SILENCE = 5.0
 """Seconds of waiting after which a host says what it waits for."""

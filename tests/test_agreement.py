@@ -24,8 +24,8 @@ from test_checkpoint import RUN_STATE, Run, assert_same, error_of, flip, no_spac
 from test_command_line import Launch, arguments
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.weights import check_weights
-from titan_ulysses.distributed.failure import _lost_peer, goes_on
 from titan_ulysses.distributed.mesh import build_mesh, set_timeout, timeout_of
+from titan_ulysses.launch.failure import _lost_peer, goes_on
 
 # A rank as on a host of its own: argv holds, for each rank, what it is to be.
 DRIVER = """
@@ -36,8 +36,8 @@ os.chdir(me["folder"])
 if me["apart"]:
     os.environ |= {"GROUP_RANK": str(rank), "GROUP_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
-from titan_ulysses.distributed import run_store
-from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.launch import run_store
+from titan_ulysses.launch.failure import exit_on_error
 from titan_ulysses.__main__ import run
 
 run_store.host_name = lambda: me["host"]

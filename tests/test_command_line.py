@@ -240,7 +240,7 @@ LONG_STEP = """
 import os, sys, time
 from titan_ulysses.train import trainer
 from titan_ulysses.__main__ import run
-from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.launch.failure import exit_on_error
 
 train_step, steps = trainer.train_step, []
 
@@ -730,7 +730,7 @@ def test_help_of_the_tools(tool: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_ctrl_c_outside_the_loop() -> None:
     program = (
-        "from titan_ulysses.distributed.failure import exit_on_error\nwith exit_on_error(): raise "
+        "from titan_ulysses.launch.failure import exit_on_error\nwith exit_on_error(): raise "
         "KeyboardInterrupt"
     )
     assert python("-c", program) == (130, "", "Interrupted.\n")
@@ -778,7 +778,7 @@ if rank == 1 and how == "killed at the start":
 
 from titan_ulysses.train import trainer
 from titan_ulysses.config.load import load_config
-from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.launch.failure import exit_on_error
 
 train_step = trainer.train_step
 steps = 0
@@ -860,7 +860,7 @@ def test_two_ranks_that_fail_at_once_say_it_once(
     (tmp_path / "driver.py").write_text(
         "import os, time\n"
         "from torch.distributed import TCPStore\n"
-        "from titan_ulysses.distributed import failure\n"
+        "from titan_ulysses.launch import failure\n"
         "rank, add = int(os.environ['RANK']), TCPStore.add\n"
         "def count(store, key, amount):\n"
         "    ranks = add(store, key, amount)\n"

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, refusal, train, write_run
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.distributed.run_store import host_name
 from titan_ulysses.distributed.tensors import plain_pieces
+from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.train import trainer as trainer_module
 
 SETTINGS: Settings = {

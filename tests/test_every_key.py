@@ -38,7 +38,7 @@ from helpers.observed import (
 from helpers.runs import Settings
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import KEYS
-from titan_ulysses.distributed.run_store import host_name
+from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.observability.profiling import profiled
 
 EMBEDDING, SILU = "model.embed_tokens.weight", "aten::silu"

@@ -21,9 +21,9 @@ from helpers.forked import start
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, refusal, train, write_run
 from test_command_line import Launch
-from titan_ulysses.distributed import lock as lock_module
-from titan_ulysses.distributed.failure import of_system
-from titan_ulysses.distributed.run_store import host_name
+from titan_ulysses.launch import lock as lock_module
+from titan_ulysses.launch.failure import of_system
+from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.train import trainer as trainer_module
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ rank = int(os.environ["RANK"])
 
 from titan_ulysses.train import trainer
 from titan_ulysses.config.load import load_config
-from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.launch.failure import exit_on_error
 
 train_step, steps = trainer.train_step, 0
 
@@ -88,8 +88,8 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
 
 HOSTS_THE_STORE = """
 import os, sys, time
-from titan_ulysses.distributed import failure, run_store
-from titan_ulysses.distributed.watch import Watch
+from titan_ulysses.launch import failure, run_store
+from titan_ulysses.launch.watch import Watch
 
 rank = int(os.environ["RANK"])
 store = run_store.first_connection(60.0)
@@ -132,7 +132,7 @@ SLOW_DRIVER = """
 import sys, time
 from titan_ulysses.train import trainer
 from titan_ulysses.config.load import load_config
-from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.launch.failure import exit_on_error
 
 train_step, steps = trainer.train_step, []
 
@@ -174,7 +174,7 @@ SHORT: Settings = {"training.steps": 3, "checkpoint.interval": 3}
 HOLDER = """
 import sys, time
 from pathlib import Path
-from titan_ulysses.distributed.lock import RunLock
+from titan_ulysses.launch.lock import RunLock
 lock = RunLock(Path(sys.argv[1]), say=print)
 lock.acquire()
 print("held", flush=True)

@@ -37,8 +37,8 @@ import precheck  # noqa: E402
 from precheck import Meeting  # noqa: E402
 
 from helpers.runs import learned, write_run  # noqa: E402
-from titan_ulysses.distributed import run_store  # noqa: E402
 from titan_ulysses.distributed.errors import UserError  # noqa: E402
+from titan_ulysses.launch import run_store  # noqa: E402
 
 HERE = socket.gethostname()
 

@@ -897,7 +897,7 @@ def test_preflight(monkeypatch):
 )
 def test_sequences_on_nodes(sequence, per_node, inside):
     """Of six ranks a node, the second sequence of four has two here and two there."""
-    from titan_ulysses.distributed.nodes import neighbours_on_node, spans_nodes
+    from titan_ulysses.launch.nodes import neighbours_on_node, spans_nodes
 
     where = {"sequence": sequence, "world_size": 24, "per_node": per_node}
     assert neighbours_on_node(**where) == inside

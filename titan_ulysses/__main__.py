@@ -27,7 +27,7 @@ from titan_ulysses.config.model_cli import parse_model_command
 from titan_ulysses.config.paths import path_problems
 from titan_ulysses.config.validate import check
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import exit_on_error
+from titan_ulysses.launch.failure import exit_on_error
 from titan_ulysses.memory.allocator import expand_segments
 
 _EVALUATION = (

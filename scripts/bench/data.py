@@ -85,7 +85,7 @@ def tokenizing(name: str, tokenizer: Any, texts: list[str], consumed: float) -> 
     from titan_ulysses.data.corpus import Corpus
     from titan_ulysses.data.encoding import Encoder, encode_rows
     from titan_ulysses.data.sources import Row
-    from titan_ulysses.distributed.host import usable_cores
+    from titan_ulysses.launch.host import usable_cores
 
     rows = [Row(str(number), text) for number, text in enumerate(texts)]
     for workers in dict.fromkeys((1, usable_cores())):

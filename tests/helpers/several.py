@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from helpers.runs import train
-    from titan_ulysses.distributed.failure import exit_on_error
+    from titan_ulysses.launch.failure import exit_on_error
 
     with exit_on_error():
         for settings in sys.argv[2:]:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from titan_ulysses.checkpoint.layout import Read
 from titan_ulysses.checkpoint.manifest import Damage, expect_as_sealed, read_sealed_folder
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -29,8 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from titan_ulysses.checkpoint.manifest import HashingWriter, Pieces
 from titan_ulysses.checkpoint.reader import CheckpointReader
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.mesh import timeout_of
 
 Box = tuple[Sequence[int], Sequence[int]]

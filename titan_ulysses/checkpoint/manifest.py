@@ -24,7 +24,7 @@ import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import one_line
 from titan_ulysses.distributed.files import sync_folder, whole_file
 
 Pieces = dict[str, list[tuple[int, int, str]]]

@@ -32,8 +32,7 @@ from titan_ulysses.checkpoint.manifest import (
     check_piece,
     pieces_by_place,
 )
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 
 _CLASSES = (
     Metadata,

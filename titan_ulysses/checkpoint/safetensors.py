@@ -44,8 +44,7 @@ from titan_ulysses.checkpoint.folder import (
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
 from titan_ulysses.checkpoint.manifest import seal_folder
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.files import partial_path, replace_folder
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas

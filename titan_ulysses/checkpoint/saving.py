@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 
 _UNSAVED_GROUP_KEYS = {"params", "foreach", "fused", "capturable", "differentiable"}
 """Keys of an optimizer's parameter groups that are not saved: the parameters themselves, and how a

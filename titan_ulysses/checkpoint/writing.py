@@ -15,8 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from titan_ulysses.checkpoint.hosts import HostFolders
 from titan_ulysses.checkpoint.manifest import HashingWriter, Pieces, cause
 from titan_ulysses.checkpoint.run_file import publish
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.files import partial_path
 
 

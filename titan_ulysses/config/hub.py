@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from titan_ulysses.config.schema import Config
-from titan_ulysses.distributed.run_store import within
+from titan_ulysses.launch.run_store import within
 
 _SECONDS = 3.0
 _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")

@@ -33,7 +33,7 @@ from titan_ulysses.data.sources import BadRow, Row, Rows
 from titan_ulysses.data.teacher import TOP
 from titan_ulysses.data.tokenizer import num_token_ids
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.host import usable_cores
+from titan_ulysses.launch.host import usable_cores
 
 SMALL_CHARACTERS = 2**23
 """Sources of up to this many characters are not cached: tokenizing them again is faster than

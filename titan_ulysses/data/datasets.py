@@ -15,8 +15,7 @@ from typing import Any
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.files import section_of
 from titan_ulysses.data.sources import BadRow, Row, Rows, field_names, read_record
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 
 _SHUFFLE_ROWS = 1000
 

@@ -20,8 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.files import digest, find_files, read_text
 from titan_ulysses.data.tokens import TOKEN_EXTENSIONS, Tokens, token_records, tokens_of
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 
 TEXT_EXTENSIONS = [".txt"]
 RECORD_EXTENSIONS = [

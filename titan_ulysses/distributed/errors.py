@@ -1,4 +1,11 @@
-"""The exception whose message a user sees instead of a traceback."""
+"""The exception whose message a user sees instead of a traceback, and how all ranks raise it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 class UserError(Exception):
@@ -11,3 +18,24 @@ class UserError(Exception):
     def __init__(self, message: str, *, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_failure(reason: str | None, *, group: dist.ProcessGroup | None = None) -> str | None:
+    """Return, on every rank, the reason of the first rank that has one; None if no rank has one.
+
+    Collective over all ranks, in the group if it is given. All ranks can then stop together where
+    one of them must. Without a process group there is one rank, whose reason is returned.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return reason
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason, group=group)
+    return next(filter(None, reasons), None)
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an exception says, on one line and short enough to stand inside a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + " ..."

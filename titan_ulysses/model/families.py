@@ -19,8 +19,7 @@ from transformers.core_model_loading import PrefixChange
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from titan_ulysses.config.toml import to_toml
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.memory.losses import shape_scores
 from titan_ulysses.model.hf import build_on_meta
 from titan_ulysses.model.router import unknown_router_loss

@@ -25,8 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model.names import is_adapter, plain
 from titan_ulysses.model.remote_code import check_model_code

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from titan_ulysses.config.schema import LoRA
 from titan_ulysses.config.toml import to_toml
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.names import matching, plain

@@ -12,8 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from titan_ulysses.config.toml import show
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 
 _LARGEST_FACTOR = 10**6
 _ORIGINAL = "original_max_position_embeddings"

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
 from titan_ulysses.model import hf

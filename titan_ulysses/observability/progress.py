@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from torch import Tensor, nn
 
-from titan_ulysses.distributed import heartbeat
+from titan_ulysses.launch import heartbeat
 
 _SLOW = 2.0
 """Seconds after which the progress within a part is shown. Nobody could read it in a shorter part.

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from titan_ulysses.distributed.hardware import GPU, HOST_BANDWIDTH
-from titan_ulysses.distributed.nodes import neighbours_on_node
+from titan_ulysses.launch.nodes import neighbours_on_node
 from titan_ulysses.plan.memory import MemoryTracker
 
 _ATTENTION = {

@@ -16,8 +16,8 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees, ranks_of
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
-from titan_ulysses.distributed.nodes import spans_nodes
 from titan_ulysses.distributed.sequence import chunk_length
+from titan_ulysses.launch.nodes import spans_nodes
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
 from titan_ulysses.plan.cost import Cost, Links, Offloaded, Time, clock, kernel_rates, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves

@@ -12,8 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.model.freezing import bits
 

@@ -9,8 +9,7 @@ import torch
 
 from titan_ulysses.config.fields import CORES
 from titan_ulysses.config.schema import Config
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.memory.stream_offload import StreamOffload
 from titan_ulysses.memory.streaming import KeepAttention

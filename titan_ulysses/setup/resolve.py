@@ -18,8 +18,8 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees, check, check_frozen
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.host import visible_gpus
 from titan_ulysses.distributed.sequence import chunk_length
+from titan_ulysses.launch.host import visible_gpus
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import grow_vocabulary

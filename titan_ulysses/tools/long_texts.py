@@ -21,8 +21,7 @@ from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.config.fields import expand_path
 from titan_ulysses.data.files import find_files, read_text
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.mesh import Mesh, build_mesh, init_distributed
 from titan_ulysses.model import hf
 from titan_ulysses.observability.pictures import SHADES, has_matplotlib

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.train.preflight import Preflight
 
 _OF_CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from titan_ulysses.config.schema import Config
-from titan_ulysses.distributed import heartbeat, run_store
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.files import whole_file
-from titan_ulysses.distributed.lock import RunLock
+from titan_ulysses.launch import heartbeat, run_store
+from titan_ulysses.launch.lock import RunLock
 
 
 class RunFolder:

@@ -20,7 +20,7 @@ import threading
 from typing import Any
 
 from titan_ulysses.config.schema import Config
-from titan_ulysses.distributed.nodes import ranks_per_node
+from titan_ulysses.launch.nodes import ranks_per_node
 from titan_ulysses.memory.offload import available_host_memory
 from titan_ulysses.observability.units import size_text, time_text
 

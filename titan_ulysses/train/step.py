@@ -19,7 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.distributed.failure import first_failure
+from titan_ulysses.distributed.errors import first_failure
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.memory.tiling import tiles

@@ -12,8 +12,8 @@ from rich import markup
 from rich.console import Console
 
 from titan_ulysses.checkpoint.initial import describe_initial_weights
-from titan_ulysses.distributed.nodes import ranks_per_node, spans_nodes
 from titan_ulysses.distributed.sequence import chunk_length
+from titan_ulysses.launch.nodes import ranks_per_node, spans_nodes
 from titan_ulysses.memory.allocator import describe_allocator
 from titan_ulysses.model import hf
 from titan_ulysses.model.nf4 import describe_quantized

@@ -28,13 +28,13 @@ from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data import open_sequences, open_validation_sets
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.distributed.agreement import Ranks
 from titan_ulysses.distributed.collectives import CollectiveCounter
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import first_failure, leave_together
+from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.hardware import peak_flops
 from titan_ulysses.distributed.mesh import build_mesh, init_distributed, set_timeout
 from titan_ulysses.distributed.seeds import seed_of
+from titan_ulysses.launch.agreement import Ranks
+from titan_ulysses.launch.failure import leave_together
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.observability.metrics import (

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 from packaging.version import InvalidVersion, Version
 
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 
 
 class Kernel(NamedTuple):

@@ -19,48 +19,49 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from titan_ulysses.distributed import heartbeat, run_store
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.launch import heartbeat, run_store
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from torch.distributed import TCPStore
 
-_ENDED_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Software caused connection abort",
-    "ncclRemoteError",
-    "remote process exiting",
-)
-"""Texts in the errors of a rank whose communication partner has ended."""
-
-_SILENT_PEER = (
-    "Timed out waiting",
-    "Connection timed out",
-    "timed out connecting",
-    "timeout connecting",
-    "No route to host",
-    "Network is unreachable",
-    "Host is down",
-    "Wait timeout",
-    "wait timeout after",
-    "Watchdog caught collective operation timeout",
-    "NCCL communicator was aborted",
-    "Connection refused",
-)
-"""Texts in the errors of a rank whose communication partner does not answer."""
-
-_STORE_IS_GONE = (
-    "client socket has timed out",
-    "client socket has failed to connect",
-    "Failed to recv, got 0 bytes",
-    "failed to recv, got 0 bytes",
-    "Socket Timeout",
-    "Connection was likely closed",
-)
-"""Texts in the errors of a rank that cannot reach torchrun's store."""
+_SIGNS = {
+    "ended": (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Software caused connection abort",
+        "ncclRemoteError",
+        "remote process exiting",
+    ),
+    "store": (
+        "client socket has timed out",
+        "client socket has failed to connect",
+        "Failed to recv, got 0 bytes",
+        "failed to recv, got 0 bytes",
+        "Socket Timeout",
+        "Connection was likely closed",
+    ),
+    "silent": (
+        "Timed out waiting",
+        "Connection timed out",
+        "timed out connecting",
+        "timeout connecting",
+        "No route to host",
+        "Network is unreachable",
+        "Host is down",
+        "Wait timeout",
+        "wait timeout after",
+        "Watchdog caught collective operation timeout",
+        "NCCL communicator was aborted",
+        "Connection refused",
+    ),
+}
+"""Texts in torch's and NCCL's errors where another rank has ended, where torchrun's store cannot be
+reached, and where another rank does not answer; the first that matches counts. Torch has no types
+for these errors. The texts are those of c10d and gloo in torch 2.13, the system's names of errors,
+and texts of NCCL, which have not been seen on a GPU.
+"""
 
 _NO_ANSWER = "has not answered within comm.timeout_s"
 _BEAT_SECONDS = 2.5
@@ -153,27 +154,6 @@ def _named(lost: str) -> str:
     return f"{who} {_DIED}: the process or its host is gone. {goes_on()}" if who else lost
 
 
-def first_failure(reason: str | None, *, group: dist.ProcessGroup | None = None) -> str | None:
-    """Return, on every rank, the reason of the first rank that has one; None if no rank has one.
-
-    Collective over all ranks, in the group if it is given. All ranks can then stop together where
-    one of them must. Without a process group there is one rank, whose reason is returned.
-    """
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return reason
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason, group=group)
-    return next(filter(None, reasons), None)
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an exception says, on one line and short enough to stand inside a message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + " ..."
-
-
 def of_system(error: OSError) -> str:
     """Return an error of the operating system in words, with what to do."""
     what = f"{error.filename or 'input/output'}: {error.strerror or error}"
@@ -214,11 +194,13 @@ def _lost_peer(error: BaseException | None) -> str | None:
         text = str(error) if isinstance(error, RuntimeError) else ""
         found = re.search(r"\[(\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:]+)\]", text)
         where = f" on {found[1]}" if found and found[1] not in ("127.0.0.1", "::1") else ""
-        if any(sign in text for sign in _ENDED_PEER):
+        signs = (kind for kind, texts in _SIGNS.items() if any(sign in text for sign in texts))
+        kind = next(signs, None)
+        if kind == "ended":
             return f"another rank{where} {_DIED}. {goes_on()}"
-        if any(sign in text for sign in _STORE_IS_GONE):
+        if kind == "store":
             return store_is_gone()
-        if any(sign in text for sign in _SILENT_PEER):
+        if kind == "silent":
             return (
                 f"another rank{where} {_NO_ANSWER}: its host is gone, "
                 f"or the network to it. {goes_on()}"

@@ -18,14 +18,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from titan_ulysses.distributed import run_store
+from titan_ulysses.launch import run_store
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 _WAITS = "torch/distributed/"
 """Part of the paths of code that waits for other ranks."""
-_GIVES_UP = "distributed/failure.py"
+_GIVES_UP = "launch/failure.py"
 """Part of the path of code in which a rank is that has waited in vain."""
 _MOST_NAMED = 4
 

@@ -21,9 +21,9 @@ from typing import Any
 from titan_ulysses import __version__
 from titan_ulysses.config.schema import KEYS_OF_A_HOST, Config
 from titan_ulysses.config.toml import show
-from titan_ulysses.distributed import run_store
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.watch import Watch
+from titan_ulysses.launch import run_store
+from titan_ulysses.launch.watch import Watch
 
 _LATE_SECONDS = 5.0
 """Seconds that rank 0 waits for further ranks when two already disagree."""

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from titan_ulysses.distributed import failure, heartbeat, run_store
+from titan_ulysses.launch import failure, heartbeat, run_store
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

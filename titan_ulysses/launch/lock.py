@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from titan_ulysses.distributed import run_store
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.launch import run_store
 
 try:
     import fcntl

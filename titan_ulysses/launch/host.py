@@ -9,8 +9,7 @@ import subprocess
 
 import torch
 
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.failure import one_line
+from titan_ulysses.distributed.errors import UserError, one_line
 
 
 def usable_cores() -> int:
