@@ -4,6 +4,7 @@ on every mesh, whatever the chunks, the documents, the family and the other sett
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from math import gcd, prod
@@ -31,6 +32,8 @@ from helpers.training import (
     train_sharded,
 )
 from test_lora import add, add_by_peft, fill
+from test_rope import BOUND as ROPE_BOUND
+from test_rope import MODELS as ROPE_MODELS
 from test_router import gradients_of, padded_rows, sharded_model
 from test_router import model_of as router_model
 from titan_ulysses import parallelize, score, shard
@@ -194,7 +197,6 @@ def test_families(family: str, mesh: str) -> None:
 # --- other settings -------------------------------------------------------------------------------
 
 Table = dict[str, Any]
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
 
 
 def check_table(
@@ -229,10 +231,16 @@ def check_table(
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
 
+ROPES = [("dynamic", "none"), ("longrope", "host")]
+ROPES += [pytest.param("dynamic", "host", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("name", "offload"), ROPES)
 @pytest.mark.parametrize("degrees", [pytest.param(SP2, marks=pytest.mark.slow), DP2_SP2], ids=str)
-def test_rope_by_document_length(degrees) -> None:
-    table = STARCODER2 | {"rope_parameters": DYNAMIC, "max_position_embeddings": 11}
-    check_table(table, degrees, stream_chunk_tokens=8)
+def test_rope_by_document_length(degrees, name: str, offload: str) -> None:
+    """Longer and shorter documents than the bound, which begin and end inside of chunks."""
+    table = ROPE_MODELS[name] | {"max_position_embeddings": ROPE_BOUND}
+    check_table(table, degrees, stream_chunk_tokens=8, stream_offload=offload)
 
 
 FROZEN = [["model.embed_tokens.*", "model.layers.0.*"], ["*.k_proj.*", "*.mlp.c_fc.*"]]
@@ -545,6 +553,23 @@ def test_more_ranks_than_heads_through_train_py(observe) -> None:
     assert "streamed: 4 chunks of 8 tokens, 2 a rank" in streamed.said
     idle = "2 of 4 sequence-parallel ranks have no attention head"
     assert idle in whole.said and idle not in streamed.said
+
+
+def test_rope_by_document_length_through_train_py(observe, tmp_path) -> None:
+    """A document longer than `max_position_embeddings`, and one that is not."""
+    ids = [[(7 * i + n) % 256 for i in range(n)] for n in (400, 240)]
+    path = tmp_path / "tokens.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in ids * 4))
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    model = MODEL | {"max_position_embeddings": 256, "rope_parameters": rope}
+    data = {"data.source": "tokens", "data.path": str(path), "training.seq_len": 640}
+    base = BASE | {"model.config": model} | data
+    whole = observe(base | {"memory.stream_chunk_tokens": "off"})
+    chunks = {"memory.stream_chunk_tokens": 160, "memory.stream_offload": "host"}
+    streamed = observe(base | chunks)
+    assert "streamed: 4 chunks of 160 tokens" in streamed.said
+    for metric in ("loss", "grad_norm"):
+        assert streamed.of_steps(metric) == pytest.approx(whole.of_steps(metric), rel=1e-5)
 
 
 # --- loops of one's own, and what is refused ------------------------------------------------------

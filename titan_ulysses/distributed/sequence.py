@@ -17,7 +17,8 @@ With one chunk, rank p holds tokens [p * S/P, (p + 1) * S/P).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -161,7 +162,17 @@ class KeysKnown(Exception):
 
 
 current_chunk: ContextVar[Chunk | None] = ContextVar("current_chunk", default=None)
-"""The chunk that the running block computes; None if it computes the whole sequence."""
+"""The chunk that the running part of the model computes; None if it computes the whole sequence."""
+
+
+@contextmanager
+def running(chunk: Chunk) -> Iterator[None]:
+    """Say that a part of the model computes this chunk in this context."""
+    token = current_chunk.set(chunk)
+    try:
+        yield
+    finally:
+        current_chunk.reset(token)
 
 
 current_chunks: ContextVar[Sequence[Chunk]] = ContextVar("current_chunks", default=())
