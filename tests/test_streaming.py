@@ -5,6 +5,7 @@ on every mesh, whatever the chunks, the documents, the family and the other sett
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from math import gcd, prod
@@ -36,7 +37,7 @@ from test_rope import BOUND as ROPE_BOUND
 from test_rope import MODELS as ROPE_MODELS
 from test_router import gradients_of, padded_rows, sharded_model
 from test_router import model_of as router_model
-from titan_ulysses import parallelize, score, shard
+from titan_ulysses import local_slice, parallelize, score, shard
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
@@ -44,8 +45,8 @@ from titan_ulysses.distributed.sequence import (
     chunk_length,
     chunks_of,
     join_slices,
-    local_slice,
 )
+from titan_ulysses.distributed.sequence import local_slice as slice_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
 from titan_ulysses.optim.adamw import build_optimizer
@@ -296,10 +297,7 @@ def test_router_loss(degrees) -> None:
 
 def of_padded_rows(stream_chunk_tokens: int, left: bool) -> tuple[float, dict[str, Tensor]]:
     model = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=stream_chunk_tokens)
-    batches = shard(
-        [padded_rows(left=left)], mesh_of(*SP2), stream_chunk_tokens=stream_chunk_tokens
-    )
-    for batch in batches:
+    for batch in shard([padded_rows(left=left)], model):
         loss = model(**batch).loss
         loss.backward()
     return loss.item(), gradients_of(model)
@@ -362,7 +360,7 @@ def test_slices_join_to_the_whole(setting: int, degree: int) -> None:
     whole = torch.arange(2 * 24).view(2, 24)
     chunk = chunk_length(setting, 24, degree)
     assert chunk == {(5, 1): 5, (5, 2): 6, (7, 4): 8}.get((setting, degree))
-    slices = [local_slice(whole, rank=r, degree=degree, chunk_tokens=chunk) for r in range(degree)]
+    slices = [slice_of(whole, rank=r, degree=degree, chunk_tokens=chunk) for r in range(degree)]
     assert join_slices(slices, chunk_tokens=chunk).equal(whole)
     if chunk is None:
         assert slices[-1].equal(whole[:, -24 // degree :])
@@ -580,9 +578,7 @@ def test_rope_by_document_length_through_train_py(observe, tmp_path) -> None:
 
 def scores(stream_chunk_tokens: int) -> Tensor:
     model = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=stream_chunk_tokens)
-    (batch,) = shard(
-        [padded_rows(left=False)], mesh_of(*SP2), stream_chunk_tokens=stream_chunk_tokens
-    )
+    (batch,) = shard([padded_rows(left=False)], model)
     assert ("chunk_tokens" in batch) == (stream_chunk_tokens == 8)
     return score(model, batch)
 
@@ -590,6 +586,54 @@ def scores(stream_chunk_tokens: int) -> Tensor:
 def test_scores_are_in_the_order_of_the_sequence() -> None:
     streamed, whole = (run_on_ranks(2, scores, chunk)[0] for chunk in (8, -1))
     assert torch.allclose(streamed, whole, rtol=1e-6, atol=1e-6)
+
+
+def cut_in_a_loop() -> list[str]:
+    """What is said of the older forms, after checks of the newer ones."""
+    model, mesh = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=8), mesh_of(*SP2)
+    ids = torch.arange(42).view(2, 21)
+    (batch,) = shard([{"input_ids": ids}], model)
+    assert local_slice(ids, model).equal(batch["input_ids"])
+    deep = local_slice(ids[..., None].expand(-1, -1, 3), model)
+    assert deep.equal(batch["input_ids"][..., None].expand(-1, -1, 3))
+    losses = model(**batch, reduction="none").loss
+    assert local_slice(score(model, batch), model).equal(-losses.detach())
+    with pytest.raises(UserError, match=r"22 tokens are cut into chunks of 8 for streaming.*Call"):
+        mesh.local_slice(ids)
+
+    shorter = ids[:, :19]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        (batch,) = shard([{"input_ids": shorter}], mesh)
+        assert mesh.local_slice(shorter).equal(batch["input_ids"])
+        with pytest.raises(UserError, match="20 tokens were not cut as this model streams them"):
+            local_slice(shorter, model)
+        (batch,) = shard([{"input_ids": shorter}], mesh, stream_chunk_tokens=8)
+    (newer,) = shard([{"input_ids": shorter}], model)
+    assert batch["chunk_tokens"] == 8 and model(**batch).loss.equal(model(**newer).loss)
+    with pytest.raises(UserError, match="stream_chunk_tokens = 6: the model knows its own"):
+        shard([], model, stream_chunk_tokens=6)
+    with pytest.raises(UserError, match="local_slice: Linear is not a model that `parallelize`"):
+        local_slice(ids, torch.nn.Linear(1, 1))
+    messages = [str(warning.message) for warning in said]
+    return [message for message in messages if message.endswith("later version will refuse this.")]
+
+
+def test_a_loop_cuts_as_the_model_streams() -> None:
+    first, other = run_on_ranks(2, cut_in_a_loop)
+    assert len(first) == 3 and not other  # rank 0 speaks
+    assert "call shard(loader, model)" in first[0] and first[2] == first[0]
+    assert "call titan_ulysses.local_slice(x, model)" in first[1]
+
+
+def chunks_of_a_long_row() -> int:
+    model = sharded_model("qwen3_moe", SP2)
+    (batch,) = shard([{"input_ids": torch.zeros(1, 8 * AUTOMATIC_CHUNK_TOKENS)}], model)
+    return batch["chunk_tokens"]
+
+
+def test_a_loop_streams_long_rows_by_default() -> None:
+    assert run_on_ranks(2, chunks_of_a_long_row) == [2 * AUTOMATIC_CHUNK_TOKENS] * 2
 
 
 def refusals() -> dict[str, str]:
