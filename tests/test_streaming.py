@@ -556,6 +556,14 @@ def test_more_ranks_than_heads_through_train_py(observe) -> None:
     assert idle in whole.said and idle not in streamed.said
 
 
+def test_a_chunk_that_rounds_up_to_the_whole_sequence_through_train_py(observe) -> None:
+    settings = BASE | {"parallelism.sequence_parallel_degree": 2}
+    whole = observe(settings | {"memory.stream_chunk_tokens": "off"}, ranks=2)
+    rounded = observe(settings | {"memory.stream_chunk_tokens": 31}, ranks=2)
+    assert not rounded.refused and rounded.of_steps("loss") == whole.of_steps("loss")
+    assert "= 31, rounded up for 2 ranks, is not less than training.seq_len = 32" in rounded.said
+
+
 def test_rope_by_document_length_through_train_py(observe, tmp_path) -> None:
     """A document longer than `max_position_embeddings`, and one that is not."""
     ids = [[(7 * i + n) % 256 for i in range(n)] for n in (400, 240)]
@@ -634,6 +642,24 @@ def chunks_of_a_long_row() -> int:
 
 def test_a_loop_streams_long_rows_by_default() -> None:
     assert run_on_ranks(2, chunks_of_a_long_row) == [2 * AUTOMATIC_CHUNK_TOKENS] * 2
+
+
+def of_unequal_rows(stream_chunk_tokens: int) -> tuple[float, dict[str, Tensor]]:
+    """Rows of 24 and of 46 tokens, on two ranks each."""
+    model = sharded_model("qwen3_moe", DP2_SP2, stream_chunk_tokens=stream_chunk_tokens)
+    place = mesh_of(*DP2_SP2).batch.get_local_rank()
+    for batch in shard([{"input_ids": torch.arange(24 + 22 * place)[None]}], model):
+        loss = model(**batch).loss
+        loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+def test_a_chunk_that_rounds_up_to_the_whole_sequence() -> None:
+    (loss, gradients), *_ = run_on_ranks(4, kept_in_fp64, of_unequal_rows, 23)
+    (whole, expected), *_ = run_on_ranks(4, kept_in_fp64, of_unequal_rows, -1)
+    assert loss == pytest.approx(whole, rel=1e-12)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), name
 
 
 def refusals() -> dict[str, str]:

@@ -96,7 +96,7 @@ def _chunk_tokens(model: PreTrainedModel, seq_len: int, of_batch: int | None) ->
             f"model: the batch is cut into chunks of {of_batch} tokens, and this model does not "
             "stream. Let it cut its own batches: shard(loader, model)."
         )
-    if 0 < setting < seq_len and of_batch is None:
+    if setting > 0 and wanted is not None and of_batch is None:
         raise UserError(
             f"memory.stream_chunk_tokens = {setting}: the batch is not cut into chunks. Give "
             "`shard` the model: shard(loader, model)."
