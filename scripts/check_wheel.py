@@ -66,7 +66,7 @@ def train(folder: str, steps: int) -> None:
     model = parallelize(AutoModelForCausalLM.from_pretrained("start", dtype=torch.float64), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = load_checkpoint(f"{folder}/checkpoints", model, optimizer)
-    for batch in shard(islice(map(batch_of, range(steps)), state["step"], None), mesh):
+    for batch in shard(islice(map(batch_of, range(steps)), state["step"], None), model):
         loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -76,7 +76,7 @@ def train(folder: str, steps: int) -> None:
             print(f"{folder}: step {state['step']}, loss {loss.item():.6f}")
         save_checkpoint(f"{folder}/checkpoints", model, optimizer, state)
     save_pretrained(model, f"{folder}/trained")
-    (batch,) = shard([batch_of(0)], mesh)
+    (batch,) = shard([batch_of(0)], model)
     with torch.no_grad():
         mine = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
     slices = [torch.empty_like(mine) for _ in range(2)]

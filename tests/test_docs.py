@@ -650,7 +650,7 @@ def run_the_library_page(path: str) -> tuple[float, list[int]]:
     names["tokenizer"] = load_tokenizer("bytes")
     mesh = mesh_of(1, 1, 2)
     first = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh)
-    before = [first(**batch).loss.item() for batch in shard(names["loader"][:1], mesh)]
+    before = [first(**batch).loss.item() for batch in shard(names["loader"][:1], first)]
     with working_in(Path(path)):
         for block in found:
             exec(compile(block, "library.md", "exec"), names)

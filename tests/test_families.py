@@ -376,9 +376,9 @@ def sharded_outcome(family: str, seed: int) -> Outcome:
     model = _random_model(family, seed, torch.float32, hf.experts_path(torch.bfloat16))
     parallelize(model, mesh, param_dtype=torch.bfloat16)
     batch = {
-        "input_ids": mesh.local_slice(ids),
-        "labels": mesh.local_slice(labels),
-        "position_ids": mesh.local_slice(torch.arange(128).expand(2, -1)),
+        "input_ids": mesh.local_slice(ids, chunk_tokens=None),
+        "labels": mesh.local_slice(labels, chunk_tokens=None),
+        "position_ids": mesh.local_slice(torch.arange(128).expand(2, -1), chunk_tokens=None),
         "documents": ((128,), (128,)),
         "num_items_in_batch": torch.tensor(labels.numel()),
     }

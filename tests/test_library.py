@@ -179,7 +179,7 @@ def train_by_loop(name: str, degrees: tuple[int, int, int], accumulate: int) -> 
     model = parallelize(real_model(), mesh, loss_tile_tokens=5)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
     losses = []
-    for batch in shard(loader_of(name, mesh, accumulate), mesh, accumulate=accumulate):
+    for batch in shard(loader_of(name, mesh, accumulate), model, accumulate=accumulate):
         loss = model(**batch).loss
         loss.backward()
         losses.append(loss.item())
@@ -226,9 +226,8 @@ def test_the_loop_equals_plain_transformers(
 
 
 def losses_of_loaded(batches: list[Loaded]) -> list[float]:
-    mesh = mesh_of(*SP2)
-    model = parallelize(real_model(), mesh)
-    return [model(**batch).loss.item() for batch in shard(batches, mesh)]
+    model = parallelize(real_model(), mesh_of(*SP2))
+    return [model(**batch).loss.item() for batch in shard(batches, model)]
 
 
 def test_the_loss_is_the_one_that_transformers_returns() -> None:
@@ -280,9 +279,8 @@ GIVEN: dict[str, tuple[Loaded, list[Piece]]] = {
 
 
 def loss_and_gradients(table: dict[str, Any], given: Loaded) -> tuple[float, dict[str, Tensor]]:
-    mesh = mesh_of(*SP2)
-    model = parallelize(real_model(table), mesh)
-    (batch,) = shard([given], mesh)
+    model = parallelize(real_model(table), mesh_of(*SP2))
+    (batch,) = shard([given], model)
     loss = model(**batch).loss
     loss.backward()
     return loss.item(), {name: p.grad.full_tensor() for name, p in model.named_parameters()}
@@ -383,7 +381,7 @@ def by_trainer_and_by_loop(
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
     count, rank = 2 // mesh.batch.size(), mesh.batch.get_local_rank()
     found = []
-    for batch in shard([by_positions(rows[rank * count :][:count]) for rows in steps], mesh):
+    for batch in shard([by_positions(rows[rank * count :][:count]) for rows in steps], model):
         loss = model(**batch).loss
         loss.backward()
         clip_gradients(list(model.parameters()), 0.5)
@@ -438,7 +436,8 @@ def policy_and_reference() -> dict[str, Any]:
     parallelize(policy, sp2)
     parallelize(reference.eval().requires_grad_(False), dp2)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
-    (of_policy,), (of_reference,) = shard(own_rows(sp2), sp2), shard(own_rows(dp2), dp2)
+    (of_policy,) = shard(own_rows(sp2), policy)
+    (of_reference,) = shard(own_rows(dp2), reference)
     first = dp2.batch.get_local_rank() * 2
     differences = {"policy": score(policy, of_policy)[:, :23] - expected[0]}
     for step in range(2):
@@ -467,17 +466,17 @@ def losses_with_visits(visits: bool) -> tuple[list[float], list[float], dict[str
     mesh, evaluated, losses = mesh_of(*SP2), [], []
     model = parallelize(real_model(), mesh)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
-    for batch in shard(loader_of("padded right", mesh), mesh):
+    for batch in shard(loader_of("padded right", mesh), model):
         loss = model(**batch).loss
         loss.backward()
         if visits:
             with torch.no_grad(), whole_sequences(model) as whole:
                 assert whole.sp.size() == 1 and whole.batch.size() == 2
                 evaluated += [loss.item()] + [
-                    model(**rows).loss.item() for rows in shard(own_rows(whole), whole)
+                    model(**rows).loss.item() for rows in shard(own_rows(whole), model)
                 ]
             with torch.no_grad():
-                evaluated += [model(**rows).loss.item() for rows in shard(own_rows(mesh), mesh)]
+                evaluated += [model(**rows).loss.item() for rows in shard(own_rows(mesh), model)]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -503,9 +502,9 @@ def trained_in_whole_sequences() -> dict[str, Tensor]:
     mesh, gradients = mesh_of(*SP2), []
     model = parallelize(real_model(), mesh)
     with whole_sequences(model) as whole:
-        for batch in shard(own_rows(whole), whole):
+        for batch in shard(own_rows(whole), model):
             model(**batch).loss.backward()
-    for batch in shard(own_rows(mesh), mesh):
+    for batch in shard(own_rows(mesh), model):
         gradients.append(
             {name: p.grad.full_tensor().clone() for name, p in hf.named_parameters(model)}
         )
@@ -662,10 +661,15 @@ def test_a_batch_that_contradicts_itself(batch: Any, message: str) -> None:
 
 def test_accumulate() -> None:
     with pytest.raises(UserError, match="accumulate = 0"):
-        next(shard([], None, accumulate=0))
+        shard([], None, accumulate=0)
 
 
 # --- ranks that do not agree ----------------------------------------------------------------------
+
+
+def on(mesh: Mesh) -> Any:
+    """What `shard` reads of a model."""
+    return SimpleNamespace(ulysses_mesh=mesh, stream_chunk_tokens=-1)
 
 
 def load_differently(what: str, degrees: tuple[int, int, int]) -> str:
@@ -682,7 +686,7 @@ def load_differently(what: str, degrees: tuple[int, int, int]) -> str:
         batches[step]["labels"][0, 2] = 17
     seen = 0
     try:
-        for _ in shard(batches, mesh):
+        for _ in shard(batches, on(mesh)):
             seen += 1
     except UserError as error:
         return f"{seen}: {error}"
@@ -702,10 +706,8 @@ def test_ranks_of_a_group_that_load_different_rows(what: str, step: int) -> None
 
 def load_unequally(batches: int) -> None:
     """Rank 1 has one batch less."""
-    mesh = mesh_of(*DP2)
-    for _ in shard(
-        [{"input_ids": IDS}] * (batches - torch.distributed.get_rank()), mesh, accumulate=2
-    ):
+    mine = [{"input_ids": IDS}] * (batches - torch.distributed.get_rank())
+    for _ in shard(mine, on(mesh_of(*DP2)), accumulate=2):
         pass
 
 

@@ -293,8 +293,8 @@ def outputs_in_bf16(family: str) -> tuple[Tensor, Tensor]:
         model(**batch.inputs() | {"labels": None})
         (_, _, kwargs, _) = caught[0]
         model.get_submodule("model.layers.0").unshard()
-        ours = layer.forward(mesh.local_slice(hidden), ulysses=kwargs["ulysses"])
-    return ours, mesh.local_slice(whole)
+        ours = layer.forward(mesh.local_slice(hidden, chunk_tokens=None), ulysses=kwargs["ulysses"])
+    return ours, mesh.local_slice(whole, chunk_tokens=None)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "olmo_hybrid", "nemotron_h", "lfm2"])

@@ -19,7 +19,7 @@ from helpers.meshes import DP2, DP2_SP2, ONE, SP2, SP4, Degrees, mesh_of
 from helpers.models import STARCODER2
 from helpers.ranks import run_on_ranks
 from test_library import real_model
-from titan_ulysses import parallelize, shard
+from titan_ulysses import local_slice, parallelize, shard
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.losses import (
@@ -125,15 +125,11 @@ def sharded(degrees: Degrees) -> dict[str, tuple[Tensor, Named]]:
     loader = [{"input_ids": given["ids"], "labels": given["labels"]}]
     found = {}
     for name, (function, names) in losses().items():
-        (batch,) = shard(loader, mesh)
-        padding = batch["input_ids"].shape[1] * mesh.sp.size() - TOKENS
-        own = {}
-        for key in names:
-            last = (0, 0) if given[key].ndim == 3 else ()
-            own[key] = mesh.local_slice(F.pad(given[key], (*last, 0, padding)))
+        (batch,) = shard(loader, model)
+        own = {key: local_slice(given[key], model) for key in names}
         loss = model(**batch, loss_function=function, loss_inputs=own).loss
         found[name] = loss.detach(), gradients(model, loss)
-    (batch,) = shard(loader, mesh)
+    (batch,) = shard(loader, model)
     whole = log_probs(model, batch).log_probs[:, :TOKENS]
     loss = dpo_of(whole, given["reference_log_probs"]) / (ROWS // 2)
     grads = gradients(model, loss)

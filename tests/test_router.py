@@ -359,7 +359,7 @@ def of_padded(degrees: tuple[int, int, int], left: bool, tiled: bool) -> Outcome
     model = sharded_model("qwen3_moe", degrees, checkpoint_every=0)
     if tiled:
         tile_mlps(model)
-    (batch,) = shard([{key: value[mine] for key, value in padded_rows(left=left).items()}], mesh)
+    (batch,) = shard([{key: value[mine] for key, value in padded_rows(left=left).items()}], model)
     with nullcontext() if tiled else KeepFp64():
         loss = model(**batch).loss
         loss.backward()

@@ -58,7 +58,7 @@ class Loop:
 
     def train(self, first: int, last: int) -> list[float]:
         losses = []
-        for batch in shard(loader_of(self.mesh)[first:last], self.mesh):
+        for batch in shard(loader_of(self.mesh)[first:last], self.model):
             loss = self.model(**batch).loss
             loss.backward()
             self.optimizer.step()
@@ -106,7 +106,7 @@ def run_example(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tensor
     names["tokenizer"] = load_tokenizer("bytes")
     with working_in(folder):
         exec(compile(code.replace("% 100 ==", "% 2 =="), "titan_ulysses", "exec"), names)
-    (batch,) = shard(loader_of(mesh)[:1], mesh)
+    (batch,) = shard(loader_of(mesh)[:1], names["model"])
     return (
         names["state"],
         whole_parameters(names["model"]),
@@ -264,7 +264,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
         for method in ("save_pretrained", "push_to_hub", "generate"):
             assert found[method].startswith(f"model.{method}: ")
             assert "titan_ulysses.save_pretrained(model, folder) on every rank" in found[method]
-        assert "takes the batches of `titan_ulysses.shard(loader, mesh)`" in found["positional"]
+        assert "takes the batches of `titan_ulysses.shard(loader, model)`" in found["positional"]
         assert found["no documents"] == found["positional"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "file"]
     assert [path.name for path in saved.iterdir()] == ["step-1"]

@@ -4,6 +4,8 @@ on every mesh, whatever the chunks, the documents, the family and the other sett
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from math import gcd, prod
@@ -31,9 +33,11 @@ from helpers.training import (
     train_sharded,
 )
 from test_lora import add, add_by_peft, fill
+from test_rope import BOUND as ROPE_BOUND
+from test_rope import MODELS as ROPE_MODELS
 from test_router import gradients_of, padded_rows, sharded_model
 from test_router import model_of as router_model
-from titan_ulysses import parallelize, score, shard
+from titan_ulysses import local_slice, parallelize, score, shard
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
@@ -41,8 +45,8 @@ from titan_ulysses.distributed.sequence import (
     chunk_length,
     chunks_of,
     join_slices,
-    local_slice,
 )
+from titan_ulysses.distributed.sequence import local_slice as slice_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
 from titan_ulysses.optim.adamw import build_optimizer
@@ -194,7 +198,6 @@ def test_families(family: str, mesh: str) -> None:
 # --- other settings -------------------------------------------------------------------------------
 
 Table = dict[str, Any]
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}
 
 
 def check_table(
@@ -229,10 +232,16 @@ def check_table(
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
 
+ROPES = [("dynamic", "none"), ("longrope", "host")]
+ROPES += [pytest.param("dynamic", "host", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("name", "offload"), ROPES)
 @pytest.mark.parametrize("degrees", [pytest.param(SP2, marks=pytest.mark.slow), DP2_SP2], ids=str)
-def test_rope_by_document_length(degrees) -> None:
-    table = STARCODER2 | {"rope_parameters": DYNAMIC, "max_position_embeddings": 11}
-    check_table(table, degrees, stream_chunk_tokens=8)
+def test_rope_by_document_length(degrees, name: str, offload: str) -> None:
+    """Longer and shorter documents than the bound, which begin and end inside of chunks."""
+    table = ROPE_MODELS[name] | {"max_position_embeddings": ROPE_BOUND}
+    check_table(table, degrees, stream_chunk_tokens=8, stream_offload=offload)
 
 
 FROZEN = [["model.embed_tokens.*", "model.layers.0.*"], ["*.k_proj.*", "*.mlp.c_fc.*"]]
@@ -288,10 +297,7 @@ def test_router_loss(degrees) -> None:
 
 def of_padded_rows(stream_chunk_tokens: int, left: bool) -> tuple[float, dict[str, Tensor]]:
     model = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=stream_chunk_tokens)
-    batches = shard(
-        [padded_rows(left=left)], mesh_of(*SP2), stream_chunk_tokens=stream_chunk_tokens
-    )
-    for batch in batches:
+    for batch in shard([padded_rows(left=left)], model):
         loss = model(**batch).loss
         loss.backward()
     return loss.item(), gradients_of(model)
@@ -354,7 +360,7 @@ def test_slices_join_to_the_whole(setting: int, degree: int) -> None:
     whole = torch.arange(2 * 24).view(2, 24)
     chunk = chunk_length(setting, 24, degree)
     assert chunk == {(5, 1): 5, (5, 2): 6, (7, 4): 8}.get((setting, degree))
-    slices = [local_slice(whole, rank=r, degree=degree, chunk_tokens=chunk) for r in range(degree)]
+    slices = [slice_of(whole, rank=r, degree=degree, chunk_tokens=chunk) for r in range(degree)]
     assert join_slices(slices, chunk_tokens=chunk).equal(whole)
     if chunk is None:
         assert slices[-1].equal(whole[:, -24 // degree :])
@@ -532,14 +538,17 @@ def test_keys_that_a_window_hides_are_not_touched() -> None:
 
 
 def test_more_ranks_than_heads_through_train_py(observe) -> None:
-    """Two query heads and one KV head on four ranks train as on one, and none of them is idle."""
+    """Two query heads and one KV head on four ranks train as on one, and none of them is idle.
+    Each has no queries of one of the heads, of which nothing is kept.
+    """
     model = MODEL | {"num_attention_heads": 2, "num_key_value_heads": 1}
     base = BASE | {"model.config": model}
     settings = base | {"parallelism.sequence_parallel_degree": 4}
     one = observe(base | {"memory.stream_chunk_tokens": "off"})
-    streamed = observe(settings | {"memory.stream_chunk_tokens": 8}, ranks=4)
+    kept = {"activation_checkpoint.keep_attention": "all", "activation_checkpoint.offload": "disk"}
+    streamed = observe(settings | kept | {"memory.stream_chunk_tokens": 8}, ranks=4)
     whole = observe(settings | {"memory.stream_chunk_tokens": "off"}, ranks=4)
-    assert len(one.of_steps("loss")) > 1
+    assert len(one.of_steps("loss")) > 1 and not streamed.refused
     for metric in ("loss", "grad_norm"):
         assert streamed.of_steps(metric) == pytest.approx(one.of_steps(metric), rel=1e-5)
     assert "streamed: 4 chunks of 8 tokens, 2 a rank" in streamed.said
@@ -547,14 +556,37 @@ def test_more_ranks_than_heads_through_train_py(observe) -> None:
     assert idle in whole.said and idle not in streamed.said
 
 
+def test_a_chunk_that_rounds_up_to_the_whole_sequence_through_train_py(observe) -> None:
+    settings = BASE | {"parallelism.sequence_parallel_degree": 2}
+    whole = observe(settings | {"memory.stream_chunk_tokens": "off"}, ranks=2)
+    rounded = observe(settings | {"memory.stream_chunk_tokens": 31}, ranks=2)
+    assert not rounded.refused and rounded.of_steps("loss") == whole.of_steps("loss")
+    assert "= 31, rounded up for 2 ranks, is not less than training.seq_len = 32" in rounded.said
+
+
+def test_rope_by_document_length_through_train_py(observe, tmp_path) -> None:
+    """A document longer than `max_position_embeddings`, and one that is not."""
+    ids = [[(7 * i + n) % 256 for i in range(n)] for n in (400, 240)]
+    path = tmp_path / "tokens.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": document}) + "\n" for document in ids * 4))
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    model = MODEL | {"max_position_embeddings": 256, "rope_parameters": rope}
+    data = {"data.source": "tokens", "data.path": str(path), "training.seq_len": 640}
+    base = BASE | {"model.config": model} | data
+    whole = observe(base | {"memory.stream_chunk_tokens": "off"})
+    chunks = {"memory.stream_chunk_tokens": 160, "memory.stream_offload": "host"}
+    streamed = observe(base | chunks)
+    assert "streamed: 4 chunks of 160 tokens" in streamed.said
+    for metric in ("loss", "grad_norm"):
+        assert streamed.of_steps(metric) == pytest.approx(whole.of_steps(metric), rel=1e-5)
+
+
 # --- loops of one's own, and what is refused ------------------------------------------------------
 
 
 def scores(stream_chunk_tokens: int) -> Tensor:
     model = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=stream_chunk_tokens)
-    (batch,) = shard(
-        [padded_rows(left=False)], mesh_of(*SP2), stream_chunk_tokens=stream_chunk_tokens
-    )
+    (batch,) = shard([padded_rows(left=False)], model)
     assert ("chunk_tokens" in batch) == (stream_chunk_tokens == 8)
     return score(model, batch)
 
@@ -562,6 +594,72 @@ def scores(stream_chunk_tokens: int) -> Tensor:
 def test_scores_are_in_the_order_of_the_sequence() -> None:
     streamed, whole = (run_on_ranks(2, scores, chunk)[0] for chunk in (8, -1))
     assert torch.allclose(streamed, whole, rtol=1e-6, atol=1e-6)
+
+
+def cut_in_a_loop() -> list[str]:
+    """What is said of the older forms, after checks of the newer ones."""
+    model, mesh = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=8), mesh_of(*SP2)
+    ids = torch.arange(42).view(2, 21)
+    (batch,) = shard([{"input_ids": ids}], model)
+    assert local_slice(ids, model).equal(batch["input_ids"])
+    deep = local_slice(ids[..., None].expand(-1, -1, 3), model)
+    assert deep.equal(batch["input_ids"][..., None].expand(-1, -1, 3))
+    losses = model(**batch, reduction="none").loss
+    assert local_slice(score(model, batch), model).equal(-losses.detach())
+    with pytest.raises(UserError, match=r"22 tokens are cut into chunks of 8 for streaming.*Call"):
+        mesh.local_slice(ids)
+
+    shorter = ids[:, :19]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        (batch,) = shard([{"input_ids": shorter}], mesh)
+        assert mesh.local_slice(shorter).equal(batch["input_ids"])
+        with pytest.raises(UserError, match="20 tokens were not cut as this model streams them"):
+            local_slice(shorter, model)
+        (batch,) = shard([{"input_ids": shorter}], mesh, stream_chunk_tokens=8)
+    (newer,) = shard([{"input_ids": shorter}], model)
+    assert batch["chunk_tokens"] == 8 and model(**batch).loss.equal(model(**newer).loss)
+    with pytest.raises(UserError, match="stream_chunk_tokens = 6: the model knows its own"):
+        shard([], model, stream_chunk_tokens=6)
+    with pytest.raises(UserError, match="local_slice: Linear is not a model that `parallelize`"):
+        local_slice(ids, torch.nn.Linear(1, 1))
+    messages = [str(warning.message) for warning in said]
+    return [message for message in messages if message.endswith("later version will refuse this.")]
+
+
+def test_a_loop_cuts_as_the_model_streams() -> None:
+    first, other = run_on_ranks(2, cut_in_a_loop)
+    assert len(first) == 3 and not other  # rank 0 speaks
+    assert "call shard(loader, model)" in first[0] and first[2] == first[0]
+    assert "call titan_ulysses.local_slice(x, model)" in first[1]
+
+
+def chunks_of_a_long_row() -> int:
+    model = sharded_model("qwen3_moe", SP2)
+    (batch,) = shard([{"input_ids": torch.zeros(1, 8 * AUTOMATIC_CHUNK_TOKENS)}], model)
+    return batch["chunk_tokens"]
+
+
+def test_a_loop_streams_long_rows_by_default() -> None:
+    assert run_on_ranks(2, chunks_of_a_long_row) == [2 * AUTOMATIC_CHUNK_TOKENS] * 2
+
+
+def of_unequal_rows(stream_chunk_tokens: int) -> tuple[float, dict[str, Tensor]]:
+    """Rows of 24 and of 46 tokens, on two ranks each."""
+    model = sharded_model("qwen3_moe", DP2_SP2, stream_chunk_tokens=stream_chunk_tokens)
+    place = mesh_of(*DP2_SP2).batch.get_local_rank()
+    for batch in shard([{"input_ids": torch.arange(24 + 22 * place)[None]}], model):
+        loss = model(**batch).loss
+        loss.backward()
+    return loss.item(), gradients_of(model)
+
+
+def test_a_chunk_that_rounds_up_to_the_whole_sequence() -> None:
+    (loss, gradients), *_ = run_on_ranks(4, kept_in_fp64, of_unequal_rows, 23)
+    (whole, expected), *_ = run_on_ranks(4, kept_in_fp64, of_unequal_rows, -1)
+    assert loss == pytest.approx(whole, rel=1e-12)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-12 * gradient.abs().max(), name
 
 
 def refusals() -> dict[str, str]:

@@ -7,7 +7,7 @@ training loop, without the trainer or a config file:
     model = parallelize(AutoModelForCausalLM.from_pretrained(path), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     state = load_checkpoint("checkpoints", model, optimizer)  # {"step": 0} if there is none
-    for batch in shard(islice(loader, state["step"], None), mesh):
+    for batch in shard(islice(loader, state["step"], None), model):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, save_pretrained
-    from titan_ulysses.data.adapter import shard
+    from titan_ulysses.data.adapter import local_slice, shard
     from titan_ulysses.distributed.errors import UserError
     from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.setup.parallelize import parallelize
@@ -37,6 +37,7 @@ __all__ = [
     "UserError",
     "build_mesh",
     "load_checkpoint",
+    "local_slice",
     "log_probs",
     "parallelize",
     "save_checkpoint",
@@ -53,6 +54,7 @@ _MODULE_OF = {
     "UserError": "distributed.errors",
     "build_mesh": "distributed.mesh",
     "load_checkpoint": "checkpoint.saving",
+    "local_slice": "data.adapter",
     "log_probs": "train.log_probs",
     "parallelize": "setup.parallelize",
     "save_checkpoint": "checkpoint.saving",

@@ -23,7 +23,7 @@ def build_step(args: Namespace) -> Callable[..., tuple[Any, Any]]:
     model = parallelize(model, mesh, param_dtype=getattr(torch, args.dtype))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True, **args.optimizer)
     loader = ({"input_ids": sequence(i, n)[None]} for i, n in enumerate(args.lengths))
-    batches = shard(loader, mesh, stream_chunk_tokens=model.stream_chunk_tokens)
+    batches = shard(loader, model)
 
     def step(seq_len: int, index: int) -> tuple[Any, Any]:
         loss = model(**next(batches)).loss

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length
+from titan_ulysses.distributed.mesh import Mesh, warn_of_older_form
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHECK_EVERY = 100
 """Steps between checks that the ranks of a sequence-parallel group have loaded the same rows."""
@@ -47,14 +50,16 @@ class Rows(NamedTuple):
 
 def shard(
     loader: Iterable[Mapping[str, Any]],
-    mesh: Mesh,
+    model: PreTrainedModel | Mesh,
     *,
     accumulate: int = 1,
-    stream_chunk_tokens: int = -1,
+    stream_chunk_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield this rank's slice of each batch as keyword arguments: `model(**batch).loss`.
 
-    A batch of `loader` is a mapping with `input_ids` [B, S]. It may also contain:
+    model is a result of `parallelize`: its mesh, and the chunks in which it streams, say which
+    tokens are this rank's. A batch of `loader` is a mapping with `input_ids` [B, S]. It may also
+    contain:
     - `labels`, unshifted as in transformers; without them every token is a label,
     - `attention_mask` [B, S], with padding on either side,
     - the documents packed in a row, as `position_ids` that fall back, as `seq_idx`, or as
@@ -68,19 +73,68 @@ def shard(
 
     Each yielded dict has `input_ids`, `labels` (shifted, none across a document border) and
     `position_ids`, all [B, T] with T = ceil(S / P), and `documents`. It has `position_limits` if
-    positions are not counted from 0, and `attention_mask` [B, T] if any token is padding.
+    positions are not counted from 0, `attention_mask` [B, T] if any token is padding, and
+    `chunk_tokens` (see `sequence.local_slice`) if the sequence has more than one chunk.
     `num_items_in_batch` is the number of labels in `accumulate` batches on all ranks: step the
     optimizer once per `accumulate` batches.
 
-    stream_chunk_tokens is that of the model, `model.stream_chunk_tokens`. Its ranks can stream only
-    what was cut for it, unless P = 1. Each dict then has `chunk_tokens` (see
-    `sequence.local_slice`), if the sequence has more than one chunk.
+    A mesh in the place of the model is the older form, which warns. Only there stream_chunk_tokens
+    says how the model streams, and not at all if it is left out.
 
     Raise `UserError` for a batch that contradicts itself, or that differs between ranks that share
     a sequence.
     """
     if accumulate < 1:
         raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")
+    if isinstance(model, Mesh):
+        chunk_tokens = -1 if stream_chunk_tokens is None else stream_chunk_tokens
+        warn_of_older_form(
+            "shard(loader, mesh): call shard(loader, model), which cuts batches as the model "
+            "streams them"
+        )
+        return _batches(loader, model, accumulate, chunk_tokens)
+    if stream_chunk_tokens is not None:
+        raise UserError(
+            f"shard: stream_chunk_tokens = {stream_chunk_tokens}: the model knows its own. Leave "
+            "it out: shard(loader, model)."
+        )
+    return _batches(loader, _mesh_of(model, "shard"), accumulate, model.stream_chunk_tokens)
+
+
+def local_slice(whole: Tensor, model: PreTrainedModel) -> Tensor:
+    """Return this rank's tokens of a tensor of whole sequences, as `shard(loader, model)` cuts
+    batches: [B, S, ...] -> [B, T, ...], on the mesh's device.
+
+    Zeros fill it up to a multiple of P, as in what `score` returns. UserError if batches of S
+    tokens were cut otherwise.
+    """
+    mesh = _mesh_of(model, "local_slice")
+    whole = padded(whole.to(mesh.device), mesh.sp.size())
+    length = whole.shape[1]
+    chunk_tokens = chunk_length(model.stream_chunk_tokens, length, mesh.sp.size())
+    if (cuts := mesh.cuts.get(length)) and chunk_tokens not in cuts:
+        raise UserError(
+            f"local_slice: batches of {length} tokens were not cut as this model streams them. "
+            "Let the model cut them: shard(loader, model)."
+        )
+    return mesh.local_slice(whole, chunk_tokens=chunk_tokens)
+
+
+def _mesh_of(model: PreTrainedModel, caller: str) -> Mesh:
+    """Return the mesh on which a model runs now. UserError if it was not sharded."""
+    mesh = getattr(model, "ulysses_mesh", None)
+    if mesh is None:
+        raise UserError(
+            f"{caller}: {type(model).__name__} is not a model that `parallelize` has returned. "
+            "Call model = parallelize(model, mesh) before."
+        )
+    return mesh
+
+
+def _batches(
+    loader: Iterable[Mapping[str, Any]], mesh: Mesh, accumulate: int, stream_chunk_tokens: int
+) -> Iterator[dict[str, Any]]:
+    """Yield what `shard` returns."""
     source, step = iter(loader), 0
     while True:
         group = [read_rows(batch) for batch in islice(source, accumulate)]
@@ -296,6 +350,8 @@ def slice_rows(rows: Rows, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
     length, degree = rows.input_ids.shape[1], mesh.sp.size()
     missing = -length % degree
     chunk_tokens = chunk_length(stream_chunk_tokens, length + missing, degree)
+    if degree > 1:
+        mesh.cuts.setdefault(length + missing, set()).add(chunk_tokens)
     position_ids = torch.cat(
         [rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1
     )

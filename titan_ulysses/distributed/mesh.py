@@ -8,7 +8,8 @@ dp_replicate is outermost.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import local_slice
+from titan_ulysses.distributed.sequence import local_slice, padded
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Mesh:
     """dp_replicate x dp_shard: the ranks along it read different samples."""
     loss: DeviceMesh
     """All ranks: the loss and its gradients are sums over all of them."""
+    cuts: dict[int, set[int | None]] = field(default_factory=dict, compare=False, repr=False)
+    """By the S of batches that `shard` has cut: the tokens of their chunks; None: one chunk."""
 
     @cached_property
     def sp(self) -> DeviceMesh:
@@ -52,14 +55,23 @@ class Mesh:
             self if self.sp.size() == 1 else build_mesh(timeout=timeout_of(self.loss.get_group()))
         )
 
-    def local_slice(
-        self, whole: Tensor, *, chunk_tokens: int | None = None, dim: int = 1
-    ) -> Tensor:
+    def local_slice(self, whole: Tensor, *, chunk_tokens: int | None = 0, dim: int = 1) -> Tensor:
         """Return this rank's tokens of a whole sequence, [B, S, ...] -> [B, T, ...].
 
-        See `sequence.local_slice`.
+        See `sequence.local_slice`. Without chunk_tokens this is the older form of
+        `titan_ulysses.local_slice(x, model)`: it warns, pads S to a multiple of P, and raises
+        UserError where `shard` has cut batches of S tokens into chunks.
         """
         place = {"rank": self.sp.get_local_rank(), "degree": self.sp.size()}
+        if chunk_tokens == 0:
+            chunk_tokens, whole = None, padded(whole, self.sp.size(), dim)
+            if sizes := self.cuts.get(whole.shape[dim], set()) - {None}:
+                raise UserError(
+                    f"mesh.local_slice: batches of {whole.shape[dim]} tokens are cut into chunks "
+                    f"of {', '.join(map(str, sizes))} for streaming, and the mesh does not know "
+                    "which model this is for. Call titan_ulysses.local_slice(x, model)."
+                )
+            warn_of_older_form("mesh.local_slice(x): call titan_ulysses.local_slice(x, model)")
         return local_slice(whole, **place, chunk_tokens=chunk_tokens, dim=dim)
 
     @property
@@ -70,6 +82,12 @@ class Mesh:
             if kind == "cuda"
             else torch.device(kind)
         )
+
+
+def warn_of_older_form(text: str) -> None:
+    """Say on rank 0, of the caller's caller, which call has replaced one that still works."""
+    if dist.get_rank() == 0:
+        warnings.warn(f"{text}. A later version will refuse this.", FutureWarning, stacklevel=3)
 
 
 def init_distributed(*, timeout: float | None = None) -> None:

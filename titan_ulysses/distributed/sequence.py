@@ -17,7 +17,8 @@ With one chunk, rank p holds tokens [p * S/P, (p + 1) * S/P).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -161,7 +162,17 @@ class KeysKnown(Exception):
 
 
 current_chunk: ContextVar[Chunk | None] = ContextVar("current_chunk", default=None)
-"""The chunk that the running block computes; None if it computes the whole sequence."""
+"""The chunk that the running part of the model computes; None if it computes the whole sequence."""
+
+
+@contextmanager
+def running(chunk: Chunk) -> Iterator[None]:
+    """Say that a part of the model computes this chunk in this context."""
+    token = current_chunk.set(chunk)
+    try:
+        yield
+    finally:
+        current_chunk.reset(token)
 
 
 current_chunks: ContextVar[Sequence[Chunk]] = ContextVar("current_chunks", default=())
@@ -196,6 +207,13 @@ def local_slice(
         assert rest == 0, (whole.shape, chunk_tokens, degree)
         slices.append(chunk.narrow(dim, rank * tokens, tokens))
     return slices[0] if len(slices) == 1 else torch.cat(slices, dim)
+
+
+def padded(whole: Tensor, degree: int, dim: int = 1) -> Tensor:
+    """Return the tensor with zeros behind its tokens, up to a multiple of degree = P."""
+    missing = -whole.shape[dim] % degree
+    shape = [missing if i == dim % whole.ndim else n for i, n in enumerate(whole.shape)]
+    return torch.cat([whole, whole.new_zeros(shape)], dim) if missing else whole
 
 
 def join_slices(

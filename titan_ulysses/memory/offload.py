@@ -357,6 +357,8 @@ class _FileBuffers:
         self.folder = folder
 
     def __call__(self, size: int, device: torch.device) -> Tensor:
+        if size == 0:  # of a rank without queries of a head; a file of no bytes cannot be mapped
+            return torch.empty(0, dtype=torch.uint8)
         try:
             handle, name = tempfile.mkstemp(prefix="checkpoint-", dir=self.folder)
             try:

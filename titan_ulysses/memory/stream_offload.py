@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from titan_ulysses.distributed.parts import visited, visited_with_next
-from titan_ulysses.distributed.sequence import Chunk, current_chunks
+from titan_ulysses.distributed.sequence import Chunk, current_chunks, running
 from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker, host_buffer
 
 StreamOffload = Literal["none", "host", "disk"]
@@ -171,7 +171,8 @@ class _Rotary:
             return self.forward(here, position_ids, *args, **kwargs)
         whole: tuple[Tensor, ...] = ()
         for chunk in visited(list(chunks)):
-            made = self.forward(here, position_ids[:, chunk.local], *args, **kwargs)
+            with running(chunk):
+                made = self.forward(here, position_ids[:, chunk.local], *args, **kwargs)
             parts = made if isinstance(made, tuple) else (made,)
             if not whole:
                 shapes = [(len(x), position_ids.shape[1], *x.shape[2:]) for x in parts]

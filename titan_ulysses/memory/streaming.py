@@ -32,8 +32,8 @@ parameters of a block twice and reduces its gradients once, whatever C is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import copy_context
 from dataclasses import replace
 from typing import Any, Literal
@@ -45,7 +45,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import visited, visited_with_next
-from titan_ulysses.distributed.sequence import Chunk, KeysKnown, Reach, current_chunk
+from titan_ulysses.distributed.sequence import Chunk, KeysKnown, Reach, running
 from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
@@ -261,7 +261,7 @@ class _Call:
         output = None
         for chunk, then in visited_with_next(self.chunks, "growing"):
             self.random.append(rng_state(hidden.device))
-            with _running(replace(chunk, memory=memory, states=states)):
+            with running(replace(chunk, memory=memory, states=states)):
                 x = streamed.read(hidden, chunk, then)
                 y = self.run(x, *self.arguments(chunk, then)[:2])
             if output is None:
@@ -340,7 +340,7 @@ class _Call:
         stop = min([reader.index, *map(self._first_read, self._next(reader))])
         for chunk, then in visited_with_next(self.chunks[self._first_read(reader) : stop]):
             with (
-                _running(self._in_backward(chunk, "keys", memory, reader=reader.whole)),
+                running(self._in_backward(chunk, "keys", memory, reader=reader.whole)),
                 self._replayed(chunk, hidden.device),
                 torch.no_grad(),
                 suppress(KeysKnown),
@@ -377,7 +377,7 @@ class _Call:
         # Its keys are known if a later chunk has read them.
         known = any(self._first_read(x) <= chunk.index for x in self._next(chunk))
         with (
-            _running(self._in_backward(chunk, "gradient", memory, keys_known=known)),
+            running(self._in_backward(chunk, "gradient", memory, keys_known=known)),
             self._replayed(chunk, hidden.device),
             without_output(),
             torch.enable_grad(),
@@ -417,16 +417,6 @@ class _StreamedFunction(torch.autograd.Function):
             return None, *ctx.variables.run(
                 ctx.call.backward, hidden, upstream, ctx.needs_input_grad[1:]
             )
-
-
-@contextmanager
-def _running(chunk: Chunk) -> Iterator[None]:
-    """Say that the block computes this chunk in this context."""
-    token = current_chunk.set(chunk)
-    try:
-        yield
-    finally:
-        current_chunk.reset(token)
 
 
 def _common(memory: dict[Any, Any], chunks: list[Chunk]) -> Reach | None:

@@ -10,6 +10,7 @@ known on the host, so nothing is read back from the device.
 from __future__ import annotations
 
 import inspect
+from itertools import accumulate
 from types import MethodType
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import Documents, local_slice
+from titan_ulysses.distributed.sequence import Documents, current_chunk, local_slice
 
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
@@ -58,24 +59,28 @@ class DocumentRoPE:
     def forward(
         self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """Map position_ids [B, T] to the family's output, usually cos and sin, each [B, T, d]."""
+        """Map position_ids [B, T] to the family's output, usually cos and sin, each [B, T, d].
+
+        Where a chunk is computed alone, they are those of this rank's tokens of the chunk.
+        """
         of_layer = {} if layer_type is None else {"layer_type": layer_type}
         kind = self.rotary.rope_type if layer_type is None else self.rotary.rope_type[layer_type]
         if kind not in LENGTH_DEPENDENT:
             return self.rotate(x, position_ids, **of_layer)
         bound = self._bound(kind, layer_type)
-        lengths = [
-            [self._counts_as(length, kind, bound) for length in row] for row in self.position_limits
+        rows = [
+            [(tokens, self._counts_as(length, kind, bound)) for tokens, length in row]
+            for row in self._documents_here()
         ]
         # Rotate all tokens once for each distinct length, then choose token by token.
-        unique_lengths = sorted({length for row in lengths for length in row})
+        unique_lengths = sorted({length for row in rows for _, length in row})
         rotated = []
         for length in unique_lengths:
             self._set_frequencies(kind, length, bound, x.device, of_layer)
             rotated.append(self.rotate(x, position_ids, **of_layer))
         if len(unique_lengths) == 1:
             return rotated[0]
-        token_lengths = self._lengths_of_tokens(lengths, position_ids.shape[1]).to(x.device)
+        token_lengths = self._lengths_of_tokens(rows, position_ids.shape[1]).to(x.device)
         if isinstance(rotated[0], Tensor):
             return _select_by_length(token_lengths, unique_lengths, rotated)
         return tuple(
@@ -110,13 +115,26 @@ class DocumentRoPE:
             )
         setattr(self.rotary, f"{prefix}inv_freq", frequencies)
 
-    def _lengths_of_tokens(self, lengths: list[list[int]], tokens: int) -> Tensor:
-        """Return [B, T]: for each token of this rank, the length that its document counts as."""
-        rows = [
-            torch.tensor(counts).repeat_interleave(torch.tensor(row))
-            for counts, row in zip(lengths, self.documents, strict=True)
-        ]
-        whole = torch.stack(rows)
+    def _documents_here(self) -> list[list[tuple[int, int]]]:
+        """Return the documents of each row that reach into the running chunk, or all of them if the
+        whole sequence is computed: how many tokens each has there, and what counts as its length.
+        """
+        chunk = current_chunk.get()
+        here = slice(0, sum(self.documents[0])) if chunk is None else chunk.whole
+        rows = []
+        for documents, limits in zip(self.documents, self.position_limits, strict=True):
+            of_row = zip(accumulate(documents), documents, limits, strict=True)
+            cut = ((min(end, here.stop) - max(end - n, here.start), m) for end, n, m in of_row)
+            rows.append([(tokens, limit) for tokens, limit in cut if tokens > 0])
+        return rows
+
+    def _lengths_of_tokens(self, rows: list[list[tuple[int, int]]], tokens: int) -> Tensor:
+        """Return [B, tokens]: for each token of this rank, the length that its document counts as.
+
+        rows has (tokens, length) of each document, of all ranks.
+        """
+        pairs = [torch.tensor(row).unbind(1) for row in rows]
+        whole = torch.stack([lengths.repeat_interleave(counts) for counts, lengths in pairs])
         return local_slice(
             whole,
             rank=self.sp_rank,

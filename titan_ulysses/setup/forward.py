@@ -60,7 +60,7 @@ def use_ulysses(
         if others or documents is None:
             raise UserError(
                 "model: the sharded model takes the batches of `titan_ulysses.shard(loader, "
-                "mesh)`, as in model(**batch): each rank needs its slice of a sequence, and the "
+                "model)`, as in model(**batch): each rank needs its slice of a sequence, and the "
                 "documents of the whole."
             )
         mesh = model.ulysses_mesh
@@ -87,24 +87,21 @@ def _chunk_tokens(model: PreTrainedModel, seq_len: int, of_batch: int | None) ->
 
     UserError if the model cannot take this batch.
     """
-    alone = model.ulysses_mesh.sp.size() == 1
-    if model.stream_chunk_tokens == -1:
-        if of_batch is not None and not alone:
-            raise UserError(
-                f"model: the batch is cut into chunks of {of_batch} tokens, and this model does "
-                "not stream. Give `shard` the model's own stream_chunk_tokens."
-            )
-        return None
-    setting = model.stream_chunk_tokens
-    if of_batch is None and alone:  # all chunks of a whole sequence are this rank's
-        return chunk_length(setting, seq_len, 1)
-    if of_batch is None and setting > 0 and setting < seq_len:
+    setting, degree = model.stream_chunk_tokens, model.ulysses_mesh.sp.size()
+    wanted = chunk_length(setting, seq_len, degree)
+    if degree == 1 and of_batch is None:  # all chunks of a whole sequence are this rank's
+        return wanted
+    if setting == -1 and of_batch is not None and degree > 1:
+        raise UserError(
+            f"model: the batch is cut into chunks of {of_batch} tokens, and this model does not "
+            "stream. Let it cut its own batches: shard(loader, model)."
+        )
+    if setting > 0 and wanted is not None and of_batch is None:
         raise UserError(
             f"memory.stream_chunk_tokens = {setting}: the batch is not cut into chunks. Give "
-            "`shard` the model's own: shard(loader, mesh, stream_chunk_tokens = "
-            "model.stream_chunk_tokens)."
+            "`shard` the model: shard(loader, model)."
         )
-    return of_batch
+    return None if setting == -1 else of_batch
 
 
 def _forward(

@@ -214,7 +214,7 @@ def answer_scores(
     Collective.
     """
     found: list[tuple[float, float]] = []
-    for batch in shard(batches_of(trials, mesh, length=length), mesh):
+    for batch in shard(batches_of(trials, mesh, length=length), model):
         of_tokens = log_probs(model, batch)
         losses = -of_tokens.log_probs.sum(dim=1, dtype=torch.float64)
         likeliest = of_tokens.is_top1.sum(dim=1)

@@ -106,7 +106,7 @@ def code_scores(
     """Return the log-probability of every code of every trial after its prompt. Collective."""
     rows = [(trial.prompt, code) for trial in trials for code in trial.codes]
     found: list[float] = []
-    for batch in shard(batches_of(rows, mesh, length=length), mesh):
+    for batch in shard(batches_of(rows, mesh, length=length), model):
         found += score(model, batch).sum(dim=1, dtype=torch.float64).tolist()
     return found
 

@@ -47,9 +47,10 @@ def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
     """Run a sharded model with P = 1 in this context: each rank has whole sequences of its own.
 
-    There is no exchange then. Yields the mesh with P = 1, for `shard(loader, mesh)`. Parameters
-    stay sharded as they are, so all ranks must run the same number of forwards. Losses, and
-    gradients if wanted, are those of all ranks' sequences together.
+    There is no exchange then. `shard(loader, model)` in this context yields whole sequences, and
+    the mesh with P = 1 that this yields says which of them are for which rank. Parameters stay
+    sharded as they are, so all ranks must run the same number of forwards. Losses, and gradients if
+    wanted, are those of all ranks' sequences together.
     """
     sharded = model.ulysses_mesh
     model.ulysses_mesh = sharded.whole

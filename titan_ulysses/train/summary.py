@@ -192,9 +192,10 @@ def _streaming(run: Run) -> str:
     setting, length = run.config.memory.stream_chunk_tokens, run.config.training.seq_len
     wanted = chunk_length(setting, length, run.degrees.sequence)
     if wanted is None:
+        rounded = f", rounded up for {run.degrees.sequence} ranks," if setting < length else ""
         return (
-            f"memory.stream_chunk_tokens = {setting} is not less than training.seq_len = {length}: "
-            "one chunk, which is not streamed"
+            f"memory.stream_chunk_tokens = {setting}{rounded} is not less than training.seq_len = "
+            f"{length}: one chunk, which is not streamed"
             if setting > 0
             else ""
         )
