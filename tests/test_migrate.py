@@ -340,7 +340,7 @@ enable_float8_linear = true
                 "epochs": "set training.steps",
                 "scheduler.warmup_ratio": "of all epochs",
                 "data.max_length": "set training.seq_len (the default of ArcticTraining)",
-                "data.sources": "of a/b: its fields or role_mapping: make each row a list of",
+                "data.sources": "of a/b: its role_mapping: make each row a list of",
                 "data.filter_samples": "stay whole there",
             },
         ),

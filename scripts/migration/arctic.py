@@ -53,7 +53,7 @@ def _arctic_source(entry: Any, values: Flat) -> tuple[Flat, str]:
     if more := sorted(entry.keys() - known):
         missing = f"of {path}: {', '.join(more)}: prepare the data in advance"
     elif found["source"] == "chat" and roles != _ROLES:
-        missing = f"of {path}: its fields or role_mapping: make each row a list of {{role, content}}"
+        missing = f"of {path}: its role_mapping: make each row a list of {{role, content}}"
     return found, missing
 
 
