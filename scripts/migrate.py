@@ -184,7 +184,7 @@ def markdown(kind: Format) -> str:
     for rule in kind.rules:
         lines.append(f"| `{rule.theirs}` | {rule.describe()} |")
     for key, value in kind.defaults.items():
-        lines.append(f"| `{key}`, not set | as `{show(value)}` |")
+        lines.append(f"| `{key}` | where it is not set: as `{show(value)}` |")
     return "\n".join(lines) + "\n"
 
 
