@@ -332,7 +332,7 @@ def plain_step(case: Case, adapted: list[str]) -> tuple[float, dict[str, Tensor]
         logits = functional_call(model, weights, (), inputs).logits[0]
         total = total + F.cross_entropy(logits[:-1], labels[1:], reduction="sum")
         count += int((labels[1:] != -100).sum())
-    loss = total / count
+    loss = total / max(count, 1)  # documents of one token have no label
     loss.backward()
     return loss.item(), {name: p.grad for name, p in trained.items() if p.grad is not None}
 
@@ -386,6 +386,8 @@ def _local_rows(rows: list, mesh) -> dict[str, Tensor]:
 def test_a_random_case_equals_plain_transformers(seed: int) -> None:
     """Family, mesh, streaming, offload, LoRA, freezing, packing and uneven documents, at once."""
     case = random_case(seed)
+    if case.lora:
+        pytest.importorskip("peft")
     alone = f"{case}\npython -m pytest --slow '{__file__}::{{}}[{seed}]'".format(
         test_a_random_case_equals_plain_transformers.__name__
     )
@@ -398,5 +400,6 @@ def test_a_random_case_equals_plain_transformers(seed: int) -> None:
     for name, gradient in expected.items():
         # Where sums cancel to almost nothing, their rounding is not small beside it.
         size = max(gradient.abs().max(), 1e-3 * largest)
-        difference = (found[name] - gradient).abs().max() / size
-        assert difference < 1e-12, f"gradient of {name}: {difference:.1e}\n{alone}"
+        difference = (found[name] - gradient).abs().max()
+        wrong = f"gradient of {name}: off by {difference:.1e} of {size:.1e}\n{alone}"
+        assert difference <= 1e-12 * size, wrong
