@@ -62,16 +62,26 @@ def logged(run: Path, *, evaluation: bool) -> tuple[float, int, int]:
     """Return the held-out loss that a run logged, its number of tokens and of sequences.
 
     evaluation: read those of --evaluate, else those of the last validation.
+    UserError where it logged none.
     """
+    file = run / ("evaluation.json" if evaluation else "metrics.jsonl")
+    if not file.is_file():
+        made = "--evaluate" if evaluation else "a run"
+        raise UserError(f"{file}: not there; {made} writes it.")
     if evaluation:
-        found = json.loads((run / "evaluation.json").read_text())
+        found = json.loads(file.read_text())
         return found["loss"], found["tokens"], found["sequences"]
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    last = [line for line in lines if "validation_loss" in line][-1]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    last = next((line for line in reversed(lines) if "validation_loss" in line), None)
+    if last is None:
+        raise UserError(
+            f"{file}: the run has validated nothing, so there is no loss to compare with. Train "
+            "with validation.enable = true, or evaluate with --evaluate, and give --model."
+        )
     return last["validation_loss"], last["validation_tokens"], last["validation_sequences"]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -83,10 +93,13 @@ def main() -> None:
         "--config", type=Path, help="that the run had (default: config.toml of the run)"
     )
     parser.add_argument("--tolerance", type=float, default=1e-5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     loss, tokens, sequences = logged(args.run, evaluation=args.model is not None)
+    folder = args.model or args.run / "export"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a run writes export/ at its end.")
     found = held_out_loss(
-        args.model or args.run / "export",
+        folder,
         args.config or args.run / "config.toml",
         tokens,
         sequences,

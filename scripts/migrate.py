@@ -5,16 +5,18 @@
     python scripts/migrate.py fsdp.yaml --model.path FOLDER     accelerate's, which has no model
     python scripts/migrate.py --table axolotl     the keys that are known, as in docs/migration.md
 
-Any setting may be given as an option, as for train.py. Settings that the recipe leaves to its own
-trainer get that trainer's defaults, where ours differ. A key that has no counterpart is named, with
-its value and the reason, on the console and in comments at the end of the file. Nothing is left out
-silently but what is empty or off. The rules are in scripts/migration/.
+Any setting may be given as an option, as for train.py. A key that the recipe leaves to its own
+trainer is read as if it had that trainer's default, where ours would train something else. A key
+that has no counterpart is named, with its value and the reason, on the console and in comments at
+the end of the file. Nothing is left out silently but what is empty or off. The rules are in
+scripts/migration/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,15 +55,24 @@ def read_recipe(path: Path) -> dict[str, Any]:
         elif path.suffix == ".json":
             table = json.loads(text)
         else:
-            import yaml  # comes with transformers
-
-            table = yaml.safe_load(text)
+            table = _read_yaml(text)
     except Exception as error:  # of three parsers
         line = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be parsed: {line}", exit_code=2) from None
     if not isinstance(table, dict):
         raise UserError(f"{path}: has no keys: it is not a recipe.", exit_code=2)
     return table
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml  # comes with transformers
+
+    class Loader(yaml.SafeLoader):
+        """Reads 2e-5 as the number that YAML 1.2 has there; PyYAML's 1.1 takes it for text."""
+
+    number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
+    return yaml.load(text, Loader)
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> Flat:
@@ -86,38 +97,45 @@ class Migration:
     """A recipe, the settings that follow from it, and what could not be carried."""
 
     def __init__(self, kind: Format, flat: Flat, *, ranks: int | None):
-        self.kind, self.flat, self.ranks = kind, flat, ranks
-        self.settings: Flat = dict(kind.defaults)
+        self.kind, self.ranks = kind, ranks
+        self.flat = {key: value for key, value in flat.items() if value is not None}
+        self.settings: Flat = {}
+        self.assumed: set[str] = set()
+        """our keys that follow from their trainer's defaults"""
         self.given: set[str] = set()
         """our keys that the recipe itself sets"""
         self.lost: list[tuple[str, Any, str]] = []
         self.needless: list[tuple[str, Any, str]] = []
 
     def run(self) -> Migration:
-        values = self.flat | {"--ranks": self.ranks}
+        values = self.kind.defaults | self.flat | {"--ranks": self.ranks}
+        for key, value in self.kind.defaults.items():
+            if key not in self.flat and (rule := self.kind.rule_of(key)):
+                of = f" (the default of {self.kind.name})"
+                self.assumed |= self._apply(rule, key, value, values, of).keys()
         for key, value in self.flat.items():
             rule = self.kind.rule_of(key)
-            if rule is None:
-                # What is off or empty asks for nothing.
-                if value not in (None, False, "", [], {}):
-                    self.lost.append((key, value, "not known here"))
-            elif value is not None:
-                self._apply(rule, key, value, values)
+            if rule is not None:
+                found = self._apply(rule, key, value, values)
+                self.given |= found.keys()
+                if not found and rule.why:
+                    self.needless.append((key, value, rule.why))
+            elif value not in (False, "", [], {}):  # what is off or empty asks for nothing
+                self.lost.append((key, value, "not known here"))
         return self
 
-    def _apply(self, rule: Rule, key: str, value: Any, values: Flat) -> None:
+    def _apply(self, rule: Rule, key: str, value: Any, values: Flat, of: str = "") -> Flat:
+        """Add what a key becomes to the settings, and return it. Name it if something is lost."""
         try:
             found = rule.become(value, values)
         except Lost as why:
-            self.lost.append((key, value, str(why)))
-            return
+            self.lost.append((key, value, f"{why}{of}"))
+            found = why.kept
         except (TypeError, ValueError, KeyError, AttributeError):
             self.lost.append((key, value, "its value is not one that this key has"))
-            return
-        if not found and rule.why:
-            self.needless.append((key, value, rule.why))
+            found = {}
         self.settings |= found
-        self.given |= found.keys()
+        return found
 
 
 def with_included(path: Path, flat: Flat, kind: Format) -> Flat:
@@ -139,11 +157,16 @@ def as_text(source: str, migration: Migration) -> str:
     for key, value in migration.settings.items():
         section, name = key.split(".")
         tables.setdefault(section, {})[name] = value
-    config_of(json.loads(json.dumps(tables)))
-    defaults = [key for key in migration.kind.defaults if key not in migration.given]
+    config = config_of(json.loads(json.dumps(tables)))
+    for section, table in tables.items():
+        for name, value in table.items():
+            ours = getattr(getattr(config, section), name)
+            if isinstance(value, str) and isinstance(ours, (int, float)):
+                table[name] = ours  # a number in quotes, which their trainers take too
+    defaults = sorted(migration.assumed - migration.given)
     lines = [f"# From {source}, a recipe of {migration.kind.name}, by scripts/migrate.py."]
     if defaults:
-        lines.append(f"# Defaults of {migration.kind.name}, which the recipe does not set:")
+        lines.append(f"# From defaults of {migration.kind.name}, which the recipe does not set:")
         lines += [f"#   {key}" for key in defaults]
     for section in SECTIONS:
         if section in tables:
@@ -161,7 +184,7 @@ def markdown(kind: Format) -> str:
     for rule in kind.rules:
         lines.append(f"| `{rule.theirs}` | {rule.describe()} |")
     for key, value in kind.defaults.items():
-        lines.append(f"| (not set) | `{key} = {show(value)}` |")
+        lines.append(f"| `{key}` | where it is not set: as `{show(value)}` |")
     return "\n".join(lines) + "\n"
 
 

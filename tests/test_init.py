@@ -20,9 +20,10 @@ from titan_ulysses.__main__ import main
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.model_cli import Gpus, parse_gpus, parse_model_command, parse_tokens
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.hardware import gpu_of_device
 from titan_ulysses.plan import init
 from titan_ulysses.plan.fastest import Candidate
-from titan_ulysses.plan.planner import Setup
+from titan_ulysses.plan.planner import Setup, set_up
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,10 +46,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("1 x h200", Gpus(1, "H200", 8)),
         ("4x8xB200", Gpus(32, "B200", 8)),
         ("2x4xA100-80GB", Gpus(8, "A100-80GB", 4)),
+        ("1xa100", Gpus(1, "A100-80GB", 8)),
     ],
 )
 def test_gpus(text: str, gpus: Gpus) -> None:
     assert parse_gpus(text) == gpus
+
+
+def test_a_device_is_no_gpu_whose_name_is_only_part_of_its_own() -> None:
+    for device, name in [
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H20", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA GH200 480GB", None),
+    ]:
+        found = gpu_of_device(device)
+        assert (found and found.name) == name, device
 
 
 @pytest.mark.parametrize(
@@ -68,6 +83,9 @@ def test_tokens(text: str, tokens: int) -> None:
         (["m", "--gpus"], "--gpus: needs a value"),
         (["m", "--gpus", "H100"], "--gpus H100: needs a number and a name, as in --gpus 8xH100"),
         (["m", "--gpus", "8xV100"], "--gpus 8xV100: V100 is not known; known are A100-80GB"),
+        (["m", "--gpus", "1xA10"], "--gpus 1xA10: A10 is not known; known are A100-80GB"),
+        (["m", "--gpus", "8xH20"], "--gpus 8xH20: H20 is not known; known are A100-80GB"),
+        (["m", "--gpus", "8xB20"], "--gpus 8xB20: B20 is not known; known are A100-80GB"),
         (["m", "--gpus", "0xH100"], "--gpus 0xH100: needs from 1 to 1,048,576 GPUs"),
         (["m", "--gpus", "8xH100", "--seq-len", "long"], "--seq-len long: needs a number"),
         (["m", "--gpus", "8xH100", "--seq-len", "1.5"], "--seq-len 1.5: needs a number"),
@@ -122,6 +140,10 @@ def test_init_writes_a_file_that_plans_and_trains(
         with pytest.raises(UserError, match="tiny.toml is there already: give another --output"):
             main(["init", str(model), "--gpus", "2xH100"])
     assert "fastest settings for 2,048 tokens on 2 x H100-80GB" in out
+    # The hours are those of the steps in the file, with all sequences of a step.
+    planned = set_up(config)
+    assert planned.degrees.global_batch_size == 2
+    assert f"the run: {1000 * planned.tokens_per_step:,} tokens in" in out
     assert config.training.seq_len == 2048 and config.data.path == "texts"
     assert config.model.rope_scaling == {"rope_type": "yarn", "factor": 4.0}
     assert config.plan.world_size == 2 and config.job.name == "tiny"

@@ -157,6 +157,8 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "optimizer.betas": (0.9, 0.999),
         "job.dump_folder": "logs",
         "data.cache_folder": "data-cache",
+        "data.packing": "none",
+        "data.long_documents": "drop",
     },
     "accelerate": {
         "parallelism.sequence_parallel_degree": 4,
@@ -201,7 +203,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
 }
 LOST = {
-    "arctic": ["model.save_name", "epochs"],
+    "arctic": ["scheduler.warmup_ratio", "model.save_name", "epochs"],
     "accelerate": ["parallelism_config.parallelism_config_tp_size"],
     "axolotl": ["min_sample_len", "neftune_noise_alpha"],
     "torchtitan": ["parallelism.pipeline_parallel_degree"],
@@ -262,7 +264,8 @@ def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) 
         found = {one: reason for one, _, reason in migrated(recipe, text).lost}
         assert why in found[key], (text, found)
     # What is off asks for nothing.
-    assert not migrated(recipe, "base_model: m\nload_in_4bit: false\nqat:\nrl: []").lost
+    off = "base_model: m\nmax_steps: 5\nload_in_4bit: false\nqat:\nrl: []"
+    assert not migrated(recipe, off).lost
 
 
 def test_keys_that_depend_on_others(tmp_path: Path) -> None:
@@ -281,10 +284,161 @@ def test_keys_that_depend_on_others(tmp_path: Path) -> None:
         assert found.get(key) == value, text
 
 
+SFT = "model: {name_or_path: m}\ndata: {sources: [THUDM/LongAlign-10k], max_length: 4096%s}\n"
+CHATS = "base_model: m\ndatasets: [{path: a, type: chat_template}]\nmax_steps: 50\n"
+OLD = """
+[model]
+name = "llama3"
+flavor = "8B"
+tokenizer_path = "./original/tokenizer.model"
+[training]
+batch_size = 1
+warmup_steps = 20
+tensor_parallel_degree = 1
+compile = true
+[experimental]
+context_parallel_degree = 4
+[lr_scheduler]
+lr_min = 0.1
+[checkpoint]
+enable_checkpoint = true
+[float8]
+enable_float8_linear = true
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "lost"),
+    [
+        (  # ArcticTraining packs nothing, drops what is too long, and warms up for a tenth
+            f"{SFT % ''}train_iters: 50",
+            {
+                "data.source": "chat",
+                "data.packing": "none",
+                "data.long_documents": "drop",
+                "lr_scheduler.warmup_steps": 5,
+                "lr_scheduler.min_lr_ratio": 0.0,
+                "training.seed": 42,
+                "checkpoint.enable": False,
+            },
+            {},
+        ),
+        (
+            f"{SFT % ', pack_samples: true, mask_inputs: false'}train_iters: 50",
+            {"data.packing": "best_fit", "data.train_on": "all"},
+            {},
+        ),
+        (
+            f"{SFT % ', filter_samples: false'}type: causal\ntrain_iters: 50",
+            {"data.source": "hf", "data.packing": "concat", "data.long_documents": "split"},
+            {},
+        ),
+        (
+            "model: {name_or_path: m}\ndata: {sources: [a/b], filter_samples: false}",
+            {"data.path": "a/b", "data.long_documents": None, "training.seq_len": None},
+            {
+                "epochs": "set training.steps",
+                "scheduler.warmup_ratio": "of all epochs",
+                "data.max_length": "set training.seq_len (the default of ArcticTraining)",
+                "data.sources": "of a/b: its role_mapping: make each row a list of",
+                "data.filter_samples": "stay whole there",
+            },
+        ),
+        (  # axolotl drops chats that are too long, and warms up for 3 %, at most for 100 steps
+            CHATS,
+            {
+                "data.packing": "none",
+                "data.long_documents": "drop",
+                "training.seq_len": 512,
+                "lr_scheduler.warmup_steps": 2,
+                "optimizer.weight_decay": 0.0,
+            },
+            {},
+        ),
+        (f"{CHATS}warmup_steps: 3", {"lr_scheduler.warmup_steps": 3}, {}),
+        (CHATS.replace("50", "9000"), {"lr_scheduler.warmup_steps": 100}, {}),
+        (
+            CHATS.replace("chat_template", "completion"),
+            {"data.source": "hf", "data.long_documents": None},
+            {},
+        ),
+        (
+            f"{CHATS}pretraining_dataset: b",
+            {"data.packing": "concat", "data.streaming": True},
+            {"sample_packing": "packed, end to end (the default of axolotl)"},
+        ),
+        (
+            CHATS.replace("[{path", "[{path: t, type: completion}, {path"),
+            {"data.long_documents": None},
+            {"excess_length_strategy": "chats are dropped there and texts split"},
+        ),
+        (  # as YAML 1.2 has numbers
+            f"{CHATS}warmup_ratio: 1e-1\nlearning_rate: 2e-5\nadam_epsilon: '1e-7'",
+            {"lr_scheduler.warmup_steps": 5, "optimizer.lr": 2e-5, "optimizer.eps": "1e-7"},
+            {},
+        ),
+        (
+            f"{CHATS}rl: dpo\nrl_beta: 0.2",
+            {
+                "loss.name": "dpo",
+                "loss.beta": 0.2,
+                "data.source": "preference",
+                "data.prompt_field": "messages",
+                "data.chosen_field": "chosen",
+            },
+            {},
+        ),
+        (f"{CHATS}rl: kto", {"loss.name": None}, {"rl": "TRL's trainers in sequence parallelism"}),
+        (  # what else a data set has is named, and the data set stays
+            CHATS.replace("a,", "a, message_property_mappings: {role: from, content: value},"),
+            {"data.path": "a", "data.source": "chat"},
+            {"datasets": "of a: message_property_mappings: make each row a list of"},
+        ),
+        (
+            CHATS.replace("a,", "a, message_property_mappings: {role: role}, chat_template: x,"),
+            {"data.path": "a"},
+            {"datasets": "of a: chat_template"},
+        ),
+        (
+            OLD,
+            {
+                "training.local_batch_size": 1,
+                "lr_scheduler.warmup_steps": 20,
+                "lr_scheduler.min_lr_ratio": 0.1,
+                "parallelism.sequence_parallel_degree": 4,
+                "checkpoint.enable": True,
+                "compile.enable": True,
+                "quantize.float8": True,
+                "validation.interval": 10,
+            },
+            {"model.tokenizer_path": "of Meta's format"},
+        ),
+    ],
+)
+def test_what_a_recipe_leaves_to_its_trainer_or_says_in_other_words(
+    text: str, settings: dict[str, Any], lost: dict[str, str], tmp_path: Path
+) -> None:
+    """With the values of the trainers' sources, which the files in scripts/migration/ name."""
+    recipe = tmp_path / ("recipe.toml" if text == OLD else "recipe.yaml")
+    found = migrated(recipe, text)
+    assert {key: found.settings.get(key) for key in settings} == settings
+    said = {key: why for key, _, why in found.lost}
+    assert said.keys() == lost.keys()
+    for key, why in lost.items():
+        assert why in said[key], said
+    found.settings.setdefault("model.path", "m")
+    (tmp_path / "ours.toml").write_text(migrate.as_text("recipe", found))
+    config = load_config(tmp_path / "ours.toml", [("data.path", "a")] if text == OLD else [])
+    if "optimizer.eps" in settings:  # in quotes, and a number all the same
+        assert config.optimizer.eps == 1e-7
+        assert "eps = 1e-07" in (tmp_path / "ours.toml").read_text()
+
+
 def test_a_step_has_as_many_sequences_whatever_the_key_of_the_degree_is(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     for key in ("context_parallel_size", "sequence_parallel_degree"):
         text = f"base_model: m\n{key}: 4\nmicro_batch_size: 3\ngradient_accumulation_steps: 2"
+        text += "\nmax_steps: 5"
         assert migrated(recipe, text, ranks=8).settings["training.global_batch_size"] == 12, key
         (lost,) = migrated(recipe, text, ranks=6).lost
         assert lost[2] == "--ranks 6 cannot be divided by 4 ranks of a sequence"
@@ -324,7 +478,7 @@ def test_files_that_are_no_recipes(name: str, text: str, message: str, tmp_path:
 def test_rules_lead_to_settings_that_exist() -> None:
     """Every default, and every key that a rule says it becomes."""
     for kind in FORMATS.values():
-        assert not kind.defaults.keys() - KEYS.keys()
+        assert all(kind.rule_of(key) for key in kind.defaults)
         for rule in kind.rules:
             named = [word.strip("`,;") for word in rule.ours.split() if word.startswith("`")]
             for key in named:

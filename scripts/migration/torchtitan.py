@@ -1,4 +1,6 @@
-"""Configs of torchtitan 0.2.2 (torchtitan/config/job_config.py), whose sections are like ours."""
+"""Configs of torchtitan up to 0.2.2 (torchtitan/config/job_config.py; before 0.2.0 it was
+torchtitan/config_manager.py), whose sections are like ours.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +37,12 @@ def _converters(value: list[str], _: Flat) -> Flat:
     return {"quantize.float8": True} if value else {}
 
 
+def _tokenizer(value: str, _: Flat) -> Flat:
+    if value.endswith(".model"):
+        raise Lost("a file of Meta's format: model.path has a tokenizer, or set model.tokenizer")
+    return {"model.tokenizer": value}
+
+
 def _positive(ours: str) -> Any:
     def become(value: int, _: Flat) -> Flat:
         return {ours: max(0, value)}
@@ -64,7 +72,8 @@ TORCHTITAN = Format(
         needless("model.name", _MODEL),
         needless("model.flavor", _MODEL),
         same("model.hf_assets_path", "model.path", "it must hold the weights too"),
-        same("model.tokenizer_path", "model.tokenizer"),
+        custom("model.tokenizer_path", "`model.tokenizer`", _tokenizer),
+        needless("model.norm_type", _MODEL),
         custom("model.converters", "`quantize.float8`", _converters),
         needless("model.print_after_conversion", "the summary names what was converted"),
         words(
@@ -86,6 +95,7 @@ TORCHTITAN = Format(
         same("optimizer.eps", "optimizer.eps"),
         same("optimizer.weight_decay", "optimizer.weight_decay"),
         needless("optimizer.implementation", "fused"),
+        needless("optimizer.fused", "fused"),
         lost("optimizer.early_step_in_backward", "gradients are clipped before the step"),
         same("lr_scheduler.warmup_steps", "lr_scheduler.warmup_steps"),
         words(
@@ -95,9 +105,19 @@ TORCHTITAN = Format(
             | {"sqrt": "linear or cosine"},
         ),
         same("lr_scheduler.min_lr_factor", "lr_scheduler.min_lr_ratio"),
+        same("lr_scheduler.lr_min", "lr_scheduler.min_lr_ratio", "until 0.1"),
         only("lr_scheduler.decay_ratio", (1.0, 1), "the decay begins after the warmup"),
         lost("lr_scheduler.total_steps", "the decay ends with training.steps"),
         same("training.local_batch_size", "training.local_batch_size"),
+        same("training.batch_size", "training.local_batch_size", "before 0.1"),
+        same("training.warmup_steps", "lr_scheduler.warmup_steps", "before 0.1"),
+        same("training.compile", "compile.enable", "until 0.1"),
+        same("training.data_parallel_degree", SHARD, "before 0.1"),
+        same("training.data_parallel_shard_degree", SHARD, "before 0.1"),
+        same("training.data_parallel_replicate_degree", REPLICATE, "before 0.1"),
+        only("training.data_parallel_type", ("fsdp",), "set data_parallel_replicate_degree"),
+        only("training.tensor_parallel_degree", (1,), NO_TENSOR),
+        needless("training.enable_loss_parallel", "of tensor parallelism"),
         same("training.global_batch_size", "training.global_batch_size"),
         same("training.seq_len", "training.seq_len"),
         same("training.max_norm", "training.max_norm"),
@@ -124,7 +144,13 @@ TORCHTITAN = Format(
         only("parallelism.expert_parallel_degree", (1,), "expert parallelism"),
         only("parallelism.expert_tensor_parallel_degree", (1,), "expert parallelism"),
         needless("parallelism.*", "of other kinds of parallelism"),
+        same("experimental.context_parallel_degree", SEQUENCE, "before 0.1"),
+        only("experimental.pipeline_parallel_degree", (1,), "pipelines"),
+        lost("experimental.custom_*", "code of its own"),
+        needless("experimental.*", "of other kinds of parallelism"),
         same("checkpoint.enable", "checkpoint.enable"),
+        same("checkpoint.enable_checkpoint", "checkpoint.enable", "until 0.1"),
+        only("checkpoint.interval_type", ("steps",), "checkpoint.interval is in steps"),
         same("checkpoint.folder", "checkpoint.folder"),
         same("checkpoint.interval", "checkpoint.interval"),
         same("checkpoint.keep_latest_k", "checkpoint.keep_latest_k"),
@@ -139,10 +165,11 @@ TORCHTITAN = Format(
             },
         ),
         same("checkpoint.initial_load_path", "checkpoint.initial_load_path"),
-        needless("checkpoint.initial_load_model_only", "weights alone"),
+        needless("checkpoint.initial_load_model_*", "weights alone"),
         needless("checkpoint.initial_load_in_hf", "seen from the folder"),
         same("checkpoint.last_save_in_hf", "checkpoint.export"),
-        needless("checkpoint.last_save_model_only", "checkpoints resume; export/ has the model"),
+        needless("checkpoint.last_save_model_*", "checkpoints resume; export/ has the model"),
+        needless("checkpoint.model_weights_only", "checkpoints resume; export/ has the model"),
         needless("checkpoint.export_dtype", "the export has training.param_dtype's bits or fp32"),
         only("checkpoint.load_step", (-1,), "the newest checkpoint is taken"),
         words(
@@ -160,6 +187,8 @@ TORCHTITAN = Format(
         same("compile.enable", "compile.enable"),
         needless("compile.*", "MLPs and norms are compiled"),
         needless("quantize.linear.float8.*", "float8 of each linear layer of the blocks"),
+        same("float8.enable_float8_linear", "quantize.float8", "before 0.1"),
+        needless("float8.*", "float8 of each linear layer of the blocks"),
         same("comm.init_timeout_seconds", "comm.startup_timeout_s"),
         same("comm.train_timeout_seconds", "comm.timeout_s"),
         needless("comm.*", "stacks of all ranks are in stacks/ of the run"),
@@ -183,10 +212,12 @@ TORCHTITAN = Format(
         "optimizer.lr": 8e-4,
         "lr_scheduler.warmup_steps": 200,
         "lr_scheduler.decay_type": "linear",
-        "lr_scheduler.min_lr_ratio": 0.0,
-        "metrics.log_interval": 10,
+        "lr_scheduler.min_lr_factor": 0.0,
+        "metrics.log_freq": 10,
         "checkpoint.enable": False,
         "checkpoint.keep_latest_k": 10,
-        "checkpoint.export": False,
+        "checkpoint.last_save_in_hf": False,
+        "validation.freq": 10,
+        "validation.steps": -1,
     },
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.hardware import GPUS
+from titan_ulysses.distributed.hardware import GPUS, short_name
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _ROUND = 1024
@@ -60,7 +60,8 @@ class ModelCommand:
 def parse_gpus(text: str) -> Gpus:
     """Parse "8xH100", "32xH200" or, with the nodes in front, "4x4xA100".
 
-    The name is that of `hardware.GPUS`, or its beginning. UserError with exit code 2 for others.
+    The name is that of `hardware.GPUS`, with its memory or without: an A10 is no A100. UserError
+    with exit code 2 for others.
     """
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX]\s*)?(\d+)\s*[xX]\s*([A-Za-z]\S*)\s*", text)
     if not match:
@@ -68,7 +69,7 @@ def parse_gpus(text: str) -> Gpus:
             f"--gpus {text}: needs a number and a name, as in --gpus 8xH100", exit_code=2
         )
     nodes, count, asked = int(match[1] or 1), int(match[2]), match[3]
-    names = [name for name in GPUS if name.lower().startswith(asked.lower())]
+    names = [name for name in GPUS if asked.lower() in (name.lower(), short_name(name).lower())]
     if len(names) != 1:
         raise UserError(
             f"--gpus {text}: {asked} is not known; known are {', '.join(GPUS)}. For another one "

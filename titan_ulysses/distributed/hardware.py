@@ -5,6 +5,7 @@ Each figure has its source. None was fitted to a training run.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from titan_ulysses.distributed.errors import UserError
@@ -115,12 +116,18 @@ def gpu_named(name: str) -> GPU:
     return GPUS[name]
 
 
+def short_name(name: str) -> str:
+    """Return the name of a GPU without its memory: H100 of H100-80GB."""
+    return name.partition("-")[0]
+
+
 def gpu_of_device(device_name: str) -> GPU | None:
     """Return the GPU that CUDA calls by this name, as in "NVIDIA H100 80GB HBM3".
 
-    The result is None if the table does not have it.
+    The result is None if the table does not have it: an RTX A1000 is no A100, a GH200 no H200.
     """
-    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in device_name), None)
+    words = re.split(r"[\W_]+", device_name)
+    return next((gpu for gpu in GPUS.values() if short_name(gpu.name) in words), None)
 
 
 def peak_flops(device_name: str) -> float | None:

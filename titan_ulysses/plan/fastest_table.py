@@ -23,7 +23,8 @@ def tell_fastest(console: Console, search: Search) -> list[dict[str, Any]]:
     if not found:
         console.print(_nothing(search), highlight=False, soft_wrap=True)
         return []
-    tokens = tokens_of_run(setup)
+    # training.steps steps of the fastest mesh, not of the one that setup happens to have.
+    tokens = tokens_of_run(found[0].found.setup)
     costs = [_cost_of(one, tokens) for one in found]
     for line in _table(found, costs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -127,8 +127,6 @@ def _config(command: ModelCommand) -> Config:
     settings["training"]["seq_len"] = length
     warmup = settings["lr_scheduler"]["warmup_steps"]
     settings["lr_scheduler"]["warmup_steps"] = min(warmup, before.training.steps)
-    # One sequence a step, so that the hours of all meshes are those of the same tokens.
-    settings["plan"].setdefault("tokens", before.training.steps * length)
     stretched = before.model.rope_scaling or rope_for(model, length)
     if stretched:
         settings["model"]["rope_scaling"] = stretched

@@ -29,7 +29,7 @@ from titan_ulysses.plan.planner import (
     make_plan,
     set_up,
 )
-from titan_ulysses.plan.run_cost import RunCost, run_cost, tokens_of_run
+from titan_ulysses.plan.run_cost import RunCost, grace_of, run_cost, tokens_of_run
 from titan_ulysses.plan.search import (
     SearchResult,
     estimate,
@@ -131,6 +131,7 @@ def say(console: Console, plan: Plan) -> None:
     for line in time_lines(plan):
         tell(line)
     tell(cost_of(plan).sentence())
+    tell(grace_of(plan).sentence())
 
 
 def cost_of(plan: Plan) -> RunCost:
@@ -346,6 +347,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "step_seconds": plan.time.seconds,
         "mfu": plan.mfu,
         "run": cost_of(plan).as_json(),
+        "grace_seconds": grace_of(plan).seconds,
         "components": {name: size / GIB for name, size in gpu_components(plan).items()},
         "host_components": {name: size / GIB for name, size in plan.host_components.items()},
         "peak": {

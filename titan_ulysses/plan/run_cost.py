@@ -1,12 +1,20 @@
-"""What a whole run takes, from the planned time of its steps: hours, GPU-hours, cost."""
+"""What a whole run takes, from the planned time of its steps: hours, GPU-hours, cost; and how long
+it takes to stop.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
-from titan_ulysses.observability.units import time_text
-from titan_ulysses.plan.planner import Setup
+from titan_ulysses.observability.units import size_text, time_text
+from titan_ulysses.plan.planner import Plan, Setup
+
+_SAVING = 1e9
+"""Bytes/s that a node is taken to write to a file system that all nodes share."""
+_MARGIN = 1.25
+"""How much longer than planned a step and a checkpoint may take."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +51,32 @@ def run_cost(setup: Setup, *, tokens: int, seconds_per_token: float) -> RunCost:
     gpu_hours = hours * setup.world_size
     price = setup.config.plan.gpu_hour_price
     return RunCost(tokens, hours, gpu_hours, price * gpu_hours if price else None)
+
+
+@dataclass(frozen=True)
+class Grace:
+    """What a run needs from the word to stop to its end: it finishes its step, and saves."""
+
+    saved: float
+    """bytes of a checkpoint that each node writes"""
+    seconds: int
+    """with a margin, in whole minutes"""
+
+    def sentence(self) -> str:
+        saving = f" and save {size_text(self.saved)} a node" if self.saved else ""
+        return (
+            f"to stop it must finish a step{saving}: sbatch --signal=B:USR1@{self.seconds}, or "
+            f"terminationGracePeriodSeconds: {self.seconds}"
+        )
+
+
+def grace_of(plan: Plan) -> Grace:
+    """Return what a planned run needs to stop. A validation that has begun comes on top."""
+    saved = 0.0
+    if plan.setup.config.checkpoint.enable:
+        state = ("parameters", "optimizer state")
+        places = (plan.peak.components, plan.demand.on_host)
+        saved = sum(place.get(what, 0.0) for place in places for what in state)
+        saved *= plan.setup.ranks_per_node
+    seconds = _MARGIN * (plan.time.seconds + saved / _SAVING)
+    return Grace(saved, 60 * ceil(seconds / 60))
