@@ -1,22 +1,20 @@
-"""scripts/migrate.py: recipes of four trainers, what they become, and what is said to be lost."""
+"""`titan-ulysses migrate`: recipes of four trainers, what they become, and what is lost."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-import migrate  # noqa: E402
-from migration import FORMATS  # noqa: E402
+from titan_ulysses.config.load import load_config
+from titan_ulysses.config.schema import KEYS, Config
+from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.tools import migrate
+from titan_ulysses.tools.migration import FORMATS
 
-from titan_ulysses.config.load import load_config  # noqa: E402
-from titan_ulysses.config.schema import KEYS, Config  # noqa: E402
-from titan_ulysses.distributed.errors import UserError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # Recipes as their projects publish them, shortened: ArcticTraining's run-h100-sp8-llama-8b.yml,
 # accelerate's cp.yaml, axolotl's llama3-8b-deepspeed-alst.yaml, torchtitan's llama3_8b.toml.
@@ -491,4 +489,4 @@ def test_rules_lead_to_settings_that_exist() -> None:
 def test_the_page_has_the_tables() -> None:
     page = (ROOT / "docs" / "migration.md").read_text()
     for name, kind in FORMATS.items():
-        assert migrate.markdown(kind) in page, f"python scripts/migrate.py --table {name}"
+        assert migrate.markdown(kind) in page, f"titan-ulysses migrate --table {name}"

@@ -48,6 +48,7 @@ _TOOLS = {
     "plot": "titan_ulysses.tools.plot",
     "needle": "titan_ulysses.tools.needle",
     "eval-long": "titan_ulysses.tools.eval_long",
+    "migrate": "titan_ulysses.tools.migrate",
 }
 """Tools beside training, each a module whose `main` takes the arguments."""
 _COMMANDS = ("train", "plan", "init", "evaluate", *_TOOLS)
@@ -64,6 +65,7 @@ _USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
   titan-ulysses show-data --config X.toml  what a run would train on, in colour
   titan-ulysses plot RUN ...               pictures of one or several runs
   titan-ulysses needle MODEL, eval-long MODEL    what a model finds in long texts
+  titan-ulysses migrate RECIPE             another trainer's recipe as a TOML file
 
 On several ranks: torchrun --nproc-per-node N -m titan_ulysses train --config X.toml
 All settings: titan-ulysses train --help"""

@@ -1,15 +1,15 @@
 """Turn a recipe of ArcticTraining, accelerate, axolotl or torchtitan into our TOML.
 
-    python scripts/migrate.py run-h100-sp8-llama-8b.yml --ranks 8 --output llama.toml
-    python scripts/migrate.py llama3_8b.toml      torchtitan's; ours goes to the console
-    python scripts/migrate.py fsdp.yaml --model.path FOLDER     accelerate's, which has no model
-    python scripts/migrate.py --table axolotl     the keys that are known, as in docs/migration.md
+    titan-ulysses migrate run-h100-sp8-llama-8b.yml --ranks 8 --output llama.toml
+    titan-ulysses migrate llama3_8b.toml      torchtitan's; ours goes to the console
+    titan-ulysses migrate fsdp.yaml --model.path FOLDER     accelerate's, which has no model
+    titan-ulysses migrate --table axolotl     the keys that are known, as in docs/migration.md
 
 Any setting may be given as an option, as for train.py. A key that the recipe leaves to its own
 trainer is read as if it had that trainer's default, where ours would train something else. A key
 that has no counterpart is named, with its value and the reason, on the console and in comments at
 the end of the file. Nothing is left out silently but what is empty or off. The rules are in
-scripts/migration/.
+migration/.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from migration import FORMATS
-from migration.rules import Format, Lost, Rule
-
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.config.toml import show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.files import whole_file
-from titan_ulysses.launch.failure import exit_on_error
+from titan_ulysses.tools.migration import FORMATS
+from titan_ulysses.tools.migration.rules import Format, Lost, Rule
 
 try:
     import tomllib
@@ -164,7 +162,7 @@ def as_text(source: str, migration: Migration) -> str:
             if isinstance(value, str) and isinstance(ours, (int, float)):
                 table[name] = ours  # a number in quotes, which their trainers take too
     defaults = sorted(migration.assumed - migration.given)
-    lines = [f"# From {source}, a recipe of {migration.kind.name}, by scripts/migrate.py."]
+    lines = [f"# From {source}, a recipe of {migration.kind.name}, by titan-ulysses migrate."]
     if defaults:
         lines.append(f"# From defaults of {migration.kind.name}, which the recipe does not set:")
         lines += [f"#   {key}" for key in defaults]
@@ -203,9 +201,11 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, settings
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="titan-ulysses migrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="YAML or TOML")
     parser.add_argument("--from", dest="kind", choices=FORMATS, help="default: seen from its keys")
@@ -214,7 +214,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: the console")
     parser.add_argument("--table", choices=FORMATS, help="print the keys that are known")
-    own, settings = split_arguments(sys.argv[1:] if argv is None else argv)
+    own, settings = split_arguments(argv)
     options, unknown = parser.parse_known_args(own)
     options.overrides = parse_command_line(["--config", "none", *unknown, *settings]).overrides
     if not options.table and not options.recipe:
@@ -224,7 +224,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     options = parse(argv)
     if options.table:
         print(markdown(FORMATS[options.table]), end="")
@@ -251,8 +251,3 @@ def main(argv: list[str] | None = None) -> None:
     for title, found in (("needs nothing here", migration.needless), ("LOST", migration.lost)):
         for key, value, why in found:
             print(f"{title}: {key} = {show(value)}: {why}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    with exit_on_error():
-        main()

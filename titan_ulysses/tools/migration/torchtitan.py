@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from migration.rules import (
+from titan_ulysses.tools.migration.rules import (
     NO_TENSOR,
     REPLICATE,
     SEQUENCE,

@@ -1,4 +1,4 @@
-"""What each key of the recipes of other trainers becomes here. For scripts/migrate.py.
+"""What each key of the recipes of other trainers becomes here. For `titan-ulysses migrate`.
 
 A rule is (their key, what it becomes, why nothing is needed). `become(value, values)` returns our
 settings by "section.key", and raises `Lost` with the reason where there is no counterpart. `values`

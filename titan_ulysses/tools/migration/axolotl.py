@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from migration.rules import (
+from titan_ulysses.tools.migration.rules import (
     ATTENTION,
     FLASH,
     NO_TENSOR,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from migration.rules import (
+from titan_ulysses.tools.migration.rules import (
     ATTENTION,
     DTYPE,
     FLASH,
