@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_ulysses.checkpoint.hosts import HostFolders
-from titan_ulysses.checkpoint.manifest import HashingWriter, Pieces, cause
+from titan_ulysses.checkpoint.manifest import Damage, HashingWriter, Pieces, cause
 from titan_ulysses.checkpoint.run_file import publish
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure
@@ -88,12 +89,12 @@ class Writer:
             return reason
         pieces = self._of_all_ranks(pieces)
         if self.hosts:
-            state = state | self.hosts.manifest(partial)
+            state = state | self.hosts.manifest(pieces)
         try:
             if self.publishes:
                 saved = {**state, "step": step_of(final)}
                 publish(partial, final, saved, pieces, save_id=save_id[0])
-        except OSError as error:
+        except (OSError, Damage) as error:
             failure = cause(error)
         return self._first(failure)  # the other ranks wait for those that publish
 
@@ -120,8 +121,12 @@ class Writer:
 
 
 def _remove(*folders: Path) -> None:
+    """Remove folders. A checkpoint loses its name first: what a kill leaves of it is not one."""
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        gone = folder if step_named(folder.name) is None else partial_path(folder)
+        with suppress(OSError):
+            folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def steps_in(folder: Path) -> list[int]:
