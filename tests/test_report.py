@@ -98,6 +98,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def test_a_page_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    (tmp_path / "outputs/run/report.html").mkdir(parents=True)
+    more = {"metrics.enable_report": True, "training.steps": 3, "checkpoint.export": True}
+    run_on_ranks(1, train, config, more)
+    assert (tmp_path / "outputs/run/export/config.json").exists()
+    assert not [*(tmp_path / "outputs/run").glob(".report*")]
+
+
 def test_the_page_of_a_plan(folder: Path) -> None:
     found = outline(folder / "plan_alone.html")
     assert found.labels[0].startswith("By part, over the planned time")

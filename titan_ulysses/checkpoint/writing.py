@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from titan_ulysses.checkpoint.manifest import Damage, HashingWriter, Pieces, cau
 from titan_ulysses.checkpoint.run_file import publish
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.failure import first_failure
-from titan_ulysses.distributed.files import partial_path
+from titan_ulysses.distributed.files import partial_path, remove
 
 
 class Writer:
@@ -57,9 +56,12 @@ class Writer:
         is_absent = self.publishes and not final.exists()
         if self._first("absent" if is_absent else None) is None:
             return None
+        reason = None
         if self.publishes:
-            _remove(partial, final)
-        dist.barrier(group=self.group)
+            _remove(final)
+            reason = _made_new(partial)
+        if reason := self._first(reason):
+            return reason
         reason = self._write_and_publish(partial, final, tensors, state)
         if self.publishes:
             best = state.get("best") or {}
@@ -120,13 +122,24 @@ class Writer:
         return first_failure(reason, group=self.group)
 
 
+def _made_new(folder: Path) -> str | None:
+    """Make an empty folder in place of what has its name. Return why that failed, or None."""
+    remove(folder)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return cause(error)
+    return None
+
+
 def _remove(*folders: Path) -> None:
     """Remove folders. A checkpoint loses its name first: what a kill leaves of it is not one."""
     for folder in folders:
         gone = folder if step_named(folder.name) is None else partial_path(folder)
+        remove(gone)
         with suppress(OSError):
             folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+            remove(gone)
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -10,6 +10,7 @@ import resource
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ class MetricsLogger:
 
     A run that resumes after `steps_done` steps drops what a killed run logged after them, so that
     no step is logged twice. A run that begins drops everything, including what was logged before
-    the first step.
+    the first step. A log that cannot be written is said once, and ends no run.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class MetricsLogger:
             )
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
         self._total = total_steps
+        self._failed: set[str] = set()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log `values` at `step`. A value is None where it is not known.
@@ -162,22 +164,35 @@ class MetricsLogger:
         """
         if "loss" in values:
             values["loss_spike"] = self._spikes.is_spike(values["loss"])
-        try:
+        with self._said(self._path):
             self._file.write(json.dumps({"step": step, **_finite(values)}) + "\n")
             self._file.flush()
-        except OSError as error:  # as of a full disk; writing does not name the file
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        for name, value in scalars(values):
-            self._tensorboard.add_scalar(name, value, step)
+        with self._said(self._path.with_name("tensorboard")):
+            for name, value in scalars(values):
+                self._tensorboard.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(step, values)
         # Long lines are wrapped between words on a terminal, and not wrapped in a log file.
         wraps = self.console.is_terminal
         self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=not wraps)
 
+    @contextmanager
+    def _said(self, path: Path) -> Iterator[None]:
+        """Say that a file cannot be written, once, and go on: the checkpoints are what counts."""
+        try:
+            yield
+        except OSError as error:
+            if path.name not in self._failed:
+                self._failed.add(path.name)
+                why = error.strerror or str(error)
+                told = f"WARNING: {path}: {why}: it will lack steps. The run goes on."
+                self.console.print(told, markup=False, highlight=False)
+
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        with self._said(self._path):
+            self._file.close()
+        with self._said(self._path.with_name("tensorboard")):
+            self._tensorboard.close()
         if self._wandb:
             self._wandb.close()
 
