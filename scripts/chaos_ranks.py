@@ -54,7 +54,7 @@ def preload() -> float:
         "titan_ulysses.checkpoint.convert",
         "transformers.models.llama.modeling_llama",
         "torch.distributed.checkpoint",
-        "torch.utils.tensorboard",
+        "tensorboard.summary.writer.record_writer",
         "datasets",
         "pyarrow.parquet",
         "pyarrow.json",

@@ -41,10 +41,10 @@ class _Stored(Campaign):
     def results(self) -> Any:
         return cases.results(self.stored, STEPS), cases.contents(self.stored / "export")
 
-    def undisturbed(self, ranks: int, **more: Any) -> Any:
+    def undisturbed(self, ranks: int, *arguments: str, **more: Any) -> Any:
         if ranks not in self.expected:
             shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ended = self.play(ranks, **more)
+            ended = self.play(ranks, *arguments, **more)
             assert ended.codes == [0] * ranks, ended.text
             self.expected[ranks] = self.results()
         shutil.rmtree(self.folder / "outputs", ignore_errors=True)
@@ -192,7 +192,7 @@ class Storage(_Stored):
         if mode not in self.counts:
             self.expected.clear()
             faults = Faults(self.stored)
-            self.undisturbed(self.ranks, **faults.options())
+            self.undisturbed(self.ranks, f"--checkpoint.async_mode={mode}", **faults.options())
             self.counts[mode] = faults.seen
         return self.counts[mode]
 
@@ -254,8 +254,8 @@ _NUMBERS: dict[str, tuple[int, dict[int, str]]] = {
         | dict.fromkeys((38, 276), "rename"),
     ),
 }
-"""The number of seccomp, and of write, pwrite64, writev, sendfile, pwritev, copy_file_range, pwritev2,
-fsync, fdatasync, rename, renameat and renameat2. What goes to a file by a memory map is not among them.
+"""The number of seccomp; of write, pwrite64, writev, sendfile, pwritev, copy_file_range, pwritev2;
+of fsync, fdatasync; of rename, renameat, renameat2. Memory maps of files are not among them.
 """
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101
 _CONTINUE = 1
@@ -353,7 +353,7 @@ class Faults:
     def _path(self, thread: int, kind: str, arguments: tuple[int, ...], call: int) -> str:
         if kind != "rename":
             return os.readlink(f"/proc/{thread}/fd/{arguments[0]}")
-        is_plain = self._kinds.get(call) == "rename" and call == 82 and self._number == 317
+        is_plain = platform.machine() == "x86_64" and call == 82
         with open(f"/proc/{thread}/mem", "rb", buffering=0) as memory:
             memory.seek(arguments[0 if is_plain else 1])
             name = os.fsdecode(memory.read(4096).split(b"\0", 1)[0])

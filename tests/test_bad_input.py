@@ -317,8 +317,9 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(
     def no_room(*_: Any) -> None:
         raise full
 
+    assert logger._events is not None
     monkeypatch.setattr(logger, "_file", Full())
-    monkeypatch.setattr(logger._tensorboard, "add_scalar", no_room)
+    monkeypatch.setattr(logger._events, "log", no_room)
     values = dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gib"), 1.0)
     for step in range(1, 5):
         logger.log(step, values | {"mfu": None})

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.distributed.run_store import host_name
 from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
 from titan_ulysses.observability.spikes import WINDOW, LossSpikes
 from titan_ulysses.observability.wandb import WandbRun
@@ -141,8 +144,6 @@ class MetricsLogger:
         console: Console,
         wandb: WandbRun | None = None,
     ):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
-
         self.console, self._wandb = console, wandb
         first_step = steps_done + 1 if steps_done else 0
         self._path = folder / "metrics.jsonl"
@@ -153,9 +154,11 @@ class MetricsLogger:
                 f"WARNING: {folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are "
                 "dropped."
             )
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
         self._total = total_steps
         self._failed: set[str] = set()
+        self._events: EventFile | None = None
+        with self._said(folder / "tensorboard"):
+            self._events = EventFile(folder / "tensorboard", first_step=first_step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log `values` at `step`. A value is None where it is not known.
@@ -168,8 +171,8 @@ class MetricsLogger:
             self._file.write(json.dumps({"step": step, **_finite(values)}) + "\n")
             self._file.flush()
         with self._said(self._path.with_name("tensorboard")):
-            for name, value in scalars(values):
-                self._tensorboard.add_scalar(name, value, step)
+            if self._events:
+                self._events.log(step, scalars(values))
         if self._wandb:
             self._wandb.log(step, values)
         # Long lines are wrapped between words on a terminal, and not wrapped in a log file.
@@ -192,9 +195,43 @@ class MetricsLogger:
         with self._said(self._path):
             self._file.close()
         with self._said(self._path.with_name("tensorboard")):
-            self._tensorboard.close()
+            if self._events:
+                self._events.close()
         if self._wandb:
             self._wandb.close()
+
+
+class EventFile:
+    """A file of events in TensorBoard's folder, which drops there what was logged from `first_step`
+    on. Written in the thread of the caller: an error in one of TensorBoard is a traceback.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        # Slow to import, and only rank 0 writes.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{host_name()}.{os.getpid()}"
+        self._file = open(folder / name, "xb")  # noqa: SIM115  closed by `close`
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self._file.flush()
+
+    def log(self, step: int, values: Iterator[tuple[str, float]]) -> None:
+        found = [self._summary.Value(tag=name, simple_value=value) for name, value in values]
+        self._write(step=step, summary=self._summary(value=found))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        event = self._event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
 
 
 def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
