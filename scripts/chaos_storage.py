@@ -337,7 +337,8 @@ class Faults:
             return 0
         if not path.startswith(self._run):
             return 0
-        made = Call(kind, re.sub(r"\d+", "N", path.removeprefix(self._run)))
+        # safetensors writes to .tmp and six letters or digits, then renames.
+        made = Call(kind, re.sub(r"(?<=\.tmp)\w+|\d+", "N", path.removeprefix(self._run)))
         self.seen[made] += 1
         fault = self._fault
         if fault is None or (self.hit and not fault.stays):

@@ -17,6 +17,7 @@ from rich.console import Console
 from helpers.ranks import run_on_ranks
 from helpers.runs import train, working_in, write_run
 from titan_ulysses.__main__ import run
+from titan_ulysses.checkpoint.folder import exported_step
 from titan_ulysses.observability import page, pictures
 from titan_ulysses.observability.metrics import MetricsLogger
 from titan_ulysses.observability.run_page import write_run_page
@@ -103,7 +104,7 @@ def test_a_page_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / "outputs/run/report.html").mkdir(parents=True)
     more = {"metrics.enable_report": True, "training.steps": 3, "checkpoint.export": True}
     run_on_ranks(1, train, config, more)
-    assert (tmp_path / "outputs/run/export/config.json").exists()
+    assert exported_step(tmp_path / "outputs/run/export") == 3
     assert not [*(tmp_path / "outputs/run").glob(".report*")]
 
 

@@ -252,8 +252,9 @@ def seal_folder(folder: Path, name: str, state: dict[str, Any]) -> None:
             file.chmod(mode)
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
+    files = describe_files(folder)  # before there is a file for the manifest itself
     with whole_file(folder / name) as partial:
-        write_sealed(partial, {**state, "files": describe_files(folder)})
+        write_sealed(partial, {**state, "files": files})
     sync_folder(folder)
 
 
