@@ -5,6 +5,8 @@
     python scripts/chaos.py data                 200 broken files of data
     python scripts/chaos.py kill                 100 kills while a run steps, saves and exports
     python scripts/chaos.py hang                 40 ranks that stop, loop or exit, and full disks
+    python scripts/chaos.py publish              100 files of a rank lost before a checkpoint counts
+    python scripts/chaos.py storage              45 writes, fsyncs and renames that fail
     python scripts/chaos.py reshape              100 runs that go on on another mesh
     python scripts/chaos.py soak                 a long run, whose memory must stay what it is
     python scripts/chaos.py damage=20 config=50 --seed 7 --minutes 5
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from chaos_campaigns import GOOD, Campaign, Config, Damage, Data, Kill
 from chaos_disturbed import Hang, Reshape, Soak
 from chaos_ranks import preload
+from chaos_storage import Publish, Storage
 
 COUNTS = {
     "damage": 100,
@@ -41,6 +44,8 @@ COUNTS = {
     "data": 200,
     "kill": 100,
     "hang": 40,
+    "publish": 100,
+    "storage": 45,
     "reshape": 100,
     "soak": 1,
 }
@@ -50,6 +55,8 @@ CAMPAIGNS: dict[str, type[Campaign]] = {
     "data": Data,
     "kill": Kill,
     "hang": Hang,
+    "publish": Publish,
+    "storage": Storage,
     "reshape": Reshape,
     "soak": Soak,
 }

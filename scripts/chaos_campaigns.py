@@ -24,7 +24,8 @@ class Verdict(NamedTuple):
     ended with the bits of an undisturbed one; close: on another mesh, with its losses to the order
     of sums; ended: a run that hung or had no disk ended in time, said why, and went on with the
     bits of an undisturbed one; flat: memory, files and threads stayed what they were. All
-    others are failures: undetected, unnamed, unnoticed, traceback, hung, lost, grows.
+    others are failures: undetected, unnamed, unnoticed, traceback, hung, lost, half (something is
+    left that is half-written), grows.
     """
     detail: str = ""
 

@@ -104,8 +104,7 @@ class Hang(Campaign):
             what += f": rank {rank} in step {step + 1}"
             ended = self._play(ranks, how, rank, step, meddle=watcher)
             late = watcher.seconds_until_the_end(time.perf_counter())
-            first_host = how == "stopped" and rank == 0  # it has the store of the run
-            words = [f"rank {rank} "] + ["the first host"] * first_host
+            words = [f"rank {rank} "]
             words += ["another rank died without a word"] * (how == "exits")
             named = any(word in ended.text for word in words)
         verdict = self._verdict(ended, late, named)

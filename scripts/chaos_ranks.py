@@ -54,7 +54,7 @@ def preload() -> float:
         "titan_ulysses.checkpoint.convert",
         "transformers.models.llama.modeling_llama",
         "torch.distributed.checkpoint",
-        "torch.utils.tensorboard",
+        "tensorboard.summary.writer.record_writer",
         "datasets",
         "pyarrow.parquet",
         "pyarrow.json",
@@ -76,11 +76,13 @@ def run_ranks(
     timeout: float,
     meddle: Callable[[list[int]], None] = lambda pids: None,
     file_bytes: int = 0,
+    prepare: Callable[[int], None] = lambda rank: None,
 ) -> Ended:
     """Run the trainer with these arguments in `folder`; end all ranks after `timeout` seconds.
 
     meddle: called with the process ids of the ranks, again and again while one of them runs.
-    file_bytes: how large a file may become, as on a disk that is full; 0: any size.
+    file_bytes: how large a file may become, as on a disk that is full; 0: any size. prepare: called
+    with its number in each rank, before it begins.
     """
     started, files, pids = time.perf_counter(), [], []
     port = _free_port()
@@ -89,7 +91,7 @@ def run_ranks(
         files.append(folder / f"rank{rank}.txt")
         pid = os.fork()
         if pid == 0:
-            _be_rank(arguments, rank, ranks, port, folder, files[-1], file_bytes)
+            _be_rank(arguments, rank, ranks, port, folder, files[-1], file_bytes, prepare)
         pids.append(pid)
     codes: dict[int, int | None] = {}
     while len(codes) < ranks and time.perf_counter() - started < timeout:
@@ -119,6 +121,7 @@ def _be_rank(
     folder: Path,
     file: Path,
     file_bytes: int,
+    prepare: Callable[[int], None],
 ) -> NoReturn:
     try:
         os.setsid()
@@ -144,6 +147,7 @@ def _be_rank(
                 "MASTER_PORT": str(port),
                 "TORCHELASTIC_RUN_ID": "chaos",
             }
+        prepare(rank)
         from titan_ulysses.__main__ import run
         from titan_ulysses.launch.failure import exit_on_error
 

@@ -727,7 +727,7 @@ def preload() -> None:
         "titan_ulysses.setup.parallelize",
         "titan_ulysses.train.trainer",
         "transformers.models.llama.modeling_llama",
-        "torch.utils.tensorboard",
+        "tensorboard.summary.writer.record_writer",
     ):
         with suppress(ImportError):
             importlib.import_module(module)

@@ -340,7 +340,8 @@ LOST = {
     "NCCL error: ncclRemoteError: A call failed possibly due to a network error": "died",
     "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1)": "not answered",
     "Failed to recv, got 0 bytes. Connection was likely closed.": "its store at port 29500",
-    "The client socket has timed out after 2000ms while trying to connect": "the first host, one,",
+    "The client socket has timed out after 2000ms while trying to connect": "rank 0 on one is "
+    "stopped, or is gone",
 }
 
 
@@ -355,6 +356,9 @@ def test_errors_of_a_lost_peer(text: str, monkeypatch: pytest.MonkeyPatch) -> No
             raise RuntimeError("in backward") from inner
     except RuntimeError as error:
         assert LOST[text] in (_lost_peer(error) or "")
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        if "socket has timed out" in text:
+            assert "the first host, one, is gone or out" in (_lost_peer(error) or "")
 
 
 def test_how_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,7 @@ def toml(tmp_path: Path) -> Path:
         ("data.path", "a\0b"),
         ("model.freeze", ["a\0b"]),
         ("job.name", "\udc80"),
+        *((key, "a\x1b]0;b\x07") for key in ("job.name", "checkpoint.folder")),
         ("lora.alpha", 32.0),
         ("lora.quantize_base", "nf4"),
         ("lora.quantize_base", "fp4"),
@@ -291,6 +292,43 @@ def test_lines_that_are_no_metrics_are_dropped_and_said(tmp_path: Path) -> None:
     MetricsLogger(tmp_path, steps_done=2, total_steps=9, console=console).close()
     assert file.read_text() == good[0] + good[1]
     assert "metrics.jsonl: 7 line(s) that are no metrics are dropped." in out.getvalue()
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, full = StringIO(), OSError(28, "No space left on device")
+    logger = MetricsLogger(tmp_path, steps_done=0, total_steps=9, console=Console(file=out))
+    written, writes = logger._file, iter([False, False, True, True])
+
+    class Full:
+        def write(self, text: str) -> None:
+            if not next(writes):
+                raise full
+            written.write(text)
+
+        def flush(self) -> None:
+            written.flush()
+
+        def close(self) -> None:
+            written.close()
+            raise full
+
+    def no_room(*_: Any) -> None:
+        raise full
+
+    assert logger._events is not None
+    monkeypatch.setattr(logger, "_file", Full())
+    monkeypatch.setattr(logger._events, "log", no_room)
+    values = dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_second", "peak_memory_gib"), 1.0)
+    for step in range(1, 5):
+        logger.log(step, values | {"mfu": None})
+    logger.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 4]
+    said = " ".join(out.getvalue().split())
+    assert said.count("No space left on device: it will lack steps.") == 2
+    assert said.count("metrics.jsonl") == said.count("tensorboard:") == 1
 
 
 def test_the_command_line_takes_what_is_right(toml: Path, capsys: pytest.CaptureFixture) -> None:

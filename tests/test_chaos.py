@@ -23,22 +23,22 @@ def play(*arguments: str, out: Path) -> tuple[int, str, list[dict]]:
 
 
 def test_a_slice_of_each_campaign(tmp_path: Path) -> None:
-    cases, out = ["damage=1", "config=6", "data=4", "kill=1"], tmp_path / "out"
+    cases, out = ["damage=1", "config=6", "data=4", "kill=1", "publish=1"], tmp_path / "out"
     # With this seed two ranks are killed once, while a checkpoint may be written beside the steps.
     code, text, lines = play(*cases, "--seed=12", out=out)
     assert code == 0, text
-    assert len(lines) == 12 and text.count("\n| ") == 6
+    assert len(lines) == 13 and text.count("\n| ") == 7
     # What is done is not done again.
     code, again, lines = play("data=4", "--seed=12", out=out)
-    assert code == 0 and len(lines) == 12 and "4 of 4" in again and "imports" not in again
+    assert code == 0 and len(lines) == 13 and "4 of 4" in again and "imports" not in again
 
 
 @pytest.mark.slow
 def test_a_slice_of_the_long_campaigns(tmp_path: Path) -> None:
-    cases = ["reshape=2", "hang=1", "soak=1"]
+    cases = ["reshape=2", "hang=1", "storage=3", "soak=1"]
     code, text, lines = play(*cases, "--soak-seconds=4", "--seed=3", out=tmp_path / "out")
     assert code == 0, text
-    assert len(lines) == 4
+    assert len(lines) == 7
 
 
 @pytest.mark.slow

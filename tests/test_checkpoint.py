@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from helpers import training
 from helpers.meshes import Degrees
 from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
+from titan_ulysses.checkpoint import manifest, run_file, writing
 from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.manifest import read_sealed, write_sealed
+from titan_ulysses.checkpoint.writing import steps_in
 from titan_ulysses.distributed.errors import UserError
 
 MODEL: dict[str, Any] = {
@@ -425,6 +428,71 @@ def save_where_one_rank_sees_nothing(folder: Path) -> tuple[list[int], list[int]
 def test_a_rank_with_an_old_view_of_the_folder_removes_nothing(tmp_path: Path) -> None:
     for before, after in run_on_ranks(2, save_where_one_rank_sees_nothing, tmp_path / "saved"):
         assert before == after and before
+
+
+# --- what the ranks have written is what is published ---------------------------------------------
+
+
+def lose(kind: str, folder: Path, kept: Path) -> None:
+    """Do to the file of rank 1, in a folder that is to be published, what a lost write does."""
+    file = folder / "__1_0.distcp"
+    if kind == "missing":
+        file.unlink()
+    elif kind == "short":
+        cut(file)
+    else:  # its bytes of the save before, of the same size
+        shutil.copyfile(kept / file.name, file)
+
+
+def publish_without(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    """Fail to save step 2 in each way; the messages, and the folder after each."""
+    run, checkpointer, found = Run((1, 1, 2)).train(1), Checkpointer(folder, keep=1), {}
+    checkpointer.save(1, run.model, run.optimizer, RUN_STATE)
+    run.train(1)
+    for kind in ("missing", "short", "stale"):
+
+        def publish(aside: Path, *rest: Any, kind: str = kind, **more: Any) -> None:
+            lose(kind, aside, folder / "step-1")
+            run_file.publish(aside, *rest, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(writing, "publish", publish)
+            patch.setattr(manifest, "_VIEW_SECONDS", 0.0)
+            message = error_of(lambda: checkpointer.save(2, run.model, run.optimizer, RUN_STATE))
+        dist.barrier()
+        found[kind] = message, sorted(path.name for path in folder.iterdir())
+        dist.barrier()
+    return found
+
+
+def test_a_checkpoint_that_lacks_what_a_rank_wrote_is_not_published(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    first, second = run_on_ranks(2, publish_without, folder)
+    assert first == second
+    told = {"missing": "No such file", "short": "bytes", "stale": "are not those that were saved"}
+    for kind, (message, files) in first.items():
+        assert message.startswith(f"checkpoint.folder = {folder}: saving step 2 failed ("), kind
+        assert "__1_0.distcp" in message and told[kind] in message, (kind, message)
+        assert "The checkpoint of step 1 is intact" in message and files == ["step-1"], kind
+
+
+def killed_while_pruning(folder: Path) -> None:
+    run, checkpointer = Run((1, 1, 1)).train(1), Checkpointer(folder, keep=1)
+    checkpointer.save(1, run.model, run.optimizer, RUN_STATE)
+
+    def half(gone: Path, **_: Any) -> None:
+        if gone.exists():
+            next(gone.glob("*.distcp")).unlink()
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", half)
+        checkpointer.save(2, run.model, run.optimizer, RUN_STATE)
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_none_by_its_name(tmp_path: Path) -> None:
+    run_on_ranks(1, killed_while_pruning, tmp_path)
+    assert steps_in(tmp_path) == [2] and (tmp_path / ".step-1.partial").is_dir()
 
 
 # --- a disk that fills up -------------------------------------------------------------------------

@@ -132,9 +132,9 @@ def test_infinite_max_norm_is_allowed(toml: Path) -> None:
         ("optimizer.lr", float("inf"), "optimizer.lr = inf: needs a finite number"),
         ("optimizer.lr", "fast", 'optimizer.lr = "fast": needs a number'),
         ("optimizer.eps", 0.0, "optimizer.eps = 0.0: must be greater than 0"),
-        ("comm.timeout_s", 0, 'comm.timeout_s = 0: must be greater than 0, or "auto"'),
-        ("comm.timeout_s", -2.5, 'comm.timeout_s = -2.5: must be greater than 0, or "auto"'),
-        ("comm.startup_timeout_s", 0, "comm.startup_timeout_s = 0: must be greater than 0"),
+        ("comm.timeout_s", 0.001, 'comm.timeout_s = 0.001: must be at least 3, or "auto"'),
+        ("comm.timeout_s", -2.5, 'comm.timeout_s = -2.5: must be at least 3, or "auto"'),
+        ("comm.startup_timeout_s", 0, "comm.startup_timeout_s = 0: must be at least 3"),
         ("optimizer.betas", 0.9, "optimizer.betas = 0.9: needs a list"),
         ("optimizer.betas", [0.9], "optimizer.betas[1] = [0.9]: a value is missing from the list"),
         (

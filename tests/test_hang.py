@@ -22,7 +22,7 @@ from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, learned, refusal, train, write_run
 from test_command_line import Launch
 from titan_ulysses.launch import lock as lock_module
-from titan_ulysses.launch.failure import of_system
+from titan_ulysses.launch.failure import _print, of_system
 from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.train import trainer as trainer_module
 
@@ -194,6 +194,9 @@ def test_one_run_in_a_folder(tmp_path: Path) -> None:
         assert message.startswith(f"{run}: another run is at work in this folder (process ")
         assert f"process {holder.pid} on {host_name()}, since 20" in message
         assert sorted(path.name for path in run.iterdir()) == [".lock"]
+        (run / ".lock").unlink()
+        [message] = run_on_ranks(1, refusal, config, SHORT)
+        assert message.startswith(f"{run}: another run is at work in this folder. ")
         holder.send_signal(signal.SIGKILL)
     run_on_ranks(1, train, config, SHORT)
     assert len(learned(run)) == 3
@@ -201,6 +204,37 @@ def test_one_run_in_a_folder(tmp_path: Path) -> None:
     assert (run / ".lock").read_text() == ""
     run_on_ranks(2, train, config, SHORT | {"training.steps": 4})
     assert len(learned(run)) == 4
+
+
+def test_a_run_writes_through_no_link(tmp_path: Path) -> None:
+    """What lies under the names of its lock and of its temporary files is not followed."""
+    config, run, own = write_run(tmp_path), tmp_path / "outputs" / "run", tmp_path / "own"
+    (run / "checkpoints").mkdir(parents=True)
+    (own / "folder").mkdir(parents=True)
+    (own / "file").write_text("mine")
+    (run / ".lock").symlink_to(own / "file")
+    [message] = run_on_ranks(1, refusal, config, SHORT)
+    assert message.startswith(f"{run / '.lock'} is a link, and a run writes to no file outside")
+    (run / ".lock").unlink()
+    (run / ".config.toml.partial").symlink_to(own / "file")
+    (run / "checkpoints" / ".step-3.partial").symlink_to(own / "folder")
+    run_on_ranks(1, with_link_again, config, SHORT, run / "checkpoints" / ".step-3.partial")
+    assert (own / "file").read_text() == "mine" and not [*(own / "folder").iterdir()]
+    assert not (run / "checkpoints" / "step-3").is_symlink()
+    assert (run / "checkpoints" / "step-3" / "run.json").exists()
+
+
+def with_link_again(config: Path, settings: Settings, link: Path) -> None:
+    """A run during which somebody makes the link again, that its start has removed."""
+    target, save = link.readlink(), trainer_module.Trainer.save
+
+    def save_through(self: trainer_module.Trainer) -> None:
+        link.symlink_to(target)
+        save(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.Trainer, "save", save_through)
+        train(config, settings)
 
 
 def test_what_a_lock_cannot_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +276,11 @@ def test_out_of_memory_says_what_to_lower(on: str, tmp_path: Path) -> None:
     assert message.startswith(f"out of {on} memory in step 1 (")
     assert "lower training.seq_len or training.local_batch_size" in message
     assert "What the plan says is alive at the peak:\n" in message
+
+
+def test_a_message_gives_a_terminal_no_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    _print("error: a\x1b]0;b\x07\n\tc\u009b é")
+    assert capsys.readouterr().err == "error: a\\x1b]0;b\\x07\n\tc\\x9b é\n"
 
 
 def test_errors_of_the_system_say_what_to_do() -> None:

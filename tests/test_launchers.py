@@ -536,6 +536,11 @@ def sbatch(clone: Path, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
                     INTERFACE="lo",
                     NPROC="1",
                     HF_TOKEN="hidden",
+                    https_proxy="http://me:hidden@proxy:3128",
+                    DATABASE_URL="postgres://me:hidden@db/runs",
+                    MYSQL_PWD="hidden",
+                    PRIVATE="first\nNCCL_hidden=second",
+                    HF_ENDPOINT="https://me:hidden@mirror",
                 ),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -583,6 +588,7 @@ def test_slurm_saves_queues_again_and_goes_on(
     assert len([*second.rglob("stdout.log")]) == 2, "one for each rank"
     captured = (first / "environment.txt").read_text()
     assert "SLURM_NNODES=2" in captured and "hidden" not in captured
+    assert "HF_ENDPOINT=https://***@mirror" in captured
 
 
 SHELL = [*sorted(ROOT.glob("scripts/*.s*[hb]")), *sorted(ROOT.glob("scripts/*/*.sh"))]

@@ -17,6 +17,7 @@ from rich.console import Console
 from helpers.ranks import run_on_ranks
 from helpers.runs import train, working_in, write_run
 from titan_ulysses.__main__ import run
+from titan_ulysses.checkpoint.folder import exported_step
 from titan_ulysses.observability import page, pictures
 from titan_ulysses.observability.metrics import MetricsLogger
 from titan_ulysses.observability.run_page import write_run_page
@@ -96,6 +97,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more |= {"parallelism.data_parallel_shard_degree": 2}
     run_on_ranks(2, train, config, more)
     return place
+
+
+def test_a_page_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    (tmp_path / "outputs/run/report.html").mkdir(parents=True)
+    more = {"metrics.enable_report": True, "training.steps": 3, "checkpoint.export": True}
+    run_on_ranks(1, train, config, more)
+    assert exported_step(tmp_path / "outputs/run/export") == 3
+    assert not [*(tmp_path / "outputs/run").glob(".report*")]
 
 
 def test_the_page_of_a_plan(folder: Path) -> None:

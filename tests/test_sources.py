@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import count
@@ -462,6 +463,27 @@ def test_of_several_processes_one_makes_it(tmp_path: Path) -> None:
     )
     assert [made for made, *_ in found] == [0, 800]
     assert found[0][1:] == found[1][1:]
+
+
+def test_what_a_killed_process_has_left_goes(
+    source: SourceSettings, counted: Counter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the next one has the same number, as the first process of a container has."""
+    for name, days in {".old.elsewhere.partial": 2, ".new.elsewhere.partial": 0}.items():
+        folder = tmp_path / "cache" / name
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").touch()
+        for path in (folder / "tokens.bin", folder):
+            os.utime(path, (time.time() - days * 86_400,) * 2)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    if (killed := os.fork()) == 0:
+        monkeypatch.setattr(Encoder, "__call__", lambda *_: os._exit(9))
+        read(source)
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
+    assert len([*(tmp_path / "cache").glob(".*.partial")]) == 2
+    read(source)
+    left = [path.name for path in (tmp_path / "cache").glob(".*.partial")]
+    assert left == [".new.elsewhere.partial"]
 
 
 # --- whole configurations

@@ -53,7 +53,7 @@ STEPS = 20
 SILENT = r"has not answered within comm.timeout_s|has given no sign of life"
 CUT = rf"{SILENT}|is gone or out of reach"
 DIED = rf"another rank.* died without a word|{SILENT}"
-STORE_DIED = rf"{DIED}|the first host, \S+, is gone or out of reach"
+STORE_DIED = rf"{DIED}|(the first host, \S+,|rank 0 on \S+) is"
 NAMED = r"rank [23] on host-two (.*died without a word|gives no sign|has given no sign)"
 """Said by the host that is left, where hosts have names: who is gone, and from where."""
 

@@ -27,7 +27,7 @@ import torch.distributed.checkpoint as dcp
 
 import titan_ulysses.model  # noqa: F401  imports transformers without its warnings
 from titan_ulysses.checkpoint import reader
-from titan_ulysses.checkpoint.manifest import HashingWriter, describe_files
+from titan_ulysses.checkpoint.manifest import HashingWriter, describe_written
 
 _TENSORS = 48
 
@@ -120,7 +120,7 @@ def main() -> None:
 
                 found.setdefault(f"save {name}", []).append(seconds(save))
                 pieces = writer.pieces if isinstance(writer, HashingWriter) else {}
-                files = describe_files(folder, pieces) if pieces else {}
+                files = describe_written(folder, pieces) if pieces else {}
 
                 def load(folder: Path = folder, files: dict = files) -> None:
                     storage = reader.CheckpointReader(folder, files)

@@ -12,7 +12,7 @@ for _name in (
     "transformers.models.llama.modeling_llama",
     # Most ranks run `Trainer`. On its own each of them would take a second to import this.
     "titan_ulysses.train.trainer",
-    "torch.utils.tensorboard",
+    "tensorboard.summary.writer.record_writer",
 ):
     importlib.import_module(_name)
 

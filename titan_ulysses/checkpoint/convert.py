@@ -12,7 +12,6 @@ of one file of 4 GiB.
 from __future__ import annotations
 
 import argparse
-import shutil
 import uuid
 import warnings
 from pathlib import Path
@@ -36,7 +35,7 @@ from titan_ulysses.checkpoint.writing import step_of
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.validate import ranks_of
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import partial_path
+from titan_ulysses.distributed.files import partial_path, remove
 from titan_ulysses.model import hf
 from titan_ulysses.setup.resolve import resolve, resolve_model
 from titan_ulysses.ulysses.cores import sdpa
@@ -193,7 +192,7 @@ def to_checkpoint(source: Path, target: Path) -> None:
     if unknown:
         print(weights.describe_unknown(unknown, plain, str(source), setting="SOURCE"))
     partial = partial_path(target)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     try:
         # DCP holds all tensors of a file in memory, so each tensor gets its own file.
         writer = HashingWriter(partial, single_file_per_rank=False)
@@ -211,4 +210,4 @@ def to_checkpoint(source: Path, target: Path) -> None:
         }
         publish(partial, target, state, writer.pieces, save_id=uuid.uuid4().hex)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)

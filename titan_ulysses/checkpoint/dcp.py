@@ -12,7 +12,6 @@ they hold by themselves, in a checkpoint of that part. `run.json` names the host
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -33,6 +32,7 @@ from titan_ulysses.checkpoint.run_file import RUN_FILE, expect_fields, read_run_
 from titan_ulysses.checkpoint.state import first_difference, shapes_of, tensors_of
 from titan_ulysses.checkpoint.writing import Writer, steps_in
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
+from titan_ulysses.distributed.files import remove
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.optim.adamw import state_format, unaligned_blocks
 
@@ -163,7 +163,7 @@ class Checkpointer:
         """Remove what a run that was killed while saving has left in the folder."""
         if self._writer.publishes:
             for partial in self.folder.glob(".step-*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
 
     def read_state(self, step: int) -> dict[str, Any]:
         """Return the JSON state of step-<step>. Reads no tensors.
@@ -235,7 +235,7 @@ class Checkpointer:
             path = self.folder / f"step-{step}"
             aside = path.with_name(f"{path.name}.damaged")
             if self._writer.publishes and path.exists():
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 path.rename(aside)
             self._say(f"step-{step}, which is damaged, is now {aside}. Remove it when you like.")
         self.damaged = []

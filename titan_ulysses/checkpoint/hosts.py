@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from titan_ulysses.checkpoint.manifest import HashingWriter, Pieces
+from titan_ulysses.checkpoint.manifest import TABLE_FILE, HashingWriter, Pieces
 from titan_ulysses.checkpoint.reader import CheckpointReader
 from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.mesh import timeout_of
@@ -78,10 +78,13 @@ class HostFolders:
         )
         return writer.pieces
 
-    def manifest(self, folder: Path) -> dict[str, Any]:
-        """Return the entries of run.json that say which host holds what. Collective."""
+    def manifest(self, pieces: Pieces) -> dict[str, Any]:
+        """Return the entries of run.json that say which host holds what. Collective.
+
+        pieces: on the first rank of a host, those of all of its ranks.
+        """
         files: list[list[str]] = [[] for _ in self._hosts]
-        names = sorted(file.name for file in folder.iterdir())
+        names = sorted([TABLE_FILE, *pieces])
         dist.all_gather_object(files, names, group=self._everyone)
         return {
             "host": self.own,

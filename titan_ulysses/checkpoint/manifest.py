@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,12 @@ from titan_ulysses.distributed.files import sync_folder, whole_file
 Pieces = dict[str, list[tuple[int, int, str]]]
 """For each file of tensors by name: offset, length and hash of each piece, in the file's order."""
 
+TABLE_FILE = ".metadata"
+"""DCP's table of contents of a checkpoint."""
+
 _CHUNK = 2**22
+_SAMPLE = 2**20
+_VIEW_SECONDS = 5.0
 _CHECKSUM = "checksum"
 
 
@@ -98,17 +104,54 @@ class _HashedPiece(io.RawIOBase):
             super().close()
 
 
-def describe_files(folder: Path, pieces: Pieces) -> dict[str, Any]:
-    """Return the manifest's entry of each file in a folder, by its path below the folder.
-
-    pieces: those of the files of tensors. All other files are read and hashed.
-    """
+def describe_files(folder: Path) -> dict[str, Any]:
+    """Return the manifest's entry of each file in a folder, by its path below the folder."""
     files = {file.relative_to(folder).as_posix(): file for file in sorted(_files_in(folder))}
     return {
-        name: {"bytes": file.stat().st_size}
-        | ({"pieces": pieces[name]} if name in pieces else {"xxh3": digest_of(file)})
+        name: {"bytes": file.stat().st_size, "xxh3": digest_of(file)}
         for name, file in files.items()
     }
+
+
+def describe_written(folder: Path, pieces: Pieces) -> dict[str, Any]:
+    """Return the manifest's entries of a checkpoint: of the files that its ranks have written.
+
+    What a listing shows is not asked: it may lack a file of another host, or hold one too many.
+    Raise `Damage` or OSError if the folder does not hold a file as it was written, also after a
+    while: the view of a network file system may be old.
+    """
+    deadline = time.monotonic() + _VIEW_SECONDS
+    while True:
+        try:
+            sizes = {name: _expect_written(folder / name, found) for name, found in pieces.items()}
+            break
+        except (FileNotFoundError, Damage):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    files = {name: {"bytes": size, "pieces": pieces[name]} for name, size in sizes.items()}
+    table = folder / TABLE_FILE
+    files[TABLE_FILE] = {"bytes": table.stat().st_size, "xxh3": digest_of(table)}
+    return dict(sorted(files.items()))
+
+
+def _expect_written(path: Path, pieces: list[tuple[int, int, str]]) -> int:
+    """Return the size of a file of tensors. Raise `Damage` if it is not what a rank has written.
+
+    Its size is compared, and a MiB of its smallest pieces: all of it would be too much to read.
+    """
+    size, read = max(offset + length for offset, length, _ in pieces), 0
+    with open(path, "rb") as file:  # a network file system then looks again
+        if (found := os.fstat(file.fileno()).st_size) != size:
+            raise Damage(f"{path.name} has {found} of {size} bytes")
+        for offset, length, known in sorted(pieces, key=lambda piece: piece[1]):
+            if read and read + length > _SAMPLE:
+                break
+            file.seek(offset)
+            place = path.name, offset
+            check_piece(*place, file.read(length), {place: (length, known)})
+            read += length
+    return size
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -209,8 +252,9 @@ def seal_folder(folder: Path, name: str, state: dict[str, Any]) -> None:
             file.chmod(mode)
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
+    files = describe_files(folder)  # before there is a file for the manifest itself
     with whole_file(folder / name) as partial:
-        write_sealed(partial, {**state, "files": describe_files(folder, {})})
+        write_sealed(partial, {**state, "files": files})
     sync_folder(folder)
 
 

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from titan_ulysses.checkpoint.manifest import (
+    TABLE_FILE,
     Damage,
     check_file,
     check_piece,
@@ -71,8 +72,8 @@ class CheckpointReader(dcp.FileSystemReader):
         Raise `Refused` if it asks for more than a checkpoint of tensors needs.
         """
         if self._metadata is None:
-            data = (Path(self.path) / ".metadata").read_bytes()
-            check_file(".metadata", data, self._files)
+            data = (Path(self.path) / TABLE_FILE).read_bytes()
+            check_file(TABLE_FILE, data, self._files)
             metadata = _unpickled(io.BytesIO(data))
             _expect_own_files(Path(self.path), metadata)
             metadata.storage_meta = metadata.storage_meta or StorageMeta()

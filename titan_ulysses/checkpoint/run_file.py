@@ -25,7 +25,7 @@ from titan_ulysses.checkpoint.manifest import (
     Damage,
     Pieces,
     check_sizes,
-    describe_files,
+    describe_written,
     read_sealed,
     write_sealed,
 )
@@ -39,9 +39,10 @@ def publish(
 ) -> None:
     """Turn the folder `partial` that DCP has written into the checkpoint `final`.
 
-    Write run.json, and rename the folder when the disk has all of it.
+    Write run.json, and rename the folder when the disk has all of it. Raise `Damage` or OSError if
+    it does not hold the `pieces` that the ranks have written.
     """
-    files = describe_files(partial, pieces)
+    files = describe_written(partial, pieces)
     write_sealed(partial / RUN_FILE, {**state, "save_id": save_id, "files": files})
     publish_folder(partial, final)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -45,7 +44,7 @@ from titan_ulysses.checkpoint.folder import (
 from titan_ulysses.checkpoint.layout import Layout, Read
 from titan_ulysses.checkpoint.manifest import seal_folder
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
-from titan_ulysses.distributed.files import partial_path, replace_folder
+from titan_ulysses.distributed.files import partial_path, remove, replace_folder
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
 from titan_ulysses.model.names import is_adapter
@@ -314,7 +313,7 @@ def export(
     try:
         with _raise_on_all_ranks(folder):
             if writes:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 aside.mkdir(parents=True)
         for file, groups in plan.groups_by_file():
             tensors: dict[str, Tensor] = {}
@@ -335,7 +334,7 @@ def export(
                 replace_folder(aside, folder)
     finally:
         if writes:
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
 
 
 class _ExportPlan(NamedTuple):
@@ -417,7 +416,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     with _raise_on_all_ranks(folder):
         if writes:
             try:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 aside.mkdir(parents=True)
                 save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
                 settings = copy.copy(model.peft_config[ADAPTER])
@@ -426,7 +425,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
                 seal_folder(aside, STEP_FILE, {"step": None})
                 replace_folder(aside, folder)
             finally:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
 
 
 @contextmanager

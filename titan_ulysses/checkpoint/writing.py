@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_ulysses.checkpoint.hosts import HostFolders
-from titan_ulysses.checkpoint.manifest import HashingWriter, Pieces, cause
+from titan_ulysses.checkpoint.manifest import Damage, HashingWriter, Pieces, cause
 from titan_ulysses.checkpoint.run_file import publish
 from titan_ulysses.distributed.errors import UserError, first_failure
-from titan_ulysses.distributed.files import partial_path
+from titan_ulysses.distributed.files import partial_path, remove
 
 
 class Writer:
@@ -55,9 +55,12 @@ class Writer:
         is_absent = self.publishes and not final.exists()
         if self._first("absent" if is_absent else None) is None:
             return None
+        reason = None
         if self.publishes:
-            _remove(partial, final)
-        dist.barrier(group=self.group)
+            _remove(final)
+            reason = _made_new(partial)
+        if reason := self._first(reason):
+            return reason
         reason = self._write_and_publish(partial, final, tensors, state)
         if self.publishes:
             best = state.get("best") or {}
@@ -87,12 +90,12 @@ class Writer:
             return reason
         pieces = self._of_all_ranks(pieces)
         if self.hosts:
-            state = state | self.hosts.manifest(partial)
+            state = state | self.hosts.manifest(pieces)
         try:
             if self.publishes:
                 saved = {**state, "step": step_of(final)}
                 publish(partial, final, saved, pieces, save_id=save_id[0])
-        except OSError as error:
+        except (OSError, Damage) as error:
             failure = cause(error)
         return self._first(failure)  # the other ranks wait for those that publish
 
@@ -118,9 +121,24 @@ class Writer:
         return first_failure(reason, group=self.group)
 
 
+def _made_new(folder: Path) -> str | None:
+    """Make an empty folder in place of what has its name. Return why that failed, or None."""
+    remove(folder)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return cause(error)
+    return None
+
+
 def _remove(*folders: Path) -> None:
+    """Remove folders. A checkpoint loses its name first: what a kill leaves of it is not one."""
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        gone = folder if step_named(folder.name) is None else partial_path(folder)
+        remove(gone)
+        with suppress(OSError):
+            folder.rename(gone)
+            remove(gone)
 
 
 def steps_in(folder: Path) -> list[int]:

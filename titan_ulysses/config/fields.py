@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sysconfig
+import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,13 @@ def _possible_names(path: str) -> str:
     if any(len(name.encode(errors="replace")) > 255 for name in path.split("/")):
         raise ValueError("a file or folder must have a name of at most 255 bytes")
     return path
+
+
+def _printable(name: str) -> str:
+    """Return a name. Raise `ValueError` if it has characters that a terminal obeys, such as ESC."""
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise ValueError("must not contain control characters")
+    return name
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +86,9 @@ def _positive_or_derived(value: int) -> int:
     return value
 
 
-def _positive_seconds_or_derived(value: float) -> float:
-    if value <= 0 and value != -1:
-        raise ValueError('must be greater than 0, or "auto" (-1) to derive it')
+def _seconds_or_derived(value: float) -> float:
+    if value < LEAST_TIMEOUT and value != -1:
+        raise ValueError(f'must be at least {LEAST_TIMEOUT}, or "auto" (-1) to derive it')
     return value
 
 
@@ -91,6 +99,8 @@ def _core_name(name: str) -> str:
 
 
 _MOST_RANKS = 2**20
+LEAST_TIMEOUT = 3
+"""Seconds. A rank gives a sign of life every second: less would end runs that are well."""
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 """package.module:function"""
 CORES = ("auto", "varlen", "flash", "flex", "sdpa")
@@ -103,13 +113,11 @@ RENAMED_CORES = {"blockwise": "sdpa"}
 """Names of earlier versions, which are still understood."""
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path), AfterValidator(_possible_names)]
-FolderName = Annotated[str, AfterValidator(_possible_names)]
+FolderName = Annotated[str, AfterValidator(_possible_names), AfterValidator(_printable)]
 Tile = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "all": -1})]
 Chunk = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "off": -1})]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
-SecondsOrDerived = Annotated[
-    float, AfterValidator(_positive_seconds_or_derived), Words({"auto": -1})
-]
+SecondsOrDerived = Annotated[float, AfterValidator(_seconds_or_derived), Words({"auto": -1})]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
 

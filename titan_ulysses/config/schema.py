@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from pydantic.fields import FieldInfo
 
 from titan_ulysses.config.fields import (
+    LEAST_TIMEOUT,
     Beta,
     Chunk,
     Core,
@@ -384,7 +385,7 @@ class Comm(Section):
     )
     startup_timeout_s: float = Field(
         1800.0,
-        gt=0,
+        ge=LEAST_TIMEOUT,
         le=1e7,
         description="The same until the first step is done: while the ranks meet, load and "
         "compile.",

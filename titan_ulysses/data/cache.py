@@ -3,18 +3,19 @@
 A corpus that takes more than a moment to tokenize is stored on disk and memory-mapped at the next
 start. It is a folder named by a hash of content, tokenizer and settings. The folder is written
 under a temporary name and renamed when it is complete, under a lock: the first process on a machine
-writes it and the others wait. The partial folder of a killed process is never used. Sizes and
-checksums are verified before a corpus is used, and a damaged corpus is made again.
+writes it and the others wait. The partial folder of a killed process is never used, and is removed
+by the next one. Sizes and checksums are verified before a corpus is used, and a damaged corpus is
+made again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import chain
@@ -33,7 +34,9 @@ from titan_ulysses.data.sources import BadRow, Row, Rows
 from titan_ulysses.data.teacher import TOP
 from titan_ulysses.data.tokenizer import num_token_ids
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.files import partial_path, remove
 from titan_ulysses.launch.host import usable_cores
+from titan_ulysses.launch.run_store import host_name
 
 SMALL_CHARACTERS = 2**23
 """Sources of up to this many characters are not cached: tokenizing them again is faster than
@@ -41,6 +44,7 @@ starting worker processes, and the corpus takes little memory.
 """
 _LAYOUT = 2  # version of the file layout; part of the cache key
 _BLOCK = 2**22
+_OLD_SECONDS = 86_400.0
 
 
 def read_corpus(
@@ -128,18 +132,20 @@ def _cached(
     """Return the corpus in folder/key. Make it first if it is missing or damaged."""
     from filelock import FileLock
 
-    final, partial = folder / key, folder / f".{key}.{os.getpid()}.partial"
+    # Locks of some file systems do not reach other hosts, so each host has a name of its own.
+    final, partial = folder / key, partial_path(folder / f"{key}.{host_name()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):
             if found := _open(final):
                 return found
-            shutil.rmtree(final, ignore_errors=True)
+            _remove_left(folder, partial)
+            remove(final)
             try:
                 _write(partial, make(), tally, dtype)
                 partial.rename(final)
             finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
     except OSError as error:
         raise UserError(
             f"data.cache_folder = {folder}: cannot keep the tokenized data there "
@@ -148,6 +154,16 @@ def _cached(
     made = _open(final)
     assert made, final
     return made
+
+
+def _remove_left(folder: Path, own: Path) -> None:
+    """Remove what killed processes have left: `own`, which is locked, and what is a day old."""
+    for partial in folder.glob(".*.partial"):
+        with suppress(OSError):
+            files = [partial, *partial.iterdir()] if partial != own else []
+            newest = max((file.stat().st_mtime for file in files), default=0.0)
+            if time.time() - newest > _OLD_SECONDS:
+                remove(partial)
 
 
 def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype) -> None:

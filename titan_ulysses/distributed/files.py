@@ -9,13 +9,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
     """Return where a file or folder is written, in the same folder, before its rename to `path`."""
     return path.with_name(f".{path.name}.partial")
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or whatever has its name, as far as that can be. No link is followed."""
+    with suppress(OSError):
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -31,8 +38,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path for writing a file, which replaces `path` at the end, unless the body fails."""
+    """Yield a path for writing a file, which replaces `path` at the end, unless the body fails.
+
+    The file is there already, empty and new: a link in its place would lead to another one.
+    """
     partial = partial_path(path)
+    remove(partial)
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial
         with open(partial, "rb") as file:
@@ -50,11 +62,11 @@ def replace_folder(partial: Path, folder: Path) -> None:
     the disk already.
     """
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     if folder.exists():
         folder.rename(old)
     publish_folder(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 
 def publish_folder(partial: Path, folder: Path) -> None:

@@ -84,6 +84,9 @@ _LINGER_SECONDS = 5.0
 
 _OLD_SECONDS = 120.0
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in {*range(32), *range(127, 160)} - {*b"\n\t"}}
+"""Characters that a terminal obeys. A message may hold a path or a setting that has them."""
+
 _ending = threading.Lock()
 """Held by the thread that ends this process."""
 
@@ -181,9 +184,11 @@ def goes_on() -> str:
 def store_is_gone() -> str:
     """Return the message for a store that does not answer."""
     host, port = run_store.address()
+    who = f"the first host, {host}," if run_store.has_agent_store() else f"rank 0 on {host}"
+    stopped = "" if run_store.has_agent_store() else " is stopped, or"
     return (
-        f"the first host, {host}, is gone or out of reach: its store at port {port} does not "
-        f"answer. {goes_on()}"
+        f"{who}{stopped} is gone or out of reach: its store at port {port} does not answer. "
+        f"{goes_on()}"
     )
 
 
@@ -229,7 +234,7 @@ def leave_together(code: int = 0) -> None:
 
 def _print(message: str) -> None:
     with suppress(OSError, ValueError):  # the reader of the output may be gone
-        print(message, file=sys.stderr, flush=True)
+        print(message.translate(_CONTROLS), file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> NoReturn:

@@ -1,7 +1,8 @@
 """One run in a folder: a lock that ends with its process, however that ends.
 
-It is a POSIX record lock (fcntl), which the kernel releases with the process, which forks do not
-inherit, and which network file systems carry between hosts, if they are mounted so.
+It is a POSIX record lock (fcntl) of a file, which the kernel releases with the process, which forks
+do not inherit, and which network file systems carry between hosts, if they are mounted so. The
+folder itself is locked too (flock), on its own host alone: the file may be deleted meanwhile.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class RunLock:
     def __init__(self, folder: Path, *, say: Callable[[str], None]):
         self._path, self._say = folder / LOCK_FILE, say
         self._file: IO[str] | None = None
+        self._folder: int | None = None
 
     def acquire(self) -> None:
         """Take the lock; do nothing if it is held already. The folder must exist.
@@ -44,11 +46,12 @@ class RunLock:
         """
         if self._file is not None:
             return
-        self._file = open(self._path, "a+")  # noqa: SIM115  held as long as the run
+        self._file = self._open()
         if fcntl is None:
             self._say(f"WARNING: {self._path}: this system has no locks: {_UNKNOWN}.")
             return
         try:
+            self._lock_folder()
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = self._holder()
@@ -61,6 +64,34 @@ class RunLock:
                 "until it has ended, end it, or choose another job.name."
             ) from error
         self._note_ours()
+
+    def _open(self) -> IO[str]:
+        """Open the file, which stays open as long as the run. Raise `UserError` if it is a link."""
+        try:
+            return open(self._path, "a+", opener=_not_through_a_link)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UserError(
+                f"{self._path} is a link, and a run writes to no file outside of its folder. "
+                "Remove it."
+            ) from error
+
+    def _lock_folder(self) -> None:
+        """Raise BlockingIOError if another run on this host has the folder."""
+        try:
+            self._folder = os.open(self._path.parent, os.O_RDONLY)
+            os.register_at_fork(after_in_child=self._let_folder_go)  # it would keep the lock
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return  # some file systems cannot; there is the file
+
+    def _let_folder_go(self) -> None:
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
 
     def release(self) -> None:
         """Give the lock back, and note that this run has ended in order."""
@@ -97,10 +128,15 @@ class RunLock:
         return {}
 
     def _close(self) -> None:
+        self._let_folder_go()
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
             self._file = None
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 _UNKNOWN = "whether another run is at work in this folder cannot be told"

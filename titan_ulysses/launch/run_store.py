@@ -54,6 +54,11 @@ def has_store() -> bool:
     return rank_and_size()[1] > 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def has_agent_store() -> bool:
+    """Return whether torchrun's agent on the first host runs the store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+
+
 def hosts_store() -> bool:
     """Return whether this process runs the store, which ends with it."""
     return bool(_hosted)
@@ -70,8 +75,7 @@ def key(name: str) -> str:
     Where rank 0 runs the store, each attempt has a store of its own. The count must not be part of
     the key then: it counts the restarts of each host, and a host that joins later is at 0.
     """
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if agent else 0
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if has_agent_store() else 0
     return f"titan_ulysses/{attempt}/{name}"
 
 
@@ -84,9 +88,8 @@ def first_connection(timeout_s: float) -> TCPStore:
     from torch.distributed import TCPStore
 
     (host, port), (rank, size) = address(), rank_and_size()
-    agent_hosts_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    hosts_it = rank == 0 and not agent_hosts_it
-    if agent_hosts_it:
+    hosts_it = rank == 0 and not has_agent_store()
+    if has_agent_store():
         # It was there before the ranks were: if it refuses, the first host has ended.
         timeout_s = min(timeout_s, _AGENT_SECONDS)
     store = TCPStore(

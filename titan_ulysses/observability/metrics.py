@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
 from titan_ulysses.observability.spikes import WINDOW, LossSpikes
 from titan_ulysses.observability.wandb import WandbRun
@@ -128,7 +132,7 @@ class MetricsLogger:
 
     A run that resumes after `steps_done` steps drops what a killed run logged after them, so that
     no step is logged twice. A run that begins drops everything, including what was logged before
-    the first step.
+    the first step. A log that cannot be written is said once, and ends no run.
     """
 
     def __init__(
@@ -140,8 +144,6 @@ class MetricsLogger:
         console: Console,
         wandb: WandbRun | None = None,
     ):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 writes
-
         self.console, self._wandb = console, wandb
         first_step = steps_done + 1 if steps_done else 0
         self._path = folder / "metrics.jsonl"
@@ -152,8 +154,11 @@ class MetricsLogger:
                 f"WARNING: {folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are "
                 "dropped."
             )
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step)
         self._total = total_steps
+        self._failed: set[str] = set()
+        self._events: EventFile | None = None
+        with self._said(folder / "tensorboard"):
+            self._events = EventFile(folder / "tensorboard", first_step=first_step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log `values` at `step`. A value is None where it is not known.
@@ -162,24 +167,71 @@ class MetricsLogger:
         """
         if "loss" in values:
             values["loss_spike"] = self._spikes.is_spike(values["loss"])
-        try:
+        with self._said(self._path):
             self._file.write(json.dumps({"step": step, **_finite(values)}) + "\n")
             self._file.flush()
-        except OSError as error:  # as of a full disk; writing does not name the file
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        for name, value in scalars(values):
-            self._tensorboard.add_scalar(name, value, step)
+        with self._said(self._path.with_name("tensorboard")):
+            if self._events:
+                self._events.log(step, scalars(values))
         if self._wandb:
             self._wandb.log(step, values)
         # Long lines are wrapped between words on a terminal, and not wrapped in a log file.
         wraps = self.console.is_terminal
         self.console.print(_line(step, self._total, values), highlight=False, soft_wrap=not wraps)
 
+    @contextmanager
+    def _said(self, path: Path) -> Iterator[None]:
+        """Say that a file cannot be written, once, and go on: the checkpoints are what counts."""
+        try:
+            yield
+        except OSError as error:
+            if path.name not in self._failed:
+                self._failed.add(path.name)
+                why = error.strerror or str(error)
+                told = f"WARNING: {path}: {why}: it will lack steps. The run goes on."
+                self.console.print(told, markup=False, highlight=False)
+
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        with self._said(self._path):
+            self._file.close()
+        with self._said(self._path.with_name("tensorboard")):
+            if self._events:
+                self._events.close()
         if self._wandb:
             self._wandb.close()
+
+
+class EventFile:
+    """A file of events in TensorBoard's folder, which drops there what was logged from `first_step`
+    on. Written in the thread of the caller: an error in one of TensorBoard is a traceback.
+    """
+
+    def __init__(self, folder: Path, *, first_step: int):
+        # Slow to import, and only rank 0 writes.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{host_name()}.{os.getpid()}"
+        self._file = open(folder / name, "xb")  # noqa: SIM115  closed by `close`
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self._file.flush()
+
+    def log(self, step: int, values: Iterator[tuple[str, float]]) -> None:
+        found = [self._summary.Value(tag=name, simple_value=value) for name, value in values]
+        self._write(step=step, summary=self._summary(value=found))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, **fields: Any) -> None:
+        event = self._event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
 
 
 def scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -19,6 +19,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.nf4 import describe_quantized
 from titan_ulysses.model.remote_code import describe_unused_code
 from titan_ulysses.observability.metrics import describe_parameters
+from titan_ulysses.observability.page import PAGE
 from titan_ulysses.optim.adamw import missing_compiler
 from titan_ulysses.setup.options import obstacle_to_streaming
 from titan_ulysses.train.imbalance import expected_balance
@@ -216,7 +217,7 @@ def print_completion(run: Run) -> None:
         f"Done: {run.step} steps. In {run.folder}:",
         "  config.toml, metrics.jsonl, tensorboard/",
     ]
-    if run.config.metrics.enable_report:
+    if run.config.metrics.enable_report and (run.folder / PAGE).is_file():
         lines.append("  report.html  a page with its losses, memory, speed and balance")
     if run.config.checkpoint.enable:
         newest = f"{run.config.checkpoint.folder}/step-{run.step}"

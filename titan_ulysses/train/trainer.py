@@ -430,9 +430,16 @@ class Trainer:
                 )
             step = self._exported_step
             weights.export(self.model, self.spec.tokenizer, self.folder / "export", step=step)
-        if config.metrics.enable_report and dist.get_rank() == 0:
-            write_run_page(self.folder)
+        self._write_page()
         print_completion(self)
+
+    def _write_page(self) -> None:
+        """Write report.html on rank 0. What the run was for is there without it."""
+        if self.config.metrics.enable_report and dist.get_rank() == 0:
+            try:
+                write_run_page(self.folder)
+            except (OSError, UserError) as error:
+                self._say(f"WARNING: report.html cannot be written: {error}")
 
     def _train_steps(self, logger: MetricsLogger | None) -> None:
         config, total = self.config, self.config.training.steps
