@@ -22,6 +22,7 @@ from titan_ulysses.data import cache
 from titan_ulysses.data.cache import read_corpus
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.encoding import Encoder
+from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow, Row
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.data.tokens import tokens_of
@@ -373,6 +374,28 @@ def test_record_files_cut_short(kind: str, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match=f"{file.name} cannot be read"):
         corpus_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "streaming"),
+    [
+        ("arrow file", False),
+        ("arrow stream", False),
+        ("save_to_disk", False),
+        ("save_to_disk", True),
+    ],
+)
+def test_offsets_that_go_backwards(kind: str, streaming: bool, tmp_path: Path) -> None:
+    """They would be read as they are; those of a list would end the process by a signal."""
+    RECORD_WRITERS[kind](tmp_path, [{"text": "abc"}] * 3)
+    file = next(tmp_path.glob("*.arrow"))
+    offsets = struct.pack("<3i", 0, 3, 6)
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, struct.pack("<3i", 0, 3, 1)))
+    name, path = ("hf", tmp_path) if kind == "save_to_disk" else ("jsonl", file)
+    source = SourceSettings(source=name, path=str(path), streaming=streaming)
+    with pytest.raises(UserError, match=f"{path}.* cannot be read .*Offset"):
+        [*open_rows(source)]
 
 
 def test_show_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,8 @@ class RecordRows(Rows):
         self.total = sum(file.stat().st_size for file in self.files.values())
 
     def __iter__(self) -> Iterator[Row | BadRow]:
+        from pyarrow import ArrowException
+
         before = 0
         for name, file in self.files.items():
             self.done = before
@@ -133,8 +135,7 @@ class RecordRows(Rows):
             try:
                 for number, record in records(file):
                     yield read_record(record, self.source, f"{name}:{number}")
-            # pyarrow's errors are subclasses of the first two.
-            except (OSError, ValueError, RecursionError) as error:
+            except (OSError, ValueError, RecursionError, ArrowException) as error:
                 raise UserError(
                     f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or "
                     "leave it out"
@@ -209,6 +210,8 @@ class RecordRows(Rows):
             else:
                 batches = iter(pyarrow.ipc.open_stream(mapped))
             for batch in batches:
+                # A damaged offset would be read as it is, far outside of the file.
+                batch.validate(full=True)
                 yield from enumerate(self._records(batch), start=number + 1)
                 number += batch.num_rows
                 self.done = before + mapped.tell()
