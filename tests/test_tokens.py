@@ -286,12 +286,17 @@ def test_streamed_records_with_several_documents(tmp_path: Path) -> None:
         ({"input_ids": [[1]]}, "input_ids is no list of whole numbers"),
         ({"input_ids": [True]}, "input_ids is no list of whole numbers"),
         ({"input_ids": [2**70]}, "input_ids is no list of whole numbers"),
+        ({"input_ids": [1, [2]]}, "input_ids is no list of whole numbers"),
         ({"input_ids": "abc"}, "input_ids is no list of whole numbers"),
         ({"input_ids": [1, 2], "labels": [1]}, "1 labels for 2 input_ids"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "give labels that are not shifted"),
         ({"input_ids": [1, 2], "position_ids": [1, 2]}, "position_ids[0] is 1"),
         ({"input_ids": [1, 2], "position_ids": [0, 2]}, "position_ids[1] is 2"),
         ({"input_ids": [1, 2], "document_lengths": [1]}, "document_lengths sum to 1, not to 2"),
+        (
+            {"input_ids": [1, 2], "document_lengths": [2**63 - 1, 2**63 - 1, 4]},
+            f"document_lengths sum to {2**64 + 2}, not to 2 tokens",
+        ),
         (
             {"input_ids": [1, 2], "document_lengths": [1, 1], "position_ids": [0, 1]},
             "document_lengths and position_ids tell different documents",
