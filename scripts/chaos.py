@@ -3,6 +3,7 @@
     python scripts/chaos.py damage               100 kinds and places of damage to a stored run
     python scripts/chaos.py config               500 mutations over every key of the schema
     python scripts/chaos.py data                 200 broken files of data
+    python scripts/chaos.py flips                300 files of data with flipped bits
     python scripts/chaos.py kill                 100 kills while a run steps, saves and exports
     python scripts/chaos.py hang                 40 ranks that stop, loop or exit, and full disks
     python scripts/chaos.py publish              100 files of a rank lost before a checkpoint counts
@@ -33,7 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chaos_campaigns import GOOD, Campaign, Config, Damage, Data, Kill
+from chaos_campaigns import GOOD, Campaign, Config, Damage, Data, Flips, Kill
 from chaos_disturbed import Hang, Reshape, Soak
 from chaos_ranks import preload
 from chaos_storage import Publish, Storage
@@ -42,6 +43,7 @@ COUNTS = {
     "damage": 100,
     "config": 500,
     "data": 200,
+    "flips": 300,
     "kill": 100,
     "hang": 40,
     "publish": 100,
@@ -53,6 +55,7 @@ CAMPAIGNS: dict[str, type[Campaign]] = {
     "damage": Damage,
     "config": Config,
     "data": Data,
+    "flips": Flips,
     "kill": Kill,
     "hang": Hang,
     "publish": Publish,

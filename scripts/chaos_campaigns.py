@@ -141,6 +141,8 @@ class Config(Campaign):
 class Data(Campaign):
     """A run of one step on a file that is not what it should be."""
 
+    write = staticmethod(cases.draw_data)
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         cases.write_run(self.folder)
@@ -148,7 +150,7 @@ class Data(Campaign):
     def case(self, number: int) -> tuple[str, Verdict, float]:
         for name in ("outputs", "broken"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        broken = cases.draw_data(self.draw(number), self.folder / "broken")
+        broken = self.write(self.draw(number), self.folder / "broken")
         arguments = ["--training.steps=1", "--checkpoint.enable=false", "--checkpoint.export=false"]
         arguments += [f"--{key}={value}" for key, value in broken.settings.items()]
         ended = self.run(arguments, ranks=1)
@@ -159,6 +161,12 @@ class Data(Campaign):
         named = broken.file in ended.text or "data." in ended.text
         word = "refused" if named else "unnamed"
         return broken.what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
+
+
+class Flips(Data):
+    """A run of one step on a good file with flipped bits."""
+
+    write = staticmethod(cases.draw_flips)
 
 
 class Kill(Campaign):

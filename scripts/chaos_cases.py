@@ -430,6 +430,45 @@ def draw_data(draw: random.Random, folder: Path) -> Broken:
     return Broken(f"{source} {name}: {what}{skips}", name, settings)
 
 
+def draw_flips(draw: random.Random, folder: Path) -> Broken:
+    """Write a good file of data, flip bits of it, and return the settings that read it."""
+    import datasets
+    import pyarrow.parquet
+
+    folder.mkdir()
+    datasets.disable_progress_bars()
+    texts = [_WORDS[: 20 + number % 7] for number in range(40)]
+    records = [{"text": text, "input_ids": [*text.encode()], "note": [1, None]} for text in texts]
+    table = pyarrow.Table.from_pylist(records)
+    kind = draw.choice(["arrow file", "arrow stream", "saved", "parquet", "jsonl"])
+    source = draw.choice(["hf" if kind == "saved" else "jsonl", "tokens"])
+    settings: dict[str, Any] = {"data.source": source, "data.path": str(folder)}
+    settings["data.cache_folder"] = str(folder.parent / "cache")
+    file = folder / f"a.{kind.split()[0]}"
+    match kind:
+        case "saved":
+            datasets.Dataset.from_list(records).save_to_disk(folder)
+            file = draw.choice(sorted(folder.glob("*.arrow")) * 4 + sorted(folder.glob("*.json")))
+        case "parquet":
+            pyarrow.parquet.write_table(table, file, row_group_size=16)
+        case "jsonl":
+            file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        case _:
+            settings["data.path"] = str(file)
+            new = pyarrow.ipc.new_file if kind == "arrow file" else pyarrow.ipc.new_stream
+            with new(str(file), table.schema) as opened:
+                opened.write_table(table, max_chunksize=16)
+    if draw.random() < 0.5:
+        settings["data.bad_lines"] = "skip"
+    data = bytearray(file.read_bytes())
+    places = [draw.randrange(len(data)) for _ in range(draw.choice([1, 1, 2, 8]))]
+    for place in places:
+        data[place] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+    what = f"{kind} read as {source}: bits flipped at {sorted(places)}"
+    return Broken(what, file.name, settings)
+
+
 def _text(draw: random.Random) -> tuple[str, bytes]:
     good = _WORDS.encode()
     return draw.choice(

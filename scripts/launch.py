@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -96,9 +97,10 @@ def set_ranks(args: Any) -> None:
     gpus = visible_gpus()
     if args.nproc_per_node == "auto":
         args.nproc_per_node = str(gpus or 2)
-    if not args.nproc_per_node.isdecimal():
-        return  # another word of torchrun's
-    ranks, cores = int(args.nproc_per_node), usable_cores()
+    if args.nproc_per_node in ("cpu", "gpu", "xpu"):
+        return  # torchrun's own words
+    ranks = number_of(args.nproc_per_node, "NPROC (--nproc-per-node)", 1, 4096)
+    cores = usable_cores()
     if 0 < gpus < ranks:
         raise UserError(
             f"{ranks} ranks, and torch can use {gpus} GPU{'s' * (gpus > 1)} here: each rank needs "
@@ -113,6 +115,14 @@ def set_ranks(args: Any) -> None:
         args.numa_binding = "node" if shutil.which("numactl") else None
 
 
+def number_of(text: str, name: str, least: int, most: int) -> int:
+    """Return a number of the command line. UserError if it is none, or out of these bounds."""
+    number = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
+    if not least <= number <= most:
+        raise UserError(f"{name} is {text}: needs a number from {least} to {most}", exit_code=2)
+    return number
+
+
 def memory_nodes() -> int:
     """Return how many NUMA nodes this host has."""
     return len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
@@ -122,8 +132,16 @@ def memory_nodes() -> int:
 
 
 def meeting_of(args: Any) -> Meeting | None:
-    """Return what torchrun's arguments say of the hosts; None if there is only one."""
-    least, most = parse_min_max_nnodes(args.nnodes)
+    """Return what torchrun's arguments say of the hosts; None if there is only one.
+
+    UserError for numbers that are none.
+    """
+    try:
+        least, most = parse_min_max_nnodes(args.nnodes)
+    except (ValueError, RuntimeError):
+        raise UserError(
+            f"--nnodes {args.nnodes}: needs a number of hosts, or MIN:MAX", exit_code=2
+        ) from None
     if most == 1 or args.standalone:
         return None
     settings = _rendezvous_settings(args)
@@ -131,11 +149,11 @@ def meeting_of(args: Any) -> Meeting | None:
     if args.rdzv_backend == "static":
         if least < most:
             raise UserError(f"--nnodes {args.nnodes}: an elastic run needs --rdzv-backend c10d")
-        first, port = args.master_addr or "127.0.0.1", int(args.master_port or 29500)
+        first, port = args.master_addr or "127.0.0.1", args.master_port or 29500
         if args.rdzv_endpoint:
-            first, port = parse_rendezvous_endpoint(args.rdzv_endpoint, port)
+            first, port = _endpoint(args.rdzv_endpoint, port)
     else:
-        first, port = parse_rendezvous_endpoint(args.rdzv_endpoint, 29400)
+        first, port = _endpoint(args.rdzv_endpoint, 29400)
         if "is_host" not in settings:
             return None  # torchrun guesses which host is the first one
         rank = 0 if settings["is_host"].lower() in ("1", "true") else max(rank, 1)
@@ -144,9 +162,9 @@ def meeting_of(args: Any) -> Meeting | None:
         most,
         rank,
         first,
-        port,
+        number_of(str(port), "the port of the first host", 1, 65535),
         interface=os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0],
-        patience=float(settings.get("join_timeout", 600)),
+        patience=number_of(settings.get("join_timeout", "600"), "WAIT (join_timeout)", 1, _DAY),
     )
 
 
@@ -208,6 +226,13 @@ def bound_silence(silence: float) -> None:
                 with socket.socket(fileno=os.dup(int(number))) as connection:
                     for option in options:
                         connection.setsockopt(*option)
+
+
+def _endpoint(text: str, default_port: int) -> tuple[str, int]:
+    try:
+        return parse_rendezvous_endpoint(text, default_port)
+    except ValueError as error:
+        raise UserError(f"--rdzv-endpoint {text}: {one_line(error)}", exit_code=2) from None
 
 
 def _rendezvous_settings(args: Any) -> dict[str, str]:

@@ -32,6 +32,9 @@ PORT=29500
 if [[ $FIRST =~ ^(.+):([0-9]+)$ ]]; then
   FIRST=${BASH_REMATCH[1]} PORT=${BASH_REMATCH[2]}
 fi
+[[ $PORT =~ ^[0-9]{1,5}$ && 10#$PORT -ge 1 && 10#$PORT -le 65535 ]] || refuse "FIRST has the port $PORT: needs 1 to 65535"
+[[ ${WAIT:=600} =~ ^[1-9][0-9]{0,4}$ ]] || refuse "WAIT is $WAIT: needs a number of seconds, up to 99999"
+[[ ${NPROC:=auto} =~ ^(auto|cpu|gpu|[1-9][0-9]{0,3})$ ]] || refuse "NPROC is $NPROC: needs a number of ranks, or auto"
 source "$(dirname "$0")/env.sh" "" # without an argument it would see those of this script
 
 with_config "$@"
@@ -40,8 +43,7 @@ if [[ $INTERFACE != auto ]]; then
   export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME="=$INTERFACE"
 fi
 
-WAIT=${WAIT:-600}
-OPTIONS=(--nnodes "$HOSTS" --node-rank "$RANK" --nproc-per-node "${NPROC:-auto}")
+OPTIONS=(--nnodes "$HOSTS" --node-rank "$RANK" --nproc-per-node "$NPROC")
 if [[ $HOSTS == *:* ]]; then
   # The store of the rendezvous must not be that of the ranks, or a host that returns finds the ranks' old keys in it.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

@@ -28,8 +28,10 @@ from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data.corpus import CorpusStats
 from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow, Row
+from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.families import check_family
+from titan_ulysses.model.hf import load_model_config
 from titan_ulysses.model.rope_scaling import scale_rope
 from titan_ulysses.observability.metrics import MetricsLogger
 from titan_ulysses.setup.options import select_core
@@ -230,6 +232,20 @@ def test_a_generation_config_that_is_none(tmp_path: Path, text: str) -> None:
     keep_generation_config(Model(), str(tmp_path))  # type: ignore[arg-type]
 
 
+def test_a_pipe_in_place_of_a_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    message = refusal(weights_folder.find, str(tmp_path))
+    assert "model.safetensors is damaged (it is no file)" in message
+
+
+def test_layers_without_end(tmp_path: Path) -> None:
+    table = {"model_type": "llama", "num_hidden_layers": 10**9}
+    expected = f"num_hidden_layers = {10**9} is more than 10000: correct it."
+    assert refusal(load_model_config, "", table) == f"model.config: {expected}"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "text_config": table}))
+    assert refusal(load_model_config, str(tmp_path), None).endswith(expected)
+
+
 @pytest.mark.parametrize("quantization", [{}, {"bits": 4}, "gptq", ["x"], {"quant_method": "awq"}])
 def test_quantized_weights_of_any_kind(quantization: Any) -> None:
     config = AutoConfig.for_model("llama")
@@ -268,6 +284,22 @@ def test_lines_of_any_codec(tmp_path: Path, encoding: str) -> None:
         bad = rows_of(file)[0]
         assert isinstance(bad, BadRow)
         assert 'the file begins like UTF-16: set encoding = "utf-16"' in bad.reason
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_that_its_library_refuses(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "a\n" * 9 + "b,c,d\n")
+    source = SourceSettings(source="hf", path=str(tmp_path), streaming=streaming)
+    message = refusal(lambda: [*open_rows(source)])
+    assert message.startswith(f'data.path = "{tmp_path}" cannot be ')
+
+
+def test_a_tokenizer_that_its_library_refuses(tmp_path: Path) -> None:
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"type": "BPE"', '"type": "BPF"'))
+    message = refusal(load_tokenizer, str(tmp_path))
+    assert message.startswith(f'model.tokenizer = "{tmp_path}" cannot be loaded (')
 
 
 def test_half_a_character_in_a_key_can_be_skipped_and_printed(tmp_path: Path) -> None:

@@ -23,14 +23,15 @@ def play(*arguments: str, out: Path) -> tuple[int, str, list[dict]]:
 
 
 def test_a_slice_of_each_campaign(tmp_path: Path) -> None:
-    cases, out = ["damage=1", "config=6", "data=4", "kill=1", "publish=1"], tmp_path / "out"
+    cases = ["damage=1", "config=6", "data=4", "flips=2", "kill=1", "publish=1"]
+    out = tmp_path / "out"
     # With this seed two ranks are killed once, while a checkpoint may be written beside the steps.
     code, text, lines = play(*cases, "--seed=12", out=out)
     assert code == 0, text
-    assert len(lines) == 13 and text.count("\n| ") == 7
+    assert len(lines) == 15 and text.count("\n| ") == 8
     # What is done is not done again.
     code, again, lines = play("data=4", "--seed=12", out=out)
-    assert code == 0 and len(lines) == 13 and "4 of 4" in again and "imports" not in again
+    assert code == 0 and len(lines) == 15 and "4 of 4" in again and "imports" not in again
 
 
 @pytest.mark.slow
@@ -39,6 +40,13 @@ def test_a_slice_of_the_long_campaigns(tmp_path: Path) -> None:
     code, text, lines = play(*cases, "--soak-seconds=4", "--seed=3", out=tmp_path / "out")
     assert code == 0, text
     assert len(lines) == 7
+
+
+@pytest.mark.slow
+def test_flipped_bits_of_data_end_in_a_message(tmp_path: Path) -> None:
+    code, text, lines = play("flips=300", "--seed=12", out=tmp_path / "out")
+    assert code == 0, text
+    assert {line["verdict"] for line in lines} == {"accepted", "refused"} and len(lines) == 300
 
 
 @pytest.mark.slow
@@ -51,5 +59,5 @@ def test_without_hashes_damage_is_not_found(tmp_path: Path) -> None:
 def test_a_campaign_that_is_none() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "storm"], capture_output=True, text=True)
     assert (
-        done.returncode == 2 and "storm is none of damage, config, data, kill, hang" in done.stderr
+        done.returncode == 2 and "storm is none of damage, config, data, flips, kill" in done.stderr
     )

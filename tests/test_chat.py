@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,6 +258,13 @@ def record(*messages: tuple[str, str], **fields) -> dict:
     }
 
 
+FAILING = {
+    "division": "{{ 1 // (messages | length - 2) }}",
+    "overflow": "{{ 10.0 ** (200 * messages | length) }}",
+    "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+}
+
+
 def encoded(tokenizer, fields: dict, **settings):
     source = SourceSettings(source="chat", **settings)
     return Encoder(tokenizer, source.train_on)(read_record(fields, source, "chats.jsonl:7"))
@@ -310,12 +318,15 @@ def encoded(tokenizer, fields: dict, **settings):
             {"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]},
             "refuses it (",
         ),
+        ("division", record(("user", "a"), ("assistant", "b")), " by zero)"),
+        ("overflow", record(("user", "a"), ("assistant", "b")), "refuses it ("),
+        ("recursion", record(("user", "a"), ("assistant", "b")), "refuses it (maximum recursion"),
     ],
 )
 def test_bad_chats_are_told_with_their_place(
     family: str, fields: dict, reason: str, backend: Tokenizer
 ) -> None:
-    found = encoded(tokenizer_with(backend, TEMPLATES[family]), fields)
+    found = encoded(tokenizer_with(backend, (TEMPLATES | FAILING)[family]), fields)
     assert isinstance(found, BadRow) and found.place == "chats.jsonl:7"
     assert reason in found.reason and "\n" not in found.reason
 
@@ -346,6 +357,36 @@ def test_tools_may_be_json(backend: Tokenizer) -> None:
         == as_text.ids.tolist()
         != encoded(tokenizer, record(*turns)).ids.tolist()
     )
+
+
+def test_arguments_of_tool_calls_may_be_json(backend: Tokenizer) -> None:
+    """OpenAI's form: text, which `tojson` would write as a string with escaped quotes."""
+    tokenizer = tokenizer_with(backend, CHATML)
+
+    def ids(arguments: Any) -> Any:
+        calls = [{"type": "function", "function": {"name": "add", "arguments": arguments}}]
+        asked = {"role": "user", "content": "a"}
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
+        return encoded(tokenizer, {"messages": [asked, answer]})
+
+    arguments = {"a": 1, "b": "two"}
+    as_object, as_text = ids(arguments), ids(json.dumps(arguments))
+    assert as_text.ids.tolist() == as_object.ids.tolist()
+    assert (as_object.parsed_calls, as_text.parsed_calls) == (0, 1)
+    assert '"b": null' in tokenizer.decode(ids('{"b": null}').ids)
+    assert ids("").ids.tolist() == ids({}).ids.tolist()
+    for other in ("ls -la", "[1]", "{", "[" * 9999):
+        assert ids(other).parsed_calls == 0
+        assert json.dumps(other)[:40] in tokenizer.decode(ids(other).ids)
+    flat = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": '{"a": 1}'}]}
+    chat = read_record({"messages": [flat]}, SourceSettings(source="chat"), "a:1").content
+    assert chat.messages[0]["tool_calls"] == [{"name": "add", "arguments": {"a": 1}}]
+    pair = {name: [{"role": "assistant", "content": name}] for name in ("prompt", "rejected")}
+    pair["chosen"] = [{"role": "assistant", "tool_calls": call()}]
+    pair["chosen"][0]["tool_calls"][0]["function"]["arguments"] = '{"a": 1}'
+    row = read_record(pair, SourceSettings(source="preference"), "a:1")
+    assert row.content.parsed_calls == 1
+    assert row.content.chosen[0]["tool_calls"] == call(a=1)
 
 
 # --- templates that write earlier turns differently once others follow ----------------------------
@@ -549,7 +590,11 @@ def write_chats(folder: Path, backend: Tokenizer) -> Path:
     """A config of chats in the manner of Qwen3, whose tokenizer is in `folder`."""
     config = write_run(folder)
     tokenizer_with(backend, QWEN3).save_pretrained(folder / "tokenizer")
-    lines = [{"messages": SHOWN}] + 3 * [record(("user", "a"), ("assistant", "b"))]
+    shown = json.loads(json.dumps(SHOWN))
+    for message in shown:
+        for one in message.get("tool_calls", []):  # as text, as most traces have them
+            one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
+    lines = [{"messages": shown}] + 3 * [record(("user", "a"), ("assistant", "b"))]
     (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = config.read_text().replace('"bytes"', f'"{folder}/tokenizer"')
     text = text.replace("vocab_size = 257", f"vocab_size = {backend.get_vocab_size()}")
@@ -568,6 +613,7 @@ def test_the_start_says_how_many_samples_chats_became(tmp_path, backend: Tokeniz
     said = sequences.describe()
     assert said.startswith("5 document(s)")
     assert "1 chat(s) became 2 samples, because the chat template writes earlier turns" in said
+    assert "1 tool call(s) had their arguments as JSON text, and are read as objects" in said
 
 
 def test_show_data(tmp_path, backend: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -390,6 +390,36 @@ def test_broken_toml_names_file_and_line(tmp_path: Path) -> None:
     assert "latin.toml: not valid TOML: 'utf-8'" in error_of(tmp_path / "latin.toml")
 
 
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (f"[model]\nfreeze = {DEEP}", "its tables or lists are nested too deep"),
+        (f"[model]\nfreeze = {DEEP[4800:5200]}", "model.freeze: is nested deeper than 50 levels"),
+        (f"[model.config]\nx{'.a' * 5000} = 1", "model.config: is nested deeper than 50 levels"),
+        (f"[training]\nsteps = 0x{'f' * 5000}", "training.steps: holds a number of more than 100"),
+        (f"[model]\nfreeze = [0x{'f' * 5000}]", "model.freeze: holds a number of more than 100"),
+    ],
+    ids=["list", "list that can be parsed", "keys", "number", "number in a list"],
+)
+def test_settings_without_end(lines: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, lines)
+    assert error_of(path).startswith(f"{path}: {message}")
+    base = write(tmp_path, 'extends = "run.toml"', "above.toml")
+    assert error_of(base).startswith(f"{path}: {message}")
+
+
+def test_options_without_end(toml: Path) -> None:
+    for value in (DEEP, f'{{"a": {DEEP}}}'):
+        with pytest.raises(UserError, match="--model.freeze: its value is nested too deep"):
+            parse_command_line(["--config", str(toml), f"--model.freeze={value}"])
+    message = error_of(toml, (f"model.config{'.a' * 5000}", 1))
+    assert message == "model.config: is nested deeper than 50 levels"
+    assert len(error_of(toml, ("training.steps", "9" * 5000))) < 600
+
+
 def test_extends_chain_merges_deeply(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     model = (

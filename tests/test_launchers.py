@@ -283,6 +283,29 @@ def test_what_torchrun_is_told_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--nnodes two", "--nnodes two: needs a number of hosts, or MIN:MAX"),
+        ("--rdzv-conf join_timeout=soon", "WAIT (join_timeout) is soon: needs a number from 1 to"),
+        ("--rdzv-conf join_timeout=-5", "WAIT (join_timeout) is -5: needs a number from 1 to"),
+        (
+            "--master-port 99999",
+            "the port of the first host is 99999: needs a number from 1 to 655",
+        ),
+        ("--rdzv-endpoint a:99999", "--rdzv-endpoint a:99999: The port number of the"),
+        ("--nproc-per-node some", "NPROC (--nproc-per-node) is some: needs a number from 1 to"),
+        ("--nproc-per-node 0", "NPROC (--nproc-per-node) is 0: needs a number from 1 to"),
+    ],
+)
+def test_numbers_of_the_launcher_that_are_none(arguments: str, message: str) -> None:
+    args = parse_args(["--nnodes", "2", *arguments.split(), "train.py"])
+    with pytest.raises(UserError) as caught:
+        launch.set_ranks(args)
+        launch.meeting_of(args)
+    assert str(caught.value).startswith(message) and caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
     ("error", "message"),
     [
         (
@@ -436,7 +459,7 @@ def stand_in(path: Path, text: str) -> None:
 def multinode(clone: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(clone / "scripts" / "multinode.sh"), *arguments],
-        env=environment(SAY_ONLY="1", NPROC="8", **changes),
+        env=environment(**{"SAY_ONLY": "1", "NPROC": "8"} | changes),
         capture_output=True,
         text=True,
     )
@@ -478,10 +501,14 @@ def test_multinode(clone: Path) -> None:
         ("2 first gpu-1 eth0", "RANK is first: needs a number, 0 on the first host"),
         ("2 0 my.toml --training.steps 3", "FIRST is my.toml: needs the address of the first host"),
         ("2 0 gpu-1 my.toml", "INTERFACE is my.toml: needs a name, as in eth0, or auto"),
+        ("2 0 gpu-1:99999 eth0", "FIRST has the port 99999: needs 1 to 65535"),
+        ("2 0 gpu-1 eth0 WAIT=soon", "WAIT is soon: needs a number of seconds, up to 99999"),
+        ("2 0 gpu-1 eth0 NPROC=-1", "NPROC is -1: needs a number of ranks, or auto"),
     ],
 )
 def test_multinode_refuses(clone: Path, arguments: str, message: str) -> None:
-    done = multinode(clone, *arguments.split())
+    changes = dict(pair.split("=") for pair in arguments.split() if "=" in pair)
+    done = multinode(clone, *(one for one in arguments.split() if "=" not in one), **changes)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {message}. See bash scripts/multinode.sh --help\n"
 

@@ -194,10 +194,14 @@ def test_what_a_teacher_said_stays_with_its_token(
         ({"teacher_log_probs": [[0.0] * 3] * 4}, "4 teacher_log_probs for 3 input_ids"),
         ({"teacher_ids": [[], [1, 2], [1, 2, 3]]}, "teacher_ids[1] has 2 entries, and data.teach"),
         ({"teacher_log_probs": [[], [0.0] * 3, None]}, "teacher_log_probs[2] has no entries"),
-        ({"teacher_ids": [[], [1, 2, 3.5], [1, 2, 3]]}, "an entry that is no whole number"),
+        ({"teacher_ids": [[], [1, 2, 3.5], [1, 2, 3]]}, "an entry that is no token id"),
         ({"teacher_ids": [[], [1, 2, -1], [1, 2, 3]]}, "an entry that is no token id: -1"),
         ({"teacher_ids": [[], [1, 2, 999], [1, 2, 3]]}, "teacher_ids has 999, and the tokenizer"),
-        ({"teacher_log_probs": [[], [0, 0, float("-inf")], [0.0] * 3]}, "is no finite number"),
+        ({"teacher_ids": [[], [1, 2, 2**32], [1, 2, 3]]}, "an entry that is no token id: 4294967"),
+        ({"teacher_ids": [[], [1, 2, 3], [3, 2, 3]]}, "teacher_ids[2] has one token id twice"),
+        ({"teacher_ids": [[], [[1], [2], [3]], [[1]] * 3]}, "an entry that is no token id"),
+        ({"teacher_log_probs": [[], [0, 0, float("-inf")], [0.0] * 3]}, "no number in fp32: -inf"),
+        ({"teacher_log_probs": [[], [0, 0, -1e39], [0.0] * 3]}, "no number in fp32: -1e+39"),
     ],
 )
 def test_what_a_teacher_said_is_checked(change: dict[str, Any], words: str, tmp_path: Path) -> None:

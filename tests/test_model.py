@@ -294,6 +294,9 @@ def damage(how: str, folder: Path) -> None:
     elif how == "shape":
         tensors["model.norm.weight"] = torch.ones(31)
         save_file(tensors, file)
+    elif how == "whole numbers":
+        tensors["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+        save_file(tensors, file)
     elif how == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif how == "header":
@@ -313,6 +316,10 @@ def damage(how: str, folder: Path) -> None:
             r"lm_head.weight\. A file",
         ),
         ("shape", r"model.norm.weight has shape \(31,\), config.json says \(32,\)"),
+        (
+            "whole numbers",
+            r"model.norm.weight is stored as torch.int8, and LlamaForCausalLM has it in torch.fl",
+        ),
         ("truncated", r"model.safetensors is damaged \(.+\). Copy or download it again"),
         ("header", r"model.safetensors is damaged \(.+\). Copy or download it again"),
         ("none", r"the folder holds no \*.safetensors. Save the model with"),

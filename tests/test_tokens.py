@@ -21,6 +21,7 @@ from titan_ulysses.data import cache
 from titan_ulysses.data.cache import read_corpus
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.encoding import Encoder
+from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow, Row
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.data.tokens import tokens_of
@@ -284,12 +285,17 @@ def test_streamed_records_with_several_documents(tmp_path: Path) -> None:
         ({"input_ids": [[1]]}, "input_ids is no list of whole numbers"),
         ({"input_ids": [True]}, "input_ids is no list of whole numbers"),
         ({"input_ids": [2**70]}, "input_ids is no list of whole numbers"),
+        ({"input_ids": [1, [2]]}, "input_ids is no list of whole numbers"),
         ({"input_ids": "abc"}, "input_ids is no list of whole numbers"),
         ({"input_ids": [1, 2], "labels": [1]}, "1 labels for 2 input_ids"),
         ({"input_ids": [1, 2], "labels": [2, -100]}, "give labels that are not shifted"),
         ({"input_ids": [1, 2], "position_ids": [1, 2]}, "position_ids[0] is 1"),
         ({"input_ids": [1, 2], "position_ids": [0, 2]}, "position_ids[1] is 2"),
         ({"input_ids": [1, 2], "document_lengths": [1]}, "document_lengths sum to 1, not to 2"),
+        (
+            {"input_ids": [1, 2], "document_lengths": [2**63 - 1, 2**63 - 1, 4]},
+            f"document_lengths sum to {2**64 + 2}, not to 2 tokens",
+        ),
         (
             {"input_ids": [1, 2], "document_lengths": [1, 1], "position_ids": [0, 1]},
             "document_lengths and position_ids tell different documents",
@@ -372,6 +378,28 @@ def test_record_files_cut_short(kind: str, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match=f"{file.name} cannot be read"):
         corpus_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "streaming"),
+    [
+        ("arrow file", False),
+        ("arrow stream", False),
+        ("save_to_disk", False),
+        ("save_to_disk", True),
+    ],
+)
+def test_offsets_that_go_backwards(kind: str, streaming: bool, tmp_path: Path) -> None:
+    """They would be read as they are; those of a list would end the process by a signal."""
+    RECORD_WRITERS[kind](tmp_path, [{"text": "abc"}] * 3)
+    file = next(tmp_path.glob("*.arrow"))
+    offsets = struct.pack("<3i", 0, 3, 6)
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, struct.pack("<3i", 0, 3, 1)))
+    name, path = ("hf", tmp_path) if kind == "save_to_disk" else ("jsonl", file)
+    source = SourceSettings(source=name, path=str(path), streaming=streaming)
+    with pytest.raises(UserError, match=f"{path}.* cannot be read .*Offset"):
+        [*open_rows(source)]
 
 
 def test_show_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

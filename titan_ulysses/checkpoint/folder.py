@@ -142,6 +142,8 @@ def _expect_name(name: str, file: Any) -> None:
 
 def _names_in(file: Path, where: str) -> set[str]:
     try:
+        if not file.is_file():
+            raise OSError("it is no file")  # opening a pipe would wait for ever
         with safe_open(file, framework="pt") as tensors:
             return set(tensors.keys())
     except (SafetensorError, OSError) as error:

@@ -152,7 +152,8 @@ def _check_complete(
 ) -> dict[str, tuple[Read, Tensor]]:
     """Return, by main name, how each tensor of the model is read, and the tensor without data.
 
-    Raise `UserError` if a tensor is missing in the files or has another shape.
+    Raise `UserError` if a tensor is missing in the files, has another shape, or has whole numbers
+    where the model has others.
     """
     found: dict[str, tuple[Read, Tensor]] = {}
     for get, read in opened(reads, files):
@@ -169,16 +170,19 @@ def _check_complete(
         name
         for name, tensor in layout.state.items()
         if layout.main[name] == name
-        and not (name in found and _fits(found[name][1].shape, tensor.shape, grows=name in growing))
+        and not (name in found and _fits(found[name][1], tensor, grows=name in growing))
     ]
     if wrong:
         raise UserError(f"{where}: {_why_incomplete(layout, files, model, wrong, found)}")
     return found
 
 
-def _fits(stored: torch.Size, wanted: torch.Size, *, grows: bool) -> bool:
+def _fits(stored: Tensor, wanted: Tensor, *, grows: bool) -> bool:
     """Return whether a stored tensor fills a wanted one, or the first rows of one that grows."""
-    return stored == wanted or (grows and stored[1:] == wanted[1:] and stored[0] < wanted[0])
+    if stored.is_floating_point() != wanted.is_floating_point():
+        return False  # copying would round the numbers, or make whole numbers weights
+    has, needs = stored.shape, wanted.shape
+    return has == needs or (grows and has[1:] == needs[1:] and has[0] < needs[0])
 
 
 def _why_incomplete(
@@ -188,7 +192,7 @@ def _why_incomplete(
     wrong: list[str],
     found: dict[str, tuple[Read, Tensor]],
 ) -> str:
-    """Say which tensors are missing, or which one has another shape, and what to do."""
+    """Say which tensors are missing, or which one has another shape or kind, and what to do."""
     expected = layout.expected()
     if missing := [
         stored for name in wrong for stored in expected.get(name, [name]) if stored not in files
@@ -204,6 +208,12 @@ def _why_incomplete(
         read, tensor = found[name]
         name = name if read.converter else read.names[0]
         shape = str(tuple(tensor.shape))
+        model_dtype = layout.state[wrong[0]].dtype
+        if tensor.is_floating_point() != model_dtype.is_floating_point:
+            return (
+                f"{name} is stored as {tensor.dtype}, and {model} has it in {model_dtype}. It is a "
+                "quantized model's, or damaged: take the model's own weights."
+            )
     wanted = tuple(layout.state[wrong[0]].shape)
     return (
         f"{name} has shape {shape}, config.json says {wanted}. They belong to different models: "

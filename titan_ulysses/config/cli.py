@@ -104,7 +104,10 @@ def _override_value(setting: str, text: str | None) -> Any:
         )
     if kind is str or get_origin(kind) is Literal:
         return text
-    value = _parse_value(text)
+    try:
+        value = _parse_value(text)
+    except RecursionError:
+        raise UserError(f"--{setting}: its value is nested too deep", exit_code=2) from None
     return [value] if get_origin(kind) in (list, tuple) and not isinstance(value, list) else value
 
 

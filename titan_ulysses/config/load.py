@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.fields import expand_path
 from titan_ulysses.config.schema import KEYS, SECTIONS, Config, in_words, words_of
-from titan_ulysses.config.toml import show, table_to_toml
+from titan_ulysses.config.toml import excess, show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
 
 try:
@@ -43,6 +43,8 @@ def config_of(settings: dict[str, Any], overrides: Iterable[tuple[str, Any]] = (
     """
     for setting, value in overrides:
         _override(settings, setting, value)
+    if problem := excess(settings):
+        raise UserError(problem, exit_code=2)
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
@@ -94,6 +96,10 @@ def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
         ) from None
     except ValueError as error:  # broken TOML (the message has line and column), or not UTF-8
         raise UserError(f"{path}: not valid TOML: {error}", exit_code=2) from None
+    except RecursionError:
+        raise UserError(f"{path}: its tables or lists are nested too deep", exit_code=2) from None
+    if problem := excess(settings):
+        raise UserError(f"{path}: {problem}", exit_code=2)
     base = settings.pop("extends", None)
     if base is None:
         return settings

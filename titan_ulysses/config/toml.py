@@ -7,6 +7,11 @@ import re
 from datetime import date, time
 from typing import Any
 
+_DEEPEST = 50
+"""Levels of tables and lists: more than any config of a model has, few enough for recursion."""
+_DIGITS = 100
+"""Digits of a whole number: Python itself refuses to print more than 4,300."""
+
 
 def table_to_toml(header: str, table: dict[Any, Any], brackets: str = "[{}]") -> list[str]:
     """Return the lines of a table and of its subtables; keys with the value None are left out."""
@@ -59,8 +64,28 @@ def to_toml(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value of any type as text for a message: as TOML where possible."""
+    """Return a value of any type as text for a message: as TOML where possible, and cut if long."""
     try:
-        return to_toml(value)
+        text = to_toml(value)
     except TypeError:
-        return repr(value)
+        text = repr(value)
+    return text if len(text) <= 500 else f"{text[:500]} ..."
+
+
+def excess(table: dict[str, Any]) -> str | None:
+    """Return what in a table is nested too deep or too long a number for any setting, or None."""
+    deep: list[tuple[str, Any, int]] = [(str(key), value, 1) for key, value in table.items()]
+    while deep:
+        name, value, level = deep.pop()
+        if level > _DEEPEST:
+            return f"{name}: is nested deeper than {_DEEPEST} levels"
+        if isinstance(value, int) and abs(value) >= 10**_DIGITS:
+            return f"{name}: holds a number of more than {_DIGITS} digits"
+        if isinstance(value, dict):
+            deep += [
+                (f"{name}.{key}" if level < 2 else name, item, level + 1)
+                for key, item in value.items()
+            ]
+        elif isinstance(value, list):
+            deep += [(name, item, level + 1) for item in value]
+    return None

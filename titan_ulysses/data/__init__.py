@@ -126,6 +126,11 @@ def _read(
             f"{tally.divided:,} chat(s) became {tally.parts:,} samples, because the chat template "
             "writes earlier turns differently once others follow"
         )
+    if tally.parsed_calls:
+        notes.append(
+            f"{tally.parsed_calls:,} tool call(s) had their arguments as JSON text, and are read "
+            "as objects"
+        )
     return corpus, notes
 
 

@@ -43,6 +43,7 @@ SMALL_CHARACTERS = 2**23
 starting worker processes, and the corpus takes little memory.
 """
 _LAYOUT = 2  # version of the file layout; part of the cache key
+_MESSAGES = 2  # version of how messages are read; part of the key of those that have some
 _BLOCK = 2**22
 _OLD_SECONDS = 86_400.0
 
@@ -81,6 +82,7 @@ def read_corpus(
             rows.fingerprint(),
             encoder.fingerprint(),
             source.model_dump(exclude={"path", "weight"}),
+            *([_MESSAGES] if source.source in ("chat", "preference") else []),
         )
         key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
         make = _with_bar(documents, rows, tally, setting)

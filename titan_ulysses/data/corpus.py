@@ -165,6 +165,8 @@ class CorpusStats:
     """rows that became several documents"""
     parts: int = 0
     """those documents"""
+    parsed_calls: int = 0
+    """tool calls whose arguments were JSON text"""
 
     def keep(
         self, encoded: Iterable[Encoded | BadRow], *, setting: str, skip: bool
@@ -194,6 +196,7 @@ class CorpusStats:
                 if parts > 1:
                     self.divided, self.parts = self.divided + 1, self.parts + parts
                 self.tokens += len(document.ids)
+                self.parsed_calls += document.parsed_calls
                 yield document
 
     def notes(self) -> list[str]:

@@ -61,13 +61,20 @@ class DatasetRows(Rows):
         return self.dataset._fingerprint
 
     def _read(self, dataset: Any, *, skip: int) -> Iterator[Row | BadRow]:
+        from datasets.exceptions import DatasetsError
+        from pyarrow import ArrowException
+
         self.done = skip
         try:
+            if not self.source.streaming:
+                self.dataset.data.validate(full=True)  # streams: see `_open`
             for record in islice(dataset, skip, None):
                 self.done += 1
                 yield read_record(record, self.source, f"row {self.done}")
-        except (OSError, ValueError) as error:
-            raise self._refusal(f"fails at row {self.done + 1} ({one_line(error)})") from error
+        except (OSError, ValueError, ArrowException, DatasetsError) as error:
+            raise self._refusal(
+                f"cannot be read from row {self.done + 1} on ({one_line(error)})"
+            ) from error
 
     def _open(self) -> Any:
         import datasets
@@ -76,7 +83,7 @@ class DatasetRows(Rows):
         if is_saved_dataset(source.path):
             try:
                 found = datasets.load_from_disk(source.path)
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:  # of any kind, depending on what is damaged
                 raise self._refusal(f"cannot be opened ({one_line(error)})") from error
             if isinstance(found, datasets.DatasetDict):
                 if source.split not in found:
@@ -85,7 +92,11 @@ class DatasetRows(Rows):
                         f'has no split "{source.split}" but {there}: set {self._key("split")}'
                     )
                 found = found[source.split]
-            return found.to_iterable_dataset() if source.streaming else found
+            if not source.streaming:
+                return found
+            rows = found.to_iterable_dataset().with_format("arrow")
+            rows = rows.map(_validated, batched=True, features=found.features)
+            return rows.with_format(None)
         try:
             return datasets.load_dataset(
                 source.path,
@@ -101,8 +112,7 @@ class DatasetRows(Rows):
                 f'datasets.load_dataset("{source.path}").save_to_disk(FOLDER), then give that '
                 "folder"
             ) from error
-        # The datasets library raises errors of all these kinds.
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of any kind, from the reader of any format
             raise self._refusal(
                 f"cannot be opened ({one_line(error)}): give a folder, a name on the hub, and its "
                 f"{self._key('subset')} and {self._key('split')}"
@@ -118,6 +128,15 @@ class DatasetRows(Rows):
 
     def _refusal(self, why: str) -> UserError:
         return UserError(f'{self.setting} = "{self.source.path}" {why}')
+
+
+def _validated(table: Any) -> Any:
+    """Return an Arrow table. Raise an `ArrowException` if it is damaged.
+
+    A damaged offset would be read as it is, far outside of the mapped file.
+    """
+    table.validate(full=True)
+    return table
 
 
 def is_saved_dataset(path: str) -> bool:

@@ -53,6 +53,8 @@ class Encoded(NamedTuple):
     """where the second document of a pair begins; None: it is no pair."""
     teacher: np.ndarray | None = None
     """[tokens, k] TOP: a teacher's largest log-probabilities (see teacher.py); None: none."""
+    parsed_calls: int = 0
+    """tool calls of the row whose arguments were JSON text"""
 
     def documents(self) -> Iterator[Encoded]:
         """Yield each document of the row. A pair is one."""
@@ -116,9 +118,10 @@ class Encoder:
             return Encoded(ids, trained, content.lengths, teacher=teacher)
         if isinstance(content, Preference):
             ids, trained, split = encode_preference(self.tokenizer, content)
-            return Encoded(ids, trained, split=split)
+            return Encoded(ids, trained, split=split, parsed_calls=content.parsed_calls)
         if isinstance(content, Chat):
-            return Encoded(*encode_chat(self.tokenizer, content, train_on=self.train_on))
+            ids, trained, lengths = encode_chat(self.tokenizer, content, train_on=self.train_on)
+            return Encoded(ids, trained, lengths, parsed_calls=content.parsed_calls)
         if any(
             has_surrogate(text)
             for text in (content if isinstance(content, Completion) else [content])

@@ -41,6 +41,8 @@ class Chat(NamedTuple):
     tools: list[dict[str, Any]] | None
     untrained: frozenset[int] = frozenset()
     """messages of the assistant, by number from 0, that are not trained on"""
+    parsed_calls: int = 0
+    """tool calls whose arguments were JSON text, see `_parse_calls`"""
 
 
 class Preference(NamedTuple):
@@ -49,6 +51,8 @@ class Preference(NamedTuple):
     prompt: Any
     chosen: Any
     rejected: Any
+    parsed_calls: int = 0
+    """tool calls whose arguments were JSON text, see `_parse_calls`"""
 
 
 class Row(NamedTuple):
@@ -124,6 +128,8 @@ class RecordRows(Rows):
         self.total = sum(file.stat().st_size for file in self.files.values())
 
     def __iter__(self) -> Iterator[Row | BadRow]:
+        from pyarrow import ArrowException
+
         before = 0
         for name, file in self.files.items():
             self.done = before
@@ -132,8 +138,7 @@ class RecordRows(Rows):
             try:
                 for number, record in records(file):
                     yield read_record(record, self.source, f"{name}:{number}")
-            # pyarrow's errors are subclasses of the first two.
-            except (OSError, ValueError, RecursionError) as error:
+            except (OSError, ValueError, RecursionError, ArrowException) as error:
                 raise UserError(
                     f"{self.setting}: {file} cannot be read ({one_line(error)}): repair it, or "
                     "leave it out"
@@ -208,6 +213,8 @@ class RecordRows(Rows):
             else:
                 batches = iter(pyarrow.ipc.open_stream(mapped))
             for batch in batches:
+                # A damaged offset would be read as it is, far outside of the file.
+                batch.validate(full=True)
                 yield from enumerate(self._records(batch), start=number + 1)
                 number += batch.num_rows
                 self.done = before + mapped.tell()
@@ -302,7 +309,32 @@ def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Ro
     untrained = frozenset(i for i, message in enumerate(messages) if message.get("train") is False)
     # Templates get the messages without the flag: some write all that a message holds.
     messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
-    return Row(place, Chat(_without_nulls(messages), _without_nulls(tools) or None, untrained))
+    messages = _without_nulls(messages)
+    parsed = _parse_calls(messages)
+    return Row(place, Chat(messages, _without_nulls(tools) or None, untrained, parsed))
+
+
+def _parse_calls(messages: list[dict[str, Any]]) -> int:
+    """Make objects of the arguments of tool calls that are JSON text, and return how many were.
+
+    OpenAI's form has them as text. A template that applies `tojson` would write such a text as a
+    string with escaped quotes. Text that is not a JSON object stays as it is.
+    """
+    count = 0
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            text = function.get("arguments") if isinstance(function, dict) else None
+            if not isinstance(text, str):
+                continue
+            try:
+                arguments = json.loads(text or "{}")
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(arguments, dict):
+                function["arguments"], count = arguments, count + 1
+    return count
 
 
 def _problem_of_flag(message: dict[str, Any]) -> str | None:
@@ -341,7 +373,9 @@ def _read_preference(record: dict[str, Any], source: SourceSettings, place: str)
                 "begin alike",
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return Row(place, Preference(*map(_without_nulls, (prompt, chosen, rejected))))
+    prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
+    parsed = sum(map(_parse_calls, (prompt, chosen, rejected)))
+    return Row(place, Preference(prompt, chosen, rejected, parsed))
 
 
 def _are_messages(value: Any) -> bool:

@@ -45,17 +45,23 @@ def top_of(record: dict[str, Any], top_k: int, *, needed: np.ndarray) -> np.ndar
             values = np.array([rows[place] for place in places.tolist()])
         except ValueError:  # lists in lists
             values = np.array(None)
-        if len(places) and (values.dtype.kind not in kinds or not np.isfinite(values).all()):
+        if not len(places):
+            continue
+        if values.dtype.kind not in kinds or values.ndim != 2:
             raise ValueError(f"{name} has an entry that is no {_KINDS[key]}")
-        if key == "id" and len(places) and (values.min() < 0 or values.max() > _LARGEST):
-            raise ValueError(f"{name} has an entry that is no token id: {values.min()}")
-        if len(places):
-            found[key][places] = values
+        low, high = _RANGES[key]
+        if (wrong := values[~((values >= low) & (values <= high))]).size:  # NaN too
+            raise ValueError(f"{name} has an entry that is no {_KINDS[key]}: {wrong[0]}")
+        twice = (np.diff(np.sort(values)) == 0).any(axis=1)
+        if key == "id" and twice.any():
+            raise ValueError(f"{name}[{places[twice][0]}] has one token id twice")
+        found[key][places] = values
     return found
 
 
-_KINDS = {"id": "whole number", "log_prob": "finite number"}
-_LARGEST = np.iinfo(np.uint32).max
+_KINDS = {"id": "token id", "log_prob": "number in fp32"}
+_LARGEST = float(np.finfo(np.float32).max)
+_RANGES = {"id": (0, np.iinfo(np.uint32).max), "log_prob": (-_LARGEST, _LARGEST)}
 
 
 def of_labels(

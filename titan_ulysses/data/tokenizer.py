@@ -31,8 +31,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         check_tokenizer_code(name, f'model.tokenizer = "{name}"')
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        # A folder that lacks tokenizer files raises any of these, depending on what is missing.
+    except UserError:
+        raise
+    except Exception as error:  # of any kind, depending on which file is missing or damaged
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f'model.tokenizer = "{name}" cannot be loaded ({reason.strip().rstrip(".:")}): give a '

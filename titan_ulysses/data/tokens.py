@@ -86,7 +86,7 @@ def _whole_numbers(name: str, values: Any) -> np.ndarray:
     try:
         array = np.asarray(values)
     except ValueError:  # lists of different lengths
-        array = np.empty(0)
+        array = np.array(None)
     if array.ndim == 1 and not len(array):
         return np.empty(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -99,8 +99,9 @@ def _lengths(arrays: dict[str, np.ndarray], count: int) -> tuple[int, ...] | Non
     told: dict[str, tuple[int, ...]] = {}
     for name in ("document_lengths", "seq_lengths"):
         if name in arrays:
-            if (arrays[name] < 0).any() or arrays[name].sum() != count:
-                raise ValueError(f"{name} sum to {arrays[name].sum()}, not to {count} tokens")
+            total = sum(arrays[name].tolist())  # in Python's numbers, which do not overflow
+            if (arrays[name] < 0).any() or total != count:
+                raise ValueError(f"{name} sum to {total}, not to {count} tokens")
             told[name] = tuple(length for length in arrays[name].tolist() if length)
     if "position_ids" in arrays and count:
         positions = arrays["position_ids"]

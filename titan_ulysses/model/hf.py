@@ -30,6 +30,8 @@ from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model.names import is_adapter, plain
 from titan_ulysses.model.remote_code import check_model_code
 
+_MOST_LAYERS = 10_000
+
 
 def load_model_config(
     path: str, table: dict | None, *, setting: str = "model.path"
@@ -41,6 +43,7 @@ def load_model_config(
     """
     if table is not None:
         settings = copy.deepcopy(table)
+        _expect_few_layers(settings, "model.config")
         check_model_code(settings, "model.config")
         model_type = settings.pop("model_type", None)
         try:
@@ -53,6 +56,7 @@ def load_model_config(
     try:
         settings, _ = PreTrainedConfig.get_config_dict(path)
         check_model_code(settings, f'{setting} = "{path}"')
+        _expect_few_layers(settings, f'{setting} = "{path}"')
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UserError:
         raise
@@ -66,6 +70,15 @@ def load_model_config(
         ) from error
     finally:
         hub.setLevel(level)
+
+
+def _expect_few_layers(settings: dict, where: str) -> None:
+    """Raise UserError for layers without end: transformers would make lists and modules of them."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _expect_few_layers(value, where)
+        elif key.endswith(("layers", "layer")) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise UserError(f"{where}: {key} = {value} is more than {_MOST_LAYERS}: correct it.")
 
 
 def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
