@@ -213,11 +213,18 @@ def pytest_gpu(scale: Scale) -> Figures:
 
 
 def sharded_llama(
-    scale: Scale, layers: int, *, tokens: int = 0, **options: Any
+    scale: Scale,
+    layers: int,
+    *,
+    tokens: int = 0,
+    documents: tuple[int, ...] = (),
+    table: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any], Any]:
     """Return a llama on this device, a batch of one sequence, and the mesh.
 
-    tokens: of the sequence; 0: those of the scale.
+    tokens: of the sequence; 0: those of the scale. documents: their lengths; empty: one. table:
+    changes of the model's config.
     """
     import torch
 
@@ -225,7 +232,7 @@ def sharded_llama(
     from titan_ulysses.model import hf
 
     mesh = build_mesh()
-    table = llama(scale, layers) | {"vocab_size": min(scale.vocabulary, 32_000)}
+    table = llama(scale, layers) | {"vocab_size": min(scale.vocabulary, 32_000)} | (table or {})
     dtype = torch.float32 if scale.rehearses else torch.bfloat16
     model = hf.build_on_meta(hf.load_model_config("", table), dtype)
     with warnings.catch_warnings():
@@ -234,12 +241,13 @@ def sharded_llama(
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     generator, tokens = torch.Generator().manual_seed(0), tokens or scale.tokens
+    documents = documents or (tokens,)
     ids = torch.randint(table["vocab_size"], (1, tokens), generator=generator)
-    positions = torch.arange(tokens)[None]
+    positions = torch.cat([torch.arange(length) for length in documents])[None]
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": positions}
     batch = {name: x.to(mesh.device) for name, x in batch.items()}
     batch["num_items_in_batch"] = torch.tensor(tokens, device=mesh.device)
-    return model, batch | {"documents": ((tokens,),)}, mesh
+    return model, batch | {"documents": (documents,)}, mesh
 
 
 def loss_and_gradients(model: Any, batch: dict[str, Any]) -> list[Any]:
@@ -375,6 +383,28 @@ def beyond_int32(scale: Scale) -> Figures:
     assert difference < 1e-2 and gradients < 5e-2 and elsewhere == 0, (difference, gradients)
     elements = whole[0].numel()
     return {"core": name, "elements": elements, "difference": difference, "gradients": gradients}
+
+
+def packed_windows(scale: Scale) -> Figures:
+    """Gradients of packed documents through windows, in chunks and whole.
+
+    The documents begin fewer keys before a chunk than the chunk has queries, where a kernel's rule
+    for the keys right of a query counts.
+    """
+    found: Figures = {}
+    unit = scale.tokens // 64
+    table = {"model_type": "mistral", "sliding_window": 12 * unit}
+    for lengths in ((11, 53), (30, 34), (5, 24, 35)):
+        documents, results = tuple(unit * length for length in lengths), []
+        for chunk in (-1, scale.tokens // 4):
+            options: dict[str, Any] = {"stream_chunk_tokens": chunk, "documents": documents}
+            model, batch, _ = sharded_llama(scale, 2, table=table, **options)
+            results.append(loss_and_gradients(model, batch))
+            del model, batch
+        pairs = [(a.double(), b.double()) for a, b in zip(*results, strict=True)]
+        found[str(list(documents))] = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
+        assert all((a - b).norm() < 0.02 * a.norm() for a, b in pairs), found
+    return found
 
 
 def attention_rates(scale: Scale) -> Figures:
@@ -635,6 +665,7 @@ CHECKS: dict[str, tuple[Check, float]] = {
     "offload_bits": (offload_bits, 90),
     "copies_beside_kernels": (copies_beside_kernels, 60),
     "beyond_int32": (beyond_int32, 60),
+    "packed_windows": (packed_windows, 60),
     "planned_memory": (planned_memory, 120),
     "attention_rates": (attention_rates, 120),
     "loss_tiles": (loss_tiles, 60),

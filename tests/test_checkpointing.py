@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
 import os
 import threading
 from functools import lru_cache
@@ -26,7 +27,7 @@ from helpers.training import OPTIMIZER, Record, largest_difference, train_plain,
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
-from titan_ulysses.memory.offload import DiskStore, Store, check_room, open_store
+from titan_ulysses.memory.offload import CudaStore, DiskStore, Store, check_room, open_store
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
@@ -276,7 +277,8 @@ class StandinCuda:
     def __init__(self) -> None:
         self.gate, self.waits, self.waited_for = threading.Event(), [], []
         self.gate.set()
-        self.compute = self.Stream()
+        self.compute, self.devices = self.Stream(), threading.local()
+        self.devices.current = 1  # as on the second rank of a node
 
     def Stream(self) -> SimpleNamespace:  # noqa: N802  # as in torch.cuda
         return SimpleNamespace(
@@ -288,7 +290,14 @@ class StandinCuda:
     def current_stream(self) -> SimpleNamespace:
         return self.compute
 
+    def current_device(self) -> int:
+        return getattr(self.devices, "current", 0)  # that of a new thread
+
+    def set_device(self, device: int) -> None:
+        self.devices.current = device
+
     def stream(self, stream: SimpleNamespace) -> contextlib.AbstractContextManager:
+        assert self.current_device() == 1, "torch would open a context on the current device"
         return contextlib.nullcontext()
 
 
@@ -340,12 +349,65 @@ def test_a_thread_copies_to_files_and_back(tmp_path):
     assert all(read in cuda.waited_for for read in reads), "the device does not wait for its input"
 
 
+class Waits:
+    """A CudaStore, and for how many copies the device has waited after each tensor."""
+
+    def __init__(self) -> None:
+        cuda = StandinCuda()
+        plain = open_store("host", None, torch.device("cpu")).make_buffer
+        self.store, self.waited_for = CudaStore(plain, cuda=cuda), cuda.waited_for
+        self.kept: list = []
+
+    def after(self, *tensors: tuple[int, str]) -> list[int]:
+        found = []
+        for size, kind in tensors:
+            self.kept.append(self.store.keep(torch.zeros(size, dtype=torch.uint8), kind))
+            found.append(len(self.waited_for))
+        return found
+
+
+def test_the_device_does_not_wait_for_a_pair():
+    """Keys and values, or an output and its log-sum-exp, leave together; inputs one at a time."""
+    waits = Waits()
+    inputs, output, lse = (100, "inputs"), (100, "output"), (2, "lse")
+    assert waits.after(inputs, inputs) == [0, 1]
+    # Each has waited for what came before the pair, and not for the other one of it.
+    assert waits.after(output, lse, output, lse) == [1, 2, 3, 4]
+    waited_for = waits.waited_for
+    assert [x is y for x, y in zip(waited_for[1:], waited_for, strict=False)] == [False] * 3
+    keys, values = (100, "keys"), (100, "values")
+    assert waits.after(keys, values, keys, values) == [5, 6, 7, 8]
+
+
+def test_small_tensors_leave_together():
+    """As many as have the bytes of the largest one, which is on its way alone as well."""
+    waits = Waits()
+    small = [(10, "states")] * 12
+    assert waits.after((100, "inputs"), *small) == [0] + [0] + [1] * 9 + [2, 3]
+    assert sum(sent.size for sent in waits.store._sent) == 100
+
+
+def test_what_has_not_left_is_not_copied_back():
+    waits = Waits()
+    waits.after((100, "output"), (2, "lse"))
+    copied = []
+    waits.store._fetch = copied.append
+    for kept in reversed(waits.kept):
+        assert waits.store.get(kept).numel() == kept.buffer.numel()
+    assert not copied and not waits.store._sent
+
+
 def test_the_host_is_up_to_two_tensors_ahead_of_the_files(tmp_path):
     store, cuda = disk_store(tmp_path)
     x = [torch.full((8,), float(n)) for n in range(3)]
     cuda.gate.clear()
     kept = [store._pack(tensor) for tensor in x[:2]]  # returns at once
-    waiting = threading.Thread(target=lambda: kept.append(store._pack(x[2])))
+
+    def pack() -> None:
+        cuda.set_device(1)
+        kept.append(store._pack(x[2]))
+
+    waiting = threading.Thread(target=pack)
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive() and len(kept) == 2
@@ -359,7 +421,7 @@ def test_the_host_is_up_to_two_tensors_ahead_of_the_files(tmp_path):
 
 def test_what_fails_in_the_thread_is_raised(tmp_path):
     store, _ = disk_store(tmp_path)
-    store.stream.record_event = lambda: SimpleNamespace(synchronize=lambda: 1 / 0)
+    store.outward.record_event = lambda: SimpleNamespace(synchronize=lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         for n in range(3):
             store._pack(torch.full((8,), float(n)))
@@ -385,10 +447,8 @@ def cuda_gradients(offload: str, steps: int = 3) -> tuple[list[Tensor], object]:
     return found, store
 
 
-def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
-    """With a stand-in for CUDA: the lock goes with the buffer, also where only a view of it was
-    left.
-    """
+def page_locks(monkeypatch) -> dict[int, int]:
+    """Return what is page-locked, the bytes by the address, with a stand-in for CUDA."""
     locked: dict[int, int] = {}
 
     def register(address: int, size: int, flags: int) -> int:
@@ -397,6 +457,28 @@ def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
 
     cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=locked.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    return locked
+
+
+def test_page_locked_buffers_share_no_page(monkeypatch):
+    locked = page_locks(monkeypatch)
+    make_buffer = open_store("host", None, torch.device("cpu")).make_buffer
+    sizes = [1, 300, 5000, mmap.PAGESIZE]
+    buffers = [make_buffer(size, torch.device("cuda")) for size in sizes]
+    assert [buffer.numel() for buffer in buffers] == sizes
+    assert all(buffer.storage_offset() == 0 for buffer in buffers)  # streaming uses the storage
+    assert {x.data_ptr() for x in buffers} == {*locked}
+    assert all(x % mmap.PAGESIZE == 0 for place in locked.items() for x in place)
+    ends = sorted((address, address + size) for address, size in locked.items())
+    assert all(stop <= start for (_, stop), (start, _) in zip(ends, ends[1:], strict=False))
+    assert [buffer.fill_(7).sum() for buffer in buffers] == [7 * size for size in sizes]
+
+
+def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
+    """With a stand-in for CUDA: the lock goes with the buffer, also where only a view of it was
+    left.
+    """
+    locked = page_locks(monkeypatch)
     buffer = open_store("host", None, torch.device("cpu")).make_buffer(4096, torch.device("cuda"))
     assert list(locked.items()) == [(buffer.data_ptr(), 4096)]
     view = buffer[8:].view(torch.float32)

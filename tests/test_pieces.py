@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,20 +40,22 @@ def plain(
     softcap=None,
     ahead=0,
     sinks=None,
-    left=None,
+    sides=None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of all pairs and one mask: output [N, Hq, Dv] and lse [Hq, N].
 
-    left: the keys to the left that a query sees, where there is no causal mask at all (the flash
-    operator's way to say a window, see `flash_forward`).
+    sides: the keys left and right of a query's place that it sees, -1 for all, where these say what
+    is masked (see `flash_forward`).
     """
     seen = torch.zeros(len(q), len(k), dtype=torch.bool)
     row = column = 0
     for queries, keys in zip(query_lengths, key_lengths, strict=True):
         places = torch.arange(queries)[:, None] + keys - queries + ahead
         distance = places - torch.arange(keys)
-        inside = distance >= 0 if left is None else distance <= left
-        inside &= distance < (window or keys + ahead)
+        inside = (distance >= 0) & (distance < (window or keys + ahead))
+        if sides is not None:
+            left, right = (keys + queries if side < 0 else side for side in sides)
+            inside = (distance <= left) & (distance >= -right)
         seen[row : row + queries, column : column + keys] = inside
         row, column = row + queries, column + keys
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -99,15 +104,15 @@ def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=Fal
         assert (ours - expected_).abs().max() < 1e-12
 
 
-@pytest.fixture(params=["explicit", "cpu", "cuda"])
+@pytest.fixture(params=["explicit", "cpu", "fa2", "fa3"])
 def kernel(request, monkeypatch) -> Pieces:
     """The pieces to test, with tiles of a few tokens."""
     monkeypatch.setattr(tiles, "BLOCK", 4)
     monkeypatch.setattr(tiles, "SMALLEST_BLOCK", 2)
-    monkeypatch.setattr(flash_cuda, "CUDA_BLOCK", 5)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
-    return {"explicit": EXPLICIT, "cpu": CPU_FLASH, "cuda": CUDA_FLASH}[request.param]
+    if request.param in SIDES:
+        use_operators(request.param, monkeypatch.setattr)
+        return CUDA_FLASH
+    return {"explicit": EXPLICIT, "cpu": CPU_FLASH}[request.param]
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
@@ -201,7 +206,7 @@ def test_no_tensor_has_all_keys_and_all_query_heads(found, window):
     assert largest.elements <= max(k.numel(), heads * queries * tiles.BLOCK) < keys * heads * size
 
 
-# --- the operators of CUDA ------------------------------------------------------------------------
+# --- the operators of CUDA (a windowed model by these: test_streaming.py) -------------------------
 
 SCHEMAS_2_11 = {
     "_flash_attention_forward": "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, "
@@ -285,11 +290,52 @@ def test_varlen_calls_the_operators_of_cuda(monkeypatch):
 # --- what stands for the operators of CUDA --------------------------------------------------------
 
 
+def sides_of_fa2(left: int, right: int, max_q: int, max_k: int) -> tuple[int, int]:
+    """FlashAttention 2's rule: csrc/flash_attn/flash_api.cpp, mha_varlen_fwd, mha_varlen_bwd and
+    set_params_fprop, and torch's file of that name.
+
+    By apply_mask_local of csrc/flash_attn/src/mask.h, a row then sees column < row + 1 + keys -
+    queries + right, and column >= row + keys - queries - left.
+    """
+    left, right = (-1 if side >= max_k else side for side in (left, right))
+    if left < 0 and right >= 0:
+        left = max_k
+    if left >= 0 and right < 0:
+        right = max_k
+    return left, right
+
+
+def sides_of_fa3(left: int, right: int, max_q: int, max_k: int) -> tuple[int, int]:
+    """FlashAttention 3's rule: hopper/flash_api.cpp, mha_fwd, mha_bwd and set_params_fprop. The
+    mask of hopper/mask.h is that of FlashAttention 2.
+    """
+    left = -1 if left >= max_k - 1 else left
+    right = -1 if right >= max_q - 1 else right
+    if left < 0 and right < 0:
+        return left, right
+    return (max_k - 1 if left < 0 else left), (max_q - 1 if right < 0 else right)
+
+
+SIDES = {"fa2": sides_of_fa2, "fa3": sides_of_fa3}
+
+
+def use_operators(flash: str, set_attribute: Callable[..., None]) -> None:
+    """Put the stand-ins in place, with the rule of one FlashAttention and blocks of a few keys."""
+    set_attribute(flash_cuda, "CUDA_BLOCK", 5)
+    for name, operator in (("forward", flash_forward), ("backward", flash_backward)):
+        operator = partial(operator, sides=SIDES[flash])
+        set_attribute(torch.ops.aten, f"_flash_attention_{name}", operator)
+
+
 def flash_forward(
     q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *,
-    scale=None, window_size_left=None, window_size_right=None,
+    scale=None, window_size_left=None, window_size_right=None, sides=sides_of_fa2,
 ):  # fmt: skip
-    """aten::_flash_attention_forward as it is in torch 2.11, for what this project asks of it."""
+    """aten::_flash_attention_forward as it is in torch 2.11, for what this project asks of it.
+
+    sides: which keys are seen, by the rule of a FlashAttention. A query that sees none gets NaN,
+    where the kernels give 0.
+    """
     assert not dropout_p and not return_debug_mask and q.shape[-1] % 8 == 0
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]
     return (*plain(q, k, v, **_said(**{**locals()})), None, None, None)
@@ -298,6 +344,7 @@ def flash_forward(
 def flash_backward(
     grad_out, q, k, v, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
     rng_state, unused, *, scale=None, window_size_left=None, window_size_right=None,
+    sides=sides_of_fa2,
 ):  # fmt: skip
     """aten::_flash_attention_backward, from the output and log-sum-exp that it is given."""
     assert not dropout_p and q.shape[-1] == grad_out.shape[-1] == out.shape[-1]
@@ -320,19 +367,18 @@ def flash_backward(
 
 def _said(
     *, q, k, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, scale, window_size_left,
-    window_size_right, **_,
+    window_size_right, sides, **_,
 ) -> dict:  # fmt: skip
     """What the arguments of an operator say, in the words of `plain`."""
     assert cum_seq_q.dtype == cum_seq_k.dtype == torch.int32
     lengths = [tuple(x.diff().tolist()) for x in (cum_seq_q, cum_seq_k)]
-    assert (max_q, max_k) == tuple(map(max, lengths))
+    # The kernels look for no more than so many, and may be told of more.
+    assert max_q == max(lengths[0]) and max_k >= max(lengths[1])
     assert (cum_seq_q[-1], cum_seq_k[-1]) == (len(q), len(k))
-    options = {"query_lengths": lengths[0], "key_lengths": lengths[1], "scale": scale}
-    if is_causal:
-        assert window_size_left == -1
-    elif window_size_right == 0:
-        options["window"] = window_size_left + 1
-    else:
-        assert window_size_right == -1
-        options["left"] = window_size_left if window_size_left >= 0 else len(k)
-    return options
+    right = 0 if is_causal else window_size_right
+    return {
+        "query_lengths": lengths[0],
+        "key_lengths": lengths[1],
+        "scale": scale,
+        "sides": sides(window_size_left, right, max_q, max_k),
+    }

@@ -493,7 +493,7 @@ def test_the_peak_in_words():
     lines = largest(sharded)
     assert (
         lines[0]
-        == "   1.92 MiB  attention of layer 1: workspace of flash attention's backward kernel"
+        == "   1.97 MiB  attention of layer 1: workspace of flash attention's backward kernel"
     )
     assert (
         lines[1]
@@ -558,16 +558,18 @@ def test_durations(seconds, text):
     ("kernel", "deterministic", "expected"),
     [
         # dq_accum and softmax_d in fp32, dk and dv of all query heads in bf16
-        ("fa2", False, 4 * 1000 * 6 * (96 + 1) + 2 * 2 * 1000 * 6 * 72),
+        ("fa2", False, 4 * 1128 * 6 * (96 + 1) + 2 * 2 * 1000 * 6 * 72),
         # ceil(132 / (1 document x 6 heads)) = 22 copies of dq_accum
-        ("fa2", True, 4 * 1000 * 6 * (22 * 96 + 1) + 2 * 2 * 1000 * 6 * 72),
+        ("fa2", True, 4 * 1128 * 6 * (22 * 96 + 1) + 2 * 2 * 1000 * 6 * 72),
         # dk_accum and dv_accum in fp32, of the KV heads; softmax_d and softmax_lse_log2
-        ("fa3", False, 4 * 1000 * 6 * (96 + 2) + 2 * 4 * 1000 * 2 * 96),
-        ("fa3", True, 4 * 1000 * 6 * (96 + 2) + 2 * 4 * 1000 * 2 * 96),
+        ("fa3", False, 4 * 1128 * 6 * (96 + 2) + 2 * 4 * 1128 * 2 * 96),
+        ("fa3", True, 4 * 1128 * 6 * (96 + 2) + 2 * 4 * 1128 * 2 * 96),
     ],
 )
 def test_the_workspace_of_attention(kernel, deterministic, expected):
-    """1000 tokens, 6 query heads on 2 KV heads of 72, which the kernel rounds up to 96."""
+    """1000 tokens of one document, which has 128 rows more in fp32, 6 query heads on 2 KV heads of
+    72, which the kernel rounds up to 96.
+    """
     import torch
 
     from titan_ulysses.plan.cuda_memory import CudaWorkspace
@@ -577,6 +579,18 @@ def test_the_workspace_of_attention(kernel, deterministic, expected):
     held = CudaWorkspace(kernel, deterministic, 132)(func, (query, query, key, key), None)
     assert held == expected
     assert CudaWorkspace(kernel)(torch.ops.aten.mm.default, (query, query), None) == 0
+    assert CudaWorkspace(kernel).of_document(6, 72) == 4 * 128 * 6 * (96 + 1)
+
+
+def test_the_plan_says_what_further_documents_take():
+    """Of 6 heads of 8 on two ranks, in fp32: 128 rows of 3 heads of 32, and of 3 numbers."""
+    found = [note for note in planned("sharded").notes if note.startswith("documents: ")]
+    assert found == [
+        "documents: one a sequence is planned. Each further one adds 0.0483 MiB while the backward "
+        "of attention runs"
+    ]
+    alone = plan_of(data__packing="none")
+    assert not any(note.startswith("documents: ") for note in alone.notes)
 
 
 def test_the_kernel_of_attention():

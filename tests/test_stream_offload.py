@@ -5,6 +5,8 @@ is read before its copy has ended.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from math import prod
 from types import SimpleNamespace
 from typing import Any
@@ -29,24 +31,47 @@ from titan_ulysses.ulysses import key_blocks, streamed
 DOCUMENTS = [[11, 9, 4], [5, 19]]
 
 
+class LateStream:
+    """A stream whose work waits until something needs it."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Callable[[], None]] = deque()
+        self.issued, self.ended = 0, 0
+
+    def add(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Queue some work; return what does all until its end."""
+        self.queue.append(work)
+        self.issued += 1
+        return partial(self.run_until, self.issued)
+
+    def wait_event(self, event: Callable[[], None]) -> None:
+        self.add(event)
+
+    def wait_stream(self, compute: Any) -> None:
+        """What computes here is never late."""
+
+    def run_until(self, number: int) -> None:
+        while self.ended < number:
+            self.queue.popleft()()
+            self.ended += 1
+
+
 class LateCopies(CudaStore):
-    """Each copy is made as late as it may be: when the device waits for its event.
+    """Each copy is made as late as it may be: when the device waits for its event, on a stream of
+    each direction.
 
     Until then the target on the device is full of NaN.
     """
 
     def __init__(self, make_buffer) -> None:
-        self.queue, self.issued, self.ended = deque(), 0, 0
         self.reads, self.ahead = 0, 0
-        compute = SimpleNamespace(wait_event=self.run_until)
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        cuda = SimpleNamespace(Stream=lambda: stream, current_stream=lambda: compute)
+        compute = SimpleNamespace(wait_event=lambda event: event())
+        cuda = SimpleNamespace(Stream=LateStream, current_stream=lambda: compute)
         super().__init__(make_buffer, cuda=cuda)
 
-    def _copy(self, target: Tensor, source: Tensor) -> int:
-        self.queue.append((target, source))
-        self.issued += 1
-        return self.issued
+    def _copy(self, target: Tensor, source: Tensor, stream: LateStream) -> Callable[[], None]:
+        # Autograd sees this copy when it is issued.
+        return stream.add(lambda: target.data.copy_(source.data))
 
     def _fetch(self, kept: Any) -> None:
         super()._fetch(kept)
@@ -57,12 +82,6 @@ class LateCopies(CudaStore):
         self.reads += 1
         self.ahead += kept.fetched is not None
         return super().get(kept)
-
-    def run_until(self, event: int) -> None:
-        while self.ended < event:
-            target, source = self.queue.popleft()
-            target.data.copy_(source.data)  # autograd has seen this copy when it was issued
-            self.ended += 1
 
 
 def late_store() -> SequenceStore:

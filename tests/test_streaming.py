@@ -33,6 +33,7 @@ from helpers.training import (
     train_sharded,
 )
 from test_lora import add, add_by_peft, fill
+from test_pieces import use_operators
 from test_rope import BOUND as ROPE_BOUND
 from test_rope import MODELS as ROPE_MODELS
 from test_router import gradients_of, padded_rows, sharded_model
@@ -51,7 +52,9 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.train.step import train_step
+from titan_ulysses.ulysses import pieces
 from titan_ulysses.ulysses.cores import sdpa
+from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH
 from titan_ulysses.ulysses.pieces import pieces_of
 from titan_ulysses.ulysses.scores import Pieces
 from titan_ulysses.ulysses.streamed import _seen
@@ -193,6 +196,31 @@ def test_families_of_every_kind(family: str, mesh: str) -> None:
 @pytest.mark.parametrize(("family", "mesh"), SLOW_CASES)
 def test_families(family: str, mesh: str) -> None:
     check(family, MESHES[mesh], "packed", 9, checkpoint_every=2)
+
+
+# --- windows by the operators of CUDA -------------------------------------------------------------
+
+
+def train_by_operators(flash: str, *args, **options) -> Record:
+    """With stand-ins for them, by the rules of one FlashAttention."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_operators(flash, patch.setattr)
+        patch.setattr(pieces, "_best", lambda q, softcap: CUDA_FLASH)
+        return train_sharded(*args, **options)
+
+
+@pytest.mark.parametrize("flash", ["fa2", "fa3"])
+def test_windows_of_packed_documents(flash: str) -> None:
+    """Documents that begin a few keys before a chunk with many more queries."""
+    table = STARCODER2 | {"sliding_window": 12}
+    steps = [
+        [make_rows([documents], masked="none", vocab_size=61, seed=step)]
+        for step, documents in enumerate([(11, 53), (30, 34), (5, 24, 35)])
+    ]
+    arguments = ONE, table, steps, torch.float64
+    found = run_on_ranks(1, train_by_operators, flash, *arguments, stream_chunk_tokens=16)[0]
+    worst = largest_difference(found, train_plain(*arguments[1:]))
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
 
 # --- other settings -------------------------------------------------------------------------------

@@ -263,14 +263,15 @@ def router_loss(plain: PreTrainedModel, logits: list[tuple[Tensor, ...]]) -> Ten
 
 def largest_difference(found: Record, expected: Record) -> dict[str, float]:
     """Relative differences (to the largest magnitude of each tensor), the worst of each kind and
-    where it is.
+    where it is. NaN is an infinite one: Python's max(0.0, nan) is 0.0.
     """
     worst: dict[str, float] = {}
 
     def note(what: str, a, b) -> None:
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         assert a.shape == b.shape, (what, a.shape, b.shape)
-        difference = ((a - b).abs().max() / b.abs().max().clamp(min=1e-300)).item()
+        ratio = (a - b).abs().max() / b.abs().max().clamp(min=1e-300)
+        difference = ratio.nan_to_num(nan=torch.inf, posinf=torch.inf).item()
         worst[what] = max(worst.get(what, 0.0), difference)
 
     for what, ours, theirs in (

@@ -1,24 +1,26 @@
 """Offloaded activation checkpoints: segment inputs in host memory or in files until backward.
 
-Inputs are copied to buffers that are allocated once and reused. On CUDA the copies run on their own
-stream: to the buffer while the next segment computes, and back one segment before backward needs
-the input. The compute stream waits for events, never for the host. CUDA copies beside the
-computation only from and to page-locked memory. So buffers in host memory are page-locked, and
-inputs on their way to or from a file pass through one of two page-locked buffers, which a thread
-empties and fills. On a CPU, buffers are plain memory or memory-mapped files, and the copies are
-synchronous.
+Inputs are copied to buffers that are allocated once and reused. On CUDA the copies of each
+direction run on a stream of their own: to the buffer while the next segment computes, and back one
+segment before backward needs the input. The compute stream waits for events, never for the host.
+CUDA copies beside the computation only from and to page-locked memory. So buffers in host memory
+are page-locked, and inputs on their way to or from a file pass through one of two page-locked
+buffers, which a thread empties and fills. On a CPU, buffers are plain memory or memory-mapped
+files, and the copies are synchronous.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import inf, prod
 from pathlib import Path
@@ -94,7 +96,10 @@ class OffloadedTensor:
     The buffer becomes free when the last reference to this object is gone, which is after backward.
     """
 
-    def __init__(self, store: Store, x: Tensor, buffer: Tensor, before: OffloadedTensor | None):
+    def __init__(
+        self, store: Store, x: Tensor, kind: str, buffer: Tensor, before: OffloadedTensor | None
+    ):
+        self.kind = kind
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.buffer = buffer
         # The tensor that was offloaded just before this one is needed just after it in backward.
@@ -155,7 +160,7 @@ class Store:
             buffer = self.make_buffer(size, x.device)
             self.buffers.append(buffer)
         before = self._latest[kind]() if kind in self._latest else None
-        kept = OffloadedTensor(self, x, buffer, before)
+        kept = OffloadedTensor(self, x, kind, buffer, before)
         self._latest[kind] = weakref.ref(kept)
         self.put(x.detach(), kept)
         return kept
@@ -168,6 +173,22 @@ class Store:
 
     def get(self, kept: OffDevice) -> Tensor:
         return kept.view().clone()
+
+
+@dataclass(eq=False)
+class _Sent:
+    """A tensor on the device whose copy to its buffer may not have ended."""
+
+    kept: weakref.ref[OffDevice]
+    kind: Hashable
+    x: Tensor
+    place: tuple[int, int, int]
+    """of the copy (see `_place`)"""
+    copied: torch.cuda.Event
+
+    @property
+    def size(self) -> int:
+        return self.x.numel() * self.x.element_size()
 
 
 class CudaStore(Store):
@@ -184,27 +205,38 @@ class CudaStore(Store):
         cuda: ModuleType = torch.cuda,
     ):
         super().__init__(make_buffer, room)
-        self.cuda, self.stream = cuda, cuda.Stream()
-        self._copies_in_flight: deque[tuple[weakref.ref[OffDevice], Tensor, torch.cuda.Event]] = (
-            deque()
-        )
+        self.cuda, self.outward, self.inward = cuda, cuda.Stream(), cuda.Stream()
+        self._sent: deque[_Sent] = deque()
+        self._largest = 0
+        """bytes of the largest tensor so far"""
 
     def put(self, x: Tensor, kept: OffDevice) -> None:
         compute = self.cuda.current_stream()
-        self.stream.wait_stream(compute)
-        self._copies_in_flight.append((weakref.ref(kept), x, self._send(x, kept)))
-        while len(self._copies_in_flight) > 1:
+        self.outward.wait_stream(compute)
+        copied = self._send(x, kept)
+        sent = _Sent(weakref.ref(kept), _kind(kept), x, _place(kept), copied)
+        self._sent.append(sent)
+        self._largest = max(self._largest, sent.size)
+        while self._holds_too_much():
             # Letting go of x lets the allocator reuse its memory in the order of the compute
             # stream, which therefore has to wait until x is copied.
-            _, _, copied = self._copies_in_flight.popleft()
-            compute.wait_event(copied)
+            compute.wait_event(self._sent.popleft().copied)
+
+    def _holds_too_much(self) -> bool:
+        """Return whether the tensors whose copies are under way are too many.
+
+        They may have the bytes of the largest one, which needs as much when it is alone. And the
+        latest two may always be under way, if they are of different kinds: what attention hands
+        over comes in pairs, its keys and values or its output and log-sum-exp, and with nothing to
+        compute in between the device would wait for the whole copy of the first. Inputs of segments
+        are all of one kind, and the next one comes when there was time to copy this one.
+        """
+        if len(self._sent) < 2 or sum(sent.size for sent in self._sent) <= self._largest:
+            return False
+        return len(self._sent) > 2 or self._sent[0].kind == self._sent[1].kind
 
     def get(self, kept: OffDevice) -> Tensor:
-        # The input of the last segment is still on the device.
-        if self._copies_in_flight and self._copies_in_flight[-1][0]() is kept:
-            kept.fetched = self._copies_in_flight.pop()[1:]
-        if kept.fetched is None:
-            self._fetch(kept)
+        self._bring(kept)
         assert kept.fetched is not None
         x, arrived = kept.fetched
         kept.fetched = None
@@ -212,28 +244,58 @@ class CudaStore(Store):
             arrived.result() if isinstance(arrived, Future) else arrived
         )
         before = kept.before()
-        if before is not None and before.fetched is None:
-            self._fetch(before)
+        if before is not None:
+            self._bring(before)
         return x
+
+    def _bring(self, kept: OffDevice) -> None:
+        """Have kept on the device, or on its way there."""
+        if kept.fetched is not None:
+            return
+        for sent in self._sent:
+            if sent.kept() is kept:  # it has not left the device, as the input of the last segment
+                kept.fetched = sent.x, sent.copied
+                self._sent.remove(sent)
+                return
+        self._fetch(kept)
 
     def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         """Start the copy of x to its buffer; return the event of its end."""
-        return self._copy(kept.view(), x)
+        return self._copy(kept.view(), x, self.outward)
 
-    def _copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
-        with self.cuda.stream(self.stream):
+    def _copy(self, target: Tensor, source: Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        with self.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-            return self.stream.record_event()
+            return stream.record_event()
 
     def _fetch(self, kept: OffDevice) -> None:
         """Start the copy back to the device.
 
         x is allocated on the compute stream, where it will also be freed. The copy waits for that
-        stream, which may still be using the same memory for an earlier tensor.
+        stream, which may still be using the same memory for an earlier tensor, and for the copies
+        to the buffer that the compute stream has not waited for.
         """
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
-        self.stream.wait_stream(self.cuda.current_stream())
-        kept.fetched = x, self._copy(x, kept.view())
+        self.inward.wait_stream(self.cuda.current_stream())
+        storage, start, stop = _place(kept)
+        for sent in self._sent:
+            if sent.place[0] == storage and sent.place[1] < stop and start < sent.place[2]:
+                self.inward.wait_event(sent.copied)
+        kept.fetched = x, self._copy(x, kept.view(), self.inward)
+
+
+def _kind(kept: OffDevice) -> Hashable:
+    """Return what is equal for tensors that are handed over one after the other, with computation
+    in between: the kind of `Store.keep`, or the tensor of which they are parts.
+    """
+    return kept.kind if isinstance(kept, OffloadedTensor) else _place(kept)[0]
+
+
+def _place(kept: OffDevice) -> tuple[int, int, int]:
+    """Return the storage of the buffer, and the first byte in it and the one after the last."""
+    buffer = kept.buffer
+    start = buffer.storage_offset()
+    return buffer.untyped_storage()._cdata, start, start + buffer.numel()
 
 
 class DiskStore(CudaStore):
@@ -257,12 +319,17 @@ class DiskStore(CudaStore):
     ):
         super().__init__(make_buffer, room, cuda)
         self.make_staging = make_staging
-        self.background = background or ThreadPoolExecutor(1, thread_name_prefix="offload")
+        # A new thread has device 0, where its first call would open a context of half a GiB.
+        self.background = background or ThreadPoolExecutor(
+            1, "offload", initializer=cuda.set_device, initargs=(cuda.current_device(),)
+        )
         self._staging = deque([_Staging(), _Staging()])
 
     def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         staging = self._next_staging(kept)
-        copied = self._copy(staging.view(kept), x)
+        if staging.read is not None:
+            self.outward.wait_event(staging.read)
+        copied = self._copy(staging.view(kept), x, self.outward)
         staging.work = self.background.submit(_to_file, kept.buffer, staging.buffer, copied)
         return copied
 
@@ -280,8 +347,9 @@ class DiskStore(CudaStore):
         """Copy a file to staging, and start the copy to x; return the event of its end."""
         _wait(staging.read)
         staging.buffer[: buffer.numel()].copy_(buffer)
-        self.stream.wait_event(allocated)
-        staging.read = self._copy(x, staging.buffer[: buffer.numel()].view(x.dtype).view(x.shape))
+        self.inward.wait_event(allocated)
+        source = staging.buffer[: buffer.numel()].view(x.dtype).view(x.shape)
+        staging.read = self._copy(x, source, self.inward)
         return staging.read
 
     def _next_staging(self, kept: OffDevice) -> _Staging:
@@ -328,11 +396,14 @@ def _wait(event: torch.cuda.Event | None) -> None:
 def host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -> Tensor:
     """Return a buffer of size bytes in host memory, page-locked if device is a CUDA device.
 
-    torch's pin_memory is not used, because it rounds sizes up to a power of two.
+    torch's pin_memory is not used, because it rounds sizes up to a power of two. Pages are locked
+    as a whole, and none may be locked twice, so a page-locked buffer has pages of its own.
     """
-    buffer = torch.empty(size, dtype=torch.uint8)
     if device.type == "cuda":
-        result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)
+        memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)[:size]
+        locked = -(-len(memory) // mmap.PAGESIZE) * mmap.PAGESIZE
+        result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), locked, 0)
         if int(result) != 0:
             raise UserError(
                 f'activation_checkpoint.offload = "{offload}": {size / 2**30:.2f} GiB of host '
@@ -343,7 +414,8 @@ def host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -
         # this address next as page-locked.
         unregister = torch.cuda.cudart().cudaHostUnregister
         weakref.finalize(buffer.untyped_storage(), unregister, buffer.data_ptr()).atexit = False
-    return buffer
+        return buffer
+    return torch.empty(size, dtype=torch.uint8)
 
 
 class _FileBuffers:

@@ -93,27 +93,47 @@ class CudaWorkspace:
         mha_varlen_bwd; PyTorch's file of that name is the same), and 3 has `dk_accum` and
         `dv_accum`, fp32, with the KV heads, and `softmax_lse_log2` (hopper/flash_api.cpp, mha_bwd);
         4 is taken to be like 3. Flash attention's forward saves the same tensors as the CPU
-        operator.
+        operator. What is in fp32 has `DOCUMENT_ROWS` more for each document. A row counts as one
+        document here (see `of_document`).
 
         With deterministic algorithms, FlashAttention 2 has one `dq_accum` for each of ceil(
-        processors / (documents x heads)) blocks. A row counts as one document here, which is the
-        most that it can take. 3 and 4 take turns instead.
+        processors / (documents x heads)) blocks, which is the most for one document. 3 and 4 take
+        turns instead.
         """
         if func is not _FLASH_BACKWARD:
             return 0
         query, key = args[1], args[2]
         batch, heads, tokens, size = query.shape
-        rounded = -(-size // (32 if size <= 128 else 64)) * (32 if size <= 128 else 64)
-        of_queries, of_keys = batch * heads * tokens, batch * key.shape[1] * key.shape[2]
-        copies = 1
+        more = DOCUMENT_ROWS * batch
+        of_queries = batch * tokens + more
+        copies, held, grouped = 1, 0, key.shape[1] != heads
         if self.kernel == "fa2":
             if self.deterministic:
                 copies = -(-self.processors // (batch * heads))
-            expanded = batch * heads * key.shape[2] * size * key.element_size()
-            held = 4 * of_queries + 2 * expanded * (key.shape[1] != heads)
+            held = 2 * batch * heads * key.shape[2] * size * key.element_size() * grouped
         else:
-            held = 8 * of_queries + 2 * 4 * of_keys * rounded * (key.shape[1] != heads)
-        return held + 4 * copies * of_queries * rounded
+            of_keys = batch * key.shape[2] + more
+            held = 4 * heads * of_queries
+            held += 2 * 4 * key.shape[1] * of_keys * _rounded(size) * grouped
+        return held + 4 * heads * of_queries * (copies * _rounded(size) + 1)
+
+    def of_document(self, heads: int, size: int) -> int:
+        """Return the bytes that each further document of a row adds, at least: those of `dq_accum`
+        and `softmax_d`.
+        """
+        return 4 * heads * DOCUMENT_ROWS * (_rounded(size) + 1)
+
+
+DOCUMENT_ROWS = 128
+"""Rows of the accumulators that separate a document from the next: FlashAttention 2's total_q + 128
+* batch_size. FlashAttention 3's blocks have 64 to 128 rows (kBlockM, kBlockN).
+"""
+
+
+def _rounded(size: int) -> int:
+    """Return the head size that the accumulators have."""
+    multiple = 32 if size <= 128 else 64
+    return -(-size // multiple) * multiple
 
 
 def cpu_workspace(func, args: tuple, result) -> int:

@@ -18,6 +18,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.hardware import GIB, GPU, gpu_named
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.launch.nodes import spans_nodes
+from titan_ulysses.model.families import head_sizes, layer_configs
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
 from titan_ulysses.plan.cost import Cost, Links, Offloaded, Time, clock, kernel_rates, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
@@ -370,6 +371,11 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
         if setup.core == "varlen"
         else f"the time of attention is planned with the rates of {kernel}"
     )
+    if config.data.packing != "none" and (more := _bytes_of_a_document(setup)):
+        notes.append(
+            f"documents: one a sequence is planned. Each further one adds {more / 2**20:.3g} MiB "
+            "while the backward of attention runs"
+        )
     simulation = simulate(setup.spec, cuda=setup.workspace, wrap=wrap)
     plan = Plan(setup, simulation, tuple(notes))
     weights = plan.host_components.get("parameters", 0)
@@ -380,6 +386,18 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
             "memory.parameter_offload = false."
         )
     return plan
+
+
+def _bytes_of_a_document(setup: Setup) -> int:
+    """Return what `CudaWorkspace.of_document` says of the layer with most; 0 where no kernel takes
+    several documents.
+    """
+    if setup.core not in ("varlen", "flash"):
+        return 0
+    layers = [x for x in layer_configs(setup.model_config) if hasattr(x, "num_attention_heads")]
+    heads = [-(-x.num_attention_heads // setup.degrees.sequence) for x in layers]
+    sizes = [max(head_sizes(x)) for x in layers]
+    return max(map(setup.workspace.of_document, heads, sizes), default=0)
 
 
 def check_idle(plan: Plan) -> str | None:

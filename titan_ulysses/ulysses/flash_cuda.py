@@ -46,11 +46,14 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tens
 
 
 def _lengths(scores: Scores, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+    most_queries = max(scores.query_lengths)
     return (
         borders(scores.query_lengths, device),
         borders(scores.key_lengths, device),
-        max(scores.query_lengths),
-        max(scores.key_lengths),
+        most_queries,
+        # FlashAttention 2 takes this for the keys right of a query where a window says all of them,
+        # and counts from the query's place, which is up to so many queries left of the first key.
+        max(most_queries, *scores.key_lengths),
     )
 
 
