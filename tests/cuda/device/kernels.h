@@ -5,8 +5,9 @@
 // and what it returns becomes CUDA tensors.
 //
 // With kernels = "late", results are there late: a kernel reads its inputs when it is launched, and
-// its outputs are NaN until the stream is waited for. Whoever reads them on another stream, or on
-// the host, without waiting, finds NaN. That a kernel still reads its inputs is the clocks' to tell.
+// the outputs of a stream's last kernel are NaN until the stream is waited for. Whoever reads them on
+// another stream without waiting finds NaN. Of the kernels before the last one, and of inputs that a
+// kernel may still read, the clocks tell.
 #pragma once
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>

@@ -52,12 +52,13 @@ inline Settings read_settings() {
 
 inline Settings settings = read_settings();
 
-// The number of devices is asked for anew each time: a fork may be a rank of another launcher.
+// A node of eight, of which ranks see as many as there are of them: each device that a process sees
+// costs it a thread of autograd. Asked for anew each time, as a fork may have become a rank.
 // CUDA_VISIBLE_DEVICES = "" hides all, as it does of real ones.
 inline int device_count() {
   const char* visible = getenv("CUDA_VISIBLE_DEVICES");
   if (visible && !*visible) return 0;
-  int n = std::stoi(variable("FAKECUDA_DEVICES", variable("LOCAL_WORLD_SIZE", "1").c_str()));
+  int n = std::stoi(variable("FAKECUDA_DEVICES", variable("LOCAL_WORLD_SIZE", "8").c_str()));
   return std::min(n, MOST_DEVICES);
 }
 

@@ -58,7 +58,8 @@ def read_settings() -> None:
     """Read the environment again: it has changed, or this is a fork with another one."""
     import torch
 
-    assert _library is not None
+    if _library is None:
+        return
     _library.fakecuda_read_settings()
     torch.cuda._cached_device_count = None
 
