@@ -17,7 +17,7 @@ def cuda(*values: float) -> Tensor:
     return torch.tensor(values, device="cuda", dtype=torch.float32)
 
 
-# --- as a card --------------------------------------------------------------------------------------
+# --- as a card ------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -111,7 +111,7 @@ def test_backward_runs_in_the_devices_thread() -> None:
     assert Where.seen == [(False, last), (True, 0)]
 
 
-# --- at the worst moment ----------------------------------------------------------------------------
+# --- at the worst moment --------------------------------------------------------------------------
 
 
 @only_here
@@ -183,7 +183,9 @@ def test_a_copy_that_starts_too_early_is_a_race() -> None:
     host = page_locked(0, 0)
     y = x * 2
     with torch.cuda.stream(side), fakecuda.setting(races="raise"):
-        with pytest.raises(RuntimeError, match="race: copy to the host reads what aten::mul writes"):
+        with pytest.raises(
+            RuntimeError, match="race: copy to the host reads what aten::mul writes"
+        ):
             host.copy_(y, non_blocking=True)
         side.wait_stream(torch.cuda.default_stream())
         host.copy_(y, non_blocking=True)
@@ -246,7 +248,7 @@ def test_pages_are_locked_whole() -> None:
     assert cudart.cudaHostUnregister(start) == 0 and cudart.cudaHostUnregister(start) == 713
 
 
-# --- memory that ends -------------------------------------------------------------------------------
+# --- memory that ends -----------------------------------------------------------------------------
 
 
 @only_here
@@ -258,7 +260,9 @@ def test_memory_ends_as_torch_says_it() -> None:
         ooms = torch.cuda.memory_stats()["num_ooms"]
         freed = torch.empty(3 * 2**20, dtype=torch.uint8, device="cuda")
         del freed
-        kept = torch.empty(6 * 2**20, dtype=torch.uint8, device="cuda")  # what is cached is given back
+        kept = torch.empty(
+            6 * 2**20, dtype=torch.uint8, device="cuda"
+        )  # what is cached is given back
         with pytest.raises(
             torch.OutOfMemoryError,
             match=r"CUDA out of memory\. Tried to allocate 4\.00 MiB\. GPU 0 has a total capacity of "
@@ -286,7 +290,7 @@ def test_memory_is_counted_by_the_device() -> None:
     del y
 
 
-# --- waits of the host ------------------------------------------------------------------------------
+# --- waits of the host ----------------------------------------------------------------------------
 
 
 @only_here
@@ -307,7 +311,7 @@ def test_waits_of_the_host_are_counted() -> None:
     assert found.total() == 4
 
 
-# --- where it is, and where it may not be -----------------------------------------------------------
+# --- where it is, and where it may not be ---------------------------------------------------------
 
 
 @only_here
@@ -325,7 +329,10 @@ def test_a_torch_or_a_machine_with_a_gpu_is_refused(tmp_path: Path) -> None:
     (nothing / "nvidia0").touch()
     assert "has a GPU" in build.why_refused(torch_folder, devices=nothing)
     (nothing / "nvidia0").unlink()
-    for text in (version.format("2.99.1", "'12.8'", "None"), version.format("2.99.1", "None", "'6'")):
+    for text in (
+        version.format("2.99.1", "'12.8'", "None"),
+        version.format("2.99.1", "None", "'6'"),
+    ):
         (torch_folder / "version.py").write_text(text)
         assert "is built for" in build.why_refused(torch_folder, devices=nothing)
     assert build.library_of(torch_folder) != for_cpu, "one for each torch"

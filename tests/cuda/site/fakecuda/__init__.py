@@ -1,7 +1,7 @@
 """A device of type `cuda` on a torch that was built for the CPU: see tests/cuda/README.md.
 
-    load()     before torch is imported: at::detail::getCUDAHooks() looks for CUDA once
-    start()    torch calls it at the end of `import torch`, by its entry point "torch.backends"
+load()     before torch is imported: at::detail::getCUDAHooks() looks for CUDA once
+start()    torch calls it at the end of `import torch`, by its entry point "torch.backends"
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def races() -> list[str]:
 
 @contextmanager
 def host_waits() -> Iterator[Counter[str]]:
-    """Where the host waits for the device: "file:line function (why)" of this repository's own code,
-    and how often.
+    """Where the host waits for the device, and how often: "file:line function (why)" of the
+    package's own code.
     """
     found: Counter[str] = Counter()
     call_type = ctypes.CFUNCTYPE(None, ctypes.c_char_p)

@@ -1,5 +1,5 @@
-"""Kernels that only CUDA has: FlashAttention 2's operators and products into a wider dtype, by plain
-products in fp32, with the real kernels' own rules.
+"""Kernels that only CUDA has: FlashAttention 2's operators and products into a wider dtype, by
+plain products in fp32, with the real kernels' own rules.
 
 The rules are those of flash-attention v2 as torch builds it, third_party/flash-attention:
     csrc/flash_attn/flash_api.cpp        mha_fwd, mha_varlen_fwd: what is refused; set_params_fprop:
@@ -78,7 +78,7 @@ def _refuse(
 def _documents(
     q: Tensor, k: Tensor, starts_q: Tensor | None, starts_k: Tensor | None
 ) -> list[tuple[slice, slice]]:
-    """The rows of q and of k that belong together, of tensors flattened to [tokens, heads, size]."""
+    """The rows of q and k that belong together, of tensors flattened to [tokens, heads, size]."""
     if starts_q is None or starts_k is None:
         edges_q = range(0, (len(q) + 1) * q.shape[1], q.shape[1])
         edges_k = range(0, (len(k) + 1) * k.shape[1], k.shape[1])
@@ -223,7 +223,7 @@ def _backward(
     return tuple(_high(by, found.view(like.shape), q.device) for found, like in results)
 
 
-# --- products that add in a wider dtype (ATen/native/cuda/Blas.cpp, addmm.dtype) -------------------
+# --- products that add in a wider dtype (ATen/native/cuda/Blas.cpp, addmm.dtype) ------------------
 
 
 def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
