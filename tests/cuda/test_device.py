@@ -265,8 +265,8 @@ def test_memory_ends_as_torch_says_it() -> None:
         )  # what is cached is given back
         with pytest.raises(
             torch.OutOfMemoryError,
-            match=r"CUDA out of memory\. Tried to allocate 4\.00 MiB\. GPU 0 has a total capacity of "
-            r".* MiB of which 2\.00 MiB is free\..* is allocated by PyTorch",
+            match=r"CUDA out of memory\. Tried to allocate 4\.00 MiB\. GPU 0 has a total capacity "
+            r"of .* MiB of which 2\.00 MiB is free\..* is allocated by PyTorch",
         ):
             torch.empty(4 * 2**20, dtype=torch.uint8, device="cuda")
         stats = torch.cuda.memory_stats()
