@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Lint and check types, then test, on a machine with nothing but Python installed. Arguments go to pytest:
-#   bash scripts/test.sh                      what CI runs
+#   bash scripts/test.sh                      what CI runs: the tests, and some again on a device of type cuda
 #   bash scripts/test.sh --slow               also the slow tests
+#   bash scripts/test.sh --cuda --slow        all that run on that device, which needs no card: tests/cuda/README.md
 #   bash scripts/test.sh tests/test_loss.py   one file
 set -euo pipefail
 source "$(dirname "$0")/env.sh" dev
@@ -11,4 +12,10 @@ cd "$ROOT"
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 # Two files of tests at a time: most tests leave a core idle or wait for a process that dies.
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+TESTS=("$PYTHON" -m pytest -n 2 --dist loadfile)
+[ $# -eq 0 ] || exec "${TESTS[@]}" "$@"
+failed=0
+"${TESTS[@]}" || failed=$?
+# In processes of their own: the device is loaded before torch.
+"${TESTS[@]}" --cuda || failed=$?
+exit "$failed"

@@ -1,10 +1,11 @@
-"""What all tests share: the import path, the markers `slow` and `gpu`, and a summary that names
-what was skipped.
+"""What all tests share: the import path, the markers `slow`, `gpu` and `cuda`, the option `--cuda`,
+and a summary that names what was skipped.
 """
 
 from __future__ import annotations
 
 import compileall
+import functools
 import gc
 import os
 import sys
@@ -21,6 +22,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _TESTS = Path(__file__).resolve().parent
+_DEVICE = _TESTS / "cuda" / "site"
 for _folder in (_TESTS.parent, _TESTS):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
@@ -28,11 +30,24 @@ for _folder in (_TESTS.parent, _TESTS):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--cuda",
+        action="store_true",
+        help="run the tests that ask for a CUDA device on that of tests/cuda, which needs no card",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cuda"):
+        _load_device(config)
     config.addinivalue_line("markers", "slow: takes more than a few seconds; runs only with --slow")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; runs only with -m gpu")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; runs with -m gpu or --cuda")
+    config.addinivalue_line("markers", "card(why): of those of gpu, one that needs a real one")
+    config.addinivalue_line(
+        "markers",
+        "cuda(only=False, slow=False): runs with --cuda too. only: not without it. slow: takes "
+        "long there, so that it wants --slow",
+    )
     if not _asks_for_gpu(config):
         # All other tests are of a CPU and of gloo: a mesh that finds a GPU would be a CUDA mesh.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -51,22 +66,59 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneWaits(config, log)
 
 
+_no_device = pytest.StashKey[str]()
+
+
+def _load_device(config: pytest.Config) -> None:
+    """Load the device of tests/cuda here, before torch, and let each process that starts do so.
+
+    Without -m, the tests run that ask for a device.
+    """
+    sys.path.insert(0, str(_DEVICE))
+    import fakecuda
+    from fakecuda import build
+
+    torch = build.torch_folder()
+    if refused := build.why_refused(torch):
+        raise pytest.UsageError(f"--cuda: {refused}")
+    config.option.markexpr = config.option.markexpr or "gpu or cuda"
+    config.stash[_no_device] = build.why_not(torch)
+    if not config.stash[_no_device]:
+        fakecuda.load()
+        os.environ.update(fakecuda.environment())
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
 def _asks_for_gpu(config: pytest.Config) -> bool:
     chosen = config.getoption("-m")
-    return "gpu" in chosen and "not gpu" not in chosen
+    return config.getoption("--cuda") or ("gpu" in chosen and "not gpu" not in chosen)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    why_not = None
-    if not _asks_for_gpu(config):
-        why_not = "gpu: run with -m gpu, on a machine with a CUDA device"
-    elif not _has_cuda():
-        why_not = "gpu: torch sees no CUDA device"
     for item in items:
-        if item.get_closest_marker("gpu") and why_not:
-            item.add_marker(pytest.mark.skip(reason=why_not))
-        elif item.get_closest_marker("slow") and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if why := _why_skipped(config, item):
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _why_skipped(config: pytest.Config, item: pytest.Item) -> str:
+    """Why a test does not run here; "" if it does."""
+    on_device, slow = config.getoption("--cuda"), config.getoption("--slow")
+    cuda, card = item.get_closest_marker("cuda"), item.get_closest_marker("card")
+    if on_device and config.stash[_no_device]:
+        return f"cuda: {config.stash[_no_device]}"
+    if on_device and card:
+        return f"gpu: needs a card: {card.args[0]}"
+    if on_device and cuda and cuda.kwargs.get("slow") and not slow:
+        return "cuda: slow there: run with --slow"
+    if not on_device and cuda and cuda.kwargs.get("only"):
+        return "cuda: run with --cuda"
+    if item.get_closest_marker("gpu") and not _asks_for_gpu(config):
+        return "gpu: run with -m gpu, on a machine with a CUDA device"
+    if item.get_closest_marker("gpu") and not _has_cuda():
+        return "gpu: torch sees no CUDA device"
+    if item.get_closest_marker("slow") and not slow:
+        return "slow: run with --slow"
+    return ""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -131,6 +183,7 @@ def observe(tmp_path_factory: pytest.TempPathFactory):
     return Observer(tmp_path_factory.mktemp("observed"))
 
 
+@functools.cache
 def _has_cuda() -> bool:
     import torch
 

@@ -507,6 +507,7 @@ def test_cuda_buffers_are_page_locked():
 
 
 @pytest.mark.gpu
+@pytest.mark.card("the profiler's records of a device")
 def test_cuda_copies_run_beside_the_computation():
     """Both directions on the store's own stream. Of three segments, all inputs go to the host, and
     two come back: that of the last one is still on the device.

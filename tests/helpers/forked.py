@@ -120,7 +120,7 @@ def _server() -> tuple[subprocess.Popen, str]:
         pass_fds=[listener.fileno()],
         # transformers reads HF_HUB_OFFLINE when it is imported: no fork asks the hub.
         env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_TESTS.parent), "HF_HUB_OFFLINE": "1"},
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _search_path(), "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -130,6 +130,12 @@ def _server() -> tuple[subprocess.Popen, str]:
     atexit.register(shutil.rmtree, folder)
     atexit.register(server.stdin.close)
     return server, f"{folder}/address"
+
+
+def _search_path() -> str:
+    """The repository; and with --cuda the folder that loads the device when Python starts."""
+    device = [str(_TESTS / "cuda" / "site")] if os.environ.get("FAKECUDA") == "1" else []
+    return os.pathsep.join([*device, str(_TESTS.parent)])
 
 
 def _ask(command: list[str]) -> int:
@@ -270,6 +276,8 @@ def _as_new(env: dict[str, str], outputs: list[int]) -> None:
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # with the launcher's connections
     os.environ.clear()
     os.environ.update(env)
+    if "fakecuda" in sys.modules:
+        sys.modules["fakecuda"].read_settings()
     logging.disable(logging.NOTSET)  # the launcher silences torchrun's own
     if env.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()

@@ -77,7 +77,7 @@ def run_on_ranks(
     world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any
 ) -> list[Any]:
     """Call `fn(*args, **kwargs)` on `world_size` CPU ranks with a gloo default group; return the
-    results by rank.
+    results by rank. With --cuda each of them has a device of tests/cuda.
 
     `fn` is a module-level function; arguments and results travel by pickle, tensors by value (a
     view with its whole storage). Ranks are mostly reused: whatever `fn` sets for the process (seed,
@@ -247,11 +247,18 @@ def _start(rank: int, world_size: int, port: int, folder: str) -> None:
         }
     )
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    # gloo ranks: a mesh that finds a GPU would be a CUDA mesh. Also where the parent tests a GPU.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    on_device = os.environ.get("FAKECUDA") == "1"
+    if not on_device:
+        # gloo ranks: a mesh that finds a GPU would be a CUDA mesh. Also where the parent tests one.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
     import torch.distributed as dist
 
+    if on_device:
+        import fakecuda
+
+        fakecuda.read_settings()
+        torch.cuda.set_device(rank)
     torch.set_num_threads(1)  # ranks share the machine's few cores
     # A file rather than the port: a port found free may be taken by the time the rank binds it.
     dist.init_process_group(

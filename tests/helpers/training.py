@@ -85,16 +85,21 @@ def train_sharded(
     def note_gradients(*_) -> None:
         gradients = {name: p.grad for name, p in hf.named_parameters(sharded) if p.grad is not None}
         record.gradients.append(
-            {name: gradient.full_tensor() for name, gradient in gradients.items()}
+            {name: gradient.full_tensor().cpu() for name, gradient in gradients.items()}
         )
 
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
-        batches = [local_batch(rows, mesh, sharded.stream_chunk_tokens) for rows in micro_batches]
+        batches = [
+            local_batch(rows, mesh, sharded.stream_chunk_tokens).to(mesh.device)
+            for rows in micro_batches
+        ]
         loss, norm, *_ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
-    record.parameters = {name: full_tensor(p.detach()) for name, p in hf.named_parameters(sharded)}
+    record.parameters = {
+        name: full_tensor(p.detach()).cpu() for name, p in hf.named_parameters(sharded)
+    }
     return record if torch.distributed.get_rank() == 0 else Record(record.losses, record.grad_norms)
 
 

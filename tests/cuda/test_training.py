@@ -1,0 +1,146 @@
+"""Training on the device: by train.py with a TOML, as on the CPU; and the library in a loop, at
+random moments of the copies, against unmodified transformers on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.forked import start
+from helpers.meshes import DP2, ONE, SP2
+from helpers.models import STARCODER2
+from helpers.precision import kept_in_fp64
+from helpers.ranks import run_on_ranks
+from helpers.rows import make_rows
+from helpers.runs import learned, write_run
+from helpers.training import Record, largest_difference, train_plain, train_sharded
+
+pytestmark = pytest.mark.cuda(only=True)
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# --- train.py -------------------------------------------------------------------------------------
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "host": {"activation_checkpoint.offload": "host"},
+    "disk": {"activation_checkpoint.offload": "disk", "memory.optimizer_offload": True},
+    "streamed": {"memory.stream_chunk_tokens": 8, "memory.stream_offload": "host"},
+    "streamed to disk": {"memory.stream_chunk_tokens": 8, "memory.stream_offload": "disk"},
+}
+
+
+def losses(folder: Path, ranks: int, settings: dict[str, Any], **env: str) -> list[tuple]:
+    folder.mkdir()
+    config = write_run(folder)
+    options = {"training.steps": 3, "parallelism.sequence_parallel_degree": ranks, **settings}
+    words = [word for k, v in options.items() for word in (f"--{k}", json.dumps(v).strip('"'))]
+    command = ["scripts/launch.py", "--nproc-per-node", str(ranks), "train.py", "--config", config]
+    said = start(folder / "said", *command, *words, cwd=REPOSITORY, **env)
+    out, err = said.communicate(timeout=200)
+    assert said.returncode == 0, out + err
+    kind = "cpu" if env.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
+    assert f" on {kind}; " in out, out
+    return learned(folder / "outputs" / "run")
+
+
+def _runs() -> list[Any]:
+    """What is hardest, on one rank and on two; the others with --slow."""
+    quick = (1, "streamed to disk"), (2, "streamed")
+    return [
+        pytest.param(ranks, name, marks=[] if (ranks, name) in quick else [pytest.mark.slow])
+        for ranks, name in product((1, 2), RUNS)
+    ]
+
+
+@pytest.mark.parametrize(("ranks", "settings"), _runs())
+def test_train_py_trains_as_on_the_cpu(tmp_path: Path, ranks: int, settings: str) -> None:
+    found = losses(tmp_path / "cuda", ranks, RUNS[settings], FAKECUDA_COPIES="late")
+    expected = losses(tmp_path / "cpu", ranks, RUNS["plain"], CUDA_VISIBLE_DEVICES="")
+    assert len(found) == 3 and found == pytest.approx(expected, rel=2e-5)
+
+
+# --- the library ----------------------------------------------------------------------------------
+
+STEPS = 3
+DOCUMENTS = [[13, 7, 12], [20, 12]]
+LIBRARY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "host": {"offload": "host"},
+    "disk": {"offload": "disk", "checkpoint_every": 2},
+    "kept": {"stream_chunk_tokens": 8, "offload": "host", "keep_attention": "all"},
+    "streamed": {"stream_chunk_tokens": 8},
+    "streamed, host": {"stream_chunk_tokens": 8, "stream_offload": "host"},
+    "streamed, disk": {"stream_chunk_tokens": 8, "stream_offload": "disk"},
+    "streamed, host, kept": {
+        "stream_chunk_tokens": 8,
+        "stream_offload": "host",
+        "keep_attention": "all",
+        "checkpoint_every": 2,
+    },
+}
+
+
+def rows() -> list[list[list[Any]]]:
+    """Two micro-batches a step."""
+    return [
+        [make_rows(DOCUMENTS, masked="uneven", vocab_size=61, seed=10 * s + m) for m in range(2)]
+        for s in range(STEPS)
+    ]
+
+
+@lru_cache
+def expected() -> Record:
+    return kept_in_fp64(train_plain, STARCODER2, rows(), torch.float64)
+
+
+def on_device(moments: str, seed: int, *args: Any, **options: Any) -> tuple[Record, list[str]]:
+    """Train on this rank's device; and the races that it saw."""
+    import fakecuda
+
+    with fakecuda.setting(copies=moments, seed=seed):
+        fakecuda.races()
+        record = kept_in_fp64(train_sharded, *args, **options)
+        assert torch.ops.fakecuda.contexts() == [torch.cuda.current_device()], "a context elsewhere"
+        return record, fakecuda.races()
+
+
+MOMENTS = [("late", 0), ("random", 1), ("random", 2), ("random", 3)]
+
+
+def _cases() -> list[Any]:
+    """With random moments, and with more ranks, what copies; all of it with --slow."""
+    cases = []
+    for (n, name), (m, moments), degrees in product(
+        enumerate(LIBRARY), enumerate(MOMENTS), (ONE, SP2, DP2)
+    ):
+        quick = (m == n % 4 and degrees != DP2) or (name == "streamed, host" and degrees == SP2)
+        marks = [] if quick else [pytest.mark.slow]
+        id_ = f"{name}-{moments[0]}{moments[1]}-{'x'.join(map(str, degrees))}"
+        cases.append(pytest.param(name, moments, degrees, marks=marks, id=id_))
+    return cases
+
+
+@pytest.mark.parametrize(("options", "moments", "degrees"), _cases())
+def test_the_library_trains_as_transformers_does(options, moments, degrees) -> None:
+    found = run_on_ranks(
+        prod(degrees),
+        on_device,
+        *moments,
+        degrees,
+        STARCODER2,
+        rows(),
+        torch.float64,
+        **LIBRARY[options],
+    )
+    for rank, (_, races) in enumerate(found):
+        assert not races, (rank, races)
+    worst = largest_difference(found[0][0], expected())
+    assert max(worst.values()) < 1e-10, worst
