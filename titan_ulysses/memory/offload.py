@@ -128,8 +128,8 @@ class Store:
     @contextmanager
     def offload_saved_tensors(self) -> Iterator[None]:
         """Keep the input of a checkpoint that begins inside this context in this store."""
-        # torch's checkpoint saves its input, and an empty tensor of its own, before it installs its
-        # own hooks. These hooks therefore see only those two.
+        # torch's checkpoint saves its inputs, all but one of them empty, before it installs its own
+        # hooks. These hooks therefore see only those.
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
@@ -216,6 +216,10 @@ class CudaStore(Store):
             self._fetch(before)
         return x
 
+    def finish(self) -> None:
+        """Let the host wait until all that was put is in its buffer."""
+        self.cuda.synchronize()
+
     def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         """Start the copy of x to its buffer; return the event of its end."""
         return self._copy(kept.view(), x)
@@ -259,6 +263,11 @@ class DiskStore(CudaStore):
         self.make_staging = make_staging
         self.background = background or ThreadPoolExecutor(1, thread_name_prefix="offload")
         self._staging = deque([_Staging(), _Staging()])
+
+    def finish(self) -> None:
+        for staging in self._staging:
+            if staging.work is not None:
+                staging.work.result()
 
     def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         staging = self._next_staging(kept)
