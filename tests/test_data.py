@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus
@@ -334,6 +335,24 @@ def test_batch_moves_to_a_device():
     } == {"meta"}
     assert moved.documents == batch.documents
     assert_same_batch(batch.to("cpu"), batch)
+
+
+def test_batch_that_moves_to_the_host_has_come():
+    """Nobody waits for a copy to the host that has only begun, so none may be asked for."""
+    asked = []
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.to:
+                asked.append((str(args[1]), kwargs))
+            return function(*args, **kwargs or {})
+
+    batch = Loader(
+        PackedSequences(numbered_corpus([8]), seq_len=4, seed=0), batch_size=2
+    ).next_batch()
+    with Copies():
+        batch.to("cpu")
+    assert asked == 3 * [("cpu", {"non_blocking": False})]
 
 
 @pytest.mark.gpu

@@ -1,11 +1,12 @@
-"""Copies of `memory.stream_offload` on a GPU, with a stand-in for it: parts come ahead, and nothing
-is read before its copy has ended.
+"""`memory.stream_offload` on a GPU, with a stand-in for it: parts come ahead, nothing is read
+before its copy has ended, no gradient comes too late, and random numbers are those of the GPU.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import prod
 from types import SimpleNamespace
@@ -23,12 +24,15 @@ from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.training import largest_difference, train_plain, train_sharded
 from test_streaming import table_of
+from titan_ulysses.memory import loss, replay, stream_offload, streaming
 from titan_ulysses.memory.offload import CudaStore, buffer_maker
 from titan_ulysses.memory.stream_offload import SequenceStore
 from titan_ulysses.setup import parallelize
 from titan_ulysses.ulysses import key_blocks, streamed
 
 DOCUMENTS = [[11, 9, 4], [5, 19]]
+GPU = torch.device("cpu", 0)
+"""Stands for the GPU; hidden states are on `torch.device("cpu")`, which is not equal to it."""
 
 
 class LateStream:
@@ -66,7 +70,19 @@ class LateCopies(CudaStore):
     def __init__(self, make_buffer) -> None:
         self.reads, self.ahead = 0, 0
         compute = SimpleNamespace(wait_event=lambda event: event())
-        cuda = SimpleNamespace(Stream=LateStream, current_stream=lambda: compute)
+        streams: list[LateStream] = []
+
+        def make_stream() -> LateStream:
+            streams.append(LateStream())
+            return streams[-1]
+
+        def synchronize() -> None:
+            for stream in streams:
+                stream.run_until(stream.issued)
+
+        cuda = SimpleNamespace(
+            Stream=make_stream, current_stream=lambda: compute, synchronize=synchronize
+        )
         super().__init__(make_buffer, cuda=cuda)
 
     def _copy(self, target: Tensor, source: Tensor, stream: LateStream) -> Callable[[], None]:
@@ -86,28 +102,78 @@ class LateCopies(CudaStore):
 
 def late_store() -> SequenceStore:
     make_buffer = buffer_maker("host", None)
-    return SequenceStore(make_buffer, torch.device("cpu"), LateCopies(make_buffer))
+    return SequenceStore(make_buffer, GPU, LateCopies(make_buffer))
+
+
+def lose_late_gradients(patch: pytest.MonkeyPatch, function: Any) -> None:
+    """Lose what the backward of an autograd function returns for parameters.
+
+    It is what FSDP may do on a GPU. A node runs in the thread of the device of its outputs, or else
+    in the caller's (`Node::device` in torch/csrc/autograd/function.h); with hidden states on the
+    host, FSDP's post-backward is one of the latter, and `AccumulateGrad` of the parameters none.
+    """
+    forward, backward = function.forward, function.backward
+
+    def remember(ctx: Any, *inputs: Any) -> Any:
+        tensors = [(i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        ctx.late = [i for i, x in tensors if x.is_leaf and x.requires_grad]
+        return forward(ctx, *inputs)
+
+    def lose(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = backward(ctx, *upstream)
+        return tuple(None if i in ctx.late else x for i, x in enumerate(gradients))
+
+    patch.setattr(function, "forward", staticmethod(remember))
+    patch.setattr(function, "backward", staticmethod(lose))
+
+
+def give_the_gpu_its_random_numbers(patch: pytest.MonkeyPatch) -> None:
+    """Let blocks draw from the GPU's generator alone: that of the host knows nothing of it."""
+
+    def rng_state(device: torch.device) -> Tensor:
+        return replay.rng_state(device) if device == GPU else torch.zeros(1)
+
+    def replayed(device: torch.device, state: Tensor) -> AbstractContextManager[None]:
+        return replay.replayed(device, state) if device == GPU else nullcontext()
+
+    patch.setattr(streaming, "rng_state", rng_state)
+    patch.setattr(streaming, "replayed", replayed)
 
 
 def train_with_late_copies(*args: Any, **options: Any):
     """Keys too leave the device, however few a chunk reads."""
     stores = []
-    streamed.RESIDENT_CHUNKS, key_blocks.BLOCK_TOKENS = 0, 8  # two chunks in a block
 
     def open_late(offload: str, folder: str | None, device: torch.device) -> SequenceStore:
         stores.append(late_store())
         return stores[-1]
 
-    parallelize.open_sequence_store = open_late  # this rank's process ends with the test
-    record = train_sharded(*args, stream_offload="host", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (
+            streaming._StreamedFunction,
+            stream_offload._EmbeddingFunction,
+            loss._TiledCrossEntropy,
+        ):
+            lose_late_gradients(patch, function)
+        give_the_gpu_its_random_numbers(patch)
+        patch.setattr(streamed, "RESIDENT_CHUNKS", 0)
+        patch.setattr(key_blocks, "BLOCK_TOKENS", 8)  # two chunks in a block
+        patch.setattr(parallelize, "open_sequence_store", open_late)
+        record = train_sharded(*args, stream_offload="host", **options)
     copies = stores[0]._copies
     record.ahead = copies.ahead / copies.reads
     return record
 
 
+def steps_of(documents: list[list[int]], number: int) -> list[Any]:
+    """Return the steps of a training, each of one batch."""
+    rows = [make_rows(documents, masked="none", vocab_size=61, seed=step) for step in range(number)]
+    return [[batch] for batch in rows]
+
+
 def check(degrees, table: dict[str, Any], documents: list[list[int]]) -> float:
     """Compare training with plain training; return the share of parts that came ahead."""
-    steps = [[make_rows(documents, masked="none", vocab_size=61, seed=step)] for step in range(2)]
+    steps = steps_of(documents, 2)
     options = {"stream_chunk_tokens": 4, "checkpoint_every": 2, "mlp_tile_tokens": 3}
     found = run_on_ranks(
         prod(degrees),
@@ -145,6 +211,41 @@ def test_any_head_count_by_blocks_of_keys(heads: tuple[int, int], degrees) -> No
     check(degrees, table_of(heads), [[13, 11]])
 
 
+def test_a_decoder_that_computes_with_what_is_off_the_device() -> None:
+    """granite scales the embeddings of the whole sequence."""
+    check(ONE, model_of("granite"), [[24]])
+
+
+def test_dropout_is_replayed_from_the_generator_of_the_device() -> None:
+    table = STARCODER2 | {"residual_dropout": 0.3}
+    options = {"stream_chunk_tokens": 4, "mlp_tile_tokens": -1}
+    inputs = ONE, table, steps_of(DOCUMENTS[:1], 2), torch.float64
+    ways = (train_sharded, train_with_late_copies)
+    streamed_, offloaded = (run_on_ranks(1, seeded, way, *inputs, **options)[0] for way in ways)
+    worst = largest_difference(offloaded, streamed_)
+    assert max(worst.values()) < 1e-12, worst
+
+
+def seeded(train: Any, *args: Any, **options: Any) -> Any:
+    torch.manual_seed(5)
+    return train(*args, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("family", ["starcoder2", "granite"])
+def test_cuda_loses_no_gradient_and_replays_dropout(family: str, offload: str) -> None:
+    """As with the hidden states on the device, in each of many steps."""
+    table = model_of("granite") if family == "granite" else STARCODER2 | {"residual_dropout": 0.3}
+    inputs = ONE, table, steps_of(DOCUMENTS, 20), torch.float64
+    found = [
+        seeded(train_sharded, *inputs, stream_chunk_tokens=4, stream_offload=where)
+        for where in ("none", offload)
+    ]
+    worst = largest_difference(*found)
+    assert max(worst.values()) < 1e-12, worst
+
+
 def test_a_part_that_was_not_asked_for_is_not_mistaken_for_another() -> None:
     store = late_store()
     whole = store.empty(torch.Size((1, 6, 2)), torch.float32)
@@ -154,3 +255,12 @@ def test_a_part_that_was_not_asked_for_is_not_mistaken_for_another() -> None:
     assert torch.equal(store.read(whole[:, :2], ahead=whole[:, 2:4]), values[:, :2])
     assert torch.equal(store.read(whole[:, 4:]), values[:, 4:])
     assert torch.equal(store.read(whole[:, 2:4]), values[:, 2:4])
+
+
+def test_a_thread_may_write_to_what_autograd_has_saved() -> None:
+    """The thread of a `DiskStore` does, when the hidden states are saved for backward already."""
+    whole, weight = late_store().empty(torch.Size((1, 4, 2)), torch.float64), torch.ones(2)
+    product = whole * weight.double().requires_grad_()
+    stream_offload._Part(whole[:, 2:], GPU).buffer.copy_(torch.ones(4).double().view(torch.uint8))
+    product.sum().backward()
+    assert torch.equal(whole[:, 2:], torch.ones(1, 2, 2).double())

@@ -62,12 +62,14 @@ class Batch:
         return {k: x for k, x in vars(self).items() if x is not None and k not in of_loss}
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the tensors of the batch to `device` without making the host wait."""
-        # A copy from pageable memory would make the host wait in spite of `non_blocking`.
-        pin = torch.device(device).type == "cuda"
+        """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
+        # A copy from pageable memory would make the host wait in spite of `non_blocking`. A copy to
+        # the host must make it wait: nothing would tell a reader that it has come.
+        to_gpu = torch.device(device).type == "cuda"
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
+            pin = to_gpu and tensor.device.type == "cpu"
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=to_gpu)
 
         return replace(
             self,

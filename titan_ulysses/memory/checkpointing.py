@@ -32,16 +32,18 @@ def checkpoint_blocks(
     every: int,
     store: Store | None,
     beside: tuple[None, ...] | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Make each `every` consecutive blocks a segment, in place; the last one may be shorter.
 
     store keeps the inputs of segments; None leaves them on the device. beside is what a block
-    returns beside its hidden states; None: it does not return a tuple. Parameter names do not
-    change, because no module is wrapped around a block: the class of the block is replaced by a
-    subclass, as FSDP does too.
+    returns beside its hidden states; None: it does not return a tuple. device is where blocks draw
+    random numbers; None: where their hidden states are. Parameter names do not change, because no
+    module is wrapped around a block: the class of the block is replaced by a subclass, as FSDP does
+    too.
     """
     for first in range(0, len(blocks), every):
-        segment = _Segment(list(blocks[first : first + every]), store, beside)
+        segment = _Segment(list(blocks[first : first + every]), store, beside, device)
         for position, block in enumerate(segment.blocks):
             block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
             block.checkpoint_segment, block.checkpoint_position = segment, position
@@ -99,9 +101,13 @@ class _Segment:
     """Consecutive blocks that form one checkpoint and run when the last of them is called."""
 
     def __init__(
-        self, blocks: list[nn.Module], store: Store | None, beside: tuple[None, ...] | None
+        self,
+        blocks: list[nn.Module],
+        store: Store | None,
+        beside: tuple[None, ...] | None,
+        device: torch.device | None,
     ):
-        self.blocks, self.store, self.beside = blocks, store, beside
+        self.blocks, self.store, self.beside, self.device = blocks, store, beside, device
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def call(self, position: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -118,13 +124,16 @@ class _Segment:
         memos: list[dict] = [{} for _ in calls]
         assert position == len(calls) - 1, "the decoder does not call its blocks in order"
 
-        def run(hidden: Tensor) -> Any:
+        def run(hidden: Tensor, _: Tensor) -> Any:
             return self._run(hidden, calls, memos)
 
+        # Checkpoint replays the random numbers of the devices that its arguments are on.
+        here = hidden.new_empty(0, device=self.device)
         with self.store.offload_saved_tensors() if self.store else nullcontext():
             return checkpoint(
                 run,
                 hidden,
+                here,
                 use_reentrant=False,
                 context_fn=lambda: (nullcontext(), _Recomputation()),
             )

@@ -25,6 +25,7 @@ from titan_ulysses.memory.losses import (
     shape_scores,
     token_statistics,
 )
+from titan_ulysses.memory.replay import add_gradients, stand_ins
 from titan_ulysses.memory.tiled import tiled
 from titan_ulysses.memory.tiling import tiles, tiles_with_next
 
@@ -123,9 +124,11 @@ class LossHead(nn.Linear):
         gradients, whose backward computes the logits again and needs the weight: under FSDP, it
         must be gathered then.
         """
-        if reduction == "hidden":
-            return hidden
         store = self.sequences if len(current_chunks.get()) > 1 else None
+        if reduction == "hidden":
+            if store is not None:
+                store.finish()
+            return hidden
         by_logits = loss_function is not None or reduction != "sum"
         if store is not None and by_logits and torch.is_grad_enabled():
             raise UserError(
@@ -154,16 +157,17 @@ class LossHead(nn.Linear):
         differentiate = torch.is_grad_enabled()
         lead = labels.shape if labels.ndim == 2 else torch.Size((1, labels.numel()))
         rows, labels = hidden.flatten(0, -2), labels.flatten()
+        parameters = [self.weight, self.bias]
         total, self.row_losses = _TiledCrossEntropy.apply(
             rows,
-            self.weight,
-            self.bias,
+            *(parameters if store is None else stand_ins(parameters)),
             labels,
             options,
             self.adds_wide,
             differentiate,
             store,
             lead,
+            parameters,
         )
         return total
 
@@ -238,6 +242,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     that they are of, in fp64. `lead` is (B, N / B).
 
     Gradients of the first are computed in forward and scaled in backward. The second has none.
+    With a store, weight and bias are stand-ins of `parameters`.
     """
 
     @staticmethod
@@ -252,6 +257,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         differentiate: bool,
         store: SequenceStore | None,
         lead: torch.Size,
+        parameters: list[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         tile_tokens, shape = options[0], options[1:]
         # Gradients of parameters are accumulated over the tiles in this dtype.
@@ -284,7 +290,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     store.write(grad_rows[tile], into)
             if needs_weight:
                 add_product(grad_weight, grad_logits.t(), x, adds_wide=adds_wide)
-        ctx.tile_tokens, ctx.store = tile_tokens, store
+        ctx.tile_tokens, ctx.store, ctx.parameters = tile_tokens, store, parameters
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
         ctx.mark_non_differentiable(totals)
@@ -301,15 +307,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
             for tile, then in tiles_with_next(len(rows), ctx.tile_tokens):
                 part = _read(ctx.store, rows, tile, then)
                 ctx.store.write(rows[tile], part * upstream.to(rows.dtype))
-            grads[0] = None
         # In place: these are the largest buffers of the head, and nothing else refers to them.
+        for grad in grads[0 if ctx.store is None else 1 :]:
+            if grad is not None:
+                grad.mul_(upstream)
+        if ctx.store is not None:
+            add_gradients(ctx.parameters, grads)
         scaled = [
-            grad.mul_(upstream).to(dtype) if grad is not None else None
+            grad.to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
-        if ctx.store is not None:
-            scaled[0] = rows
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
 def _parts_of_rows(tile: slice, tokens: int) -> Iterator[tuple[int, slice]]:

@@ -133,8 +133,8 @@ class Store:
     @contextmanager
     def offload_saved_tensors(self) -> Iterator[None]:
         """Keep the input of a checkpoint that begins inside this context in this store."""
-        # torch's checkpoint saves its input, and an empty tensor of its own, before it installs its
-        # own hooks. These hooks therefore see only those two.
+        # torch's checkpoint saves its inputs, all but one of them empty, before it installs its own
+        # hooks. These hooks therefore see only those.
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
@@ -259,6 +259,10 @@ class CudaStore(Store):
                 return
         self._fetch(kept)
 
+    def finish(self) -> None:
+        """Let the host wait until all that was put is in its buffer."""
+        self.cuda.synchronize()
+
     def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         """Start the copy of x to its buffer; return the event of its end."""
         return self._copy(kept.view(), x, self.outward)
@@ -324,6 +328,11 @@ class DiskStore(CudaStore):
             1, "offload", initializer=cuda.set_device, initargs=(cuda.current_device(),)
         )
         self._staging = deque([_Staging(), _Staging()])
+
+    def finish(self) -> None:
+        for staging in self._staging:
+            if staging.work is not None:
+                staging.work.result()
 
     def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
         staging = self._next_staging(kept)

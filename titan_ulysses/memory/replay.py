@@ -1,12 +1,20 @@
 """What a function needs to be computed again in backward, part by part.
 
-These are its random numbers, its autocast state, and sums of gradients in a wide dtype.
+These are its random numbers, its autocast state, and sums of gradients in a wide dtype; and a way
+to add to the gradients of parameters before autograd goes on, for functions of hidden states that
+are not where the parameters are.
+
+Autograd computes a node in the thread of the device that its forward's outputs are on, and adds to
+the gradient of a parameter in the thread of the parameter's (`Node::device` in
+torch/csrc/autograd/function.h). With hidden states on the host and parameters on a GPU these are
+two threads: FSDP takes a block's gradients when that of its hidden states has come, and what adds
+to them waits in the other thread, so that it may come too late.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +29,29 @@ def accumulate(total: Tensor | None, gradient: Tensor, *, alone: bool = False) -
         wide = gradient.dtype if alone else torch.promote_types(gradient.dtype, torch.float32)
         return gradient.to(wide)
     return total.add_(gradient)
+
+
+def stand_ins(parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return inputs of an autograd function that stand for parameters, with their values.
+
+    Its backward runs if one of them needs a gradient, as with the parameters. It must then give
+    their gradients to `add_gradients`, and return None for the stand-ins.
+    """
+    return [None if p is None else p.detach().requires_grad_(p.requires_grad) for p in parameters]
+
+
+def add_gradients(parameters: Sequence[Tensor | None], gradients: list[Tensor | None]) -> None:
+    """Add to the gradients of parameters, as autograd does it, hooks too, before this returns.
+
+    gradients, in any dtype, end with theirs (None: none). Each becomes None once it is added, so
+    that only one of them is there twice at a time.
+    """
+    first = len(gradients) - len(parameters)
+    for i, parameter in enumerate(parameters, start=first):
+        gradient, gradients[i] = gradients[i], None
+        if parameter is not None and gradient is not None:
+            gradient = gradient.to(parameter.dtype)
+            torch.autograd.backward(parameter, gradient)
 
 
 def rng_state(device: torch.device) -> Tensor:

@@ -8,7 +8,8 @@ size [B, T, h] is on the device then. The keys and values of one layer are in th
 
 On a GPU the copies run on a stream of their own, through a store of `offload.py`: a part is on its
 way while the part before it is computed, and results leave while the next part is computed. The
-compute stream waits for events, never for the host.
+compute stream waits for events. The host waits only where the decoder itself computes with what is
+in the store: with what embeddings have made (granite scales it), and with the gradient of that.
 
 Memory is used again as soon as nothing refers to it. A step holds one tensor for each input of a
 segment, and a few more.
@@ -30,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, current_chunks, running
 from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker, host_buffer
+from titan_ulysses.memory.replay import add_gradients, stand_ins
 
 StreamOffload = Literal["none", "host", "disk"]
 
@@ -53,7 +55,10 @@ def open_sequence_store(
 
 
 class SequenceStore:
-    """Makes tensors off the device, and moves parts of them."""
+    """Makes tensors off the device, and moves parts of them.
+
+    Functions of such tensors add to the gradients of parameters themselves (see `replay.py`).
+    """
 
     def __init__(
         self,
@@ -107,6 +112,17 @@ class SequenceStore:
         else:
             self._copies.put(values.detach().to(part.dtype), _Part(part, self.device))
 
+    def finish(self) -> None:
+        """Let the host wait until it can read what was written: others than this store may do."""
+        if self._copies is not None:
+            self._copies.finish()
+
+    def has(self, x: Tensor) -> bool:
+        """Return whether the memory of a tensor is of this store."""
+        storage = x.untyped_storage()
+        buffers = self._buffers.get(storage.nbytes(), [])
+        return any(buffer.untyped_storage()._cdata == storage._cdata for buffer, _ in buffers)
+
     def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return a tensor with undefined values. It is no view, so FSDP may hook it."""
         size = prod(shape) * dtype.itemsize
@@ -131,7 +147,9 @@ class _Part:
     @property
     def buffer(self) -> Tensor:
         """Its bytes."""
-        return self.part.view(-1).view(torch.uint8)
+        # `data`, because a thread writes to them: autograd would take that for a change of the
+        # hidden states, which are saved for backward meanwhile.
+        return self.part.data.view(-1).view(torch.uint8)
 
     def view(self) -> Tensor:
         return self.part
@@ -180,6 +198,7 @@ class _Rotary:
                 whole = tuple(store.empty(torch.Size(shape), x.dtype) for x, shape in pairs)
             for x, part in zip(whole, parts, strict=True):
                 store.write(x[:, chunk.local], part)
+        store.finish()
         return whole if isinstance(made, tuple) else whole[0]
 
 
@@ -193,19 +212,20 @@ class _Embedding:
         chunks = current_chunks.get()
         if len(chunks) < 2:
             return self.forward(ids)
-        return _EmbeddingFunction.apply(self, chunks, ids, self.embedding.weight)
+        return _EmbeddingFunction.apply(self, chunks, ids, *stand_ins([self.embedding.weight]))
 
 
 class _EmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, look_up: _Embedding, chunks: Sequence[Chunk], ids: Tensor, weight: Tensor):
-        ctx.look_up, ctx.chunks = look_up, chunks
+        ctx.look_up, ctx.chunks, ctx.weight = look_up, chunks, look_up.embedding.weight
         ctx.save_for_backward(ids)
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
         shape = torch.Size((*ids.shape, weight.shape[1]))
         output = look_up.store.empty(shape, weight.dtype)
         for chunk in visited(list(chunks)):
             look_up.store.write(output[:, chunk.local], look_up.forward(ids[:, chunk.local]))
+        look_up.store.finish()
         return output
 
     @staticmethod
@@ -228,4 +248,5 @@ class _EmbeddingFunction(torch.autograd.Function):
                 padding = (rows == embedding.padding_idx)[:, None]
                 gradient = gradient.masked_fill(padding, 0)
             total.index_add_(0, rows, gradient.to(wide))
-        return None, None, None, total.to(ctx.dtype)
+        add_gradients([ctx.weight], [total])
+        return None, None, None, None

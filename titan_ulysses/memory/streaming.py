@@ -48,7 +48,14 @@ from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, KeysKnown, Reach, running
 from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
-from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
+from titan_ulysses.memory.replay import (
+    accumulate,
+    add_gradients,
+    autocast_state,
+    replayed,
+    rng_state,
+    stand_ins,
+)
 from titan_ulysses.memory.stream_offload import SequenceStore
 
 KeepAttention = Literal["none", "auto", "all"]
@@ -109,9 +116,10 @@ class StreamedBlock:
                 chunks = [replace(chunk, kept=kept) for chunk in chunks]
         if self.sequences is not None:
             chunks = [replace(chunk, store=self.sequences) for chunk in chunks]
-        call = _Call(self, hidden.shape, chunks, states, args, kwargs)
-        inputs = *call.differentiable(), *self.parameters()
-        output = _StreamedFunction.apply(call, hidden, *inputs)
+        device = hidden.device if self.sequences is None else self.sequences.device
+        call = _Call(self, hidden.shape, device, chunks, states, args, kwargs)
+        parameters = call.parameters if self.sequences is None else stand_ins(call.parameters)
+        output = _StreamedFunction.apply(call, hidden, *call.differentiable(), *parameters)
         return output if self.beside is None else (output, *self.beside)
 
     def _kept(self) -> _KeptTensors | None:
@@ -197,6 +205,7 @@ class _Call:
         self,
         streamed: StreamedBlock,
         shape: torch.Size,
+        device: torch.device,
         chunks: list[Chunk],
         states: _KeptTensors | None,
         args: tuple,
@@ -208,6 +217,9 @@ class _Call:
         self.sources = [
             i for i, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.requires_grad
         ]
+        self.parameters = streamed.parameters()
+        self.device = device
+        """that the block computes on"""
         self.random: list[Tensor] = []
         self.reach: Reach | None = None  # what the block's attention reads; set by the forward
 
@@ -260,7 +272,7 @@ class _Call:
         memory, states = {}, {}
         output = None
         for chunk, then in visited_with_next(self.chunks, "growing"):
-            self.random.append(rng_state(hidden.device))
+            self.random.append(rng_state(self.device))
             with running(replace(chunk, memory=memory, states=states)):
                 x = streamed.read(hidden, chunk, then)
                 y = self.run(x, *self.arguments(chunk, then)[:2])
@@ -272,7 +284,7 @@ class _Call:
         if self.states is not None:
             for layer, tensors in states.items():
                 self.states.put(layer, tensors)
-        first, last = self.random[0], rng_state(hidden.device)
+        first, last = self.random[0], rng_state(self.device)
         streamed.draws_random_numbers |= first.numpy().tobytes() != last.numpy().tobytes()
         if not streamed.draws_random_numbers:
             self.random = []
@@ -298,7 +310,8 @@ class _Call:
     ) -> list[Tensor | None]:
         """Return the gradients of hidden, `differentiable` and parameters, None if not needed.
 
-        The gradient of hidden [B, T, h] takes the place of upstream [B, T, h].
+        The gradient of hidden [B, T, h] takes the place of upstream [B, T, h]. Off the device,
+        those of parameters have been added to them, and are None.
         """
         streamed = self.streamed
         memory: dict[Any, Any] = {}
@@ -306,8 +319,7 @@ class _Call:
             given, upstream = upstream, streamed.empty(hidden, hidden.dtype)
             for chunk in visited(self.chunks):
                 streamed.write(upstream, chunk, streamed.read(given, chunk, None))
-        others, parameters = self.differentiable(), self.streamed.parameters()
-        like = [hidden, *others, *parameters]
+        like = [hidden, *self.differentiable(), *self.parameters]
         wanted = [i for i, needed in enumerate(needs) if needed]
         totals: list[Tensor | None] = [None] * len(like)
         totals[0] = upstream
@@ -316,7 +328,7 @@ class _Call:
             chunk = replace(chunk, states=states)
             self._compute_keys(hidden, chunk, memory)
             y, inputs = self._graph(hidden, chunk, then, memory, needs_input=needs[0])
-            inputs += parameters
+            inputs += self.parameters
             gradient_of_y = streamed.read(upstream, chunk, then)
             found = torch.autograd.grad(
                 y, [inputs[i] for i in wanted], gradient_of_y, allow_unused=True
@@ -327,8 +339,15 @@ class _Call:
                     streamed.write(upstream, chunk, gradient)
                 elif gradient is not None:
                     totals[i] = self._add(totals[i], gradient, i - 1, chunk)
+        for i in wanted:
+            if totals[i] is None:
+                totals[i] = torch.zeros_like(like[i])
+        if streamed.sequences is not None:
+            add_gradients(self.parameters, totals)
+            if not streamed.sequences.has(hidden):  # the decoder has made it
+                streamed.sequences.finish()
         return [
-            None if not needed else torch.zeros_like(x) if total is None else total.to(x.dtype)
+            None if total is None or not needed else total.to(x.dtype)
             for needed, x, total in zip(needs, like, totals, strict=True)
         ]
 
@@ -341,7 +360,7 @@ class _Call:
         for chunk, then in visited_with_next(self.chunks[self._first_read(reader) : stop]):
             with (
                 running(self._in_backward(chunk, "keys", memory, reader=reader.whole)),
-                self._replayed(chunk, hidden.device),
+                self._replayed(chunk),
                 torch.no_grad(),
                 suppress(KeysKnown),
             ):
@@ -378,7 +397,7 @@ class _Call:
         known = any(self._first_read(x) <= chunk.index for x in self._next(chunk))
         with (
             running(self._in_backward(chunk, "gradient", memory, keys_known=known)),
-            self._replayed(chunk, hidden.device),
+            self._replayed(chunk),
             without_output(),
             torch.enable_grad(),
         ):
@@ -394,9 +413,9 @@ class _Call:
         total.narrow(dim, *_range(chunk.local)).add_(gradient)
         return total
 
-    def _replayed(self, chunk: Chunk, device: torch.device) -> AbstractContextManager[None]:
+    def _replayed(self, chunk: Chunk) -> AbstractContextManager[None]:
         """Return a context with the random numbers of the chunk's first forward."""
-        return replayed(device, self.random[chunk.index]) if self.random else nullcontext()
+        return replayed(self.device, self.random[chunk.index]) if self.random else nullcontext()
 
 
 class _StreamedFunction(torch.autograd.Function):
@@ -404,7 +423,7 @@ class _StreamedFunction(torch.autograd.Function):
     def forward(ctx, call: _Call, hidden: Tensor, *inputs: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(hidden)
-        ctx.autocast = autocast_state(hidden.device.type)
+        ctx.autocast = autocast_state(call.device.type)
         # What is computed again runs in the context of this forward (see model/router.py).
         ctx.variables = copy_context()
         return call.forward(hidden)

@@ -25,7 +25,14 @@ from torch.autograd.function import once_differentiable
 from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import current_chunks
 from titan_ulysses.memory.checkpointing import output_is_needed
-from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
+from titan_ulysses.memory.replay import (
+    accumulate,
+    add_gradients,
+    autocast_state,
+    replayed,
+    rng_state,
+    stand_ins,
+)
 
 if TYPE_CHECKING:
     from titan_ulysses.memory.stream_offload import SequenceStore
@@ -118,11 +125,17 @@ class Tiled:
         """Where rows and output are if they are off the device (see `stream_offload.py`)."""
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return _TiledFunction.apply(self, rows, *self.parameters())
+        parameters = self.parameters()
+        inputs = parameters if self.sequences is None else stand_ins(parameters)
+        return _TiledFunction.apply(self, parameters, rows, *inputs)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that fn holds now; under FSDP these are the gathered ones."""
         return list(self.fn.parameters())
+
+    def device_of(self, rows: Tensor) -> torch.device:
+        """Return where fn computes."""
+        return rows.device if self.sequences is None else self.sequences.device
 
     def can_skip(self) -> bool:
         """Return whether this is a recomputation that needs only the rows.
@@ -137,7 +150,8 @@ class Tiled:
         if self.can_skip():
             # An expanded scalar, which takes no memory. Its values are never read.
             return rows.new_zeros((), dtype=self.dtype).expand(rows.shape)
-        before, output = rng_state(rows.device), None
+        device, output = self.device_of(rows), None
+        before = rng_state(device)
         for tile, then in tiles_with_next(len(rows), self.tile_tokens):
             y = self.fn(self._read(rows, tile, then)[None])
             if output is None:
@@ -146,9 +160,7 @@ class Tiled:
         if output is None:  # no rows
             return torch.empty_like(rows)
         self.dtype = output.dtype
-        self.draws_random_numbers |= (
-            before.numpy().tobytes() != rng_state(rows.device).numpy().tobytes()
-        )
+        self.draws_random_numbers |= before.numpy().tobytes() != rng_state(device).numpy().tobytes()
         return output
 
     def backward(
@@ -205,11 +217,15 @@ class _TiledMLP(Tiled):
 
 class _TiledFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tiled: Tiled, rows: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.tiled = tiled
+    def forward(
+        ctx, tiled: Tiled, parameters: list[nn.Parameter], rows: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        """inputs: the parameters, or their stand-ins where rows are off the device."""
+        ctx.tiled, ctx.parameters = tiled, parameters
         ctx.save_for_backward(rows)
-        ctx.random = rng_state(rows.device)
-        ctx.autocast = autocast_state(rows.device.type)
+        ctx.device = tiled.device_of(rows)
+        ctx.random = rng_state(ctx.device)
+        ctx.autocast = autocast_state(ctx.device.type)
         # The recomputation in backward runs in the context of this forward (see model/router.py).
         ctx.variables = copy_context()
         return tiled.forward(rows.flatten(0, -2)).view(rows.shape)
@@ -219,13 +235,15 @@ class _TiledFunction(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         (rows,) = ctx.saved_tensors
         same_numbers = (
-            replayed(rows.device, ctx.random)
+            replayed(ctx.device, ctx.random)
             if ctx.tiled.draws_random_numbers
             else contextlib.nullcontext()
         )
         with same_numbers, ctx.autocast:
-            inputs = rows.flatten(0, -2), upstream.flatten(0, -2), ctx.needs_input_grad[1:]
+            inputs = rows.flatten(0, -2), upstream.flatten(0, -2), ctx.needs_input_grad[2:]
             grads = ctx.variables.run(ctx.tiled.backward, *inputs)
         if grads[0] is not None:
             grads[0] = grads[0].view(rows.shape)
-        return None, *grads
+        if ctx.tiled.sequences is not None:
+            add_gradients(ctx.parameters, grads)
+        return None, None, *grads

@@ -230,7 +230,13 @@ def wrap(
     shard_blocks(model, blocks, shard)
     if options.checkpoint_every:
         beside = beside_hidden_states(model.config)
-        checkpoint_blocks(blocks, every=options.checkpoint_every, store=store, beside=beside)
+        checkpoint_blocks(
+            blocks,
+            every=options.checkpoint_every,
+            store=store,
+            beside=beside,
+            device=mesh.device,
+        )
     shard_root(model, shard)
     guard(model)
     _refuse_methods(model)
