@@ -91,6 +91,7 @@ def train_sharded(
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
         batches = [local_batch(rows, mesh, sharded.stream_chunk_tokens) for rows in micro_batches]
+        batches = [batch.to(mesh.device) for batch in batches]
         loss, norm, *_ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
         record.losses.append(loss.item())
         record.grad_norms.append(norm.item())
