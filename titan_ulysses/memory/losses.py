@@ -186,7 +186,8 @@ def _log_probs(logits: Tensor, labels: Tensor, valid: Tensor, temperature: float
 def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **tokens: Tensor) -> None:
     """Raise UserError if the loss of these tokens is not the sum of that of two halves of them.
 
-    A mean, for example, would depend on the size of tiles and on the number of ranks.
+    There are two or more, all with labels: without labels a mean is 0, as a sum is, or a NaN. A
+    mean, for example, would depend on the size of tiles and on the number of ranks.
     """
     half = (len(labels) + 1) // 2
     count, whole = len(labels), function(logits, labels, **tokens)
@@ -200,12 +201,18 @@ def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **token
             "tokens' losses, a scalar, or the loss of each."
         )
     whole = whole.sum()
+    if not whole.isfinite():
+        raise UserError(
+            f"loss_function {name} gives {whole.item()} for {count} tokens that have labels and "
+            "finite logits: look for what it divides by, and for such numbers in its loss_inputs."
+        )
     parts = [
         function(logits[part], labels[part], **{key: x[part] for key, x in tokens.items()}).sum()
         for part in (slice(0, half), slice(half, None))
     ]
     difference = (whole - sum(parts)).abs()
-    if difference > 1e-3 * sum(part.abs() for part in parts):
+    # This way around, because no comparison with a NaN is true.
+    if not difference <= 1e-3 * sum(part.abs() for part in parts):
         raise UserError(
             f"loss_function {name} is not a sum over tokens: it is {whole.item():.6g} for "
             f"{len(labels)} tokens together, and {sum(parts).item():.6g} for two halves of them. "
