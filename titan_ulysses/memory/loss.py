@@ -229,7 +229,8 @@ class LossHead(nn.Linear):
         """
         if function is self.checked:
             return
-        reason, failed, tried = None, None, None
+        reason, tried = None, None
+        failed: Exception | None = None
         try:
             tried = "tried" if self._is_sum(function, hidden, labels, tokens) else None
         except UserError as error:
