@@ -91,7 +91,7 @@ def settings(folder: str, batch: int, **more: Any) -> dict[str, Any]:
         "use_cpu": True,
         "bf16": False,
         "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": batch,
+        "per_device_eval_batch_size": 2 * batch,  # which no evaluation fills
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
         "logging_steps": 1,
@@ -133,7 +133,7 @@ def plain_trainer(degrees: Degrees | None, folder: str, batch: int, **more: Any)
 
     cls, own = kind(Trainer, degrees)
     watch = Watch()
-    data = rows(12)
+    data = rows(15)
     trainer = cls(
         model=real_model(STARCODER2, dtype=torch.float64),
         args=TrainingArguments(**settings(folder, batch, **more)),
@@ -193,7 +193,7 @@ def as_ddp(train: Any, degrees: Degrees, folder: Path, *, batch: int = 1, **more
     """
     expected = run_on_ranks(degrees[1], train, None, str(folder / "ddp"), batch, **more)[0]
     found = run_on_ranks(world(degrees), train, degrees, str(folder), batch, **more)
-    compare(found, expected, exact=1e-6)
+    compare(found, expected, exact=2e-6)
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -385,8 +385,8 @@ def train_sft(
     cls, own = kind(SFTTrainer, degrees)
     watch = Watch()
     packed = {"packing": True, "max_length": 32, "shuffle_dataset": False}
-    data = [{key: row[key] for key in ("input_ids", "labels")} for row in rows(32)]
-    lengths = [*([19, 12] * 12), *([20] * 8)]  # two of the first fill a sequence
+    data = [{key: row[key] for key in ("input_ids", "labels")} for row in rows(29)]
+    lengths = [*([19, 12] * 12), *([20] * 5)]  # two of the first fill a sequence
     data = [
         {key: values[:length] for key, values in row.items()}
         for row, length in zip(data, lengths, strict=True)
@@ -430,7 +430,13 @@ def test_sft_with_lora(tmp_path: Path, trl: None) -> None:
 
 
 def train_dpo(
-    degrees: Degrees | None, folder: str, batch: int, *, lora: bool = False, **loss: Any
+    degrees: Degrees | None,
+    folder: str,
+    batch: int,
+    *,
+    lora: bool = False,
+    held_out: int = 7,
+    **loss: Any,
 ) -> Shown:
     quiet()
     from datasets import Dataset
@@ -455,7 +461,7 @@ def train_dpo(
         ref_model=None if lora else reference,
         args=DPOConfig(**settings(folder, batch), **{"beta": 0.1, "max_length": 64} | loss),
         train_dataset=Dataset.from_list(pairs[:12]),
-        eval_dataset=Dataset.from_list(pairs[12:]),
+        eval_dataset=Dataset.from_list(pairs[12 : 12 + held_out]),
         processing_class=ByT5Tokenizer(),
         callbacks=[watch],
         **more,
@@ -490,7 +496,8 @@ def every_dpo() -> Shown:
 @pytest.mark.slow
 @pytest.mark.parametrize("degrees", [DP2, DP2_SP2])
 def test_dpo_of_every_kind_is_that_of_ddp(degrees: Degrees, tmp_path: Path, trl: None) -> None:
-    as_ddp(train_dpo, degrees, tmp_path, batch=2, **every_dpo())
+    # DDP counts some pairs twice where they do not fill the batches of all ranks.
+    as_ddp(train_dpo, degrees, tmp_path, batch=2, held_out=8, **every_dpo())
 
 
 @pytest.mark.parametrize("degrees", MORE_MESHES)

@@ -19,8 +19,8 @@ the trainer's own Accelerator.
 
 from __future__ import annotations
 
-import functools
 import shutil
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, set_seed
 
 from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, save_pretrained
@@ -38,7 +39,12 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.huggingface.checks import check
-from titan_ulysses.train.huggingface.whole_batches import gather, rows_of, take_whole_batches
+from titan_ulysses.train.huggingface.whole_batches import (
+    EachRowOnce,
+    gather,
+    rows_of,
+    take_whole_batches,
+)
 from titan_ulysses.train.step import clip_gradients
 
 if TYPE_CHECKING:
@@ -82,6 +88,7 @@ class UlyssesTrainer(_Trainer):
         if hasattr(args, "generation_batch_size"):  # the config counts all ranks
             args.generation_batch_size //= mesh.sp.size()
         self.ulysses_model: PreTrainedModel | None = None  # until it is sharded
+        self._reads_each_row_once = False
         super().__init__(model=model, args=args, **more)
         if getattr(self, "aux_loss_enabled", False):
             raise UserError(
@@ -120,18 +127,23 @@ class UlyssesTrainer(_Trainer):
             )
         accelerator.__class__ = _of_data_parallel(type(accelerator), mesh)
         accelerator.prepare_data_loader = self._prepared_loader
-        accelerator.gather = functools.partial(gather, mesh.batch.get_group())
+        accelerator.gather = self._gather
 
     def _prepared_loader(self, loader: Any, *_: Any, **__: Any) -> Any:
         """Return the loader that reads the batches of this rank's sequences."""
         from accelerate.data_loader import prepare_data_loader
 
         accelerator, batch = self.accelerator, self.ulysses_mesh.batch
+        ranks = {"num_processes": batch.size(), "process_index": batch.get_local_rank()}
+        if self._reads_each_row_once and not isinstance(loader.dataset, IterableDataset):
+            each = EachRowOnce(loader.batch_sampler, batch.size(), batch.get_local_rank())
+            # torch refuses another sampler; this loader is only read for what the next is made of.
+            object.__setattr__(loader, "batch_sampler", each)
+            ranks = {"num_processes": 1, "process_index": 0}
         prepared = prepare_data_loader(
             loader,
             accelerator.device,
-            num_processes=batch.size(),
-            process_index=batch.get_local_rank(),
+            **ranks,
             put_on_device=True,
             rng_types=accelerator.rng_types.copy(),
             dispatch_batches=False,
@@ -142,6 +154,34 @@ class UlyssesTrainer(_Trainer):
         )
         accelerator._dataloaders.append(prepared)
         return prepared
+
+    def get_eval_dataloader(self, *dataset: Any, **named: Any) -> Any:
+        return self._of_each_row_once(super().get_eval_dataloader, *dataset, **named)
+
+    def get_test_dataloader(self, *dataset: Any, **named: Any) -> Any:
+        return self._of_each_row_once(super().get_test_dataloader, *dataset, **named)
+
+    def _of_each_row_once(self, get_loader: Callable[..., Any], *data: Any, **named: Any) -> Any:
+        # Trainers that are given completions need groups of them, of the same size on each rank.
+        self._reads_each_row_once = not hasattr(self, "rollout_func")
+        try:
+            return get_loader(*data, **named)
+        finally:
+            self._reads_each_row_once = False
+
+    def _has_rows(self) -> bool | None:
+        """Return whether this rank has rows of the last step of an evaluation, which some have not.
+
+        None in all other steps: all ranks have as many.
+        """
+        state = self.accelerator.gradient_state
+        each = getattr(state.active_dataloader, "batch_sampler", None)
+        if not (isinstance(each, EachRowOnce) and state.end_of_dataloader and state.remainder > 0):
+            return None
+        return each.has_rows(state.remainder)
+
+    def _gather(self, data: Any) -> Any:
+        return gather(self.ulysses_mesh.batch.get_group(), data, own=self._has_rows())
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return super().get_total_train_batch_size(args) // self.ulysses_mesh.sp.size()
@@ -168,9 +208,22 @@ class UlyssesTrainer(_Trainer):
         # In evaluation too, the loss of a batch is that of all ranks' labels.
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        return super().compute_loss(
+        found = super().compute_loss(
             model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
         )
+        if model.training or num_items_in_batch is None:
+            return found
+        # Some trainers return that of this rank's labels, which the mean over ranks is made of. But
+        # in evaluation a rank counts by its rows.
+        loss, *outputs = found if return_outputs else (found,)
+        group = self.ulysses_mesh.batch.get_group()
+        loss = gather(group, loss.detach()).mean()
+        return (loss, *outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *how: Any, **named: Any):
+        if self._has_rows() is False and "labels" in inputs:
+            inputs = {**inputs, "labels": torch.full_like(inputs["labels"], IGNORE_INDEX)}
+        return super().prediction_step(model, inputs, *how, **named)
 
     # --- given completions (GRPO) -----------------------------------------------------------------
 
