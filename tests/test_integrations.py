@@ -318,14 +318,9 @@ def refused(degrees: Degrees, folder: str, arguments: Shown, more: Shown) -> str
 
     cls, own = kind(Trainer, degrees)
     args = TrainingArguments(**settings(folder, 1, **arguments))
+    given = {"model": real_model(LLAMA, dtype=torch.float32), "args": args} | own | more
     try:
-        trainer = cls(
-            model=real_model(LLAMA, dtype=torch.float32),
-            args=args,
-            train_dataset=rows(2),
-            **own,
-            **more,
-        )
+        trainer = cls(train_dataset=rows(2), **given)
         trainer.train(**({"resume_from_checkpoint": folder} if not arguments | more else {}))
     except UserError as error:
         return str(error)
@@ -335,7 +330,10 @@ def refused(degrees: Degrees, folder: str, arguments: Shown, more: Shown) -> str
 @pytest.mark.parametrize(
     ("arguments", "more", "words"),
     [
-        ({"label_smoothing_factor": 0.1}, {}, ["label_smoothing_factor = 0.1", "logits"]),
+        ({"optim": "adafactor"}, {}, ['optim = "adafactor"', "adamw_torch"]),
+        ({}, {"optimizer_cls_and_kwargs": (torch.optim.Rprop, {})}, ['"rprop"', "adamw_torch"]),
+        ({}, {"mesh": 2}, ["mesh = 2", "build_mesh"]),
+        ({}, {"args": None}, ["args = None", "TrainingArguments"]),
         ({"torch_compile": True}, {}, ["torch_compile = True", "ParallelOptions(compile=True)"]),
         (BEST | {"save_only_model": True}, {}, ["load_best_model_at_end", "save_only_model"]),
         ({}, {"compute_metrics": len}, ["compute_metrics", "logits"]),
@@ -348,6 +346,39 @@ def test_what_would_be_wrong_is_refused(
 ) -> None:
     for message in run_on_ranks(2, refused, SP2, str(tmp_path), arguments, more):
         assert all(word in message for word in words), message
+
+
+def asked_of_a_trainer(folder: str) -> list[str]:
+    """What of a trainer whose arguments are by position needs logits, or the whole model."""
+    from transformers import Trainer
+
+    cls, own = kind(Trainer, SP2)
+    args = TrainingArguments(**settings(folder, 1))
+    trainer = cls(real_model(LLAMA), args, None, rows(2), **own)
+    unlabelled = [{"input_ids": row["input_ids"]} for row in rows(2)]
+    asked = [
+        lambda: trainer.predict(rows(2)),
+        lambda: trainer.evaluate(unlabelled),
+        lambda: trainer.accelerator.save_state(folder),
+    ]
+    told = []
+    for ask in asked:
+        try:
+            ask()
+        except UserError as error:
+            told.append(str(error))
+    return told
+
+
+def test_what_needs_logits_or_the_whole_model_is_named(tmp_path: Path) -> None:
+    for told in run_on_ranks(2, asked_of_a_trainer, str(tmp_path)):
+        starts = ("predict: it returns the logits", "evaluate: eval_dataset has rows without")
+        starts += ("accelerator.save_state and load_state: each rank has a piece",)
+        assert len(told) == 3 and all(map(str.startswith, told, starts)), told
+
+
+def test_smoothed_labels(tmp_path: Path) -> None:
+    together(train_plainly, SP2, tmp_path, label_smoothing_factor=0.2)
 
 
 # --- TRL ------------------------------------------------------------------------------------------
@@ -368,7 +399,11 @@ def in_both_precisions(degrees: Degrees | None, folder: str) -> list[Shown]:
     return [train_sft(degrees, folder, 1, dtype=x, weights=torch.float32) for x in dtypes]
 
 
-def train_sft(
+def train_sft(degrees: Degrees | None, folder: str, batch: int, **more: Any) -> Shown:
+    return show(*sft_trainer(degrees, folder, batch, **more))
+
+
+def sft_trainer(
     degrees: Degrees | None,
     folder: str,
     batch: int,
@@ -376,7 +411,7 @@ def train_sft(
     lora: bool = False,
     dtype: torch.dtype = torch.float64,
     weights: torch.dtype | None = None,
-) -> Shown:
+) -> tuple[Any, Watch]:
     quiet()
     from datasets import Dataset
     from peft import LoraConfig
@@ -402,7 +437,7 @@ def train_sft(
         peft_config=LoraConfig(**adapter, task_type="CAUSAL_LM") if lora else None,
         **own,
     )
-    return show(trainer, watch)
+    return trainer, watch
 
 
 @pytest.mark.parametrize("degrees", MESHES)
@@ -427,6 +462,34 @@ def test_sft_in_fp32(tmp_path: Path, trl: None) -> None:
 
 def test_sft_with_lora(tmp_path: Path, trl: None) -> None:
     together(train_sft, SP2, tmp_path, lora=True)
+
+
+def adapters(degrees: Degrees | None, folder: str) -> dict[str, Tensor]:
+    """What peft opens of the adapters that a trainer has trained, and what else it is asked."""
+    quiet()
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    trainer = sft_trainer(degrees, folder, 2 if degrees is None else 1, lora=True)[0]
+    trainer.train()
+    trainer.model.save_pretrained(f"{folder}/adapters")
+    if degrees is not None:
+        with pytest.raises(UserError, match=r"compute_loss\(return_outputs=True\): .* logits"):
+            trainer.compute_loss(trainer.model, {}, return_outputs=True)
+        with pytest.raises(UserError, match=r"label_smoothing_factor = 0.1: TRL's trainers"):
+            checks.check(type(trainer), SimpleNamespace(label_smoothing_factor=0.1), {})
+        torch.distributed.barrier()
+    PeftModel.from_pretrained(real_model(STARCODER2), f"{folder}/adapters")
+    return load_file(f"{folder}/adapters/adapter_model.safetensors")
+
+
+def test_adapters_are_saved_as_peft_does(tmp_path: Path, trl: None) -> None:
+    expected = run_on_ranks(1, adapters, None, str(tmp_path / "one"))[0]
+    assert all(x.any() for x in expected.values())
+    for found in run_on_ranks(2, adapters, DP2, str(tmp_path)):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def train_dpo(
@@ -630,6 +693,16 @@ def start_grpo(folder: str) -> None:
 def test_trainers_that_generate_are_refused(tmp_path: Path, trl: None) -> None:
     with pytest.raises(RankFailure, match="it generates with the model it trains"):
         run_on_ranks(2, start_grpo, str(tmp_path))
+    from trl import GRPOTrainer, RewardTrainer, RLOOTrainer
+
+    told = {
+        GRPOTrainer: "elsewhere by rollout_func, or train",
+        RLOOTrainer: "elsewhere to GRPOTrainer, or train",
+        RewardTrainer: "RewardTrainer trains a classifier",
+    }
+    for base, words in told.items():
+        with pytest.raises(UserError, match=words):
+            checks.check(type("Long", (UlyssesTrainer, base), {}), SimpleNamespace(), {})
 
 
 @pytest.mark.slow

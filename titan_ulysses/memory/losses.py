@@ -71,6 +71,19 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return -_log_probs(logits, labels, labels != IGNORE_INDEX, 1.0)
 
 
+def smoothed_cross_entropies(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+    """Return (1 - smoothing) of the cross-entropy of each label plus smoothing of the mean.
+
+    [n], 0 where there is no label. The mean is that over the vocabulary, as transformers' Trainer
+    has it (arXiv 1512.00567, section 7).
+    """
+    valid = labels != IGNORE_INDEX
+    log_p = logits.log_softmax(dim=-1)
+    of_labels = log_p.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1)
+    each = -(1 - smoothing) * of_labels - smoothing * log_p.mean(dim=-1)
+    return each.where(valid, 0)
+
+
 def clipped_policy_loss(
     logits: Tensor,
     labels: Tensor,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial, wraps
 from itertools import islice
 from types import MethodType
 from typing import Any
@@ -27,6 +27,7 @@ from titan_ulysses.data.adapter import (
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.memory.losses import smoothed_cross_entropies
 from titan_ulysses.setup.forward import StatisticsOutput
 from titan_ulysses.train.log_probs import whole_statistics
 
@@ -40,16 +41,21 @@ class WholeOutput(StatisticsOutput):
     aux_loss: Tensor | None = None
 
 
-def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float = 1.0) -> None:
+def take_whole_batches(
+    model: PreTrainedModel, mesh: Mesh, *, temperature: float = 1.0, label_smoothing: float = 0.0
+) -> None:
     """Let a sharded model's forward take the batches of trainers: whole sequences, on every rank.
 
     With `fused_lm_head = True`, as TRL's trainers call it, it returns a WholeOutput, at this
     temperature, else the loss of all ranks' labels over `num_items_in_batch` times the
-    data-parallel ranks. UserError if ranks that share a sequence have other batches.
+    data-parallel ranks, with labels smoothed as transformers' Trainer does it. UserError if ranks
+    that share a sequence have other batches.
     """
-    sharded = model.forward
+    sharded, own = model.forward, {}
+    if label_smoothing:
+        own["loss_function"] = partial(smoothed_cross_entropies, smoothing=label_smoothing)
 
-    @functools.wraps(type(model).forward)  # trainers read which columns it takes
+    @wraps(type(model).forward)  # trainers read which columns it takes
     def forward(
         _: PreTrainedModel,
         input_ids: Tensor,
@@ -62,7 +68,7 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float
         if inputs.get("labels") is None:
             raise UserError(
                 "model: a batch without labels: the logits of whole sequences are never made. "
-                "Leave compute_metrics and predict out, or score with titan_ulysses.score."
+                "Give it labels, or score its rows with titan_ulysses.score."
             )
         rows = rows_of(inputs)
         # Each time, because trainers pad each batch to a length of its own: ranks whose lengths
@@ -72,7 +78,7 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float
         fields = batch.inputs()
         if not fused_lm_head:
             labels = _count(batch.labels, num_items_in_batch, mesh)
-            return sharded(**fields, num_items_in_batch=labels)
+            return sharded(**fields, num_items_in_batch=labels, **own)
         local = sharded(**fields, reduction="statistics", temperature=temperature)
         # Trainers expect the mean over data-parallel ranks, and FSDP sums.
         scale = 1 / mesh.batch.size()
