@@ -103,7 +103,7 @@ def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
     generates = any(hasattr(parent, "_generate_and_score_completions") for parent in parents)
     if generates and more.get("rollout_func") is None:
         takes_completions = any(
-            "rollout_func" in signature(parent.__init__).parameters for parent in parents
+            "rollout_func" in signature(parent).parameters for parent in parents
         )
         by = "by rollout_func, or train" if takes_completions else "to GRPOTrainer, or train"
         raise UserError(
