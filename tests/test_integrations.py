@@ -569,6 +569,44 @@ def test_dpo_of_another_divergence(degrees: Degrees, tmp_path: Path, trl: None) 
     together(train_dpo, degrees, tmp_path, **other)
 
 
+def train_kto(degrees: Degrees | None, folder: str, batch: int) -> Shown:
+    quiet()
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    cls, own = kind(KTOTrainer, degrees)
+    watch = Watch()
+    texts = [f"{i} is {'even' if i % 2 == 0 else 'odd'}" for i in range(20)]
+    answers = [
+        {"prompt": f"say {i}: ", "completion": text[: 4 + i % 7], "label": i % 2 > 0}
+        for i, text in enumerate(texts)
+    ]
+    model = real_model(BYTES, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data * 0.9
+    # Both kinds on each rank: TRL's metrics of none are in fp32, and the others are in fp64 here.
+    arguments = settings(folder, 2 * batch, train_sampling_strategy="sequential")
+    arguments |= {"beta": 0.1, "max_length": 64}
+    trainer = cls(
+        model=model,
+        ref_model=reference,
+        args=KTOConfig(**arguments),
+        train_dataset=Dataset.from_list(answers[:12]),
+        eval_dataset=Dataset.from_list(answers[12:]),
+        processing_class=ByT5Tokenizer(),
+        callbacks=[watch],
+        **own,
+    )
+    return show(trainer, watch)
+
+
+@pytest.mark.parametrize("degrees", MORE_MESHES)
+def test_kto(degrees: Degrees, tmp_path: Path, trl: None) -> None:
+    """Its KL looks at the batch of a rank."""
+    (together if degrees == SP2 else as_ddp)(train_kto, degrees, tmp_path)
+
+
 # --- DPO from the TOML ----------------------------------------------------------------------------
 
 

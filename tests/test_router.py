@@ -20,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     MixtralConfig,
@@ -550,7 +551,7 @@ load_balancing_loss_func = modeling_mixtral.load_balancing_loss_func
 """Where it is looked for: beside the class."""
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "granitemoe", "phimoe"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "granitemoe"])
 def test_families_prove_their_router_loss(family: str) -> None:
     if family == "granitemoe" and Version(transformers.__version__) < Version("5.18"):
         pytest.skip(
@@ -568,3 +569,19 @@ def test_families_whose_router_loss_is_another_are_refused() -> None:
     assert message == other and "with its router loss, sharded against both rows at once" in message
     (message, other) = run_on_ranks(2, verdict, {**SMALL, "model_type": "jetmoe", "kv_channels": 8})
     assert message == other and "jetmoe" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("phimoe", "its layers draw random numbers in training"),
+        ("dory", "the sharded model lacks lm_head.logit_scale: its head does more"),
+    ],
+)
+def test_families_are_verified_as_they_will_train(family: str, reason: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    table = {**SMALL, "model_type": family, "num_local_experts": 4, "output_router_logits": False}
+    del table["head_dim"]
+    first, second = run_on_ranks(2, verdict, table)
+    assert first == second and reason in first

@@ -10,7 +10,7 @@ from typing import Any
 
 from titan_ulysses.distributed.errors import UserError
 
-_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer"}
+_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "KTOTrainer"}
 """The trainers that the tests compare with one process."""
 _TRIED_TRL = "1.16"
 _REFUSED = {
