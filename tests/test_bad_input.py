@@ -17,7 +17,6 @@ import pytest
 from rich.console import Console
 from transformers import AutoConfig
 
-from helpers.forked import start
 from titan_ulysses.__main__ import run
 from titan_ulysses.checkpoint import folder as weights_folder
 from titan_ulysses.checkpoint.disk import disk_needs
@@ -367,20 +366,3 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(
 def test_the_command_line_takes_what_is_right(toml: Path, capsys: pytest.CaptureFixture) -> None:
     run(["--config", str(toml), "--print-config"])
     assert 'model_type = "llama"' in capsys.readouterr().out
-
-
-def test_a_full_disk_under_tensorboard(tmp_path: Path) -> None:
-    """Its thread fails, and a traceback of it would hide what the run says itself."""
-    code = (
-        "import resource, signal, sys\nfrom torch.utils.tensorboard import SummaryWriter\n"
-        "from titan_ulysses.distributed.failure import exit_on_error\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "with exit_on_error():\n"
-        "    writer = SummaryWriter(sys.argv[1], flush_secs=0)\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "    for step in range(10**6):\n        writer.add_scalar('loss', 1.0, step)\n"
-    )
-    script = tmp_path / "full.py"
-    script.write_text(code)
-    _, said = start(tmp_path / "said", script, tmp_path / "tensorboard").communicate(timeout=120)
-    assert "Traceback" not in said and "File too large" in said

@@ -102,7 +102,6 @@ def exit_on_error() -> Iterator[None]:
     if run_store.rank_and_size()[1] > 1:
         # Read when torch is imported. Without it, c10d prints a traceback for each lost connection.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    threading.excepthook = _of_thread
     try:
         yield
         leave_together()
@@ -125,16 +124,6 @@ def exit_on_error() -> Iterator[None]:
             except ConnectionError:
                 lost = store_is_gone()
         end(f"error: {lost}" if lost else traceback.format_exc(), 1, hang=hangs)
-
-
-def _of_thread(args: threading.ExceptHookArgs) -> None:
-    """Print what ends a thread, but not TensorBoard's: its next call raises the same error.
-
-    As where the disk is full.
-    """
-    of_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
-    if not (of_tensorboard and isinstance(args.exc_value, OSError)):
-        threading.__excepthook__(args)
 
 
 def _the_first_speaks() -> bool:
