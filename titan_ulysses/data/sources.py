@@ -374,8 +374,8 @@ def _read_preference(record: dict[str, Any], source: SourceSettings, place: str)
                 "begin alike",
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    texts = [_without_nulls(part) for part in (prompt, chosen, rejected)]
-    return Row(place, Preference(*texts, parsed_calls=sum(map(_parse_calls, texts))))
+    parts = [_without_nulls(part) for part in (prompt, chosen, rejected)]
+    return Row(place, Preference(*parts, sum(map(_parse_calls, parts))))
 
 
 def _are_messages(value: Any) -> bool:
