@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, current_chunks, running
-from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker, host_buffer
+from titan_ulysses.memory.offload import CudaStore, buffer_maker, gpu_store
 from titan_ulysses.memory.replay import add_gradients, stand_ins
 
 StreamOffload = Literal["none", "host", "disk"]
@@ -44,13 +43,7 @@ def open_sequence_store(
     folder is used only by "disk"; None means the system's temporary folder.
     """
     make_buffer = buffer_maker(offload, folder)
-    if device.type != "cuda":
-        return SequenceStore(make_buffer, device)
-    copies = (
-        CudaStore(make_buffer)
-        if offload == "host"
-        else DiskStore(make_buffer, partial(host_buffer, offload="disk"))
-    )
+    copies = None if device.type == "cpu" else gpu_store(offload, make_buffer, device)
     return SequenceStore(make_buffer, device, copies)
 
 
@@ -86,7 +79,7 @@ class SequenceStore:
         Without copies, the result is the part itself. ahead: a part, of this tensor or another,
         that is read next. Its copy begins now, so it must not change until then.
         """
-        if self._copies is None or part.device.type == "cuda":
+        if self._copies is None or part.device.type != "cpu":
             return part
         if not part.is_contiguous():  # a part of several sequences, which does not come ahead
             return torch.stack([self.read(row) for row in part])
@@ -104,7 +97,7 @@ class SequenceStore:
 
     def write(self, part: Tensor, values: Tensor) -> None:
         """Write values to a part of a tensor of this store. They must not change afterwards."""
-        if self._copies is None or part.device.type == "cuda":
+        if self._copies is None or part.device.type != "cpu":
             part.copy_(values)
         elif not part.is_contiguous():
             for row, value in zip(part, values, strict=True):
@@ -142,7 +135,7 @@ class _Part:
         self.shape, self.dtype = part.shape, part.dtype
         self.before: Callable[[], _Part | None] = lambda: None
         """The part that is fetched after this one."""
-        self.fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None = None
+        self.fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None = None
 
     @property
     def buffer(self) -> Tensor:
