@@ -326,7 +326,7 @@ def disk_store(folder: Path) -> tuple[DiskStore, StandinCuda]:
         return torch.empty(size, dtype=torch.uint8)
 
     files = open_store("disk", folder, torch.device("cpu")).make_buffer
-    return DiskStore(files, plain, cuda), cuda
+    return DiskStore(files, cuda, make_staging=plain), cuda
 
 
 def test_a_thread_copies_to_files_and_back(tmp_path):

@@ -141,9 +141,8 @@ def build_mesh(
             f"the number of ranks, {world_size}: start {replicate * shard * sequence} ranks, or "
             "change the degrees."
         )
-    shape = (replicate, shard, sequence)
     names = ("dp_replicate", "dp_shard", "sp")
-    world = init_device_mesh(device_type(), shape, mesh_dim_names=names)
+    world = init_device_mesh(device_type(), (replicate, shard, sequence), mesh_dim_names=names)
     fsdp = world["dp_shard", "sp"]._flatten("fsdp")
     if replicate > 1:
         fsdp = DeviceMesh._concatenate([world["dp_replicate"], fsdp])

@@ -49,19 +49,8 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     room = available_host_memory if offload == "host" else lambda: shutil.disk_usage(place).free
     if device.type == "cpu":
         return Store(make_buffer, room)
-    return gpu_store(offload, make_buffer, device, room)
-
-
-def gpu_store(
-    offload: Offload,
-    make_buffer: Callable[[int, torch.device], Tensor],
-    device: torch.device,
-    room: Callable[[], float] = lambda: inf,
-) -> CudaStore:
-    """Return a store for a GPU with such buffers."""
-    if offload == "host":
-        return CudaStore(make_buffer, module_of(device), room)
-    return DiskStore(make_buffer, partial(host_buffer, offload="disk"), module_of(device), room)
+    kind = CudaStore if offload == "host" else DiskStore
+    return kind(make_buffer, module_of(device), room)
 
 
 def buffer_maker(
@@ -314,20 +303,21 @@ class DiskStore(CudaStore):
     passes through one of two page-locked staging buffers, and a thread copies between these and the
     files. The host waits only where that thread is two tensors behind.
 
-    make_staging makes a staging buffer. background runs the thread's work in the order in which it
-    is submitted; unset, it is a thread of this store. The planner passes one that runs it at once.
+    make_staging makes a staging buffer; unset, it is `host_buffer`. background runs the thread's
+    work in the order in which it is submitted; unset, it is a thread of this store. The planner
+    passes one that runs it at once.
     """
 
     def __init__(
         self,
         make_buffer: Callable[[int, torch.device], Tensor],
-        make_staging: Callable[[int, torch.device], Tensor],
         module: ModuleType,
         room: Callable[[], float] = lambda: inf,
+        make_staging: Callable[[int, torch.device], Tensor] | None = None,
         background: Executor | None = None,
     ):
         super().__init__(make_buffer, module, room)
-        self.make_staging = make_staging
+        self.make_staging = make_staging or partial(host_buffer, offload="disk")
         # A new thread has device 0, where its first call would open a context of half a GiB.
         self.background = background or ThreadPoolExecutor(
             1, "offload", initializer=module.set_device, initargs=(module.current_device(),)

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from titan_ulysses.distributed.device import module_of
 from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, current_chunks, running
-from titan_ulysses.memory.offload import CudaStore, buffer_maker, gpu_store
+from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker
 from titan_ulysses.memory.replay import add_gradients, stand_ins
 
 StreamOffload = Literal["none", "host", "disk"]
@@ -43,8 +44,10 @@ def open_sequence_store(
     folder is used only by "disk"; None means the system's temporary folder.
     """
     make_buffer = buffer_maker(offload, folder)
-    copies = None if device.type == "cpu" else gpu_store(offload, make_buffer, device)
-    return SequenceStore(make_buffer, device, copies)
+    if device.type == "cpu":
+        return SequenceStore(make_buffer, device)
+    kind = CudaStore if offload == "host" else DiskStore
+    return SequenceStore(make_buffer, device, kind(make_buffer, module_of(device)))
 
 
 class SequenceStore:

@@ -325,7 +325,7 @@ def _planned_copies(
         tracker.claim(buffer, component)
         return buffer
 
-    return DiskStore(make_buffer, staging, torch.cpu, background=_AtOnce())
+    return DiskStore(make_buffer, torch.cpu, make_staging=staging, background=_AtOnce())
 
 
 class _AtOnce(Executor):
