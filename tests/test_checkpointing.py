@@ -326,7 +326,7 @@ def disk_store(folder: Path) -> tuple[DiskStore, StandinCuda]:
         return torch.empty(size, dtype=torch.uint8)
 
     files = open_store("disk", folder, torch.device("cpu")).make_buffer
-    return DiskStore(files, plain, cuda=cuda), cuda
+    return DiskStore(files, cuda, make_staging=plain), cuda
 
 
 def test_a_thread_copies_to_files_and_back(tmp_path):
@@ -355,7 +355,7 @@ class Waits:
     def __init__(self) -> None:
         cuda = StandinCuda()
         plain = open_store("host", None, torch.device("cpu")).make_buffer
-        self.store, self.waited_for = CudaStore(plain, cuda=cuda), cuda.waited_for
+        self.store, self.waited_for = CudaStore(plain, cuda), cuda.waited_for
         self.kept: list = []
 
     def after(self, *tensors: tuple[int, str]) -> list[int]:

@@ -83,7 +83,7 @@ class LateCopies(CudaStore):
         cuda = SimpleNamespace(
             Stream=make_stream, current_stream=lambda: compute, synchronize=synchronize
         )
-        super().__init__(make_buffer, cuda=cuda)
+        super().__init__(make_buffer, cuda)
 
     def _copy(self, target: Tensor, source: Tensor, stream: LateStream) -> Callable[[], None]:
         # Autograd sees this copy when it is issued.

@@ -12,11 +12,11 @@ import threading
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from titan_ulysses.checkpoint.writing import Writer
+from titan_ulysses.distributed.device import module_of, pin
 from titan_ulysses.distributed.mesh import timeout_of
 from titan_ulysses.distributed.tensors import plain_pieces
 
@@ -39,15 +39,14 @@ class BackgroundSave:
         """Copy the tensors, which may change from then on, and begin to write step-<step>."""
         assert self.step is None, "one save is in flight at most"
         self._copy = copied(tensors, self._copy)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies to page-locked memory do not wait for the device
+        module_of().synchronize()  # copies to page-locked memory do not wait for the device
         self.step, self._state, self.tries = step, state, 0
         self.again()
 
     def again(self) -> None:
         """Begin to write the copy once more."""
         self.tries, self._reason = self.tries + 1, None
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        device = module_of().current_device()
         self._thread = threading.Thread(
             target=self._write, args=(device,), name="checkpoint", daemon=True
         )
@@ -75,11 +74,10 @@ class BackgroundSave:
         """Forget the save that has failed."""
         self.step = None
 
-    def _write(self, device: int | None) -> None:
+    def _write(self, device: int | str) -> None:
         assert self.step is not None
         try:
-            if device is not None:
-                torch.cuda.set_device(device)  # a thread begins on the first one
+            module_of().set_device(device)  # a thread begins on the first one
             self._reason = self.writer.write(self.step, self._copy, self._state)
         except BaseException as error:  # raised again by the thread that trains
             self._error = error
@@ -96,7 +94,7 @@ def own_group() -> dist.ProcessGroup:
 
 
 def copied(value: Any, kept: Any = None) -> Any:
-    """Return a copy of a state dict with all tensors in host memory, page-locked for CUDA.
+    """Return a copy of a state dict with all tensors in host memory, page-locked for a GPU.
 
     kept: an earlier copy of a state dict of the same shapes, whose memory is used again.
     """
@@ -107,9 +105,8 @@ def copied(value: Any, kept: Any = None) -> Any:
     value = value.detach()
     if not isinstance(kept, Tensor) or kept.shape != value.shape or kept.dtype != value.dtype:
         kept = value.to("cpu", copy=True)
-        if any(piece.is_cuda for piece in plain_pieces(value)):
-            for piece in plain_pieces(kept):
-                piece.set_(piece.pin_memory())
+        if any(piece.device.type != "cpu" for piece in plain_pieces(value)):
+            pin(kept)
         return kept
     for target, source in zip(plain_pieces(kept), plain_pieces(value), strict=True):
         target.copy_(source, non_blocking=True)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+from titan_ulysses.distributed.device import module_of
+
 
 def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None
@@ -19,8 +21,7 @@ def tensors_of(
     tensors = {"model": _trained_state(model)}
     if optimizer is not None:
         tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # offloaded state may still be on its way to the host
+    module_of().synchronize()  # offloaded state may still be on its way to the host
     return tensors
 
 

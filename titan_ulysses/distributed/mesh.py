@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from titan_ulysses.distributed.device import device_type, module_of
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import local_slice, padded
 
@@ -77,11 +78,8 @@ class Mesh:
     @property
     def device(self) -> torch.device:
         kind = self.world.device_type
-        return (
-            torch.device(kind, torch.cuda.current_device())
-            if kind == "cuda"
-            else torch.device(kind)
-        )
+        index = None if kind == "cpu" else module_of(kind).current_device()
+        return torch.device(kind, index)
 
 
 def warn_of_older_form(text: str) -> None:
@@ -99,10 +97,10 @@ def init_distributed(*, timeout: float | None = None) -> None:
     """
     if dist.is_initialized():
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
+    kind, backend = device_type(), "gloo"
+    if kind != "cpu":
+        module_of(kind).set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
     if "RANK" in os.environ:
         limit = None if timeout is None else timedelta(seconds=timeout)
         dist.init_process_group(backend, timeout=limit)
@@ -143,9 +141,8 @@ def build_mesh(
             f"the number of ranks, {world_size}: start {replicate * shard * sequence} ranks, or "
             "change the degrees."
         )
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = (replicate, shard, sequence)
-    world = init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard", "sp"))
+    names = ("dp_replicate", "dp_shard", "sp")
+    world = init_device_mesh(device_type(), (replicate, shard, sequence), mesh_dim_names=names)
     fsdp = world["dp_shard", "sp"]._flatten("fsdp")
     if replicate > 1:
         fsdp = DeviceMesh._concatenate([world["dp_replicate"], fsdp])

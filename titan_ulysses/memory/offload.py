@@ -11,7 +11,6 @@ files, and the copies are synchronous.
 
 from __future__ import annotations
 
-import mmap
 import os
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from titan_ulysses.distributed.device import module_of, page_locked
 from titan_ulysses.distributed.errors import UserError
 
 Offload = Literal["none", "host", "disk"]
@@ -45,18 +45,12 @@ def open_store(offload: Offload, folder: str | Path | None, device: torch.device
     """
     if offload == "none":
         return None
-    place, cuda = Path(folder or tempfile.gettempdir()), device.type == "cuda"
-    buffers = buffer_maker(offload, folder)
-    if offload == "host":
-        make_store = CudaStore if cuda else Store
-        return make_store(buffers, available_host_memory)
-
-    def room() -> int:
-        return shutil.disk_usage(place).free
-
-    if not cuda:
-        return Store(buffers, room)
-    return DiskStore(buffers, partial(host_buffer, offload="disk"), room)
+    place, make_buffer = Path(folder or tempfile.gettempdir()), buffer_maker(offload, folder)
+    room = available_host_memory if offload == "host" else lambda: shutil.disk_usage(place).free
+    if device.type == "cpu":
+        return Store(make_buffer, room)
+    kind = CudaStore if offload == "host" else DiskStore
+    return kind(make_buffer, module_of(device), room)
 
 
 def buffer_maker(
@@ -75,7 +69,7 @@ class OffDevice(Protocol):
     dtype: torch.dtype
     device: torch.device
     """that of the copies back"""
-    fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None
+    fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None
     """the copy on the device, and the event of its end"""
 
     @property
@@ -106,7 +100,7 @@ class OffloadedTensor:
         self.before: Callable[[], OffloadedTensor | None] = (
             weakref.ref(before) if before is not None else lambda: None
         )
-        self.fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None = None
+        self.fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None = None
         weakref.finalize(
             self, store.free.setdefault(buffer.numel(), []).append, buffer
         ).atexit = False
@@ -184,7 +178,7 @@ class _Sent:
     x: Tensor
     place: tuple[int, int, int]
     """of the copy (see `_place`)"""
-    copied: torch.cuda.Event
+    copied: torch.Event
 
     @property
     def size(self) -> int:
@@ -194,24 +188,24 @@ class _Sent:
 class CudaStore(Store):
     """A store for a CUDA device: copies overlap computation and are fetched one segment ahead.
 
-    cuda is the module that provides the streams. The planner passes torch.cpu, whose streams do
-    nothing, to find out which tensors are alive at the same time.
+    module is torch's for the device (see `device.module_of`). The planner passes torch.cpu, whose
+    streams do nothing, to find out which tensors are alive at the same time.
     """
 
     def __init__(
         self,
         make_buffer: Callable[[int, torch.device], Tensor],
+        module: ModuleType,
         room: Callable[[], float] = lambda: inf,
-        cuda: ModuleType = torch.cuda,
     ):
         super().__init__(make_buffer, room)
-        self.cuda, self.outward, self.inward = cuda, cuda.Stream(), cuda.Stream()
+        self.module, self.outward, self.inward = module, module.Stream(), module.Stream()
         self._sent: deque[_Sent] = deque()
         self._largest = 0
         """bytes of the largest tensor so far"""
 
     def put(self, x: Tensor, kept: OffDevice) -> None:
-        compute = self.cuda.current_stream()
+        compute = self.module.current_stream()
         self.outward.wait_stream(compute)
         copied = self._send(x, kept)
         sent = _Sent(weakref.ref(kept), _kind(kept), x, _place(kept), copied)
@@ -240,7 +234,7 @@ class CudaStore(Store):
         assert kept.fetched is not None
         x, arrived = kept.fetched
         kept.fetched = None
-        self.cuda.current_stream().wait_event(
+        self.module.current_stream().wait_event(
             arrived.result() if isinstance(arrived, Future) else arrived
         )
         before = kept.before()
@@ -261,14 +255,14 @@ class CudaStore(Store):
 
     def finish(self) -> None:
         """Let the host wait until all that was put is in its buffer."""
-        self.cuda.synchronize()
+        self.module.synchronize()
 
-    def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
+    def _send(self, x: Tensor, kept: OffDevice) -> torch.Event:
         """Start the copy of x to its buffer; return the event of its end."""
         return self._copy(kept.view(), x, self.outward)
 
-    def _copy(self, target: Tensor, source: Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        with self.cuda.stream(stream):
+    def _copy(self, target: Tensor, source: Tensor, stream: torch.Stream) -> torch.Event:
+        with self.module.stream(stream):
             target.copy_(source, non_blocking=True)
             return stream.record_event()
 
@@ -280,7 +274,7 @@ class CudaStore(Store):
         to the buffer that the compute stream has not waited for.
         """
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
-        self.inward.wait_stream(self.cuda.current_stream())
+        self.inward.wait_stream(self.module.current_stream())
         storage, start, stop = _place(kept)
         for sent in self._sent:
             if sent.place[0] == storage and sent.place[1] < stop and start < sent.place[2]:
@@ -309,23 +303,24 @@ class DiskStore(CudaStore):
     passes through one of two page-locked staging buffers, and a thread copies between these and the
     files. The host waits only where that thread is two tensors behind.
 
-    make_staging makes a staging buffer. background runs the thread's work in the order in which it
-    is submitted; unset, it is a thread of this store. The planner passes one that runs it at once.
+    make_staging makes a staging buffer; unset, it is `host_buffer`. background runs the thread's
+    work in the order in which it is submitted; unset, it is a thread of this store. The planner
+    passes one that runs it at once.
     """
 
     def __init__(
         self,
         make_buffer: Callable[[int, torch.device], Tensor],
-        make_staging: Callable[[int, torch.device], Tensor],
+        module: ModuleType,
         room: Callable[[], float] = lambda: inf,
-        cuda: ModuleType = torch.cuda,
+        make_staging: Callable[[int, torch.device], Tensor] | None = None,
         background: Executor | None = None,
     ):
-        super().__init__(make_buffer, room, cuda)
-        self.make_staging = make_staging
+        super().__init__(make_buffer, module, room)
+        self.make_staging = make_staging or partial(host_buffer, offload="disk")
         # A new thread has device 0, where its first call would open a context of half a GiB.
         self.background = background or ThreadPoolExecutor(
-            1, "offload", initializer=cuda.set_device, initargs=(cuda.current_device(),)
+            1, "offload", initializer=module.set_device, initargs=(module.current_device(),)
         )
         self._staging = deque([_Staging(), _Staging()])
 
@@ -334,7 +329,7 @@ class DiskStore(CudaStore):
             if staging.work is not None:
                 staging.work.result()
 
-    def _send(self, x: Tensor, kept: OffDevice) -> torch.cuda.Event:
+    def _send(self, x: Tensor, kept: OffDevice) -> torch.Event:
         staging = self._next_staging(kept)
         if staging.read is not None:
             self.outward.wait_event(staging.read)
@@ -345,14 +340,14 @@ class DiskStore(CudaStore):
     def _fetch(self, kept: OffDevice) -> None:
         x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
         # Until here the compute stream may use the memory of x for an earlier tensor.
-        allocated = self.cuda.current_stream().record_event()
+        allocated = self.module.current_stream().record_event()
         staging = self._next_staging(kept)
         staging.work = self.background.submit(self._from_file, x, kept.buffer, staging, allocated)
         kept.fetched = x, staging.work
 
     def _from_file(
-        self, x: Tensor, buffer: Tensor, staging: _Staging, allocated: torch.cuda.Event
-    ) -> torch.cuda.Event:
+        self, x: Tensor, buffer: Tensor, staging: _Staging, allocated: torch.Event
+    ) -> torch.Event:
         """Copy a file to staging, and start the copy to x; return the event of its end."""
         _wait(staging.read)
         staging.buffer[: buffer.numel()].copy_(buffer)
@@ -383,7 +378,7 @@ class _Staging:
         self.buffer: Tensor | None = None
         self.work: Future | None = None
         """What the thread has to do with it, or has done last."""
-        self.read: torch.cuda.Event | None = None
+        self.read: torch.Event | None = None
         """The end of the last copy from it to the device."""
 
     def view(self, kept: OffDevice) -> Tensor:
@@ -391,40 +386,29 @@ class _Staging:
         return self.buffer[: kept.buffer.numel()].view(kept.dtype).view(kept.shape)
 
 
-def _to_file(buffer: Tensor, staging: Tensor, copied: torch.cuda.Event) -> None:
+def _to_file(buffer: Tensor, staging: Tensor, copied: torch.Event) -> None:
     _wait(copied)
     buffer.copy_(staging[: buffer.numel()])
 
 
-def _wait(event: torch.cuda.Event | None) -> None:
+def _wait(event: torch.Event | None) -> None:
     """Let this thread wait for event; the streams of torch.cpu have none."""
     if event is not None:
         event.synchronize()
 
 
 def host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -> Tensor:
-    """Return a buffer of size bytes in host memory, page-locked if device is a CUDA device.
-
-    torch's pin_memory is not used, because it rounds sizes up to a power of two. Pages are locked
-    as a whole, and none may be locked twice, so a page-locked buffer has pages of its own.
-    """
-    if device.type == "cuda":
-        memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        buffer = torch.frombuffer(memory, dtype=torch.uint8)[:size]
-        locked = -(-len(memory) // mmap.PAGESIZE) * mmap.PAGESIZE
-        result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), locked, 0)
-        if int(result) != 0:
-            raise UserError(
-                f'activation_checkpoint.offload = "{offload}": {size / 2**30:.2f} GiB of host '
-                f"memory could not be page-locked ({result}). Raise the limit (ulimit -l "
-                "unlimited), or use fewer checkpoints: raise activation_checkpoint.every."
-            )
-        # Unregister before the memory is freed: CUDA would otherwise treat whatever is allocated at
-        # this address next as page-locked.
-        unregister = torch.cuda.cudart().cudaHostUnregister
-        weakref.finalize(buffer.untyped_storage(), unregister, buffer.data_ptr()).atexit = False
-        return buffer
-    return torch.empty(size, dtype=torch.uint8)
+    """Return a buffer of size bytes in host memory, page-locked if device is a GPU."""
+    if device.type == "cpu":
+        return torch.empty(size, dtype=torch.uint8)
+    try:
+        return page_locked(size)
+    except OSError as error:
+        raise UserError(
+            f'activation_checkpoint.offload = "{offload}": {size / 2**30:.2f} GiB of host '
+            f"memory could not be page-locked ({error}). Raise the limit (ulimit -l "
+            "unlimited), or use fewer checkpoints: raise activation_checkpoint.every."
+        ) from None
 
 
 class _FileBuffers:

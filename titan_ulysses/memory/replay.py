@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from titan_ulysses.distributed.device import forked_rng, generator_of
+
 
 def accumulate(total: Tensor | None, gradient: Tensor, *, alone: bool = False) -> Tensor:
     """Return total + gradient in fp32 or wider; a gradient that stands alone keeps its dtype.
@@ -56,16 +58,14 @@ def add_gradients(parameters: Sequence[Tensor | None], gradients: list[Tensor | 
 
 def rng_state(device: torch.device) -> Tensor:
     """Return the state of the device's random number generator, on the host."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return generator_of(device).get_state()
 
 
 @contextlib.contextmanager
 def replayed(device: torch.device, state: Tensor) -> Iterator[None]:
     """Set the RNG to state inside this context, and back to where it was afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(
-            state
-        )
+    with forked_rng([device]):
+        generator_of(device).set_state(state)
         yield
 
 

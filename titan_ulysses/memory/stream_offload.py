@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from titan_ulysses.distributed.device import module_of
 from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, current_chunks, running
-from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker, host_buffer
+from titan_ulysses.memory.offload import CudaStore, DiskStore, buffer_maker
 from titan_ulysses.memory.replay import add_gradients, stand_ins
 
 StreamOffload = Literal["none", "host", "disk"]
@@ -44,14 +44,10 @@ def open_sequence_store(
     folder is used only by "disk"; None means the system's temporary folder.
     """
     make_buffer = buffer_maker(offload, folder)
-    if device.type != "cuda":
+    if device.type == "cpu":
         return SequenceStore(make_buffer, device)
-    copies = (
-        CudaStore(make_buffer)
-        if offload == "host"
-        else DiskStore(make_buffer, partial(host_buffer, offload="disk"))
-    )
-    return SequenceStore(make_buffer, device, copies)
+    kind = CudaStore if offload == "host" else DiskStore
+    return SequenceStore(make_buffer, device, kind(make_buffer, module_of(device)))
 
 
 class SequenceStore:
@@ -86,7 +82,7 @@ class SequenceStore:
         Without copies, the result is the part itself. ahead: a part, of this tensor or another,
         that is read next. Its copy begins now, so it must not change until then.
         """
-        if self._copies is None or part.device.type == "cuda":
+        if self._copies is None or part.device.type != "cpu":
             return part
         if not part.is_contiguous():  # a part of several sequences, which does not come ahead
             return torch.stack([self.read(row) for row in part])
@@ -104,7 +100,7 @@ class SequenceStore:
 
     def write(self, part: Tensor, values: Tensor) -> None:
         """Write values to a part of a tensor of this store. They must not change afterwards."""
-        if self._copies is None or part.device.type == "cuda":
+        if self._copies is None or part.device.type != "cpu":
             part.copy_(values)
         elif not part.is_contiguous():
             for row, value in zip(part, values, strict=True):
@@ -142,7 +138,7 @@ class _Part:
         self.shape, self.dtype = part.shape, part.dtype
         self.before: Callable[[], _Part | None] = lambda: None
         """The part that is fetched after this one."""
-        self.fetched: tuple[Tensor, torch.cuda.Event | Future[torch.cuda.Event]] | None = None
+        self.fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None = None
 
     @property
     def buffer(self) -> Tensor:

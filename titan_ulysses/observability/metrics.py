@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from titan_ulysses.distributed.device import module_of
 from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
@@ -103,8 +104,8 @@ class PeakMemory:
             self._peak = 0
 
     def gib(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        if self._device.type != "cpu":
+            return module_of(self._device).max_memory_allocated(self._device) / 2**30
         self._look()
         return self._peak / 2**30
 

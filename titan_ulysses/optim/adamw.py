@@ -24,6 +24,7 @@ from torch.optim.adamw import adamw
 from torch.utils._triton import has_triton
 
 from titan_ulysses.config.schema import Optimizer as OptimizerConfig
+from titan_ulysses.distributed.device import forked_rng, pin
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.distributed.tensors import local_shard, plain_pieces
@@ -130,7 +131,7 @@ class ShardwiseAdamW(torch.optim.Optimizer):
     def wants_compiler(self) -> bool:
         """Whether to compile torchao's update, which on a GPU is a long series of small kernels."""
         return self.uses_torchao and any(
-            p.is_cuda for group in self.param_groups for p in group["params"]
+            p.device.type != "cpu" for group in self.param_groups for p in group["params"]
         )
 
     @cached_property
@@ -148,13 +149,8 @@ class ShardwiseAdamW(torch.optim.Optimizer):
                 stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")
             if self.stochastic_rounding:
-                devices = {
-                    p.device.index
-                    for group in self.param_groups
-                    for p in group["params"]
-                    if p.is_cuda
-                }
-                stack.enter_context(torch.random.fork_rng(devices=devices))
+                devices = (p.device for group in self.param_groups for p in group["params"])
+                stack.enter_context(forked_rng(devices))
             for group in self.param_groups:
                 for index, p in enumerate(group["params"]):
                     if p.grad is not None:
@@ -237,8 +233,8 @@ class ShardwiseAdamW(torch.optim.Optimizer):
             )
         # from_local moves a tensor to the mesh's device, even if p is on the host.
         zeros = zeros.to("cpu" if self.offload else p.device)
-        if self.offload and p.is_cuda:
-            _pin(zeros)
+        if self.offload and p.device.type != "cpu":
+            pin(zeros)
         return zeros
 
 
@@ -256,12 +252,6 @@ def _update_fused(
     tensors = ([p], [grad], [exp_avg], [exp_avg_sq], [], [step])
     switches = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": found_inf}
     adamw(*tensors, beta1=beta1, beta2=beta2, **constants, **switches)
-
-
-def _pin(x: Tensor) -> None:
-    """Move x, in place, to pinned host memory."""
-    for piece in plain_pieces(x):
-        piece.set_(piece.pin_memory())
 
 
 def _rounding_seed(p: nn.Parameter, step: int, index: int) -> int:

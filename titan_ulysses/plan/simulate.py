@@ -317,7 +317,7 @@ def _planned_copies(
 ) -> CudaStore:
     """Return the store of a GPU's run, without streams or threads."""
     if offload == "host":
-        return CudaStore(make_buffer, cuda=torch.cpu)
+        return CudaStore(make_buffer, torch.cpu)
 
     def staging(size: int, device: torch.device) -> Tensor:
         with tracker.placed("host"):
@@ -325,7 +325,7 @@ def _planned_copies(
         tracker.claim(buffer, component)
         return buffer
 
-    return DiskStore(make_buffer, staging, cuda=torch.cpu, background=_AtOnce())
+    return DiskStore(make_buffer, torch.cpu, make_staging=staging, background=_AtOnce())
 
 
 class _AtOnce(Executor):

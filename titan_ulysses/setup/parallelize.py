@@ -334,7 +334,7 @@ def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:
 def _offloading(options: ParallelOptions, mesh: Mesh) -> OffloadPolicy:
     if not options.parameter_offload:
         return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
+    return CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
 
 
 def _refuse(reason: str, *_, **__) -> NoReturn:

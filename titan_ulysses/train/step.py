@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch
+from titan_ulysses.distributed.device import module_of
 from titan_ulysses.distributed.errors import first_failure
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.tensors import plain_pieces
@@ -205,8 +206,7 @@ def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str
     finite gradient may be infinite, and its parameter then stays where it is for ever. The result
     is the same on every rank. Waits for the device, and reads every shard once. Collective.
     """
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # offloaded state may still be on its way to the host
+    module_of().synchronize()  # offloaded state may still be on its way to the host
     named = trained_state(model, optimizer).items()
     pieces = [(name, x) for name, shard in named for x in plain_pieces(shard) if x.numel()]
     pieces = [(name, x) for name, x in pieces if x.is_floating_point()]  # the others are codes

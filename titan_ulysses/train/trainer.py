@@ -29,6 +29,7 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.data import open_sequences, open_validation_sets
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.distributed.collectives import CollectiveCounter
+from titan_ulysses.distributed.device import device_type, module_of
 from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.hardware import peak_flops
 from titan_ulysses.distributed.mesh import build_mesh, init_distributed, set_timeout
@@ -113,7 +114,7 @@ class Trainer:
         self.spec = resolve(
             config,
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            device_type="cuda" if torch.cuda.is_available() else "cpu",
+            device_type=device_type(),
             with_tokenizer=True,
         )
         self.degrees = self.spec.degrees
@@ -305,7 +306,7 @@ class Trainer:
         if dist.get_rank():
             return None
         device, parameters = self.mesh.device, list(self.model.parameters())
-        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        gpu = None if device.type == "cpu" else module_of(device).get_device_properties(device)
         return Preflight(
             self.config,
             world_size=dist.get_world_size(),
@@ -593,7 +594,7 @@ class Trainer:
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         seconds = time.perf_counter() - self._clock
         tokens = steps * self.degrees.global_batch_size * config.seq_len
-        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        device_name = "" if device.type == "cpu" else module_of(device).get_device_name(device)
         peak_rate = peak_flops(device_name) if config.param_dtype == "bfloat16" else None
         flops = tokens * flops_per_token(self.model) + attention.item()
         if logger:
