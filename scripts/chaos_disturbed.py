@@ -105,7 +105,7 @@ class Hang(Campaign):
             ended = self._play(ranks, how, rank, step, meddle=watcher)
             late = watcher.seconds_until_the_end(time.perf_counter())
             words = [f"rank {rank} "]
-            words += ["another rank died without a word"] * (how == "exits")
+            words += ["another rank died without a message"] * (how == "exits")
             named = any(word in ended.text for word in words)
         verdict = self._verdict(ended, late, named)
         if verdict.word == "ended":

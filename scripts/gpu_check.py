@@ -219,27 +219,34 @@ def sharded_llama(
     tokens: int = 0,
     documents: tuple[int, ...] = (),
     table: dict[str, Any] | None = None,
+    dropout: float = 0,
     **options: Any,
 ) -> tuple[Any, dict[str, Any], Any]:
     """Return a llama on this device, a batch of one sequence, and the mesh.
 
     tokens: of the sequence; 0: those of the scale. documents: their lengths; empty: one. table:
-    changes of the model's config.
+    changes of the model's config. dropout: of the adapters that are trained then.
     """
     import torch
 
     from titan_ulysses import build_mesh, parallelize
+    from titan_ulysses.config.schema import LoRA
     from titan_ulysses.model import hf
+    from titan_ulysses.model.lora import add_adapters, initialize_adapters
 
     mesh = build_mesh()
     table = llama(scale, layers) | {"vocab_size": min(scale.vocabulary, 32_000)} | (table or {})
     dtype = torch.float32 if scale.rehearses else torch.bfloat16
     model = hf.build_on_meta(hf.load_model_config("", table), dtype)
+    if dropout:
+        add_adapters(model, LoRA(rank=4, dropout=dropout))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of fragmentation
         parallelize(model, mesh, param_dtype=dtype, **options)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
+    if dropout:
+        initialize_adapters(model, seed=0)
     generator, tokens = torch.Generator().manual_seed(0), tokens or scale.tokens
     documents = documents or (tokens,)
     ids = torch.randint(table["vocab_size"], (1, tokens), generator=generator)
@@ -254,7 +261,8 @@ def loss_and_gradients(model: Any, batch: dict[str, Any]) -> list[Any]:
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return [loss.detach().cpu(), *(p.grad.to_local().cpu() for p in model.parameters())]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [loss.detach().cpu(), *(p.grad.to_local().cpu() for p in trained)]
 
 
 def offload_bits(scale: Scale) -> Figures:

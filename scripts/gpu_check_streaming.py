@@ -1,4 +1,5 @@
-"""Check streaming (docs/streaming.md) on one GPU: gradients, memory by length, copies, time.
+"""Check streaming (docs/streaming.md) on one GPU: gradients, also with dropout and in many steps,
+memory by length, copies, time.
 
     python scripts/gpu_check_streaming.py               on a machine with a GPU, some minutes
     python scripts/gpu_check_streaming.py --rehearse    the same code on a CPU, with tiny shapes
@@ -11,6 +12,7 @@ has failed.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ DISK: dict[str, Any] = {"stream_offload": "disk"}
 KEPT: dict[str, Any] = {"keep_attention": "all", "offload": "host"}
 CLOSE = 0.02
 """How far gradients in bf16 may be from those without streaming, as a share of their norm."""
+STEPS = 200
+"""in which no gradient may get lost; a rehearsal has three"""
 FLAT = 0.1
 """Hidden states a token by which the peak may grow where all is off the device."""
 
@@ -48,10 +52,57 @@ def gradients(scale: Scale) -> Figures:
     expected = loss_and_gradients(model, batch)
     for name, options in {"device": {}, "host": HOST, "disk": DISK, "kept": KEPT}.items():
         model, batch, _ = sharded_llama(scale, 4, **chunked(scale, **options))
-        pairs = [*zip(loss_and_gradients(model, batch), expected, strict=True)]
-        worst = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs)
-        found[name] = worst
-        assert worst < CLOSE, found
+        found[name] = furthest(loss_and_gradients(model, batch), expected)
+        assert found[name] < CLOSE, found
+    return found
+
+
+def furthest(tensors: list[Any], expected: list[Any]) -> float:
+    """Return the largest difference of tensors, as a share of the norm of what is expected."""
+    pairs = zip(tensors, expected, strict=True)
+    return max(
+        float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+        for a, b in pairs
+    )
+
+
+def dropout(scale: Scale) -> Figures:
+    """Gradients of adapters with dropout, off the device against on it: the same masks."""
+    import torch
+
+    found: Figures = {}
+    expected: list[Any] = []
+    ways = {"device": {}, "host": HOST, "disk": DISK, "segments": HOST | {"checkpoint_every": 2}}
+    for name, options in ways.items():
+        model, batch, _ = sharded_llama(scale, 4, dropout=0.5, **chunked(scale, **options))
+        model.train()
+        torch.manual_seed(0)
+        gradients = loss_and_gradients(model, batch)
+        found[name] = furthest(gradients, expected := expected or gradients)
+        assert found[name] < CLOSE, found
+    return found
+
+
+def many_steps(scale: Scale) -> Figures:
+    """Gradients of each of many steps, off the device against on it: none gets lost."""
+    found: Figures = {}
+    small = replace(
+        scale,
+        tokens=min(scale.tokens, 4096),
+        width=min(scale.width, 512),
+        inner=min(scale.inner, 1024),
+        vocabulary=min(scale.vocabulary, 1000),
+        heads=(4, 2),
+    )
+    model, batch, _ = sharded_llama(small, 2, **chunked(small))
+    expected = loss_and_gradients(model, batch)
+    for name, offload in {"host": HOST, "disk": DISK}.items():
+        model, batch, _ = sharded_llama(small, 2, **chunked(small, **offload))
+        steps = 3 if scale.rehearses else STEPS
+        found[name] = max(
+            furthest(loss_and_gradients(model, batch), expected) for _ in range(steps)
+        )
+        assert found[name] < CLOSE, found
     return found
 
 
@@ -100,6 +151,8 @@ def seconds(scale: Scale) -> Figures:
 
 CHECKS: dict[str, tuple[Check, float]] = {
     "gradients": (gradients, 180),
+    "dropout": (dropout, 120),
+    "many_steps": (many_steps, 240),
     "memory_by_length": (memory_by_length, 240),
     "copies": (copies, 120),
     "seconds": (seconds, 180),
@@ -108,7 +161,7 @@ CHECKS: dict[str, tuple[Check, float]] = {
 
 
 def main(argv: list[str]) -> int:
-    return check_all(argv, CHECKS, Path(__file__), str(__doc__), minutes=9)
+    return check_all(argv, CHECKS, Path(__file__), str(__doc__), minutes=13)
 
 
 if __name__ == "__main__":

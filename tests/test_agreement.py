@@ -132,7 +132,7 @@ def test_another_config_and_other_packages(hosts: Hosts) -> None:
     assert ended == (
         2,
         "",
-        "error: the ranks of this run were not started alike:\n"
+        "error: the ranks of this run were started with different settings:\n"
         "optimizer.lr = 0.003 on alpha, 0.5 on beta\n"
         "parallelism.sequence_parallel_degree = 1 on alpha, 2 on beta\n"
         "training.steps = 20 on alpha, 7 on beta\n"
@@ -332,7 +332,7 @@ def test_a_timeout_is_that_of_every_group() -> None:
 
 LOST = {
     "[..gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:5123": "on 10.0.0.2 "
-    "died without a word",
+    "died without a message",
     "[..gloo/transport/tcp/pair.cc:538] Read error [fe80::1]:5: Connection reset by peer": "died",
     "[..unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation to complete": "has not "
     "answered",

@@ -826,8 +826,8 @@ def test_a_rank_that_raises(failing_rank: Callable[[str], str]) -> None:
 def test_a_rank_that_is_killed(failing_rank: Callable[[str], str]) -> None:
     """Its peer says so, or the launcher, where that is the first to see it."""
     by_its_peer = (
-        "error: another rank died without a word (out of memory?). The same command goes on from "
-        "the last checkpoint.\n"
+        "error: another rank died without a message (out of memory?). The same command goes on "
+        "from the last checkpoint.\n"
     )
     by_the_launcher = "error: rank 1 was ended by SIGKILL (out of memory?).\n"
     assert failing_rank("killed") in (by_its_peer, by_the_launcher)

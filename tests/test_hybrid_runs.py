@@ -238,7 +238,7 @@ def meta_model(family: str) -> Any:
 def test_what_a_run_says_of_its_layers() -> None:
     said = describe_layers(meta_model("nemotron_h"), "cuda")
     assert said == (
-        "linear attention: 1 x NemotronHMamba2Mixer, in PyTorch, which is slow, for want of "
+        "linear attention: 1 x NemotronHMamba2Mixer, in PyTorch, which is slow, without "
         "causal-conv1d and mamba-ssm (pip install causal-conv1d mamba-ssm); a call for each "
         "document"
     )
@@ -314,7 +314,7 @@ def test_a_package_that_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     install(tmp_path, kernel, "0.4.0", monkeypatch)
     check_layers(find_blocks(model)[1], ["linear_attention", "full_attention"], device_type="cuda")
     assert describe_layers(model, "cuda").endswith(
-        "by the kernels of flash-linear-attention, and in PyTorch, which is slow, for want of "
+        "by the kernels of flash-linear-attention, and in PyTorch, which is slow, without "
         "causal-conv1d (pip install causal-conv1d); a call for each document"
     )
     layer = linear_layers(model)[0]

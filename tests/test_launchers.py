@@ -408,7 +408,7 @@ def test_ranks_save_and_start_again_where_a_host_joins(tmp_path: Path) -> None:
         process.terminate()  # the launcher ends its ranks; nothing where it has ended
     assert (process.returncode, err) == (0, "")
     saved = re.search(
-        r"Word that another host joins received: stopping after step \d+, then saving a "
+        r"Notice that another host joins received: stopping after step \d+, then saving a "
         r"checkpoint\.\n(?:.*\n)*Another host joins: saved after step (\d+), and all hosts start "
         r"from there\.\n(?:.*\n)*.*resumed from step \1",
         out,

@@ -361,8 +361,8 @@ def test_another_base_is_refused(runs: Path) -> None:
     settings |= {"lora.rank": 4, "job.name": "parts"}
     for message in run_on_ranks(2, refusal, runs / "run.toml", settings):
         assert (
-            "what is frozen here is not what step-4 was trained beside. Has what model.path names "
-            "changed" in message
+            "the frozen weights are not those that step-4 was trained with. Did model.path, "
+            in message
         )
 
 

@@ -210,6 +210,59 @@ def test_a_mean_is_found() -> None:
         head(hidden, labels, count, loss_function=lambda logits, _: logits.sum(0))
 
 
+def mean_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("labelled", [1, 2, 40])
+def test_a_mean_is_found_behind_a_masked_prompt(labelled: int) -> None:
+    head, hidden, labels, count = a_head(tokens=340)
+    some, none = labels.clone(), torch.full_like(labels, -100)
+    some[:, :-labelled] = -100
+    with pytest.raises(UserError, match="loss_function mean_of_labels is not a sum over tokens"):
+        head(hidden, some, count, loss_function=mean_of_labels)
+    head(hidden, none, count, loss_function=mean_of_labels)  # nothing tells yet
+    with pytest.raises(UserError, match="loss_function mean_of_labels is not a sum over tokens"):
+        head(hidden, labels, count, loss_function=mean_of_labels)
+    head(hidden, labels, count, loss_function=cross_entropy)
+    assert head.checked is cross_entropy
+
+
+def test_a_loss_that_is_no_number_is_found() -> None:
+    head, hidden, labels, count = a_head()
+    with pytest.raises(UserError, match="gives nan for 12 tokens that have labels and finite"):
+        head(hidden, labels, count, loss_function=lambda logits, _: logits.sum() * float("nan"))
+    with torch.no_grad():  # no fault of the function's
+        head.weight.fill_(float("nan"))
+    assert head(hidden, labels, count, loss_function=cross_entropy).isnan()
+
+
+def first_rank_without_labels() -> list[str]:
+    """What this rank is told of a mean, and of a function that raises, in a loop of one's own."""
+
+    def raises(logits: Tensor, labels: Tensor) -> Tensor:
+        raise TypeError("of the user's own")
+
+    mesh, told = mesh_of(*SP2), []
+    model = parallelize(real_model(), mesh)
+    ids = torch.arange(24).view(1, 24)
+    loader = [{"input_ids": ids, "labels": ids.masked_fill(ids < 16, -100)}]
+    for function in (mean_of_labels, raises):
+        (batch,) = shard(loader, mesh)
+        try:
+            model(**batch, loss_function=function)
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return told
+
+
+def test_ranks_agree_on_what_is_a_sum() -> None:
+    first, second = run_on_ranks(2, first_rank_without_labels)
+    assert first[0] == second[0] and "mean_of_labels is not a sum over tokens" in first[0]
+    assert second[1] == "TypeError: of the user's own"
+    assert first[1] == "UserError: loss_function: TypeError: of the user's own"
+
+
 def test_the_loss_of_each_token_is_summed_by_rows() -> None:
     head, hidden, labels, count = a_head()
     hidden, labels = hidden.view(3, 4, -1), labels.view(3, 4).clone()

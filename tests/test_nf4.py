@@ -376,8 +376,8 @@ def test_another_storage_is_refused(runs: Path) -> None:
     settings |= {"lora.quantize_base": "none", "training.steps": 5, "model.config": {}}
     settings["model.path"] = str(settings["model.path"])
     for message in run_on_ranks(2, refusal, runs / "run.toml", settings):
-        assert "what is frozen here is not what step-4 was trained beside" in message
-        assert "or lora.quantize_base?" in message
+        assert "the frozen weights are not those that step-4 was trained with" in message
+        assert "or lora.quantize_base change?" in message
 
 
 # --- settings -------------------------------------------------------------------------------------

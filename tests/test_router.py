@@ -4,10 +4,12 @@ batch at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import copy_context
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     MixtralConfig,
@@ -26,11 +30,14 @@ from transformers import (
 from transformers.models.mixtral import modeling_mixtral
 
 from helpers.families import LACKING
+from helpers.material import as_toml
 from helpers.meshes import DP2_SP2, SP2, SP4, mesh_of
 from helpers.precision import KeepFp64, kept_in_fp64
 from helpers.ranks import RankFailure, run_on_ranks
 from helpers.rows import Row, local_batch, make_rows
+from helpers.runs import Settings, logged, train
 from helpers.training import Record, largest_difference, router_loss, train_plain, train_sharded
+from test_library import real_model
 from titan_ulysses import parallelize, shard
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
@@ -406,6 +413,46 @@ def test_padding_in_tiles() -> None:
     check_same(run_on_ranks(2, of_padded, SP2, False, True)[0], of_padded_plain()[0], 1e-6)
 
 
+@pytest.mark.parametrize("stream", [-1, 16], ids=["whole", "streamed"])
+def test_a_run_does_not_route_padding(stream: int, tmp_path: Path) -> None:
+    """By train.py, a document in each sequence: what transformers gives with an attention mask."""
+    texts = ["a" * 31, "some words", "more words of another kind", "x"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    table = {**model_of("qwen3_moe"), "vocab_size": 257, "eos_token_id": 256}
+    real_model(table, dtype=torch.float32).save_pretrained(tmp_path / "start")
+    settings: Settings = {
+        "job.dump_folder": str(tmp_path),
+        "model.path": str(tmp_path / "start"),
+        "model.tokenizer": "bytes",
+        "data.source": "jsonl",
+        "data.path": str(tmp_path / "texts.jsonl"),
+        "data.packing": "none",
+        "training.seq_len": 32,
+        "training.steps": 1,
+        "training.param_dtype": "float32",
+        "training.global_batch_size": len(texts),
+        "training.local_batch_size": len(texts),
+        "parallelism.sequence_parallel_degree": 2,
+        "memory.stream_chunk_tokens": stream,
+        "checkpoint.enable": False,
+        "checkpoint.export": False,
+    }
+    (tmp_path / "run.toml").write_text(as_toml(settings))
+    run_on_ranks(2, train, tmp_path / "run.toml", {})
+    (line,) = logged(tmp_path / "run")
+
+    documents = [torch.tensor([*text.encode(), 256]) for text in texts]
+    padded = pad_sequence(documents, batch_first=True, padding_value=-100)
+    mask = padded != -100
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
+    output = model(input_ids=padded * mask, attention_mask=mask.long(), labels=padded)
+    output.loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    expected = [output.aux_loss.item(), norm.item()]
+    assert [line["router_loss"], line["grad_norm"]] == pytest.approx(expected, rel=1e-4)
+
+
 # --- what else a forward may be asked for ---------------------------------------------------------
 
 
@@ -504,7 +551,7 @@ load_balancing_loss_func = modeling_mixtral.load_balancing_loss_func
 """Where it is looked for: beside the class."""
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "granitemoe", "phimoe"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "granitemoe"])
 def test_families_prove_their_router_loss(family: str) -> None:
     if family == "granitemoe" and Version(transformers.__version__) < Version("5.18"):
         pytest.skip(
@@ -522,3 +569,19 @@ def test_families_whose_router_loss_is_another_are_refused() -> None:
     assert message == other and "with its router loss, sharded against both rows at once" in message
     (message, other) = run_on_ranks(2, verdict, {**SMALL, "model_type": "jetmoe", "kv_channels": 8})
     assert message == other and "jetmoe" in message
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("phimoe", "its layers draw random numbers in training"),
+        ("dory", "the sharded model lacks lm_head.logit_scale: its head does more"),
+    ],
+)
+def test_families_are_verified_as_they_will_train(family: str, reason: str) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    table = {**SMALL, "model_type": family, "num_local_experts": 4, "output_router_logits": False}
+    del table["head_dim"]
+    first, second = run_on_ranks(2, verdict, table)
+    assert first == second and reason in first

@@ -52,9 +52,9 @@ STEPS = 20
 # What notices first decides which of them is printed: a collective, or the watch of the store.
 SILENT = r"has not answered within comm.timeout_s|has given no sign of life"
 CUT = rf"{SILENT}|is gone or out of reach"
-DIED = rf"another rank.* died without a word|{SILENT}"
+DIED = rf"another rank.* died without a message|{SILENT}"
 STORE_DIED = rf"{DIED}|(the first host, \S+,|rank 0 on \S+) is"
-NAMED = r"rank [23] on host-two (.*died without a word|gives no sign|has given no sign)"
+NAMED = r"rank [23] on host-two (.*died without a message|gives no sign|has given no sign)"
 """Said by the host that is left, where hosts have names: who is gone, and from where."""
 
 FORKED = Path(__file__).parent / "helpers" / "forked.py"

@@ -356,9 +356,9 @@ class Checkpointer:
     def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
         if saved != wanted:
             raise UserError(
-                f"{self.where}: what is frozen here is not what step-{step} was trained beside. "
-                "Has what model.path names changed, or training.param_dtype, or "
-                f"lora.quantize_base? Give this run what it began with, or {self.other}."
+                f"{self.where}: the frozen weights are not those that step-{step} was trained "
+                "with. Did model.path, training.param_dtype or lora.quantize_base change? Give "
+                f"this run what it began with, or {self.other}."
             )
 
     def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:

@@ -42,7 +42,7 @@ class Batch:
     that attention can read them without a device synchronization.
     """
     attention_mask: torch.Tensor | None = None
-    """[B, T] int64, 0 at padding; None without padding. Only the router loss reads it."""
+    """[B, T], 0 or False at padding; None without padding. Only the router loss reads it."""
     position_limits: Documents | None = None
     """The largest position of each document plus 1; None if positions are counted from 0. RoPE
     types whose frequencies depend on the length use it in place of the document lengths.
@@ -227,7 +227,8 @@ class Loader:
         rows = [self._checked(i) for i in indices[first : first + self.batch_size]]
         if missing := self.batch_size - len(rows):
             row = self._checked(indices[0])
-            rows += [row._replace(labels=torch.full_like(row.labels, IGNORE_INDEX))] * missing
+            unlabelled = torch.full_like(row.labels, IGNORE_INDEX)
+            rows += [row._replace(labels=unlabelled, padding=len(row.labels))] * missing
         return self._batch(rows)
 
     def _batch(self, rows: list[PackedSample]) -> Batch:
@@ -245,11 +246,16 @@ class Loader:
             )
 
         references = [row.reference for row in rows if row.reference is not None]
+        mask = None
+        if any(row.padding for row in rows):
+            index = torch.arange(self.sequences.seq_len)
+            mask = stacked([index < len(index) - row.padding for row in rows])
         return Batch(
             input_ids=stacked([row.input_ids for row in rows]),
             labels=stacked([row.labels for row in rows]),
             position_ids=stacked([row.position_ids for row in rows]),
             documents=tuple(row.document_lengths for row in rows),
+            attention_mask=mask,
             chunk_tokens=self.chunk_tokens,
             reference=torch.cat(references) if references else None,
             loss_inputs={

@@ -48,6 +48,8 @@ class PackedSample(NamedTuple):
     """[2 * pairs] fp64: the reference's log-probabilities of the completions; None: not known"""
     loss_inputs: dict[str, torch.Tensor] = {}  # noqa: RUF012  a default that nobody changes
     """[S, ...] each: what the loss reads beside the labels, by name (see `teacher.of_labels`)"""
+    padding: int = 0
+    """the number of tokens at the end that are padding"""
 
 
 def slice_document(
@@ -101,6 +103,7 @@ def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) ->
         torch.from_numpy(labels),
         torch.from_numpy(position_ids),
         tuple(lengths),
+        padding=size - at,
     )
 
 

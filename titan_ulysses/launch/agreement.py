@@ -206,7 +206,7 @@ def _difference(hosts: list[str], claims: list[dict[str, Any]]) -> tuple[str, in
         return None
     return "\n".join(
         [
-            "the ranks of this run were not started alike:",
+            "the ranks of this run were started with different settings:",
             *lines,
             "Start all hosts with the same config, options, packages and numbers.",
         ]

@@ -66,7 +66,7 @@ and texts of NCCL, which have not been seen on a GPU.
 _NO_ANSWER = "has not answered within comm.timeout_s"
 _BEAT_SECONDS = 2.5
 """Seconds in which the heart of a rank that is alive beats; more where many ranks ask the store."""
-_DIED = "died without a word (out of memory?)"
+_DIED = "died without a message (out of memory?)"
 _ANSWER_SECONDS = 4.0
 """Seconds that a failing rank gives the store to answer."""
 _TOLD_SECONDS = 3.0

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from titan_ulysses.distributed.errors import UserError
@@ -129,13 +130,14 @@ class _Segment:
 
         # Checkpoint replays the random numbers of the devices that its arguments are on.
         here = hidden.new_empty(0, device=self.device)
+        off_device = hidden.device != here.device
         with self.store.offload_saved_tensors() if self.store else nullcontext():
             return checkpoint(
                 run,
                 hidden,
                 here,
                 use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _Recomputation()),
+                context_fn=lambda: (nullcontext(), _Recomputation(self.blocks, off_device)),
             )
 
     def _run(
@@ -164,11 +166,23 @@ class _Recomputation:
     retain_graph this one is entered again.
     """
 
+    def __init__(self, blocks: list[nn.Module], off_device: bool):
+        # FSDP takes the first module that is called for the root of a forward, and moves its inputs
+        # to the device. Where hidden states are off it, it is told that there is a root: the last
+        # block, whose own call changes nothing there, because its backward has begun.
+        last, self.state = blocks[-1], None
+        if off_device and isinstance(last, FSDPModule):
+            self.state = last._get_fsdp_state()
+
     def __enter__(self) -> None:
         _phase.recomputing = True
+        if self.state is not None:
+            self.state._state_ctx.iter_forward_root = self.state
 
     def __exit__(self, *_) -> None:
         _phase.recomputing = False
+        if self.state is not None:
+            self.state._state_ctx.iter_forward_root = None
 
 
 @contextmanager

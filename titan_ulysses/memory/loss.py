@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, current_chunks
 from titan_ulysses.memory.losses import (
     LossFunction,
@@ -42,7 +42,7 @@ _CUDA_ROWS = 256
 """Tiles on CUDA have a multiple of so many rows: the kernels of products compute blocks of rows."""
 
 _CHECKED_ROWS = 256
-"""Tokens with which a loss function is tried before its first use."""
+"""Tokens with labels with which a loss function is tried before its first use."""
 
 Options = tuple[int, float, float | None, float]
 """Tokens per tile, scale of the logits, soft-cap of the logits, weight of the z-loss."""
@@ -223,18 +223,43 @@ class LossHead(nn.Linear):
         tokens = {"labels": labels} | (tokens or {})
         return tiled(of_rows, hidden, tile_tokens=tile_tokens, parameters=self, **tokens)
 
-    @torch.no_grad()
     def _check(
         self, function: LossFunction, hidden: Tensor, labels: Tensor, tokens: dict[str, Tensor]
     ) -> None:
-        """Raise UserError if the function is not a sum over tokens, once for each function."""
+        """Raise UserError, on every rank, if the function is not a sum over tokens on one of them.
+
+        It is tried once there are labels, and is not tried again. Collective until then.
+        """
         if function is self.checked:
             return
-        lead, few = labels.shape, slice(0, min(labels.numel(), _CHECKED_ROWS))
+        reason, tried = None, None
+        failed: Exception | None = None
+        try:
+            tried = "tried" if self._is_sum(function, hidden, labels, tokens) else None
+        except UserError as error:
+            reason, failed = str(error), error
+        except Exception as error:  # a function of the user's own raises whatever it likes
+            reason, failed = f"loss_function: {type(error).__name__}: {one_line(error)}", error
+        if reason := first_failure(reason):
+            raise failed or UserError(reason)
+        if first_failure(tried):
+            self.checked = function
+
+    @torch.no_grad()
+    def _is_sum(
+        self, function: LossFunction, hidden: Tensor, labels: Tensor, tokens: dict[str, Tensor]
+    ) -> bool:
+        """Return whether rows were there that prove it; UserError if they prove that it is none."""
+        lead, flat = labels.shape, labels.flatten()
+        few = (flat != IGNORE_INDEX).nonzero().flatten()[:_CHECKED_ROWS]
         logits = self._logits(hidden.flatten(0, -2)[few])
+        if not len(few) or not logits.isfinite().all():
+            return False
+        if len(few) == 1:  # of one token, a mean is the sum
+            few, logits = few.repeat(2), logits.repeat(2, 1)
         some = {key: x.reshape(-1, *x.shape[len(lead) :])[few] for key, x in tokens.items()}
-        check_is_sum(function, logits, labels.flatten()[few], **some)
-        self.checked = function
+        check_is_sum(function, logits, flat[few], **some)
+        return True
 
 
 class _TiledCrossEntropy(torch.autograd.Function):

@@ -71,6 +71,19 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return -_log_probs(logits, labels, labels != IGNORE_INDEX, 1.0)
 
 
+def smoothed_cross_entropies(logits: Tensor, labels: Tensor, *, smoothing: float) -> Tensor:
+    """Return (1 - smoothing) of the cross-entropy of each label plus smoothing of the mean.
+
+    [n], 0 where there is no label. The mean is that over the vocabulary, as transformers' Trainer
+    has it (arXiv 1512.00567, section 7).
+    """
+    valid = labels != IGNORE_INDEX
+    log_p = logits.log_softmax(dim=-1)
+    of_labels = log_p.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1)
+    each = -(1 - smoothing) * of_labels - smoothing * log_p.mean(dim=-1)
+    return each.where(valid, 0)
+
+
 def clipped_policy_loss(
     logits: Tensor,
     labels: Tensor,
@@ -186,7 +199,8 @@ def _log_probs(logits: Tensor, labels: Tensor, valid: Tensor, temperature: float
 def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **tokens: Tensor) -> None:
     """Raise UserError if the loss of these tokens is not the sum of that of two halves of them.
 
-    A mean, for example, would depend on the size of tiles and on the number of ranks.
+    There are two or more, all with labels: without labels a mean is 0, as a sum is, or a NaN. A
+    mean, for example, would depend on the size of tiles and on the number of ranks.
     """
     half = (len(labels) + 1) // 2
     count, whole = len(labels), function(logits, labels, **tokens)
@@ -200,12 +214,18 @@ def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **token
             "tokens' losses, a scalar, or the loss of each."
         )
     whole = whole.sum()
+    if not whole.isfinite():
+        raise UserError(
+            f"loss_function {name} gives {whole.item()} for {count} tokens that have labels and "
+            "finite logits: look for what it divides by, and for such numbers in its loss_inputs."
+        )
     parts = [
         function(logits[part], labels[part], **{key: x[part] for key, x in tokens.items()}).sum()
         for part in (slice(0, half), slice(half, None))
     ]
     difference = (whole - sum(parts)).abs()
-    if difference > 1e-3 * sum(part.abs() for part in parts):
+    # This way around, because no comparison with a NaN is true.
+    if not difference <= 1e-3 * sum(part.abs() for part in parts):
         raise UserError(
             f"loss_function {name} is not a sum over tokens: it is {whole.item():.6g} for "
             f"{len(labels)} tokens together, and {sum(parts).item():.6g} for two halves of them. "

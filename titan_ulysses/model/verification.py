@@ -164,6 +164,7 @@ def _try(
     return reason
 
 
+@torch.random.fork_rng(devices=[])
 def _try_once(
     tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]
 ) -> str | None:
@@ -175,14 +176,20 @@ def _try_once(
     try:
         whole = build_tiny(tiny, mesh.device)
         batch = _Batch(mesh, whole.config)
-        sharded = copy.deepcopy(whole)
+        again, sharded = copy.deepcopy(whole), copy.deepcopy(whole)
         expected = _train_whole(whole, batch)
+        if _difference(_train_whole(again, batch), expected, batch.what, _TOLERANCE_OF_STATES):
+            reason = (
+                "its layers draw random numbers in training, as routers that sample experts do, "
+                "and ranks would draw others than one process"
+            )
     except Exception as error:
         reason = f"a tiny one cannot be built and run ({_raised(error)})"
     # Either all ranks go on or none does, because what follows has collectives.
     if (reason := first_failure(reason)) is None:
+        core = _core_of(tiny)
         try:
-            shard(sharded, _core_of(tiny))
+            shard(sharded, core)
             tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
             found = _train_sharded(sharded, batch, mesh)
             reason = _difference(found, expected, batch.what, tolerance)
@@ -190,6 +197,11 @@ def _try_once(
             reason = str(error).removeprefix("model: ")
         except Exception as error:
             reason = f"its own code fails when it runs sharded ({_raised(error)})"
+            if not core.was_called:  # type: ignore[attr-defined]
+                reason = (
+                    "it fails before a layer has called transformers' attention function, so its "
+                    f"attention is probably code of its own ({_raised(error)})"
+                )
         reason = first_failure(reason)
     return reason
 
@@ -228,6 +240,9 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     }.items():
         if getattr(tiny, name, None) is not None:
             setattr(tiny, name, value)
+    for name, value in vars(tiny).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(tiny, name, 0.0)
     for index, token in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         if getattr(tiny, token, None) is not None:
             setattr(tiny, token, index)
@@ -274,6 +289,7 @@ def _core_of(config: PreTrainedConfig) -> Core:
     def core(
         q: Tensor, k: Tensor, v: Tensor, *, documents: Documents, scale: float, **features
     ) -> Tensor:
+        core.was_called = True  # type: ignore[attr-defined]
         if hidden := sorted(features.keys() - needs):
             raise UserError(
                 f"its attention layers ask for {', '.join(hidden)}, of which its config says "
@@ -282,6 +298,7 @@ def _core_of(config: PreTrainedConfig) -> Core:
         return sdpa(q, k, v, documents=documents, scale=scale, **features)
 
     core.pieces = pieces_of(sdpa)  # type: ignore[attr-defined]
+    core.was_called = False  # type: ignore[attr-defined]
     return core
 
 
@@ -329,7 +346,7 @@ def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedMode
             model.to(_DTYPE)  # also what the family keeps in fp32
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return model.to(device).eval()  # dropout off
+    return model.to(device).train()  # as it will train, but for dropout: see shrink
 
 
 def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradients]:
@@ -386,6 +403,11 @@ def _difference(
     tolerance: float,
 ) -> str | None:
     """Describe the largest difference between the two; None if none exceeds the tolerance."""
+    if lost := sorted(expected[1].keys() - found[1].keys()):
+        return (
+            f"the sharded model lacks {lost[0]}: its head does more than a linear layer, which is "
+            "all that is computed by tiles"
+        )
     loss = ((found[0] - expected[0]).abs() / expected[0].abs()).item()
     scale = _NEGLIGIBLE * max(gradient.abs().max() for gradient in expected[1].values())
     worst = {"the loss": loss}

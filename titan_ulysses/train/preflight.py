@@ -254,7 +254,7 @@ class Preflight:
             self.plan = json.loads(said.splitlines()[-1])
         else:
             self._why_not = (
-                complaint.strip().splitlines() or ["the planner ended without a word"]
+                complaint.strip().splitlines() or ["the planner ended without a message"]
             )[-1]
 
 

@@ -55,8 +55,7 @@ def warnings_of(
     for key in changed:
         found.append(
             f"WARNING: {key} = {to_toml(now[key])}, and it was {to_toml(before[key])} when step "
-            f"{step} was saved: the data goes on at the same number of a sequence in other data, "
-            f"{_TWICE}."
+            f"{step} was saved: the run goes on at the same place in different data, {_TWICE}."
         )
     then = saved.get("content", {})
     other = [name for name in content if then.get(name, content[name]) != content[name]]
@@ -64,10 +63,10 @@ def warnings_of(
         where = "data.path" if config.data.path else f"data.mixture ({', '.join(other)})"
         found.append(
             f"WARNING: {where}: the documents are not those of when step {step} was saved: a file "
-            "has changed, has come or is gone. The data goes on at the same number of a sequence "
-            f"in other data, {_TWICE}."
+            "was changed, added or removed. The run goes on at the same place in different data, "
+            f"{_TWICE}."
         )
     return found
 
 
-_TWICE = "so that some of it comes twice and some not at all"
+_TWICE = "so some samples are read twice and others never"

@@ -696,7 +696,7 @@ class Trainer:
     def _acknowledge(self, name: str) -> None:
         """Print at once what a signal leads to."""
         if name == HOSTS_CHANGE.name:
-            name = "Word that another host joins"
+            name = "Notice that another host joins"
         then = (
             "then saving a checkpoint" if self.config.checkpoint.enable else "and nothing is saved"
         )

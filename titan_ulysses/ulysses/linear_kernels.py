@@ -107,9 +107,7 @@ def describe_kernels(functions: Iterable[str], device_type: str) -> str:
     by = [f"by the kernels of {_all(found)}"] if found else []
     if missing:
         packages = " ".join(missing)
-        by.append(
-            f"in PyTorch, which is slow, for want of {_all(missing)} (pip install {packages})"
-        )
+        by.append(f"in PyTorch, which is slow, without {_all(missing)} (pip install {packages})")
     return ", and ".join(by)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 from titan_ulysses.distributed.errors import UserError
 
-_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer"}
+_TRIED = {"Trainer", "SFTTrainer", "DPOTrainer", "GRPOTrainer", "KTOTrainer"}
 """The trainers that the tests compare with one process."""
 _TRIED_TRL = "1.16"
 _REFUSED = {
@@ -18,7 +19,6 @@ _REFUSED = {
     "deepspeed": "the model is sharded already",
     "parallelism_config": "give mesh = build_mesh(...)",
     "torch_compile": "give options = ParallelOptions(compile=True)",
-    "label_smoothing_factor": "it needs the logits of all tokens",
     "use_liger_kernel": "it replaces parts that are replaced already",
     "neftune_noise_alpha": "its noise would differ between the ranks of a sequence",
     "auto_find_batch_size": "one rank that runs out of memory would leave the others waiting",
@@ -43,8 +43,35 @@ _REFUSED_ARGUMENTS = {
 }
 
 
+_REFUSED_OPTIMIZERS = {
+    "adafactor": "it reads rows and columns of whole matrices, of which each rank has a part",
+    "rprop": "torch's does not take sharded parameters",
+}
+
+
+def is_of_trl(kind: type) -> bool:
+    """Return whether a class of trainers is made of one of TRL."""
+    return any(parent.__module__.startswith("trl") for parent in kind.__mro__)
+
+
 def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
     """Raise UserError for what would be wrong; warn of what was not tried."""
+    if args is None:
+        raise UserError(
+            f"args = None: {kind.__name__} reads the trainer's arguments before the trainer does. "
+            "Give TrainingArguments(output_dir=...), or the trainer's own, as SFTConfig(...)."
+        )
+    optimizer = getattr(args, "optim", "")
+    if given := more.get("optimizer_cls_and_kwargs"):
+        optimizer = given[0].__name__.lower()
+    optimizer = getattr(optimizer, "value", optimizer)  # TrainingArguments makes it an enum
+    if reason := _REFUSED_OPTIMIZERS.get(optimizer):
+        raise UserError(f'optim = "{optimizer}": {reason}. Take "adamw_torch", or another.')
+    if (smoothing := getattr(args, "label_smoothing_factor", 0.0)) and is_of_trl(kind):
+        raise UserError(
+            f"label_smoothing_factor = {smoothing}: TRL's trainers need the logits of all tokens "
+            "for it. Set it to 0.0, or take transformers' Trainer."
+        )
     for name, reason in _REFUSED.items():
         if value := getattr(args, name, None):
             raise UserError(f"{name} = {value}: not with UlyssesTrainer: {reason}.")
@@ -68,12 +95,21 @@ def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
             f"{kind.__name__}: name a trainer after UlyssesTrainer, as in class "
             f"{kind.__name__}(UlyssesTrainer, SFTTrainer)."
         )
+    if any(parent.__name__ == "RewardTrainer" for parent in parents):
+        raise UserError(
+            f"{kind.__name__}: RewardTrainer trains a classifier of sequences, and only causal "
+            "language models can be sharded. Train it without UlyssesTrainer."
+        )
     generates = any(hasattr(parent, "_generate_and_score_completions") for parent in parents)
     if generates and more.get("rollout_func") is None:
+        takes_completions = any(
+            "rollout_func" in signature(parent).parameters for parent in parents
+        )
+        by = "by rollout_func, or train" if takes_completions else "to GRPOTrainer, or train"
         raise UserError(
             f"{parents[0].__name__}: it generates with the model it trains, which the sharded "
-            "model cannot. Give it completions that were generated elsewhere, by rollout_func, or "
-            "train on them with clipped_policy_loss: see docs/trainers.md."
+            f"model cannot. Give completions that were generated elsewhere {by} on them with "
+            "clipped_policy_loss: see docs/trainers.md."
         )
     remedy = "Compare the losses of its first steps with those of the same run on one rank."
     if parents[0].__name__ not in _TRIED:

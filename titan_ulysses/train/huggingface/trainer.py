@@ -19,26 +19,35 @@ the trainer's own Accelerator.
 
 from __future__ import annotations
 
-import functools
 import shutil
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, set_seed
 
 from titan_ulysses.checkpoint.saving import load_checkpoint, save_checkpoint, save_pretrained
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.model.nf4 import full_tensor
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
-from titan_ulysses.train.huggingface.checks import check
-from titan_ulysses.train.huggingface.whole_batches import gather, rows_of, take_whole_batches
+from titan_ulysses.train.huggingface.checks import check, is_of_trl
+from titan_ulysses.train.huggingface.whole_batches import (
+    EachRowOnce,
+    gather,
+    rows_of,
+    take_whole_batches,
+)
 from titan_ulysses.train.step import clip_gradients
 
 if TYPE_CHECKING:
@@ -62,16 +71,21 @@ class UlyssesTrainer(_Trainer):
 
     def __init__(
         self,
-        model: Any = None,
-        *,
-        args: Any,
-        mesh: Mesh,
+        *positional: Any,
+        mesh: Mesh | None = None,
         options: ParallelOptions | None = None,
-        **more: Any,
+        **named: Any,
     ):
+        if not isinstance(mesh, Mesh):
+            raise UserError(f"mesh = {mesh}: give build_mesh(sequence=2), of all ranks.")
         self.ulysses_mesh, self.ulysses_options = mesh, options or ParallelOptions()
+        more = signature(super().__init__).bind_partial(*positional).arguments | named
+        args = more.pop("args", None)
         check(type(self), args, more)
         args = copy(args)
+        # The smoothed loss is made where the logits are. The trainer's own reads those of all.
+        self._label_smoothing = args.label_smoothing_factor
+        args.label_smoothing_factor = 0.0
         if args.bf16 and self.ulysses_options.param_dtype is None:
             self.ulysses_options = replace(self.ulysses_options, param_dtype=torch.bfloat16)
         for setting in ("gradient_checkpointing", "activation_checkpointing"):
@@ -82,7 +96,8 @@ class UlyssesTrainer(_Trainer):
         if hasattr(args, "generation_batch_size"):  # the config counts all ranks
             args.generation_batch_size //= mesh.sp.size()
         self.ulysses_model: PreTrainedModel | None = None  # until it is sharded
-        super().__init__(model=model, args=args, **more)
+        self._reads_each_row_once = False
+        super().__init__(args=args, **more)
         if getattr(self, "aux_loss_enabled", False):
             raise UserError(
                 "router_aux_loss_coef: this trainer adds the routers' loss itself, of one rank's "
@@ -100,10 +115,16 @@ class UlyssesTrainer(_Trainer):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parallelize(base, self.ulysses_mesh, self.ulysses_options)
         temperature = getattr(self, "temperature", 1.0)  # of GRPO's distributions
-        take_whole_batches(base, self.ulysses_mesh, temperature=temperature)
+        take_whole_batches(
+            base,
+            self.ulysses_mesh,
+            temperature=temperature,
+            label_smoothing=self._label_smoothing,
+        )
         if base is not model:
             # peft calls the base model's forward past its hooks, and with them past FSDP.
             model.base_model.forward = base.__call__
+            model.save_pretrained = MethodType(_save_adapters, model)
         model._is_accelerate_prepared = True  # Accelerate would wrap it in DDP
         return base
 
@@ -120,18 +141,24 @@ class UlyssesTrainer(_Trainer):
             )
         accelerator.__class__ = _of_data_parallel(type(accelerator), mesh)
         accelerator.prepare_data_loader = self._prepared_loader
-        accelerator.gather = functools.partial(gather, mesh.batch.get_group())
+        accelerator.gather = self._gather
+        accelerator.save_state = accelerator.load_state = _refuse_state
 
     def _prepared_loader(self, loader: Any, *_: Any, **__: Any) -> Any:
         """Return the loader that reads the batches of this rank's sequences."""
         from accelerate.data_loader import prepare_data_loader
 
         accelerator, batch = self.accelerator, self.ulysses_mesh.batch
+        ranks = {"num_processes": batch.size(), "process_index": batch.get_local_rank()}
+        if self._reads_each_row_once and not isinstance(loader.dataset, IterableDataset):
+            each = EachRowOnce(loader.batch_sampler, batch.size(), batch.get_local_rank())
+            # torch refuses another sampler; this loader is only read for what the next is made of.
+            object.__setattr__(loader, "batch_sampler", each)
+            ranks = {"num_processes": 1, "process_index": 0}
         prepared = prepare_data_loader(
             loader,
             accelerator.device,
-            num_processes=batch.size(),
-            process_index=batch.get_local_rank(),
+            **ranks,
             put_on_device=True,
             rng_types=accelerator.rng_types.copy(),
             dispatch_batches=False,
@@ -142,6 +169,34 @@ class UlyssesTrainer(_Trainer):
         )
         accelerator._dataloaders.append(prepared)
         return prepared
+
+    def get_eval_dataloader(self, *dataset: Any, **named: Any) -> Any:
+        return self._of_each_row_once(super().get_eval_dataloader, *dataset, **named)
+
+    def get_test_dataloader(self, *dataset: Any, **named: Any) -> Any:
+        return self._of_each_row_once(super().get_test_dataloader, *dataset, **named)
+
+    def _of_each_row_once(self, get_loader: Callable[..., Any], *data: Any, **named: Any) -> Any:
+        # Trainers that are given completions need groups of them, of the same size on each rank.
+        self._reads_each_row_once = not hasattr(self, "rollout_func")
+        try:
+            return get_loader(*data, **named)
+        finally:
+            self._reads_each_row_once = False
+
+    def _has_rows(self) -> bool | None:
+        """Return whether this rank has rows of the last step of an evaluation, which some have not.
+
+        None in all other steps: all ranks have as many.
+        """
+        state = self.accelerator.gradient_state
+        each = getattr(state.active_dataloader, "batch_sampler", None)
+        if not (isinstance(each, EachRowOnce) and state.end_of_dataloader and state.remainder > 0):
+            return None
+        return each.has_rows(state.remainder)
+
+    def _gather(self, data: Any) -> Any:
+        return gather(self.ulysses_mesh.batch.get_group(), data, own=self._has_rows())
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return super().get_total_train_batch_size(args) // self.ulysses_mesh.sp.size()
@@ -165,11 +220,41 @@ class UlyssesTrainer(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
+        if return_outputs and is_of_trl(type(self)):
+            raise UserError(
+                "compute_loss(return_outputs=True): this trainer returns the logits of whole "
+                "sequences, which are never made. Leave return_outputs out."
+            )
         # In evaluation too, the loss of a batch is that of all ranks' labels.
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        return super().compute_loss(
+        found = super().compute_loss(
             model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if model.training or num_items_in_batch is None:
+            return found
+        # Some trainers return that of this rank's labels, which the mean over ranks is made of. But
+        # in evaluation a rank counts by its rows.
+        loss, *outputs = found if return_outputs else (found,)
+        group = self.ulysses_mesh.batch.get_group()
+        loss = gather(group, loss.detach()).mean()
+        return (loss, *outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *how: Any, **named: Any):
+        if not is_of_trl(type(self)) and inputs.get("labels") is None:
+            raise UserError(
+                "evaluate: eval_dataset has rows without labels, of which there is no loss, and "
+                "the logits of whole sequences are never made. Give them labels, or score the rows "
+                "with titan_ulysses.score."
+            )
+        if self._has_rows() is False and "labels" in inputs:
+            inputs = {**inputs, "labels": torch.full_like(inputs["labels"], IGNORE_INDEX)}
+        return super().prediction_step(model, inputs, *how, **named)
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        raise UserError(
+            "predict: it returns the logits of whole sequences, which are never made. Use evaluate "
+            "for the loss, or titan_ulysses.score for the log-probability of each label."
         )
 
     # --- given completions (GRPO) -----------------------------------------------------------------
@@ -233,6 +318,33 @@ class UlyssesTrainer(_Trainer):
         best = self.state.best_model_checkpoint
         self._load_from_checkpoint(best)
         load_checkpoint(Path(best, _SHARDED), self.ulysses_model)
+
+
+@torch.no_grad()
+def _save_adapters(model: nn.Module, save_directory: str | Path, **options: Any) -> None:
+    """Write the adapters of a PeftModel, as its own save_pretrained does. Collective."""
+    kept = {
+        name: full_tensor(p).cpu()
+        for name, p in model.named_parameters()
+        if p.requires_grad or model.base_model.prefix in name
+    }
+    failure = None
+    if dist.get_rank() == 0:
+        try:
+            type(model).save_pretrained(model, save_directory, **{"state_dict": kept} | options)
+        except Exception as error:  # peft raises whatever it likes, and the others wait
+            failure = one_line(error)
+    if reason := first_failure(failure):
+        raise UserError(f"save_pretrained: {save_directory}: {reason}")
+
+
+def _refuse_state(*_: Any, **__: Any) -> None:
+    raise UserError(
+        "accelerator.save_state and load_state: each rank has a piece of the model. Set "
+        'save_strategy = "steps", or call titan_ulysses.save_checkpoint(folder, '
+        "trainer.ulysses_model, trainer.optimizer.optimizer, state) and load_checkpoint on every "
+        "rank."
+    )
 
 
 def _of_data_parallel(kind: type, mesh: Mesh) -> type:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial, wraps
+from itertools import islice
 from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import BatchSampler
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -25,6 +27,7 @@ from titan_ulysses.data.adapter import (
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
+from titan_ulysses.memory.losses import smoothed_cross_entropies
 from titan_ulysses.setup.forward import StatisticsOutput
 from titan_ulysses.train.log_probs import whole_statistics
 
@@ -38,16 +41,21 @@ class WholeOutput(StatisticsOutput):
     aux_loss: Tensor | None = None
 
 
-def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float = 1.0) -> None:
+def take_whole_batches(
+    model: PreTrainedModel, mesh: Mesh, *, temperature: float = 1.0, label_smoothing: float = 0.0
+) -> None:
     """Let a sharded model's forward take the batches of trainers: whole sequences, on every rank.
 
     With `fused_lm_head = True`, as TRL's trainers call it, it returns a WholeOutput, at this
     temperature, else the loss of all ranks' labels over `num_items_in_batch` times the
-    data-parallel ranks. UserError if ranks that share a sequence have other batches.
+    data-parallel ranks, with labels smoothed as transformers' Trainer does it. UserError if ranks
+    that share a sequence have other batches.
     """
-    sharded = model.forward
+    sharded, own = model.forward, {}
+    if label_smoothing:
+        own["loss_function"] = partial(smoothed_cross_entropies, smoothing=label_smoothing)
 
-    @functools.wraps(type(model).forward)  # trainers read which columns it takes
+    @wraps(type(model).forward)  # trainers read which columns it takes
     def forward(
         _: PreTrainedModel,
         input_ids: Tensor,
@@ -60,7 +68,7 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float
         if inputs.get("labels") is None:
             raise UserError(
                 "model: a batch without labels: the logits of whole sequences are never made. "
-                "Leave compute_metrics and predict out, or score with titan_ulysses.score."
+                "Give it labels, or score its rows with titan_ulysses.score."
             )
         rows = rows_of(inputs)
         # Each time, because trainers pad each batch to a length of its own: ranks whose lengths
@@ -70,7 +78,7 @@ def take_whole_batches(model: PreTrainedModel, mesh: Mesh, *, temperature: float
         fields = batch.inputs()
         if not fused_lm_head:
             labels = _count(batch.labels, num_items_in_batch, mesh)
-            return sharded(**fields, num_items_in_batch=labels)
+            return sharded(**fields, num_items_in_batch=labels, **own)
         local = sharded(**fields, reduction="statistics", temperature=temperature)
         # Trainers expect the mean over data-parallel ranks, and FSDP sums.
         scale = 1 / mesh.batch.size()
@@ -104,12 +112,50 @@ def rows_of(inputs: Mapping[str, Any]) -> Rows:
     return read_rows(known | {k: x for k, x in set_ones.items() if k != "return_dict"})
 
 
-def gather(group: dist.ProcessGroup, data: Any) -> Any:
-    """Return tensors of the data-parallel ranks, joined along their first dimension."""
+class EachRowOnce:
+    """A batch sampler of one of the data-parallel ranks that evaluate each row once.
+
+    A step has a batch of each rank, in the order of the data. All ranks make the last step too: the
+    last rank with rows may have fewer, and those without get one that must not count.
+    """
+
+    def __init__(self, batches: BatchSampler, ranks: int, rank: int) -> None:
+        self.batches, self.num_processes, self.rank = batches, ranks, rank
+        self.batch_size, self.drop_last = batches.batch_size, batches.drop_last
+
+    def __len__(self) -> int:
+        steps, rest = divmod(len(self.batches), self.num_processes)
+        return steps + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = iter(self.batches)
+        for _ in range(len(self)):
+            step = [*islice(batches, self.num_processes)]
+            yield step[self.rank] if self.rank < len(step) else step[0][:1]
+
+    def has_rows(self, rows: int) -> bool:
+        """Return whether this rank has some of so many rows of a step."""
+        return self.rank * self.batch_size < rows
+
+
+def gather(group: dist.ProcessGroup, data: Any, *, own: bool | None = None) -> Any:
+    """Return tensors of the data-parallel ranks, joined along their first dimension.
+
+    own: whether this rank's count; None: all do, and are of the same size.
+    """
     from accelerate.utils import recursively_apply
 
     def join(x: Tensor) -> Tensor:
         x = (x[None] if x.ndim == 0 else x).contiguous()
+        if own is None:
+            return join_even(x)
+        sizes = join_even(torch.tensor([len(x) if own else 0], device=x.device)).tolist()
+        space = x.new_zeros(max(sizes), *x.shape[1:])
+        space[: sizes[dist.get_rank(group)]] = x if own else 0
+        parts = join_even(space).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def join_even(x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x, group=group)
         return torch.cat(parts)
