@@ -219,8 +219,9 @@ class CudaStore(Store):
         self._largest = max(self._largest, sent.size)
         while self._holds_too_much():
             # Letting go of x lets the allocator reuse its memory in the order of the compute
-            # stream, which therefore has to wait until x is copied.
-            compute.wait_event(self._sent.popleft().copied)
+            # stream, which therefore has to wait until x is copied. So x must outlive that call.
+            sent = self._sent.popleft()
+            compute.wait_event(sent.copied)
 
     def _holds_too_much(self) -> bool:
         """Return whether the tensors whose copies are under way are too many.
