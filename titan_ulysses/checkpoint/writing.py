@@ -133,7 +133,7 @@ def _made_new(folder: Path) -> str | None:
 
 def _remove(*folders: Path) -> None:
     """Remove folders. A checkpoint loses its name first: what a kill leaves of it is not one."""
-    for folder in folders:
+    for folder in filter(os.path.lexists, folders):
         gone = folder if step_named(folder.name) is None else partial_path(folder)
         remove(gone)
         with suppress(OSError):
