@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,10 +35,17 @@ from helpers.ranks import close_pools, run_on_ranks
 from helpers.rows import local_batch, make_rows
 from helpers.training import Record, train_sharded
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.memory import loss, offload, replay, stream_offload, streaming, tiling
+from titan_ulysses.memory import (
+    checkpointing,
+    loss,
+    offload,
+    replay,
+    stream_offload,
+    streaming,
+    tiling,
+)
 from titan_ulysses.memory.offload import CudaStore, DiskStore, OffloadedTensor
 from titan_ulysses.memory.stream_offload import SequenceStore
-from titan_ulysses.setup import parallelize
 from titan_ulysses.train import step
 from titan_ulysses.ulysses import exchange, flash_cuda
 
@@ -64,15 +72,29 @@ def steps_of(documents: tuple[int, ...]) -> list[list[Any]]:
     ]
 
 
-def train(mutant: str | None, *args: Any, **options: Any) -> Record:
-    autocast = options.pop("autocast", False)
-    with (
-        Patch.context() as patch,
-        torch.autocast("cuda", torch.bfloat16, enabled=autocast),
-    ):
+def train(mutant: str | None, *args: Any, around: Any = None, **options: Any) -> Record:
+    with Patch.context() as patch:
+        if around is not None:
+            around(patch)
         if mutant is not None:
             MUTANTS[mutant][0](patch)
         return train_sharded(*args, **options)
+
+
+def forward_in_bf16(patch: Patch) -> None:
+    """By autocast, which ends before backward."""
+    autocast = torch.autocast("cuda", torch.bfloat16)
+    patch.setattr(step.CrossEntropy, "__call__", autocast(step.CrossEntropy.__call__))
+
+
+def slow_disk(patch: Patch) -> None:
+    to_file = offload._to_file
+
+    def later(*args: Any) -> None:
+        time.sleep(0.005)
+        to_file(*args)
+
+    patch.setattr(offload, "_to_file", later)
 
 
 def carry(mutant: str | None, degrees: Any, *_: Any, **options: Any) -> Record:
@@ -227,12 +249,20 @@ def generator_of_the_cpu(patch: Patch) -> None:
 
 def segments_replay_the_cpu(patch: Patch) -> None:
     """Where their hidden states are, not where they are computed."""
-    original = parallelize.checkpoint_blocks
+    original = checkpointing.checkpoint
 
-    def checkpoint_blocks(*args: Any, **options: Any) -> None:
-        original(*args, **options | {"device": None})
+    def checkpoint(run: Any, hidden: Tensor, here: Tensor, **options: Any) -> Any:
+        return original(run, hidden, hidden.new_empty(0), **options)
 
-    patch.setattr(parallelize, "checkpoint_blocks", checkpoint_blocks)
+    patch.setattr(checkpointing, "checkpoint", checkpoint)
+
+
+def root_moves_hidden_states(patch: Patch) -> None:
+    """A block of FSDP's that is computed again takes itself for the root."""
+    init = checkpointing._Recomputation.__init__
+    patch.setattr(
+        checkpointing._Recomputation, "__init__", lambda self, blocks, _: init(self, blocks, False)
+    )
 
 
 def autocast_of_the_cpu(patch: Patch) -> None:
@@ -365,11 +395,6 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], Setting, str]] = {
         setting(DISK),
         "numbers",
     ),
-    "staging is filled while it is read": (
-        left_out(offload, "_wait", DiskStore._from_file),
-        setting(DISK),
-        "numbers",
-    ),
     "embeddings are read before their copy has come": (
         left_out(SequenceStore, "finish", stream_offload._EmbeddingFunction.forward),
         setting(OFF_HOST, table="GRANITE"),
@@ -420,9 +445,14 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], Setting, str]] = {
         setting(OFF_HOST, {"checkpoint_every": 2}, table="DROPOUT"),
         "numbers",
     ),
+    MENDED + "FSDP moves hidden states to the device": (
+        root_moves_hidden_states,
+        setting(OFF_HOST, {"checkpoint_every": 2}),
+        "refused",
+    ),
     MENDED + "chunks replay the autocast of the CPU": (
         autocast_of_the_cpu,
-        setting(OFF_HOST, {"autocast": True}, dtype=torch.float32),
+        setting(OFF_HOST, {"around": forward_in_bf16}, dtype=torch.float32),
         "numbers",
     ),
     MENDED + "the copying thread is on device 0": (
@@ -432,12 +462,12 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], Setting, str]] = {
     ),
     MENDED + "page-locked buffers share pages": (
         buffers_that_share_pages,
-        setting(HOST),
+        setting(HOST, dtype=torch.float32),  # of a page and a half each
         "refused",
     ),
     MENDED + "the copying thread counts a version of the hidden states": (
         versions_of_hidden_states,
-        setting(OFF_DISK),
+        setting(OFF_DISK, {"around": slow_disk}),
         "refused",
     ),
     MENDED + "a batch is read before its copy has come": (
