@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.device import on_device, what_is_wrong
 from helpers.forked import start
 from helpers.meshes import DP2, ONE, SP2
 from helpers.models import STARCODER2
@@ -21,7 +22,7 @@ from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.runs import learned, write_run
-from helpers.training import Record, largest_difference, train_plain, train_sharded
+from helpers.training import Record, train_plain, train_sharded
 
 pytestmark = pytest.mark.cuda(only=True)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -101,15 +102,8 @@ def expected() -> Record:
     return kept_in_fp64(train_plain, STARCODER2, rows(), torch.float64)
 
 
-def on_device(moments: str, seed: int, *args: Any, **options: Any) -> tuple[Record, list[str]]:
-    """Train on this rank's device; and the races that it saw."""
-    import fakecuda
-
-    with fakecuda.setting(copies=moments, seed=seed):
-        fakecuda.races()
-        record = kept_in_fp64(train_sharded, *args, **options)
-        assert torch.ops.fakecuda.contexts() == [torch.cuda.current_device()], "a context elsewhere"
-        return record, fakecuda.races()
+def train_in_fp64(*args: Any, **options: Any) -> Record:
+    return kept_in_fp64(train_sharded, *args, **options)
 
 
 MOMENTS = [("late", 0), ("random", 1), ("random", 2), ("random", 3)]
@@ -134,13 +128,11 @@ def test_the_library_trains_as_transformers_does(options, moments, degrees) -> N
         prod(degrees),
         on_device,
         *moments,
+        train_in_fp64,
         degrees,
         STARCODER2,
         rows(),
         torch.float64,
         **LIBRARY[options],
     )
-    for rank, (_, races) in enumerate(found):
-        assert not races, (rank, races)
-    worst = largest_difference(found[0][0], expected())
-    assert max(worst.values()) < 1e-10, worst
+    assert not what_is_wrong(found, expected(), within=1e-10)
