@@ -147,7 +147,7 @@ def trained(config: Path, settings: Settings) -> tuple[int, list[int]]:
 
 QUICK = "tiles", "stream to host", "two ranks"
 OPEN = {
-    "streamed, fp32": "-7.8 %, 1.8 MiB: a GPU computes pieces in fp32 with explicit scores (EXPLICIT "
+    "streamed, fp32": "-7.8 %, 1.8 MiB: a GPU computes pieces in fp32 with all scores (EXPLICIT "
     "in ulysses/pieces.py), and the planner, whose tensors are the CPU's, simulates CPU_FLASH",
 }
 
