@@ -1,5 +1,5 @@
 """Kernels that only CUDA has: FlashAttention 2's operators and products into a wider dtype, by
-plain products in fp32, with the real kernels' own rules.
+plain products in fp32, with the real kernels' own rules; and some that are the CPU's, in one piece.
 
 The rules are those of flash-attention v2 as torch builds it, third_party/flash-attention:
     csrc/flash_attn/flash_api.cpp        mha_fwd, mha_varlen_fwd: what is refused; set_params_fprop:
@@ -11,6 +11,7 @@ The rules are those of flash-attention v2 as torch builds it, third_party/flash-
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ _library: torch.library.Library | None = None
 def put_in() -> None:
     global _library
     _library = torch.library.Library("aten", "IMPL")
-    kernels = {
+    kernels = {name: _one_kernel(name) for name in _ONE_KERNEL} | {
         "_flash_attention_forward": _forward,
         "_flash_attention_backward": _backward,
         "mm.dtype": _mm,
@@ -35,10 +36,31 @@ def put_in() -> None:
             _library.impl(name, kernel, "CUDA", allow_override=True)
 
 
-def _low(by: str, *tensors: Tensor | None) -> list[Any]:
+_ONE_KERNEL = ("silu_backward", "native_layer_norm")
+"""Operators that are one kernel in CUDA (ATen/native/native_functions.yaml), where a build for the
+CPU has several operators with tensors of their own in its place.
+"""
+
+
+def _one_kernel(name: str) -> Callable[..., Any]:
+    operator = getattr(torch.ops.aten, name).default
+
+    def run(*arguments: Any) -> Any:
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        found = operator(*(_low(name, x)[0] for x in arguments))
+        if isinstance(found, torch.Tensor):
+            return _high(name, found, device)
+        return tuple(_high(name, x, device) for x in found)
+
+    return run
+
+
+def _low(by: str, *tensors: Any) -> list[Any]:
     """The operands of a kernel, as tensors of the CPU."""
     return [
-        torch.ops.fakecuda.alias(t.detach(), False, by) if t is not None and t.is_cuda else t
+        torch.ops.fakecuda.alias(t.detach(), False, by)
+        if isinstance(t, torch.Tensor) and t.is_cuda
+        else t
         for t in tensors
     ]
 
@@ -175,6 +197,20 @@ def _forward(
     return tuple(_high(by, t, q.device) for t in results)
 
 
+def _held_by_backward(q: Tensor, k: Tensor, documents: int) -> list[Tensor]:
+    """What the kernel holds while it runs (flash_api.cpp, mha_bwd and mha_varlen_bwd): `softmax_d`,
+    `dq_accum`, and with grouped heads `dk_expanded` and `dv_expanded`.
+    """
+    heads, size = q.shape[-2:]
+    rounded = -(-size // 32) * 32 if size <= 128 else -(-size // 64) * 64
+    rows = q.numel() // (heads * size) + 128 * documents
+    held = [q.new_empty(heads, rows, dtype=torch.float32)]
+    held.append(q.new_empty(rows, heads, rounded, dtype=torch.float32))
+    if k.shape[-2] != heads:
+        held += [k.new_empty(*k.shape[:-2], heads, size) for _ in range(2)]
+    return held
+
+
 def _backward(
     grad: Tensor,
     q: Tensor,
@@ -220,7 +256,10 @@ def _backward(
         dk[keys] = _narrow(d_scores.transpose(1, 2) @ wide_q, kv_heads).to(q.dtype)
         dv[keys] = _narrow(weights.transpose(1, 2) @ wide_g, kv_heads).to(q.dtype)
     results = zip((dq, dk, dv), (q, k, v), strict=True)
-    return tuple(_high(by, found.view(like.shape), q.device) for found, like in results)
+    held = _held_by_backward(q, k, len(q) if starts_q is None else len(starts_q) - 1)
+    found = tuple(_high(by, found.view(like.shape), q.device) for found, like in results)
+    del held  # until the results are there
+    return found
 
 
 # --- products that add in a wider dtype (ATen/native/cuda/Blas.cpp, addmm.dtype) ------------------
