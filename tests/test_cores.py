@@ -344,7 +344,8 @@ def test_cuda_cores(core, window, softcap, value_size):
         torch.autograd.grad(expected.square().sum(), [*exact.values()]),
         strict=True,
     )
-    assert all((ours.double().cpu() - theirs).abs().max() < 0.1 for ours, theirs in gradients)
+    for ours, theirs in gradients:  # numbers of bfloat16, up to 23
+        assert (ours.double().cpu() - theirs).abs().max() < 0.1 + 0.01 * theirs.abs().max()
 
 
 def test_the_block_sparse_example(monkeypatch):

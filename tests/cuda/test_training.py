@@ -22,6 +22,9 @@ from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.runs import learned, write_run
 from helpers.training import Record, largest_difference, train_plain, train_sharded
+from test_lora import fill
+from titan_ulysses.config.schema import LoRA
+from titan_ulysses.model.lora import add_adapters
 
 pytestmark = pytest.mark.cuda(only=True)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -143,4 +146,27 @@ def test_the_library_trains_as_transformers_does(options, moments, degrees) -> N
     for rank, (_, races) in enumerate(found):
         assert not races, (rank, races)
     worst = largest_difference(found[0][0], expected())
+    assert max(worst.values()) < 1e-10, worst
+
+
+def add_with_dropout(model: torch.nn.Module) -> None:
+    add_adapters(model, LoRA(rank=3, dropout=0.4))
+
+
+def seeded(*args: Any, **options: Any) -> tuple[Record, list[str]]:
+    torch.manual_seed(5)
+    return on_device(*args, **options)
+
+
+@pytest.mark.parametrize("offload", ["host", pytest.param("disk", marks=pytest.mark.slow)])
+def test_dropout_of_adapters_is_replayed_from_the_generator_of_the_device(offload: str) -> None:
+    """As with the hidden states on the device."""
+    inputs = ONE, STARCODER2, rows(), torch.float64
+    options = {"prepare": add_with_dropout, "fill": fill, "stream_chunk_tokens": 8}
+    (streamed, _), (offloaded, races) = (
+        run_on_ranks(1, seeded, "random", 1, *inputs, **options, stream_offload=where)[0]
+        for where in ("none", offload)
+    )
+    assert not races, races
+    worst = largest_difference(offloaded, streamed)
     assert max(worst.values()) < 1e-10, worst
