@@ -85,6 +85,57 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     assert rates["sdpa"]["forward"] >= 0 and rates["varlen, FA3"].startswith("no: ")
 
 
+NEEDS_A_CARD = {
+    "trainer_compile": "Triton",
+    "copies_beside_kernels": "the profiler's records of a device",
+    "attention_rates": "the profiler's records of a device",
+    "planned_memory": "sizes beside which the allocator's own do not count",
+}
+"""Checks that the device of tests/cuda cannot run."""
+
+QUICK = ["versions", "beyond_int32", "packed_windows", "loss_tiles", "page_locking"]
+ON_THE_DEVICE = """
+import dataclasses, sys
+sys.path.insert(0, {scripts!r})
+import gpu_check
+gpu_check.REAL = dataclasses.replace(gpu_check.TINY, device="cuda", tokens=64)
+slower = {{name: (check, 10 * limit) for name, (check, limit) in gpu_check.CHECKS.items()}}
+gpu_check.CHECKS = slower
+sys.exit(gpu_check.main(sys.argv[1:]))
+"""
+"""The shapes of a rehearsal, but the code of a GPU."""
+
+
+@pytest.mark.cuda(only=True)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(QUICK, id="quick"),
+        pytest.param(
+            [x for x in gpu_check.CHECKS if x not in {*NEEDS_A_CARD, *QUICK}],
+            id="others",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_on_the_device(tmp_path: Path, names: list[str]) -> None:
+    script, output = tmp_path / "check.py", tmp_path / "found.json"
+    script.write_text(ON_THE_DEVICE.format(scripts=str(ROOT / "scripts")))
+    command = [script, "--minutes", "90", "--output", output, "--only", *names]
+    done = start(tmp_path / "said", *command, cwd=tmp_path, LOCAL_WORLD_SIZE="1")
+    said = "".join(done.communicate())
+    assert done.returncode == 0, said
+    found = json.loads(output.read_text())
+    assert {name: result["verdict"] for name, result in found.items()} == dict.fromkeys(names, "ok")
+
+
+@pytest.mark.cuda(only=True)
+@pytest.mark.parametrize("name", [pytest.param(x, id=x) for x in NEEDS_A_CARD])
+def test_needs_a_card(name: str) -> None:
+    assert name in gpu_check.CHECKS
+    pytest.skip(f"gpu: needs a card: {NEEDS_A_CARD[name]}")
+
+
 @pytest.mark.slow
 def test_a_rehearsal_of_streaming(tmp_path: Path) -> None:
     found = rehearse("gpu_check_streaming.py", tmp_path / "found.json")

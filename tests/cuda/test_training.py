@@ -23,6 +23,9 @@ from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.runs import learned, write_run
 from helpers.training import Record, train_plain, train_sharded
+from test_lora import fill
+from titan_ulysses.config.schema import LoRA
+from titan_ulysses.model.lora import add_adapters
 
 pytestmark = pytest.mark.cuda(only=True)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -136,3 +139,20 @@ def test_the_library_trains_as_transformers_does(options, moments, degrees) -> N
         **LIBRARY[options],
     )
     assert not what_is_wrong(found, expected(), within=1e-10)
+
+
+def add_with_dropout(model: torch.nn.Module) -> None:
+    add_adapters(model, LoRA(rank=3, dropout=0.4))
+
+
+@pytest.mark.parametrize("offload", ["host", pytest.param("disk", marks=pytest.mark.slow)])
+def test_dropout_of_adapters_is_replayed_from_the_generator_of_the_device(offload: str) -> None:
+    """As with the hidden states on the device."""
+    inputs = "random", 1, train_in_fp64, ONE, STARCODER2, rows(), torch.float64
+    options = {"prepare": add_with_dropout, "fill": fill, "stream_chunk_tokens": 8}
+    streamed, offloaded = (
+        run_on_ranks(1, on_device, *inputs, **options, stream_offload=where)
+        for where in ("none", offload)
+    )
+    assert not streamed[0].refused and not streamed[0].races
+    assert not what_is_wrong(offloaded, streamed[0].record, within=1e-10)

@@ -25,14 +25,14 @@ def put_in(library: ctypes.CDLL) -> None:
     torch._C._has_cuda = True
     torch.version.cuda = "12.8"
     cuda = torch.cuda
-    exchange = _exchange(library)
     for name, value in {
         "Stream": Stream,
         "Event": Event,
         "_initialized": True,
         "_cudart": _Cudart(library),
-        "_exchange_device": exchange,
-        "_maybe_exchange_device": exchange,
+        # torch._dynamo has a handler for each of them, so they are two.
+        "_exchange_device": _exchange(library),
+        "_maybe_exchange_device": _exchange(library),
         "_get_device_properties": _properties,
         "default_generators": tuple(torch.ops.fakecuda.generator(i) for i in range(16)),
         "is_current_stream_capturing": lambda: False,
