@@ -145,7 +145,7 @@ def trained(config: Path, settings: Settings) -> tuple[int, list[int]]:
     return round(plan["gpu_tensors_gib"] * 2**30) if plan else 0, peaks
 
 
-QUICK = "tiles", "stream to host", "two ranks"
+QUICK = ("stream to host",)
 OPEN = {
     "streamed, fp32": "-7.8 %, 1.8 MiB: a GPU computes pieces in fp32 with all scores (EXPLICIT "
     "in ulysses/pieces.py), and the planner, whose tensors are the CPU's, simulates CPU_FLASH",
