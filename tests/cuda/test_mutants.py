@@ -189,7 +189,7 @@ def sequence_freed_early(patch: Patch) -> None:
 
 def _copying(stream_of: Callable[..., Any], non_blocking: bool = True) -> Callable[..., Any]:
     def copy(self, target, source, stream):
-        with self.cuda.stream(stream_of(self, stream)):
+        with self.module.stream(stream_of(self, stream)):
             target.copy_(source, non_blocking=non_blocking)
         return stream.record_event()
 
