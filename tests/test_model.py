@@ -482,11 +482,18 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
     weights.export(model, load_tokenizer("bytes"), folder, step=1)
     first = parameters_of(model)
     hf.initialize(model, seed=2)
-    save, name = weights.save_file, {"weights": "save_file", "index": "_write_index"}[where]
-    calls: list[Any] = []
+    tokenizer, calls = load_tokenizer("bytes"), []
+    place, name = {
+        "weights": (weights, "save_file"),
+        "index": (weights, "_write_index"),
+        "tokenizer": (tokenizer, "save_pretrained"),
+    }[where]
+    save = weights.save_file
 
     def fail(*args: Any, **kwargs: Any) -> None:
         calls.append(args)
+        if where == "tokenizer":  # tokenizers has no type of its own
+            raise Exception("No space left on device (os error 28)")
         if where == "index":
             raise OSError(28, "No space left on device")
         if len(calls) == 2:  # safetensors has an exception of its own for a full disk
@@ -495,15 +502,15 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
             )
         save(*args, **kwargs)
 
-    with replaced(weights, "_EXPORT_FILE_BYTES", 8 * 2**10), replaced(weights, name, fail):
+    with replaced(weights, "_EXPORT_FILE_BYTES", 8 * 2**10), replaced(place, name, fail):
         try:
-            weights.export(model, load_tokenizer("bytes"), folder, step=1)
+            weights.export(model, tokenizer, folder, step=1)
         except UserError as error:
             return str(error), first
     raise AssertionError("the export did not fail")
 
 
-@pytest.mark.parametrize("where", ["weights", "index"])
+@pytest.mark.parametrize("where", ["weights", "index", "tokenizer"])
 def test_an_export_that_fails_leaves_the_old_one_and_no_rank_waiting(
     where: str, tmp_path: Path
 ) -> None:

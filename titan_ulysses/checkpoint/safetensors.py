@@ -500,7 +500,10 @@ def _write_configs(
         # models on the hub, at the end of a run.
         model.generation_config.to_json_file(folder / _GENERATION_FILE)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers has no type of its own for errors of the disk
+            raise OSError(one_line(error)) from error
 
 
 def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
