@@ -32,7 +32,9 @@ PORT=29500
 if [[ $FIRST =~ ^(.+):([0-9]+)$ ]]; then
   FIRST=${BASH_REMATCH[1]} PORT=${BASH_REMATCH[2]}
 fi
-[[ $PORT =~ ^[0-9]{1,5}$ && 10#$PORT -ge 1 && 10#$PORT -le 65535 ]] || refuse "FIRST has the port $PORT: needs 1 to 65535"
+if ! [[ $PORT =~ ^[0-9]{1,5}$ ]] || ((10#$PORT < 1 || 10#$PORT > 65535)); then
+  refuse "FIRST has the port $PORT: needs 1 to 65535"
+fi
 [[ ${WAIT:=600} =~ ^[1-9][0-9]{0,4}$ ]] || refuse "WAIT is $WAIT: needs a number of seconds, up to 99999"
 [[ ${NPROC:=auto} =~ ^(auto|cpu|gpu|[1-9][0-9]{0,3})$ ]] || refuse "NPROC is $NPROC: needs a number of ranks, or auto"
 source "$(dirname "$0")/env.sh" "" # without an argument it would see those of this script

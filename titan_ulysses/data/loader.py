@@ -65,7 +65,7 @@ class Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
         # A copy from pageable memory would make the host wait in spite of `non_blocking`. A copy to
         # the host must make it wait: nothing would tell a reader that it has come.
-        to_gpu = torch.device(device).type != "cpu"
+        to_gpu = torch.device(device).type not in ("cpu", "meta")
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             pin = to_gpu and tensor.device.type == "cpu"

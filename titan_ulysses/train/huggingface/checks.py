@@ -56,6 +56,26 @@ def is_of_trl(kind: type) -> bool:
 
 def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
     """Raise UserError for what would be wrong; warn of what was not tried."""
+    _check_arguments(kind, args, more)
+    parents = _check_kind(kind, more)
+    remedy = "Compare the losses of its first steps with those of the same run on one rank."
+    if parents[0].__name__ not in _TRIED:
+        warnings.warn(
+            f"{parents[0].__name__} was not tried with UlyssesTrainer, only "
+            f"{', '.join(sorted(_TRIED))}. {remedy}",
+            stacklevel=3,
+        )
+    if parents[0].__module__.startswith("trl"):
+        found = version("trl")
+        if ".".join(found.split(".")[:2]) != _TRIED_TRL:
+            warnings.warn(
+                f"trl {found} was not tried with UlyssesTrainer, only {_TRIED_TRL}. {remedy}",
+                stacklevel=3,
+            )
+
+
+def _check_arguments(kind: type, args: Any, more: Mapping[str, Any]) -> None:
+    """Raise UserError for arguments with which a trainer would be wrong."""
     if args is None:
         raise UserError(
             f"args = None: {kind.__name__} reads the trainer's arguments before the trainer does. "
@@ -89,6 +109,13 @@ def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
             'train_sampling_strategy = "batch_rebalance": it would give the ranks of a sequence '
             'different batches. Take "random" or "group_by_length".'
         )
+
+
+def _check_kind(kind: type, more: Mapping[str, Any]) -> list[type]:
+    """Return the classes of trl and transformers that a trainer is made of, the first one first.
+
+    UserError if it is none, or one that needs more than a causal language model.
+    """
     parents = [parent for parent in kind.__mro__ if parent.__module__.startswith(("trl", "transf"))]
     if not parents:
         raise UserError(
@@ -111,17 +138,4 @@ def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
             f"model cannot. Give completions that were generated elsewhere {by} on them with "
             "clipped_policy_loss: see docs/trainers.md."
         )
-    remedy = "Compare the losses of its first steps with those of the same run on one rank."
-    if parents[0].__name__ not in _TRIED:
-        warnings.warn(
-            f"{parents[0].__name__} was not tried with UlyssesTrainer, only "
-            f"{', '.join(sorted(_TRIED))}. {remedy}",
-            stacklevel=3,
-        )
-    if parents[0].__module__.startswith("trl"):
-        found = version("trl")
-        if ".".join(found.split(".")[:2]) != _TRIED_TRL:
-            warnings.warn(
-                f"trl {found} was not tried with UlyssesTrainer, only {_TRIED_TRL}. {remedy}",
-                stacklevel=3,
-            )
+    return parents
