@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
+from weakref import WeakMethod
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.launch import run_store
@@ -81,7 +82,9 @@ class RunLock:
         """Raise BlockingIOError if another run on this host has the folder."""
         try:
             self._folder = os.open(self._path.parent, os.O_RDONLY)
-            os.register_at_fork(after_in_child=self._let_folder_go)  # it would keep the lock
+            # A child would keep the lock. The system keeps what is registered, so that is not this.
+            let_go = WeakMethod(self._let_folder_go)
+            os.register_at_fork(after_in_child=lambda: (found := let_go()) and found())
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise

@@ -147,8 +147,11 @@ class _Segment:
         for position, (block, (args, kwargs)) in enumerate(zip(self.blocks, calls, strict=True)):
             recomputing = getattr(_phase, "recomputing", False)
             _phase.memo = memos[position]
-            with without_output(recomputing and position == last):
-                output = block.run_block(hidden, *args, **kwargs)
+            try:
+                with without_output(recomputing and position == last):
+                    output = block.run_block(hidden, *args, **kwargs)
+            finally:
+                del _phase.memo  # else what the last block keeps would outlive its model
             hidden = output if self.beside is None else output[0]
             if position < last and not isinstance(hidden, Tensor):
                 raise UserError(

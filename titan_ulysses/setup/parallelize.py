@@ -228,15 +228,9 @@ def wrap(
         fully_shard(list(modules), mesh=mesh.fsdp, **policies, **how)
 
     shard_blocks(model, blocks, shard)
-    if options.checkpoint_every:
+    if every := options.checkpoint_every:
         beside = beside_hidden_states(model.config)
-        checkpoint_blocks(
-            blocks,
-            every=options.checkpoint_every,
-            store=store,
-            beside=beside,
-            device=mesh.device,
-        )
+        checkpoint_blocks(blocks, every=every, store=store, beside=beside, device=mesh.device)
     shard_root(model, shard)
     guard(model)
     _refuse_methods(model)
