@@ -7,6 +7,7 @@
 #pragma once
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -66,7 +67,27 @@ inline int device_count() {
 
 // One lock for all of the device. Kernels run outside of it.
 inline std::recursive_mutex mutex;
-using Lock = std::lock_guard<std::recursive_mutex>;
+
+// Python's lock is given up while this thread waits for the device's: whoever holds that one may
+// need Python's, to let go of a tensor when work has ended.
+class Lock {
+ public:
+  explicit Lock(std::recursive_mutex& m) : mutex_(m) {
+    if (mutex_.try_lock()) return;
+    static const auto holds = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
+    static const auto give = reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "PyEval_SaveThread"));
+    static const auto take = reinterpret_cast<void (*)(void*)>(dlsym(RTLD_DEFAULT, "PyEval_RestoreThread"));
+    void* state = holds && give && take && holds() ? give() : nullptr;
+    mutex_.lock();
+    if (state) take(state);
+  }
+  ~Lock() { mutex_.unlock(); }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+
+ private:
+  std::recursive_mutex& mutex_;
+};
 
 // A vector clock: of each stream (by number), how many of its launches are known to be over.
 using Clock = std::map<int, uint64_t>;
