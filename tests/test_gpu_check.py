@@ -90,6 +90,7 @@ NEEDS_A_CARD = {
     "copies_beside_kernels": "the profiler's records of a device",
     "attention_rates": "the profiler's records of a device",
     "planned_memory": "sizes beside which the allocator's own do not count",
+    "pytest_gpu": "it runs the tests marked gpu, which `pytest --cuda` runs here",
 }
 """Checks that the device of tests/cuda cannot run."""
 
