@@ -81,7 +81,6 @@ SHORTER = {
     "scripts/bench/plan_accuracy.py": "--only tied",
     "scripts/bench/linear.py": "--tokens 256 512 --chunk 128",
     "scripts/bench/step.py": "--seq-len 512 --repeats 1",
-    "scripts/bench/ulysses.py": "--seq-len 512 --rounds 1",
     "scripts/bench/ablation.py": "--seq-lens 256 512 --head-seq-lens 256 512 --longest-untiled 512 "
     "--layers-seq-lens 256 512 --layers-counts 1 2",
     "scripts/bench/alst_published.py --what ladder": "--picture outputs/memory_ladder.png",
