@@ -148,12 +148,21 @@ class Section(BaseModel):
     """Base class of all sections.
 
     Unknown keys are refused, and values cannot change once they are read. inf and nan are refused
-    unless a field allows them.
+    unless a field allows them. The docstring of a field is its description in `--help`.
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
 
     @field_validator("*", mode="before")
     @classmethod
