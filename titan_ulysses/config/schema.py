@@ -1,8 +1,9 @@
 """The settings of a run: the TOML schema, with one class for each section.
 
-`fields.py` has the kinds of their values. `load.py` reads and writes the TOML. `combinations.py`
-and `validate.py` check settings against each other, the machine and the model. Nothing here imports
-torch or transformers, so that `--help` answers at once.
+`fields.py` has the kinds of their values. What a setting needs of others, or excludes, stands
+beside it: `rules.py` checks that, and `validate.py` checks the settings against the machine and the
+model. `load.py` reads and writes the TOML. Nothing here imports torch or transformers, so that
+`--help` answers at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from titan_ulysses.config.fields import (
     Chunk,
     Core,
     Dtype,
+    Excludes,
     FolderName,
+    FolderOfRun,
+    Needs,
     PathText,
     PositiveOrDerived,
     SecondsOrDerived,
@@ -27,19 +31,94 @@ from titan_ulysses.config.fields import (
     Switch,
     Tile,
     Words,
+    below,
     finite,
+    setting,
+)
+
+_BLOCK_INPUTS = (
+    "{this} keeps only the inputs of layers, and {other} keeps everything: set {other_name} = "
+    '"full", or {name} = "off"'
+)
+_CHUNKS = (
+    '{this} needs layers that compute chunk by chunk: set memory.stream_chunk_tokens = "auto" and '
+    'activation_checkpoint.mode = "full", or {name} = "none"'
+)
+_INCOMPLETE = "{name} is set and {other_name} is not: a prompt needs its completion"
+_OF_MUON = (
+    "{this} with {other}: Muon is for the hidden matrices of the model, in fp32. Set {name} = "
+    '"adamw", or {other_name} to its default, {other_default}'
+)
+_PACKED = (
+    '{this}: only data.packing = "concat" with data.long_documents = "split" can pack what is not '
+    "known yet; set both, or streaming = false"
+)
+_PAIRS = (
+    "{other} with {this}: DPO, and nothing else, is trained on pairs of completions. Set both "
+    'loss.name = "dpo" and {name} = "preference", or neither'
+)
+_UNREAD_TEACHER = (
+    "{this} with {other}: nothing would read it. Set it to 0, or set loss.name = "
+    '"distillation" without loss.teacher'
 )
 
 
+def _read_from(*kinds: str) -> Needs:
+    """Return the rule of a key that only some kinds of source have."""
+    *others, last = kinds
+    readers = f"{', '.join(others)} and {last}" if others else last
+    return Needs(
+        "source",
+        *kinds,
+        text=f"{{this}} with {{other}}: it is read from {readers} alone. Set {{other_name}}, or "
+        "leave {name} out",
+    )
+
+
+def _read_by(loss: str) -> Needs:
+    """Return the rule of a key that only one loss has."""
+    return Needs(
+        "name",
+        loss,
+        text=f'{{this}} with {{other}}: only "{loss}" reads it. Set {{other_name}} = "{loss}", or '
+        "{name} to its default, {default}",
+    )
+
+
+_VALIDATIONS = "{this} needs validations: set {other_name} = true"
+_WITH_ADAPTERS = Needs(
+    "rank",
+    text="{this} with {other}: there are no adapters. Set {other_name}, or {name} to its default, "
+    "{default}",
+)
+_WITHOUT_SETS = Excludes(
+    "sets", text='{this} and [[validation.sets]] are both set: clear one, with {name} = ""'
+)
+_FROM_FILES = _read_from("text", "jsonl", "chat", "preference", "tokens")
+_FROM_A_DATA_SET = _read_from("hf", "chat", "preference", "tokens")
+
+
 class Job(Section):
-    name: FolderName = Field("run", min_length=1)
+    name: Annotated[FolderName, below("job.dump_folder")] = Field("run", min_length=1)
     """Name of the run; its files go to <dump_folder>/<name>/."""
     dump_folder: PathText = Field("./outputs", min_length=1)
     """Folder that holds the folders of all runs."""
 
 
 class Model(Section):
-    path: PathText = ""
+    path: PathText = setting(
+        "",
+        Excludes(
+            "config",
+            text='{this} and [model.config] are both set: clear one, with {name} = "" or '
+            "--model.config {{}}",
+        ),
+        Needs(
+            "config",
+            of=("",),
+            text="{name} is empty and there is no [model.config]: set one of them",
+        ),
+    )
     """Pretrained model: a folder or a name on the Hugging Face hub. Set either this or
     [model.config].
     """
@@ -60,11 +139,27 @@ class Model(Section):
     dynamic, yarn, longrope or llama3), factor, and the other keys of that type in transformers.
     Unset: the model's own RoPE.
     """
-    resize_embeddings: int = Field(0, ge=0, le=2**20)
+    resize_embeddings: int = setting(
+        0,
+        Excludes(
+            "lora.rank",
+            text="{other} and {this} are both set: LoRA would leave the rows of new tokens as they "
+            "begin. Set one of them to 0",
+        ),
+        ge=0,
+        le=2**20,
+    )
     """Enlarge embedding and head to the tokenizer's number of tokens, rounded up to a multiple of
     this value. 0: do not enlarge; a tokenizer with too many tokens is refused.
     """
-    freeze: list[str] = []
+    freeze: list[str] = setting(
+        [],
+        Excludes(
+            "lora.rank",
+            text="{other} and {this} are both set: with LoRA all of the model is frozen. Clear "
+            "one, with lora.rank = 0 or {name} = []",
+        ),
+    )
     """Parameters that are not trained, as patterns of their names, such as "model.embed_tokens.*".
     """
 
@@ -86,24 +181,55 @@ class LoRA(Section):
     """Rank of LoRA adapters. Only the adapters are trained; the model itself is frozen. 0: no
     adapters.
     """
-    alpha: float = Field(16.0, gt=0, le=1e6)
+    alpha: float = setting(16.0, _WITH_ADAPTERS, gt=0, le=1e6)
     """Scale of the adapters: their output is multiplied by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = setting(
+        0.0,
+        _WITH_ADAPTERS,
+        Excludes(
+            "compile.enable",
+            text="{this} with {other}: compiled code would drop other inputs when it computes "
+            "again in backward. Set {name} = 0, or {other_name} = false",
+        ),
+        ge=0,
+        lt=1,
+    )
     """Probability of dropout on the inputs of the adapters during training."""
-    target_modules: list[str] = []
+    target_modules: list[str] = setting([], _WITH_ADAPTERS)
     """Linear layers that get an adapter: names ("q_proj") or patterns ("layers.1?.mlp.*"). Empty:
     all except the head.
     """
-    quantize_base: Literal["none", "nf4"] = "none"
+    quantize_base: Literal["none", "nf4"] = setting(
+        "none",
+        _WITH_ADAPTERS,
+        Excludes(
+            "quantize.float8",
+            text="{this} and {other} are both set: a frozen weight is stored in 4 bits, or "
+            'multiplied in 8. Set one to "none" or false',
+        ),
+    )
     """QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head and routers stay in
     training.param_dtype, and so do rows that are no multiple of 64 numbers.
     """
 
 
+def _is_read(source: SourceSettings) -> bool:
+    """Return whether a source is read: [data] is not where [[data.mixture]] is."""
+    return not getattr(source, "mixture", None)
+
+
+_NO_PAIRS = ("text", "jsonl", "hf", "chat", "tokens")
+"""Kinds of sources whose rows are no pairs of completions."""
+
+
 class SourceSettings(Section):
     """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
-    source: Literal["text", "jsonl", "hf", "chat", "tokens", "preference"] = "text"
+    source: Literal["text", "jsonl", "hf", "chat", "tokens", "preference"] = setting(
+        "text",
+        Needs("loss.name", "dpo", of=("preference",), text=_PAIRS, where=_is_read),
+        Excludes("loss.name", "dpo", of=_NO_PAIRS, text=_PAIRS, where=_is_read),
+    )
     """Kind of data. text: each file is a document. jsonl: each line of JSON lines, or row of
     parquet, is one. hf: each row of a Hugging Face data set is one. chat: each row is a
     conversation with a list of messages. tokens: each row has input_ids, or the files are
@@ -114,45 +240,96 @@ class SourceSettings(Section):
     """File, folder, file pattern or name of a data set. ~, $VARS and {stdlib} (the folder of
     Python's standard library) are expanded.
     """
-    extensions: list[str] = []
+    extensions: list[str] = setting([], _FROM_FILES)
     """Extensions of the files of a folder that are read. Empty: .txt for text; .jsonl, .json (also
     with .gz or .zst) and .parquet for jsonl, chat and preference; .jsonl, .parquet, .arrow and .idx
     for tokens.
     """
-    encoding: str = Field("utf-8", min_length=1)
+    encoding: str = setting(
+        "utf-8",
+        Needs(
+            "model.tokenizer",
+            "bytes",
+            of=("bytes",),
+            text='{this} with {other}: raw bytes need {other_name} = "bytes"',
+        ),
+        Needs("source", "text", of=("bytes",), text="{this} with {other}: JSON is text"),
+        _read_from("text", "jsonl", "chat", "preference"),
+        min_length=1,
+    )
     """Text encoding of files. "bytes": read text files as raw bytes, which needs model.tokenizer =
     "bytes".
     """
-    text_field: str = Field("text", min_length=1)
+    text_field: str = setting("text", _read_from("jsonl", "hf"), min_length=1)
     """jsonl, hf: name of the field that holds the text."""
-    prompt_field: str = ""
+    prompt_field: str = setting(
+        "",
+        Needs(
+            "completion_field",
+            text=_INCOMPLETE,
+            where=lambda source: source.source != "preference",
+        ),
+        _read_from("jsonl", "hf", "preference"),
+    )
     """jsonl, hf: name of the field with a prompt, which is not trained on unless train_on is all.
     Set it together with completion_field, instead of text_field. preference: name of the field with
     the prompt. Empty: prompt.
     """
-    completion_field: str = ""
+    completion_field: str = setting(
+        "",
+        Needs(
+            "prompt_field",
+            text=_INCOMPLETE,
+            where=lambda source: source.source != "preference",
+        ),
+        _read_from("jsonl", "hf"),
+    )
     """jsonl, hf: name of the field with the text that follows the prompt, which is trained on."""
-    chosen_field: str = Field("chosen", min_length=1)
+    chosen_field: str = setting("chosen", _read_from("preference"), min_length=1)
     """preference: name of the field with the completion that is preferred."""
-    rejected_field: str = Field("rejected", min_length=1)
+    rejected_field: str = setting("rejected", _read_from("preference"), min_length=1)
     """preference: name of the field with the other one."""
-    messages_field: str = Field("messages", min_length=1)
+    messages_field: str = setting("messages", _read_from("chat"), min_length=1)
     """chat: name of the field with the list of messages."""
-    tools_field: str = Field("tools", min_length=1)
+    tools_field: str = setting("tools", _read_from("chat"), min_length=1)
     """chat: name of the field with the list of tools, which may be missing from a row."""
-    train_on: Literal["assistant", "all"] = "assistant"
+    train_on: Literal["assistant", "all"] = setting(
+        "assistant",
+        Excludes(
+            "source",
+            "preference",
+            text="{this} with {other}: the loss is of the completions. Set it to {default}",
+        ),
+    )
     """What is trained on in chats, prompts and tokens. assistant: the assistant's turns, the
     completions, and the tokens that have labels. all: every token.
     """
-    teacher_top_k: int = Field(0, ge=0, le=10**6)
+    teacher_top_k: int = setting(
+        0,
+        _read_from("tokens"),
+        Needs("loss.name", "distillation", text=_UNREAD_TEACHER),
+        Excludes("loss.teacher", text=_UNREAD_TEACHER),
+        Excludes(
+            "streaming",
+            text="{this} with {other}: it is read from data that is prepared first. Set streaming "
+            "to false",
+        ),
+        ge=0,
+        le=10**6,
+    )
     """tokens: how many of a teacher's log-probabilities each token has, in the fields teacher_ids
     and teacher_log_probs, for loss.name = "distillation". 0: none.
     """
-    subset: str = ""
+    subset: str = setting("", _FROM_A_DATA_SET)
     """hf, chat, tokens, preference: configuration of the data set. Empty: its default one."""
-    split: str = Field("train", min_length=1)
+    split: str = setting("train", _FROM_A_DATA_SET, min_length=1)
     """hf, chat, tokens, preference: split of the data set."""
-    streaming: bool = False
+    streaming: bool = setting(
+        False,
+        Needs("source", "hf", "chat", "tokens", text='{this} with {other}: set source = "hf"'),
+        Needs("data.packing", "concat", text=_PACKED),
+        Needs("data.long_documents", "split", text=_PACKED),
+    )
     """hf, chat, tokens: read and tokenize the data set during training, without preparing it first.
     For data that is too large to prepare.
     """
@@ -174,11 +351,26 @@ class MixtureEntry(SourceSettings):
 
 
 class Data(SourceSettings):
-    mixture: list[MixtureEntry] = []
+    mixture: list[MixtureEntry] = setting(
+        [],
+        Excludes(
+            "path",
+            text='{other} and [[data.mixture]] are both set: clear one, with {other_name} = ""',
+        ),
+    )
     """Several sources in place of data.path: tables [[data.mixture]], each with the keys of a
     source above and a weight.
     """
-    packing: Literal["none", "concat", "best_fit"] = "concat"
+    packing: Literal["none", "concat", "best_fit"] = setting(
+        "concat",
+        Excludes(
+            "loss.name",
+            "dpo",
+            of=("concat",),
+            text="{other} with {this}: it would cut pairs of completions. Set {name} = "
+            '"best_fit", or "none" for one pair in a sequence',
+        ),
+    )
     """How documents fill sequences. concat: end to end. best_fit: whole documents, then padding.
     none: one document in each sequence, then padding.
     """
@@ -208,9 +400,26 @@ class Training(Section):
     """Clip the gradients to this norm. 0: no clipping."""
     param_dtype: Dtype = "bfloat16"
     """Dtype of parameters and activations in forward and backward."""
-    reduce_dtype: Dtype = "float32"
+    reduce_dtype: Dtype = setting(
+        "float32",
+        Excludes(
+            "param_dtype",
+            "float64",
+            of=("float32", "bfloat16"),
+            text='{this} would round the gradients of {other}: set {name} = "float64"',
+        ),
+    )
     """Dtype in which gradients are summed over the ranks."""
-    z_loss: float = Field(0.0, ge=0, le=1e3)
+    z_loss: float = setting(
+        0.0,
+        Needs(
+            "loss.name",
+            "cross_entropy",
+            text="{this} with {other}: it belongs to the cross-entropy. Set it to {default}",
+        ),
+        ge=0,
+        le=1e3,
+    )
     """Weight of an additional loss for each token: the square of the logits' log-normalizer, which
     keeps it near 0. 0: off.
     """
@@ -229,23 +438,23 @@ class Loss(Section):
     """cross_entropy: of the next token. dpo: of pairs of completions (sigmoid DPO), read by
     data.source = "preference". distillation: the KL divergence from a teacher.
     """
-    beta: float = Field(0.1, gt=0, le=1e3)
+    beta: float = setting(0.1, _read_by("dpo"), gt=0, le=1e3)
     """dpo: how closely the model stays with the reference."""
-    reference: PathText = ""
+    reference: PathText = setting("", _read_by("dpo"))
     """dpo: folder or hub name of the frozen reference model. Empty: the weights that the run begins
     with, which with LoRA are the model without its adapters.
     """
-    precompute_reference: bool = False
+    precompute_reference: bool = setting(False, _read_by("dpo"))
     """dpo: compute the log-probabilities of the reference once, before the first step, for all
     pairs. The steps then hold no reference model.
     """
-    teacher: PathText = ""
+    teacher: PathText = setting("", _read_by("distillation"))
     """distillation: folder or hub name of the teacher, of the same vocabulary. Empty: its
     log-probabilities come with the data (data.teacher_top_k).
     """
-    temperature: float = Field(1.0, gt=0, le=1e3)
+    temperature: float = setting(1.0, _read_by("distillation"), gt=0, le=1e3)
     """distillation: temperature of both distributions."""
-    teacher_share: float = Field(1.0, gt=0, le=1)
+    teacher_share: float = setting(1.0, _read_by("distillation"), gt=0, le=1)
     """distillation: share of the divergence in the loss. The rest is cross-entropy."""
 
 
@@ -283,11 +492,26 @@ class ActivationCheckpoint(Section):
     """Blocks that share one checkpoint: only the input of the first one is kept. More blocks need
     less memory for inputs, but more during recomputation.
     """
-    offload: Literal["none", "host", "disk"] = "none"
+    offload: Literal["none", "host", "disk"] = setting(
+        "none",
+        Needs(
+            "mode",
+            "full",
+            text='{this} moves checkpoints, and {other} makes none: set {other_name} = "full"',
+        ),
+    )
     """Where the kept inputs wait for backward. none: on the device. host: in host memory. disk: in
     files.
     """
-    keep_attention: Literal["none", "auto", "all"] = "none"
+    keep_attention: Literal["none", "auto", "all"] = setting(
+        "none",
+        Excludes(
+            "memory.stream_chunk_tokens",
+            -1,
+            text='{this} keeps what layers compute chunk by chunk: set {other_name} = "auto", or '
+            '{name} = "none"',
+        ),
+    )
     """Keep the outputs of attention too, where the inputs are kept, so that attention is not
     computed again in backward. all: of all layers. auto: as many as there is room for beside
     offload = "host" or "disk". Needs memory.stream_chunk_tokens.
@@ -306,13 +530,31 @@ class Memory(Section):
     make 512 MiB inside an MLP on a GPU, or on a CPU the model's width, at least 1,024; not tiled
     without it. all (-1): not tiled.
     """
-    stream_chunk_tokens: Chunk = 0
+    stream_chunk_tokens: Chunk = setting(
+        0,
+        Needs(
+            "activation_checkpoint.mode",
+            "full",
+            text=_BLOCK_INPUTS,
+            where=lambda memory: memory.stream_chunk_tokens > 0,
+        ),
+    )
     """Tokens of the whole sequence in one chunk; layers compute one chunk after the other, so that
     the memory that a layer needs does not grow with the sequence. auto (0): 4,096 tokens a rank,
     and off for shorter sequences and where it is not possible. off (-1): the whole sequence at
     once.
     """
-    stream_offload: Literal["none", "host", "disk"] = "none"
+    stream_offload: Literal["none", "host", "disk"] = setting(
+        "none",
+        Excludes("stream_chunk_tokens", -1, text=_CHUNKS),
+        Needs("activation_checkpoint.mode", "full", text=_CHUNKS),
+        Needs(
+            "loss.name",
+            "cross_entropy",
+            text="{this} with {other}: this loss needs the hidden states on the device in "
+            "backward. Set it to {default}",
+        ),
+    )
     """Where the hidden states of a sequence are while layers compute its chunks. none: on the
     device. host: in host memory. disk: in files, in activation_checkpoint.offload_folder. Needs
     memory.stream_chunk_tokens.
@@ -334,14 +576,32 @@ class Compile(Section):
 
 
 class Quantize(Section):
-    float8: bool = False
+    float8: bool = setting(
+        False,
+        Needs(
+            "training.param_dtype",
+            "bfloat16",
+            text='{this} needs {other_name} = "bfloat16", which is {other_value}: set one or the '
+            "other",
+        ),
+    )
     """Multiply in float8 in the linear layers of the blocks (torchao). Needs a GPU of compute
     capability 8.9 or higher.
     """
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adamw8bit", "adamw4bit", "muon"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adamw4bit", "muon"] = setting(
+        "adamw",
+        Excludes("lora.rank", of=("muon",), text=_OF_MUON),
+        Excludes("stochastic_rounding", of=("muon",), text=_OF_MUON),
+        Excludes(
+            "training.param_dtype",
+            "float64",
+            of=("adamw8bit", "adamw4bit"),
+            text='{this} computes in fp32, but {other}: set {name} = "adamw"',
+        ),
+    )
     """adamw: AdamW with its two moments in fp32. adamw8bit, adamw4bit: the moments are quantized to
     8 or 4 bits (torchao). muon: Muon for hidden matrices, and AdamW for embeddings, head, norms and
     all else.
@@ -354,7 +614,15 @@ class Optimizer(Section):
     """Number added to the denominator of the update."""
     weight_decay: float = Field(0.1, ge=0, le=1e3)
     """Decoupled weight decay, as in AdamW."""
-    stochastic_rounding: bool = False
+    stochastic_rounding: bool = setting(
+        False,
+        Needs(
+            "training.param_dtype",
+            "bfloat16",
+            text="{this} rounds to bfloat16, but {other}: set one to false or the other to "
+            '"bfloat16"',
+        ),
+    )
     """Store parameters in bfloat16, rounded stochastically after each step, without fp32 master
     weights. Saves memory.
     """
@@ -380,11 +648,20 @@ class Checkpoint(Section):
     """
     keep_latest_k: int = Field(2, ge=0, le=10**6)
     """Number of newest checkpoints to keep; older ones are deleted. 0: keep all."""
-    keep_best: bool = False
+    keep_best: bool = setting(
+        False,
+        Needs("validation.enable", True, text=_VALIDATIONS),
+        Needs(
+            "enable",
+            True,
+            text="{this} with {other}: no checkpoint is saved. Set the second to true, or the "
+            "first to false",
+        ),
+    )
     """Also save and keep the checkpoint with the best validation.metric, and export that one at the
     end.
     """
-    folder: FolderName = Field("checkpoints", min_length=1)
+    folder: FolderOfRun = Field("checkpoints", min_length=1)
     """Folder of the checkpoints, inside the run's folder."""
     shared: bool = True
     """All hosts see the same job.dump_folder. false: each host has one of its own, and keeps the
@@ -422,11 +699,11 @@ class Validation(Section):
     steps: int = Field(10, ge=0, le=10**9)
     """Global batches in one validation, spread evenly over the held-out data. 0: all of the data.
     """
-    path: PathText = ""
+    path: PathText = setting("", _WITHOUT_SETS)
     """Held-out data, read with the other keys of [data]. Empty: validation.split, or else every
     100th document of the training data, which is then not trained on.
     """
-    split: str = ""
+    split: str = setting("", _WITHOUT_SETS)
     """hf, chat, tokens, preference: split with the held-out data. Empty: data.split."""
     sets: list[ValidationSet] = []
     """Several named sets in place of validation.path: tables [[validation.sets]], each with a name,
@@ -436,7 +713,7 @@ class Validation(Section):
     """Metric of checkpoint.keep_best and validation.patience. loss: of all held-out data.
     NAME/loss: of the set NAME.
     """
-    patience: int = Field(0, ge=0, le=10**9)
+    patience: int = setting(0, Needs("validation.enable", True, text=_VALIDATIONS), ge=0, le=10**9)
     """Validations in a row without a new best validation.metric after which the run ends early. 0:
     never.
     """
@@ -494,7 +771,7 @@ class Metrics(Section):
 class Profiling(Section):
     enable_profiling: bool = False
     """Write traces of the torch profiler, one file for each rank."""
-    save_traces_folder: FolderName = Field("profile_traces", min_length=1)
+    save_traces_folder: FolderOfRun = Field("profile_traces", min_length=1)
     """Folder of the traces, inside the run's folder."""
     profile_freq: int = Field(10, ge=1, le=10**9)
     """Steps from one trace, or memory snapshot, to the next."""
@@ -506,7 +783,7 @@ class Profiling(Section):
     """CUDA only: write a snapshot of the memory allocator's history every profile_freq steps, and
     when memory runs out.
     """
-    save_memory_snapshot_folder: FolderName = Field("memory_snapshot", min_length=1)
+    save_memory_snapshot_folder: FolderOfRun = Field("memory_snapshot", min_length=1)
     """Folder of the snapshots, inside the run's folder."""
 
 
