@@ -49,7 +49,7 @@ from titan_ulysses.tools.long_texts import (
     heat_map,
     run,
 )
-from titan_ulysses.train.log_probs import log_probs
+from titan_ulysses.train.evaluation import log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -29,7 +29,7 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.losses import smoothed_cross_entropies
 from titan_ulysses.setup.forward import StatisticsOutput
-from titan_ulysses.train.log_probs import whole_statistics
+from titan_ulysses.train.evaluation import whole_statistics
 
 
 @dataclass
