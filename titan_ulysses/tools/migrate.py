@@ -28,6 +28,7 @@ from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.config.toml import show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.tools import parser_of
 from titan_ulysses.tools.migration import FORMATS
 from titan_ulysses.tools.migration.rules import Flat, Format, Lost, Rule
 
@@ -192,11 +193,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="titan-ulysses migrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("migrate", __doc__)
     parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="YAML or TOML")
     parser.add_argument("--from", dest="kind", choices=FORMATS, help="default: seen from its keys")
     parser.add_argument(
