@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from common import ALLOCATOR, LLAMA, launch, peak_memory, run
+from common import ALLOCATOR, LLAMA, launch, parser_of, peak_memory, run
 
 SMALL_LLAMA = LLAMA | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352}
 # Latent attention: values have another head size than queries and keys.
@@ -476,9 +476,7 @@ def compare(case: Case, minutes: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--small", action="store_true", help="the small cases that the tests run")
     parser.add_argument("--minutes", type=float, default=10, help="patience a run")

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import LLAMA, launch, run, tell, training_step
+from common import LLAMA, launch, parser_of, run, tell, training_step
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.sequence import chunk_length
@@ -324,9 +324,7 @@ def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/llama3_8b.toml"))
     parser.add_argument(
         "--what", choices=["weak", "mixes", "both", "waits", "measured"], default="both"

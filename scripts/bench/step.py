@@ -16,7 +16,7 @@ import os
 import statistics
 from itertools import count
 
-from common import ALLOCATOR, LLAMA, launch, measure, run, sequence, tell, training_step
+from common import ALLOCATOR, LLAMA, launch, measure, parser_of, run, sequence, tell, training_step
 
 
 def plain_step():
@@ -45,9 +45,7 @@ def plain_step():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seq-len", type=int, default=16_384)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
