@@ -23,7 +23,7 @@ from titan_ulysses.distributed.device import module_of
 from titan_ulysses.distributed.errors import first_failure
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.tensors import plain_pieces
-from titan_ulysses.memory.tiling import tiles
+from titan_ulysses.memory.tiled import tiles
 from titan_ulysses.model.hf import named_parameters
 from titan_ulysses.train.loss import CrossEntropy
 
