@@ -21,7 +21,7 @@ from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import chunk_length
-from titan_ulysses.memory.tiling import Tiled
+from titan_ulysses.memory.tiled import Tiled
 from titan_ulysses.plan.few_layers import Estimate, estimate_plan
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
 

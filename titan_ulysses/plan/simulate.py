@@ -35,8 +35,7 @@ from titan_ulysses.distributed.sequence import Documents, chunk_length
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
-from titan_ulysses.memory.stream_offload import SequenceStore
-from titan_ulysses.memory.streaming import StreamedBlock
+from titan_ulysses.memory.sequences import SequenceStore
 from titan_ulysses.model import hf
 from titan_ulysses.optim.build import optimizer_of
 from titan_ulysses.plan.attribution import Attribution
@@ -51,6 +50,7 @@ from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
+from titan_ulysses.streaming.block import StreamedBlock
 from titan_ulysses.train.evaluation import pairs_of
 from titan_ulysses.train.loss import Loss, build_loss
 from titan_ulysses.train.step import train_step
@@ -279,9 +279,9 @@ def _planned_sequences(
     """Do what `open_sequence_store` does, with counted buffers and copies."""
     make_buffer = _planned_buffers(tracker, offload, "other", "hidden states of a sequence")
     if not cuda:
-        return SequenceStore(make_buffer, device)
+        return SequenceStore(Store(make_buffer), device)
     copies = _planned_copies(tracker, offload, make_buffer, "other")
-    return _PlannedSequences(make_buffer, device, copies, tracker, costs)
+    return _PlannedSequences(copies, device, tracker, costs)
 
 
 class _PlannedSequences(SequenceStore):
@@ -291,22 +291,22 @@ class _PlannedSequences(SequenceStore):
     counted, and not what is copied.
     """
 
-    def __init__(self, make_buffer, device, copies, tracker: MemoryTracker, costs: CostCounter):
-        super().__init__(make_buffer, device, copies)
+    def __init__(self, copies, device, tracker: MemoryTracker, costs: CostCounter):
+        super().__init__(copies, device)
         self.tracker, self.costs = tracker, costs
 
-    def read(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
+    def fetch(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
         if self.tracker.place_of(part) == "device":
             return part
         self.costs.add(TO_DEVICE, part.numel() * part.element_size())
-        return super().read(part, ahead)
+        return super().fetch(part, ahead)
 
-    def write(self, part: Tensor, values: Tensor) -> None:
+    def put(self, part: Tensor, values: Tensor) -> None:
         if self.tracker.place_of(part) == "device":
             part.copy_(values)
             return
         self.costs.add(OFF_DEVICE, part.numel() * part.element_size())
-        super().write(part, values)
+        super().put(part, values)
 
 
 def _planned_copies(

@@ -11,9 +11,8 @@ from titan_ulysses.config.fields import CORES
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.memory.offload import Offload
-from titan_ulysses.memory.stream_offload import StreamOffload
-from titan_ulysses.memory.streaming import KeepAttention
 from titan_ulysses.model.families import attention_needs, largest_head
+from titan_ulysses.streaming.block import KeepAttention
 from titan_ulysses.ulysses.cores import Core, Demand, choose_core
 from titan_ulysses.ulysses.pieces import pieces_of
 
@@ -52,14 +51,14 @@ class ParallelOptions:
     offload_folder: str | None = None
     """Folder for offload = "disk"; None: the system's temporary folder."""
     stream_chunk_tokens: int = 0
-    """Tokens of the whole sequence in a chunk, in which blocks compute it (`memory/streaming.py`).
+    """Tokens of the whole sequence in a chunk, in which blocks compute it (`streaming/`).
 
     0 chooses, and computes the whole sequence at once if it is short or the blocks cannot stream;
     -1 always does. Batches must be cut for it, unless P = 1: see `shard`.
     """
-    stream_offload: StreamOffload = "none"
+    stream_offload: Offload = "none"
     """Where the hidden states of the whole sequence are while blocks stream: "none" (the device),
-    "host" or "disk" (see `memory/stream_offload.py`). offload is not needed then.
+    "host" or "disk" (see `memory/sequences.py`). offload is not needed then.
     """
     parameter_offload: bool = False
     """Keep sharded parameters and gradients in host memory, where the optimizer then steps."""

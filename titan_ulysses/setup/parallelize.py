@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -25,13 +25,8 @@ from titan_ulysses.memory.allocator import warn_of_fragmentation
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Store, open_store
-from titan_ulysses.memory.stream_offload import (
-    SequenceStore,
-    offload_embeddings,
-    open_sequence_store,
-)
-from titan_ulysses.memory.streaming import stream_blocks
-from titan_ulysses.memory.tiling import Tiled, tile_norm
+from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
+from titan_ulysses.memory.tiled import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     beside_hidden_states,
@@ -50,12 +45,14 @@ from titan_ulysses.setup.checks import (
 from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
+from titan_ulysses.streaming.block import stream_blocks
+from titan_ulysses.streaming.embeddings import offload_embeddings
 from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.linear_attention import check_layers, has_untested_layers
 
 _OFFLOADED_CHUNK_TOKENS = 2**14
 """Tokens of the smallest chunk of the whole sequence where keys come from host memory to a GPU: a
-kernel of 600 TFLOP/s and a link of 50 GB/s need some thousand queries (see key_blocks.py).
+kernel of 600 TFLOP/s and a link of 50 GB/s need some thousand queries (see streaming/keys.py).
 """
 _SMALLEST_TILE = 1024
 """Smallest default size of an MLP tile on a CPU, in tokens.
@@ -124,7 +121,9 @@ def parallelize(
             dtype=options.param_dtype,
         )
         options = replace(options, attention=core)
-    store = open_store(options.store, options.offload_folder, mesh.device)
+    store = None
+    if options.store != "none":
+        store = open_store(options.store, options.offload_folder, mesh.device)
     if not is_checked:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
@@ -206,18 +205,17 @@ def wrap(
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
     if options.compile:
         compile_blocks(blocks)
-    model.stream_chunk_tokens, sequences = -1, None
+    model.stream_chunk_tokens = -1
+    sequences: Sequences = ON_DEVICE
     if obstacle_to_streaming(model.config, options, device_type) is None:
         model.stream_chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type)
         if (offload := options.stream_offload) != "none":
             check_stream_offload(model, offload)
             open_them = open_sequences or open_sequence_store
             sequences = open_them(offload, options.offload_folder, mesh.device)
-        stream_blocks(
-            blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
-        )
+        stream_blocks(blocks, sequences, keep_attention=options.keep_attention, store=store)
     use_loss_head(model, decoder, options, device_type)
-    if sequences is not None:
+    if isinstance(sequences, SequenceStore):
         offload_sequences(model, decoder, sequences)
         store = None  # the inputs of segments are off the device already
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
@@ -300,6 +298,13 @@ def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
         raise UserError(
             f'{setting}: the embedding of this model is not a look-up. Set it to "none".'
         )
+
+
+def open_sequence_store(
+    offload: Literal["host", "disk"], folder: str | None, device: torch.device
+) -> SequenceStore:
+    """Return the store for the hidden states of a run on this device."""
+    return SequenceStore(open_store(offload, folder, device), device)
 
 
 def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import Placement
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.memory.tiling import tiles
+from titan_ulysses.memory.tiled import tiles
 from titan_ulysses.train.loss import CrossEntropy, Loss
 
 _NORM_PART = 2**20
