@@ -311,7 +311,7 @@ def counted(family: str, degree: int, heads: dict[str, int]) -> list[tuple[int, 
     """(calls, bytes) of the all-to-alls of a forward and of a backward of one linear layer."""
     mesh, table = mesh_of(1, 1, degree), model_of(family) | heads
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
-    parallelize(model, mesh, checkpoint_every=0)
+    parallelize(model, mesh, activation_checkpoint={"mode": "none"})
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=1)
     layer = linear_layers(model.get_submodule("model.layers.0"))[0]
@@ -398,7 +398,7 @@ def proves_itself(family: str, keys: dict[str, Any]) -> int:
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("titan_ulysses.ulysses.linear_attention._TESTED", {})
-        parallelize(model, mesh_of(*SP2), mlp_tile_tokens=7)
+        parallelize(model, mesh_of(*SP2), memory={"mlp_tile_tokens": 7})
     return model.stream_chunk_tokens
 
 
@@ -462,7 +462,7 @@ def refusal_without_keywords() -> str:
     """Of a decoder that does not hand its keywords to a layer, as lfm2's of transformers 5.17."""
     mesh = mesh_of(*ONE)
     model = hf.build_on_meta(hf.load_model_config("", model_of("lfm2")), torch.float32)
-    parallelize(model, mesh, checkpoint_every=0)
+    parallelize(model, mesh, activation_checkpoint={"mode": "none"})
     hf.allocate(model, mesh.device)
     layer = linear_layers(model.get_submodule("model.layers.0"))[0]
     layer.forward = partial(_without_keywords, layer.forward)

@@ -21,6 +21,7 @@ from helpers.families import FAMILIES, model_of
 from helpers.material import BASE, MODEL
 from helpers.meshes import DP2_SP2, ONE, SP2, SP4, mesh_of
 from helpers.models import LLAMA, STARCODER2
+from helpers.options import sections
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import local_batch, make_rows
@@ -432,8 +433,9 @@ def counted(
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
-    options = {"mlp_tile_tokens": 1000, "checkpoint_every": every, "keep_attention": keep}
-    parallelize(model, mesh, attention=core, stream_chunk_tokens=chunk, **options)
+    checkpoints = {"every": every, "keep_attention": keep}
+    memory = {"mlp_tile_tokens": 1000, "stream_chunk_tokens": chunk}
+    parallelize(model, mesh, attention=core, activation_checkpoint=checkpoints, memory=memory)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model.parameters(), OPTIMIZER)
@@ -704,7 +706,7 @@ def refusals() -> dict[str, str]:
 
     def model(**options):
         built = hf.build_on_meta(hf.load_model_config("", STARCODER2), torch.float64)
-        parallelize(built, mesh_of(*SP2), **options)
+        parallelize(built, mesh_of(*SP2), **sections(**options))
         hf.allocate(built, torch.device("cpu"))
         hf.initialize(built, seed=0)
         return built

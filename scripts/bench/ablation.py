@@ -47,7 +47,9 @@ RECIPE: dict[str, dict[str, Any]] = {
     "+ tiled MLP": {"mlp_tile_tokens": 0},
     "+ offloaded checkpoints": {"offload": "disk"},
 }
-"""The options that each part adds to those of the parts before it. The last is the whole recipe."""
+"""The settings that each part adds to those of the parts before it, all but `degree` (P) of
+[memory] or [activation_checkpoint]. The last is the whole recipe.
+"""
 FLAT = 0.02
 """The slope with tiles should be 0. It may be at most this share of the slope without tiles."""
 
@@ -60,9 +62,16 @@ def train(args: argparse.Namespace) -> None:
     with two steps, because only the second one has optimizer state.
     """
     options = json.loads(args.options)
-    if options.get("offload") == "disk":
-        options["offload_folder"] = str(FOLDER)
-    step = training_step({**LLAMA, "num_hidden_layers": args.layers}, dtype=args.dtype, **options)
+    step = training_step(
+        {**LLAMA, "num_hidden_layers": args.layers},
+        dtype=args.dtype,
+        degree=options.pop("degree", None),
+        activation_checkpoint={
+            "offload": options.pop("offload", "none"),
+            "offload_folder": str(FOLDER),
+        },
+        memory=options,
+    )
     tell(measure(step, args.lengths))
 
 

@@ -108,7 +108,6 @@ def trl_loss(name: str, tokens: int, args: argparse.Namespace, folder: str) -> C
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from titan_ulysses import UlyssesTrainer, build_mesh
-    from titan_ulysses.setup.options import ParallelOptions
 
     config = AutoConfig.for_model("llama", vocab_size=args.vocabulary, hidden_size=64)
     config.update({"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128})
@@ -119,8 +118,7 @@ def trl_loss(name: str, tokens: int, args: argparse.Namespace, folder: str) -> C
     kind: type = base
     if args.tile:  # 0: the trainer alone
         kind = type(base.__name__, (UlyssesTrainer, base), {})
-        options = ParallelOptions(loss_tile_tokens=args.tile)
-        own = {"mesh": build_mesh(), "options": options}
+        own = {"mesh": build_mesh(), "options": {"memory": {"loss_tile_tokens": args.tile}}}
     more: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False}
     more |= {"max_length": tokens + 8, "per_device_train_batch_size": 1}
     rows: list[dict[str, Any]] = [{"input_ids": [5] * tokens}] * 2

@@ -141,7 +141,8 @@ def verify_streaming(
 
     tiling is what `verify_family` has found, and shard as there.
     """
-    chunked = tiling | {"stream_chunk_tokens": _CHUNK_TOKENS}
+    memory = tiling.get("memory", {}) | {"stream_chunk_tokens": _CHUNK_TOKENS}
+    chunked = tiling | {"memory": memory}
     return _try(config, mesh, lambda model, core: shard(model, core, chunked))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -108,7 +108,7 @@ def simulate(
         wrap(
             model,
             mesh,
-            replace(options, compile=False),
+            options.changed(compile={"enable": False}),
             store=store,
             device_type="cuda" if on_gpu else "cpu",
             open_sequences=partial(_planned_sequences, tracker, costs, cuda=on_gpu),

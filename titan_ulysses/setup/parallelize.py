@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NoReturn
 
@@ -86,12 +85,15 @@ _REFUSED = {
 
 
 def parallelize(
-    model: PreTrainedModel, mesh: Mesh, options: ParallelOptions | None = None, **fields: Any
+    model: PreTrainedModel, mesh: Mesh, options: ParallelOptions | None = None, **keywords: Any
 ) -> PreTrainedModel:
     """Wrap model in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
-    Options are given as a ParallelOptions, as keywords that override its fields, or both:
-    `parallelize(model, mesh, offload="host")`.
+    The keywords are settings under the names that they have in a config file: the sections
+    `activation_checkpoint`, `memory` and `compile` as tables, and `attention`, `z_loss`,
+    `param_dtype` and `reduce_dtype` (see `ParallelOptions`, which may be given too):
+
+        parallelize(model, mesh, memory={"mlp_tile_tokens": 512}, param_dtype=torch.bfloat16)
 
     The model's forward then takes the batches of `shard` (see `forward.py`). Forward, backward,
     step and evaluation may follow in any order (see `guard`). Parameter names do not change. Save
@@ -101,10 +103,16 @@ def parallelize(
 
     Collective. UserError for a model or a core that would train wrongly.
     """
-    options = replace(options or ParallelOptions(), **fields).resolved(model.dtype)
+    options = (options or ParallelOptions()).changed(**keywords)
+    if "memory" in keywords and options.memory.optimizer_offload:
+        raise UserError(
+            "memory.optimizer_offload = true: it is about the optimizer that train.py makes, and "
+            "has no effect here. Leave it out."
+        )
+    options = options.resolved(model.dtype)
     check_family(model.config)
     check_dropout(model)
-    check_group(mesh, parameter_offload=options.parameter_offload)
+    check_group(mesh, parameter_offload=options.memory.parameter_offload)
     check_same_weights(model)
     is_checked = model.config.model_type in CHECKED_FAMILIES
     if (types := layer_types(model.config)) or model._is_stateful:
@@ -120,10 +128,10 @@ def parallelize(
             device_type=mesh.device.type,
             dtype=options.param_dtype,
         )
-        options = replace(options, attention=core)
-    store = None
+        options = options.changed(attention=core)
+    folder, store = options.activation_checkpoint.offload_folder, None
     if options.store != "none":
-        store = open_store(options.store, options.offload_folder, mesh.device)
+        store = open_store(options.store, folder, mesh.device)
     if not is_checked:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
@@ -137,40 +145,41 @@ def _verified(
     `verify_family` tries them on a tiny model of the family. UserError if there are none.
     """
     # Verification runs in fp64 and is about the family's code, so unrelated options are left out.
-    plain = replace(
-        options,
-        compile=False,
-        stream_chunk_tokens=-1,
-        stream_offload="none",
-        keep_attention="none",
-        z_loss=0.0,
-        parameter_offload=False,
-        param_dtype=None,
-        reduce_dtype=None,
+    plain = ParallelOptions(
+        activation_checkpoint=options.activation_checkpoint.model_copy(
+            update={"keep_attention": "none"}
+        ),
+        memory={
+            "loss_tile_tokens": options.memory.loss_tile_tokens,
+            "mlp_tile_tokens": options.memory.mlp_tile_tokens,
+            "stream_chunk_tokens": -1,
+        },
     )
 
     def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
-        options = replace(plain, attention=core, **tiling)
+        options = plain.changed(attention=core, **tiling)
         wrap(tiny, mesh, options, store=store, device_type=mesh.device.type)
 
     tiling = verify_family(config, mesh, shard, _tilings(options))
-    options = replace(options, **tiling)
+    options = options.changed(**tiling)
     if obstacle_to_streaming(config, options, mesh.device.type):
         return options
     reason = verify_streaming(config, mesh, shard, tiling)
     if reason is None:
         return options
-    if options.stream_chunk_tokens > 0 or options.stream_offload != "none":
+    if options.memory.stream_chunk_tokens > 0 or options.memory.stream_offload != "none":
         raise UserError(
             f'memory.stream_chunk_tokens: "{config.model_type}" does not train exactly chunk by '
             f'chunk: {reason.rstrip(".")}. Set it to "off", and memory.stream_offload to "none".'
         )
-    return replace(options, stream_chunk_tokens=-1, keep_attention="none")
+    return options.changed(
+        memory={"stream_chunk_tokens": -1}, activation_checkpoint={"keep_attention": "none"}
+    )
 
 
 def _tilings(options: ParallelOptions) -> Tilings:
     """Return the ways in which blocks of an unchecked family may be tiled, the best one first."""
-    whole = {"not tiled": {"mlp_tile_tokens": -1}}
+    whole = {"not tiled": {"memory": {"mlp_tile_tokens": -1}}}
     if not _tiles_mlp(options):
         return whole
     with_norms = {"tiled with its norms": {}}
@@ -199,21 +208,22 @@ def wrap(
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, options.attention)
     if _tiles_mlp(options):
-        tile_tokens = options.mlp_tile_tokens or automatic_mlp_tile(
+        tile_tokens = options.memory.mlp_tile_tokens or automatic_mlp_tile(
             model.config, options.param_dtype, device_type
         )
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
-    if options.compile:
+    if options.compile.enable:
         compile_blocks(blocks)
     model.stream_chunk_tokens = -1
     sequences: Sequences = ON_DEVICE
     if obstacle_to_streaming(model.config, options, device_type) is None:
         model.stream_chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type)
-        if (offload := options.stream_offload) != "none":
+        checkpoint = options.activation_checkpoint
+        if (offload := options.memory.stream_offload) != "none":
             check_stream_offload(model, offload)
             open_them = open_sequences or open_sequence_store
-            sequences = open_them(offload, options.offload_folder, mesh.device)
-        stream_blocks(blocks, sequences, keep_attention=options.keep_attention, store=store)
+            sequences = open_them(offload, checkpoint.offload_folder, mesh.device)
+        stream_blocks(blocks, sequences, keep_attention=checkpoint.keep_attention, store=store)
     use_loss_head(model, decoder, options, device_type)
     if isinstance(sequences, SequenceStore):
         offload_sequences(model, decoder, sequences)
@@ -247,8 +257,8 @@ def _chunk_tokens(options: ParallelOptions, degree: int, device_type: str) -> in
     With `stream_offload` on a GPU, copies of keys hide behind the attention of a chunk only if it
     has enough queries.
     """
-    chosen = options.stream_chunk_tokens
-    if chosen == 0 and options.stream_offload != "none" and device_type == "cuda":
+    chosen = options.memory.stream_chunk_tokens
+    if chosen == 0 and options.memory.stream_offload != "none" and device_type == "cuda":
         return max(AUTOMATIC_CHUNK_TOKENS * degree, _OFFLOADED_CHUNK_TOKENS)
     return chosen
 
@@ -258,9 +268,8 @@ def _tiles_mlp(options: ParallelOptions) -> bool:
 
     By default not without checkpoints: tiles would add a recomputation, which costs time.
     """
-    return options.mlp_tile_tokens > 0 or (
-        options.mlp_tile_tokens == 0 and options.checkpoint_every > 0
-    )
+    tokens = options.memory.mlp_tile_tokens
+    return tokens > 0 or (tokens == 0 and options.checkpoint_every > 0)
 
 
 def automatic_mlp_tile(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> int:
@@ -331,7 +340,7 @@ def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:
 
 
 def _offloading(options: ParallelOptions, mesh: Mesh) -> OffloadPolicy:
-    if not options.parameter_offload:
+    if not options.memory.parameter_offload:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
 
@@ -348,7 +357,7 @@ def use_loss_head(
     model.set_output_embeddings(
         LossHead(
             linear,
-            tile_tokens=options.loss_tile_tokens,
+            tile_tokens=options.memory.loss_tile_tokens,
             scale=shape.scale,
             softcap=shape.softcap,
             z_loss=options.z_loss,
