@@ -636,7 +636,7 @@ def run_and_die(config: Any, dies: bool) -> None:
     class Mortal(Trainer):
         def save(self) -> None:
             super().save()
-            if dies and self.step == 1:
+            if dies and self.state.step == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     with open(os.devnull, "w") as nothing, redirected(nothing):

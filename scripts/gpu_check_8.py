@@ -107,14 +107,15 @@ def step(scale: Scale, *, tokens: int, layers: int) -> Figures:
     split: Counter[str] = Counter()
 
     class Profiled(Trainer):
-        def _train_one_step(self, logger: Any) -> None:
-            if self.step == 0 or scale.rehearses:
-                return super()._train_one_step(logger)
+        def _step(self, batches: Any, lr: float) -> Any:
+            if self.state.step == 0 or scale.rehearses:
+                return super()._step(batches, lr)
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-                super()._train_one_step(logger)
+                metrics = super()._step(batches, lr)
                 torch.cuda.synchronize()
             for event in profiler.key_averages():
                 split[kind_of(event.key)] += event.self_device_time_total / 1e6
+            return metrics
 
     world = int(os.environ["WORLD_SIZE"])
     folder = os.environ["GPU_CHECK_FOLDER"]

@@ -90,12 +90,12 @@ def train_while_writing(config: Path, settings: Settings) -> dict[str, list[int]
 
     def slow(self: writing.Writer, step: int, *args: Any) -> str | None:
         [trainer] = made
-        seen["began"].append(trainer.step)
+        seen["began"].append(trainer.state.step)
         seen["threads"].append(threading.current_thread() is threading.main_thread())
         deadline = time.monotonic() + 30
-        while trainer.step < min(step + 1, 6) and time.monotonic() < deadline:
+        while trainer.state.step < min(step + 1, 6) and time.monotonic() < deadline:
             time.sleep(0.001)
-        seen["ended"].append(trainer.step)
+        seen["ended"].append(trainer.state.step)
         return write(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -149,7 +149,7 @@ def failing(config: Path, settings: Settings, *, times: int) -> tuple[str, list[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writing, "publish", full)
-        patch.setattr(Trainer, "_say", lambda self, text: said.append(f"{self.step}: {text}"))
+        patch.setattr(Trainer, "_say", lambda self, text: said.append(f"{self.state.step}: {text}"))
         try:
             message = refusal(config, settings)
         except AssertionError:
@@ -209,16 +209,16 @@ def test_a_disk_that_fills_up_under_the_thread_that_writes(
 
 def stopped(config: Path, settings: Settings) -> None:
     """SIGTERM in the middle of step 3."""
-    train_one_step = Trainer._train_one_step
+    step = Trainer._step
 
-    def signalled(trainer: Trainer, *args: Any) -> None:
-        if trainer.step == 2:
+    def signalled(trainer: Trainer, *args: Any) -> Any:
+        if trainer.state.step == 2:
             signal.raise_signal(signal.SIGTERM)
             time.sleep(0.1)
-        train_one_step(trainer, *args)
+        return step(trainer, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_one_step", signalled)
+        patch.setattr(Trainer, "_step", signalled)
         train(config, settings)
 
 

@@ -189,7 +189,8 @@ def test_a_run_on_two_ranks_is_that_of_one(tmp_path):
 
 
 def test_a_document_that_cannot_be_balanced_is_named_once():
-    from titan_ulysses.train.imbalance import Imbalance, expected_balance
+    from titan_ulysses.train.log import Imbalance
+    from titan_ulysses.train.summary import expected_balance
 
     sequences = PaddedSequences(corpus_of([64, *[1] * 7]), seq_len=64, seed=0, best_fit=False)
     lengths = {0: (64,)} | {place: (1,) * 64 for place in range(1, 8)}

@@ -15,7 +15,7 @@ from helpers.runs import Settings, train, write_run
 from titan_ulysses.checkpoint.disk import DiskNeeds, disk_needs
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.train import trainer
+from titan_ulysses.train import run_folder
 
 SETTINGS: Settings = {
     "parallelism.sequence_parallel_degree": 2,
@@ -33,7 +33,7 @@ def train_and_estimate(config: Path, settings: Settings) -> DiskNeeds:
     seen: list[DiskNeeds] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            trainer, "disk_needs", lambda *a, **k: seen.append(disk_needs(*a, **k)) or seen[0]
+            run_folder, "disk_needs", lambda *a, **k: seen.append(disk_needs(*a, **k)) or seen[0]
         )
         train(config, settings)
     return seen[0]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from titan_ulysses.train.trainer import Trainer
+from titan_ulysses.train.trainer import attention_kernel
 from titan_ulysses.ulysses import kernels
 from titan_ulysses.ulysses.cores import sdpa, varlen
 from titan_ulysses.ulysses.kernels import activate_fastest, active
@@ -97,7 +97,7 @@ def test_a_torch_without_the_switch(machine, monkeypatch):
 
 def chosen(core, own_process: bool) -> str | None:
     spec = SimpleNamespace(core=core, model_config=SimpleNamespace(head_dim=64, model_type="x"))
-    return Trainer._choose_kernel(SimpleNamespace(spec=spec, _own_process=own_process))
+    return attention_kernel(spec, may_activate=own_process)
 
 
 def test_only_the_process_of_a_run_is_changed(machine):

@@ -159,12 +159,12 @@ def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
     (folder / "empty.toml").touch()
     trainer = Trainer(load_config(folder / "empty.toml", (place | wanted | mesh).items()))
     gradients: list[Named] = []
-    named = [(n, p) for n, p in hf.named_parameters(trainer.model) if p.requires_grad]
+    named = [(n, p) for n, p in hf.named_parameters(trainer.state.model) if p.requires_grad]
 
     def note(*_: Any) -> None:
         gradients.append({name: p.grad.full_tensor() for name, p in named})
 
-    trainer.optimizer.register_step_pre_hook(note)
+    trainer.state.optimizer.register_step_pre_hook(note)
     trainer.train()
     dist.barrier()  # rank 0 writes what all of them read
     lines = [line for line in logged(folder / "run") if "loss" in line]
@@ -181,8 +181,8 @@ def train(folder: Path, wanted: Settings, degrees: Degrees = ONE) -> Trained:
 def sharded_models(trainer: Any) -> list[PreTrainedModel]:
     """The models on a trainer's mesh that are alive."""
     gc.collect()
-    models = [x for x in gc.get_objects() if type(x) is type(trainer.model)]
-    return [x for x in models if getattr(x, "ulysses_mesh", None) is trainer.mesh]
+    models = [x for x in gc.get_objects() if type(x) is type(trainer.state.model)]
+    return [x for x in models if getattr(x, "ulysses_mesh", None) is trainer.state.mesh]
 
 
 def encoded(*texts: str, ends: bool = True) -> Tensor:
@@ -413,12 +413,12 @@ def test_a_resumed_run_goes_on(
 
 
 def test_another_reference_is_said() -> None:
-    from titan_ulysses.train.resume import warnings_of
+    from titan_ulysses.train.run_folder import warnings_of
 
     config = load_config_of({"model.config": TINY})
     for saved in ({"beside": 7}, {}):
-        assert not warnings_of(config, 2, saved, content={}, beside=7)
-    (warning,) = warnings_of(config, 2, {"beside": 7}, content={}, beside=8)
+        assert not warnings_of(config, 2, saved, content={}, frozen_weights=7)
+    (warning,) = warnings_of(config, 2, {"beside": 7}, content={}, frozen_weights=8)
     assert "the reference or teacher is not the one" in warning
 
 

@@ -22,7 +22,7 @@ from helpers.runs import Settings, learned, logged, refusal, train, write_run
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.seeds import seed_of
-from titan_ulysses.observability.spikes import LossSpikes
+from titan_ulysses.observability.metrics import LossSpikes
 from titan_ulysses.train import trainer as trainer_module
 from titan_ulysses.train.trainer import Trainer
 from titan_ulysses.ulysses.cores import sdpa
@@ -171,10 +171,10 @@ def test_one_step_too_many_ends_the_run(tmp_path: Path) -> None:
 def documents_of(config: Path, settings: Settings, step: int) -> str:
     """The documents of a step, counted by hand from the loader of another run."""
     trainer = Trainer(load_config(config, (settings | {"job.name": "other"}).items()))
-    corpus = trainer.loader.sequences.corpus
+    corpus = trainer.state.loader.sequences.corpus
     names = []
     for index in range(8 * (step - 1), 8 * step):
-        sample = trainer.loader.sequences[index]
+        sample = trainer.state.loader.sequences[index]
         at = 0
         for length in sample.document_lengths:
             ids = sample.input_ids[at : at + length].numpy()
@@ -251,22 +251,24 @@ def refused_after_a_bad_update(
     """The refusal of a run that gets a signal in a step whose update is bad on one rank: of the
     parameters, which no loss shows, or of the second moment, which none ever shows.
     """
-    train_one_step = Trainer._train_one_step
+    step = Trainer._step
 
-    def spoiling(trainer: Trainer, *args: Any) -> None:
-        is_bad = trainer.step + 1 == BAD_UPDATE
+    def spoiling(trainer: Trainer, *args: Any) -> Any:
+        state = trainer.state
+        is_bad = state.step + 1 == BAD_UPDATE
         if is_bad and number is not None:
             signal.raise_signal(number)
             time.sleep(0.1)  # until the thread that listens to signals has noted it
-        train_one_step(trainer, *args)
+        metrics = step(trainer, *args)
         if is_bad and dist.get_rank() == 1:
-            trained = [p for p in trainer.model.parameters() if p.requires_grad]
+            trained = [p for p in state.model.parameters() if p.requires_grad]
             p = max(trained, key=lambda p: p.to_local().numel())
-            spoiled = p.detach() if of == "parameter" else trainer.optimizer.state[p]["exp_avg_sq"]
+            spoiled = p.detach() if of == "parameter" else state.optimizer.state[p]["exp_avg_sq"]
             spoiled.to_local()[-1] = float("inf")
+        return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_one_step", spoiling)
+        patch.setattr(Trainer, "_step", spoiling)
         return refusal(config, settings)
 
 

@@ -262,7 +262,7 @@ def resume_changed(config: Path, settings: Settings) -> tuple[str, list[str], in
         patch.setattr(Trainer, "_say", lambda self, text: said.append(text))
         try:
             trainer = Trainer(load_config(config, settings.items()))
-            first = trainer.step
+            first = trainer.state.step
             trainer.train()
         except UserError as error:
             return str(error), said, -1

@@ -47,7 +47,14 @@ from titan_ulysses.model import hf
 from titan_ulysses.observability.metrics import PeakMemory, attention_flops, flops_per_token
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
-from titan_ulysses.train.step import clip_gradients, gradient_norms, learning_rate, train_step
+from titan_ulysses.train.preflight import timeout_of_step
+from titan_ulysses.train.step import (
+    StepMetrics,
+    clip_gradients,
+    gradient_norms,
+    learning_rate,
+    train_step,
+)
 from titan_ulysses.train.trainer import Trainer
 
 MESHES = {  # dp_replicate, dp_shard, sp
@@ -334,15 +341,15 @@ def test_log_interval_and_the_last_step(tmp_path: Path) -> None:
 
 def stopped_by_a_signal(config: Path, settings: Settings, *, after: int) -> str:
     """The refusal of a run that gets SIGTERM while it makes this step."""
-    train_one_step = Trainer._train_one_step
+    step = Trainer._step
 
-    def signalled(trainer: Trainer, *args) -> None:
-        if trainer.step + 1 == after:
+    def signalled(trainer: Trainer, *args) -> StepMetrics:
+        if trainer.state.step + 1 == after:
             signal.raise_signal(signal.SIGTERM)
-        train_one_step(trainer, *args)
+        return step(trainer, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_train_one_step", signalled)
+        patch.setattr(Trainer, "_step", signalled)
         return refusal(config, settings)
 
 
@@ -642,12 +649,9 @@ def timeout_of(chosen: float, planned: float | None) -> tuple[float, list[str]]:
     """The timeout of this rank, and what it says; only rank 0 has a plan."""
     said: list[str] = []
     has_plan = planned is not None and dist.get_rank() == 0
-    run = SimpleNamespace(
-        config=Config.model_validate({"comm": {"timeout_s": chosen}}),
-        preflight=SimpleNamespace(planned_seconds=planned) if has_plan else None,
-        _say=said.append,
-    )
-    return Trainer._timeout(run), said
+    config = Config.model_validate({"comm": {"timeout_s": chosen}})
+    preflight = SimpleNamespace(planned_seconds=planned) if has_plan else None
+    return timeout_of_step(config, preflight, say=said.append), said
 
 
 def test_ranks_wait_as_long_as_planned_steps_take() -> None:

@@ -45,7 +45,7 @@ def main() -> None:
         settings = SMALLER_STEP | {"job.dump_folder": temporary, "model.config": shape}
         trainer = Trainer(load_config(QUICKSTART, settings.items()))
         trainer.train()
-        numbers = sum(p.numel() for p in trainer.model.parameters())
+        numbers = sum(p.numel() for p in trainer.state.model.parameters())
         at_once, pauses, written = [], [], []
         for _ in range(options.rounds):
             at_once.append(seconds_of_save(trainer, in_background=False))
@@ -64,7 +64,7 @@ def main() -> None:
 
 def seconds_of_save(trainer: Trainer, *, in_background: bool) -> float:
     """Save a further step, and return for how long the caller waited."""
-    trainer.step += 1
+    trainer.state.step += 1
     trainer.checkpointer.in_background = in_background
     started = time.perf_counter()
     trainer.save()

@@ -69,6 +69,7 @@ _LAYER_BYTES = 12 * (4 * 256**2 + 3 * 256 * 1024)
 def starts(folder: Path, mib: int, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Return the seconds of starts of a resumed run, with and without comparing hashes."""
     from titan_ulysses.config.load import load_config
+    from titan_ulysses.train import trainer as trainer_module
     from titan_ulysses.train.trainer import Trainer
 
     (folder / "text.txt").write_text("in the beginning was the word. " * 100)
@@ -81,11 +82,11 @@ def starts(folder: Path, mib: int, rounds: int) -> dict[str, list[tuple[float, f
 
     def start() -> None:
         # The plan is made by another process meanwhile, which takes longer than all the rest.
-        without_plan = mock.patch.object(Trainer, "_start_preflight", lambda self: None)
+        without_plan = mock.patch.object(trainer_module, "start_preflight", lambda state: None)
         with redirect_stdout(StringIO()), without_plan:
             trainer = Trainer(config)
-        assert trainer.step == 1
-        trainer._run_folder.release()
+        assert trainer.state.step == 1
+        trainer.run_folder.release()
 
     for _ in range(rounds):
         with ExitStack() as stack:

@@ -138,10 +138,10 @@ def see(folder: Path, environment: dict[str, str], *, watch: str = "") -> Seen:
             config = load_config("run.toml")
             run = Trainer(config)
             seen.facts["startup_timeouts"] = _timeouts(run)
-            seen.initial = _whole(run.model)
+            seen.initial = _whole(run.state.model)
             with _watching(watch, seen.facts), _stopped(config):
                 run.train()
-            seen.weights = _whole(run.model)
+            seen.weights = _whole(run.state.model)
             seen.facts |= _look_around(run)
         except UserError as error:
             seen.refused = str(error)
@@ -247,7 +247,7 @@ def _timeouts(run: Trainer) -> set[float]:
     """The seconds that each process group of the mesh waits for a rank."""
     from titan_ulysses.distributed.mesh import timeout_of
 
-    mesh = run.mesh
+    mesh = run.state.mesh
     groups = [
         group for part in (mesh.world, mesh.fsdp, mesh.batch) for group in part.get_all_groups()
     ]
@@ -258,7 +258,7 @@ def _look_around(run: Trainer) -> dict[str, Any]:
     """What a run has made of its process."""
     import torch
 
-    segments = (getattr(module, "checkpoint_segment", None) for module in run.model.modules())
+    segments = (getattr(module, "checkpoint_segment", None) for module in run.state.model.modules())
     stores = {id(segment.store): segment.store for segment in segments if segment and segment.store}
     maps = Path("/proc/self/maps")
     gc.collect()  # else files of earlier runs may still be mapped

@@ -11,9 +11,10 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +25,19 @@ from titan_ulysses.distributed.device import module_of
 from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
-from titan_ulysses.observability.spikes import WINDOW, LossSpikes
 from titan_ulysses.observability.wandb import WandbRun
 from titan_ulysses.ulysses.linear_attention import recurrence_flops
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedConfig
+
+_SPIKE_WINDOW = 32
+"""How many logged losses the median is of."""
+_SPIKE_LEAST = 16
+"""So many losses must be known before one can be a spike."""
+_SPIKE_DEVIATIONS = 8.0
+_SPIKE_FLAT = 0.02
+"""The least deviation, as a fraction of the median: a flat loss must not make noise a spike."""
 
 
 def flops_per_token(model: nn.Module) -> int:
@@ -125,6 +133,28 @@ class PeakMemory:
             files = 0
         self._peak = max(self._peak, now - files, peak - max(files, self._files))
         self._files = files
+
+
+class LossSpikes:
+    """Says of each logged loss whether it is a spike, given those logged `earlier`.
+
+    That is more than 8 median absolute deviations, scaled to a standard deviation, above the
+    median of the last 32 finite losses. A level that stays is the median after 16 of them.
+    """
+
+    def __init__(self, earlier: Iterable[float] = ()):
+        self._last: deque[float] = deque(earlier, maxlen=_SPIKE_WINDOW)
+
+    def is_spike(self, loss: float) -> bool:
+        if not math.isfinite(loss):
+            return True
+        known = [*self._last]
+        self._last.append(loss)
+        if len(known) < _SPIKE_LEAST:
+            return False
+        middle = median(known)
+        deviation = 1.4826 * median(abs(one - middle) for one in known)
+        return loss - middle > _SPIKE_DEVIATIONS * max(deviation, _SPIKE_FLAT * abs(middle))
 
 
 class MetricsLogger:
@@ -267,7 +297,7 @@ def _reopen(path: Path, *, before: int) -> tuple[IO[str], int, list[float]]:
     A last line that a killed run left incomplete is dropped. Return the file, how many other
     lines were dropped because they are not objects with a step, and the last losses that are kept.
     """
-    dropped, losses = 0, deque[float](maxlen=WINDOW)
+    dropped, losses = 0, deque[float](maxlen=_SPIKE_WINDOW)
     if path.exists():
         with whole_file(path) as aside, open(path, "rb") as old, open(aside, "wb") as new:
             for line in old:

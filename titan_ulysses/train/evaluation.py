@@ -305,6 +305,11 @@ class Best:
         return False
 
     @property
+    def kept_step(self) -> int | None:
+        """The step of the best checkpoint, if it is kept and there is one."""
+        return self.step if self.keeps else None
+
+    @property
     def ends_run(self) -> bool:
         return 0 < self.patience <= self.waited
 

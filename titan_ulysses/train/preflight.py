@@ -1,8 +1,8 @@
-"""The plan of a real run, made by a separate process while the run starts.
+"""The plan of a run that starts, made by a separate process; and what to lower if memory is out.
 
 The planner needs a default process group of its own, and the run's process already has one.
 
-    preflight = Preflight(config, model_bytes=...)   on rank 0, before weights are filled
+    preflight = start_preflight(state)               before weights are filled; None but on rank 0
     preflight.lines()                                before the first step: the plan
     preflight.planned_seconds                        after the first step: that of a step
     preflight.news()                                 later: the plan, if it was not ready then
@@ -17,12 +17,22 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.device import module_of
+from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.launch.nodes import ranks_per_node
 from titan_ulysses.memory.offload import available_host_memory
 from titan_ulysses.observability.units import size_text, time_text
+from titan_ulysses.train.step import TrainState
+from titan_ulysses.ulysses.cores import varlen
+from titan_ulysses.ulysses.kernels import active
 
 _TIMEOUT_S = 30.0
 """Seconds that the first step waits for a plan that is not ready."""
@@ -34,15 +44,60 @@ _SMALL = 0.02
 
 On a CPU, if weights and optimizer take less, a plan is not worth the seconds that it costs.
 """
+_OF_CPU = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_REMEDIES = {
+    "parameters": "use more ranks (parallelism.data_parallel_shard_degree), or set "
+    "memory.parameter_offload = true",
+    "optimizer state": 'set memory.optimizer_offload = true, or optimizer.name = "adamw8bit"',
+    "checkpoints": 'set activation_checkpoint.offload = "host"',
+    "loss head": "lower memory.loss_tile_tokens",
+    "MLP": "lower memory.mlp_tile_tokens",
+}
+"""What lowers a component of the plan most."""
+_ALWAYS = (
+    "lower training.seq_len or training.local_batch_size, or raise "
+    "parallelism.sequence_parallel_degree"
+)
 
 
-def timeout_of_step(seconds: float) -> float:
-    """Return how long a rank waits for another one where a step is planned to take `seconds`.
+def start_preflight(state: TrainState) -> Preflight | None:
+    """Start to plan a run, on rank 0, while its weights are filled."""
+    if dist.get_rank():
+        return None
+    device, parameters = state.mesh.device, state.model.parameters()
+    gpu = None if device.type == "cpu" else module_of(device).get_device_properties(device)
+    return Preflight(
+        state.config,
+        world_size=dist.get_world_size(),
+        # 16 bytes: parameter, gradient and two moments in fp32.
+        model_bytes=sum(p.numel() * (16 if p.requires_grad else p.itemsize) for p in parameters),
+        gpu_memory=gpu and gpu.total_memory,
+        gpu=gpu.name if gpu else "",
+        attention_kernel=active() if state.spec.core is varlen else "auto",
+    )
+
+
+def timeout_of_step(
+    config: Config, preflight: Preflight | None, *, say: Callable[[str], None]
+) -> float:
+    """Return how long a rank waits for another one: comm.timeout_s, or what follows from the plan.
 
     NCCL counts from when a collective is enqueued, not from when it starts. A rank may enqueue one
     almost a step before it starts, and a step may take twice as long as planned. Twice that.
+    Collective: rank 0 has the plan.
     """
-    return max(_LEAST_TIMEOUT_S, 4 * seconds)
+    if config.comm.timeout_s > 0:
+        return config.comm.timeout_s
+    planned = torch.tensor(preflight.planned_seconds if preflight else 0.0, dtype=torch.float64)
+    dist.broadcast(planned, src=0)
+    timeout = 4 * planned.item()
+    if timeout <= _LEAST_TIMEOUT_S:
+        return _LEAST_TIMEOUT_S
+    say(
+        f"comm.timeout_s: {timeout:,.0f} s, four times the planned step of "
+        f"{time_text(planned.item())}"
+    )
+    return timeout
 
 
 class Preflight:
@@ -260,3 +315,34 @@ class Preflight:
 
 def _gib(gib: float) -> str:
     return size_text(gib * 2**30)
+
+
+@contextmanager
+def explained_out_of_memory(
+    part: Callable[[], str], preflight: Callable[[], Preflight | None]
+) -> Iterator[None]:
+    """Turn an error for lack of memory into a UserError that says what to lower.
+
+    part: returns what the run is in, in words; preflight: returns its plan. Both are called then.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(error, part(), preflight()) from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _OF_CPU):
+            raise
+        raise _out_of_memory(error, part(), preflight()) from error
+
+
+def _out_of_memory(error: BaseException, part: str, preflight: Preflight | None) -> UserError:
+    place = "GPU" if isinstance(error, torch.OutOfMemoryError) else "host"
+    plan = preflight.plan if preflight else None
+    remedies, components = [], ""
+    if preflight and plan is not None:
+        remedies = [_REMEDIES[name] for name in plan["components"] if name in _REMEDIES][:2]
+        components = f"\n{preflight.components()}"
+    return UserError(
+        f"out of {place} memory in {part or 'the start'} ({one_line(error)}). To need less, "
+        f"{'; '.join([*remedies, _ALWAYS])}. `train.py --plan` says what fits.{components}"
+    )

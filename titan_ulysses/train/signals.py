@@ -47,6 +47,21 @@ class StopSignals:
     def received(self) -> bool:
         return self._first is not None
 
+    def why_ended(self, step: int, *, saves: bool, another_host_joins: bool) -> tuple[str, bool]:
+        """Return why the run stops after `step`, and whether to ask the launcher to start it again.
+
+        The ranks of an elastic run ask for that if another host joins, and if a signal stops the
+        ranks of another host only.
+        """
+        ended = f"{'saved' if saves else 'stopped'} after step {step}"
+        elastic = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+        if another_host_joins:
+            return f"Another host joins: {ended}, and all hosts start from there.", True
+        if elastic and not self.received:
+            return f"Another host was stopped by a signal: {ended}, and the others go on.", True
+        goes_on = "The same command goes on from there." if saves else "Nothing is saved."
+        return f"Stopped by a signal after step {step}. {goes_on}", False
+
     def __enter__(self) -> StopSignals:
         # The interpreter writes each signal's number to the socket when the signal arrives.
         self._reader, self._writer = socket.socketpair()
@@ -86,6 +101,15 @@ class StopSignals:
             if sys.stdout.isatty():
                 os.write(1, b"\x1b[?25h\n")  # show the cursor that a progress bar has hidden
             os._exit(128 + signal.SIGINT)
+
+
+def describe_signal(name: str, part: str, *, saves: bool) -> str:
+    """Return what a signal leads to, while the run is in `part`."""
+    if name == HOSTS_CHANGE.name:
+        name = "Notice that another host joins"
+    then = "then saving a checkpoint" if saves else "and nothing is saved"
+    again = " Ctrl-C again ends at once, without one." if name == "SIGINT" else ""
+    return f"{name} received: stopping after {part}, {then}.{again}"
 
 
 def _nothing(*_) -> None:

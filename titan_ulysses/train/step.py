@@ -1,14 +1,12 @@
-"""One optimizer step over its micro-batches, and its learning rate.
-
-A step runs forward and backward for each micro-batch, clips the gradients, and runs the optimizer.
-"""
+"""The state of a run (`TrainState`), one optimizer step (`train_step`), and its learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,16 +16,61 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from titan_ulysses.config.schema import Config
-from titan_ulysses.data.loader import Batch
+from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.tiled import tiles
+from titan_ulysses.train.evaluation import Best
 from titan_ulysses.train.loss import CrossEntropy, Loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from titan_ulysses.setup.resolve import RunSpec
 
 _NORM_PART = 2**20
 """Elements of a gradient that are copied to fp64 at once (8 MiB).
 
 Larger copies are slower on a CPU.
 """
+
+
+@dataclass
+class TrainState:
+    """What a run is made of and how far it is. The parts of `Trainer` share it."""
+
+    spec: RunSpec
+    mesh: Mesh
+    model: PreTrainedModel
+    loss: Loss
+    loader: Loader | None
+    """the training data; None where the run only evaluates"""
+    validation_loaders: dict[str, Loader]
+    """the held-out data by name; "" where it is no named set"""
+    best: Best
+    float8_layers: int
+    """linear layers that compute in float8"""
+    attention_kernel: str | None
+    """which FlashAttention is called, as a sentence; None where that is no question"""
+    optimizer: torch.optim.Optimizer | None = None
+    """None where the run only evaluates"""
+    step: int = 0
+    """steps that are done"""
+    skipped: int = 0
+    """those of them that changed nothing, because their numbers were not finite"""
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ends here: at its last step, or because validations get no better."""
+        return self.step >= self.config.training.steps or self.best.ends_run
+
+    @property
+    def step_to_export(self) -> int:
+        """The step whose model is exported: the best one if it is kept, else the last one."""
+        return self.step if self.best.kept_step is None else self.best.kept_step
 
 
 class StepMetrics(NamedTuple):

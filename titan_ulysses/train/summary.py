@@ -6,7 +6,7 @@ Before the first step it prints its setup, and after the last one where its file
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from rich import markup
 from rich.console import Console
@@ -22,102 +22,91 @@ from titan_ulysses.observability.metrics import describe_parameters
 from titan_ulysses.observability.page import PAGE
 from titan_ulysses.optim.adamw import missing_compiler
 from titan_ulysses.setup.options import obstacle_to_streaming
-from titan_ulysses.train.imbalance import expected_balance
 from titan_ulysses.ulysses.heads import idle_ranks
 from titan_ulysses.ulysses.linear_attention import describe_layers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-    from transformers import PreTrainedModel
-
-    from titan_ulysses.config.schema import Config
-    from titan_ulysses.config.validate import MeshDegrees
     from titan_ulysses.data.loader import Loader
-    from titan_ulysses.distributed.mesh import Mesh
-    from titan_ulysses.observability.metrics import PeakMemory
-    from titan_ulysses.setup.resolve import RunSpec
-    from titan_ulysses.train.evaluation import Best
-    from titan_ulysses.train.loss import Loss
+    from titan_ulysses.train.step import TrainState
+
+_BALANCED_STEPS = 10
+"""How many steps `expected_balance` looks at."""
 
 
-class Run(Protocol):
-    """The attributes of a `Trainer` that are used here."""
-
-    config: Config
-    spec: RunSpec
-    degrees: MeshDegrees
-    folder: Path
-    console: Console
-    mesh: Mesh
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer | None
-    loader: Loader | None
-    validation_loaders: dict[str, Loader]
-    step: int
-    best: Best
-    float8_layers: int
-    loss: Loss
-    attention_kernel: str | None
-    plan_lines: list[str]
-    peak_memory: PeakMemory
-
-
-def print_run_summary(run: Run) -> None:
+def print_run_summary(
+    state: TrainState, console: Console, *, plan: list[str], counts_files: bool
+) -> None:
     """Print the model, the data, the mesh, choices made for the user, and the plan.
 
-    The origin of the weights is printed too.
+    The origin of the weights is printed too. counts_files: see `PeakMemory`.
     """
-    d, t, mesh = run.degrees, run.config.training, run.mesh
-    beginning = describe_initial_weights(run.config, run.step) if run.loader else ""
-    spread = expected_balance(run.loader) if run.loader else None
-    run.console.print(
-        f"[bold]{markup.escape(run.config.job.name)}[/]: {hf.class_name(run.model)}, "
-        f"{describe_parameters(run.model)}\n"
-        f"{markup.escape(_data(run))}\n"
-        f"mesh: dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence} on "
-        f"{mesh.device.type}; "
-        f"{t.seq_len:,} tokens a sequence, {t.seq_len // d.sequence:,} a rank; "
-        f"{d.global_batch_size} sequence(s) "
-        f"a step ({d.accumulation_steps} accumulated)\n{markup.escape(run.spec.core_reason)}"
-        + (f"\n{markup.escape(run.attention_kernel)}" if run.attention_kernel else "")
-        + (f"\n{spread}" if spread else "")
-        + "".join(f"\n{line}" for line in _choices(run))
-        + (f"\n{markup.escape(beginning)}" if beginning else "")
-        + "".join(f"\n{markup.escape(line)}" for line in run.plan_lines),
-        highlight=False,
-        soft_wrap=not run.console.is_terminal,
+    config, degrees, loader = state.config, state.spec.degrees, state.loader
+    seq_len = config.training.seq_len
+    lines = [
+        f"[bold]{markup.escape(config.job.name)}[/]: {hf.class_name(state.model)}, "
+        f"{describe_parameters(state.model)}",
+        markup.escape(_data(state)),
+        f"mesh: dp_replicate {degrees.replicate} x dp_shard {degrees.shard} x sp "
+        f"{degrees.sequence} on {state.mesh.device.type}; "
+        f"{seq_len:,} tokens a sequence, {seq_len // degrees.sequence:,} a rank; "
+        f"{degrees.global_batch_size} sequence(s) "
+        f"a step ({degrees.accumulation_steps} accumulated)",
+        markup.escape(state.spec.core_reason),
+        markup.escape(state.attention_kernel or ""),
+        (expected_balance(loader) if loader else None) or "",
+        *_choices(state),
+        *_choices_of_device(state, counts_files=counts_files),
+        markup.escape(describe_initial_weights(config, state.step) if loader else ""),
+        *map(markup.escape, plan),
+    ]
+    text = "\n".join(filter(None, lines))
+    console.print(text, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def expected_balance(loader: Loader) -> str | None:
+    """Return a sentence about the next steps; None where their balance is not known, or where one
+    rank reads all data.
+    """
+    shares = [step.shares for step in loader.next_steps(_BALANCED_STEPS)]
+    known = [one for one in shares if one is not None]
+    if len(known) < len(shares):
+        return None
+    dealt, before = (
+        sum(getattr(one, name) for one in known) / len(known) for name in ("balance", "in_order")
+    )
+    return (
+        f"balance: in the next {len(known)} steps, attention takes {dealt:.3f} times as long as "
+        f"evenly spread over the data-parallel ranks (in the order of the data {before:.3f})"
     )
 
 
-def _data(run: Run) -> str:
+def _data(state: TrainState) -> str:
     """Return a line about the training data, and one about each named validation set."""
-    sets = {name: one.sequences.describe() for name, one in run.validation_loaders.items()}
+    sets = {name: one.sequences.describe() for name, one in state.validation_loaders.items()}
     lines = [f"validation set {name}: {described}" for name, described in sets.items() if name]
-    loader = run.loader or run.validation_loaders.get("")
+    loader = state.loader or state.validation_loaders.get("")
     return "\n".join([*([f"data: {loader.sequences.describe()}"] if loader else []), *lines])
 
 
-def _choices(run: Run) -> list[str]:
+def _choices(state: TrainState) -> list[str]:
     """Return a line for each choice made for the user and for each setting without effect."""
-    memory = run.config.memory
-    tokens = run.spec.local_tokens
-    degree = run.degrees.sequence
-    lines = []
-    streaming = _streaming(run)
-    idle = idle_ranks(getattr(run.model.config, "num_attention_heads", degree), degree)
+    config, memory, model = state.config, state.config.memory, state.model
+    degree, tokens, lines = state.spec.degrees.sequence, state.spec.local_tokens, []
+    streaming = _streaming(state)
+    idle = idle_ranks(getattr(model.config, "num_attention_heads", degree), degree)
     if idle and not streaming.startswith("streamed"):
         lines.append(f"[bold]{idle}[/]")
-    ranks = run.mesh.world.size()
+    ranks = state.mesh.world.size()
     if across := spans_nodes(sequence=degree, world_size=ranks, per_node=ranks_per_node(ranks)):
         lines.append(f"[bold]{across}[/]")
-    if whole := run.spec.part_of:
+    if whole := state.spec.part_of:
         lines.append(
             f"{whole} is multi-modal: its text part alone is trained and exported, as a "
-            f"{run.spec.model_config.model_type}"
+            f"{state.spec.model_config.model_type}"
         )
-    if code := describe_unused_code(run.model.config):
+    if code := describe_unused_code(model.config):
         lines.append(markup.escape(code))
     if memory.mlp_tile_tokens > tokens:
         tile = memory.mlp_tile_tokens
@@ -125,15 +114,15 @@ def _choices(run: Run) -> list[str]:
             f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one "
             "tile"
         )
-    if about := run.loss.describe(run.config):
+    if about := state.loss.describe(config):
         lines.append(markup.escape(about))
-    if layers := describe_layers(run.model, run.mesh.device.type):
+    if layers := describe_layers(model, state.mesh.device.type):
         lines.append(markup.escape(layers))
     if streaming:
         lines.append(streaming)
     if not streaming.startswith("streamed"):
         unused = {
-            "activation_checkpoint.keep_attention": run.config.activation_checkpoint.keep_attention,
+            "activation_checkpoint.keep_attention": config.activation_checkpoint.keep_attention,
             "memory.stream_offload": memory.stream_offload,
         }
         lines += [
@@ -141,26 +130,26 @@ def _choices(run: Run) -> list[str]:
             for key, value in unused.items()
             if value != "none"
         ]
-    return lines + _choices_of_device(run)
+    return lines
 
 
-def _choices_of_device(run: Run) -> list[str]:
-    """Return those lines of `_choices` that are about devices, their memory, and the optimizer."""
-    memory, checkpoint, lines = run.config.memory, run.config.checkpoint, []
-    if checkpoint.enable and checkpoint.async_mode == "async" and run.optimizer is not None:
+def _choices_of_device(state: TrainState, *, counts_files: bool) -> list[str]:
+    """Return such lines about devices, their memory, and the optimizer."""
+    memory, checkpoint, lines = state.config.memory, state.config.checkpoint, []
+    if checkpoint.enable and checkpoint.async_mode == "async" and state.optimizer is not None:
         lines.append("checkpoints are written in the background, from a copy in host memory")
-    if run.mesh.device.type == "cuda":
+    if state.mesh.device.type == "cuda":
         lines.append(describe_allocator())
-    if quantized := describe_quantized(run.model):
+    if quantized := describe_quantized(state.model):
         lines.append(quantized)
-    if run.float8_layers:
-        lines.append(f"float8: {run.float8_layers} linear layers")
-        if not run.config.compile.enable:
+    if state.float8_layers:
+        lines.append(f"float8: {state.float8_layers} linear layers")
+        if not state.config.compile.enable:
             lines.append(
                 "[bold]float8 without compile.enable is slow[/]: scales and casts take several "
                 "passes a product. Set compile.enable = true"
             )
-    if run.mesh.device.type == "cpu":
+    if state.mesh.device.type == "cpu":
         on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
         lines += [
             f"memory.{name} changes nothing: the device is the CPU, all is in host memory"
@@ -170,11 +159,11 @@ def _choices_of_device(run: Run) -> list[str]:
         lines.append(
             "memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it"
         )
-    if run.peak_memory.counts_files:
+    if counts_files:
         lines.append(
             "peak memory counts the pages of mapped files too: this system does not tell them apart"
         )
-    if getattr(run.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
+    if getattr(state.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
         lines.append(
             f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"
         )
@@ -188,53 +177,53 @@ _PLACES = {
 }
 
 
-def _streaming(run: Run) -> str:
+def _streaming(state: TrainState) -> str:
     """Return a line about the chunks of a sequence; empty if nobody asked and there are none."""
-    setting, length = run.config.memory.stream_chunk_tokens, run.config.training.seq_len
-    wanted = chunk_length(setting, length, run.degrees.sequence)
-    if wanted is None:
-        rounded = f", rounded up for {run.degrees.sequence} ranks," if setting < length else ""
+    config, model, degree = state.config, state.model, state.spec.degrees.sequence
+    setting, length = config.memory.stream_chunk_tokens, config.training.seq_len
+    if chunk_length(setting, length, degree) is None:
+        rounded = f", rounded up for {degree} ranks," if setting < length else ""
         return (
             f"memory.stream_chunk_tokens = {setting}{rounded} is not less than training.seq_len = "
             f"{length}: one chunk, which is not streamed"
             if setting > 0
             else ""
         )
-    if run.model.stream_chunk_tokens == -1:
-        reason = obstacle_to_streaming(run.model.config, run.spec.options, run.mesh.device.type)
+    if model.stream_chunk_tokens == -1:
+        reason = obstacle_to_streaming(model.config, state.spec.options, state.mesh.device.type)
         return f"not streamed: {reason or 'this family does not train exactly chunk by chunk'}"
-    wanted = chunk_length(run.model.stream_chunk_tokens, length, run.degrees.sequence) or length
-    rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != wanted else ""
+    chunk = chunk_length(model.stream_chunk_tokens, length, degree) or length
+    rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != chunk else ""
     return (
-        f"streamed: {-(-length // wanted)} chunks of {wanted:,} tokens{rounded}, "
-        f"{wanted // run.degrees.sequence:,} a rank{_PLACES[run.config.memory.stream_offload]}"
+        f"streamed: {-(-length // chunk)} chunks of {chunk:,} tokens{rounded}, "
+        f"{chunk // degree:,} a rank{_PLACES[config.memory.stream_offload]}"
     )
 
 
-def print_completion(run: Run) -> None:
+def print_completion(state: TrainState, console: Console, folder: Path) -> None:
     """Print where all files that the run has written are."""
+    config = state.config
     lines = [
-        f"Done: {run.step} steps. In {run.folder}:",
+        f"Done: {state.step} steps. In {folder}:",
         "  config.toml, metrics.jsonl, tensorboard/",
     ]
-    if run.config.metrics.enable_report and (run.folder / PAGE).is_file():
+    if config.metrics.enable_report and (folder / PAGE).is_file():
         lines.append("  report.html  a page with its losses, memory, speed and balance")
-    if run.config.checkpoint.enable:
-        newest = f"{run.config.checkpoint.folder}/step-{run.step}"
+    if config.checkpoint.enable:
+        newest = f"{config.checkpoint.folder}/step-{state.step}"
         lines.append(
             f"  {newest}  from which the same command goes on with a larger training.steps"
         )
-        best = run.best.step if run.best.keeps else None
-        if best not in (None, run.step):
-            lines.append(f"  {run.config.checkpoint.folder}/step-{best}  the best one, exported")
-    if run.config.checkpoint.export:
+        if (best := state.step_to_export) != state.step:
+            lines.append(f"  {config.checkpoint.folder}/step-{best}  the best one, exported")
+    if config.checkpoint.export:
         lines.append("  export/  opens with AutoModelForCausalLM.from_pretrained")
-        if run.config.lora.rank:
+        if config.lora.rank:
             lines.append(
                 "  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this "
                 "began with"
             )
-    print_wrapped(run.console, "\n".join(lines))
+    print_wrapped(console, "\n".join(lines))
 
 
 def print_wrapped(console: Console, text: str) -> None:
