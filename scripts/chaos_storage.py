@@ -28,8 +28,7 @@ class _Stored(Disturbed):
 
     def flaw(self) -> str | None:
         """Return what is half-written or damaged in the run's folder, or None."""
-        from titan_ulysses.checkpoint.folder import STEP_FILE
-        from titan_ulysses.checkpoint.manifest import read_sealed_folder
+        from titan_ulysses.checkpoint.folder import exported_step
 
         if left := [*self.stored.rglob(".*.partial")]:
             return f"{left[0].name} is left"
@@ -37,7 +36,7 @@ class _Stored(Disturbed):
             if flaw := _flaw_of(step):
                 return f"{step.name}: {flaw}"
         export = self.stored / "export"
-        if export.exists() and read_sealed_folder(export, STEP_FILE) is None:
+        if export.exists() and exported_step(export) is None:
             return "export/ is not whole"
         return None
 
@@ -49,18 +48,14 @@ class _Stored(Disturbed):
 
 def _flaw_of(step: Path) -> str | None:
     """Return why a checkpoint is not whole, or None. Reads all of it."""
-    from titan_ulysses.checkpoint.manifest import Damage, check_piece, digest, pieces_by_place
-    from titan_ulysses.checkpoint.run_file import read_run_file
+    from titan_ulysses.checkpoint.manifest import Damage, expect_saved, saved_pieces
+    from titan_ulysses.checkpoint.step_folder import read_run_file
 
     try:
-        files = read_run_file(step)["files"]
-        known = pieces_by_place(files)
-        for (name, offset), (length, _) in known.items():
+        saved = saved_pieces(read_run_file(step)["files"])
+        for (name, offset), (length, _) in saved.items():
             data = (step / name).read_bytes()[offset : offset + length]
-            check_piece(name, offset, data, known)
-        for name, entry in files.items():
-            if "xxh3" in entry and digest((step / name).read_bytes()) != entry["xxh3"]:
-                return f"{name} has other bytes"
+            expect_saved(name, offset, data, saved)
     except (Damage, OSError) as error:
         return str(error)
     return None

@@ -23,7 +23,7 @@ from helpers.runs import Settings, learned, train, write_run
 from test_checkpoint import RUN_STATE, Run, assert_same, error_of, flip, no_space, rewrite
 from test_command_line import Launch, arguments
 from titan_ulysses.checkpoint.dcp import Checkpointer
-from titan_ulysses.checkpoint.weights import check_weights
+from titan_ulysses.checkpoint.initial import check_checkpoint
 from titan_ulysses.distributed.mesh import build_mesh, set_timeout, timeout_of
 from titan_ulysses.launch.failure import _lost_peer, goes_on
 
@@ -250,7 +250,7 @@ def save_on_two_hosts(folder: Path) -> dict[str, Any]:
 
     shared = Checkpointer(own, keep=0)
     found["shared"] = error_of(lambda: shared.load(3, other.model, other.optimizer))
-    found["initial"] = error_of(lambda: check_weights(str(own / "step-3")))
+    found["initial"] = error_of(lambda: check_checkpoint(str(own / "step-3")))
     return found
 
 

@@ -28,10 +28,10 @@ from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
 from titan_ulysses.memory.tiled import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
-    beside_hidden_states,
     check_family,
     head_of,
     layer_types,
+    other_block_outputs,
 )
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
@@ -237,7 +237,7 @@ def wrap(
 
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:
-        beside = beside_hidden_states(model.config)
+        beside = other_block_outputs(model.config)
         checkpoint_blocks(blocks, every=every, store=store, beside=beside, device=mesh.device)
     shard_root(model, shard)
     guard(model)
