@@ -12,7 +12,7 @@ overlap with both, in one stream for both directions.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -249,17 +249,6 @@ class Time:
         return _LIMITS.get(largest, "compute")
 
 
-@dataclass(frozen=True)
-class Offloaded:
-    """The bytes of one rank that are in host memory."""
-
-    checkpoints: float = 0
-    """activation checkpoints of all micro-batches of a step"""
-    parameters: float = 0
-    gradients: float = 0
-    optimizer_state: float = 0
-
-
 def kernel_rates(gpu: GPU, attention_kernel: str) -> dict[str, float]:
     """Return the rate of each kind in `KINDS`: FLOP/s of products, bytes/s of other kernels.
 
@@ -275,7 +264,7 @@ def step_time(
     exchanged: float,
     gathered: float,
     reduced: float = 0,
-    offloaded: Offloaded,
+    on_host: Mapping[str, float],
     gpu: GPU,
     links: Links,
     rates: dict[str, float],
@@ -283,7 +272,8 @@ def step_time(
     """Return the time of a step.
 
     exchanged and gathered: bytes of one rank in one step, of the exchanges and of FSDP's
-    collectives; reduced: those of the shards that are summed over replicas. Checkpoints are copied
+    collectives; reduced: those of the shards that are summed over replicas. on_host: its bytes in
+    host memory, by component, of the checkpoints those of all micro-batches. Checkpoints are copied
     to the host and back. Offloaded parameters are copied to the GPU twice, and their gradients to
     the host once. An optimizer that has only its state on the host fetches the state and sends it
     back. An optimizer whose parameters are on the host too runs there, at the speed of host memory.
@@ -302,20 +292,24 @@ def step_time(
     # Forward, recomputation and backward are taken to have a third of the exchanges each.
     forward = stages["forward"] + exchange / 3
     backward = stages["backward"] + 2 * exchange / 3
-    to_gpu, to_host = 2 * offloaded.parameters / gpu.host_link, offloaded.gradients / gpu.host_link
+    checkpoints, parameters, gradients, state = (
+        on_host.get(what, 0)
+        for what in ("checkpoints", "parameters", "gradients", "optimizer state")
+    )
+    to_gpu, to_host = 2 * parameters / gpu.host_link, gradients / gpu.host_link
     alone = links.world == 1
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu) + links.replica_seconds(reduced, gpu),
-        "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
-        "checkpoints back": offloaded.checkpoints / gpu.host_link,
+        "checkpoints to the host": checkpoints / gpu.host_link,
+        "checkpoints back": checkpoints / gpu.host_link,
         "parameters": to_host if alone else to_gpu + to_host,
         "hidden states": (cost.total(TO_DEVICE) + cost.total(OFF_DEVICE)) / gpu.host_link,
     }
-    if offloaded.parameters:
-        moved = 2 * (offloaded.parameters + offloaded.optimizer_state) + offloaded.gradients
+    if parameters:
+        moved = 2 * (parameters + state) + gradients
         update = moved * links.ranks_per_node / HOST_BANDWIDTH
     else:
-        update = 2 * offloaded.optimizer_state / gpu.host_link
+        update = 2 * state / gpu.host_link
     beside = {"checkpoints to the host": forward, "checkpoints back": backward}
     waits = {name: max(0.0, s - beside.get(name, forward + backward)) for name, s in hidden.items()}
     parts = {
