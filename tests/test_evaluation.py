@@ -31,7 +31,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.observability.metrics import describe_validation, short
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.evaluation import (
-    Evaluation,
+    TokenEvaluation,
     evaluate,
     held_out_batches,
     perplexity,
@@ -64,7 +64,7 @@ def sequences() -> PackedSequences:
 # --- the value ------------------------------------------------------------------------------------
 
 
-def by_plain_transformers(model: Any, texts: list[Encoded], *, seq_len: int) -> Evaluation:
+def by_plain_transformers(model: Any, texts: list[Encoded], *, seq_len: int) -> TokenEvaluation:
     """What the README says of data that is packed end to end.
 
     A piece ends where a document or a sequence does, and is a forward of its own, from position 0.
@@ -88,10 +88,10 @@ def by_plain_transformers(model: Any, texts: list[Encoded], *, seq_len: int) -> 
                     counts[place] += 1
             at, begin = at + end - begin, end
     ranges = [(edge, loss / n, n) for edge, loss, n in zip(edges, losses, counts, strict=True) if n]
-    return Evaluation(sum(losses) / sum(counts), sum(counts), -(-at // seq_len), ranges)
+    return TokenEvaluation(sum(losses) / sum(counts), sum(counts), -(-at // seq_len), ranges)
 
 
-def evaluated(cases: list[Case]) -> list[tuple[Evaluation, bool]]:
+def evaluated(cases: list[Case]) -> list[tuple[TokenEvaluation, bool]]:
     found = []
     for degrees, batch_size in cases:
         mesh = mesh_of(*degrees)

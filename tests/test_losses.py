@@ -32,7 +32,7 @@ from titan_ulysses.memory.losses import (
 )
 from titan_ulysses.memory.tiled import tiled
 from titan_ulysses.model import hf
-from titan_ulysses.train.log_probs import log_probs
+from titan_ulysses.train.evaluation import log_probs
 
 ROWS, TOKENS = 4, 22  # a multiple of no mesh's P but 1 and 2
 VOCABULARY = STARCODER2["vocab_size"]

@@ -47,7 +47,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.observability.metrics import PeakMemory, attention_flops, flops_per_token
 from titan_ulysses.optim.adamw import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
-from titan_ulysses.train.step import clip_gradients, gradient_norm, learning_rate, train_step
+from titan_ulysses.train.step import clip_gradients, gradient_norms, learning_rate, train_step
 from titan_ulysses.train.trainer import Trainer
 
 MESHES = {  # dp_replicate, dp_shard, sp
@@ -455,10 +455,10 @@ def test_the_norm_of_millions_of_numbers(dtype: torch.dtype) -> None:
     ]
     gradients[3] = gradients[3].t()  # not as it lies in memory
     exact = torch.cat([g.flatten() for g in gradients]).double().norm().item()
-    norm = gradient_norm(gradients)
+    norm = gradient_norms(gradients).total
     assert norm.item() == pytest.approx(exact, rel=1e-13 if dtype == torch.float64 else 1e-7)
     assert norm.dtype == torch.promote_types(dtype, torch.float32)
-    assert gradient_norm([]).item() == gradient_norm([torch.zeros(0)]).item() == 0
+    assert gradient_norms([]).total.item() == gradient_norms([torch.zeros(0)]).total.item() == 0
 
 
 def norm_of_a_step(degrees: tuple[int, int, int]) -> tuple[float, float]:

@@ -17,8 +17,7 @@ from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability.metrics import scalars
 from titan_ulysses.observability.pictures import COLORS
-from titan_ulysses.train.best import Best
-from titan_ulysses.train.evaluation import Evaluation, together
+from titan_ulysses.train.evaluation import Best, TokenEvaluation, together
 
 ROOT = Path(__file__).resolve().parent.parent
 SP2 = {"parallelism.sequence_parallel_degree": 2}
@@ -67,10 +66,10 @@ def test_each_set_has_the_loss_that_it_has_alone(tmp_path: Path) -> None:
 
 
 def test_sets_together() -> None:
-    one = Evaluation(2.0, 3, 1, [(0, 1.0, 1), (1, 2.5, 2)])
-    two = Evaluation(5.0, 1, 2, [(0, 5.0, 1)])
+    one = TokenEvaluation(2.0, 3, 1, [(0, 1.0, 1), (1, 2.5, 2)])
+    two = TokenEvaluation(5.0, 1, 2, [(0, 5.0, 1)])
     found = together([one, two])
-    assert found == Evaluation(2.75, 4, 3, [(0, 3.0, 2), (1, 2.5, 2)])
+    assert found == TokenEvaluation(2.75, 4, 3, [(0, 3.0, 2), (1, 2.5, 2)])
     assert together([one]) is one
 
 

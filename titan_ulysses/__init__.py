@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from titan_ulysses.distributed.errors import UserError
     from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.setup.parallelize import parallelize
-    from titan_ulysses.train.evaluation import score, whole_sequences
+    from titan_ulysses.train.evaluation import log_probs, score, whole_sequences
     from titan_ulysses.train.huggingface.trainer import UlyssesTrainer
-    from titan_ulysses.train.log_probs import log_probs
 
 __all__ = [
     "UlyssesTrainer",
@@ -55,7 +54,7 @@ _MODULE_OF = {
     "build_mesh": "distributed.mesh",
     "load_checkpoint": "checkpoint.saving",
     "local_slice": "data.adapter",
-    "log_probs": "train.log_probs",
+    "log_probs": "train.evaluation",
     "parallelize": "setup.parallelize",
     "save_checkpoint": "checkpoint.saving",
     "save_pretrained": "checkpoint.saving",

@@ -25,14 +25,13 @@ to the gap.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common import ROOT
+from common import ROOT, parser_of
 
 CONFIG = ROOT / "configs" / "llama3_8b.toml"
 OUTPUT = ROOT / "outputs" / "bench" / "alst_published.json"
@@ -311,9 +310,7 @@ def draw(steps: list[dict], path: Path) -> None:
 
 def main() -> None:
     tables = {"runs": runs, "ladder": ladder, "million": million, "longest": longest_streamed}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
     parser.add_argument(
         "--picture",

@@ -21,7 +21,7 @@ import time
 from statistics import median
 from typing import Any
 
-from common import ALLOCATOR, CACHING, launch, peak_memory, run, slope
+from common import ALLOCATOR, CACHING, launch, parser_of, peak_memory, run, slope
 
 BLOCK: dict[str, Any] = {
     "vocab_size": 256,
@@ -170,9 +170,7 @@ def documents_of(mesh: Any, length: int, chunk: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])

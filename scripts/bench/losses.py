@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common import ALLOCATOR, peak_memory, run, slope
+from common import ALLOCATOR, parser_of, peak_memory, run, slope
 
 HEAD = (
     "cross-entropy",
@@ -170,9 +170,7 @@ def measure(name: str, tile: int, args: argparse.Namespace) -> list[int] | str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=8192)

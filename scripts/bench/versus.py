@@ -30,7 +30,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from common import ALLOCATOR, CACHING, LLAMA, ROOT, launch, measure, run, slope, tell, training_step
+from common import (
+    ALLOCATOR,
+    CACHING,
+    LLAMA,
+    ROOT,
+    launch,
+    measure,
+    parser_of,
+    run,
+    slope,
+    tell,
+    training_step,
+)
 
 FOLDER = ROOT / "outputs" / "bench" / "versus"
 SMALL: dict[str, Any] = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
@@ -335,9 +347,7 @@ class Match:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS)
     )

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import LLAMA, batch_of, launch, run, sequence, tell
+from common import LLAMA, batch_of, launch, parser_of, run, sequence, tell
 from megatron import tensor_parallelize
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -299,9 +299,7 @@ def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--what", choices=["ranks", "plan", "both"], default="both")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192])

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.fields import expand_path
+from titan_ulysses.config.rules import problems_of
 from titan_ulysses.config.schema import KEYS, SECTIONS, Config, in_words, words_of
 from titan_ulysses.config.toml import excess, show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
@@ -50,7 +50,7 @@ def config_of(settings: dict[str, Any], overrides: Iterable[tuple[str, Any]] = (
     except ValidationError as error:
         lines = [_explain(e) for e in error.errors(include_url=False)]
         raise UserError("\n".join(lines), exit_code=2) from None
-    if problems := combination_problems(config):
+    if problems := problems_of(config):
         raise UserError("\n".join(problems), exit_code=2)
     return config
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from math import inf, sqrt
 from typing import Any
 
-from titan_ulysses.config.combinations import combination_problems
+from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
@@ -51,13 +51,7 @@ def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
     UserError where settings exclude each other, and where the sequence-parallel degree does not
     divide the number of ranks.
     """
-    table = setup.config.model_dump()
-    for key, value in changes.items():
-        section, name = key.split(".")
-        table[section][name] = value
-    config = Config.model_validate(table)
-    if problems := combination_problems(config):
-        raise UserError("\n".join(problems))
+    config = config_of(setup.config.model_dump(), changes.items())
     return replace(setup, spec=setup.spec.with_config(config, _degrees(setup, config, changes)))
 
 

@@ -52,7 +52,7 @@ from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
 from titan_ulysses.train.evaluation import pairs_of
-from titan_ulysses.train.loss import CrossEntropy, build_loss
+from titan_ulysses.train.loss import Loss, build_loss
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.states import replaced_functions
 
@@ -167,7 +167,7 @@ def _run_step(
     optimizer: torch.optim.Optimizer,
     mesh: Mesh,
     documents: Documents | None,
-    loss: CrossEntropy,
+    loss: Loss,
 ) -> Simulation:
     """Run the step on fake tensors, with one or two of its micro-batches."""
     accumulation = spec.degrees.accumulation_steps

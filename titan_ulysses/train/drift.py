@@ -22,7 +22,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model.freezing import bits
-from titan_ulysses.train.step import trained_state
+from titan_ulysses.train.nonfinite import trained_state
 
 
 class Run(Protocol):

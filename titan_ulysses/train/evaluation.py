@@ -1,11 +1,11 @@
-"""Evaluation of a sharded model without training it.
+"""Log-probabilities of whole sequences, and losses of held-out data that do not depend on the mesh.
 
-It computes log-probabilities, and losses that do not depend on the mesh.
+`log_probs` has gradients: it is for losses of whole completions, as DPO's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_ulysses.data.loader import Batch, Loader
+from titan_ulysses.config.schema import Config
+from titan_ulysses.data.loader import Loader
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, join_slices
+from titan_ulysses.memory.losses import TokenStatistics
 from titan_ulysses.observability.metrics import (
     describe_pairs,
     describe_validation,
@@ -43,6 +45,60 @@ def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     return join_slices(slices, chunk_tokens=batch.get("chunk_tokens"))
 
 
+def log_probs(
+    model: PreTrainedModel, batch: dict[str, Any], *, temperature: float = 1.0
+) -> TokenStatistics:
+    """Return the statistics of each label of a batch of `shard`, [B, S], on all its ranks.
+
+    S is the whole sequence, padded to a multiple of P. Entry t is about token t + 1. With gradient
+    if gradients are on: let every rank compute the same loss from its sequences, divided by what
+    all ranks count in the step (pairs, say), and call backward on it; gradients are summed over the
+    mesh. Collective.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "num_items_in_batch"}
+    local = model(**inputs, reduction="statistics", temperature=temperature)
+    return whole_statistics(local, model.ulysses_mesh, batch.get("chunk_tokens"))
+
+
+def whole_statistics(
+    local: dict[str, Tensor], mesh: Mesh, chunk_tokens: int | None, *, scale: float = 1.0
+) -> TokenStatistics:
+    """Return the statistics [B, S] of whole sequences, from those [B, T] of each rank's slice.
+
+    Their gradients are multiplied by scale on the way back. Collective.
+    """
+    fields = [local[name] for name in TokenStatistics._fields]
+    whole = _Join.apply(mesh, chunk_tokens, scale, *fields)
+    return TokenStatistics(*whole)
+
+
+class _Join(torch.autograd.Function):
+    """Joins the slices of tensors [B, T]; backward takes the slice of this rank."""
+
+    @staticmethod
+    def forward(ctx, mesh: Mesh, chunk_tokens: int | None, scale: float, *local: Tensor):
+        ctx.mesh, ctx.chunk_tokens, ctx.scale = mesh, chunk_tokens, scale
+        mine = torch.stack([x.to(local[0].dtype) for x in local])
+        slices = [torch.empty_like(mine) for _ in range(mesh.sp.size())]
+        dist.all_gather(slices, mine, group=mesh.sp.get_group())
+        whole = join_slices(slices, chunk_tokens=chunk_tokens, dim=2)
+        parts = tuple(w.to(x.dtype) for w, x in zip(whole.unbind(), local, strict=True))
+        flows = zip(parts, local, strict=True)
+        ctx.mark_non_differentiable(*(p for p, x in flows if not x.requires_grad))
+        ctx.set_materialize_grads(False)
+        return parts
+
+    @staticmethod
+    def backward(ctx, *upstream: Tensor | None):
+        grads = (
+            None
+            if g is None
+            else ctx.scale * ctx.mesh.local_slice(g, chunk_tokens=ctx.chunk_tokens)
+            for g in upstream
+        )
+        return None, None, None, *grads
+
+
 @contextmanager
 def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
     """Run a sharded model with P = 1 in this context: each rank has whole sequences of its own.
@@ -60,7 +116,7 @@ def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
         model.ulysses_mesh = sharded
 
 
-class Evaluation(NamedTuple):
+class TokenEvaluation(NamedTuple):
     """Mean cross-entropies in nats, the same on every rank and mesh."""
 
     loss: float
@@ -112,11 +168,11 @@ def pairs_of(documents: tuple[int, ...]) -> int:
     return len(documents) // 2
 
 
-Found = Evaluation | PairEvaluation
-"""What a loss says about held-out data."""
+Evaluation = TokenEvaluation | PairEvaluation
+"""The loss of held-out data: of tokens, or of pairs of completions."""
 
 
-def together(evaluations: Iterable[Found]) -> Found:
+def together(evaluations: Iterable[Evaluation]) -> Evaluation:
     """Return the evaluation of the data of several sets, in which every token counts alike, or
     every pair of completions.
     """
@@ -131,7 +187,7 @@ def together(evaluations: Iterable[Found]) -> Found:
             name: sum(one.rewards[name] * one.pairs for one in of_pairs) / pairs for name in REWARDS
         }
         return PairEvaluation(loss, pairs, sequences, rewards)
-    of_tokens = [one for one in found if isinstance(one, Evaluation)]
+    of_tokens = [one for one in found if isinstance(one, TokenEvaluation)]
     sums: dict[int, tuple[float, int]] = {}
     for first, loss, labels in (each for one in of_tokens for each in one.by_position):
         total, count = sums.get(first, (0.0, 0))
@@ -139,7 +195,7 @@ def together(evaluations: Iterable[Found]) -> Found:
     tokens = sum(one.tokens for one in of_tokens)
     loss = sum(one.loss * one.tokens for one in of_tokens) / tokens
     by_position = [(first, total / n, n) for first, (total, n) in sorted(sums.items())]
-    return Evaluation(loss, tokens, sequences, by_position)
+    return TokenEvaluation(loss, tokens, sequences, by_position)
 
 
 def position_edges(seq_len: int) -> list[int]:
@@ -170,10 +226,21 @@ def held_out_batches(loader: Loader, sequences: int) -> list[list[int]]:
     return [chosen[first : first + size] for first in range(0, len(chosen), size)]
 
 
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switch dropout off in this context."""
+    trains = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(trains)
+
+
 @torch.no_grad()
 def evaluate(
     model: PreTrainedModel, loader: Loader, mesh: Mesh, *, sequences: int = 0
-) -> Evaluation:
+) -> TokenEvaluation:
     """Return the mean cross-entropy of held-out sequences, in total and by position.
 
     `sequences` is the number that is read (see `spread`); 0 reads all. The result does not depend
@@ -186,9 +253,7 @@ def evaluate(
     borders = torch.tensor(edges[1:], device=mesh.device)
     # By range of positions: the sum of cross-entropies, and the number of labels.
     sums = torch.zeros(2, len(edges), dtype=torch.float64, device=mesh.device)
-    trains = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for indices in batches:
             batch = loader.read(indices).to(mesh.device)
             losses = model(**batch.inputs(), reduction="none").loss.double()
@@ -196,8 +261,6 @@ def evaluate(
             places = torch.bucketize(batch.position_ids.flatten(), borders, right=True)
             sums[0].index_add_(0, places, losses.flatten())
             sums[1].index_add_(0, places, is_label.flatten())
-    finally:
-        model.train(trains)
     dist.all_reduce(sums, group=mesh.loss.get_group())
     losses, counts = sums.tolist()
     read, tokens = sum(map(len, batches)), int(sum(counts))
@@ -209,41 +272,70 @@ def evaluate(
     ranges = [
         (edge, loss / n, int(n)) for edge, loss, n in zip(edges, losses, counts, strict=True) if n
     ]
-    return Evaluation(sum(losses) / tokens, tokens, read, ranges)
+    return TokenEvaluation(sum(losses) / tokens, tokens, read, ranges)
 
 
-@torch.no_grad()
-def evaluate_pairs(
-    model: PreTrainedModel,
-    loader: Loader,
-    mesh: Mesh,
-    of_pairs: Callable[[Batch], tuple[Tensor, Tensor]],
-    *,
-    sequences: int = 0,
-) -> PairEvaluation:
-    """Return the mean loss and rewards of held-out pairs (see `evaluate`).
+class Best:
+    """The best value of validation.metric so far, the same on every rank.
 
-    of_pairs returns the loss [N] and the REWARDS [N, 4] of each pair of this rank's rows.
-    Collective.
+    It is kept in run.json of each checkpoint, so that a run that goes on knows it. The validation
+    before the first step does not count: nothing is trained yet.
     """
-    batches = held_out_batches(loader, sequences)
-    # The sum of losses, those of the rewards, and the number of pairs.
-    sums = torch.zeros(2 + len(REWARDS), dtype=torch.float64, device=mesh.device)
-    trains = model.training
-    model.eval()
-    try:
-        for indices in batches:
-            batch = loader.read(indices).to(mesh.device)
-            each, rewards = of_pairs(batch)
-            # Rows that fill up a batch come last.
-            rows = max(0, len(indices) - loader.batch_rank * loader.batch_size)
-            count = sum(map(pairs_of, batch.documents[:rows]))
-            sums[0] += each[:count].sum()
-            sums[1:-1] += rewards[:count].sum(dim=0)
-            sums[-1] += count
-    finally:
-        model.train(trains)
-    dist.all_reduce(sums, group=mesh.batch.get_group())
-    loss, *rewards, pairs = sums.tolist()
-    means = dict(zip(REWARDS, (value / pairs for value in rewards), strict=True))
-    return PairEvaluation(loss / pairs, int(pairs), sum(map(len, batches)), means)
+
+    def __init__(self, config: Config) -> None:
+        self.metric, self.patience = config.validation.metric, config.validation.patience
+        self.keeps = config.checkpoint.keep_best
+        """whether its checkpoint is kept"""
+        self.step: int | None = None
+        self.value = float("inf")
+        self.waited = 0
+        """validations in a row that were not better"""
+
+    def note(self, step: int, sets: Mapping[str, Evaluation], together: Evaluation) -> bool:
+        """Note a validation; return whether it is the best one. Collective."""
+        if step == 0:
+            return False
+        found = together if self.metric == "loss" else sets[self.metric.removesuffix("/loss")]
+        value = torch.tensor(found.loss, dtype=torch.float64)
+        dist.broadcast(value, src=0)  # the ranks must agree to the last bit
+        if value.item() < self.value:
+            self.step, self.value, self.waited = step, value.item(), 0
+            return True
+        self.waited += 1
+        return False
+
+    @property
+    def ends_run(self) -> bool:
+        return 0 < self.patience <= self.waited
+
+    def state(self) -> dict[str, Any] | None:
+        """Return what run.json keeps; None before the first validation that counts."""
+        if self.step is None:
+            return None
+        return {
+            "metric": self.metric,
+            "step": self.step,
+            "value": self.value,
+            "waited": self.waited,
+            "keep": self.keeps,
+        }
+
+    def load(self, state: dict[str, Any] | None) -> str | None:
+        """Go on from `state`; return a warning if it is of no use here."""
+        if state is None:
+            return None
+        if self.keeps and not state["keep"]:
+            return (
+                "WARNING: checkpoint.keep_best = true, and it was false: the best checkpoint is "
+                "looked for from here on."
+            )
+        if state["metric"] != self.metric:
+            return (
+                f'WARNING: validation.metric = "{self.metric}", and it was "{state["metric"]}": '
+                "the best checkpoint is looked for from here on."
+            )
+        self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
+        return None
+
+    def describe(self) -> str:
+        return f"{self.metric} {self.value:.4f} at step {self.step}"

@@ -1,12 +1,12 @@
-"""The loss of a run, as [loss] asks for it: cross-entropy, DPO, or distillation.
+"""What a loss is (`Loss`), and those of `[loss]`: cross-entropy, DPO, and distillation.
 
-`train_step` calls it for each micro-batch. A loss is a sum over labels (or over pairs) of all
-ranks, divided by their number in the whole step. DPO and distillation read a second, frozen model
-beside the one that is trained: it has the same mesh and reads the same batches, without gradient.
+DPO and distillation read a second, frozen model beside the one that is trained: it has the same
+mesh and reads the same batches, without gradient.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +35,8 @@ from titan_ulysses.train.evaluation import (
     Evaluation,
     PairEvaluation,
     evaluate,
-    evaluate_pairs,
+    evaluating,
+    held_out_batches,
     pairs_of,
 )
 
@@ -43,53 +44,68 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from titan_ulysses.config.schema import Config
+    from titan_ulysses.config.schema import Loss as LossConfig
     from titan_ulysses.setup.resolve import RunSpec
-    from titan_ulysses.train.step import StepMetrics
 
 
-class Part(NamedTuple):
+class BatchLoss(NamedTuple):
     """What one micro-batch adds to the loss and the metrics of its step."""
 
     loss: Tensor
     """A scalar, the same on all ranks. Its gradient is that of this rank's own part."""
-    rows: Tensor | None
-    """[2, B] fp64: the summed losses of each of this rank's rows, and how many; None: not known."""
+    own_loss: Tensor
+    """This rank's part of it, to find out which rank has one that is not finite. No gradient."""
+    row_losses: Tensor | None
+    """[2, B] fp64: this rank's part of the losses of its rows, summed, and of their number of
+    labels (or pairs); None: not known."""
     router_loss: Tensor | None = None
     metrics: dict[str, Tensor] = {}  # noqa: RUF012  a default that nobody changes
     """Metrics by name, of all ranks, which add up over the micro-batches."""
 
 
-class CrossEntropy:
-    """The cross-entropy of the next token."""
+class Loss(ABC):
+    """What a run minimizes: a mean over the labels (or pairs) of a whole step, of all ranks.
 
-    frozen: PreTrainedModel | None = None
-    """The second model; None where there is none."""
-    _fingerprint: int | None = None
+    This is the way of a batch. The trainer takes the micro-batches of a step from
+    `Loader.next_batch`. Each is a `Batch` with this rank's slice of B sequences: `input_ids`,
+    `labels` (shifted, IGNORE_INDEX where there is none) and `position_ids`, all [B, T], and the
+    lengths of its documents on the host. `train_step` does this:
 
-    def __init__(self, model: PreTrainedModel, mesh: Mesh):
+        count = loss.count(batches)                        one number for the whole step
+        for batch in batches:
+            loss.forward(batch, count).loss.backward()     forward calls model(**batch.inputs())
+
+    Each loss is divided by `count`, so the losses of a step, and their gradients, add up over
+    micro-batches and ranks. FSDP sums gradients over the mesh. Every method is called by all ranks.
+
+    For another loss of a token's logits no class is needed: see `loss_function` in
+    docs/trainers.md, which works by tiles and under sequence parallelism.
+    """
+
+    setting = ""
+    """The key of [loss] that names the folder of the second model."""
+
+    def __init__(self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel | None = None):
         self.model, self.mesh = model, mesh
+        self.frozen = frozen
+        """The second model; None where there is none."""
+        self._fingerprint: int | None = None
 
+    @abstractmethod
     def count(self, batches: list[Batch]) -> Tensor:
-        """Return how many labels the loss of a step is the mean over. Collective."""
-        labels = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
-        dist.all_reduce(labels, group=self.mesh.loss.get_group())
-        return labels
+        """Return how many labels (or pairs) the loss of a step is the mean over, on all ranks."""
 
-    def __call__(self, batch: Batch, count: Tensor) -> Part:
-        """Return the part of a micro-batch in a step of `count` labels. Collective."""
-        output = self._forward(batch, count)
-        # A model that was parallelized in another way has another head.
-        rows = getattr(self.model.get_output_embeddings(), "row_losses", None)
-        if rows is not None:
-            rows = torch.stack([rows, (batch.labels != IGNORE_INDEX).sum(dim=1).double()])
-        return Part(output.loss, rows, output.get("aux_loss"))
+    @abstractmethod
+    def forward(self, batch: Batch, count: Tensor) -> BatchLoss:
+        """Return the part of a micro-batch in the loss of a step that is over `count` labels."""
 
+    @abstractmethod
     def evaluate(self, loader: Loader, sequences: int) -> Evaluation:
-        """Return the mean cross-entropy of held-out sequences (see `evaluate`). Collective."""
-        return evaluate(self.model, loader, self.mesh, sequences=sequences)
+        """Return the mean loss of so many held-out sequences (0: all), without gradient."""
 
-    def _forward(self, batch: Batch, count: Tensor) -> Any:
-        return self.model(**batch.inputs(), num_items_in_batch=count)
+    def describe(self, config: Config) -> str:
+        """Return a line about the loss; empty for cross-entropy."""
+        return ""
 
     def allocate(self, *, parameter_offload: bool) -> None:
         """Allocate this rank's shards of the second model, if there is one, without values."""
@@ -97,41 +113,51 @@ class CrossEntropy:
             hf.allocate(self.frozen, self.mesh.device, parameter_offload=parameter_offload)
 
     def fill(self, config: Config) -> None:
-        """Fill the second model, if there is one. Collective."""
-
-    def prepare(self) -> None:
-        """Gather what every step needs of the second model, once it is filled. Collective."""
-
-    def describe(self, config: Config) -> str:
-        """Return a line about the loss; empty for cross-entropy."""
-        return ""
-
-    def fingerprint(self) -> int:
-        """Return a checksum of the weights of the second model; 0 if there is none. Collective."""
-        if self._fingerprint is None:  # the second model is frozen: once is enough
-            self._fingerprint = 0 if self.frozen is None else fingerprint(self.frozen)
-        return self._fingerprint
-
-
-class _WithFrozen(CrossEntropy):
-    """A loss that reads a second model, filled from the folder of a setting."""
-
-    setting = ""
-
-    def __init__(self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel | None):
-        super().__init__(model, mesh)
-        self.frozen = frozen
-
-    def fill(self, config: Config) -> None:
-        path = getattr(config.loss, self.setting)
+        """Fill the second model, if there is one, from its folder or with the initial weights."""
+        path = getattr(config.loss, self.setting) if self.setting else ""
         if self.frozen is not None and path:
             weights.load(self.frozen, path, setting=f"loss.{self.setting}")
         elif self.frozen is not None:
             initialize(self.frozen, config)
         self.prepare()
 
+    def prepare(self) -> None:  # noqa: B027  most have nothing to gather
+        """Gather what every step needs of the second model, once it is filled."""
 
-class DPO(_WithFrozen):
+    def fingerprint(self) -> int:
+        """Return a checksum of the weights of the second model; 0 if there is none."""
+        if self._fingerprint is None:  # the second model is frozen: once is enough
+            self._fingerprint = 0 if self.frozen is None else fingerprint(self.frozen)
+        return self._fingerprint
+
+
+class CrossEntropy(Loss):
+    """The cross-entropy of the next token."""
+
+    def count(self, batches: list[Batch]) -> Tensor:
+        labels = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
+        dist.all_reduce(labels, group=self.mesh.loss.get_group())
+        return labels
+
+    def forward(self, batch: Batch, count: Tensor) -> BatchLoss:
+        output = self.model(
+            **batch.inputs(), num_items_in_batch=count, **self._loss_function(batch)
+        )
+        # A model that was parallelized in another way has another head.
+        rows = getattr(self.model.get_output_embeddings(), "row_losses", None)
+        if rows is not None:
+            rows = torch.stack([rows, (batch.labels != IGNORE_INDEX).sum(dim=1).double()])
+        return BatchLoss(output.loss, self.model.own_loss, rows, output.get("aux_loss"))
+
+    def evaluate(self, loader: Loader, sequences: int) -> Evaluation:
+        return evaluate(self.model, loader, self.mesh, sequences=sequences)
+
+    def _loss_function(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the model's forward for another loss than cross-entropy."""
+        return {}
+
+
+class DPO(Loss):
     """Sigmoid DPO of pairs of completions (arXiv 2305.18290, equation 7).
 
     The documents of a row are chosen, rejected, chosen, rejected, ...; padding may follow. The
@@ -155,25 +181,26 @@ class DPO(_WithFrozen):
         self.beta, self._fingerprint = beta, stored
 
     def count(self, batches: list[Batch]) -> Tensor:
-        """Return how many pairs the loss of a step is the mean over. Collective."""
         pairs = sum(pairs_of(row) for batch in batches for row in batch.documents)
         count = torch.tensor(pairs, device=self.mesh.device)
         dist.all_reduce(count, group=self.mesh.batch.get_group())
         return count
 
-    def __call__(self, batch: Batch, count: Tensor) -> Part:
+    def forward(self, batch: Batch, count: Tensor) -> BatchLoss:
         each, rewards = self.of_pairs(batch)
         loss = each.sum() / count.clamp(min=1)
-        # The ranks that share a sequence compute the same loss: each owns a part of it.
-        self.model.own_loss = loss.detach() / self.mesh.sp.size()
         of_rows = [pairs_of(row) for row in batch.documents]
         sums = torch.stack([part.sum() for part in each.detach().split(of_rows)])
-        rows = torch.stack([sums, sums.new_tensor(of_rows)]) / self.mesh.sp.size()
         data_parallel = self.mesh.batch.get_group()
-        shown = rewards.sum(dim=0) / count.clamp(min=1)
-        dist.all_reduce(shown, group=data_parallel)
-        total = SumOverRanks.apply(loss, torch.float64, data_parallel)
-        return Part(total, rows, metrics=dict(zip(REWARDS, shown.unbind(), strict=True)))
+        mean_rewards = rewards.sum(dim=0) / count.clamp(min=1)
+        dist.all_reduce(mean_rewards, group=data_parallel)
+        # The ranks that share a sequence compute the same loss: each owns a part of it.
+        return BatchLoss(
+            SumOverRanks.apply(loss, torch.float64, data_parallel),
+            loss.detach() / self.mesh.sp.size(),
+            torch.stack([sums, sums.new_tensor(of_rows)]) / self.mesh.sp.size(),
+            metrics=dict(zip(REWARDS, mean_rewards.unbind(), strict=True)),
+        )
 
     def of_pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of each pair of this rank's rows, and its rewards, both in fp64.
@@ -210,22 +237,33 @@ class DPO(_WithFrozen):
         before = ", computed before training" if config.loss.precompute_reference else ""
         return f"loss: DPO of pairs of completions, beta {self.beta:g}, reference: {where}{before}"
 
-    def evaluate(self, loader: Loader, sequences: int) -> PairEvaluation:  # type: ignore[override]
-        """Return the mean loss and rewards of held-out pairs. Collective."""
-        return evaluate_pairs(self.model, loader, self.mesh, self.of_pairs, sequences=sequences)
+    @torch.no_grad()
+    def evaluate(self, loader: Loader, sequences: int) -> PairEvaluation:
+        batches = held_out_batches(loader, sequences)
+        # The sum of losses, those of the rewards, and the number of pairs.
+        sums = torch.zeros(2 + len(REWARDS), dtype=torch.float64, device=self.mesh.device)
+        with evaluating(self.model):
+            for indices in batches:
+                batch = loader.read(indices).to(self.mesh.device)
+                each, rewards = self.of_pairs(batch)
+                # Rows that fill up a batch come last.
+                rows = max(0, len(indices) - loader.batch_rank * loader.batch_size)
+                count = sum(map(pairs_of, batch.documents[:rows]))
+                sums[0] += each[:count].sum()
+                sums[1:-1] += rewards[:count].sum(dim=0)
+                sums[-1] += count
+        dist.all_reduce(sums, group=self.mesh.batch.get_group())
+        loss, *rewards_sums, pairs = sums.tolist()
+        rewards = dict(zip(REWARDS, (value / pairs for value in rewards_sums), strict=True))
+        return PairEvaluation(loss / pairs, int(pairs), sum(map(len, batches)), rewards)
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:
         if self.frozen is not None:
             yield self.frozen
-            return
-        trains = self.model.training
-        self.model.eval()
-        try:
-            with adapters_off(self.model):
+        else:
+            with evaluating(self.model), adapters_off(self.model):
                 yield self.model
-        finally:
-            self.model.train(trains)
 
     def _completions(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Return the log-probability of each completion of this rank's rows, [2 * pairs] fp64.
@@ -254,7 +292,7 @@ class DPO(_WithFrozen):
         return place.flatten().to(self.mesh.device), count
 
 
-class Distillation(_WithFrozen):
+class Distillation(CrossEntropy):
     """The divergence from a teacher, beside cross-entropy (see `distillation_losses`).
 
     The teacher's hidden states are computed for each micro-batch. Its logits exist for a tile at a
@@ -265,26 +303,30 @@ class Distillation(_WithFrozen):
     setting = "teacher"
 
     def __init__(
-        self, model: PreTrainedModel, mesh: Mesh, frozen: PreTrainedModel | None, loss: Any
+        self,
+        model: PreTrainedModel,
+        mesh: Mesh,
+        frozen: PreTrainedModel | None,
+        config: LossConfig,
     ):
         super().__init__(model, mesh, frozen)
-        self._settings = loss
+        self.config = config
         self._function: Callable[..., Tensor] | None = None
 
     def describe(self, config: Config) -> str:
-        loss = self._settings
-        teacher = loss.teacher or "what a teacher has said in the data,"
+        teacher = self.config.teacher or "what a teacher has said in the data,"
         return (
-            f"loss: {loss.teacher_share:g} of the divergence from {teacher} at temperature "
-            f"{loss.temperature:g}, {1 - loss.teacher_share:g} of cross-entropy"
+            f"loss: {self.config.teacher_share:g} of the divergence from {teacher} at temperature "
+            f"{self.config.temperature:g}, {1 - self.config.teacher_share:g} of cross-entropy"
         )
 
     def prepare(self) -> None:
-        shares = {
-            "temperature": self._settings.temperature,
-            "cross_entropy": 1 - self._settings.teacher_share,
-        }
-        self._function = partial(distillation_losses, **shares, **self._head())
+        self._function = partial(
+            distillation_losses,
+            temperature=self.config.temperature,
+            cross_entropy=1 - self.config.teacher_share,
+            **self._head(),
+        )
         # It is a sum over tokens. The check would read values, which the planner has not.
         self.model.get_output_embeddings().checked = self._function
 
@@ -295,7 +337,7 @@ class Distillation(_WithFrozen):
         head = self.frozen.get_output_embeddings()
         if head.bias is not None:
             raise UserError(
-                f'loss.teacher = "{self._settings.teacher}": its head has a bias, which the '
+                f'loss.teacher = "{self.config.teacher}": its head has a bias, which the '
                 "divergence by tiles does not read. Take another teacher."
             )
         weight = head.weight.detach()
@@ -303,19 +345,13 @@ class Distillation(_WithFrozen):
         shape = (head.scale, head.softcap)
         return {"teacher_weight": whole.to(self.mesh.device), "teacher_shape": shape}
 
-    def _forward(self, batch: Batch, count: Tensor) -> Any:
-        assert self._function is not None
+    def _loss_function(self, batch: Batch) -> dict[str, Any]:
         inputs = batch.loss_inputs
         if self.frozen is not None:
             with torch.no_grad():
                 hidden = self.frozen(**batch.inputs(), reduction="hidden").last_hidden_state
             inputs = {"teacher_hidden": hidden}
-        return self.model(
-            **batch.inputs(),
-            num_items_in_batch=count,
-            loss_function=self._function,
-            loss_inputs=inputs,
-        )
+        return {"loss_function": self._function, "loss_inputs": inputs}
 
 
 def build_loss(
@@ -325,48 +361,18 @@ def build_loss(
     *,
     wrap: Callable[..., Any] = parallelize,
     stored: int | None = None,
-) -> CrossEntropy:
+) -> Loss:
     """Return the loss of a run, with its second model built on meta, if it has one.
 
     stored: the checksum of the reference whose log-probabilities come with the batches; no model is
     built then.
     """
-    loss = spec.config.loss
-    if loss.name == "cross_entropy":
+    config = spec.config.loss
+    if config.name == "cross_entropy":
         return CrossEntropy(model, mesh)
     frozen = None
     if spec.frozen is not None and stored is None:
         frozen = build_frozen(spec.frozen, mesh, wrap=wrap)
-    if loss.name == "dpo":
-        return DPO(model, mesh, frozen, beta=loss.beta, stored=stored)
-    return Distillation(model, mesh, frozen, loss)
-
-
-def details(shown: StepMetrics, loader: Loader, mesh: Mesh) -> dict[str, Any]:
-    """Return the metrics of the last step that not every run has, by name. Collective.
-
-    `router_loss` (None without routers), `rewards` of DPO, and of a mixture `loss_by_source`: the
-    mean over the labels (or pairs) of each source that the step has, where the loss knows it.
-    """
-    router_loss = shown.router_loss
-    found: dict[str, Any] = {"router_loss": None if router_loss is None else router_loss.item()}
-    if shown.metrics:
-        found["rewards"] = {name: value.item() for name, value in shown.metrics.items()}
-    names = loader.sequences.source_names
-    if names and shown.rows:
-        found["loss_by_source"] = _by_source(shown.rows, loader, names, mesh)
-    return found
-
-
-def _by_source(
-    rows: list[Tensor], loader: Loader, names: list[str], mesh: Mesh
-) -> dict[str, float]:
-    sums = torch.zeros(2, len(names), dtype=torch.float64)
-    for batch, of_batch in enumerate(rows):
-        sources = loader.sources(len(rows) - batch)
-        places = torch.tensor([names.index(name) for name in sources])
-        sums.index_add_(1, places, of_batch.cpu())
-    sums = sums.to(mesh.device)
-    dist.all_reduce(sums, group=mesh.loss.get_group())
-    of_sources = zip(names, *sums.tolist(), strict=True)
-    return {name: total / count for name, total, count in of_sources if count}
+    if config.name == "dpo":
+        return DPO(model, mesh, frozen, beta=config.beta, stored=stored)
+    return Distillation(model, mesh, frozen, config)

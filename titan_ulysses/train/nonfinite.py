@@ -13,14 +13,16 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.data.loader import Loader
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.device import module_of
+from titan_ulysses.distributed.errors import UserError, first_failure
+from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model.hf import named_parameters
-from titan_ulysses.train.step import StepMetrics, not_finite
+from titan_ulysses.train.step import StepMetrics
 
 _MOST_NAMED = 16
 
@@ -57,9 +59,9 @@ class NonFinite:
     def note(self, step: int, shown: StepMetrics) -> None:
         """Keep the numbers of a step for later. Does not wait for the device."""
         self._unseen.append((step, shown.loss, shown.grad_norm))
-        parts, is_bad = (shown.parts.losses, shown.parts.norms), ~shown.is_finite
+        parts, is_bad = (shown.own_losses, shown.own_norms), ~shown.is_finite
         if self._found is None:
-            self._found, self._parts, self._owners = is_bad, parts, shown.parts.owners
+            self._found, self._parts, self._owners = is_bad, parts, shown.norm_owners
             return
         found = self._found
         self._parts = tuple(
@@ -159,3 +161,29 @@ def _block_of(name: str) -> str:
     """Return the name of the block that a parameter is in, or its own."""
     found = re.match(r".*?\.\d+(?=\.)", name)
     return found[0] if found else name
+
+
+def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Return what is trained, and the optimizer's state of it as "exp_avg of <name>", by name."""
+    names = {p: name for name, p in named_parameters(model) if p.requires_grad}
+    found: dict[str, Tensor] = {name: p for p, name in names.items()}
+    for p, state in optimizer.state.items() if optimizer else ():
+        found |= {f"{key} of {names[p]}": x for key, x in state.items() if isinstance(x, Tensor)}
+    return found
+
+
+def not_finite(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str | None:
+    """Return the name of what is trained and has a NaN or an infinity; None if all is finite.
+
+    See `trained_state` for the names. The optimizer's state is looked at too: the square of a
+    finite gradient may be infinite, and its parameter then stays where it is for ever. The result
+    is the same on every rank. Waits for the device, and reads every shard once. Collective.
+    """
+    module_of().synchronize()  # offloaded state may still be on its way to the host
+    named = trained_state(model, optimizer).items()
+    pieces = [(name, x) for name, shard in named for x in plain_pieces(shard) if x.numel()]
+    pieces = [(name, x) for name, x in pieces if x.is_floating_point()]  # the others are codes
+    finite = [torch.linalg.vector_norm(x, math.inf).isfinite() for _, x in pieces]
+    found = torch.stack([x.to(finite[0].device) for x in finite]).tolist() if finite else []
+    bad = (name for (name, _), is_finite in zip(pieces, found, strict=True) if not is_finite)
+    return first_failure(next(bad, None))

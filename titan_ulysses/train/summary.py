@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from titan_ulysses.distributed.mesh import Mesh
     from titan_ulysses.observability.metrics import PeakMemory
     from titan_ulysses.setup.resolve import RunSpec
-    from titan_ulysses.train.best import Best
-    from titan_ulysses.train.loss import CrossEntropy
+    from titan_ulysses.train.evaluation import Best
+    from titan_ulysses.train.loss import Loss
 
 
 class Run(Protocol):
@@ -58,7 +58,7 @@ class Run(Protocol):
     step: int
     best: Best
     float8_layers: int
-    loss: CrossEntropy
+    loss: Loss
     attention_kernel: str | None
     plan_lines: list[str]
     peak_memory: PeakMemory

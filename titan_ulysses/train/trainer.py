@@ -55,13 +55,13 @@ from titan_ulysses.optim.build import optimizer_of
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import check_machine, resolve
-from titan_ulysses.train.best import Best
 from titan_ulysses.train.drift import expect_no_drift
-from titan_ulysses.train.evaluation import Found, held_out_batches, together
+from titan_ulysses.train.evaluation import Best, Evaluation, held_out_batches, together
 from titan_ulysses.train.exhausted import named_out_of_memory
 from titan_ulysses.train.folder import RunFolder
 from titan_ulysses.train.imbalance import Imbalance
-from titan_ulysses.train.loss import DPO, build_loss, details
+from titan_ulysses.train.log import details
+from titan_ulysses.train.loss import DPO, build_loss
 from titan_ulysses.train.nonfinite import NonFinite
 from titan_ulysses.train.preflight import Preflight, timeout_of_step
 from titan_ulysses.train.references import FILE as REFERENCES
@@ -640,7 +640,7 @@ class Trainer:
         yield
         self._clock += time.perf_counter() - started
 
-    def _validate(self, logger: MetricsLogger | None) -> tuple[dict[str, Found], Found]:
+    def _validate(self, logger: MetricsLogger | None) -> tuple[dict[str, Evaluation], Evaluation]:
         """Evaluate each set of held-out data; return what each has, and all of them together."""
         sequences = self.config.validation.steps * self.degrees.global_batch_size
         loaders = self.validation_loaders
@@ -650,7 +650,7 @@ class Trainer:
             tokens=self.spec.local_tokens * batches,
             is_step=self.optimizer is None,
         )
-        sets: dict[str, Found] = {
+        sets: dict[str, Evaluation] = {
             name: self.loss.evaluate(one, sequences) for name, one in loaders.items()
         }
         found = together(sets.values())
