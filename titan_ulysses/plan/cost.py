@@ -52,15 +52,12 @@ TO_DEVICE, OFF_DEVICE = "hidden states to the device", "hidden states off the de
 
 @dataclass
 class Cost:
-    """The cost of one rank in one step. Costs can be added and multiplied."""
+    """The cost of one rank in one step."""
 
     amounts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """amounts by (stage, kind): FLOPs for "matmul", "attention forward" and "attention backward",
     recomputation included, bytes read and written for "other kernels", and bytes of copies
     """
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.amounts + other.amounts)
 
     def __mul__(self, times: float) -> Cost:
         return Cost(Counter({key: amount * times for key, amount in self.amounts.items()}))
@@ -94,17 +91,16 @@ class CostCounter:
         """scores: the number of (query, key) pairs in a row of each layer, for layers where the
         shapes of the call do not say it (see `Standin`).
         """
-        self.cost, self._tracker, self._scores = Cost(), tracker, scores
+        self._tracker, self._scores = tracker, scores
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting from 0."""
+        self.cost = Cost()
         self.ticks: list[Tick] = []
         self._exchanged: Counter[str] = Counter()
         """bytes of exchanges, by stage"""
         self._latest: Counter[tuple[str, str]] = Counter()
-
-    def take(self) -> Cost:
-        """Return the cost since the last call, and start counting from 0 again."""
-        cost, self.cost = self.cost, Cost()
-        self.ticks, self._exchanged, self._latest = [], Counter(), Counter()
-        return cost
 
     def add(self, kind: str, amount: float) -> None:
         """Add the cost of what no operation shows, times the number that it stands for."""
