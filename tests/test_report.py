@@ -24,7 +24,7 @@ from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.observability.run_pictures import loss_label, read_runs
 from titan_ulysses.plan import report
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
-from titan_ulysses.plan.search import SearchResult, Simulated
+from titan_ulysses.plan.search import SearchResult
 
 pytest.importorskip("matplotlib")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -76,9 +76,8 @@ def outline(path: Path) -> Outline:
 def few(setup: Setup, first: Plan | SearchResult | None) -> Iterator[SearchResult]:
     """In place of a search and of a ladder, which take longer than such a test may."""
     plan = first if isinstance(first, Plan) else make_plan(setup)
-    need = Simulated.of(plan, plan=plan)
-    yield SearchResult("as configured", {}, need)
-    yield SearchResult("+ offload", {"activation_checkpoint.offload": "host"}, need)
+    yield SearchResult("as configured", {}, plan)
+    yield SearchResult("+ offload", {"activation_checkpoint.offload": "host"}, plan)
     yield SearchResult("+ nothing", {}, None)
 
 

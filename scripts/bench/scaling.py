@@ -27,9 +27,9 @@ from common import LLAMA, launch, parser_of, run, tell, training_step
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.observability.units import size_text, time_text
+from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.fastest import meshes
-from titan_ulysses.plan.few_layers import Estimate, estimate_plan
-from titan_ulysses.plan.planner import Setup, set_up
+from titan_ulysses.plan.planner import Estimate, Setup, set_up
 from titan_ulysses.plan.search import with_settings
 from titan_ulysses.ulysses.heads import plan_heads
 
@@ -68,17 +68,17 @@ def row_of(found: Estimate) -> dict[str, Any]:
     """Return what a table has of a plan."""
     setup, d = found.setup, found.setup.degrees
     shards = d.shard * d.sequence
-    gathered = found.demand.size("all_gather") * shards + found.demand.size("reduce_scatter")
+    gathered = found.sent("all_gather") * shards + found.sent("reduce_scatter")
     return {
         "mesh": [d.replicate, d.shard, d.sequence],
         "seq_len": setup.config.training.seq_len,
-        "exchanged": found.demand.size("all_to_all"),
+        "exchanged": found.sent("all_to_all"),
         "fsdp": gathered * (shards - 1) / shards,
         "gpu_bytes": found.gpu_bytes,
         "host_bytes": found.host_bytes,
         "fits": found.fits,
         "step_seconds": found.time.seconds,
-        "seconds_per_token": found.time.seconds / setup.tokens_per_step,
+        "seconds_per_token": found.seconds_per_token,
         "network_share": (found.time.parts["exchange"] + found.time.waits["FSDP"])
         / found.time.seconds,
         "binds": found.time.bottleneck,
