@@ -85,8 +85,8 @@ def test_accuracy_is_of_the_right_code() -> None:
     two = torch.tensor([[-5.0, -5.0, -6.0], [nan, -1.0, -2.0]])
     trials = [trial(candidates=3, seed=f"0 200 {number}") for number in range(2)]
     # " 12345": 6 bytes.
-    assert needle.cell_of(200, 0.5, trials, one) == (200, 0.5, 0.5, pytest.approx(-2.5 / 6))
-    assert needle.cell_of(200, 0.5, trials, two).accuracy == 0
+    assert needle.result_of(200, 0.5, trials, one) == (200, 0.5, 0.5, pytest.approx(-2.5 / 6))
+    assert needle.result_of(200, 0.5, trials, two).accuracy == 0
 
 
 ARGUMENTS = shlex.split("--lengths 120 101 --depths 0 1 --trials 2 --candidates 3 --seed 5")

@@ -31,8 +31,8 @@ from titan_ulysses.checkpoint.reader import CheckpointReader, open_checkpoint
 from titan_ulysses.checkpoint.run_file import RUN_FILE, expect_fields, read_run_file
 from titan_ulysses.checkpoint.state import first_difference, shapes_of, tensors_of
 from titan_ulysses.checkpoint.writing import Writer, steps_in
+from titan_ulysses.distributed.atomic import remove
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
-from titan_ulysses.distributed.files import remove
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.optim.adamw import state_format, unaligned_blocks
 

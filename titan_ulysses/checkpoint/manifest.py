@@ -25,8 +25,8 @@ import xxhash
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
+from titan_ulysses.distributed.atomic import sync_folder, whole_file
 from titan_ulysses.distributed.errors import one_line
-from titan_ulysses.distributed.files import sync_folder, whole_file
 
 Pieces = dict[str, list[tuple[int, int, str]]]
 """For each file of tensors by name: offset, length and hash of each piece, in the file's order."""

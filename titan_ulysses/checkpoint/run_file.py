@@ -29,7 +29,7 @@ from titan_ulysses.checkpoint.manifest import (
     read_sealed,
     write_sealed,
 )
-from titan_ulysses.distributed.files import publish_folder
+from titan_ulysses.distributed.atomic import publish_folder
 
 RUN_FILE = "run.json"
 

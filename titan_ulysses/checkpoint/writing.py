@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from titan_ulysses.checkpoint.hosts import HostFolders
 from titan_ulysses.checkpoint.manifest import Damage, HashingWriter, Pieces, cause
 from titan_ulysses.checkpoint.run_file import publish
+from titan_ulysses.distributed.atomic import partial_path, remove
 from titan_ulysses.distributed.errors import UserError, first_failure
-from titan_ulysses.distributed.files import partial_path, remove
 
 
 class Writer:

@@ -10,7 +10,7 @@ from statistics import median_high
 from typing import Any
 
 from titan_ulysses.distributed.hardware import GIB
-from titan_ulysses.observability.page import Section, write_page
+from titan_ulysses.observability.report_page import PageSection, write_page
 from titan_ulysses.observability.run_pictures import (
     Lines,
     draw_balance,
@@ -45,7 +45,7 @@ def write_run_page(folder: Path) -> Path:
     It may be called at any time, also while the run is going on.
     """
     ((name, lines),) = read_runs([folder]).items()
-    section, runs = Section("run"), {name: lines}
+    section, runs = PageSection("run"), {name: lines}
     section.table(["", ""], _summary(lines))
     if values(lines, "loss")[0] or values(lines, "validation_loss")[0]:
         section.heading("Loss")
@@ -103,7 +103,7 @@ def _both(lines: Lines, key: str) -> str:
     return f"{known[0]:.4f}, {known[-1]:.4f}" if known else "not finite"
 
 
-def _positions(section: Section, found: Lines) -> None:
+def _positions(section: PageSection, found: Lines) -> None:
     first = {position: loss for position, loss, _ in ranges_of(found[0])}
     rows = [
         (

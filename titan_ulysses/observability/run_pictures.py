@@ -48,7 +48,7 @@ def values(lines: Lines, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-class Run(NamedTuple):
+class StyledRun(NamedTuple):
     """A run and how it is drawn."""
 
     name: str
@@ -63,15 +63,15 @@ class Run(NamedTuple):
         return {"color": self.color, "linewidth": self.width, "markersize": 4 + 1.5 * self.width}
 
 
-def drawn(runs: dict[str, Lines]) -> Iterator[Run]:
+def drawn(runs: dict[str, Lines]) -> Iterator[StyledRun]:
     """Give each run its own colour, line width and marker."""
     rim = min(2.2, 8 / len(runs))
     for number, (name, lines) in enumerate(runs.items()):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        yield Run(name, lines, color, 1.6 + rim * (len(runs) - 1 - number), marker)
+        yield StyledRun(name, lines, color, 1.6 + rim * (len(runs) - 1 - number), marker)
 
 
-def curve(axes: Any, run: Run, key: str, *, label: str) -> None:
+def curve(axes: Any, run: StyledRun, key: str, *, label: str) -> None:
     """Draw the values of key over steps. Many values are drawn pale, with their running mean."""
     steps, found = values(run.lines, key)
     if len(steps) < _SMOOTHED:

@@ -11,8 +11,8 @@ from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import in_words
 from titan_ulysses.config.toml import show
 from titan_ulysses.distributed.hardware import GIB
-from titan_ulysses.observability.page import Section, write_page
 from titan_ulysses.observability.pictures import has_matplotlib
+from titan_ulysses.observability.report_page import PageSection, write_page
 from titan_ulysses.observability.units import size_text, time_text, time_unit_of
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import SearchResult
@@ -33,7 +33,7 @@ def write_plan_page(
 
     values: those of plan.json. summary: what would fit, in words. steps: those of the ladder.
     """
-    section = Section("plan")
+    section = PageSection("plan")
     setup, config = plan.setup, plan.setup.config
     d = setup.degrees
     verdict = "It fits." if plan.fits else "It does not fit."
@@ -67,7 +67,7 @@ def _of(size: float, limit: float | None) -> str:
     return f"{size_text(size)} of {size_text(limit)}" if limit else size_text(size)
 
 
-def _memory(section: Section, plan: Plan, values: dict[str, Any]) -> None:
+def _memory(section: PageSection, plan: Plan, values: dict[str, Any]) -> None:
     section.heading("Memory of one GPU over the step")
     if has_matplotlib():
         from titan_ulysses.plan import plots
@@ -98,7 +98,7 @@ def _memory(section: Section, plan: Plan, values: dict[str, Any]) -> None:
         section.table(["part", "size"], host)
 
 
-def _time(section: Section, plan: Plan) -> None:
+def _time(section: PageSection, plan: Plan) -> None:
     section.heading("Time of a step")
     time_ = plan.time
     unit, name = time_unit_of(time_.seconds)
@@ -120,7 +120,7 @@ def _time(section: Section, plan: Plan) -> None:
 
 
 def _what_would_fit(
-    section: Section, values: dict[str, Any], steps: Sequence[SearchResult]
+    section: PageSection, values: dict[str, Any], steps: Sequence[SearchResult]
 ) -> None:
     if steps:
         section.heading("Ladder: the longest sequence, feature by feature")

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.launch import heartbeat, run_store
 from titan_ulysses.launch.lock import RunLock
 
