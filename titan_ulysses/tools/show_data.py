@@ -119,6 +119,8 @@ def main(argv: list[str]) -> None:
     config = load_config(command.config_path, command.overrides)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     console = Console(soft_wrap=True, highlight=False)
-    sources = {f"data.mixture[{n}].path": entry for n, entry in enumerate(config.data.mixture)}
+    sources: dict[str, SourceSettings] = {
+        f"data.mixture[{n}].path": entry for n, entry in enumerate(config.data.mixture)
+    }
     for setting, source in (sources or {"data.path": config.data}).items():
         show_source(console, tokenizer, source, setting=setting, rows=int(options.rows))
