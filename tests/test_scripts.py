@@ -4,7 +4,9 @@ scripts/launch.py.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import random
 import re
@@ -83,8 +85,8 @@ def test_accuracy_is_of_the_right_code() -> None:
     two = torch.tensor([[-5.0, -5.0, -6.0], [nan, -1.0, -2.0]])
     trials = [trial(candidates=3, seed=f"0 200 {number}") for number in range(2)]
     # " 12345": 6 bytes.
-    assert needle.cell_of(200, 0.5, trials, one) == (200, 0.5, 0.5, pytest.approx(-2.5 / 6))
-    assert needle.cell_of(200, 0.5, trials, two).accuracy == 0
+    assert needle.result_of(200, 0.5, trials, one) == (200, 0.5, 0.5, pytest.approx(-2.5 / 6))
+    assert needle.result_of(200, 0.5, trials, two).accuracy == 0
 
 
 ARGUMENTS = shlex.split("--lengths 120 101 --depths 0 1 --trials 2 --candidates 3 --seed 5")
@@ -235,14 +237,21 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [
-        (2, 2000, [10, 100, 1000]),
-        (2, 60, [3, 10, 30]),
-        (4, 25, [5, 10, 20]),
-        (6.5, 7.5, [6.7, 7.0, 7.3]),
+        (2, 2000, ["10", "100", "1,000"]),
+        (2, 60, ["5", "10", "20"]),
+        (4, 25, ["5", "10", "20"]),
+        (6.5, 7.5, ["6.6", "6.8", "7"]),
     ],
 )
-def test_round_perplexities(low: float, high: float, ticks: list[float]) -> None:
-    assert run_pictures.round_between(low, high) == pytest.approx(ticks)
+def test_perplexities_beside_the_losses_are_round(
+    low: float, high: float, ticks: list[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    ranges = [[0, math.log(high), 9], [512, math.log(low), 9]]
+    svg = io.StringIO()
+    run_pictures.draw_positions({"a": [{"step": 1, "validation_by_position": ranges}]}, svg)
+    shown = re.findall(r"<!-- (\S+) -->", svg.getvalue())  # matplotlib notes what it draws
+    assert {*ticks} <= {*shown}, shown
 
 
 # --- the launchers --------------------------------------------------------------------------------

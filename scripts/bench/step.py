@@ -15,6 +15,7 @@ import argparse
 import os
 import statistics
 from itertools import count
+from typing import Any
 
 from common import ALLOCATOR, LLAMA, launch, measure, parser_of, run, sequence, tell, training_step
 
@@ -65,7 +66,7 @@ def main() -> None:
         flush=True,
     )
 
-    def show(what: str, seq_len: int, ranks: int, **limits: float) -> bool:
+    def show(what: str, seq_len: int, ranks: int, **limits: Any) -> bool:
         """Run the steps and print their time and memory. Return whether they could be run."""
         command = [*launch(ranks, __file__), "--role", what, "--seq-len", str(seq_len)]
         command += ["--repeats", str(args.repeats)]

@@ -37,8 +37,8 @@ from titan_ulysses.checkpoint.storage import (
 )
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.validate import ranks_of
+from titan_ulysses.distributed.atomic import partial_path, remove
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import partial_path, remove
 from titan_ulysses.model import hf
 from titan_ulysses.setup.resolve import resolve, resolve_model
 from titan_ulysses.ulysses.cores import sdpa

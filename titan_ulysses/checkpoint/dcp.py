@@ -28,8 +28,8 @@ from titan_ulysses.checkpoint.state import first_difference, shapes_of, tensors_
 from titan_ulysses.checkpoint.step_folder import RUN_FILE, expect_fields, read_run_file, steps_in
 from titan_ulysses.checkpoint.storage import errors_of_all_ranks, open_checkpoint
 from titan_ulysses.checkpoint.writing import CheckpointWriter, SaveFailed
+from titan_ulysses.distributed.atomic import remove
 from titan_ulysses.distributed.errors import UserError, first_failure
-from titan_ulysses.distributed.files import remove
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.optim.adamw import state_format, unaligned_blocks
 

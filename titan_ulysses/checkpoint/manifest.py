@@ -19,8 +19,8 @@ from typing import Any
 
 import xxhash
 
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import one_line
-from titan_ulysses.distributed.files import whole_file
 
 Pieces = dict[str, list[tuple[int, int, str]]]
 """For each file of tensors by name: offset, length and hash of each piece, in the file's order."""

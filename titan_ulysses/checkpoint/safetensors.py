@@ -37,8 +37,8 @@ from titan_ulysses.checkpoint.folder import (
     write_manifest,
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
+from titan_ulysses.distributed.atomic import partial_path, remove, replace_folder
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
-from titan_ulysses.distributed.files import partial_path, remove, replace_folder
 from titan_ulysses.distributed.tensors import local_box, local_shard
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas

@@ -22,8 +22,8 @@ from titan_ulysses.checkpoint.manifest import (
     read_json,
     write_json,
 )
+from titan_ulysses.distributed.atomic import publish_folder
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import publish_folder
 
 RUN_FILE = "run.json"
 

@@ -17,8 +17,8 @@ from titan_ulysses.checkpoint.hosts import HostFolders, new_group
 from titan_ulysses.checkpoint.manifest import Damage, Pieces
 from titan_ulysses.checkpoint.step_folder import publish, step_named, steps_in
 from titan_ulysses.checkpoint.storage import HashingWriter, IncompletePlanner, cause
+from titan_ulysses.distributed.atomic import partial_path, remove
 from titan_ulysses.distributed.errors import first_failure
-from titan_ulysses.distributed.files import partial_path, remove
 
 
 class SaveFailed(Exception):

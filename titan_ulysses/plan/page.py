@@ -9,7 +9,7 @@ from typing import Any
 
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.distributed.hardware import GIB
-from titan_ulysses.observability.page import Section, write_page
+from titan_ulysses.observability.report_page import PageSection, write_page
 from titan_ulysses.observability.units import size_text, time_text, time_unit_of
 from titan_ulysses.plan import plots
 from titan_ulysses.plan.console import component_rows, gpu_components, largest
@@ -31,7 +31,7 @@ def write_plan_page(
 
     values: those of plan.json. summary: what would fit, in words. steps: those of the ladder.
     """
-    section, setup = Section("plan"), plan.setup
+    section, setup = PageSection("plan"), plan.setup
     verdict = "It fits." if plan.fits else "It does not fit."
     section.text(
         f"{plan.seq_len:,} tokens on {setup.world_size} x {setup.gpu.name}. {verdict} "
@@ -60,7 +60,7 @@ def write_plan_page(
     return write_page(folder, section, title=setup.config.job.name)
 
 
-def _memory(section: Section, plan: Plan) -> None:
+def _memory(section: PageSection, plan: Plan) -> None:
     section.heading("Memory of one GPU over the step")
     section.figure("By part, over the planned time of a step", partial(plots.timeline, plan))
     section.heading("Memory at the peak, by part")
@@ -83,7 +83,7 @@ def _memory(section: Section, plan: Plan) -> None:
         section.table(["part", "size"], host)
 
 
-def _time(section: Section, plan: Plan) -> None:
+def _time(section: PageSection, plan: Plan) -> None:
     section.heading("Time of a step")
     time_ = plan.time
     unit, name = time_unit_of(time_.seconds)
@@ -98,7 +98,7 @@ def _time(section: Section, plan: Plan) -> None:
 
 
 def _what_would_fit(
-    section: Section, values: dict[str, Any], steps: Sequence[SearchResult]
+    section: PageSection, values: dict[str, Any], steps: Sequence[SearchResult]
 ) -> None:
     if steps:
         section.heading("Ladder: the longest sequence, feature by feature")

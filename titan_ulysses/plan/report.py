@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from titan_ulysses.config.schema import Config
-from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import time_text

@@ -56,7 +56,7 @@ _AROUND = 0.1
 """How far from the depth, as a share of the text, it may be."""
 
 
-class Cell(NamedTuple):
+class TaskResult(NamedTuple):
     """The result of all trials of one task with one length and depth."""
 
     task: str
@@ -175,9 +175,9 @@ def answer_scores(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor
     return found.sum(dim=1)
 
 
-def cell_of(
+def result_of(
     task: str, length: int, depth: float, trials: Sequence[Trial], scores: torch.Tensor
-) -> Cell:
+) -> TaskResult:
     """Sum up the scores [trials, 1, 2] of a cell."""
     sizes = [len(trial.answers[0]) for trial in trials]
     each = [
@@ -186,10 +186,10 @@ def cell_of(
     losses, shares = zip(*each, strict=True)
     n = len(trials)
     exact = sum(share == 1 for share in shares) / n
-    return Cell(task, length, depth, sum(losses) / n, sum(shares) / n, exact)
+    return TaskResult(task, length, depth, sum(losses) / n, sum(shares) / n, exact)
 
 
-def draw_maps(cells: Sequence[Cell], options: Any, path: Path) -> None:
+def draw_maps(cells: Sequence[TaskResult], options: Any, path: Path) -> None:
     """Draw each task in a row: the loss, the likeliest tokens, the exact answers."""
     size = (4 + 2.4 * len(options.lengths), len(options.tasks) * (1.6 + 0.4 * len(options.depths)))
     with picture(path, size=size, panels=(len(options.tasks), 3)) as (figure, panels):
@@ -210,7 +210,7 @@ def draw_maps(cells: Sequence[Cell], options: Any, path: Path) -> None:
         figure.suptitle(f"{options.model}: {options.trials} trials a cell", fontsize=10)
 
 
-def say(cell: Cell) -> str:
+def say(cell: TaskResult) -> str:
     return (
         f"{cell.task:<9} {cell.length:>9,} tokens, depth {cell.depth:4.0%}: loss "
         f"{cell.loss:.3f}, likeliest tokens {cell.likeliest:.0%}, exact {cell.exact:.0%}"
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> None:
         name="long",
         make=partial(make_trial, count=options.count),
         score=answer_scores,
-        cell_of=cell_of,
+        result_of=result_of,
         say=say,
         draw=draw_maps,
         tasks=options.tasks,

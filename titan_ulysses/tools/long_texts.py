@@ -210,7 +210,7 @@ def run(
     name: str,
     make: Callable[..., Trial],
     score: Callable[[PreTrainedModel, dict[str, Any]], torch.Tensor],
-    cell_of: Callable[..., Any],
+    result_of: Callable[..., Any],
     say: Callable[[Any], str],
     draw: Callable[[list[Any], Any, Path], None],
     tasks: Sequence[str] | None = None,
@@ -219,7 +219,7 @@ def run(
     """Open model and texts on all ranks, evaluate every cell, and write NAME.json and NAME.png.
 
     make(tokenizer, text, length=, depth=, seed=) makes a trial, and raises UserError for lengths
-    that cannot be. cell_of(length, depth, trials, scores of them) makes the NamedTuple of a cell
+    that cannot be. result_of(length, depth, trials, scores of them) makes the NamedTuple of a cell
     from what `scores_of` returns, and say is its line on the console. Both take the task too, as
     `task=` and as the first argument, where there are tasks. draw(cells, options, path) draws the
     picture. more is written to NAME.json, too.
@@ -240,7 +240,7 @@ def run(
         shared = {**case, "length": length, "depth": depth}
         trials = [make(tokenizer, text, **shared, seed=seed) for seed in seeds]
         scores = scores_of(model, mesh, trials, score, length=length)
-        cells.append(cell_of(*case.values(), length, depth, trials, scores))
+        cells.append(result_of(*case.values(), length, depth, trials, scores))
         if speaks:
             print(say(cells[-1]), flush=True)
     if not speaks:

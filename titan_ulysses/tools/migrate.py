@@ -26,8 +26,8 @@ from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.config.toml import show, table_to_toml
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.tools import parser_of
 from titan_ulysses.tools.migration import FORMATS
 from titan_ulysses.tools.migration.rules import Flat, Format, Lost, Rule

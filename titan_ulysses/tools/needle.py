@@ -47,7 +47,7 @@ ANSWER = " {code}"
 NEEDLE = QUESTION + ANSWER + ".\n"
 
 
-class Cell(NamedTuple):
+class NeedleResult(NamedTuple):
     """The result of all trials with one length and depth."""
 
     length: int
@@ -87,17 +87,19 @@ def code_scores(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     return score(model, batch).sum(dim=1, dtype=torch.float64).float()
 
 
-def cell_of(length: int, depth: float, trials: Sequence[Trial], scores: torch.Tensor) -> Cell:
+def result_of(
+    length: int, depth: float, trials: Sequence[Trial], scores: torch.Tensor
+) -> NeedleResult:
     """Sum up the log-probabilities [trials, codes] of a cell."""
     of_tokens = [
         right / len(trial.answers[0])
         for right, trial in zip(scores[:, 0].tolist(), trials, strict=True)
     ]
     accuracy = (scores[:, 0] > scores[:, 1:].amax(dim=1)).double().mean().item()
-    return Cell(length, depth, accuracy, sum(of_tokens) / len(of_tokens))
+    return NeedleResult(length, depth, accuracy, sum(of_tokens) / len(of_tokens))
 
 
-def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
+def draw_map(cells: Sequence[NeedleResult], options: Any, path: Path) -> None:
     """Draw accuracy and log-probability side by side, with a number in every cell."""
     size = (3 + 1.7 * len(options.lengths), 2.2 + 0.5 * len(options.depths))
     with picture(path, size=size, panels=(1, 2)) as (figure, panels):
@@ -121,7 +123,7 @@ def main(argv: list[str]) -> None:
     options = checked(parser.parse_args(argv), candidates=2)
     chance = 1 / options.candidates
 
-    def say(cell: Cell) -> str:
+    def say(cell: NeedleResult) -> str:
         return (
             f"{cell.length:>9,} tokens, depth {cell.depth:4.0%}: accuracy {cell.accuracy:4.0%} "
             f"(guessing: {chance:.0%}), log-probability {cell.log_probability:.3f} a token"
@@ -132,7 +134,7 @@ def main(argv: list[str]) -> None:
         name="needle",
         make=partial(make_trial, candidates=options.candidates),
         score=code_scores,
-        cell_of=cell_of,
+        result_of=result_of,
         say=say,
         draw=draw_map,
         more={"chance": chance},
