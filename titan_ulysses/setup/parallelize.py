@@ -29,8 +29,9 @@ from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
 from titan_ulysses.memory.tiled import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
-    beside_hidden_states,
     check_family,
+    computes_with_embeddings,
+    extra_block_outputs,
     head_of,
     layer_types,
 )
@@ -123,7 +124,9 @@ def parallelize(
         options = replace(options, attention=core)
     store = None
     if options.store != "none":
-        store = open_store(options.store, options.offload_folder, mesh.device)
+        own = options.offload != "none"
+        setting = "activation_checkpoint.offload" if own else "memory.stream_offload"
+        store = open_store(options.store, options.offload_folder, mesh.device, setting=setting)
     if not is_checked:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
@@ -213,6 +216,7 @@ def wrap(
             check_stream_offload(model, offload)
             open_them = open_sequences or open_sequence_store
             sequences = open_them(offload, options.offload_folder, mesh.device)
+            sequences.host_reads = computes_with_embeddings(model.config)
         stream_blocks(blocks, sequences, keep_attention=options.keep_attention, store=store)
     use_loss_head(model, decoder, options, device_type)
     if isinstance(sequences, SequenceStore):
@@ -227,8 +231,8 @@ def wrap(
 
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:
-        beside = beside_hidden_states(model.config)
-        checkpoint_blocks(blocks, every=every, store=store, beside=beside, device=mesh.device)
+        extra = extra_block_outputs(model.config)
+        checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     guard(model)
     _refuse_methods(model)
@@ -304,7 +308,8 @@ def open_sequence_store(
     offload: Literal["host", "disk"], folder: str | None, device: torch.device
 ) -> SequenceStore:
     """Return the store for the hidden states of a run on this device."""
-    return SequenceStore(open_store(offload, folder, device), device)
+    setting = "memory.stream_offload"
+    return SequenceStore(open_store(offload, folder, device, setting=setting), device)
 
 
 def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:
