@@ -475,6 +475,17 @@ def test_page_locked_buffers_share_no_page(monkeypatch):
     assert [buffer.fill_(7).sum() for buffer in buffers] == [7 * size for size in sizes]
 
 
+def test_a_buffer_of_no_bytes_is_not_locked_and_a_refused_lock_names_its_setting(monkeypatch):
+    """A rank may have no queries of a head, of whose output it keeps nothing."""
+    cudart = SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    gpu, setting = torch.device("cuda"), "memory.stream_offload"
+    make_buffer = open_store("host", None, torch.device("cpu"), setting=setting).make_buffer
+    assert make_buffer(0, gpu).numel() == 0
+    with pytest.raises(UserError, match='^memory.stream_offload = "host": .* page-locked'):
+        make_buffer(4096, gpu)
+
+
 def test_page_locked_memory_is_given_back_before_it_is_freed(monkeypatch):
     """With a stand-in for CUDA: the lock goes with the buffer, also where only a view of it was
     left.

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from helpers.families import model_of
+from helpers.families import FAMILIES, model_of
 from helpers.meshes import ONE, SP2, SP4
 from helpers.models import STARCODER2
 from helpers.precision import kept_in_fp64
@@ -24,10 +26,13 @@ from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.training import largest_difference, train_plain, train_sharded
 from test_streaming import table_of
-from titan_ulysses.memory import loss, replay, sequences
-from titan_ulysses.memory.offload import CudaStore, host_buffer
+from titan_ulysses.memory import loss, replay
+from titan_ulysses.memory.offload import CudaStore, OffDevice, host_buffer
 from titan_ulysses.memory.sequences import SequenceStore
+from titan_ulysses.model import hf
+from titan_ulysses.model.families import CHECKED_FAMILIES, computes_with_embeddings
 from titan_ulysses.setup import parallelize
+from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.streaming import block, chunks, embeddings, keys
 
 DOCUMENTS = [[11, 9, 4], [5, 19]]
@@ -91,7 +96,7 @@ class LateCopies(CudaStore):
 
     def _fetch(self, kept: Any) -> None:
         super()._fetch(kept)
-        if kept.dtype.is_floating_point:
+        if kept.tensor.dtype.is_floating_point:
             kept.fetched[0].fill_(torch.nan)
 
     def get(self, kept: Any) -> Tensor:
@@ -101,7 +106,7 @@ class LateCopies(CudaStore):
 
 
 def late_store() -> SequenceStore:
-    return SequenceStore(LateCopies(host_buffer), GPU)
+    return SequenceStore(LateCopies(partial(host_buffer, setting="")), GPU)
 
 
 def lose_late_gradients(patch: pytest.MonkeyPatch, function: Any) -> None:
@@ -210,6 +215,42 @@ def test_any_head_count_by_blocks_of_keys(heads: tuple[int, int], degrees) -> No
     check(degrees, table_of(heads), [[13, 11]])
 
 
+class DecoderOps(TorchDispatchMode):
+    """What a decoder computes with the results of its parts, outside of them."""
+
+    def __init__(self, decoder: nn.Module, blocks: nn.ModuleList):
+        super().__init__()
+        self.inside, self.results, self.found = 0, [], set()
+        for part in {*decoder.children(), *blocks} - {blocks}:
+            part.register_forward_pre_hook(self.enter)
+            part.register_forward_hook(self.leave)
+
+    def enter(self, *_: Any) -> None:
+        self.inside += 1
+
+    def leave(self, part: nn.Module, _: Any, output: Any) -> None:
+        self.inside -= 1
+        self.results += [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.inside:
+            known = {x.untyped_storage()._cdata for x in self.results}
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if any(x.untyped_storage()._cdata in known for x in given):
+                self.found.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() & CHECKED_FAMILIES))
+def test_the_host_waits_for_decoders_that_compute_with_what_their_parts_return(family) -> None:
+    model = hf.build_on_meta(hf.load_model_config("", model_of(family)), torch.float32)
+    decoder, blocks = find_blocks(model.to_empty(device="cpu"))
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with torch.no_grad(), DecoderOps(decoder, blocks) as ops:
+        decoder(input_ids=ids, position_ids=torch.arange(4)[None], use_cache=False)
+    assert bool(ops.found) == computes_with_embeddings(model.config), ops.found
+
+
 def test_a_decoder_that_computes_with_what_is_off_the_device() -> None:
     """granite scales the embeddings of the whole sequence."""
     check(ONE, model_of("granite"), [[24]])
@@ -261,6 +302,6 @@ def test_a_thread_may_write_to_what_autograd_has_saved() -> None:
     """The thread of a `DiskStore` does, when the hidden states are saved for backward already."""
     whole, weight = late_store().empty(torch.empty(1, 4, 2).double()), torch.ones(2)
     product = whole * weight.double().requires_grad_()
-    sequences._Slice(whole[:, 2:], GPU).buffer.copy_(torch.ones(4).double().view(torch.uint8))
+    OffDevice(whole[:, 2:], GPU).buffer.copy_(torch.ones(4).double().view(torch.uint8))
     product.sum().backward()
     assert torch.equal(whole[:, 2:], torch.ones(1, 2, 2).double())

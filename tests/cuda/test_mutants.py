@@ -223,8 +223,8 @@ def thread_on_device_0(patch: Patch) -> None:
 
 def versions_of_hidden_states(patch: Patch) -> None:
     """The thread counts a change of what is saved for backward."""
-    buffer = property(lambda self: self.part.view(-1).view(torch.uint8))
-    patch.setattr(sequences._Slice, "buffer", buffer)
+    buffer = property(lambda self: self.tensor.view(-1).view(torch.uint8))
+    patch.setattr(offload.OffDevice, "buffer", buffer)
 
 
 def gradients_read_early(patch: Patch) -> None:
@@ -314,14 +314,14 @@ def collective_not_waited_for(patch: Patch) -> None:
 
 
 def item_in_a_layer(patch: Patch) -> None:
-    original = block._Call.run
+    original = block._StreamedCall.run
 
     def run(self, *args, **options):
         output, inputs = original(self, *args, **options)
         assert output is None or output.sum().item() == output.sum().item()
         return output, inputs
 
-    patch.setattr(block._Call, "run", run)
+    patch.setattr(block._StreamedCall, "run", run)
 
 
 def item_in_the_step(patch: Patch) -> None:
@@ -353,7 +353,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], Setting, str]] = {
         "numbers",
     ),
     "get does not wait for its copy": (
-        left_out(STREAMS, "wait_event", CudaStore.get),
+        left_out(STREAMS, "wait_event", CudaStore._end_copies),
         setting(HOST),
         "numbers",
     ),
@@ -393,7 +393,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], Setting, str]] = {
         "numbers",
     ),
     "the first block's gradient is read before its copy has come": (
-        left_out(SequenceStore, "finish", block._Call.backward),
+        left_out(SequenceStore, "finish", block._StreamedCall.backward),
         setting(OFF_HOST, table="GRANITE"),
         "numbers",
     ),

@@ -26,6 +26,7 @@ from helpers.runs import learned, write_run
 from helpers.training import Record, train_plain, train_sharded
 from test_lora import fill
 from titan_ulysses.config.schema import LoRA
+from titan_ulysses.memory.offload import open_store
 from titan_ulysses.model.lora import add_adapters
 
 pytestmark = pytest.mark.cuda(only=True)
@@ -172,6 +173,39 @@ def test_layers_with_states_and_experts(family: str, dtype, options: str, degree
     )
     exact = dtype == torch.float64 and family not in RECURRENT
     assert not what_is_wrong(found, train_plain(*inputs), within=1e-10 if exact else 1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite"])
+def test_the_host_does_not_wait_for_hidden_states_that_a_decoder_hands_on(family: str) -> None:
+    """Not in more places than with all of them on the device, nor more often; it waits for granite,
+    whose decoder multiplies embeddings: for them and for cos and sin in forward, and for their
+    gradient in backward, each in every micro-batch.
+    """
+    inputs = "random", 1, train_in_fp64, ONE, model_of(family), rows(), torch.float64
+    on_it, off_it = (
+        run_on_ranks(1, on_device, *inputs, stream_chunk_tokens=8, stream_offload=where)[0]
+        for where in ("none", "host")
+    )
+    assert not off_it.refused and not off_it.races
+    more = sum((off_it.waits - on_it.waits).values())
+    assert more == (0 if family == "llama" else 3 * 2 * STEPS), off_it.waits - on_it.waits
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_a_graph_that_is_dropped_leaves_no_copy_behind(kind: str, tmp_path: Path) -> None:
+    """Neither into memory that is used again, nor from a buffer that is."""
+    import fakecuda
+
+    fakecuda.races()
+    with fakecuda.setting(copies="late"):
+        store = open_store(kind, tmp_path, torch.device("cuda", 0))
+        for _ in range(3):
+            first, second = (store.keep(torch.ones(512, device="cuda")) for _ in range(2))
+            store.keep(torch.ones(2048, device="cuda"))  # the others have left the device
+            assert store.get(second).sum() == 512  # and the first one is on its way back
+            del first, second
+        torch.cuda.synchronize()
+    assert not fakecuda.races()
 
 
 def add_with_dropout(model: torch.nn.Module) -> None:

@@ -32,19 +32,19 @@ def checkpoint_blocks(
     *,
     every: int,
     store: Store | None,
-    beside: tuple[None, ...] | None = None,
+    extra_outputs: tuple[None, ...] | None = None,
     device: torch.device | None = None,
 ) -> None:
     """Make each `every` consecutive blocks a segment, in place; the last one may be shorter.
 
-    store keeps the inputs of segments; None leaves them on the device. beside is what a block
-    returns beside its hidden states; None: it does not return a tuple. device is where blocks draw
-    random numbers; None: where their hidden states are. Parameter names do not change, because no
-    module is wrapped around a block: the class of the block is replaced by a subclass, as FSDP does
-    too.
+    store keeps the inputs of segments; None leaves them on the device. extra_outputs is what a
+    block returns after its hidden states; None: it does not return a tuple. device is where blocks
+    draw random numbers; None: where their hidden states are. Parameter names do not change, because
+    no module is wrapped around a block: the class of the block is replaced by a subclass, as FSDP
+    does too.
     """
     for first in range(0, len(blocks), every):
-        segment = _Segment(list(blocks[first : first + every]), store, beside, device)
+        segment = _Segment(list(blocks[first : first + every]), store, extra_outputs, device)
         for position, block in enumerate(segment.blocks):
             block.__class__ = _checkpointed(type(block))  # type: ignore[arg-type]
             block.checkpoint_segment, block.checkpoint_position = segment, position
@@ -105,10 +105,11 @@ class _Segment:
         self,
         blocks: list[nn.Module],
         store: Store | None,
-        beside: tuple[None, ...] | None,
+        extra_outputs: tuple[None, ...] | None,
         device: torch.device | None,
     ):
-        self.blocks, self.store, self.beside, self.device = blocks, store, beside, device
+        self.blocks, self.store, self.device = blocks, store, device
+        self.extra_outputs = extra_outputs
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
 
     def call(self, position: int, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -120,7 +121,7 @@ class _Segment:
             self.calls = []  # drops what an interrupted forward has recorded
         self.calls.append((args, kwargs))
         if len(self.calls) < len(self.blocks):
-            return hidden if self.beside is None else (hidden, *self.beside)
+            return hidden if self.extra_outputs is None else (hidden, *self.extra_outputs)
         calls, self.calls = self.calls, []
         memos: list[dict] = [{} for _ in calls]
         assert position == len(calls) - 1, "the decoder does not call its blocks in order"
@@ -152,7 +153,7 @@ class _Segment:
                     output = block.run_block(hidden, *args, **kwargs)
             finally:
                 del _phase.memo  # else what the last block keeps would outlive its model
-            hidden = output if self.beside is None else output[0]
+            hidden = output if self.extra_outputs is None else output[0]
             if position < last and not isinstance(hidden, Tensor):
                 raise UserError(
                     f"activation_checkpoint.every = {len(calls)}: {type(block).__name__} returns "

@@ -24,7 +24,7 @@ from functools import partial
 from math import inf, prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,50 +34,64 @@ from titan_ulysses.distributed.errors import UserError
 
 Offload = Literal["none", "host", "disk"]
 
+MakeBuffer = Callable[[int, torch.device], Tensor]
+"""Makes a buffer of so many bytes off the device of the run."""
+
 _RESERVE = 16
 """Tensors of each process that must still fit after one that is kept only if there is room."""
 
 
 def open_store(
-    offload: Literal["host", "disk"], folder: str | Path | None, device: torch.device
+    offload: Literal["host", "disk"],
+    folder: str | Path | None,
+    device: torch.device,
+    *,
+    setting: str = "activation_checkpoint.offload",
 ) -> Store:
     """Return the store for tensors of a run on this device.
 
-    folder is used only by "disk"; None means the system's temporary folder.
+    folder is used only by "disk"; None means the system's temporary folder. setting: the key that
+    asks for the store, for messages.
     """
+    locked: MakeBuffer = partial(host_buffer, setting=f'{setting} = "{offload}"')
     place = Path(folder or tempfile.gettempdir())
-    make_buffer = host_buffer if offload == "host" else _FileBuffers(place)
+    make_buffer = locked if offload == "host" else _FileBuffers(place)
     room = available_host_memory if offload == "host" else lambda: shutil.disk_usage(place).free
     if device.type == "cpu":
         return Store(make_buffer, room)
-    kind = CudaStore if offload == "host" else DiskStore
-    return kind(make_buffer, module_of(device), room)
+    if offload == "host":
+        return CudaStore(make_buffer, module_of(device), room)
+    return DiskStore(make_buffer, module_of(device), room, make_staging=locked)
 
 
-class OffDevice(Protocol):
-    """A tensor in a buffer off the device, as a `CudaStore` copies it."""
+class OffDevice:
+    """A tensor off the device, or a part of one, as a store copies it."""
 
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    """that of the copies back"""
-    fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None
-    """the copy on the device, and the event of its end"""
+    def __init__(self, tensor: Tensor, device: torch.device, kind: str | None = None):
+        """device: that of the copies back. kind: that of `Store.keep`; None: part of a tensor."""
+        self.tensor, self.device, self.kind = tensor, device, kind
+        self.before: Callable[[], OffDevice | None] = lambda: None
+        """Returns what is fetched after this one, or None."""
+        self.fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None = None
+        """The copy on the device, and the event of its end."""
 
     @property
     def buffer(self) -> Tensor:
-        """The bytes in the buffer."""
+        """Its bytes."""
+        # `data`, because a thread writes to them: autograd would take that for a change of the
+        # hidden states, which are saved for backward meanwhile.
+        return self.tensor.data.view(-1).view(torch.uint8)
 
     @property
-    def before(self) -> Callable[[], Any]:
-        """Returns what is fetched after this one, or None."""
+    def place(self) -> tuple[int, int, int]:
+        """The storage, and the first byte in it and the one after the last."""
+        buffer = self.buffer
+        start = buffer.storage_offset()
+        return buffer.untyped_storage()._cdata, start, start + buffer.numel()
 
-    def view(self) -> Tensor:
-        """Return the tensor in the buffer."""
 
-
-class OffloadedTensor:
-    """A tensor in a buffer.
+class OffloadedTensor(OffDevice):
+    """A tensor in a buffer of its own.
 
     The buffer becomes free when the last reference to this object is gone, which is after backward.
     """
@@ -85,20 +99,11 @@ class OffloadedTensor:
     def __init__(
         self, store: Store, x: Tensor, kind: str, buffer: Tensor, before: OffloadedTensor | None
     ):
-        self.kind = kind
-        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.buffer = buffer
-        # The tensor that was offloaded just before this one is needed just after it in backward.
-        self.before: Callable[[], OffloadedTensor | None] = (
-            weakref.ref(before) if before is not None else lambda: None
-        )
-        self.fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None = None
-        weakref.finalize(
-            self, store.free.setdefault(buffer.numel(), []).append, buffer
-        ).atexit = False
-
-    def view(self) -> Tensor:
-        return self.buffer.view(self.dtype).view(self.shape)
+        super().__init__(buffer.view(x.dtype).view(x.shape), x.device, kind)
+        if before is not None:  # what was offloaded just before is needed just after in backward
+            self.before = weakref.ref(before)
+        free = store.free.setdefault(buffer.numel(), [])
+        weakref.finalize(self, free.append, buffer).atexit = False
 
 
 class Store:
@@ -106,7 +111,7 @@ class Store:
 
     def __init__(
         self,
-        make_buffer: Callable[[int, torch.device], Tensor],
+        make_buffer: MakeBuffer,
         room: Callable[[], float] = lambda: inf,
     ):
         self.make_buffer, self._room = make_buffer, room
@@ -155,10 +160,10 @@ class Store:
         return self.get(kept) if isinstance(kept, OffloadedTensor) else kept
 
     def put(self, x: Tensor, kept: OffDevice) -> None:
-        kept.view().copy_(x)
+        kept.tensor.copy_(x)
 
     def get(self, kept: OffDevice) -> Tensor:
-        return kept.view().clone()
+        return kept.tensor.clone()
 
 
 @dataclass(eq=False)
@@ -169,7 +174,7 @@ class _Sent:
     kind: Hashable
     x: Tensor
     place: tuple[int, int, int]
-    """of the copy (see `_place`)"""
+    """of the copy (see `OffDevice.place`)"""
     copied: torch.Event
 
     @property
@@ -186,7 +191,7 @@ class CudaStore(Store):
 
     def __init__(
         self,
-        make_buffer: Callable[[int, torch.device], Tensor],
+        make_buffer: MakeBuffer,
         module: ModuleType,
         room: Callable[[], float] = lambda: inf,
     ):
@@ -195,12 +200,17 @@ class CudaStore(Store):
         self._sent: deque[_Sent] = deque()
         self._largest = 0
         """bytes of the largest tensor so far"""
+        self._ahead: list[tuple[weakref.ref[OffDevice], Tensor, torch.Event | Future]] = []
+        """What was fetched and not yet asked for, held here until its copy has ended."""
 
     def put(self, x: Tensor, kept: OffDevice) -> None:
         compute = self.module.current_stream()
+        self._end_copies(lambda of: of is None)
         self.outward.wait_stream(compute)
         copied = self._send(x, kept)
-        sent = _Sent(weakref.ref(kept), _kind(kept), x, _place(kept), copied)
+        # Parts of one tensor are handed over one after the other, with computation in between.
+        place = kept.place
+        sent = _Sent(weakref.ref(kept), kept.kind or place[0], x, place, copied)
         self._sent.append(sent)
         self._largest = max(self._largest, sent.size)
         while self._holds_too_much():
@@ -225,15 +235,25 @@ class CudaStore(Store):
     def get(self, kept: OffDevice) -> Tensor:
         self._bring(kept)
         assert kept.fetched is not None
-        x, arrived = kept.fetched
+        x, _ = kept.fetched
         kept.fetched = None
-        self.module.current_stream().wait_event(
-            arrived.result() if isinstance(arrived, Future) else arrived
-        )
+        # Those of a graph that was dropped, too: nobody will ask for them.
+        self._end_copies(lambda of: of is None or of is kept)
         before = kept.before()
         if before is not None:
             self._bring(before)
         return x
+
+    def _end_copies(self, ended: Callable[[OffDevice | None], bool]) -> None:
+        """Let the compute stream wait for copies that were begun ahead, and let go of them."""
+        ahead, self._ahead = self._ahead, []
+        for of, x, arrived in ahead:
+            if not ended(of()):
+                self._ahead.append((of, x, arrived))
+                continue
+            self.module.current_stream().wait_event(
+                arrived.result() if isinstance(arrived, Future) else arrived
+            )
 
     def _bring(self, kept: OffDevice) -> None:
         """Have kept on the device, or on its way there."""
@@ -243,8 +263,11 @@ class CudaStore(Store):
             if sent.kept() is kept:  # it has not left the device, as the input of the last segment
                 kept.fetched = sent.x, sent.copied
                 self._sent.remove(sent)
-                return
-        self._fetch(kept)
+                break
+        else:
+            self._fetch(kept)
+        assert kept.fetched is not None
+        self._ahead.append((weakref.ref(kept), *kept.fetched))
 
     def finish(self) -> None:
         """Let the host wait until all that was put is in its buffer."""
@@ -252,7 +275,7 @@ class CudaStore(Store):
 
     def _send(self, x: Tensor, kept: OffDevice) -> torch.Event:
         """Start the copy of x to its buffer; return the event of its end."""
-        return self._copy(kept.view(), x, self.outward)
+        return self._copy(kept.tensor, x, self.outward)
 
     def _copy(self, target: Tensor, source: Tensor, stream: torch.Stream) -> torch.Event:
         with self.module.stream(stream):
@@ -266,27 +289,13 @@ class CudaStore(Store):
         stream, which may still be using the same memory for an earlier tensor, and for the copies
         to the buffer that the compute stream has not waited for.
         """
-        x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+        x = torch.empty_like(kept.tensor, device=kept.device)
         self.inward.wait_stream(self.module.current_stream())
-        storage, start, stop = _place(kept)
+        storage, start, stop = kept.place
         for sent in self._sent:
             if sent.place[0] == storage and sent.place[1] < stop and start < sent.place[2]:
                 self.inward.wait_event(sent.copied)
-        kept.fetched = x, self._copy(x, kept.view(), self.inward)
-
-
-def _kind(kept: OffDevice) -> Hashable:
-    """Return what is equal for tensors that are handed over one after the other, with computation
-    in between: the kind of `Store.keep`, or the tensor of which they are parts.
-    """
-    return kept.kind if isinstance(kept, OffloadedTensor) else _place(kept)[0]
-
-
-def _place(kept: OffDevice) -> tuple[int, int, int]:
-    """Return the storage of the buffer, and the first byte in it and the one after the last."""
-    buffer = kept.buffer
-    start = buffer.storage_offset()
-    return buffer.untyped_storage()._cdata, start, start + buffer.numel()
+        kept.fetched = x, self._copy(x, kept.tensor, self.inward)
 
 
 class DiskStore(CudaStore):
@@ -296,21 +305,22 @@ class DiskStore(CudaStore):
     passes through one of two page-locked staging buffers, and a thread copies between these and the
     files. The host waits only where that thread is two tensors behind.
 
-    make_staging makes a staging buffer; unset, it is `host_buffer`. background runs the thread's
+    make_staging makes a staging buffer, page-locked on a GPU. background runs the thread's
     work in the order in which it is submitted; unset, it is a thread of this store. The planner
     passes one that runs it at once.
     """
 
     def __init__(
         self,
-        make_buffer: Callable[[int, torch.device], Tensor],
+        make_buffer: MakeBuffer,
         module: ModuleType,
         room: Callable[[], float] = lambda: inf,
-        make_staging: Callable[[int, torch.device], Tensor] | None = None,
+        *,
+        make_staging: MakeBuffer,
         background: Executor | None = None,
     ):
         super().__init__(make_buffer, module, room)
-        self.make_staging = make_staging or partial(host_buffer, offload="disk")
+        self.make_staging = make_staging
         # A new thread has device 0, where its first call would open a context of half a GiB.
         self.background = background or ThreadPoolExecutor(
             1, "offload", initializer=module.set_device, initargs=(module.current_device(),)
@@ -331,7 +341,7 @@ class DiskStore(CudaStore):
         return copied
 
     def _fetch(self, kept: OffDevice) -> None:
-        x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
+        x = torch.empty_like(kept.tensor, device=kept.device)
         # Until here the compute stream may use the memory of x for an earlier tensor.
         allocated = self.module.current_stream().record_event()
         staging = self._next_staging(kept)
@@ -376,7 +386,7 @@ class _Staging:
 
     def view(self, kept: OffDevice) -> Tensor:
         """Return the part for kept, with its dtype and shape."""
-        return self.buffer[: kept.buffer.numel()].view(kept.dtype).view(kept.shape)
+        return self.buffer[: kept.buffer.numel()].view(kept.tensor.dtype).view(kept.tensor.shape)
 
 
 def _to_file(buffer: Tensor, staging: Tensor, copied: torch.Event) -> None:
@@ -390,7 +400,7 @@ def _wait(event: torch.Event | None) -> None:
         event.synchronize()
 
 
-def host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -> Tensor:
+def host_buffer(size: int, device: torch.device, *, setting: str) -> Tensor:
     """Return a buffer of size bytes in host memory, page-locked if device is a GPU."""
     if device.type == "cpu" or size == 0:  # of a rank without queries of a head: nothing to lock
         return torch.empty(size, dtype=torch.uint8)
@@ -398,7 +408,7 @@ def host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -
         return page_locked(size)
     except OSError as error:
         raise UserError(
-            f'activation_checkpoint.offload = "{offload}": {size / 2**30:.2f} GiB of host '
+            f"{setting}: {size / 2**30:.2f} GiB of host "
             f"memory could not be page-locked ({error}). Raise the limit (ulimit -l "
             "unlimited), or use fewer checkpoints: raise activation_checkpoint.every."
         ) from None

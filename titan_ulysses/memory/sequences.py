@@ -17,15 +17,14 @@ segment, and a few more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from titan_ulysses.distributed.sequence import current_chunks
-from titan_ulysses.memory.offload import CudaStore, Store
+from titan_ulysses.memory.offload import CudaStore, OffDevice, Store
 from titan_ulysses.memory.replay import add_gradients, stand_ins
 
 
@@ -95,17 +94,20 @@ class SequenceStore(Sequences):
     Functions of such tensors add to the gradients of parameters themselves (see `replay.py`).
     """
 
-    def __init__(self, store: Store, device: torch.device, *, host_reads: bool = True):
+    def __init__(self, store: Store, device: torch.device):
         """device: that of the run. store: makes the buffers, and copies between them and a GPU; on
-        a CPU they are read and written where they are. host_reads: whether the decoder computes
-        with embeddings or rotary embeddings itself; the host then waits for them.
+        a CPU they are read and written where they are.
         """
-        self._store, self.device, self.host_reads = store, device, host_reads
+        self._store, self.device = store, device
+        self.host_reads = True
+        """Whether the decoder computes with embeddings or rotary embeddings itself, for which the
+        host has to wait (see `families.computes_with_embeddings`).
+        """
         self._copies = store if isinstance(store, CudaStore) else None
         self.is_direct = self._copies is None
         self._buffers: dict[int, list[tuple[Tensor, int]]] = {}
         """Buffers by their size in bytes, each with the number of references to it when unused."""
-        self._coming: dict[int, _Slice] = {}
+        self._coming: dict[int, OffDevice] = {}
         """Parts that are on their way to the device, one of each tensor."""
 
     def fetch(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
@@ -120,12 +122,12 @@ class SequenceStore(Sequences):
             return torch.stack([self.fetch(row) for row in part])
         key = part.untyped_storage()._cdata
         wanted = self._coming.pop(key, None)
-        if wanted is not None and not wanted.is_part(part):
+        if wanted is not None and not _are_same(wanted.tensor, part):
             self._copies.get(wanted)  # its memory is free again once the copy has ended
             wanted = None
-        wanted = wanted or _Slice(part, self.device)
+        wanted = wanted or OffDevice(part, self.device)
         if ahead is not None:
-            coming = self._coming[key] = _Slice(ahead, self.device)
+            coming = self._coming[key] = OffDevice(ahead, self.device)
             wanted.before = lambda: coming
         return self._copies.get(wanted)
 
@@ -136,7 +138,7 @@ class SequenceStore(Sequences):
             for row, value in zip(part, values, strict=True):
                 self.put(row, value)
         else:
-            self._copies.put(values.detach().to(part.dtype), _Slice(part, self.device))
+            self._copies.put(values.detach().to(part.dtype), OffDevice(part, self.device))
 
     def finish(self) -> None:
         if self._copies is not None:
@@ -174,38 +176,15 @@ class SequenceStore(Sequences):
         add_gradients(parameters, gradients)
 
 
-class _Slice:
-    """A part of a tensor off the device, for the copies of a `CudaStore`."""
-
-    def __init__(self, part: Tensor, device: torch.device):
-        self.part, self.device = part, device
-        self.shape, self.dtype = part.shape, part.dtype
-        self.before: Callable[[], _Slice | None] = lambda: None
-        """The part that is fetched after this one."""
-        self.fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None = None
-
-    @property
-    def buffer(self) -> Tensor:
-        """Its bytes."""
-        # `data`, because a thread writes to them: autograd would take that for a change of the
-        # hidden states, which are saved for backward meanwhile.
-        return self.part.data.view(-1).view(torch.uint8)
-
-    def view(self) -> Tensor:
-        return self.part
-
-    def is_part(self, other: Tensor) -> bool:
-        """Return whether other, of the same storage, is this part."""
-        return (self.part.storage_offset(), self.shape, self.dtype) == (
-            other.storage_offset(),
-            other.shape,
-            other.dtype,
-        )
-
-
 def _tokens_of(whole: Tensor, tokens: slice, dim: int) -> Tensor:
     return whole[:, tokens] if dim else whole[tokens]
 
 
 def _references(x: Tensor) -> int:
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of the same storage are the same part of it."""
+    places = ((x.storage_offset(), x.shape, x.dtype) for x in (one, other))
+    return next(places) == next(places)

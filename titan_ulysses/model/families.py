@@ -70,6 +70,14 @@ CHECKED_FAMILIES = {
 Any other family must pass `verify_family` before it trains.
 """
 
+_COMPUTE_WITH_EMBEDDINGS = {
+    "falcon_h1",
+    "gemma4_text",
+    "granite",
+    "granitemoehybrid",
+    "hyperclovax",
+}
+
 _OTHER_MODES = {"vision_config", "audio_config"}
 
 
@@ -206,9 +214,17 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
     )
 
 
-def other_block_outputs(config: PreTrainedConfig) -> tuple[None, ...] | None:
+def extra_block_outputs(config: PreTrainedConfig) -> tuple[None, ...] | None:
     """Return what the family's blocks return after their hidden states; None: no tuple."""
     return {"bamba": (None,), "falcon_h1": ()}.get(config.model_type)
+
+
+def computes_with_embeddings(config: PreTrainedConfig) -> bool:
+    """Return whether the family's decoder does more with embeddings and rotary embeddings than to
+    hand them to its blocks. granite multiplies embeddings, for one. True where nobody has looked.
+    """
+    family = config.model_type
+    return family in _COMPUTE_WITH_EMBEDDINGS or family not in CHECKED_FAMILIES
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:

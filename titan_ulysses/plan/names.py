@@ -149,9 +149,9 @@ def _role(allocation: Allocation) -> str:
             if role:
                 return role[allocation.phase == "backward"] if isinstance(role, tuple) else role
     # Tiles are computed again in backward, where no hook marks the phase as recomputation.
-    recomputed = "tiling.forward" in created_in
+    recomputed = "tiled.forward" in created_in
     is_gradient = allocation.phase == "backward" and not recomputed
-    tile = " of a tile" if recomputed or "tiling.backward" in created_in else ""
+    tile = " of a tile" if recomputed or "tiled.backward" in created_in else ""
     if operation == _FLASH:
         what = "output" if len(allocation.shape) == 4 else "log-sum-exp"
         return f"{what} of flash attention"
@@ -192,15 +192,15 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
         "": _PACKED,
     },
     "replay.accumulate": {"": "gradients of its weights, summed over the tiles"},
-    "tiling.backward": {"empty_like": "gradient of its input"},
-    "tiling.forward": {"new_empty": "output", "empty_like": "output"},
+    "tiled.backward": {"new_empty": "gradient of its input"},
+    "tiled.forward": {"new_empty": "output"},
     "loss._scores": {"": "logits of a tile"},
     "loss._cross_entropy": {"_to_copy": "logits of a tile", "": "log-probabilities of a tile"},
     "loss.add_product": {"": "gradient of its weight, of a tile"},
     "loss._tile_loss": {"": "gradient of a tile's logits"},
     "loss.forward": {
         "zeros_like": "gradient of its weight",
-        "empty_like": "gradient of the hidden states",
+        "new_empty": "gradient of the hidden states",
         "where": "hidden states of a tile",
         "_to_copy": "gradient of a tile's logits",
         "div": "the loss",

@@ -29,9 +29,10 @@ from titan_ulysses.memory.tiled import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     check_family,
+    computes_with_embeddings,
+    extra_block_outputs,
     head_of,
     layer_types,
-    other_block_outputs,
 )
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
@@ -131,7 +132,9 @@ def parallelize(
         options = options.changed(attention=core)
     folder, store = options.activation_checkpoint.offload_folder, None
     if options.store != "none":
-        store = open_store(options.store, folder, mesh.device)
+        own = options.activation_checkpoint.offload != "none"
+        setting = "activation_checkpoint.offload" if own else "memory.stream_offload"
+        store = open_store(options.store, folder, mesh.device, setting=setting)
     if not is_checked:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
@@ -223,6 +226,7 @@ def wrap(
             check_stream_offload(model, offload)
             open_them = open_sequences or open_sequence_store
             sequences = open_them(offload, checkpoint.offload_folder, mesh.device)
+            sequences.host_reads = computes_with_embeddings(model.config)
         stream_blocks(blocks, sequences, keep_attention=checkpoint.keep_attention, store=store)
     use_loss_head(model, decoder, options, device_type)
     if isinstance(sequences, SequenceStore):
@@ -237,8 +241,8 @@ def wrap(
 
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:
-        beside = other_block_outputs(model.config)
-        checkpoint_blocks(blocks, every=every, store=store, beside=beside, device=mesh.device)
+        extra = extra_block_outputs(model.config)
+        checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     guard(model)
     _refuse_methods(model)
@@ -313,7 +317,8 @@ def open_sequence_store(
     offload: Literal["host", "disk"], folder: str | None, device: torch.device
 ) -> SequenceStore:
     """Return the store for the hidden states of a run on this device."""
-    return SequenceStore(open_store(offload, folder, device), device)
+    setting = "memory.stream_offload"
+    return SequenceStore(open_store(offload, folder, device, setting=setting), device)
 
 
 def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import visited, visited_with_next
 from titan_ulysses.distributed.sequence import Chunk, computing
-from titan_ulysses.memory.checkpointing import block_memo, output_is_needed, without_output
+from titan_ulysses.memory.checkpointing import block_memo, output_is_needed
 from titan_ulysses.memory.offload import Store
 from titan_ulysses.memory.replay import accumulate, autocast_state, replayed, rng_state
 from titan_ulysses.memory.sequences import Sequences, SequenceStore
@@ -76,13 +76,13 @@ class StreamedBlock:
     def __call__(self, hidden: Tensor, *args, **kwargs) -> Any:
         if len(kwargs["ulysses"].chunks) == 1:
             return self.forward(hidden, *args, **kwargs)
-        call = _Call(self, hidden, args, kwargs)
+        call = _StreamedCall(self, hidden, args, kwargs)
         parameters = self.sequences.inputs_for(call.parameters)
         output = _StreamedFunction.apply(call, hidden, *call.differentiable(), *parameters)
         return output if self.extra_outputs is None else (output, *self.extra_outputs)
 
 
-class _Call:
+class _StreamedCall:
     """One call of a streamed block: its arguments, and what its backward needs."""
 
     def __init__(
@@ -159,7 +159,9 @@ class _Call:
             leaves.append(leaf)
         args, kwargs = tree_unflatten(leaves, self.spec)
         kwargs["ulysses"] = replace(self.ulysses, extent=extent)
-        with computing([chunk]):
+        numbers = self.random.get(chunk.index) if extent.in_backward else None
+        same_numbers = nullcontext() if numbers is None else replayed(self.device, numbers)
+        with computing([chunk]), same_numbers:
             return extent.run(lambda: self._block(inputs[0], args, kwargs)), inputs
 
     def _block(self, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -226,9 +228,8 @@ class _Call:
             self._compute_keys(sweep, hidden, chunk)
             # Its own keys are known if a later chunk has read them.
             known = any(self._first_read(x) <= chunk.index for x in self._after(chunk))
-            with self._same_numbers(chunk), without_output():
-                extent = ChunkBackward(sweep, chunk, keys_known=known)
-                y, inputs = self.run(extent, hidden, then, needs_input=needs[0])
+            again = ChunkBackward(sweep, chunk, keys_known=known)
+            y, inputs = self.run(again, hidden, then, needs_input=needs[0])
             inputs += self.parameters
             gradient_of_y = self.read(upstream, chunk, then)
             found = torch.autograd.grad(
@@ -258,8 +259,7 @@ class _Call:
         """
         stop = min([reader.index, *map(self._first_read, self._after(reader))])
         for chunk, then in visited_with_next(self.chunks[self._first_read(reader) : stop]):
-            with self._same_numbers(chunk):
-                self.run(ChunkKeys(sweep, chunk, reader), hidden, then)
+            self.run(ChunkKeys(sweep, chunk, reader), hidden, then)
 
     def _first_read(self, chunk: Chunk) -> int:
         """Return the index of the first chunk of which a chunk reads keys."""
@@ -282,17 +282,10 @@ class _Call:
         total.narrow(dim, start, stop - start).add_(gradient)
         return total
 
-    def _same_numbers(self, chunk: Chunk) -> ExitStack:
-        """Return a context with the random numbers of the chunk's first forward."""
-        stack = ExitStack()
-        if self.random:
-            stack.enter_context(replayed(self.device, self.random[chunk.index]))
-        return stack
-
 
 class _StreamedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, hidden: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(ctx, call: _StreamedCall, hidden: Tensor, *inputs: Tensor) -> Tensor:
         ctx.call = call
         ctx.save_for_backward(hidden)
         ctx.autocast = autocast_state(call.device.type)

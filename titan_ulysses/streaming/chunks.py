@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_ulysses.distributed.sequence import Chunk, Documents
+from titan_ulysses.memory.checkpointing import without_output
 from titan_ulysses.memory.offload import OffloadedTensor, Store
 from titan_ulysses.memory.sequences import ON_DEVICE, Sequences
 from titan_ulysses.streaming.attention import ChunkAttention, attend
@@ -128,8 +129,10 @@ class ChunkForward(Extent):
     """A run for the block's output, without gradients."""
 
     tokens: slice
-    last_use = False
-    """Whether the block's results of forward are needed now for the last time."""
+    in_backward = False
+    """Whether the chunk is computed again, from the same random numbers. What was kept of its
+    forward is then needed for the last time.
+    """
 
     def __init__(self, sweep: Sweep, chunk: Chunk):
         self.sweep, self.chunk, self.tokens = sweep, chunk, chunk.whole
@@ -188,10 +191,10 @@ class ChunkForward(Extent):
         if (kept := self.sweep.outputs) is None:
             return compute()
         key = self.chunk.index, module
-        found = kept.get(key, last=self.last_use)
+        found = kept.get(key, last=self.in_backward)
         if found is None:
             found = compute()
-            if not self.last_use:
+            if not self.in_backward:
                 kept.put(key, found)
         return found
 
@@ -219,7 +222,7 @@ class ChunkForward(Extent):
 class ChunkKeys(ChunkForward):
     """A run for the keys and values of attention alone, which a later chunk reads."""
 
-    keys_only = True
+    keys_only = in_backward = True
 
     class _Known(Exception):
         """Ends the run. An unmodified block has no other end before that of its MLP."""
@@ -240,7 +243,7 @@ class ChunkKeys(ChunkForward):
 class ChunkBackward(ChunkForward):
     """A run again as a graph for autograd, given the keys that it reads."""
 
-    last_use = True
+    in_backward = True
 
     def __init__(self, sweep: Sweep, chunk: Chunk, *, keys_known: bool):
         """keys_known: whether a later chunk has read the chunk's own keys, so they are here."""
@@ -248,7 +251,7 @@ class ChunkBackward(ChunkForward):
         self.keys_known = keys_known
 
     def run(self, block: Callable[[], Tensor]) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), without_output():
             return block()
 
     def to_heads(

@@ -84,10 +84,13 @@ class _EmbeddingFunction(torch.autograd.Function):
         (ids,), embedding, store = ctx.saved_tensors, ctx.look_up.embedding, ctx.look_up.store
         wide = torch.promote_types(ctx.dtype, torch.float32)
         total = torch.zeros(ctx.shape, dtype=wide, device=ids.device)
-        # gemma's embeddings multiply what they look up.
-        scale = torch.as_tensor(
-            getattr(embedding, "embed_scale", 1.0), dtype=ctx.dtype, device=ids.device
-        )
+        # gemma's embeddings multiply what they look up. A number is filled in on the device:
+        # for the copy of one the host would wait.
+        scale = getattr(embedding, "embed_scale", 1.0)
+        if isinstance(scale, Tensor):
+            scale = scale.to(ids.device, ctx.dtype)
+        else:
+            scale = torch.full((), scale, dtype=ctx.dtype, device=ids.device)
         for chunk, then in visited_with_next(ctx.chunks):
             rows = ids[:, chunk.local].flatten()
             part = store.read(upstream, chunk.local, None if then is None else then.local)
