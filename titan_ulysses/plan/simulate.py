@@ -172,7 +172,7 @@ def _run_step(
     """Run the step on fake tensors, with one or two of its micro-batches."""
     accumulation = spec.degrees.accumulation_steps
     chunk = chunk_length(
-        model.stream_chunk_tokens, spec.config.training.seq_len, spec.degrees.sequence
+        model.sharding.stream_chunk_tokens, spec.config.training.seq_len, spec.degrees.sequence
     )
     batches = [_batch(spec.config, mesh, documents, chunk) for _ in range(accumulation)]
     tracker.claim(

@@ -45,8 +45,7 @@ def guard(model: PreTrainedModel) -> None:
     The error is raised only on the rank that makes the call.
     """
     _watch_optimizers()
-    model.fsdp_guard = Guard(model)
-    _guards.add(model.fsdp_guard)
+    _guards.add(Guard(model))  # the model's hook keeps it as long as the model
 
 
 class Guard:

@@ -32,7 +32,7 @@ def log_probs(
     """
     inputs = {key: value for key, value in batch.items() if key != "num_items_in_batch"}
     local = model(**inputs, reduction="statistics", temperature=temperature)
-    return whole_statistics(local, model.ulysses_mesh, batch.get("chunk_tokens"))
+    return whole_statistics(local, model.sharding.mesh, batch.get("chunk_tokens"))
 
 
 def whole_statistics(

@@ -165,7 +165,7 @@ class DPO(_WithFrozen):
         each, rewards = self.of_pairs(batch)
         loss = each.sum() / count.clamp(min=1)
         # The ranks that share a sequence compute the same loss: each owns a part of it.
-        self.model.own_loss = loss.detach() / self.mesh.sp.size()
+        self.model.sharding.own_loss = loss.detach() / self.mesh.sp.size()
         of_rows = [pairs_of(row) for row in batch.documents]
         sums = torch.stack([part.sum() for part in each.detach().split(of_rows)])
         rows = torch.stack([sums, sums.new_tensor(of_rows)]) / self.mesh.sp.size()

@@ -96,7 +96,7 @@ def train_step(
         part = loss(batch, count)
         part.loss.backward()
         total += part.loss.detach()
-        own_losses.append(model.own_loss)
+        own_losses.append(model.sharding.own_loss)
         rows += [] if part.rows is None else [part.rows]
         metrics.update(part.metrics)
         if has_router_loss := part.router_loss is not None:

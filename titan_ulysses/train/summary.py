@@ -200,10 +200,12 @@ def _streaming(run: Run) -> str:
             if setting > 0
             else ""
         )
-    if run.model.stream_chunk_tokens == -1:
+    if run.model.sharding.stream_chunk_tokens == -1:
         reason = obstacle_to_streaming(run.model.config, run.spec.options, run.mesh.device.type)
         return f"not streamed: {reason or 'this family does not train exactly chunk by chunk'}"
-    wanted = chunk_length(run.model.stream_chunk_tokens, length, run.degrees.sequence) or length
+    wanted = (
+        chunk_length(run.model.sharding.stream_chunk_tokens, length, run.degrees.sequence) or length
+    )
     rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != wanted else ""
     return (
         f"streamed: {-(-length // wanted)} chunks of {wanted:,} tokens{rounded}, "

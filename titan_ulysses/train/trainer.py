@@ -237,7 +237,7 @@ class Trainer:
             accumulation_steps=self.degrees.accumulation_steps,
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
-            stream_chunk_tokens=self.model.stream_chunk_tokens,
+            stream_chunk_tokens=self.model.sharding.stream_chunk_tokens,
             vocab_size=getattr(self.model.config.get_text_config(), "vocab_size", None),
         )
 
