@@ -202,7 +202,7 @@ def wrap(
     *,
     store: Store | None,
     device_type: str | None = None,
-    open_sequences: Callable[..., SequenceStore] = open_sequence_store,
+    open_sequences: Callable[..., SequenceStore] | None = None,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
@@ -219,7 +219,8 @@ def wrap(
     sequences = None
     if streams and memory.stream_offload != "none":
         check_stream_offload(model, memory.stream_offload)
-        sequences = open_sequences(memory.stream_offload, checkpoints.offload_folder, mesh.device)
+        open_them = open_sequences or open_sequence_store
+        sequences = open_them(memory.stream_offload, checkpoints.offload_folder, mesh.device)
     shard = partial(_shard, mesh, options)
     # All that is changed of the model, in its order: the forward of modules of this instance, and
     # by checkpoints and FSDP their class, by a subclass.
