@@ -55,7 +55,7 @@ class Sharding:
     stream_chunk_tokens: int = -1
     """The setting for which batches must be cut; -1: its blocks do not stream."""
     own_loss: Tensor | None = None
-    """This rank's part of the last loss, for who asks where a NaN came from."""
+    """This rank's part of the last loss, which tells which rank a NaN came from."""
 
     def forward(
         self,
