@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titan_ulysses.config.cli import parse_command_line, usage
+from titan_ulysses.config.fields import rules_of
 from titan_ulysses.config.load import config_of, dump_toml, load_config
+from titan_ulysses.config.rules import tables
 from titan_ulysses.config.schema import KEYS, SECTIONS, Config
 from titan_ulysses.config.validate import MeshDegrees, check
 from titan_ulysses.distributed.errors import UserError
@@ -319,8 +321,8 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
         ),
         (
             {"mixture": [{"path": "b", "source": "chat"}], "train_on": "all"},
-            'data.train_on = "all" with [[data.mixture]]: each entry has a train_on of its own. '
-            "Set it there",
+            'data.train_on = "all" with [[data.mixture]]: each entry has its own train_on. Set '
+            "it there",
         ),
     ],
 )
@@ -334,6 +336,27 @@ def test_data_settings_that_exclude_each_other(
     assert error_of(path, *((f"data.{key}", value) for key, value in data.items())).startswith(
         message
     )
+
+
+def test_every_rule_names_settings_and_says_so() -> None:
+    """What a rule needs or excludes exists, and so does all that its message shows."""
+    config = Config.model_validate(
+        MODEL | {"data": {"mixture": [{}]}, "validation": {"sets": [{}]}}
+    )
+    shown = dict.fromkeys(("this", "name", "default"), "here")
+    shown |= dict.fromkeys(("other", "other_name", "other_value", "other_default"), "there")
+    rules = [
+        (table, rule)
+        for _, table in tables(config)
+        for field in type(table).model_fields.values()
+        for rule in rules_of(field)
+    ]
+    assert len(rules) > 100
+    for table, rule in rules:
+        section, _, key = rule.other.rpartition(".")
+        kind = SECTIONS[section] if section else type(table)
+        assert key in kind.model_fields, rule.other
+        assert "here" in rule.text.format(**shown)
 
 
 def test_files_have_no_split_to_be_held_out(toml: Path) -> None:

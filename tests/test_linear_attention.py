@@ -399,7 +399,7 @@ def proves_itself(family: str, keys: dict[str, Any]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("titan_ulysses.ulysses.linear_attention._TESTED", {})
         parallelize(model, mesh_of(*SP2), memory={"mlp_tile_tokens": 7})
-    return model.stream_chunk_tokens
+    return model.sharding.stream_chunk_tokens
 
 
 LARGE: dict[str, dict[str, Any]] = {

@@ -182,7 +182,7 @@ def sharded_models(trainer: Any) -> list[PreTrainedModel]:
     """The models on a trainer's mesh that are alive."""
     gc.collect()
     models = [x for x in gc.get_objects() if type(x) is type(trainer.state.model)]
-    return [x for x in models if getattr(x, "ulysses_mesh", None) is trainer.state.mesh]
+    return [x for x in models if "sharding" in vars(x) and x.sharding.mesh is trainer.state.mesh]
 
 
 def encoded(*texts: str, ends: bool = True) -> Tensor:

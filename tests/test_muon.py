@@ -94,7 +94,7 @@ def train_sharded(degrees: tuple[int, int, int], steps: int) -> dict[str, Any]:
     optimizer = optimizer_of(model, CONFIG)
     losses, norms = [], []
     for _ in range(steps):
-        batch = local_batch(ROWS, mesh, model.stream_chunk_tokens)
+        batch = local_batch(ROWS, mesh, model.sharding.stream_chunk_tokens)
         shown = train_step(model, optimizer, [batch], mesh, max_norm=0.5)
         losses.append(shown.loss.item())
         norms.append(shown.grad_norm.item())

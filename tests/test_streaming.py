@@ -715,7 +715,7 @@ def refusals() -> dict[str, str]:
     note("no checkpoints", lambda: model(checkpoint_every=0, stream_chunk_tokens=8))
     rows = make_rows([(24,)], masked="none", vocab_size=61, seed=1)
     whole = model(attention=own_core)  # unstreamed, because nobody insists
-    assert whole.stream_chunk_tokens == -1
+    assert whole.sharding.stream_chunk_tokens == -1
     batch = local_batch(rows, mesh_of(*SP2), 8)
     note("batch", lambda: whole(**batch.inputs()))
     note("offload", lambda: model(stream_chunk_tokens=-1, stream_offload="host"))

@@ -123,7 +123,7 @@ def batch_of(ids: Any, mesh: Any, model: Any) -> Any:
     from titan_ulysses.data.loader import Batch
     from titan_ulysses.distributed.sequence import IGNORE_INDEX, chunk_length
 
-    chunk_tokens = chunk_length(model.stream_chunk_tokens, len(ids), mesh.sp.size())
+    chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, len(ids), mesh.sp.size())
 
     def local(whole: Any) -> Any:
         return mesh.local_slice(whole[None], chunk_tokens=chunk_tokens)

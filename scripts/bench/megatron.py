@@ -12,7 +12,7 @@ batches, `train_step` and optimizer. So both are trained, counted and planned by
 from __future__ import annotations
 
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def tensor_parallelize(
     model.forward = MethodType(
         partial(_forward, **own, tile=options.memory.loss_tile_tokens), model
     )
-    model.stream_chunk_tokens = -1
+    model.sharding = SimpleNamespace(stream_chunk_tokens=-1, own_loss=None)
     return model
 
 
@@ -156,7 +156,7 @@ def _forward(
             for part in zip(hidden.split(tile, dim=1), labels.split(tile, dim=1), strict=True)
         )
     loss = loss.to_local() / num_items_in_batch.clamp(min=1)
-    model.own_loss = loss.detach().double()
+    model.sharding.own_loss = loss.detach().double()
     return CausalLMOutputWithPast(loss=loss)
 
 

@@ -308,7 +308,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     rows, tokens = config.training.local_batch_size, config.training.seq_len // degrees.sequence
 
     chunk_tokens = chunk_length(
-        model.stream_chunk_tokens, config.training.seq_len, degrees.sequence
+        model.sharding.stream_chunk_tokens, config.training.seq_len, degrees.sequence
     )
 
     def batch() -> Batch:

@@ -94,7 +94,7 @@ def train_sharded(
     optimizer.register_step_pre_hook(note_gradients)
     for micro_batches in steps:
         batches = [
-            local_batch(rows, mesh, sharded.stream_chunk_tokens).to(mesh.device)
+            local_batch(rows, mesh, sharded.sharding.stream_chunk_tokens).to(mesh.device)
             for rows in micro_batches
         ]
         loss, norm, *_ = train_step(sharded, optimizer, batches, mesh, max_norm=MAX_NORM)
@@ -153,7 +153,7 @@ class Run:
     def train(self, steps: int, *, accumulate: int = 1) -> Run:
         for _ in range(steps):
             batches = [
-                local_batch(self.rows, self.mesh, self.model.stream_chunk_tokens).to(
+                local_batch(self.rows, self.mesh, self.model.sharding.stream_chunk_tokens).to(
                     self.mesh.device
                 )
                 for _ in range(accumulate)

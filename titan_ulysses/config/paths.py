@@ -8,7 +8,8 @@ from __future__ import annotations
 from glob import iglob
 from pathlib import Path
 
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.rules import tables
+from titan_ulysses.config.schema import Config, SourceSettings, ValidationSet
 from titan_ulysses.config.toml import to_toml
 
 
@@ -16,17 +17,14 @@ def path_problems(config: Config) -> list[str]:
     """Return one line for each path of [model], [data], [checkpoint], [loss] and [validation] that
     is not there.
     """
-    sources = [("data.path", config.data.source, config.data.path)]
-    sources += [
-        (f"data.mixture[{i}].path", entry.source, entry.path)
-        for i, entry in enumerate(config.data.mixture)
+    sources = [
+        (f"{place}.path", table.source, table.path)
+        for place, table in tables(config)
+        if isinstance(table, SourceSettings)
+        and (config.validation.enable or not isinstance(table, ValidationSet))
     ]
     if config.validation.enable:
         sources.append(("validation.path", config.data.source, config.validation.path))
-        sources += [
-            (f"validation.sets[{i}].path", entry.source, entry.path)
-            for i, entry in enumerate(config.validation.sets)
-        ]
     problems = [
         data_is_absent(setting, path)
         for setting, kind, path in sources

@@ -33,7 +33,7 @@ def broken_rules(config: Config) -> list[str]:
     `{other_default}` for the same of the setting that it needs or excludes.
     """
     problems = []
-    for place, table in _tables(config):
+    for place, table in tables(config):
         for key, field in type(table).model_fields.items():
             broken = (_broken(config, place, table, key, rule) for rule in rules_of(field))
             problems += [problem for problem in broken if problem][:1]
@@ -63,7 +63,7 @@ def _broken(config: Config, place: str, table: Section, key: str, rule: Needs) -
     )
 
 
-def _tables(config: Config) -> Iterator[tuple[str, Section]]:
+def tables(config: Config) -> Iterator[tuple[str, Section]]:
     """Yield all tables of settings with their names: the sections, and the tables in their lists.
 
     A section comes before the tables in it.
@@ -135,9 +135,9 @@ def _trained_sources(config: Config) -> list[tuple[str, SourceSettings]]:
 def _source_problems(config: Config) -> list[str]:
     """Return the problems of sources with each other and with the held-out data."""
     data, validation, problems = config.data, config.validation, []
-    is_apart = validation.path or validation.split or validation.sets
+    has_own_data = validation.path or validation.split or validation.sets
     for setting, source in {"data": data, **dict(_trained_sources(config))}.items():
-        if source.streaming and validation.enable and not is_apart:
+        if source.streaming and validation.enable and not has_own_data:
             problems.append(
                 f"{setting}.streaming = true: no document can be held out of a stream; set "
                 "validation.path or validation.split"
@@ -145,10 +145,10 @@ def _source_problems(config: Config) -> list[str]:
         if setting != "data" and not source.path:
             problems.append(f"{setting}.path is not set: every entry of data.mixture needs a path")
     # With separate held-out data, the keys of [data] are in use: they say how it is read.
-    if data.mixture and not (validation.enable and is_apart):
+    if data.mixture and not (validation.enable and has_own_data):
         problems += [
-            f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has a {key} of its "
-            f"own. Set it there, and data.{key} to its default, "
+            f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has its own "
+            f"{key}. Set it there, and data.{key} to its default, "
             f"{to_toml(SourceSettings.model_fields[key].default)}"
             for key, value in data.changed().items()
             if key != "path"

@@ -218,6 +218,10 @@ def _is_read(source: SourceSettings) -> bool:
     return not getattr(source, "mixture", None)
 
 
+def _is_no_pair(source: SourceSettings) -> bool:
+    return source.source != "preference"
+
+
 _NO_PAIRS = ("text", "jsonl", "hf", "chat", "tokens")
 """Kinds of sources whose rows are no pairs of completions."""
 
@@ -264,11 +268,7 @@ class SourceSettings(Section):
     """jsonl, hf: name of the field that holds the text."""
     prompt_field: str = setting(
         "",
-        Needs(
-            "completion_field",
-            text=_INCOMPLETE,
-            where=lambda source: source.source != "preference",
-        ),
+        Needs("completion_field", text=_INCOMPLETE, where=_is_no_pair),
         _read_from("jsonl", "hf", "preference"),
     )
     """jsonl, hf: name of the field with a prompt, which is not trained on unless train_on is all.
@@ -276,13 +276,7 @@ class SourceSettings(Section):
     the prompt. Empty: prompt.
     """
     completion_field: str = setting(
-        "",
-        Needs(
-            "prompt_field",
-            text=_INCOMPLETE,
-            where=lambda source: source.source != "preference",
-        ),
-        _read_from("jsonl", "hf"),
+        "", Needs("prompt_field", text=_INCOMPLETE, where=_is_no_pair), _read_from("jsonl", "hf")
     )
     """jsonl, hf: name of the field with the text that follows the prompt, which is trained on."""
     chosen_field: str = setting("chosen", _read_from("preference"), min_length=1)

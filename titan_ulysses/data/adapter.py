@@ -81,7 +81,9 @@ def shard(
             f"shard: stream_chunk_tokens = {stream_chunk_tokens}: the model knows its own. Leave "
             "it out: shard(loader, model)."
         )
-    return _batches(loader, _mesh_of(model, "shard"), accumulate, model.stream_chunk_tokens)
+    return _batches(
+        loader, _mesh_of(model, "shard"), accumulate, model.sharding.stream_chunk_tokens
+    )
 
 
 def local_slice(whole: Tensor, model: PreTrainedModel) -> Tensor:
@@ -94,7 +96,7 @@ def local_slice(whole: Tensor, model: PreTrainedModel) -> Tensor:
     mesh = _mesh_of(model, "local_slice")
     whole = padded(whole.to(mesh.device), mesh.sp.size())
     length = whole.shape[1]
-    chunk_tokens = chunk_length(model.stream_chunk_tokens, length, mesh.sp.size())
+    chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, mesh.sp.size())
     if (cuts := mesh.cuts.get(length)) and chunk_tokens not in cuts:
         raise UserError(
             f"local_slice: batches of {length} tokens were not cut as this model streams them. "
@@ -105,13 +107,13 @@ def local_slice(whole: Tensor, model: PreTrainedModel) -> Tensor:
 
 def _mesh_of(model: PreTrainedModel, caller: str) -> Mesh:
     """Return the mesh on which a model runs now. UserError if it was not sharded."""
-    mesh = getattr(model, "ulysses_mesh", None)
-    if mesh is None:
+    sharding = getattr(model, "sharding", None)
+    if sharding is None:
         raise UserError(
             f"{caller}: {type(model).__name__} is not a model that `parallelize` has returned. "
             "Call model = parallelize(model, mesh) before."
         )
-    return mesh
+    return sharding.mesh
 
 
 def _batches(

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.fsdp import set_forward_root
 from titan_ulysses.memory.offload import Store
 
 
@@ -174,19 +175,18 @@ class _Recomputation:
         # FSDP takes the first module that is called for the root of a forward, and moves its inputs
         # to the device. Where hidden states are off it, it is told that there is a root: the last
         # block, whose own call changes nothing there, because its backward has begun.
-        last, self.state = blocks[-1], None
-        if off_device and isinstance(last, FSDPModule):
-            self.state = last._get_fsdp_state()
+        last = blocks[-1]
+        self.root = last if off_device and isinstance(last, FSDPModule) else None
 
     def __enter__(self) -> None:
         _phase.recomputing = True
-        if self.state is not None:
-            self.state._state_ctx.iter_forward_root = self.state
+        if self.root is not None:
+            set_forward_root(self.root, is_root=True)
 
     def __exit__(self, *_) -> None:
         _phase.recomputing = False
-        if self.state is not None:
-            self.state._state_ctx.iter_forward_root = None
+        if self.root is not None:
+            set_forward_root(self.root, is_root=False)
 
 
 @contextmanager

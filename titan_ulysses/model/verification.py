@@ -401,7 +401,7 @@ def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradien
 def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[Tensor, Gradients]:
     """Return the loss and gradients over the mesh; gradients are whole on every rank."""
     length, degree = batch.ids.shape[1], mesh.sp.size()
-    chunk_tokens = chunk_length(model.stream_chunk_tokens, length, degree)
+    chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)
 
     def local(whole: Tensor) -> Tensor:
         return mesh.local_slice(whole, chunk_tokens=chunk_tokens).to(batch.ids.device)

@@ -395,7 +395,7 @@ def _bytes_of_a_document(setup: Setup) -> int:
 def check_idle(plan: Plan) -> str | None:
     """Return a sentence about ranks that are idle in attention, or None where there are none."""
     setup, degree = plan.setup, plan.setup.degrees.sequence
-    setting = plan.simulation.model.stream_chunk_tokens
+    setting = plan.simulation.model.sharding.stream_chunk_tokens
     if chunk_length(setting, setup.config.training.seq_len, degree) is not None:
         return None
     return idle_ranks(getattr(setup.model_config, "num_attention_heads", degree), degree)

@@ -169,7 +169,7 @@ def _full_length(plan: Plan) -> int:
     model, degree = plan.simulation.model, plan.setup.degrees.sequence
     tiled = [x.forward.tile_tokens for x in model.modules() if isinstance(x.forward, Tiled)]
     sizes = [*tiled, getattr(model.get_output_embeddings(), "tile_tokens", 0)]
-    chunk = chunk_length(model.stream_chunk_tokens, _MAX_TOKENS, degree) or 0
+    chunk = chunk_length(model.sharding.stream_chunk_tokens, _MAX_TOKENS, degree) or 0
     return 2 * max(degree * max(sizes), chunk)
 
 

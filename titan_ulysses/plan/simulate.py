@@ -306,7 +306,7 @@ class _Rank:
         tracker, costs, training = self.tracker, self.costs, self.config.training
         accumulation = self.spec.degrees.accumulation_steps
         chunk = chunk_length(
-            model.stream_chunk_tokens, training.seq_len, self.spec.degrees.sequence
+            model.sharding.stream_chunk_tokens, training.seq_len, self.spec.degrees.sequence
         )
         batches = [_batch(self.spec, documents, chunk) for _ in range(accumulation)]
         label = "inputs: token ids, labels, positions"

@@ -8,25 +8,18 @@ Wrong gradients cannot be repaired, so using them is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import PreTrainedModel
 
+from titan_ulysses.distributed import fsdp
 from titan_ulysses.distributed.errors import UserError
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
-    from transformers import PreTrainedModel
 
 _guards: WeakSet[Guard] = WeakSet()
 """The guards of all sharded models.
@@ -45,8 +38,7 @@ def guard(model: PreTrainedModel) -> None:
     The error is raised only on the rank that makes the call.
     """
     _watch_optimizers()
-    model.fsdp_guard = Guard(model)
-    _guards.add(model.fsdp_guard)
+    _guards.add(Guard(model))  # the model's hook keeps it as long as the model
 
 
 class Guard:
@@ -66,12 +58,11 @@ class Guard:
         """Raise UserError if a backward was interrupted and its gradients are still there."""
         if _in_backward():
             return  # an optimizer that steps inside backward, as soon as a gradient is complete
-        root = self.model._get_fsdp_state()
-        # FSDP sets this flag when backward begins, and a complete backward clears it at its end.
-        if root._state_ctx.post_backward_final_callback_queued:
-            self.reset()
+        if fsdp.is_in_backward(self.model):
+            fsdp.reset(self.model)
             self.incomplete = True
-        if self.incomplete and any(p.sharded_param.grad is not None for p in self.parameters()):
+        parameters = fsdp.parameters(self.model)
+        if self.incomplete and any(p.sharded_param.grad is not None for p in parameters):
             raise UserError(
                 "model: the last backward was broken off by an exception, and the gradients that "
                 "are there are only a part. Call optimizer.zero_grad() on every rank before the "
@@ -79,64 +70,19 @@ class Guard:
             )
         self.incomplete = False
 
-    def reset(self) -> None:
-        """Shard all parameters and clear the state of an interrupted forward or backward.
-
-        The gradients that it has computed but not reduced are dropped.
-        """
-        root = self.model._get_fsdp_state()
-        if hasattr(self.model, "reset_iter_state"):  # torch 2.13
-            # From torch 2.15 on it drops the reduced gradients too, also those of other backwards.
-            reduced = [(p.sharded_param, p.sharded_param.grad) for p in self.parameters()]
-            self.model.reset_iter_state()
-            for parameter, gradient in reduced:
-                parameter.grad = gradient
-        else:
-            # Older versions lack that method.
-            root._state_ctx.iter_forward_root = None
-            root._state_ctx.post_backward_final_callback_queued = False
-            root._comm_ctx.all_gather_state = None
-            root._comm_ctx.post_forward_order.clear()
-            for state in self.states():
-                state._training_state = TrainingState.IDLE
-                state._modules_to_run_forward.clear()
-                for group in _groups(state):
-                    group._training_state = TrainingState.IDLE
-                    group.finalize_backward()  # waits for reductions under way
-                    group._partial_reduce_output = None
-                    group.reshard()
-        for parameter in self.parameters():
-            with suppress(AttributeError):  # since torch 2.15 it is the gradient below
-                parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):
-                parameter._unsharded_param.grad = None
-
-    def states(self) -> Iterator[FSDPState]:
-        modules = (module for module in self.model.modules() if isinstance(module, FSDPModule))
-        # Modules with tied parameters share one state.
-        yield from dict.fromkeys(module._get_fsdp_state() for module in modules)
-
-    def parameters(self) -> Iterator[FSDPParam]:
-        """Yield FSDP's parameter objects.
-
-        They hold the sharded parameter even while the model's attribute is the gathered one.
-        """
-        for state in self.states():
-            for group in _groups(state):
-                yield from group.fsdp_params
-
     def _before_forward(self, *_) -> None:
         if _in_backward():
             return
         self.refuse_incomplete_gradients()
-        if self.model._get_fsdp_state()._training_state != TrainingState.IDLE:
-            self.reset()  # the last forward was interrupted in a hook, before `_forward` ran
+        # The last forward may have been interrupted in a hook, before `_forward` ran.
+        if not fsdp.is_idle(self.model):
+            fsdp.reset(self.model)
 
     def _forward(self, forward: Callable[..., Any], *args, **inputs) -> Any:
         try:
             output = forward(*args, **inputs)
         except BaseException:  # also Ctrl-C, after which the caller may go on
-            self.reset()
+            fsdp.reset(self.model)
             raise
         for result in output.values():
             if result.requires_grad:
@@ -161,18 +107,10 @@ def _watch_optimizers() -> None:
 def _before_step(optimizer: torch.optim.Optimizer, *_) -> None:
     stepping = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for its_guard in _guards:
-        if any(id(parameter.sharded_param) in stepping for parameter in its_guard.parameters()):
+        if any(id(p.sharded_param) in stepping for p in fsdp.parameters(its_guard.model)):
             its_guard.refuse_incomplete_gradients()
             its_guard.steps += 1
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _groups(state: FSDPState) -> list[FSDPParamGroup]:
-    """Return the parameter groups of state; before torch 2.12 there is at most one."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return [
-        g for g in (groups if groups is not None else [state._fsdp_param_group]) if g is not None
-    ]

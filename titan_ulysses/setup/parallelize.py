@@ -34,6 +34,8 @@ from titan_ulysses.model.families import (
     head_of,
     layer_types,
 )
+from titan_ulysses.model.rope import use_document_lengths
+from titan_ulysses.model.router import router_loss_of
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
 from titan_ulysses.setup.checks import (
@@ -42,13 +44,17 @@ from titan_ulysses.setup.checks import (
     check_same_weights,
     use_one_dtype,
 )
-from titan_ulysses.setup.forward import use_ulysses
+from titan_ulysses.setup.forward import Sharding, use_attention
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
 from titan_ulysses.streaming.block import stream_blocks
 from titan_ulysses.streaming.embeddings import offload_embeddings
 from titan_ulysses.ulysses.cores import Core
-from titan_ulysses.ulysses.linear_attention import check_layers, has_untested_layers
+from titan_ulysses.ulysses.linear_attention import (
+    check_layers,
+    has_untested_layers,
+    use_linear_attention,
+)
 
 _OFFLOADED_CHUNK_TOKENS = 2**14
 """Tokens of the smallest chunk of the whole sequence where keys come from host memory to a GPU: a
@@ -201,58 +207,56 @@ def wrap(
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
-    options.attention must be a core, not a name, and options must have concrete dtypes. store keeps
-    the inputs of activation checkpoints off the device; None leaves them there. device_type is the
-    mesh's, unless the planner says for which one it wraps. The planner has an open_sequences of its
-    own.
+    options must have a core and concrete dtypes. store keeps the inputs of activation checkpoints
+    off the device; None leaves them there. The planner says for which device_type it wraps, if not
+    for the mesh's, and has an open_sequences of its own.
     """
     assert callable(options.attention)
     device_type = device_type or mesh.device.type
+    memory, checkpoints = options.memory, options.activation_checkpoint
     decoder, blocks = find_blocks(model)
-    use_ulysses(model, decoder, blocks, mesh, options.attention)
-    if _tiles_mlp(options):
-        tile_tokens = options.memory.mlp_tile_tokens or automatic_mlp_tile(
+    check_layers(blocks, layer_types(model.config), is_stateful=model._is_stateful)
+    streams = obstacle_to_streaming(model.config, options, device_type) is None
+    sequences: Sequences = ON_DEVICE
+    if streams and memory.stream_offload != "none":
+        check_stream_offload(model, memory.stream_offload)
+        open_them = open_sequences or open_sequence_store
+        sequences = open_them(memory.stream_offload, checkpoints.offload_folder, mesh.device)
+        sequences.host_reads = computes_with_embeddings(model.config)
+    shard = partial(_shard, mesh, options)
+    # All that is changed of the model, in its order: the forward of modules of this instance, and
+    # by checkpoints and FSDP their class, by a subclass.
+    use_attention(model)  # a config of its own, which names Ulysses attention
+    use_linear_attention(blocks)  # the forward of layers that carry a state
+    ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
+    router_loss = router_loss_of(model, decoder)  # hooks on routers
+    if _tiles_mlp(options):  # the forward of MLPs and norms
+        tokens = memory.mlp_tile_tokens or automatic_mlp_tile(
             model.config, options.param_dtype, device_type
         )
-        tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
-    if options.compile.enable:
+        tile_blocks(model, decoder, blocks, tokens, norms_with_mlp=options.tile_norms_with_mlp)
+    if options.compile.enable:  # the same, or what a tile computes
         compile_blocks(blocks)
-    model.stream_chunk_tokens = -1
-    sequences: Sequences = ON_DEVICE
-    if obstacle_to_streaming(model.config, options, device_type) is None:
-        model.stream_chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type)
-        checkpoint = options.activation_checkpoint
-        if (offload := options.memory.stream_offload) != "none":
-            check_stream_offload(model, offload)
-            open_them = open_sequences or open_sequence_store
-            sequences = open_them(offload, checkpoint.offload_folder, mesh.device)
-            sequences.host_reads = computes_with_embeddings(model.config)
-        stream_blocks(blocks, sequences, keep_attention=checkpoint.keep_attention, store=store)
-    use_loss_head(model, decoder, options, device_type)
+    if streams:  # the forward of blocks
+        kept = checkpoints.keep_attention
+        stream_blocks(blocks, sequences, keep_attention=kept, store=store)
+    use_loss_head(model, decoder, options, device_type)  # lm_head, by a module of the same weight
     if isinstance(sequences, SequenceStore):
+        # The forward of embedding, rotary embeddings and final norms.
         offload_sequences(model, decoder, sequences)
         store = None  # the inputs of segments are off the device already
-    policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
-
-    def shard(*modules: nn.Module, **how) -> None:
-        """Make modules one FSDP group, whose parameters are gathered together."""
-        use_one_dtype(*modules)
-        fully_shard(list(modules), mesh=mesh.fsdp, **policies, **how)
-
     shard_blocks(model, blocks, shard)
-    if every := options.checkpoint_every:
+    if every := options.checkpoint_every:  # the class of blocks
         extra = extra_block_outputs(model.config)
         checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
-    guard(model)
-    _refuse_methods(model)
+    chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
+    model.sharding = Sharding(decoder, mesh, options.attention, router_loss, ropes, chunk_tokens)
+    model.forward = partial(model.sharding.forward, model)
+    guard(model)  # a hook, and a forward around that one
+    for method, reason in _REFUSED.items():
+        setattr(model, method, partial(_refuse, reason))
     return model
-
-
-def _refuse_methods(model: PreTrainedModel) -> None:
-    """Make the model's methods that cannot work on shards raise UserError."""
-    for name, reason in _REFUSED.items():
-        setattr(model, name, partial(_refuse, reason))
 
 
 def _chunk_tokens(options: ParallelOptions, degree: int, device_type: str) -> int:
@@ -333,21 +337,18 @@ def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: Seq
     model.get_output_embeddings().sequences = sequences
 
 
-def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:
-    """Return FSDP's policy for the dtypes of computation and of the reduction of gradients."""
-    return MixedPrecisionPolicy(
-        param_dtype=options.param_dtype,
-        reduce_dtype=options.reduce_dtype,
-        # Inputs are not cast, because a recomputation would not cast its inputs. Activations get
-        # their dtype from the parameters.
-        cast_forward_inputs=False,
+def _shard(mesh: Mesh, options: ParallelOptions, *modules: nn.Module, **how: Any) -> None:
+    """Make modules one FSDP group, whose parameters are gathered together."""
+    use_one_dtype(*modules)
+    offload = OffloadPolicy()
+    if options.memory.parameter_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
+    # Inputs are not cast, because a recomputation would not cast its inputs. Activations get their
+    # dtype from the parameters.
+    precision = MixedPrecisionPolicy(
+        options.param_dtype, options.reduce_dtype, cast_forward_inputs=False
     )
-
-
-def _offloading(options: ParallelOptions, mesh: Mesh) -> OffloadPolicy:
-    if not options.memory.parameter_offload:
-        return OffloadPolicy()
-    return CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
+    fully_shard(list(modules), mesh=mesh.fsdp, mp_policy=precision, offload_policy=offload, **how)
 
 
 def _refuse(reason: str, *_, **__) -> NoReturn:

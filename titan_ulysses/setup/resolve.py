@@ -57,11 +57,15 @@ class RunSpec:
     """The core attention function."""
     core_reason: str
     """Which core was chosen and why, as a sentence for the log."""
-    options: ParallelOptions
     tokenizer: PreTrainedTokenizerBase | None = None
     """None if the caller did not ask for it and resize_embeddings does not need it."""
     frozen: RunSpec | None = None
     """The second model, which the loss reads: a reference or a teacher. None if there is none."""
+
+    @property
+    def options(self) -> ParallelOptions:
+        """What the config means for `parallelize`."""
+        return options_of(self.config, self.core)
 
     @property
     def local_tokens(self) -> int:
@@ -84,9 +88,8 @@ class RunSpec:
         The settings are not checked again. This is for the planner's search, which also tries
         settings that a run must not have.
         """
-        options = options_of(config, self.core)
         frozen = self.frozen and self.frozen.with_config(config, degrees)
-        return replace(self, config=config, degrees=degrees, options=options, frozen=frozen)
+        return replace(self, config=config, degrees=degrees, frozen=frozen)
 
 
 def resolve(
@@ -108,13 +111,7 @@ def resolve(
     check_family(model_config)
     if config.model.rope_scaling:
         scale_rope(model_config, config.model.rope_scaling)
-    core, core_reason = select(
-        config.model.attention,
-        model_config,
-        device_type=device_type,
-        dtype=getattr(torch, config.training.param_dtype),
-        seq_len=config.training.seq_len,
-    )
+    core, core_reason = _core_of(config, model_config, device_type, select)
     tokenizer, token_ids = None, 0
     if with_tokenizer or config.model.resize_embeddings:
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
@@ -136,7 +133,6 @@ def resolve(
         device_type=device_type,
         core=core,
         core_reason=core_reason,
-        options=options_of(config, core),
         tokenizer=tokenizer,
     )
     return replace(spec, frozen=_frozen_spec(spec, select))
@@ -160,15 +156,20 @@ def _frozen_spec(spec: RunSpec, select: SelectCore) -> RunSpec | None:
     if config.model.rope_scaling and loss.name == "dpo":
         scale_rope(own, config.model.rope_scaling)  # it is the same model, of another time
     check_frozen(config, own, spec.model_config, setting=f'{setting} = "{path}"')
-    core, reason = select(
+    core, reason = _core_of(config, own, spec.device_type, select)
+    return replace(spec, model_config=own, core=core, core_reason=reason)
+
+
+def _core_of(
+    config: Config, model_config: PreTrainedConfig, device_type: str, select: SelectCore
+) -> tuple[Core, str]:
+    return select(
         config.model.attention,
-        own,
-        device_type=spec.device_type,
+        model_config,
+        device_type=device_type,
         dtype=getattr(torch, config.training.param_dtype),
         seq_len=config.training.seq_len,
     )
-    options = options_of(config, core)
-    return replace(spec, model_config=own, core=core, core_reason=reason, options=options)
 
 
 def resolve_model(

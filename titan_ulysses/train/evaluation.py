@@ -39,7 +39,7 @@ def score(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     Collective.
     """
     local = -model(**batch, reduction="none").loss
-    sp = model.ulysses_mesh.sp
+    sp = model.sharding.mesh.sp
     slices = [torch.empty_like(local) for _ in range(sp.size())]
     dist.all_gather(slices, local, group=sp.get_group())
     return join_slices(slices, chunk_tokens=batch.get("chunk_tokens"))
@@ -57,7 +57,7 @@ def log_probs(
     """
     inputs = {key: value for key, value in batch.items() if key != "num_items_in_batch"}
     local = model(**inputs, reduction="statistics", temperature=temperature)
-    return whole_statistics(local, model.ulysses_mesh, batch.get("chunk_tokens"))
+    return whole_statistics(local, model.sharding.mesh, batch.get("chunk_tokens"))
 
 
 def whole_statistics(
@@ -108,12 +108,12 @@ def whole_sequences(model: PreTrainedModel) -> Iterator[Mesh]:
     sharded as they are, so all ranks must run the same number of forwards. Losses, and gradients if
     wanted, are those of all ranks' sequences together.
     """
-    sharded = model.ulysses_mesh
-    model.ulysses_mesh = sharded.whole
+    sharded = model.sharding.mesh
+    model.sharding.mesh = sharded.whole
     try:
         yield sharded.whole
     finally:
-        model.ulysses_mesh = sharded
+        model.sharding.mesh = sharded
 
 
 class TokenEvaluation(NamedTuple):

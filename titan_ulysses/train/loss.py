@@ -147,7 +147,7 @@ class CrossEntropy(Loss):
         rows = getattr(self.model.get_output_embeddings(), "row_losses", None)
         if rows is not None:
             rows = torch.stack([rows, (batch.labels != IGNORE_INDEX).sum(dim=1).double()])
-        return BatchLoss(output.loss, self.model.own_loss, rows, output.get("aux_loss"))
+        return BatchLoss(output.loss, self.model.sharding.own_loss, rows, output.get("aux_loss"))
 
     def evaluate(self, loader: Loader, sequences: int) -> Evaluation:
         return evaluate(self.model, loader, self.mesh, sequences=sequences)

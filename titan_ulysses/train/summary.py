@@ -189,10 +189,10 @@ def _streaming(state: TrainState) -> str:
             if setting > 0
             else ""
         )
-    if model.stream_chunk_tokens == -1:
+    if model.sharding.stream_chunk_tokens == -1:
         reason = obstacle_to_streaming(model.config, state.spec.options, state.mesh.device.type)
         return f"not streamed: {reason or 'this family does not train exactly chunk by chunk'}"
-    chunk = chunk_length(model.stream_chunk_tokens, length, degree) or length
+    chunk = chunk_length(model.sharding.stream_chunk_tokens, length, degree) or length
     rounded = f" (memory.stream_chunk_tokens = {setting})" if 0 < setting != chunk else ""
     return (
         f"streamed: {-(-length // chunk)} chunks of {chunk:,} tokens{rounded}, "

@@ -152,7 +152,7 @@ class Trainer:
             accumulation_steps=spec.degrees.accumulation_steps,
             sp_rank=mesh.sp.get_local_rank(),
             sp_degree=mesh.sp.size(),
-            stream_chunk_tokens=model.stream_chunk_tokens,
+            stream_chunk_tokens=model.sharding.stream_chunk_tokens,
             vocab_size=getattr(model.config.get_text_config(), "vocab_size", None),
         )
         self.references, stored = None, None

@@ -74,7 +74,7 @@ def take_whole_batches(
         # Each time, because trainers pad each batch to a length of its own: ranks whose lengths
         # differ would wait for each other.
         check_same_rows([rows], mesh)
-        batch = slice_rows(rows, mesh, model.stream_chunk_tokens).to(mesh.device)
+        batch = slice_rows(rows, mesh, model.sharding.stream_chunk_tokens).to(mesh.device)
         fields = batch.inputs()
         if not fused_lm_head:
             labels = _count(batch.labels, num_items_in_batch, mesh)
