@@ -38,7 +38,7 @@ from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.stream_offload import SequenceStore
 from titan_ulysses.memory.streaming import StreamedBlock
 from titan_ulysses.model import hf
-from titan_ulysses.optim.build import optimizer_of
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
@@ -146,7 +146,7 @@ def _planned_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer with its state, each where the run has it."""
     offload = on_gpu and config.memory.optimizer_offload and not config.memory.parameter_offload
-    optimizer = optimizer_of(
+    optimizer = build_optimizer(
         model,
         config.optimizer,
         offload=offload,
