@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
 
 
 class Campaign:
-    """Cases of one kind, in a folder of their own."""
+    """Cases of one kind, in a folder of their own, with the config and data of a tiny run."""
 
     def __init__(
         self, name: str, folder: Path, seed: int, *, patient: float, soak_seconds: float
@@ -39,6 +39,8 @@ class Campaign:
         self.name, self.folder, self.seed = name, folder, seed
         self.timeout, self.soak_seconds = patient, soak_seconds
         folder.mkdir(parents=True, exist_ok=True)
+        cases.write_run(folder)
+        self.outputs, self.stored = folder / "outputs", folder / "outputs" / "run"
 
     def draw(self, number: int) -> random.Random:
         return random.Random(f"{self.name}/{self.seed}/{number}")
@@ -50,9 +52,51 @@ class Campaign:
         options = {"timeout": self.timeout} | options
         return run_ranks(arguments, ranks=ranks, folder=here, **options)
 
+    def clear(self) -> None:
+        shutil.rmtree(self.outputs, ignore_errors=True)
+
     def case(self, number: int) -> tuple[str, Verdict, float]:
         """Return what case `number` is, what became of it, and the seconds of its run."""
         raise NotImplementedError
+
+
+class Disturbed(Campaign):
+    """Runs that are disturbed, and must then go on to the results of an undisturbed one."""
+
+    steps = 10
+    settings: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.expected: dict[int, tuple[Any, float]] = {}
+
+    def play(self, ranks: int, *arguments: str, **more: Any) -> Ended:
+        own = [f"--training.steps={self.steps}", "--checkpoint.interval=2", *self.settings]
+        own.append(f"--parallelism.sequence_parallel_degree={ranks}")
+        return self.run([*own, *arguments], ranks=ranks, **more)
+
+    def results(self) -> Any:
+        return cases.results(self.stored, self.steps), cases.contents(self.stored / "export")
+
+    def undisturbed(self, ranks: int, *arguments: str, **more: Any) -> float:
+        """Make sure that the expected results are known, and clear the folder. Returns the seconds
+        of an undisturbed run.
+        """
+        self.clear()
+        if ranks not in self.expected:
+            ended = self.play(ranks, *arguments, **more)
+            assert ended.codes == [0] * ranks, ended.text
+            self.expected[ranks] = self.results(), ended.seconds
+            self.clear()
+        return self.expected[ranks][1]
+
+    def after(self, ranks: int, word: str, *arguments: str) -> Verdict:
+        """Return the verdict of a run that has ended as `word` says, if it goes on as it should."""
+        again = self.play(ranks, *arguments)
+        if again.hung or again.broke:
+            return failed(again) or Verdict(word)
+        is_equal = not any(again.codes) and self.results() == self.expected[ranks][0]
+        return Verdict(word) if is_equal else Verdict("lost", cases.last_lines(again.text))
 
 
 def failed(ended: Ended) -> Verdict | None:
@@ -69,33 +113,31 @@ class Damage(Campaign):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        cases.write_run(self.folder)
         self.longer = ["--training.steps=8", "--checkpoint.export=false"]
-        self.stored, self.outputs = self.folder / "stored", self.folder / "outputs"
-        if not self.stored.exists():
-            shutil.rmtree(self.outputs, ignore_errors=True)
+        self.good = self.folder / "good"
+        if not self.good.exists():
+            self.clear()
             self._expect_ok(self.run(["--training.steps=6"], ranks=2))
             copy_folder(self.outputs, self.folder / "new")
-            (self.folder / "new").rename(self.stored)
-        copy_folder(self.stored, self.outputs)
+            (self.folder / "new").rename(self.good)
+        copy_folder(self.good, self.outputs)
         self._expect_ok(self.run(self.longer, ranks=2))
-        self.expected = cases.results(self.outputs / "run", 8)
-        self.exported = cases.contents(self.stored / "run" / "export")
+        self.expected = cases.results(self.stored, 8)
+        self.exported = cases.contents(self.good / "run" / "export")
 
     def _expect_ok(self, ended: Ended) -> None:
         assert ended.codes == [0, 0], ended.text
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
-        copy_folder(self.stored, self.outputs)
-        run = self.outputs / "run"
-        damage = cases.draw_damage(self.draw(number), run)
+        copy_folder(self.good, self.outputs)
+        damage = cases.draw_damage(self.draw(number), self.stored)
         damage.do()
         if damage.of_export:
             ended = self.run(["--training.steps=6"], ranks=2)
-            same = cases.contents(run / "export") == self.exported
+            same = cases.contents(self.stored / "export") == self.exported
         else:
             ended = self.run(self.longer, ranks=2)
-            same = cases.results(run, 8) == self.expected
+            same = cases.results(self.stored, 8) == self.expected
         return damage.what, self._verdict(ended, same, damage), ended.seconds
 
     def _verdict(self, ended: Ended, same: bool, damage: cases.Damage) -> Verdict:
@@ -116,12 +158,8 @@ class Damage(Campaign):
 class Config(Campaign):
     """A run of one step whose config has one to two keys with other values."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-
     def case(self, number: int) -> tuple[str, Verdict, float]:
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+        self.clear()
         mutation = cases.draw_config(self.draw(number), number)
         arguments = ["--training.steps=1", "--checkpoint.export=false"]
         arguments += cases.as_arguments(mutation, self.folder)
@@ -143,13 +181,9 @@ class Data(Campaign):
 
     write = staticmethod(cases.draw_data)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-
     def case(self, number: int) -> tuple[str, Verdict, float]:
-        for name in ("outputs", "broken"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.clear()
+        shutil.rmtree(self.folder / "broken", ignore_errors=True)
         broken = self.write(self.draw(number), self.folder / "broken")
         arguments = ["--training.steps=1", "--checkpoint.enable=false", "--checkpoint.export=false"]
         arguments += [f"--{key}={value}" for key, value in broken.settings.items()]
@@ -169,51 +203,22 @@ class Flips(Data):
     write = staticmethod(cases.draw_flips)
 
 
-class Kill(Campaign):
+class Kill(Disturbed):
     """A run is killed up to three times, then left alone: it must end as if it had not been."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-        self.settings = ["--training.steps=10", "--checkpoint.interval=2"]
-        self.settings += ["--validation.enable=true", "--validation.interval=4"]
-        self.expected: dict[int, tuple[Any, float]] = {}
-
-    def _undisturbed(self, ranks: int) -> tuple[Any, float]:
-        if ranks not in self.expected:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ended = self.run(self._arguments(ranks), ranks=ranks)
-            assert ended.codes == [0] * ranks, ended.text
-            self.expected[ranks] = self._found(), ended.seconds
-        return self.expected[ranks]
-
-    def _arguments(self, ranks: int) -> list[str]:
-        return [*self.settings, f"--parallelism.sequence_parallel_degree={ranks}"]
-
-    def _found(self) -> Any:
-        run = self.folder / "outputs" / "run"
-        return cases.results(run, 10), cases.contents(run / "export")
+    settings = ("--validation.enable=true", "--validation.interval=4")
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
         draw = self.draw(number)
         ranks, mode = draw.choice([2, 2, 4]), draw.choice(["disabled", "async"])
-        expected, seconds = self._undisturbed(ranks)
-        run = self.folder / "outputs" / "run"
-        shutil.rmtree(run.parent, ignore_errors=True)
+        seconds = self.undisturbed(ranks)
         what, total = [f"{ranks} ranks, async_mode {mode}"], 0.0
-        arguments = [*self._arguments(ranks), f"--checkpoint.async_mode={mode}"]
+        in_mode = f"--checkpoint.async_mode={mode}"
         for _ in range(draw.randint(1, 3)):
-            killer = cases.Killer(draw, run, seconds)
-            ended = self.run(arguments, ranks=ranks, meddle=killer)
+            killer = cases.Killer(draw, self.stored, seconds)
+            ended = self.play(ranks, in_mode, meddle=killer)
             total += ended.seconds
             what.append(killer.what)
             if ended.hung:
                 return ", ".join(what), Verdict("hung", cases.last_lines(ended.text)), total
-        ended = self.run(arguments, ranks=ranks)
-        total += ended.seconds
-        if verdict := failed(ended):
-            return ", ".join(what), verdict, total
-        if ended.codes != [0] * ranks:
-            return ", ".join(what), Verdict("lost", cases.last_lines(ended.text)), total
-        word = "equal" if self._found() == expected else "lost"
-        return ", ".join(what), Verdict(word), total
+        return ", ".join(what), self.after(ranks, "equal", in_mode), total

@@ -9,13 +9,13 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import chaos_cases as cases
-from chaos_campaigns import Campaign, Verdict, failed
+from chaos_campaigns import Campaign, Disturbed, Verdict, failed
+from chaos_ranks import Ended
 
 TIMEOUT_S = 8.0
 """comm.timeout_s of the runs that hang."""
@@ -43,75 +43,46 @@ def looping_core(q: Any, k: Any, v: Any, *, documents: Any, scale: float) -> Any
     return sdpa(q, k, v, documents=documents, scale=scale)
 
 
-class Hang(Campaign):
+class Hang(Disturbed):
     """A rank is stopped, loops or exits, or the disk takes nothing: the run ends in time, and by
     name. Left alone, it goes on as if nothing had been.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-        self.expected: dict[int, Any] = {}
+    settings = (
+        "--checkpoint.export=false",
+        "--model.attention=chaos_disturbed:looping_core",
+        f"--comm.timeout_s={TIMEOUT_S}",
+        "--comm.startup_timeout_s=60",
+    )
 
-    def _arguments(self, ranks: int) -> list[str]:
-        return [
-            "--training.steps=10",
-            "--checkpoint.interval=2",
-            "--checkpoint.export=false",
-            "--model.attention=chaos_disturbed:looping_core",
-            f"--comm.timeout_s={TIMEOUT_S}",
-            "--comm.startup_timeout_s=60",
-            f"--parallelism.sequence_parallel_degree={ranks}",
-        ]
-
-    def _play(
-        self,
-        ranks: int,
-        how: str = "none",
-        rank: int = 0,
-        step: int = 0,
-        *,
-        arguments: Sequence[str] = (),
-        **more: Any,
-    ) -> Any:
-        os.environ["TITAN_CHAOS"] = f"{how}/{rank if how != 'none' else -1}/{step}"
-        return self.run([*self._arguments(ranks), *arguments], ranks=ranks, **more)
-
-    def _undisturbed(self, ranks: int) -> Any:
-        if ranks not in self.expected:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ended = self._play(ranks)
-            assert ended.codes == [0] * ranks, ended.text
-            self.expected[ranks] = cases.results(self.folder / "outputs" / "run", 10)
-        return self.expected[ranks]
+    def play(self, ranks: int, *arguments: str, loop: str = "none/-1/0", **more: Any) -> Ended:
+        os.environ["TITAN_CHAOS"] = loop
+        return super().play(ranks, *arguments, **more)
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
         draw = self.draw(number)
         ranks = draw.choice([2, 2, 4])
-        expected, run = self._undisturbed(ranks), self.folder / "outputs" / "run"
-        shutil.rmtree(run.parent, ignore_errors=True)
+        self.undisturbed(ranks)
         how = draw.choices([*KINDS_OF_HANG], [*KINDS_OF_HANG.values()])[0]
         rank, step = draw.randrange(ranks), draw.randint(2, 8)
-        watcher = Watcher(run, rank if how == "stopped" else -1, step)
+        watcher = Watcher(self.stored, rank if how == "stopped" else -1, step)
         what = f"{ranks} ranks, {how}"
         if how in ("no folder", "full disk"):
             mode = ["disabled", "async"][number % 2]
             what += f", async_mode {mode}"
-            ended, undo = self._without_disk(how, ranks, run, mode)
+            ended, undo = self._without_disk(how, ranks, mode)
             named, late = "checkpoint.folder" in ended.text, 0.0
             undo()
         else:
             what += f": rank {rank} in step {step + 1}"
-            ended = self._play(ranks, how, rank, step, meddle=watcher)
+            ended = self.play(ranks, loop=f"{how}/{rank}/{step}", meddle=watcher)
             late = watcher.seconds_until_the_end(time.perf_counter())
             words = [f"rank {rank} "]
             words += ["another rank died without a message"] * (how == "exits")
             named = any(word in ended.text for word in words)
         verdict = self._verdict(ended, late, named)
         if verdict.word == "ended":
-            again = self._play(ranks)
-            if failed(again) or any(again.codes) or cases.results(run, 10) != expected:
-                verdict = Verdict("lost", cases.last_lines(again.text))
+            verdict = self.after(ranks, "ended")
         return what, verdict, ended.seconds
 
     @staticmethod
@@ -123,14 +94,14 @@ class Hang(Campaign):
             return Verdict("traceback" if "Traceback" in ended.text else "unnoticed", text)
         return Verdict("ended" if named else "unnamed", text)
 
-    def _without_disk(self, how: str, ranks: int, run: Path, mode: str) -> tuple[Any, Any]:
+    def _without_disk(self, how: str, ranks: int, mode: str) -> tuple[Ended, Any]:
         """Play a run whose checkpoints cannot be made, or fill the disk; and what mends that."""
-        folder, arguments = run / "checkpoints", [f"--checkpoint.async_mode={mode}"]
-        run.mkdir(parents=True)
+        folder, in_mode = self.stored / "checkpoints", f"--checkpoint.async_mode={mode}"
+        self.stored.mkdir(parents=True)
         if how == "no folder":
             folder.symlink_to("/proc/nothing")  # in which not even root can make a file
-            return self._play(ranks, arguments=arguments), folder.unlink
-        return self._play(ranks, arguments=arguments, file_bytes=20_000), lambda: None
+            return self.play(ranks, in_mode), folder.unlink
+        return self.play(ranks, in_mode, file_bytes=20_000), lambda: None
 
 
 class Watcher:
@@ -180,7 +151,6 @@ class Reshape(Campaign):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        cases.write_run(self.folder)
         self.known: dict[Any, tuple[Path, dict[int, float]]] = {}
 
     def _arguments(self, kind: str, mesh: tuple[int, int, int]) -> list[str]:
@@ -201,17 +171,17 @@ class Reshape(Campaign):
         ]
 
     def _losses(self) -> dict[int, float]:
-        lines = (self.folder / "outputs" / "run" / "metrics.jsonl").read_text().splitlines()
+        lines = (self.stored / "metrics.jsonl").read_text().splitlines()
         return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
     def _whole(self, kind: str, mesh: tuple[int, int, int]) -> tuple[Path, dict[int, float]]:
         if (kind, mesh) not in self.known:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+            self.clear()
             ranks = mesh[0] * mesh[1] * mesh[2]
             ended = self.run(self._arguments(kind, mesh), ranks=ranks)
             assert ended.codes == [0] * ranks, ended.text
             kept = self.folder / f"{kind}-{'-'.join(map(str, mesh))}"
-            shutil.copytree(self.folder / "outputs/run/checkpoints/step-3", kept)
+            shutil.copytree(self.stored / "checkpoints/step-3", kept)
             self.known[kind, mesh] = kept, self._losses()
         return self.known[kind, mesh]
 
@@ -222,8 +192,8 @@ class Reshape(Campaign):
         before, after = pairs[number % len(pairs)]
         kind = [*KINDS][number % len(KINDS)]
         kept, expected = self._whole(kind, before)
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-        shutil.copytree(kept, self.folder / "outputs/run/checkpoints/step-3")
+        self.clear()
+        shutil.copytree(kept, self.stored / "checkpoints/step-3")
         ranks = after[0] * after[1] * after[2]
         ended = self.run(self._arguments(kind, after), ranks=ranks)
         what = f"{kind}, {before} to {after}"
@@ -250,14 +220,10 @@ class Soak(Campaign):
     files and threads of its ranks are at the end what they were after a third.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-
     def case(self, number: int) -> tuple[str, Verdict, float]:
         draw = self.draw(number)
         mode = ["async", "disabled"][number % 2]
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+        self.clear()
         gauge = Gauge(self.soak_seconds)
         settings = [
             "--training.steps=1000000",

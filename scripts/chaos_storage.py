@@ -18,42 +18,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import chaos_cases as cases
-from chaos_campaigns import Campaign, Verdict, failed
-
-STEPS = 6
+from chaos_campaigns import Disturbed, Verdict, failed
 
 
-class _Stored(Campaign):
+class _Stored(Disturbed):
     """Runs of 6 steps and 3 checkpoints, whose stored files are looked at when they have ended."""
 
-    settings: tuple[str, ...] = ()
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-        self.stored = self.folder / "outputs" / "run"
-        self.expected: dict[int, Any] = {}
-
-    def play(self, ranks: int, *arguments: str, **more: Any) -> Any:
-        own = [f"--training.steps={STEPS}", f"--parallelism.sequence_parallel_degree={ranks}"]
-        return self.run([*own, *self.settings, *arguments], ranks=ranks, **more)
-
-    def results(self) -> Any:
-        return cases.results(self.stored, STEPS), cases.contents(self.stored / "export")
-
-    def undisturbed(self, ranks: int, *arguments: str, **more: Any) -> Any:
-        if ranks not in self.expected:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ended = self.play(ranks, *arguments, **more)
-            assert ended.codes == [0] * ranks, ended.text
-            self.expected[ranks] = self.results()
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-        return self.expected[ranks]
+    steps = 6
 
     def flaw(self) -> str | None:
         """Return what is half-written or damaged in the run's folder, or None."""
-        from titan_ulysses.checkpoint.folder import STEP_FILE
-        from titan_ulysses.checkpoint.manifest import read_sealed_folder
+        from titan_ulysses.checkpoint.folder import exported_step
 
         if left := [*self.stored.rglob(".*.partial")]:
             return f"{left[0].name} is left"
@@ -61,36 +36,26 @@ class _Stored(Campaign):
             if flaw := _flaw_of(step):
                 return f"{step.name}: {flaw}"
         export = self.stored / "export"
-        if export.exists() and read_sealed_folder(export, STEP_FILE) is None:
+        if export.exists() and exported_step(export) is None:
             return "export/ is not whole"
         return None
 
-    def after(self, ranks: int, word: str) -> Verdict:
-        """Return the verdict of a run that has ended as `word` says: it must have left nothing
-        half-written, and go on to the results of an undisturbed one.
-        """
-        if flaw := self.flaw():
-            return Verdict("half", flaw)
-        again = self.play(ranks)
-        if failed(again) or any(again.codes) or self.results() != self.expected[ranks]:
-            return Verdict("lost", cases.last_lines(again.text))
-        return Verdict(word)
+    def after(self, ranks: int, word: str, *arguments: str) -> Verdict:
+        """Such a run must also have left nothing half-written."""
+        flaw = self.flaw()
+        return Verdict("half", flaw) if flaw else super().after(ranks, word, *arguments)
 
 
 def _flaw_of(step: Path) -> str | None:
     """Return why a checkpoint is not whole, or None. Reads all of it."""
-    from titan_ulysses.checkpoint.manifest import Damage, check_piece, digest, pieces_by_place
-    from titan_ulysses.checkpoint.run_file import read_run_file
+    from titan_ulysses.checkpoint.manifest import Damage, expect_saved, saved_pieces
+    from titan_ulysses.checkpoint.step_folder import read_run_file
 
     try:
-        files = read_run_file(step)["files"]
-        known = pieces_by_place(files)
-        for (name, offset), (length, _) in known.items():
+        saved = saved_pieces(read_run_file(step)["files"])
+        for (name, offset), (length, _) in saved.items():
             data = (step / name).read_bytes()[offset : offset + length]
-            check_piece(name, offset, data, known)
-        for name, entry in files.items():
-            if "xxh3" in entry and digest((step / name).read_bytes()) != entry["xxh3"]:
-                return f"{name} has other bytes"
+            expect_saved(name, offset, data, saved)
     except (Damage, OSError) as error:
         return str(error)
     return None
@@ -104,7 +69,7 @@ class Publish(_Stored):
     is not, and the older ones stay. One checkpoint is kept, so that a wrong one would cost all.
     """
 
-    settings = ("--checkpoint.interval=2", "--checkpoint.keep_latest_k=1")
+    settings = ("--checkpoint.keep_latest_k=1",)
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
         draw = self.draw(number)
@@ -180,7 +145,7 @@ class Storage(_Stored):
     checkpoints that were there are there, nothing is half-written, and the same command goes on.
     """
 
-    settings = ("--checkpoint.interval=2", "--checkpoint.keep_latest_k=0")
+    settings = ("--checkpoint.keep_latest_k=0",)
     ranks = 2
 
     def __init__(self, *args: Any, **options: Any) -> None:

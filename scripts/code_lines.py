@@ -22,9 +22,8 @@ _NO_CODE = {
 }
 
 
-def code_lines(path: Path) -> int:
-    """Return the lines of code of a Python file. Strings that stand alone are docstrings."""
-    text = path.read_text(encoding="utf-8")
+def code_lines(text: str) -> int:
+    """Return the lines of code of Python source. Strings that stand alone are docstrings."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in _NO_CODE:
@@ -37,7 +36,8 @@ def code_lines(path: Path) -> int:
 
 
 def count(place: Path) -> int:
-    return sum(map(code_lines, [place] if place.is_file() else place.rglob("*.py")))
+    files = [place] if place.is_file() else place.rglob("*.py")
+    return sum(code_lines(file.read_text(encoding="utf-8")) for file in files)
 
 
 def main(arguments: list[str]) -> None:

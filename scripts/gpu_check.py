@@ -273,7 +273,7 @@ def offload_bits(scale: Scale) -> Figures:
     torch.use_deterministic_algorithms(True)
     found, seconds = {}, {}
     for offload in ("none", "host", "disk"):
-        model, batch, _ = sharded_llama(scale, 4, offload=offload)
+        model, batch, _ = sharded_llama(scale, 4, activation_checkpoint={"offload": offload})
         loss_and_gradients(model, batch)  # warms up
         started = time.perf_counter()
         found[offload] = loss_and_gradients(model, batch)
@@ -293,7 +293,7 @@ def copies_beside_kernels(scale: Scale) -> Figures:
     """How much of the time of offloaded copies passes while kernels run."""
     found: Figures = {}
     for offload in ("host", "disk"):
-        shares = hidden_copies(scale, offload=offload)
+        shares = hidden_copies(scale, activation_checkpoint={"offload": offload})
         found |= {f"{offload} {way}": said for way, said in shares.items()}
     return found
 
@@ -405,8 +405,10 @@ def packed_windows(scale: Scale) -> Figures:
     for lengths in ((11, 53), (30, 34), (5, 24, 35)):
         documents, results = tuple(unit * length for length in lengths), []
         for chunk in (-1, scale.tokens // 4):
-            options: dict[str, Any] = {"stream_chunk_tokens": chunk, "documents": documents}
-            model, batch, _ = sharded_llama(scale, 2, table=table, **options)
+            memory = {"stream_chunk_tokens": chunk}
+            model, batch, _ = sharded_llama(
+                scale, 2, table=table, documents=documents, memory=memory
+            )
             results.append(loss_and_gradients(model, batch))
             del model, batch
         pairs = [(a.double(), b.double()) for a, b in zip(*results, strict=True)]

@@ -28,10 +28,10 @@ from gpu_check import (
     sharded_llama,
 )
 
-WHOLE: dict[str, Any] = {"stream_chunk_tokens": -1}
-HOST: dict[str, Any] = {"stream_offload": "host"}
-DISK: dict[str, Any] = {"stream_offload": "disk"}
-KEPT: dict[str, Any] = {"keep_attention": "all", "offload": "host"}
+WHOLE: dict[str, Any] = {"memory": {"stream_chunk_tokens": -1}}
+HOST: dict[str, Any] = {"memory": {"stream_offload": "host"}}
+DISK: dict[str, Any] = {"memory": {"stream_offload": "disk"}}
+KEPT: dict[str, Any] = {"activation_checkpoint": {"keep_attention": "all", "offload": "host"}}
 CLOSE = 0.02
 """How far gradients in bf16 may be from those without streaming, as a share of their norm."""
 STEPS = 200
@@ -42,7 +42,8 @@ FLAT = 0.1
 
 def chunked(scale: Scale, **options: Any) -> dict[str, Any]:
     """Return options with four chunks in a sequence of the scale's tokens."""
-    return {"stream_chunk_tokens": scale.tokens // 4} | options
+    chunks = {"stream_chunk_tokens": scale.tokens // 4}
+    return options | {"memory": chunks | options.get("memory", {})}
 
 
 def gradients(scale: Scale) -> Figures:
@@ -72,7 +73,12 @@ def dropout(scale: Scale) -> Figures:
 
     found: Figures = {}
     expected: list[Any] = []
-    ways = {"device": {}, "host": HOST, "disk": DISK, "segments": HOST | {"checkpoint_every": 2}}
+    ways = {
+        "device": {},
+        "host": HOST,
+        "disk": DISK,
+        "segments": HOST | {"activation_checkpoint": {"every": 2}},
+    }
     for name, options in ways.items():
         model, batch, _ = sharded_llama(scale, 4, dropout=0.5, **chunked(scale, **options))
         model.train()
@@ -117,7 +123,7 @@ def memory_by_length(scale: Scale) -> Figures:
         peaks = []
         for tokens in lengths:
             if name == "streamed" and scale.rehearses:
-                options = {"stream_chunk_tokens": scale.tokens // 4}
+                options = chunked(scale)
             model, batch, _ = sharded_llama(scale, 2, tokens=tokens, **options)
             loss_and_gradients(model, batch)
             if not scale.rehearses:

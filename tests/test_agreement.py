@@ -23,7 +23,7 @@ from helpers.runs import Settings, learned, train, write_run
 from test_checkpoint import RUN_STATE, Run, assert_same, error_of, flip, no_space, rewrite
 from test_command_line import Launch, arguments
 from titan_ulysses.checkpoint.dcp import Checkpointer
-from titan_ulysses.checkpoint.weights import check_weights
+from titan_ulysses.checkpoint.initial import check_checkpoint
 from titan_ulysses.distributed.mesh import build_mesh, set_timeout, timeout_of
 from titan_ulysses.launch.failure import _lost_peer, goes_on
 
@@ -250,7 +250,7 @@ def save_on_two_hosts(folder: Path) -> dict[str, Any]:
 
     shared = Checkpointer(own, keep=0)
     found["shared"] = error_of(lambda: shared.load(3, other.model, other.optimizer))
-    found["initial"] = error_of(lambda: check_weights(str(own / "step-3")))
+    found["initial"] = error_of(lambda: check_checkpoint(str(own / "step-3")))
     return found
 
 
@@ -355,10 +355,10 @@ def test_errors_of_a_lost_peer(text: str, monkeypatch: pytest.MonkeyPatch) -> No
         except RuntimeError as inner:
             raise RuntimeError("in backward") from inner
     except RuntimeError as error:
-        assert LOST[text] in (_lost_peer(error) or "")
+        assert LOST[text] in _lost_peer(error)[0]
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         if "socket has timed out" in text:
-            assert "the first host, one, is gone or out" in (_lost_peer(error) or "")
+            assert "the first host, one, is gone or out" in _lost_peer(error)[0]
 
 
 def test_how_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,5 +372,5 @@ def test_how_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_errors_are_of_no_lost_peer() -> None:
-    assert _lost_peer(RuntimeError("The size of tensor a must match")) is None
-    assert _lost_peer(ValueError("Connection reset by peer")) is None
+    assert not _lost_peer(RuntimeError("The size of tensor a must match"))[0]
+    assert not _lost_peer(ValueError("Connection reset by peer"))[0]

@@ -19,7 +19,7 @@ import torch
 
 from helpers.ranks import RankFailure, close_pools, run_on_ranks
 from helpers.runs import Settings, learned, refusal, train, write_run
-from titan_ulysses.checkpoint import writing
+from titan_ulysses.checkpoint import storage, writing
 from titan_ulysses.checkpoint.background import copied
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.tensors import plain_pieces
@@ -82,13 +82,13 @@ def train_while_writing(config: Path, settings: Settings) -> dict[str, list[int]
     to be written, and at which step it ended.
     """
     seen: dict[str, list[int]] = {"began": [], "ended": [], "threads": []}
-    write, run, made = writing.Writer.write, Trainer._train, []
+    write, run, made = writing.CheckpointWriter.write, Trainer._train, []
 
     def noted(trainer: Trainer) -> None:
         made.append(trainer)
         run(trainer)
 
-    def slow(self: writing.Writer, step: int, *args: Any) -> str | None:
+    def slow(self: writing.CheckpointWriter, step: int, *args: Any) -> str | None:
         [trainer] = made
         seen["began"].append(trainer.state.step)
         seen["threads"].append(threading.current_thread() is threading.main_thread())
@@ -99,7 +99,7 @@ def train_while_writing(config: Path, settings: Settings) -> dict[str, list[int]
         return write(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing.Writer, "write", slow)
+        patch.setattr(writing.CheckpointWriter, "write", slow)
         patch.setattr(Trainer, "_train", noted)
         train(config, settings)
     return seen
@@ -224,7 +224,7 @@ def stopped(config: Path, settings: Settings) -> None:
 
 def killed_while_writing(config: Path, settings: Settings) -> None:
     """SIGKILL to all ranks while the checkpoint of step 4 is written and step 5 or 6 is made."""
-    write = writing.HashingWriter.write_data
+    write = storage.HashingWriter.write_data
 
     def dying(self: Any, *args: Any, **options: Any) -> Any:
         if "step-4" in str(self.path):
@@ -233,7 +233,7 @@ def killed_while_writing(config: Path, settings: Settings) -> None:
         return write(self, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writing.HashingWriter, "write_data", dying)
+        patch.setattr(storage.HashingWriter, "write_data", dying)
         train(config, settings)
 
 

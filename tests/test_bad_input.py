@@ -21,7 +21,7 @@ from titan_ulysses.__main__ import run
 from titan_ulysses.checkpoint import folder as weights_folder
 from titan_ulysses.checkpoint.disk import disk_needs
 from titan_ulysses.checkpoint.safetensors import keep_generation_config
-from titan_ulysses.checkpoint.writing import steps_in
+from titan_ulysses.checkpoint.step_folder import steps_in
 from titan_ulysses.config import hub
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config, SourceSettings

@@ -24,10 +24,10 @@ from helpers import training
 from helpers.meshes import Degrees
 from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
-from titan_ulysses.checkpoint import manifest, run_file, writing
+from titan_ulysses.checkpoint import manifest, step_folder, writing
 from titan_ulysses.checkpoint.dcp import Checkpointer
-from titan_ulysses.checkpoint.manifest import read_sealed, write_sealed
-from titan_ulysses.checkpoint.writing import steps_in
+from titan_ulysses.checkpoint.manifest import read_json, write_json
+from titan_ulysses.checkpoint.step_folder import steps_in
 from titan_ulysses.distributed.errors import UserError
 
 MODEL: dict[str, Any] = {
@@ -197,9 +197,9 @@ def edit(step: Path, **changes: Any) -> None:
 
 def rewrite(folder: Path, **changes: Any) -> None:
     """With a checksum that is right. None removes a field."""
-    told, _ = read_sealed(folder / "run.json")
+    told, _ = read_json(folder / "run.json")
     told = {name: value for name, value in (told | changes).items() if value is not None}
-    write_sealed(folder / "run.json", told)
+    write_json(folder / "run.json", told)
 
 
 def as_folder(path: Path) -> None:
@@ -215,9 +215,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "metadata": (lambda step: (step / ".metadata").unlink(), ".metadata is missing"),
     "zeros in .metadata": (
         lambda step: (step / ".metadata").write_bytes(bytes((step / ".metadata").stat().st_size)),
-        ".metadata: its bytes are not those",
+        ".metadata: the bytes 0 to ",
     ),
-    "a bit of .metadata": (lambda step: flip(step / ".metadata", -9), ".metadata: its bytes"),
+    "a bit of .metadata": (lambda step: flip(step / ".metadata", -9), ".metadata: the bytes 0 to "),
     "no run.json": (lambda step: (step / "run.json").unlink(), "run.json is missing"),
     "a folder run.json": (lambda step: as_folder(step / "run.json"), "run.json is not a file"),
     "empty run.json": (partial(break_run_file, text=""), "run.json: it is empty"),
@@ -371,7 +371,7 @@ def test_what_lacks_hashes_is_read_with_a_warning_and_what_is_closed_is_an_error
 ) -> None:
     folder = tmp_path / "old"
     shutil.copytree(saved[0], folder)
-    told, _ = read_sealed(folder / "step-2" / "run.json")
+    told, _ = read_json(folder / "step-2" / "run.json")
     sizes = {name: entry["bytes"] for name, entry in told["files"].items()}
     old = {name: told[name] for name in ("step", "loader", "parameters", "optimizer")}
     (folder / "step-2" / "run.json").write_text(json.dumps(old | {"files": sizes}))
@@ -453,7 +453,7 @@ def publish_without(folder: Path) -> dict[str, tuple[str, list[str]]]:
 
         def publish(aside: Path, *rest: Any, kind: str = kind, **more: Any) -> None:
             lose(kind, aside, folder / "step-1")
-            run_file.publish(aside, *rest, **more)
+            step_folder.publish(aside, *rest, **more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writing, "publish", publish)

@@ -114,8 +114,9 @@ def counted(every: int, layers: int, offload: str) -> tuple[dict[str, int], dict
 
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
-    tiling = {"mlp_tile_tokens": 4, "checkpoint_every": every, "offload": offload}
-    parallelize(model, mesh, attention=core, param_dtype=torch.float32, **tiling)
+    checkpoints = {"every": every, "offload": offload}
+    own = {"activation_checkpoint": checkpoints, "memory": {"mlp_tile_tokens": 4}}
+    parallelize(model, mesh, attention=core, param_dtype=torch.float32, **own)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model, OPTIMIZER)

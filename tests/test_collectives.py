@@ -23,7 +23,8 @@ def counted(checkpoint: bool, micro_batches: int) -> tuple[dict[str, tuple[int, 
     """The counts of one step on (sp2), and the elements of the parameters."""
     mesh = mesh_of(1, 1, 2)
     model = hf.build_on_meta(hf.load_model_config("", LLAMA), torch.float32)
-    parallelize(model, mesh, checkpoint_every=int(checkpoint), param_dtype=torch.float32)
+    mode = "full" if checkpoint else "none"
+    parallelize(model, mesh, activation_checkpoint={"mode": mode}, param_dtype=torch.float32)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model, OPTIMIZER)

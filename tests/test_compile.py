@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from helpers.meshes import mesh_of
 from helpers.models import LLAMA
+from helpers.options import sections
 from helpers.ranks import run_on_ranks
 from helpers.rows import local_batch, make_rows
 from helpers.runs import Settings, logged, train, write_run
@@ -90,7 +91,7 @@ def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], 
     model = hf.build_on_meta(
         hf.load_model_config("", LLAMA | {"num_hidden_layers": LAYERS}), torch.float32
     )
-    parallelize(model, mesh, param_dtype=torch.float32, compile=compiled, **options)
+    parallelize(model, mesh, param_dtype=torch.float32, **sections(compile=compiled, **options))
     parts = sum(
         "forward" in vars(part)
         for part in _parts(model, whole=options.get("mlp_tile_tokens") is None)

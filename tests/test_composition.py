@@ -27,6 +27,7 @@ from helpers.families import FAMILIES as ALL_FAMILIES
 from helpers.families import model_of
 from helpers.meshes import mesh_of
 from helpers.models import LLAMA, STARCODER2
+from helpers.options import sections
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import Row, make_rows
@@ -350,7 +351,7 @@ def sharded_step(case: Case) -> tuple[float, dict[str, Tensor]]:
                 parameter.data = numbers(name, parameter.shape)
     if case.frozen:
         freeze(model, case.frozen)
-    parallelize(model, mesh, **dict(case.options))
+    parallelize(model, mesh, **sections(**dict(case.options)))
     batches = [_local_rows(rows, mesh) for rows in data_of(case)]
     total = 0.0
     for batch in shard(batches, model, accumulate=len(batches)):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from titan_ulysses.config.cli import parse_command_line, usage
-from titan_ulysses.config.load import dump_toml, load_config
+from titan_ulysses.config.load import config_of, dump_toml, load_config
 from titan_ulysses.config.schema import KEYS, SECTIONS, Config
 from titan_ulysses.config.validate import MeshDegrees, check
 from titan_ulysses.distributed.errors import UserError
@@ -708,9 +708,11 @@ def checked(world_size: int = 8, num_token_ids: int = 10, **settings: Any) -> Me
         section, key = name.split("__")
         tables[section] = {**tables.get(section, {}), key: value}
     model_config = SimpleNamespace(**tables.pop("hf"))
-    config = Config.model_validate(tables)
     return check(
-        config, world_size=world_size, model_config=model_config, num_token_ids=num_token_ids
+        config_of(tables),
+        world_size=world_size,
+        model_config=model_config,
+        num_token_ids=num_token_ids,
     )
 
 

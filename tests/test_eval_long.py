@@ -27,9 +27,9 @@ def trial(task: str, text: list[int] = TEXT, **changes: Any) -> tuple[str, str]:
     """(prompt, answer) as text."""
     settings = {"length": 900, "depth": 0.5, "count": 3, "seed": "0 900 1"} | changes
     made = eval_long.make_trial(TOKENIZER, text, task=task, **settings)
-    assert len(made.prompt) + len(made.answer) == settings["length"]
+    assert len(made.prompt) + len(made.answers[0]) == settings["length"]
     assert made == eval_long.make_trial(TOKENIZER, text, task=task, **settings)
-    return bytes(made.prompt).decode(), bytes(made.answer).decode()
+    return bytes(made.prompt).decode(), bytes(made.answers[0]).decode()
 
 
 @pytest.mark.parametrize("task", eval_long.TASKS)
@@ -88,7 +88,7 @@ def test_what_cannot_be() -> None:
     wrong = [["--count", "1"], ["--count", "100000"], ["--trials", "0"], ["--depths", "2"]]
     for arguments in wrong:
         with pytest.raises(UserError, match=arguments[0]) as error:
-            eval_long.parse(["m", *arguments])
+            eval_long.main(["m", *arguments])
         assert error.value.exit_code == 2
 
 
@@ -169,8 +169,8 @@ def compared_with_plain(folder: Path, more: list[str], output: Path) -> list[dic
 def plain(model: Any, text: list[int], **settings: Any) -> tuple[float, float]:
     """(loss, share of likeliest tokens) of a trial's answer."""
     made = eval_long.make_trial(TOKENIZER, text, count=4, **settings)
-    answer = torch.tensor(made.answer)
-    ids = torch.tensor([[*made.prompt, *made.answer]])
+    answer = torch.tensor(made.answers[0])
+    ids = torch.tensor([[*made.prompt, *made.answers[0]]])
     logits = model(input_ids=ids).logits[0, len(made.prompt) - 1 : -1]
     loss = torch.nn.functional.cross_entropy(logits, answer).item()
     return loss, (logits.argmax(-1) == answer).double().mean().item()

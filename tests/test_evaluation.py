@@ -96,7 +96,7 @@ def evaluated(cases: list[Case]) -> list[tuple[TokenEvaluation, bool]]:
     for degrees, batch_size in cases:
         mesh = mesh_of(*degrees)
         model = hf.build_on_meta(hf.load_model_config("", STARCODER2), torch.float64)
-        parallelize(model, mesh, loss_tile_tokens=5, param_dtype=torch.float64)
+        parallelize(model, mesh, memory={"loss_tile_tokens": 5}, param_dtype=torch.float64)
         hf.allocate(model, mesh.device)
         hf.initialize(model, seed=3)
         loader = Loader(

@@ -70,13 +70,13 @@ def setup_of(**settings):
     ids=["dp", "sp", "hsdp, on the host", "hybrid", "QLoRA"],
 )
 def test_few_layers_tell_what_all_layers_need(settings):
-    from titan_ulysses.plan.few_layers import estimate_plan
+    from titan_ulysses.plan.estimate import estimate_plan
     from titan_ulysses.plan.planner import make_plan
 
     setup = setup_of(**settings)
     found, plan = estimate_plan(setup), make_plan(setup)
     assert found.time.seconds == pytest.approx(plan.time.seconds, rel=1e-9)
-    assert dict(found.demand.collectives) == pytest.approx(
+    assert dict(found.collectives) == pytest.approx(
         {k: pytest.approx(v) for k, v in plan.simulation.collectives.items()}
     )
     assert found.gpu_bytes == pytest.approx(plan.gpu_bytes, rel=0.01)
@@ -85,7 +85,7 @@ def test_few_layers_tell_what_all_layers_need(settings):
 
 def test_layers_that_a_config_lists_by_place():
     """Each third layer of this bamba has attention: six layers tell what all need, and nine."""
-    from titan_ulysses.plan.few_layers import _layers_to_simulate
+    from titan_ulysses.plan.estimate import _layers_to_simulate
 
     bamba = model_of("bamba") | {"num_hidden_layers": 12, "max_position_embeddings": 2**20}
     bamba |= {"attn_layer_indices": [2, 5, 8, 11]}
@@ -123,10 +123,10 @@ def faster_neighbours(setup, best, plan) -> tuple[list, int, int]:
                 found = plan(other)
             except UserError:
                 continue
-            seconds = found.time.seconds / other.tokens_per_step
             tried, too_large = tried + 1, too_large + (not found.fits)
-            if found.fits and seconds < best.seconds_per_token * (1 - CLEARLY):
-                faster.append((changes, seconds))
+            limit = best.planned.seconds_per_token * (1 - CLEARLY)
+            if found.fits and found.seconds_per_token < limit:
+                faster.append((changes, found.seconds_per_token))
     return faster, tried, too_large
 
 
@@ -139,7 +139,7 @@ def test_no_neighbour_of_the_fastest_is_faster(layers):
 
     setup = small(layers)
     best, *others = Search(setup).run()
-    assert best.is_simulated and best.fits and all(one.fits for one in others)
+    assert best.is_simulated and all(one.planned.fits for one in (best, *others))
     faster, tried, too_large = faster_neighbours(setup, best, make_plan)
     assert not faster and tried > 8 and too_large
 
@@ -148,8 +148,8 @@ def test_no_neighbour_of_the_fastest_is_faster(layers):
 @pytest.mark.parametrize("gpus", [8, 64])
 def test_no_neighbour_of_the_fastest_llama3_8b_is_faster(gpus):
     """At 1M tokens. Each estimated from few layers, which have the time of all."""
+    from titan_ulysses.plan.estimate import estimate_plan
     from titan_ulysses.plan.fastest import Search
-    from titan_ulysses.plan.few_layers import estimate_plan
     from titan_ulysses.plan.planner import set_up
 
     root = Path(__file__).resolve().parents[1]
@@ -245,7 +245,7 @@ def test_a_search_over_nothing_is_said():
     from rich.console import Console
 
     from titan_ulysses.plan.fastest import Search
-    from titan_ulysses.plan.fastest_table import tell_fastest
+    from titan_ulysses.plan.searches import tell_fastest
 
     def refuse(setup):
         raise UserError("refused")
@@ -262,8 +262,8 @@ def test_a_search_over_nothing_is_said():
 
 def test_a_loss_whose_hidden_states_stay_on_the_device():
     """The search begins with what such a loss can have. All settings are as good here."""
+    from titan_ulysses.plan.estimate import estimate_plan
     from titan_ulysses.plan.fastest import Search
-    from titan_ulysses.plan.few_layers import estimate_plan
 
     setup = setup_of(
         model__config=SIX | {"num_hidden_layers": 2},

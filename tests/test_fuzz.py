@@ -21,7 +21,7 @@ from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, train, write_run
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.manifest import Damage
-from titan_ulysses.checkpoint.reader import open_checkpoint
+from titan_ulysses.checkpoint.storage import open_checkpoint
 from titan_ulysses.distributed.errors import UserError
 
 MUTANTS = 100

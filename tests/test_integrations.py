@@ -334,7 +334,7 @@ def refused(degrees: Degrees, folder: str, arguments: Shown, more: Shown) -> str
         ({}, {"optimizer_cls_and_kwargs": (torch.optim.Rprop, {})}, ['"rprop"', "adamw_torch"]),
         ({}, {"mesh": 2}, ["mesh = 2", "build_mesh"]),
         ({}, {"args": None}, ["args = None", "TrainingArguments"]),
-        ({"torch_compile": True}, {}, ["torch_compile = True", "ParallelOptions(compile=True)"]),
+        ({"torch_compile": True}, {}, ["torch_compile = True", '{"compile": {"enable"']),
         (BEST | {"save_only_model": True}, {}, ["load_best_model_at_end", "save_only_model"]),
         ({}, {"compute_metrics": len}, ["compute_metrics", "logits"]),
         ({}, {"optimizers": (1, None)}, ["optimizers", "optimizer_cls_and_kwargs"]),

@@ -36,7 +36,7 @@ from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.convert import ReadWhenWritten
 from titan_ulysses.checkpoint.convert import main as convert
 from titan_ulysses.checkpoint.folder import exported_step
-from titan_ulysses.checkpoint.manifest import read_sealed, write_sealed
+from titan_ulysses.checkpoint.manifest import read_json, write_json
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
@@ -455,8 +455,8 @@ def test_conversions_that_cannot_be(
     )
     (tmp_path / "other.toml").write_text(other)
     shutil.copytree(step, tmp_path / "frozen" / "step-2")
-    told, _ = read_sealed(step / "run.json")
-    write_sealed(tmp_path / "frozen" / "step-2" / "run.json", told | {"frozen": 5})
+    told, _ = read_json(step / "run.json")
+    write_json(tmp_path / "frozen" / "step-2" / "run.json", told | {"frozen": 5})
     frozen = str(tmp_path / "frozen" / "step-2")
     alone, new = str(tmp_path / "checkpoints" / "step-2"), str(tmp_path / "new")
     cases = {

@@ -176,7 +176,7 @@ def loader_of(name: str, mesh: Mesh, accumulate: int = 1) -> Iterator[Loaded]:
 
 def train_by_loop(name: str, degrees: tuple[int, int, int], accumulate: int) -> Record:
     mesh, record = mesh_of(*degrees), Record()
-    model = parallelize(real_model(), mesh, loss_tile_tokens=5)
+    model = parallelize(real_model(), mesh, memory={"loss_tile_tokens": 5})
     optimizer = build_optimizer(model, OPTIMIZER)
     losses = []
     for batch in shard(loader_of(name, mesh, accumulate), model, accumulate=accumulate):
@@ -345,7 +345,9 @@ def names_and_shapes(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def sharded_names(every: int) -> list[dict[str, Any]]:
-    return names_and_shapes(parallelize(real_model(), mesh_of(*SP2), checkpoint_every=every))
+    checkpoints = {"every": every} if every else {"mode": "none"}
+    model = parallelize(real_model(), mesh_of(*SP2), activation_checkpoint=checkpoints)
+    return names_and_shapes(model)
 
 
 @pytest.mark.parametrize("every", [0, 1, 2])

@@ -26,10 +26,11 @@ from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
+from titan_ulysses.streaming.chunks import crosses
 from titan_ulysses.ulysses import gated_deltanet, mamba2, states
 from titan_ulysses.ulysses.heads import plan_heads
 from titan_ulysses.ulysses.linear_attention import linear_layers
-from titan_ulysses.ulysses.states import Piece, crosses, pieces_of_row
+from titan_ulysses.ulysses.states import Piece, pieces_of_row
 
 SP3 = (1, 1, 3)
 MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}
@@ -310,7 +311,7 @@ def counted(family: str, degree: int, heads: dict[str, int]) -> list[tuple[int, 
     """(calls, bytes) of the all-to-alls of a forward and of a backward of one linear layer."""
     mesh, table = mesh_of(1, 1, degree), model_of(family) | heads
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
-    parallelize(model, mesh, checkpoint_every=0)
+    parallelize(model, mesh, activation_checkpoint={"mode": "none"})
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=1)
     layer = linear_layers(model.get_submodule("model.layers.0"))[0]
@@ -397,7 +398,7 @@ def proves_itself(family: str, keys: dict[str, Any]) -> int:
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("titan_ulysses.ulysses.linear_attention._TESTED", {})
-        parallelize(model, mesh_of(*SP2), mlp_tile_tokens=7)
+        parallelize(model, mesh_of(*SP2), memory={"mlp_tile_tokens": 7})
     return model.stream_chunk_tokens
 
 
@@ -461,7 +462,7 @@ def refusal_without_keywords() -> str:
     """Of a decoder that does not hand its keywords to a layer, as lfm2's of transformers 5.17."""
     mesh = mesh_of(*ONE)
     model = hf.build_on_meta(hf.load_model_config("", model_of("lfm2")), torch.float32)
-    parallelize(model, mesh, checkpoint_every=0)
+    parallelize(model, mesh, activation_checkpoint={"mode": "none"})
     hf.allocate(model, mesh.device)
     layer = linear_layers(model.get_submodule("model.layers.0"))[0]
     layer.forward = partial(_without_keywords, layer.forward)

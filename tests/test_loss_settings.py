@@ -25,8 +25,8 @@ from helpers.observed import see_plan
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, logged, refusal
 from test_library import real_model
-from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.load import load_config
+from titan_ulysses.config.rules import problems_of
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import _model_problems
 from titan_ulysses.model import hf
@@ -392,7 +392,7 @@ def test_named_sets_of_pairs(material: Path, tmp_path: Path) -> None:
         assert one["rewards"] == pytest.approx(first["validation_rewards"], rel=1e-12)
     texts = [{**sets[0], "source": "text"}]
     config = load_config_of({"model.config": TINY} | wanted | {"validation.sets": texts})
-    problems = "\n".join(combination_problems(config))
+    problems = "\n".join(problems_of(config))
     assert 'with validation.sets[0].source = "text": DPO, and nothing else' in problems
 
 
@@ -489,7 +489,7 @@ def refused(config: Path, wanted: Settings) -> str:
 
 def test_an_unchecked_mixture_of_experts_says_what_it_lacks() -> None:
     config = load_config_of({"model.config": TINY, "loss.name": "dpo"} | PACKED)
-    found = _model_problems(config, SimpleNamespace(output_router_logits=True), 0, 1)
+    found = _model_problems(config, SimpleNamespace(output_router_logits=True), 0)
     assert 'loss.name = "dpo" has no router loss' in found[0]
 
 

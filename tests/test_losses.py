@@ -118,7 +118,7 @@ def of_full_logits() -> dict[str, tuple[Tensor, Named]]:
 def sharded(degrees: Degrees) -> dict[str, tuple[Tensor, Named]]:
     """The same with a sharded model, its batch cut into tiles of 3 tokens."""
     mesh, given = mesh_of(*degrees), inputs_of_losses()
-    model = parallelize(real_model(), mesh, loss_tile_tokens=3)
+    model = parallelize(real_model(), mesh, memory={"loss_tile_tokens": 3})
     mine = ROWS // mesh.batch.size()
     first = mesh.batch.get_local_rank() * mine
     given = {key: values[first : first + mine] for key, values in given.items()}

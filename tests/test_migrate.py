@@ -237,7 +237,7 @@ def migrated(recipe: Path, text: str, *, ranks: int | None = None) -> migrate.Mi
     recipe.write_text(text)
     table = migrate.read_recipe(recipe)
     kind = migrate.format_of(recipe, table)
-    return migrate.Migration(kind, migrate.flatten(table), ranks=ranks).run()
+    return migrate.Migration(kind, migrate.flatten(table), ranks=ranks)
 
 
 def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ enable_float8_linear = true
 def test_what_a_recipe_leaves_to_its_trainer_or_says_in_other_words(
     text: str, settings: dict[str, Any], lost: dict[str, str], tmp_path: Path
 ) -> None:
-    """With the values of the trainers' sources, which the files in scripts/migration/ name."""
+    """With the values of the trainers' sources, which the files in tools/migration/ name."""
     recipe = tmp_path / ("recipe.toml" if text == OLD else "recipe.yaml")
     found = migrated(recipe, text)
     assert {key: found.settings.get(key) for key in settings} == settings

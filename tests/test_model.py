@@ -485,7 +485,7 @@ def fail_to_export(folder: Path, where: str) -> tuple[list[str], dict[str, Tenso
     tokenizer, calls = load_tokenizer("bytes"), []
     place, name = {
         "weights": (weights, "save_file"),
-        "index": (weights, "_write_index"),
+        "index": (Path, "write_text"),
         "tokenizer": (tokenizer, "save_pretrained"),
     }[where]
     save = weights.save_file

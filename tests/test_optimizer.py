@@ -26,8 +26,8 @@ from helpers.rows import make_rows
 from helpers.runs import write_run
 from test_checkpoint import RUN_STATE, error_of
 from titan_ulysses.checkpoint.dcp import Checkpointer
-from titan_ulysses.config.schema import Config, Optimizer
-from titan_ulysses.config.validate import check
+from titan_ulysses.config.load import config_of
+from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.torchao import import_torchao
@@ -565,9 +565,8 @@ def test_torchao_is_missing(monkeypatch):
     ids=["rounding", "fp64", "float8"],
 )
 def test_dtypes_that_do_not_go_together(settings, message):
-    config = Config.model_validate({"model": {"config": {"model_type": "llama"}}, **settings})
     with pytest.raises(UserError) as refused:
-        check(config, world_size=1, model_config=None, num_token_ids=1)
+        config_of({"model": {"config": {"model_type": "llama"}}, **settings})
     assert str(refused.value).startswith(message)
     assert refused.value.exit_code == 2
 

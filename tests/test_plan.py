@@ -318,15 +318,15 @@ def test_accumulated_batches():
 
 @pytest.mark.slow
 def test_the_longest_sequence_fits_and_the_next_does_not():
-    from titan_ulysses.plan.planner import set_up
+    from titan_ulysses.plan.planner import make_plan, set_up
     from titan_ulysses.plan.search import at_length, longest
 
     setup = set_up(
         config(plan__gpu_memory_gib=1.5, memory__mlp_tile_tokens=256, memory__loss_tile_tokens=256)
     )
     found = longest(setup)
-    assert found.plan.fits
-    assert not at_length(setup, int(1.02 * found.seq_len)).plan.fits
+    assert found.fits
+    assert not make_plan(at_length(setup, int(1.02 * found.seq_len))).fits
 
 
 def test_the_longest_sequence_of_a_step_that_may_not_be_longer():
@@ -335,7 +335,7 @@ def test_the_longest_sequence_of_a_step_that_may_not_be_longer():
 
     seconds = plan_of(training__seq_len=8192).time.seconds
     found = longest(set_up(config(plan__max_step_seconds=seconds)))
-    assert 8000 < found.seq_len <= 8192 and found.seconds <= seconds
+    assert 8000 < found.seq_len <= 8192 and found.time.seconds <= seconds
 
 
 def test_hidden_states_off_the_gpu_take_time():
@@ -371,17 +371,18 @@ def test_a_search_that_nothing_limits(capsys):
     """It ends where the planner looks no further, which is no finding, and says so."""
     from rich.console import Console
 
+    from titan_ulysses.plan.console import closing
     from titan_ulysses.plan.planner import set_up
-    from titan_ulysses.plan.report import closing, tell_each
     from titan_ulysses.plan.search import SearchResult, is_unlimited, longest
+    from titan_ulysses.plan.searches import tell_longest
 
     setup = set_up(config(plan__gpu_memory_gib=1e9))
-    need = longest(setup, near=2**25)
-    assert need.seq_len == 2**27 and is_unlimited(setup, need.seq_len) and need.plan.fits
-    found = [SearchResult("tiles", {"memory.mlp_tile_tokens": 0}, need)]
-    tell_each(Console(width=100), "longest", found)
+    plan = longest(setup, near=2**25)
+    assert plan.seq_len == 2**27 and is_unlimited(setup, plan.seq_len) and plan.fits
+    found = [SearchResult("tiles", {"memory.mlp_tile_tokens": 0}, plan)]
+    tell_longest(Console(width=100), "longest", found)
     assert "at least 134,217,728 tokens" in capsys.readouterr().out
-    said = closing(need.plan, need.seq_len, found)
+    said = closing(plan, plan.seq_len, found)
     assert "at least 134,217,728 tokens fit: the planner looks no further" in said
     assert "plan.host_memory_gib is not set" in said
 
@@ -389,16 +390,16 @@ def test_a_search_that_nothing_limits(capsys):
 @pytest.mark.slow
 def test_an_estimate_from_a_short_sequence():
     """What its peak is made of need not grow with it; a long one's does."""
+    from titan_ulysses.plan.console import closing
     from titan_ulysses.plan.planner import make_plan, set_up
-    from titan_ulysses.plan.report import closing
     from titan_ulysses.plan.search import at_length, estimate
 
     model = LLAMA | {"vocab_size": 20_000, "num_hidden_layers": 1, "max_position_embeddings": 8192}
     setup = set_up(config(model__config=model, training__seq_len=512, plan__gpu_memory_gib=4))
     plan = make_plan(setup)
     found = estimate(plan)
-    assert at_length(setup, int(0.8 * found)).plan.fits
-    assert not at_length(setup, int(1.2 * found)).plan.fits
+    assert make_plan(at_length(setup, int(0.8 * found))).fits
+    assert not make_plan(at_length(setup, int(1.2 * found))).fits
     said = closing(plan, found, [])
     assert f"about {found:,} tokens fit. (Beyond 8,192, its max_position_embeddings" in said
 
@@ -419,19 +420,18 @@ def test_an_estimate_tries_few_lengths(
     monkeypatch, seq_len: int, full: int, bytes_a_token: int, tried: list[int], found: int
 ):
     from titan_ulysses.plan import search
-    from titan_ulysses.plan.planner import set_up
+    from titan_ulysses.plan.cost import Cost
+    from titan_ulysses.plan.planner import Estimate, set_up
 
     settings = {"plan__gpu_memory_gib": 32, "training__seq_len": seq_len}
     model = {"model__config": LLAMA | {"max_position_embeddings": 2**27}}
     lengths: list[int] = []
 
-    def planned(setup) -> SimpleNamespace:
+    def planned(setup) -> Estimate:
         lengths.append(setup.config.training.seq_len)
         size = bytes_a_token * lengths[-1] or 2**36
         assert len(lengths) < 9, "it goes on and on"
-        fits = size <= setup.gpu_memory
-        time = SimpleNamespace(seconds=1.0)
-        return SimpleNamespace(setup=setup, gpu_bytes=size, host_bytes=0, fits=fits, time=time)
+        return Estimate(setup, Cost(), {}, {}, gpu_bytes=size, host_bytes=0)
 
     monkeypatch.setattr(search, "estimate_plan", planned)
     monkeypatch.setattr(search, "_full_length", lambda plan: full)
@@ -481,8 +481,9 @@ def planned(case: str):
 
 def test_the_peak_in_words():
     """In those of the GPU and of the model, not of what stands for them here."""
-    from titan_ulysses.plan.report import as_json, largest
-    from titan_ulysses.plan.words import moment_name
+    from titan_ulysses.plan.console import largest
+    from titan_ulysses.plan.names import moment_name
+    from titan_ulysses.plan.report import as_json
 
     sharded = planned("sharded")
     assert (
@@ -490,36 +491,32 @@ def test_the_peak_in_words():
         == "the backward pass, in attention of layer 1, at flash attention's backward"
     )
     assert as_json(sharded)["peak"]["operation"] == "flash attention's backward"
-    lines = largest(sharded)
-    assert (
-        lines[0]
-        == "   1.97 MiB  attention of layer 1: workspace of flash attention's backward kernel"
-    )
-    assert (
-        lines[1]
-        == "   0.31 MiB  attention of layer 1: q, k, v after the exchange  [163840] bfloat16"
-    )
-    assert "   0.19 MiB  checkpoint: input of layer 1  [1, 2048, 48] bfloat16" in lines
+    rows, attention = largest(sharded, 6), "attention of layer 1"
+    assert rows[:2] == [
+        ("1.97 MiB", f"{attention}: workspace of flash attention's backward kernel", ""),
+        ("0.31 MiB", f"{attention}: q, k, v after the exchange", "[163840] bfloat16"),
+    ]
+    assert ("0.19 MiB", "checkpoint: input of layer 1", "[1, 2048, 48] bfloat16") in rows
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_has_a_name(case):
-    from titan_ulysses.plan import words
+    from titan_ulysses.plan import names
 
     plan = planned(case)
     memory, start = plan.simulation.memory, plan.simulation.start
-    names = {
-        words.tensor_name(a): a for a in [*(a for a, _ in memory.events[start:]), *plan.peak.alive]
+    named = {
+        names.tensor_name(a): a for a in [*(a for a, _ in memory.events[start:]), *plan.peak.alive]
     }
     assert not {
-        name: a.operation for name, a in names.items() if RAW.search(name) and a.place == "device"
+        name: a.operation for name, a in named.items() if RAW.search(name) and a.place == "device"
     }
-    assert not RAW.search(words.moment_name(plan.peak.moment))
+    assert not RAW.search(names.moment_name(plan.peak.moment))
     if case == "sharded":
-        made = {maker for a in names.values() for maker in a.created_in}
+        made = {maker for a in named.values() for maker in a.created_in}
         if can_add_wide():
             made.add("loss.add_product")  # it makes a tensor only where torch cannot add in place
-        assert words._ROLES.keys() <= made, "no function has moved"
+        assert names._ROLES.keys() <= made, "no function has moved"
 
 
 @pytest.mark.parametrize(
@@ -706,7 +703,7 @@ def test_bytes_of_other_kernels():
         (aten._unsafe_view.default, (x, [8, 4]), 0),
         (aten.transpose.int, (x, 0, 1), 0),
     ):
-        counter.take()
+        counter.reset()
         counter(func, args, {}, func(*args))
         assert counter.cost.total("other kernels") == 3 * moved * size, func
 

@@ -18,13 +18,13 @@ from helpers.ranks import run_on_ranks
 from helpers.runs import train, working_in, write_run
 from titan_ulysses.__main__ import run
 from titan_ulysses.checkpoint.folder import exported_step
-from titan_ulysses.observability import page, pictures
+from titan_ulysses.observability import pictures, report_page
 from titan_ulysses.observability.metrics import MetricsLogger
 from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.observability.run_pictures import loss_label, read_runs
 from titan_ulysses.plan import report
 from titan_ulysses.plan.planner import Plan, Setup, make_plan
-from titan_ulysses.plan.search import SearchResult, Simulated
+from titan_ulysses.plan.search import SearchResult
 
 pytest.importorskip("matplotlib")
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -76,9 +76,8 @@ def outline(path: Path) -> Outline:
 def few(setup: Setup, first: Plan | SearchResult | None) -> Iterator[SearchResult]:
     """In place of a search and of a ladder, which take longer than such a test may."""
     plan = first if isinstance(first, Plan) else make_plan(setup)
-    need = Simulated.of(plan, plan=plan)
-    yield SearchResult("as configured", {}, need)
-    yield SearchResult("+ offload", {"activation_checkpoint.offload": "host"}, need)
+    yield SearchResult("as configured", {}, plan)
+    yield SearchResult("+ offload", {"activation_checkpoint.offload": "host"}, plan)
     yield SearchResult("+ nothing", {}, None)
 
 
@@ -138,11 +137,11 @@ def test_a_run_adds_its_section_and_keeps_that_of_the_plan(folder: Path) -> None
 
 
 def test_a_page_that_is_damaged_is_written_anew(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / page.PAGE).write_bytes(b"\xff<section id='plan'>")
-    section = page.Section("run")
+    (tmp_path / report_page.PAGE).write_bytes(b"\xff<section id='plan'>")
+    section = report_page.PageSection("run")
     section.text("1 < 2 & <b>bold</b>")
     section.table(["a", "b"], [["x", "1"], ["<y>", "22"]])
-    written = page.write_page(tmp_path, section, title="<job>").read_text()
+    written = report_page.write_page(tmp_path, section, title="<job>").read_text()
     assert "1 &lt; 2 &amp; &lt;b&gt;bold" in written and "<h1>&lt;job&gt;</h1>" in written
     assert '<td class="number">22</td>' in written and "<td>&lt;y&gt;</td>" in written
     assert not Outline(written).open

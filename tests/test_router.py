@@ -32,6 +32,7 @@ from transformers.models.mixtral import modeling_mixtral
 from helpers.families import LACKING
 from helpers.material import as_toml
 from helpers.meshes import DP2_SP2, SP2, SP4, mesh_of
+from helpers.options import sections
 from helpers.precision import KeepFp64, kept_in_fp64
 from helpers.ranks import RankFailure, run_on_ranks
 from helpers.rows import Row, local_batch, make_rows
@@ -171,7 +172,7 @@ def sharded_model(
 ) -> PreTrainedModel:
     table = {**model_of(family), "output_router_logits": has_router_loss}
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float64)
-    parallelize(model, mesh_of(*degrees), attention="sdpa", **options)
+    parallelize(model, mesh_of(*degrees), attention="sdpa", **sections(**options))
     hf.allocate(model, torch.device("cpu"))
     hf.initialize(model, seed=3)
     return model

@@ -34,13 +34,9 @@ def bench(name: str) -> ModuleType:
 
 
 def case_of(ranks: int):
+    settings = f"training.seq_len={ranks * TOKENS} parallelism.sequence_parallel_degree={ranks}"
     return bench("plan_accuracy").case(
-        f"P {ranks}",
-        ranks,
-        model=MODEL,
-        training__seq_len=ranks * TOKENS,
-        parallelism__sequence_parallel_degree=ranks,
-        memory__stream_chunk_tokens=-1,
+        f"P {ranks}", ranks, f"{settings} memory.stream_chunk_tokens=-1", model=MODEL
     )
 
 

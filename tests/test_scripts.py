@@ -4,16 +4,18 @@ scripts/launch.py.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,7 +58,7 @@ def test_a_trial() -> None:
     made = {depth: trial(depth=depth) for depth in (0, 0.25, 0.5, 1)}
     texts = {depth: bytes(one.prompt).decode() for depth, one in made.items()}
     key = texts[0].removesuffix(" is").rpartition(" ")[2]
-    code, *others = (bytes(one).decode() for one in made[0].codes)
+    code, *others = (bytes(one).decode() for one in made[0].answers)
     needle = f"\nThe secret code of {key} is{code}.\n"
     for depth, text in texts.items():
         assert len(text) + len(code) == 200 and text.endswith(f"\nThe secret code of {key} is")
@@ -65,8 +67,8 @@ def test_a_trial() -> None:
         assert found and len(before) == round(depth * room)
         assert text.count(code) == 1 and not any(other in text for other in others)
     # Of one seed, at every depth.
-    assert len({code, *others}) == 8 and made[0].codes == made[1].codes
-    assert trial() == made[0.5] and trial(seed="0 200 2").codes != made[0.5].codes
+    assert len({code, *others}) == 8 and made[0].answers == made[1].answers
+    assert trial() == made[0.5] and trial(seed="0 200 2").answers != made[0.5].answers
 
 
 def test_trials_that_cannot_be() -> None:
@@ -76,38 +78,18 @@ def test_trials_that_cannot_be() -> None:
         trial(length=2000)
 
 
-def test_accuracy_is_of_the_right_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_is_of_the_right_code() -> None:
     """One that is as probable as another does not count as found."""
-    scores = {
-        100: [-1.0, -2.0, -3.0, -4.0, -3.0, -9.0],
-        150: [-5.0, -5.0, -6.0, float("nan"), -1.0, -2.0],
-    }
-    monkeypatch.setattr(needle, "code_scores", lambda *_, length: scores[length])
-    options = SimpleNamespace(lengths=[100, 150], depths=[0.0], candidates=3, trials=2, seed=0)
-    one, two = needle.find_needles(None, None, TOKENIZER, TEXT, options)
+    nan = float("nan")
+    one = torch.tensor([[-1.0, -2.0, -3.0], [-4.0, -3.0, -9.0]])
+    two = torch.tensor([[-5.0, -5.0, -6.0], [nan, -1.0, -2.0]])
+    trials = [trial(candidates=3, seed=f"0 200 {number}") for number in range(2)]
     # " 12345": 6 bytes.
-    assert (one.length, one.accuracy, one.log_probability) == (
-        100,
-        0.5,
-        pytest.approx(-2.5 / 6),
-    )
-    assert two.accuracy == 0
+    assert needle.result_of(200, 0.5, trials, one) == (200, 0.5, 0.5, pytest.approx(-2.5 / 6))
+    assert needle.result_of(200, 0.5, trials, two).accuracy == 0
 
 
-ARGUMENTS = [
-    "--lengths",
-    "120",
-    "101",
-    "--depths",
-    "0",
-    "1",
-    "--trials",
-    "2",
-    "--candidates",
-    "3",
-    "--seed",
-    "5",
-]
+ARGUMENTS = shlex.split("--lengths 120 101 --depths 0 1 --trials 2 --candidates 3 --seed 5")
 
 
 def needle_main(arguments: list[str]) -> str | None:
@@ -136,7 +118,7 @@ def test_the_map_is_that_of_plain_transformers(table: dict[str, Any], tmp_path: 
                 for n in range(2)
             ]
             sums = [
-                [log_probability(model, one.prompt, code) for code in one.codes] for one in trials
+                [log_probability(model, one.prompt, code) for code in one.answers] for one in trials
             ]
             cell = next(cells)
             assert (cell["length"], cell["depth"]) == (length, depth)
@@ -255,14 +237,21 @@ def test_pictures_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [
-        (2, 2000, [10, 100, 1000]),
-        (2, 60, [3, 10, 30]),
-        (4, 25, [5, 10, 20]),
-        (6.5, 7.5, [6.7, 7.0, 7.3]),
+        (2, 2000, ["10", "100", "1,000"]),
+        (2, 60, ["5", "10", "20"]),
+        (4, 25, ["5", "10", "20"]),
+        (6.5, 7.5, ["6.6", "6.8", "7"]),
     ],
 )
-def test_round_perplexities(low: float, high: float, ticks: list[float]) -> None:
-    assert run_pictures.round_between(low, high) == pytest.approx(ticks)
+def test_perplexities_beside_the_losses_are_round(
+    low: float, high: float, ticks: list[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    ranges = [[0, math.log(high), 9], [512, math.log(low), 9]]
+    svg = io.StringIO()
+    run_pictures.draw_positions({"a": [{"step": 1, "validation_by_position": ranges}]}, svg)
+    shown = re.findall(r"<!-- (\S+) -->", svg.getvalue())  # matplotlib notes what it draws
+    assert {*ticks} <= {*shown}, shown
 
 
 # --- the launchers --------------------------------------------------------------------------------

@@ -24,11 +24,11 @@ from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.training import largest_difference, train_plain, train_sharded
 from test_streaming import table_of
-from titan_ulysses.memory import loss, replay, stream_offload, streaming
-from titan_ulysses.memory.offload import CudaStore, buffer_maker
-from titan_ulysses.memory.stream_offload import SequenceStore
+from titan_ulysses.memory import loss, replay, sequences
+from titan_ulysses.memory.offload import CudaStore, host_buffer
+from titan_ulysses.memory.sequences import SequenceStore
 from titan_ulysses.setup import parallelize
-from titan_ulysses.ulysses import key_blocks, streamed
+from titan_ulysses.streaming import block, chunks, embeddings, keys
 
 DOCUMENTS = [[11, 9, 4], [5, 19]]
 GPU = torch.device("cpu", 0)
@@ -101,8 +101,7 @@ class LateCopies(CudaStore):
 
 
 def late_store() -> SequenceStore:
-    make_buffer = buffer_maker("host", None)
-    return SequenceStore(make_buffer, GPU, LateCopies(make_buffer))
+    return SequenceStore(LateCopies(host_buffer), GPU)
 
 
 def lose_late_gradients(patch: pytest.MonkeyPatch, function: Any) -> None:
@@ -136,8 +135,8 @@ def give_the_gpu_its_random_numbers(patch: pytest.MonkeyPatch) -> None:
     def replayed(device: torch.device, state: Tensor) -> AbstractContextManager[None]:
         return replay.replayed(device, state) if device == GPU else nullcontext()
 
-    patch.setattr(streaming, "rng_state", rng_state)
-    patch.setattr(streaming, "replayed", replayed)
+    patch.setattr(block, "rng_state", rng_state)
+    patch.setattr(block, "replayed", replayed)
 
 
 def train_with_late_copies(*args: Any, **options: Any):
@@ -150,14 +149,14 @@ def train_with_late_copies(*args: Any, **options: Any):
 
     with pytest.MonkeyPatch.context() as patch:
         for function in (
-            streaming._StreamedFunction,
-            stream_offload._EmbeddingFunction,
+            block._StreamedFunction,
+            embeddings._EmbeddingFunction,
             loss._TiledCrossEntropy,
         ):
             lose_late_gradients(patch, function)
         give_the_gpu_its_random_numbers(patch)
-        patch.setattr(streamed, "RESIDENT_CHUNKS", 0)
-        patch.setattr(key_blocks, "BLOCK_TOKENS", 8)  # two chunks in a block
+        patch.setattr(chunks, "RESIDENT_CHUNKS", 0)
+        patch.setattr(keys, "BLOCK_TOKENS", 8)  # two chunks in a block
         patch.setattr(parallelize, "open_sequence_store", open_late)
         record = train_sharded(*args, stream_offload="host", **options)
     copies = stores[0]._copies
@@ -249,19 +248,19 @@ def test_cuda_loses_no_gradient_and_replays_dropout(family: str, offload: str) -
 
 def test_a_part_that_was_not_asked_for_is_not_mistaken_for_another() -> None:
     store = late_store()
-    whole = store.empty(torch.Size((1, 6, 2)), torch.float32)
+    whole = store.empty(torch.empty(1, 6, 2))
     values = torch.arange(12.0).view(1, 6, 2)
     for start in (0, 2, 4):
-        store.write(whole[:, start : start + 2], values[:, start : start + 2])
-    assert torch.equal(store.read(whole[:, :2], ahead=whole[:, 2:4]), values[:, :2])
-    assert torch.equal(store.read(whole[:, 4:]), values[:, 4:])
-    assert torch.equal(store.read(whole[:, 2:4]), values[:, 2:4])
+        store.write(whole, slice(start, start + 2), values[:, start : start + 2])
+    assert torch.equal(store.read(whole, slice(0, 2), slice(2, 4)), values[:, :2])
+    assert torch.equal(store.read(whole, slice(4, 6)), values[:, 4:])
+    assert torch.equal(store.read(whole, slice(2, 4)), values[:, 2:4])
 
 
 def test_a_thread_may_write_to_what_autograd_has_saved() -> None:
     """The thread of a `DiskStore` does, when the hidden states are saved for backward already."""
-    whole, weight = late_store().empty(torch.Size((1, 4, 2)), torch.float64), torch.ones(2)
+    whole, weight = late_store().empty(torch.empty(1, 4, 2).double()), torch.ones(2)
     product = whole * weight.double().requires_grad_()
-    stream_offload._Part(whole[:, 2:], GPU).buffer.copy_(torch.ones(4).double().view(torch.uint8))
+    sequences._Slice(whole[:, 2:], GPU).buffer.copy_(torch.ones(4).double().view(torch.uint8))
     product.sum().backward()
     assert torch.equal(whole[:, 2:], torch.ones(1, 2, 2).double())

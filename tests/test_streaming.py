@@ -21,6 +21,7 @@ from helpers.families import FAMILIES, model_of
 from helpers.material import BASE, MODEL
 from helpers.meshes import DP2_SP2, ONE, SP2, SP4, mesh_of
 from helpers.models import LLAMA, STARCODER2
+from helpers.options import sections
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import local_batch, make_rows
@@ -51,13 +52,13 @@ from titan_ulysses.distributed.sequence import local_slice as slice_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
 from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.streaming.attention import visible_keys
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses import pieces
 from titan_ulysses.ulysses.cores import sdpa
 from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH
 from titan_ulysses.ulysses.pieces import pieces_of
 from titan_ulysses.ulysses.scores import Pieces
-from titan_ulysses.ulysses.streamed import _seen
 
 SP3 = (1, 1, 3)
 MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}
@@ -432,8 +433,9 @@ def counted(
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float32)
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
-    options = {"mlp_tile_tokens": 1000, "checkpoint_every": every, "keep_attention": keep}
-    parallelize(model, mesh, attention=core, stream_chunk_tokens=chunk, **options)
+    checkpoints = {"every": every, "keep_attention": keep}
+    memory = {"mlp_tile_tokens": 1000, "stream_chunk_tokens": chunk}
+    parallelize(model, mesh, attention=core, activation_checkpoint=checkpoints, memory=memory)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model, OPTIMIZER)
@@ -457,7 +459,7 @@ OTHER_SEGMENTS = [(1, 2, "all"), (2, 4, "none")]
     ("chunk", "chunks"), [pytest.param(12, 2, marks=pytest.mark.slow), (10, 3)]
 )
 def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int, keep: str) -> None:
-    """The closed forms of memory/streaming.py, with n segments of L layers."""
+    """The closed forms of streaming/__init__.py, with n segments of L layers."""
     segments = -(-layers // every)
     calls, counts = run_on_ranks(2, counted, chunk, every, layers, keep)[0]
     collectives = {kind: number for kind, (number, _) in counts.items()}
@@ -476,7 +478,7 @@ def test_how_often_things_run(chunk: int, chunks: int, every: int, layers: int, 
     ids=str,
 )
 def test_what_travels(degree: int, heads: tuple[int, int]) -> None:
-    """The closed form of ulysses/streamed.py, in bytes that a rank gives to all-to-alls."""
+    """The closed form of streaming/attention.py, in bytes that a rank gives to all-to-alls."""
     length, chunk, size, rows = 24, 8, LLAMA["head_dim"], 2
     arguments = {"degrees": (1, 1, degree), "heads": heads, "rows": ((24,), (10, 13, 1))}
     ranks = run_on_ranks(degree, partial(counted, **arguments), chunk, 1, 2, "none")
@@ -554,12 +556,12 @@ def test_windows_across_chunks(mesh: str, window: int) -> None:
 
 def test_keys_that_a_window_hides_are_not_touched() -> None:
     documents = (4, 16, 4)
-    assert _seen(documents, 12, 18, None) == (slice(4, 18), (6,), (14,))
-    assert _seen(documents, 12, 18, 3) == (slice(10, 18), (6,), (8,))
-    assert _seen(documents, 12, 18, 30) == (slice(4, 18), (6,), (14,))
-    assert _seen(documents, 18, 24, 3) == (slice(16, 24), (2, 4), (4, 4))
-    assert _seen(documents, 4, 20, 3) == (slice(4, 20), (16,), (16,))
-    assert _seen((1, 0, 1, 22), 0, 6, None) == (slice(0, 6), (1, 0, 1, 4), (1, 0, 1, 4))
+    assert visible_keys(documents, 12, 18, None) == (slice(4, 18), (6,), (14,))
+    assert visible_keys(documents, 12, 18, 3) == (slice(10, 18), (6,), (8,))
+    assert visible_keys(documents, 12, 18, 30) == (slice(4, 18), (6,), (14,))
+    assert visible_keys(documents, 18, 24, 3) == (slice(16, 24), (2, 4), (4, 4))
+    assert visible_keys(documents, 4, 20, 3) == (slice(4, 20), (16,), (16,))
+    assert visible_keys((1, 0, 1, 22), 0, 6, None) == (slice(0, 6), (1, 0, 1, 4), (1, 0, 1, 4))
 
 
 # --- train.py -------------------------------------------------------------------------------------
@@ -704,7 +706,7 @@ def refusals() -> dict[str, str]:
 
     def model(**options):
         built = hf.build_on_meta(hf.load_model_config("", STARCODER2), torch.float64)
-        parallelize(built, mesh_of(*SP2), **options)
+        parallelize(built, mesh_of(*SP2), **sections(**options))
         hf.allocate(built, torch.device("cpu"))
         hf.initialize(built, seed=0)
         return built

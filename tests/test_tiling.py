@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.families import FAMILIES, model_of
-from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
+from titan_ulysses.memory.tiled import Tiled, tile_mlp, tile_norm
 from titan_ulysses.model import hf
 from titan_ulysses.model.families import mlp_layout
 from titan_ulysses.setup.parallelize import automatic_mlp_tile

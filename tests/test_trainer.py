@@ -601,7 +601,8 @@ def collectives_of_a_step(
         hf.load_model_config("", LLAMA | {"num_hidden_layers": layers}), torch.float32
     )
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    parallelize(model, mesh, checkpoint_every=int(checkpoint), param_dtype=torch.float32)
+    mode = "full" if checkpoint else "none"
+    parallelize(model, mesh, activation_checkpoint={"mode": mode}, param_dtype=torch.float32)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model, OPTIMIZER)

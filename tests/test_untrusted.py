@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, refusal, train, write_run
 from titan_ulysses.checkpoint.convert import main as convert
-from titan_ulysses.checkpoint.manifest import digest_of, read_sealed, write_sealed
-from titan_ulysses.checkpoint.reader import open_checkpoint
+from titan_ulysses.checkpoint.manifest import digest_of, read_json, write_json
+from titan_ulysses.checkpoint.storage import open_checkpoint
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
@@ -68,9 +68,9 @@ def forge(config: Path, run: Path, change: Callable[[Path, Metadata], Any]) -> P
     contents = change(checkpoint, pickle.loads(file.read_bytes()))
     file.write_bytes(contents if isinstance(contents, bytes) else pickle.dumps(contents))
     # Which agrees, as an attacker would have it.
-    about, _ = read_sealed(checkpoint / "run.json")
+    about, _ = read_json(checkpoint / "run.json")
     about["files"][".metadata"] = {"bytes": file.stat().st_size, "xxh3": digest_of(file)}
-    write_sealed(checkpoint / "run.json", about)
+    write_json(checkpoint / "run.json", about)
     shutil.copy(config.parent / "outputs" / "run" / "config.toml", run)
     return checkpoint
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from helpers.ranks import run_on_ranks
 from helpers.runs import logged, train, write_documents, write_run
-from titan_ulysses.checkpoint.run_file import read_run_file
+from titan_ulysses.checkpoint.step_folder import read_run_file
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.observability.metrics import scalars

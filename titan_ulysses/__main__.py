@@ -5,7 +5,7 @@
     titan-ulysses plan MODEL --gpus 8xH100    the same of a model, without a TOML file
     titan-ulysses init MODEL --gpus 8xH100    writes a TOML file
     titan-ulysses evaluate --config X.toml    train.py --evaluate
-    titan-ulysses TOOL ...                    a tool beside training; see `_TOOLS`
+    titan-ulysses TOOL ...                    generate, plot and others; see `_TOOLS`
 
 On several ranks: `torchrun --nproc-per-node 8 -m titan_ulysses train --config X.toml`.
 """
@@ -42,16 +42,20 @@ _ONE_PROCESS = {"-h", "--help", "--print-config", "--plan"}
 """Options that do their work in one process, without a process group."""
 
 _TOOLS = {
-    "convert": "titan_ulysses.checkpoint.convert",
-    "generate": "titan_ulysses.tools.generate",
-    "show-data": "titan_ulysses.tools.show_data",
-    "plot": "titan_ulysses.tools.plot",
-    "needle": "titan_ulysses.tools.needle",
-    "eval-long": "titan_ulysses.tools.eval_long",
-    "migrate": "titan_ulysses.tools.migrate",
+    "convert": ("checkpoint.convert", "SOURCE TARGET", "a checkpoint to safetensors, or back"),
+    "generate": ("tools.generate", "FOLDER --prompt TEXT", "text from an exported model"),
+    "show-data": ("tools.show_data", "--config X.toml", "what a run would train on, in colour"),
+    "plot": ("tools.plot", "RUN ...", "pictures of one or several runs"),
+    "needle": ("tools.needle", "MODEL", "whether a model finds a fact in long texts"),
+    "eval-long": ("tools.eval_long", "MODEL", "the same by several kinds of tasks"),
+    "migrate": ("tools.migrate", "RECIPE", "another trainer's recipe as a TOML file"),
 }
-"""Tools beside training, each a module whose `main` takes the arguments."""
+"""The other tools: a module whose `main` takes the arguments, and what --help says of it."""
 _COMMANDS = ("train", "plan", "init", "evaluate", *_TOOLS)
+_TOOL_LINES = "\n".join(
+    f"  {f'titan-ulysses {name} {arguments}':<47} {what}"
+    for name, (_, arguments, what) in _TOOLS.items()
+)
 
 _USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
 
@@ -60,12 +64,7 @@ _USAGE = f"""usage: titan-ulysses {{{",".join(_COMMANDS)}}} ...
   titan-ulysses plan MODEL --gpus 8xH100 --seq-len 1M      the same, without a TOML file
   titan-ulysses init MODEL --gpus 8xH100 --seq-len 1M      writes a TOML file for them
   titan-ulysses evaluate --config X.toml   validate the run's model alone
-  titan-ulysses convert SOURCE TARGET      a checkpoint to safetensors, or back
-  titan-ulysses generate FOLDER --prompt TEXT    text from an exported model
-  titan-ulysses show-data --config X.toml  what a run would train on, in colour
-  titan-ulysses plot RUN ...               pictures of one or several runs
-  titan-ulysses needle MODEL, eval-long MODEL    what a model finds in long texts
-  titan-ulysses migrate RECIPE             another trainer's recipe as a TOML file
+{_TOOL_LINES}
 
 On several ranks: torchrun --nproc-per-node N -m titan_ulysses train --config X.toml
 All settings: titan-ulysses train --help"""
@@ -151,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"titan-ulysses {__version__}")
     elif command in _TOOLS:
-        import_module(_TOOLS[command]).main(rest)
+        import_module(f"titan_ulysses.{_TOOLS[command][0]}").main(rest)
     elif command == "init" or (command == "plan" and _names_a_model(rest)):
         _run_with_model(command, rest)
     elif command in _COMMANDS:

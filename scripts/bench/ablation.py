@@ -20,8 +20,10 @@ import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import (
     ALLOCATOR,
     CACHING,
@@ -29,6 +31,7 @@ from common import (
     ROOT,
     launch,
     measure,
+    parser_of,
     peak_memory,
     run,
     slope,
@@ -44,7 +47,9 @@ RECIPE: dict[str, dict[str, Any]] = {
     "+ tiled MLP": {"mlp_tile_tokens": 0},
     "+ offloaded checkpoints": {"offload": "disk"},
 }
-"""The options that each part adds to those of the parts before it. The last is the whole recipe."""
+"""The settings that each part adds to those of the parts before it, all but `degree` (P) of
+[memory] or [activation_checkpoint]. The last is the whole recipe.
+"""
 FLAT = 0.02
 """The slope with tiles should be 0. It may be at most this share of the slope without tiles."""
 
@@ -57,9 +62,16 @@ def train(args: argparse.Namespace) -> None:
     with two steps, because only the second one has optimizer state.
     """
     options = json.loads(args.options)
-    if options.get("offload") == "disk":
-        options["offload_folder"] = str(FOLDER)
-    step = training_step({**LLAMA, "num_hidden_layers": args.layers}, dtype=args.dtype, **options)
+    step = training_step(
+        {**LLAMA, "num_hidden_layers": args.layers},
+        dtype=args.dtype,
+        degree=options.pop("degree", None),
+        activation_checkpoint={
+            "offload": options.pop("offload", "none"),
+            "offload_folder": str(FOLDER),
+        },
+        memory=options,
+    )
     tell(measure(step, args.lengths))
 
 
@@ -237,59 +249,47 @@ def layers(bench: Bench) -> list[dict]:
 # ---------------------------------------------------------------- the plot
 
 
-def plot(table: dict[str, list[dict]], path: Any, memory: str) -> None:
+def plot(table: dict[str, list[dict]], path: Path, memory: str) -> None:
     """Draw one panel for each table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from titan_ulysses.observability.pictures import picture
 
     titles = {
         "recipe": "the recipe, part by part",
         "head": "the loss head alone",
         "layers": "checkpoints by depth",
     }
-    figure, panels = plt.subplots(
-        1, len(table), figsize=(5.5 * len(table), 4.5), squeeze=False, layout="constrained"
-    )
-    for panel, (what, rows) in zip(panels[0], table.items(), strict=True):
-        panel.set_title(titles[what])
-        if what == "layers":
-            for offload in dict.fromkeys(row["offload"] for row in rows):
-                points = [
-                    (r["layers"], r["units"])
-                    for r in rows
-                    if r["offload"] == offload and r["units"] is not None
-                ]
-                panel.plot(
-                    *zip(*points, strict=True), marker="o", label=f"offload {offload}"
-                ) if points else None
-            panel.set(
-                xlabel="layers",
-                ylabel="peak memory: hidden states a token of a rank",
-                ylim=(0, None),
-            )
-        else:
-            for row in rows:
-                good = {s: p for s, p in row["peaks"].items() if not isinstance(p, str)}
-                median = [statistics.median(p) / 2**20 for p in good.values()]
-                panel.plot(list(good), median, marker="o", label=row["name"])
-            ticks = sorted({s for row in rows for s in row["peaks"]})
-            panel.set(xlabel="sequence length S, tokens", ylabel=f"{memory}, MiB", xscale="log")
-            panel.set_yscale("log", base=2)
-            panel.yaxis.set_major_formatter("{x:,.0f}")
-            panel.set_xticks(ticks, [f"{s // 1024}K" if s >= 1024 else str(s) for s in ticks])
-            panel.minorticks_off()
-        panel.grid(alpha=0.3)
-        panel.legend()
-    figure.savefig(path, dpi=150)
+    with picture(path, size=(5.5 * len(table), 4.5), panels=(1, len(table))) as (_, panels):
+        for panel, (what, rows) in zip(np.atleast_1d(panels), table.items(), strict=True):
+            panel.set_title(titles[what])
+            if what == "layers":
+                for offload in dict.fromkeys(row["offload"] for row in rows):
+                    points = {
+                        row["layers"]: row["units"]
+                        for row in rows
+                        if row["offload"] == offload and row["units"] is not None
+                    }
+                    label = f"offload {offload}"
+                    panel.plot([*points], [*points.values()], marker="o", label=label)
+                unit = "peak memory: hidden states a token of a rank"
+                panel.set(xlabel="layers", ylabel=unit, ylim=(0, None))
+            else:
+                for row in rows:
+                    good = {s: p for s, p in row["peaks"].items() if not isinstance(p, str)}
+                    median = [statistics.median(p) / 2**20 for p in good.values()]
+                    panel.plot(list(good), median, marker="o", label=row["name"])
+                ticks = sorted({s for row in rows for s in row["peaks"]})
+                panel.set(xlabel="sequence length S, tokens", ylabel=f"{memory}, MiB", xscale="log")
+                panel.set_yscale("log", base=2)
+                panel.yaxis.set_major_formatter("{x:,.0f}")
+                panel.set_xticks(ticks, [f"{s // 1024}K" if s >= 1024 else str(s) for s in ticks])
+                panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            panel.legend()
 
 
 def main() -> None:
     tables = {"recipe": recipe, "head": loss_head, "layers": layers}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
     parser.add_argument(
         "--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192, 16_384], help="of the recipe"

@@ -25,15 +25,13 @@ to the gap.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from common import ROOT
+from common import ROOT, parser_of
 
 CONFIG = ROOT / "configs" / "llama3_8b.toml"
 OUTPUT = ROOT / "outputs" / "bench" / "alst_published.json"
@@ -171,8 +169,8 @@ def ladder() -> list[dict]:
     from titan_ulysses.config.load import load_config
     from titan_ulysses.distributed.hardware import GIB
     from titan_ulysses.plan import search
-    from titan_ulysses.plan.planner import set_up
-    from titan_ulysses.plan.report import gpu_components
+    from titan_ulysses.plan.console import gpu_components
+    from titan_ulysses.plan.planner import make_plan, set_up
 
     setup = set_up(load_config(CONFIG, LIKE_ALST.items()))
     print(
@@ -183,19 +181,20 @@ def ladder() -> list[dict]:
     found = []
     for rung, theirs in zip(search.ladder(setup), LADDER, strict=True):
         if theirs is None:
-            print(f"{rung.what:<32} {'-':>10} {rung.need.seq_len:>10,}", flush=True)
-            found.append({"what": rung.what, "theirs": None, "ours": rung.need.seq_len})
+            print(f"{rung.what:<32} {'-':>10} {rung.plan.seq_len:>10,}", flush=True)
+            found.append({"what": rung.what, "theirs": None, "ours": rung.plan.seq_len})
             continue
         rung_setup = search.with_settings(setup, rung.changes)
         degree = rung_setup.degrees.sequence
-        there = search.at_length(rung_setup, theirs - theirs % degree).plan
-        here = rung.need.plan
-        items = Counter(gpu_components(there))
-        items.subtract(gpu_components(here))
+        there = make_plan(search.at_length(rung_setup, theirs - theirs % degree))
+        here = rung.plan
+        assert here is not None, f"{rung.what}: no length fits"
+        before, after = gpu_components(here), gpu_components(there)
+        items = {name: after.get(name, 0) - before.get(name, 0) for name in after | before}
         gap, total = there.gpu_bytes - setup.gpu_memory, sum(items.values())
         binding = here.setup.host_memory and here.host_bytes > 0.99 * here.setup.host_memory
         print(
-            f"{rung.what:<32} {theirs:>10,} {rung.need.seq_len:>10,} {there.gpu_bytes / GIB:16.1f} "
+            f"{rung.what:<32} {theirs:>10,} {rung.plan.seq_len:>10,} {there.gpu_bytes / GIB:16.1f} "
             f"{gap / GIB:9.2f} "
             f"{total / GIB:11.2f}" + ("  (host memory is what ends ours)" if binding else ""),
             flush=True,
@@ -203,7 +202,9 @@ def ladder() -> list[dict]:
         print(
             "    "
             + ", ".join(
-                f"{k} {v / GIB:+.2f}" for k, v in items.most_common() if abs(v) > 0.005 * GIB
+                f"{k} {v / GIB:+.2f}"
+                for k, v in sorted(items.items(), key=lambda item: -item[1])
+                if abs(v) > 0.005 * GIB
             )
         )
         close = abs(total - gap) <= CLOSE * abs(gap) or abs(total - gap) < 0.1 * GIB
@@ -214,7 +215,7 @@ def ladder() -> list[dict]:
             {
                 "what": rung.what,
                 "theirs": theirs,
-                "ours": rung.need.seq_len,
+                "ours": rung.plan.seq_len,
                 "gap": gap,
                 "items": dict(items),
             }
@@ -268,12 +269,12 @@ def longest_streamed() -> list[dict]:
         started = time.perf_counter()
         wanted = settings | {"plan.attention_kernel": kernel}
         setup = set_up(load_config(CONFIG, wanted.items()))
-        need = longest(setup, near=3_000_000 // (8 // setup.world_size), close=0.01)
-        if need is None:
+        most = longest(setup, near=3_000_000 // (8 // setup.world_size), close=0.01)
+        if most is None:
             print(f"{what:<50} {kernel:>6} does not fit at any length", flush=True)
         else:
             seconds = time.perf_counter() - started
-            found.append(planned_line(what, kernel, need.plan, seconds))
+            found.append(planned_line(what, kernel, most, seconds))
     return found
 
 
@@ -309,9 +310,7 @@ def draw(steps: list[dict], path: Path) -> None:
 
 def main() -> None:
     tables = {"runs": runs, "ladder": ladder, "million": million, "longest": longest_streamed}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--what", nargs="+", choices=list(tables), default=list(tables))
     parser.add_argument(
         "--picture",

@@ -5,8 +5,8 @@ long-tailed lengths: as the loader deals sequences, and in the order of the data
 
 The lengths are log-normal, and 1 % of the documents have 64 times the median. They are packed end
 to end, as data.packing = "concat" does. A figure is what the ranks wait for in a step (in each
-micro-batch the dearest rank), divided by max(cost / ranks, the dearest sequence), and the mean over
-steps. The loader's own code runs; no token is read.
+micro-batch the costliest rank), divided by max(cost / ranks, the costliest sequence), and the mean
+over steps. The loader's own code runs; no token is read.
 """
 
 from __future__ import annotations

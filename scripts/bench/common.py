@@ -4,6 +4,7 @@ processes that print these as a line of JSON.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -44,6 +45,12 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 2**22,
     "tie_word_embeddings": False,
 }
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of a benchmark's options, whose help is its docstring, as it is."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=formatter)
 
 
 def sequence(index: int, seq_len: int) -> Any:

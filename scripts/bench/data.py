@@ -10,7 +10,6 @@ document grows with its length. The text is the source code of Python's standard
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, launch
+from common import ROOT, launch, parser_of
 
 TARGET = 20
 
@@ -181,9 +180,7 @@ def show(what: str, tokens_per_second: float, consumed: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=40, help="of the quickstart")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from common import CACHING, launch, run
+from common import CACHING, launch, parser_of, run
 
 HEAD_SIZE, NUM_HEADS, NUM_KV_HEADS = 64, 16, 4
 TARGETS = {"redistribute": 5.0, "four all-to-alls": 1.1, "four, KV heads repeated": 1.3}
@@ -113,12 +113,7 @@ def make_inputs(heads: tuple[int, int], plan, rank: int, seq_len: int, rows: int
     import torch
 
     tokens, generator = seq_len // plan.degree, torch.Generator().manual_seed(rank)
-    shapes = [
-        (tokens, heads[0]),
-        (tokens, heads[1]),
-        (tokens, heads[1]),
-        (seq_len, len(plan.query[rank])),
-    ]
+    shapes = [(tokens, heads[0]), *[(tokens, heads[1])] * 2, (seq_len, len(plan.query[rank]))]
     return [
         torch.randn(rows, *shape, HEAD_SIZE, generator=generator).requires_grad_()
         for shape in shapes
@@ -241,22 +236,9 @@ def count(heads: tuple[int, int], degrees: list[int], tokens: int) -> None:
 
 
 def show_times(ranks: int, seq_lens: list[int], rows: int, repeats: int, minutes: float) -> None:
-    options = [
-        "--role",
-        "measure",
-        "--rows",
-        str(rows),
-        "--repeats",
-        str(repeats),
-        "--seq-lens",
-        *map(str, seq_lens),
-    ]
-    found = run(
-        [*launch(ranks, __file__), *options],
-        threads=1,
-        minutes=minutes,
-        env=CACHING,
-    )
+    options = ["--role", "measure", "--rows", str(rows), "--repeats", str(repeats)]
+    command = [*launch(ranks, __file__), *options, "--seq-lens", *map(str, seq_lens)]
+    found = run(command, threads=1, minutes=minutes, env=CACHING)
     if isinstance(found, str):
         print(f"{ranks} ranks: {found}", flush=True)
         return
@@ -301,17 +283,9 @@ def show_calls(rows: list[tuple[int, int, list]]) -> None:
 
 def show_counts(heads: tuple[int, int], largest: int, tokens: int) -> None:
     degrees = [2**i for i in range(1, largest.bit_length())]
-    options = [
-        "--role",
-        "count",
-        "--heads",
-        *map(str, heads),
-        "--ranks",
-        *map(str, degrees),
-        "--tokens",
-        str(tokens),
-    ]
-    found = run([sys.executable, __file__, *options], threads=1, minutes=20)
+    options = ["--role", "count", "--tokens", str(tokens), "--heads", *map(str, heads)]
+    command = [sys.executable, __file__, *options, "--ranks", *map(str, degrees)]
+    found = run(command, threads=1, minutes=20)
     if isinstance(found, str):
         print(f"counts: {found}", flush=True)
         return
@@ -338,9 +312,7 @@ def show_counts(heads: tuple[int, int], largest: int, tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[2**i for i in range(12, 17)])
     parser.add_argument("--rows", type=int, default=1, help="B")

@@ -26,8 +26,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import titan_ulysses.model  # noqa: F401  imports transformers without its warnings
-from titan_ulysses.checkpoint import reader
-from titan_ulysses.checkpoint.manifest import HashingWriter, describe_written
+from titan_ulysses.checkpoint import storage
+from titan_ulysses.checkpoint.manifest import describe_written
+from titan_ulysses.checkpoint.storage import CheckpointReader, HashingWriter
 
 _TENSORS = 48
 
@@ -90,8 +91,7 @@ def starts(folder: Path, mib: int, rounds: int) -> dict[str, list[tuple[float, f
 
     for _ in range(rounds):
         with ExitStack() as stack:
-            for name in ("check_piece", "check_file"):
-                stack.enter_context(mock.patch.object(reader, name))
+            stack.enter_context(mock.patch.object(storage, "expect_saved"))
             found["start without"].append(seconds(start))
         found["start with"].append(seconds(start))
     return found
@@ -124,8 +124,8 @@ def main() -> None:
                 files = describe_written(folder, pieces) if pieces else {}
 
                 def load(folder: Path = folder, files: dict = files) -> None:
-                    storage = reader.CheckpointReader(folder, files)
-                    dcp.load(target, storage_reader=storage, no_dist=True)
+                    reader = CheckpointReader(folder, files)
+                    dcp.load(target, storage_reader=reader, no_dist=True)
 
                 found.setdefault(f"load {name}", []).append(seconds(load))
         found |= starts(Path(temporary), options.mib, options.rounds)

@@ -21,7 +21,7 @@ import time
 from statistics import median
 from typing import Any
 
-from common import ALLOCATOR, CACHING, launch, peak_memory, run, slope
+from common import ALLOCATOR, CACHING, launch, parser_of, peak_memory, run, slope
 
 BLOCK: dict[str, Any] = {
     "vocab_size": 256,
@@ -136,9 +136,10 @@ def layer_of(kind: str, *, streamed: bool) -> tuple[Any, Any]:
 
     from titan_ulysses.distributed.mesh import build_mesh, init_distributed
     from titan_ulysses.memory.checkpointing import checkpoint_blocks
-    from titan_ulysses.memory.streaming import stream_blocks
+    from titan_ulysses.memory.sequences import ON_DEVICE
     from titan_ulysses.model import hf
     from titan_ulysses.setup.blocks import find_blocks
+    from titan_ulysses.streaming.block import stream_blocks
     from titan_ulysses.ulysses.linear_attention import linear_layers, use_linear_attention
 
     init_distributed()
@@ -152,7 +153,7 @@ def layer_of(kind: str, *, streamed: bool) -> tuple[Any, Any]:
     (layer,) = linear_layers(blocks[0])
     layers = nn.ModuleList([layer])
     if streamed:
-        stream_blocks(layers)
+        stream_blocks(layers, ON_DEVICE)
     checkpoint_blocks(layers, every=1, store=None)
     return layer, mesh
 
@@ -170,9 +171,7 @@ def documents_of(mesh: Any, length: int, chunk: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a streamed chunk")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])

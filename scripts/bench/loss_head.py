@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common import ALLOCATOR, peak_memory, run
+from common import ALLOCATOR, parser_of, peak_memory, run
 
 CONTENDERS = {
     "ours": "ours",
@@ -128,9 +128,7 @@ def compare_tiles(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_000)

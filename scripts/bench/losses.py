@@ -25,7 +25,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common import ALLOCATOR, peak_memory, run, slope
+from common import ALLOCATOR, parser_of, peak_memory, run, slope
 
 HEAD = (
     "cross-entropy",
@@ -108,7 +108,6 @@ def trl_loss(name: str, tokens: int, args: argparse.Namespace, folder: str) -> C
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from titan_ulysses import UlyssesTrainer, build_mesh
-    from titan_ulysses.setup.options import ParallelOptions
 
     config = AutoConfig.for_model("llama", vocab_size=args.vocabulary, hidden_size=64)
     config.update({"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128})
@@ -119,8 +118,7 @@ def trl_loss(name: str, tokens: int, args: argparse.Namespace, folder: str) -> C
     kind: type = base
     if args.tile:  # 0: the trainer alone
         kind = type(base.__name__, (UlyssesTrainer, base), {})
-        options = ParallelOptions(loss_tile_tokens=args.tile)
-        own = {"mesh": build_mesh(), "options": options}
+        own = {"mesh": build_mesh(), "options": {"memory": {"loss_tile_tokens": args.tile}}}
     more: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False}
     more |= {"max_length": tokens + 8, "per_device_train_batch_size": 1}
     rows: list[dict[str, Any]] = [{"input_ids": [5] * tokens}] * 2
@@ -170,9 +168,7 @@ def measure(name: str, tile: int, args: argparse.Namespace) -> list[int] | str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=8192)

@@ -11,7 +11,6 @@ batches, `train_step` and optimizer. So both are trained, counted and planned by
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -50,18 +49,18 @@ def tensor_parallelize(
     options: ParallelOptions | None = None,
     *,
     store: Store | None = None,
-    **fields: Any,
+    **keywords: Any,
 ) -> PreTrainedModel:
     """Cut an untied llama over all ranks of mesh.sp in place, as `parallelize` wraps one.
 
-    The model takes the same batches. Run its steps in `loss_parallel()`. Of options, or of fields
-    that override them, it has the core attention (a function), `loss_tile_tokens` (below 1: all at
-    once; else each tile is a checkpoint), `checkpoint_every`, `param_dtype` and `reduce_dtype`.
-    store keeps inputs of checkpoints off the device. Other arguments, which the planner gives
-    `wrap`, have no meaning here. UserError for a model or a mesh that cannot be cut.
+    The model takes the same batches. Run its steps in `loss_parallel()`. Of options, or of keywords
+    that override them, it has the core attention (a function), `memory.loss_tile_tokens` (below 1:
+    all at once; else each tile is a checkpoint), `activation_checkpoint`, `param_dtype` and
+    `reduce_dtype`. store keeps inputs of checkpoints off the device. Other arguments, which the
+    planner gives `wrap`, have no meaning here. UserError for a model or a mesh that cannot be cut.
     """
-    known = {key: fields[key] for key in ParallelOptions.__dataclass_fields__ if key in fields}
-    options = replace(options or ParallelOptions(), **known).resolved(model.dtype)
+    known = {key: keywords[key] for key in ParallelOptions.model_fields if key in keywords}
+    options = (options or ParallelOptions()).changed(**known).resolved(model.dtype)
     _check(model, mesh)
     decoder, blocks = find_blocks(model)
     model.config._attn_implementation = ATTENTION_NAME
@@ -75,7 +74,9 @@ def tensor_parallelize(
         checkpoint_blocks(blocks, every=options.checkpoint_every, store=store)
     fully_shard(model, mesh=mesh.world["dp_shard"], mp_policy=policy)
     own = {"decoder": decoder, "mesh": mesh, "core": options.attention}
-    model.forward = MethodType(partial(_forward, **own, tile=options.loss_tile_tokens), model)
+    model.forward = MethodType(
+        partial(_forward, **own, tile=options.memory.loss_tile_tokens), model
+    )
     model.stream_chunk_tokens = -1
     return model
 

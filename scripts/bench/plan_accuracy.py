@@ -18,22 +18,11 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from common import ALLOCATOR, launch, run
+from common import ALLOCATOR, LLAMA, launch, parser_of, peak_memory, run
 
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2**22,
-    "tie_word_embeddings": False,
-}
+SMALL_LLAMA = LLAMA | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352}
 # Latent attention: values have another head size than queries and keys.
 LATENT = {
     "model_type": "youtu",
@@ -65,81 +54,65 @@ class Case:
 
 
 def case(
-    name: str, ranks: int = 1, *, documents=None, resident=False, model=None, **settings
+    name: str, ranks: int, settings: str, *, documents=None, resident=False, model=None
 ) -> Case:
-    """Build a case. settings: section__key = value."""
-    table: dict[str, Any] = {}
-    for key, value in settings.items():
-        section, _, name_of_it = key.partition("__")
-        table.setdefault(section, {})[name_of_it] = value
-    table.setdefault("training", {}).setdefault("param_dtype", "float32")
-    return Case(name, ranks, LLAMA | (model or {}), table, documents, resident)
+    """Build a case. settings: overrides as on the command line, without dashes."""
+    table: dict[str, Any] = {"training": {"param_dtype": "float32"}}
+    for setting in settings.split():
+        key, _, value = setting.partition("=")
+        section, _, field = key.partition(".")
+        is_name = value.isidentifier() and value not in ("true", "false")
+        table.setdefault(section, {})[field] = value if is_name else json.loads(value)
+    return Case(name, ranks, SMALL_LLAMA | (model or {}), table, documents, resident)
 
 
 SMALL = [
     case(
         "small, one rank",
         1,
-        training__seq_len=4096,
-        memory__mlp_tile_tokens=512,
-        memory__loss_tile_tokens=100,
+        "training.seq_len=4096 memory.mlp_tile_tokens=512 memory.loss_tile_tokens=100",
     ),
     case(
         "small, P 2, bf16, offload, tied",
         2,
+        "training.seq_len=4096 training.param_dtype=bfloat16 "
+        "parallelism.sequence_parallel_degree=2 activation_checkpoint.every=2 "
+        "activation_checkpoint.offload=host memory.mlp_tile_tokens=300",
         model={"tie_word_embeddings": True},
-        training__seq_len=4096,
-        training__param_dtype="bfloat16",
-        parallelism__sequence_parallel_degree=2,
-        activation_checkpoint__every=2,
-        activation_checkpoint__offload="host",
-        memory__mlp_tile_tokens=300,
     ),
     case(
         "small, P 2, packed, two batches, no checkpoints",
         2,
+        "training.seq_len=2048 training.global_batch_size=3 "
+        "parallelism.sequence_parallel_degree=2 activation_checkpoint.mode=none",
         documents=[1000, 24, 1024],
-        training__seq_len=2048,
-        training__global_batch_size=3,
-        parallelism__sequence_parallel_degree=2,
-        activation_checkpoint__mode="none",
     ),
     case(
         "small, P 2, bf16, LoRA",
         2,
-        training__seq_len=4096,
-        training__param_dtype="bfloat16",
-        parallelism__sequence_parallel_degree=2,
-        memory__mlp_tile_tokens=300,
-        memory__loss_tile_tokens=100,
-        lora__rank=4,
+        "training.seq_len=4096 training.param_dtype=bfloat16 "
+        "parallelism.sequence_parallel_degree=2 memory.mlp_tile_tokens=300 "
+        "memory.loss_tile_tokens=100 lora.rank=4",
     ),
     case(
         "small, P 2, latent attention",
         2,
+        "training.seq_len=2048 parallelism.sequence_parallel_degree=2",
         model=LATENT,
-        training__seq_len=2048,
-        parallelism__sequence_parallel_degree=2,
     ),
     case(
         "small, P 2, streamed",
         2,
-        training__seq_len=5120,
-        parallelism__sequence_parallel_degree=2,
-        activation_checkpoint__every=2,
-        memory__stream_chunk_tokens=1024,
-        memory__mlp_tile_tokens=300,
-        memory__loss_tile_tokens=100,
+        "training.seq_len=5120 parallelism.sequence_parallel_degree=2 "
+        "activation_checkpoint.every=2 memory.stream_chunk_tokens=1024 "
+        "memory.mlp_tile_tokens=300 memory.loss_tile_tokens=100",
     ),
     case(
         "small, P 2, bf16, QLoRA",
         2,
+        "training.seq_len=512 training.param_dtype=bfloat16 "
+        "parallelism.sequence_parallel_degree=2 lora.rank=4 lora.quantize_base=nf4",
         model={"hidden_size": 256, "intermediate_size": 512},
-        training__seq_len=512,
-        training__param_dtype="bfloat16",
-        parallelism__sequence_parallel_degree=2,
-        lora__rank=4,
-        lora__quantize_base="nf4",
     ),
 ]
 
@@ -162,141 +135,114 @@ CASES = [
     case(
         "attention, P 4, bf16",
         4,
+        "training.seq_len=16384 training.param_dtype=bfloat16 "
+        "parallelism.sequence_parallel_degree=4 memory.mlp_tile_tokens=256",
         model=ATTENTION,
-        training__seq_len=16384,
-        training__param_dtype="bfloat16",
-        parallelism__sequence_parallel_degree=4,
-        memory__mlp_tile_tokens=256,
     ),
     case(
         "attention, P 2, every 2",
         2,
+        "training.seq_len=8192 parallelism.sequence_parallel_degree=2 "
+        "activation_checkpoint.every=2 memory.mlp_tile_tokens=256",
         model=QWEN3 | ATTENTION,
-        training__seq_len=8192,
-        parallelism__sequence_parallel_degree=2,
-        activation_checkpoint__every=2,
-        memory__mlp_tile_tokens=256,
     ),
     case(
         "MLP, untiled, dp 2",
         2,
-        training__seq_len=4096,
-        memory__mlp_tile_tokens=-1,
+        "training.seq_len=4096 memory.mlp_tile_tokens=-1",
         model={"intermediate_size": 1024},
     ),
     case(
         "loss, untiled, dp 2",
         2,
+        "training.seq_len=4096 memory.loss_tile_tokens=-1",
         model=WIDE_VOCABULARY,
-        training__seq_len=4096,
-        memory__loss_tile_tokens=-1,
     ),
     case(
         "loss, tiled, P 2, bf16",
         2,
+        "training.seq_len=2048 training.param_dtype=bfloat16 "
+        "parallelism.sequence_parallel_degree=2 memory.loss_tile_tokens=512",
         model=WIDE_VOCABULARY | {"tie_word_embeddings": True},
-        training__seq_len=2048,
-        training__param_dtype="bfloat16",
-        parallelism__sequence_parallel_degree=2,
-        memory__loss_tile_tokens=512,
     ),
-    case("optimizer, deep, short", 1, model=DEEP, training__seq_len=128),
-    case("optimizer, 4 bits", 1, model=DEEP, training__seq_len=64, optimizer__name="adamw4bit"),
+    case("optimizer, deep, short", 1, "training.seq_len=128", model=DEEP),
+    case("optimizer, 4 bits", 1, "training.seq_len=64 optimizer.name=adamw4bit", model=DEEP),
     case(
         "optimizer, rounding, P 2",
         2,
+        "training.seq_len=128 training.param_dtype=bfloat16 optimizer.stochastic_rounding=true "
+        "parallelism.sequence_parallel_degree=2",
         model=DEEP,
-        training__seq_len=128,
-        training__param_dtype="bfloat16",
-        optimizer__stochastic_rounding=True,
-        parallelism__sequence_parallel_degree=2,
     ),
     case(
         "optimizer, 8 bits, P 2",
         2,
+        "training.seq_len=128 optimizer.name=adamw8bit parallelism.sequence_parallel_degree=2",
         model=DEEP,
-        training__seq_len=128,
-        optimizer__name="adamw8bit",
-        parallelism__sequence_parallel_degree=2,
     ),
     case(
         "olmo2, dp 2 x P 2, every 3",
         4,
+        "training.seq_len=4096 parallelism.sequence_parallel_degree=2 "
+        "activation_checkpoint.every=3 memory.mlp_tile_tokens=512",
         model=OLMO2,
-        training__seq_len=4096,
-        parallelism__sequence_parallel_degree=2,
-        activation_checkpoint__every=3,
-        memory__mlp_tile_tokens=512,
     ),
     case(
         "HSDP 2 x P 2, offload",
         4,
-        training__seq_len=4096,
-        training__param_dtype="bfloat16",
-        parallelism__data_parallel_replicate_degree=2,
-        parallelism__sequence_parallel_degree=2,
-        activation_checkpoint__offload="host",
+        "training.seq_len=4096 training.param_dtype=bfloat16 "
+        "parallelism.data_parallel_replicate_degree=2 parallelism.sequence_parallel_degree=2 "
+        "activation_checkpoint.offload=host",
     ),
     case(
         "gemma2, packed, two rows",
         1,
+        "training.seq_len=1024 training.local_batch_size=2",
         model=GEMMA2,
         documents=[100, 924],
-        training__seq_len=1024,
-        training__local_batch_size=2,
     ),
     case(
         "3 heads on 2 ranks, tiles",
         2,
+        "training.seq_len=6000 parallelism.sequence_parallel_degree=2 memory.mlp_tile_tokens=700",
         model=ATTENTION | THREE_HEADS,
-        training__seq_len=6000,
-        parallelism__sequence_parallel_degree=2,
-        memory__mlp_tile_tokens=700,
     ),
     # Short rows, so that memory becomes large while attention takes little time.
     case(
         "resident, tiles",
         1,
+        "training.seq_len=512 training.local_batch_size=192 memory.mlp_tile_tokens=2048",
         model=BIG,
         resident=True,
-        training__seq_len=512,
-        training__local_batch_size=192,
-        memory__mlp_tile_tokens=2048,
     ),
     case(
         "resident, MLP untiled",
         1,
+        "training.seq_len=512 training.local_batch_size=72 memory.mlp_tile_tokens=-1",
         model=BIG,
         resident=True,
-        training__seq_len=512,
-        training__local_batch_size=72,
-        memory__mlp_tile_tokens=-1,
     ),
     case(
         "resident, loss untiled",
         1,
+        "training.seq_len=512 training.local_batch_size=12 memory.loss_tile_tokens=-1",
         model=BIG | {"vocab_size": 32768},
         resident=True,
-        training__seq_len=512,
-        training__local_batch_size=12,
-        memory__loss_tile_tokens=-1,
     ),
     case(
         "resident, deep",
         1,
+        "training.seq_len=64",
         model=BIG | DEEP | {"hidden_size": 1152},
         resident=True,
-        training__seq_len=64,
     ),
     case(
         "resident, P 2, offload",
         2,
+        "training.seq_len=1024 training.local_batch_size=136 "
+        "parallelism.sequence_parallel_degree=2 activation_checkpoint.offload=host",
         model=BIG,
         resident=True,
-        training__seq_len=1024,
-        training__local_batch_size=136,
-        parallelism__sequence_parallel_degree=2,
-        activation_checkpoint__offload="host",
     ),
 ]
 
@@ -486,16 +432,9 @@ def resident(case: Case) -> dict | None:
     parallelism = {"parallelism": case.settings.get("parallelism", {})}
     # A tiny run first: torch loads some of its parts at their first use.
     train(Case("", case.ranks, case.model | tiny, {"training": small} | parallelism), steps=1)
-    before = memory_of_this_process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    train(case, steps=2)
-    peak = memory_of_this_process("VmHWM")
-    return {"peak": peak - before} if dist.get_rank() == 0 else None
-
-
-def memory_of_this_process(field_name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field_name + ":"))
+    with peak_memory() as peaks:
+        train(case, steps=2)
+    return {"peak": peaks["peak"] - peaks["before"]} if dist.get_rank() == 0 else None
 
 
 # --- the comparison -------------------------------------------------------------------------------
@@ -537,9 +476,7 @@ def compare(case: Case, minutes: float) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--small", action="store_true", help="the small cases that the tests run")
     parser.add_argument("--minutes", type=float, default=10, help="patience a run")

@@ -9,7 +9,7 @@ measured: weak and strong scaling on the ranks that a machine has.
 
 Sequence length and sequence-parallel degree are doubled together: DeepSpeed-Ulysses (arXiv
 2309.14509) hands in the same bytes for each layer then, as long as every KV head has its rank. The
-counts are those of this project's step on fake tensors (plan/few_layers.py), beside a closed form.
+counts are those of this project's step on fake tensors (plan/estimate.py), beside a closed form.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import launch, run
+from common import LLAMA, launch, parser_of, run, tell, training_step
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.observability.units import size_text, time_text
+from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.fastest import meshes
-from titan_ulysses.plan.few_layers import Estimate, estimate_plan
-from titan_ulysses.plan.planner import Setup, set_up
+from titan_ulysses.plan.planner import Estimate, Setup, set_up
 from titan_ulysses.plan.search import with_settings
 from titan_ulysses.ulysses.heads import plan_heads
 
 LONGEST = 2**27
 """max_position_embeddings of the planned models."""
+
+MODEL = {**LLAMA, "vocab_size": 2048, "intermediate_size": 704}
+"""What is measured."""
 
 WAITS = [
     (ranks, tokens * 2**10)
@@ -64,17 +68,17 @@ def row_of(found: Estimate) -> dict[str, Any]:
     """Return what a table has of a plan."""
     setup, d = found.setup, found.setup.degrees
     shards = d.shard * d.sequence
-    gathered = found.demand.size("all_gather") * shards + found.demand.size("reduce_scatter")
+    gathered = found.sent("all_gather") * shards + found.sent("reduce_scatter")
     return {
         "mesh": [d.replicate, d.shard, d.sequence],
         "seq_len": setup.config.training.seq_len,
-        "exchanged": found.demand.size("all_to_all"),
+        "exchanged": found.sent("all_to_all"),
         "fsdp": gathered * (shards - 1) / shards,
         "gpu_bytes": found.gpu_bytes,
         "host_bytes": found.host_bytes,
         "fits": found.fits,
         "step_seconds": found.time.seconds,
-        "seconds_per_token": found.time.seconds / setup.tokens_per_step,
+        "seconds_per_token": found.seconds_per_token,
         "network_share": (found.time.parts["exchange"] + found.time.waits["FSDP"])
         / found.time.seconds,
         "binds": found.time.bottleneck,
@@ -220,22 +224,67 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
 # --- measured -------------------------------------------------------------------------------------
 
 
+def measure(seq_len: int, repeats: int) -> list[dict[str, float]]:
+    """On a rank: return the seconds of each step, those of them in exchanges, and its CPU seconds.
+
+    An exchange lasts from its call to its result, so packing and the wait for the other rank count.
+    """
+    import torch.distributed as dist
+
+    from titan_ulysses.ulysses import exchange
+
+    inside = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            nonlocal inside
+            started = time.perf_counter()
+            result = function(*args)
+            inside += time.perf_counter() - started
+            return result
+
+        return call
+
+    # Exchanges in both directions of both passes go through these two functions, which wait for
+    # the all-to-all.
+    for name in ("_scatter_heads", "_gather_heads"):
+        setattr(exchange, name, timed(getattr(exchange, name)))
+    step, found = training_step(MODEL), []
+    step(seq_len // 8)  # a short step to warm up
+    for _ in range(repeats):
+        inside = 0.0
+        dist.barrier()
+        started, cpu = time.perf_counter(), time.process_time()
+        step(seq_len)
+        cpu = time.process_time() - cpu
+        dist.barrier()
+        found.append({"seconds": time.perf_counter() - started, "exchange": inside, "cpu": cpu})
+    return found
+
+
+def count(seq_len: int, _: int) -> dict[str, tuple[int, int]]:
+    """On a rank: return what it hands in to collectives in a step, {kind: (calls, bytes)}."""
+    from titan_ulysses.distributed.collectives import CollectiveCounter
+
+    step = training_step(MODEL)
+    with CollectiveCounter() as counter:
+        step(seq_len)
+    return dict(counter.counts)
+
+
 def on_ranks(role: str, *, ranks: int, seq_len: int, repeats: int = 1) -> Any:
-    """Return what ulysses.py finds on CPU ranks of one thread each."""
-    child = launch(ranks, str(Path(__file__).with_name("ulysses.py")))
+    """Return what rank 0 of `ranks` CPU ranks of one thread each finds."""
     options = ["--role", role, "--seq-len", str(seq_len), "--repeats", str(repeats)]
-    found = run([*child, *options], threads=1, minutes=10)
+    found = run([*launch(ranks, __file__), *options], threads=1, minutes=10)
     if isinstance(found, str):
         raise SystemExit(f"{ranks} ranks: {found}")
-    return found
+    return found[0]
 
 
 def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Measure strong and weak scaling on 1 and 2 ranks, exchange apart, and count on 1, 2 and 4 the
     bytes of the exchange, S / P constant. Every rank needs a core of its own for times.
     """
-    from ulysses import MODEL
-
     from titan_ulysses.model import hf
 
     rows = []
@@ -275,9 +324,7 @@ def measured(*, tokens: int, repeats: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--config", type=Path, default=Path("configs/llama3_8b.toml"))
     parser.add_argument(
         "--what", choices=["weak", "mixes", "both", "waits", "measured"], default="both"
@@ -290,7 +337,10 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the mixes here")
     parser.add_argument("--measured-tokens", type=int, default=4096, help="of a rank")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps")
+    parser.add_argument("--role", choices=["measure", "count"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.role:
+        tell(globals()[options.role](options.seq_len, options.repeats))
     found: dict[str, Any] = {}
     if options.what == "measured":
         found["measured"] = measured(tokens=options.measured_tokens, repeats=options.repeats)

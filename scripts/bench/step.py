@@ -12,84 +12,41 @@ memory in use.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
 import statistics
-import sys
-import time
+from itertools import count
+from typing import Any
 
-from common import ALLOCATOR, LLAMA, launch, run, training_step
-
-
-def measure(step, repeats: int) -> dict:
-    """Run one step to warm up, then `repeats` timed steps. Returns the median seconds, and the peak
-    of the process before the first step and at the end.
-    """
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    step()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": statistics.median(seconds), "before_gib": before, "peak_gib": peak}
+from common import ALLOCATOR, LLAMA, launch, measure, parser_of, run, sequence, tell, training_step
 
 
-def sharded(seq_len: int, repeats: int) -> None:
-    """Measure on one of torchrun's ranks. Rank 0 prints the results of all ranks."""
-    import torch.distributed as dist
-
-    step = training_step(LLAMA)
-    found = measure(lambda: step(seq_len), repeats)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
-    if dist.get_rank() == 0:
-        print(json.dumps(everyone))
-
-
-def plain(seq_len: int, repeats: int) -> None:
-    """Measure unmodified transformers, with sdpa, its own loss, fused AdamW and no activation
-    checkpointing.
+def plain_step():
+    """Build a step of unmodified transformers, with sdpa, its own loss, fused AdamW and no
+    activation checkpointing.
     """
     import torch
+    import torch.distributed as dist
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**LLAMA), dtype=torch.float32
-    ).train()
+    dist.init_process_group("gloo")
+    config = AutoConfig.for_model(**LLAMA)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    ids = torch.randint(
-        LLAMA["vocab_size"], (1, seq_len), generator=torch.Generator().manual_seed(0)
-    )
 
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    def step(seq_len: int, index: int):
+        ids = sequence(index, seq_len)[None]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach(), norm
 
-    print(json.dumps([measure(step, repeats)]))
-
-
-def show(what: str, seq_len: int, found: list[dict] | str) -> None:
-    if isinstance(found, str):
-        print(f"{what:<28} S {seq_len:>7,}  {found}", flush=True)
-        return
-    for rank, one in enumerate(found):
-        name = f"{what}, rank {rank}" if len(found) > 1 else what
-        print(
-            f"{name:<28} S {seq_len:>7,}  step {one['seconds']:7.2f} s  peak "
-            f"{one['peak_gib']:6.2f} GiB  (before the first step {one['before_gib']:.2f})",
-            flush=True,
-        )
+    return step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seq-len", type=int, default=16_384)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -99,38 +56,44 @@ def main() -> None:
     parser.add_argument("--role", choices=["sharded", "plain"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.role:
-        return globals()[args.role](args.seq_len, args.repeats)
+        step = training_step(LLAMA) if args.role == "sharded" else plain_step()
+        tell(measure(step, [args.seq_len] * (1 + args.repeats)))  # the first step warms up
 
     cores = os.cpu_count() or 1
-    options = ["--repeats", str(args.repeats), "--role"]
-    ours = [*launch(args.ranks, __file__), *options, "sharded", "--seq-len"]
     print(
         f"llama, 4 layers, h 256, vocab 32,000, fp32, {cores} cores, median of {args.repeats} "
         "steps",
         flush=True,
     )
-    threads = max(1, cores // args.ranks)
 
-    def show_ours(seq_len: int) -> None:
-        found = run([*ours, str(seq_len)], threads=threads, minutes=20, env=ALLOCATOR)
-        show(f"{args.ranks} ranks", seq_len, found)
-
-    show_ours(args.seq_len)
-
-    # The longest S of the plain process, within the memory of this machine.
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    seq_len, longest = args.seq_len // 4, 0
-    while True:
-        command = [sys.executable, __file__, *options, "plain", "--seq-len", str(seq_len)]
-        found = run(
-            command, threads=cores, minutes=args.minutes, memory=int(0.9 * available), env=ALLOCATOR
-        )
-        show("plain transformers", seq_len, found)
+    def show(what: str, seq_len: int, ranks: int, **limits: Any) -> bool:
+        """Run the steps and print their time and memory. Return whether they could be run."""
+        command = [*launch(ranks, __file__), "--role", what, "--seq-len", str(seq_len)]
+        command += ["--repeats", str(args.repeats)]
+        found = run(command, threads=max(1, cores // ranks), env=ALLOCATOR, **limits)
         if isinstance(found, str):
+            print(f"{what:<7} S {seq_len:>7,}  {found}", flush=True)
+            return False
+        for rank, one in enumerate(found):
+            print(
+                f"{what:<7} S {seq_len:>7,}  rank {rank}  step "
+                f"{statistics.median(one['seconds'][1:]):7.2f} s  peak {one['peak'] / 2**30:6.2f} "
+                f"GiB  (before the first step {one['before'] / 2**30:.2f})",
+                flush=True,
+            )
+        return True
+
+    show("sharded", args.seq_len, args.ranks, minutes=20)
+    # The longest S of the plain process, within the memory of this machine.
+    memory = int(0.9 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for doubled in count():
+        if not show(
+            "plain", args.seq_len // 4 * 2**doubled, 1, minutes=args.minutes, memory=memory
+        ):
             break
-        longest, seq_len = seq_len, 2 * seq_len
-    if longest and longest != args.seq_len:
-        show_ours(longest)
+    longest = args.seq_len // 4 * 2 ** (doubled - 1)
+    if doubled and longest != args.seq_len:
+        show("sharded", longest, args.ranks, minutes=20)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from common import ALLOCATOR, CACHING, LLAMA, ROOT, launch, measure, run, slope, tell, training_step
+from common import (
+    ALLOCATOR,
+    CACHING,
+    LLAMA,
+    ROOT,
+    launch,
+    measure,
+    parser_of,
+    run,
+    slope,
+    tell,
+    training_step,
+)
 
 FOLDER = ROOT / "outputs" / "bench" / "versus"
 SMALL: dict[str, Any] = {**LLAMA, "num_hidden_layers": 2, "vocab_size": 2048}
@@ -69,13 +81,13 @@ MODULES = {
 """The file of each contender whose step is not that of `train.py`."""
 DEEPSPEED = ("alst", "alst-reentrant", "accelerate")
 UNABLE = "cannot run on this machine"
-SMALL_CHUNKS = {"stream_chunk_tokens": 2048}
+SMALL_CHUNKS = {"memory": {"stream_chunk_tokens": 2048}}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "streamed": SMALL_CHUNKS,
-    "kept": SMALL_CHUNKS | {"keep_attention": "all"},
-    "disk": SMALL_CHUNKS | {"stream_offload": "disk"},
-    "whole": {"stream_chunk_tokens": -1},
+    "kept": SMALL_CHUNKS | {"activation_checkpoint": {"keep_attention": "all"}},
+    "disk": {"memory": {"stream_chunk_tokens": 2048, "stream_offload": "disk"}},
+    "whole": {"memory": {"stream_chunk_tokens": -1}},
 }
 """The options of our own contenders. By default a chunk has 4,096 tokens a rank."""
 TARGET = 0.75
@@ -91,12 +103,9 @@ OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 def contend(args: argparse.Namespace) -> None:
     """Train the steps of one contender on every rank, and print their time, memory and losses."""
     if args.contender in OURS:
-        step = training_step(
-            args.folder,
-            dtype=args.dtype,
-            loss_tile_tokens=args.loss_tile_tokens,
-            **OURS[args.contender],
-        )
+        options = OURS[args.contender]
+        memory = {"loss_tile_tokens": args.loss_tile_tokens} | options.get("memory", {})
+        step = training_step(args.folder, dtype=args.dtype, **options | {"memory": memory})
     else:
         step = import_module(MODULES[args.contender]).build_step(args)
     try:
@@ -335,9 +344,7 @@ class Match:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--what", nargs="+", choices=["agreement", "time", "memory"], default=list(MODELS)
     )

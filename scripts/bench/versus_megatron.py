@@ -27,15 +27,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import LLAMA, batch_of, launch, run, sequence, tell
+from common import LLAMA, batch_of, launch, parser_of, run, sequence, tell
 from megatron import tensor_parallelize
 from torch.distributed.tensor.parallel import loss_parallel
 
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config
 from titan_ulysses.observability.units import size_text, time_text
-from titan_ulysses.plan.cost import Offloaded, Time, step_time
-from titan_ulysses.plan.planner import Plan, Setup, links_of, make_plan, set_up
+from titan_ulysses.plan.cost import Time, step_time
+from titan_ulysses.plan.planner import Plan, Setup, make_plan, set_up
 from titan_ulysses.plan.search import at_length, longest, with_settings
 from titan_ulysses.plan.simulate import simulate
 from titan_ulysses.setup.parallelize import parallelize, wrap
@@ -245,19 +245,18 @@ def time_of_plan(name: str, plan: Plan) -> Time:
     """
     if name == "ulysses":
         return plan.time
-    setup, demand = plan.setup, plan.demand
-    links, degree = links_of(setup), setup.degrees.sequence
+    setup, links, degree = plan.setup, plan.setup.links, plan.setup.degrees.sequence
     time = step_time(
-        demand.cost,
+        plan.cost,
         exchanged=0,
         gathered=0,
-        offloaded=Offloaded(),
+        on_host={},
         gpu=setup.gpu,
         links=links,
         rates=setup.rates,
     )
-    size = demand.size("all_gather") * degree + demand.size("reduce_scatter")
-    size += 2 * demand.size("all_reduce")
+    size = plan.sent("all_gather") * degree + plan.sent("reduce_scatter")
+    size += 2 * plan.sent("all_reduce")
     return replace(time, parts=time.parts | {"exchange": links.fsdp_seconds(size, setup.gpu)})
 
 
@@ -275,14 +274,14 @@ def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name, what, settings in PLANNED:
         own = with_settings(setup, settings)
-        need = longest(own, near=options.seq_len, close=0.01, plan=partial(plan_of, name))
-        at = at_length(own, options.seq_len, partial(plan_of, name)).plan
+        most = longest(own, near=options.seq_len, close=0.01, plan=partial(plan_of, name))
+        at = plan_of(name, at_length(own, options.seq_len))
         seconds = time_of_plan(name, at)
         row: dict[str, Any] = {
             "what": name,
             "settings": what,
-            "longest": need.seq_len if need else 0,
-            "sent": sum(sent(at.demand.collectives, gpus).values()),
+            "longest": most.seq_len if most else 0,
+            "sent": sum(sent(at.collectives, gpus).values()),
             "seconds": seconds.seconds,
             "waits_for_collectives": seconds.parts["exchange"],
             "gpu_bytes": at.gpu_bytes,
@@ -300,9 +299,7 @@ def on_gpus(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--what", choices=["ranks", "plan", "both"], default="both")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[2048, 4096, 8192])

@@ -41,7 +41,8 @@ def profile(args: argparse.Namespace) -> str:
     """Return torch.profiler's table of the second step."""
     import torch
 
-    step = training_step(args.folder, dtype=args.dtype, loss_tile_tokens=args.loss_tile_tokens)
+    memory = {"loss_tile_tokens": args.loss_tile_tokens}
+    step = training_step(args.folder, dtype=args.dtype, memory=memory)
     step(args.lengths[0])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         step(args.lengths[1])
@@ -97,7 +98,8 @@ def breakdown(args: argparse.Namespace) -> dict[str, int]:
                     self.at_peak[maker] += size
             return result
 
-    step = training_step(args.folder, dtype=args.dtype, loss_tile_tokens=args.loss_tile_tokens)
+    memory = {"loss_tile_tokens": args.loss_tile_tokens}
+    step = training_step(args.folder, dtype=args.dtype, memory=memory)
     step(args.lengths[0])
     with Living() as living:
         step(args.lengths[1])

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import argparse
 import ast
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-import tokenize
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, launch, sequence
+
+sys.path.append(str(ROOT / "scripts"))
+from code_lines import code_lines
 from versus import CONTENDERS, FOLDER, UNABLE, Match
 
 HERE = Path(__file__).parent
@@ -146,30 +147,15 @@ def lines_of(contender: str) -> dict[str, int]:
     for name in WRITTEN[contender]:
         text = (HERE / name).read_text()
         if name.endswith(".py"):
-            found["code"] += code_lines(text)
+            found["code"] += sum(
+                code_lines(ast.get_source_segment(text, node) or "")
+                for node in ast.parse(text).body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            )
         else:
             lines = [line.strip() for line in text.splitlines()]
             found["config"] += sum(bool(line) and not line.startswith("#") for line in lines)
     return found
-
-
-def code_lines(source: str) -> int:
-    """Count the lines of code in the functions and classes of a Python file."""
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    within: set[int] = set()
-    told: set[int] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, kinds):
-            within.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
-            first = node.body[0]
-            if ast.get_docstring(node, clean=False) is not None:
-                told.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
-    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
-    code: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in blank:
-            code.update(range(token.start[0], token.end[0] + 1))
-    return len((code & within) - told)
 
 
 # ---------------------------------------------------------------- the table

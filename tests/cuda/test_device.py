@@ -49,6 +49,21 @@ def test_numbers_and_indices_may_be_of_the_cpu() -> None:
     assert [t.tolist() for t in torch._foreach_mul([x], two)] == [[2, 4, 6]]
     x[0] = two
     assert x.tolist() == [2, 2, 3]
+    assert (x // two).tolist() == [1, 1, 1] and x.floor_divide_(two).tolist() == [1, 1, 1]
+    assert x.eq_(two).tolist() == [0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_what_cuda_alone_has() -> None:
+    experts = torch.tensor([0, 2, 2, 3], device="cuda", dtype=torch.int32)
+    assert torch.histc(experts, bins=4, min=0, max=3).tolist() == [1, 0, 2, 1]
+    x = torch.arange(6.0, device="cuda").view(1, 2, 3).requires_grad_()
+    by_channel = torch.ones(2, 1, 3, device="cuda", requires_grad=True)
+    y = torch.nn.functional.conv1d(x, by_channel, padding=2, groups=2)
+    assert y.tolist() == [[[0, 1, 3, 3, 2], [3, 7, 12, 9, 5]]]
+    y.sum().backward()
+    assert x.grad.tolist() == [[[3, 3, 3]] * 2]
+    assert by_channel.grad.tolist() == [[[3, 3, 3]], [[12, 12, 12]]]
 
 
 @pytest.mark.gpu

@@ -35,17 +35,10 @@ from helpers.ranks import close_pools, run_on_ranks
 from helpers.rows import local_batch, make_rows
 from helpers.training import Record, train_sharded
 from titan_ulysses.data.loader import Batch
-from titan_ulysses.memory import (
-    checkpointing,
-    loss,
-    offload,
-    replay,
-    stream_offload,
-    streaming,
-    tiling,
-)
+from titan_ulysses.memory import checkpointing, offload, replay, sequences
 from titan_ulysses.memory.offload import CudaStore, DiskStore, OffloadedTensor
-from titan_ulysses.memory.stream_offload import SequenceStore
+from titan_ulysses.memory.sequences import Sequences, SequenceStore
+from titan_ulysses.streaming import block, embeddings
 from titan_ulysses.train import step
 from titan_ulysses.ulysses import exchange, flash_cuda
 
@@ -184,7 +177,7 @@ def buffer_freed_early(patch: Patch) -> None:
 
 def sequence_freed_early(patch: Patch) -> None:
     """Hidden states off the device are written over while they are needed."""
-    patch.setattr(stream_offload, "_references", lambda x: 0)
+    patch.setattr(sequences, "_references", lambda x: 0)
 
 
 def _copying(stream_of: Callable[..., Any], non_blocking: bool = True) -> Callable[..., Any]:
@@ -231,20 +224,19 @@ def thread_on_device_0(patch: Patch) -> None:
 def versions_of_hidden_states(patch: Patch) -> None:
     """The thread counts a change of what is saved for backward."""
     buffer = property(lambda self: self.part.view(-1).view(torch.uint8))
-    patch.setattr(stream_offload._Part, "buffer", buffer)
+    patch.setattr(sequences._Slice, "buffer", buffer)
 
 
 def gradients_read_early(patch: Patch) -> None:
     """Autograd adds them to the parameters, in the device's thread, when it may be too late."""
-    for module in (loss, streaming, tiling):
-        patch.setattr(module, "stand_ins", lambda parameters: parameters)
-        patch.setattr(module, "add_gradients", lambda parameters, gradients: None)
+    patch.setattr(SequenceStore, "inputs_for", Sequences.inputs_for)
+    patch.setattr(SequenceStore, "add_gradients", Sequences.add_gradients)
 
 
 def generator_of_the_cpu(patch: Patch) -> None:
     cpu = torch.device("cpu")
-    patch.setattr(streaming, "rng_state", lambda device: replay.rng_state(cpu))
-    patch.setattr(streaming, "replayed", lambda device, state: replay.replayed(cpu, state))
+    patch.setattr(block, "rng_state", lambda device: replay.rng_state(cpu))
+    patch.setattr(block, "replayed", lambda device, state: replay.replayed(cpu, state))
 
 
 def segments_replay_the_cpu(patch: Patch) -> None:
@@ -266,7 +258,7 @@ def root_moves_hidden_states(patch: Patch) -> None:
 
 
 def autocast_of_the_cpu(patch: Patch) -> None:
-    patch.setattr(streaming, "autocast_state", lambda device: replay.autocast_state("cpu"))
+    patch.setattr(block, "autocast_state", lambda device: replay.autocast_state("cpu"))
 
 
 def no_limit_by_the_rule_of_fa3(patch: Patch) -> None:
@@ -322,14 +314,14 @@ def collective_not_waited_for(patch: Patch) -> None:
 
 
 def item_in_a_layer(patch: Patch) -> None:
-    original = streaming._Call.run
+    original = block._Call.run
 
-    def run(self, hidden, args, kwargs):
-        output = original(self, hidden, args, kwargs)
-        assert output.sum().item() == output.sum().item()
-        return output
+    def run(self, *args, **options):
+        output, inputs = original(self, *args, **options)
+        assert output is None or output.sum().item() == output.sum().item()
+        return output, inputs
 
-    patch.setattr(streaming._Call, "run", run)
+    patch.setattr(block._Call, "run", run)
 
 
 def item_in_the_step(patch: Patch) -> None:
@@ -396,12 +388,12 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], Setting, str]] = {
         "numbers",
     ),
     "embeddings are read before their copy has come": (
-        left_out(SequenceStore, "finish", stream_offload._EmbeddingFunction.forward),
+        left_out(SequenceStore, "finish", embeddings._EmbeddingFunction.forward),
         setting(OFF_HOST, table="GRANITE"),
         "numbers",
     ),
     "the first block's gradient is read before its copy has come": (
-        left_out(SequenceStore, "finish", streaming._Call.backward),
+        left_out(SequenceStore, "finish", block._Call.backward),
         setting(OFF_HOST, table="GRANITE"),
         "numbers",
     ),

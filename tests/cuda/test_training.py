@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from helpers.device import on_device, what_is_wrong
+from helpers.families import model_of
 from helpers.forked import start
 from helpers.meshes import DP2, ONE, SP2
 from helpers.models import STARCODER2
@@ -139,6 +140,38 @@ def test_the_library_trains_as_transformers_does(options, moments, degrees) -> N
         **LIBRARY[options],
     )
     assert not what_is_wrong(found, expected(), within=1e-10)
+
+
+# In fp32 experts are grouped products, in fp64 batched ones. Recurrences are in fp32 in both.
+RECURRENT = ("qwen3_next", "granitemoehybrid", "nemotron_h")
+LAYERS = (*RECURRENT, "lfm2", "qwen3_moe", "gpt_oss")
+
+
+def _layers() -> list[Any]:
+    """A recurrence, experts by groups, and a chunk that needs the state of the one before."""
+    quick = [
+        ("qwen3_next", torch.float32, "plain", SP2),
+        ("granitemoehybrid", torch.float64, "streamed, host", ONE),
+        ("lfm2", torch.float64, "streamed, host", SP2),
+    ]
+    return [
+        pytest.param(
+            *case, marks=[] if case in quick else [pytest.mark.slow], id="-".join(map(str, case))
+        )
+        for case in product(
+            LAYERS, (torch.float32, torch.float64), ("plain", "streamed, host"), (ONE, SP2)
+        )
+    ]
+
+
+@pytest.mark.parametrize(("family", "dtype", "options", "degrees"), _layers())
+def test_layers_with_states_and_experts(family: str, dtype, options: str, degrees) -> None:
+    inputs = model_of(family), rows()[:2], dtype
+    found = run_on_ranks(
+        prod(degrees), on_device, "random", 1, train_sharded, degrees, *inputs, **LIBRARY[options]
+    )
+    exact = dtype == torch.float64 and family not in RECURRENT
+    assert not what_is_wrong(found, train_plain(*inputs), within=1e-10 if exact else 1e-4)
 
 
 def add_with_dropout(model: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from helpers.meshes import mesh_of
 from helpers.models import plain_model
+from helpers.options import sections
 from helpers.rows import Row, local_batch
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.distributed.tensors import plain_pieces
@@ -74,7 +75,9 @@ def train_sharded(
     parallelize(
         sharded,
         mesh,
-        **{"loss_tile_tokens": 5, "param_dtype": dtype, "reduce_dtype": dtype} | options,
+        **sections(
+            **{"loss_tile_tokens": 5, "param_dtype": dtype, "reduce_dtype": dtype} | options
+        ),
     )
     hf.allocate(sharded, mesh.device)
     hf.initialize(sharded, seed=3)
@@ -136,7 +139,9 @@ class Run:
         reduce_dtype = torch.promote_types(param_dtype, torch.float32)
         dtypes = {"param_dtype": param_dtype, "reduce_dtype": reduce_dtype}
         parallelize(
-            self.model, self.mesh, parameter_offload=parameter_offload, **dtypes, **wrap or {}
+            self.model,
+            self.mesh,
+            **sections(parameter_offload=parameter_offload, **dtypes, **wrap or {}),
         )
         hf.allocate(self.model, self.mesh.device, parameter_offload=parameter_offload)
         hf.initialize(self.model, seed)

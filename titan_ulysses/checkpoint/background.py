@@ -3,28 +3,26 @@ written.
 
 What DCP's own async_save does, with this project's writer: the tensors are copied to host memory,
 and a thread with a process group of its own writes the copy. The copy is kept and used again for
-the next save, because touching fresh memory costs more than copying.
+the next save, because touching fresh memory costs more than copying, and for a save that has
+failed, which async_save could repeat only with the weights of a later step.
 """
 
 from __future__ import annotations
 
 import threading
-from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from titan_ulysses.checkpoint.writing import Writer
+from titan_ulysses.checkpoint.writing import CheckpointWriter, SaveFailed
 from titan_ulysses.distributed.device import module_of, pin
-from titan_ulysses.distributed.mesh import timeout_of
 from titan_ulysses.distributed.tensors import plain_pieces
 
 
 class BackgroundSave:
     """One save at a time, written by a thread. A save that has failed can be written again."""
 
-    def __init__(self, writer: Writer):
+    def __init__(self, writer: CheckpointWriter):
         self.writer = writer
         self.step: int | None = None
         """The step that is being written or has failed; None if there is none."""
@@ -32,7 +30,6 @@ class BackgroundSave:
         self._copy: dict[str, Any] = {}
         self._state: dict[str, Any] = {}
         self._thread: threading.Thread | None = None
-        self._reason: str | None = None
         self._error: BaseException | None = None
 
     def start(self, step: int, tensors: dict[str, Any], state: dict[str, Any]) -> None:
@@ -45,10 +42,10 @@ class BackgroundSave:
 
     def again(self) -> None:
         """Begin to write the copy once more."""
-        self.tries, self._reason = self.tries + 1, None
-        device = module_of().current_device()
+        self.tries, self._error = self.tries + 1, None
+        arguments = self.step, module_of().current_device()
         self._thread = threading.Thread(
-            target=self._write, args=(device,), name="checkpoint", daemon=True
+            target=self._write, args=arguments, name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -56,41 +53,26 @@ class BackgroundSave:
     def has_failed(self) -> bool:
         """Whether the last save has ended without success. Waits for nothing."""
         ended = self._thread is not None and not self._thread.is_alive()
-        return ended and (self._reason or self._error) is not None
+        return ended and self._error is not None
 
     def wait(self) -> str | None:
         """Wait until the save in flight has ended, and return why it failed, or None."""
-        if self.step is None:
+        if self.step is None or self._thread is None:
             return None
-        assert self._thread is not None
         self._thread.join()
+        if isinstance(self._error, SaveFailed):
+            return str(self._error)
         if self._error is not None:
             raise self._error
-        if self._reason is None:
-            self.step = None
-        return self._reason
-
-    def give_up(self) -> None:
-        """Forget the save that has failed."""
         self.step = None
+        return None
 
-    def _write(self, device: int | str) -> None:
-        assert self.step is not None
+    def _write(self, step: int, device: int | str) -> None:
         try:
             module_of().set_device(device)  # a thread begins on the first one
-            self._reason = self.writer.write(self.step, self._copy, self._state)
+            self.writer.write(step, self._copy, self._state)
         except BaseException as error:  # raised again by the thread that trains
             self._error = error
-
-
-def own_group() -> dist.ProcessGroup:
-    """Return a process group of all ranks on the host, for the thread that writes. Collective.
-
-    Collectives of two threads in one group would meet each other's.
-    """
-    assert dist.group.WORLD is not None
-    seconds = timedelta(seconds=timeout_of(dist.group.WORLD))
-    return dist.new_group(backend="gloo", timeout=seconds)
 
 
 def copied(value: Any, kept: Any = None) -> Any:

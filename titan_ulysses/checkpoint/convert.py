@@ -24,18 +24,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.dcp import Checkpointer
 from titan_ulysses.checkpoint.hosts import expect_all_hosts
 from titan_ulysses.checkpoint.initial import base_weights
-from titan_ulysses.checkpoint.manifest import HashingWriter, cause
-from titan_ulysses.checkpoint.reader import open_checkpoint
-from titan_ulysses.checkpoint.run_file import publish
+from titan_ulysses.checkpoint.manifest import TABLE_FILE, Damage
 from titan_ulysses.checkpoint.state import first_difference
-from titan_ulysses.checkpoint.writing import step_of
+from titan_ulysses.checkpoint.step_folder import publish, read_run_file, step_of
+from titan_ulysses.checkpoint.storage import (
+    HashingWriter,
+    cause,
+    errors_of_all_ranks,
+    open_checkpoint,
+)
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.validate import ranks_of
+from titan_ulysses.distributed.atomic import partial_path, remove
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import partial_path, remove
 from titan_ulysses.model import hf
 from titan_ulysses.setup.resolve import resolve, resolve_model
 from titan_ulysses.ulysses.cores import sdpa
@@ -70,19 +73,23 @@ def main(argv: list[str] | None = None) -> None:
     source, target = (path.expanduser().absolute() for path in (arguments.source, arguments.target))
     # DCP warns that there is no process group. There is none on purpose.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    to_folder = (source / TABLE_FILE).exists()
     try:
         if not source.is_dir():
             raise UserError(f"{source}: no such folder.")
         if target.exists():
             raise UserError(f"{target}: is there already. Remove it, or name another folder.")
-        if (source / ".metadata").exists():
+        if to_folder:
             to_safetensors(source, target, arguments.config)
         else:
             to_checkpoint(source, target)
     except (UserError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
-    except CheckpointException as error:
-        parser.exit(2, f"error: {target}: {cause(error)}\n")
+    except (CheckpointException, Damage) as error:
+        why = f"{target}: {cause(error)}"
+        if to_folder:
+            why = f"{source}: the checkpoint is damaged ({cause(error)}). Take another one."
+        parser.exit(2, f"error: {why}\n")
     print(f"{target} is complete")
 
 
@@ -93,15 +100,18 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     """Write the model of the checkpoint `source` to the folder `target`, in the form of a run's own
     export.
     """
-    config = load_config(config_path or config_above(source))
-    state = Checkpointer(source.parent, keep=0).read_state(step_of(source))
-    expect_all_hosts(state, str(source))
-    try:
-        reader = open_checkpoint(source, state["files"], where=str(source))
-    except ValueError as error:
+    if config_path is None:
+        above = [folder / "config.toml" for folder in source.parents]
+        config_path = next((path for path in above if path.exists()), None)
+    if config_path is None:
         raise UserError(
-            f"{source}: the checkpoint is damaged ({error}). Take another one."
-        ) from error
+            f"{source}: no config.toml in the folders above: name that of its run with --config."
+        )
+    config = load_config(config_path)
+    step_of(source)
+    state = read_run_file(source)
+    expect_all_hosts(state, str(source))
+    reader = open_checkpoint(source, state["files"], where=str(source))
     entries = reader.read_metadata().state_dict_metadata
     saved = {n.removeprefix("model."): m for n, m in entries.items() if n.startswith("model.")}
     if state["frozen"]:
@@ -113,59 +123,31 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
         world_size=ranks_of(config),
         device_type="cpu",
         with_tokenizer=True,
-        select=no_attention,
+        # Nothing is computed, so that a run whose core needs a GPU can be converted anywhere.
+        select=lambda *_, **__: (sdpa, "attention: none"),
     )
     parameter_dtype = next(
         meta.properties.dtype for meta in saved.values() if meta.properties.dtype.is_floating_point
     )
     plain = hf.build_on_meta(spec.model_config, parameter_dtype)
-    expect_same(
-        source,
+    if difference := first_difference(
         {n: list(m.size) for n, m in saved.items()},
         {n: list(t.shape) for n, t in hf.state_of(plain).items()},
-    )
+    ):
+        raise UserError(
+            f"{source}: holds another model than config.toml describes: {difference.text} by the "
+            "config. Name the config.toml of its run with --config."
+        )
     if base := base_weights(config):
         weights.keep_generation_config(plain, base.path)
 
     def fetch(name: str) -> Tensor:
         tensor = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
-        try:
+        with errors_of_all_ranks():
             dcp.load({"model": {name: tensor}}, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:
-            raise UserError(
-                f"{source}: the checkpoint is damaged ({cause(error)}). Take another one."
-            ) from error
         return tensor
 
     weights.export(plain, spec.tokenizer, target, step=state["step"], fetch=fetch)
-
-
-def no_attention(*_: Any, **__: Any) -> tuple[Any, str]:
-    """Select a core attention that exists everywhere.
-
-    Nothing is computed here, so a run whose core needs a GPU can be converted on any machine.
-    """
-    return sdpa, "attention: none"
-
-
-def config_above(source: Path) -> Path:
-    found = next(
-        (folder / "config.toml" for folder in source.parents if (folder / "config.toml").exists()),
-        None,
-    )
-    if found is None:
-        raise UserError(
-            f"{source}: no config.toml in the folders above: name that of its run with --config."
-        )
-    return found
-
-
-def expect_same(source: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    if difference := first_difference(saved, wanted):
-        raise UserError(
-            f"{source}: holds another model than config.toml describes: {difference.text} by the "
-            "config. Name the config.toml of its run with --config."
-        )
 
 
 # --- to a checkpoint ------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
 """Checkpoints through DCP (torch.distributed.checkpoint), saved by all ranks, readable on any mesh.
 
-`checkpoints/step-N/` contains DCP's files (model and optimizer, by parameter name) and `run.json`
-(the rest: step, data position, shapes of the parameters, hashes of the files, see run_file.py). It
-is written as `.step-N.partial` and renamed when it is complete. A folder `step-N` is therefore
-always a complete checkpoint, even if the run was killed while saving. If it is damaged later, that
-is found while it is read, and `load_newest` takes the newest one before it that is whole.
+If a checkpoint (see step_folder.py) is damaged after it was written, that is found while it is
+read, and `load_newest` takes the newest one before it that is whole.
 
 Where each host has a folder of its own (checkpoint.shared = false), the ranks of a host save what
 they hold by themselves, in a checkpoint of that part. `run.json` names the hosts and their files.
@@ -13,8 +10,8 @@ they hold by themselves, in a checkpoint of that part. `run.json` names the host
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +19,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import STORAGE_TYPES
 
-from titan_ulysses.checkpoint.background import BackgroundSave, own_group
+from titan_ulysses.checkpoint.background import BackgroundSave
 from titan_ulysses.checkpoint.hosts import HostFolders, expect_all_hosts
-from titan_ulysses.checkpoint.manifest import Damage, cause, innermost, unreadable
-from titan_ulysses.checkpoint.reader import CheckpointReader, open_checkpoint
-from titan_ulysses.checkpoint.run_file import RUN_FILE, expect_fields, read_run_file
+from titan_ulysses.checkpoint.manifest import Damage
 from titan_ulysses.checkpoint.state import first_difference, shapes_of, tensors_of
-from titan_ulysses.checkpoint.writing import Writer, steps_in
-from titan_ulysses.distributed.errors import UserError, first_failure, one_line
-from titan_ulysses.distributed.files import remove
+from titan_ulysses.checkpoint.step_folder import RUN_FILE, expect_fields, read_run_file, steps_in
+from titan_ulysses.checkpoint.storage import errors_of_all_ranks, open_checkpoint
+from titan_ulysses.checkpoint.writing import CheckpointWriter, SaveFailed
+from titan_ulysses.distributed.atomic import remove
+from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.optim.adamw import state_format, unaligned_blocks
 
@@ -79,7 +76,7 @@ class Checkpointer:
         """Steps of the damaged checkpoints that `load_newest` has found."""
         self.where = f"{self.setting} = {folder}"
         self._hosts = HostFolders(hosts) if hosts else None
-        self._writer = Writer(folder, keep=keep, hosts=self._hosts)
+        self._writer = CheckpointWriter(folder, keep=keep, hosts=self._hosts)
         self.in_background = in_background
         self._background: BackgroundSave | None = None
 
@@ -105,16 +102,13 @@ class Checkpointer:
             "optimizer": state_format(optimizer),
         }
         if self.in_background:
-            self._background = self._background or self._background_save()
+            self._background = self._background or BackgroundSave(self._writer.for_thread())
             self._background.start(step, tensors, saved)
-        elif reason := self._writer.write(step, tensors, saved):
-            raise self._failed(step, reason)
-
-    def _background_save(self) -> BackgroundSave:
-        """Return what saves in the background, with process groups of its own. Collective."""
-        group = own_group()
-        hosts = self._hosts.with_group(group) if self._hosts else None
-        return BackgroundSave(Writer(self.folder, keep=self.keep, hosts=hosts, group=group))
+            return
+        try:
+            self._writer.write(step, tensors, saved)
+        except SaveFailed as error:
+            raise self._failed(step, str(error)) from error
 
     @property
     def save_has_failed(self) -> bool:
@@ -132,9 +126,8 @@ class Checkpointer:
             return
         assert background.step is not None
         if background.tries > 1:
-            error = self._failed(background.step, reason)
-            background.give_up()
-            raise error
+            step, background.step = background.step, None
+            raise self._failed(step, reason)
         self._say(
             f"WARNING: {self.where}: saving step {background.step} failed ({reason}). It is tried "
             "once more."
@@ -165,18 +158,30 @@ class Checkpointer:
             for partial in self.folder.glob(".step-*.partial"):
                 remove(partial)
 
-    def read_state(self, step: int) -> dict[str, Any]:
-        """Return the JSON state of step-<step>. Reads no tensors.
+    def read_state(self, step: int, *, needs: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the JSON state of step-<step>, which has the fields `needs`. Reads no tensors.
 
         Raise `DamagedCheckpoint` if its run.json is not what was saved, or if any of its files is
-        missing or has another size.
+        missing or has another size. Collective.
         """
-        try:
-            return read_run_file(self.folder / f"step-{step}")
-        except Damage as error:
-            raise self._damaged(step, str(error)) from error
-        except OSError as error:
-            raise self._unreadable(unreadable(error) or one_line(error)) from error
+        where = f"{self.where}: step-{step}"
+        with self._errors_of(step):
+            state = read_run_file(self.folder / f"step-{step}")
+            if self._hosts:
+                self._hosts.expect_same(state, where)
+            else:
+                expect_all_hosts(state, where)
+            if needs and "loop" in state:
+                raise UserError(
+                    f"{where} was saved by save_checkpoint of a training loop, and has no position "
+                    f"in the data of this run. Give this run {self.other}."
+                )
+            # Those of an earlier version have no seed.
+            expect_fields(state, *(n for n in needs if n != "rng" or "save_id" in state))
+        if self._hosts:
+            with self._errors_of(step):
+                self._hosts.expect_one_save(state)
+        return state
 
     def load_newest(
         self,
@@ -205,10 +210,9 @@ class Checkpointer:
                     optimizer.state.clear()  # parts may be filled
                 continue
             if found:
-                told = "; ".join(f"step-{n} is damaged ({error.why})" for n, error in found.items())
                 self._say(
-                    f"WARNING: {self.where}: {told}. Going on from step {step}, the newest "
-                    "checkpoint before that is whole."
+                    f"WARNING: {self.where}: {_listed(found)}. Going on from step {step}, the "
+                    "newest checkpoint before that is whole."
                 )
             if "save_id" not in state:
                 self._say(
@@ -219,11 +223,10 @@ class Checkpointer:
             return step, state
         if len(found) == 1:
             raise next(iter(found.values()))
-        told = "; ".join(f"step-{n} is damaged ({error.why})" for n, error in found.items())
         raise DamagedCheckpoint(
-            f"{self.where}: no checkpoint is whole: {told}. Remove them to start from the "
-            "beginning.",
-            told,
+            f"{self.where}: no checkpoint is whole: {_listed(found)}. Remove them to start from "
+            "the beginning.",
+            _listed(found),
         )
 
     def set_damaged_aside(self) -> None:
@@ -258,65 +261,25 @@ class Checkpointer:
         what was read until then stays in the model. Raise another `UserError` if it belongs to
         another model or optimizer, or if a file cannot be read.
         """
-        state = self._read_state_on_all(step, needs)
+        state = self.read_state(step, needs=needs)
         check(state)
-        self._expect_model(step, state["parameters"], shapes_of(model))
-        self._expect_frozen(step, state["frozen"], fingerprint(model))
-        folder, where = self.folder / f"step-{step}", f"{self.where}: step-{step}"
-        closed, damage = None, None
-        try:
-            reader = open_checkpoint(folder, state["files"], where=where)
-            _expect_state_of(state["optimizer"], reader)
+        self._expect_same(step, state, model)
+        with self._errors_of(step):
+            folder, where = self.folder / f"step-{step}", f"{self.where}: step-{step}"
+            reader, group = open_checkpoint(folder, state["files"], where=where), None
+            saved = reader.read_metadata()
             if state["optimizer"] is None:
                 optimizer = None
+            self._expect_optimizer(step, state["optimizer"], optimizer, saved.state_dict_metadata)
+            tensors = tensors_of(model, optimizer)
             if optimizer is not None:
-                self._expect_optimizer(step, state["optimizer"], state_format(optimizer))
-            tensors, bits = tensors_of(model, optimizer), getattr(optimizer, "bits", 32)
-            self._expect_whole_blocks(step, reader, tensors.get("optimizer", {}), bits)
+                bits = getattr(optimizer, "bits", 32)
+                self._expect_whole_blocks(step, saved.state_dict_metadata, tensors, bits)
             if self._hosts and len(state.get("hosts", ())) > 1:
-                self._hosts.read(tensors, reader, where)
-            else:
-                dcp.load(tensors, storage_reader=reader)  # in place
-        except (CheckpointException, OSError, ValueError) as error:
-            closed = unreadable(innermost(error))
-            damage = None if closed else cause(error)
-        # DCP raises an error on all ranks that read together: those of one host, if each has a
-        # folder of its own.
-        if closed := first_failure(closed):
-            raise self._unreadable(closed)
-        if damage := first_failure(damage):
-            raise self._damaged(step, damage)
-        return state
-
-    def _read_state_on_all(self, step: int, needs: Sequence[str]) -> dict[str, Any]:
-        """Return what `read_state` does. Raise its error on every rank. Collective."""
-        state, problem, damage, where = {}, None, None, f"{self.where}: step-{step}"
-        try:
-            state = self.read_state(step)
-            if self._hosts:
-                self._hosts.expect_same(state, where)
-            else:
-                expect_all_hosts(state, where)
-            if needs and "loop" in state:
-                raise UserError(
-                    f"{where} was saved by save_checkpoint of a training loop, and has no position "
-                    f"in the data of this run. Give this run {self.other}."
-                )
-            # Those of an earlier version have no seed.
-            expect_fields(state, *(n for n in needs if n != "rng" or "save_id" in state))
-        except DamagedCheckpoint as error:
-            damage = error.why
-        except Damage as error:
-            damage = str(error)
-        except UserError as error:
-            problem = str(error)
-        if problem := first_failure(problem):
-            raise UserError(problem)
-        damage = first_failure(damage)
-        if damage is None and self._hosts:
-            damage = self._hosts.another_save(state)
-        if damage:
-            raise self._damaged(step, damage)
+                self._hosts.expect_complete(tensors, saved, where)
+                group = self._hosts.ranks_of_this_host()
+            # In place. DCP raises an error on all ranks of the group.
+            dcp.load(tensors, storage_reader=reader, process_group=group)
         return state
 
     def steps(self) -> list[int]:
@@ -344,25 +307,49 @@ class Checkpointer:
         )
         return DamagedCheckpoint(f"{self.where}: step-{step} is damaged ({why}). {remedy}.", why)
 
-    def _expect_model(
-        self, step: int, saved: dict[str, list[int]], wanted: dict[str, list[int]]
-    ) -> None:
-        if difference := first_difference(saved, wanted):
+    @contextmanager
+    def _errors_of(self, step: int) -> Iterator[None]:
+        """Name step-<step> in what `errors_of_all_ranks` raises in this context. Collective."""
+        try:
+            with errors_of_all_ranks():
+                yield
+        except Damage as error:
+            raise self._damaged(step, str(error)) from error
+        except OSError as error:
+            raise self._unreadable(str(error)) from error
+
+    def _expect_same(self, step: int, state: dict[str, Any], model: nn.Module) -> None:
+        """Raise `UserError` if the checkpoint is of another model, or of other frozen weights."""
+        if difference := first_difference(state["parameters"], shapes_of(model)):
             raise UserError(
                 f"{self.where}: step-{step} holds another model: {difference.text} here. Give this "
                 f"run {self.other}, or the model its old settings."
             )
-
-    def _expect_frozen(self, step: int, saved: int, wanted: int) -> None:
-        if saved != wanted:
+        if state["frozen"] != fingerprint(model):
             raise UserError(
                 f"{self.where}: the frozen weights are not those that step-{step} was trained "
                 "with. Did model.path, training.param_dtype or lora.quantize_base change? Give "
                 f"this run what it began with, or {self.other}."
             )
 
-    def _expect_optimizer(self, step: int, saved: str, wanted: str) -> None:
-        if saved != wanted:
+    def _expect_optimizer(
+        self,
+        step: int,
+        saved: str | None,
+        optimizer: torch.optim.Optimizer | None,
+        stored: dict[str, STORAGE_TYPES],
+    ) -> None:
+        """Raise `UserError` if the state is that of another optimizer.
+
+        Raise `Damage` if run.json and the table of contents differ about whether there is one.
+        """
+        has_state = any(name.startswith("optimizer.") for name in stored)
+        if has_state != (saved is not None):
+            raise Damage(
+                f"{RUN_FILE}: optimizer is {saved}, and there is "
+                f"{'state' if has_state else 'no state'} of one"
+            )
+        if optimizer is not None and saved != (wanted := state_format(optimizer)):
             raise UserError(
                 f'optimizer.name = "{wanted}": {self.where}: step-{step} holds the state of '
                 f'"{saved}". Set optimizer.name = "{saved}", or give this run {self.other}.'
@@ -371,8 +358,8 @@ class Checkpointer:
     def _expect_whole_blocks(
         self,
         step: int,
-        reader: CheckpointReader,
-        optimizer: dict[str, dict[str, torch.Tensor]],
+        stored: dict[str, STORAGE_TYPES],
+        tensors: dict[str, dict[str, Any]],
         bits: int,
     ) -> None:
         """Raise `UserError` if a rank would have to cut a block of quantized optimizer state.
@@ -382,11 +369,10 @@ class Checkpointer:
         """
         if bits == 32:
             return
-        saved = reader.read_metadata().state_dict_metadata
         apart = None
-        for name, state in optimizer.items():
+        for name, state in tensors["optimizer"].items():
             chunks = [
-                (chunk.offsets, chunk.sizes) for chunk in saved[f"optimizer.{name}.exp_avg"].chunks
+                (chunk.offsets, chunk.sizes) for chunk in stored[f"optimizer.{name}.exp_avg"].chunks
             ]
             if unaligned_blocks(state["exp_avg"], chunks, bits):
                 apart = name
@@ -400,12 +386,5 @@ class Checkpointer:
             )
 
 
-def _expect_state_of(optimizer: str | None, reader: CheckpointReader) -> None:
-    """Raise `Damage` if run.json and the table of contents differ about an optimizer's state."""
-    names = reader.read_metadata().state_dict_metadata
-    has_state = any(name.startswith("optimizer.") for name in names)
-    if has_state != (optimizer is not None):
-        raise Damage(
-            f"{RUN_FILE}: optimizer is {optimizer}, and there is "
-            f"{'state' if has_state else 'no state'} of one"
-        )
+def _listed(damaged: dict[int, DamagedCheckpoint]) -> str:
+    return "; ".join(f"step-{step} is damaged ({error.why})" for step, error in damaged.items())

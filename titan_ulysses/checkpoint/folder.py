@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from titan_ulysses.checkpoint.layout import Read
-from titan_ulysses.checkpoint.manifest import Damage, expect_as_sealed, read_sealed_folder
+from titan_ulysses.checkpoint.manifest import (
+    Damage,
+    digest_of,
+    entry_of,
+    expect_sizes,
+    read_json,
+    write_json,
+)
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 
 SINGLE_FILE = "model.safetensors"
@@ -63,35 +70,6 @@ def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
     return {name: folder / file for name, file in index.items()}
 
 
-def expect_as_exported(files: dict[str, Path], where: str) -> None:
-    """Raise UserError, on every rank, if an export has changed since it was written. Collective.
-
-    The ranks of a host share the files, which are read once more for that.
-    """
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    names = sorted({file.name for file in files.values()})[rank::ranks]
-    folder, damage = next(iter(files.values())).parent, None
-    try:
-        expect_as_sealed(folder, STEP_FILE, names)
-    except (Damage, OSError) as error:
-        damage = one_line(error)
-    if damage := first_failure(damage):
-        raise UserError(
-            f"{where}: the export is damaged ({damage}). Copy or export it again; if it was "
-            f"changed on purpose, remove its {STEP_FILE}."
-        )
-
-
-def exported_step(folder: Path) -> int | None:
-    """Return the step of the export in folder, or None if there is none that is whole.
-
-    Reads all of it: the export is finished when the hashes of its manifest are those of its files.
-    """
-    manifest = read_sealed_folder(folder, STEP_FILE)
-    return manifest.get("step") if manifest else None
-
-
 def _folder(path: str, setting: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
@@ -118,7 +96,10 @@ def _read_index(folder: Path, where: str) -> dict[str, str]:
     try:
         index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         for name, file in index.items():
-            _expect_name(name, file)
+            if not isinstance(file, str) or not file or "\0" in file:
+                raise ValueError(f"the file of {name} is {file!r}, which is not the name of one")
+            if Path(file).name != file or file == "..":
+                raise ValueError(f"the file of {name} is {file}, which is not in this folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{where}: {INDEX_FILE} is damaged ({one_line(error)}). {_AGAIN}"
@@ -130,14 +111,6 @@ def _read_index(folder: Path, where: str) -> dict[str, str]:
             f"there: {some(absent)}. Copy or download them."
         )
     return index
-
-
-def _expect_name(name: str, file: Any) -> None:
-    """Raise `ValueError` unless `file`, which an index names, is that of a file in its folder."""
-    if not isinstance(file, str) or not file or "\0" in file:
-        raise ValueError(f"the file of {name} is {file!r}, which is not the name of one")
-    if Path(file).name != file or file == "..":
-        raise ValueError(f"the file of {name} is {file}, which is not in this folder")
 
 
 def _names_in(file: Path, where: str) -> set[str]:
@@ -184,3 +157,62 @@ def without_data(stored: Any) -> Tensor:
     return torch.empty(
         shape, dtype=stored[tuple(slice(0, 0) for _ in shape) or ...].dtype, device="meta"
     )
+
+
+# --- an export ------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, step: int | None) -> None:
+    """Write the manifest of all files in a folder, when the disk has them all.
+
+    The files get the mode that the umask asks for: safetensors are written for the owner alone.
+    """
+    mode, files = folder.stat().st_mode & 0o666, {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        with suppress(OSError):  # some file systems have no modes
+            file.chmod(mode)
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+        files[file.relative_to(folder).as_posix()] = entry_of(file)
+    write_json(folder / STEP_FILE, {"step": step, "files": files})
+
+
+def expect_as_exported(files: dict[str, Path], where: str) -> None:
+    """Raise UserError, on every rank, if an export has changed since it was written. Collective.
+
+    The ranks of a host share the files, which are read once more for that. Without a manifest
+    nothing is known of a folder, and that of an earlier version has no hashes.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    manifest, damage = next(iter(files.values())).parent / STEP_FILE, None
+    try:
+        state, has_hashes = read_json(manifest) if manifest.is_file() else ({}, False)
+        known = state.get("files", {}) if has_hashes else {}
+        for name in sorted({file.name for file in files.values()})[rank::ranks]:
+            if name in known and digest_of(manifest.parent / name) != known[name]["xxh3"]:
+                raise Damage(f"{name}: its bytes are not those that were exported")
+    except (Damage, OSError) as error:
+        damage = one_line(error)
+    if damage := first_failure(damage):
+        raise UserError(
+            f"{where}: the export is damaged ({damage}). Copy or export it again; if it was "
+            f"changed on purpose, remove its {STEP_FILE}."
+        )
+
+
+def exported_step(folder: Path) -> int | None:
+    """Return the step of the export in folder, or None if there is none that is whole.
+
+    Reads all of it: the export is finished when the hashes of its manifest are those of its files.
+    That of an earlier version has none.
+    """
+    try:
+        state, has_hashes = read_json(folder / STEP_FILE)
+        expect_sizes(folder, state["files"])
+        is_whole = has_hashes and all(
+            digest_of(folder / name) == entry["xxh3"] for name, entry in state["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return state.get("step") if is_whole else None

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from titan_ulysses.checkpoint import safetensors as weights
-from titan_ulysses.checkpoint.weights import (
-    check_weights,
-    is_checkpoint,
-    load_weights,
-    needs_base,
-)
+from titan_ulysses.checkpoint.hosts import expect_all_hosts
+from titan_ulysses.checkpoint.manifest import Damage
+from titan_ulysses.checkpoint.state import first_difference
+from titan_ulysses.checkpoint.step_folder import RUN_FILE, read_run_file
+from titan_ulysses.checkpoint.storage import errors_of_all_ranks, open_checkpoint
 from titan_ulysses.config.schema import Config
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.embeddings import fill_new_rows, token_parameters
+from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.lora import initialize_adapters
+from titan_ulysses.model.names import is_adapter, plain
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedModel
@@ -34,13 +41,11 @@ def base_weights(config: Config) -> Safetensors | None:
     with frozen parameters does not contain these, so model.path is loaded as well.
     """
     initial = config.checkpoint.initial_load_path
-    if is_checkpoint(initial):  # it does not contain frozen parameters
-        return _model_path(config) if needs_base(initial) else None
-    return Safetensors(initial, "checkpoint.initial_load_path") if initial else _model_path(config)
-
-
-def _model_path(config: Config) -> Safetensors | None:
-    return Safetensors(config.model.path, "model.path") if config.model.path else None
+    if initial and not is_checkpoint(initial):
+        return Safetensors(initial, "checkpoint.initial_load_path")
+    if not config.model.path or (initial and not _run_file(initial)["frozen"]):
+        return None
+    return Safetensors(config.model.path, "model.path")
 
 
 def needs_initial_weights(config: Config, saved_steps: list[int]) -> bool:
@@ -58,7 +63,7 @@ def needs_initial_weights(config: Config, saved_steps: list[int]) -> bool:
 def check_initial_weights(config: Config) -> None:
     """Raise `UserError` if the initial weights are missing or damaged. Reads no tensor data."""
     if is_checkpoint(config.checkpoint.initial_load_path):
-        check_weights(config.checkpoint.initial_load_path)
+        check_checkpoint(config.checkpoint.initial_load_path)
     if base := base_weights(config):
         weights.find(base.path, setting=base.setting)
 
@@ -80,7 +85,7 @@ def initialize(model: PreTrainedModel, config: Config) -> str | None:
         hf.initialize(model, seed)
     initialize_adapters(model, seed)
     if is_checkpoint(initial):
-        load_weights(initial, model)
+        load_checkpoint_weights(initial, model)
     return note
 
 
@@ -92,3 +97,67 @@ def describe_initial_weights(config: Config, step: int) -> str:
             f"; {initial} is for runs that begin" if initial else ""
         )
     return f"begins with the weights of {initial}" if initial else ""
+
+
+# --- those in a step-N folder ---------------------------------------------------------------------
+
+
+def is_checkpoint(path: str) -> bool:
+    """Return whether path is a step-N folder saved by a run, not a folder of safetensors."""
+    return bool(path) and (Path(path) / RUN_FILE).exists()
+
+
+def check_checkpoint(path: str) -> None:
+    """Raise `UserError` if the step-N folder at path is damaged. Needs no model.
+
+    The message names checkpoint.initial_load_path.
+    """
+    expect_all_hosts(_run_file(path), f"checkpoint.initial_load_path = {path}")
+
+
+def _run_file(path: str) -> dict[str, Any]:
+    """Return run.json of checkpoint.initial_load_path. Raise `UserError` if it is damaged."""
+    try:
+        return read_run_file(Path(path))
+    except Damage as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, why: Exception) -> UserError:
+    return UserError(f"checkpoint.initial_load_path = {path}: the checkpoint is damaged ({why}).")
+
+
+def load_checkpoint_weights(path: str, model: nn.Module) -> None:
+    """Fill the model with the weights of the step-N folder at path, from any mesh. Collective.
+
+    Only the weights that were trained in that run are loaded, and no optimizer state. All other
+    parameters must have been frozen in that run and must be in the model already, except for
+    adapters, which may be new. Raise `UserError`, before anything changes, if names, shapes or
+    frozen values do not match.
+    """
+    saved, where = _run_file(path), f"checkpoint.initial_load_path = {path}"
+    wanted = {plain(name): x for name, x in get_model_state_dict(model).items()}
+    shapes = {
+        name: list(tensor.shape)
+        for name, tensor in wanted.items()
+        # Frozen parameters are not saved, and adapters may be new.
+        if name in saved["parameters"] or not (is_adapter(name) or saved["frozen"])
+    }
+    if difference := first_difference(saved["parameters"], shapes):
+        hint = ""
+        if is_adapter(difference.name):
+            hint = " Set lora.rank and lora.target_modules as that run had them."
+        raise UserError(f"{where} holds another model: {difference.text} here.{hint}")
+    if saved["frozen"] and saved["frozen"] != fingerprint(model):
+        raise UserError(
+            f"{where}: what was frozen there is not what is frozen here, and only the rest is "
+            "saved. Begin with the export/ of that run, or with its model.path, model.freeze and "
+            "[lora]."
+        )
+    tensors = {name: wanted[name] for name in saved["parameters"]}
+    try:
+        with errors_of_all_ranks():
+            reader = open_checkpoint(Path(path), saved["files"], where=where)
+            dcp.load({"model": tensors}, storage_reader=reader)  # in place
+    except (Damage, OSError) as error:
+        raise _damaged(path, error) from error

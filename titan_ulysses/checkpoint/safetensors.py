@@ -11,40 +11,35 @@ import copy
 import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import (
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from titan_ulysses.checkpoint.folder import (
     INDEX_FILE,
-    SINGLE_FILE,
-    STEP_FILE,
     Get,
     expect_as_exported,
     find,
     opened,
     some,
     without_data,
+    write_manifest,
 )
 from titan_ulysses.checkpoint.layout import Layout, Read
-from titan_ulysses.checkpoint.manifest import seal_folder
+from titan_ulysses.distributed.atomic import partial_path, remove, replace_folder
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
-from titan_ulysses.distributed.files import partial_path, remove, replace_folder
+from titan_ulysses.distributed.tensors import local_box, local_shard
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
 from titan_ulysses.model.names import is_adapter
@@ -223,26 +218,25 @@ def _why_incomplete(
 
 def _parts(read: Read, state: dict[str, Tensor], get: Get) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's part of each tensor of the read, and the stored values for it."""
-    # One target, of which only this rank's rows are read.
-    if read.converter is None or read.stacks:
-        part, index = _part(state[read.target])
-        if read.converter is None:
-            stored = get(read.names[0])
-            part, index = _within(part, index, stored.get_shape())
-            if part.numel():
-                yield part, stored[index]
-            return
-        if not part.numel():
-            return
-        experts, *within = index
-        [made] = read.convert(
-            {p: [get(n)[...] for n in names[experts]] for p, names in read.sources.items()}
-        ).values()
-        inside = (slice(None), *within)
-        yield part, made[inside]
+    if read.converter is not None and not read.stacks:
+        for name, made in _whole(read, get).items():
+            yield local_shard(state[name]), made[_slices(state[name])]
         return
-    for name, made in _whole(read, get).items():
-        part, index = _part(state[name])
+    # One target, of which only this rank's rows are read.
+    part, (rows, *within) = local_shard(state[read.target]), _slices(state[read.target]) or (...,)
+    if read.converter is None:
+        stored = get(read.names[0])
+        if shape := stored.get_shape():  # there may be fewer rows in the file
+            rows = slice(rows.start, max(rows.start, min(rows.stop, shape[0])))
+            part = part[: rows.stop - rows.start]
+        if part.numel():
+            index = (rows, *within)
+            yield part, stored[index]
+    elif part.numel():
+        [made] = read.convert(
+            {p: [get(n)[...] for n in names[rows]] for p, names in read.sources.items()}
+        ).values()
+        index = (slice(None), *within)
         yield part, made[index]
 
 
@@ -252,26 +246,10 @@ def _whole(read: Read, get: Get) -> dict[str, Tensor]:
     )
 
 
-def _part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
-    """Return this rank's shard of a tensor, and the slices of the tensor that it covers."""
-    if not isinstance(tensor, DTensor):
-        return tensor, tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return tensor.to_local(), tuple(
-        slice(start, start + size) for start, size in zip(offset, shape, strict=True)
-    )
-
-
-def _within(
-    part: Tensor, index: tuple[slice, ...], shape: list[int]
-) -> tuple[Tensor, tuple[slice, ...]]:
-    """Restrict a part and its slices to the first shape[0] rows of the tensor."""
-    if not shape or index[0].stop <= shape[0]:
-        return part, index
-    rows = max(0, shape[0] - index[0].start)
-    return part[:rows], (slice(index[0].start, index[0].start + rows), *index[1:])
+def _slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Return the slices of a tensor that this rank's shard covers."""
+    sizes, offsets = local_box(tensor)
+    return tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))
 
 
 # --- out ------------------------------------------------------------------------------------------
@@ -317,72 +295,48 @@ def export(
     aside = partial_path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     layout, state, added = Layout(model), hf.state_of(model), deltas(model)
-    fetch = fetch or (lambda name: _gather_merged(state[name], added.get(name), keep=writes))
+    fetch = fetch or (lambda name: _gather(state[name], added.get(name), keep=writes))
     dtypes = {name: added.get(name, tensor).dtype for name, tensor in state.items()}
-    plan = _plan_export(layout, state, dtypes)
+    groups = {names[0]: names for names in layout.writes()}
+    # Before anything is gathered, because the names of the files have their number in them.
+    split = split_state_dict_into_shards_factory(
+        {
+            first: sum(state[name].numel() * dtypes[name].itemsize for name in names)
+            for first, names in groups.items()
+        },
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_EXPORT_FILE_BYTES,
+    )
+    index: dict[str, str] = {}
     try:
         with _raise_on_all_ranks(folder):
             if writes:
                 remove(aside)
                 aside.mkdir(parents=True)
-        for file, groups in plan.groups_by_file():
+        for file, members in split.filename_to_tensors.items():
             tensors: dict[str, Tensor] = {}
-            for names in groups:
-                group = {name: fetch(name) for name in names}
+            for first in members:
+                group = {name: fetch(name) for name in groups[first]}
                 if writes:
                     tensors |= {name: t.contiguous() for name, t in layout.in_files(group).items()}
                 del group
             with _raise_on_all_ranks(folder):
                 if writes:
                     save_file(tensors, aside / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, file)
             del tensors  # before the next file's are gathered
         with _raise_on_all_ranks(folder):
             if writes:
-                _write_index(plan.file_of_tensor, plan.bytes, aside)
+                if split.is_sharded:
+                    about = {"metadata": split.metadata, "weight_map": index}
+                    (aside / INDEX_FILE).write_text(json.dumps(about, indent=2))
                 _write_configs(model, tokenizer, aside)
-                seal_folder(aside, STEP_FILE, {"step": step})
+                write_manifest(aside, step)
                 replace_folder(aside, folder)
     finally:
         if writes:
             remove(aside)
-
-
-class _ExportPlan(NamedTuple):
-    """Which groups of tensors are gathered together, and which file each group goes to."""
-
-    groups: list[list[str]]
-    """Names of the model's tensors that become tensors of one file together."""
-    sizes: list[dict[str, int]]
-    """For each group, the bytes of each tensor in the file."""
-    files: list[str]
-    """For each group, the name of its file."""
-
-    def groups_by_file(self) -> Iterator[tuple[str, list[list[str]]]]:
-        """Yield each file with its groups, in order."""
-        pairs = zip(self.files, self.groups, strict=True)
-        for file, members in groupby(pairs, key=itemgetter(0)):
-            yield file, [group for _, group in members]
-
-    @property
-    def file_of_tensor(self) -> dict[str, str]:
-        pairs = zip(self.files, self.sizes, strict=True)
-        return {name: file for file, named in pairs for name in named}
-
-    @property
-    def bytes(self) -> int:
-        return sum(sum(named.values()) for named in self.sizes)
-
-
-def _plan_export(
-    layout: Layout, state: dict[str, Tensor], dtypes: dict[str, torch.dtype]
-) -> _ExportPlan:
-    """Plan the files before anything is written: their names contain the number of files."""
-    groups = layout.writes()
-    sizes = [
-        _sizes_in_files(layout, {name: (state[name].shape, dtypes[name]) for name in names})
-        for names in groups
-    ]
-    return _ExportPlan(groups, sizes, _plan_files([sum(named.values()) for named in sizes]))
 
 
 def exported_bytes(model: PreTrainedModel) -> int:
@@ -395,15 +349,13 @@ def exported_bytes(model: PreTrainedModel) -> int:
     return sum(once.values())
 
 
-def _gather(parameter: Tensor, *, keep: bool) -> Tensor | None:
-    """Return the whole parameter in host memory, or None on ranks without `keep`. Collective."""
+def _gather(parameter: Tensor, delta: Delta | None = None, *, keep: bool) -> Tensor | None:
+    """Return the whole parameter in host memory, with its adapter merged, if it has one.
+
+    None on ranks without `keep`. Collective.
+    """
     whole = full_tensor(parameter)
-    return whole.detach().cpu().contiguous() if keep else None
-
-
-def _gather_merged(parameter: Tensor, delta: Delta | None, *, keep: bool) -> Tensor | None:
-    """Return the whole parameter with its adapter merged, as `_gather` does. Collective."""
-    whole = _gather(parameter, keep=keep)
+    whole = whole.detach().cpu().contiguous() if keep else None
     if delta is None:
         return whole
     a, b = (_gather(p, keep=keep) for p in (delta.a, delta.b))
@@ -432,7 +384,7 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
                 settings = copy.copy(model.peft_config[ADAPTER])
                 settings.base_model_name_or_path = base or None
                 settings.save_pretrained(aside)
-                seal_folder(aside, STEP_FILE, {"step": None})
+                write_manifest(aside, None)
                 replace_folder(aside, folder)
             finally:
                 remove(aside)
@@ -456,45 +408,14 @@ def _raise_on_all_ranks(folder: Path) -> Iterator[None]:
         )
 
 
-def _sizes_in_files(
-    layout: Layout, kinds: dict[str, tuple[torch.Size, torch.dtype]]
-) -> dict[str, int]:
-    """Return the bytes of each tensor in files that a group of tensors becomes."""
-    tensors = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, (shape, dtype) in kinds.items()
-    }
-    return {name: t.numel() * t.element_size() for name, t in layout.in_files(tensors).items()}
-
-
-def _plan_files(sizes: list[int]) -> list[str]:
-    """Assign each group to a file of at most 4 GiB (or one group), and return the file names.
-
-    This happens before any tensor is gathered, because the names contain the number of files.
-    """
-    number, room, numbers = 0, 0, []
-    for size in sizes:
-        if size > room:
-            number, room = number + 1, _EXPORT_FILE_BYTES
-        room -= size
-        numbers.append(number)
-    if number == 1:
-        return [SINGLE_FILE] * len(sizes)
-    return [f"model-{n:05d}-of-{number:05d}.safetensors" for n in numbers]
-
-
-def _write_index(files: dict[str, str], size: int, folder: Path) -> None:
-    if len(set(files.values())) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": files}
-        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
-
-
 def _write_configs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
 ) -> None:
-    _exported_config(model).save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [hf.class_name(model)]
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # it names code that is not in the folder and was not used
+    config.save_pretrained(folder)
     if model.generation_config is not None:
         # Not by `save_pretrained`, which validates: it would refuse the generation config of many
         # models on the hub, at the end of a run.
@@ -504,11 +425,3 @@ def _write_configs(
             tokenizer.save_pretrained(folder)
         except Exception as error:  # tokenizers has no type of its own for errors of the disk
             raise OSError(one_line(error)) from error
-
-
-def _exported_config(model: PreTrainedModel) -> PreTrainedConfig:
-    config = copy.deepcopy(model.config)
-    config.architectures = [hf.class_name(model)]
-    if hasattr(config, "auto_map"):
-        del config.auto_map  # it names code that is not in the folder and was not used
-    return config

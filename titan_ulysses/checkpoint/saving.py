@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.dcp import Checkpointer
+from titan_ulysses.checkpoint.storage import errors_of_all_ranks
 from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 
 _UNSAVED_GROUP_KEYS = {"params", "foreach", "fused", "capturable", "differentiable"}
@@ -80,8 +81,12 @@ def load_checkpoint(
     """
     folder = Path(folder)
     checkpointer = _Checkpoints(folder, keep=0)
-    steps = _steps_on_rank_0(checkpointer)
-    if not steps:
+    seen: list[list[int]] = [[]]
+    with errors_of_all_ranks():
+        if dist.get_rank() == 0:
+            seen = [checkpointer.steps()]
+    dist.broadcast_object_list(seen, src=0)
+    if not (steps := seen[0]):
         return {"step": 0}
     step, saved = checkpointer.load_newest(
         steps, model, optimizer, check=partial(_expect_optimizer, optimizer, folder)
@@ -91,23 +96,12 @@ def load_checkpoint(
         for group, values in zip(
             optimizer.param_groups, saved.get("optimizer_groups", []), strict=False
         ):
-            _set(group, values)
+            for key, value in values.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     return saved.get("loop", {"step": step})
-
-
-def _steps_on_rank_0(checkpointer: Checkpointer) -> list[int]:
-    """Return the steps that rank 0 sees. Raise its error, on every rank. Collective."""
-    steps, problem = [], None
-    if dist.get_rank() == 0:
-        try:
-            steps = checkpointer.steps()
-        except UserError as error:
-            problem = str(error)
-    if problem := first_failure(problem):
-        raise UserError(problem)
-    seen = [steps]
-    dist.broadcast_object_list(seen, src=0)
-    return seen[0]
 
 
 def _expect_optimizer(
@@ -157,19 +151,11 @@ def _groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
     Settings that are tensors become numbers.
     """
-
-    def number(value: Any) -> Any:
-        return value.item() if isinstance(value, Tensor) else value
-
     return [
-        {key: number(value) for key, value in group.items() if key not in _UNSAVED_GROUP_KEYS}
+        {
+            key: value.item() if isinstance(value, Tensor) else value
+            for key, value in group.items()
+            if key not in _UNSAVED_GROUP_KEYS
+        }
         for group in optimizer.param_groups
     ]
-
-
-def _set(group: dict[str, Any], values: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(group.get(key), Tensor):
-            group[key].fill_(value)
-        else:
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value

@@ -1,4 +1,4 @@
-"""The kinds of values of settings, and the base class of all sections of `schema.py`."""
+"""The kinds of values of settings, their rules, and the base class of all sections."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import sysconfig
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
 
@@ -37,6 +39,19 @@ def _possible_names(path: str) -> str:
     if any(len(name.encode(errors="replace")) > 255 for name in path.split("/")):
         raise ValueError("a file or folder must have a name of at most 255 bytes")
     return path
+
+
+def below(folder: str) -> AfterValidator:
+    """Return a check of a path: it stays in the folder that it begins in, on any system."""
+
+    def check(name: str) -> str:
+        parts = name.replace("\\", "/").split("/")
+        is_drive = len(parts[0]) == 2 and parts[0].endswith(":")
+        if is_drive or {"", ".", ".."} & {part.strip() for part in parts}:
+            raise ValueError(f"needs a relative path below {folder}, without '.' and '..'")
+        return name
+
+    return AfterValidator(check)
 
 
 def _printable(name: str) -> str:
@@ -78,6 +93,53 @@ class Switch:
         return switched.get(str(value).lower(), value)
 
 
+class Needs:
+    """A rule of a setting: what another setting must be where this one is not at its default.
+
+    It stands in the field of that setting (see `setting`). `other` is a "section.key", or a key of
+    the same table. values are what it may be; without any, it must not be at its default. text is
+    the message for the user, in which `{this}` and `{other}` are the settings with their values
+    (see `rules.broken_rules`). of: the values of this setting to which the rule applies, instead of
+    all but its default. where: a condition on the table of this setting.
+    """
+
+    def __init__(
+        self,
+        other: str,
+        *values: Any,
+        text: str,
+        of: tuple[Any, ...] | None = None,
+        where: Callable[[Any], bool] = lambda table: True,
+    ):
+        self.other, self.values, self.text, self.of, self.where = other, values, text, of, where
+
+    def allows(self, value: Any, default: Any) -> bool:
+        """Return whether the other setting, which has this default, may have this value."""
+        return value in self.values if self.values else value != default
+
+
+class Excludes(Needs):
+    """The same with values that the other setting must not have; none: all but its default."""
+
+    def allows(self, value: Any, default: Any) -> bool:
+        return not super().allows(value, default)
+
+
+_RULES = "rules"
+
+
+def setting(default: Any, *rules: Needs, **bounds: Any) -> Any:
+    """Return the field of a setting, with its rules; bounds are keywords of pydantic's `Field`."""
+    extra: Any = {_RULES: rules}  # pydantic's type allows only what JSON has; we write no schema
+    return Field(default, json_schema_extra=extra, **bounds)
+
+
+def rules_of(field: FieldInfo) -> tuple[Needs, ...]:
+    """Return the rules of a setting, in their order."""
+    extra: Any = field.json_schema_extra
+    return extra[_RULES] if extra else ()
+
+
 def _positive_or_derived(value: int) -> int:
     if value < 1 and value != -1:
         raise ValueError('must be at least 1, or "auto" (-1) to derive it')
@@ -114,6 +176,7 @@ RENAMED_CORES = {"blockwise": "sdpa"}
 Core = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path), AfterValidator(_possible_names)]
 FolderName = Annotated[str, AfterValidator(_possible_names), AfterValidator(_printable)]
+FolderOfRun = Annotated[FolderName, below("the run's folder")]
 Tile = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "all": -1})]
 Chunk = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "off": -1})]
 PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
@@ -148,12 +211,21 @@ class Section(BaseModel):
     """Base class of all sections.
 
     Unknown keys are refused, and values cannot change once they are read. inf and nan are refused
-    unless a field allows them.
+    unless a field allows them. The docstring of a field is its description in `--help`.
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
 
     @field_validator("*", mode="before")
     @classmethod

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.fields import expand_path
+from titan_ulysses.config.rules import problems_of
 from titan_ulysses.config.schema import KEYS, SECTIONS, Config, in_words, words_of
 from titan_ulysses.config.toml import excess, show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
@@ -48,9 +48,8 @@ def config_of(settings: dict[str, Any], overrides: Iterable[tuple[str, Any]] = (
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors(include_url=False)]
-        raise UserError("\n".join(lines), exit_code=2) from None
-    if problems := combination_problems(config):
+        raise UserError("\n".join(explained(error)), exit_code=2) from None
+    if problems := problems_of(config):
         raise UserError("\n".join(problems), exit_code=2)
     return config
 
@@ -159,8 +158,12 @@ _TYPES = {
 }
 
 
+def explained(error: ValidationError) -> list[str]:
+    """Return pydantic's errors as lines for the user: setting, value, what it needs."""
+    return [_explain(one) for one in error.errors(include_url=False)]
+
+
 def _explain(error: Any) -> str:
-    """Return one of pydantic's errors as a line for the user: setting, value, what it needs."""
     location, kind, context = error["loc"], error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         return _explain_unknown(location, error["input"])

@@ -1,8 +1,9 @@
 """The settings of a run: the TOML schema, with one class for each section.
 
-`fields.py` has the kinds of their values. `load.py` reads and writes the TOML. `combinations.py`
-and `validate.py` check settings against each other, the machine and the model. Nothing here imports
-torch or transformers, so that `--help` answers at once.
+`fields.py` has the kinds of their values. What a setting needs of others, or excludes, stands
+beside it: `rules.py` checks that, and `validate.py` checks the settings against the machine and the
+model. `load.py` reads and writes the TOML. Nothing here imports torch or transformers, so that
+`--help` answers at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from titan_ulysses.config.fields import (
     Chunk,
     Core,
     Dtype,
+    Excludes,
     FolderName,
+    FolderOfRun,
+    Needs,
     PathText,
     PositiveOrDerived,
     SecondsOrDerived,
@@ -27,59 +31,137 @@ from titan_ulysses.config.fields import (
     Switch,
     Tile,
     Words,
+    below,
     finite,
+    setting,
+)
+
+_BLOCK_INPUTS = (
+    "{this} keeps only the inputs of layers, and {other} keeps everything: set {other_name} = "
+    '"full", or {name} = "off"'
+)
+_CHUNKS = (
+    '{this} needs layers that compute chunk by chunk: set memory.stream_chunk_tokens = "auto" and '
+    'activation_checkpoint.mode = "full", or {name} = "none"'
+)
+_INCOMPLETE = "{name} is set and {other_name} is not: a prompt needs its completion"
+_OF_MUON = (
+    "{this} with {other}: Muon is for the hidden matrices of the model, in fp32. Set {name} = "
+    '"adamw", or {other_name} to its default, {other_default}'
+)
+_PACKED = (
+    '{this}: only data.packing = "concat" with data.long_documents = "split" can pack what is not '
+    "known yet; set both, or streaming = false"
+)
+_PAIRS = (
+    "{other} with {this}: DPO, and nothing else, is trained on pairs of completions. Set both "
+    'loss.name = "dpo" and {name} = "preference", or neither'
+)
+_UNREAD_TEACHER = (
+    "{this} with {other}: nothing would read it. Set it to 0, or set loss.name = "
+    '"distillation" without loss.teacher'
 )
 
 
+def _read_from(*kinds: str) -> Needs:
+    """Return the rule of a key that only some kinds of source have."""
+    *others, last = kinds
+    readers = f"{', '.join(others)} and {last}" if others else last
+    return Needs(
+        "source",
+        *kinds,
+        text=f"{{this}} with {{other}}: it is read from {readers} alone. Set {{other_name}}, or "
+        "leave {name} out",
+    )
+
+
+def _read_by(loss: str) -> Needs:
+    """Return the rule of a key that only one loss has."""
+    return Needs(
+        "name",
+        loss,
+        text=f'{{this}} with {{other}}: only "{loss}" reads it. Set {{other_name}} = "{loss}", or '
+        "{name} to its default, {default}",
+    )
+
+
+_VALIDATIONS = "{this} needs validations: set {other_name} = true"
+_WITH_ADAPTERS = Needs(
+    "rank",
+    text="{this} with {other}: there are no adapters. Set {other_name}, or {name} to its default, "
+    "{default}",
+)
+_WITHOUT_SETS = Excludes(
+    "sets", text='{this} and [[validation.sets]] are both set: clear one, with {name} = ""'
+)
+_FROM_FILES = _read_from("text", "jsonl", "chat", "preference", "tokens")
+_FROM_A_DATA_SET = _read_from("hf", "chat", "preference", "tokens")
+
+
 class Job(Section):
-    name: FolderName = Field(
-        "run", min_length=1, description="Name of the run; its files go to <dump_folder>/<name>/."
-    )
-    dump_folder: PathText = Field(
-        "./outputs", min_length=1, description="Folder that holds the folders of all runs."
-    )
+    name: Annotated[FolderName, below("job.dump_folder")] = Field("run", min_length=1)
+    """Name of the run; its files go to <dump_folder>/<name>/."""
+    dump_folder: PathText = Field("./outputs", min_length=1)
+    """Folder that holds the folders of all runs."""
 
 
 class Model(Section):
-    path: PathText = Field(
+    path: PathText = setting(
         "",
-        description="Pretrained model: a folder or a name on the Hugging Face hub. Set either "
-        "this or [model.config].",
+        Excludes(
+            "config",
+            text='{this} and [model.config] are both set: clear one, with {name} = "" or '
+            "--model.config {{}}",
+        ),
+        Needs(
+            "config",
+            of=("",),
+            text="{name} is empty and there is no [model.config]: set one of them",
+        ),
     )
-    config: dict[str, Any] | None = Field(
-        None,
-        description="A transformers config, with its model_type, for a model that starts with "
-        "random weights. Set either this or model.path.",
-    )
-    tokenizer: PathText = Field(
-        "",
-        description='A folder, a name on the Hugging Face hub, or "bytes" (one token per byte). '
-        "Empty: the tokenizer in model.path.",
-    )
-    attention: Core = Field(
-        "auto",
-        description="Core attention: auto, varlen, flash, flex or sdpa, or your own as "
-        "package.module:function. auto: the fastest one that can run this model on this machine.",
-    )
-    rope_scaling: dict[str, Any] | None = Field(
-        None,
-        description="RoPE for sequences longer than the model was trained on. A table with "
-        "rope_type (linear, dynamic, yarn, longrope or llama3), factor, and the other keys of "
-        "that type in transformers. Unset: the model's own RoPE.",
-    )
-    resize_embeddings: int = Field(
+    """Pretrained model: a folder or a name on the Hugging Face hub. Set either this or
+    [model.config].
+    """
+    config: dict[str, Any] | None = None
+    """A transformers config, with its model_type, for a model that starts with random weights. Set
+    either this or model.path.
+    """
+    tokenizer: PathText = ""
+    """A folder, a name on the Hugging Face hub, or "bytes" (one token per byte). Empty: the
+    tokenizer in model.path.
+    """
+    attention: Core = "auto"
+    """Core attention: auto, varlen, flash, flex or sdpa, or your own as package.module:function.
+    auto: the fastest one that can run this model on this machine.
+    """
+    rope_scaling: dict[str, Any] | None = None
+    """RoPE for sequences longer than the model was trained on. A table with rope_type (linear,
+    dynamic, yarn, longrope or llama3), factor, and the other keys of that type in transformers.
+    Unset: the model's own RoPE.
+    """
+    resize_embeddings: int = setting(
         0,
+        Excludes(
+            "lora.rank",
+            text="{other} and {this} are both set: LoRA would leave the rows of new tokens as they "
+            "begin. Set one of them to 0",
+        ),
         ge=0,
         le=2**20,
-        description="Enlarge embedding and head to the tokenizer's number of tokens, rounded up "
-        "to a multiple of this value. 0: do not enlarge; a tokenizer with too many tokens is "
-        "refused.",
     )
-    freeze: list[str] = Field(
+    """Enlarge embedding and head to the tokenizer's number of tokens, rounded up to a multiple of
+    this value. 0: do not enlarge; a tokenizer with too many tokens is refused.
+    """
+    freeze: list[str] = setting(
         [],
-        description="Parameters that are not trained, as patterns of their names, such as "
-        '"model.embed_tokens.*".',
+        Excludes(
+            "lora.rank",
+            text="{other} and {this} are both set: with LoRA all of the model is frozen. Clear "
+            "one, with lora.rank = 0 or {name} = []",
+        ),
     )
+    """Parameters that are not trained, as patterns of their names, such as "model.embed_tokens.*".
+    """
 
     @field_validator("config")
     @classmethod
@@ -95,127 +177,166 @@ class Model(Section):
 
 
 class LoRA(Section):
-    rank: int = Field(
-        0,
-        ge=0,
-        le=2**16,
-        description="Rank of LoRA adapters. Only the adapters are trained; the model itself is "
-        "frozen. 0: no adapters.",
-    )
-    alpha: float = Field(
-        16.0,
-        gt=0,
-        le=1e6,
-        description="Scale of the adapters: their output is multiplied by alpha / rank.",
-    )
-    dropout: float = Field(
+    rank: int = Field(0, ge=0, le=2**16)
+    """Rank of LoRA adapters. Only the adapters are trained; the model itself is frozen. 0: no
+    adapters.
+    """
+    alpha: float = setting(16.0, _WITH_ADAPTERS, gt=0, le=1e6)
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    dropout: float = setting(
         0.0,
+        _WITH_ADAPTERS,
+        Excludes(
+            "compile.enable",
+            text="{this} with {other}: compiled code would drop other inputs when it computes "
+            "again in backward. Set {name} = 0, or {other_name} = false",
+        ),
         ge=0,
         lt=1,
-        description="Probability of dropout on the inputs of the adapters during training.",
     )
-    target_modules: list[str] = Field(
-        [],
-        description='Linear layers that get an adapter: names ("q_proj") or patterns '
-        '("layers.1?.mlp.*"). Empty: all except the head.',
-    )
-    quantize_base: Literal["none", "nf4"] = Field(
+    """Probability of dropout on the inputs of the adapters during training."""
+    target_modules: list[str] = setting([], _WITH_ADAPTERS)
+    """Linear layers that get an adapter: names ("q_proj") or patterns ("layers.1?.mlp.*"). Empty:
+    all except the head.
+    """
+    quantize_base: Literal["none", "nf4"] = setting(
         "none",
-        description="QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head and "
-        "routers stay in training.param_dtype, and so do rows that are no multiple of 64 numbers.",
+        _WITH_ADAPTERS,
+        Excludes(
+            "quantize.float8",
+            text="{this} and {other} are both set: a frozen weight is stored in 4 bits, or "
+            'multiplied in 8. Set one to "none" or false',
+        ),
     )
+    """QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head and routers stay in
+    training.param_dtype, and so do rows that are no multiple of 64 numbers.
+    """
+
+
+def _is_read(source: SourceSettings) -> bool:
+    """Return whether a source is read: [data] is not where [[data.mixture]] is."""
+    return not getattr(source, "mixture", None)
+
+
+_NO_PAIRS = ("text", "jsonl", "hf", "chat", "tokens")
+"""Kinds of sources whose rows are no pairs of completions."""
 
 
 class SourceSettings(Section):
     """The keys of one source of documents: [data] itself, or an entry of [[data.mixture]]."""
 
-    source: Literal["text", "jsonl", "hf", "chat", "tokens", "preference"] = Field(
+    source: Literal["text", "jsonl", "hf", "chat", "tokens", "preference"] = setting(
         "text",
-        description="Kind of data. text: each file is a document. jsonl: each line of JSON "
-        "lines, or row of parquet, is one. hf: each row of a Hugging Face data set is one. chat: "
-        "each row is a conversation with a list of messages. tokens: each row has input_ids, or "
-        "the files are Megatron's .bin and .idx. preference: each row is a prompt with a chosen "
-        "and a rejected completion, as texts or lists of messages.",
+        Needs("loss.name", "dpo", of=("preference",), text=_PAIRS, where=_is_read),
+        Excludes("loss.name", "dpo", of=_NO_PAIRS, text=_PAIRS, where=_is_read),
     )
-    path: PathText = Field(
-        "",
-        description="File, folder, file pattern or name of a data set. ~, $VARS and {stdlib} "
-        "(the folder of Python's standard library) are expanded.",
-    )
-    extensions: list[str] = Field(
-        [],
-        description="Extensions of the files of a folder that are read. Empty: .txt for text; "
-        ".jsonl, .json (also with .gz or .zst) and .parquet for jsonl, chat and preference; "
-        ".jsonl, .parquet, .arrow and .idx for tokens.",
-    )
-    encoding: str = Field(
+    """Kind of data. text: each file is a document. jsonl: each line of JSON lines, or row of
+    parquet, is one. hf: each row of a Hugging Face data set is one. chat: each row is a
+    conversation with a list of messages. tokens: each row has input_ids, or the files are
+    Megatron's .bin and .idx. preference: each row is a prompt with a chosen and a rejected
+    completion, as texts or lists of messages.
+    """
+    path: PathText = ""
+    """File, folder, file pattern or name of a data set. ~, $VARS and {stdlib} (the folder of
+    Python's standard library) are expanded.
+    """
+    extensions: list[str] = setting([], _FROM_FILES)
+    """Extensions of the files of a folder that are read. Empty: .txt for text; .jsonl, .json (also
+    with .gz or .zst) and .parquet for jsonl, chat and preference; .jsonl, .parquet, .arrow and .idx
+    for tokens.
+    """
+    encoding: str = setting(
         "utf-8",
+        Needs(
+            "model.tokenizer",
+            "bytes",
+            of=("bytes",),
+            text='{this} with {other}: raw bytes need {other_name} = "bytes"',
+        ),
+        Needs("source", "text", of=("bytes",), text="{this} with {other}: JSON is text"),
+        _read_from("text", "jsonl", "chat", "preference"),
         min_length=1,
-        description='Text encoding of files. "bytes": read text files as raw bytes, which needs '
-        'model.tokenizer = "bytes".',
     )
-    text_field: str = Field(
-        "text", min_length=1, description="jsonl, hf: name of the field that holds the text."
-    )
-    prompt_field: str = Field(
+    """Text encoding of files. "bytes": read text files as raw bytes, which needs model.tokenizer =
+    "bytes".
+    """
+    text_field: str = setting("text", _read_from("jsonl", "hf"), min_length=1)
+    """jsonl, hf: name of the field that holds the text."""
+    prompt_field: str = setting(
         "",
-        description="jsonl, hf: name of the field with a prompt, which is not trained on unless "
-        "train_on is all. Set it together with completion_field, instead of text_field. "
-        "preference: name of the field with the prompt. Empty: prompt.",
+        Needs(
+            "completion_field",
+            text=_INCOMPLETE,
+            where=lambda source: source.source != "preference",
+        ),
+        _read_from("jsonl", "hf", "preference"),
     )
-    completion_field: str = Field(
+    """jsonl, hf: name of the field with a prompt, which is not trained on unless train_on is all.
+    Set it together with completion_field, instead of text_field. preference: name of the field with
+    the prompt. Empty: prompt.
+    """
+    completion_field: str = setting(
         "",
-        description="jsonl, hf: name of the field with the text that follows the prompt, which "
-        "is trained on.",
+        Needs(
+            "prompt_field",
+            text=_INCOMPLETE,
+            where=lambda source: source.source != "preference",
+        ),
+        _read_from("jsonl", "hf"),
     )
-    chosen_field: str = Field(
-        "chosen",
-        min_length=1,
-        description="preference: name of the field with the completion that is preferred.",
-    )
-    rejected_field: str = Field(
-        "rejected", min_length=1, description="preference: name of the field with the other one."
-    )
-    messages_field: str = Field(
-        "messages", min_length=1, description="chat: name of the field with the list of messages."
-    )
-    tools_field: str = Field(
-        "tools",
-        min_length=1,
-        description="chat: name of the field with the list of tools, which may be missing from a "
-        "row.",
-    )
-    train_on: Literal["assistant", "all"] = Field(
+    """jsonl, hf: name of the field with the text that follows the prompt, which is trained on."""
+    chosen_field: str = setting("chosen", _read_from("preference"), min_length=1)
+    """preference: name of the field with the completion that is preferred."""
+    rejected_field: str = setting("rejected", _read_from("preference"), min_length=1)
+    """preference: name of the field with the other one."""
+    messages_field: str = setting("messages", _read_from("chat"), min_length=1)
+    """chat: name of the field with the list of messages."""
+    tools_field: str = setting("tools", _read_from("chat"), min_length=1)
+    """chat: name of the field with the list of tools, which may be missing from a row."""
+    train_on: Literal["assistant", "all"] = setting(
         "assistant",
-        description="What is trained on in chats, prompts and tokens. assistant: the assistant's "
-        "turns, the completions, and the tokens that have labels. all: every token.",
+        Excludes(
+            "source",
+            "preference",
+            text="{this} with {other}: the loss is of the completions. Set it to {default}",
+        ),
     )
-    teacher_top_k: int = Field(
+    """What is trained on in chats, prompts and tokens. assistant: the assistant's turns, the
+    completions, and the tokens that have labels. all: every token.
+    """
+    teacher_top_k: int = setting(
         0,
+        _read_from("tokens"),
+        Needs("loss.name", "distillation", text=_UNREAD_TEACHER),
+        Excludes("loss.teacher", text=_UNREAD_TEACHER),
+        Excludes(
+            "streaming",
+            text="{this} with {other}: it is read from data that is prepared first. Set streaming "
+            "to false",
+        ),
         ge=0,
         le=10**6,
-        description="tokens: how many of a teacher's log-probabilities each token has, in the "
-        'fields teacher_ids and teacher_log_probs, for loss.name = "distillation". 0: none.',
     )
-    subset: str = Field(
-        "",
-        description="hf, chat, tokens, preference: configuration of the data set. Empty: its "
-        "default one.",
-    )
-    split: str = Field(
-        "train", min_length=1, description="hf, chat, tokens, preference: split of the data set."
-    )
-    streaming: bool = Field(
+    """tokens: how many of a teacher's log-probabilities each token has, in the fields teacher_ids
+    and teacher_log_probs, for loss.name = "distillation". 0: none.
+    """
+    subset: str = setting("", _FROM_A_DATA_SET)
+    """hf, chat, tokens, preference: configuration of the data set. Empty: its default one."""
+    split: str = setting("train", _FROM_A_DATA_SET, min_length=1)
+    """hf, chat, tokens, preference: split of the data set."""
+    streaming: bool = setting(
         False,
-        description="hf, chat, tokens: read and tokenize the data set during training, without "
-        "preparing it first. For data that is too large to prepare.",
+        Needs("source", "hf", "chat", "tokens", text='{this} with {other}: set source = "hf"'),
+        Needs("data.packing", "concat", text=_PACKED),
+        Needs("data.long_documents", "split", text=_PACKED),
     )
-    bad_lines: Literal["stop", "skip"] = Field(
-        "stop",
-        description="What to do with a line or row that is not JSON, lacks its field or is "
-        "refused by the chat template. stop: end the run with a message. skip: leave it out and "
-        "count it.",
-    )
+    """hf, chat, tokens: read and tokenize the data set during training, without preparing it first.
+    For data that is too large to prepare.
+    """
+    bad_lines: Literal["stop", "skip"] = "stop"
+    """What to do with a line or row that is not JSON, lacks its field or is refused by the chat
+    template. stop: end the run with a message. skip: leave it out and count it.
+    """
 
     def changed(self) -> dict[str, Any]:
         """Return the keys of a source that are not at their defaults, with their values."""
@@ -225,354 +346,342 @@ class SourceSettings(Section):
 
 
 class MixtureEntry(SourceSettings):
-    weight: float = Field(
-        1.0,
-        gt=0,
-        le=1e9,
-        description="Share of the sequences that come from this source; all weights are divided "
-        "by their sum.",
-    )
+    weight: float = Field(1.0, gt=0, le=1e9)
+    """Share of the sequences that come from this source; all weights are divided by their sum."""
 
 
 class Data(SourceSettings):
-    mixture: list[MixtureEntry] = Field(
+    mixture: list[MixtureEntry] = setting(
         [],
-        description="Several sources in place of data.path: tables [[data.mixture]], each with "
-        "the keys of a source above and a weight.",
+        Excludes(
+            "path",
+            text='{other} and [[data.mixture]] are both set: clear one, with {other_name} = ""',
+        ),
     )
-    packing: Literal["none", "concat", "best_fit"] = Field(
+    """Several sources in place of data.path: tables [[data.mixture]], each with the keys of a
+    source above and a weight.
+    """
+    packing: Literal["none", "concat", "best_fit"] = setting(
         "concat",
-        description="How documents fill sequences. concat: end to end. best_fit: whole "
-        "documents, then padding. none: one document in each sequence, then padding.",
+        Excludes(
+            "loss.name",
+            "dpo",
+            of=("concat",),
+            text="{other} with {this}: it would cut pairs of completions. Set {name} = "
+            '"best_fit", or "none" for one pair in a sequence',
+        ),
     )
-    long_documents: Literal["split", "drop"] = Field(
-        "split",
-        description="Documents longer than training.seq_len. split: continue in another "
-        "sequence. drop: leave the document out.",
-    )
-    cache_folder: PathText = Field(
-        "",
-        description="Folder that keeps large tokenized data for the next start. Empty: "
-        "~/.cache/titan_ulysses.",
-    )
+    """How documents fill sequences. concat: end to end. best_fit: whole documents, then padding.
+    none: one document in each sequence, then padding.
+    """
+    long_documents: Literal["split", "drop"] = "split"
+    """Documents longer than training.seq_len. split: continue in another sequence. drop: leave the
+    document out.
+    """
+    cache_folder: PathText = ""
+    """Folder that keeps large tokenized data for the next start. Empty: ~/.cache/titan_ulysses."""
 
 
 class Training(Section):
-    seq_len: int = Field(
-        2048,
-        ge=1,
-        le=2**31 - 1,
-        description="Tokens in a sequence, over all the sequence-parallel ranks that share it.",
+    seq_len: int = Field(2048, ge=1, le=2**31 - 1)
+    """Tokens in a sequence, over all the sequence-parallel ranks that share it."""
+    local_batch_size: int = Field(1, ge=1, le=2**20)
+    """Sequences in one forward of a data-parallel rank (or of a group of sequence-parallel ranks).
+    """
+    global_batch_size: PositiveOrDerived = -1
+    """Sequences in one optimizer step. auto (-1): local_batch_size x data-parallel degree. A larger
+    multiple of that accumulates gradients.
+    """
+    steps: int = Field(1000, ge=1, le=10**9)
+    """Number of optimizer steps. Raise it to continue a finished run."""
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    """Seed of the initial weights and of the order of the data."""
+    max_norm: float = Field(1.0, ge=0, allow_inf_nan=True)
+    """Clip the gradients to this norm. 0: no clipping."""
+    param_dtype: Dtype = "bfloat16"
+    """Dtype of parameters and activations in forward and backward."""
+    reduce_dtype: Dtype = setting(
+        "float32",
+        Excludes(
+            "param_dtype",
+            "float64",
+            of=("float32", "bfloat16"),
+            text='{this} would round the gradients of {other}: set {name} = "float64"',
+        ),
     )
-    local_batch_size: int = Field(
-        1,
-        ge=1,
-        le=2**20,
-        description="Sequences in one forward of a data-parallel rank (or of a group of "
-        "sequence-parallel ranks).",
-    )
-    global_batch_size: PositiveOrDerived = Field(
-        -1,
-        description="Sequences in one optimizer step. auto (-1): local_batch_size x data-parallel "
-        "degree. A larger multiple of that accumulates gradients.",
-    )
-    steps: int = Field(
-        1000,
-        ge=1,
-        le=10**9,
-        description="Number of optimizer steps. Raise it to continue a finished run.",
-    )
-    seed: int = Field(
-        0,
-        ge=0,
-        le=2**63 - 1,
-        description="Seed of the initial weights and of the order of the data.",
-    )
-    max_norm: float = Field(
-        1.0,
-        ge=0,
-        allow_inf_nan=True,
-        description="Clip the gradients to this norm. 0: no clipping.",
-    )
-    param_dtype: Dtype = Field(
-        "bfloat16", description="Dtype of parameters and activations in forward and backward."
-    )
-    reduce_dtype: Dtype = Field(
-        "float32", description="Dtype in which gradients are summed over the ranks."
-    )
-    z_loss: float = Field(
+    """Dtype in which gradients are summed over the ranks."""
+    z_loss: float = setting(
         0.0,
+        Needs(
+            "loss.name",
+            "cross_entropy",
+            text="{this} with {other}: it belongs to the cross-entropy. Set it to {default}",
+        ),
         ge=0,
         le=1e3,
-        description="Weight of an additional loss for each token: the square of the logits' "
-        "log-normalizer, which keeps it near 0. 0: off.",
     )
-    skip_nonfinite: int = Field(
-        0,
-        ge=0,
-        le=10**9,
-        description="Steps of the run that may be skipped because their loss or gradient norm is "
-        "not finite: they change neither parameters nor optimizer. One more ends the run. 0: the "
-        "first one does.",
-    )
-    deterministic: bool = Field(
-        False,
-        description="Use only deterministic algorithms: slower, and with more memory for attention "
-        "on a GPU, but a repeated run gives the same bits.",
-    )
+    """Weight of an additional loss for each token: the square of the logits' log-normalizer, which
+    keeps it near 0. 0: off.
+    """
+    skip_nonfinite: int = Field(0, ge=0, le=10**9)
+    """Steps of the run that may be skipped because their loss or gradient norm is not finite: they
+    change neither parameters nor optimizer. One more ends the run. 0: the first one does.
+    """
+    deterministic: bool = False
+    """Use only deterministic algorithms: slower, and with more memory for attention on a GPU, but a
+    repeated run gives the same bits.
+    """
 
 
 class Loss(Section):
-    name: Literal["cross_entropy", "dpo", "distillation"] = Field(
-        "cross_entropy",
-        description="cross_entropy: of the next token. dpo: of pairs of completions (sigmoid DPO), "
-        'read by data.source = "preference". distillation: the KL divergence from a teacher.',
-    )
-    beta: float = Field(
-        0.1, gt=0, le=1e3, description="dpo: how closely the model stays with the reference."
-    )
-    reference: PathText = Field(
-        "",
-        description="dpo: folder or hub name of the frozen reference model. Empty: the weights "
-        "that the run begins with, which with LoRA are the model without its adapters.",
-    )
-    precompute_reference: bool = Field(
-        False,
-        description="dpo: compute the log-probabilities of the reference once, before the first "
-        "step, for all pairs. The steps then hold no reference model.",
-    )
-    teacher: PathText = Field(
-        "",
-        description="distillation: folder or hub name of the teacher, of the same vocabulary. "
-        "Empty: its log-probabilities come with the data (data.teacher_top_k).",
-    )
-    temperature: float = Field(
-        1.0, gt=0, le=1e3, description="distillation: temperature of both distributions."
-    )
-    teacher_share: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="distillation: share of the divergence in the loss. The rest is cross-entropy.",
-    )
+    name: Literal["cross_entropy", "dpo", "distillation"] = "cross_entropy"
+    """cross_entropy: of the next token. dpo: of pairs of completions (sigmoid DPO), read by
+    data.source = "preference". distillation: the KL divergence from a teacher.
+    """
+    beta: float = setting(0.1, _read_by("dpo"), gt=0, le=1e3)
+    """dpo: how closely the model stays with the reference."""
+    reference: PathText = setting("", _read_by("dpo"))
+    """dpo: folder or hub name of the frozen reference model. Empty: the weights that the run begins
+    with, which with LoRA are the model without its adapters.
+    """
+    precompute_reference: bool = setting(False, _read_by("dpo"))
+    """dpo: compute the log-probabilities of the reference once, before the first step, for all
+    pairs. The steps then hold no reference model.
+    """
+    teacher: PathText = setting("", _read_by("distillation"))
+    """distillation: folder or hub name of the teacher, of the same vocabulary. Empty: its
+    log-probabilities come with the data (data.teacher_top_k).
+    """
+    temperature: float = setting(1.0, _read_by("distillation"), gt=0, le=1e3)
+    """distillation: temperature of both distributions."""
+    teacher_share: float = setting(1.0, _read_by("distillation"), gt=0, le=1)
+    """distillation: share of the divergence in the loss. The rest is cross-entropy."""
 
 
 class Parallelism(Section):
-    data_parallel_replicate_degree: PositiveOrDerived = Field(
-        1,
-        description="Number of replicas of the sharded model (HSDP). auto (-1): derived from the "
-        "number of ranks; only one degree may be auto.",
-    )
-    data_parallel_shard_degree: PositiveOrDerived = Field(
-        -1,
-        description="Data-parallel ranks that shard the parameters (FSDP2); they are sharded "
-        "over the sequence-parallel ranks too. auto (-1): derived from the number of ranks.",
-    )
-    sequence_parallel_degree: PositiveOrDerived = Field(
-        1,
-        description="Ranks that share each sequence (Ulysses). Raise it for longer sequences, up "
-        "to the GPUs of a node. auto (-1): derived from the number of ranks.",
-    )
+    data_parallel_replicate_degree: PositiveOrDerived = 1
+    """Number of replicas of the sharded model (HSDP). auto (-1): derived from the number of ranks;
+    only one degree may be auto.
+    """
+    data_parallel_shard_degree: PositiveOrDerived = -1
+    """Data-parallel ranks that shard the parameters (FSDP2); they are sharded over the
+    sequence-parallel ranks too. auto (-1): derived from the number of ranks.
+    """
+    sequence_parallel_degree: PositiveOrDerived = 1
+    """Ranks that share each sequence (Ulysses). Raise it for longer sequences, up to the GPUs of a
+    node. auto (-1): derived from the number of ranks.
+    """
 
 
 class Comm(Section):
-    timeout_s: SecondsOrDerived = Field(
-        -1,
-        le=1e7,
-        description="Seconds after which a rank that waits for another one gives up and ends, once "
-        "the first step is done. It must be longer than a checkpoint takes to be written. auto "
-        "(-1): 600, or four times the planned step on a GPU, where that is longer.",
-    )
-    startup_timeout_s: float = Field(
-        1800.0,
-        ge=LEAST_TIMEOUT,
-        le=1e7,
-        description="The same until the first step is done: while the ranks meet, load and "
-        "compile.",
-    )
+    timeout_s: SecondsOrDerived = Field(-1, le=1e7)
+    """Seconds after which a rank that waits for another one gives up and ends, once the first step
+    is done. It must be longer than a checkpoint takes to be written. auto (-1): 600, or four times
+    the planned step on a GPU, where that is longer.
+    """
+    startup_timeout_s: float = Field(1800.0, ge=LEAST_TIMEOUT, le=1e7)
+    """The same until the first step is done: while the ranks meet, load and compile."""
 
 
 class ActivationCheckpoint(Section):
-    mode: Literal["none", "full"] = Field(
-        "full",
-        description="full: keep only the inputs of blocks, and compute the rest again in "
-        "backward. none: keep all activations, which is faster and takes much more memory.",
-    )
-    every: int = Field(
-        1,
-        ge=1,
-        le=10**6,
-        description="Blocks that share one checkpoint: only the input of the first one is kept. "
-        "More blocks need less memory for inputs, but more during recomputation.",
-    )
-    offload: Literal["none", "host", "disk"] = Field(
+    mode: Literal["none", "full"] = "full"
+    """full: keep only the inputs of blocks, and compute the rest again in backward. none: keep all
+    activations, which is faster and takes much more memory.
+    """
+    every: int = Field(1, ge=1, le=10**6)
+    """Blocks that share one checkpoint: only the input of the first one is kept. More blocks need
+    less memory for inputs, but more during recomputation.
+    """
+    offload: Literal["none", "host", "disk"] = setting(
         "none",
-        description="Where the kept inputs wait for backward. none: on the device. host: in host "
-        "memory. disk: in files.",
+        Needs(
+            "mode",
+            "full",
+            text='{this} moves checkpoints, and {other} makes none: set {other_name} = "full"',
+        ),
     )
-    keep_attention: Literal["none", "auto", "all"] = Field(
+    """Where the kept inputs wait for backward. none: on the device. host: in host memory. disk: in
+    files.
+    """
+    keep_attention: Literal["none", "auto", "all"] = setting(
         "none",
-        description="Keep the outputs of attention too, where the inputs are kept, so that "
-        "attention is not computed again in backward. all: of all layers. auto: as many as there "
-        'is room for beside offload = "host" or "disk". Needs memory.stream_chunk_tokens.',
+        Excludes(
+            "memory.stream_chunk_tokens",
+            -1,
+            text='{this} keeps what layers compute chunk by chunk: set {other_name} = "auto", or '
+            '{name} = "none"',
+        ),
     )
-    offload_folder: PathText = Field(
-        "",
-        description='Folder of the files of offload = "disk". Empty: the system\'s temporary '
-        "folder.",
-    )
+    """Keep the outputs of attention too, where the inputs are kept, so that attention is not
+    computed again in backward. all: of all layers. auto: as many as there is room for beside
+    offload = "host" or "disk". Needs memory.stream_chunk_tokens.
+    """
+    offload_folder: PathText = ""
+    """Folder of the files of offload = "disk". Empty: the system's temporary folder."""
 
 
 class Memory(Section):
-    loss_tile_tokens: Tile = Field(
+    loss_tile_tokens: Tile = 0
+    """Tokens in one tile of the loss head. auto (0): as many as make 1 GiB of fp32 logits on a GPU,
+    64 MiB on a CPU. all (-1): all tokens at once.
+    """
+    mlp_tile_tokens: Tile = 0
+    """Tokens in one tile of the MLPs and norms. auto (0): with activation checkpointing, as many as
+    make 512 MiB inside an MLP on a GPU, or on a CPU the model's width, at least 1,024; not tiled
+    without it. all (-1): not tiled.
+    """
+    stream_chunk_tokens: Chunk = setting(
         0,
-        description="Tokens in one tile of the loss head. auto (0): as many as make 1 GiB of fp32 "
-        "logits on a GPU, 64 MiB on a CPU. all (-1): all tokens at once.",
+        Needs(
+            "activation_checkpoint.mode",
+            "full",
+            text=_BLOCK_INPUTS,
+            where=lambda memory: memory.stream_chunk_tokens > 0,
+        ),
     )
-    mlp_tile_tokens: Tile = Field(
-        0,
-        description="Tokens in one tile of the MLPs and norms. auto (0): with activation "
-        "checkpointing, as many as make 512 MiB inside an MLP on a GPU, or on a CPU the model's "
-        "width, at least 1,024; not tiled without it. all (-1): not tiled.",
-    )
-    stream_chunk_tokens: Chunk = Field(
-        0,
-        description="Tokens of the whole sequence in one chunk; layers compute one chunk after the "
-        "other, so that the memory that a layer needs does not grow with the sequence. auto (0): "
-        "4,096 tokens a rank, and off for shorter sequences and where it is not possible. off "
-        "(-1): the whole sequence at once.",
-    )
-    stream_offload: Literal["none", "host", "disk"] = Field(
+    """Tokens of the whole sequence in one chunk; layers compute one chunk after the other, so that
+    the memory that a layer needs does not grow with the sequence. auto (0): 4,096 tokens a rank,
+    and off for shorter sequences and where it is not possible. off (-1): the whole sequence at
+    once.
+    """
+    stream_offload: Literal["none", "host", "disk"] = setting(
         "none",
-        description="Where the hidden states of a sequence are while layers compute its chunks. "
-        "none: on the device. host: in host memory. disk: in files, in "
-        "activation_checkpoint.offload_folder. Needs memory.stream_chunk_tokens.",
+        Excludes("stream_chunk_tokens", -1, text=_CHUNKS),
+        Needs("activation_checkpoint.mode", "full", text=_CHUNKS),
+        Needs(
+            "loss.name",
+            "cross_entropy",
+            text="{this} with {other}: this loss needs the hidden states on the device in "
+            "backward. Set it to {default}",
+        ),
     )
-    parameter_offload: bool = Field(
-        False,
-        description="Keep parameters, gradients and optimizer state in host memory; the "
-        "optimizer steps there. For models that do not fit on the GPUs; slower.",
-    )
-    optimizer_offload: bool = Field(
-        False,
-        description="Keep the optimizer state in host memory, and copy it to the device for one "
-        "parameter at a time. Slower.",
-    )
+    """Where the hidden states of a sequence are while layers compute its chunks. none: on the
+    device. host: in host memory. disk: in files, in activation_checkpoint.offload_folder. Needs
+    memory.stream_chunk_tokens.
+    """
+    parameter_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory; the optimizer steps there. For
+    models that do not fit on the GPUs; slower.
+    """
+    optimizer_offload: bool = False
+    """Keep the optimizer state in host memory, and copy it to the device for one parameter at a
+    time. Slower.
+    """
 
 
 class Compile(Section):
-    enable: bool = Field(
-        False,
-        description="Compile the MLP and the norms of each block with torch.compile. The first "
-        "step takes longer.",
-    )
+    enable: bool = False
+    """Compile the MLP and the norms of each block with torch.compile. The first step takes longer.
+    """
 
 
 class Quantize(Section):
-    float8: bool = Field(
+    float8: bool = setting(
         False,
-        description="Multiply in float8 in the linear layers of the blocks (torchao). Needs a "
-        "GPU of compute capability 8.9 or higher.",
+        Needs(
+            "training.param_dtype",
+            "bfloat16",
+            text='{this} needs {other_name} = "bfloat16", which is {other_value}: set one or the '
+            "other",
+        ),
     )
+    """Multiply in float8 in the linear layers of the blocks (torchao). Needs a GPU of compute
+    capability 8.9 or higher.
+    """
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adamw8bit", "adamw4bit", "muon"] = Field(
+    name: Literal["adamw", "adamw8bit", "adamw4bit", "muon"] = setting(
         "adamw",
-        description="adamw: AdamW with its two moments in fp32. adamw8bit, adamw4bit: the "
-        "moments are quantized to 8 or 4 bits (torchao). muon: Muon for hidden matrices, and AdamW "
-        "for embeddings, head, norms and all else.",
+        Excludes("lora.rank", of=("muon",), text=_OF_MUON),
+        Excludes("stochastic_rounding", of=("muon",), text=_OF_MUON),
+        Excludes(
+            "training.param_dtype",
+            "float64",
+            of=("adamw8bit", "adamw4bit"),
+            text='{this} computes in fp32, but {other}: set {name} = "adamw"',
+        ),
     )
-    lr: float = Field(
-        3e-4,
-        ge=0,
-        le=1e40,
-        description="Peak learning rate. muon scales its updates so that it is that of AdamW.",
-    )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Decay rates of the two moments.")
-    eps: float = Field(
-        1e-8, gt=0, le=1.0, description="Number added to the denominator of the update."
-    )
-    weight_decay: float = Field(
-        0.1, ge=0, le=1e3, description="Decoupled weight decay, as in AdamW."
-    )
-    stochastic_rounding: bool = Field(
+    """adamw: AdamW with its two moments in fp32. adamw8bit, adamw4bit: the moments are quantized to
+    8 or 4 bits (torchao). muon: Muon for hidden matrices, and AdamW for embeddings, head, norms and
+    all else.
+    """
+    lr: float = Field(3e-4, ge=0, le=1e40)
+    """Peak learning rate. muon scales its updates so that it is that of AdamW."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = Field(1e-8, gt=0, le=1.0)
+    """Number added to the denominator of the update."""
+    weight_decay: float = Field(0.1, ge=0, le=1e3)
+    """Decoupled weight decay, as in AdamW."""
+    stochastic_rounding: bool = setting(
         False,
-        description="Store parameters in bfloat16, rounded stochastically after each step, "
-        "without fp32 master weights. Saves memory.",
+        Needs(
+            "training.param_dtype",
+            "bfloat16",
+            text="{this} rounds to bfloat16, but {other}: set one to false or the other to "
+            '"bfloat16"',
+        ),
     )
+    """Store parameters in bfloat16, rounded stochastically after each step, without fp32 master
+    weights. Saves memory.
+    """
 
 
 class LRScheduler(Section):
-    warmup_steps: int = Field(
-        0, ge=0, le=10**9, description="Steps of linear warmup, before the decay."
-    )
-    decay_type: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="Shape of the learning rate after the warmup."
-    )
-    min_lr_ratio: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="Learning rate at the end of the decay, as a fraction of optimizer.lr.",
-    )
+    warmup_steps: int = Field(0, ge=0, le=10**9)
+    """Steps of linear warmup, before the decay."""
+    decay_type: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after the warmup."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end of the decay, as a fraction of optimizer.lr."""
 
 
 class Checkpoint(Section):
-    enable: bool = Field(
-        True,
-        description="Save checkpoints, and resume from the newest one when the run is started "
-        "again.",
-    )
-    interval: int = Field(500, ge=1, le=10**9, description="Steps between checkpoints.")
-    async_mode: Literal["disabled", "async"] = Field(
-        "disabled",
-        description="async: a checkpoint is copied to host memory, and written while the next "
-        "steps run. One is in flight at most; the last one is finished before the run ends. It "
-        "takes host memory for the copy.",
-    )
-    keep_latest_k: int = Field(
-        2,
-        ge=0,
-        le=10**6,
-        description="Number of newest checkpoints to keep; older ones are deleted. 0: keep all.",
-    )
-    keep_best: bool = Field(
+    enable: bool = True
+    """Save checkpoints, and resume from the newest one when the run is started again."""
+    interval: int = Field(500, ge=1, le=10**9)
+    """Steps between checkpoints."""
+    async_mode: Literal["disabled", "async"] = "disabled"
+    """async: a checkpoint is copied to host memory, and written while the next steps run. One is in
+    flight at most; the last one is finished before the run ends. It takes host memory for the copy.
+    """
+    keep_latest_k: int = Field(2, ge=0, le=10**6)
+    """Number of newest checkpoints to keep; older ones are deleted. 0: keep all."""
+    keep_best: bool = setting(
         False,
-        description="Also save and keep the checkpoint with the best validation.metric, and "
-        "export that one at the end.",
+        Needs("validation.enable", True, text=_VALIDATIONS),
+        Needs(
+            "enable",
+            True,
+            text="{this} with {other}: no checkpoint is saved. Set the second to true, or the "
+            "first to false",
+        ),
     )
-    folder: FolderName = Field(
-        "checkpoints",
-        min_length=1,
-        description="Folder of the checkpoints, inside the run's folder.",
-    )
-    shared: bool = Field(
-        True,
-        description="All hosts see the same job.dump_folder. false: each host has one of its own, "
-        "and keeps the shards of its ranks there; a resumed run needs the same hosts and mesh.",
-    )
-    initial_load_path: PathText = Field(
-        "",
-        description="Weights to start with instead of those in model.path: a folder of "
-        "safetensors, or a step-N folder of another run.",
-    )
-    export: bool = Field(
-        True,
-        description="At the end, write the model to export/, which from_pretrained of "
-        "transformers opens.",
-    )
+    """Also save and keep the checkpoint with the best validation.metric, and export that one at the
+    end.
+    """
+    folder: FolderOfRun = Field("checkpoints", min_length=1)
+    """Folder of the checkpoints, inside the run's folder."""
+    shared: bool = True
+    """All hosts see the same job.dump_folder. false: each host has one of its own, and keeps the
+    shards of its ranks there; a resumed run needs the same hosts and mesh.
+    """
+    initial_load_path: PathText = ""
+    """Weights to start with instead of those in model.path: a folder of safetensors, or a step-N
+    folder of another run.
+    """
+    export: bool = True
+    """At the end, write the model to export/, which from_pretrained of transformers opens."""
 
 
 class ValidationSet(SourceSettings):
     """An entry of [[validation.sets]]."""
 
-    name: str = Field(
-        "", description="Name of the set, in metrics and pictures: letters, digits, - and _."
-    )
-    packing: Literal["", "none", "concat", "best_fit"] = Field(
-        "", description="How documents of this set fill sequences. Empty: data.packing."
-    )
+    name: str = ""
+    """Name of the set, in metrics and pictures: letters, digits, - and _."""
+    packing: Literal["", "none", "concat", "best_fit"] = ""
+    """How documents of this set fill sequences. Empty: data.packing."""
 
     @field_validator("name")
     @classmethod
@@ -583,164 +692,99 @@ class ValidationSet(SourceSettings):
 
 
 class Validation(Section):
-    enable: bool = Field(
-        False,
-        description="Compute the loss on held-out data: before the first step, during training "
-        "and at the end.",
-    )
-    interval: int = Field(100, ge=1, le=10**9, description="Training steps between validations.")
-    steps: int = Field(
-        10,
-        ge=0,
-        le=10**9,
-        description="Global batches in one validation, spread evenly over the held-out data. 0: "
-        "all of the data.",
-    )
-    path: PathText = Field(
-        "",
-        description="Held-out data, read with the other keys of [data]. Empty: validation.split, "
-        "or else every 100th document of the training data, which is then not trained on.",
-    )
-    split: str = Field(
-        "",
-        description="hf, chat, tokens, preference: split with the held-out data. Empty: "
-        "data.split.",
-    )
-    sets: list[ValidationSet] = Field(
-        [],
-        description="Several named sets in place of validation.path: tables [[validation.sets]], "
-        "each with a name, the keys of a source in [data], and a packing.",
-    )
-    metric: str = Field(
-        "loss",
-        min_length=1,
-        description="Metric of checkpoint.keep_best and validation.patience. loss: of all "
-        "held-out data. NAME/loss: of the set NAME.",
-    )
-    patience: int = Field(
-        0,
-        ge=0,
-        le=10**9,
-        description="Validations in a row without a new best validation.metric after which the "
-        "run ends early. 0: never.",
-    )
+    enable: bool = False
+    """Compute the loss on held-out data: before the first step, during training and at the end."""
+    interval: int = Field(100, ge=1, le=10**9)
+    """Training steps between validations."""
+    steps: int = Field(10, ge=0, le=10**9)
+    """Global batches in one validation, spread evenly over the held-out data. 0: all of the data.
+    """
+    path: PathText = setting("", _WITHOUT_SETS)
+    """Held-out data, read with the other keys of [data]. Empty: validation.split, or else every
+    100th document of the training data, which is then not trained on.
+    """
+    split: str = setting("", _WITHOUT_SETS)
+    """hf, chat, tokens, preference: split with the held-out data. Empty: data.split."""
+    sets: list[ValidationSet] = []
+    """Several named sets in place of validation.path: tables [[validation.sets]], each with a name,
+    the keys of a source in [data], and a packing.
+    """
+    metric: str = Field("loss", min_length=1)
+    """Metric of checkpoint.keep_best and validation.patience. loss: of all held-out data.
+    NAME/loss: of the set NAME.
+    """
+    patience: int = setting(0, Needs("validation.enable", True, text=_VALIDATIONS), ge=0, le=10**9)
+    """Validations in a row without a new best validation.metric after which the run ends early. 0:
+    never.
+    """
 
 
 class Plan(Section):
-    gpu: str = Field(
-        "H100-80GB",
-        min_length=1,
-        description="GPU to plan for: A100-80GB, H100-80GB, H200 or B200.",
-    )
-    gpu_memory_gib: float = Field(
-        0,
-        ge=0,
-        le=1e6,
-        description="Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: that of "
-        "plan.gpu.",
-    )
-    host_memory_gib: float = Field(
-        0,
-        ge=0,
-        le=1e6,
-        description="Host memory of one node in GiB. 0: unknown; --plan does not check it, and a "
-        "run that starts takes what is free.",
-    )
-    gpus_per_node: int = Field(8, ge=1, le=2**10, description="GPUs in one node.")
-    attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = Field(
-        "auto",
-        description="FlashAttention to plan for: fa2 ships with torch; fa3 and fa4 are what a run "
-        "takes where their packages are installed. auto: fa2, and in a run that starts, the one "
-        "that it takes.",
-    )
-    world_size: int = Field(
-        0,
-        ge=0,
-        le=2**20,
-        description="Number of GPUs to plan for. 0: the product of the degrees in [parallelism].",
-    )
-    search: Annotated[Literal["off", "longest", "fastest"], Switch(on="longest")] = Field(
-        "off",
-        description="With --plan: search for settings. longest (or true): of the longest sequence "
-        "that fits. fastest: with which sequences of training.seq_len are trained fastest. off (or "
-        "false): none.",
-    )
-    tokens: int = Field(
-        0,
-        ge=0,
-        le=10**18,
-        description="Tokens to train, for the planned hours of the run. 0: training.steps steps.",
-    )
-    gpu_hour_price: float = Field(
-        0,
-        ge=0,
-        le=1e9,
-        description="Price of one GPU for one hour, for the planned cost of the run. 0: not known.",
-    )
-    max_step_seconds: float = Field(
-        0,
-        ge=0,
-        le=1e9,
-        description="Of the sequences that plan.search and plan.ladder find, a step may take this "
-        "many seconds at most. 0: any.",
-    )
-    ladder: bool = Field(
-        False,
-        description="With --plan: switch features on one after the other, and plan the longest "
-        "sequence with each.",
-    )
-    enforce: bool = Field(
-        False,
-        description="Refuse to start a run if its plan does not fit, or if no plan could be made.",
-    )
+    gpu: str = Field("H100-80GB", min_length=1)
+    """GPU to plan for: A100-80GB, H100-80GB, H200 or B200."""
+    gpu_memory_gib: float = Field(0, ge=0, le=1e6)
+    """Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: that of plan.gpu."""
+    host_memory_gib: float = Field(0, ge=0, le=1e6)
+    """Host memory of one node in GiB. 0: unknown; --plan does not check it, and a run that starts
+    takes what is free.
+    """
+    gpus_per_node: int = Field(8, ge=1, le=2**10)
+    """GPUs in one node."""
+    attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
+    """FlashAttention to plan for: fa2 ships with torch; fa3 and fa4 are what a run takes where
+    their packages are installed. auto: fa2, and in a run that starts, the one that it takes.
+    """
+    world_size: int = Field(0, ge=0, le=2**20)
+    """Number of GPUs to plan for. 0: the product of the degrees in [parallelism]."""
+    search: Annotated[Literal["off", "longest", "fastest"], Switch(on="longest")] = "off"
+    """With --plan: search for settings. longest (or true): of the longest sequence that fits.
+    fastest: with which sequences of training.seq_len are trained fastest. off (or false): none.
+    """
+    tokens: int = Field(0, ge=0, le=10**18)
+    """Tokens to train, for the planned hours of the run. 0: training.steps steps."""
+    gpu_hour_price: float = Field(0, ge=0, le=1e9)
+    """Price of one GPU for one hour, for the planned cost of the run. 0: not known."""
+    max_step_seconds: float = Field(0, ge=0, le=1e9)
+    """Of the sequences that plan.search and plan.ladder find, a step may take this many seconds at
+    most. 0: any.
+    """
+    ladder: bool = False
+    """With --plan: switch features on one after the other, and plan the longest sequence with each.
+    """
+    enforce: bool = False
+    """Refuse to start a run if its plan does not fit, or if no plan could be made."""
 
 
 class Metrics(Section):
-    log_interval: int = Field(1, ge=1, le=10**9, description="Steps between log lines.")
-    enable_report: bool = Field(
-        True,
-        description="At the end of the run, write report.html: a page with its losses, memory, "
-        "speed, balance and loss by position.",
-    )
-    enable_wandb: bool = Field(
-        False,
-        description="Log to Weights & Biases too, under job.name. Its own environment variables, "
-        "such as WANDB_PROJECT, apply.",
-    )
+    log_interval: int = Field(1, ge=1, le=10**9)
+    """Steps between log lines."""
+    enable_report: bool = True
+    """At the end of the run, write report.html: a page with its losses, memory, speed, balance and
+    loss by position.
+    """
+    enable_wandb: bool = False
+    """Log to Weights & Biases too, under job.name. Its own environment variables, such as
+    WANDB_PROJECT, apply.
+    """
 
 
 class Profiling(Section):
-    enable_profiling: bool = Field(
-        False, description="Write traces of the torch profiler, one file for each rank."
-    )
-    save_traces_folder: FolderName = Field(
-        "profile_traces", min_length=1, description="Folder of the traces, inside the run's folder."
-    )
-    profile_freq: int = Field(
-        10, ge=1, le=10**9, description="Steps from one trace, or memory snapshot, to the next."
-    )
-    profiler_active: int = Field(
-        1,
-        ge=1,
-        le=10**6,
-        description="Steps in one trace: the last ones of every profile_freq steps.",
-    )
-    profiler_warmup: int = Field(
-        3,
-        ge=0,
-        le=10**6,
-        description="Steps before a trace that the profiler records and discards.",
-    )
-    enable_memory_snapshot: bool = Field(
-        False,
-        description="CUDA only: write a snapshot of the memory allocator's history every "
-        "profile_freq steps, and when memory runs out.",
-    )
-    save_memory_snapshot_folder: FolderName = Field(
-        "memory_snapshot",
-        min_length=1,
-        description="Folder of the snapshots, inside the run's folder.",
-    )
+    enable_profiling: bool = False
+    """Write traces of the torch profiler, one file for each rank."""
+    save_traces_folder: FolderOfRun = Field("profile_traces", min_length=1)
+    """Folder of the traces, inside the run's folder."""
+    profile_freq: int = Field(10, ge=1, le=10**9)
+    """Steps from one trace, or memory snapshot, to the next."""
+    profiler_active: int = Field(1, ge=1, le=10**6)
+    """Steps in one trace: the last ones of every profile_freq steps."""
+    profiler_warmup: int = Field(3, ge=0, le=10**6)
+    """Steps before a trace that the profiler records and discards."""
+    enable_memory_snapshot: bool = False
+    """CUDA only: write a snapshot of the memory allocator's history every profile_freq steps, and
+    when memory runs out.
+    """
+    save_memory_snapshot_folder: FolderOfRun = Field("memory_snapshot", min_length=1)
+    """Folder of the snapshots, inside the run's folder."""
 
 
 class Config(Section):

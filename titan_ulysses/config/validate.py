@@ -1,11 +1,10 @@
-"""Checks of settings against each other, the world size, the model and the tokenizer."""
+"""Checks of settings against the world size, the model and the tokenizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from titan_ulysses.config.combinations import combination_problems
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
@@ -46,7 +45,8 @@ def ranks_of(config: Config) -> int:
 def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: int) -> MeshDegrees:
     """Check settings against the world size, the model and the tokenizer; return the degrees.
 
-    This needs neither a process group nor weights. `model_config` is a transformers text config;
+    What settings need of each other was checked when they were read (`load.config_of`). This needs
+    neither a process group nor weights. `model_config` is a transformers text config;
     attributes that it lacks or that are None are not checked. `num_token_ids` is the tokenizer's
     largest id + 1. Raises UserError (exit code 2) with one line for each problem.
     """
@@ -56,10 +56,8 @@ def check(config: Config, *, world_size: int, model_config: Any, num_token_ids: 
         sequence = max(1, config.parallelism.sequence_parallel_degree)
     else:
         accumulation, problems = _accumulation_steps(config, (replicate, shard, sequence))
-    problems += combination_problems(config)  # of a config that was not read from a file
-    problems += _training_problems(config, sequence) + _dtype_problems(config)
-    problems += _memory_problems(config, model_config) + _profiling_problems(config)
-    problems += _model_problems(config, model_config, num_token_ids, sequence)
+    problems += _training_problems(config, sequence) + _profiling_problems(config)
+    problems += _model_problems(config, model_config, num_token_ids)
     if problems:
         raise UserError("\n".join(problems), exit_code=2)
     batch_size = config.training.local_batch_size
@@ -146,53 +144,10 @@ def _training_problems(config: Config, sequence: int) -> list[str]:
             f"training.seq_len = {training.seq_len} is not a multiple of "
             f"parallelism.sequence_parallel_degree = {sequence}: set training.seq_len = {longer}"
         )
-    if training.param_dtype == "float64" and training.reduce_dtype != "float64":
-        problems.append(
-            f'training.reduce_dtype = "{training.reduce_dtype}" would round the gradients of '
-            'training.param_dtype = "float64": set training.reduce_dtype = "float64"'
-        )
     if warmup_steps > training.steps:
         problems.append(
             f"lr_scheduler.warmup_steps = {warmup_steps} is more than training.steps = "
             f"{training.steps}: lower the first or raise the second"
-        )
-    return problems
-
-
-def _memory_problems(config: Config, model_config: Any) -> list[str]:
-    checkpoint = config.activation_checkpoint
-    layers = getattr(model_config, "num_hidden_layers", None)
-    problems = []
-    if checkpoint.mode == "none" and checkpoint.offload != "none":
-        problems.append(
-            f'activation_checkpoint.offload = "{checkpoint.offload}" moves checkpoints, and '
-            'activation_checkpoint.mode = "none" makes none: set activation_checkpoint.mode = '
-            '"full"'
-        )
-    chunk = config.memory.stream_chunk_tokens
-    if checkpoint.mode == "none" and chunk > 0:
-        problems.append(
-            f"memory.stream_chunk_tokens = {chunk} keeps only the inputs of layers, and "
-            'activation_checkpoint.mode = "none" keeps everything: set '
-            'activation_checkpoint.mode = "full", or memory.stream_chunk_tokens = "off"'
-        )
-    offload = config.memory.stream_offload
-    if offload != "none" and (chunk == -1 or checkpoint.mode == "none"):
-        problems.append(
-            f'memory.stream_offload = "{offload}" needs layers that compute chunk by chunk: set '
-            'memory.stream_chunk_tokens = "auto" and activation_checkpoint.mode = "full", or '
-            'memory.stream_offload = "none"'
-        )
-    if checkpoint.keep_attention != "none" and chunk == -1:
-        problems.append(
-            f'activation_checkpoint.keep_attention = "{checkpoint.keep_attention}" keeps what '
-            'layers compute chunk by chunk: set memory.stream_chunk_tokens = "auto", or '
-            'activation_checkpoint.keep_attention = "none"'
-        )
-    if layers is not None and checkpoint.every > layers:
-        problems.append(
-            f"activation_checkpoint.every = {checkpoint.every} is more than the model's {layers} "
-            f"layers: set it to {layers} or less"
         )
     return problems
 
@@ -214,29 +169,7 @@ def _profiling_problems(config: Config) -> list[str]:
     return problems
 
 
-def _dtype_problems(config: Config) -> list[str]:
-    dtype, problems = config.training.param_dtype, []
-    if config.optimizer.stochastic_rounding and dtype != "bfloat16":
-        problems.append(
-            "optimizer.stochastic_rounding = true rounds to bfloat16, but training.param_dtype = "
-            f'"{dtype}": set one to false or the other to "bfloat16"'
-        )
-    if config.optimizer.name not in ("adamw", "muon") and dtype == "float64":
-        problems.append(
-            f'optimizer.name = "{config.optimizer.name}" computes in fp32, but '
-            'training.param_dtype = "float64": set optimizer.name = "adamw"'
-        )
-    if config.quantize.float8 and dtype != "bfloat16":
-        problems.append(
-            f'quantize.float8 = true needs training.param_dtype = "bfloat16", which is "{dtype}": '
-            "set one or the other"
-        )
-    return problems
-
-
-def _model_problems(
-    config: Config, model_config: Any, num_token_ids: int, sequence: int
-) -> list[str]:
+def _model_problems(config: Config, model_config: Any, num_token_ids: int) -> list[str]:
     def value(key: str) -> Any:
         return getattr(model_config, key, None)
 
@@ -248,6 +181,12 @@ def _model_problems(
         )
 
     problems = _length_problems(config, model_config, setting("max_position_embeddings"))
+    every, layers = config.activation_checkpoint.every, value("num_hidden_layers")
+    if layers is not None and every > layers:
+        problems.append(
+            f"activation_checkpoint.every = {every} is more than the model's {layers} layers: set "
+            f"it to {layers} or less"
+        )
     if config.loss.name == "dpo" and value("output_router_logits"):
         problems.append(
             f'loss.name = "dpo" has no router loss: set {setting("output_router_logits")} to false'

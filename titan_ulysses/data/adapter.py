@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor
 from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh, warn_of_older_form
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, padded
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, chunk_length, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,23 +29,6 @@ CHECK_EVERY = 100
 """Steps between checks that the ranks of a sequence-parallel group have loaded the same rows."""
 TOKEN_KEYS = ("input_ids", "labels", "position_ids", "attention_mask", "seq_idx")
 BORDER_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-
-
-class Rows(NamedTuple):
-    """B whole rows of S tokens, on the host."""
-
-    input_ids: Tensor
-    """[B, S] int64"""
-    labels: Tensor
-    """[B, S] int64, shifted: the label of a token is the next token of its document"""
-    position_ids: Tensor
-    """[B, S] int64, as given, or counted from 0 in each document"""
-    documents: Documents
-    """the document lengths of each row"""
-    attention_mask: Tensor
-    """[B, S] int64: 0 at padding"""
-    position_limits: Documents | None
-    """the largest position of each document plus 1; None if positions are counted from 0"""
 
 
 def shard(
@@ -65,7 +48,7 @@ def shard(
     - the documents packed in a row, as `position_ids` that fall back, as `seq_idx`, or as
       `cu_seq_lens_q` over all B * S tokens.
 
-    Positions may start at any number and are used as given; see `_starts_of_positions` for
+    Positions may start at any number and are used as given; see `_document_starts` for
     positions that jump ahead. B and S may change from batch to batch. All ranks of a
     sequence-parallel group must load the same rows, ranks along `mesh.batch` must load different
     rows, and every rank must load the same number of batches. `loader` is not read beyond the
@@ -135,43 +118,33 @@ def _batches(
     loader: Iterable[Mapping[str, Any]], mesh: Mesh, accumulate: int, stream_chunk_tokens: int
 ) -> Iterator[dict[str, Any]]:
     """Yield what `shard` returns."""
-    source, step = iter(loader), 0
-    while True:
+    source, ranks = iter(loader), mesh.loss.size()
+    for step in count():
         group = [read_rows(batch) for batch in islice(source, accumulate)]
         batches = [slice_rows(rows, mesh, stream_chunk_tokens) for rows in group]
         valid = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
         counts = torch.tensor([valid, len(group)]).to(mesh.device)
         dist.all_reduce(counts, group=mesh.loss.get_group())
-        if len(group) < accumulate:
-            _expect_same_end(len(group), counts[1], before=step * accumulate, mesh=mesh)
+        # Only a rank whose loader has ended reads the total number of batches: reading it
+        # everywhere would make every step wait for the device.
+        if len(group) < accumulate and (others := counts[1].item()) != len(group) * ranks:
+            raise UserError(
+                f"shard: this rank's loader ended after {step * accumulate + len(group)} batches, "
+                f"and others go on ({others} batches in this step, on {ranks} ranks). Every rank "
+                "needs the same number: use drop_last=True, or a DistributedSampler."
+            )
         if not group:
             return
         if step % CHECK_EVERY == 0:
             check_same_rows(group, mesh)
         for batch in batches:
-            batch = batch.to(mesh.device)
-            fields = batch.inputs()
-            yield fields | {"num_items_in_batch": counts[0]}
-        step += 1
+            yield batch.to(mesh.device).inputs() | {"num_items_in_batch": counts[0]}
 
 
-def _expect_same_end(batches: int, on_all_ranks: Tensor, *, before: int, mesh: Mesh) -> None:
-    """Raise UserError if this rank's loader ended, and others go on.
+def read_rows(batch: Mapping[str, Any]) -> Batch:
+    """Return the whole rows of one batch: their documents, positions and shifted labels.
 
-    batches and on_all_ranks: how many this step had, here and in total. before: how many there were
-    before it. Only a rank whose loader has ended reads the total: reading it everywhere would make
-    every step wait for the device.
-    """
-    if (others := on_all_ranks.item()) != batches * mesh.loss.size():
-        raise UserError(
-            f"shard: this rank's loader ended after {before + batches} batches, and others go on "
-            f"({others} batches in this step, on {mesh.loss.size()} ranks). Every rank needs the "
-            "same number: use drop_last=True, or a DistributedSampler."
-        )
-
-
-def read_rows(batch: Mapping[str, Any]) -> Rows:
-    """Return the documents, positions and shifted labels of one batch (see `shard`).
+    Tensors are int64, on the host. Positions are as given, or counted from 0 in each document.
 
     Raise `UserError` if the entries of the batch contradict each other.
     """
@@ -198,7 +171,8 @@ def read_rows(batch: Mapping[str, Any]) -> Rows:
     if not torch.equal(position_ids, counted):
         pieces = [row.split(lengths) for row, lengths in zip(position_ids, documents, strict=True)]
         position_limits = tuple(tuple(int(piece.max()) + 1 for piece in row) for row in pieces)
-    return Rows(input_ids, labels, position_ids, documents, (~padding).long(), position_limits)
+    mask = (~padding).long() if padding.any() else None
+    return Batch(input_ids, labels, position_ids, documents, mask, position_limits)
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -260,25 +234,33 @@ def _padding(tensors: dict[str, Tensor]) -> Tensor:
 def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
     """Return a [B, S] bool tensor that marks the first token of each document.
 
-    Padding counts as a document. All keys that describe documents must agree.
+    Padding counts as a document. All keys that describe documents must agree. According to
+    `position_ids`, a document begins where positions do not grow. Where they jump ahead by more
+    than 1, the other keys decide. Without other keys, a jump is a border only if the batch has no
+    attention mask, as in transformers (`find_packed_sequence_indices`).
     """
-    said = {}
+    others = {}
     if "seq_idx" in tensors:
-        said["seq_idx"] = F.pad(tensors["seq_idx"].diff(dim=1) != 0, (1, 0), value=True)
+        others["seq_idx"] = F.pad(tensors["seq_idx"].diff(dim=1) != 0, (1, 0), value=True)
     if "cu_seq_lens_q" in tensors:
-        said["cu_seq_lens_q"] = _starts_of_lengths(tensors)
+        others["cu_seq_lens_q"] = _starts_of_lengths(tensors)
+    by_key = others
     if "position_ids" in tensors:
-        said = {
-            "position_ids": _starts_of_positions(tensors, next(iter(said.values()), None))
-        } | said
+        steps = tensors["position_ids"].diff(dim=1)
+        begins, jumps = F.pad(steps != 1, (1, 0), value=True), F.pad(steps > 1, (1, 0))
+        if others:
+            begins = begins.where(~jumps, next(iter(others.values())))
+        elif "attention_mask" in tensors:
+            begins &= ~jumps
+        by_key = {"position_ids": begins} | others
     # A border lies between tokens and padding. Inside padding, the document keys are ignored.
     before = F.pad(padding[:, :-1], (1, 0))
     edge, inside = padding != before, padding & before
     edge[:, 0] = True
     first, starts = "attention_mask", edge
-    for key, its in said.items():
+    for key, its in by_key.items():
         its = (its & ~inside) | edge
-        if first in said and (differs := its != starts).any():
+        if first in by_key and (differs := its != starts).any():
             row, token = differs.nonzero()[0].tolist()
             raise UserError(
                 f'batch["{key}"] and batch["{first}"] disagree: only one of them begins a document '
@@ -286,20 +268,6 @@ def _document_starts(tensors: dict[str, Tensor], padding: Tensor) -> Tensor:
             )
         first, starts = key, its
     return starts
-
-
-def _starts_of_positions(tensors: dict[str, Tensor], told: Tensor | None) -> Tensor:
-    """Return a [B, S] bool tensor that marks where documents begin, according to `position_ids`.
-
-    A document begins where positions do not grow. Where they jump ahead by more than 1, `told`, the
-    answer of the other keys, decides. Without other keys, a jump is a border only if the batch has
-    no attention mask, as in transformers (`find_packed_sequence_indices`).
-    """
-    steps = tensors["position_ids"].diff(dim=1)
-    begins, jumps = F.pad(steps != 1, (1, 0), value=True), F.pad(steps > 1, (1, 0))
-    if told is not None:
-        return begins.where(~jumps, told)
-    return begins & ~jumps if "attention_mask" in tensors else begins
 
 
 def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
@@ -341,47 +309,23 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
     return starts
 
 
-def slice_rows(rows: Rows, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
-    """Return this rank's slice of the rows.
-
-    If P does not divide S, the rows are padded to a multiple of P. This padding is a document of
-    its own, without labels.
-    """
-    length, degree = rows.input_ids.shape[1], mesh.sp.size()
-    missing = -length % degree
-    chunk_tokens = chunk_length(stream_chunk_tokens, length + missing, degree)
+def slice_rows(rows: Batch, mesh: Mesh, stream_chunk_tokens: int) -> Batch:
+    """Return this rank's slice of whole rows, and note on the mesh how they were cut."""
+    rank, degree = mesh.sp.get_local_rank(), mesh.sp.size()
+    batch = rows.local(rank=rank, degree=degree, stream_chunk_tokens=stream_chunk_tokens)
     if degree > 1:
-        mesh.cuts.setdefault(length + missing, set()).add(chunk_tokens)
-    position_ids = torch.cat(
-        [rows.position_ids, torch.arange(missing).expand(len(rows.position_ids), -1)], dim=1
-    )
-    attention_mask = F.pad(rows.attention_mask, (0, missing))
-
-    def local(whole: Tensor) -> Tensor:
-        return mesh.local_slice(whole, chunk_tokens=chunk_tokens)
-
-    def filled(of_documents: Documents) -> Documents:
-        return tuple((*row, missing) for row in of_documents) if missing else of_documents
-
-    return Batch(
-        input_ids=local(F.pad(rows.input_ids, (0, missing))),
-        labels=local(F.pad(rows.labels, (0, missing), value=IGNORE_INDEX)),
-        position_ids=local(position_ids),
-        documents=filled(rows.documents),
-        attention_mask=None if attention_mask.all() else local(attention_mask),
-        position_limits=None if rows.position_limits is None else filled(rows.position_limits),
-        chunk_tokens=chunk_tokens,
-    )
+        mesh.cuts.setdefault(sum(batch.documents[0]), set()).add(batch.chunk_tokens)
+    return batch
 
 
-def check_same_rows(group: list[Rows], mesh: Mesh) -> None:
+def check_same_rows(group: list[Batch], mesh: Mesh) -> None:
     """Raise `UserError` if ranks of a sequence-parallel group have loaded different rows.
 
     Collective. The error is raised on every rank.
     """
     checksum = 0
     for rows in group:
-        for tensor in rows[:3]:
+        for tensor in (rows.input_ids, rows.labels, rows.position_ids):
             checksum = zlib.crc32(
                 tensor.contiguous().numpy(), zlib.crc32(repr(tensor.shape).encode(), checksum)
             )

@@ -33,8 +33,8 @@ from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow, Row, Rows
 from titan_ulysses.data.teacher import TOP
 from titan_ulysses.data.tokenizer import num_token_ids
+from titan_ulysses.distributed.atomic import partial_path, remove
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import partial_path, remove
 from titan_ulysses.launch.host import usable_cores
 from titan_ulysses.launch.run_store import host_name
 

@@ -6,14 +6,17 @@ therefore needs no communication, and a position in the stream means the same on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import xxhash
+from torch import Tensor
 
-from titan_ulysses.data.balance import Dealt, attention_cost, balance, deal, in_order
+from titan_ulysses.data.balance import DealtStep, deal_step
 from titan_ulysses.data.packing import PackedSample, SampleStream
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import (
@@ -26,22 +29,19 @@ from titan_ulysses.distributed.sequence import (
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's slice of B rows of S tokens.
+    """B rows of S tokens: whole, or what one rank holds of them, T tokens of each row (`local`)."""
 
-    It holds T = S / P tokens of each row, those of `local_slice`.
-    """
-
-    input_ids: torch.Tensor
+    input_ids: Tensor
     """[B, T] int64"""
-    labels: torch.Tensor
+    labels: Tensor
     """[B, T] int64, shifted before the slice was taken; `IGNORE_INDEX` if nothing is predicted"""
-    position_ids: torch.Tensor
+    position_ids: Tensor
     """[B, T] int64, the positions in the document, not in the slice"""
     documents: Documents
     """The document lengths of each whole row: B tuples that each sum to S. They are on the host, so
     that attention can read them without a device synchronization.
     """
-    attention_mask: torch.Tensor | None = None
+    attention_mask: Tensor | None = None
     """[B, T], 0 or False at padding; None without padding. Only the router loss reads it."""
     position_limits: Documents | None = None
     """The largest position of each document plus 1; None if positions are counted from 0. RoPE
@@ -49,11 +49,11 @@ class Batch:
     """
     chunk_tokens: int | None = None
     """The tokens of a chunk of the whole sequence, of which each rank has a slice; None: all S."""
-    reference: torch.Tensor | None = None
+    reference: Tensor | None = None
     """[2 * pairs] fp64, the reference's log-probabilities of the completions of all rows, if they
     were computed before training (train/references.py).
     """
-    loss_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    loss_inputs: dict[str, Tensor] = field(default_factory=dict)
     """[B, T, ...] each: what the loss reads of each label, by name."""
 
     def inputs(self) -> dict[str, Any]:
@@ -61,51 +61,47 @@ class Batch:
         of_loss = ("reference", "loss_inputs")
         return {k: x for k, x in vars(self).items() if x is not None and k not in of_loss}
 
+    def local(self, *, rank: int, degree: int, stream_chunk_tokens: int) -> Batch:
+        """Return what one of P = degree ranks holds of whole rows, with T = ceil(S / P).
+
+        If P does not divide S, padding is added behind each row: a document of its own, without
+        labels. stream_chunk_tokens is the setting of the model that takes the batch.
+        """
+        whole, missing = self, -self.input_ids.shape[1] % degree
+        if missing:
+            mask, limits = self.attention_mask, self.position_limits
+            mask = torch.ones_like(self.input_ids) if mask is None else mask
+            positions = torch.arange(missing).expand(len(mask), -1)
+            whole = replace(
+                self,
+                input_ids=F.pad(self.input_ids, (0, missing)),
+                labels=F.pad(self.labels, (0, missing), value=IGNORE_INDEX),
+                position_ids=torch.cat([self.position_ids, positions], dim=1),
+                documents=tuple((*row, missing) for row in self.documents),
+                attention_mask=F.pad(mask, (0, missing)),
+                position_limits=limits and tuple((*row, missing) for row in limits),
+            )
+        chunk_tokens = chunk_length(stream_chunk_tokens, whole.input_ids.shape[1], degree)
+        cut = partial(local_slice, rank=rank, degree=degree, chunk_tokens=chunk_tokens)
+        local = replace(whole, reference=None, chunk_tokens=chunk_tokens)._each_tensor(cut)
+        return replace(local, reference=self.reference)
+
     def to(self, device: torch.device | str) -> Batch:
         """Copy the tensors of the batch to `device`; to a GPU without making the host wait."""
         # A copy from pageable memory would make the host wait in spite of `non_blocking`. A copy to
         # the host must make it wait: nothing would tell a reader that it has come.
         to_gpu = torch.device(device).type not in ("cpu", "meta")
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
+        def move(tensor: Tensor) -> Tensor:
             pin = to_gpu and tensor.device.type == "cpu"
             return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=to_gpu)
 
-        return replace(
-            self,
-            input_ids=move(self.input_ids),
-            labels=move(self.labels),
-            position_ids=move(self.position_ids),
-            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
-            reference=None if self.reference is None else move(self.reference),
-            loss_inputs={name: move(x) for name, x in self.loss_inputs.items()},
-        )
+        return self._each_tensor(move)
 
-
-@dataclass(frozen=True)
-class Shares:
-    """How evenly the attention of a step is spread over the data-parallel ranks."""
-
-    balance: float
-    """see `balance.balance`"""
-    in_order: float
-    """what it would be in the order of the data"""
-    dearest: int
-    """the sequence whose attention costs most"""
-    document: int
-    """the number, in that sequence, of its longest document"""
-    part: float
-    """what part of the attention of the whole step is inside that document"""
-
-
-@dataclass(frozen=True)
-class DealtStep:
-    """The sequences of a step, as they are dealt to its micro-batches and data-parallel ranks."""
-
-    sequences: Dealt
-    """[micro-batch][data-parallel rank] -> sequences"""
-    shares: Shares | None
-    """None on one data-parallel rank, and for data without random access"""
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {k: change(x) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        loss_inputs = {name: change(x) for name, x in self.loss_inputs.items()}
+        return replace(self, **tensors, loss_inputs=loss_inputs)
 
 
 class Loader:
@@ -143,7 +139,7 @@ class Loader:
         self.accumulation_steps = accumulation_steps
         self.sp_rank, self.sp_degree = sp_rank, sp_degree
         self.vocab_size = vocab_size
-        self.chunk_tokens = chunk_length(stream_chunk_tokens, sequences.seq_len, sp_degree)
+        self.stream_chunk_tokens = stream_chunk_tokens
         self._origin = 0  # number of sequences that had been read when this loader began
         self._batches = 0  # number of batches since then
         self._dealt_step, self._step = -1, DealtStep([], None)
@@ -188,31 +184,17 @@ class Loader:
         return self._deal(step).sequences[micro_batch][self.batch_rank]
 
     def _deal(self, step: int) -> DealtStep:
-        if step == self._dealt_step:
-            return self._step
-        ranks, batch_size = self.batch_degree, self.batch_size
-        count = batch_size * ranks * self.accumulation_steps
-        first = self._origin + step * count
-        lengths = [
-            self.sequences.document_lengths(index) if ranks > 1 else None
-            for index in range(first, first + count)
-        ]
-        known = [x for x in lengths if x is not None]
-        if len(known) < count:
-            dealt, found = in_order(count, ranks=ranks, batch_size=batch_size), None
-        else:
-            costs = [attention_cost(x) for x in known]
-            dealt = deal(costs, ranks=ranks, batch_size=batch_size)
-            dearest = max(range(count), key=costs.__getitem__)
-            found = Shares(
-                balance(costs, dealt),
-                balance(costs, in_order(count, ranks=ranks, batch_size=batch_size)),
-                dearest=first + dearest,
-                document=max(range(len(known[dearest])), key=known[dearest].__getitem__),
-                part=max(known[dearest]) ** 2 / sum(costs),
-            )
-        indices = [[[first + place for place in rows] for rows in batch] for batch in dealt]
-        self._dealt_step, self._step = step, DealtStep(indices, found)
+        if step != self._dealt_step:
+            ranks, batch_size = self.batch_degree, self.batch_size
+            count = batch_size * ranks * self.accumulation_steps
+            first = self._origin + step * count
+            # One rank alone reads them in their order.
+            lengths = [
+                self.sequences.document_lengths(index) if ranks > 1 else None
+                for index in range(first, first + count)
+            ]
+            self._dealt_step = step
+            self._step = deal_step(first, lengths, ranks=ranks, batch_size=batch_size)
         return self._step
 
     def read(self, indices: Sequence[int]) -> Batch:
@@ -236,32 +218,27 @@ class Loader:
         self._hash = xxhash.xxh3_128()
         for row in rows:
             self._hash.update(row.input_ids.numpy())
-
-        def stacked(whole_rows: list[torch.Tensor]) -> torch.Tensor:
-            return local_slice(
-                torch.stack(whole_rows),
-                rank=self.sp_rank,
-                degree=self.sp_degree,
-                chunk_tokens=self.chunk_tokens,
-            )
-
         references = [row.reference for row in rows if row.reference is not None]
         mask = None
         if any(row.padding for row in rows):
-            index = torch.arange(self.sequences.seq_len)
-            mask = stacked([index < len(index) - row.padding for row in rows])
-        return Batch(
-            input_ids=stacked([row.input_ids for row in rows]),
-            labels=stacked([row.labels for row in rows]),
-            position_ids=stacked([row.position_ids for row in rows]),
+            tokens = torch.tensor([len(row.labels) - row.padding for row in rows])
+            mask = torch.arange(self.sequences.seq_len) < tokens[:, None]
+        whole = Batch(
+            input_ids=torch.stack([row.input_ids for row in rows]),
+            labels=torch.stack([row.labels for row in rows]),
+            position_ids=torch.stack([row.position_ids for row in rows]),
             documents=tuple(row.document_lengths for row in rows),
             attention_mask=mask,
-            chunk_tokens=self.chunk_tokens,
             reference=torch.cat(references) if references else None,
             loss_inputs={
-                name: stacked([row.loss_inputs[name] for row in rows])
+                name: torch.stack([row.loss_inputs[name] for row in rows])
                 for name in rows[0].loss_inputs
             },
+        )
+        return whole.local(
+            rank=self.sp_rank,
+            degree=self.sp_degree,
+            stream_chunk_tokens=self.stream_chunk_tokens,
         )
 
     def fingerprint(self) -> str:

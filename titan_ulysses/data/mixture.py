@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -47,21 +48,26 @@ class MixedSequences(SampleStream):
         # For each block of `_BLOCK` sequences: how many sequences of each source come before it.
         self._before = [np.zeros(len(sources), dtype=np.int64)]
 
-    def __getitem__(self, index: int) -> PackedSample:
+    def _find(self, index: int) -> tuple[str, SampleStream, int]:
+        """Return the source of a sequence, by name and as a stream, and its number there."""
         source = int(self._sources(index, index + 1)[0])
-        return self._parts[source][int(self._counts(index)[source])]
+        place = int(self._counts(index)[source])
+        return self.source_names[source], self._parts[source], place
+
+    def __getitem__(self, index: int) -> PackedSample:
+        _, part, place = self._find(index)
+        return part[place]
 
     def document_lengths(self, index: int) -> tuple[int, ...] | None:
-        source = int(self._sources(index, index + 1)[0])
-        return self._parts[source].document_lengths(int(self._counts(index)[source]))
+        _, part, place = self._find(index)
+        return part.document_lengths(place)
 
     def source(self, index: int) -> str:
-        return self.source_names[int(self._sources(index, index + 1)[0])]
+        return self._find(index)[0]
 
     def documents(self, index: int) -> list[str]:
-        source = int(self._sources(index, index + 1)[0])
-        inner = self._parts[source].documents(int(self._counts(index)[source]))
-        return [f"{one} of {[*self.sources][source]}" for one in inner]
+        name, part, place = self._find(index)
+        return [f"{one} of {name}" for one in part.documents(place)]
 
     def parts(self) -> dict[str, SampleStream]:
         return self.sources
@@ -71,12 +77,12 @@ class MixedSequences(SampleStream):
             name: found for name, part in self.sources.items() for found in part.content().values()
         }
 
+    def _each(self, consumed: int) -> Iterator[tuple[str, SampleStream, int]]:
+        """Yield each source and how many of the first `consumed` sequences are of it."""
+        return zip(self.source_names, self._parts, self._counts(consumed).tolist(), strict=True)
+
     def epochs(self, consumed: int) -> dict[str, Any]:
-        counts = self._counts(consumed).tolist()
-        return {
-            name: part.epochs(count)
-            for (name, part), count in zip(self.sources.items(), counts, strict=True)
-        }
+        return {name: part.epochs(count) for name, part, count in self._each(consumed)}
 
     def describe(self) -> str:
         lines = [
@@ -86,17 +92,11 @@ class MixedSequences(SampleStream):
         return "\n".join([f"a mixture of {len(lines)}", *lines, *self.notes])
 
     def position(self, consumed: int) -> dict[str, Any] | None:
-        counts = self._counts(consumed).tolist()
-        found = {
-            name: part.position(n)
-            for (name, part), n in zip(self.sources.items(), counts, strict=True)
-        }
+        found = {name: part.position(count) for name, part, count in self._each(consumed)}
         return found if any(found.values()) else None
 
     def seek(self, consumed: int, position: dict[str, Any] | None) -> None:
-        for (name, part), count in zip(
-            self.sources.items(), self._counts(consumed).tolist(), strict=True
-        ):
+        for name, part, count in self._each(consumed):
             part.seek(count, (position or {}).get(name))
 
     def _sources(self, first: int, last: int) -> np.ndarray:

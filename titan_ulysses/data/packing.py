@@ -7,21 +7,22 @@ data of a run, this is the only place where labels are shifted and documents are
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Iterator
-from itertools import islice, pairwise
+from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from titan_ulysses.data.corpus import Corpus
-from titan_ulysses.data.teacher import of_labels
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from titan_ulysses.data.megatron import JoinedTokens
 
+Span = tuple[int, int, int]
+"""[begin, end) of a piece of a document, and the document's end: indices into a corpus' tokens."""
 PADDING_ID = 0
 _LOOK_AHEAD = 1024
 """Number of pieces from which best_fit chooses: enough that one nearly always fits closely."""
@@ -47,7 +48,7 @@ class PackedSample(NamedTuple):
     reference: torch.Tensor | None = None
     """[2 * pairs] fp64: the reference's log-probabilities of the completions; None: not known"""
     loss_inputs: dict[str, torch.Tensor] = {}  # noqa: RUF012  a default that nobody changes
-    """[S, ...] each: what the loss reads beside the labels, by name (see `teacher.of_labels`)"""
+    """[S, ...] each: what the loss reads beside the labels, by name (see `teacher_of_labels`)"""
     padding: int = 0
     """the number of tokens at the end that are padding"""
 
@@ -55,7 +56,6 @@ class PackedSample(NamedTuple):
 def slice_document(
     tokens: np.ndarray | JoinedTokens,
     trained: np.ndarray | None,
-    *,
     begin: int,
     end: int,
     document_end: int,
@@ -67,12 +67,10 @@ def slice_document(
     # If the document continues, the last label of the piece is the token after the piece.
     known = min(end + 1, document_end)
     following = tokens[begin + 1 : known].astype(np.int64)
+    if trained is not None:
+        following = np.where(trained[begin + 1 : known], following, IGNORE_INDEX)
     labels = np.full(end - begin, IGNORE_INDEX, dtype=np.int64)
-    labels[: known - begin - 1] = (
-        following
-        if trained is None
-        else np.where(trained[begin + 1 : known], following, IGNORE_INDEX)
-    )
+    labels[: len(following)] = following
     return tokens[begin:end], labels
 
 
@@ -88,11 +86,8 @@ def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) ->
     at = 0
     for piece, its_labels in pieces:
         stop = at + len(piece)
-        input_ids[at:stop], labels[at:stop], position_ids[at:stop] = (
-            piece,
-            its_labels,
-            counting[: len(piece)],
-        )
+        input_ids[at:stop], labels[at:stop] = piece, its_labels
+        position_ids[at:stop] = counting[: len(piece)]
         lengths.append(len(piece))
         at = stop
     if at < size:
@@ -105,6 +100,24 @@ def concat_pieces(pieces: Iterable[tuple[np.ndarray, np.ndarray]], size: int) ->
         tuple(lengths),
         padding=size - at,
     )
+
+
+def teacher_of_labels(
+    teacher: np.ndarray, spans: Iterable[Span], size: int
+) -> dict[str, torch.Tensor]:
+    """Return what the teacher says of each label of a sequence of `size` tokens, as loss inputs.
+
+    `teacher_ids` [size, k] int64 and `teacher_logits` [size, k] fp32, 0 where there is no label.
+    """
+    found, at = np.zeros((size, teacher.shape[1]), dtype=teacher.dtype), 0
+    for begin, end, document_end in spans:
+        following = teacher[begin + 1 : min(end + 1, document_end)]  # as in `slice_document`
+        found[at : at + len(following)] = following
+        at += end - begin
+    return {
+        "teacher_ids": torch.from_numpy(found["id"].astype(np.int64)),
+        "teacher_logits": torch.from_numpy(np.ascontiguousarray(found["log_prob"])),
+    }
 
 
 def shuffled(count: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -192,14 +205,62 @@ class SampleStream:
         """Continue after `consumed` sequences, given what `position(consumed)` returned there."""
 
 
-class PackedSequences(SampleStream):
-    """Documents packed end to end, with random access.
+class CorpusSequences(SampleStream):
+    """Sequences of the documents of a corpus, with random access.
 
-    Each epoch is a permutation of the documents, drawn from (seed, epoch). The documents of all
-    epochs form one token stream, and sequence i is its tokens [i*S, (i+1)*S), so no token of an
-    epoch is lost or repeated. A document that is cut at the end of a sequence continues in the next
-    sequence as a document of its own. With `shuffle=False` documents keep their order. With `once`
-    there is one epoch, and padding fills its last sequence. `setting` names the data in messages.
+    A kind of them says which spans of the corpus a sequence holds (`_spans`). In each epoch its
+    items, documents or whole sequences, come in an order drawn from (seed, epoch); with
+    `shuffle=False` they keep theirs.
+    """
+
+    def __init__(self, corpus: Corpus, *, seq_len: int, seed: int, shuffle: bool) -> None:
+        self.corpus, self.seq_len, self.seed, self.shuffle = corpus, seq_len, seed, shuffle
+        self.notes: list[str] = []
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _spans(self, index: int) -> list[Span]:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> PackedSample:
+        corpus, spans = self.corpus, self._spans(index)
+        pieces = (slice_document(corpus.tokens, corpus.trained, *span) for span in spans)
+        sample = concat_pieces(pieces, self.seq_len)
+        if corpus.teacher is None:
+            return sample
+        inputs = teacher_of_labels(corpus.teacher, spans, self.seq_len)
+        return sample._replace(loss_inputs=inputs)
+
+    def document_lengths(self, index: int) -> tuple[int, ...]:
+        lengths = tuple(end - begin for begin, end, _ in self._spans(index))
+        padding = self.seq_len - sum(lengths)
+        return (*lengths, padding) if padding else lengths
+
+    def documents(self, index: int) -> list[str]:
+        return [*map(str, self.corpus.numbers_at([begin for begin, *_ in self._spans(index)]))]
+
+    def content(self) -> dict[str, str]:
+        return {"data": self.corpus.content}
+
+    def _epoch(self, epoch: int, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the order of the items in an epoch, and the sum of the sizes before each."""
+        if epoch not in self._epochs:
+            count = len(sizes)
+            order = (
+                shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
+            )
+            starts = np.cumsum(sizes[order]) - sizes[order]
+            # Two epochs are kept: a step may have sequences of both, in any order.
+            self._epochs = dict([*self._epochs.items()][-1:]) | {epoch: (order, starts)}
+        return self._epochs[epoch]
+
+
+class PackedSequences(CorpusSequences):
+    """Documents packed end to end.
+
+    The documents of all epochs form one token stream, and sequence i is its tokens [i*S, (i+1)*S),
+    so no token of an epoch is lost or repeated. A document that is cut at the end of a sequence
+    continues in the next sequence as a document of its own. With `once` there is one epoch, and
+    padding fills its last sequence. `setting` names the data in messages.
 
     Raise `UserError` if the data is shorter than one sequence, unless `once`.
     """
@@ -214,12 +275,8 @@ class PackedSequences(SampleStream):
         once: bool = False,
         setting: str = "data.path",
     ) -> None:
-        self.corpus = corpus
-        self.seq_len = seq_len
-        self.seed = seed
-        self.shuffle = shuffle
-        self.once = once
-        self.notes: list[str] = []
+        super().__init__(corpus, seq_len=seq_len, seed=seed, shuffle=shuffle)
+        self.once, self._lengths = once, corpus.lengths
         self.epoch_tokens = corpus.num_tokens
         if self.epoch_tokens < seq_len and not once:
             raise UserError(
@@ -227,19 +284,10 @@ class PackedSequences(SampleStream):
                 f"{self.epoch_tokens} tokens in {len(corpus)} document(s): lower training.seq_len "
                 "or give more data"
             )
-        # The order of two epochs is kept: a step may have sequences of both, in any order.
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._order = self._starts = np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return (
-            -(-self.epoch_tokens // self.seq_len)
-            if self.once
-            else self.epoch_tokens // self.seq_len
-        )
-
-    def content(self) -> dict[str, str]:
-        return {"data": self.corpus.content}
+        whole, rest = divmod(self.epoch_tokens, self.seq_len)
+        return whole + (self.once and rest > 0)
 
     def epochs(self, consumed: int) -> float:
         return consumed * self.seq_len / self.epoch_tokens
@@ -248,84 +296,37 @@ class PackedSequences(SampleStream):
         found = f"{len(self.corpus):,} document(s), {self.epoch_tokens:,} tokens, end to end"
         return "; ".join([found, *self.notes])
 
-    def __getitem__(self, index: int) -> PackedSample:
-        corpus = self.corpus
-        spans = [*self._pieces(index * self.seq_len)]
-        pieces = (slice_document(corpus.tokens, corpus.trained, **span) for span in spans)
-        sample = concat_pieces(pieces, self.seq_len)
-        if corpus.teacher is None:
-            return sample
-        bounds = ((span["begin"], span["end"], span["document_end"]) for span in spans)
-        return sample._replace(loss_inputs=of_labels(corpus.teacher, bounds, self.seq_len))
-
-    def document_lengths(self, index: int) -> tuple[int, ...]:
-        position, end = index * self.seq_len, (index + 1) * self.seq_len
-        lengths: list[int] = []
-        while position < end:
+    def _spans(self, index: int) -> list[Span]:
+        spans: list[Span] = []
+        position, stop = index * self.seq_len, (index + 1) * self.seq_len
+        if self.once:
+            stop = min(stop, self.epoch_tokens)
+        assert 0 <= position < stop, index
+        while position < stop:
             epoch, offset = divmod(position, self.epoch_tokens)
-            if self.once and epoch:
-                lengths.append(end - position)  # padding
-                break
-            self._enter(epoch)
-            stop = min(offset + end - position, self.epoch_tokens)
-            first = int(np.searchsorted(self._starts, offset, side="right"))
-            last = int(np.searchsorted(self._starts, stop, side="left"))
-            cuts = [offset, *self._starts[first:last].tolist(), stop]
-            lengths += [b - a for a, b in pairwise(cuts)]
-            position += stop - offset
-        return tuple(lengths)
-
-    def documents(self, index: int) -> list[str]:
-        begins = [span["begin"] for span in self._pieces(index * self.seq_len)]
-        return [*map(str, self.corpus.numbers_at(begins))]
-
-    def _pieces(self, start: int) -> Iterator[dict[str, int]]:
-        """Yield the pieces of the S stream tokens from `start` on, as `slice_document` arguments.
-
-        At the end of a stream that is read once, there may be fewer tokens.
-        """
-        assert start >= 0 and not (self.once and start >= self.epoch_tokens), start
-        epoch, offset = divmod(start, self.epoch_tokens)
-        self._enter(epoch)
-        place = int(np.searchsorted(self._starts, offset, side="right")) - 1
-        skipped = offset - int(self._starts[place])
-        remaining = self.seq_len
-        while remaining:
-            if place == len(self._order):
-                if self.once:
-                    return
-                epoch, place = epoch + 1, 0
-                self._enter(epoch)
-            document = self._order[place]
-            begin = int(self.corpus.begins[document]) + skipped
-            document_end = int(self.corpus.ends[document])
-            end = min(document_end, begin + remaining)
-            yield {"begin": begin, "end": end, "document_end": document_end}
-            remaining -= end - begin
-            place, skipped = place + 1, 0
-
-    def _enter(self, epoch: int) -> None:
-        """Compute the epoch's order of documents, and where each starts in the epoch's stream."""
-        if epoch not in self._epochs:
-            count = len(self.corpus)
-            order = (
-                shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
-            )
-            lengths = self.corpus.lengths[order]
-            latest = [*self._epochs.items()][-1:]
-            self._epochs = dict(latest) | {epoch: (order, np.cumsum(lengths) - lengths)}
-        self._order, self._starts = self._epochs[epoch]
+            order, starts = self._epoch(epoch, self._lengths)
+            end = min(offset + stop - position, self.epoch_tokens)
+            first = int(np.searchsorted(starts, offset, side="right")) - 1
+            last = int(np.searchsorted(starts, end, side="left"))
+            documents = order[first:last]
+            begins, document_ends = self.corpus.begins[documents], self.corpus.ends[documents]
+            ends = document_ends.copy()
+            ends[-1] = begins[-1] + end - starts[last - 1]
+            begins[0] += offset - starts[first]
+            spans += zip(begins.tolist(), ends.tolist(), document_ends.tolist(), strict=True)
+            position += end - offset
+        return spans
 
 
-class PaddedSequences(SampleStream):
-    """Documents that are not cut if they fit into a sequence, with padding and random access.
+class PaddedSequences(CorpusSequences):
+    """Documents that are not cut if they fit into a sequence, with padding.
 
     A sequence contains one document, or with `best_fit` several, chosen by `best_fit_bins`. A
     document of more than S tokens is cut into pieces of S tokens; the label of a piece's last token
     is the next token of the document. A pair of documents stays together, as two documents that
     follow each other; it must not be longer than S. The assignment of documents to sequences is
-    computed once. Each epoch is a permutation of the sequences, drawn from (seed, epoch), so every
-    token comes once per epoch. With `shuffle=False` the order is kept.
+    computed once. Each epoch is a permutation of the sequences, so every token comes once per
+    epoch.
 
     Raise `UserError` if there is no document.
     """
@@ -340,14 +341,10 @@ class PaddedSequences(SampleStream):
         shuffle: bool = True,
         setting: str = "data.path",
     ) -> None:
+        super().__init__(corpus, seq_len=seq_len, seed=seed, shuffle=shuffle)
         if not len(corpus):
             raise UserError(f"{setting} has no document to train on: give more data")
-        self.corpus = corpus
-        self.seq_len = seq_len
-        self.seed = seed
-        self.shuffle = shuffle
         self.best_fit = best_fit
-        self.notes: list[str] = []
         # best_fit combines documents that are close to each other in this order: shuffle it first.
         order = (
             shuffled(len(corpus), seed=seed, epoch=0)
@@ -366,14 +363,9 @@ class PaddedSequences(SampleStream):
         self._documents = documents[places]
         splits = 0 if corpus.splits is None else corpus.splits[documents]
         self._pieces = np.stack([begins, begins + splits, ends, corpus.ends[documents]], 1)[places]
-        # The order of two epochs is kept: a step may have sequences of both, in any order.
-        self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
-
-    def content(self) -> dict[str, str]:
-        return {"data": self.corpus.content}
 
     def epochs(self, consumed: int) -> float:
         return consumed / len(self)
@@ -391,54 +383,28 @@ class PaddedSequences(SampleStream):
         )
         return "; ".join([f"{found} filled to {self.fill_rate:.1%}", *self.notes])
 
-    def document_lengths(self, index: int) -> tuple[int, ...]:
-        lengths = [end - begin for begin, end, _ in self._spans(index)]
-        padding = self.seq_len - sum(lengths)
-        return (*lengths, padding) if padding else tuple(lengths)
-
-    def documents(self, index: int) -> list[str]:
-        begins = [begin for begin, *_ in self._spans(index)]
-        return [*dict.fromkeys(map(str, self.corpus.numbers_at(begins)))]
-
     def __getitem__(self, index: int) -> PackedSample:
-        corpus, spans = self.corpus, self._spans(index)
-        cuts = (
-            slice_document(corpus.tokens, corpus.trained, begin=begin, end=end, document_end=last)
-            for begin, end, last in spans
-        )
-        sample = concat_pieces(cuts, self.seq_len)
-        if corpus.reference is not None:
-            reference = torch.from_numpy(corpus.reference[self.pairs(index)]).flatten()
-            sample = sample._replace(reference=reference)
-        if corpus.teacher is not None:
-            sample = sample._replace(loss_inputs=of_labels(corpus.teacher, spans, self.seq_len))
-        return sample
+        sample = super().__getitem__(index)
+        if self.corpus.reference is None:
+            return sample
+        reference = self.corpus.reference[self.pairs(index)]
+        return sample._replace(reference=torch.from_numpy(reference).flatten())
 
     def pairs(self, index: int) -> np.ndarray:
         """Return the pairs of completions in a sequence, as indices of documents, in its order."""
         return self._documents[self._places(index)]
 
-    def _spans(self, index: int) -> list[tuple[int, int, int]]:
-        """Return the (begin, end, end of its document) of each piece in a sequence.
-
-        A pair has two.
-        """
-        spans = []
-        for begin, split, end, last in self._pieces[self._places(index)].tolist():
-            spans += [(begin, split, split)] if begin < split else []
-            spans.append((split, end, last))
+    def _spans(self, index: int) -> list[Span]:
+        spans: list[Span] = []
+        for begin, split, end, document_end in self._pieces[self._places(index)].tolist():
+            spans += [(begin, split, split)] if begin < split else []  # a pair has two
+            spans.append((split, end, document_end))
         return spans
 
     def _places(self, index: int) -> slice:
         """Return which of the pieces are in a sequence."""
         epoch, place = divmod(index, len(self))
-        if epoch not in self._orders:
-            count = len(self)
-            order = (
-                shuffled(count, seed=self.seed, epoch=epoch) if self.shuffle else np.arange(count)
-            )
-            self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
-        here = self._orders[epoch][place]
+        here = self._epoch(epoch, self._bounds[1:])[0][place]
         return slice(self._bounds[here], self._bounds[here + 1])
 
 

@@ -36,11 +36,8 @@ class StreamedSequences(SampleStream):
         seed: int,
         skip_bad: bool = False,
     ) -> None:
-        self.rows = rows
-        self.encoder = encoder
-        self.seq_len = seq_len
-        self.seed = seed
-        self.skip_bad = skip_bad
+        self.rows, self.encoder, self.skip_bad = rows, encoder, skip_bad
+        self.seq_len, self.seed = seq_len, seed
         self.notes: list[str] = []
         self.tally = CorpusStats()
         self.seek(0, None)
@@ -67,8 +64,7 @@ class StreamedSequences(SampleStream):
     def seek(self, consumed: int, position: dict[str, int] | None) -> None:
         position = position or {"epoch": 0, "row": 0, "offset": 0}
         self._index = consumed if any(position.values()) else 0
-        self._epoch = position["epoch"]
-        self._row = position["row"]
+        self._epoch, self._row = position["epoch"], position["row"]
         self._offset = position["offset"]
         self._documents = self._read(skip=self._row)
         self._document: Encoded | None = None
@@ -92,9 +88,7 @@ class StreamedSequences(SampleStream):
             begin = self._offset
             document_end = int(ends[np.searchsorted(ends, begin, side="right")])
             end = min(document_end, begin + remaining)
-            yield slice_document(
-                row.ids, row.trained, begin=begin, end=end, document_end=document_end
-            )
+            yield slice_document(row.ids, row.trained, begin, end, document_end)
             self._offset, remaining = end, remaining - (end - begin)
 
     def _current(self) -> Encoded:

@@ -8,11 +8,9 @@ first one of a document, may have empty lists, or null.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 
 FIELDS = ("teacher_ids", "teacher_log_probs")
 TOP = np.dtype([("id", np.uint32), ("log_prob", np.float32)])
@@ -62,23 +60,3 @@ def top_of(record: dict[str, Any], top_k: int, *, needed: np.ndarray) -> np.ndar
 _KINDS = {"id": "token id", "log_prob": "number in fp32"}
 _LARGEST = float(np.finfo(np.float32).max)
 _RANGES = {"id": (0, np.iinfo(np.uint32).max), "log_prob": (-_LARGEST, _LARGEST)}
-
-
-def of_labels(
-    teacher: np.ndarray, spans: Iterable[tuple[int, int, int]], size: int
-) -> dict[str, torch.Tensor]:
-    """Return what the teacher says of each label of a sequence of `size` tokens, as loss inputs.
-
-    `teacher_ids` [size, k] int64 and `teacher_logits` [size, k] fp32, 0 where there is no label.
-    spans: the (begin, end, end of its document) of each piece, indices into teacher.
-    """
-    found, at = np.zeros((size, teacher.shape[1]), dtype=TOP), 0
-    for begin, end, document_end in spans:
-        # As labels are shifted: see `slice_document`.
-        following = teacher[begin + 1 : min(end + 1, document_end)]
-        found[at : at + len(following)] = following
-        at += end - begin
-    return {
-        "teacher_ids": torch.from_numpy(found["id"].astype(np.int64)),
-        "teacher_logits": torch.from_numpy(np.ascontiguousarray(found["log_prob"])),
-    }

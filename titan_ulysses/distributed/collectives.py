@@ -4,33 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operator names in the two namespaces in which collectives reach the dispatcher, and their kinds.
-_KINDS = {
-    "_allgather_base_": "all_gather",
-    "allgather_into_tensor_coalesced_": "all_gather",
-    "allgather_": "all_gather",
-    "all_gather_into_tensor": "all_gather",
-    "all_gather_into_tensor_coalesced": "all_gather",
-    "_reduce_scatter_base_": "reduce_scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
-    "reduce_scatter_": "reduce_scatter",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "allreduce_": "all_reduce",
-    "allreduce_coalesced_": "all_reduce",
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "alltoall_base_": "all_to_all",
-    "alltoall_": "all_to_all",
-    "all_to_all_single": "all_to_all",
-    "broadcast_": "broadcast",
-    "broadcast": "broadcast",
-}
+_KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
+
+
+@cache
+def _kind_of(operator: str) -> str | None:
+    """Return the kind of collective that an operator is: `_allgather_base_` is an all_gather."""
+    letters = operator.replace("_", "")
+    return next((kind for kind in _KINDS if letters.startswith(kind.replace("_", ""))), None)
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -67,7 +55,7 @@ class CollectiveCounter(TorchDispatchMode):
         A dispatch mode that sees the same operations can call this instead of entering this one.
         """
         if func.namespace in ("c10d", "_c10d_functional"):
-            kind = _KINDS.get(func._opname)
+            kind = _kind_of(func._opname)
             if kind is not None:
                 calls, size = self.counts[kind]
                 weight = self._weight()

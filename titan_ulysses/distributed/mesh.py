@@ -82,10 +82,11 @@ class Mesh:
         return torch.device(kind, index)
 
 
-def warn_of_older_form(text: str) -> None:
+def warn_of_older_form(text: str, *, stacklevel: int = 3) -> None:
     """Say on rank 0, of the caller's caller, which call has replaced one that still works."""
-    if dist.get_rank() == 0:
-        warnings.warn(f"{text}. A later version will refuse this.", FutureWarning, stacklevel=3)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        text = f"{text}. A later version will refuse this."
+        warnings.warn(text, FutureWarning, stacklevel=stacklevel)
 
 
 def init_distributed(*, timeout: float | None = None) -> None:

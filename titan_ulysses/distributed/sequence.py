@@ -10,20 +10,16 @@ chunks of 4:
     rank       0     1     0     1     0     1
 
 A rank holds its slices in order: rank 1 has tokens 2, 3, 6, 7, 10, 11. The ranks can then exchange
-one chunk after the other, and each exchange gives a whole contiguous chunk (`memory/streaming.py`).
+one chunk after the other, and each exchange gives a whole contiguous chunk (`streaming/`).
 With one chunk, rank p holds tokens [p * S/P, (p + 1) * S/P).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,40 +49,6 @@ def chunk_length(stream_chunk_tokens: int, seq_len: int, degree: int) -> int | N
     return chunk if chunk < seq_len else None
 
 
-def first_key(documents: tuple[int, ...], token: int, window: int | None) -> int:
-    """Return the first token of a row that this token or later ones read: the first one of its
-    document that is in its window, which counts the token itself.
-    """
-    starts = list(accumulate(documents, initial=0))
-    start = starts[bisect_right(starts, token) - 1]
-    return start if window is None else max(start, token - window + 1)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Which tokens the queries of a chunk read: those of their documents so far, in a window."""
-
-    documents: Documents
-    window: int | None
-    size: int
-    """Tokens of a chunk; the last one may have fewer."""
-
-    def of(self, chunk: slice) -> slice:
-        """Return what a chunk of these tokens reads, its own included, in whole chunks."""
-        first = min(first_key(row, chunk.start, self.window) for row in self.documents)
-        return slice(first - first % self.size, chunk.stop)
-
-    def most(self) -> int:
-        """Return the most tokens that a chunk reads."""
-        return _most_read(self)
-
-
-@lru_cache(maxsize=64)
-def _most_read(reach: Reach) -> int:
-    chunks = chunks_of(sum(reach.documents[0]), 1, reach.size)
-    return max(x.stop - x.start for x in (reach.of(chunk.whole) for chunk in chunks))
-
-
 @dataclass(frozen=True)
 class Chunk:
     """A chunk of the sequence that a block computes, alone, after those before it."""
@@ -96,87 +58,31 @@ class Chunk:
     """Its tokens in the whole sequence."""
     local: slice
     """Its tokens on this rank, among the T of the rank."""
-    seq_len: int
-    size: int
-    """Tokens of a chunk of the whole sequence; the last one may have fewer."""
-    goal: Literal["output", "keys", "gradient"] = "output"
-    """What the block computes: its output; only the keys and values of its attention, which then
-    raises `KeysKnown`; or its output as a graph for autograd, given the keys that it reads.
-    """
-    reader: slice | None = None
-    """The tokens of the chunk whose queries read its keys next; None: of itself."""
-    reach: Reach | None = None
-    """What the block's attention reads, where that is known from its forward."""
-    keys_known: bool = False
-    """Whether its keys have been computed, and are remembered."""
-    memory: dict[Any, Any] = field(default_factory=dict)
-    """What the modules of the block remember from chunk to chunk, by module."""
-    states: dict[Any, Sequence[Tensor]] = field(default_factory=dict)
-    """The states of layers before each chunk [C, B, ...], kept until backward."""
-    store: SequenceTensors | None = None
-    """Where tensors of the whole sequence are; None: on the device."""
-    kept: Kept | None = None
-    """What they keep from the forward of this call of the block until its backward."""
-
-
-class Remembered(Protocol):
-    """What attention remembers of the chunks of a sequence."""
-
-    @property
-    def reach(self) -> Reach:
-        """What it reads of them."""
-
-
-class SequenceTensors(Protocol):
-    """Makes tensors of the whole sequence, and reads and writes parts of them."""
-
-    device: torch.device
-    """that of the run"""
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether the tensors can be used as they are, without copies to the device."""
-
-    def empty(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a tensor of undefined values."""
-
-    def read(self, part: Tensor, ahead: Tensor | None = None) -> Tensor:
-        """Return a part on the device; `ahead` is the part that is read next."""
-
-    def write(self, part: Tensor, values: Tensor) -> None:
-        """Write values to a part. They must not change afterwards."""
-
-
-class Kept(Protocol):
-    """Keeps tensors from forward to backward."""
-
-    def put(self, key: Any, tensors: Sequence[Tensor]) -> None:
-        """Keep the tensors, if there is room."""
-
-    def get(self, key: Any, *, last: bool) -> list[Tensor] | None:
-        """Return what was put, or None; after the last use it is not kept any longer."""
-
-
-class KeysKnown(Exception):
-    """Ends the forward of a block where nothing more is needed of it."""
-
-
-current_chunk: ContextVar[Chunk | None] = ContextVar("current_chunk", default=None)
-"""The chunk that the running part of the model computes; None if it computes the whole sequence."""
-
-
-@contextmanager
-def running(chunk: Chunk) -> Iterator[None]:
-    """Say that a part of the model computes this chunk in this context."""
-    token = current_chunk.set(chunk)
-    try:
-        yield
-    finally:
-        current_chunk.reset(token)
 
 
 current_chunks: ContextVar[Sequence[Chunk]] = ContextVar("current_chunks", default=())
-"""The chunks of the sequence that the running forward of the model computes."""
+"""The chunks that the running part of the model computes: those of the whole sequence, and inside a
+streamed block one of them.
+
+It is for what transformers calls without keywords: embeddings, the last norm, and routers. Layers
+are told by their keyword `ulysses`.
+"""
+
+
+def current_chunk() -> Chunk | None:
+    """Return the only chunk that is being computed; None: the whole sequence is."""
+    chunks = current_chunks.get()
+    return chunks[0] if len(chunks) == 1 else None
+
+
+@contextmanager
+def computing(chunks: Sequence[Chunk]) -> Iterator[None]:
+    """Say that these chunks are computed in this context."""
+    token = current_chunks.set(chunks)
+    try:
+        yield
+    finally:
+        current_chunks.reset(token)
 
 
 def chunks_of(seq_len: int, degree: int, chunk_tokens: int | None) -> list[Chunk]:
@@ -184,7 +90,7 @@ def chunks_of(seq_len: int, degree: int, chunk_tokens: int | None) -> list[Chunk
     size = chunk_tokens or seq_len
     wholes = [slice(start, min(start + size, seq_len)) for start in range(0, seq_len, size)]
     return [
-        Chunk(index, whole, slice(whole.start // degree, whole.stop // degree), seq_len, size)
+        Chunk(index, whole, slice(whole.start // degree, whole.stop // degree))
         for index, whole in enumerate(wholes)
     ]
 

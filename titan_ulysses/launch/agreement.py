@@ -48,7 +48,7 @@ class Ranks:
         """
         self.rank, size = run_store.rank_and_size()
         self.hosts = [run_store.host_name()] * size
-        """The host of each rank. Hosts that have the same name are told apart by their number."""
+        """The host of each rank. Hosts of the same name have torchrun's number behind it."""
         self.watch: Watch | None = None
         if not run_store.has_store():
             return
@@ -79,21 +79,21 @@ class Ranks:
     def expect_one_folder(self, folder: Path, setting: str) -> None:
         """Raise UserError, on every rank, if a host sees another folder than rank 0 does.
 
-        Rank 0 writes a file with a token, and all ranks read it. The folder need not exist: the
-        file is in the nearest folder above it that does, and is removed.
+        Rank 0 writes a file with a random name, and all ranks read it. The folder need not exist:
+        the file is in the nearest folder above it that does, and is removed.
         """
         if len(set(self.hosts)) == 1:
             return
         above = [folder, *folder.absolute().parents]
         own_depth = next(depth for depth, path in enumerate(above) if path.is_dir())
-        token, file = uuid.uuid4().hex, None
+        name, file = f".same-folder-{uuid.uuid4().hex}", None
         if self.rank == 0:
-            file = above[own_depth] / _token_name(token)
-            file.write_text(token)
+            file = above[own_depth] / name
+            file.write_text(name)
         try:
-            depth, token = self.decide("token", [own_depth, token], lambda values: values[0])
+            depth, name = self.decide("token", [own_depth, name], lambda values: values[0])
             # A host that has more of these folders than rank 0 has other ones.
-            is_same = own_depth >= depth and _is_read(above[depth] / _token_name(token), token)
+            is_same = own_depth >= depth and _is_read(above[depth] / name, name)
             sees = self.decide("folder", is_same, lambda values: values)
         finally:
             if file:
@@ -150,12 +150,12 @@ class Ranks:
         """Return the claims of all ranks; of those that come soon, if some disagree already."""
         claims: list[list[str]] = []
         for rank in range(len(self.hosts)):
-            apart = len({digest for *_, digest in claims}) > 1
+            disagree = len({digest for *_, digest in claims}) > 1
             try:
-                seconds = _LATE_SECONDS if apart else None
+                seconds = _LATE_SECONDS if disagree else None
                 claims.append(self._await(f"claim/{rank}", rank, seconds=seconds))
             except UserError:
-                if not apart:
+                if not disagree:
                     raise
         return claims
 
@@ -197,7 +197,8 @@ def _difference(hosts: list[str], claims: list[dict[str, Any]]) -> tuple[str, in
     for name in dict.fromkeys(name for claim in claims for name in claim):
         on: dict[str, dict[str, None]] = {}
         for host, claim in zip(hosts, claims, strict=True):
-            on.setdefault(_shown(claim.get(name)), {})[host] = None
+            value = claim.get(name)
+            on.setdefault("unset" if value is None else show(value), {})[host] = None
         if len(on) > 1:
             values = ", ".join(f"{value} on {' and '.join(names)}" for value, names in on.items())
             lines.append(f"{name} = {values}")
@@ -213,20 +214,12 @@ def _difference(hosts: list[str], claims: list[dict[str, Any]]) -> tuple[str, in
     ), code
 
 
-def _shown(value: Any) -> str:
-    return "unset" if value is None else show(value)
-
-
-def _token_name(token: str) -> str:
-    return f".same-folder-{token}"
-
-
-def _is_read(file: Path, token: str) -> bool:
-    """Return whether the file holds the token, giving a network file system time to show it."""
+def _is_read(file: Path, text: str) -> bool:
+    """Return whether the file holds the text, giving a network file system time to show it."""
     deadline = time.monotonic() + _FILE_SECONDS
     while True:
         try:
-            if file.read_text() == token:
+            if file.read_text() == text:
                 return True
         except OSError:
             pass  # not there, or not yet

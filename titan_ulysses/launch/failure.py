@@ -63,13 +63,12 @@ for these errors. The texts are those of c10d and gloo in torch 2.13, the system
 and texts of NCCL, which have not been seen on a GPU.
 """
 
-_NO_ANSWER = "has not answered within comm.timeout_s"
 _BEAT_SECONDS = 2.5
 """Seconds in which the heart of a rank that is alive beats; more where many ranks ask the store."""
 _DIED = "died without a message (out of memory?)"
 _ANSWER_SECONDS = 4.0
 """Seconds that a failing rank gives the store to answer."""
-_TOLD_SECONDS = 3.0
+_MESSAGE_SECONDS = 3.0
 """Seconds that a rank waits for the message of the rank that failed first."""
 
 _FIRST_SECONDS = 2.0
@@ -113,48 +112,8 @@ def exit_on_error() -> Iterator[None]:
     except OSError as error:
         end(f"error: {of_system(error)}", 1)
     except Exception as error:
-        lost = _lost_peer(error)
-        if lost and _DIED in lost and not _the_first_speaks():
-            lost = _named(lost)
-        hangs = lost is not None and _NO_ANSWER in lost
-        if hangs and run_store.has_store():
-            try:
-                if who := heartbeat.describe_hang(error, _BEAT_SECONDS):
-                    lost = f"{who}, longer than comm.timeout_s. {goes_on()}"
-            except ConnectionError:
-                lost = store_is_gone()
-        end(f"error: {lost}" if lost else traceback.format_exc(), 1, hang=hangs)
-
-
-def _the_first_speaks() -> bool:
-    """Wait until a rank has failed, for a moment at most. Return whether one has.
-
-    A rank that has lost another one closes all of its connections. The ranks at their other ends
-    may notice that before it has said what is wrong.
-    """
-
-    def wait() -> bool:
-        store = run_store.connect()
-        while not failures(store):
-            time.sleep(0.05)
-        return True
-
-    return bool(run_store.within(_FIRST_SECONDS, wait))
-
-
-def _named(lost: str) -> str:
-    """Return the message for a rank that has died, with the ranks and hosts that are gone.
-
-    The beats of ranks say which. On the same host there is no time to ask: torchrun ends all ranks
-    of a host as soon as one has ended.
-    """
-    if not lost.startswith("another rank on ") or not run_store.has_store():
-        return lost
-    try:
-        who = heartbeat.describe_dead(_BEAT_SECONDS)
-    except ConnectionError:
-        return store_is_gone()
-    return f"{who} {_DIED}: the process or its host is gone. {goes_on()}" if who else lost
+        lost, hang = _lost_peer(error)
+        end(f"error: {lost}" if lost else traceback.format_exc(), 1, hang=hang)
 
 
 def of_system(error: OSError) -> str:
@@ -192,26 +151,60 @@ def store_is_gone() -> str:
     )
 
 
-def _lost_peer(error: BaseException | None) -> str | None:
-    """Return the message for an error that the loss of another rank has caused, else None."""
+def _lost_peer(error: BaseException) -> tuple[str, bool]:
+    """Return the message for an error that the loss of another rank has caused, and whether that
+    rank may be alive; "" for other errors.
+
+    The beats of ranks say which one is lost. On the same host there is no time to ask: torchrun
+    ends all ranks of a host as soon as one has ended.
+    """
+    sign, where = _sign_of(error)
+    try:
+        if sign == "ended":
+            asks = not _another_has_failed() and where and run_store.has_store()
+            if asks and (who := heartbeat.describe_dead(_BEAT_SECONDS)):
+                return f"{who} {_DIED}: the process or its host is gone. {goes_on()}", False
+            return f"another rank{where} {_DIED}. {goes_on()}", False
+        if sign == "silent":
+            if run_store.has_store() and (who := heartbeat.describe_hang(error, _BEAT_SECONDS)):
+                return f"{who}, longer than comm.timeout_s. {goes_on()}", True
+            what = "has not answered within comm.timeout_s: its host is gone, or the network to it"
+            return f"another rank{where} {what}. {goes_on()}", True
+    except ConnectionError:
+        pass  # the store does not answer either
+    return (store_is_gone() if sign else ""), sign == "silent"
+
+
+def _sign_of(error: BaseException | None) -> tuple[str | None, str]:
+    """Return which of `_SIGNS` an error or one of its causes has, and where the other rank is, as
+    " on 10.0.0.2".
+    """
     while error is not None:
         # All of torch's own errors of this kind are RuntimeErrors. An OSError has another source.
         text = str(error) if isinstance(error, RuntimeError) else ""
-        found = re.search(r"\[(\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:]+)\]", text)
-        where = f" on {found[1]}" if found and found[1] not in ("127.0.0.1", "::1") else ""
-        signs = (kind for kind, texts in _SIGNS.items() if any(sign in text for sign in texts))
-        kind = next(signs, None)
-        if kind == "ended":
-            return f"another rank{where} {_DIED}. {goes_on()}"
-        if kind == "store":
-            return store_is_gone()
-        if kind == "silent":
-            return (
-                f"another rank{where} {_NO_ANSWER}: its host is gone, "
-                f"or the network to it. {goes_on()}"
-            )
+        for kind, texts in _SIGNS.items():
+            if any(sign in text for sign in texts):
+                found = re.search(r"\[(\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:]+)\]", text)
+                is_other = found is not None and found[1] not in ("127.0.0.1", "::1")
+                return kind, f" on {found[1]}" if is_other else ""
         error = error.__cause__ or error.__context__
-    return None
+    return None, ""
+
+
+def _another_has_failed() -> bool:
+    """Return whether a rank has counted itself as failed, or does so soon.
+
+    A rank that has lost another one closes all of its connections. The ranks at their other ends
+    may notice that before it has said what is wrong.
+    """
+
+    def wait() -> bool:
+        store = run_store.connect()
+        while not failures(store):
+            time.sleep(0.05)
+        return True
+
+    return bool(run_store.within(_FIRST_SECONDS, wait))
 
 
 def leave_together(code: int = 0) -> None:
@@ -244,7 +237,7 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _exit_when_told(store: TCPStore, code: int) -> NoReturn:
+def _exit_when_heard(store: TCPStore, code: int) -> NoReturn:
     """Exit after a failure that the store knows of, and that this rank has counted.
 
     The store ends with rank 0 if that runs it, else with the ranks of its host. So these stay until
@@ -275,41 +268,9 @@ def end(message: str, code: int, *, hang: bool = False) -> NoReturn:
     _ending.acquire()  # never released: a second thread waits here until the process ends
     if hang and (folder := heartbeat.write_stacks()):
         message = f"{message} What each rank was in is in {folder}."
-    _count_and_print(message, code, hang=hang)
-
-
-def end_like_the_first(store: TCPStore) -> NoReturn:
-    """End this rank because another one has failed, with the message and exit code of that one."""
-    _ending.acquire()
-
-    def ask() -> tuple[dict[str, Any] | None, int]:
-        return _told(store), _count(store)[1]
-
-    lost = None, 1 if run_store.leads_host() else 2
-    first, ranks_of_host = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, ask) or lost
-    if first and first.get("hang"):
-        heartbeat.write_stacks()
-    if ranks_of_host == 1:
-        # Without a message, the first rank was ended before it could say why.
-        _speak(_repeated(first) if first else f"error: another rank has failed. {goes_on()}")
-    _exit_when_told(store, first["code"] if first else 1)
-
-
-def failures(store: TCPStore) -> int:
-    """Return how many ranks have failed, by themselves or because another one has."""
-    return store.add(run_store.key("failures"), 0)
-
-
-def _count(store: TCPStore) -> tuple[int, int]:
-    """Count this rank as failed; return which one it is of the run, and which one of its host."""
-    names = ("failures", f"failures/{run_store.node()}")
-    of_run, of_host = (store.add(run_store.key(name), 1) for name in names)
-    return of_run, of_host
-
-
-def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn:
     message = message.rstrip()
-    if run_store.rank_and_size()[1] == 1:
+    rank, size = run_store.rank_and_size()
+    if size == 1:
         _print(message)
         _exit(code)
     import torch.distributed  # noqa: F401  it may take longer than the store has time to answer
@@ -328,18 +289,47 @@ def _count_and_print(message: str, code: int, *, hang: bool = False) -> NoReturn
     store, ranks, ranks_of_host = answer
     first: dict[str, Any] | None
     if ranks == 1:
-        first = {"rank": run_store.rank_and_size()[0], "message": message, "code": code}
-        first |= {"host": run_store.host_name(), "node": run_store.node(), "hang": hang}
+        first = {"rank": rank, "message": message, "code": code, "hang": hang}
+        first |= {"host": run_store.host_name(), "node": run_store.node()}
         run_store.within(_ANSWER_SECONDS, lambda: run_store.put(store, "first failure", first))
     else:
-        first = run_store.within(_ANSWER_SECONDS + _TOLD_SECONDS, lambda: _told(store))
+        first = run_store.within(_ANSWER_SECONDS + _MESSAGE_SECONDS, lambda: _first_failure(store))
     # Of two ranks that fail at once, one may be the first of the run and the other the first of the
     # host. Which one prints must depend on one counter alone.
     if ranks_of_host == 1:
         _speak(_repeated(first) if first and first["message"] != message else message)
     elif ranks == 1:
         time.sleep(_PRINT_SECONDS)
-    _exit_when_told(store, first["code"] if first else code)
+    _exit_when_heard(store, first["code"] if first else code)
+
+
+def end_like_the_first(store: TCPStore) -> NoReturn:
+    """End this rank because another one has failed, with the message and exit code of that one."""
+    _ending.acquire()
+
+    def ask() -> tuple[dict[str, Any] | None, int]:
+        return _first_failure(store), _count(store)[1]
+
+    lost = None, 1 if run_store.leads_host() else 2
+    first, ranks_of_host = run_store.within(_ANSWER_SECONDS + _MESSAGE_SECONDS, ask) or lost
+    if first and first.get("hang"):
+        heartbeat.write_stacks()
+    if ranks_of_host == 1:
+        # Without a message, the first rank was ended before it could say why.
+        _speak(_repeated(first) if first else f"error: another rank has failed. {goes_on()}")
+    _exit_when_heard(store, first["code"] if first else 1)
+
+
+def failures(store: TCPStore) -> int:
+    """Return how many ranks have failed, by themselves or because another one has."""
+    return store.add(run_store.key("failures"), 0)
+
+
+def _count(store: TCPStore) -> tuple[int, int]:
+    """Count this rank as failed; return which one it is of the run, and which one of its host."""
+    names = ("failures", f"failures/{run_store.node()}")
+    of_run, of_host = (store.add(run_store.key(name), 1) for name in names)
+    return of_run, of_host
 
 
 def _speak(message: str) -> None:
@@ -371,9 +361,9 @@ def _is_first_to_speak() -> bool:
     return True
 
 
-def _told(store: TCPStore) -> dict[str, Any] | None:
+def _first_failure(store: TCPStore) -> dict[str, Any] | None:
     """Return what the rank that failed first has left in the store, if it comes soon."""
-    deadline = time.monotonic() + _TOLD_SECONDS
+    deadline = time.monotonic() + _MESSAGE_SECONDS
     while not run_store.is_there(store, "first failure"):
         if time.monotonic() > deadline:
             return None

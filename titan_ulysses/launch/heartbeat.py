@@ -1,4 +1,4 @@
-"""What each rank is in, told to torchrun's store every second, so that a hang can be named.
+"""What each rank is in: it tells torchrun's store every second, so that a hang can be named.
 
 A rank that hangs cannot say so. The others ask the store: whose heart has stopped, what was it in,
 and what did the others wait for.
@@ -52,9 +52,8 @@ def keep_stacks_in(folder: Path) -> None:
 
 def beat(store: TCPStore, rank: int) -> None:
     """Tell the store that this rank is alive, and what its main thread is in."""
-    told = {"beat": next(_beats), "host": run_store.host_name(), "part": _Rank.part}
-    text = json.dumps(told | _place())
-    store.set(run_store.key(f"alive/{rank}"), text)
+    alive = {"beat": next(_beats), "host": run_store.host_name(), "part": _Rank.part}
+    run_store.put(store, f"alive/{rank}", alive | _place())
 
 
 def read(store: TCPStore, ranks: int) -> list[dict[str, Any]]:
@@ -75,12 +74,38 @@ def describe_dead(seconds: float) -> str:
     in ...)"; empty if none is. Asks the store twice. Raise ConnectionError if it does not answer.
     """
     silent, now = _silent(seconds)
-    told = [
+    named = [
         f"rank {rank} on {now[rank].get('host', 'its host')}{describe_silent(now[rank])}"
         for rank in silent[:_MOST_NAMED]
     ]
-    more = [f"{len(silent) - _MOST_NAMED} more"] if len(silent) > _MOST_NAMED else []
-    return " and ".join([*told, *more])
+    if len(silent) > _MOST_NAMED:
+        named.append(f"{len(silent) - _MOST_NAMED} more")
+    return " and ".join(named)
+
+
+def describe_hang(error: BaseException, seconds: float) -> str:
+    """Return who does not answer, what it was in, and what this rank waited for; empty: unknown.
+
+    error: that of the collective that has given up. Asks the store twice. A rank whose beat has
+    stopped is stopped or cut off. Otherwise those are meant that are alive, and neither wait for
+    others nor have given up themselves. Raise ConnectionError if the store does not answer.
+    """
+    own, size = run_store.rank_and_size()
+    silent, now = _silent(seconds)
+    busy = [rank for rank in range(size) if rank != own and not now[rank].get("waits", True)]
+    if not (guilty := silent or busy):
+        return ""
+    what = "gives no sign of life" if silent else "is at work on something else"
+    unknown = {"host": "its host", "part": "the start", "place": "a place unknown"}
+    named = [
+        "rank {} on {host} {}: it is in {part}, {place}".format(rank, what, **unknown | now[rank])
+        for rank in guilty[:_MOST_NAMED]
+    ]
+    if len(guilty) > _MOST_NAMED:
+        named.append(f"and {len(guilty) - _MOST_NAMED} more")
+    frames = [*traceback.walk_tb(error.__traceback__)][::-1]
+    waited = f", {_names(frames)}" if frames else ""
+    return f"{'; '.join(named)}. Rank {own} waited for it in {_Rank.part}{waited}"
 
 
 def _silent(seconds: float) -> tuple[list[int], list[dict[str, Any]]]:
@@ -101,30 +126,6 @@ def _silent(seconds: float) -> tuple[list[int], list[dict[str, Any]]]:
         raise ConnectionError
     before, now = answer
     return [rank for rank in range(size) if rank != own and before[rank] == now[rank]], now
-
-
-def describe_hang(error: BaseException, seconds: float) -> str | None:
-    """Return who does not answer, what it was in, and what this rank waited for; None: unknown.
-
-    error: that of the collective that has given up. Asks the store twice. A rank whose beat has
-    stopped is stopped or cut off. Otherwise those are meant that are alive, and neither wait for
-    others nor have given up themselves. Raise ConnectionError if the store does not answer.
-    """
-    own, size = run_store.rank_and_size()
-    silent, now = _silent(seconds)
-    busy = [rank for rank in range(size) if rank != own and not now[rank].get("waits", True)]
-    if not (guilty := silent or busy):
-        return None
-    what = "gives no sign of life" if silent else "is at work on something else"
-    unknown = {"host": "its host", "part": "the start", "place": "a place unknown"}
-    told = [
-        "rank {} on {host} {}: it is in {part}, {place}".format(rank, what, **unknown | now[rank])
-        for rank in guilty[:_MOST_NAMED]
-    ]
-    if len(guilty) > _MOST_NAMED:
-        told.append(f"and {len(guilty) - _MOST_NAMED} more")
-    waited = "".join(f", {_names(frames)}" for frames in [_frames_of(error)] if frames)
-    return f"{'; '.join(told)}. Rank {own} waited for it in {_Rank.part}{waited}"
 
 
 def write_stacks() -> Path | None:
@@ -149,21 +150,12 @@ def write_stacks() -> Path | None:
 def _place() -> dict[str, Any]:
     """Return where the main thread is, in words, and whether it waits there for other ranks."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    frames: list[tuple[FrameType, int]] = []
-    while frame is not None:
-        frames.append((frame, frame.f_lineno))
-        frame = frame.f_back
+    frames = [*traceback.walk_stack(frame)] if frame else []
     if not frames:
         return {"place": "unknown", "waits": False}
     files = [one.f_code.co_filename for one, _ in frames]
     waits = _WAITS in files[0] or any(_GIVES_UP in file for file in files)
     return {"place": _names(frames), "waits": waits}
-
-
-def _frames_of(error: BaseException) -> list[tuple[FrameType, int]]:
-    """Return the frames that an exception has passed, and the lines there, the innermost first."""
-    found = [*traceback.walk_tb(error.__traceback__)]
-    return found[::-1]
 
 
 def _names(frames: list[tuple[FrameType, int]]) -> str:

@@ -29,16 +29,13 @@ def visible_gpus() -> int:
         return torch._C._cuda_getDeviceCount()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = chosen is not None and not re.match(r"\d|GPU-|MIG-", chosen)
-    found = 0 if hidden else len(re.findall(r"^GPU \d", _nvidia_smi("--list-gpus"), re.M))
-    if found:
-        raise UserError(f"{_seen(found)}: {_why_not(chosen)}")
+    gpus = 0 if hidden else len(re.findall(r"^GPU \d", _nvidia_smi("--list-gpus"), re.M))
+    if gpus:
+        raise UserError(
+            f"nvidia-smi sees {gpus} GPU{'s' * (gpus > 1)}, and torch {torch.__version__} can use "
+            f"none: {_why_not(chosen)}"
+        )
     return 0
-
-
-def _seen(gpus: int) -> str:
-    return (
-        f"nvidia-smi sees {gpus} GPU{'s' * (gpus > 1)}, and torch {torch.__version__} can use none"
-    )
 
 
 def _why_not(chosen: str | None) -> str:

@@ -43,13 +43,22 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock; do nothing if it is held already. The folder must exist.
 
-        Raise `UserError` if another process holds it, and OSError if the file cannot be made.
+        Raise `UserError` if another process holds it or its file is a link, and OSError if the
+        file cannot be made.
         """
         if self._file is not None:
             return
-        self._file = self._open()
+        try:
+            self._file = open(self._path, "a+", opener=_not_through_a_link)  # noqa: SIM115  kept
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UserError(
+                f"{self._path} is a link, and a run writes to no file outside of its folder. "
+                "Remove it."
+            ) from error
         if fcntl is None:
-            self._say(f"WARNING: {self._path}: this system has no locks: {_UNKNOWN}.")
+            self._say(f"WARNING: {self._path}: this system has no locks: {_CANNOT_TELL}.")
             return
         try:
             self._lock_folder()
@@ -57,7 +66,7 @@ class RunLock:
         except OSError as error:
             holder = self._holder()
             if error.errno in _NO_LOCKS:
-                self._say(f"WARNING: {self._path}: its file system has no locks: {_UNKNOWN}.")
+                self._say(f"WARNING: {self._path}: its file system has no locks: {_CANNOT_TELL}.")
                 return
             self._close()
             raise UserError(
@@ -66,32 +75,21 @@ class RunLock:
             ) from error
         self._note_ours()
 
-    def _open(self) -> IO[str]:
-        """Open the file, which stays open as long as the run. Raise `UserError` if it is a link."""
-        try:
-            return open(self._path, "a+", opener=_not_through_a_link)
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise UserError(
-                f"{self._path} is a link, and a run writes to no file outside of its folder. "
-                "Remove it."
-            ) from error
-
     def _lock_folder(self) -> None:
         """Raise BlockingIOError if another run on this host has the folder."""
         try:
             self._folder = os.open(self._path.parent, os.O_RDONLY)
-            # A child would keep the lock. The system keeps what is registered, so that is not this.
-            let_go = WeakMethod(self._let_folder_go)
-            os.register_at_fork(after_in_child=lambda: (found := let_go()) and found())
+            # A forked child would keep the lock. What is registered stays for good, so it must not
+            # keep this object alive.
+            close = WeakMethod(self._close_folder)
+            os.register_at_fork(after_in_child=lambda: (method := close()) and method())
             fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError:
             return  # some file systems cannot; there is the file
 
-    def _let_folder_go(self) -> None:
+    def _close_folder(self) -> None:
         if self._folder is not None:
             os.close(self._folder)
             self._folder = None
@@ -131,7 +129,7 @@ class RunLock:
         return {}
 
     def _close(self) -> None:
-        self._let_folder_go()
+        self._close_folder()
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
@@ -142,7 +140,7 @@ def _not_through_a_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-_UNKNOWN = "whether another run is at work in this folder cannot be told"
+_CANNOT_TELL = "whether another run is at work in this folder cannot be told"
 
 
 def _named(holder: dict[str, object]) -> str:

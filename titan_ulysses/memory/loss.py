@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_ulysses.distributed.errors import UserError, of_all_ranks, one_line
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, current_chunks
+from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.losses import (
     LossFunction,
     TokenStatistics,
@@ -25,12 +25,8 @@ from titan_ulysses.memory.losses import (
     shape_scores,
     token_statistics,
 )
-from titan_ulysses.memory.replay import add_gradients, stand_ins
-from titan_ulysses.memory.tiled import tiled
-from titan_ulysses.memory.tiling import tiles, tiles_with_next
-
-if TYPE_CHECKING:
-    from titan_ulysses.memory.stream_offload import SequenceStore
+from titan_ulysses.memory.sequences import ON_DEVICE, Sequences
+from titan_ulysses.memory.tiled import tiled, tiles, tiles_with_next
 
 _TILE_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Bytes of the fp32 logits of a tile, by device type.
@@ -80,8 +76,8 @@ class LossHead(nn.Linear):
         )
         self.weight, self.bias = linear.weight, linear.bias
         self.scale, self.softcap, self.z_loss = scale, softcap, z_loss
-        self.sequences: SequenceStore | None = None
-        """Where hidden is if it is off the device (see `stream_offload.py`)."""
+        self.sequences = ON_DEVICE
+        """How hidden is read (see `sequences.py`)."""
         self.tile_tokens = tile_tokens or automatic_tile(linear.out_features, device_type)
         self.adds_wide = device_type == "cuda" and can_add_wide()
         self.checked: LossFunction | None = None
@@ -116,7 +112,7 @@ class LossHead(nn.Linear):
 
         Without labels, return the logits [B, T, V]. With reduction = "none", return the
         cross-entropy of each label [B, T], with 0 for labels of -100. With reduction = "hidden",
-        return hidden as it is.
+        return hidden: on the device, unless gradients are computed and it is off it.
 
         With reduction = "statistics", return the TokenStatistics [B, T] of the labels at this
         temperature. With a loss function (see `losses.py`), its sum takes the place of that of the
@@ -124,19 +120,20 @@ class LossHead(nn.Linear):
         gradients, whose backward computes the logits again and needs the weight: under FSDP, it
         must be gathered then.
         """
-        store = self.sequences if len(current_chunks.get()) > 1 else None
+        sequences = self.sequences.in_use()
         if reduction == "hidden":
-            if store is not None:
-                store.finish()
+            if not torch.is_grad_enabled():
+                return sequences.fetch(hidden)
+            sequences.finish()  # gradients come back to where hidden is, so the host computes on
             return hidden
         by_logits = loss_function is not None or reduction != "sum"
-        if store is not None and by_logits and torch.is_grad_enabled():
+        if sequences is not ON_DEVICE and by_logits and torch.is_grad_enabled():
             raise UserError(
                 "memory.stream_offload: a loss_function and log_probs need the hidden states on "
                 'the device in backward. Set it to "none".'
             )
-        if store is not None and (labels is None or by_logits):
-            hidden = store.read(hidden)
+        if labels is None or by_logits:
+            hidden = sequences.fetch(hidden)
         if labels is None:
             return shape_scores(super().forward(hidden), self.scale, self.softcap)
         if reduction == "statistics":
@@ -147,9 +144,9 @@ class LossHead(nn.Linear):
             return self._own(loss_function, hidden, labels, loss_inputs) / num_items.clamp(min=1)
         if reduction == "none":
             return self._each(hidden, labels)
-        return self._sum(hidden, labels, store) / num_items.clamp(min=1)
+        return self._sum(hidden, labels, sequences) / num_items.clamp(min=1)
 
-    def _sum(self, hidden: Tensor, labels: Tensor, store: SequenceStore | None) -> Tensor:
+    def _sum(self, hidden: Tensor, labels: Tensor, sequences: Sequences) -> Tensor:
         """Return the sum of the cross-entropies of this rank's labels, with its gradients."""
         options = self._options(labels)
         # Passed as an argument: inside an autograd function is_grad_enabled() is always False, and
@@ -160,12 +157,12 @@ class LossHead(nn.Linear):
         parameters = [self.weight, self.bias]
         total, self.row_losses = _TiledCrossEntropy.apply(
             rows,
-            *(parameters if store is None else stand_ins(parameters)),
+            *sequences.inputs_for(parameters),
             labels,
             options,
             self.adds_wide,
             differentiate,
-            store,
+            sequences,
             lead,
             parameters,
         )
@@ -268,7 +265,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     that they are of, in fp64. `lead` is (B, N / B).
 
     Gradients of the first are computed in forward and scaled in backward. The second has none.
-    With a store, weight and bias are stand-ins of `parameters`.
+    Off the device, weight and bias are stand-ins of `parameters`.
     """
 
     @staticmethod
@@ -281,7 +278,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         options: Options,
         adds_wide: bool,
         differentiate: bool,
-        store: SequenceStore | None,
+        sequences: Sequences,
         lead: torch.Size,
         parameters: list[Tensor | None],
     ) -> tuple[Tensor, Tensor]:
@@ -291,14 +288,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         needs = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
         needs_rows, needs_weight, needs_bias = needs
         totals = torch.zeros(lead[0], dtype=torch.float64, device=weight.device)
-        grad_rows = None
-        if needs_rows:
-            grad_rows = store.empty(rows.shape, rows.dtype) if store else torch.empty_like(rows)
+        grad_rows = sequences.empty(rows) if needs_rows else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias else None
         for tile, then in tiles_with_next(len(rows), tile_tokens):
             valid = labels[tile] != IGNORE_INDEX
-            x = _read(store, rows, tile, then)
+            x = sequences.read(rows, tile, then, dim=0)
             # Rows without a label are zeroed here and in grad_rows, and not in the logits, which
             # are much larger. `where` is used because a product with 0 is not 0 for inf or nan.
             x = x.where(valid.unsqueeze(1), 0)
@@ -310,13 +305,13 @@ class _TiledCrossEntropy(torch.autograd.Function):
             if grad_logits is not None:
                 grad_logits = grad_logits.to(rows.dtype)
             if needs_rows:
-                into = grad_rows[tile] if store is None else torch.empty_like(x)
+                into = grad_rows[tile] if sequences is ON_DEVICE else torch.empty_like(x)
                 torch.mm(grad_logits, weight, out=into).masked_fill_(~valid.unsqueeze(1), 0)
-                if store is not None:
-                    store.write(grad_rows[tile], into)
+                if sequences is not ON_DEVICE:
+                    sequences.write(grad_rows, tile, into, dim=0)
             if needs_weight:
                 add_product(grad_weight, grad_logits.t(), x, adds_wide=adds_wide)
-        ctx.tile_tokens, ctx.store, ctx.parameters = tile_tokens, store, parameters
+        ctx.tile_tokens, ctx.sequences, ctx.parameters = tile_tokens, sequences, parameters
         ctx.grads = [grad_rows, grad_weight, grad_bias]
         ctx.dtypes = [x.dtype if x is not None else None for x in (rows, weight, bias)]
         ctx.mark_non_differentiable(totals)
@@ -328,17 +323,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
             "the loss head's gradients live once: backward through it cannot run twice"
         )
         grads, ctx.grads = ctx.grads, None
-        rows = grads[0]
-        if rows is not None and ctx.store is not None:
+        rows, sequences = grads[0], ctx.sequences
+        if rows is not None and sequences is not ON_DEVICE:
             for tile, then in tiles_with_next(len(rows), ctx.tile_tokens):
-                part = _read(ctx.store, rows, tile, then)
-                ctx.store.write(rows[tile], part * upstream.to(rows.dtype))
+                part = sequences.read(rows, tile, then, dim=0)
+                sequences.write(rows, tile, part * upstream.to(rows.dtype), dim=0)
         # In place: these are the largest buffers of the head, and nothing else refers to them.
-        for grad in grads[0 if ctx.store is None else 1 :]:
+        for grad in grads[0 if sequences is ON_DEVICE else 1 :]:
             if grad is not None:
                 grad.mul_(upstream)
-        if ctx.store is not None:
-            add_gradients(ctx.parameters, grads)
+        sequences.add_gradients(ctx.parameters, grads)
         scaled = [
             grad.to(dtype) if grad is not None else None
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
@@ -354,13 +348,6 @@ def _parts_of_rows(tile: slice, tokens: int) -> Iterator[tuple[int, slice]]:
         last = min(tile.stop, (row + 1) * tokens)
         yield row, slice(first - tile.start, last - tile.start)
         first = last
-
-
-def _read(store: SequenceStore | None, rows: Tensor, tile: slice, then: slice | None) -> Tensor:
-    """Return a tile of rows on the device; `then` is the tile that is read after it."""
-    if store is None:
-        return rows[tile]
-    return store.read(rows[tile], None if then is None else rows[then])
 
 
 def _each_cross_entropy(

@@ -38,28 +38,20 @@ _RESERVE = 16
 """Tensors of each process that must still fit after one that is kept only if there is room."""
 
 
-def open_store(offload: Offload, folder: str | Path | None, device: torch.device) -> Store | None:
-    """Return the store for segment inputs, or None if offload is "none".
+def open_store(
+    offload: Literal["host", "disk"], folder: str | Path | None, device: torch.device
+) -> Store:
+    """Return the store for tensors of a run on this device.
 
     folder is used only by "disk"; None means the system's temporary folder.
     """
-    if offload == "none":
-        return None
-    place, make_buffer = Path(folder or tempfile.gettempdir()), buffer_maker(offload, folder)
+    place = Path(folder or tempfile.gettempdir())
+    make_buffer = host_buffer if offload == "host" else _FileBuffers(place)
     room = available_host_memory if offload == "host" else lambda: shutil.disk_usage(place).free
     if device.type == "cpu":
         return Store(make_buffer, room)
     kind = CudaStore if offload == "host" else DiskStore
     return kind(make_buffer, module_of(device), room)
-
-
-def buffer_maker(
-    offload: Offload, folder: str | Path | None
-) -> Callable[[int, torch.device], Tensor]:
-    """Return a function of (bytes, device of the run) that makes buffers off that device."""
-    if offload == "host":
-        return host_buffer
-    return _FileBuffers(Path(folder or tempfile.gettempdir()))
 
 
 class OffDevice(Protocol):
@@ -400,7 +392,7 @@ def _wait(event: torch.Event | None) -> None:
 
 def host_buffer(size: int, device: torch.device, *, offload: Offload = "host") -> Tensor:
     """Return a buffer of size bytes in host memory, page-locked if device is a GPU."""
-    if device.type == "cpu":
+    if device.type == "cpu" or size == 0:  # of a rank without queries of a head: nothing to lock
         return torch.empty(size, dtype=torch.uint8)
     try:
         return page_locked(size)

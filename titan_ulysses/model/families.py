@@ -206,12 +206,9 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
     )
 
 
-_TUPLES: dict[str, tuple[None, ...]] = {"bamba": (None,), "falcon_h1": ()}
-
-
-def beside_hidden_states(config: PreTrainedConfig) -> tuple[None, ...] | None:
+def other_block_outputs(config: PreTrainedConfig) -> tuple[None, ...] | None:
     """Return what the family's blocks return after their hidden states; None: no tuple."""
-    return _TUPLES.get(config.model_type)
+    return {"bamba": (None,), "falcon_h1": ()}.get(config.model_type)
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:
@@ -280,29 +277,22 @@ def check_family(config: PreTrainedConfig) -> None:
             "llama4_text), and train that."
         )
     if quantization := getattr(config, "quantization_config", None):
-        method = (
-            quantization.get("quant_method")
-            if isinstance(quantization, dict)
-            else getattr(quantization, "quant_method", quantization)
-        )
+        method = getattr(quantization, "quant_method", quantization)
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method")
         raise UserError(
             f'model: the weights are quantized ("{getattr(method, "value", method)}", by '
             "quantization_config of config.json), and cannot be trained so. Take the model in "
             "bf16, or save it dequantized by transformers."
         )
     _check_rope(config)
-    needs = []
-    if reason := _looks_ahead(config):
-        needs.append(reason)
-    others = sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE)
-    if others:
-        needs.append(
+    states = None
+    if others := sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE):
+        states = (
             f"layers of type {_named(config, others)}, which carry state along the sequence or "
             f"choose what to see (known are {KINDS})"
         )
-    if reason := unknown_router_loss(config):
-        needs.append(reason)
-    if needs:
+    if needs := [*filter(None, (_looks_ahead(config), states, unknown_router_loss(config)))]:
         raise UserError(
             f'model: "{config.model_type}" needs {"; ".join(needs)}. This version cannot do that '
             "exactly."
@@ -339,12 +329,8 @@ def declared_value(config: PreTrainedConfig, key: str) -> Any:
 
     The family does not read a key that its class does not declare.
     """
-    declared = (
-        hasattr(type(config), key)
-        or is_dataclass(config)
-        and key in {field.name for field in fields(config)}
-    )
-    return getattr(config, key, None) if declared else None
+    own = {field.name for field in fields(config)} if is_dataclass(config) else ()
+    return getattr(config, key, None) if hasattr(type(config), key) or key in own else None
 
 
 def layer_types(config: PreTrainedConfig) -> list[str] | None:
@@ -363,14 +349,11 @@ def attention_layers(config: PreTrainedConfig) -> int:
 
 def _looks_ahead(config: PreTrainedConfig) -> str | None:
     """Describe the part of config that lets tokens attend to later ones; None if there is none."""
-    key, value = (
-        "use_bidirectional_attention",
-        declared_value(config, "use_bidirectional_attention"),
-    )
+    key = "use_bidirectional_attention"
+    value = declared_value(config, key)
     if not value or value == "vision":  # gemma4: for image tokens only
         # transformers' masks obey is_causal in any family.
-        key = "is_causal"
-        value = getattr(config, "is_causal", True)
+        key, value = "is_causal", getattr(config, "is_causal", True)
         if value:
             return None
     return (

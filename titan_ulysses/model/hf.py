@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -158,30 +158,26 @@ def allocate(
     # Note which modules share a parameter, to tie them again after `to_empty`.
     owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(parameter, []).append((module, name))
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append((module, name))
     model.to_empty(device="cpu" if parameter_offload else device)
     for (first, first_name), *others in owners.values():
         for module, name in others:
             setattr(module, name, getattr(first, first_name))
     with torch.no_grad():
         for module in model.modules():
-            for buffer in module._buffers.values():
-                if buffer is not None and buffer.is_floating_point():
+            if not (buffers := dict(module.named_buffers(recurse=False))):
+                continue
+            for buffer in buffers.values():
+                if buffer.is_floating_point():
                     buffer.fill_(torch.nan)
             # Parameters beside a buffer, as in a scaled embedding, must not be initialized here:
             # meta tensors take their places.
-            if module._buffers:
-                shapes = {k: p.shape for k, p in module._parameters.items() if p is not None}
-                with swap_parameters(
-                    module, {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
-                ):
-                    model._init_weights(module)
-                _fill_by_owners(model, module, module._buffers)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
+            with _own_parameters_of(module, device="meta"):
+                model._init_weights(module)
+            _fill_by_owners(model, module, module.buffers)
+            for name in buffers:
+                setattr(module, name, getattr(module, name).to(device))
 
 
 @torch.no_grad()
@@ -195,7 +191,8 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
     """
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
-        sharded = {k: p for k, p in module._parameters.items() if p is not None and p not in seen}
+        own = module.named_parameters(recurse=False)
+        sharded = {k: p for k, p in own if p not in seen}
         if not sharded or is_adapter(f"{name}."):
             continue
         seen.update(sharded.values())
@@ -203,7 +200,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         with torch.random.fork_rng(devices=[]), swap_parameters(module, whole):
             torch.manual_seed(seed_of(seed, plain(name)))
             model._init_weights(module)
-            _fill_by_owners(model, module, module._parameters)
+            _fill_by_owners(model, module, module.parameters)
         for key, parameter in sharded.items():
             if whole[key].isnan().any():
                 raise UserError(
@@ -215,7 +212,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
 
 
 def _fill_by_owners(
-    model: PreTrainedModel, module: nn.Module, tensors: Mapping[str, Tensor | None]
+    model: PreTrainedModel, module: nn.Module, tensors: Callable[..., Iterator[Tensor]]
 ) -> None:
     """Let the modules around `module` fill those of its tensors that still have NaN.
 
@@ -224,8 +221,8 @@ def _fill_by_owners(
     """
 
     def is_unfilled() -> bool:
-        floats = [x for x in tensors.values() if x is not None and x.is_floating_point()]
-        return any(not x.is_meta and bool(x.isnan().any()) for x in floats)
+        floats = (x for x in tensors(recurse=False) if x.is_floating_point() and not x.is_meta)
+        return any(bool(x.isnan().any()) for x in floats)
 
     if not is_unfilled():
         return
@@ -233,8 +230,7 @@ def _fill_by_owners(
     while path and is_unfilled():
         path = path.rpartition(".")[0]
         owner = model.get_submodule(path)
-        own = {k: torch.empty(p.shape) for k, p in owner._parameters.items() if p is not None}
-        with swap_parameters(owner, own):
+        with _own_parameters_of(owner, device="cpu"):
             model._init_weights(owner)
 
 
@@ -244,12 +240,20 @@ def swap_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[N
 
     transformers then initializes these tensors instead of shards.
     """
-    own = {name: module._parameters[name] for name in tensors}
-    module._parameters.update({name: nn.Parameter(tensor) for name, tensor in tensors.items()})
+    own = {name: getattr(module, name) for name in tensors}
+    for name, tensor in tensors.items():
+        setattr(module, name, nn.Parameter(tensor))
     try:
         yield
     finally:
-        module._parameters.update(own)
+        for name, parameter in own.items():
+            setattr(module, name, parameter)
+
+
+def _own_parameters_of(module: nn.Module, *, device: str) -> AbstractContextManager[None]:
+    """Replace module's own parameters within the context by tensors that are thrown away."""
+    own = module.named_parameters(recurse=False)
+    return swap_parameters(module, {k: torch.empty(p.shape, device=device) for k, p in own})
 
 
 def fill(parameter: Tensor, whole: Tensor) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.model.names import is_router, plain
 
 BLOCK = 64
@@ -46,15 +47,21 @@ _LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0) + (
 
 
 @torch.no_grad()
-def quantize(numbers: Tensor) -> Tensor:
+def quantize(numbers: Tensor, packed: Tensor | None = None) -> Tensor:
     """Return the bytes of rows: [..., n] of any float dtype -> uint8 [..., n / 2 + n / 64 + 8].
 
-    n must be a multiple of 64. The result depends on nothing but the row, on no device.
+    n must be a multiple of 64. The result depends on nothing but the row, on no device. With
+    `packed`, fill it, on its own device, some rows at a time: no more of them is ever in fp32.
     """
     columns = numbers.shape[-1]
-    rows = numbers.reshape(-1, columns).split(max(1, _QUANTIZED_AT_ONCE // columns))
-    made = [_quantize_rows(some) for some in rows]
-    return torch.cat(made).view(*numbers.shape[:-1], row_bytes(columns))
+    if packed is None:
+        shape = (*numbers.shape[:-1], row_bytes(columns))
+        packed = torch.empty(shape, dtype=torch.uint8, device=numbers.device)
+    some = max(1, _QUANTIZED_AT_ONCE // columns)
+    parts = packed.view(-1, row_bytes(columns)).split(some)
+    for made, rows in zip(parts, numbers.reshape(-1, columns).split(some), strict=True):
+        made.copy_(_quantize_rows(rows.to(packed.device)))
+    return packed
 
 
 def row_bytes(columns: int) -> int:
@@ -204,25 +211,12 @@ class NF4Weight(Tensor):
         return None
 
 
-def _on_bytes(func, weight: NF4Weight, *args, **kwargs) -> NF4Weight:
-    return weight._like(func(weight._padded, *args, **kwargs))
-
-
-def _is_pinned(func, weight: NF4Weight, *args, **kwargs) -> bool:
-    return func(weight._padded, *args, **kwargs)
-
-
-def _to(func, weight: NF4Weight, *, dtype=None, device=None, **kwargs) -> NF4Weight | None:
-    """Copy it to a device. Its dtype does not change."""
+def _on_bytes(func, weight: NF4Weight, *args, dtype=None, **kwargs) -> Any:
+    """Do to its bytes what does not change its dtype: copy them, ask where they are."""
     if dtype not in (None, weight.dtype):
         return None
-    return weight._like(func(weight._padded, device=device or weight.device, **kwargs))
-
-
-def _empty_like(func, weight: NF4Weight, *, dtype=None, **kwargs) -> NF4Weight | None:
-    if dtype not in (None, weight.dtype):
-        return None
-    return _on_bytes(func, weight, **kwargs)
+    made = func(weight._padded, *args, **kwargs)
+    return weight._like(made) if isinstance(made, Tensor) else made
 
 
 def _new(func, weight: NF4Weight, size: list[int], *, dtype=None, **kwargs) -> Tensor | None:
@@ -261,14 +255,7 @@ def _copy(func, weight: NF4Weight, source: Tensor, non_blocking: bool = False) -
         weight.packed.copy_(source.packed, non_blocking=non_blocking)
         return weight
     assert source.shape == weight.shape, (source.shape, weight.shape)
-    # On the device of the weight, some rows at a time: no more of them is ever in fp32.
-    columns = weight.shape[-1]
-    some = max(1, _QUANTIZED_AT_ONCE // columns)
-    packed = weight.packed.view(-1, row_bytes(columns))
-    for rows, numbers in zip(
-        packed.split(some), source.reshape(-1, columns).split(some), strict=True
-    ):
-        rows.copy_(quantize(numbers.to(weight.device)))
+    quantize(source, weight.packed)
     return weight
 
 
@@ -277,9 +264,9 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     _ATEN.detach.default: _on_bytes,
     _ATEN.clone.default: _on_bytes,
     _ATEN._pin_memory.default: _on_bytes,
-    _ATEN.is_pinned.default: _is_pinned,
-    _ATEN._to_copy.default: _to,
-    _ATEN.empty_like.default: _empty_like,
+    _ATEN.is_pinned.default: _on_bytes,
+    _ATEN._to_copy.default: _on_bytes,
+    _ATEN.empty_like.default: _on_bytes,
     _ATEN.new_zeros.default: _new,
     _ATEN.new_empty.default: _new,
     _ATEN.split.Tensor: _split,
@@ -304,9 +291,8 @@ def quantize_base(blocks: Iterable[nn.Module]) -> int:
             if weight.shape[-1] % BLOCK:
                 others.add(weight.shape[-1])
                 continue
-            packed = weight.new_empty(
-                (*weight.shape[:-1], row_bytes(weight.shape[-1])), dtype=torch.uint8
-            )
+            shape = (*weight.shape[:-1], row_bytes(weight.shape[-1]))
+            packed = weight.new_empty(shape, dtype=torch.uint8)
             quantized = NF4Weight(packed, weight.shape, weight.dtype)
             if not weight.is_meta:
                 quantized.copy_(weight.detach())
@@ -334,8 +320,8 @@ def _matrices(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]
 
 def is_nf4(parameter: Tensor) -> bool:
     """Return whether this is a weight in NF4, sharded or not."""
-    local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-    return isinstance(local, NF4Weight)
+    with torch.no_grad():
+        return isinstance(local_shard(parameter), NF4Weight)
 
 
 def describe_quantized(model: nn.Module) -> str:
@@ -359,10 +345,9 @@ def full_tensor(parameter: Tensor) -> Tensor:
     """Return the whole tensor, as numbers if it is in NF4. Collective if it is sharded."""
     if not isinstance(parameter, DTensor):
         return parameter.dequantized() if isinstance(parameter, NF4Weight) else parameter
-    local = parameter._local_tensor
-    if not isinstance(local, NF4Weight):
+    if not is_nf4(parameter):
         return parameter.full_tensor()
-    packed = local.packed
+    packed = local_shard(parameter).packed
     shape = torch.Size([parameter.shape[0], *packed.shape[1:]])
     gathered = DTensor.from_local(
         packed,

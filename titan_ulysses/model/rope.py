@@ -119,7 +119,7 @@ class DocumentRoPE:
         """Return the documents of each row that reach into the running chunk, or all of them if the
         whole sequence is computed: how many tokens each has there, and what counts as its length.
         """
-        chunk = current_chunk.get()
+        chunk = current_chunk()
         here = slice(0, sum(self.documents[0])) if chunk is None else chunk.whole
         rows = []
         for documents, limits in zip(self.documents, self.position_limits, strict=True):

@@ -96,7 +96,7 @@ class RouterLossPass:
         """
         if self._mask is None:
             return None
-        chunk = current_chunk.get()
+        chunk = current_chunk()
         mask = (self._mask if chunk is None else self._mask[:, chunk.local]).flatten()
         key = router, None if chunk is None else chunk.index
         start, count = self._next_row.get(key, 0), len(logits)

@@ -89,8 +89,25 @@ _SIZES = {
 }
 """Largest widths of the tiny model, for those of these names that a config has."""
 
-Gradients = dict[str, Tensor]
+_SIZES_OF_ANY = {
+    "vocab_size": 64,
+    "vocab_size_per_layer_input": 64,
+    "sliding_window": 8,
+    "attention_chunk_size": 8,
+    "first_k_dense_replace": 1,
+}
+"""The same where the config's model is as narrow already."""
 
+_VALUES = {
+    "initializer_range": 0.2,  # attention that is far from uniform
+    "router_aux_loss_coef": 1.0,  # a router loss that is not small beside the other loss
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Values of the tiny model, for those of these names that a config has."""
+
+Gradients = dict[str, Tensor]
 
 Tilings = dict[str, dict[str, Any]]
 """Ways to tile a block: a description, and the options of `parallelize.wrap` for it."""
@@ -141,7 +158,8 @@ def verify_streaming(
 
     tiling is what `verify_family` has found, and shard as there.
     """
-    chunked = tiling | {"stream_chunk_tokens": _CHUNK_TOKENS}
+    memory = tiling.get("memory", {}) | {"stream_chunk_tokens": _CHUNK_TOKENS}
+    chunked = tiling | {"memory": memory}
     return _try(config, mesh, lambda model, core: shard(model, core, chunked))
 
 
@@ -152,18 +170,18 @@ def _try(
 
     The result is None if nothing is wrong, and the same on every rank. Collective.
     """
-    reason, has_router_loss = None, False
+    reason, passes = None, [False]
     try:
         tiny = shrink(config)
-        has_router_loss = getattr(tiny, "output_router_logits", False)
-        tiny.output_router_logits = False
+        passes += [True] * bool(getattr(tiny, "output_router_logits", False))
     except Exception as error:  # a family's own code raises whatever it likes
         reason = f"its config does not let it be made small ({_raised(error)})"
-    if (reason := first_failure(reason)) is None:
-        reason = _try_once(tiny, mesh, shard)
-    if reason is None and has_router_loss:
-        tiny.output_router_logits = True
-        reason = _try_once(tiny, mesh, shard)
+    if reason := first_failure(reason):
+        return reason
+    for has_router_loss in passes:
+        tiny.output_router_logits = has_router_loss
+        if reason := _try_once(tiny, mesh, shard):
+            break
     return reason
 
 
@@ -188,24 +206,24 @@ def _try_once(
     except Exception as error:
         reason = f"a tiny one cannot be built and run ({_raised(error)})"
     # Either all ranks go on or none does, because what follows has collectives.
-    if (reason := first_failure(reason)) is None:
-        core = _core_of(tiny)
-        try:
-            shard(sharded, core)
-            tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
-            found = _train_sharded(sharded, batch, mesh)
-            reason = _difference(found, expected, batch.what, tolerance)
-        except UserError as error:
-            reason = str(error).removeprefix("model: ")
-        except Exception as error:
-            reason = f"its own code fails when it runs sharded ({_raised(error)})"
-            if not core.was_called:  # type: ignore[attr-defined]
-                reason = (
-                    "it fails before a layer has called transformers' attention function, so its "
-                    f"attention is probably code of its own ({_raised(error)})"
-                )
-        reason = first_failure(reason)
-    return reason
+    if reason := first_failure(reason):
+        return reason
+    core = _core_of(tiny)
+    try:
+        shard(sharded, core)
+        tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
+        found = _train_sharded(sharded, batch, mesh)
+        reason = _difference(found, expected, batch.what, tolerance)
+    except UserError as error:
+        reason = str(error).removeprefix("model: ")
+    except Exception as error:
+        reason = f"its own code fails when it runs sharded ({_raised(error)})"
+        if not core.was_called:  # type: ignore[attr-defined]
+            reason = (
+                "it fails before a layer has called transformers' attention function, so its "
+                f"attention is probably code of its own ({_raised(error)})"
+            )
+    return first_failure(reason)
 
 
 def _raised(error: Exception) -> str:
@@ -225,29 +243,17 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
         heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
         if kv_heads is not None:
             tiny.num_key_value_heads = 1 if kv_heads == 1 else 4 if kv_heads == heads else 2
-        _limit(
-            tiny,
-            _SIZES
-            | dict.fromkeys((name for name in vars(tiny) if "intermediate_size" in name), _HIDDEN),
-        )
+        inner = (name for name in vars(tiny) if "intermediate_size" in name)
+        _limit(tiny, _SIZES | dict.fromkeys(inner, _HIDDEN))
         if isinstance(getattr(tiny, "mamba_d_head", None), int):
-            inner = getattr(tiny, "mamba_d_ssm", None) or tiny.mamba_expand * tiny.hidden_size
-            tiny.mamba_d_head = inner // tiny.mamba_n_heads
+            width = getattr(tiny, "mamba_d_ssm", None) or tiny.mamba_expand * tiny.hidden_size
+            tiny.mamba_d_head = width // tiny.mamba_n_heads
     _keep_kinds_of_layers(tiny)
-    _limit(tiny, {"vocab_size": 64, "vocab_size_per_layer_input": 64})
-    _limit(tiny, {"sliding_window": 8, "attention_chunk_size": 8, "first_k_dense_replace": 1})
-    for name, value in {
-        "initializer_range": 0.2,  # attention that is far from uniform
-        "router_aux_loss_coef": 1.0,  # a router loss that is not small beside the other loss
-    }.items():
+    _limit(tiny, _SIZES_OF_ANY)
+    drops = {k: 0.0 for k, x in vars(tiny).items() if "drop" in k and isinstance(x, float)}
+    for name, value in (_VALUES | drops).items():
         if getattr(tiny, name, None) is not None:
             setattr(tiny, name, value)
-    for name, value in vars(tiny).items():
-        if "drop" in name and isinstance(value, float):
-            setattr(tiny, name, 0.0)
-    for index, token in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
-        if getattr(tiny, token, None) is not None:
-            setattr(tiny, token, index)
     return tiny
 
 
@@ -359,17 +365,18 @@ def _train_repeatedly(
     A model that draws some is run with several seeds: a router samples only where scores are close,
     and what decides whether a layer is left out may never do so.
     """
-    on_cuda = batch.ids.device.type == "cuda"
-    with torch.random.fork_rng(devices=[batch.ids.device] if on_cuda else []):
-        copies = copy.deepcopy(model)
-        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state() for _ in range(on_cuda))]
+    cuda = [batch.ids.device] if batch.ids.device.type == "cuda" else []
+
+    def states() -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, cuda)]
+
+    with torch.random.fork_rng(devices=cuda):
+        before, kept = states(), copy.deepcopy(model)
         expected = _train_whole(model, batch)
-        after = [torch.get_rng_state(), *(torch.cuda.get_rng_state() for _ in range(on_cuda))]
-        if all(torch.equal(x, y) for x, y in zip(states, after, strict=True)):
-            return expected, False
-        for seed in range(_SEEDS):
+        draws = not all(map(torch.equal, before, states()))
+        for seed in range(_SEEDS if draws else 0):
             torch.manual_seed(seed)
-            again = _train_whole(copy.deepcopy(copies), batch)
+            again = _train_whole(copy.deepcopy(kept), batch)
             if _difference(again, expected, batch.what, _TOLERANCE):
                 return expected, True
     return expected, False
@@ -412,14 +419,12 @@ def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[T
 
 
 def _gradients(model: PreTrainedModel) -> Gradients:
-    return {
-        name: torch.zeros(p.shape, dtype=p.dtype, device=p.device)
-        if p.grad is None
-        else p.grad.full_tensor()
-        if isinstance(p.grad, DTensor)
-        else p.grad
-        for name, p in hf.named_parameters(model)
-    }
+    found = {}
+    for name, p in hf.named_parameters(model):
+        found[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        if p.grad is None:
+            found[name] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+    return found
 
 
 def _difference(

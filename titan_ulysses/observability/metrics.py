@@ -21,8 +21,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.device import module_of
-from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.launch.run_store import host_name
 from titan_ulysses.model.families import attention_layers, head_sizes, layer_configs
 from titan_ulysses.observability.wandb import WandbRun

@@ -40,18 +40,18 @@ def profiled(config: Profiling, run: Path, first_step: int) -> Iterator[StepIsOv
     number of the first step in this context.
     """
     with ExitStack() as stack:
-        parts: list[StepIsOver] = []
+        profilers: list[StepIsOver] = []
         if config.enable_profiling:
-            parts.append(
-                stack.enter_context(_traces(config, run / config.save_traces_folder, first_step))
-            )
+            traces = _traces(config, run / config.save_traces_folder, first_step)
+            profilers.append(stack.enter_context(traces))
         if config.enable_memory_snapshot:
             folder = run / config.save_memory_snapshot_folder
-            parts.append(stack.enter_context(_snapshots(config.profile_freq, folder, first_step)))
+            snapshots = _snapshots(config.profile_freq, folder, first_step)
+            profilers.append(stack.enter_context(snapshots))
 
         def step_is_over(step: int) -> None:
-            for part in parts:
-                part(step)
+            for profiler in profilers:
+                profiler(step)
 
         yield step_is_over
 
@@ -63,31 +63,23 @@ def _traces(config: Profiling, folder: Path, first_step: int) -> Iterator[StepIs
     """
     warmup, active = config.profiler_warmup, config.profiler_active
     plan = schedule(wait=config.profile_freq - warmup - active, warmup=warmup, active=active)
-    activities = [
-        ProfilerActivity.CPU,
-        *([ProfilerActivity.CUDA] if torch.cuda.is_available() else []),
-    ]
-    finished = written = first_step - 1
+    gpu = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    written = first_step - 1
 
     def write(profiler: profile) -> None:
         nonlocal written
+        finished = first_step - 1 + profiler.step_num
         # The profiler may also call this at its end, just after a trace has been written.
         if finished > written:
             profiler.export_chrome_trace(str(_file(folder, f"step-{finished}", "trace.json")))
             written = finished
 
     with profile(
-        activities=activities,
+        activities=[ProfilerActivity.CPU, *gpu],
         schedule=lambda index: plan(first_step - 1 + index),
         on_trace_ready=write,
     ) as profiler:
-
-        def step_is_over(step: int) -> None:
-            nonlocal finished
-            finished = step
-            profiler.step()
-
-        yield step_is_over
+        yield lambda _: profiler.step()
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
-from titan_ulysses.observability.page import Section, write_page
+from titan_ulysses.distributed.hardware import GIB
+from titan_ulysses.observability.report_page import PageSection, write_page
 from titan_ulysses.observability.run_pictures import (
     Lines,
     draw_balance,
@@ -22,7 +25,18 @@ from titan_ulysses.observability.run_pictures import (
 )
 from titan_ulysses.observability.units import size_text, time_text
 
-_GIB = 2**30
+
+def _gib(size: float) -> str:
+    return size_text(size * GIB)
+
+
+_OF_LAST_STEP: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("tokens_per_second", "tokens a second, last", "{:,.0f}".format),
+    ("peak_memory_gib", "peak memory of a rank, measured", _gib),
+    ("planned_memory_gib", "peak memory of a rank, planned", _gib),
+    ("mfu", "MFU, last", "{:.1%}".format),
+    ("skipped_steps", "skipped steps", "{:,}".format),
+)
 
 
 def write_run_page(folder: Path) -> Path:
@@ -31,7 +45,7 @@ def write_run_page(folder: Path) -> Path:
     It may be called at any time, also while the run is going on.
     """
     ((name, lines),) = read_runs([folder]).items()
-    section, runs = Section("run"), {name: lines}
+    section, runs = PageSection("run"), {name: lines}
     section.table(["", ""], _summary(lines))
     if values(lines, "loss")[0] or values(lines, "validation_loss")[0]:
         section.heading("Loss")
@@ -72,30 +86,15 @@ def _summary(lines: Lines) -> list[tuple[str, str]]:
         rows += [("loss of the first and of the last logged step", _both(steps, "loss"))]
     if held_out:
         rows += [("validation loss, first and last", _both(held_out, "validation_loss"))]
-    rows += _rewards(lines)
-    times = sorted(line["step_seconds"] for line in steps if line.get("step_seconds"))
-    if times:
-        rows += [("a step, median", time_text(times[len(times) // 2]))]
-    if last.get("tokens_per_second"):
-        rows += [("tokens a second, last", f"{last['tokens_per_second']:,.0f}")]
-    for key, what in (("peak_memory_gib", "measured"), ("planned_memory_gib", "planned")):
-        if last.get(key):
-            rows += [(f"peak memory of a rank, {what}", size_text(last[key] * _GIB))]
-    if last.get("mfu"):
-        rows += [("MFU, last", f"{last['mfu']:.1%}")]
+    for key in ("rewards", "validation_rewards"):
+        found = [line[key] for line in lines if line.get(key)]
+        what = f"{key.replace('_', ' ')}, first and last"
+        rows += [(f"{what}: {name}", _both(found, name)) for name in (found[0] if found else {})]
+    if times := [line["step_seconds"] for line in steps if line.get("step_seconds")]:
+        rows += [("a step, median", time_text(median_high(times)))]
+    rows += [(what, text(last[key])) for key, what, text in _OF_LAST_STEP if last.get(key)]
     for kind, count in (last.get("collectives") or {}).items():
         rows += [(f"{kind} of a step", f"{count['calls']:,} calls, {size_text(count['bytes'])}")]
-    if last.get("skipped_steps"):
-        rows += [("skipped steps", f"{last['skipped_steps']:,}")]
-    return rows
-
-
-def _rewards(lines: Lines) -> list[tuple[str, str]]:
-    rows = []
-    for key, what in (("rewards", "rewards"), ("validation_rewards", "validation rewards")):
-        found = [line[key] for line in lines if line.get(key)]
-        names = found[0] if found else {}
-        rows += [(f"{what}, first and last: {name}", _both(found, name)) for name in names]
     return rows
 
 
@@ -104,7 +103,7 @@ def _both(lines: Lines, key: str) -> str:
     return f"{known[0]:.4f}, {known[-1]:.4f}" if known else "not finite"
 
 
-def _positions(section: Section, found: Lines) -> None:
+def _positions(section: PageSection, found: Lines) -> None:
     first = {position: loss for position, loss, _ in ranges_of(found[0])}
     rows = [
         (

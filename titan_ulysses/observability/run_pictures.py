@@ -48,7 +48,7 @@ def values(lines: Lines, key: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [value for _, value in found]
 
 
-class Run(NamedTuple):
+class StyledRun(NamedTuple):
     """A run and how it is drawn."""
 
     name: str
@@ -63,15 +63,15 @@ class Run(NamedTuple):
         return {"color": self.color, "linewidth": self.width, "markersize": 4 + 1.5 * self.width}
 
 
-def drawn(runs: dict[str, Lines]) -> Iterator[Run]:
+def drawn(runs: dict[str, Lines]) -> Iterator[StyledRun]:
     """Give each run its own colour, line width and marker."""
     rim = min(2.2, 8 / len(runs))
     for number, (name, lines) in enumerate(runs.items()):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        yield Run(name, lines, color, 1.6 + rim * (len(runs) - 1 - number), marker)
+        yield StyledRun(name, lines, color, 1.6 + rim * (len(runs) - 1 - number), marker)
 
 
-def curve(axes: Any, run: Run, key: str, *, label: str) -> None:
+def curve(axes: Any, run: StyledRun, key: str, *, label: str) -> None:
     """Draw the values of key over steps. Many values are drawn pale, with their running mean."""
     steps, found = values(run.lines, key)
     if len(steps) < _SMOOTHED:
@@ -181,6 +181,7 @@ def draw_balance(runs: dict[str, Lines], path: Path | IO[str]) -> None:
 def draw_positions(runs: dict[str, Lines], path: Path | IO[str]) -> None:
     """Draw the loss by position, of each run's first validation (dashed) and its last (solid)."""
     import numpy as np
+    from matplotlib.ticker import LogLocator
 
     firsts = sorted(
         {
@@ -213,30 +214,15 @@ def draw_positions(runs: dict[str, Lines], path: Path | IO[str]) -> None:
             "right", functions=(np.exp, lambda x: np.log(np.maximum(x, 1e-9)))
         )
         right.set_ylabel("perplexity")
-        ticks = round_between(*np.exp(axes.get_ylim()))
-        right.set_yticks(
-            ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks]
-        )
+        # Between two of these ticks the locator falls back to evenly spaced ones.
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter(lambda x, _: f"{x:,.4g}" if x < 1000 else f"{x:,.0f}")
         finish(
             figure,
             axes,
             ylabel="validation loss, nats a token",
             xlabel="position in the document, from ... on",
         )
-
-
-def round_between(low: float, high: float) -> list[float]:
-    """Return a few round numbers between two perplexities, as ticks of a logarithmic axis."""
-    for leading in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
-        found = [
-            digit * 10.0**power
-            for power in range(7)
-            for digit in leading
-            if low < digit * 10.0**power < high
-        ]
-        if len(found) > 2:
-            return found
-    return [low + (high - low) * share for share in (0.2, 0.5, 0.8)]
 
 
 def validations(lines: Lines) -> Lines:

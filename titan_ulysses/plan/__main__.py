@@ -15,10 +15,10 @@ from typing import Any
 
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.hardware import GIB, GPUS, gpu_of_device
+from titan_ulysses.plan.names import component_name
 from titan_ulysses.plan.planner import Setup, make_plan, resolve_for_plan
 from titan_ulysses.plan.report import as_json
 from titan_ulysses.plan.simulate import simulate
-from titan_ulysses.plan.words import component_name
 from titan_ulysses.setup.resolve import resolve
 
 

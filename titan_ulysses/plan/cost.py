@@ -12,7 +12,7 @@ overlap with both, in one stream for both directions.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -52,15 +52,12 @@ TO_DEVICE, OFF_DEVICE = "hidden states to the device", "hidden states off the de
 
 @dataclass
 class Cost:
-    """The cost of one rank in one step. Costs can be added and multiplied."""
+    """The cost of one rank in one step."""
 
     amounts: Counter[tuple[str, str]] = field(default_factory=Counter)
     """amounts by (stage, kind): FLOPs for "matmul", "attention forward" and "attention backward",
     recomputation included, bytes read and written for "other kernels", and bytes of copies
     """
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.amounts + other.amounts)
 
     def __mul__(self, times: float) -> Cost:
         return Cost(Counter({key: amount * times for key, amount in self.amounts.items()}))
@@ -94,17 +91,16 @@ class CostCounter:
         """scores: the number of (query, key) pairs in a row of each layer, for layers where the
         shapes of the call do not say it (see `Standin`).
         """
-        self.cost, self._tracker, self._scores = Cost(), tracker, scores
+        self._tracker, self._scores = tracker, scores
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting from 0."""
+        self.cost = Cost()
         self.ticks: list[Tick] = []
         self._exchanged: Counter[str] = Counter()
         """bytes of exchanges, by stage"""
         self._latest: Counter[tuple[str, str]] = Counter()
-
-    def take(self) -> Cost:
-        """Return the cost since the last call, and start counting from 0 again."""
-        cost, self.cost = self.cost, Cost()
-        self.ticks, self._exchanged, self._latest = [], Counter(), Counter()
-        return cost
 
     def add(self, kind: str, amount: float) -> None:
         """Add the cost of what no operation shows, times the number that it stands for."""
@@ -249,17 +245,6 @@ class Time:
         return _LIMITS.get(largest, "compute")
 
 
-@dataclass(frozen=True)
-class Offloaded:
-    """The bytes of one rank that are in host memory."""
-
-    checkpoints: float = 0
-    """activation checkpoints of all micro-batches of a step"""
-    parameters: float = 0
-    gradients: float = 0
-    optimizer_state: float = 0
-
-
 def kernel_rates(gpu: GPU, attention_kernel: str) -> dict[str, float]:
     """Return the rate of each kind in `KINDS`: FLOP/s of products, bytes/s of other kernels.
 
@@ -275,7 +260,7 @@ def step_time(
     exchanged: float,
     gathered: float,
     reduced: float = 0,
-    offloaded: Offloaded,
+    on_host: Mapping[str, float],
     gpu: GPU,
     links: Links,
     rates: dict[str, float],
@@ -283,7 +268,8 @@ def step_time(
     """Return the time of a step.
 
     exchanged and gathered: bytes of one rank in one step, of the exchanges and of FSDP's
-    collectives; reduced: those of the shards that are summed over replicas. Checkpoints are copied
+    collectives; reduced: those of the shards that are summed over replicas. on_host: its bytes in
+    host memory, by component, of the checkpoints those of all micro-batches. Checkpoints are copied
     to the host and back. Offloaded parameters are copied to the GPU twice, and their gradients to
     the host once. An optimizer that has only its state on the host fetches the state and sends it
     back. An optimizer whose parameters are on the host too runs there, at the speed of host memory.
@@ -302,20 +288,24 @@ def step_time(
     # Forward, recomputation and backward are taken to have a third of the exchanges each.
     forward = stages["forward"] + exchange / 3
     backward = stages["backward"] + 2 * exchange / 3
-    to_gpu, to_host = 2 * offloaded.parameters / gpu.host_link, offloaded.gradients / gpu.host_link
+    checkpoints, parameters, gradients, state = (
+        on_host.get(what, 0)
+        for what in ("checkpoints", "parameters", "gradients", "optimizer state")
+    )
+    to_gpu, to_host = 2 * parameters / gpu.host_link, gradients / gpu.host_link
     alone = links.world == 1
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu) + links.replica_seconds(reduced, gpu),
-        "checkpoints to the host": offloaded.checkpoints / gpu.host_link,
-        "checkpoints back": offloaded.checkpoints / gpu.host_link,
+        "checkpoints to the host": checkpoints / gpu.host_link,
+        "checkpoints back": checkpoints / gpu.host_link,
         "parameters": to_host if alone else to_gpu + to_host,
         "hidden states": (cost.total(TO_DEVICE) + cost.total(OFF_DEVICE)) / gpu.host_link,
     }
-    if offloaded.parameters:
-        moved = 2 * (offloaded.parameters + offloaded.optimizer_state) + offloaded.gradients
+    if parameters:
+        moved = 2 * (parameters + state) + gradients
         update = moved * links.ranks_per_node / HOST_BANDWIDTH
     else:
-        update = 2 * offloaded.optimizer_state / gpu.host_link
+        update = 2 * state / gpu.host_link
     beside = {"checkpoints to the host": forward, "checkpoints back": backward}
     waits = {name: max(0.0, s - beside.get(name, forward + backward)) for name, s in hidden.items()}
     parts = {

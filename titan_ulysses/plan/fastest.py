@@ -1,7 +1,7 @@
 """The settings with which sequences of a given length are trained fastest.
 
 Settings are compared by the planned seconds of a token: another mesh may train more sequences in a
-step. The search estimates each candidate (`few_layers.py`). It begins with settings that need
+step. The search estimates each candidate (`estimate.py`). It begins with settings that need
 little memory, for every mesh whose sequences stay inside a node, or for all if none of these fits.
 It takes the best mesh, and changes one setting at a time, as long as that makes a token clearly
 faster. So it ends where no such change does. What cannot make it clearly faster (`_most_gained`),
@@ -20,8 +20,8 @@ import torch
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.cost import Time
-from titan_ulysses.plan.few_layers import Estimate, estimate_plan
-from titan_ulysses.plan.planner import Plan, Setup, make_plan
+from titan_ulysses.plan.estimate import estimate_plan
+from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
 from titan_ulysses.plan.search import with_settings
 
 CLEARLY = 5e-3
@@ -66,15 +66,19 @@ _EXCLUDES: dict[tuple[str, Any], Changes] = {
     (_PARAMETERS, True): {_STATE: False},
 }
 """What changes together with a setting, because the two exclude each other."""
-_HUNGRIER: dict[str, list[Any]] = {
-    _STATE: [True, False],
-    _OFFLOAD: ["host", "none"],
-    _HIDDEN: ["host", "none"],
-    _KEEP: ["none", "all"],
-    "memory.mlp_tile_tokens": [0, -1],
-    "memory.loss_tile_tokens": [0, -1],
+_VALUES: dict[str, list[Any]] = {
+    _MODE: ["none", "full"],
+    _STATE: [False, True],
+    _PARAMETERS: [False, True],
+    _OFFLOAD: ["none", "host"],
+    _HIDDEN: ["none", "host"],
+    _KEEP: ["all", "none"],
+    "memory.mlp_tile_tokens": [-1, 0],
+    "memory.loss_tile_tokens": [-1, 0],
 }
-"""Values of settings, of which the second needs more memory of a GPU, whatever the others are."""
+"""The two values that a search tries. The first needs more memory of a GPU, whatever the other
+settings are, except for the first and third key.
+"""
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,12 @@ class Candidate:
 
     changes: Changes
     """Settings that differ from the config, with all that make up the mesh."""
-    found: Estimate
+    estimate: Estimate
     plan: Plan | None = None
 
     @property
-    def fits(self) -> bool:
-        return (self.plan or self.found).fits
-
-    @property
-    def seconds_per_token(self) -> float:
-        step = (self.plan or self.found).time.seconds
-        return step / self.found.setup.tokens_per_step
+    def planned(self) -> Estimate:
+        return self.plan or self.estimate
 
     @property
     def is_simulated(self) -> bool:
@@ -120,7 +119,7 @@ class Search:
         begun: list[Candidate] = []
         for spans_nodes in (False, True):
             # Ranks of other nodes compute no less, and exchange over the network.
-            if not any(one.fits for one in begun):
+            if not any(one.estimate.fits for one in begun):
                 some = [m for m in sharded if (m[_SEQUENCE] > self._per_node) == spans_nodes]
                 begun += filter(None, (self._lean(mesh) for mesh in some))
         if start := min(begun, key=_rank, default=None):
@@ -145,7 +144,7 @@ class Search:
             try:
                 setup = with_settings(self.setup, settings)
                 same = self.tried.get(_key(_as_it_runs(settings)))
-                found = replace(same.found, setup=setup) if same else self.estimate(setup)
+                found = replace(same.estimate, setup=setup) if same else self.estimate(setup)
                 self.tried[key] = Candidate(settings, found)
             except UserError as error:
                 self.tried[key], self.refusal = None, str(error)
@@ -158,9 +157,9 @@ class Search:
             before = best
             for name in (*LEAN, "mesh"):
                 for changed in neighbours(self.setup, best.changes, name):
-                    if best.fits and not self._may_gain(best, changed, name):
+                    if best.estimate.fits and not self._may_gain(best, changed, name):
                         continue
-                    if best.fits and self._is_too_large(changed):
+                    if best.estimate.fits and self._is_too_large(changed):
                         continue
                     other = self.try_(changed)
                     if other and _is_better(other, best):
@@ -169,7 +168,7 @@ class Search:
 
     def _may_gain(self, best: Candidate, changed: Changes, name: str) -> bool:
         """Return whether changed settings can be clearly faster than the best."""
-        time = best.found.time
+        time = best.estimate.time
         enough = CLEARLY * time.seconds
         if name == "mesh":
             return self._gained_by_mesh(best, changed) >= enough
@@ -183,7 +182,7 @@ class Search:
         computes less with all. Replicas save what is waited for, and nothing else. More ranks of a
         sequence, on more nodes, save nothing.
         """
-        time, tokens = best.found.time, best.found.setup.tokens_per_step
+        time, tokens = best.estimate.time, best.estimate.setup.tokens_per_step
         wait = max(time.waits.values())
         if changed[_SEQUENCE] == best.changes[_SEQUENCE]:
             return wait
@@ -195,9 +194,9 @@ class Search:
         )
         if own is None or other is None:
             return inf
-        computed = [c.found.time.parts | {"exchange": 0.0} for c in (own, other)]
+        computed = [c.estimate.time.parts | {"exchange": 0.0} for c in (own, other)]
         per_token = [
-            sum(parts.values()) / c.found.setup.tokens_per_step
+            sum(parts.values()) / c.estimate.setup.tokens_per_step
             for parts, c in zip(computed, (own, other), strict=True)
         ]
         return time.parts["exchange"] + wait + tokens * max(0.0, per_token[0] - per_token[1])
@@ -218,30 +217,30 @@ class Search:
                 return True
         return any(
             one is not None
-            and one.found.gpu_bytes > setup.gpu_memory
+            and one.estimate.gpu_bytes > setup.gpu_memory
             and _needs_no_less(changed, one.changes)
             for one in self.tried.values()
         )
 
     def _verified(self) -> list[Candidate]:
         """Return the best that fit, the first one simulated whole, each step once."""
-        fitting = [c for c in self.tried.values() if c and c.fits]
+        fitting = [c for c in self.tried.values() if c and c.estimate.fits]
         fitting.sort(key=lambda c: (_rank(c), _offloads(c.changes)))
         steps: dict[tuple, Candidate] = {}
         for candidate in fitting:
             steps.setdefault(_key(_as_it_runs(candidate.changes)), candidate)
         order = [*steps.values()]
         for at, candidate in enumerate(order):
-            plan = make_plan(candidate.found.setup)
+            plan = make_plan(candidate.estimate.setup)
             if plan.fits:
-                best = Candidate(candidate.changes, candidate.found, plan)
+                best = replace(candidate, plan=plan)
                 return [best, *order[at + 1 : at + _BEST]]
         return []
 
     def nearest(self) -> Candidate | None:
         """Return what was tried and needs the least memory; None where all was refused."""
         known = [c for c in self.tried.values() if c]
-        return min(known, key=lambda c: _excess(c.found), default=None)
+        return min(known, key=lambda c: _excess(c.estimate), default=None)
 
 
 def _key(settings: Changes) -> tuple:
@@ -263,11 +262,9 @@ def _needs_no_less(changed: Changes, other: Changes) -> bool:
         if key == _CHUNK:
             if _chunk_tokens(changed) < _chunk_tokens(other):
                 return False
-        elif key in _HUNGRIER:
-            order = _HUNGRIER[key]
-            if order.index(changed[key]) < order.index(other[key]):
-                return False
-        elif changed[key] != other[key]:
+        elif changed[key] != other[key] and (
+            key in (_MODE, _PARAMETERS) or changed[key] != _VALUES.get(key, [None])[0]
+        ):
             return False
     return True
 
@@ -317,17 +314,7 @@ def _values(setup: Setup, settings: Changes, name: str) -> list[Any]:
         per_rank = (4 * _AUTO_CHUNK, 2 * _AUTO_CHUNK, _AUTO_CHUNK // 2)
         chunks = [tokens * settings[_SEQUENCE] for tokens in per_rank]
         return [-1, *(c for c in chunks if c < setup.config.training.seq_len), 0]
-    values: dict[str, list[Any]] = {
-        _MODE: ["none", "full"],
-        _OFFLOAD: ["none", "host"],
-        _KEEP: ["all", "none"],
-        _HIDDEN: ["none", "host"],
-        "memory.mlp_tile_tokens": [-1, 0],
-        "memory.loss_tile_tokens": [-1, 0],
-        _STATE: [False, True],
-        _PARAMETERS: [False, True],
-    }
-    return values[name]
+    return _VALUES[name]
 
 
 def _is_allowed(settings: Changes) -> bool:
@@ -390,20 +377,20 @@ def _offloads(settings: Changes) -> int:
 
 def _is_better(one: Candidate, other: Candidate) -> bool:
     """Return whether one is clearly faster than the other, or as fast with less off the GPU."""
-    if one.fits and other.fits:
-        if _offloads(one.changes) < _offloads(other.changes):
-            return one.seconds_per_token <= other.seconds_per_token
-        return one.seconds_per_token < (1 - CLEARLY) * other.seconds_per_token
+    if one.estimate.fits and other.estimate.fits:
+        enough = 1.0 if _offloads(one.changes) < _offloads(other.changes) else 1 - CLEARLY
+        return one.estimate.seconds_per_token <= enough * other.estimate.seconds_per_token
     return _rank(one) < _rank(other)
 
 
 def _rank(candidate: Candidate) -> tuple[float, float]:
     """Return a key to sort by: what fits comes first, then what needs less memory."""
-    excess = 1.0 if candidate.fits else _excess(candidate.found)
-    return excess, candidate.seconds_per_token
+    estimate = candidate.estimate
+    return 1.0 if estimate.fits else _excess(estimate), estimate.seconds_per_token
 
 
-def _excess(found: Estimate) -> float:
+def _excess(estimate: Estimate) -> float:
     """Return how many times the memory that there is would be needed, of a GPU or of a node."""
-    host = found.host_bytes / found.setup.host_memory if found.setup.host_memory else 0.0
-    return max(found.gpu_bytes / found.setup.gpu_memory, host)
+    setup = estimate.setup
+    host = estimate.host_bytes / setup.host_memory if setup.host_memory else 0.0
+    return max(estimate.gpu_bytes / setup.gpu_memory, host)

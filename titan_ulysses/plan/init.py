@@ -20,15 +20,15 @@ from titan_ulysses.config.load import config_of
 from titan_ulysses.config.model_cli import ModelCommand
 from titan_ulysses.config.schema import KEYS, Config, in_words
 from titan_ulysses.config.toml import to_toml
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.model import hf
 from titan_ulysses.model.rope_scaling import rope_for
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.fastest import LEAN, Search
-from titan_ulysses.plan.fastest_table import tell_fastest
 from titan_ulysses.plan.planner import Plan, make_plan, set_up
 from titan_ulysses.plan.report import plan_and_report
+from titan_ulysses.plan.searches import tell_fastest
 
 _WIDTH = 98
 _BEGINNING: dict[str, Any] = {

@@ -20,7 +20,7 @@ from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.launch.nodes import spans_nodes
 from titan_ulysses.model.families import head_sizes, layer_configs
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
-from titan_ulysses.plan.cost import Cost, Links, Offloaded, Time, clock, kernel_rates, step_time
+from titan_ulysses.plan.cost import Cost, Links, Time, clock, kernel_rates, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
@@ -60,8 +60,18 @@ class Setup:
         return self.degrees.data_parallel * self.degrees.sequence
 
     @property
+    def mesh(self) -> str:
+        d = self.degrees
+        return f"dp_replicate {d.replicate} x dp_shard {d.shard} x sp {d.sequence}"
+
+    @property
+    def links(self) -> Links:
+        d = self.degrees
+        return Links(self.config.plan.gpus_per_node, d.sequence, self.world_size, d.replicate)
+
+    @property
     def ranks_per_node(self) -> int:
-        return min(self.world_size, self.config.plan.gpus_per_node)
+        return self.links.ranks_per_node
 
     @property
     def communicators(self) -> tuple[int, ...]:
@@ -188,88 +198,24 @@ def _select_planned_core(
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What one rank asks of the hardware in a step. All of it is affine in the number of layers, if
-    these are alike.
-    """
-
-    cost: Cost
-    collectives: Mapping[str, tuple[float, float]]
-    """(calls, bytes of their inputs), by kind"""
-    on_host: Mapping[str, float]
-    """bytes of this rank in host memory at its peak, by component"""
-
-    def size(self, kind: str) -> float:
-        """Return the bytes that the rank hands in to collectives of this kind."""
-        return self.collectives.get(kind, (0, 0))[1]
-
-
-def links_of(setup: Setup) -> Links:
-    d = setup.degrees
-    return Links(setup.config.plan.gpus_per_node, d.sequence, setup.world_size, d.replicate)
-
-
-def time_of(setup: Setup, demand: Demand) -> Time:
-    """Return the time of a step that asks this of the hardware of setup."""
-    degrees, on_host = setup.degrees, demand.on_host
-    return step_time(
-        demand.cost,
-        exchanged=demand.size("all_to_all"),
-        # Bytes of whole tensors: an all-gather hands in a shard, a reduce-scatter the whole.
-        gathered=demand.size("all_gather") * degrees.shard * degrees.sequence
-        + demand.size("reduce_scatter"),
-        # The sums over replicas. The others are of a few bytes.
-        reduced=demand.size("all_reduce") if degrees.replicate > 1 else 0,
-        offloaded=Offloaded(
-            checkpoints=on_host.get("checkpoints", 0) * degrees.accumulation_steps,
-            parameters=on_host.get("parameters", 0),
-            gradients=on_host.get("gradients", 0),
-            optimizer_state=on_host.get("optimizer state", 0),
-        ),
-        gpu=setup.gpu,
-        links=links_of(setup),
-        rates=setup.rates,
-    )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a step: its simulation, evaluated for given hardware."""
+class Estimate:
+    """What a step of setup takes. It is simulated (`Plan`) or extrapolated (`estimate.py`)."""
 
     setup: Setup
-    simulation: Simulation
-    notes: tuple[str, ...]
-
-    @cached_property
-    def peak(self) -> Peak:
-        return self.simulation.memory.peak("device", first=self.simulation.start)
-
-    @cached_property
-    def reserves(self) -> list[Reserve]:
-        return self.setup.reserves
-
-    @property
-    def gpu_bytes(self) -> float:
-        """The peak memory of one GPU, reserves included."""
-        return self.peak.bytes + sum(reserve.bytes for reserve in self.reserves)
-
-    @cached_property
-    def host_components(self) -> dict[str, float]:
-        """Bytes of a node's host memory at its peak, by component."""
-        peak = self.simulation.memory.peak("host", first=self.simulation.start)
-        totals: Counter[str] = Counter()
-        for allocation, size in peak.alive.items():
-            # Checkpoints are in buffers of exactly their size. PyTorch's allocator pins the rest.
-            totals[allocation.component] += (
-                size if allocation.component == "checkpoints" else pinned(size)
-            )
-        return {
-            component: size * self.setup.ranks_per_node for component, size in totals.most_common()
-        }
+    cost: Cost
+    """of one rank in a step"""
+    collectives: Mapping[str, tuple[float, float]]
+    """(calls, bytes of their inputs) of one rank in a step, by kind"""
+    on_host: Mapping[str, float]
+    """bytes of one rank in host memory at its peak, by component"""
+    gpu_bytes: float
+    """the peak memory of one GPU, reserves included"""
+    host_bytes: float
+    """the peak of a node's host memory"""
 
     @property
-    def host_bytes(self) -> float:
-        return sum(self.host_components.values())
+    def seq_len(self) -> int:
+        return self.setup.config.training.seq_len
 
     @property
     def gpu_fits(self) -> bool:
@@ -283,19 +229,49 @@ class Plan:
     def fits(self) -> bool:
         return self.gpu_fits and self.host_fits
 
-    @cached_property
-    def demand(self) -> Demand:
-        simulation = self.simulation
-        on_host: Counter[str] = Counter()
-        for allocation, bytes_ in simulation.memory.peak(
-            "host", first=simulation.start
-        ).alive.items():
-            on_host[allocation.component] += bytes_
-        return Demand(simulation.cost, simulation.collectives, on_host)
+    @property
+    def fits_in_time(self) -> bool:
+        """Whether it fits, in a step that is not longer than it may be."""
+        most = self.setup.config.plan.max_step_seconds
+        return self.fits and (not most or self.time.seconds <= most)
 
     @cached_property
     def time(self) -> Time:
-        return time_of(self.setup, self.demand)
+        degrees, links = self.setup.degrees, self.setup.links
+        checkpoints = self.on_host.get("checkpoints", 0) * degrees.accumulation_steps
+        return step_time(
+            self.cost,
+            exchanged=self.sent("all_to_all"),
+            # Bytes of whole tensors: an all-gather hands in a shard, a reduce-scatter the whole.
+            gathered=self.sent("all_gather") * degrees.shard * degrees.sequence
+            + self.sent("reduce_scatter"),
+            # The sums over replicas. The others are of a few bytes.
+            reduced=self.sent("all_reduce") if degrees.replicate > 1 else 0,
+            on_host={**self.on_host, "checkpoints": checkpoints},
+            gpu=self.setup.gpu,
+            links=links,
+            rates=self.setup.rates,
+        )
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.time.seconds / self.setup.tokens_per_step
+
+    def sent(self, kind: str) -> float:
+        """Return the bytes that a rank hands in to collectives of this kind."""
+        return self.collectives.get(kind, (0, 0))[1]
+
+
+@dataclass(frozen=True)
+class Plan(Estimate):
+    """The plan of a step that was simulated whole."""
+
+    simulation: Simulation
+    peak: Peak
+    """of the tensors on one GPU"""
+    host_components: Mapping[str, float]
+    """bytes of a node's host memory at its peak, by component"""
+    notes: tuple[str, ...]
 
     @cached_property
     def exchange_inside_node(self) -> float | None:
@@ -303,11 +279,11 @@ class Plan:
 
         None where they are. Otherwise `time` has the seconds across nodes.
         """
-        if not check_nodes(self.setup):
+        setup = self.setup
+        if not check_nodes(setup):
             return None
-        size = self.simulation.collectives.get("all_to_all", (0, 0))[1]
-        inside = replace(links_of(self.setup), gpus_per_node=self.setup.world_size)
-        return inside.exchange_seconds(size, self.setup.gpu)
+        inside = replace(setup.links, gpus_per_node=setup.world_size)
+        return inside.exchange_seconds(self.sent("all_to_all"), setup.gpu)
 
     @cached_property
     def clock(self) -> list[tuple[int, float]]:
@@ -315,7 +291,7 @@ class Plan:
         began).
         """
         setup, simulation = self.setup, self.simulation
-        exchange = links_of(setup).exchange_seconds(1.0, setup.gpu)
+        exchange = setup.links.exchange_seconds(1.0, setup.gpu)
         rates = setup.rates | {"exchange": 1 / exchange if exchange else inf}
         share = simulation.batches / setup.degrees.accumulation_steps
         return clock(simulation.ticks, self.time, rates=rates, share=share)
@@ -326,18 +302,17 @@ class Plan:
         return self.clock[over - 1][1] if over else 0.0
 
     @cached_property
-    def model_flops(self) -> float:
-        """FLOPs of a step on one rank without recomputation, as the trainer counts them for MFU."""
+    def mfu(self) -> float:
+        """The share of the GPU's peak that a step's FLOPs take, without recomputation, as the
+        trainer counts them.
+        """
         setup = self.setup
         training, degrees = setup.config.training, setup.degrees
         rows = training.local_batch_size * degrees.accumulation_steps
         row = rows * training.seq_len * flops_per_token(self.simulation.model)
         scores = attention_flops(setup.model_config, ((training.seq_len,),) * rows)
-        return (row + scores) / degrees.sequence
-
-    @property
-    def mfu(self) -> float:
-        return self.model_flops / self.time.seconds / self.setup.gpu.peak
+        flops = (row + scores) / degrees.sequence
+        return flops / self.time.seconds / setup.gpu.peak
 
     @property
     def bottleneck(self) -> str:
@@ -377,15 +352,32 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
             "while the backward of attention runs"
         )
     simulation = simulate(setup.spec, cuda=setup.workspace, wrap=wrap)
-    plan = Plan(setup, simulation, tuple(notes))
-    weights = plan.host_components.get("parameters", 0)
+    memory, start = simulation.memory, simulation.start
+    peak, host_peak = memory.peak("device", first=start), memory.peak("host", first=start)
+    host: Counter[str] = Counter()
+    for allocation, size in host_peak.alive.items():
+        # Checkpoints are in buffers of exactly their size. PyTorch's allocator pins the rest.
+        exact = allocation.component == "checkpoints"
+        host[allocation.component] += (size if exact else pinned(size)) * setup.ranks_per_node
+    weights = host["parameters"]
     if setup.host_memory and weights > setup.host_memory:
         raise UserError(
             f"plan.host_memory_gib = {setup.host_memory / GIB:g}: memory.parameter_offload = true "
             f"puts {weights / GIB:.3g} GiB of weights there. Use more nodes, or set "
             "memory.parameter_offload = false."
         )
-    return plan
+    return Plan(
+        setup,
+        simulation.cost,
+        simulation.collectives,
+        host_peak.components,
+        gpu_bytes=peak.bytes + sum(reserve.bytes for reserve in setup.reserves),
+        host_bytes=host.total(),
+        simulation=simulation,
+        peak=peak,
+        host_components=dict(host.most_common()),
+        notes=tuple(notes),
+    )
 
 
 def _bytes_of_a_document(setup: Setup) -> int:

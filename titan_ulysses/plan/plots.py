@@ -1,4 +1,4 @@
-"""The planner's pictures. This module is imported only where matplotlib is installed."""
+"""The planner's pictures. They are drawn only where matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 
 from titan_ulysses.observability.pictures import COLORS, picture
 from titan_ulysses.observability.units import size_text, time_unit_of, unit_of
 from titan_ulysses.plan.attribution import COMPONENTS
+from titan_ulysses.plan.names import component_name
 from titan_ulysses.plan.planner import Plan
 from titan_ulysses.plan.search import SearchResult
-from titan_ulysses.plan.words import component_name
 
 _COLUMNS = 1000
 """Columns of the timeline. Each shows the highest moment of its part of the step."""
@@ -81,14 +80,18 @@ def _begins(plan: Plan) -> list[tuple[str, float]]:
 
 def timeline(plan: Plan, path: Path | IO[str]) -> None:
     """Draw GPU memory over the planned time of a step, stacked by component, and mark its peak."""
-    line = timeline_of(plan)
+    from matplotlib import colormaps
+
+    setup, line = plan.setup, timeline_of(plan)
     unit, unit_name = unit_of(line.peak[1])
     time_unit, time_name = time_unit_of(line.ends[-1])
     present = [name for name in COMPONENTS if any(column[name] for column in line.alive)]
     heights = np.array([[column[name] / unit for column in line.alive] for name in present])
     ends = np.array([0.0, *line.ends]) / time_unit
     when, peak = line.peak[0] / time_unit, line.peak[1] / unit
-    limit = (plan.setup.gpu_memory - sum(reserve.bytes for reserve in plan.reserves)) / unit
+    limit = (setup.gpu_memory - sum(reserve.bytes for reserve in setup.reserves)) / unit
+    drawn, batches = plan.simulation.batches, setup.degrees.accumulation_steps
+    part = f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
     with picture(path, size=(10, 5)) as (_, axes):
         stacked = np.concatenate([heights[:, :1], heights], axis=1)
         names = [component_name(name) for name in present]
@@ -98,54 +101,33 @@ def timeline(plan: Plan, path: Path | IO[str]) -> None:
         axes.set(
             xlim=(0, ends[-1]),
             ylim=(0, 1.15 * (max(limit, peak) if limit < _IN_SIGHT * peak else peak)),
+            xlabel=f"planned time in the step, {time_name}{part}",
+            ylabel=f"{unit_name} on one GPU",
         )
         _mark(axes, line, time_unit)
         _mark_limit(axes, limit, peak, unit)
-        text = f"peak: {size_text(line.peak[1])} of tensors"
-        _mark_peak(axes, text, (when, peak), on_the_left=when > ends[-1] / 2)
-        _name_axes(axes, plan, time_name, unit_name)
-        _add_legend(axes, shown=[row.max() > 0.005 * peak for row in heights])
-
-
-def _mark_peak(axes: Any, text: str, at: tuple[float, float], *, on_the_left: bool) -> None:
-    axes.plot(*([value] for value in at), marker="v", color="black", clip_on=False)
-    axes.annotate(
-        text,
-        at,
-        xytext=(-8 if on_the_left else 8, 5),
-        textcoords="offset points",
-        ha="right" if on_the_left else "left",
-        fontsize=8,
-    )
-
-
-def _name_axes(axes: Any, plan: Plan, time_name: str, unit_name: str) -> None:
-    setup, config = plan.setup, plan.setup.config
-    drawn, batches = plan.simulation.batches, setup.degrees.accumulation_steps
-    of_them = (
-        f" (the first {drawn} of {batches} batches, and the update)" if batches > drawn else ""
-    )
-    axes.set(
-        xlabel=f"planned time in the step, {time_name}{of_them}",
-        ylabel=f"{unit_name} on one GPU",
-    )
-    title = (
-        f"{config.job.name}: {config.training.seq_len:,} tokens on {setup.world_size} x "
-        f"{setup.gpu.name}"
-    )
-    axes.set_title(title, fontsize=10, pad=16)
-
-
-def _add_legend(axes: Any, *, shown: list[bool]) -> None:
-    """Name the components that can be seen, in the order of the picture from top to bottom."""
-    handles, names = axes.get_legend_handles_labels()
-    used = [pair for *pair, is_shown in zip(handles, names, shown, strict=True) if is_shown]
-    axes.legend(
-        *zip(*reversed(used), strict=True),
-        loc="center left",
-        bbox_to_anchor=(1.0, 0.5),
-        fontsize=8,
-    )
+        axes.plot([when], [peak], marker="v", color="black", clip_on=False)
+        on_the_left = when > ends[-1] / 2
+        axes.annotate(
+            f"peak: {size_text(line.peak[1])} of tensors",
+            (when, peak),
+            xytext=(-8 if on_the_left else 8, 5),
+            textcoords="offset points",
+            ha="right" if on_the_left else "left",
+            fontsize=8,
+        )
+        title = f"{setup.config.job.name}: {plan.seq_len:,} tokens on {setup.world_size} x "
+        axes.set_title(f"{title}{setup.gpu.name}", fontsize=10, pad=16)
+        # The components that can be seen, in the order of the picture from top to bottom.
+        handles = axes.get_legend_handles_labels()[0]
+        shown = [at for at, row in enumerate(heights) if row.max() > 0.005 * peak][::-1]
+        axes.legend(
+            [handles[at] for at in shown],
+            [names[at] for at in shown],
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            fontsize=8,
+        )
 
 
 def _mark(axes: Any, line: Timeline, time_unit: float) -> None:
@@ -181,7 +163,7 @@ def _mark_limit(axes: Any, limit: float, peak: float, unit: float) -> None:
 
 def ladder(steps: Sequence[SearchResult], path: Path | IO[str]) -> None:
     """Draw the longest sequence of each step of the feature ladder, on a logarithmic axis."""
-    lengths = [step.need.seq_len if step.need else 0 for step in steps]
+    lengths = [step.plan.seq_len if step.plan else 0 for step in steps]
     with picture(path, size=(8, 0.6 * len(steps) + 1.2)) as (_, axes):
         places = np.arange(len(steps))[::-1]
         axes.barh(places, [max(1, length) for length in lengths], color=COLORS[0])

@@ -4,12 +4,11 @@ it takes to stop.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from titan_ulysses.observability.units import size_text, time_text
-from titan_ulysses.plan.planner import Plan, Setup
+from titan_ulysses.plan.planner import Estimate, Plan
 
 _SAVING = 1e9
 """Bytes/s that a node is taken to write to a file system that all nodes share."""
@@ -34,20 +33,15 @@ class RunCost:
             f"{self.gpu_hours:,.1f} GPU-hours{price}"
         )
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def tokens_of_run(setup: Setup) -> int:
-    """Return the tokens to train: plan.tokens, or those of training.steps steps of setup."""
-    return setup.config.plan.tokens or setup.config.training.steps * setup.tokens_per_step
-
-
-def run_cost(setup: Setup, *, tokens: int, seconds_per_token: float) -> RunCost:
-    """Return what `tokens` take on the GPUs of setup. Steps alone count, and no validation, no
-    checkpoint and no start.
+def run_cost(estimate: Estimate, tokens: int = 0) -> RunCost:
+    """Return what `tokens` take on the GPUs of setup: plan.tokens, or those of training.steps
+    steps, unless given. Steps alone count, and no validation, no checkpoint and no start.
     """
-    hours = tokens * seconds_per_token / 3600
+    setup = estimate.setup
+    tokens = tokens or setup.config.plan.tokens
+    tokens = tokens or setup.config.training.steps * setup.tokens_per_step
+    hours = tokens * estimate.seconds_per_token / 3600
     gpu_hours = hours * setup.world_size
     price = setup.config.plan.gpu_hour_price
     return RunCost(tokens, hours, gpu_hours, price * gpu_hours if price else None)
@@ -75,7 +69,7 @@ def grace_of(plan: Plan) -> Grace:
     saved = 0.0
     if plan.setup.config.checkpoint.enable:
         state = ("parameters", "optimizer state")
-        places = (plan.peak.components, plan.demand.on_host)
+        places = (plan.peak.components, plan.on_host)
         saved = sum(place.get(what, 0.0) for place in places for what in state)
         saved *= plan.setup.ranks_per_node
     seconds = _MARGIN * (plan.time.seconds + saved / _SAVING)

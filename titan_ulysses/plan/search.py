@@ -14,19 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from titan_ulysses.config.combinations import combination_problems
+from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import Config
 from titan_ulysses.config.validate import MeshDegrees
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import chunk_length
-from titan_ulysses.memory.tiling import Tiled
-from titan_ulysses.plan.few_layers import Estimate, estimate_plan
-from titan_ulysses.plan.planner import Plan, Setup, make_plan
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from titan_ulysses.memory.tiled import Tiled
+from titan_ulysses.plan.estimate import estimate_plan
+from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
 
 _UNIT = 256
 """Lengths are multiples of this many tokens per rank."""
@@ -48,48 +45,13 @@ _MOST_LENGTHS = 8
 """How many lengths an estimate is made from at most."""
 
 
-@dataclass(frozen=True)
-class Need:
-    """What a sequence length needs: bytes of a GPU and of a node's host memory, and the seconds of
-    a step.
-    """
-
-    seq_len: int
-    gpu: float
-    host: float
-    seconds: float
-    fits: bool
-    """Whether the hardware has the memory, and the step is not longer than it may be."""
-
-    @classmethod
-    def of(cls, plan: Plan | Estimate, /, **more: Any) -> Self:
-        config, seconds = plan.setup.config, plan.time.seconds
-        most = config.plan.max_step_seconds
-        fits = plan.fits and (not most or seconds <= most)
-        length = config.training.seq_len
-        return cls(length, plan.gpu_bytes, plan.host_bytes, seconds, fits, **more)
-
-
-@dataclass(frozen=True)
-class Simulated(Need):
-    """The need of a length that was simulated whole."""
-
-    plan: Plan
-
-
 def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
     """Return setup with changed settings ("section.key" -> value) and the mesh that follows.
 
     UserError where settings exclude each other, and where the sequence-parallel degree does not
     divide the number of ranks.
     """
-    table = setup.config.model_dump()
-    for key, value in changes.items():
-        section, name = key.split(".")
-        table[section][name] = value
-    config = Config.model_validate(table)
-    if problems := combination_problems(config):
-        raise UserError("\n".join(problems))
+    config = config_of(setup.config.model_dump(), changes.items())
     return replace(setup, spec=setup.spec.with_config(config, _degrees(setup, config, changes)))
 
 
@@ -109,23 +71,19 @@ def _degrees(setup: Setup, config: Config, changes: dict[str, Any]) -> MeshDegre
     return MeshDegrees(replicate, shard, sequence, local, accumulation)
 
 
-def at_length(setup: Setup, seq_len: int, plan: Callable[[Setup], Plan] = make_plan) -> Simulated:
-    return _simulated(plan(with_settings(setup, {"training.seq_len": seq_len})))
+def at_length(setup: Setup, seq_len: int) -> Setup:
+    return with_settings(setup, {"training.seq_len": seq_len})
 
 
-def _simulated(plan: Plan) -> Simulated:
-    return Simulated.of(plan, plan=plan)
-
-
-def limit(setup: Setup, a: Need, b: Need) -> int:
+def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
     """Return the length at which the line through a and b reaches the first limit of the hardware
     or of the time of a step, rounded down; 0 where none fits. a is the shorter one.
     """
     unit = _UNIT * setup.degrees.sequence
     lengths = []
     for memory, low, high in (
-        (setup.gpu_memory, a.gpu, b.gpu),
-        (setup.host_memory or inf, a.host, b.host),
+        (setup.gpu_memory, a.gpu_bytes, b.gpu_bytes),
+        (setup.host_memory or inf, a.host_bytes, b.host_bytes),
     ):
         slope = (high - low) / (b.seq_len - a.seq_len)
         if slope > 0:
@@ -136,7 +94,7 @@ def limit(setup: Setup, a: Need, b: Need) -> int:
     return max(0, int(min(*lengths, _MAX_TOKENS)) // unit * unit)
 
 
-def _limit_of_time(setup: Setup, a: Need, b: Need) -> float:
+def _limit_of_time(setup: Setup, a: Estimate, b: Estimate) -> float:
     """Return the length whose step takes `plan.max_step_seconds`, or infinity without that limit.
 
     The time of a and of b says what x and y are in seconds = x S + y S^2.
@@ -144,7 +102,7 @@ def _limit_of_time(setup: Setup, a: Need, b: Need) -> float:
     most = setup.config.plan.max_step_seconds
     if not most:
         return inf
-    per_token = a.seconds / a.seq_len, b.seconds / b.seq_len
+    per_token = a.time.seconds / a.seq_len, b.time.seconds / b.seq_len
     y = (per_token[1] - per_token[0]) / (b.seq_len - a.seq_len)
     x = per_token[1] - y * b.seq_len
     if y <= 0:
@@ -161,49 +119,47 @@ def is_unlimited(setup: Setup, seq_len: int) -> bool:
 def estimate(first: Plan) -> int:
     """Estimate the longest sequence that fits from the plan of one length; 0 where none fits.
 
-    The other lengths are planned from models with few layers (`few_layers.py`), so the result is
+    The other lengths are planned from models with few layers (`estimate.py`), so the result is
     not simulated. Memory grows more slowly once tiles and chunks are full, so that a line from a
     shorter length would end too early: it is followed up to where it leads. Where that is the
     length at which a search ends, this is tried at once, if a GPU could hold its hidden states.
     """
-    setup = first.setup
+    setup, own, fits = first.setup, first.seq_len, first.fits_in_time
+    unit, full = _UNIT * setup.degrees.sequence, _full_length(first)
 
-    def at_length(seq_len: int) -> Need:
-        return Need.of(estimate_plan(with_settings(setup, {"training.seq_len": seq_len})))
+    def planned(seq_len: int) -> Estimate:
+        return estimate_plan(at_length(setup, seq_len))
 
-    unit, own, full = _UNIT * setup.degrees.sequence, Need.of(first), _full_length(first)
     end = _MAX_TOKENS // unit * unit
-    if own.fits and full <= own.seq_len < end:
+    if fits and full <= own < end:
         # Beyond full tiles and chunks, so that a longer length is on the same line.
-        other = at_length(min(_MAX_UNVERIFIED_EXTRAPOLATION * own.seq_len, end))
+        other = min(_MAX_UNVERIFIED_EXTRAPOLATION * own, end)
     else:
-        other = at_length(max(unit, own.seq_len // (2 if own.fits else 4) // unit * unit))
-    if other.seq_len == own.seq_len:
-        other = at_length(2 * own.seq_len)
-    known = [own, other]
+        other = max(unit, own // (2 if fits else 4) // unit * unit)
+    known: list[Estimate] = [first, planned(other if other != own else 2 * own)]
     hidden = 2 * setup.degrees.local_batch_size * getattr(setup.model_config, "hidden_size", 0)
     try_end = hidden * _MAX_TOKENS / setup.degrees.sequence < setup.gpu_memory
     while True:
-        known.sort(key=lambda need: need.seq_len)
+        known.sort(key=_length)
         low, high = _pair(known)
-        if low.seq_len <= unit and not low.fits:
+        if low.seq_len <= unit and not low.fits_in_time:
             return 0
         guess, farthest = max(unit, limit(setup, low, high)), known[-1].seq_len
         # Lengths that do not fit say little of shorter ones.
-        is_line = low.fits and (low.seq_len >= full or guess < 2 * (low.seq_len + unit))
-        is_known = any(abs(need.seq_len - guess) <= _CLOSE * guess for need in known)
+        is_line = low.fits_in_time and (low.seq_len >= full or guess < 2 * (low.seq_len + unit))
+        is_known = any(abs(one.seq_len - guess) <= _CLOSE * guess for one in known)
         if is_known or len(known) == _MOST_LENGTHS:
             return guess
         if is_line and guess <= _MAX_UNVERIFIED_EXTRAPOLATION * farthest:
             return guess
         if guess <= farthest:
-            known.append(at_length(guess))
+            known.append(planned(guess))
             continue
         if is_unlimited(setup, guess) and try_end:
-            if at_length(guess).fits:
+            if planned(guess).fits_in_time:
                 return guess
             try_end = False
-        known.append(at_length(min(max(guess, 2 * farthest), _MAX_EXTRAPOLATION * farthest)))
+        known.append(planned(min(max(guess, 2 * farthest), _MAX_EXTRAPOLATION * farthest)))
 
 
 def _full_length(plan: Plan) -> int:
@@ -225,8 +181,8 @@ def longest(
     close: float = 0.0,
     simulations: int = 6,
     plan: Callable[[Setup], Plan] = make_plan,
-) -> Simulated | None:
-    """Find the longest sequence that fits, verified by simulating it; None where none fits.
+) -> Plan | None:
+    """Find the longest sequence that fits, and simulate it; None where none fits.
 
     first: a plan at any length. near: the length to begin with where there is no such plan. close:
     the share of its length by which the result may be too short. plan: what makes a plan. Where
@@ -234,41 +190,36 @@ def longest(
     `is_unlimited`).
     """
     unit = _UNIT * setup.degrees.sequence
-
-    def need_of(seq_len: int) -> Simulated:
-        return at_length(setup, seq_len, plan)
-
-    start = _simulated(first) if first else need_of(max(unit, near // unit * unit or 64 * unit))
-    other = need_of(max(unit, start.seq_len // 2 // unit * unit))
-    if other.seq_len == start.seq_len:
-        other = need_of(2 * start.seq_len)
-    known = {need.seq_len: need for need in (start, other)}
-    best: Simulated | None = None
+    if first is None:
+        first = plan(at_length(setup, max(unit, near // unit * unit or 64 * unit)))
+    own = first.seq_len
+    other = max(unit, own // 2 // unit * unit)
+    known = [first, plan(at_length(setup, other if other != own else 2 * own))]
     for _ in range(simulations):
-        fitting = [need for need in known.values() if need.fits]
-        failing = [need for need in known.values() if not need.fits]
-        best = max(fitting, key=lambda need: need.seq_len, default=None)
-        lines = sorted(known.values(), key=lambda need: need.seq_len)
-        guess = min(limit(setup, *_pair(lines)), _MAX_EXTRAPOLATION * lines[-1].seq_len)
+        known.sort(key=_length)
+        best = max((one for one in known if one.fits_in_time), key=_length, default=None)
+        guess = min(limit(setup, *_pair(known)), _MAX_EXTRAPOLATION * known[-1].seq_len)
         # The peak is convex in S, so no length fits beyond one that does not, whatever a line says.
-        if failing:
-            guess = min(guess, min(need.seq_len for need in failing) - unit)
-        if guess < unit or guess in known or (best and guess <= best.seq_len * (1 + close)):
+        failing = (one.seq_len for one in known if not one.fits_in_time)
+        guess = min([guess, *(length - unit for length in failing)])
+        is_known = guess in map(_length, known)
+        if guess < unit or is_known or (best and guess <= best.seq_len * (1 + close)):
             return best
-        known[guess] = need_of(guess)
-    return max((n for n in known.values() if n.fits), key=lambda need: need.seq_len, default=None)
+        known.append(plan(at_length(setup, guess)))
+    return max((one for one in known if one.fits_in_time), key=_length, default=None)
 
 
-def _pair(lines: Sequence[Need]) -> tuple[Need, Need]:
+def _length(plan: Estimate) -> int:
+    return plan.seq_len
+
+
+def _pair(known: Sequence[Estimate]) -> tuple[Estimate, Estimate]:
     """Return the two lengths next to the limit, of lengths in increasing order: the last that fits
     and the first that does not, or the nearest two where all lengths are on one side.
     """
-    at = next((i for i, need in enumerate(lines) if not need.fits), len(lines))
-    if at == 0:
-        return lines[0], lines[1]
-    if at == len(lines):
-        return lines[-2], lines[-1]
-    return lines[at - 1], lines[at]
+    fitting = next((i for i, one in enumerate(known) if not one.fits_in_time), len(known))
+    at = min(max(fitting, 1), len(known) - 1)
+    return known[at - 1], known[at]
 
 
 FEATURES: list[tuple[str, dict[str, Any]]] = [
@@ -299,8 +250,8 @@ class SearchResult:
 
     what: str
     changes: dict[str, Any]
-    need: Simulated | None
-    """None where no length fits, or where the settings are refused."""
+    plan: Plan | None
+    """of the longest sequence; None where no length fits, or where the settings are refused"""
     refused: str = ""
     """why this model cannot have these settings"""
 
@@ -332,10 +283,10 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
             and setup.config.training.param_dtype != "bfloat16"
         ):
             continue
-        if more and not _differs(with_settings(setup, changes).config, more):
+        if more and not differs(with_settings(setup, changes).config, more):
             continue  # the feature is on already
         together = changes | more
-        if not _differs(setup.config, together):
+        if not differs(setup.config, together):
             one = replace(configured, changes=together)
         else:
             yield (one := _found(what, setup, together, near=found))
@@ -350,22 +301,22 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
 def _found(
     what: str, setup: Setup, changes: dict[str, Any], *, near: SearchResult | None = None
 ) -> SearchResult:
-    length = near.need.seq_len if near and near.need else 0
+    length = near.plan.seq_len if near and near.plan else 0
     try:
-        need = longest(with_settings(setup, changes), near=length, close=_TOLERANCE)
+        plan = longest(with_settings(setup, changes), near=length, close=_TOLERANCE)
     except UserError as error:
         return SearchResult(what, changes, None, refused=str(error))
-    return SearchResult(what, changes, need)
+    return SearchResult(what, changes, plan)
 
 
 def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResult]:
     layers = getattr(setup.model_config, "num_hidden_layers", 1)
     every = found.changes["activation_checkpoint.every"]
-    while found.need and _host_ends(found.need.plan) and 2 * every <= layers:
+    while found.plan and _host_ends(found.plan) and 2 * every <= layers:
         every *= 2
         changes = found.changes | {"activation_checkpoint.every": every}
         other = _found(f"    {every} blocks a checkpoint", setup, changes, near=found)
-        if other.need is None or other.need.seq_len <= found.need.seq_len:
+        if other.plan is None or other.plan.seq_len <= found.plan.seq_len:
             return
         yield (found := other)
 
@@ -413,14 +364,17 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
     found = None
     for what, more in steps:
         changes = changes | more
-        if configured and not _differs(setup.config, changes):
+        if configured and not differs(setup.config, changes):
             yield replace(configured, what=what, changes=changes)
         else:
             yield (found := _found(what, setup, changes, near=found))
 
 
-def _differs(config: Config, changes: dict[str, Any]) -> bool:
-    table = config.model_dump()
-    return any(
-        table[key.split(".")[0]][key.split(".")[1]] != value for key, value in changes.items()
-    )
+def value_of(config: Config, key: str) -> Any:
+    """Return the value of "section.name"."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def differs(config: Config, changes: dict[str, Any]) -> bool:
+    return any(value_of(config, key) != value for key, value in changes.items())

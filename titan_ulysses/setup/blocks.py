@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.memory.tiling import Tiled, tile_mlp, tile_norm
+from titan_ulysses.memory.tiled import Tiled, tile_mlp, tile_norm
 from titan_ulysses.model.families import MLPLayout, mlp_layout
 from titan_ulysses.model.float8 import is_float8
 

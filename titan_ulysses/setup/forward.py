@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, current_chunks
+from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, computing
 from titan_ulysses.memory.losses import LossFunction
 from titan_ulysses.model.families import layer_types
 from titan_ulysses.model.rope import use_document_lengths
@@ -71,13 +71,10 @@ def use_ulysses(
                 documents, position_limits or documents, mesh.sp.get_local_rank(), chunk_tokens
             )
         ulysses = Ulysses(mesh.sp, core, documents, inputs["position_ids"], chunk_tokens)
-        token = current_chunks.set(ulysses.chunks)
-        try:
+        with computing(ulysses.chunks):
             return _forward(
                 model, decoder, mesh.loss.get_group(), router_loss, ulysses=ulysses, **inputs
             )
-        finally:
-            current_chunks.reset(token)
 
     model.forward = MethodType(forward, model)
 

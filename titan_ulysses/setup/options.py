@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from titan_ulysses.config.fields import CORES
-from titan_ulysses.config.schema import Config
+from titan_ulysses.config.fields import CORES, Section
+from titan_ulysses.config.load import explained
+from titan_ulysses.config.schema import ActivationCheckpoint, Compile, Config, Memory
 from titan_ulysses.distributed.errors import UserError, one_line
+from titan_ulysses.distributed.mesh import warn_of_older_form
 from titan_ulysses.memory.offload import Offload
-from titan_ulysses.memory.stream_offload import StreamOffload
-from titan_ulysses.memory.streaming import KeepAttention
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.ulysses.cores import Core, Demand, choose_core
 from titan_ulysses.ulysses.pieces import pieces_of
@@ -21,55 +22,33 @@ if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.p
     from transformers import PreTrainedConfig
 
 
-@dataclass(frozen=True)
-class ParallelOptions:
-    """Options of `parallelize`. The defaults suit long sequences on one node."""
+_OLDER: dict[str, type[Section]] = {"activation_checkpoint": ActivationCheckpoint, "memory": Memory}
+"""Sections whose keys were keywords of `parallelize` in earlier versions."""
 
-    attention: str | Core = "auto"
-    """A core attention function, or the name of one (see `ulysses/cores.py`)."""
-    loss_tile_tokens: int = 0
-    """Tokens per tile of the loss head; -1: no tiling.
 
-    0 takes as many tokens as give 64 MiB of fp32 logits on a CPU, and 1 GiB on CUDA.
-    """
-    mlp_tile_tokens: int = 0
-    """Tokens per tile of MLPs and norms; -1: no tiling.
+def _dtype(name: Any) -> Any:
+    return getattr(torch, name, name) if isinstance(name, str) else name
 
-    0 does not tile if there are no activation checkpoints. If there are, it takes as many tokens as
-    give 512 MiB of tensors inside an MLP on CUDA. On a CPU it takes as many as the model's hidden
-    size, but at least 1,024.
-    """
-    checkpoint_every: int = 1
-    """Blocks per activation checkpoint, which keeps only its input for backward; 0: none."""
-    offload: Offload = "none"
-    """Where these inputs are kept: "none" (the device), "host" (host memory) or "disk" (files)."""
-    keep_attention: KeepAttention = "none"
-    """Which outputs of attention are kept in the same place, and not computed again in backward.
 
-    "none", "all", or "auto": as many as there is room for (none on the device). Only streamed
-    blocks keep them.
-    """
-    offload_folder: str | None = None
-    """Folder for offload = "disk"; None: the system's temporary folder."""
-    stream_chunk_tokens: int = 0
-    """Tokens of the whole sequence in a chunk, in which blocks compute it (`memory/streaming.py`).
+class ParallelOptions(BaseModel):
+    """The keywords of `parallelize`: sections of a config, and keys of [model] and [training].
 
-    0 chooses, and computes the whole sequence at once if it is short or the blocks cannot stream;
-    -1 always does. Batches must be cut for it, unless P = 1: see `shard`.
+    They have the names, defaults and meaning that they have there (see `config/schema.py`), except
+    for the dtypes.
     """
-    stream_offload: StreamOffload = "none"
-    """Where the hidden states of the whole sequence are while blocks stream: "none" (the device),
-    "host" or "disk" (see `memory/stream_offload.py`). offload is not needed then.
-    """
-    parameter_offload: bool = False
-    """Keep sharded parameters and gradients in host memory, where the optimizer then steps."""
-    compile: bool = False
-    """Compile the MLP and the norms of each block with torch.compile."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    attention: str | Callable[..., Any] = "auto"
+    """A core attention function, or what model.attention can be (see `ulysses/cores.py`)."""
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint()
+    memory: Memory = Memory()
+    """Without optimizer_offload, which is about the optimizer of train.py."""
+    compile: Compile = Compile()
     z_loss: float = 0.0
-    """Weight of the squared log-normalizer of the logits (see `memory/loss.py`)."""
-    param_dtype: torch.dtype | None = None
+    param_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
     """Dtype in which the model computes; None: the model's dtype. Stored parameters keep theirs."""
-    reduce_dtype: torch.dtype | None = None
+    reduce_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
     """Dtype in which gradients are summed; None: fp32, or param_dtype if that is wider."""
     tile_norms_with_mlp: bool = True
     """Whether the norms around an MLP run in the MLP's tiles.
@@ -77,33 +56,82 @@ class ParallelOptions:
     `parallelize` turns this off for a model family whose verification succeeds only without it.
     """
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_form(cls, given: Any) -> Any:
+        return _newer_form(given) if isinstance(given, dict) else given
+
+    def changed(self, **keywords: Any) -> ParallelOptions:
+        """Return these options with others; a table changes only the keys that it has.
+
+        UserError for what `parallelize` does not take.
+        """
+        keywords = _newer_form(keywords)
+        for name, value in keywords.items():
+            before = getattr(self, name, None)
+            if isinstance(value, dict) and isinstance(before, Section):
+                keywords[name] = dict(before) | value
+        try:
+            return ParallelOptions.model_validate(dict(self) | keywords)
+        except ValidationError as error:
+            raise UserError("\n".join(explained(error))) from None
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Blocks per activation checkpoint, which keeps only its input for backward; 0: none."""
+        checkpoint = self.activation_checkpoint
+        return checkpoint.every if checkpoint.mode == "full" else 0
+
     @property
     def store(self) -> Offload:
         """Where inputs of blocks and outputs of attention are kept."""
-        return self.offload if self.offload != "none" else self.stream_offload
+        offload = self.activation_checkpoint.offload
+        return offload if offload != "none" else self.memory.stream_offload
 
     def resolved(self, model_dtype: torch.dtype) -> ParallelOptions:
         """Return these options with concrete dtypes in place of None, for a model of this dtype."""
         param_dtype = self.param_dtype or model_dtype
         wide = torch.promote_types(param_dtype, torch.float32)
-        return replace(self, param_dtype=param_dtype, reduce_dtype=self.reduce_dtype or wide)
+        return self.changed(param_dtype=param_dtype, reduce_dtype=self.reduce_dtype or wide)
+
+
+def _newer_form(given: dict[str, Any]) -> dict[str, Any]:
+    """Return keywords of `parallelize`, with those of earlier versions as sections. Warn of them.
+
+    They were keys of [activation_checkpoint] and [memory], `checkpoint_every`, which was 0 for no
+    checkpoints, and a bool for [compile].
+    """
+    newer: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        section = next((name for name, kind in _OLDER.items() if key in kind.model_fields), None)
+        if key == "checkpoint_every":
+            table = tables.setdefault("activation_checkpoint", {})
+            table |= {"every": value} if value else {"mode": "none"}
+        elif key == "compile" and isinstance(value, bool):
+            tables["compile"] = {"enable": value}
+        elif section:
+            tables.setdefault(section, {})[key] = "" if value is None else value
+        else:
+            newer[key] = value
+    if tables:
+        form = ", ".join(f"{name}={table}" for name, table in tables.items())
+        warn_of_older_form(
+            f"parallelize: its keywords have the names of a config file now: {form}", stacklevel=5
+        )
+    for name, table in tables.items():
+        newer[name] = dict(newer.get(name, {})) | table
+    return newer
 
 
 def options_of(config: Config, core: Core) -> ParallelOptions:
     """Return the options that a config asks for, with core as the core attention."""
-    checkpoint, memory, training = config.activation_checkpoint, config.memory, config.training
+    training = config.training
     return ParallelOptions(
         attention=core,
-        loss_tile_tokens=memory.loss_tile_tokens,
-        mlp_tile_tokens=memory.mlp_tile_tokens,
-        checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
-        offload=checkpoint.offload,
-        keep_attention=checkpoint.keep_attention,
-        offload_folder=checkpoint.offload_folder or None,
-        stream_chunk_tokens=memory.stream_chunk_tokens,
-        stream_offload=memory.stream_offload,
-        parameter_offload=memory.parameter_offload,
-        compile=config.compile.enable,
+        activation_checkpoint=config.activation_checkpoint,
+        memory=config.memory,
+        compile=config.compile,
         z_loss=training.z_loss,
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
@@ -119,13 +147,14 @@ def obstacle_to_streaming(
     would only be slow is no obstacle then.
     """
     assert callable(options.attention)
+    memory, kept = options.memory, options.activation_checkpoint.keep_attention
     reason = None
-    if options.stream_chunk_tokens == -1:
+    if memory.stream_chunk_tokens == -1:
         reason = "memory.stream_chunk_tokens is off"
-        if options.keep_attention != "none":
+        if kept != "none":
             raise UserError(
-                f'activation_checkpoint.keep_attention = "{options.keep_attention}" needs layers '
-                f'that are streamed: {reason}. Set it to "none".'
+                f'activation_checkpoint.keep_attention = "{kept}" needs layers that are streamed: '
+                f'{reason}. Set it to "none".'
             )
     elif not options.checkpoint_every:
         reason = "it keeps only the inputs of blocks, and there are no activation checkpoints"
@@ -134,17 +163,17 @@ def obstacle_to_streaming(
         reason = f"the core {name} has no `pieces` (see titan_ulysses/ulysses/scores.py)"
     elif getattr(model_config, "num_kv_shared_layers", 0):
         reason = "layers of this model read the keys of another layer (num_kv_shared_layers)"
-    if reason and options.stream_chunk_tokens > 0:
+    if reason and memory.stream_chunk_tokens > 0:
         raise UserError(
-            f"memory.stream_chunk_tokens = {options.stream_chunk_tokens}: {reason}. Set it to "
+            f"memory.stream_chunk_tokens = {memory.stream_chunk_tokens}: {reason}. Set it to "
             '"auto" or "off".'
         )
-    if reason and options.stream_offload != "none":
+    if reason and memory.stream_offload != "none":
         raise UserError(
-            f'memory.stream_offload = "{options.stream_offload}" needs layers that are streamed: '
+            f'memory.stream_offload = "{memory.stream_offload}" needs layers that are streamed: '
             f'{reason}. Set it to "none".'
         )
-    wanted = options.stream_chunk_tokens > 0 or options.stream_offload != "none"
+    wanted = memory.stream_chunk_tokens > 0 or memory.stream_offload != "none"
     if reason is None and not wanted and device_type == "cuda":
         if "softcap" in attention_needs(model_config):
             reason = "on a GPU, soft-capped scores have no fast kernel for chunks"

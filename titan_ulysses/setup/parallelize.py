@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -25,19 +24,14 @@ from titan_ulysses.memory.allocator import warn_of_fragmentation
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.loss import LossHead
 from titan_ulysses.memory.offload import Store, open_store
-from titan_ulysses.memory.stream_offload import (
-    SequenceStore,
-    offload_embeddings,
-    open_sequence_store,
-)
-from titan_ulysses.memory.streaming import stream_blocks
-from titan_ulysses.memory.tiling import Tiled, tile_norm
+from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
+from titan_ulysses.memory.tiled import Tiled, tile_norm
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
-    beside_hidden_states,
     check_family,
     head_of,
     layer_types,
+    other_block_outputs,
 )
 from titan_ulysses.model.verification import Tilings, verify_family, verify_streaming
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, tile_blocks
@@ -50,12 +44,14 @@ from titan_ulysses.setup.checks import (
 from titan_ulysses.setup.forward import use_ulysses
 from titan_ulysses.setup.guard import guard
 from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, select_core
+from titan_ulysses.streaming.block import stream_blocks
+from titan_ulysses.streaming.embeddings import offload_embeddings
 from titan_ulysses.ulysses.cores import Core
 from titan_ulysses.ulysses.linear_attention import check_layers, has_untested_layers
 
 _OFFLOADED_CHUNK_TOKENS = 2**14
 """Tokens of the smallest chunk of the whole sequence where keys come from host memory to a GPU: a
-kernel of 600 TFLOP/s and a link of 50 GB/s need some thousand queries (see key_blocks.py).
+kernel of 600 TFLOP/s and a link of 50 GB/s need some thousand queries (see streaming/keys.py).
 """
 _SMALLEST_TILE = 1024
 """Smallest default size of an MLP tile on a CPU, in tokens.
@@ -89,12 +85,15 @@ _REFUSED = {
 
 
 def parallelize(
-    model: PreTrainedModel, mesh: Mesh, options: ParallelOptions | None = None, **fields: Any
+    model: PreTrainedModel, mesh: Mesh, options: ParallelOptions | None = None, **keywords: Any
 ) -> PreTrainedModel:
     """Wrap model in place: Ulysses attention, tiling, loss head, activation checkpointing, FSDP2.
 
-    Options are given as a ParallelOptions, as keywords that override its fields, or both:
-    `parallelize(model, mesh, offload="host")`.
+    The keywords are settings under the names that they have in a config file: the sections
+    `activation_checkpoint`, `memory` and `compile` as tables, and `attention`, `z_loss`,
+    `param_dtype` and `reduce_dtype` (see `ParallelOptions`, which may be given too):
+
+        parallelize(model, mesh, memory={"mlp_tile_tokens": 512}, param_dtype=torch.bfloat16)
 
     The model's forward then takes the batches of `shard` (see `forward.py`). Forward, backward,
     step and evaluation may follow in any order (see `guard`). Parameter names do not change. Save
@@ -104,10 +103,16 @@ def parallelize(
 
     Collective. UserError for a model or a core that would train wrongly.
     """
-    options = replace(options or ParallelOptions(), **fields).resolved(model.dtype)
+    options = (options or ParallelOptions()).changed(**keywords)
+    if "memory" in keywords and options.memory.optimizer_offload:
+        raise UserError(
+            "memory.optimizer_offload = true: it is about the optimizer that train.py makes, and "
+            "has no effect here. Leave it out."
+        )
+    options = options.resolved(model.dtype)
     check_family(model.config)
     check_dropout(model)
-    check_group(mesh, parameter_offload=options.parameter_offload)
+    check_group(mesh, parameter_offload=options.memory.parameter_offload)
     check_same_weights(model)
     is_checked = model.config.model_type in CHECKED_FAMILIES
     if (types := layer_types(model.config)) or model._is_stateful:
@@ -123,8 +128,10 @@ def parallelize(
             device_type=mesh.device.type,
             dtype=options.param_dtype,
         )
-        options = replace(options, attention=core)
-    store = open_store(options.store, options.offload_folder, mesh.device)
+        options = options.changed(attention=core)
+    folder, store = options.activation_checkpoint.offload_folder, None
+    if options.store != "none":
+        store = open_store(options.store, folder, mesh.device)
     if not is_checked:
         options = _verified(model.config, mesh, options, store)
     return wrap(model, mesh, options, store=store, device_type=mesh.device.type)
@@ -138,40 +145,41 @@ def _verified(
     `verify_family` tries them on a tiny model of the family. UserError if there are none.
     """
     # Verification runs in fp64 and is about the family's code, so unrelated options are left out.
-    plain = replace(
-        options,
-        compile=False,
-        stream_chunk_tokens=-1,
-        stream_offload="none",
-        keep_attention="none",
-        z_loss=0.0,
-        parameter_offload=False,
-        param_dtype=None,
-        reduce_dtype=None,
+    plain = ParallelOptions(
+        activation_checkpoint=options.activation_checkpoint.model_copy(
+            update={"keep_attention": "none"}
+        ),
+        memory={
+            "loss_tile_tokens": options.memory.loss_tile_tokens,
+            "mlp_tile_tokens": options.memory.mlp_tile_tokens,
+            "stream_chunk_tokens": -1,
+        },
     )
 
     def shard(tiny: PreTrainedModel, core: Core, tiling: dict[str, Any]) -> None:
-        options = replace(plain, attention=core, **tiling)
+        options = plain.changed(attention=core, **tiling)
         wrap(tiny, mesh, options, store=store, device_type=mesh.device.type)
 
     tiling = verify_family(config, mesh, shard, _tilings(options))
-    options = replace(options, **tiling)
+    options = options.changed(**tiling)
     if obstacle_to_streaming(config, options, mesh.device.type):
         return options
     reason = verify_streaming(config, mesh, shard, tiling)
     if reason is None:
         return options
-    if options.stream_chunk_tokens > 0 or options.stream_offload != "none":
+    if options.memory.stream_chunk_tokens > 0 or options.memory.stream_offload != "none":
         raise UserError(
             f'memory.stream_chunk_tokens: "{config.model_type}" does not train exactly chunk by '
             f'chunk: {reason.rstrip(".")}. Set it to "off", and memory.stream_offload to "none".'
         )
-    return replace(options, stream_chunk_tokens=-1, keep_attention="none")
+    return options.changed(
+        memory={"stream_chunk_tokens": -1}, activation_checkpoint={"keep_attention": "none"}
+    )
 
 
 def _tilings(options: ParallelOptions) -> Tilings:
     """Return the ways in which blocks of an unchecked family may be tiled, the best one first."""
-    whole = {"not tiled": {"mlp_tile_tokens": -1}}
+    whole = {"not tiled": {"memory": {"mlp_tile_tokens": -1}}}
     if not _tiles_mlp(options):
         return whole
     with_norms = {"tiled with its norms": {}}
@@ -200,24 +208,24 @@ def wrap(
     decoder, blocks = find_blocks(model)
     use_ulysses(model, decoder, blocks, mesh, options.attention)
     if _tiles_mlp(options):
-        tile_tokens = options.mlp_tile_tokens or automatic_mlp_tile(
+        tile_tokens = options.memory.mlp_tile_tokens or automatic_mlp_tile(
             model.config, options.param_dtype, device_type
         )
         tile_blocks(model, decoder, blocks, tile_tokens, norms_with_mlp=options.tile_norms_with_mlp)
-    if options.compile:
+    if options.compile.enable:
         compile_blocks(blocks)
-    model.stream_chunk_tokens, sequences = -1, None
+    model.stream_chunk_tokens = -1
+    sequences: Sequences = ON_DEVICE
     if obstacle_to_streaming(model.config, options, device_type) is None:
         model.stream_chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type)
-        if (offload := options.stream_offload) != "none":
+        checkpoint = options.activation_checkpoint
+        if (offload := options.memory.stream_offload) != "none":
             check_stream_offload(model, offload)
             open_them = open_sequences or open_sequence_store
-            sequences = open_them(offload, options.offload_folder, mesh.device)
-        stream_blocks(
-            blocks, keep_attention=options.keep_attention, store=store, sequences=sequences
-        )
+            sequences = open_them(offload, checkpoint.offload_folder, mesh.device)
+        stream_blocks(blocks, sequences, keep_attention=checkpoint.keep_attention, store=store)
     use_loss_head(model, decoder, options, device_type)
-    if sequences is not None:
+    if isinstance(sequences, SequenceStore):
         offload_sequences(model, decoder, sequences)
         store = None  # the inputs of segments are off the device already
     policies = {"mp_policy": _precision(options), "offload_policy": _offloading(options, mesh)}
@@ -229,7 +237,7 @@ def wrap(
 
     shard_blocks(model, blocks, shard)
     if every := options.checkpoint_every:
-        beside = beside_hidden_states(model.config)
+        beside = other_block_outputs(model.config)
         checkpoint_blocks(blocks, every=every, store=store, beside=beside, device=mesh.device)
     shard_root(model, shard)
     guard(model)
@@ -249,8 +257,8 @@ def _chunk_tokens(options: ParallelOptions, degree: int, device_type: str) -> in
     With `stream_offload` on a GPU, copies of keys hide behind the attention of a chunk only if it
     has enough queries.
     """
-    chosen = options.stream_chunk_tokens
-    if chosen == 0 and options.stream_offload != "none" and device_type == "cuda":
+    chosen = options.memory.stream_chunk_tokens
+    if chosen == 0 and options.memory.stream_offload != "none" and device_type == "cuda":
         return max(AUTOMATIC_CHUNK_TOKENS * degree, _OFFLOADED_CHUNK_TOKENS)
     return chosen
 
@@ -260,9 +268,8 @@ def _tiles_mlp(options: ParallelOptions) -> bool:
 
     By default not without checkpoints: tiles would add a recomputation, which costs time.
     """
-    return options.mlp_tile_tokens > 0 or (
-        options.mlp_tile_tokens == 0 and options.checkpoint_every > 0
-    )
+    tokens = options.memory.mlp_tile_tokens
+    return tokens > 0 or (tokens == 0 and options.checkpoint_every > 0)
 
 
 def automatic_mlp_tile(config: PreTrainedConfig, dtype: torch.dtype, device_type: str) -> int:
@@ -302,6 +309,13 @@ def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
         )
 
 
+def open_sequence_store(
+    offload: Literal["host", "disk"], folder: str | None, device: torch.device
+) -> SequenceStore:
+    """Return the store for the hidden states of a run on this device."""
+    return SequenceStore(open_store(offload, folder, device), device)
+
+
 def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:
     """Let all parts of the model around the blocks read and write hidden states off the device."""
     parts = list(decoder.children())
@@ -326,7 +340,7 @@ def _precision(options: ParallelOptions) -> MixedPrecisionPolicy:
 
 
 def _offloading(options: ParallelOptions, mesh: Mesh) -> OffloadPolicy:
-    if not options.parameter_offload:
+    if not options.memory.parameter_offload:
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=mesh.device.type != "cpu")
 
@@ -343,7 +357,7 @@ def use_loss_head(
     model.set_output_embeddings(
         LossHead(
             linear,
-            tile_tokens=options.loss_tile_tokens,
+            tile_tokens=options.memory.loss_tile_tokens,
             scale=shape.scale,
             softcap=shape.softcap,
             z_loss=options.z_loss,

@@ -24,29 +24,25 @@ Writes long.json and, where matplotlib is installed, long.png to --output.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from titan_ulysses.data.adapter import shard
-from titan_ulysses.data.tokenizer import encode
-from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.observability.pictures import picture
 from titan_ulysses.tools.long_texts import (
-    add_options,
-    batches_of,
-    check_options,
+    Puzzle,
+    Trial,
+    checked,
     draw_codes,
     draw_key,
     draw_keys,
-    fill,
-    grid,
     heat_map,
+    hide,
+    long_texts_parser,
     run,
 )
 from titan_ulysses.train.evaluation import log_probs
@@ -60,23 +56,7 @@ _AROUND = 0.1
 """How far from the depth, as a share of the text, it may be."""
 
 
-class Puzzle(NamedTuple):
-    """What is put into a text, and what is asked about it."""
-
-    pieces: list[tuple[float, str]]
-    """(depth, text) of each"""
-    question: str
-    answer: str
-    filler: Callable[[], Iterator[str]] | None = None
-    """makes the text around the pieces, in parts that none of them divides; None: it is --text"""
-
-
-class Trial(NamedTuple):
-    prompt: list[int]
-    answer: list[int]
-
-
-class Cell(NamedTuple):
+class TaskResult(NamedTuple):
     """The result of all trials of one task with one length and depth."""
 
     task: str
@@ -101,7 +81,9 @@ def needles(draw: random.Random, depth: float, count: int) -> Puzzle:
         (place, f"\nThe secret code of {key} is {code}.\n")
         for place, key, code in zip(places, keys, codes, strict=True)
     ]
-    return Puzzle(pieces, f"\nThe secret code of {keys[0]} is", f" {codes[0]}")
+    return Puzzle(
+        pieces, f"\nThe secret code of {keys[0]} is", [f" {codes[0]}"], "what needles needs"
+    )
 
 
 def variables(draw: random.Random, depth: float, count: int) -> Puzzle:
@@ -113,7 +95,8 @@ def variables(draw: random.Random, depth: float, count: int) -> Puzzle:
     lines = [f"\nVAR {names[0]} = {value}\n"]
     lines += [f"\nVAR {new} = VAR {old}\n" for old, new in zip(names, names[1:], strict=False)]
     question = f"\nThe variables with the value {value}, in the order of the text, are"
-    return Puzzle(list(zip(places, lines, strict=True)), question, " " + ", ".join(names))
+    pieces = list(zip(places, lines, strict=True))
+    return Puzzle(pieces, question, [" " + ", ".join(names)], "what variables needs")
 
 
 def words(draw: random.Random, depth: float, count: int) -> Puzzle:
@@ -130,7 +113,8 @@ def words(draw: random.Random, depth: float, count: int) -> Puzzle:
             for first in range(0, len(listed), 4):
                 yield "".join(f" {word}" for word in listed[first : first + 4])
 
-    return Puzzle(pieces, "\nThe word that is most often in this list is", f" {often}", filler)
+    question = "\nThe word that is most often in this list is"
+    return Puzzle(pieces, question, [f" {often}"], "what words needs", filler)
 
 
 def questions(draw: random.Random, depth: float, count: int) -> Puzzle:
@@ -148,7 +132,8 @@ def questions(draw: random.Random, depth: float, count: int) -> Puzzle:
                 yield says(who, draw_key(own))
 
     asked = f"\nQuestion: where does {person.capitalize()} live? Answer: in the town of"
-    return Puzzle([(depth, says(person, place))], asked, f" {place.capitalize()}", filler)
+    answers, what = [f" {place.capitalize()}"], "what questions needs"
+    return Puzzle([(depth, says(person, place))], asked, answers, what, filler)
 
 
 TASKS: dict[str, Callable[[random.Random, float, int], Puzzle]] = {
@@ -177,71 +162,34 @@ def make_trial(
     UserError where pieces and question alone are longer than length, or where text is too short.
     """
     draw = random.Random(f"{seed} {task}")
-    puzzle = TASKS[task](draw, depth, count)
-
-    def ids(one: str) -> list[int]:
-        return encode(tokenizer, one, ends=False).tolist()
-
-    answer = ids(puzzle.answer)
-    around, borders = text, None
-    if puzzle.filler:
-        around, borders = [], [0]
-        for some in puzzle.filler():
-            around += ids(some)
-            if len(around) >= length:
-                break
-            borders.append(len(around))
-    prompt = fill(
-        tokenizer,
-        around,
-        length=length,
-        pieces=[(place, ids(piece)) for place, piece in puzzle.pieces],
-        question=ids(puzzle.question),
-        answer_tokens=len(answer),
-        draw=draw,
-        borders=borders,
-        what=f"what {task} needs",
-    )
-    return Trial(prompt, answer)
+    return hide(TASKS[task](draw, depth, count), tokenizer, text, length=length, draw=draw)
 
 
-@torch.no_grad()
-def answer_scores(
-    model: PreTrainedModel, mesh: Mesh, trials: Sequence[Trial], *, length: int
-) -> list[tuple[float, float]]:
-    """Return (loss, share of likeliest tokens) of each trial's answer, both over its tokens.
+def answer_scores(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the loss and the number of likeliest tokens of each row's answer, [B, 2].
 
     Collective.
     """
-    found: list[tuple[float, float]] = []
-    for batch in shard(batches_of(trials, mesh, length=length), model):
-        of_tokens = log_probs(model, batch)
-        losses = -of_tokens.log_probs.sum(dim=1, dtype=torch.float64)
-        likeliest = of_tokens.is_top1.sum(dim=1)
-        found += zip(losses.tolist(), likeliest.tolist(), strict=True)
-    sizes = [len(trial.answer) for trial in trials]
-    return [(loss / n, top / n) for (loss, top), n in zip(found, sizes, strict=True)]
+    of_tokens = log_probs(model, batch)
+    found = torch.stack([-of_tokens.log_probs.double(), of_tokens.is_top1.double()], dim=-1)
+    return found.sum(dim=1)
 
 
-def evaluate(
-    model: PreTrainedModel,
-    mesh: Mesh,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Sequence[int],
-    options: Any,
-) -> Iterator[Cell]:
-    for task in options.tasks:
-        for length, depth, seeds in grid(options):
-            shared = {"task": task, "length": length, "depth": depth, "count": options.count}
-            trials = [make_trial(tokenizer, text, **shared, seed=seed) for seed in seeds]
-            scores = answer_scores(model, mesh, trials, length=length)
-            losses, shares = zip(*scores, strict=True)
-            n = len(scores)
-            exact = sum(share == 1 for share in shares) / n
-            yield Cell(task, length, depth, sum(losses) / n, sum(shares) / n, exact)
+def result_of(
+    task: str, length: int, depth: float, trials: Sequence[Trial], scores: torch.Tensor
+) -> TaskResult:
+    """Sum up the scores [trials, 1, 2] of a cell."""
+    sizes = [len(trial.answers[0]) for trial in trials]
+    each = [
+        (loss / n, top / n) for (loss, top), n in zip(scores[:, 0].tolist(), sizes, strict=True)
+    ]
+    losses, shares = zip(*each, strict=True)
+    n = len(trials)
+    exact = sum(share == 1 for share in shares) / n
+    return TaskResult(task, length, depth, sum(losses) / n, sum(shares) / n, exact)
 
 
-def draw_maps(cells: Sequence[Cell], options: Any, path: Path) -> None:
+def draw_maps(cells: Sequence[TaskResult], options: Any, path: Path) -> None:
     """Draw each task in a row: the loss, the likeliest tokens, the exact answers."""
     size = (4 + 2.4 * len(options.lengths), len(options.tasks) * (1.6 + 0.4 * len(options.depths)))
     with picture(path, size=size, panels=(len(options.tasks), 3)) as (figure, panels):
@@ -262,35 +210,27 @@ def draw_maps(cells: Sequence[Cell], options: Any, path: Path) -> None:
         figure.suptitle(f"{options.model}: {options.trials} trials a cell", fontsize=10)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="titan-ulysses eval-long",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def say(cell: TaskResult) -> str:
+    return (
+        f"{cell.task:<9} {cell.length:>9,} tokens, depth {cell.depth:4.0%}: loss "
+        f"{cell.loss:.3f}, likeliest tokens {cell.likeliest:.0%}, exact {cell.exact:.0%}"
     )
-    add_options(parser, output="outputs/long")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
-    parser.add_argument(
-        "--count", type=int, default=4, help="codes in needles, variables in a chain (4)"
-    )
-    options = parser.parse_args(argv)
-    check_options(options, count=2)
-    options.tasks = [task for task in TASKS if task in options.tasks]
-    return options
 
 
 def main(argv: list[str]) -> None:
-    options = parse(argv)
-
-    def check(tokenizer: PreTrainedTokenizerBase, text: list[int]) -> None:
-        for task, length in product(options.tasks, options.lengths):
-            shared = {"task": task, "length": length, "depth": 0, "count": options.count}
-            make_trial(tokenizer, text, **shared, seed="")
-
-    def say(cell: Cell) -> str:
-        return (
-            f"{cell.task:<9} {cell.length:>9,} tokens, depth {cell.depth:4.0%}: loss "
-            f"{cell.loss:.3f}, likeliest tokens {cell.likeliest:.0%}, exact {cell.exact:.0%}"
-        )
-
-    run(options, name="long", check=check, evaluate=evaluate, say=say, draw=draw_maps)
+    parser = long_texts_parser("eval-long", __doc__, output="outputs/long")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
+    counted = "codes in needles, variables in a chain (4)"
+    parser.add_argument("--count", type=int, default=4, help=counted)
+    options = checked(parser.parse_args(argv), count=2)
+    options.tasks = [task for task in TASKS if task in options.tasks]
+    run(
+        options,
+        name="long",
+        make=partial(make_trial, count=options.count),
+        score=answer_scores,
+        result_of=result_of,
+        say=say,
+        draw=draw_maps,
+        tasks=options.tasks,
+    )

@@ -9,16 +9,13 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+
+from titan_ulysses.tools import parser_of
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="titan-ulysses generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("generate", __doc__)
     parser.add_argument("folder", type=Path, help="what AutoModelForCausalLM.from_pretrained opens")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="text to go on from")

@@ -1,5 +1,5 @@
-"""Long texts with something to find in them, and the model that is asked: what needle.py and
-eval_long.py share.
+"""Long texts with something to find in them, and the model that is asked: what the commands
+needle and eval-long share.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.config.fields import expand_path
+from titan_ulysses.data.adapter import shard
 from titan_ulysses.data.files import find_files, read_text
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.distributed.errors import UserError, first_failure
@@ -27,6 +28,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.observability.pictures import SHADES, has_matplotlib
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.setup.resolve import resolve_model
+from titan_ulysses.tools import parser_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,33 +57,65 @@ def draw_codes(draw: random.Random, count: int) -> list[str]:
     return [str(code) for code in draw.sample(range(10_000, 100_000), count)]
 
 
-def fill(
+class Puzzle(NamedTuple):
+    """What is put into a text, and what is asked about it."""
+
+    pieces: list[tuple[float, str]]
+    """(depth, text) of each"""
+    question: str
+    answers: list[str]
+    """the right one first, then others that a model might give"""
+    what: str
+    """pieces and question, as messages name them"""
+    filler: Callable[[], Iterator[str]] | None = None
+    """makes the text around the pieces, in parts that none of them divides; None: it is --text"""
+
+
+class Trial(NamedTuple):
+    """Token ids of a text with its pieces and question, and of the answers, the right one first."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+
+
+def hide(
+    puzzle: Puzzle,
     tokenizer: PreTrainedTokenizerBase,
     text: Sequence[int],
     *,
     length: int,
-    pieces: Sequence[tuple[float, list[int]]],
-    question: list[int],
-    answer_tokens: int,
     draw: random.Random,
-    borders: Sequence[int] | None = None,
-    what: str = "needle and question",
-) -> list[int]:
-    """Build a prompt that has `length` tokens together with its answer.
+) -> Trial:
+    """Build a trial that has `length` tokens, its longest answer included.
 
-    A part of text, which draw chooses, with each of pieces, (depth, token ids), at its depth; those
-    of one depth stand in their order. Then the question. borders: the places of text at which a
-    piece may stand, in order, 0 first; None: all. UserError where pieces and question alone are
-    longer than length (`what` names them), or where text is too short.
+    It is a part of text, which draw chooses, with each of the pieces at its depth; those of one
+    depth stand in their order. Then the question. UserError where pieces and question alone are
+    longer than length, or where text is too short.
     """
+
+    def ids(one: str) -> list[int]:
+        return encode(tokenizer, one, ends=False).tolist()
+
+    pieces = [(depth, ids(piece)) for depth, piece in puzzle.pieces]
+    question, answers = ids(puzzle.question), [ids(answer) for answer in puzzle.answers]
+    borders: list[int] | None = None  # where a piece may stand; None: anywhere
+    if puzzle.filler:
+        filled, borders = list[int](), [0]
+        for some in puzzle.filler():
+            filled += ids(some)
+            if len(filled) >= length:
+                break
+            borders.append(len(filled))
+        text = filled
     first = tokenizer("")["input_ids"][:1]
     # The token that the model expects at the beginning, if any.
     start = first if first == [tokenizer.bos_token_id] else []
-    used = sum(len(piece) for _, piece in pieces)
-    room = length - len(start) - used - len(question) - answer_tokens
+    used = len(start) + sum(len(piece) for _, piece in pieces) + len(question)
+    room = length - used - max(map(len, answers))
     if room < 0:
         raise UserError(
-            f"--lengths {length}: {what} alone are {length - room} tokens; give a larger one."
+            f"--lengths {length}: {puzzle.what} alone are {length - room} tokens; give a larger "
+            "one."
         )
     if room > len(text):
         raise UserError(
@@ -98,7 +132,7 @@ def fill(
         place = max(before, at_border(begin + round(depth * room)) - begin)
         prompt += [*hay[before:place], *piece]
         before = place
-    return [*prompt, *hay[before:], *question]
+    return Trial([*prompt, *hay[before:], *question], answers)
 
 
 def read_haystack(
@@ -139,66 +173,76 @@ def open_model(folder: str, mesh: Mesh, *, longest: int) -> PreTrainedModel:
     return model.eval()
 
 
-def pad(rows: Sequence[tuple[list[int], list[int]]], length: int) -> dict[str, torch.Tensor]:
-    """Build a batch for `shard` from (prompt, code) of each row. Only the codes have labels."""
-    shape = (len(rows), length)
-    batch = {
-        "input_ids": torch.zeros(shape, dtype=torch.long),
-        "attention_mask": torch.zeros(shape, dtype=torch.long),
-    }
-    batch["labels"] = torch.full(shape, -100)
-    for row, (prompt, code) in enumerate(rows):
-        end = len(prompt) + len(code)
-        batch["input_ids"][row, :end] = torch.tensor([*prompt, *code])
-        batch["attention_mask"][row, :end] = 1
-        batch["labels"][row, len(prompt) : end] = torch.tensor(code)
-    return batch
+def scores_of(
+    model: PreTrainedModel,
+    mesh: Mesh,
+    trials: Sequence[Trial],
+    score: Callable[[PreTrainedModel, dict[str, Any]], torch.Tensor],
+    *,
+    length: int,
+) -> torch.Tensor:
+    """Return what `score` makes of a batch [B, ...], of all answers [trials, answers, ...].
 
-
-def batches_of(
-    rows: Sequence[tuple[list[int], list[int]]], mesh: Mesh, *, length: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of (prompt, answer) rows for `shard`, as large as a rank can take."""
+    A batch is of `shard`, as large as a rank can take, and only answers have labels. Collective.
+    """
+    rows = [(trial.prompt, answer) for trial in trials for answer in trial.answers]
     at_once = max(1, _ROW_TOKENS * mesh.sp.size() // length)
-    for first in range(0, len(rows), at_once):
-        yield pad(rows[first : first + at_once], length)
 
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for some in (rows[first : first + at_once] for first in range(0, len(rows), at_once)):
+            ids = torch.zeros(len(some), length, dtype=torch.long)
+            mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+            for row, (prompt, answer) in enumerate(some):
+                end = len(prompt) + len(answer)
+                ids[row, :end] = torch.tensor([*prompt, *answer])
+                mask[row, :end] = 1
+                labels[row, len(prompt) : end] = torch.tensor(answer)
+            yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-def grid(options: Any) -> Iterator[tuple[int, float, list[str]]]:
-    """Yield (length, depth, the seed of each trial) of every cell, by length and then by depth."""
-    for length, depth in product(options.lengths, options.depths):
-        yield length, depth, [f"{options.seed} {length} {trial}" for trial in range(options.trials)]
+    with torch.no_grad():
+        found = torch.cat([score(model, batch) for batch in shard(batches(), model)])
+    return found.unflatten(0, (len(trials), -1)).cpu()
 
 
 def run(
     options: argparse.Namespace,
     *,
     name: str,
-    check: Callable[[PreTrainedTokenizerBase, list[int]], None],
-    evaluate: Callable[..., Iterator[Any]],
+    make: Callable[..., Trial],
+    score: Callable[[PreTrainedModel, dict[str, Any]], torch.Tensor],
+    result_of: Callable[..., Any],
     say: Callable[[Any], str],
     draw: Callable[[list[Any], Any, Path], None],
+    tasks: Sequence[str] | None = None,
     more: dict[str, Any] | None = None,
 ) -> None:
     """Open model and texts on all ranks, evaluate every cell, and write NAME.json and NAME.png.
 
-    check(tokenizer, text) raises UserError for lengths that cannot be. evaluate(model, mesh,
-    tokenizer, text, options) yields a NamedTuple for each cell, and say is its line on the
-    console. draw(cells, options, path) draws the picture. more is written to NAME.json, too.
+    make(tokenizer, text, length=, depth=, seed=) makes a trial, and raises UserError for lengths
+    that cannot be. result_of(length, depth, trials, scores of them) makes the NamedTuple of a cell
+    from what `scores_of` returns, and say is its line on the console. Both take the task too, as
+    `task=` and as the first argument, where there are tasks. draw(cells, options, path) draws the
+    picture. more is written to NAME.json, too.
     """
     init_distributed()
     mesh, longest = build_mesh(sequence=dist.get_world_size()), options.lengths[-1]
     tokenizer = load_tokenizer(options.model)
     text = read_haystack(tokenizer, options.text, tokens=4 * longest, seed=options.seed)
+    cases: list[dict[str, str]] = [{}] if tasks is None else [{"task": task} for task in tasks]
     # Errors in the lengths are reported before the model is read, which takes time.
-    check(tokenizer, text)
+    for case, length in product(cases, options.lengths):
+        make(tokenizer, text, **case, length=length, depth=0, seed="")
     _make_folder(options.output)
     model = open_model(options.model, mesh, longest=longest)
     speaks, cells = dist.get_rank() == 0, []
-    for cell in evaluate(model, mesh, tokenizer, text, options):
-        cells.append(cell)
+    for case, length, depth in product(cases, options.lengths, options.depths):
+        seeds = [f"{options.seed} {length} {trial}" for trial in range(options.trials)]
+        shared = {**case, "length": length, "depth": depth}
+        trials = [make(tokenizer, text, **shared, seed=seed) for seed in seeds]
+        scores = scores_of(model, mesh, trials, score, length=length)
+        cells.append(result_of(*case.values(), length, depth, trials, scores))
         if speaks:
-            print(say(cell), flush=True)
+            print(say(cells[-1]), flush=True)
     if not speaks:
         return
     found = (more or {}) | {key: value for key, value in vars(options).items() if key != "output"}
@@ -243,32 +287,31 @@ def heat_map(
     axes.set(xlabel="length, tokens", ylabel="depth")
 
 
-def add_options(parser: argparse.ArgumentParser, *, output: str) -> None:
-    """Add the options that both scripts have. `output` is the default folder of the results."""
-    parser.add_argument(
+def long_texts_parser(
+    command: str, description: str | None, *, output: str
+) -> argparse.ArgumentParser:
+    """Return a parser of the options that both commands have. `output` is the default folder of
+    the results.
+    """
+    parser = parser_of(command, description)
+    add = parser.add_argument
+    add(
         "model",
         metavar="MODEL",
         help="folder with a model and its tokenizer, such as a run's export/",
     )
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="TOKENS"
-    )
-    parser.add_argument(
-        "--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="SHARE"
-    )
-    parser.add_argument("--trials", type=int, default=8, help="texts and needles a cell (8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--text",
-        default="{stdlib}/*.py",
-        metavar="PATH",
-        help="file, folder or pattern of the texts",
-    )
-    parser.add_argument("--output", type=Path, default=Path(output), metavar="FOLDER")
+    add("--lengths", type=int, nargs="+", default=[512, 1024, 2048], metavar="TOKENS")
+    add("--depths", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], metavar="SHARE")
+    add("--trials", type=int, default=8, help="texts and needles a cell (8)")
+    add("--seed", type=int, default=0)
+    texts = "file, folder or pattern of the texts"
+    add("--text", default="{stdlib}/*.py", metavar="PATH", help=texts)
+    add("--output", type=Path, default=Path(output), metavar="FOLDER")
+    return parser
 
 
-def check_options(options: argparse.Namespace, **least: int) -> None:
-    """Check and sort the options that both scripts have. UserError for what cannot be.
+def checked(options: argparse.Namespace, **least: int) -> argparse.Namespace:
+    """Return the options that both commands have, checked and sorted. UserError for what cannot be.
 
     least: the lower bounds of the numbers of codes.
     """
@@ -282,3 +325,4 @@ def check_options(options: argparse.Namespace, **least: int) -> None:
     if wrong := [depth for depth in options.depths if not 0 <= depth <= 1]:
         raise UserError(f"--depths {wrong[0]}: a share of the text, from 0 to 1.", exit_code=2)
     options.lengths, options.depths = sorted(set(options.lengths)), sorted(set(options.depths))
+    return options

@@ -26,18 +26,16 @@ from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import config_of
 from titan_ulysses.config.schema import KEYS, SECTIONS
 from titan_ulysses.config.toml import show, table_to_toml
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.tools import parser_of
 from titan_ulysses.tools.migration import FORMATS
-from titan_ulysses.tools.migration.rules import Format, Lost, Rule
+from titan_ulysses.tools.migration.rules import Flat, Format, Lost, Rule
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
-
-Flat = dict[str, Any]
-"""Values of a recipe by their keys, the keys of nested tables with dots; lists are values."""
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -94,38 +92,32 @@ def format_of(path: Path, table: dict[str, Any]) -> Format:
 class Migration:
     """A recipe, the settings that follow from it, and what could not be carried."""
 
-    def __init__(self, kind: Format, flat: Flat, *, ranks: int | None):
-        self.kind, self.ranks = kind, ranks
-        self.flat = {key: value for key, value in flat.items() if value is not None}
+    def __init__(self, kind: Format, recipe: Flat, *, ranks: int | None):
+        self.kind = kind
         self.settings: Flat = {}
-        self.assumed: set[str] = set()
-        """our keys that follow from their trainer's defaults"""
-        self.given: set[str] = set()
-        """our keys that the recipe itself sets"""
+        self.from_defaults: set[str] = set()
+        """our keys that follow from their trainer's defaults alone"""
         self.lost: list[tuple[str, Any, str]] = []
         self.needless: list[tuple[str, Any, str]] = []
-
-    def run(self) -> Migration:
-        values = self.kind.defaults | self.flat | {"--ranks": self.ranks}
-        for key, value in self.kind.defaults.items():
-            if key not in self.flat and (rule := self.kind.rule_of(key)):
-                of = f" (the default of {self.kind.name})"
-                self.assumed |= self._apply(rule, key, value, values, of).keys()
-        for key, value in self.flat.items():
-            rule = self.kind.rule_of(key)
-            if rule is not None:
-                found = self._apply(rule, key, value, values)
-                self.given |= found.keys()
+        recipe = {key: value for key, value in recipe.items() if value is not None}
+        self._values = kind.defaults | recipe | {"--ranks": ranks}
+        for key, value in kind.defaults.items():
+            if key not in recipe and (rule := kind.rule_of(key)):
+                found = self._apply(rule, key, value, f" (the default of {kind.name})")
+                self.from_defaults |= found.keys()
+        for key, value in recipe.items():
+            if rule := kind.rule_of(key):
+                found = self._apply(rule, key, value)
+                self.from_defaults -= found.keys()
                 if not found and rule.why:
                     self.needless.append((key, value, rule.why))
             elif value not in (False, "", [], {}):  # what is off or empty asks for nothing
                 self.lost.append((key, value, "not known here"))
-        return self
 
-    def _apply(self, rule: Rule, key: str, value: Any, values: Flat, of: str = "") -> Flat:
+    def _apply(self, rule: Rule, key: str, value: Any, of: str = "") -> Flat:
         """Add what a key becomes to the settings, and return it. Name it if something is lost."""
         try:
-            found = rule.become(value, values)
+            found = rule.become(value, self._values)
         except Lost as why:
             self.lost.append((key, value, f"{why}{of}"))
             found = why.kept
@@ -161,11 +153,10 @@ def as_text(source: str, migration: Migration) -> str:
             ours = getattr(getattr(config, section), name)
             if isinstance(value, str) and isinstance(ours, (int, float)):
                 table[name] = ours  # a number in quotes, which their trainers take too
-    defaults = sorted(migration.assumed - migration.given)
     lines = [f"# From {source}, a recipe of {migration.kind.name}, by titan-ulysses migrate."]
-    if defaults:
+    if migration.from_defaults:
         lines.append(f"# From defaults of {migration.kind.name}, which the recipe does not set:")
-        lines += [f"#   {key}" for key in defaults]
+        lines += [f"#   {key}" for key in sorted(migration.from_defaults)]
     for section in SECTIONS:
         if section in tables:
             order = [k for k in SECTIONS[section].model_fields if k in tables[section]]
@@ -178,12 +169,12 @@ def as_text(source: str, migration: Migration) -> str:
 
 def markdown(kind: Format) -> str:
     """Return the table of a format for docs/migration.md."""
-    lines = [f"| {kind.name} | here |", "|---|---|"]
-    for rule in kind.rules:
-        lines.append(f"| `{rule.theirs}` | {rule.describe()} |")
-    for key, value in kind.defaults.items():
-        lines.append(f"| `{key}` | where it is not set: as `{show(value)}` |")
-    return "\n".join(lines) + "\n"
+    defaults = (
+        f"| `{key}` | where it is not set: as `{show(value)}` |"
+        for key, value in kind.defaults.items()
+    )
+    rows = (rule.table_row() for rule in kind.rules)
+    return "\n".join([f"| {kind.name} | here |", "|---|---|", *rows, *defaults, ""])
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -202,11 +193,7 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="titan-ulysses migrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("migrate", __doc__)
     parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="YAML or TOML")
     parser.add_argument("--from", dest="kind", choices=FORMATS, help="default: seen from its keys")
     parser.add_argument(
@@ -233,10 +220,10 @@ def main(argv: list[str]) -> None:
     table = read_recipe(path)
     kind = FORMATS[options.kind] if options.kind else format_of(path, table)
     flat = with_included(path, flatten(table), kind)
-    migration = Migration(kind, flat, ranks=options.ranks).run()
+    migration = Migration(kind, flat, ranks=options.ranks)
     given = dict(options.overrides)
     migration.settings |= given
-    migration.given |= given.keys()
+    migration.from_defaults -= given.keys()
     if not {"model.path", "model.config"} & migration.settings.keys():
         raise UserError(f"{path}: it names no model: add --model.path FOLDER.", exit_code=2)
     text = as_text(path.name, migration)

@@ -17,27 +17,24 @@ Writes needle.json and, where matplotlib is installed, needle.png to --output.
 
 from __future__ import annotations
 
-import argparse
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from titan_ulysses.data.adapter import shard
-from titan_ulysses.data.tokenizer import encode
-from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.observability.pictures import picture
 from titan_ulysses.tools.long_texts import (
-    add_options,
-    batches_of,
-    check_options,
+    Puzzle,
+    Trial,
+    checked,
     draw_codes,
     draw_key,
-    fill,
-    grid,
     heat_map,
+    hide,
+    long_texts_parser,
     run,
 )
 from titan_ulysses.train.evaluation import score
@@ -50,14 +47,7 @@ ANSWER = " {code}"
 NEEDLE = QUESTION + ANSWER + ".\n"
 
 
-class Trial(NamedTuple):
-    """A text with its needle and question, and the codes to choose from, the right one first."""
-
-    prompt: list[int]
-    codes: list[list[int]]
-
-
-class Cell(NamedTuple):
+class NeedleResult(NamedTuple):
     """The result of all trials with one length and depth."""
 
     length: int
@@ -83,55 +73,33 @@ def make_trial(
     """
     draw = random.Random(seed)
     key, (code, *others) = draw_key(draw), draw_codes(draw, candidates)
-
-    def ids(template: str, code: str = code) -> list[int]:
-        return encode(tokenizer, template.format(key=key, code=code), ends=False).tolist()
-
-    codes = [ids(ANSWER, one) for one in (code, *others)]
-    prompt = fill(
-        tokenizer,
-        text,
-        length=length,
-        pieces=[(depth, ids(NEEDLE))],
-        question=ids(QUESTION),
-        answer_tokens=max(map(len, codes)),
-        draw=draw,
+    puzzle = Puzzle(
+        [(depth, NEEDLE.format(key=key, code=code))],
+        QUESTION.format(key=key),
+        [ANSWER.format(code=one) for one in (code, *others)],
+        "needle and question",
     )
-    return Trial(prompt, codes)
+    return hide(puzzle, tokenizer, text, length=length, draw=draw)
 
 
-def code_scores(
-    model: PreTrainedModel, mesh: Mesh, trials: Sequence[Trial], *, length: int
-) -> list[float]:
-    """Return the log-probability of every code of every trial after its prompt. Collective."""
-    rows = [(trial.prompt, code) for trial in trials for code in trial.codes]
-    found: list[float] = []
-    for batch in shard(batches_of(rows, mesh, length=length), model):
-        found += score(model, batch).sum(dim=1, dtype=torch.float64).tolist()
-    return found
+def code_scores(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """Return the log-probability of the code of each row, [B]. Collective."""
+    return score(model, batch).sum(dim=1, dtype=torch.float64).float()
 
 
-def find_needles(
-    model: PreTrainedModel,
-    mesh: Mesh,
-    tokenizer: PreTrainedTokenizerBase,
-    text: Sequence[int],
-    options: Any,
-) -> Iterator[Cell]:
-    for length, depth, seeds in grid(options):
-        shared = {"length": length, "depth": depth, "candidates": options.candidates}
-        trials = [make_trial(tokenizer, text, **shared, seed=seed) for seed in seeds]
-        scores = code_scores(model, mesh, trials, length=length)
-        found = torch.tensor(scores).view(len(trials), -1)
-        of_tokens = [
-            right / len(trial.codes[0])
-            for right, trial in zip(found[:, 0].tolist(), trials, strict=True)
-        ]
-        accuracy = (found[:, 0] > found[:, 1:].amax(dim=1)).double().mean().item()
-        yield Cell(length, depth, accuracy, sum(of_tokens) / len(of_tokens))
+def result_of(
+    length: int, depth: float, trials: Sequence[Trial], scores: torch.Tensor
+) -> NeedleResult:
+    """Sum up the log-probabilities [trials, codes] of a cell."""
+    of_tokens = [
+        right / len(trial.answers[0])
+        for right, trial in zip(scores[:, 0].tolist(), trials, strict=True)
+    ]
+    accuracy = (scores[:, 0] > scores[:, 1:].amax(dim=1)).double().mean().item()
+    return NeedleResult(length, depth, accuracy, sum(of_tokens) / len(of_tokens))
 
 
-def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
+def draw_map(cells: Sequence[NeedleResult], options: Any, path: Path) -> None:
     """Draw accuracy and log-probability side by side, with a number in every cell."""
     size = (3 + 1.7 * len(options.lengths), 2.2 + 0.5 * len(options.depths))
     with picture(path, size=size, panels=(1, 2)) as (figure, panels):
@@ -149,29 +117,13 @@ def draw_map(cells: Sequence[Cell], options: Any, path: Path) -> None:
         figure.suptitle(f"{options.model}: {options.trials} trials a cell", fontsize=10)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="titan-ulysses needle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, output="outputs/needle")
-    parser.add_argument("--candidates", type=int, default=8, help="codes to choose from (8)")
-    options = parser.parse_args(argv)
-    check_options(options, candidates=2)
-    return options
-
-
 def main(argv: list[str]) -> None:
-    options = parse(argv)
+    parser = long_texts_parser("needle", __doc__, output="outputs/needle")
+    parser.add_argument("--candidates", type=int, default=8, help="codes to choose from (8)")
+    options = checked(parser.parse_args(argv), candidates=2)
     chance = 1 / options.candidates
 
-    def check(tokenizer: PreTrainedTokenizerBase, text: list[int]) -> None:
-        shared = {"depth": 0, "candidates": options.candidates, "seed": ""}
-        for length in options.lengths:
-            make_trial(tokenizer, text, length=length, **shared)
-
-    def say(cell: Cell) -> str:
+    def say(cell: NeedleResult) -> str:
         return (
             f"{cell.length:>9,} tokens, depth {cell.depth:4.0%}: accuracy {cell.accuracy:4.0%} "
             f"(guessing: {chance:.0%}), log-probability {cell.log_probability:.3f} a token"
@@ -180,8 +132,9 @@ def main(argv: list[str]) -> None:
     run(
         options,
         name="needle",
-        check=check,
-        evaluate=find_needles,
+        make=partial(make_trial, candidates=options.candidates),
+        score=code_scores,
+        result_of=result_of,
         say=say,
         draw=draw_map,
         more={"chance": chance},

@@ -12,7 +12,6 @@ Needs matplotlib.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from titan_ulysses.distributed.errors import UserError
@@ -26,14 +25,11 @@ from titan_ulysses.observability.run_pictures import (
     read_runs,
     validations,
 )
+from titan_ulysses.tools import parser_of
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="titan-ulysses plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("plot", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="where to; default, of one RUN: its plots/"

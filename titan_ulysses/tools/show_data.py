@@ -28,6 +28,7 @@ from titan_ulysses.data.rows import open_rows
 from titan_ulysses.data.sources import BadRow
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.tools import parser_of
 
 TRAINED = "bold green"
 
@@ -82,54 +83,44 @@ def show_source(
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
     encoder = Encoder(tokenizer, source.train_on)
     encoder.check(source.source)
-    shown = tokens = trained = documents = 0
+    shown, counts = 0, []
     for place, encoded in first_rows(source, encoder, setting=setting, count=rows):
         shown += 1
         if isinstance(encoded, BadRow):
             console.print(Text(f"--- {place}: cannot be used: {encoded.reason}", style="bold red"))
             continue
-        parts = [*encoded.documents()]
-        for number, document in enumerate(parts, start=1):
-            if not len(document.ids):
+        documents = [*encoded.documents()]
+        for number, document in enumerate(documents, start=1):
+            tokens = len(document.ids)
+            if not tokens:
                 continue
-            count = sum(len(ids) for is_trained, ids in runs_of(document) if is_trained)
-            of = f", document {number} of {len(parts)}" if len(parts) > 1 else ""
-            told = f"{len(document.ids):,} tokens, {count:,} trained on"
-            console.print(Text(f"--- {place}{of}: {told}", style="bold"))
+            trained = sum(len(ids) for is_trained, ids in runs_of(document) if is_trained)
+            of = f", document {number} of {len(documents)}" if len(documents) > 1 else ""
+            head = f"--- {place}{of}: {tokens:,} tokens, {trained:,} trained on"
+            console.print(Text(head, style="bold"))
             console.print(written(tokenizer, document, coloured=console.is_terminal))
-            documents, tokens, trained = (
-                documents + 1,
-                tokens + len(document.ids),
-                trained + count,
-            )
-    console.print(
-        Text(
-            f"{setting}: {shown:,} row(s) shown, {documents:,} document(s), {tokens:,} tokens, of "
-            f"which {trained:,} are trained on",
-            style="bold",
-        )
+            counts.append((tokens, trained))
+    tokens, trained = (sum(column) for column in zip((0, 0), *counts, strict=True))
+    total = (
+        f"{setting}: {shown:,} row(s) shown, {len(counts):,} document(s), {tokens:,} tokens, of "
+        f"which {trained:,} are trained on"
     )
+    console.print(Text(total, style="bold"))
 
 
 def main(argv: list[str]) -> None:
-    arguments = [*argv]
-    if {"-h", "--help"} & {*arguments}:
-        print(__doc__)
-        return
-    rows = 3
-    if "--rows" in arguments:
-        at = arguments.index("--rows")
-        value = arguments[at + 1] if at + 1 < len(arguments) else ""
-        if not value.isdecimal() or not int(value):
-            raise UserError(f"--rows {value}: needs a number of rows, at least 1", exit_code=2)
-        rows = int(value)
-        del arguments[at : at + 2]
-    command = parse_command_line(arguments)
+    parser = parser_of("show-data", __doc__)
+    help_ = "how many rows of each source are shown (3)"
+    parser.add_argument("--rows", nargs="?", default="3", const="", metavar="N", help=help_)
+    options, settings = parser.parse_known_args(argv)
+    if not options.rows.isdecimal() or not int(options.rows):
+        raise UserError(f"--rows {options.rows}: needs a number of rows, at least 1", exit_code=2)
+    command = parse_command_line(settings)
     config = load_config(command.config_path, command.overrides)
     tokenizer = load_tokenizer(config.model.tokenizer or config.model.path)
     console = Console(soft_wrap=True, highlight=False)
-    if not config.data.mixture:
-        show_source(console, tokenizer, config.data, setting="data.path", rows=rows)
-    for number, entry in enumerate(config.data.mixture):
-        setting = f"data.mixture[{number}].path"
-        show_source(console, tokenizer, entry, setting=setting, rows=rows)
+    sources: dict[str, SourceSettings] = {
+        f"data.mixture[{n}].path": entry for n, entry in enumerate(config.data.mixture)
+    }
+    for setting, source in (sources or {"data.path": config.data}).items():
+        show_source(console, tokenizer, source, setting=setting, rows=int(options.rows))

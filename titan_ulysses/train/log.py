@@ -200,7 +200,7 @@ class Imbalance:
         if self._has_warned or shares.balance < _UNEVEN or shares.part <= 0.5:
             return None
         self._has_warned = True
-        documents = loader.sequences.documents(shares.dearest)
+        documents = loader.sequences.documents(shares.costliest)
         # Padding comes last and is no document of the data.
         name = [*map("document {}".format, documents), "padding"][shares.document]
         return (

@@ -22,8 +22,8 @@ from titan_ulysses.checkpoint.initial import base_weights, initialize, needs_ini
 from titan_ulysses.checkpoint.state import saved_bytes
 from titan_ulysses.config.schema import KEYS, Config
 from titan_ulysses.config.toml import to_toml
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError, first_failure
-from titan_ulysses.distributed.files import whole_file
 from titan_ulysses.launch import heartbeat, run_store
 from titan_ulysses.launch.agreement import Ranks
 from titan_ulysses.launch.lock import RunLock

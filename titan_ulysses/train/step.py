@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 from titan_ulysses.config.schema import Config
 from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.mesh import Mesh
-from titan_ulysses.memory.tiling import tiles
+from titan_ulysses.memory.tiled import tiles
 from titan_ulysses.train.evaluation import Best
 from titan_ulysses.train.loss import CrossEntropy, Loss
 

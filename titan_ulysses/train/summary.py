@@ -20,7 +20,7 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.nf4 import describe_quantized
 from titan_ulysses.model.remote_code import describe_unused_code
 from titan_ulysses.observability.metrics import describe_parameters
-from titan_ulysses.observability.page import PAGE
+from titan_ulysses.observability.report_page import PAGE
 from titan_ulysses.optim.adamw import missing_compiler
 from titan_ulysses.setup.options import obstacle_to_streaming
 from titan_ulysses.ulysses.heads import idle_ranks

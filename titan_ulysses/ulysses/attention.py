@@ -22,19 +22,66 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import (
-    Chunk,
-    Documents,
-    chunks_of,
-    current_chunk,
-    local_slice,
-)
+from titan_ulysses.distributed.sequence import Chunk, Documents, chunks_of, local_slice
 from titan_ulysses.ulysses.cores import Core, takes_any_size
 from titan_ulysses.ulysses.exchange import SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
-from titan_ulysses.ulysses.streamed import attend_chunk
 
 ATTENTION_NAME = "ulysses"
+
+
+class Extent:
+    """What layers compute at a time, and what joins it to the rest: here the whole sequence.
+
+    In a streamed block it is a chunk (`streaming/chunks.py`).
+    """
+
+    tokens: slice | None = None
+    """The tokens of the sequence; None: all of them."""
+    keys_only = False
+    """Whether nothing is needed but the keys and values of attention."""
+
+    @property
+    def hands_state_on(self) -> bool:
+        """Whether what comes later needs the state of a layer after these tokens."""
+        return False
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        module: nn.Module,
+        ulysses: Ulysses,
+        layer: dict[str, Any],
+    ) -> Tensor:
+        """Compute attention: q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] of this rank's
+        tokens -> [B, T, Hq, Dv]. layer: documents, scale, window, softcap and sinks.
+        """
+        mesh, core = ulysses.mesh, ulysses.core
+        plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
+        if mesh.size() == 1:
+            return _local_heads(core, q, k, v, layer, plan, 0)
+        # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
+        q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
+        (q,), k, v = sequence_to_heads(q, k, v, plan)
+        output = _local_heads(core, q, k, v, layer, plan, mesh.get_local_rank())
+        return heads_to_sequence((output,), plan, mesh).to_local()
+
+    def state_before(
+        self, layer: nn.Module, anchors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, ...] | None:
+        """Return the state of a layer before these tokens, [B, ...] each; None: it is empty.
+
+        anchors: the tensors that the layer computes with; gradients flow through one of them.
+        """
+        return None
+
+    def state_after(
+        self, layer: nn.Module, output: Tensor, state: tuple[Tensor, ...] | None
+    ) -> Tensor:
+        """Keep the state of a layer after these tokens, and return the layer's output."""
+        return output
 
 
 @dataclass(frozen=True)
@@ -49,6 +96,8 @@ class Ulysses:
     """[B, T]: position ids of this rank's tokens. A document need not start at position 0."""
     chunk_tokens: int | None = None
     """Tokens of a chunk of the whole sequence, of which this rank has a slice; None: all of it."""
+    extent: Extent = Extent()
+    """What is computed at a time."""
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -58,11 +107,12 @@ class Ulysses:
 
     @cached_property
     def places(self) -> Tensor:
-        """[B, T]: index of each of this rank's tokens in its document, from 0."""
-        tokens, device = self.position_ids.shape[1], self.position_ids.device
+        """[B, T]: index in its document, from 0, of each token that this rank computes."""
         rank, degree = self.mesh.get_local_rank(), self.mesh.size()
-        every = torch.arange(tokens * degree, device=device)
-        here = local_slice(every, rank=rank, degree=degree, chunk_tokens=self.chunk_tokens, dim=0)
+        device = self.position_ids.device
+        tokens = self.extent.tokens or slice(0, self.position_ids.shape[1] * degree)
+        every = torch.arange(tokens.start, tokens.stop, device=device)
+        here = local_slice(every, rank=rank, degree=degree, dim=0)
         rows = []
         for row in self.documents:
             starts = torch.tensor([0, *accumulate(row)][:-1]).to(device, non_blocking=True)
@@ -90,7 +140,7 @@ def ulysses_attention(
     a call that no core can serve.
     """
     _check_call(module, attention_mask, ulysses, **kwargs)
-    mesh = ulysses.mesh
+    assert ulysses is not None
     layer: dict[str, Any] = {
         "documents": _chunked(ulysses.documents, module),
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -100,23 +150,10 @@ def ulysses_attention(
     }
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
         layer["window"] = None  # it masks nothing, and cores are faster without a window
-    # Not looked up where blocks do not stream: Dynamo cannot trace it.
-    chunk = None if ulysses.chunk_tokens is None else current_chunk.get()
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:
-        places = ulysses.places if chunk is None else ulysses.places[:, chunk.local]
-        query = _correct_temperature(query, module, places)
+        query = _correct_temperature(query, module, ulysses.places)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if chunk is not None:
-        return attend_chunk(q, k, v, chunk, module, mesh, ulysses.core, **layer), None
-    plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
-    if mesh.size() == 1:
-        return _local_heads(ulysses.core, q, k, v, layer, plan, 0), None
-
-    # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
-    q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
-    (q,), k, v = sequence_to_heads(q, k, v, plan)
-    output = _local_heads(ulysses.core, q, k, v, layer, plan, mesh.get_local_rank())
-    return heads_to_sequence((output,), plan, mesh).to_local(), None
+    return ulysses.extent.attend(q, k, v, module, ulysses, layer), None
 
 
 def _check_call(

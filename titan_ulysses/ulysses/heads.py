@@ -9,7 +9,7 @@ There are two ways to make one. They give the same plan if P divides Hq.
  - `plan_heads` gives whole heads, for attention over the whole sequence at once. With 9 heads on 4
    ranks one rank has 3 of them, 1.33 times its share, and ranks beyond Hq have none.
  - `deal_heads` gives each rank the same number of queries, for attention of one chunk of the
-   sequence (`streamed.py`): all queries of a chunk see almost the same keys, so a part of a head's
+   sequence (`streaming/`): all queries of a chunk see almost the same keys, so a part of a head's
    queries is a fair share of its work, which it is not in a whole sequence. No rank is idle.
 """
 

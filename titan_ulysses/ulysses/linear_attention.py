@@ -10,9 +10,9 @@ last tokens of the rank before (short_conv.py).
 The modules are unmodified: their parameters, projections, norms and kernels are used, and only the
 `forward` of the instances is replaced. Parameters of heads and channels are used by slices.
 
-Where blocks stream (`memory/streaming.py`), the state at the end of a chunk is where the next one
+Where blocks stream (`streaming/`), the state at the end of a chunk is where the next one
 begins. These states are kept from forward to backward, and are small. Backward goes from the last
-chunk to the first and hands their gradients on (states.py).
+chunk to the first and hands their gradients on (`streaming/`).
 
 Bytes that rank r sends to other ranks, with x_p elements of a token that belong to rank p, of
 hv_p value heads and hk_p key heads (heads and groups in Mamba-2):
@@ -30,29 +30,20 @@ import inspect
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import Chunk, Documents
 from titan_ulysses.ulysses.attention import Ulysses
 from titan_ulysses.ulysses.exchange import send_to_heads, send_to_sequence
 from titan_ulysses.ulysses.gated_deltanet import GatedDeltaNet
-from titan_ulysses.ulysses.heads import HeadPlan, LocalHeads
+from titan_ulysses.ulysses.heads import LocalHeads
 from titan_ulysses.ulysses.linear_kernels import check_kernels, describe_kernels
 from titan_ulysses.ulysses.mamba2 import Mamba2
 from titan_ulysses.ulysses.mixer import Mixer
 from titan_ulysses.ulysses.short_conv import ShortConv
-from titan_ulysses.ulysses.states import (
-    Chunked,
-    Piece,
-    State,
-    chunk_of,
-    nothing_of,
-    run_by_documents,
-)
+from titan_ulysses.ulysses.states import Piece, State, StatefulLayer, run_by_documents
 
 KINDS = "Gated DeltaNet, Mamba-2 and short convolutions"
 WITH_STATE = {"linear_attention", "conv", "hybrid"}
@@ -189,56 +180,37 @@ def _forward_of(module: nn.Module) -> ByHeads | ShortConv | None:
     return ShortConv(module) if ShortConv.fits(module) else None
 
 
-class ByHeads:
+class ByHeads(StatefulLayer):
     """The forward of a layer whose heads are divided among the ranks."""
 
     def __init__(self, mixer: Mixer):
-        self.mixer = mixer
+        self.mixer, self.module = mixer, mixer.module
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        *_: Any,
-        ulysses: Ulysses | None = None,
-        attention_mask: Tensor | None = None,
-        **__: Any,
-    ) -> Tensor:
-        mixer = self.mixer
-        chunk = chunk_of(mixer.module, ulysses, attention_mask)
-        if chunk is not None and chunk.goal == "keys":
-            return nothing_of(hidden_states)
-        mesh = ulysses.mesh
-        tensors, gate = mixer.project(hidden_states)
+    def compute(self, hidden: Tensor, ulysses: Ulysses) -> Tensor:
+        mixer, mesh = self.mixer, ulysses.mesh
+        tensors, gate = mixer.project(hidden)
         plan = mixer.plan(mesh.size())
         if mesh.size() > 1:
             tensors = list(send_to_heads(tensors, mixer.of_keys, plan, mesh))
-        output = self.recur(tensors, plan, mesh.get_local_rank(), chunk, ulysses.documents)
+        output = self.recur(tensors, plan.local(mesh.get_local_rank()), ulysses)
         if mesh.size() > 1:
             output = send_to_sequence(output, plan, mesh)
-        return mixer.project_back(mixer.gated(output, gate).to(hidden_states.dtype))
+        return mixer.project_back(mixer.gated(output, gate).to(hidden.dtype))
 
-    def recur(
-        self,
-        tensors: Sequence[Tensor],
-        plan: HeadPlan,
-        rank: int,
-        chunk: Chunk | None,
-        documents: Documents,
-    ) -> Tensor:
+    def recur(self, tensors: Sequence[Tensor], heads: LocalHeads, ulysses: Ulysses) -> Tensor:
         """Run convolution and recurrence on this rank's heads of a chunk or of all tokens."""
-        mixer = self.mixer
-        heads = plan.local(rank)
+        mixer, extent = self.mixer, ulysses.extent
         local = mixer.local(heads)
         if not heads.query:
             return self._idle(tensors, local)
-        border = Chunked(chunk, documents, mixer.module)
-        state = border.before([*tensors, *local])
+        state = extent.state_before(mixer.module, [*tensors, *local])
 
         def run(inputs: list[Tensor], state: State | None, _: Piece):
-            return mixer.run(inputs, local, heads, state, border.is_wanted)
+            return mixer.run(inputs, local, heads, state, extent.hands_state_on)
 
-        start = 0 if chunk is None else chunk.whole.start
-        return border.after(*run_by_documents(run, tensors, documents, start, state))
+        start = 0 if extent.tokens is None else extent.tokens.start
+        output, last = run_by_documents(run, tensors, ulysses.documents, start, state)
+        return extent.state_after(mixer.module, output, last)
 
     def _idle(self, tensors: Sequence[Tensor], local: Sequence[Tensor | None]) -> Tensor:
         """Return the output [B, S, 0, D] of a rank without heads.

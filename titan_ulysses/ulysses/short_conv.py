@@ -12,18 +12,16 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_ulysses.ulysses.attention import Ulysses
 from titan_ulysses.ulysses.states import (
-    Chunked,
     Piece,
     State,
-    chunk_of,
+    StatefulLayer,
     convolve,
     last_inputs,
-    nothing_of,
     run_by_documents,
 )
 
 
-class ShortConv:
+class ShortConv(StatefulLayer):
     """The forward of a layer y = C * convolution(B * x), by channels, with a kernel of K tokens.
 
     All channels of this rank's tokens are computed here. Of the tokens before them, the last K - 1
@@ -41,22 +39,11 @@ class ShortConv:
             hasattr(module, name) for name in parts
         )
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        *_: Any,
-        ulysses: Ulysses | None = None,
-        attention_mask: Tensor | None = None,
-        **__: Any,
-    ) -> Tensor:
-        m = self.module
-        chunk = chunk_of(m, ulysses, attention_mask)
-        if chunk is not None and chunk.goal == "keys":
-            return nothing_of(hidden_states)
-        b, c, x = m.in_proj(hidden_states).chunk(3, dim=-1)
+    def compute(self, hidden: Tensor, ulysses: Ulysses) -> Tensor:
+        m, mesh, extent = self.module, ulysses.mesh, ulysses.extent
+        b, c, x = m.in_proj(hidden).chunk(3, dim=-1)
         x = b * x
-        mesh, border = ulysses.mesh, Chunked(chunk, ulysses.documents, m)
-        state = border.before([x])
+        state = extent.state_before(m, [x])
         before = inputs_before(x, m.conv_kernel_size - 1, state and state[0], mesh)
         weight, bias = m.conv.weight.squeeze(1), m.conv.bias
 
@@ -67,10 +54,11 @@ class ShortConv:
                 tail = F.pad(tail, (m.conv_kernel_size - 1 - tail.shape[2], 0))
             return convolve(m, inputs[0].transpose(1, 2), weight, bias, tail).transpose(1, 2), None
 
-        first = (0 if chunk is None else chunk.whole.start) + mesh.get_local_rank() * x.shape[1]
+        start = 0 if extent.tokens is None else extent.tokens.start
+        first = start + mesh.get_local_rank() * x.shape[1]
         y = run_by_documents(run, [x], ulysses.documents, first, (before,))[0]
         last = last_inputs(x.mT, before.mT, m.conv_kernel_size - 1).mT
-        return m.out_proj(border.after(c * _Joined.apply(y, before), (last,)))
+        return m.out_proj(extent.state_after(m, c * _Joined.apply(y, before), (last,)))
 
 
 class _Joined(torch.autograd.Function):

@@ -1,9 +1,10 @@
-"""What layers that carry a state share: documents, convolutions, and states between chunks."""
+"""What layers that carry a state share: documents, convolutions, and what they are called with."""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.sequence import Chunk, Documents, current_chunk
+from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.attention import Ulysses
 
 State = tuple[Tensor, ...]
@@ -47,11 +48,6 @@ def pieces_of_row(row: tuple[int, ...], start: int, stop: int) -> tuple[Piece, .
             before = max(0, start - (end - length))
             pieces.append(Piece(slice(first - start, last - start), before))
     return tuple(pieces)
-
-
-def crosses(documents: Documents, place: int) -> bool:
-    """Return whether a document of any row goes on from token place - 1 to token `place`."""
-    return any(0 < place < sum(row) and place not in accumulate(row) for row in documents)
 
 
 Run = Callable[[list[Tensor], State | None, Piece], tuple[Tensor, State | None]]
@@ -158,100 +154,37 @@ def function_of(module: nn.Module, name: str, device: torch.device) -> Callable[
     )
 
 
-# --- states between chunks ------------------------------------------------------------------------
-
-
-class Chunked(NamedTuple):
-    """The states of a layer at the borders of the chunks that its block works through."""
-
-    chunk: Chunk | None
-    """None: the whole sequence is computed at once."""
-    documents: Documents
-    name: Any
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether a later chunk needs the state after this one."""
-        return self.chunk is not None and crosses(self.documents, self.chunk.whole.stop)
-
-    def before(self, anchors: Sequence[Tensor | None]) -> State | None:
-        """Return the state before this chunk, with a gradient if it is computed for backward.
-
-        anchors are the tensors that the layer computes with; the gradients of one of them make
-        autograd come here.
-        """
-        chunk = self.chunk
-        if chunk is None or not crosses(self.documents, chunk.whole.start):
-            return None
-        state = tuple(x[chunk.index] for x in chunk.states[self.name])
-        if chunk.goal != "gradient":
-            return state
-        return _Begin.apply(chunk, self.name, len(anchors), *anchors, *state)
-
-    def after(self, output: Tensor, state: State | None) -> Tensor:
-        """Keep the state after this chunk; in backward, its gradient flows into `output`'s node."""
-        chunk = self.chunk
-        if chunk is None or state is None or not self.is_wanted:
-            return output
-        if chunk.goal == "gradient":
-            return _End.apply(chunk, self.name, output, *state)
-        if self.name not in chunk.states:
-            chunks = -(-chunk.seq_len // (chunk.whole.stop - chunk.whole.start))
-            chunk.states[self.name] = tuple(x.new_empty(chunks, *x.shape) for x in state)
-        for of_chunks, x in zip(chunk.states[self.name], state, strict=True):
-            of_chunks[chunk.index + 1] = x.detach()
-        return output
-
-
-class _Begin(torch.autograd.Function):
-    """The state before a chunk. Backward keeps its gradient for the chunk before."""
-
-    @staticmethod
-    def forward(ctx, chunk: Chunk, name: Any, count: int, *tensors: Tensor | None):
-        ctx.memory, ctx.key, ctx.inputs = chunk.memory, (name, "gradient"), len(tensors)
-        return tuple(x.view_as(x) for x in tensors[count:])
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):
-        ctx.memory[ctx.key] = gradients
-        return None, None, None, *([None] * ctx.inputs)
-
-
-class _End(torch.autograd.Function):
-    """The output of a chunk. Backward adds the gradient of the state after it."""
-
-    @staticmethod
-    def forward(ctx, chunk: Chunk, name: Any, output: Tensor, *state: Tensor):
-        ctx.memory, ctx.key, ctx.count = chunk.memory, (name, "gradient"), len(state)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        # None where nothing after the chunk has a gradient.
-        of_state = ctx.memory.pop(ctx.key, [None] * ctx.count)
-        return None, None, gradient, *of_state
-
-
 # --- calls ---------------------------------------------------------------------------------------
 
 
-def chunk_of(
-    module: nn.Module, ulysses: Ulysses | None, attention_mask: Tensor | None
-) -> Chunk | None:
-    """Return the chunk that is computed, or None. UserError for a call that cannot be served."""
-    name = type(module).__name__
-    if ulysses is None:
-        raise UserError(
-            f"model: {name} is not told of documents and ranks: this version of transformers does "
-            "not hand keywords down to it. Take a newer one."
-        )
-    if attention_mask is not None:
-        raise UserError(
-            f"model: {name} has a mask of its own, where documents say all that is masked here."
-        )
-    return None if ulysses.chunk_tokens is None else current_chunk.get()
+class StatefulLayer(ABC):
+    """The forward of a layer that carries a state, around a module of transformers."""
 
+    module: nn.Module
 
-def nothing_of(hidden: Tensor) -> Tensor:
-    """Return zeros like hidden, without memory: of this layer nothing is needed."""
-    return hidden.new_zeros(()).expand(hidden.shape)
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        ulysses: Ulysses | None = None,
+        attention_mask: Tensor | None = None,
+        **__: Any,
+    ) -> Tensor:
+        """UserError for a call that cannot be served."""
+        name = type(self.module).__name__
+        if ulysses is None:
+            raise UserError(
+                f"model: {name} is not told of documents and ranks: this version of transformers "
+                "does not hand keywords down to it. Take a newer one."
+            )
+        if attention_mask is not None:
+            raise UserError(
+                f"model: {name} has a mask of its own, where documents say all that is masked here."
+            )
+        if ulysses.extent.keys_only:  # nothing is needed of this layer: zeros, without memory
+            return hidden_states.new_zeros(()).expand(hidden_states.shape)
+        return self.compute(hidden_states, ulysses)
+
+    @abstractmethod
+    def compute(self, hidden: Tensor, ulysses: Ulysses) -> Tensor:
+        """Return the output [B, t, h] of this rank's tokens of `ulysses.extent`."""

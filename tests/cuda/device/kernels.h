@@ -122,15 +122,22 @@ inline bool takes_cpu_indices(const std::string& op) {
 }
 
 // A CPU tensor of dimension 0 is a number to what TensorIterator runs (ATen/TensorIterator.cpp,
-// compute_types, allow_cpu_scalars), to fills, to foreach kernels and to the fused optimizers'
-// learning rate.
+// compute_types, allow_cpu_scalars: build_binary_op and build_comparison_op set it), to fills, to
+// foreach kernels and to the fused optimizers' learning rate. torch marks the former "pointwise", but
+// forgets floor_divide and most of what works in place.
 inline bool takes_cpu_numbers(const c10::OperatorHandle& op) {
-  static const std::set<std::string> names = {"aten::fill_",       "aten::masked_fill",
+  static const std::set<std::string> names = {"aten::fill_",        "aten::masked_fill",
                                               "aten::masked_fill_", "aten::index_fill",
-                                              "aten::index_fill_",  "aten::where"};
+                                              "aten::index_fill_",  "aten::where",
+                                              "aten::floor_divide", "aten::floor_divide_"};
   const auto& name = op.schema().name();
-  return op.hasTag(at::Tag::pointwise) || names.count(name) || takes_cpu_indices(name) ||
-         name.rfind("aten::_foreach_", 0) == 0 || name.rfind("aten::_fused_", 0) == 0;
+  auto pointwise = [](const c10::OperatorHandle& o) { return o.hasTag(at::Tag::pointwise); };
+  if (pointwise(op) || names.count(name) || takes_cpu_indices(name)) return true;
+  if (name.rfind("aten::_foreach_", 0) == 0 || name.rfind("aten::_fused_", 0) == 0) return true;
+  if (name.back() != '_') return false;
+  auto functional = c10::Dispatcher::singleton().findSchema(
+      {name.substr(0, name.size() - 1), op.schema().overload_name()});
+  return functional && pointwise(*functional);
 }
 
 // Operators whose result's size, or answer, the host must know.

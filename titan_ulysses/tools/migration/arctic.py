@@ -4,25 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from titan_ulysses.tools.migration.rules import (
-    ATTENTION,
-    DTYPE,
-    FLASH,
-    SEQUENCE,
-    Flat,
-    Format,
-    Lost,
-    accumulation,
-    custom,
-    deepspeed,
-    needless,
-    only,
-    same,
-    warmup,
-    words,
-)
+from titan_ulysses.tools.migration import rules as to
+from titan_ulysses.tools.migration.rules import Flat, Lost
 
-_ARCTIC_SOURCES = {
+_SOURCES = {
     "huggingface_instruct": {"source": "chat"},
     "huggingface_causal": {"source": "hf"},
 }
@@ -34,7 +19,7 @@ _IN_MESSAGES = {
 _ROLES = {"user": "messages.role.user", "assistant": "messages.role.assistant"}
 
 
-def _arctic_source(entry: Any, values: Flat) -> tuple[Flat, str]:
+def _source(entry: Any, values: Flat) -> tuple[Flat, str]:
     """Return our keys of a source, and what of it is lost."""
     if isinstance(entry, str):
         entry = {"name_or_path": entry}
@@ -42,10 +27,10 @@ def _arctic_source(entry: Any, values: Flat) -> tuple[Flat, str]:
     kind = entry.get("type", "huggingface")
     if kind == "huggingface":  # what its trainer takes where no type is given
         kind = "huggingface_causal" if is_causal else "huggingface_instruct"
-    if kind not in _ARCTIC_SOURCES:
+    if kind not in _SOURCES:
         raise Lost(f"the source {kind}: write its rows to a file, and name that in data.path")
     path, missing = str(entry["name_or_path"]), ""
-    found = _ARCTIC_SOURCES[kind] | {"path": path}
+    found = _SOURCES[kind] | {"path": path}
     if entry.get("split"):
         found["split"] = entry["split"]
     known = {"type", "name_or_path", "split", "role_mapping", "process"}
@@ -57,8 +42,8 @@ def _arctic_source(entry: Any, values: Flat) -> tuple[Flat, str]:
     return found, missing
 
 
-def _arctic_sources(value: list[Any], values: Flat) -> Flat:
-    found = [_arctic_source(entry, values) for entry in value]
+def _sources(value: list[Any], values: Flat) -> Flat:
+    found = [_source(entry, values) for entry in value]
     if len(found) == 1:
         data = {f"data.{key}": one for key, one in found[0][0].items()}
     else:
@@ -68,23 +53,23 @@ def _arctic_sources(value: list[Any], values: Flat) -> Flat:
     return data
 
 
-def _arctic_validation(value: list[Any], values: Flat) -> Flat:
+def _validation(value: list[Any], values: Flat) -> Flat:
     if len(value) != 1:
         raise Lost("several validation sets")
-    held_out, _ = _arctic_source(value[0], values)
-    trained = [_arctic_source(entry, values)[0]["path"] for entry in values["data.sources"]]
+    held_out, _ = _source(value[0], values)
+    trained = [_source(entry, values)[0]["path"] for entry in values["data.sources"]]
     if [held_out["path"]] != trained or "split" not in held_out:
         raise Lost("set validation.path, or a split of data.path as validation.split")
     return {"validation.enable": True, "validation.split": held_out["split"]}
 
 
-def _arctic_packing(value: bool, values: Flat) -> Flat:
+def _packing(value: bool, values: Flat) -> Flat:
     if values["type"] == "causal":  # documents end to end, and no such key
         return {"data.packing": "concat"}
     return {"data.packing": "best_fit" if value else "none"}
 
 
-def _arctic_filter(value: bool, values: Flat) -> Flat:
+def _filter(value: bool, values: Flat) -> Flat:
     if values["type"] == "causal":
         return {"data.long_documents": "split"}
     if not value:
@@ -92,7 +77,7 @@ def _arctic_filter(value: bool, values: Flat) -> Flat:
     return {"data.long_documents": "drop"}
 
 
-def _arctic_length(value: Any, _: Flat) -> Flat:
+def _length(value: Any, _: Flat) -> Flat:
     if value == _POSITIONS:
         raise Lost("set training.seq_len")
     return {"training.seq_len": value}
@@ -101,23 +86,23 @@ def _arctic_length(value: Any, _: Flat) -> Flat:
 _POSITIONS = "the model's max_position_embeddings"
 
 
-def _arctic_epochs(value: int, values: Flat) -> Flat:
+def _epochs(value: int, values: Flat) -> Flat:
     if values.get("train_iters") or (value == 1 and values.get("exit_iteration")):
         return {}
     raise Lost("set training.steps, or plan.tokens for the cost")
 
 
-def _arctic_warmup(share: float, values: Flat) -> Flat:
+def _warmup(share: float, values: Flat) -> Flat:
     steps = values.get("train_iters") or 0
     if share and not steps:
         raise Lost(
             "a share of the steps of all epochs, as is the decay, even if exit_iteration ends the "
             "run before: set lr_scheduler.warmup_steps"
         )
-    return warmup(share, steps)
+    return to.warmup(share, steps)
 
 
-def _arctic_checkpoint(value: Any, _: Flat) -> Flat:
+def _checkpoint(value: Any, _: Flat) -> Flat:
     found: Flat = {"checkpoint.enable": False, "checkpoint.export": False}
     for one in value if isinstance(value, list) else [value]:
         if one.get("enabled") is False:
@@ -133,126 +118,99 @@ def _arctic_checkpoint(value: Any, _: Flat) -> Flat:
     return found
 
 
-ARCTIC = Format(
+ARCTIC = to.Format(
     "ArcticTraining",
     lambda table: isinstance(table.get("model"), dict) and "name_or_path" in table["model"],
     [
-        only("type", ("sft", "causal"), "its trainers for other losses: docs/trainers.md"),
-        same("micro_batch_size", "training.local_batch_size"),
-        custom(
-            "gradient_accumulation_steps",
-            "`training.global_batch_size`, with `--ranks`",
-            lambda n, values: accumulation(
-                n, values, batch="micro_batch_size", sequence=("sequence_parallel_size",)
-            ),
-        ),
-        same("exit_iteration", "training.steps"),
-        same("train_iters", "training.steps"),
-        needless("min_iterations", "the data is repeated for training.steps"),
-        custom("epochs", "set `training.steps`, or `plan.tokens` for the cost", _arctic_epochs),
-        same("seed", "training.seed"),
-        same("sequence_parallel_size", SEQUENCE),
-        only("expert_parallel_size", (1,), "expert parallelism"),
-        words(
+        to.only("type", ("sft", "causal"), "its trainers for other losses: docs/trainers.md"),
+        to.same("micro_batch_size", "training.local_batch_size"),
+        to.accumulation(batch="micro_batch_size", sequence=["sequence_parallel_size"]),
+        to.same("exit_iteration train_iters", "training.steps"),
+        to.needless("min_iterations", "the data is repeated for training.steps"),
+        to.computed("epochs", "set `training.steps`, or `plan.tokens` for the cost", _epochs),
+        to.same("seed data.seed", "training.seed"),
+        to.same("sequence_parallel_size", to.SEQUENCE),
+        to.only("expert_parallel_size", (1,), "expert parallelism"),
+        to.choice(
             "activation_checkpoint_cpu_offload",
-            '`activation_checkpoint.offload = "host"`',
-            {True: {"activation_checkpoint.offload": "host"}, False: {}},
+            "activation_checkpoint.offload",
+            {True: "host", False: None},
         ),
-        words(
+        to.choice(
             "tiled_mlp_compute",
-            '`false`: `memory.mlp_tile_tokens = "all"`',
-            {True: {}, False: {"memory.mlp_tile_tokens": "all"}},
-            "MLPs are tiled by default",
+            "memory.mlp_tile_tokens",
+            {True: None, False: "all"},
+            why="MLPs are tiled by default",
         ),
-        same("loss_log_interval", "metrics.log_interval"),
-        needless("train_log_iter_interval", "metrics.jsonl has each logged step"),
-        custom(
+        to.same("loss_log_interval", "metrics.log_interval"),
+        to.needless("train_log_iter_interval", "metrics.jsonl has each logged step"),
+        to.computed(
             "eval_interval",
-            "`validation.interval`",
+            "validation.interval",
             lambda n, _: {"validation.enable": True, "validation.interval": n} if n else {},
         ),
-        needless("model.type", "liger is not needed: the loss is tiled"),
-        same("model.name_or_path", "model.path"),
-        words("model.dtype", "`training.param_dtype`", DTYPE),
-        words("model.attn_implementation", "`model.attention`", ATTENTION, FLASH),
-        words(
+        to.needless("model.type", "liger is not needed: the loss is tiled"),
+        to.same("model.name_or_path", "model.path"),
+        to.dtype("model.dtype"),
+        to.attention("model.attn_implementation"),
+        to.choice(
             "model.disable_activation_checkpoint",
-            '`true`: `activation_checkpoint.mode = "none"`',
-            {True: {"activation_checkpoint.mode": "none"}, False: {}},
+            "activation_checkpoint.mode",
+            {True: "none", False: None},
         ),
-        only("model.peft_config.peft_type", ("LORA",), "adapters other than LoRA"),
-        same("model.peft_config.r", "lora.rank"),
-        same("model.peft_config.lora_alpha", "lora.alpha"),
-        same("model.peft_config.lora_dropout", "lora.dropout"),
-        same("model.peft_config.target_modules", "lora.target_modules"),
-        same("tokenizer.name_or_path", "model.tokenizer"),
-        needless("tokenizer.type", "any Hugging Face tokenizer"),
-        needless("data.type", "data.source"),
-        custom("data.sources", "`data.source`, `data.path`, `data.split`", _arctic_sources),
-        custom("data.eval_sources", "`validation.split`", _arctic_validation),
-        custom("data.max_length", "`training.seq_len`", _arctic_length),
-        custom(
+        to.only("model.peft_config.peft_type", ("LORA",), "adapters other than LoRA"),
+        to.same("model.peft_config.r", "lora.rank"),
+        to.same("model.peft_config.lora_alpha", "lora.alpha"),
+        to.same("model.peft_config.lora_dropout", "lora.dropout"),
+        to.same("model.peft_config.target_modules", "lora.target_modules"),
+        to.same("tokenizer.name_or_path", "model.tokenizer"),
+        to.needless("tokenizer.type", "any Hugging Face tokenizer"),
+        to.needless("data.type", "data.source"),
+        to.computed("data.sources", "`data.source`, `data.path`, `data.split`", _sources),
+        to.computed("data.eval_sources", "validation.split", _validation),
+        to.computed("data.max_length", "training.seq_len", _length),
+        to.computed(
             "data.pack_samples",
             '`true`: `data.packing = "best_fit"`; of causal `"concat"`, always',
-            _arctic_packing,
+            _packing,
         ),
-        custom(
+        to.computed(
             "data.filter_samples",
             '`true`: `data.long_documents = "drop"`; of causal `"split"`, always',
-            _arctic_filter,
+            _filter,
         ),
-        words(
-            "data.mask_inputs",
-            "`data.train_on`",
-            {True: {"data.train_on": "assistant"}, False: {"data.train_on": "all"}},
-        ),
-        needless("data.div_length", "a sequence is padded to its length"),
-        needless("data.pad_to", "a sequence is padded to its length"),
-        same("data.seed", "training.seed"),
-        same("data.cache_dir", "data.cache_folder"),
-        needless("data.num_proc", "chosen by the cores of the machine"),
-        needless("data.dl_num_workers", "chosen by the cores of the machine"),
-        words(
+        to.choice("data.mask_inputs", "data.train_on", {True: "assistant", False: "all"}),
+        to.needless("data.div_length data.pad_to", "a sequence is padded to its length"),
+        to.same("data.cache_dir", "data.cache_folder"),
+        to.needless("data.num_proc data.dl_num_workers", "chosen by the cores of the machine"),
+        to.choice(
             "optimizer.type",
-            "`cpu_adam`: `memory.optimizer_offload = true`",
-            {
-                **dict.fromkeys(("cpu_adam", "cpuadam"), {"memory.optimizer_offload": True}),
-                **dict.fromkeys(("fused_adam", "fusedadam"), {}),
-            },
+            "memory.optimizer_offload",
+            {"cpu_adam cpuadam": True, "fused_adam fusedadam": None},
         ),
-        same("optimizer.learning_rate", "optimizer.lr"),
-        same("optimizer.lr", "optimizer.lr"),
-        same("optimizer.weight_decay", "optimizer.weight_decay"),
-        same("optimizer.betas", "optimizer.betas"),
-        words(
+        to.same("optimizer.learning_rate optimizer.lr", "optimizer.lr"),
+        *to.same_name("optimizer.weight_decay betas"),
+        to.choice(
             "scheduler.name",
-            "`lr_scheduler.decay_type`, to 0",
+            "lr_scheduler.decay_type",
             {
-                **{
-                    kind: {"lr_scheduler.decay_type": kind, "lr_scheduler.min_lr_ratio": 0.0}
-                    for kind in ("linear", "cosine")
-                },
-                **dict.fromkeys(
-                    ("constant", "constant_with_warmup"), {"lr_scheduler.decay_type": "constant"}
-                ),
+                "linear": {"lr_scheduler.decay_type": "linear", "lr_scheduler.min_lr_ratio": 0.0},
+                "cosine": {"lr_scheduler.decay_type": "cosine", "lr_scheduler.min_lr_ratio": 0.0},
+                "constant constant_with_warmup": "constant",
             },
         ),
-        needless("scheduler.type", "lr_scheduler"),
-        custom(
-            "scheduler.warmup_ratio",
-            "`lr_scheduler.warmup_steps`, of `train_iters`",
-            _arctic_warmup,
+        to.needless("scheduler.type", "lr_scheduler"),
+        to.computed(
+            "scheduler.warmup_ratio", "`lr_scheduler.warmup_steps`, of `train_iters`", _warmup
         ),
-        custom(
-            "checkpoint",
-            "`checkpoint.*`; of type huggingface: `checkpoint.export`",
-            _arctic_checkpoint,
+        to.computed(
+            "checkpoint", "`checkpoint.*`; of type huggingface: `checkpoint.export`", _checkpoint
         ),
-        same("wandb.enable", "metrics.enable_wandb"),
-        needless("wandb.*", "WANDB_PROJECT, WANDB_ENTITY and others in the environment"),
-        same("logger.output_dir", "job.dump_folder"),
-        needless("logger.*", "rank 0 prints"),
-        *deepspeed("deepspeed"),
+        to.same("wandb.enable", "metrics.enable_wandb"),
+        to.needless("wandb.*", "WANDB_PROJECT, WANDB_ENTITY and others in the environment"),
+        to.same("logger.output_dir", "job.dump_folder"),
+        to.needless("logger.*", "rank 0 prints"),
+        *to.deepspeed("deepspeed"),
     ],
     {
         "type": "sft",

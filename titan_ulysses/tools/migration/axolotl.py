@@ -5,36 +5,8 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from titan_ulysses.tools.migration.rules import (
-    ATTENTION,
-    FLASH,
-    NO_TENSOR,
-    REPLICATE,
-    SEQUENCE,
-    SHARD,
-    Flat,
-    Format,
-    Lost,
-    accumulation,
-    custom,
-    deepspeed,
-    lost,
-    needless,
-    only,
-    same,
-    warmup,
-    words,
-)
-
-_OPTIMIZERS: dict[Any, Flat | str] = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), {"optimizer.name": "adamw"}),
-    **dict.fromkeys(
-        ("adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit"), {"optimizer.name": "adamw8bit"}
-    ),
-    "adamw_torch_4bit": {"optimizer.name": "adamw4bit"},
-}
-_PER_EPOCH = "an interval in steps is needed"
-
+from titan_ulysses.tools.migration import rules as to
+from titan_ulysses.tools.migration.rules import Flat, Lost
 
 _PAIRS = ("chat_template", "chat_template.default")
 _TEXTS = ("completion", "pretrain")
@@ -130,11 +102,6 @@ def _held_out(value: float, _: Flat) -> Flat:
     raise Lost("the share held out is one document of a hundred: set validation.enable = true")
 
 
-def _betas(second: Any, values: Flat) -> Flat:
-    first = float(values.get("adam_beta1") or 0.9)
-    return {"optimizer.betas": [first, float(values.get("adam_beta2") or 0.999)]}
-
-
 def _streams(values: Flat) -> bool:
     return bool(values.get("pretraining_dataset") or values.get("streaming"))
 
@@ -181,7 +148,7 @@ def _warmup(value: float, values: Flat) -> Flat:
 def _warmup_ratio(share: float | str, values: Flat) -> Flat:
     if share == _AT_MOST and values.get("warmup_steps") is not None:
         return {}
-    found = warmup(0.03 if share == _AT_MOST else float(share), values.get("max_steps") or 0)
+    found = to.warmup(0.03 if share == _AT_MOST else float(share), values.get("max_steps") or 0)
     steps = found["lr_scheduler.warmup_steps"]
     if share == _AT_MOST:
         steps = min(steps, 100)
@@ -214,180 +181,157 @@ def _output(value: str, _: Flat) -> Flat:
     return {"job.dump_folder": str(path.parent), "job.name": path.name}
 
 
-_LR: dict[Any, Flat | str] = {
-    "cosine": {"lr_scheduler.decay_type": "cosine"},
-    "linear": {"lr_scheduler.decay_type": "linear"},
-    **dict.fromkeys(("constant", "constant_with_warmup"), {"lr_scheduler.decay_type": "constant"}),
-}
-_CHECKPOINTS: dict[Any, Flat | str] = {
-    True: {"activation_checkpoint.mode": "full"},
-    False: {"activation_checkpoint.mode": "none"},
-    "offload": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "host"},
-    "offload_disk": {"activation_checkpoint.mode": "full", "activation_checkpoint.offload": "disk"},
-}
-_OFFLOAD: dict[Any, Flat | str] = {
-    **dict.fromkeys((True, "legacy", "hidden_states"), {"activation_checkpoint.offload": "host"}),
-    "disk": {"activation_checkpoint.offload": "disk"},
-    False: {},
-}
-_CLOSED = "adapters of another kind than LoRA"
-
-AXOLOTL = Format(
+_FULL = {"activation_checkpoint.mode": "full"}
+_RING = "Ulysses in place of a ring"
+AXOLOTL = to.Format(
     "axolotl",
     lambda table: "base_model" in table,
     [
-        same("base_model", "model.path"),
-        same("tokenizer_config", "model.tokenizer"),
-        needless("model_type", "config.json says it"),
-        needless("tokenizer_type", "tokenizer_config.json says it"),
-        lost("trust_remote_code", "code of a model folder is never run"),
-        same("sequence_len", "training.seq_len"),
-        custom(
+        to.same("base_model", "model.path"),
+        to.same("tokenizer_config", "model.tokenizer"),
+        to.needless("model_type", "config.json says it"),
+        to.needless("tokenizer_type", "tokenizer_config.json says it"),
+        to.lost("trust_remote_code", "code of a model folder is never run"),
+        to.same("sequence_len", "training.seq_len"),
+        to.computed(
             "sample_packing",
             '`true`: `data.packing = "best_fit"`, or `"concat"` where data is streamed',
             _packing,
         ),
-        custom("datasets", "`data.source`, `data.path` and others, or `data.mixture`", _datasets),
-        custom("pretraining_dataset", "`data.streaming = true` and the same", _pretraining),
-        custom("val_set_size", "`validation.enable`", _held_out),
-        lost("test_datasets", "name the file in validation.path"),
-        words(
-            "train_on_inputs",
-            "`data.train_on`",
-            {True: {"data.train_on": "all"}, False: {"data.train_on": "assistant"}},
+        to.computed(
+            "datasets", "`data.source`, `data.path` and others, or `data.mixture`", _datasets
         ),
-        lost("min_sample_len", "filter the data in advance"),
-        custom(
+        to.computed("pretraining_dataset", "`data.streaming = true` and the same", _pretraining),
+        to.computed("val_set_size", "validation.enable", _held_out),
+        to.lost("test_datasets", "name the file in validation.path"),
+        to.choice("train_on_inputs", "data.train_on", {True: "all", False: "assistant"}),
+        to.lost("min_sample_len", "filter the data in advance"),
+        to.computed(
             "excess_length_strategy",
             '`drop`: `data.long_documents = "drop"`, of chats; texts are split',
             _long,
         ),
-        custom(
+        to.computed(
             "rl", '`dpo`: `loss.name = "dpo"`, with datasets of type chat_template.default', _rl
         ),
-        custom("rl_beta", "`loss.beta`, of dpo", _rl_beta),
-        custom("trl.beta", "`loss.beta`, of dpo", _rl_beta),
-        same("micro_batch_size", "training.local_batch_size"),
-        custom(
-            "gradient_accumulation_steps",
-            "`training.global_batch_size`, with `--ranks`",
-            lambda n, values: accumulation(
-                n,
-                values,
-                batch="micro_batch_size",
-                sequence=("context_parallel_size", "sequence_parallel_degree"),
-            ),
+        to.computed("rl_beta trl.beta", "`loss.beta`, of dpo", _rl_beta),
+        to.same("micro_batch_size", "training.local_batch_size"),
+        to.accumulation(
+            batch="micro_batch_size", sequence=["context_parallel_size", "sequence_parallel_degree"]
         ),
-        custom("num_epochs", "set `training.steps`, or `plan.tokens` for the cost", _epochs),
-        same("max_steps", "training.steps"),
-        same("learning_rate", "optimizer.lr"),
-        words("lr_scheduler", "`lr_scheduler.decay_type`", _LR),
-        custom("warmup_steps", "`lr_scheduler.warmup_steps`; a share: of max_steps", _warmup),
-        custom("warmup_ratio", "`lr_scheduler.warmup_steps`, of max_steps", _warmup_ratio),
-        same("cosine_min_lr_ratio", "lr_scheduler.min_lr_ratio"),
-        words("optimizer", "`optimizer.name`", _OPTIMIZERS),
-        same("weight_decay", "optimizer.weight_decay"),
-        custom("adam_beta1", "`optimizer.betas`", _betas),
-        custom("adam_beta2", "`optimizer.betas`", _betas),
-        same("adam_epsilon", "optimizer.eps"),
-        same("max_grad_norm", "training.max_norm"),
-        same("seed", "training.seed"),
-        words(
-            "bf16",
-            '`training.param_dtype = "bfloat16"`',
+        to.computed("num_epochs", "set `training.steps`, or `plan.tokens` for the cost", _epochs),
+        to.same("max_steps", "training.steps"),
+        to.same("learning_rate", "optimizer.lr"),
+        to.choice(
+            "lr_scheduler",
+            "lr_scheduler.decay_type",
+            {"cosine": "cosine", "linear": "linear", "constant constant_with_warmup": "constant"},
+        ),
+        to.computed("warmup_steps", "`lr_scheduler.warmup_steps`; a share: of max_steps", _warmup),
+        to.computed("warmup_ratio", "`lr_scheduler.warmup_steps`, of max_steps", _warmup_ratio),
+        to.same("cosine_min_lr_ratio", "lr_scheduler.min_lr_ratio"),
+        to.choice(
+            "optimizer",
+            "optimizer.name",
             {
-                **dict.fromkeys((True, "auto", "full"), {"training.param_dtype": "bfloat16"}),
-                False: {"training.param_dtype": "float32"},
+                "adamw_torch adamw_torch_fused adamw_hf": "adamw",
+                "adamw_torch_8bit adamw_bnb_8bit adamw_8bit": "adamw8bit",
+                "adamw_torch_4bit": "adamw4bit",
             },
         ),
-        words("fp8", "`quantize.float8`", {True: {"quantize.float8": True}, False: {}}),
-        lost("fp16", "fp16 needs loss scaling: take bf16"),
-        needless("tf32", "of fp32 products on a GPU"),
-        words("gradient_checkpointing", "`activation_checkpoint.mode`, `.offload`", _CHECKPOINTS),
-        needless("gradient_checkpointing_kwargs*", "checkpoints are not reentrant"),
-        words("activation_offloading", "`activation_checkpoint.offload`", _OFFLOAD),
-        needless("tiled_mlp*", "MLPs are tiled by default (memory.mlp_tile_tokens)"),
-        needless("chunked_cross_entropy*", "the loss is tiled (memory.loss_tile_tokens)"),
-        needless("flash_attn_cross_entropy", "the loss is tiled (memory.loss_tile_tokens)"),
-        needless("liger_*", "the loss is tiled (memory.loss_tile_tokens)"),
-        words("attn_implementation", "`model.attention`", ATTENTION, FLASH),
-        needless("flash_attention", FLASH),
-        words("sdp_attention", "`model.attention`", {True: {"model.attention": "sdpa"}, False: {}}),
-        words(
-            "flex_attention", "`model.attention`", {True: {"model.attention": "flex"}, False: {}}
+        to.same("weight_decay", "optimizer.weight_decay"),
+        to.betas("adam_beta1", "adam_beta2", defaults=(0.9, 0.999)),
+        to.same("adam_epsilon", "optimizer.eps"),
+        to.same("max_grad_norm", "training.max_norm"),
+        to.same("seed", "training.seed"),
+        to.choice(
+            "bf16",
+            "training.param_dtype",
+            {True: "bfloat16", "auto full": "bfloat16", False: "float32"},
         ),
-        same("context_parallel_size", SEQUENCE, "Ulysses in place of a ring"),
-        same("sequence_parallel_degree", SEQUENCE, "Ulysses in place of a ring"),
-        needless("ring_attn_func", "Ulysses in place of a ring"),
-        needless("heads_k_stride", "Ulysses in place of a ring"),
-        same("dp_shard_size", SHARD),
-        same("dp_replicate_size", REPLICATE),
-        only("tensor_parallel_size", (1,), NO_TENSOR),
-        words(
-            "torch_compile",
-            "`compile.enable`",
-            {True: {"compile.enable": True}, False: {}, "auto": {}},
+        to.choice("fp8", "quantize.float8", {True: True, False: None}),
+        to.lost("fp16", to.FP16),
+        to.needless("tf32", "of fp32 products on a GPU"),
+        to.choice(
+            "gradient_checkpointing",
+            "activation_checkpoint.mode",
+            {
+                True: "full",
+                False: "none",
+                "offload": _FULL | {"activation_checkpoint.offload": "host"},
+                "offload_disk": _FULL | {"activation_checkpoint.offload": "disk"},
+            },
         ),
-        words(
-            "adapter",
-            "`lora.rank`, from `lora_r`; of `qlora` `lora.quantize_base` too",
-            {"lora": {}, "qlora": {"lora.quantize_base": "nf4"}, "": {}},
+        to.needless("gradient_checkpointing_kwargs*", "checkpoints are not reentrant"),
+        to.choice(
+            "activation_offloading",
+            "activation_checkpoint.offload",
+            {True: "host", "legacy hidden_states": "host", "disk": "disk", False: None},
         ),
-        same("lora_r", "lora.rank"),
-        same("lora_alpha", "lora.alpha"),
-        same("lora_dropout", "lora.dropout"),
-        custom(
+        to.needless("tiled_mlp*", "MLPs are tiled by default (memory.mlp_tile_tokens)"),
+        to.needless(
+            "chunked_cross_entropy* flash_attn_cross_entropy liger_*",
+            "the loss is tiled (memory.loss_tile_tokens)",
+        ),
+        to.attention("attn_implementation"),
+        to.needless("flash_attention", to.FLASH),
+        to.choice("sdp_attention", "model.attention", {True: "sdpa", False: None}),
+        to.choice("flex_attention", "model.attention", {True: "flex", False: None}),
+        to.same("context_parallel_size sequence_parallel_degree", to.SEQUENCE, _RING),
+        to.needless("ring_attn_func heads_k_stride", _RING),
+        to.same("dp_shard_size", to.SHARD),
+        to.same("dp_replicate_size", to.REPLICATE),
+        to.only("tensor_parallel_size", (1,), to.NO_TENSOR),
+        to.choice("torch_compile", "compile.enable", {True: True, False: None, "auto": None}),
+        to.choice("adapter", "lora.quantize_base", {"lora": None, "qlora": "nf4", "": None}),
+        to.same("lora_r", "lora.rank"),
+        to.same("lora_alpha", "lora.alpha"),
+        to.same("lora_dropout", "lora.dropout"),
+        to.computed(
             "lora_target_modules",
-            "`lora.target_modules`",
+            "lora.target_modules",
             lambda v, _: {"lora.target_modules": [v] if isinstance(v, str) else v},
         ),
-        needless("lora_mlp_kernel", "kernels of its own"),
-        needless("lora_qkv_kernel", "kernels of its own"),
-        needless("lora_o_kernel", "kernels of its own"),
-        needless("lora_target_linear", "without lora.target_modules, all linear layers"),
-        words(
-            "load_in_4bit",
-            "`lora.quantize_base`",
-            {True: {"lora.quantize_base": "nf4"}, False: {}},
-        ),
-        lost("load_in_8bit", "weights in 8 bits"),
-        lost("peft_use_dora", _CLOSED),
-        lost("unfrozen_parameters", "name what is frozen in model.freeze"),
-        same("overrides_of_model_config.rope_scaling", "model.rope_scaling"),
-        custom("output_dir", "`job.dump_folder`, `job.name`", _output),
-        same("dataset_prepared_path", "data.cache_folder"),
-        same("logging_steps", "metrics.log_interval"),
-        same("save_steps", "checkpoint.interval"),
-        same("save_total_limit", "checkpoint.keep_latest_k"),
-        lost("saves_per_epoch", f"checkpoint.interval: {_PER_EPOCH}"),
-        custom(
+        to.needless("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "kernels of its own"),
+        to.needless("lora_target_linear", "without lora.target_modules, all linear layers"),
+        to.choice("load_in_4bit", "lora.quantize_base", {True: "nf4", False: None}),
+        to.lost("load_in_8bit", "weights in 8 bits"),
+        to.lost("peft_use_dora", "adapters of another kind than LoRA"),
+        to.lost("unfrozen_parameters", "name what is frozen in model.freeze"),
+        to.same("overrides_of_model_config.rope_scaling", "model.rope_scaling"),
+        to.computed("output_dir", "`job.dump_folder`, `job.name`", _output),
+        to.same("dataset_prepared_path", "data.cache_folder"),
+        to.same("logging_steps", "metrics.log_interval"),
+        to.same("save_steps", "checkpoint.interval"),
+        to.same("save_total_limit", "checkpoint.keep_latest_k"),
+        to.lost("saves_per_epoch", "checkpoint.interval: an interval in steps is needed"),
+        to.computed(
             "eval_steps",
-            "`validation.interval`",
+            "validation.interval",
             lambda n, _: {"validation.enable": True, "validation.interval": n},
         ),
-        lost("evals_per_epoch", f"validation.interval: {_PER_EPOCH}"),
-        custom(
+        to.lost("evals_per_epoch", "validation.interval: an interval in steps is needed"),
+        to.computed(
             "wandb_project",
             "`metrics.enable_wandb`, and WANDB_PROJECT in the environment",
             lambda name, _: {"metrics.enable_wandb": True} if name else {},
         ),
-        needless("wandb_*", "WANDB_PROJECT and others in the environment"),
-        lost("special_tokens*", "add them to the tokenizer (docs/fine-tuning.md)"),
-        custom("chat_template", "`tokenizer_default` alone", _template),
-        custom("plugins", "liger and cut cross entropy are not needed", _plugins),
-        needless("resume_from_checkpoint", "the same command resumes"),
-        needless("auto_resume_from_checkpoints", "the same command resumes"),
-        needless("pad_to_sequence_len", "sequences have one length"),
-        needless("eval_sample_packing", "held-out data is packed as data.packing says"),
-        needless("ddp_find_unused_parameters", "FSDP2"),
-        lost("eot_tokens", "the chat template marks what is trained"),
-        lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
-        needless("fsdp_version", "FSDP2"),
-        same("fsdp_config.offload_params", "memory.parameter_offload"),
-        needless("fsdp_config.*", "FSDP2 of each block, whose checkpoints are sharded"),
-        needless("fsdp", "FSDP2"),
-        lost("deepspeed", "there is no such file beside the recipe"),
-        *deepspeed("deepspeed"),
+        to.needless("wandb_*", "WANDB_PROJECT and others in the environment"),
+        to.lost("special_tokens*", "add them to the tokenizer (docs/fine-tuning.md)"),
+        to.computed("chat_template", "`tokenizer_default` alone", _template),
+        to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
+        to.needless(
+            "resume_from_checkpoint auto_resume_from_checkpoints", "the same command resumes"
+        ),
+        to.needless("pad_to_sequence_len", "sequences have one length"),
+        to.needless("eval_sample_packing", "held-out data is packed as data.packing says"),
+        to.lost("eot_tokens", "the chat template marks what is trained"),
+        to.lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
+        to.same("fsdp_config.offload_params", "memory.parameter_offload"),
+        to.needless("fsdp_config.*", "FSDP2 of each block, whose checkpoints are sharded"),
+        to.needless("fsdp fsdp_version ddp_find_unused_parameters", "FSDP2"),
+        to.lost("deepspeed", "there is no such file beside the recipe"),
+        *to.deepspeed("deepspeed"),
     ],
     {
         "sequence_len": 512,
@@ -400,5 +344,5 @@ AXOLOTL = Format(
         "weight_decay": 0.0,
         "seed": 42,
     },
-    {"deepspeed": "deepspeed"},
+    includes={"deepspeed": "deepspeed"},
 )

@@ -1,8 +1,7 @@
 """What each key of the recipes of other trainers becomes here. For `titan-ulysses migrate`.
 
-A rule is (their key, what it becomes, why nothing is needed). `become(value, values)` returns our
-settings by "section.key", and raises `Lost` with the reason where there is no counterpart. `values`
-are all values of the recipe, and "--ranks".
+A rule says of one or several of their keys which of our settings follow from a value. It raises
+`Lost` with the reason where there is no counterpart.
 
 ArcticTraining: arctic_training/config/, April 2026. accelerate 1.15: its `accelerate config` file.
 axolotl: src/axolotl/utils/schemas/, July 2026. torchtitan 0.2.2: torchtitan/config/job_config.py.
@@ -11,11 +10,13 @@ axolotl: src/axolotl/utils/schemas/, July 2026. torchtitan 0.2.2: torchtitan/con
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from titan_ulysses.config.toml import show
+
 Flat = dict[str, Any]
-Become = Callable[[Any, Flat], Flat]
+"""Values by their keys, those of nested tables with dots: ours are "section.key"."""
 
 
 class Lost(Exception):
@@ -30,15 +31,23 @@ class Lost(Exception):
 @dataclass(frozen=True)
 class Rule:
     theirs: str
-    """their key; `*` stands for any end of it"""
-    become: Become
+    """their keys, with spaces between; `*` stands for any end of one"""
+    become: Callable[[Any, Flat], Flat]
+    """(value, all values of the recipe and "--ranks") -> our settings"""
     ours: str = ""
     """our key, or words for it, for the table of the docs"""
     why: str = ""
     """why nothing is needed, or a note about what differs"""
 
-    def describe(self) -> str:
-        return "; ".join(filter(None, (self.ours, self.why)))
+    def matches(self, key: str) -> bool:
+        return any(
+            key.startswith(one[:-1]) if one.endswith("*") else key == one
+            for one in self.theirs.split()
+        )
+
+    def table_row(self) -> str:
+        keys = ", ".join(f"`{key}`" for key in self.theirs.split())
+        return f"| {keys} | {'; '.join(filter(None, (self.ours, self.why)))} |"
 
 
 @dataclass(frozen=True)
@@ -46,68 +55,102 @@ class Format:
     name: str
     recognize: Callable[[dict[str, Any]], bool]
     rules: list[Rule]
+    """of those that match a key, the first one counts"""
     defaults: Flat = field(default_factory=dict)
     """their keys with the values that a recipe has where it does not set them"""
     includes: dict[str, str] = field(default_factory=dict)
     """their key that names a file -> the prefix of the keys of that file"""
 
     def rule_of(self, key: str) -> Rule | None:
-        for rule in self.rules:
-            end = rule.theirs.endswith("*")
-            if key.startswith(rule.theirs[:-1]) if end else key == rule.theirs:
-                return rule
-        return None
+        return next((rule for rule in self.rules if rule.matches(key)), None)
 
 
 # --- kinds of rules -------------------------------------------------------------------------------
 
 
+def computed(theirs: str, ours: str, become: Callable[[Any, Flat], Flat], why: str = "") -> Rule:
+    return Rule(theirs, become, ours if " " in ours else f"`{ours}`", why)
+
+
 def same(theirs: str, ours: str, why: str = "") -> Rule:
-    return Rule(theirs, lambda value, _: {ours: value}, f"`{ours}`", why)
+    return computed(theirs, ours, lambda value, _: {ours: value}, why)
+
+
+def same_name(*keys: str) -> list[Rule]:
+    """Rules of "section.key other_key ..." that are called so here too."""
+    names = (
+        f"{section}.{name}"
+        for section, _, found in (one.partition(".") for one in keys)
+        for name in found.split()
+    )
+    return [same(name, name) for name in names]
 
 
 def needless(theirs: str, why: str) -> Rule:
     return Rule(theirs, lambda value, _: {}, "", why)
 
 
-def lost(theirs: str, why: str) -> Rule:
-    def become(value: Any, _: Flat) -> Flat:
-        if value in (None, False, "", [], {}):
-            return {}
-        raise Lost(why)
-
-    return Rule(theirs, become, f"no counterpart: {why}")
-
-
-def only(theirs: str, allowed: tuple[Any, ...], why: str) -> Rule:
-    """A key that must have one of these values; others have no counterpart."""
+def only(theirs: str, allowed: Sequence[Any], why: str) -> Rule:
+    """Keys that must have one of these values; others have no counterpart."""
 
     def become(value: Any, _: Flat) -> Flat:
         if value in allowed:
             return {}
         raise Lost(why)
 
-    values = " or ".join(f"`{one}`" for one in allowed)
-    return Rule(theirs, become, f"{values} alone: {why}")
+    return Rule(theirs, become, f"{' or '.join(f'`{one}`' for one in allowed)} alone: {why}")
 
 
-def words(theirs: str, ours: str, table: dict[Any, Flat | str], why: str = "") -> Rule:
-    """A key whose values stand for settings; a text in their place says why there are none."""
+def lost(theirs: str, why: str) -> Rule:
+    """Keys without a counterpart. Those that are off or empty ask for nothing."""
+    off = (None, False, "", [], {})
+    return replace(only(theirs, off, why), ours=f"no counterpart: {why}")
+
+
+def choice(
+    theirs: str,
+    ours: str,
+    values: dict[Any, Any],
+    lost: dict[Any, str] | None = None,
+    why: str = "",
+) -> Rule:
+    """A key whose values stand for values of ours, or for several settings, or for nothing (None).
+
+    lost: why a value has no counterpart. A key of both may be several values, with spaces between.
+    """
+    settings = {
+        each: found if isinstance(found, dict) else {} if found is None else {ours: found}
+        for each, found in values.items()
+    }
+    known, unknown = _by_value(settings), _by_value(lost or {})
 
     def become(value: Any, _: Flat) -> Flat:
         key = value.lower() if isinstance(value, str) else value
-        if key not in table:
-            raise Lost(f"known values are {', '.join(map(str, table))}")
-        found = table[key]
-        if isinstance(found, str):
-            raise Lost(found)
-        return found
+        if key in unknown:
+            raise Lost(unknown[key])
+        if key not in known:
+            raise Lost(f"known values are {', '.join(map(str, [*known, *unknown]))}")
+        return known[key]
 
-    return Rule(theirs, become, ours, why)
+    described = [
+        (each, ", ".join(f"`{key} = {show(one)}`" for key, one in found.items()))
+        for each, found in settings.items()
+    ]
+    described += [(each, f"no counterpart: {reason}") for each, reason in (lost or {}).items()]
+    text = [f"{_quoted(each)}: {becomes}" for each, becomes in described if becomes]
+    return Rule(theirs, become, "; ".join(text), why)
 
 
-def custom(theirs: str, ours: str, become: Become, why: str = "") -> Rule:
-    return Rule(theirs, become, ours, why)
+def _by_value(table: dict[Any, Any]) -> dict[Any, Any]:
+    return {value: found for values, found in table.items() for value in _split(values)}
+
+
+def _split(values: Any) -> list[Any]:
+    return values.split() or [values] if isinstance(values, str) else [values]
+
+
+def _quoted(values: Any) -> str:
+    return ", ".join(f"`{one if isinstance(one, str) else show(one)}`" for one in _split(values))
 
 
 # --- what several formats share -------------------------------------------------------------------
@@ -115,80 +158,95 @@ def custom(theirs: str, ours: str, become: Become, why: str = "") -> Rule:
 SEQUENCE, SHARD = "parallelism.sequence_parallel_degree", "parallelism.data_parallel_shard_degree"
 REPLICATE = "parallelism.data_parallel_replicate_degree"
 FLASH = 'model.attention = "auto" takes the flash kernel of torch, or FlashAttention 3 or 4'
-ATTENTION: dict[Any, Flat | str] = {
-    "flash_attention_2": {},
-    "flash_attention_3": {},
-    "flash_attention_4": {},
-    "sdpa": {"model.attention": "sdpa"},
-    "flex_attention": {"model.attention": "flex"},
-    "eager": "eager attention builds an S x S matrix",
-}
-DTYPE: dict[Any, Flat | str] = {
-    **dict.fromkeys(("bf16", "bfloat16"), {"training.param_dtype": "bfloat16"}),
-    **dict.fromkeys(("fp32", "float32", "no"), {"training.param_dtype": "float32"}),
-    **dict.fromkeys(("fp16", "float16"), "fp16 needs loss scaling: take bf16"),
-}
 NO_TENSOR = "tensor parallelism: raise parallelism.sequence_parallel_degree instead"
+FP16 = "fp16 needs loss scaling: take bf16"
 
 
-def accumulation(steps: int, values: Flat, *, batch: str, sequence: Sequence[str]) -> Flat:
-    """Return the sequences of a step of `steps` micro-batches a rank.
+def attention(theirs: str) -> Rule:
+    flash = "flash_attention_2 flash_attention_3 flash_attention_4"
+    names = {flash: None, "sdpa": "sdpa", "flex_attention": "flex"}
+    lost = {"eager": "eager attention builds an S x S matrix"}
+    return choice(theirs, "model.attention", names, lost, FLASH)
+
+
+def dtype(theirs: str, **others: Flat) -> Rule:
+    names = {"bf16 bfloat16": "bfloat16", "fp32 float32 no": "float32"}
+    return choice(theirs, "training.param_dtype", {**names, **others}, {"fp16 float16": FP16})
+
+
+def accumulation(*, batch: str, sequence: Sequence[str]) -> Rule:
+    """The rule of how many micro-batches a rank has in a step.
 
     batch, sequence: the keys of a micro-batch's size, and those that may have the degree of
     sequence parallelism.
     """
-    if steps == 1:
-        return {}
-    ranks = values["--ranks"]
-    if not ranks:
-        raise Lost("training.global_batch_size depends on the number of GPUs: give --ranks")
-    degree = max(int(values.get(key) or 1) for key in sequence)
-    data, left = divmod(ranks, degree)
-    if left:
-        raise Lost(f"--ranks {ranks} cannot be divided by {degree} ranks of a sequence")
-    return {"training.global_batch_size": steps * int(values.get(batch) or 1) * data}
+
+    def become(steps: int, values: Flat) -> Flat:
+        if steps == 1:
+            return {}
+        ranks = values["--ranks"]
+        if not ranks:
+            raise Lost("training.global_batch_size depends on the number of GPUs: give --ranks")
+        degree = max(int(values.get(key) or 1) for key in sequence)
+        data, left = divmod(ranks, degree)
+        if left:
+            raise Lost(f"--ranks {ranks} cannot be divided by {degree} ranks of a sequence")
+        return {"training.global_batch_size": steps * int(values.get(batch) or 1) * data}
+
+    ours = "`training.global_batch_size`, with `--ranks`"
+    return computed("gradient_accumulation_steps", ours, become)
 
 
-def betas(ours_first: Any, ours_second: Any) -> Flat:
-    return {"optimizer.betas": [float(ours_first), float(ours_second)]}
+def betas(first: str, second: str, *, defaults: tuple[float, float]) -> Rule:
+    """The rule of the keys of AdamW's two betas."""
+
+    def become(_: Any, values: Flat) -> Flat:
+        found = zip((first, second), defaults, strict=True)
+        return {"optimizer.betas": [float(values.get(key, beta)) for key, beta in found]}
+
+    return computed(f"{first} {second}", "optimizer.betas", become)
+
+
+def warmup(share: float, steps: int) -> Flat:
+    if not steps and share:
+        raise Lost("a share of steps whose number the recipe does not say")
+    return {"lr_scheduler.warmup_steps": int(share * steps)}
+
+
+def zero_offload(optimizer: str, parameters: str) -> list[Rule]:
+    """The rules of the two devices that DeepSpeed may offload to."""
+    return [
+        choice(
+            theirs,
+            f"memory.{ours}_offload",
+            {"cpu": True, "none": None},
+            {"nvme": f"{what} on a disk"},
+        )
+        for theirs, ours, what in (
+            (optimizer, "optimizer", "optimizer state"),
+            (parameters, "parameter", "parameters"),
+        )
+    ]
 
 
 def deepspeed(prefix: str) -> list[Rule]:
     """The rules of a DeepSpeed config below a key."""
-    zero = f"{prefix}.zero_optimization"
-    auto = "auto: what other keys say"
+    zero, auto = f"{prefix}.zero_optimization", "auto: what other keys say"
 
     def unless_auto(theirs: str, ours: str) -> Rule:
-        return custom(theirs, f"`{ours}`", lambda v, _: {} if v == "auto" else {ours: v}, "")
+        return computed(theirs, ours, lambda value, _: {} if value == "auto" else {ours: value})
 
     return [
         needless(f"{zero}.stage", "FSDP2 shards parameters, gradients and optimizer state"),
-        words(
-            f"{zero}.offload_optimizer.device",
-            "`cpu`: `memory.optimizer_offload = true`",
-            {
-                "cpu": {"memory.optimizer_offload": True},
-                "none": {},
-                "nvme": "optimizer state on a disk",
-            },
-        ),
-        words(
-            f"{zero}.offload_param.device",
-            "`cpu`: `memory.parameter_offload = true`",
-            {"cpu": {"memory.parameter_offload": True}, "none": {}, "nvme": "parameters on a disk"},
-        ),
+        *zero_offload(f"{zero}.offload_optimizer.device", f"{zero}.offload_param.device"),
         needless(f"{zero}.*", "FSDP2 has no such knob: blocks are gathered one at a time"),
         needless(f"{prefix}.seq_parallel_communication_data_type", "the dtype of activations"),
-        words(
+        choice(
             f"{prefix}.bf16.enabled",
-            '`true`: `training.param_dtype = "bfloat16"`',
-            {True: {"training.param_dtype": "bfloat16"}, False: {}, "auto": {}},
+            "training.param_dtype",
+            {True: "bfloat16", False: None, "auto": None},
         ),
-        words(
-            f"{prefix}.fp16.enabled",
-            "no counterpart: fp16",
-            {True: "fp16 needs loss scaling: take bf16", False: {}, "auto": {}},
-        ),
+        choice(f"{prefix}.fp16.enabled", "", {False: None, "auto": None}, {True: FP16}),
         needless(f"{prefix}.fp16.*", "of fp16"),
         unless_auto(f"{prefix}.gradient_clipping", "training.max_norm"),
         unless_auto(f"{prefix}.train_micro_batch_size_per_gpu", "training.local_batch_size"),
@@ -198,9 +256,3 @@ def deepspeed(prefix: str) -> list[Rule]:
         needless(f"{prefix}.steps_per_print", "metrics.log_interval"),
         needless(f"{prefix}.wall_clock_breakdown", "profiling"),
     ]
-
-
-def warmup(share: float, steps: int) -> Flat:
-    if not steps and share:
-        raise Lost("a share of steps whose number the recipe does not say")
-    return {"lr_scheduler.warmup_steps": int(share * steps)}

@@ -22,7 +22,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from types import MethodType
@@ -62,7 +61,8 @@ _SHARDED = "sharded"
 class UlyssesTrainer(_Trainer):
     """A mixin: name it before the trainer's class (see above).
 
-    mesh: that of `build_mesh`, whose ranks all run this trainer. options: those of `parallelize`.
+    mesh: that of `build_mesh`, whose ranks all run this trainer. options: the keywords of
+    `parallelize`, as in {"memory": {"mlp_tile_tokens": 512}}.
     With bf16 = True the model computes in bf16; its parameters keep their dtype. Activation
     checkpointing is that of `options`, whatever gradient_checkpointing says. The rest of the
     trainer's arguments mean what they mean without sequence parallelism, for mesh.batch.size()
@@ -73,12 +73,15 @@ class UlyssesTrainer(_Trainer):
         self,
         *positional: Any,
         mesh: Mesh | None = None,
-        options: ParallelOptions | None = None,
+        options: dict[str, Any] | ParallelOptions | None = None,
         **named: Any,
     ):
         if not isinstance(mesh, Mesh):
             raise UserError(f"mesh = {mesh}: give build_mesh(sequence=2), of all ranks.")
-        self.ulysses_mesh, self.ulysses_options = mesh, options or ParallelOptions()
+        self.ulysses_mesh, self.ulysses_options = (
+            mesh,
+            ParallelOptions().changed(**dict(options or {})),
+        )
         more = signature(super().__init__).bind_partial(*positional).arguments | named
         args = more.pop("args", None)
         check(type(self), args, more)
@@ -87,7 +90,7 @@ class UlyssesTrainer(_Trainer):
         self._label_smoothing = args.label_smoothing_factor
         args.label_smoothing_factor = 0.0
         if args.bf16 and self.ulysses_options.param_dtype is None:
-            self.ulysses_options = replace(self.ulysses_options, param_dtype=torch.bfloat16)
+            self.ulysses_options = self.ulysses_options.changed(param_dtype=torch.bfloat16)
         for setting in ("gradient_checkpointing", "activation_checkpointing"):
             if hasattr(args, setting):
                 setattr(args, setting, False)

@@ -19,11 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from titan_ulysses.data.adapter import (
     BORDER_KEYS,
     TOKEN_KEYS,
-    Rows,
     check_same_rows,
     read_rows,
     slice_rows,
 )
+from titan_ulysses.data.loader import Batch
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
@@ -101,7 +101,7 @@ def _count(labels: Tensor, of_step: Tensor | None, mesh: Mesh) -> Tensor:
     return here
 
 
-def rows_of(inputs: Mapping[str, Any]) -> Rows:
+def rows_of(inputs: Mapping[str, Any]) -> Batch:
     """Return the rows of a trainer's batch. UserError for an input that the model does not take."""
     known = {key: inputs[key] for key in (*TOKEN_KEYS, *BORDER_KEYS) if key in inputs}
     # What is off or unset says nothing; a cache is never kept, whatever is said.

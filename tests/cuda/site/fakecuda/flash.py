@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 _library: torch.library.Library | None = None
 
@@ -29,6 +30,7 @@ def put_in() -> None:
         "mm.dtype": _mm,
         "addmm.dtype": _addmm,
         "addmm.dtype_out": _addmm,
+        "histc": _histc,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it replaces the fallback
@@ -36,9 +38,10 @@ def put_in() -> None:
             _library.impl(name, kernel, "CUDA", allow_override=True)
 
 
-_ONE_KERNEL = ("silu_backward", "native_layer_norm")
+_ONE_KERNEL = ("silu_backward", "native_layer_norm", "convolution", "convolution_backward")
 """Operators that are one kernel in CUDA (ATen/native/native_functions.yaml), where a build for the
-CPU has several operators with tensors of their own in its place.
+CPU has several operators with tensors of their own in its place, or none: convolutions by channel
+(ATen/native/Convolution.cpp, use_cudnn_depthwise) are CUDA's alone.
 """
 
 
@@ -47,10 +50,8 @@ def _one_kernel(name: str) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
-        found = operator(*(_low(name, x)[0] for x in arguments))
-        if isinstance(found, torch.Tensor):
-            return _high(name, found, device)
-        return tuple(_high(name, x, device) for x in found)
+        found = operator(*_low(name, *arguments))
+        return tree_map_only(torch.Tensor, lambda t: _high(name, t, device), found)
 
     return run
 
@@ -284,3 +285,13 @@ def _addmm(
     product = low_a.to(out_dtype) @ low_b.to(out_dtype)
     result = _high("addmm", low_added.to(out_dtype) * beta + product * alpha, a.device)
     return result if out is None else out.copy_(result)
+
+
+# --- what CUDA has for other dtypes ---------------------------------------------------------------
+
+
+def _histc(x: Tensor, bins: int = 100, lowest: float = 0, highest: float = 0) -> Tensor:
+    """Of integers too (ATen/native/cuda/SummaryOps.cu, _histc_cuda): tokens by expert."""
+    (low,) = _low("histc", x)
+    found = torch.histc(low.double(), bins, lowest, highest)
+    return _high("histc", found.to(x.dtype), x.device)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
-from titan_ulysses.distributed.files import whole_file
+from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.observability.pictures import has_matplotlib
 
 PAGE = "report.html"
@@ -35,7 +35,7 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto } code { font-size: 
 """
 
 
-class Section:
+class PageSection:
     """The body of a section, as it is built from top to bottom. Text is escaped."""
 
     def __init__(self, name: str):
@@ -100,7 +100,7 @@ class Section:
         )
 
 
-def write_page(folder: Path, section: Section, *, title: str) -> Path:
+def write_page(folder: Path, section: PageSection, *, title: str) -> Path:
     """Write report.html of a folder with this section, and with the other one if it is there."""
     path = folder / PAGE
     try:

@@ -15,15 +15,14 @@ from __future__ import annotations
 import copy
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from math import lcm
 
 from transformers import PreTrainedConfig
 
 from titan_ulysses.model.families import layer_types
-from titan_ulysses.plan.cost import Cost, Time
-from titan_ulysses.plan.planner import Demand, Plan, Setup, make_plan, time_of
+from titan_ulysses.plan.cost import Cost
+from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
 
 _IRREGULAR = ("first_k_dense_replace", "num_kv_shared_layers")
 """Numbers of layers at one end of a model that differ from the others."""
@@ -32,44 +31,35 @@ MomentKind = tuple[str, "int | str"]
 """(phase of the step, layer from the first or, if negative, from the last; else a module)"""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The plan of setup, extrapolated (or simulated, where its layers do not repeat)."""
-
-    setup: Setup
-    demand: Demand
-    gpu_bytes: float
-    """peak memory of one GPU, reserves included"""
-    host_bytes: float
-    """peak of a node's host memory"""
-
-    @cached_property
-    def time(self) -> Time:
-        return time_of(self.setup, self.demand)
-
-    @property
-    def fits(self) -> bool:
-        host = self.setup.host_memory
-        return self.gpu_bytes <= self.setup.gpu_memory and (host is None or self.host_bytes <= host)
-
-
 def estimate_plan(setup: Setup) -> Estimate:
     """Estimate the plan of setup, by two simulations of a few layers. UserError as `make_plan`."""
     counts = _layers_to_simulate(setup)
     if counts is None:
-        plan = make_plan(setup)
-        return Estimate(setup, plan.demand, plan.gpu_bytes, plan.host_bytes)
+        return make_plan(setup)
     few, more = (make_plan(_with_layers(setup, count)) for count in counts)
-    # value(L) = few + factor * (more - few)
     layers = setup.model_config.num_hidden_layers
     factor = (layers - counts[0]) / (counts[1] - counts[0])
+
+    def at_all_layers(a: float, b: float) -> float:
+        return a + factor * (b - a)
+
+    def each(a: Mapping, b: Mapping) -> dict:
+        keys = dict.fromkeys((*a, *b))
+        return {key: at_all_layers(a.get(key, 0), b.get(key, 0)) for key in keys}
+
     a, b = (_peaks(plan, ends=counts[1] - counts[0]) for plan in (few, more))
-    peak = max(a[kind] + factor * (b[kind] - a[kind]) for kind in a.keys() & b.keys())
+    peak = max(at_all_layers(a[kind], b[kind]) for kind in a.keys() & b.keys())
+    calls, sizes = (
+        each(*({kind: both[of] for kind, both in plan.collectives.items()} for plan in (few, more)))
+        for of in (0, 1)
+    )
     return Estimate(
         setup,
-        _extrapolated_demand(few.demand, more.demand, factor),
+        Cost(Counter(each(few.cost.amounts, more.cost.amounts))),
+        {kind: (calls[kind], sizes[kind]) for kind in calls},
+        each(few.on_host, more.on_host),
         gpu_bytes=peak + sum(reserve.bytes for reserve in setup.reserves),
-        host_bytes=few.host_bytes + factor * (more.host_bytes - few.host_bytes),
+        host_bytes=at_all_layers(few.host_bytes, more.host_bytes),
     )
 
 
@@ -140,23 +130,3 @@ def _peaks(plan: Plan, *, ends: int) -> Mapping[MomentKind, float]:
         for place in places:
             peaks[phase, place] = max(peaks[phase, place], total)
     return peaks
-
-
-def _extrapolated_demand(few: Demand, more: Demand, factor: float) -> Demand:
-    def line(a: Mapping, b: Mapping) -> dict:
-        keys = dict.fromkeys((*a, *b))
-        return {key: a.get(key, 0) + factor * (b.get(key, 0) - a.get(key, 0)) for key in keys}
-
-    kinds = dict.fromkeys((*few.collectives, *more.collectives))
-    calls, sizes = (
-        line(
-            {kind: few.collectives.get(kind, (0, 0))[of] for kind in kinds},
-            {kind: more.collectives.get(kind, (0, 0))[of] for kind in kinds},
-        )
-        for of in (0, 1)
-    )
-    return Demand(
-        Cost(Counter(line(few.cost.amounts, more.cost.amounts))),
-        {kind: (calls[kind], sizes[kind]) for kind in kinds},
-        line(few.on_host, more.on_host),
-    )

@@ -58,42 +58,21 @@ _KERNELS = {
 operator.
 """
 
-_SHORT_NAMES = {
-    "_to_copy": "change of dtype",
-    "cat": "concatenation",
-    "clone": "copy",
+_ARITHMETIC = {
     "add": "sum",
     "sub": "difference",
     "mul": "product",
     "div": "quotient",
     "pow": "power",
 }
+_SHORT_NAMES = _ARITHMETIC | {
+    "_to_copy": "change of dtype",
+    "cat": "concatenation",
+    "clone": "copy",
+}
 """Names of an operator's result."""
-_ELEMENTWISE = (
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "neg",
-    "pow",
-    "where",
-    "clamp",
-    "sum",
-    "mean",
-    "rsqrt",
-    "abs",
-)
-_BUFFERS = (
-    "empty",
-    "new_empty",
-    "empty_like",
-    "zeros",
-    "zeros_like",
-    "new_zeros",
-    "full",
-    "new_full",
-)
-_PRODUCTS = ("mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "linear")
+_ELEMENTWISE = (*_ARITHMETIC, "neg", "where", "clamp", "sum", "mean", "rsqrt", "abs")
+_PRODUCTS = ["mm", "addmm", "bmm", "_scaled_mm", "_grouped_mm", "linear"]
 
 # --- tensors and moments --------------------------------------------------------------------------
 
@@ -113,10 +92,8 @@ def tensor_name(allocation: Allocation) -> str:
         return f"parameters of {group_name(owner.layer)}, gathered by FSDP"
     if FSDP in allocation.created_in:
         what = "gradients" if allocation.phase == "backward" else "parameters"
-        return (
-            f"{what} of {group_name(owner.layer)}, "
-            f"{'being reduced' if what == 'gradients' else 'gathered'} by FSDP"
-        )
+        done = "being reduced" if what == "gradients" else "gathered"
+        return f"{what} of {group_name(owner.layer)}, {done} by FSDP"
     if component == "gradients":
         return f"{module_name(owner)}: gradient of its weight"
     if component == "checkpoints":
@@ -132,11 +109,8 @@ def moment_name(moment: Moment) -> str:
     if moment.phase in ("optimizer", "update"):
         return phase
     if FSDP in moment.created_in:
-        what = (
-            "gathers parameters"
-            if moment.phase in ("forward", "recomputation")
-            else "reduces gradients"
-        )
+        gathers = moment.phase in ("forward", "recomputation")
+        what = "gathers parameters" if gathers else "reduces gradients"
         return f"{phase}, where FSDP {what} of {group_name(moment.owner.layer)}"
     return f"{phase}, in {module_name(moment.owner)}, at {kernel_name(moment.operation)}"
 
@@ -154,9 +128,8 @@ def module_name(owner: Owner) -> str:
         return "loss head" if owner.component == "loss head" else owner.module
     inside = owner.module.partition(f".{owner.layer}.")[2].split(".")
     if owner.component in ("attention", "MLP"):
-        return ", ".join(
-            [f"{owner.component} of layer {owner.layer}", *filter(None, [".".join(inside[1:])])]
-        )
+        part = ".".join(inside[1:])
+        return f"{owner.component} of layer {owner.layer}" + (part and f", {part}")
     return f"{inside[0]} of layer {owner.layer}" if inside[0] else f"layer {owner.layer}"
 
 
@@ -180,34 +153,24 @@ def _role(allocation: Allocation) -> str:
     is_gradient = allocation.phase == "backward" and not recomputed
     tile = " of a tile" if recomputed or "tiling.backward" in created_in else ""
     if operation == _FLASH:
-        return (
-            "output of flash attention"
-            if len(allocation.shape) == 4
-            else "log-sum-exp of flash attention"
-        )
+        what = "output" if len(allocation.shape) == 4 else "log-sum-exp"
+        return f"{what} of flash attention"
     if operation == f"{_FLASH}_backward":
         return "gradient of q, k or v from flash attention"
     if operation in _PRODUCTS:
         return f"gradient of its input{tile and ', of a tile'}" if is_gradient else f"output{tile}"
-    if operation == "embedding" or (
-        operation == "add" and allocation.component == "other" and not is_gradient
-    ):
+    is_sum = operation == "add"
+    if operation == "embedding" or (is_sum and allocation.component == "other" and not is_gradient):
         return "hidden states"
-    if operation in _BUFFERS:
+    if any(word in operation for word in ("empty", "zeros", "full")):
         return "gradient" if is_gradient else "output"
     if is_gradient:
-        return (
-            f"sum of gradients{tile}"
-            if operation == "add"
-            else f"gradient of an intermediate{tile}"
-        )
-    return (
-        f"intermediate{tile}"
-        if tile
-        else f"intermediate ({_SHORT_NAMES.get(operation, operation.strip('_'))})"
-    )
+        return f"{'sum of gradients' if is_sum else 'gradient of an intermediate'}{tile}"
+    made_by = f" ({_SHORT_NAMES.get(operation, operation.strip('_'))})"
+    return f"intermediate{tile or made_by}"
 
 
+_PACKED = "output packed for the exchange", "gradients of q, k, v packed for the exchange"
 _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
     "exchange._scatter_heads": {
         "new_empty": (
@@ -219,16 +182,14 @@ _ROLES: dict[str, dict[str, str | tuple[str, str]]] = {
             "gradient of the output, after the exchange",
         ),
     },
-    "exchange._packed": {
-        "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
-    },
+    "exchange._packed": {"": _PACKED},
     "exchange._gather_heads": {
         "all_to_all_single": (
             "output as it is received",
             "gradients of q, k, v as they are received",
         ),
         "new_empty": ("output after the exchange", "gradient of q, k or v after the exchange"),
-        "": ("output packed for the exchange", "gradients of q, k, v packed for the exchange"),
+        "": _PACKED,
     },
     "replay.accumulate": {"": "gradients of its weights, summed over the tiles"},
     "tiling.backward": {"empty_like": "gradient of its input"},

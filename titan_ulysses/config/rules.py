@@ -1,0 +1,220 @@
+"""Checks of settings against each other, which need neither the machine nor the model.
+
+Most are declared beside the setting that they are about, as `Needs` and `Excludes` in its field:
+`broken_rules` goes over them. The others are functions here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from titan_ulysses.config.fields import Needs, Section, rules_of
+from titan_ulysses.config.schema import KEYS, Config, SourceSettings
+from titan_ulysses.config.toml import show, to_toml
+
+
+def problems_of(config: Config) -> list[str]:
+    """Return one line per problem; each line names the settings and says what to do."""
+    return [
+        *_folder_problems(config),
+        *broken_rules(config),
+        *_source_problems(config),
+        *_teacher_problems(config),
+        *_set_problems(config),
+        *_best_problems(config),
+    ]
+
+
+def broken_rules(config: Config) -> list[str]:
+    """Return the message of the first rule that each setting breaks.
+
+    In the text of a rule `{this}` stands for the setting as it is written, `{name}` for its name,
+    and `{default}` for its default; `{other}`, `{other_name}`, `{other_value}` and
+    `{other_default}` for the same of the setting that it needs or excludes.
+    """
+    problems = []
+    for place, table in _tables(config):
+        for key, field in type(table).model_fields.items():
+            broken = (_broken(config, place, table, key, rule) for rule in rules_of(field))
+            problems += [problem for problem in broken if problem][:1]
+    return problems
+
+
+def _broken(config: Config, place: str, table: Section, key: str, rule: Needs) -> str | None:
+    """Return the message of a rule of the setting `key` in a table at `place`, if it is broken."""
+    value, default = getattr(table, key), type(table).model_fields[key].default
+    if (value == default if rule.of is None else value not in rule.of) or not rule.where(table):
+        return None
+    section, _, other_key = rule.other.rpartition(".")
+    other_table = getattr(config, section) if section else table
+    other = getattr(other_table, other_key)
+    other_default = type(other_table).model_fields[other_key].default
+    if rule.allows(other, other_default):
+        return None
+    name, other_name = f"{place}.{key}", f"{section or place}.{other_key}"
+    return rule.text.format(
+        this=f"{name} = {show(value)}",
+        name=name,
+        default=show(default),
+        other=f"{other_name} = {show(other)}",
+        other_name=other_name,
+        other_value=show(other),
+        other_default=show(other_default),
+    )
+
+
+def _tables(config: Config) -> Iterator[tuple[str, Section]]:
+    """Yield all tables of settings with their names: the sections, and the tables in their lists.
+
+    A section comes before the tables in it.
+    """
+    for name, section in config:
+        yield name, section
+        for key, values in section:
+            for number, value in enumerate(values if isinstance(values, list) else ()):
+                if isinstance(value, Section):
+                    yield f"{name}.{key}[{number}]", value
+
+
+_OWN_NAMES = (
+    "export",
+    "adapter",
+    "tensorboard",
+    "wandb",
+    "config.toml",
+    "metrics.jsonl",
+    "evaluation.json",
+    "reference.safetensors",
+    "report.html",
+    "plan.json",
+    "plan_memory.png",
+    "plan_ladder.png",
+)
+"""What a run writes into its folder under a name that no setting changes."""
+
+
+def _folder_problems(config: Config) -> list[str]:
+    """Return the problems of names of folders that others of the run's files have, or other runs.
+
+    Names are compared without regard to case, as some file systems do.
+    """
+    inside = {
+        "checkpoint.folder": config.checkpoint.folder,
+        "profiling.save_traces_folder": config.profiling.save_traces_folder,
+        "profiling.save_memory_snapshot_folder": config.profiling.save_memory_snapshot_folder,
+    }
+    first = {s: name.replace("\\", "/").split("/")[0].casefold() for s, name in inside.items()}
+    problems = [
+        f"{setting} = {to_toml(inside[setting])}: the run needs {name} for something else. "
+        f"Choose another name, such as {to_toml(KEYS[setting].default)}"
+        for setting, name in first.items()
+        if name in _OWN_NAMES or name.startswith(".")
+    ]
+    checkpoints, *others = first
+    problems += [
+        f"{checkpoints} = {to_toml(inside[checkpoints])} and {other} = {to_toml(inside[other])}: "
+        "the run removes old checkpoints from the first. Choose folders that are not the same"
+        for other in others
+        if first[checkpoints] == first[other]
+    ]
+    later = [part.casefold() for part in config.job.name.split("/")[1:]]
+    if clash := next((part for part in later if part in {*_OWN_NAMES, *first.values()}), None):
+        problems.append(
+            f"job.name = {to_toml(config.job.name)}: another run may need {clash} for something "
+            "else. Choose another name"
+        )
+    return problems
+
+
+def _trained_sources(config: Config) -> list[tuple[str, SourceSettings]]:
+    """Return the sources that are trained on: the entries of the mixture, or else [data]."""
+    mixture = [(f"data.mixture[{i}]", entry) for i, entry in enumerate(config.data.mixture)]
+    return [*mixture] or [("data", config.data)]
+
+
+def _source_problems(config: Config) -> list[str]:
+    """Return the problems of sources with each other and with the held-out data."""
+    data, validation, problems = config.data, config.validation, []
+    is_apart = validation.path or validation.split or validation.sets
+    for setting, source in {"data": data, **dict(_trained_sources(config))}.items():
+        if source.streaming and validation.enable and not is_apart:
+            problems.append(
+                f"{setting}.streaming = true: no document can be held out of a stream; set "
+                "validation.path or validation.split"
+            )
+        if setting != "data" and not source.path:
+            problems.append(f"{setting}.path is not set: every entry of data.mixture needs a path")
+    # With separate held-out data, the keys of [data] are in use: they say how it is read.
+    if data.mixture and not (validation.enable and is_apart):
+        problems += [
+            f"data.{key} = {to_toml(value)} with [[data.mixture]]: each entry has a {key} of its "
+            f"own. Set it there, and data.{key} to its default, "
+            f"{to_toml(SourceSettings.model_fields[key].default)}"
+            for key, value in data.changed().items()
+            if key != "path"
+        ]
+    if (
+        validation.enable
+        and validation.split
+        and data.source not in ("hf", "chat", "preference", "tokens")
+    ):
+        problems.append(
+            f'validation.split = {to_toml(validation.split)} with data.source = "{data.source}": '
+            'files have no splits. Set validation.path, or data.source = "hf"'
+        )
+    return problems
+
+
+def _teacher_problems(config: Config) -> list[str]:
+    """Return the problems of a teacher: there must be a model, or what one has said, as data."""
+    sources, problems = _trained_sources(config), []
+    if config.loss.name == "distillation" and not config.loss.teacher:
+        problems = [
+            'loss.name = "distillation": loss.teacher is not set. Give the folder of a model, '
+            f"or set {setting}.teacher_top_k to read what a teacher has said from the data"
+            for setting, source in sources
+            if not source.teacher_top_k
+        ]
+    counts = {source.teacher_top_k for _, source in sources}
+    if len(counts) > 1:
+        problems.append(
+            f"data.mixture: teacher_top_k is {' and '.join(map(str, sorted(counts)))}: set it to "
+            "the same in each entry"
+        )
+    return problems
+
+
+def _set_problems(config: Config) -> list[str]:
+    """Return the problems of named validation sets."""
+    problems = []
+    names = [entry.name for entry in config.validation.sets]
+    for number, entry in enumerate(config.validation.sets):
+        setting = f"validation.sets[{number}]"
+        if not entry.path:
+            problems.append(f"{setting}.path is not set: every validation set needs a path")
+        if not entry.name or entry.name in names[:number]:
+            why = "is another set's too" if entry.name else "is not set"
+            problems.append(f"{setting}.name = {to_toml(entry.name)} {why}: give each set its own")
+        if entry.streaming:
+            problems.append(
+                f"{setting}.streaming = true: held-out data is read as a whole. Set it to false"
+            )
+    return problems
+
+
+def _best_problems(config: Config) -> list[str]:
+    """Return the problems of the metric by which validations are compared."""
+    validation = config.validation
+    metric, problems = validation.metric, []
+    metrics = ["loss", *(f"{entry.name}/loss" for entry in validation.sets)]
+    if metric not in metrics:
+        problems.append(
+            f"validation.metric = {to_toml(metric)}: no validation set has it. There "
+            f"is {', '.join(map(to_toml, metrics))}"
+        )
+    if metric != "loss" and not config.checkpoint.keep_best and not validation.patience:
+        problems.append(
+            f"validation.metric = {to_toml(metric)} is used by nothing: set checkpoint.keep_best "
+            "or validation.patience"
+        )
+    return problems
