@@ -29,7 +29,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Store, check_room, open_store
 from titan_ulysses.model import hf
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.cores import sdpa
@@ -119,7 +119,7 @@ def counted(every: int, layers: int, offload: str) -> tuple[dict[str, int], dict
     parallelize(model, mesh, attention=core, param_dtype=torch.float32, **own)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(model, OPTIMIZER)
     batch = local_batch(make_rows([(24,)], masked="none", vocab_size=61, seed=0), mesh)
     for _ in range(2):
         calls.update(core=0, mlp=0)

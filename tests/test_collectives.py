@@ -12,7 +12,7 @@ from helpers.rows import local_batch, make_rows
 from helpers.training import OPTIMIZER
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.model import hf
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 
@@ -27,7 +27,7 @@ def counted(checkpoint: bool, micro_batches: int) -> tuple[dict[str, tuple[int, 
     parallelize(model, mesh, activation_checkpoint={"mode": mode}, param_dtype=torch.float32)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(model, OPTIMIZER)
     rows = make_rows([(10, 14), (TOKENS,)], masked="none", vocab_size=61, seed=0)
     batches = [local_batch(rows, mesh)] * micro_batches
     with CollectiveCounter() as counter:

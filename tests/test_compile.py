@@ -19,7 +19,7 @@ from helpers.rows import local_batch, make_rows
 from helpers.runs import Settings, logged, train, write_run
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.model import hf
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
@@ -98,7 +98,7 @@ def losses(compiled: bool, options: dict) -> tuple[list[float], dict[str, int], 
     )
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    optimizer, found = build_optimizer(model.parameters(), OPTIMIZER), []
+    optimizer, found = build_optimizer(model, OPTIMIZER), []
     for step in range(STEPS):
         rows = make_rows([(10, 13, 1), (24,)], masked="uneven", vocab_size=61, seed=step % 5)
         found.append(

@@ -36,7 +36,7 @@ from titan_ulysses.data.adapter import read_rows
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.model import hf
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.setup.checks import check_group
 from titan_ulysses.train.step import clip_gradients, train_step
 
@@ -177,7 +177,7 @@ def loader_of(name: str, mesh: Mesh, accumulate: int = 1) -> Iterator[Loaded]:
 def train_by_loop(name: str, degrees: tuple[int, int, int], accumulate: int) -> Record:
     mesh, record = mesh_of(*degrees), Record()
     model = parallelize(real_model(), mesh, memory={"loss_tile_tokens": 5})
-    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(model, OPTIMIZER)
     losses = []
     for batch in shard(loader_of(name, mesh, accumulate), model, accumulate=accumulate):
         loss = model(**batch).loss
@@ -373,14 +373,14 @@ def by_trainer_and_by_loop(
     parallelize(trained, mesh, **bf16)
     hf.allocate(trained, mesh.device)
     hf.initialize(trained, seed=3)
-    optimizer = build_optimizer(trained.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(trained, OPTIMIZER)
     batches = [local_batch(rows, mesh) for rows in steps]
     losses = [
         train_step(trained, optimizer, [batch], mesh, max_norm=0.5)[0].item() for batch in batches
     ]
 
     model = parallelize(real_model(LLAMA, dtype=torch.float32), mesh, **bf16)
-    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(model, OPTIMIZER)
     count, rank = 2 // mesh.batch.size(), mesh.batch.get_local_rank()
     found = []
     for batch in shard([by_positions(rows[rank * count :][:count]) for rows in steps], model):
@@ -467,7 +467,7 @@ def losses_with_visits(visits: bool) -> tuple[list[float], list[float], dict[str
     """
     mesh, evaluated, losses = mesh_of(*SP2), [], []
     model = parallelize(real_model(), mesh)
-    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(model, OPTIMIZER)
     for batch in shard(loader_of("padded right", mesh), model):
         loss = model(**batch).loss
         loss.backward()

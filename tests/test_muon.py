@@ -21,7 +21,7 @@ from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import describe_state, expected_bytes, state_bytes, state_format
-from titan_ulysses.optim.build import optimizer_of
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.optim.muon import Muon, hidden_matrices
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
@@ -51,7 +51,7 @@ def steps_on_shards(dtype: torch.dtype, offload: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
     parameters = [nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in whole]
-    optimizer = Muon(parameters, parameters, **OPTIONS, offload=offload)
+    optimizer = Muon([{"params": parameters, "muon": True}], **OPTIONS, offload=offload)
     for _ in range(3):
         for p in parameters:
             gradient = torch.randn(p.shape, generator=generator, dtype=dtype)
@@ -91,7 +91,7 @@ def train_sharded(degrees: tuple[int, int, int], steps: int) -> dict[str, Any]:
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=3)
     assert all(isinstance(p, DTensor) for p in hidden_matrices(model))
-    optimizer = optimizer_of(model, CONFIG)
+    optimizer = build_optimizer(model, CONFIG)
     losses, norms = [], []
     for _ in range(steps):
         batch = local_batch(ROWS, mesh, model.sharding.stream_chunk_tokens)
@@ -212,7 +212,9 @@ def test_resumed_on_another_mesh(tmp_path: Path) -> None:
 
 def test_steps_that_are_not_finite_change_nothing() -> None:
     parameters = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))]
-    optimizer = Muon(parameters, parameters[:1], **OPTIONS, offload=False)
+    matrix, vector = parameters
+    groups = [{"params": [matrix], "muon": True}, {"params": [vector], "muon": False}]
+    optimizer = Muon(groups, **OPTIONS)
     optimizer.found_inf = torch.zeros(())
     for value in (1.0, float("nan"), 1.0):
         for p in parameters:

@@ -33,12 +33,12 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.torchao import import_torchao
 from titan_ulysses.optim.adamw import (
     ShardwiseAdamW,
-    build_optimizer,
     check_optimizer,
     check_shards,
     describe_state,
     state_bytes,
 )
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.train.step import clip_gradients
 
 # On one rank all matrices are large enough to be quantized; on two those of the attention are not,
@@ -145,7 +145,7 @@ def test_bytes_of_state(optimizer, bits, block):
 )
 def test_bytes_of_state_of_a_large_matrix(name, expected):
     matrix = nn.Parameter(torch.zeros(1024, 512))
-    optimizer = build_optimizer([matrix], Optimizer(name=name))
+    optimizer = build_optimizer(nn.ParameterList([matrix]), Optimizer(name=name))
     matrix.grad = torch.zeros_like(matrix)
     optimizer.step()
     print(f"\n{describe_state(optimizer)}")
@@ -187,7 +187,7 @@ def test_the_step_is_torchaos(bits):
         "weight_decay": config.weight_decay,
     }
     reference = getattr(import_torchao("optim"), f"AdamW{bits}bit")(theirs, **options)
-    found = random_steps(ours, build_optimizer(ours, config), 4)
+    found = random_steps(ours, build_optimizer(nn.ParameterList(ours), config), 4)
     with torch.compiler.set_stance("force_eager"):
         expected = random_steps(theirs, reference, 4)
     assert all(map(torch.equal, found, expected))
@@ -221,13 +221,13 @@ def check_compiled_step(settings: dict[str, Any]) -> None:
     config = Optimizer(lr=1e-2, **settings)
     dtype = torch.bfloat16 if config.stochastic_rounding else torch.float32
     plain, compiled = some_parameters(dtype)[:1], some_parameters(dtype)[:1]
-    optimizer = build_optimizer(compiled, config)
+    optimizer = build_optimizer(nn.ParameterList(compiled), config)
     optimizer.compiled = True  # as on a GPU
     torch._dynamo.utils.counters.clear()
     with CollectiveCounter():
         found = random_steps(compiled, optimizer, 2)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-    expected = random_steps(plain, build_optimizer(plain, config), 2)
+    expected = random_steps(plain, build_optimizer(nn.ParameterList(plain), config), 2)
     # Compiled code draws other numbers: with stochastic rounding, a unit in the last place.
     bound = 0.04 if config.stochastic_rounding else 1e-6
     assert all((a - b).abs().max() < bound for a, b in zip(found, expected, strict=True))
@@ -276,9 +276,8 @@ def step_by_tenths(seed_index: int) -> Tensor:
     p = nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
     unit = 2**-8  # below 1; above it is 2^-7
     config = Optimizer(lr=0.1 * unit, weight_decay=0, stochastic_rounding=True)
-    optimizer = build_optimizer(
-        [*(nn.Parameter(torch.ones(1)) for _ in range(seed_index)), p], config
-    )
+    parameters = [*(nn.Parameter(torch.ones(1)) for _ in range(seed_index)), p]
+    optimizer = build_optimizer(nn.ParameterList(parameters), config)
     p.grad = torch.ones_like(p)
     optimizer.step()
     return p.detach().float()
@@ -310,7 +309,7 @@ def test_the_number_of_a_step_that_may_be_skipped_is_the_hosts(monkeypatch):
     for number in (0, 0, 1):
         p = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
         config = Optimizer(lr=0.1 * 2**-8, weight_decay=0, stochastic_rounding=True)
-        optimizer = build_optimizer([p], config, skips=True)
+        optimizer = build_optimizer(nn.ParameterList([p]), config, skips=True)
         optimizer.steps_before, p.grad = number, torch.ones_like(p)
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "__int__", lambda self: pytest.fail("the host waits"))
@@ -611,7 +610,7 @@ def test_offload_on_a_gpu_changes_no_bit(optimizer):
         whole = [p.detach().to("cuda") for p in some_parameters(dtype)]
         parameters = [nn.Parameter(distribute_tensor(p, mesh, [Shard(0)])) for p in whole]
         before = torch.cuda.memory_allocated()
-        built = build_optimizer(parameters, config, offload=offload)
+        built = build_optimizer(nn.ParameterList(parameters), config, offload=offload)
         for step in range(3):
             for p in parameters:
                 p.grad = distribute_tensor(

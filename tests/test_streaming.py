@@ -51,7 +51,7 @@ from titan_ulysses.distributed.sequence import (
 from titan_ulysses.distributed.sequence import local_slice as slice_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.streaming.attention import visible_keys
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses import pieces
@@ -438,7 +438,7 @@ def counted(
     parallelize(model, mesh, attention=core, activation_checkpoint=checkpoints, memory=memory)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(model, OPTIMIZER)
     batch = local_batch(make_rows([*rows], masked="none", vocab_size=61, seed=0), mesh, chunk)
     for _ in range(2):
         calls.update(dict.fromkeys(calls, 0))

@@ -45,7 +45,7 @@ from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.model import hf
 from titan_ulysses.observability.metrics import PeakMemory, attention_flops, flops_per_token
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.preflight import timeout_of_step
 from titan_ulysses.train.step import (
@@ -605,7 +605,7 @@ def collectives_of_a_step(
     parallelize(model, mesh, activation_checkpoint={"mode": mode}, param_dtype=torch.float32)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    optimizer = build_optimizer(model.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(model, OPTIMIZER)
     batches = [
         local_batch(make_rows([(10, 14), (24,)], masked="none", vocab_size=61, seed=0), mesh)
     ]

@@ -101,11 +101,11 @@ def training_step(model: dict | str, **options: Any) -> Callable[..., tuple[Any,
     `sharded_model`.
     """
     from titan_ulysses.config.schema import Optimizer
-    from titan_ulysses.optim.adamw import build_optimizer
+    from titan_ulysses.optim.build import build_optimizer
     from titan_ulysses.train.step import train_step
 
     built, mesh = sharded_model(model, **options)
-    optimizer = build_optimizer(built.parameters(), Optimizer())
+    optimizer = build_optimizer(built, Optimizer())
 
     def step(seq_len: int, index: int = 0) -> tuple[Any, Any]:
         batch = batch_of(sequence(index, seq_len), mesh, built)

@@ -293,7 +293,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     from titan_ulysses.distributed.sequence import chunk_length
     from titan_ulysses.model import hf
     from titan_ulysses.model.lora import initialize_adapters
-    from titan_ulysses.optim.build import optimizer_of
+    from titan_ulysses.optim.build import build_optimizer
     from titan_ulysses.setup.build import build_model
     from titan_ulysses.train.step import train_step
 
@@ -304,7 +304,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     initialize_adapters(model, seed=0)
-    optimizer = optimizer_of(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer)
     rows, tokens = config.training.local_batch_size, config.training.seq_len // degrees.sequence
 
     chunk_tokens = chunk_length(

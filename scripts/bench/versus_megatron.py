@@ -96,7 +96,7 @@ def step_of(name: str, spec: RunSpec) -> Callable[[int, int], tuple[float, float
     """
     from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.model import hf
-    from titan_ulysses.optim.adamw import build_optimizer
+    from titan_ulysses.optim.build import build_optimizer
     from titan_ulysses.setup.build import build_model
     from titan_ulysses.train.step import train_step
 
@@ -104,7 +104,7 @@ def step_of(name: str, spec: RunSpec) -> Callable[[int, int], tuple[float, float
     model, _ = build_model(spec, mesh, wrap=CONTENDERS[name])
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
-    optimizer = build_optimizer(model.parameters(), spec.config.optimizer)
+    optimizer = build_optimizer(model, spec.config.optimizer)
 
     def step(seq_len: int, index: int) -> tuple[float, float]:
         batch = batch_of(sequence(index, seq_len), mesh, model)

@@ -25,7 +25,7 @@ from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model import hf
 from titan_ulysses.model.nf4 import full_tensor
-from titan_ulysses.optim.adamw import build_optimizer
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 
@@ -83,7 +83,7 @@ def train_sharded(
     hf.initialize(sharded, seed=3)
     if fill:
         fill(sharded)
-    optimizer = build_optimizer(sharded.parameters(), OPTIMIZER)
+    optimizer = build_optimizer(sharded, OPTIMIZER)
 
     def note_gradients(*_) -> None:
         gradients = {name: p.grad for name, p in hf.named_parameters(sharded) if p.grad is not None}
@@ -145,9 +145,7 @@ class Run:
         )
         hf.allocate(self.model, self.mesh.device, parameter_offload=parameter_offload)
         hf.initialize(self.model, seed)
-        self.optimizer = build_optimizer(
-            self.model.parameters(), optimizer, offload=optimizer_offload
-        )
+        self.optimizer = build_optimizer(self.model, optimizer, offload=optimizer_offload)
         self.losses: list[float] = []
 
     def train(self, steps: int, *, accumulate: int = 1) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -26,13 +26,21 @@ def first_failure(reason: str | None, *, group: dist.ProcessGroup | None = None)
     Collective over all ranks, in the group if it is given. All ranks can then stop together where
     one of them must. Without a process group there is one rank, whose reason is returned.
     """
+    return next(filter(None, of_all_ranks(reason, group=group)), None)
+
+
+def of_all_ranks(value: Any, *, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the value of each rank, on every rank; only this one's without a process group.
+
+    Collective over all ranks, in the group if it is given.
+    """
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return reason
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason, group=group)
-    return next(filter(None, reasons), None)
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.distributed.errors import UserError, first_failure, one_line
+from titan_ulysses.distributed.errors import UserError, of_all_ranks, one_line
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.memory.losses import (
     LossFunction,
@@ -229,17 +229,18 @@ class LossHead(nn.Linear):
         """
         if function is self.checked:
             return
-        reason, tried = None, None
+        reason, tried = None, False
         failed: Exception | None = None
         try:
-            tried = "tried" if self._is_sum(function, hidden, labels, tokens) else None
+            tried = self._is_sum(function, hidden, labels, tokens)
         except UserError as error:
             reason, failed = str(error), error
         except Exception as error:  # a function of the user's own raises whatever it likes
             reason, failed = f"loss_function: {type(error).__name__}: {one_line(error)}", error
-        if reason := first_failure(reason):
+        reasons, were_tried = zip(*of_all_ranks((reason, tried)), strict=True)
+        if reason := next(filter(None, reasons), None):
             raise failed or UserError(reason)
-        if first_failure(tried):
+        if any(were_tried):
             self.checked = function
 
     @torch.no_grad()

@@ -175,7 +175,7 @@ def dpo_loss(
     """Return the sigmoid DPO loss of each pair [B] (arXiv 2305.18290, equation 7).
 
     The four are log-probabilities of whole completions, sums over their tokens [B]: of the policy,
-    with gradient (see `train.log_probs`), and of the reference.
+    with gradient (see `log_probs`), and of the reference.
     """
     margin = (chosen - reference_chosen) - (rejected - reference_rejected)
     return -F.logsigmoid(beta * margin)

@@ -11,8 +11,8 @@ import math
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -30,49 +30,12 @@ from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.distributed.tensors import local_shard, plain_pieces
 from titan_ulysses.model.torchao import import_torchao, require_torchao
 
-_BITS = {"adamw8bit": 8, "adamw4bit": 4}
+BITS = {"adamw8bit": 8, "adamw4bit": 4}
 # Elements that share a scale, by bits: torchao's defaults.
 _BLOCK_SIZES = {8: 256, 4: 128}
 # Smaller shards are not quantized, as in torchao and bitsandbytes: they would save no memory.
 _SMALLEST_QUANTIZED = 4096
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def build_optimizer(
-    parameters: Iterable[nn.Parameter],
-    config: OptimizerConfig,
-    *,
-    offload: bool = False,
-    skips: bool = False,
-    device_type: str | None = None,
-) -> torch.optim.Optimizer:
-    """Build AdamW (arXiv 1711.05101) for all trained parameters, with state sharded like them.
-
-    offload keeps the state in host memory and copies it to the device one parameter at a time.
-    Parameters that are themselves on the host (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their
-    state and their update there in any case. skips: the caller sets `found_inf` before each step,
-    a scalar tensor, 1 for a step that must change nothing. device_type is the device type to assume
-    for the parameters; the planner sets it, and None means where they are.
-    """
-    trained = [p for p in parameters if p.requires_grad]
-    offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": config.betas,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    optimizer: torch.optim.Optimizer
-    if config.name == "adamw" and not config.stochastic_rounding and not offload:
-        optimizer = torch.optim.AdamW(trained, **options, fused=True)
-    else:
-        bits, stochastic = _BITS.get(config.name, 32), config.stochastic_rounding
-        optimizer = ShardwiseAdamW(
-            trained, **options, bits=bits, stochastic_rounding=stochastic, offload=offload
-        )
-    if skips:
-        optimizer.found_inf = torch.zeros((), device=trained[0].device)
-    return optimizer
 
 
 class ShardwiseAdamW(torch.optim.Optimizer):
@@ -112,9 +75,9 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        bits: int,
-        stochastic_rounding: bool,
-        offload: bool,
+        bits: int = 32,
+        stochastic_rounding: bool = False,
+        offload: bool = False,
     ):
         super().__init__(
             parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -173,43 +136,51 @@ class ShardwiseAdamW(torch.optim.Optimizer):
             [m.to(p.device, non_blocking=True, copy=True) for m in kept] if self.offload else kept
         )
         shard, grad = local_shard(p.detach()), local_shard(p.grad)
-        exp_avg, exp_avg_sq = moments
+        if self.stochastic_rounding:
+            number = int(state["step"]) if self.steps_before is None else self.steps_before
+            torch.manual_seed(_rounding_seed(p, number, index))
         if self.uses_torchao:
-            if self.stochastic_rounding:
-                number = self.steps_before
-                number = int(state["step"]) if number is None else number
-                torch.manual_seed(_rounding_seed(p, number, index))
-            changed = (shard, state["step"], exp_avg, exp_avg_sq)
-            pieces = [piece for x in changed for piece in plain_pieces(x)]
-            before = [piece.clone() for piece in pieces] if self.found_inf is not None else []
-            self._update_by_torchao(shard, grad, state["step"], exp_avg, exp_avg_sq, group)
-            for piece, old in zip(pieces, before, strict=False):
-                piece.copy_(torch.where(self.found_inf.to(piece.device) > 0, old, piece))
+            self._update_by_torchao(shard, grad, state["step"], moments, group)
         else:
-            _update_fused(shard, grad, state["step"], exp_avg, exp_avg_sq, group, self.found_inf)
+            exp_avg, exp_avg_sq = moments
+            beta1, beta2 = group["betas"]
+            adamw(
+                *([shard], [grad], [exp_avg], [exp_avg_sq], [], [state["step"]]),
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                found_inf=self.found_inf,
+                beta1=beta1,
+                beta2=beta2,
+                **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+            )
         if self.offload:
             for host, device in zip(kept, moments, strict=True):
                 host.copy_(device, non_blocking=True)
 
     def _update_by_torchao(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        step: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        group: dict[str, Any],
+        self, p: Tensor, grad: Tensor, step: Tensor, moments: list[Tensor], group: dict[str, Any]
     ) -> None:
         update = self._torchao_update
         if self.compiled:
             update = torch.compile(update, fullgraph=True, dynamic=False)
-        step += 1
-        lr = torch.tensor(group["lr"])  # a Python number would be a constant of the compiled code
-        beta1, beta2 = group["betas"]
-        constants = (beta1, beta2, group["weight_decay"], group["eps"])
-        update(
-            p, grad, step, exp_avg, exp_avg_sq, None, lr, *constants, True, self.stochastic_rounding
-        )
+        with self._unless_skipped(p, step, *moments):
+            step += 1
+            lr = torch.tensor(group["lr"])  # a Python number would be a constant of compiled code
+            constants = (*group["betas"], group["weight_decay"], group["eps"], True)
+            update(p, grad, step, *moments, None, lr, *constants, self.stochastic_rounding)
+
+    @contextmanager
+    def _unless_skipped(self, *changed: Tensor) -> Iterator[None]:
+        """Undo what this context changes if found_inf is 1, which only the device knows."""
+        if self.found_inf is None:
+            yield
+            return
+        pieces = [piece for x in changed for piece in plain_pieces(x)]
+        before = [piece.clone() for piece in pieces]
+        yield
+        for piece, old in zip(pieces, before, strict=True):
+            piece.copy_(torch.where(self.found_inf.to(piece.device) > 0, old, piece))
 
     def _zero_moment(self, p: nn.Parameter, *, signed: bool) -> Tensor:
         """Return zeros with the shape and layout of p, quantized if p's shard can be.
@@ -236,22 +207,6 @@ class ShardwiseAdamW(torch.optim.Optimizer):
         if self.offload and p.device.type != "cpu":
             pin(zeros)
         return zeros
-
-
-def _update_fused(
-    p: Tensor,
-    grad: Tensor,
-    step: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    group: dict[str, Any],
-    found_inf: Tensor | None,
-) -> None:
-    beta1, beta2 = group["betas"]
-    constants = {"lr": group["lr"], "weight_decay": group["weight_decay"], "eps": group["eps"]}
-    tensors = ([p], [grad], [exp_avg], [exp_avg_sq], [], [step])
-    switches = {"fused": True, "amsgrad": False, "maximize": False, "found_inf": found_inf}
-    adamw(*tensors, beta1=beta1, beta2=beta2, **constants, **switches)
 
 
 def _rounding_seed(p: nn.Parameter, step: int, index: int) -> int:
@@ -281,7 +236,7 @@ def missing_compiler() -> str | None:
 
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raise UserError if config needs a package that is missing. Needs no model."""
-    if config.name in _BITS:
+    if config.name in BITS:
         require_torchao(f'optimizer.name = "{config.name}"')
     if config.stochastic_rounding:
         require_torchao("optimizer.stochastic_rounding = true")
@@ -292,7 +247,7 @@ def check_shards(parameters: Iterable[nn.Parameter], config: OptimizerConfig) ->
 
     The parameters must be sharded already, and may be on the meta device.
     """
-    bits = _BITS.get(config.name, 32)
+    bits = BITS.get(config.name, 32)
     largest = [_largest_shard(p) for p in parameters if p.requires_grad]
     if bits < 32 and not any(is_quantized(numel, bits) for numel in largest):
         raise UserError(
@@ -326,7 +281,7 @@ def state_format(optimizer: torch.optim.Optimizer) -> str:
     bits = getattr(optimizer, "bits", 32)
     if momentum_of(optimizer.param_groups[0]):
         return "muon"
-    return next((name for name, its_bits in _BITS.items() if its_bits == bits), "adamw")
+    return next((name for name, its_bits in BITS.items() if its_bits == bits), "adamw")
 
 
 def momentum_of(group: dict[str, Any]) -> bool:
@@ -343,9 +298,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     for state in optimizer.state.values():
         for value in state.values():
             for piece in plain_pieces(value):
-                total[str(piece.dtype).removeprefix("torch.")] += (
-                    piece.numel() * piece.element_size()
-                )
+                total[str(piece.dtype).removeprefix("torch.")] += piece.nbytes
     return dict(total.most_common())
 
 

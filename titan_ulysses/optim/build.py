@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from titan_ulysses.config.schema import Optimizer as OptimizerConfig
-from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.optim.adamw import build_optimizer
-from titan_ulysses.optim.muon import Muon, hidden_matrices
+from titan_ulysses.optim.adamw import BITS, ShardwiseAdamW
+from titan_ulysses.optim.muon import Muon, muon_groups
 
 
-def optimizer_of(
+def build_optimizer(
     model: nn.Module,
     config: OptimizerConfig,
     *,
@@ -21,29 +22,31 @@ def optimizer_of(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of all trained parameters of a model, with state sharded like them.
 
-    The keywords are those of `build_optimizer`. UserError if optimizer.name = "muon" and the model
-    has no matrix for it.
+    offload keeps the state in host memory and copies it to the device one parameter at a time.
+    Parameters that are themselves on the host (FSDP2's CPUOffloadPolicy, or a CPU mesh) have their
+    state and their update there in any case. skips: the caller sets `found_inf` before each step,
+    a scalar tensor, 1 for a step that must change nothing. device_type is the device type to assume
+    for the parameters; the planner sets it, and None means where they are. UserError if
+    optimizer.name = "muon" and the model has no matrix for it.
     """
-    if config.name != "muon":
-        return build_optimizer(
-            model.parameters(), config, offload=offload, skips=skips, device_type=device_type
-        )
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = hidden_matrices(model)
-    if not matrices:
-        raise UserError(
-            'optimizer.name = "muon": no trained parameter is a hidden matrix. Set optimizer.name '
-            '= "adamw"'
+    offload = offload and any((device_type or p.device.type) != "cpu" for p in trained)
+    bits, stochastic_rounding = BITS.get(config.name, 32), config.stochastic_rounding
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    optimizer: torch.optim.Optimizer
+    if config.name == "muon":
+        optimizer = Muon(muon_groups(model), **options, offload=offload)
+    elif bits < 32 or stochastic_rounding or offload:
+        optimizer = ShardwiseAdamW(
+            trained, **options, bits=bits, stochastic_rounding=stochastic_rounding, offload=offload
         )
-    optimizer = Muon(
-        trained,
-        matrices,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        offload=offload and any((device_type or p.device.type) != "cpu" for p in trained),
-    )
+    else:
+        optimizer = torch.optim.AdamW(trained, **options, fused=True)
     if skips:
         optimizer.found_inf = torch.zeros((), device=trained[0].device)
     return optimizer

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.tensors import local_shard
 from titan_ulysses.optim.adamw import ShardwiseAdamW
 
@@ -38,38 +39,27 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and p not in others]
 
 
+def muon_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Return the groups of parameters for `Muon`. UserError if the model has no matrix for it."""
+    matrices = hidden_matrices(model)
+    if not matrices:
+        raise UserError(
+            'optimizer.name = "muon": no trained parameter is a hidden matrix. Set optimizer.name '
+            '= "adamw"'
+        )
+    chosen = {*matrices}
+    others = [p for p in model.parameters() if p.requires_grad and p not in chosen]
+    groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
+    return [group for group in groups if group["params"]]
+
+
 class Muon(ShardwiseAdamW):
-    """Muon with Nesterov momentum for `matrices`, and AdamW for the other parameters.
+    """Muon with Nesterov momentum for groups with "muon" = True, and AdamW for the others.
 
     The iterations are in bf16, as in torch, and in fp64 for parameters in fp64. offload and
     found_inf are as in `ShardwiseAdamW`. Every rank must step the same parameters in the same
     order: gathering is collective.
     """
-
-    def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        matrices: list[nn.Parameter],
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        offload: bool,
-    ):
-        chosen = {*matrices}
-        others = [p for p in parameters if p not in chosen]
-        groups: list[Any] = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
-        super().__init__(
-            [group for group in groups if group["params"]],
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            bits=32,
-            stochastic_rounding=False,
-            offload=offload,
-        )
 
     def _step_shard(self, p: nn.Parameter, group: dict[str, Any], index: int) -> None:
         if not group["muon"]:
@@ -81,13 +71,11 @@ class Muon(ShardwiseAdamW):
         kept = local_shard(state[_BUFFER])
         momentum = kept.to(p.device, non_blocking=True, copy=True) if self.offload else kept
         shard, grad = local_shard(p.detach()), local_shard(p.grad).to(momentum.dtype)
-        before = [x.clone() for x in (shard, momentum)] if self.found_inf is not None else []
-        momentum.lerp_(grad, 1 - MOMENTUM)
-        update = orthogonal(grad.lerp(momentum, MOMENTUM), p)
-        shard.mul_(1 - group["lr"] * group["weight_decay"])
-        shard.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
-        for x, old in zip((shard, momentum), before, strict=False):
-            x.copy_(torch.where(self.found_inf.to(x.device) > 0, old, x))
+        with self._unless_skipped(shard, momentum):
+            momentum.lerp_(grad, 1 - MOMENTUM)
+            update = orthogonal(grad.lerp(momentum, MOMENTUM), p)
+            shard.mul_(1 - group["lr"] * group["weight_decay"])
+            shard.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
         if self.offload:
             kept.copy_(momentum, non_blocking=True)
 

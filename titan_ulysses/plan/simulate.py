@@ -36,7 +36,7 @@ from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.sequences import SequenceStore
 from titan_ulysses.model import hf
-from titan_ulysses.optim.build import optimizer_of
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
@@ -229,7 +229,7 @@ class _Rank:
         """Return the optimizer with its state, each where the run has it."""
         memory, on_host = self.config.memory, self.tracker.parameters_on_host
         offload = self.on_gpu and memory.optimizer_offload and not memory.parameter_offload
-        optimizer = optimizer_of(
+        optimizer = build_optimizer(
             model,
             self.config.optimizer,
             offload=offload,

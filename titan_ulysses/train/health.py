@@ -18,12 +18,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_ulysses.checkpoint.manifest import digest
 from titan_ulysses.distributed.device import module_of
-from titan_ulysses.distributed.errors import UserError, first_failure
+from titan_ulysses.distributed.errors import UserError, first_failure, of_all_ranks
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model.freezing import bits
 from titan_ulysses.model.hf import named_parameters
@@ -121,7 +120,7 @@ class Health:
             (one.copy, digest(json.dumps(one.sums, sort_keys=True).encode()))
             for one in fingerprints
         ]
-        of_ranks = _gathered(digests)
+        of_ranks = of_all_ranks(digests)
         for number, one in enumerate(fingerprints):
             if odd := _odd_ranks([digests_of_rank[number] for digests_of_rank in of_ranks]):
                 raise self._drifted(one, odd)
@@ -148,7 +147,7 @@ class Health:
         losses, norms = (part.isfinite().tolist() for part in self._parts)
         bad_batches = [index for index, is_finite in enumerate(losses) if not is_finite]
         bad = {self._owners[index] for index, is_finite in enumerate(norms) if not is_finite}
-        of_ranks = _gathered((self._documents(step, bad_batches), bad))
+        of_ranks = of_all_ranks((self._documents(step, bad_batches), bad))
         origins = []
         if ranks := [rank for rank, (documents, _) in enumerate(of_ranks) if documents]:
             documents = [name for rank in ranks for name in of_ranks[rank][0]]
@@ -170,7 +169,7 @@ class Health:
         return [name for batch in batches for name in loader.documents(ended - batch)]
 
     def _drifted(self, one: Fingerprint, odd: dict[int, int]) -> UserError:
-        of_ranks, hosts, differences = _gathered(one.sums), self._hosts, []
+        of_ranks, hosts, differences = of_all_ranks(one.sums), self._hosts, []
         for rank, usual in odd.items():
             names = of_ranks[rank].keys() | of_ranks[usual].keys()
             differ = [n for n in one.sums if of_ranks[rank].get(n) != of_ranks[usual].get(n)]
@@ -185,13 +184,6 @@ class Health:
             f"{self._nothing_is_saved()} Test the memory and the device of that host, and run the "
             "same command again to go on."
         )
-
-
-def _gathered(mine: Any) -> list[Any]:
-    """Return what each rank has. Collective."""
-    of_ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, mine)
-    return of_ranks
 
 
 def _odd_ranks(copies: list[tuple[tuple[int, ...], str]]) -> dict[int, int]:

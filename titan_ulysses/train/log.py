@@ -16,7 +16,6 @@ from torch import Tensor
 from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.device import module_of
 from titan_ulysses.distributed.hardware import peak_flops
-from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.observability.metrics import (
     MetricsLogger,
     PeakMemory,
@@ -108,7 +107,12 @@ class StepLog:
         )
         dist.all_reduce(attention)
         balance = self._imbalance.take()
-        values |= details(metrics, state.loader, state.mesh)
+        router_loss = metrics.router_loss
+        values["router_loss"] = None if router_loss is None else router_loss.item()
+        if metrics.metrics:
+            values["rewards"] = {name: value.item() for name, value in metrics.metrics.items()}
+        if metrics.row_losses and state.loader.sequences.source_names:
+            values["loss_by_source"] = self._by_source(metrics.row_losses)
         peak = torch.tensor(self.peak_memory.gib())
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         if self._logger:
@@ -131,6 +135,21 @@ class StepLog:
             for line in self._news_of_plan(peak.item()):
                 self._say(line)
         self.begin_interval()
+
+    def _by_source(self, row_losses: list[Tensor]) -> dict[str, float]:
+        """Return the mean loss of each source of a mixture that the last step has. Collective."""
+        loader, mesh = self.state.loader, self.state.mesh
+        assert loader is not None
+        names = loader.sequences.source_names
+        sums = torch.zeros(2, len(names), dtype=torch.float64)
+        for batch, of_batch in enumerate(row_losses):
+            sources = loader.sources(len(row_losses) - batch)
+            places = torch.tensor([names.index(name) for name in sources])
+            sums.index_add_(1, places, of_batch.cpu())
+        sums = sums.to(mesh.device)
+        dist.all_reduce(sums, group=mesh.loss.get_group())
+        of_sources = zip(names, *sums.tolist(), strict=True)
+        return {name: total / count for name, total, count in of_sources if count}
 
     def _mfu(self, tokens: int, attention: float, seconds: float) -> float | None:
         """Return the share of the device's peak that was used; None where that is not known."""
@@ -195,33 +214,3 @@ class Imbalance:
         """Return the mean balance since the last call; None if it is not known or there is none."""
         balances, self._balances = self._balances, []
         return sum(balances) / len(balances) if balances else None
-
-
-def details(metrics: StepMetrics, loader: Loader, mesh: Mesh) -> dict[str, Any]:
-    """Return the metrics of the last step that not every run has, by name. Collective.
-
-    `router_loss` (None without routers), `rewards` of DPO, and of a mixture `loss_by_source`: the
-    mean over the labels (or pairs) of each source that the step has, where the loss knows it.
-    """
-    router_loss = metrics.router_loss
-    found: dict[str, Any] = {"router_loss": None if router_loss is None else router_loss.item()}
-    if metrics.metrics:
-        found["rewards"] = {name: value.item() for name, value in metrics.metrics.items()}
-    names = loader.sequences.source_names
-    if names and metrics.row_losses:
-        found["loss_by_source"] = _by_source(metrics.row_losses, loader, names, mesh)
-    return found
-
-
-def _by_source(
-    rows: list[Tensor], loader: Loader, names: list[str], mesh: Mesh
-) -> dict[str, float]:
-    sums = torch.zeros(2, len(names), dtype=torch.float64)
-    for batch, of_batch in enumerate(rows):
-        sources = loader.sources(len(rows) - batch)
-        places = torch.tensor([names.index(name) for name in sources])
-        sums.index_add_(1, places, of_batch.cpu())
-    sums = sums.to(mesh.device)
-    dist.all_reduce(sums, group=mesh.loss.get_group())
-    of_sources = zip(names, *sums.tolist(), strict=True)
-    return {name: total / count for name, total, count in of_sources if count}

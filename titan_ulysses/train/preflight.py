@@ -303,13 +303,13 @@ class Preflight:
 
     def _read(self) -> None:
         """Wait for the planner to end, and keep its plan or the reason why there is none."""
-        said, complaint = self._process.communicate()
+        output, errors = self._process.communicate()
         self._lifeline.close()
         if self._process.returncode == 0:
-            self.plan = json.loads(said.splitlines()[-1])
+            self.plan = json.loads(output.splitlines()[-1])
         else:
             self._why_not = (
-                complaint.strip().splitlines() or ["the planner ended without a message"]
+                errors.strip().splitlines() or ["the planner ended without a message"]
             )[-1]
 
 

@@ -65,19 +65,15 @@ class References:
         Return the checksum of the reference's weights; None if there are none of these pairs and
         settings in the folder of rank 0, or the file is damaged.
         """
-        found = self._read(folder / FILE) if dist.get_rank() == 0 else None
-        header = torch.tensor([found is not None, found[0] if found else 0])
-        dist.broadcast(header, src=0)
-        if not header[0]:
+        found = [self._read(folder / FILE) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
             return None
+        fingerprint, tables = found[0]
         for name, stream in self.streams.items():
-            table = torch.empty(len(stream.corpus), 2, dtype=torch.float64)
-            if found:
-                table.copy_(found[1][name])
-            dist.broadcast(table, src=0)
-            _attach(stream, table)
+            _attach(stream, tables[name])
         self.are_there = True
-        return int(header[1])
+        return fingerprint
 
     def compute(
         self, loss: DPO, loader_of: Callable[[SampleStream], Loader], mesh: Mesh, console: Console

@@ -254,7 +254,7 @@ def warnings_of(
     seed, found = saved.get("rng", {}).get("seed"), []
     if saved.get("beside", frozen_weights) != frozen_weights:
         found.append(
-            f"WARNING: [loss]: the reference or teacher is not the one beside which step {step} "
+            f"WARNING: [loss]: the reference or teacher is not the one with which step {step} "
             "was trained: the loss goes on with the new one."
         )
     if seed not in (None, config.training.seed):

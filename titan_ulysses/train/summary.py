@@ -6,6 +6,7 @@ Before the first step it prints its setup, and after the last one where its file
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich import markup
@@ -47,7 +48,7 @@ def print_run_summary(
     lines = [
         f"[bold]{markup.escape(config.job.name)}[/]: {hf.class_name(state.model)}, "
         f"{describe_parameters(state.model)}",
-        markup.escape(_data(state)),
+        *map(markup.escape, _data(state)),
         f"mesh: dp_replicate {degrees.replicate} x dp_shard {degrees.shard} x sp "
         f"{degrees.sequence} on {state.mesh.device.type}; "
         f"{seq_len:,} tokens a sequence, {seq_len // degrees.sequence:,} a rank; "
@@ -82,92 +83,79 @@ def expected_balance(loader: Loader) -> str | None:
     )
 
 
-def _data(state: TrainState) -> str:
-    """Return a line about the training data, and one about each named validation set."""
-    sets = {name: one.sequences.describe() for name, one in state.validation_loaders.items()}
-    lines = [f"validation set {name}: {described}" for name, described in sets.items() if name]
-    loader = state.loader or state.validation_loaders.get("")
-    return "\n".join([*([f"data: {loader.sequences.describe()}"] if loader else []), *lines])
+def _data(state: TrainState) -> Iterator[str]:
+    """Yield a line about the training data, and one about each named validation set."""
+    if loader := state.loader or state.validation_loaders.get(""):
+        yield f"data: {loader.sequences.describe()}"
+    for name, validation in state.validation_loaders.items():
+        if name:
+            yield f"validation set {name}: {validation.sequences.describe()}"
 
 
-def _choices(state: TrainState) -> list[str]:
-    """Return a line for each choice made for the user and for each setting without effect."""
-    config, memory, model = state.config, state.config.memory, state.model
-    degree, tokens, lines = state.spec.degrees.sequence, state.spec.local_tokens, []
+def _choices(state: TrainState) -> Iterator[str]:
+    """Yield a line for each choice made for the user and for each setting without effect."""
+    config, model, degree = state.config, state.model, state.spec.degrees.sequence
     streaming = _streaming(state)
+    is_streamed = streaming.startswith("streamed")
     idle = idle_ranks(getattr(model.config, "num_attention_heads", degree), degree)
-    if idle and not streaming.startswith("streamed"):
-        lines.append(f"[bold]{idle}[/]")
+    if idle and not is_streamed:
+        yield f"[bold]{idle}[/]"
     ranks = state.mesh.world.size()
     if across := spans_nodes(sequence=degree, world_size=ranks, per_node=ranks_per_node(ranks)):
-        lines.append(f"[bold]{across}[/]")
+        yield f"[bold]{across}[/]"
     if whole := state.spec.part_of:
-        lines.append(
+        yield (
             f"{whole} is multi-modal: its text part alone is trained and exported, as a "
             f"{state.spec.model_config.model_type}"
         )
     if code := describe_unused_code(model.config):
-        lines.append(markup.escape(code))
-    if memory.mlp_tile_tokens > tokens:
-        tile = memory.mlp_tile_tokens
-        lines.append(
+        yield markup.escape(code)
+    if (tile := config.memory.mlp_tile_tokens) > (tokens := state.spec.local_tokens):
+        yield (
             f"memory.mlp_tile_tokens = {tile} is more than the {tokens:,} tokens of a rank: one "
             "tile"
         )
-    if about := state.loss.describe(config):
-        lines.append(markup.escape(about))
-    if layers := describe_layers(model, state.mesh.device.type):
-        lines.append(markup.escape(layers))
-    if streaming:
-        lines.append(streaming)
-    if not streaming.startswith("streamed"):
-        unused = {
-            "activation_checkpoint.keep_attention": config.activation_checkpoint.keep_attention,
-            "memory.stream_offload": memory.stream_offload,
-        }
-        lines += [
-            f'{key} = "{value}" changes nothing: layers are not streamed'
-            for key, value in unused.items()
-            if value != "none"
-        ]
-    return lines
+    yield markup.escape(state.loss.describe(config))
+    yield markup.escape(describe_layers(model, state.mesh.device.type))
+    yield streaming
+    unused = {
+        "activation_checkpoint.keep_attention": config.activation_checkpoint.keep_attention,
+        "memory.stream_offload": config.memory.stream_offload,
+    }
+    for key, value in unused.items():
+        if value != "none" and not is_streamed:
+            yield f'{key} = "{value}" changes nothing: layers are not streamed'
 
 
-def _choices_of_device(state: TrainState, *, counts_files: bool) -> list[str]:
-    """Return such lines about devices, their memory, and the optimizer."""
-    memory, checkpoint, lines = state.config.memory, state.config.checkpoint, []
-    if checkpoint.enable and checkpoint.async_mode == "async" and state.optimizer is not None:
-        lines.append("checkpoints are written in the background, from a copy in host memory")
-    if state.mesh.device.type == "cuda":
-        lines.append(describe_allocator())
-    if quantized := describe_quantized(state.model):
-        lines.append(quantized)
+def _choices_of_device(state: TrainState, *, counts_files: bool) -> Iterator[str]:
+    """Yield such lines about devices, their memory, and the optimizer."""
+    config, memory, device_type = state.config, state.config.memory, state.mesh.device.type
+    if config.checkpoint.enable and config.checkpoint.async_mode == "async" and state.optimizer:
+        yield "checkpoints are written in the background, from a copy in host memory"
+    if device_type == "cuda":
+        yield describe_allocator()
+    yield describe_quantized(state.model)
     if state.float8_layers:
-        lines.append(f"float8: {state.float8_layers} linear layers")
-        if not state.config.compile.enable:
-            lines.append(
+        yield f"float8: {state.float8_layers} linear layers"
+        if not config.compile.enable:
+            yield (
                 "[bold]float8 without compile.enable is slow[/]: scales and casts take several "
                 "passes a product. Set compile.enable = true"
             )
-    if state.mesh.device.type == "cpu":
-        on = [name for name in ("parameter_offload", "optimizer_offload") if getattr(memory, name)]
-        lines += [
-            f"memory.{name} changes nothing: the device is the CPU, all is in host memory"
-            for name in on
-        ]
+    if device_type == "cpu":
+        for name in ("parameter_offload", "optimizer_offload"):
+            if getattr(memory, name):
+                yield (
+                    f"memory.{name} changes nothing: the device is the CPU, all is in host memory"
+                )
     elif memory.parameter_offload and memory.optimizer_offload:
-        lines.append(
-            "memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it"
-        )
+        yield "memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it"
     if counts_files:
-        lines.append(
+        yield (
             "peak memory counts the pages of mapped files too: this system does not tell them apart"
         )
     if getattr(state.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
-        lines.append(
-            f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"
-        )
-    return lines
+        yield f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"
 
 
 _PLACES = {

@@ -37,7 +37,7 @@ from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.optim.adamw import describe_state
-from titan_ulysses.optim.build import optimizer_of
+from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import RunSpec, check_machine, resolve
@@ -188,7 +188,7 @@ class Trainer:
         config, state = self.config, self.state
         if not self._eval_only:
             self.preflight = start_preflight(state)
-            state.optimizer = optimizer_of(
+            state.optimizer = build_optimizer(
                 state.model,
                 config.optimizer,
                 offload=config.memory.optimizer_offload,
