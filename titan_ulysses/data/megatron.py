@@ -27,7 +27,7 @@ import numpy as np
 
 from titan_ulysses.data.corpus import Corpus, CorpusStats
 from titan_ulysses.data.files import find_files
-from titan_ulysses.data.tokens import TOKEN_EXTENSIONS
+from titan_ulysses.data.sources import TOKEN_EXTENSIONS
 from titan_ulysses.distributed.errors import UserError
 
 _MAGIC, _OLD_MAGIC = b"MMIDIDX\0\0", b"TNTIDX\0\0"

@@ -259,7 +259,7 @@ class Distillation(_WithFrozen):
 
     The teacher's hidden states are computed for each micro-batch. Its logits exist for a tile at a
     time, as the student's do. Each rank holds the whole weight of the teacher's head. Without a
-    second model, the teacher's largest log-probabilities come with the batches (data/teacher.py).
+    second model, the teacher's largest log-probabilities come with the batches (data/records.py).
     """
 
     setting = "teacher"
