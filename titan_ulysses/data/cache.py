@@ -55,17 +55,28 @@ def read_corpus(
     Raise `UserError` if the source cannot be read or contains no document.
     """
     encoder.check(source.source)
+    corpus, tally = _read(source, encoder, cache_folder, setting)
+    if not len(corpus):
+        why = "; ".join(tally.notes()) or "it is empty"
+        raise UserError(
+            f'{setting} = "{source.path}" has no document to train on ({why}): give data with text '
+            "in it"
+        )
+    return corpus, tally
+
+
+def _read(
+    source: SourceSettings, encoder: Encoder, cache_folder: str, setting: str
+) -> tuple[Corpus, CorpusStats]:
+    skip = source.bad_lines == "skip"
     if source.source == "tokens" and (files := find_megatron(source.path, setting)):
         if source.teacher_top_k:
             raise UserError(
                 f"{section_of(setting)}.teacher_top_k = {source.teacher_top_k}: Megatron's files "
                 "hold tokens alone. Give rows with teacher_ids and teacher_log_probs, or a teacher."
             )
-        skip = source.bad_lines == "skip"
-        corpus, tally = read_megatron(
-            files, num_token_ids=num_token_ids(encoder.tokenizer), skip=skip, setting=setting
-        )
-        return _not_empty(corpus, tally, source, setting)
+        ids = num_token_ids(encoder.tokenizer)
+        return read_megatron(files, num_token_ids=ids, skip=skip, setting=setting)
     rows, tally = open_rows(source, setting), CorpusStats()
     reading, head, size = iter(rows), [], 0
     for row in reading:
@@ -76,43 +87,24 @@ def read_corpus(
     is_large = size > SMALL_CHARACTERS
     workers = usable_cores() if is_large and source.source != "tokens" else 1
     encoded = encode_rows(chain(head, reading), encoder, workers=workers)
-    documents = tally.keep(encoded, setting=setting, skip=source.bad_lines == "skip")
-    if is_large:
-        parts = (
-            _LAYOUT,
-            rows.fingerprint(),
-            encoder.fingerprint(),
-            source.model_dump(exclude={"path", "weight"}),
-            *([_MESSAGES] if source.source in ("chat", "preference") else []),
-        )
-        key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(cache_folder or Path(cache_home) / "titan_ulysses")
-        documents = _with_bar(documents, rows, tally, setting)
-        corpus, tally = _cached(folder, key, documents, tally, encoder.dtype)
-    else:
-        corpus = Corpus.from_documents(documents)
-    return _not_empty(corpus, tally, source, setting)
-
-
-def _not_empty(
-    corpus: Corpus, tally: CorpusStats, source: SourceSettings, setting: str
-) -> tuple[Corpus, CorpusStats]:
-    if not len(corpus):
-        why = "; ".join(tally.notes()) or "it is empty"
-        raise UserError(
-            f'{setting} = "{source.path}" has no document to train on ({why}): give data with text '
-            "in it"
-        )
-    return corpus, tally
+    documents = tally.keep(encoded, setting=setting, skip=skip)
+    if not is_large:
+        return Corpus.from_documents(documents), tally
+    parts = (
+        _LAYOUT,
+        rows.fingerprint(),
+        encoder.fingerprint(),
+        source.model_dump(exclude={"path", "weight"}),
+        *([_MESSAGES] if source.source in ("chat", "preference") else []),
+    )
+    key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache_folder or Path(cache_home) / "titan_ulysses")
+    return _cached(folder, key, _with_bar(documents, rows, tally, setting), tally, encoder.dtype)
 
 
 def _cached(
-    folder: Path,
-    key: str,
-    documents: Iterable[Encoded],
-    tally: CorpusStats,
-    dtype: np.dtype,
+    folder: Path, key: str, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype
 ) -> tuple[Corpus, CorpusStats]:
     """Return the corpus in folder/key. Make it first if it is missing or damaged."""
     from filelock import FileLock

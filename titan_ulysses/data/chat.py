@@ -69,7 +69,7 @@ def encode_chat(
     Raise `RefusedRow` if the template refuses the chat or leaves a message out. Raise `UserError`
     if the template has no way to tell the assistant's turns apart, see `_turn`.
     """
-    text = _render(tokenizer, chat, len(chat.messages))
+    text = _render(tokenizer, chat)
     refuse_surrogates(text)
     _refuse_messages_left_out(tokenizer, chat, text)
     if train_on == "all":
@@ -103,8 +103,8 @@ def encode_answer(
             "tokenizer, which completions of messages need: take the tokenizer of the family's "
             "instruct model, or give prompt, chosen and rejected as texts"
         )
-    before = _render_messages(tokenizer, prompt, None, asks=True)
-    whole = _render_messages(tokenizer, [*prompt, *answer], None)
+    chat = Chat([*prompt, *answer], None)
+    before, whole = _render(tokenizer, chat, len(prompt), asks=True), _render(tokenizer, chat)
     refuse_surrogates(whole)
     if not whole.startswith(before):
         raise RefusedRow(
@@ -117,25 +117,15 @@ def encode_answer(
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, count: int, *, asks: bool = False
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, count: int | None = None, *, asks: bool = False
 ) -> str:
-    """Render the first `count` messages as text; `asks` adds the generation prompt."""
-    return _render_messages(tokenizer, chat.messages[:count], chat.tools, asks)
-
-
-def _render_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    tools: list | None,
-    asks: bool = False,
-) -> str:
-    """Render messages as text; `asks` adds the generation prompt.
+    """Render the first `count` messages as text, or all; `asks` adds the generation prompt.
 
     Raise `RefusedRow` if the template fails.
     """
     with _refusing():
         return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=asks
+            chat.messages[:count], tools=chat.tools, tokenize=False, add_generation_prompt=asks
         )
 
 
@@ -160,7 +150,7 @@ def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, te
     }:
         others = [message for message in chat.messages if message["role"] != role]
         try:
-            without = _render_messages(tokenizer, others, chat.tools)
+            without = _render(tokenizer, chat._replace(messages=others))
         except RefusedRow:
             continue  # the template fails without these messages, so it does use them
         if without == text:
