@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from titan_ulysses.config.load import load_config
-from titan_ulysses.data import open_sequences
+from titan_ulysses.data.pipeline import open_sequences
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.launch.failure import exit_on_error
 from titan_ulysses.train.evaluation import spread

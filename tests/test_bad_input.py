@@ -26,8 +26,8 @@ from titan_ulysses.config import hub
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data.corpus import CorpusStats
-from titan_ulysses.data.rows import open_rows
-from titan_ulysses.data.sources import BadRow, Row
+from titan_ulysses.data.records import BadRow, Row
+from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model.families import check_family

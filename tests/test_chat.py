@@ -19,7 +19,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from helpers.runs import write_run
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.encoding import Encoder
-from titan_ulysses.data.sources import BadRow, Chat, Row, read_record
+from titan_ulysses.data.records import BadRow, Chat, Row, read_record
 from titan_ulysses.distributed.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -605,7 +605,7 @@ def write_chats(folder: Path, backend: Tokenizer) -> Path:
 
 def test_the_start_says_how_many_samples_chats_became(tmp_path, backend: Tokenizer) -> None:
     from titan_ulysses.config.load import load_config
-    from titan_ulysses.data import open_sequences
+    from titan_ulysses.data.pipeline import open_sequences
     from titan_ulysses.data.tokenizer import load_tokenizer
 
     config = load_config(write_chats(tmp_path, backend), [("training.seq_len", 512)])

@@ -17,7 +17,7 @@ from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
-from titan_ulysses.data.rows import open_rows
+from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import encode, is_byte_tokenizer, load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX

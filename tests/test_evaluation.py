@@ -22,9 +22,9 @@ from helpers.models import STARCODER2, plain_model
 from helpers.ranks import run_on_ranks
 from helpers.runs import Settings, logged, train, write_documents, write_run
 from titan_ulysses.data.corpus import Corpus
-from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
+from titan_ulysses.data.records import Encoded
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf

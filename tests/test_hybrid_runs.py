@@ -23,7 +23,7 @@ from helpers.runs import learned, logged, refusal, train, write_documents
 from test_evaluation import by_plain_transformers
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.toml import to_toml
-from titan_ulysses.data.encoding import Encoded
+from titan_ulysses.data.records import Encoded
 from titan_ulysses.data.tokenizer import encode, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import build_mesh

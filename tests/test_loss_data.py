@@ -33,7 +33,7 @@ from test_loss_settings import (
 from titan_ulysses.config.schema import MixtureEntry
 from titan_ulysses.data import cache
 from titan_ulysses.data.packing import PackedSequences, PaddedSequences
-from titan_ulysses.data.teacher import FIELDS
+from titan_ulysses.data.records import TEACHER_FIELDS as FIELDS
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from titan_ulysses.config.schema import SourceSettings
 from titan_ulysses.data.corpus import Corpus
-from titan_ulysses.data.datasets import DatasetRows
-from titan_ulysses.data.encoding import Encoded, Encoder
+from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.mixture import ChainedSequences, MixedSequences
 from titan_ulysses.data.packing import PackedSequences, PaddedSequences, SampleStream, best_fit_bins
+from titan_ulysses.data.records import Encoded
+from titan_ulysses.data.sources import DatasetRows
 from titan_ulysses.data.stream import StreamedSequences
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,13 +26,14 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from titan_ulysses.config.schema import Config, SourceSettings
-from titan_ulysses.data import cache, open_sequences
+from titan_ulysses.data import cache
 from titan_ulysses.data.cache import read_corpus
 from titan_ulysses.data.corpus import Corpus, CorpusStats
-from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows
+from titan_ulysses.data.encoding import Encoder, encode_rows
 from titan_ulysses.data.packing import SampleStream
-from titan_ulysses.data.rows import open_rows
-from titan_ulysses.data.sources import BadRow, Completion, Row
+from titan_ulysses.data.pipeline import open_sequences
+from titan_ulysses.data.records import BadRow, Completion, Encoded, Row
+from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import END_OF_TEXT_ID, load_tokenizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
@@ -300,6 +302,23 @@ def kill_own_process(row: Row) -> Encoded:
 def test_a_worker_that_is_killed() -> None:
     with pytest.raises(UserError, match="A process that tokenizes was ended from outside"):
         [*encode_rows([Row("a", "a")], kill_own_process, workers=2)]
+
+
+class Refusing(type(TOKENIZER)):
+    """A tokenizer that fails at one word, as those with a damaged or remote table do."""
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        if "three" in text:
+            raise OverflowError("no id for it")
+        return super().__call__(text, **options)
+
+
+def test_a_tokenizer_that_fails_is_named_with_the_row(source: SourceSettings) -> None:
+    refusing = Refusing(tokenizer_object=TOKENIZER.backend_tokenizer, name_or_path="broken")
+    refusing.add_tokens(["more"])  # the byte tokenizer itself is never called
+    message = 'a.jsonl:4: model.tokenizer = "broken" cannot encode it (no id for it): take another'
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_corpus(source, Encoder(refusing))
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def tokenizing(name: str, tokenizer: Any, texts: list[str], consumed: float) -> 
     """Print the tokens per second of one process and of all cores. Returns the corpus."""
     from titan_ulysses.data.corpus import Corpus
     from titan_ulysses.data.encoding import Encoder, encode_rows
-    from titan_ulysses.data.sources import Row
+    from titan_ulysses.data.records import Row
     from titan_ulysses.launch.host import usable_cores
 
     rows = [Row(str(number), text) for number, text in enumerate(texts)]
@@ -128,7 +128,7 @@ def through(encoder: Any, content: Any) -> int:
     from titan_ulysses.data.corpus import Corpus
     from titan_ulysses.data.loader import Loader
     from titan_ulysses.data.packing import PackedSequences
-    from titan_ulysses.data.sources import Row
+    from titan_ulysses.data.records import Row
 
     corpus = Corpus.from_documents([encoder(Row("", content))])
     sequences = PackedSequences(corpus, seq_len=corpus.num_tokens, seed=0)
@@ -141,7 +141,7 @@ def long_documents(tokenizer: Any, text: str, repeats: int) -> None:
     turns.
     """
     from titan_ulysses.data.encoding import Encoder
-    from titan_ulysses.data.sources import Chat, Row
+    from titan_ulysses.data.records import Chat, Row
 
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</s>' }}{% endfor %}{% if "

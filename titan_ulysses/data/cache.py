@@ -14,7 +14,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from hashlib import blake2b
@@ -25,13 +25,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from titan_ulysses.config.schema import SourceSettings
-from titan_ulysses.data.corpus import Corpus, CorpusStats
-from titan_ulysses.data.encoding import Encoded, Encoder, encode_rows, size_of
+from titan_ulysses.data.corpus import COLUMNS, Corpus, CorpusStats, columns_of
+from titan_ulysses.data.encoding import Encoder, encode_rows, size_of
 from titan_ulysses.data.files import section_of
 from titan_ulysses.data.megatron import find_megatron, read_megatron
-from titan_ulysses.data.rows import open_rows
-from titan_ulysses.data.sources import BadRow, Row, Rows
-from titan_ulysses.data.teacher import TOP
+from titan_ulysses.data.records import Encoded
+from titan_ulysses.data.sources import Rows, open_rows
 from titan_ulysses.data.tokenizer import num_token_ids
 from titan_ulysses.distributed.atomic import partial_path, remove
 from titan_ulysses.distributed.errors import UserError
@@ -56,47 +55,7 @@ def read_corpus(
     Raise `UserError` if the source cannot be read or contains no document.
     """
     encoder.check(source.source)
-    if source.source == "tokens" and (files := find_megatron(source.path, setting)):
-        if source.teacher_top_k:
-            raise UserError(
-                f"{section_of(setting)}.teacher_top_k = {source.teacher_top_k}: Megatron's files "
-                "hold tokens alone. Give rows with teacher_ids and teacher_log_probs, or a teacher."
-            )
-        skip = source.bad_lines == "skip"
-        corpus, tally = read_megatron(
-            files, num_token_ids=num_token_ids(encoder.tokenizer), skip=skip, setting=setting
-        )
-        return _not_empty(corpus, tally, source, setting)
-    rows, tally = open_rows(source, setting), CorpusStats()
-    reading = iter(rows)
-    head, goes_on = _small_head(reading)
-
-    def documents() -> Iterator[Encoded]:
-        workers = usable_cores() if goes_on and source.source != "tokens" else 1
-        encoded = encode_rows(chain(head, reading), encoder, workers=workers)
-        return tally.keep(encoded, setting=setting, skip=source.bad_lines == "skip")
-
-    if goes_on:
-        parts = (
-            _LAYOUT,
-            rows.fingerprint(),
-            encoder.fingerprint(),
-            source.model_dump(exclude={"path", "weight"}),
-            *([_MESSAGES] if source.source in ("chat", "preference") else []),
-        )
-        key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-        make = _with_bar(documents, rows, tally, setting)
-        corpus, tally = _cached(
-            Path(cache_folder or _default_folder()), key, make, tally, encoder.dtype
-        )
-    else:
-        corpus = Corpus.from_documents(documents())
-    return _not_empty(corpus, tally, source, setting)
-
-
-def _not_empty(
-    corpus: Corpus, tally: CorpusStats, source: SourceSettings, setting: str
-) -> tuple[Corpus, CorpusStats]:
+    corpus, tally = _read(source, encoder, cache_folder, setting)
     if not len(corpus):
         why = "; ".join(tally.notes()) or "it is empty"
         raise UserError(
@@ -106,30 +65,46 @@ def _not_empty(
     return corpus, tally
 
 
-def _small_head(rows: Iterator[Row | BadRow]) -> tuple[list[Row | BadRow], bool]:
-    """Return the first rows, and whether they exceed `SMALL_CHARACTERS`.
-
-    If they do not, they are all the rows.
-    """
-    head, size = [], 0
-    for row in rows:
+def _read(
+    source: SourceSettings, encoder: Encoder, cache_folder: str, setting: str
+) -> tuple[Corpus, CorpusStats]:
+    skip = source.bad_lines == "skip"
+    if source.source == "tokens" and (files := find_megatron(source.path, setting)):
+        if source.teacher_top_k:
+            raise UserError(
+                f"{section_of(setting)}.teacher_top_k = {source.teacher_top_k}: Megatron's files "
+                "hold tokens alone. Give rows with teacher_ids and teacher_log_probs, or a teacher."
+            )
+        ids = num_token_ids(encoder.tokenizer)
+        return read_megatron(files, num_token_ids=ids, skip=skip, setting=setting)
+    rows, tally = open_rows(source, setting), CorpusStats()
+    reading, head, size = iter(rows), [], 0
+    for row in reading:
         head.append(row)
         size += size_of(row)
         if size > SMALL_CHARACTERS:
-            return head, True
-    return head, False
-
-
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_ulysses"
+            break
+    is_large = size > SMALL_CHARACTERS
+    workers = usable_cores() if is_large and source.source != "tokens" else 1
+    encoded = encode_rows(chain(head, reading), encoder, workers=workers)
+    documents = tally.keep(encoded, setting=setting, skip=skip)
+    if not is_large:
+        return Corpus.from_documents(documents), tally
+    parts = (
+        _LAYOUT,
+        rows.fingerprint(),
+        encoder.fingerprint(),
+        source.model_dump(exclude={"path", "weight"}),
+        *([_MESSAGES] if source.source in ("chat", "preference") else []),
+    )
+    key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache_folder or Path(cache_home) / "titan_ulysses")
+    return _cached(folder, key, _with_bar(documents, rows, tally, setting), tally, encoder.dtype)
 
 
 def _cached(
-    folder: Path,
-    key: str,
-    make: Callable[[], Iterator[Encoded]],
-    tally: CorpusStats,
-    dtype: np.dtype,
+    folder: Path, key: str, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype
 ) -> tuple[Corpus, CorpusStats]:
     """Return the corpus in folder/key. Make it first if it is missing or damaged."""
     from filelock import FileLock
@@ -144,7 +119,7 @@ def _cached(
             _remove_left(folder, partial)
             remove(final)
             try:
-                _write(partial, make(), tally, dtype)
+                _write(partial, documents, tally, dtype)
                 partial.rename(final)
             finally:
                 remove(partial)
@@ -170,34 +145,15 @@ def _remove_left(folder: Path, own: Path) -> None:
 
 def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype) -> None:
     folder.mkdir()
-    masked = paired = taught = False
+    files: dict[str, _Checked] = {}
     with ExitStack() as opened:
-        names = ("tokens", "lengths", "trained", "splits", "teacher")
-        files = {
-            name: _Checked(opened.enter_context(open(folder / f"{name}.bin", "wb")))
-            for name in names
-        }
-        written = 0
-        for row in documents:
-            files["tokens"].write(row.ids.astype(dtype))
-            lengths = row.lengths or (len(row.ids),)
-            files["lengths"].write(np.array(lengths, dtype=np.int64))
-            if row.trained is not None and not masked:
-                masked = True
-                files["trained"].write(np.ones(written, bool))  # of the rows before, without mask
-            if masked:
-                every = np.ones(len(row.ids), bool)
-                files["trained"].write(every if row.trained is None else row.trained)
-            if row.split is not None:
-                paired = True
-                files["splits"].write(np.array([row.split], dtype=np.int64))
-            if row.teacher is not None:
-                taught = True
-                files["teacher"].write(row.teacher)
-            written += len(row.ids)
-        absent = {"trained": not masked, "splits": not paired, "teacher": not taught}
-        described = {name: file.finish() for name, file in files.items() if not absent.get(name)}
-    about = {"dtype": np.dtype(dtype).name, "files": described, "tally": asdict(tally)}
+        for name, array in columns_of(documents):
+            if name not in files:
+                file = opened.enter_context(open(folder / f"{name}.bin", "wb"))
+                files[name] = _Checked(file)
+            files[name].write(array.astype(dtype) if name == "tokens" else array)
+        written = {name: file.finish() for name, file in files.items()}
+    about = {"dtype": np.dtype(dtype).name, "files": written, "tally": asdict(tally)}
     (folder / "corpus.json").write_text(json.dumps(about))
 
 
@@ -222,29 +178,17 @@ def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
     """Return the corpus in `folder`, or None if there is none or its files are damaged."""
     try:
         about = json.loads((folder / "corpus.json").read_text())
-        found = {name: _map(folder / f"{name}.bin", *told) for name, told in about["files"].items()}
-        tally = CorpusStats(**about["tally"])
-        tokens, lengths = found["tokens"].view(about["dtype"]), found["lengths"].view(np.int64)
+        dtypes = COLUMNS | {"tokens": about["dtype"]}
+        columns = {
+            name: _map(folder / f"{name}.bin", *size_and_checksum).view(dtypes[name])
+            for name, size_and_checksum in about["files"].items()
+        }
+        # Of sizes and checksums, which have been compared with the files just now.
+        content = blake2b(json.dumps(about["files"], sort_keys=True).encode(), digest_size=16)
+        corpus = Corpus.from_columns(columns, content=content.hexdigest())
+        return corpus, CorpusStats(**about["tally"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    ends = np.cumsum(lengths)
-    trained = found["trained"].view(bool) if "trained" in found else None
-    splits = found["splits"].view(np.int64) if "splits" in found else None
-    teacher = None
-    if "teacher" in found:
-        teacher = found["teacher"].view(TOP).reshape(len(tokens), -1)
-    # Of sizes and checksums, which have been compared with the files just now.
-    content = blake2b(json.dumps(about["files"], sort_keys=True).encode(), digest_size=16)
-    corpus = Corpus(
-        tokens,
-        ends - lengths,
-        ends,
-        trained,
-        content=content.hexdigest(),
-        splits=splits,
-        teacher=teacher,
-    )
-    return corpus, tally
 
 
 def _map(path: Path, size: int, checksum: int) -> np.ndarray:
@@ -261,26 +205,22 @@ def _map(path: Path, size: int, checksum: int) -> np.ndarray:
 
 
 def _with_bar(
-    make: Callable[[], Iterator[Encoded]], rows: Rows, tally: CorpusStats, setting: str
-) -> Callable[[], Iterator[Encoded]]:
-    """Return `make` with a progress bar, which is shown if stderr is a terminal."""
+    documents: Iterable[Encoded], rows: Rows, tally: CorpusStats, setting: str
+) -> Iterator[Encoded]:
+    """Yield the documents, with a progress bar if stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def made() -> Iterator[Encoded]:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns: list[Any] = [
-            TextColumn(f"tokenizing {setting}"),
-            BarColumn(),
-            TextColumn("{task.fields[tokens]:,} tokens, ETA"),
-            TimeRemainingColumn(),
-        ]
-        with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=rows.total, tokens=0)
-            for document in make():
-                yield document
-                if tally.documents % 64 == 0:
-                    bar.update(task, completed=rows.done, tokens=tally.tokens)
-
-    return made
+    console = Console(stderr=True)
+    columns: list[Any] = [
+        TextColumn(f"tokenizing {setting}"),
+        BarColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens, ETA"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=rows.total, tokens=0)
+        for document in documents:
+            yield document
+            if tally.documents % 64 == 0:
+                bar.update(task, completed=rows.done, tokens=tally.tokens)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from titan_ulysses.data.sources import LONE_SURROGATE_ERROR, Chat, RefusedRow, has_surrogate
+from titan_ulysses.data.records import Chat, RefusedRow
+from titan_ulysses.data.tokenizer import refuse_surrogates, tokenized
 from titan_ulysses.distributed.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -68,50 +69,63 @@ def encode_chat(
     Raise `RefusedRow` if the template refuses the chat or leaves a message out. Raise `UserError`
     if the template has no way to tell the assistant's turns apart, see `_turn`.
     """
-    text = _render(tokenizer, chat, len(chat.messages))
-    if has_surrogate(text):
-        raise RefusedRow(LONE_SURROGATE_ERROR)
+    text = _render(tokenizer, chat)
+    refuse_surrogates(text)
     _refuse_messages_left_out(tokenizer, chat, text)
-    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     if train_on == "all":
         if chat.untrained:
             raise RefusedRow(
                 f'message {min(chat.untrained)} has "train": false, and data.train_on = "all" '
                 "trains on everything"
             )
-        ids = tokenizer(text, add_special_tokens=False, **options)["input_ids"]
-        return np.array(ids, dtype=np.uint32), None, None
+        found = tokenized(tokenizer, text)
+        return np.array(found["input_ids"], dtype=np.uint32), None, None
     ids, masks = [], []
     for sample in _samples(tokenizer, chat, text) or [_Sample(text, [])]:
-        found = tokenizer(
-            sample.text, add_special_tokens=False, return_offsets_mapping=True, **options
-        )
+        found = tokenized(tokenizer, sample.text, return_offsets_mapping=True)
         ids.append(np.array(found["input_ids"], dtype=np.uint32))
         masks.append(_overlapping(found["offset_mapping"], sample.spans))
     lengths = tuple(map(len, ids)) if len(ids) > 1 else None
     return np.concatenate(ids), np.concatenate(masks), lengths
 
 
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Any], answer: list[Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of messages that follow a prompt, and which of them are the answer's.
+
+    The chat template renders the prompt with the beginning of an answer, and the whole; the answer
+    is what is added. A token with a character of the answer is one of its own.
+    """
+    if not (tokenizer.chat_template and tokenizer.is_fast):
+        raise UserError(
+            f'model.tokenizer = "{tokenizer.name_or_path}" has no chat template, or is not a fast '
+            "tokenizer, which completions of messages need: take the tokenizer of the family's "
+            "instruct model, or give prompt, chosen and rejected as texts"
+        )
+    chat = Chat([*prompt, *answer], None)
+    before, whole = _render(tokenizer, chat, len(prompt), asks=True), _render(tokenizer, chat)
+    refuse_surrogates(whole)
+    if not whole.startswith(before):
+        raise RefusedRow(
+            "the chat template renders the prompt differently once a completion follows it, so "
+            "that nobody knows where the completion begins"
+        )
+    found = tokenized(tokenizer, whole, return_offsets_mapping=True)
+    ends = np.array([end for _, end in found["offset_mapping"]], dtype=np.int64)
+    return np.array(found["input_ids"], dtype=np.uint32), ends > len(before)
+
+
 def _render(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, count: int, *, asks: bool = False
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, count: int | None = None, *, asks: bool = False
 ) -> str:
-    """Render the first `count` messages as text; `asks` adds the generation prompt."""
-    return render_messages(tokenizer, chat.messages[:count], chat.tools, asks)
-
-
-def render_messages(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, Any]],
-    tools: list | None,
-    asks: bool = False,
-) -> str:
-    """Render messages as text; `asks` adds the generation prompt.
+    """Render the first `count` messages as text, or all; `asks` adds the generation prompt.
 
     Raise `RefusedRow` if the template fails.
     """
     with _refusing():
         return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=asks
+            chat.messages[:count], tools=chat.tools, tokenize=False, add_generation_prompt=asks
         )
 
 
@@ -136,7 +150,7 @@ def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, te
     }:
         others = [message for message in chat.messages if message["role"] != role]
         try:
-            without = render_messages(tokenizer, others, chat.tools)
+            without = _render(tokenizer, chat._replace(messages=others))
         except RefusedRow:
             continue  # the template fails without these messages, so it does use them
         if without == text:

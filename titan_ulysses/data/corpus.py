@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from titan_ulysses.data.encoding import Encoded
 from titan_ulysses.data.files import section_of
-from titan_ulysses.data.sources import BadRow
+from titan_ulysses.data.records import TOP, BadRow, Encoded
 from titan_ulysses.distributed.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,41 +49,35 @@ class Corpus:
         Documents without a token are left out. `tokens` gets the smallest dtype that holds every
         id.
         """
-        ids, masks, splits, teachers = [], [], [], []
-        for document in documents:
-            row = document if isinstance(document, Encoded) else Encoded(document)
-            for encoded in row.documents() if len(row.ids) else ():
+        rows = (row if isinstance(row, Encoded) else Encoded(row) for row in documents)
+        columns: dict[str, list[np.ndarray]] = {}
+        for name, array in columns_of(row for row in rows if len(row.ids)):
+            if name == "tokens":
                 # Each array is narrowed as it arrives, so that only one wide array is in memory at
                 # a time.
-                ids.append(_narrow(encoded.ids))
-                masks.append(encoded.trained)
-                splits.append(encoded.split)
-                teachers.append(encoded.teacher)
-        tokens = np.concatenate(ids) if ids else np.empty(0, dtype=np.uint8)
-        trained = None
-        if any(mask is not None for mask in masks):
-            whole = (
-                np.ones(len(one), bool) if mask is None else mask
-                for one, mask in zip(ids, masks, strict=True)
-            )
-            trained = np.concatenate([*whole])
-        ends = np.cumsum([len(one) for one in ids], dtype=np.int64)
-        begins = np.append(0, ends)[:-1].astype(np.int64)
-        pairs = None if None in splits or not splits else np.array(splits, dtype=np.int64)
-        given = [one for one in teachers if one is not None]
-        teacher = np.concatenate(given) if given else None
-        assert len(given) in (0, len(ids)), "a teacher's words for some documents only"
-        hasher = xxhash.xxh3_128()
-        for array in (tokens, ends, trained, pairs, teacher):
-            if array is not None:
-                hasher.update(np.ascontiguousarray(array).view(np.uint8).data)
+                assert array.ndim == 1 and array.min(initial=0) >= 0, (array.shape, array.min())
+                array = array.astype(np.min_scalar_type(int(array.max(initial=0))))
+            columns.setdefault(name, []).append(array)
+        whole = {name: np.concatenate(arrays) for name, arrays in columns.items()}
+        corpus, hasher = cls.from_columns(whole, content=""), xxhash.xxh3_128()
+        for part in (corpus.tokens, corpus.ends, corpus.trained, corpus.splits, corpus.teacher):
+            if part is not None:
+                hasher.update(np.ascontiguousarray(part).view(np.uint8).data)
+        return replace(corpus, content=hasher.hexdigest())
+
+    @classmethod
+    def from_columns(cls, columns: dict[str, np.ndarray], *, content: str) -> Corpus:
+        """Build a corpus from what `columns_of` yields, each column joined."""
+        tokens, ends, teacher = columns["tokens"], columns["lengths"].cumsum(), None
+        if "teacher" in columns:
+            teacher = columns["teacher"].reshape(len(tokens), -1)
         return cls(
             tokens,
-            begins,
+            ends - columns["lengths"],
             ends,
-            trained,
-            content=hasher.hexdigest(),
-            splits=pairs,
+            columns.get("trained"),
+            content=content,
+            splits=columns.get("splits"),
             teacher=teacher,
         )
 
@@ -146,10 +139,32 @@ class Corpus:
         return self.select(~held_out), self.select(held_out)
 
 
-def _narrow(document: np.ndarray) -> np.ndarray:
-    smallest, largest = int(document.min()), int(document.max())
-    assert document.ndim == 1 and smallest >= 0, (document.shape, smallest)
-    return document.astype(np.min_scalar_type(largest))
+COLUMNS = {"lengths": np.int64, "trained": bool, "splits": np.int64, "teacher": TOP}
+"""The dtypes of a corpus' columns. That of its tokens is as narrow as their ids allow."""
+
+
+def columns_of(rows: Iterable[Encoded]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the arrays of a corpus' columns as rows arrive: (column, what to append to it).
+
+    A column that no row needs is left out: a mask, where pairs are split, a teacher.
+    """
+    yield "tokens", np.empty(0, dtype=np.uint8)
+    yield "lengths", np.empty(0, dtype=np.int64)
+    tokens, masked = 0, False
+    for row in rows:
+        count = len(row.ids)
+        yield "tokens", row.ids
+        yield "lengths", np.array(row.lengths or (count,), dtype=np.int64)
+        if row.trained is not None and not masked:
+            masked = True
+            yield "trained", np.ones(tokens, bool)  # of the rows before, without a mask
+        if masked:
+            yield "trained", np.ones(count, bool) if row.trained is None else row.trained
+        if row.split is not None:
+            yield "splits", np.array([row.split], dtype=np.int64)
+        if row.teacher is not None:
+            yield "teacher", row.teacher
+        tokens += count
 
 
 @dataclass
@@ -199,9 +214,23 @@ class CorpusStats:
                 self.parsed_calls += document.parsed_calls
                 yield document
 
-    def notes(self) -> list[str]:
-        """Return a note for each kind of row that was left out, if any."""
-        notes = (
-            [f"{self.bad:,} bad line(s) skipped (the first: {self.first_bad})"] if self.bad else []
-        )
-        return notes + ([f"{self.empty:,} empty one(s) left out"] if self.empty else [])
+    def notes(self, kind: str = "") -> list[str]:
+        """Return what is to be said of the rows of data.source = `kind`: what was left out, and
+        what was changed.
+        """
+        notes = []
+        if self.bad:
+            notes.append(f"{self.bad:,} bad line(s) skipped (the first: {self.first_bad})")
+        if self.empty:
+            notes.append(f"{self.empty:,} empty one(s) left out")
+        if kind == "chat" and self.divided:
+            notes.append(
+                f"{self.divided:,} chat(s) became {self.parts:,} samples, because the chat "
+                "template writes earlier turns differently once others follow"
+            )
+        if self.parsed_calls:
+            notes.append(
+                f"{self.parsed_calls:,} tool call(s) had their arguments as JSON text, and are "
+                "read as objects"
+            )
+        return notes

@@ -13,24 +13,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
 from multiprocessing import get_context, parent_process
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from titan_ulysses.data.chat import check_chat_template, encode_chat
-from titan_ulysses.data.preference import encode_preference
-from titan_ulysses.data.sources import (
-    LONE_SURROGATE_ERROR,
+from titan_ulysses.data.chat import check_chat_template, encode_answer, encode_chat
+from titan_ulysses.data.records import (
     BadRow,
     Chat,
     Completion,
+    Encoded,
     Preference,
     RefusedRow,
     Row,
-    has_surrogate,
 )
 from titan_ulysses.data.tokenizer import encode, num_token_ids
-from titan_ulysses.data.tokens import Tokens, token_problem
 from titan_ulysses.distributed.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,36 +37,6 @@ _CHUNK_CHARACTERS = 2**18
 """Size of the chunks sent to worker processes: large enough to be worth the transfer, small enough
 to keep all workers busy until the end.
 """
-
-
-class Encoded(NamedTuple):
-    ids: np.ndarray
-    """[tokens] unsigned; empty for an empty row."""
-    trained: np.ndarray | None = None
-    """[tokens] bool: which tokens are trained on; None: all of them."""
-    lengths: tuple[int, ...] | None = None
-    """the lengths of the documents that the row became, in order; None: it is one."""
-    split: int | None = None
-    """where the second document of a pair begins; None: it is no pair."""
-    teacher: np.ndarray | None = None
-    """[tokens, k] TOP: a teacher's largest log-probabilities (see teacher.py); None: none."""
-    parsed_calls: int = 0
-    """tool calls of the row whose arguments were JSON text"""
-
-    def documents(self) -> Iterator[Encoded]:
-        """Yield each document of the row. A pair is one."""
-        if self.lengths is None:
-            yield self
-            return
-        begin = 0
-        for length in self.lengths:
-            span = slice(begin, begin + length)
-            yield Encoded(
-                self.ids[span],
-                None if self.trained is None else self.trained[span],
-                teacher=None if self.teacher is None else self.teacher[span],
-            )
-            begin += length
 
 
 @dataclass(frozen=True)
@@ -102,39 +69,55 @@ class Encoder:
             )
         return encoded
 
-    def _encode(self, content: str | bytes | Completion | Chat | Preference | Tokens) -> Encoded:
-        if isinstance(content, Tokens):
-            if problem := token_problem(content.ids, self._num_token_ids):
-                raise RefusedRow(problem)
-            teacher = content.teacher
-            largest = 0 if teacher is None else teacher["id"].max(initial=0)
-            if largest >= self._num_token_ids:
-                raise RefusedRow(
-                    f"teacher_ids has {largest}, and the tokenizer has the ids 0 to "
-                    f"{self._num_token_ids - 1}"
-                )
-            trained = None if self.train_on == "all" else content.trained
-            ids = content.ids.astype(self.dtype)
-            return Encoded(ids, trained, content.lengths, teacher=teacher)
+    def _encode(self, content: str | bytes | Completion | Chat | Preference | Encoded) -> Encoded:
+        tokenizer = self.tokenizer
+        if isinstance(content, Encoded):
+            return self._checked(content)
         if isinstance(content, Preference):
-            ids, trained, split = encode_preference(self.tokenizer, content)
-            return Encoded(ids, trained, split=split, parsed_calls=content.parsed_calls)
+            return self._pair(content)
         if isinstance(content, Chat):
-            ids, trained, lengths = encode_chat(self.tokenizer, content, train_on=self.train_on)
+            ids, trained, lengths = encode_chat(tokenizer, content, train_on=self.train_on)
             return Encoded(ids, trained, lengths, parsed_calls=content.parsed_calls)
-        if any(
-            has_surrogate(text)
-            for text in (content if isinstance(content, Completion) else [content])
-        ):
-            raise RefusedRow(LONE_SURROGATE_ERROR)
         if isinstance(content, Completion):
-            prompt = encode(self.tokenizer, content.prompt, ends=False)
-            completion = encode(self.tokenizer, content.completion)
-            ids = np.concatenate([prompt, completion])
-            if self.train_on == "all":
-                return Encoded(ids)
-            return Encoded(ids, (np.arange(len(ids)) >= len(prompt)) & bool(content.completion))
-        return Encoded(encode(self.tokenizer, content) if content else np.empty(0, dtype=np.uint32))
+            ids, trained = self._completion(*content)
+            return Encoded(ids, None if self.train_on == "all" else trained)
+        return Encoded(encode(tokenizer, content) if content else np.empty(0, dtype=np.uint32))
+
+    def _completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of both, end to end, and which of them are the completion's."""
+        before = encode(self.tokenizer, prompt, ends=False)
+        ids = np.concatenate([before, encode(self.tokenizer, completion)])
+        return ids, (np.arange(len(ids)) >= len(before)) & bool(completion)
+
+    def _pair(self, pair: Preference) -> Encoded:
+        """Encode the prompt with the chosen completion, and behind it with the rejected one."""
+        found = []
+        for name, completion in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if not completion:
+                raise RefusedRow(f"the {name} completion is empty")
+            if isinstance(completion, str):
+                found.append(self._completion(pair.prompt, completion))
+            else:
+                found.append(encode_answer(self.tokenizer, pair.prompt, completion))
+            if not found[-1][1][1:].any():  # the first token of a document is never a label
+                raise RefusedRow(f"nothing of the {name} completion can be predicted")
+        ids, trained = map(np.concatenate, zip(*found, strict=True))
+        return Encoded(ids, trained, split=len(found[0][0]), parsed_calls=pair.parsed_calls)
+
+    def _checked(self, tokens: Encoded) -> Encoded:
+        """Return tokens that exist already. Raise `RefusedRow` for one outside the vocabulary."""
+        ids, teacher, most = tokens.ids, tokens.teacher, self._num_token_ids - 1
+        if (outside := np.flatnonzero((ids < 0) | (ids > most))).size:
+            raise RefusedRow(
+                f"token {outside[0]} of {len(ids):,} (from 0) is {ids[outside[0]]}, and the "
+                f"tokenizer has the ids 0 to {most}"
+            )
+        if teacher is not None and (largest := teacher["id"].max(initial=0)) > most:
+            raise RefusedRow(
+                f"teacher_ids has {largest}, and the tokenizer has the ids 0 to {most}"
+            )
+        trained = None if self.train_on == "all" else tokens.trained
+        return tokens._replace(ids=ids.astype(self.dtype), trained=trained)
 
     @property
     def dtype(self) -> np.dtype:
@@ -164,19 +147,11 @@ class Encoder:
             if tokenizer.is_fast
             else sorted(tokenizer.get_vocab().items())
         )
+        versions = (transformers.__version__, tokenizers.__version__)
+        special = (tokenizer.special_tokens_map, tokenizer.eos_token_id)
         parts = [
-            (
-                transformers.__version__,
-                tokenizers.__version__,
-                type(tokenizer).__name__,
-                self.train_on,
-            ),
-            (
-                backend,
-                tokenizer.chat_template,
-                tokenizer.special_tokens_map,
-                tokenizer.eos_token_id,
-            ),
+            (*versions, type(tokenizer).__name__, self.train_on),
+            (backend, tokenizer.chat_template, *special),
         ]
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
@@ -219,9 +194,8 @@ def size_of(row: Row | BadRow) -> int:
         return sum(len(str(message.get("content", ""))) for message in content.messages)
     if isinstance(content, Preference):
         return len(str(content))
-    if isinstance(content, Tokens):
-        stored = 0 if content.teacher is None else content.teacher.size
-        return len(content.ids) + stored
+    if isinstance(content, Encoded):
+        return len(content.ids) + (0 if content.teacher is None else content.teacher.size)
     return sum(map(len, content)) if isinstance(content, Completion) else len(content)
 
 

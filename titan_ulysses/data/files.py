@@ -44,7 +44,7 @@ def find_files(
     if root.is_file():
         files = {root.name: root}
     elif root.is_dir():
-        files = _matching_files(root, extensions, setting)
+        files = _files_of_folder(root, extensions, setting)
     elif matches := sorted(
         file for file in map(Path, glob(str(path), recursive=True)) if file.is_file()
     ):
@@ -60,27 +60,8 @@ def find_files(
     return files
 
 
-def _matching_files(root: Path, extensions: Sequence[str], setting: str) -> dict[str, Path]:
-    wanted = {"." + extension.lower().lstrip(".") for extension in extensions}
-    files = _walk(root, setting)
-    matching = {
-        name: file for name, file in files.items() if file.name.lower().endswith(tuple(wanted))
-    }
-    if not matching:
-        found = Counter(file.suffix.lower() or "without extension" for file in files.values())
-        there = (
-            ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(8))
-            or "no files at all"
-        )
-        raise UserError(
-            f'{setting} = "{root}" has no file that ends in {" ".join(sorted(wanted))} (found: '
-            f"{there}): change {section_of(setting)}.extensions or the path"
-        )
-    return matching
-
-
-def _walk(root: Path, setting: str) -> dict[str, Path]:
-    """Return {relative POSIX path: file}, sorted by code point.
+def _files_of_folder(root: Path, extensions: Sequence[str], setting: str) -> dict[str, Path]:
+    """Return {relative POSIX path: file} of those with an extension, sorted by code point.
 
     The order of `os.walk` depends on the file system.
     """
@@ -90,15 +71,26 @@ def _walk(root: Path, setting: str) -> dict[str, Path]:
             f"{setting}: cannot read the folder {error.filename} ({error.strerror})"
         ) from error
 
-    files = {}
+    files: list[Path] = []
     for folder, subfolders, names in os.walk(root, onerror=refuse):
         subfolders[:] = [
             name for name in subfolders if not name.startswith(".") and name not in SKIPPED_FOLDERS
         ]
-        for file in (Path(folder, name) for name in names if not name.startswith(".")):
-            if file.is_file():  # skips sockets and broken links
-                files[file.relative_to(root).as_posix()] = file
-    return dict(sorted(files.items()))
+        visible = (Path(folder, name) for name in names if not name.startswith("."))
+        files += filter(Path.is_file, visible)  # without sockets and broken links
+    wanted = tuple(sorted({"." + extension.lower().lstrip(".") for extension in extensions}))
+    matching = [file for file in files if file.name.lower().endswith(wanted)]
+    if not matching:
+        found = Counter(file.suffix.lower() or "without extension" for file in sorted(files))
+        there = (
+            ", ".join(f"{count} {suffix}" for suffix, count in found.most_common(8))
+            or "no files at all"
+        )
+        raise UserError(
+            f'{setting} = "{root}" has no file that ends in {" ".join(wanted)} (found: {there}): '
+            f"change {section_of(setting)}.extensions or the path"
+        )
+    return dict(sorted((file.relative_to(root).as_posix(), file) for file in matching))
 
 
 def digest(files: dict[str, Path]) -> str:

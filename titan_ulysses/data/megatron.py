@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from titan_ulysses.data.corpus import Corpus, CorpusStats
 from titan_ulysses.data.files import find_files
-from titan_ulysses.data.tokens import TOKEN_EXTENSIONS
+from titan_ulysses.data.sources import TOKEN_EXTENSIONS
 from titan_ulysses.distributed.errors import UserError
 
 _MAGIC, _OLD_MAGIC = b"MMIDIDX\0\0", b"TNTIDX\0\0"
@@ -117,34 +116,23 @@ class JoinedTokens:
         return self._parts[part][span.start - first : span.stop - first]
 
 
-class _Index(NamedTuple):
-    dtype: np.dtype
-    lengths: np.ndarray
-    """[sequences] int32"""
-    pointers: np.ndarray
-    """[sequences] int64, in bytes"""
-    borders: np.ndarray
-    """[documents + 1] int64, in sequences"""
-
-
 def _open(file: Path, setting: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (tokens, borders): document d is tokens[borders[d]:borders[d + 1]]."""
     try:
-        index = _read_index(file)
+        dtype, lengths, pointers, documents = _read_index(file)
         binary = file.with_suffix(".bin")
         size = binary.stat().st_size
-        itemsize, sequences = index.dtype.itemsize, index.lengths.astype(np.int64)
-        places = np.concatenate([[0], np.cumsum(sequences)])
-        if not np.array_equal(index.pointers, places[:-1] * itemsize):
+        places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        if not np.array_equal(pointers, places[:-1] * dtype.itemsize):
             raise _Damage("its sequences do not follow each other in the .bin")
-        if size != places[-1] * itemsize:
-            short = "is cut short" if size < places[-1] * itemsize else "is another file's"
+        if size != (expected := places[-1] * dtype.itemsize):
+            short = "is cut short" if size < expected else "is another file's"
             raise _Damage(
                 f"{binary.name} {short}: it has {size:,} bytes, and the index tells of "
-                f"{places[-1]:,} tokens of {itemsize} bytes"
+                f"{places[-1]:,} tokens of {dtype.itemsize} bytes"
             )
-        tokens = np.memmap(binary, dtype=index.dtype, mode="r") if size else np.empty(0, "u1")
-        return tokens.view(np.ndarray), places[index.borders]
+        tokens = np.memmap(binary, dtype=dtype, mode="r") if size else np.empty(0, "u1")
+        return tokens.view(np.ndarray), places[documents]
     except OSError as error:
         raise UserError(
             f"{setting}: {error.filename or file} cannot be read ({error.strerror}): Megatron's "
@@ -160,7 +148,8 @@ class _Damage(Exception):
     """Raised with what is wrong with the files."""
 
 
-def _read_index(file: Path) -> _Index:
+def _read_index(file: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the type of a token, and what the format says of sequences and documents."""
     raw = np.fromfile(file, dtype=np.uint8)
     if len(raw) < _HEADER.size or raw[:9].tobytes() != _MAGIC:
         if raw[:8].tobytes() == _OLD_MAGIC:
@@ -190,7 +179,7 @@ def _read_index(file: Path) -> _Index:
     in_order = borders and documents[0] == 0 and documents[-1] == sequences
     if not in_order or (np.diff(documents) < 0).any() or (lengths < 0).any():
         raise _Damage("its borders of documents contradict its sequences: it is damaged")
-    return _Index(np.dtype(_TYPES[code]), lengths, pointers, documents)
+    return np.dtype(_TYPES[code]), lengths, pointers, documents
 
 
 def _documents_outside(

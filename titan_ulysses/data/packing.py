@@ -168,7 +168,7 @@ class SampleStream:
         return {"": self}
 
     def documents(self, index: int) -> list[str]:
-        """Return which documents sequence `index` holds, for a message.
+        """Return the document of each piece of sequence `index`, for a message.
 
         Documents are counted from 0, in the order of the data, empty ones left out. Those of data
         without random access are not known by number.

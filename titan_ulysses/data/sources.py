@@ -1,76 +1,70 @@
-"""The sources of documents: text files, and files of records (JSON lines, JSON, parquet, arrow).
+"""The sources of rows: text files, files of records (JSON lines, JSON, parquet, arrow), and Hugging
+Face data sets: folders written by `save_to_disk`, and whatever `load_dataset` reads.
 
 A source yields rows, each with the place where it was found, in the same order on every machine and
-rank. A row that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
-whether to skip it. A record holds a text, a prompt and completion, a chat, tokens (tokens.py), or a
-prompt with two completions. The rows of Hugging Face data sets are in datasets.py.
+rank. `datasets` reads data sets, not files: it names neither file nor line of a bad row, takes
+equal size and time of a file for equal content, and uses a damaged cache as it is.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
+import logging
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BufferedReader, BytesIO
-from itertools import takewhile
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from titan_ulysses.config.schema import SourceSettings
-from titan_ulysses.data.files import digest, find_files, read_text
-from titan_ulysses.data.tokens import TOKEN_EXTENSIONS, Tokens, token_records, tokens_of
+from titan_ulysses.data.files import check_codec, digest, find_files, read_text, section_of
+from titan_ulysses.data.records import (
+    TEACHER_FIELDS,
+    TOKEN_FIELDS,
+    BadRow,
+    Row,
+    field_names,
+    read_record,
+)
 from titan_ulysses.distributed.errors import UserError, one_line
 
 TEXT_EXTENSIONS = [".txt"]
 RECORD_EXTENSIONS = [
     f"{kind}{packed}" for kind in (".jsonl", ".json") for packed in ("", ".gz", ".zst")
 ] + [".parquet"]
-LONE_SURROGATE_ERROR = "half of a surrogate pair in it is no character"
+TOKEN_EXTENSIONS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".idx"]
 _CODECS = {".gz": "gzip", ".zst": "zstd"}
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_SHUFFLE_ROWS = 1000
 
 
-class Completion(NamedTuple):
-    prompt: str
-    completion: str
+def open_rows(source: SourceSettings, setting: str = "data.path") -> Rows:
+    """Return the rows of `source`, whose path is called `setting` in messages.
 
-
-class Chat(NamedTuple):
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    untrained: frozenset[int] = frozenset()
-    """messages of the assistant, by number from 0, that are not trained on"""
-    parsed_calls: int = 0
-    """tool calls whose arguments were JSON text, see `_parse_calls`"""
-
-
-class Preference(NamedTuple):
-    """A prompt and two completions of it: three texts (str), or three lists of messages."""
-
-    prompt: Any
-    chosen: Any
-    rejected: Any
-    parsed_calls: int = 0
-    """tool calls whose arguments were JSON text, see `_parse_calls`"""
-
-
-class Row(NamedTuple):
-    place: str
-    """the file's name and the line or row in it, for messages"""
-    content: str | bytes | Completion | Chat | Preference | Tokens
-
-
-class BadRow(NamedTuple):
-    place: str
-    reason: str
-
-
-class RefusedRow(Exception):
-    """Raised with the reason if a row cannot become a document.
-
-    It becomes a `BadRow` in the caller, which knows the place of the row.
+    Raise `UserError` for what is wrong before the first row is read: a missing path, data set,
+    split or field, or an unknown codec.
     """
+    check_codec(source.encoding, setting)
+    if source.source == "text":
+        return TextRows(source, setting)
+    path = source.path
+    # A path that looks like a file or a pattern is never the name of a data set.
+    is_files = source.source == "jsonl" or (
+        Path(path).exists()
+        or any(sign in path for sign in "*?[")
+        or path.lower().endswith((*RECORD_EXTENSIONS, *TOKEN_EXTENSIONS))
+    )
+    if source.source == "hf" or is_saved_dataset(path) or not is_files:
+        return DatasetRows(source, setting)
+    for key, value in {"split": source.split, "subset": source.subset}.items():
+        if value != SourceSettings.model_fields[key].default:
+            raise UserError(
+                f'{setting} = "{path}" are files, which have no {key} "{value}": give a data set'
+            )
+    return RecordRows(source, setting)
 
 
 class Rows:
@@ -91,41 +85,42 @@ class Rows:
         raise NotImplementedError
 
 
-class TextRows(Rows):
-    """Text files, one row per file. Progress is counted in bytes."""
+class FileRows(Rows):
+    """The rows of files. Progress is counted in bytes."""
 
-    def __init__(self, source: SourceSettings, setting: str) -> None:
+    def __init__(self, source: SourceSettings, setting: str, extensions: list[str]) -> None:
         super().__init__()
-        self.encoding, self.setting = source.encoding, setting
-        self.files = find_files(
-            source.path, extensions=source.extensions or TEXT_EXTENSIONS, setting=setting
-        )
+        self.source, self.setting = source, setting
+        extensions = source.extensions or extensions
+        self.files = find_files(source.path, extensions=extensions, setting=setting)
         self.total = sum(file.stat().st_size for file in self.files.values())
-
-    def __iter__(self) -> Iterator[Row]:
-        self.done = 0
-        for name, file in self.files.items():
-            yield Row(name, read_text(file, self.encoding, self.setting))
-            self.done += file.stat().st_size
 
     def fingerprint(self) -> str:
         return digest(self.files)
 
 
-class RecordRows(Rows):
-    """JSON-lines, JSON, parquet and arrow files, one row per record. Progress is in bytes.
+class TextRows(FileRows):
+    """Text files, one row per file."""
+
+    def __init__(self, source: SourceSettings, setting: str) -> None:
+        super().__init__(source, setting, TEXT_EXTENSIONS)
+
+    def __iter__(self) -> Iterator[Row]:
+        self.done = 0
+        for name, file in self.files.items():
+            yield Row(name, read_text(file, self.source.encoding, self.setting))
+            self.done += file.stat().st_size
+
+
+class RecordRows(FileRows):
+    """JSON-lines, JSON, parquet and arrow files, one row per record.
 
     `.gz` and `.zst` files are decompressed while they are read.
     """
 
     def __init__(self, source: SourceSettings, setting: str) -> None:
-        super().__init__()
-        self.source, self.setting = source, setting
-        default = TOKEN_EXTENSIONS if source.source == "tokens" else RECORD_EXTENSIONS
-        self.files = find_files(
-            source.path, extensions=source.extensions or default, setting=setting
-        )
-        self.total = sum(file.stat().st_size for file in self.files.values())
+        is_tokens = source.source == "tokens"
+        super().__init__(source, setting, TOKEN_EXTENSIONS if is_tokens else RECORD_EXTENSIONS)
 
     def __iter__(self) -> Iterator[Row | BadRow]:
         from pyarrow import ArrowException
@@ -133,10 +128,11 @@ class RecordRows(Rows):
         before = 0
         for name, file in self.files.items():
             self.done = before
-            readers = {".parquet": self._parquet, ".arrow": self._arrow}
-            records = readers.get(file.suffix.lower(), self._json)
+            tables = {".parquet": self._parquet, ".arrow": self._arrow}
+            table = tables.get(file.suffix.lower())
+            records = enumerate(table(file), start=1) if table else self._json(file)
             try:
-                for number, record in records(file):
+                for number, record in records:
                     yield read_record(record, self.source, f"{name}:{number}")
             except (OSError, ValueError, RecursionError, ArrowException) as error:
                 raise UserError(
@@ -145,9 +141,6 @@ class RecordRows(Rows):
                 ) from error
             before += file.stat().st_size
         self.done = before
-
-    def fingerprint(self) -> str:
-        return digest(self.files)
 
     def _json(self, file: Path) -> Iterator[tuple[int, Any]]:
         """Yield (line number, JSON value) of each line that is not empty.
@@ -183,44 +176,74 @@ class RecordRows(Rows):
                     yield number, _parse(line, encoding)
                 self.done = before + raw.tell()
 
-    def _parquet(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (row number from 1, fields) of each row."""
+    def _parquet(self, file: Path) -> Iterator[dict[str, Any]]:
+        """Yield the fields of each row."""
         import pyarrow.parquet
 
-        before, size, number = self.done, file.stat().st_size, 0
+        before, size = self.done, file.stat().st_size
         with pyarrow.parquet.ParquetFile(file) as table:
             for group in range(table.num_row_groups):
                 for batch in table.iter_batches(batch_size=1024, row_groups=[group]):
-                    yield from enumerate(self._records(batch), start=number + 1)
-                    number += batch.num_rows
+                    yield from self._records(batch)
                 self.done = before + size * (group + 1) // table.num_row_groups
 
-    def _arrow(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield (row number from 1, fields) of each row of an Arrow file, or stream in a file."""
-        import pyarrow
-
-        before, number = self.done, 0
-        with pyarrow.memory_map(str(file)) as mapped:
-            is_file = mapped.read(6) == b"ARROW1"
-            mapped.seek(max(0, mapped.size() - 8))
-            if not is_file and mapped.read() != _END_OF_STREAM:
-                # Its reader would take any end between two batches for the end of the stream.
-                raise ValueError("it has no mark of its end: it is cut short, or no Arrow file")
-            mapped.seek(0)
-            if is_file:
-                table = pyarrow.ipc.open_file(mapped)
-                batches = map(table.get_batch, range(table.num_record_batches))
-            else:
-                batches = iter(pyarrow.ipc.open_stream(mapped))
-            for batch in batches:
-                # A damaged offset would be read as it is, far outside of the file.
-                batch.validate(full=True)
-                yield from enumerate(self._records(batch), start=number + 1)
-                number += batch.num_rows
-                self.done = before + mapped.tell()
+    def _arrow(self, file: Path) -> Iterator[dict[str, Any]]:
+        """Yield the fields of each row."""
+        before = self.done
+        for batch, end in arrow_batches(file):
+            yield from self._records(batch)
+            self.done = before + end
 
     def _records(self, batch: Any) -> Iterable[dict[str, Any]]:
-        return token_records(batch) if self.source.source == "tokens" else batch.to_pylist()
+        if self.source.source != "tokens":
+            return batch.to_pylist()
+        columns = {name: batch.column(name) for name in batch.schema.names}
+        return (
+            {name: _value(column[row], name) for name, column in columns.items()}
+            for row in range(batch.num_rows)
+        )
+
+
+def _value(scalar: Any, name: str) -> Any:
+    """Return the value of a field of tokens: lists as arrays, not as a Python number for each."""
+    if name in TEACHER_FIELDS:
+        return scalar.as_py()
+    if name not in TOKEN_FIELDS:
+        return None  # only its name is of use, for messages
+    values = getattr(scalar, "values", None)  # of a list
+    return scalar.as_py() if values is None else values.to_numpy(zero_copy_only=False)
+
+
+def arrow_batches(file: Path) -> Iterator[tuple[Any, int]]:
+    """Yield each batch of an Arrow file, or stream in a file, and the byte up to which it is read.
+
+    Raise `ValueError` or `ArrowException` if it is damaged.
+    """
+    import pyarrow
+
+    with pyarrow.memory_map(str(file)) as mapped:
+        is_file = mapped.read(6) == b"ARROW1"
+        mapped.seek(max(0, mapped.size() - 8))
+        if not is_file and mapped.read() != _END_OF_STREAM:
+            # Its reader would take any end between two batches for the end of the stream.
+            raise ValueError("it has no mark of its end: it is cut short, or no Arrow file")
+        mapped.seek(0)
+        if is_file:
+            table = pyarrow.ipc.open_file(mapped)
+            batches = map(table.get_batch, range(table.num_record_batches))
+        else:
+            batches = iter(pyarrow.ipc.open_stream(mapped))
+        for batch in batches:
+            yield _validated(batch), mapped.tell()
+
+
+def _validated(table: Any) -> Any:
+    """Return an Arrow table or batch. Raise an `ArrowException` if it is damaged.
+
+    A damaged offset would be read as it is, far outside of the mapped file.
+    """
+    table.validate(full=True)
+    return table
 
 
 def _ends_lines_with_a_byte(encoding: str) -> bool:
@@ -241,173 +264,144 @@ def _parse(line: bytes, encoding: str) -> Any:
         return error
 
 
-def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
-    """Return the row of one record: its text, prompt and completion or two, chat, or tokens."""
-    if isinstance(record, ValueError | RecursionError):
-        return BadRow(
-            place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record)
-        )
-    if not isinstance(record, dict):
-        return BadRow(place, f"a JSON {type(record).__name__}, not an object with fields")
-    if source.source == "chat":
-        return _read_chat(record, source, place)
-    if source.source == "preference":
-        return _read_preference(record, source, place)
-    if source.source == "tokens":
-        try:
-            everything = source.train_on == "all"
-            found = tokens_of(record, teacher_top_k=source.teacher_top_k, train_on_all=everything)
-            return Row(place, found)
-        except ValueError as error:
-            return BadRow(place, str(error))
-    names = field_names(source)
-    for name in names:
-        if not isinstance(record.get(name), str):
-            return BadRow(place, _missing(record, name, "text"))
-    texts = [record[name] for name in names]
-    return Row(place, Completion(*texts) if source.prompt_field else texts[0])
+class DatasetRows(Rows):
+    """The rows of one split of a data set.
 
-
-def field_names(source: SourceSettings) -> list[str]:
-    """Return the fields that every row must have."""
-    if source.source == "chat":
-        return [source.messages_field]
-    if source.source == "preference":
-        return [source.chosen_field, source.rejected_field]
-    if source.source == "tokens":
-        return ["input_ids"]
-    return (
-        [source.prompt_field, source.completion_field]
-        if source.prompt_field
-        else [source.text_field]
-    )
-
-
-def _read_chat(record: dict[str, Any], source: SourceSettings, place: str) -> Row | BadRow:
-    messages, tools = record.get(source.messages_field), record.get(source.tools_field)
-    if not (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(message, dict) for message in messages)
-    ):
-        return BadRow(place, _missing(record, source.messages_field, "a list of messages"))
-    for number, message in enumerate(messages):
-        if not isinstance(message.get("role"), str):
-            return BadRow(place, f"message {number} has no role")
-        if problem := _problem_of_flag(message):
-            return BadRow(place, f"message {number}: {problem}")
-    # A column has one type and the schemas of tools differ, so data sets store tools as JSON text.
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            return BadRow(place, f"{source.tools_field} is text but not JSON ({error})")
-    if not (
-        tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools))
-    ):
-        return BadRow(place, f"{source.tools_field} is not a list of tools")
-    untrained = frozenset(i for i, message in enumerate(messages) if message.get("train") is False)
-    # Templates get the messages without the flag: some write all that a message holds.
-    messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
-    messages = _without_nulls(messages)
-    parsed = _parse_calls(messages)
-    return Row(place, Chat(messages, _without_nulls(tools) or None, untrained, parsed))
-
-
-def _parse_calls(messages: list[dict[str, Any]]) -> int:
-    """Make objects of the arguments of tool calls that are JSON text, and return how many were.
-
-    OpenAI's form has them as text. A template that applies `tojson` would write such a text as a
-    string with escaped quotes. Text that is not a JSON object stays as it is.
+    With `source.streaming` rows are read when they are needed, and nothing is written to disk.
     """
-    count = 0
-    for message in messages:
-        calls = message.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            function = call.get("function", call) if isinstance(call, dict) else None
-            text = function.get("arguments") if isinstance(function, dict) else None
-            if not isinstance(text, str):
-                continue
-            try:
-                arguments = json.loads(text or "{}")
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(arguments, dict):
-                function["arguments"], count = arguments, count + 1
-    return count
 
+    def __init__(self, source: SourceSettings, setting: str) -> None:
+        super().__init__()
+        self.source, self.setting = source, setting
+        with _quiet():
+            self.dataset = self._open()
+        if source.source == "tokens":
+            self.dataset = self.dataset.with_format("numpy")  # not a Python number for each token
+        names = self.dataset.column_names  # None for a stream that does not know its columns yet
+        for name in field_names(source) if names is not None else []:
+            if name not in names:
+                raise UserError(
+                    f'{setting} = "{source.path}" has no field "{name}" (it has '
+                    f"{', '.join(names)}); text_field, prompt_field and completion_field, "
+                    "messages_field, or chosen_field and rejected_field say which is read, and of "
+                    "tokens it is input_ids"
+                )
+        self.total = None if source.streaming else len(self.dataset)
 
-def _problem_of_flag(message: dict[str, Any]) -> str | None:
-    """Return what is wrong with the flag "train" of a message, which may be missing or null."""
-    flag = message.get("train")
-    if flag is not None and not isinstance(flag, bool):
-        return f'"train" is {json.dumps(flag, default=str)[:40]}, neither true nor false'
-    if flag and message["role"] != "assistant":
-        return f'"train" is true, and its role is "{message["role"]}": only "assistant" is trained'
-    return None
+    def __iter__(self) -> Iterator[Row | BadRow]:
+        return self._read(self.dataset, skip=0)
 
+    def shuffled(self, seed: int, *, skip: int = 0) -> Iterator[Row | BadRow]:
+        """Yield the rows of a stream in the order given by `seed`, from row `skip` on.
 
-def _read_preference(record: dict[str, Any], source: SourceSettings, place: str) -> Row | BadRow:
-    """Read texts, or lists of messages.
+        The order of the files is shuffled, and the order of rows within a buffer. The rows before
+        `skip` are read again, though not tokenized, because reading cannot start in the middle of a
+        shuffle buffer.
+        """
+        return self._read(self.dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS), skip=skip)
 
-    Where there is no list of messages with the prompt, both completions are whole conversations,
-    and the prompt is what they begin with alike.
-    """
-    name = source.prompt_field or "prompt"
-    prompt: Any = record.get(name)
-    completions: list[Any] = [record.get(key) for key in field_names(source)]
-    if all(isinstance(value, str) for value in (prompt, *completions)):
-        return Row(place, Preference(prompt, *completions))
-    for key, value in zip(field_names(source), completions, strict=True):
-        if not _are_messages(value):
-            wanted = "text beside texts, or a list of messages that have a role"
-            return BadRow(place, _missing(record, key, wanted))
-    chosen, rejected = completions
-    if not _are_messages(prompt):
-        alike = (one == other for one, other in zip(chosen, rejected, strict=False))
-        shared = sum(takewhile(bool, alike))
-        if not shared:
-            return BadRow(
-                place,
-                f'no list of messages in "{name}", and {" and ".join(field_names(source))} do not '
-                "begin alike",
+    def fingerprint(self) -> str:
+        # A private attribute, but the key of the data set's own cache.
+        return self.dataset._fingerprint
+
+    def _read(self, dataset: Any, *, skip: int) -> Iterator[Row | BadRow]:
+        from datasets.exceptions import DatasetsError
+        from pyarrow import ArrowException
+
+        self.done = skip
+        try:
+            if not self.source.streaming:
+                self.dataset.data.validate(full=True)  # streams: see `_open`
+            for record in islice(dataset, skip, None):
+                self.done += 1
+                yield read_record(record, self.source, f"row {self.done}")
+        except (OSError, ValueError, ArrowException, DatasetsError) as error:
+            raise self._refusal(
+                f"cannot be read from row {self.done + 1} on ({one_line(error)})"
+            ) from error
+
+    def _open(self) -> Any:
+        import datasets
+
+        source = self.source
+        try:
+            if is_saved_dataset(source.path):
+                found = datasets.load_from_disk(source.path)
+                if isinstance(found, datasets.DatasetDict):
+                    if source.split not in found:
+                        there = ", ".join(found)
+                        raise self._refusal(
+                            f'has no split "{source.split}" but {there}: set {self._key("split")}'
+                        )
+                    found = found[source.split]
+                return _validated_stream(found.to_iterable_dataset()) if source.streaming else found
+            arrow_files = [*Path(source.path).rglob("*.arrow")]
+            for file in arrow_files:
+                for _ in arrow_batches(file):  # before `load_dataset` copies what it reads
+                    if source.streaming:
+                        break
+            found = datasets.load_dataset(
+                source.path,
+                source.subset or None,
+                split=source.split,
+                streaming=source.streaming,
+                trust_remote_code=False,  # versions of datasets before 4 would ask the user
             )
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
-    parsed = sum(map(_parse_calls, (prompt, chosen, rejected)))
-    return Row(place, Preference(prompt, chosen, rejected, parsed))
+            return _validated_stream(found) if source.streaming and arrow_files else found
+        except UserError:
+            raise
+        except ConnectionError as error:
+            raise self._refusal(
+                f"is no folder here, and the hub cannot be reached ({one_line(error)}): on a "
+                "machine with network, "
+                f'datasets.load_dataset("{source.path}").save_to_disk(FOLDER), then give that '
+                "folder"
+            ) from error
+        except Exception as error:  # of any kind, depending on the format and what is damaged
+            raise self._refusal(
+                f"cannot be opened ({one_line(error)}): give a folder, a name on the hub, and its "
+                f"{self._key('subset')} and {self._key('split')}"
+            ) from error
+
+    def _key(self, key: str) -> str:
+        """Return the name of the setting for messages.
+
+        The split of held-out data may be set by `validation.split`, which is not in [data].
+        """
+        apart = key == "split" and self.setting.startswith("validation.split")
+        return "validation.split" if apart else f"{section_of(self.setting)}.{key}"
+
+    def _refusal(self, why: str) -> UserError:
+        return UserError(f'{self.setting} = "{self.source.path}" {why}')
 
 
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(x, dict) and isinstance(x.get("role"), str) for x in value)
-    )
+def _validated_stream(rows: Any) -> Any:
+    """Return a stream of Arrow tables that looks at each before a row of it is read."""
+    validated = rows.with_format("arrow").map(_validated, batched=True, features=rows.features)
+    return validated.with_format(None)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Remove keys whose value is null, recursively.
+def is_saved_dataset(path: str) -> bool:
+    """Return whether `path` is a folder written by `save_to_disk`."""
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
-    An Arrow table gives every message all keys that any message has, with null for missing ones,
-    but chat templates test whether a key exists.
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings of the hub client, and progress bars if stderr is not a terminal.
+
+    If the hub cannot be reached, the user sees one error message instead of six warnings.
     """
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    import datasets
 
-
-def _missing(record: dict[str, Any], name: str, wanted: str) -> str:
-    if name in record:
-        return (
-            f'the field "{name}" holds {json.dumps(record[name], default=str)[:40]}, not {wanted}'
-        )
-    return f'no field "{name}" (it has {", ".join(map(str, record)) or "none"})'
-
-
-def has_surrogate(text: str | bytes) -> bool:
-    """Return whether the text contains half of a surrogate pair.
-
-    JSON can express it, but it is not a valid character and tokenizers fail on it.
-    """
-    return isinstance(text, str) and not text.isascii() and bool(re.search("[\ud800-\udfff]", text))
+    logger = logging.getLogger("huggingface_hub")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

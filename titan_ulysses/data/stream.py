@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from titan_ulysses.data.corpus import CorpusStats
-from titan_ulysses.data.datasets import DatasetRows
-from titan_ulysses.data.encoding import Encoded, Encoder
+from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.packing import PackedSample, SampleStream, concat_pieces, slice_document
+from titan_ulysses.data.records import Encoded
+from titan_ulysses.data.sources import DatasetRows
 from titan_ulysses.distributed.errors import UserError
 
 
@@ -55,7 +56,7 @@ class StreamedSequences(SampleStream):
         return float(self._epoch)
 
     def describe(self) -> str:
-        return "; ".join(["streamed, end to end", *self.notes])
+        return "; ".join(["streamed, end to end", *self.notes, *self.tally.notes()])
 
     def position(self, consumed: int) -> dict[str, int]:
         self._advance(consumed)

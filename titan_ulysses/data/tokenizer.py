@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.data.records import RefusedRow
+from titan_ulysses.distributed.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,9 +53,10 @@ def encode(
     `ends=False`, which is for a prompt that something follows.
 
     Text inside a document that looks like a special token is encoded as ordinary characters: a file
-    that mentions `<|endoftext|>` does not end there. Raise `UserError` for `bytes` with any other
-    than the byte tokenizer.
+    that mentions `<|endoftext|>` does not end there. Raise `RefusedRow` for half of a surrogate
+    pair, and `UserError` for `bytes` with any other than the byte tokenizer.
     """
+    refuse_surrogates(text)
     if is_byte_tokenizer(tokenizer):
         raw = text.encode("utf-8") if isinstance(text, str) else text
         ids = np.empty(len(raw) + 1, dtype=np.uint16)
@@ -63,19 +67,45 @@ def encode(
         raise UserError(
             f'data.encoding = "bytes" needs model.tokenizer = "{BYTES}": other tokenizers read text'
         )
-    ids = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        # No warning about documents longer than the tokenizer's `model_max_length`: they are the
-        # purpose of this project.
-        verbose=False,
-    )["input_ids"]
+    ids = tokenized(tokenizer, text, split_special_tokens=True)["input_ids"]
     if ends and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return np.array(ids, dtype=np.uint32)
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> Mapping[str, Any]:
+    """Call the tokenizer for ids alone, without adding a token.
+
+    Raise `UserError` if it fails.
+    """
+    try:
+        return tokenizer(
+            text,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            # No warning about documents longer than the tokenizer's `model_max_length`: they are
+            # the purpose of this project.
+            verbose=False,
+            **options,
+        )
+    except BaseException as error:
+        # A panic of its Rust code is no `Exception`, but also no reason for a traceback.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f'model.tokenizer = "{tokenizer.name_or_path}" cannot encode it ({one_line(error)}): '
+            "take another tokenizer, or leave the text out"
+        ) from error
+
+
+def refuse_surrogates(text: str | bytes) -> None:
+    """Raise `RefusedRow` if the text contains half of a surrogate pair.
+
+    JSON can express it, but it is not a valid character and tokenizers fail on it.
+    """
+    if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise RefusedRow("half of a surrogate pair in it is no character")
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:

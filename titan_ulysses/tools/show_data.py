@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import SourceSettings
-from titan_ulysses.data.encoding import Encoded, Encoder
+from titan_ulysses.data.encoding import Encoder
 from titan_ulysses.data.megatron import find_megatron, read_megatron
-from titan_ulysses.data.rows import open_rows
-from titan_ulysses.data.sources import BadRow
+from titan_ulysses.data.records import BadRow, Encoded
+from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import load_tokenizer, num_token_ids
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.tools import parser_of

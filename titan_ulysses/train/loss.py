@@ -297,7 +297,7 @@ class Distillation(CrossEntropy):
 
     The teacher's hidden states are computed for each micro-batch. Its logits exist for a tile at a
     time, as the student's do. Each rank holds the whole weight of the teacher's head. Without a
-    second model, the teacher's largest log-probabilities come with the batches (data/teacher.py).
+    second model, the teacher's largest log-probabilities come with the batches (data/records.py).
     """
 
     setting = "teacher"

@@ -21,8 +21,8 @@ from titan_ulysses.checkpoint.initial import (
 )
 from titan_ulysses.config.load import dump_toml
 from titan_ulysses.config.schema import Config
-from titan_ulysses.data import open_sequences, open_validation_sets
 from titan_ulysses.data.loader import Batch, Loader
+from titan_ulysses.data.pipeline import open_sequences, open_validation_sets
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.distributed.device import device_type
 from titan_ulysses.distributed.errors import UserError, first_failure

@@ -1,0 +1,399 @@
+"""What a record of a file or data set holds: a text, a prompt and completion, a chat, a prompt with
+two completions (a preference), or tokens that exist already.
+
+A record that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
+whether to skip it.
+
+Tokens have `input_ids`, and may have what a teacher says of each: its k largest log-probabilities.
+`teacher_ids` is then, for each token, a list of k token ids, and `teacher_log_probs` a list of
+their log-probabilities in the teacher's distribution of that token, given those before it. As
+`labels`, they are not shifted. Tokens that are not trained on, and the first one of a document, may
+have empty lists, or null.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from titan_ulysses.config.schema import SourceSettings
+
+TOKEN_FIELDS = (
+    "input_ids",
+    "labels",
+    "position_ids",
+    "document_lengths",
+    "seq_lengths",
+    "attention_mask",
+)
+"""The fields that are read, with the names that Hugging Face's collators and TRL give them."""
+TEACHER_FIELDS = ("teacher_ids", "teacher_log_probs")
+TOP = np.dtype([("id", np.uint32), ("log_prob", np.float32)])
+"""One of the k largest log-probabilities of a token, in fp32."""
+NOT_TRAINED = -100
+
+
+class RefusedRow(ValueError):
+    """Raised with the reason if a row cannot become a document.
+
+    It becomes a `BadRow` in the caller, which knows the place of the row.
+    """
+
+
+class Completion(NamedTuple):
+    prompt: str
+    completion: str
+
+
+class Chat(NamedTuple):
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    untrained: frozenset[int] = frozenset()
+    """messages of the assistant, by number from 0, that are not trained on"""
+    parsed_calls: int = 0
+    """tool calls whose arguments were JSON text, see `_parse_calls`"""
+
+
+class Preference(NamedTuple):
+    """A prompt and two completions of it: three texts (str), or three lists of messages."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+    parsed_calls: int = 0
+    """tool calls whose arguments were JSON text, see `_parse_calls`"""
+
+
+class Encoded(NamedTuple):
+    """A row as token ids."""
+
+    ids: np.ndarray
+    """[tokens] integers; empty for an empty row."""
+    trained: np.ndarray | None = None
+    """[tokens] bool: which tokens are trained on; None: all of them."""
+    lengths: tuple[int, ...] | None = None
+    """the lengths of the documents of the row, in order; None: it is one."""
+    split: int | None = None
+    """where the second document of a pair begins; None: it is no pair."""
+    teacher: np.ndarray | None = None
+    """[tokens, k] TOP: a teacher's largest log-probabilities; None: none."""
+    parsed_calls: int = 0
+    """tool calls of the row whose arguments were JSON text"""
+
+    def documents(self) -> Iterator[Encoded]:
+        """Yield each document of the row. A pair is one."""
+        if self.lengths is None:
+            yield self
+            return
+        ends = np.cumsum(self.lengths).tolist()
+        for begin, end in zip([0, *ends], ends, strict=False):
+            arrays = (x if x is None else x[begin:end] for x in (self.trained, self.teacher))
+            yield Encoded(self.ids[begin:end], next(arrays), teacher=next(arrays))
+
+
+class Row(NamedTuple):
+    place: str
+    """the file's name and the line or row in it, for messages"""
+    content: str | bytes | Completion | Chat | Preference | Encoded
+
+
+class BadRow(NamedTuple):
+    place: str
+    reason: str
+
+
+def read_record(record: Any, source: SourceSettings, place: str) -> Row | BadRow:
+    """Return the row of one record, as `source` says what it holds.
+
+    An exception in the place of the record says why the line is not JSON.
+    """
+    if isinstance(record, ValueError | RecursionError):
+        return BadRow(
+            place, f"not JSON ({record})" if not isinstance(record, UnicodeError) else str(record)
+        )
+    if not isinstance(record, dict):
+        return BadRow(place, f"a JSON {type(record).__name__}, not an object with fields")
+    try:
+        if source.source == "chat":
+            return Row(place, _read_chat(record, source))
+        if source.source == "preference":
+            return Row(place, _read_preference(record, source))
+        if source.source == "tokens":
+            everything, top_k = source.train_on == "all", source.teacher_top_k
+            return Row(place, tokens_of(record, teacher_top_k=top_k, train_on_all=everything))
+        names = field_names(source)
+        for name in names:
+            if not isinstance(record.get(name), str):
+                raise _missing(record, name, "text")
+    except RefusedRow as error:
+        return BadRow(place, str(error))
+    texts = [record[name] for name in names]
+    return Row(place, Completion(*texts) if source.prompt_field else texts[0])
+
+
+def field_names(source: SourceSettings) -> list[str]:
+    """Return the fields that every row must have."""
+    if source.source == "chat":
+        return [source.messages_field]
+    if source.source == "preference":
+        return [source.chosen_field, source.rejected_field]
+    if source.source == "tokens":
+        return ["input_ids"]
+    pair = [source.prompt_field, source.completion_field]
+    return pair if source.prompt_field else [source.text_field]
+
+
+def _missing(record: dict[str, Any], name: str, wanted: str) -> RefusedRow:
+    if name in record:
+        value = json.dumps(record[name], default=str)[:40]
+        return RefusedRow(f'the field "{name}" holds {value}, not {wanted}')
+    return RefusedRow(f'no field "{name}" (it has {", ".join(map(str, record)) or "none"})')
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def _read_chat(record: dict[str, Any], source: SourceSettings) -> Chat:
+    messages, tools = record.get(source.messages_field), record.get(source.tools_field)
+    if not (messages and _are_objects(messages)):
+        raise _missing(record, source.messages_field, "a list of messages")
+    for number, message in enumerate(messages):
+        role, flag = message.get("role"), message.get("train")
+        if not isinstance(role, str):
+            raise RefusedRow(f"message {number} has no role")
+        if flag is not None and not isinstance(flag, bool):
+            value = json.dumps(flag, default=str)[:40]
+            raise RefusedRow(f'message {number}: "train" is {value}, neither true nor false')
+        if flag and role != "assistant":
+            raise RefusedRow(
+                f'message {number}: "train" is true, and its role is "{role}": only "assistant" is '
+                "trained"
+            )
+    # A column has one type and the schemas of tools differ, so data sets store tools as JSON text.
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RefusedRow(f"{source.tools_field} is text but not JSON ({error})") from error
+    if not (tools is None or _are_objects(tools)):
+        raise RefusedRow(f"{source.tools_field} is not a list of tools")
+    untrained = frozenset(i for i, message in enumerate(messages) if message.get("train") is False)
+    # Templates get the messages without the flag: some write all that a message holds.
+    messages = [{k: v for k, v in message.items() if k != "train"} for message in messages]
+    messages = _without_nulls(messages)
+    return Chat(messages, _without_nulls(tools) or None, untrained, _parse_calls(messages))
+
+
+def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preference:
+    """Read texts, or lists of messages.
+
+    Where there is no list of messages with the prompt, both completions are whole conversations,
+    and the prompt is what they begin with alike.
+    """
+    name, fields = source.prompt_field or "prompt", field_names(source)
+    values: list[Any] = [record.get(key) for key in (name, *fields)]
+    if all(isinstance(value, str) for value in values):
+        return Preference(*values)
+    prompt, chosen, rejected = values
+
+    def are_messages(value: Any) -> bool:
+        return (
+            _are_objects(value)
+            and bool(value)
+            and all(isinstance(message.get("role"), str) for message in value)
+        )
+
+    for key in fields:
+        if not are_messages(record.get(key)):
+            wanted = "text beside texts, or a list of messages that have a role"
+            raise _missing(record, key, wanted)
+    if not are_messages(prompt):
+        alike = (one == other for one, other in zip(chosen, rejected, strict=False))
+        shared = sum(takewhile(bool, alike))
+        if not shared:
+            raise RefusedRow(
+                f'no list of messages in "{name}", and {" and ".join(fields)} do not begin alike'
+            )
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
+    parsed = sum(map(_parse_calls, (prompt, chosen, rejected)))
+    return Preference(prompt, chosen, rejected, parsed)
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, dict) for x in value)
+
+
+def _parse_calls(messages: list[dict[str, Any]]) -> int:
+    """Make objects of the arguments of tool calls that are JSON text, and return how many were.
+
+    OpenAI's form has them as text. A template that applies `tojson` would write such a text as a
+    string with escaped quotes. Text that is not a JSON object stays as it is.
+    """
+    count = 0
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            text = function.get("arguments") if isinstance(function, dict) else None
+            if not isinstance(text, str):
+                continue
+            try:
+                arguments = json.loads(text or "{}")
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(arguments, dict):
+                function["arguments"], count = arguments, count + 1
+    return count
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove keys whose value is null, recursively.
+
+    An Arrow table gives every message all keys that any message has, with null for missing ones,
+    but chat templates test whether a key exists.
+    """
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def tokens_of(
+    record: dict[str, Any], *, teacher_top_k: int = 0, train_on_all: bool = False
+) -> Encoded:
+    """Return the tokens of a record.
+
+    - `input_ids`: the tokens. Nothing is added to them.
+    - `labels`: as transformers takes them, one for each token and not shifted: the token itself, or
+      -100 where it is not trained on.
+    - `position_ids`, or `document_lengths` (TRL: `seq_lengths`): where each document of the record
+      begins. Positions begin at 0 in each document, and go up by 1.
+    - `attention_mask`: tokens at which it is 0 are padding, and left out.
+    - with teacher_top_k: what a teacher says of each token that is trained on ;
+      train_on_all: also where labels are -100.
+
+    Raise `RefusedRow` with the reason if the fields contradict each other.
+    """
+    given = {name: record[name] for name in TOKEN_FIELDS if record.get(name) is not None}
+    if "input_ids" not in given:
+        raise _missing(record, "input_ids", "a list of token ids")
+    arrays = {name: _whole_numbers(name, values) for name, values in given.items()}
+    ids = arrays["input_ids"]
+    for name, values in arrays.items():
+        if not name.endswith("_lengths") and len(values) != len(ids):
+            raise RefusedRow(f"{len(values)} {name} for {len(ids)} input_ids")
+    lengths = _lengths(arrays, len(ids))
+    labels = arrays.get("labels")
+    if labels is not None:
+        wrong = np.flatnonzero((labels != NOT_TRAINED) & (labels != ids))
+        if len(wrong):
+            raise RefusedRow(
+                f"labels[{wrong[0]}] is {labels[wrong[0]]}, neither {NOT_TRAINED} nor "
+                f"input_ids[{wrong[0]}] = {ids[wrong[0]]}: give labels that are not shifted"
+            )
+    trained = None if labels is None else labels != NOT_TRAINED
+    kept = arrays["attention_mask"] != 0 if "attention_mask" in arrays else np.ones(len(ids), bool)
+    teacher = None
+    if teacher_top_k:
+        needed = kept & (True if trained is None or train_on_all else trained)
+        begins = np.cumsum((0, *(lengths or (len(ids),))))[:-1]
+        needed[begins[begins < len(ids)]] = False  # the first token of a document is no label
+        teacher = top_of(record, teacher_top_k, needed=needed)
+    if not kept.all():
+        if lengths is not None:
+            parts = np.split(kept, np.cumsum(lengths)[:-1])
+            lengths = tuple(int(part.sum()) for part in parts if part.any())
+        ids = ids[kept]
+        trained = None if trained is None else trained[kept]
+        teacher = None if teacher is None else teacher[kept]
+    return Encoded(ids, trained, lengths, teacher=teacher)
+
+
+def _whole_numbers(name: str, values: Any) -> np.ndarray:
+    """Return [n] int64. Raise `RefusedRow` if values are no list of whole numbers."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of different lengths
+        array = np.array(None)
+    if array.ndim == 1 and not len(array):
+        return np.empty(0, dtype=np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RefusedRow(f"{name} is no list of whole numbers")
+    return array.astype(np.int64)
+
+
+def _lengths(arrays: dict[str, np.ndarray], count: int) -> tuple[int, ...] | None:
+    """Return the lengths of the documents, where a field tells them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in ("document_lengths", "seq_lengths"):
+        if name in arrays:
+            total = sum(arrays[name].tolist())  # in Python's numbers, which do not overflow
+            if (arrays[name] < 0).any() or total != count:
+                raise RefusedRow(f"{name} sum to {total}, not to {count} tokens")
+            found[name] = tuple(length for length in arrays[name].tolist() if length)
+    if "position_ids" in arrays and count:
+        positions = arrays["position_ids"]
+        begins = np.flatnonzero(positions == 0)
+        goes_on = np.flatnonzero((np.diff(positions) != 1) & (positions[1:] != 0))
+        if positions[0] != 0 or len(goes_on):
+            place = 0 if positions[0] != 0 else int(goes_on[0]) + 1
+            raise RefusedRow(
+                f"position_ids[{place}] is {positions[place]}: positions begin at 0 in each "
+                "document, and go up by 1"
+            )
+        found["position_ids"] = tuple(np.diff(np.append(begins, count)).tolist())
+    if len(set(found.values())) > 1:
+        raise RefusedRow(f"{' and '.join(found)} tell different documents")
+    return next(iter(found.values()), None)
+
+
+_KINDS = {"id": "token id", "log_prob": "number in fp32"}
+_LARGEST = float(np.finfo(np.float32).max)
+_RANGES = {"id": (0, np.iinfo(np.uint32).max), "log_prob": (-_LARGEST, _LARGEST)}
+
+
+def top_of(record: dict[str, Any], top_k: int, *, needed: np.ndarray) -> np.ndarray:
+    """Return the teacher's largest log-probabilities [tokens, k] of a record, as TOP.
+
+    needed [tokens] bool: which tokens must have them; those of others are 0. Raise `RefusedRow`
+    with the reason if they are not there, or not k for each token.
+    """
+    found = np.zeros((len(needed), top_k), dtype=TOP)
+    places = np.flatnonzero(needed)
+    for name, key, kinds in zip(TEACHER_FIELDS, ("id", "log_prob"), ("iu", "iuf"), strict=True):
+        rows = record.get(name)
+        if rows is None:
+            raise RefusedRow(f'no field "{name}", which data.teacher_top_k = {top_k} needs')
+        if not isinstance(rows, list) or len(rows) != len(needed):
+            count = len(rows) if isinstance(rows, list) else "no list of"
+            raise RefusedRow(f"{count} {name} for {len(needed)} input_ids")
+        for place in places.tolist():
+            row = rows[place]
+            if not isinstance(row, list) or len(row) != top_k:
+                count = len(row) if isinstance(row, list) else "no"
+                raise RefusedRow(
+                    f"{name}[{place}] has {count} entries, and data.teacher_top_k = {top_k}"
+                )
+        try:
+            values = np.array([rows[place] for place in places.tolist()])
+        except ValueError:  # lists in lists
+            values = np.array(None)
+        if not len(places):
+            continue
+        if values.dtype.kind not in kinds or values.ndim != 2:
+            raise RefusedRow(f"{name} has an entry that is no {_KINDS[key]}")
+        low, high = _RANGES[key]
+        if (wrong := values[~((values >= low) & (values <= high))]).size:  # NaN too
+            raise RefusedRow(f"{name} has an entry that is no {_KINDS[key]}: {wrong[0]}")
+        twice = (np.diff(np.sort(values)) == 0).any(axis=1)
+        if key == "id" and twice.any():
+            raise RefusedRow(f"{name}[{places[twice][0]}] has one token id twice")
+        found[key][places] = values
+    return found
