@@ -509,11 +509,13 @@ def test_every_tensor_has_a_name(case):
         names.tensor_name(a): a for a in [*(a for a, _ in memory.events[start:]), *plan.peak.alive]
     }
     assert not {
-        name: a.operation for name, a in named.items() if RAW.search(name) and a.place == "device"
+        name: a.made.operation
+        for name, a in named.items()
+        if RAW.search(name) and a.place == "device"
     }
     assert not RAW.search(names.moment_name(plan.peak.moment))
     if case == "sharded":
-        made = {maker for a in named.values() for maker in a.created_in}
+        made = {maker for a in named.values() for maker in a.made.created_in}
         if can_add_wide():
             made.add("loss.add_product")  # it makes a tensor only where torch cannot add in place
         assert names._ROLES.keys() <= made, "no function has moved"

@@ -135,10 +135,7 @@ class CostCounter:
             )
         elif func._opname == "all_to_all_single":
             self._exchanged[stage] += weight * args[0].numel() * args[0].element_size()
-        self._tick(stage)
-
-    def _tick(self, stage: str) -> None:
-        """Record the amounts that the operation changed."""
+        # The amounts that the operation changed.
         event, amounts = len(self._tracker.events), self.cost.amounts
         now = {kind: amounts[stage, kind] for kind in KINDS} | {"exchange": self._exchanged[stage]}
         for kind, amount in now.items():
@@ -245,15 +242,6 @@ class Time:
         return _LIMITS.get(largest, "compute")
 
 
-def kernel_rates(gpu: GPU, attention_kernel: str) -> dict[str, float]:
-    """Return the rate of each kind in `KINDS`: FLOP/s of products, bytes/s of other kernels.
-
-    attention_kernel: a name of ulysses/kernels.py.
-    """
-    rates = gpu.matmul, *gpu.attention_rates(attention_kernel), gpu.memory_bandwidth
-    return dict(zip(KINDS, rates, strict=True))
-
-
 def step_time(
     cost: Cost,
     *,
@@ -275,7 +263,7 @@ def step_time(
     back. An optimizer whose parameters are on the host too runs there, at the speed of host memory.
     On a single GPU, FSDP2 copies parameters on the stream that computes
     (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that nothing overlaps.
-    rates: see `kernel_rates`.
+    rates: see `Setup.rates`.
     """
     seconds = Counter(
         {key: amount / rates[key[1]] for key, amount in cost.amounts.items() if key[1] in rates}

@@ -26,16 +26,16 @@ from titan_ulysses.model import hf
 from titan_ulysses.model.rope_scaling import rope_for
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.fastest import LEAN, Search
-from titan_ulysses.plan.planner import Plan, make_plan, set_up
+from titan_ulysses.plan.planner import Plan, set_up
 from titan_ulysses.plan.report import plan_and_report
 from titan_ulysses.plan.searches import tell_fastest
 
-_WIDTH = 98
+_WIDTH, _WARMUP = 98, 10
 _BEGINNING: dict[str, Any] = {
     "data.path": "{stdlib}/*.py",
     "training.steps": 1000,
     "optimizer.lr": 1e-5,
-    "lr_scheduler.warmup_steps": 10,
+    "lr_scheduler.warmup_steps": _WARMUP,
     "checkpoint.interval": 100,
 }
 """What no plan can say; every file of `init` has these, to be changed by its reader."""
@@ -47,8 +47,8 @@ def plan_model(command: ModelCommand) -> None:
     Where nothing fits, the plan is of the settings that come closest. UserError for a model that
     cannot be planned.
     """
-    config, changes, _ = _find(command, Console())
-    plan_and_report(_changed(config, changes))
+    config, _, plan = _find(command, Console())
+    plan_and_report(config, plan)
 
 
 def init(command: ModelCommand) -> None:
@@ -57,23 +57,26 @@ def init(command: ModelCommand) -> None:
     UserError where the file is there already, or where nothing fits.
     """
     path = Path(command.output or f"{_name_of(command.model)}.toml")
+    unwritable = (
+        f"--output {path}: cannot write to the folder {path.parent} ({{}}). Choose another one."
+    )
     if path.exists():
         raise UserError(f"{path} is there already: give another --output, or remove it.")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}. Make it first.")
     if not os.access(path.parent, os.W_OK):
-        raise _unwritable(path, "it is not writable")
+        raise UserError(unwritable.format("it is not writable"))
     console = Console()
-    config, changes, fits = _find(command, console)
-    if not fits:
-        raise UserError(f"{path} is not written, because nothing fits {_asked(command)}.")
-    config = _changed(config, changes)
-    text = _file(command, config, changes, make_plan(set_up(config)), path)
+    config, changes, plan = _find(command, console)
+    if plan is None:
+        raise UserError(f"{path} is not written, because nothing fits {_gpus_of(command)}.")
+    set_up(config)  # UserError for what the run would refuse
+    text = _file(command, config, changes, plan, path)
     try:
         with whole_file(path) as partial:
             partial.write_text(text)
     except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from error
+        raise UserError(unwritable.format(error.strerror or error)) from error
     console.print(
         f"[bold]{path}[/] has these settings. Set data.path and the others in it, and start with\n"
         f"  {_start(config, path)}",
@@ -82,22 +85,17 @@ def init(command: ModelCommand) -> None:
     )
 
 
-def _unwritable(path: Path, why: str) -> UserError:
-    return UserError(
-        f"--output {path}: cannot write to the folder {path.parent} ({why}). Choose another one."
-    )
+def _find(command: ModelCommand, console: Console) -> tuple[Config, dict[str, Any], Plan | None]:
+    """Return the config with the fastest settings, what of it the search found, and its plan.
 
-
-def _find(command: ModelCommand, console: Console) -> tuple[Config, dict[str, Any], bool]:
-    """Return the config that was asked for, the changes that the search found, and whether they
-    fit.
+    Where nothing fits, the settings are those that come closest, without a plan.
     """
     config = _config(command)
     search = Search(set_up(config))
-    if found := tell_fastest(console, search):
-        return config, found[0]["settings"], True
-    nearest = search.nearest()
-    return config, nearest.changes if nearest else {}, False
+    found = tell_fastest(console, search)
+    best = found[0] if found else search.nearest()
+    changes = best.changes if best else {}
+    return config_of(config.model_dump(), changes.items()), changes, best.plan if best else None
 
 
 def _config(command: ModelCommand) -> Config:
@@ -109,14 +107,14 @@ def _config(command: ModelCommand) -> Config:
             "titan-ulysses init, change it there, and plan that with --config.",
             exit_code=2,
         )
-    settings: dict[str, Any] = {"job": {"name": _name_of(command.model)}}
-    settings |= {"model": {"path": command.model}}
-    gpus = {"gpu": command.gpus.name, "world_size": command.gpus.count}
-    settings |= {"plan": gpus | {"gpus_per_node": command.gpus.per_node}}
-    for key, value in _BEGINNING.items():
-        section, name = key.split(".")
-        settings.setdefault(section, {})[name] = value
-    before = config_of(settings, command.overrides)
+    settings = _BEGINNING | {
+        "job.name": _name_of(command.model),
+        "model.path": command.model,
+        "plan.gpu": command.gpus.name,
+        "plan.world_size": command.gpus.count,
+        "plan.gpus_per_node": command.gpus.per_node,
+    }
+    before = config_of({}, [*settings.items(), *command.overrides])
     look_for_hub(before)
     model = hf.load_model_config(before.model.path, before.model.config)
     length = command.seq_len or getattr(model, "max_position_embeddings", None)
@@ -124,17 +122,11 @@ def _config(command: ModelCommand) -> Config:
         raise UserError(
             f"{command.model} does not say how many positions it has: give --seq-len.", exit_code=2
         )
-    settings["training"]["seq_len"] = length
-    warmup = settings["lr_scheduler"]["warmup_steps"]
-    settings["lr_scheduler"]["warmup_steps"] = min(warmup, before.training.steps)
-    stretched = before.model.rope_scaling or rope_for(model, length)
-    if stretched:
-        settings["model"]["rope_scaling"] = stretched
-    return config_of(settings, command.overrides)
-
-
-def _changed(config: Config, changes: dict[str, Any]) -> Config:
-    return config_of(config.model_dump(), changes.items())
+    settings["training.seq_len"] = length
+    settings["lr_scheduler.warmup_steps"] = min(_WARMUP, before.training.steps)
+    if stretched := before.model.rope_scaling or rope_for(model, length):
+        settings["model.rope_scaling"] = stretched
+    return config_of({}, [*settings.items(), *command.overrides])
 
 
 def _name_of(model: str) -> str:
@@ -142,7 +134,7 @@ def _name_of(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model.rpartition("/")[2]
 
 
-def _asked(command: ModelCommand) -> str:
+def _gpus_of(command: ModelCommand) -> str:
     return f"{command.gpus.count} x {command.gpus.name}"
 
 
@@ -153,13 +145,15 @@ def _file(
     command: ModelCommand, config: Config, changes: dict[str, Any], plan: Plan, path: Path
 ) -> str:
     """Return the text of a TOML file with the settings of config that its reader should see."""
-    shown = dict.fromkeys(("job.name", "model.path", "model.rope_scaling", "training.seq_len"))
-    shown |= dict.fromkeys((*_BEGINNING, "plan.gpu", "plan.world_size", "plan.gpus_per_node"))
-    shown |= dict.fromkeys(("parallelism.sequence_parallel_degree",))
-    shown |= dict.fromkeys(key for key, _ in command.overrides)
+    shown = {
+        *("job.name", "model.path", "model.rope_scaling", "training.seq_len", *_BEGINNING),
+        *("plan.gpu", "plan.world_size", "plan.gpus_per_node"),
+        "parallelism.sequence_parallel_degree",
+        *(key for key, _ in command.overrides),
+    }
     table, written = config.model_dump(), _BEGINNING | dict(command.overrides)
     values = {key: table[key.split(".")[0]][key.split(".")[1]] for key in KEYS}
-    shown |= dict.fromkeys(key for key in changes if values[key] != KEYS[key].default)
+    shown |= {key for key in changes if values[key] != KEYS[key].default}
     # As they were written: the schema has expanded {stdlib} and ~, which differ elsewhere.
     values |= {key: text for key, text in written.items() if isinstance(text, str)}
     lines = _head(command, config, plan, path)
@@ -184,8 +178,8 @@ def _head(command: ModelCommand, config: Config, plan: Plan, path: Path) -> list
         host += ", which was not looked at: set plan.host_memory_gib"
     return [
         *_commented(
-            f"{command.model} on {_asked(command)}, {tokens} a sequence: the fastest settings that "
-            "titan-ulysses init found."
+            f"{command.model} on {_gpus_of(command)}, {tokens} a sequence: the fastest settings "
+            "that titan-ulysses init found."
         ),
         *_commented(
             f"Planned, not measured: a step {time_text(plan.time.seconds)}, MFU {plan.mfu:.1%}; of "

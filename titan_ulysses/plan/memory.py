@@ -28,26 +28,6 @@ from titan_ulysses.plan.attribution import Attribution, Owner
 Place = Literal["device", "host", "disk"]
 
 
-@dataclass(eq=False)
-class Allocation:
-    """One storage, and the operation that allocated it."""
-
-    component: str
-    """what the memory is for. It may change when more is known, for example that what an MLP made
-    is a gradient.
-    """
-    place: Place
-    owner: Owner
-    phase: str
-    operation: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    created_in: tuple[str, ...] = ()
-    """see `creating_functions`"""
-    label: str = ""
-    """the name of the tensor, where it is known and does not follow from the other fields"""
-
-
 class Moment(NamedTuple):
     """A position in the step."""
 
@@ -56,6 +36,22 @@ class Moment(NamedTuple):
     operation: str
     created_in: tuple[str, ...] = ()
     """see `creating_functions`"""
+
+
+@dataclass(eq=False)
+class Allocation:
+    """One storage, and the moment at which it was allocated."""
+
+    component: str
+    """what the memory is for. It may change when more is known, for example that what an MLP made
+    is a gradient.
+    """
+    place: Place
+    made: Moment
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    label: str = ""
+    """the name of the tensor, where it is known and does not follow from the other fields"""
 
 
 @dataclass(frozen=True)
@@ -144,7 +140,10 @@ class MemoryTracker(TorchDispatchMode):
                 self.attribution.here()
             return func(*args, **kwargs)
         self._look_at_resizable()
-        self._where(func)
+        if self.attribution is not None:
+            owner = self.attribution.here()
+            functions = creating_functions()
+            self._moment = Moment(self.attribution.phase, owner, func._opname, functions)
         result = func(*args, **kwargs)
         kernel = self._note_results(func, args, kwargs, result)
         for observer in self.observers:
@@ -152,12 +151,6 @@ class MemoryTracker(TorchDispatchMode):
         if kernel is not None:  # the kernel's own memory is released when it ends
             self._add(*kernel)
         return result
-
-    def _where(self, func) -> None:
-        if self.attribution is not None:
-            self._moment = Moment(
-                self.attribution.phase, self.attribution.here(), func._opname, creating_functions()
-            )
 
     def _note_results(self, func, args, kwargs, result) -> tuple[Allocation, int] | None:
         """Record the results of func, and the memory that its kernel holds besides them.
@@ -176,9 +169,9 @@ class MemoryTracker(TorchDispatchMode):
         passing = self._transient_bytes(func, args, component)
         if not workspace and not passing:
             return None
-        kernel = self._allocation(func, (), torch.uint8, component)
+        kernel = self._allocation((), torch.uint8, component)
         if workspace:
-            kernel.created_in = (WORKSPACE,)
+            kernel.made = kernel.made._replace(created_in=(WORKSPACE,))
         else:
             kernel.label = "parameters or gradients between host and GPU"
         self._add(kernel, workspace + passing)  # alive at the same time as the results
@@ -211,29 +204,20 @@ class MemoryTracker(TorchDispatchMode):
                 if component == "gradients":
                     self._resizable.pop(key, None)
             return
-        allocation = self._allocation(func, tuple(tensor.shape), tensor.dtype, component)
+        allocation = self._allocation(tuple(tensor.shape), tensor.dtype, component)
         self._alive[key] = allocation, weakref.ref(storage, lambda _: self._release(key))
         self._sizes[key] = size
-        if func is torch.ops.aten.empty.memory_format and FSDP in allocation.created_in:
+        if func is torch.ops.aten.empty.memory_format and FSDP in allocation.made.created_in:
             self._resizable[key] = self._alive[key][1]
         self._add(allocation, size)
 
     def _allocation(
-        self, func, shape: tuple[int, ...], dtype: torch.dtype, component: str | None
+        self, shape: tuple[int, ...], dtype: torch.dtype, component: str | None
     ) -> Allocation:
-        phase, owner, _, created_in = self._moment
-        if component is None and FSDP in created_in:
-            component = "gradients" if phase == "backward" else "gathered parameters"
-        return Allocation(
-            component or owner.component,
-            self.place,
-            owner,
-            phase,
-            func._opname,
-            shape,
-            dtype,
-            created_in,
-        )
+        made = self._moment
+        if component is None and FSDP in made.created_in:
+            component = "gradients" if made.phase == "backward" else "gathered parameters"
+        return Allocation(component or made.owner.component, self.place, made, shape, dtype)
 
     def _release(self, key: int) -> None:
         allocation, _ = self._alive.pop(key)
@@ -360,7 +344,7 @@ _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
 FSDP = "FSDP"
 WORKSPACE = "workspace"
-"""An entry of `Allocation.created_in` for memory that a kernel allocates for its own use."""
+"""An entry of `Moment.created_in` for memory that a kernel allocates for its own use."""
 _PACKAGE = str(Path(__file__).parents[1])
 _MAKERS = 3
 

@@ -85,13 +85,13 @@ def tensor_name(allocation: Allocation) -> str:
     """Name a tensor by the part of the model that it belongs to, and by its role there."""
     if allocation.label:
         return allocation.label
-    component, owner = allocation.component, allocation.owner
-    if allocation.phase == "optimizer":
+    component, made, owner = allocation.component, allocation.made, allocation.made.owner
+    if made.phase == "optimizer":
         return "optimizer: temporary of its update"
     if component == "gathered parameters":
         return f"parameters of {group_name(owner.layer)}, gathered by FSDP"
-    if FSDP in allocation.created_in:
-        what = "gradients" if allocation.phase == "backward" else "parameters"
+    if FSDP in made.created_in:
+        what = "gradients" if made.phase == "backward" else "parameters"
         done = "being reduced" if what == "gradients" else "gathered"
         return f"{what} of {group_name(owner.layer)}, {done} by FSDP"
     if component == "gradients":
@@ -99,7 +99,7 @@ def tensor_name(allocation: Allocation) -> str:
     if component == "checkpoints":
         return "checkpoint: input of a block"
     if owner.module in (OUTSIDE.module, "setup"):
-        return "loss and its gradient" if allocation.phase == "backward" else _BOOKKEEPING
+        return "loss and its gradient" if made.phase == "backward" else _BOOKKEEPING
     return f"{module_name(owner)}: {_role(allocation)}"
 
 
@@ -142,15 +142,15 @@ def group_name(layer: int | None) -> str:
 
 def _role(allocation: Allocation) -> str:
     """Return the role that a tensor has in the module that made it."""
-    operation, created_in = allocation.operation, allocation.created_in
+    phase, _, operation, created_in = allocation.made
     for function, roles in _ROLES.items():
         if function in created_in:
             role = roles.get(operation) or roles.get("")
             if role:
-                return role[allocation.phase == "backward"] if isinstance(role, tuple) else role
+                return role[phase == "backward"] if isinstance(role, tuple) else role
     # Tiles are computed again in backward, where no hook marks the phase as recomputation.
     recomputed = "tiled.forward" in created_in
-    is_gradient = allocation.phase == "backward" and not recomputed
+    is_gradient = phase == "backward" and not recomputed
     tile = " of a tile" if recomputed or "tiled.backward" in created_in else ""
     if operation == _FLASH:
         what = "output" if len(allocation.shape) == 4 else "log-sum-exp"

@@ -20,7 +20,7 @@ from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.launch.nodes import spans_nodes
 from titan_ulysses.model.families import head_sizes, layer_configs
 from titan_ulysses.observability.metrics import attention_flops, flops_per_token
-from titan_ulysses.plan.cost import Cost, Links, Time, clock, kernel_rates, step_time
+from titan_ulysses.plan.cost import KINDS, Cost, Links, Time, clock, step_time
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, Reserve, pinned, reserves
 from titan_ulysses.plan.memory import Peak
 from titan_ulysses.plan.simulate import Simulation, simulate
@@ -143,8 +143,10 @@ class Setup:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Amounts per second (see `kernel_rates`)."""
-        return kernel_rates(self.gpu, self.attention_kernel)
+        """The rate of each kind of cost: FLOP/s of products, bytes/s of other kernels."""
+        attention = self.gpu.attention_rates(self.attention_kernel)
+        rates = self.gpu.matmul, *attention, self.gpu.memory_bandwidth
+        return dict(zip(KINDS, rates, strict=True))
 
 
 def set_up(config: Config) -> Setup:

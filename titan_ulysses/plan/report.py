@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,31 @@ from titan_ulysses.observability.pictures import has_matplotlib
 from titan_ulysses.observability.units import time_text
 from titan_ulysses.plan import plots
 from titan_ulysses.plan.console import closing, gpu_components, say
-from titan_ulysses.plan.fastest import Search
+from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.names import kernel_name
 from titan_ulysses.plan.page import write_plan_page
 from titan_ulysses.plan.planner import Plan, make_plan, set_up
 from titan_ulysses.plan.run_cost import grace_of, run_cost
 from titan_ulysses.plan.search import SearchResult, estimate, is_unlimited, ladder, search
-from titan_ulysses.plan.searches import tell_fastest, tell_longest
+from titan_ulysses.plan.searches import fastest_json, tell_fastest, tell_longest
 
 
-def plan_and_report(config: Config) -> None:
+def plan_and_report(config: Config, known: Plan | None = None) -> None:
     """Plan config, print the plan, and write plan.json and pictures to <dump_folder>/<name>.
 
-    UserError where config cannot be planned.
+    known: its plan, where it has been made. UserError where config cannot be planned.
     """
     started = time.perf_counter()
     console = Console()
     setup = set_up(config)
-    plan = make_plan(setup)
+    plan = replace(known, setup=setup) if known else make_plan(setup)
     folder = Path(config.job.dump_folder) / config.job.name
     folder.mkdir(parents=True, exist_ok=True)
     say(console, plan)
-    found, steps, fastest, best = [], [], [], None
+    found: list[SearchResult] = []
+    steps: list[SearchResult] = []
+    fastest: list[Candidate] = []
+    best: int | None = None
     if config.plan.search == "longest":
         found = tell_longest(console, "longest sequences that fit", search(setup, plan))
     if config.plan.search == "fastest":
@@ -58,7 +61,7 @@ def plan_and_report(config: Config) -> None:
         "longest_seq_len_is_at_least": best is not None and is_unlimited(setup, best),
         "search": [_result_json(one) for one in found],
         "ladder": [_result_json(one) for one in steps],
-        "fastest": fastest,
+        "fastest": fastest_json(fastest),
     }
     with whole_file(folder / "plan.json") as partly:
         partly.write_text(json.dumps(values, indent=2))

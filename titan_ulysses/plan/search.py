@@ -52,23 +52,19 @@ def with_settings(setup: Setup, changes: dict[str, Any]) -> Setup:
     divide the number of ranks.
     """
     config = config_of(setup.config.model_dump(), changes.items())
-    return replace(setup, spec=setup.spec.with_config(config, _degrees(setup, config, changes)))
-
-
-def _degrees(setup: Setup, config: Config, changes: dict[str, Any]) -> MeshDegrees:
-    """Return the mesh of changed settings: all ranks that are left share the parameters."""
-    before, local = setup.degrees, setup.degrees.local_batch_size
+    before, degrees, local = setup.degrees, setup.degrees, setup.degrees.local_batch_size
     sequence = changes.get("parallelism.sequence_parallel_degree", before.sequence)
     replicate = changes.get("parallelism.data_parallel_replicate_degree", before.replicate)
-    if (sequence, replicate) == (before.sequence, before.replicate):
-        return before
-    shard, rest = divmod(setup.world_size, replicate * sequence)
-    if rest:
-        raise UserError(
-            f"parallelism.sequence_parallel_degree = {sequence} does not divide {setup.world_size}"
-        )
-    accumulation = max(1, config.training.global_batch_size // (local * replicate * shard))
-    return MeshDegrees(replicate, shard, sequence, local, accumulation)
+    if (sequence, replicate) != (before.sequence, before.replicate):
+        shard, rest = divmod(setup.world_size, replicate * sequence)  # all ranks that are left
+        if rest:
+            raise UserError(
+                f"parallelism.sequence_parallel_degree = {sequence} does not divide "
+                f"{setup.world_size}"
+            )
+        accumulation = max(1, config.training.global_batch_size // (local * replicate * shard))
+        degrees = MeshDegrees(replicate, shard, sequence, local, accumulation)
+    return replace(setup, spec=setup.spec.with_config(config, degrees))
 
 
 def at_length(setup: Setup, seq_len: int) -> Setup:
@@ -90,24 +86,14 @@ def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
             lengths.append(b.seq_len + (memory - high) / slope)
         else:  # the length changes nothing: all of them fit, or none
             lengths.append(inf if high <= memory else 0)
-    lengths.append(_limit_of_time(setup, a, b))
+    if most := setup.config.plan.max_step_seconds:
+        # What x and y are in seconds = x S + y S^2.
+        per_token = a.time.seconds / a.seq_len, b.time.seconds / b.seq_len
+        y = (per_token[1] - per_token[0]) / (b.seq_len - a.seq_len)
+        x = per_token[1] - y * b.seq_len
+        longest = most / per_token[1] if y <= 0 else (sqrt(x * x + 4 * y * most) - x) / (2 * y)
+        lengths.append(longest)
     return max(0, int(min(*lengths, _MAX_TOKENS)) // unit * unit)
-
-
-def _limit_of_time(setup: Setup, a: Estimate, b: Estimate) -> float:
-    """Return the length whose step takes `plan.max_step_seconds`, or infinity without that limit.
-
-    The time of a and of b says what x and y are in seconds = x S + y S^2.
-    """
-    most = setup.config.plan.max_step_seconds
-    if not most:
-        return inf
-    per_token = a.time.seconds / a.seq_len, b.time.seconds / b.seq_len
-    y = (per_token[1] - per_token[0]) / (b.seq_len - a.seq_len)
-    x = per_token[1] - y * b.seq_len
-    if y <= 0:
-        return most / per_token[1]
-    return (sqrt(x * x + 4 * y * most) - x) / (2 * y)
 
 
 def is_unlimited(setup: Setup, seq_len: int) -> bool:
@@ -312,21 +298,15 @@ def _found(
 def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResult]:
     layers = getattr(setup.model_config, "num_hidden_layers", 1)
     every = found.changes["activation_checkpoint.every"]
-    while found.plan and _host_ends(found.plan) and 2 * every <= layers:
+    # What limits the length is the host: a search ends closer to a limit than 2 %.
+    room = 0.98 * (setup.host_memory or inf)
+    while found.plan and found.plan.host_bytes > room and 2 * every <= layers:
         every *= 2
         changes = found.changes | {"activation_checkpoint.every": every}
         other = _found(f"    {every} blocks a checkpoint", setup, changes, near=found)
         if other.plan is None or other.plan.seq_len <= found.plan.seq_len:
             return
         yield (found := other)
-
-
-def _host_ends(plan: Plan) -> bool:
-    """Return whether host memory is what limits the length."""
-    # A search ends closer to the limit than 2 %.
-    room = 0.98
-    setup = plan.setup
-    return setup.host_memory is not None and plan.host_bytes > room * setup.host_memory
 
 
 def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[SearchResult]:

@@ -56,17 +56,15 @@ def tell_longest(console: Console, title: str, found: Iterable[SearchResult]) ->
     return results
 
 
-def tell_fastest(console: Console, search: Search) -> list[dict[str, Any]]:
-    """Run a search, print the best settings, and return them as JSON. Empty if nothing fits."""
+def tell_fastest(console: Console, search: Search) -> list[Candidate]:
+    """Run a search, print the best settings, and return them. Empty if nothing fits."""
     setup = search.setup
     tell = partial(console.print, highlight=False, soft_wrap=True)
     found = search.run()
     if not found:
         tell(_nothing_fits(search))
         return []
-    # training.steps steps of the fastest mesh, not of the one that setup happens to have.
-    first = run_cost(found[0].planned)
-    costs = [first, *(run_cost(one.planned, first.tokens) for one in found[1:])]
+    costs = _costs_of(found)
     for line in _table(found, costs):
         tell(line, markup=False)
     if setup.config.training.global_batch_size == -1:
@@ -77,8 +75,19 @@ def tell_fastest(console: Console, search: Search) -> list[dict[str, Any]]:
     for number, one in enumerate(found[1:], start=2):
         tell(f"  {number}: {_difference(found[0], one)}")
     tell(
-        f"[bold]The fastest that fits[/], {first.sentence()}: {overrides(setup, found[0].changes)}"
+        f"[bold]The fastest that fits[/], {costs[0].sentence()}: "
+        f"{overrides(setup, found[0].changes)}"
     )
+    return found
+
+
+def _costs_of(found: Sequence[Candidate]) -> list[RunCost]:
+    # training.steps steps of the fastest mesh, not of the one that setup happens to have.
+    tokens = run_cost(found[0].planned).tokens if found else 0
+    return [run_cost(one.planned, tokens) for one in found]
+
+
+def fastest_json(found: Sequence[Candidate]) -> list[dict[str, Any]]:
     return [
         {
             "settings": one.changes,
@@ -89,7 +98,7 @@ def tell_fastest(console: Console, search: Search) -> list[dict[str, Any]]:
             "host_peak_gib": one.planned.host_bytes / GIB,
         }
         | asdict(cost)
-        for one, cost in zip(found, costs, strict=True)
+        for one, cost in zip(found, _costs_of(found), strict=True)
     ]
 
 
