@@ -39,30 +39,19 @@ from chaos_disturbed import Hang, Reshape, Soak
 from chaos_ranks import preload
 from chaos_storage import Publish, Storage
 
-COUNTS = {
-    "damage": 100,
-    "config": 500,
-    "data": 200,
-    "flips": 300,
-    "kill": 100,
-    "hang": 40,
-    "publish": 100,
-    "storage": 45,
-    "reshape": 100,
-    "soak": 1,
+CAMPAIGNS: dict[str, tuple[type[Campaign], int]] = {
+    "damage": (Damage, 100),
+    "config": (Config, 500),
+    "data": (Data, 200),
+    "flips": (Flips, 300),
+    "kill": (Kill, 100),
+    "hang": (Hang, 40),
+    "publish": (Publish, 100),
+    "storage": (Storage, 45),
+    "reshape": (Reshape, 100),
+    "soak": (Soak, 1),
 }
-CAMPAIGNS: dict[str, type[Campaign]] = {
-    "damage": Damage,
-    "config": Config,
-    "data": Data,
-    "flips": Flips,
-    "kill": Kill,
-    "hang": Hang,
-    "publish": Publish,
-    "storage": Storage,
-    "reshape": Reshape,
-    "soak": Soak,
-}
+"""Each with the number of its cases, where an argument does not say it."""
 
 
 def without_hashes() -> None:
@@ -143,7 +132,7 @@ def named(text: str) -> tuple[str, int]:
     name, equals, count = text.partition("=")
     if name not in CAMPAIGNS:
         raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(CAMPAIGNS)}")
-    return name, int(count) if equals else COUNTS[name]
+    return name, int(count) if equals else CAMPAIGNS[name][1]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             out.mkdir(parents=True, exist_ok=True)
             path = out / f"{name}-{options.seed}.jsonl"
             make = partial(
-                CAMPAIGNS[name],
+                CAMPAIGNS[name][0],
                 *(name, Path(temporary) / name, options.seed),
                 patient=options.patience,
                 soak_seconds=options.soak_seconds,

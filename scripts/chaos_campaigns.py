@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,37 +33,85 @@ class Verdict(NamedTuple):
 
 
 class Campaign:
-    """Cases of one kind, in a folder of their own."""
+    """Cases of one kind, in a folder of their own, which has run.toml and its data."""
+
+    steps = 6
+    settings: tuple[str, ...] = ()
+    """arguments of `play`"""
 
     def __init__(
         self, name: str, folder: Path, seed: int, *, patient: float, soak_seconds: float
     ) -> None:
         self.name, self.folder, self.seed = name, folder, seed
         self.timeout, self.soak_seconds = patient, soak_seconds
+        self.outputs = folder / "outputs"
+        self.stored = self.outputs / "run"
+        self.expected: dict[int, Any] = {}
+        """what a run that nothing disturbs ends with, by its number of ranks"""
         folder.mkdir(parents=True, exist_ok=True)
+        cases.write_run(folder)
 
     def draw(self, number: int) -> random.Random:
         return random.Random(f"{self.name}/{self.seed}/{number}")
 
-    def run(self, arguments: list[str], *, ranks: int, **options: Any) -> Ended:
+    def run(self, arguments: Sequence[str], *, ranks: int, **options: Any) -> Ended:
         arguments = ["--config", str(self.folder / "run.toml"), *arguments]
         here = self.folder / "a" / "b" / "c"  # where a path such as ../.. does no harm
         here.mkdir(parents=True, exist_ok=True)
         options = {"timeout": self.timeout} | options
         return run_ranks(arguments, ranks=ranks, folder=here, **options)
 
+    def play(self, ranks: int, *arguments: str, **options: Any) -> Ended:
+        """Run `steps` steps with `settings`, on ranks that share each sequence."""
+        own = [f"--training.steps={self.steps}", f"--parallelism.sequence_parallel_degree={ranks}"]
+        return self.run([*own, *self.settings, *arguments], ranks=ranks, **options)
+
+    def results(self) -> Any:
+        """Return what the run in the folder has ended with."""
+        return cases.results(self.stored, self.steps), cases.contents(self.stored / "export")
+
+    def undisturbed(self, ranks: int, *arguments: str, **options: Any) -> Any:
+        """Return the results of `play` that nothing disturbs, and leave an empty folder."""
+        if ranks not in self.expected:
+            shutil.rmtree(self.outputs, ignore_errors=True)
+            expect_ok(self.play(ranks, *arguments, **options))
+            self.expected[ranks] = self.results()
+        shutil.rmtree(self.outputs, ignore_errors=True)
+        return self.expected[ranks]
+
+    def after(self, ranks: int, word: str) -> Verdict:
+        """Return the verdict `word` of a run if `play` goes on to the results of an undisturbed
+        one.
+        """
+        again = self.play(ranks)
+        if failed(again) or any(again.codes) or self.results() != self.expected[ranks]:
+            return Verdict("lost", cases.last_lines(again.text))
+        return Verdict(word)
+
     def case(self, number: int) -> tuple[str, Verdict, float]:
         """Return what case `number` is, what became of it, and the seconds of its run."""
         raise NotImplementedError
 
 
+def expect_ok(ended: Ended) -> None:
+    assert not any(ended.codes) and not ended.hung, ended.text
+
+
 def failed(ended: Ended) -> Verdict | None:
     """Return the verdict of a run that must not end so, whatever it was given."""
-    if ended.hung:
-        return Verdict("hung", cases.last_lines(ended.text))
-    if ended.broke:
-        return Verdict("traceback", cases.last_lines(ended.text))
+    if ended.hung or ended.broke:
+        return Verdict("hung" if ended.hung else "traceback", cases.last_lines(ended.text))
     return None
+
+
+def refused(ended: Ended, names: Iterable[str]) -> Verdict:
+    """Return the verdict of a run that may train, or else name one of these."""
+    if verdict := failed(ended):
+        return verdict
+    if not any(ended.codes):
+        return Verdict("accepted")
+    named = any(name in ended.text for name in names)
+    return Verdict("refused" if named else "unnamed", cases.last_lines(ended.text))
 
 
 class Damage(Campaign):
@@ -69,33 +119,28 @@ class Damage(Campaign):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        cases.write_run(self.folder)
         self.longer = ["--training.steps=8", "--checkpoint.export=false"]
-        self.stored, self.outputs = self.folder / "stored", self.folder / "outputs"
-        if not self.stored.exists():
+        self.good = self.folder / "stored"
+        if not self.good.exists():
             shutil.rmtree(self.outputs, ignore_errors=True)
-            self._expect_ok(self.run(["--training.steps=6"], ranks=2))
+            expect_ok(self.run(["--training.steps=6"], ranks=2))
             copy_folder(self.outputs, self.folder / "new")
-            (self.folder / "new").rename(self.stored)
-        copy_folder(self.stored, self.outputs)
-        self._expect_ok(self.run(self.longer, ranks=2))
-        self.expected = cases.results(self.outputs / "run", 8)
-        self.exported = cases.contents(self.stored / "run" / "export")
-
-    def _expect_ok(self, ended: Ended) -> None:
-        assert ended.codes == [0, 0], ended.text
+            (self.folder / "new").rename(self.good)
+        copy_folder(self.good, self.outputs)
+        expect_ok(self.run(self.longer, ranks=2))
+        self.of_longer = cases.results(self.stored, 8)
+        self.exported = cases.contents(self.good / "run" / "export")
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
-        copy_folder(self.stored, self.outputs)
-        run = self.outputs / "run"
-        damage = cases.draw_damage(self.draw(number), run)
+        copy_folder(self.good, self.outputs)
+        damage = cases.draw_damage(self.draw(number), self.stored)
         damage.do()
         if damage.of_export:
             ended = self.run(["--training.steps=6"], ranks=2)
-            same = cases.contents(run / "export") == self.exported
+            same = cases.contents(self.stored / "export") == self.exported
         else:
             ended = self.run(self.longer, ranks=2)
-            same = cases.results(run, 8) == self.expected
+            same = cases.results(self.stored, 8) == self.of_longer
         return damage.what, self._verdict(ended, same, damage), ended.seconds
 
     def _verdict(self, ended: Ended, same: bool, damage: cases.Damage) -> Verdict:
@@ -116,36 +161,22 @@ class Damage(Campaign):
 class Config(Campaign):
     """A run of one step whose config has one to two keys with other values."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-
     def case(self, number: int) -> tuple[str, Verdict, float]:
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+        shutil.rmtree(self.outputs, ignore_errors=True)
         mutation = cases.draw_config(self.draw(number), number)
         arguments = ["--training.steps=1", "--checkpoint.export=false"]
         arguments += cases.as_arguments(mutation, self.folder)
         ended = self.run(arguments, ranks=1)
         what = ", ".join(f"{key} = {str(value)[:40]!r}" for key, value in mutation.items())
-        if verdict := failed(ended):
-            return what, verdict, ended.seconds
-        if ended.codes == [0]:
-            return what, Verdict("accepted"), ended.seconds
         sections = {f"[{key.split('.')[0]}]" for key in mutation}
         names = {*mutation, *sections} | {key.split(".", 1)[1] for key in mutation}
-        named = any(name in ended.text for name in names)
-        word = "refused" if named else "unnamed"
-        return what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
+        return what, refused(ended, names), ended.seconds
 
 
 class Data(Campaign):
     """A run of one step on a file that is not what it should be."""
 
     write = staticmethod(cases.draw_data)
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
         for name in ("outputs", "broken"):
@@ -154,13 +185,7 @@ class Data(Campaign):
         arguments = ["--training.steps=1", "--checkpoint.enable=false", "--checkpoint.export=false"]
         arguments += [f"--{key}={value}" for key, value in broken.settings.items()]
         ended = self.run(arguments, ranks=1)
-        if verdict := failed(ended):
-            return broken.what, verdict, ended.seconds
-        if ended.codes == [0]:
-            return broken.what, Verdict("accepted"), ended.seconds
-        named = broken.file in ended.text or "data." in ended.text
-        word = "refused" if named else "unnamed"
-        return broken.what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
+        return broken.what, refused(ended, (broken.file, "data.")), ended.seconds
 
 
 class Flips(Data):
@@ -172,48 +197,36 @@ class Flips(Data):
 class Kill(Campaign):
     """A run is killed up to three times, then left alone: it must end as if it had not been."""
 
+    steps = 10
+    settings = (
+        "--checkpoint.interval=2",
+        "--validation.enable=true",
+        "--validation.interval=4",
+    )
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        cases.write_run(self.folder)
-        self.settings = ["--training.steps=10", "--checkpoint.interval=2"]
-        self.settings += ["--validation.enable=true", "--validation.interval=4"]
-        self.expected: dict[int, tuple[Any, float]] = {}
-
-    def _undisturbed(self, ranks: int) -> tuple[Any, float]:
-        if ranks not in self.expected:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ended = self.run(self._arguments(ranks), ranks=ranks)
-            assert ended.codes == [0] * ranks, ended.text
-            self.expected[ranks] = self._found(), ended.seconds
-        return self.expected[ranks]
-
-    def _arguments(self, ranks: int) -> list[str]:
-        return [*self.settings, f"--parallelism.sequence_parallel_degree={ranks}"]
-
-    def _found(self) -> Any:
-        run = self.folder / "outputs" / "run"
-        return cases.results(run, 10), cases.contents(run / "export")
+        self.seconds: dict[int, float] = {}
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
         draw = self.draw(number)
         ranks, mode = draw.choice([2, 2, 4]), draw.choice(["disabled", "async"])
-        expected, seconds = self._undisturbed(ranks)
-        run = self.folder / "outputs" / "run"
-        shutil.rmtree(run.parent, ignore_errors=True)
+        started = time.perf_counter()
+        expected = self.undisturbed(ranks)
+        seconds = self.seconds.setdefault(ranks, time.perf_counter() - started)
         what, total = [f"{ranks} ranks, async_mode {mode}"], 0.0
-        arguments = [*self._arguments(ranks), f"--checkpoint.async_mode={mode}"]
+        asynchronous = f"--checkpoint.async_mode={mode}"
         for _ in range(draw.randint(1, 3)):
-            killer = cases.Killer(draw, run, seconds)
-            ended = self.run(arguments, ranks=ranks, meddle=killer)
+            killer = cases.Killer(draw, self.stored, seconds)
+            ended = self.play(ranks, asynchronous, meddle=killer)
             total += ended.seconds
             what.append(killer.what)
             if ended.hung:
                 return ", ".join(what), Verdict("hung", cases.last_lines(ended.text)), total
-        ended = self.run(arguments, ranks=ranks)
+        ended = self.play(ranks, asynchronous)
         total += ended.seconds
-        if verdict := failed(ended):
-            return ", ".join(what), verdict, total
-        if ended.codes != [0] * ranks:
-            return ", ".join(what), Verdict("lost", cases.last_lines(ended.text)), total
-        word = "equal" if self._found() == expected else "lost"
-        return ", ".join(what), Verdict(word), total
+        verdict = failed(ended)
+        if not verdict and any(ended.codes):
+            verdict = Verdict("lost", cases.last_lines(ended.text))
+        is_equal = self.results() == expected
+        return ", ".join(what), verdict or Verdict("equal" if is_equal else "lost"), total

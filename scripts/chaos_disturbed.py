@@ -9,13 +9,14 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import chaos_cases as cases
-from chaos_campaigns import Campaign, Verdict, failed
+from chaos_campaigns import Campaign, Verdict, expect_ok, failed, refused
+from chaos_ranks import Ended
 
 TIMEOUT_S = 8.0
 """comm.timeout_s of the runs that hang."""
@@ -48,71 +49,46 @@ class Hang(Campaign):
     name. Left alone, it goes on as if nothing had been.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
-        self.expected: dict[int, Any] = {}
+    steps = 10
+    settings = (
+        "--checkpoint.interval=2",
+        "--checkpoint.export=false",
+        "--model.attention=chaos_disturbed:looping_core",
+        f"--comm.timeout_s={TIMEOUT_S}",
+        "--comm.startup_timeout_s=60",
+    )
 
-    def _arguments(self, ranks: int) -> list[str]:
-        return [
-            "--training.steps=10",
-            "--checkpoint.interval=2",
-            "--checkpoint.export=false",
-            "--model.attention=chaos_disturbed:looping_core",
-            f"--comm.timeout_s={TIMEOUT_S}",
-            "--comm.startup_timeout_s=60",
-            f"--parallelism.sequence_parallel_degree={ranks}",
-        ]
-
-    def _play(
-        self,
-        ranks: int,
-        how: str = "none",
-        rank: int = 0,
-        step: int = 0,
-        *,
-        arguments: Sequence[str] = (),
-        **more: Any,
-    ) -> Any:
-        os.environ["TITAN_CHAOS"] = f"{how}/{rank if how != 'none' else -1}/{step}"
-        return self.run([*self._arguments(ranks), *arguments], ranks=ranks, **more)
-
-    def _undisturbed(self, ranks: int) -> Any:
-        if ranks not in self.expected:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ended = self._play(ranks)
-            assert ended.codes == [0] * ranks, ended.text
-            self.expected[ranks] = cases.results(self.folder / "outputs" / "run", 10)
-        return self.expected[ranks]
+    def play(self, ranks: int, *arguments: str, way: str = "none/-1/0", **options: Any) -> Ended:
+        """way: what `looping_core` does, on which rank, in which step."""
+        os.environ["TITAN_CHAOS"] = way
+        return super().play(ranks, *arguments, **options)
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
         draw = self.draw(number)
         ranks = draw.choice([2, 2, 4])
-        expected, run = self._undisturbed(ranks), self.folder / "outputs" / "run"
-        shutil.rmtree(run.parent, ignore_errors=True)
+        self.undisturbed(ranks)
         how = draw.choices([*KINDS_OF_HANG], [*KINDS_OF_HANG.values()])[0]
         rank, step = draw.randrange(ranks), draw.randint(2, 8)
-        watcher = Watcher(run, rank if how == "stopped" else -1, step)
         what = f"{ranks} ranks, {how}"
         if how in ("no folder", "full disk"):
             mode = ["disabled", "async"][number % 2]
             what += f", async_mode {mode}"
-            ended, undo = self._without_disk(how, ranks, run, mode)
+            ended = self._without_disk(how, ranks, f"--checkpoint.async_mode={mode}")
             named, late = "checkpoint.folder" in ended.text, 0.0
-            undo()
         else:
             what += f": rank {rank} in step {step + 1}"
-            ended = self._play(ranks, how, rank, step, meddle=watcher)
+            watcher = Watcher(self.stored, rank if how == "stopped" else -1, step)
+            ended = self.play(ranks, way=f"{how}/{rank}/{step}", meddle=watcher)
             late = watcher.seconds_until_the_end(time.perf_counter())
             words = [f"rank {rank} "]
             words += ["another rank died without a message"] * (how == "exits")
             named = any(word in ended.text for word in words)
         verdict = self._verdict(ended, late, named)
-        if verdict.word == "ended":
-            again = self._play(ranks)
-            if failed(again) or any(again.codes) or cases.results(run, 10) != expected:
-                verdict = Verdict("lost", cases.last_lines(again.text))
-        return what, verdict, ended.seconds
+        return (
+            what,
+            self.after(ranks, "ended") if verdict.word == "ended" else verdict,
+            ended.seconds,
+        )
 
     @staticmethod
     def _verdict(ended: Any, late: float, named: bool) -> Verdict:
@@ -123,14 +99,17 @@ class Hang(Campaign):
             return Verdict("traceback" if "Traceback" in ended.text else "unnoticed", text)
         return Verdict("ended" if named else "unnamed", text)
 
-    def _without_disk(self, how: str, ranks: int, run: Path, mode: str) -> tuple[Any, Any]:
-        """Play a run whose checkpoints cannot be made, or fill the disk; and what mends that."""
-        folder, arguments = run / "checkpoints", [f"--checkpoint.async_mode={mode}"]
-        run.mkdir(parents=True)
-        if how == "no folder":
-            folder.symlink_to("/proc/nothing")  # in which not even root can make a file
-            return self._play(ranks, arguments=arguments), folder.unlink
-        return self._play(ranks, arguments=arguments, file_bytes=20_000), lambda: None
+    def _without_disk(self, how: str, ranks: int, *arguments: str) -> Ended:
+        """Play a run whose checkpoints cannot be made, or fill the disk."""
+        if how == "full disk":
+            self.stored.mkdir(parents=True)
+            return self.play(ranks, *arguments, file_bytes=20_000)
+        folder = self.stored / "checkpoints"
+        self.stored.mkdir(parents=True)
+        folder.symlink_to("/proc/nothing")  # in which not even root can make a file
+        ended = self.play(ranks, *arguments)
+        folder.unlink()
+        return ended
 
 
 class Watcher:
@@ -180,7 +159,6 @@ class Reshape(Campaign):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        cases.write_run(self.folder)
         self.known: dict[Any, tuple[Path, dict[int, float]]] = {}
 
     def _arguments(self, kind: str, mesh: tuple[int, int, int]) -> list[str]:
@@ -201,17 +179,15 @@ class Reshape(Campaign):
         ]
 
     def _losses(self) -> dict[int, float]:
-        lines = (self.folder / "outputs" / "run" / "metrics.jsonl").read_text().splitlines()
+        lines = (self.stored / "metrics.jsonl").read_text().splitlines()
         return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
     def _whole(self, kind: str, mesh: tuple[int, int, int]) -> tuple[Path, dict[int, float]]:
         if (kind, mesh) not in self.known:
-            shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-            ranks = mesh[0] * mesh[1] * mesh[2]
-            ended = self.run(self._arguments(kind, mesh), ranks=ranks)
-            assert ended.codes == [0] * ranks, ended.text
+            shutil.rmtree(self.outputs, ignore_errors=True)
+            expect_ok(self.run(self._arguments(kind, mesh), ranks=prod(mesh)))
             kept = self.folder / f"{kind}-{'-'.join(map(str, mesh))}"
-            shutil.copytree(self.folder / "outputs/run/checkpoints/step-3", kept)
+            shutil.copytree(self.stored / "checkpoints/step-3", kept)
             self.known[kind, mesh] = kept, self._losses()
         return self.known[kind, mesh]
 
@@ -222,18 +198,14 @@ class Reshape(Campaign):
         before, after = pairs[number % len(pairs)]
         kind = [*KINDS][number % len(KINDS)]
         kept, expected = self._whole(kind, before)
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
-        shutil.copytree(kept, self.folder / "outputs/run/checkpoints/step-3")
-        ranks = after[0] * after[1] * after[2]
-        ended = self.run(self._arguments(kind, after), ranks=ranks)
+        shutil.rmtree(self.outputs, ignore_errors=True)
+        shutil.copytree(kept, self.stored / "checkpoints/step-3")
+        ended = self.run(self._arguments(kind, after), ranks=prod(after))
         what = f"{kind}, {before} to {after}"
-        if verdict := failed(ended):
-            return what, verdict, ended.seconds
-        if any(ended.codes):
-            is_named = "numbers that share a scale" in ended.text
-            word = "refused" if is_named else "unnamed"
-            return what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
-        return what, self._verdict(kind, expected, same_mesh=before == after), ended.seconds
+        verdict = refused(ended, ["numbers that share a scale"])
+        if verdict.word == "accepted":
+            verdict = self._verdict(kind, expected, same_mesh=before == after)
+        return what, verdict, ended.seconds
 
     def _verdict(self, kind: str, expected: dict[int, float], *, same_mesh: bool) -> Verdict:
         found = self._losses()
@@ -250,33 +222,23 @@ class Soak(Campaign):
     files and threads of its ranks are at the end what they were after a third.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        cases.write_run(self.folder)
+    steps = 1_000_000
+    settings = (
+        "--validation.enable=true",
+        "--validation.interval=20",
+        "--checkpoint.export=false",
+    )
 
     def case(self, number: int) -> tuple[str, Verdict, float]:
         draw = self.draw(number)
         mode = ["async", "disabled"][number % 2]
-        shutil.rmtree(self.folder / "outputs", ignore_errors=True)
+        shutil.rmtree(self.outputs, ignore_errors=True)
         gauge = Gauge(self.soak_seconds)
-        settings = [
-            "--training.steps=1000000",
-            f"--checkpoint.interval={draw.randint(5, 15)}",
-            "--validation.enable=true",
-            "--validation.interval=20",
-            "--checkpoint.export=false",
-            f"--checkpoint.async_mode={mode}",
-            "--parallelism.sequence_parallel_degree=2",
-        ]
-        ended = self.run(settings, ranks=2, meddle=gauge, timeout=self.soak_seconds + self.timeout)
+        own = [f"--checkpoint.interval={draw.randint(5, 15)}", f"--checkpoint.async_mode={mode}"]
+        ended = self.play(2, *own, meddle=gauge, timeout=self.soak_seconds + self.timeout)
         what = f"2 ranks, async_mode {mode}, {self.soak_seconds:.0f} s: {gauge.describe()}"
-        if verdict := failed(ended):
-            return what, verdict, ended.seconds
-        return (
-            what,
-            Verdict("flat" if gauge.is_flat() else "grows", gauge.describe()),
-            ended.seconds,
-        )
+        flat = Verdict("flat" if gauge.is_flat() else "grows", gauge.describe())
+        return what, failed(ended) or flat, ended.seconds
 
 
 class Gauge:
@@ -286,14 +248,14 @@ class Gauge:
         self._until, self._next = time.perf_counter() + seconds, 0.0
         self._every = seconds / 60
         self._read: list[tuple[float, int, int]] = []
-        self._told = False
+        self._signalled = False
 
     def __call__(self, pids: list[int]) -> None:
         now = time.perf_counter()
         if now > self._until:
-            for pid in pids if not self._told else ():
+            for pid in pids if not self._signalled else ():
                 os.kill(pid, signal.SIGTERM)
-            self._told = True
+            self._signalled = True
         elif now > self._next:
             self._next = now + self._every
             with contextlib.suppress(OSError, StopIteration):
