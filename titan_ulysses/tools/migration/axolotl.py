@@ -92,7 +92,7 @@ def _pretraining(value: Any, values: Flat) -> Flat:
 def _plugins(value: list[str], _: Flat) -> Flat:
     others = [one for one in value if not any(k in one.lower() for k in ("liger", "cut_cross"))]
     if others:
-        raise Lost(f"{', '.join(others)}: code of its own")
+        raise Lost(f"{', '.join(others)}: its code is not run")
     return {}
 
 
@@ -251,7 +251,7 @@ AXOLOTL = to.Format(
         ),
         to.choice("fp8", "quantize.float8", {True: True, False: None}),
         to.lost("fp16", to.FP16),
-        to.needless("tf32", "of fp32 products on a GPU"),
+        to.needless("tf32", "for fp32 products on a GPU"),
         to.choice(
             "gradient_checkpointing",
             "activation_checkpoint.mode",
@@ -292,11 +292,11 @@ AXOLOTL = to.Format(
             "lora.target_modules",
             lambda v, _: {"lora.target_modules": [v] if isinstance(v, str) else v},
         ),
-        to.needless("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "kernels of its own"),
+        to.needless("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "axolotl's own kernels"),
         to.needless("lora_target_linear", "without lora.target_modules, all linear layers"),
         to.choice("load_in_4bit", "lora.quantize_base", {True: "nf4", False: None}),
-        to.lost("load_in_8bit", "weights in 8 bits"),
-        to.lost("peft_use_dora", "adapters of another kind than LoRA"),
+        to.lost("load_in_8bit", "no weights in 8 bits"),
+        to.lost("peft_use_dora", "no adapters other than LoRA"),
         to.lost("unfrozen_parameters", "name what is frozen in model.freeze"),
         to.same("overrides_of_model_config.rope_scaling", "model.rope_scaling"),
         to.computed("output_dir", "`job.dump_folder`, `job.name`", _output),
@@ -316,9 +316,9 @@ AXOLOTL = to.Format(
             "`metrics.enable_wandb`, and WANDB_PROJECT in the environment",
             lambda name, _: {"metrics.enable_wandb": True} if name else {},
         ),
-        to.needless("wandb_*", "WANDB_PROJECT and others in the environment"),
+        to.needless("wandb_*", "set WANDB_PROJECT and others in the environment"),
         to.lost("special_tokens*", "add them to the tokenizer (docs/fine-tuning.md)"),
-        to.computed("chat_template", "`tokenizer_default` alone", _template),
+        to.computed("chat_template", "only `tokenizer_default`", _template),
         to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
         to.needless(
             "resume_from_checkpoint auto_resume_from_checkpoints", "the same command resumes"
@@ -329,7 +329,7 @@ AXOLOTL = to.Format(
         to.lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
         to.same("fsdp_config.offload_params", "memory.parameter_offload"),
         to.needless("fsdp_config.*", "FSDP2 of each block, whose checkpoints are sharded"),
-        to.needless("fsdp fsdp_version ddp_find_unused_parameters", "FSDP2"),
+        to.needless("fsdp fsdp_version ddp_find_unused_parameters", "FSDP2 is always used"),
         to.lost("deepspeed", "there is no such file beside the recipe"),
         *to.deepspeed("deepspeed"),
     ],
