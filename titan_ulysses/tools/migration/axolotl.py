@@ -96,12 +96,6 @@ def _plugins(value: list[str], _: Flat) -> Flat:
     return {}
 
 
-def _held_out(value: float, _: Flat) -> Flat:
-    if not value:
-        return {}
-    raise Lost("the share held out is one document of a hundred: set validation.enable = true")
-
-
 def _streams(values: Flat) -> bool:
     return bool(values.get("pretraining_dataset") or values.get("streaming"))
 
@@ -170,12 +164,6 @@ def _rl_beta(value: float, values: Flat) -> Flat:
     return {"loss.beta": value}
 
 
-def _template(name: str, _: Flat) -> Flat:
-    if name != "tokenizer_default":
-        raise Lost(f"put the template {name} into the folder of the tokenizer")
-    return {}
-
-
 def _output(value: str, _: Flat) -> Flat:
     path = PurePosixPath(value)
     return {"job.dump_folder": str(path.parent), "job.name": path.name}
@@ -202,7 +190,10 @@ AXOLOTL = to.Format(
             "datasets", "`data.source`, `data.path` and others, or `data.mixture`", _datasets
         ),
         to.computed("pretraining_dataset", "`data.streaming = true` and the same", _pretraining),
-        to.computed("val_set_size", "validation.enable", _held_out),
+        to.lost(
+            "val_set_size",
+            "the share held out is one document of a hundred: set validation.enable = true",
+        ),
         to.lost("test_datasets", "name the file in validation.path"),
         to.choice("train_on_inputs", "data.train_on", {True: "all", False: "assistant"}),
         to.lost("min_sample_len", "filter the data in advance"),
@@ -318,7 +309,11 @@ AXOLOTL = to.Format(
         ),
         to.needless("wandb_*", "set WANDB_PROJECT and others in the environment"),
         to.lost("special_tokens*", "add them to the tokenizer (docs/fine-tuning.md)"),
-        to.computed("chat_template", "only `tokenizer_default`", _template),
+        to.only(
+            "chat_template",
+            ("tokenizer_default",),
+            "put the template into the folder of the tokenizer",
+        ),
         to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
         to.needless(
             "resume_from_checkpoint auto_resume_from_checkpoints", "the same command resumes"
