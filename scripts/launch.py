@@ -321,8 +321,8 @@ def _exit_code(codes: dict[int, int]) -> int:
     none has printed anything. Then the first rank whose signal is not the launcher's own SIGTERM is
     reported here, and the code is 1.
     """
-    if told := next((code for code in codes.values() if code > 0), None):
-        return told
+    if own := next((code for code in codes.values() if code > 0), None):
+        return own
     rank = next(
         (rank for rank, code in codes.items() if code != -signal.SIGTERM), next(iter(codes))
     )

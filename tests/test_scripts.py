@@ -208,7 +208,7 @@ def test_curves_that_coincide_are_told_apart(tmp_path: Path) -> None:
     """
     image = pytest.importorskip("matplotlib.image")
     runs = [str(write_metrics(tmp_path / name, steps=120, planned=1.4)) for name in "abc"]
-    with pytest.raises(UserError, match="say where to with --output FOLDER"):
+    with pytest.raises(UserError, match="name one with --output FOLDER"):
         plot.main(runs)
     plot.main([*runs, "--output", str(tmp_path / "pictures")])
     assert not (tmp_path / "a" / "plots").exists()

@@ -70,7 +70,7 @@ def address() -> tuple[str, int]:
 
 
 def key(name: str) -> str:
-    """Return the store's key of `name`, apart from those of torchrun and of earlier attempts.
+    """Return the store's key of `name`, which neither torchrun nor an earlier attempt uses.
 
     Where rank 0 runs the store, each attempt has a store of its own. The count must not be part of
     the key then: it counts the restarts of each host, and a host that joins later is at 0.

@@ -219,8 +219,8 @@ class MetricsLogger:
             if path.name not in self._failed:
                 self._failed.add(path.name)
                 why = error.strerror or str(error)
-                told = f"WARNING: {path}: {why}: it will lack steps. The run goes on."
-                self.console.print(told, markup=False, highlight=False)
+                warning = f"WARNING: {path}: {why}: it will lack steps. The run goes on."
+                self.console.print(warning, markup=False, highlight=False)
 
     def close(self) -> None:
         with self._said(self._path):

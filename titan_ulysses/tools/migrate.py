@@ -133,9 +133,8 @@ def with_included(path: Path, flat: Flat, kind: Format) -> Flat:
     result: Flat = {}
     for key, value in flat.items():
         prefix = kind.includes.get(key)
-        beside = path.parent / value if isinstance(value, str) and prefix is not None else None
-        if beside is not None and beside.is_file():
-            result |= flatten(read_recipe(beside), f"{prefix}.")
+        if prefix and isinstance(value, str) and (file := path.parent / value).is_file():
+            result |= flatten(read_recipe(file), f"{prefix}.")
         else:
             result[key] = value
     return result

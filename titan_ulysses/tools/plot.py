@@ -32,7 +32,10 @@ def main(argv: list[str]) -> None:
     parser = parser_of("plot", __doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where to; default, of one RUN: its plots/"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="of the pictures; default for one RUN: its plots/",
     )
     arguments = parser.parse_args(argv)
     if not has_matplotlib():
@@ -40,7 +43,7 @@ def main(argv: list[str]) -> None:
     runs = read_runs(arguments.runs)
     if len(runs) > 1 and not arguments.output:
         raise UserError(
-            "Several runs in one picture belong to none of them: say where to with --output FOLDER."
+            "Pictures of several runs belong to no folder of a run: name one with --output FOLDER."
         )
     output = arguments.output or arguments.runs[0] / "plots"
     pictures = {

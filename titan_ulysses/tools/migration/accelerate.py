@@ -11,7 +11,7 @@ _P = "parallelism_config.parallelism_config_"
 def _sequence(value: int, values: Flat) -> Flat:
     sizes = [int(values.get(f"{_P}{name}") or 1) for name in ("cp_size", "sp_size")]
     if min(sizes) > 1:
-        raise Lost("cp_size and sp_size together: one sequence-parallel degree")
+        raise Lost("cp_size and sp_size together: there is one sequence-parallel degree")
     return {to.SEQUENCE: value} if value > 1 else {}
 
 
@@ -68,7 +68,7 @@ ACCELERATE = to.Format(
             "compile.enable",
             {"inductor": True, "no": None, "": None, False: None},
         ),
-        to.needless("dynamo_config.*", "torch.compile of MLPs and norms"),
+        to.needless("dynamo_config.*", "compile.enable compiles MLPs and norms"),
         to.only(
             "distributed_type",
             ("FSDP", "DEEPSPEED", "MULTI_GPU", "MULTI_CPU", "NO"),
@@ -78,12 +78,14 @@ ACCELERATE = to.Format(
             "machine_rank main_process_ip main_process_port rdzv_backend enable_cpu_affinity",
             "an option of torchrun",
         ),
-        to.needless("same_network", "comm"),
-        to.needless("compute_environment", "torchrun, SLURM and Kubernetes: docs/many-nodes.md"),
-        to.needless("gpu_ids", "CUDA_VISIBLE_DEVICES"),
-        to.needless("main_training_function", "train.py"),
-        to.needless("downcast_bf16 tpu_*", "of TPUs"),
-        to.needless("debug", "a rank that hangs is named: docs/trust.md"),
+        to.needless("same_network", "see [comm]"),
+        to.needless(
+            "compute_environment", "see docs/many-nodes.md for torchrun, SLURM and Kubernetes"
+        ),
+        to.needless("gpu_ids", "set CUDA_VISIBLE_DEVICES"),
+        to.needless("main_training_function", "it is train.py"),
+        to.needless("downcast_bf16 tpu_*", "only TPUs need it"),
+        to.needless("debug", "a rank that hangs is named always: docs/trust.md"),
         to.needless("use_cpu", "the CPU is taken where there is no GPU"),
     ],
     includes={"deepspeed_config.deepspeed_config_file": "deepspeed_config.file"},

@@ -122,7 +122,7 @@ ARCTIC = to.Format(
     "ArcticTraining",
     lambda table: isinstance(table.get("model"), dict) and "name_or_path" in table["model"],
     [
-        to.only("type", ("sft", "causal"), "its trainers for other losses: docs/trainers.md"),
+        to.only("type", ("sft", "causal"), "for other losses see docs/trainers.md"),
         to.same("micro_batch_size", "training.local_batch_size"),
         to.accumulation(batch="micro_batch_size", sequence=["sequence_parallel_size"]),
         to.same("exit_iteration train_iters", "training.steps"),
@@ -130,7 +130,7 @@ ARCTIC = to.Format(
         to.computed("epochs", "set `training.steps`, or `plan.tokens` for the cost", _epochs),
         to.same("seed data.seed", "training.seed"),
         to.same("sequence_parallel_size", to.SEQUENCE),
-        to.only("expert_parallel_size", (1,), "expert parallelism"),
+        to.only("expert_parallel_size", (1,), "no expert parallelism"),
         to.choice(
             "activation_checkpoint_cpu_offload",
             "activation_checkpoint.offload",
@@ -158,14 +158,14 @@ ARCTIC = to.Format(
             "activation_checkpoint.mode",
             {True: "none", False: None},
         ),
-        to.only("model.peft_config.peft_type", ("LORA",), "adapters other than LoRA"),
+        to.only("model.peft_config.peft_type", ("LORA",), "no adapters other than LoRA"),
         to.same("model.peft_config.r", "lora.rank"),
         to.same("model.peft_config.lora_alpha", "lora.alpha"),
         to.same("model.peft_config.lora_dropout", "lora.dropout"),
         to.same("model.peft_config.target_modules", "lora.target_modules"),
         to.same("tokenizer.name_or_path", "model.tokenizer"),
-        to.needless("tokenizer.type", "any Hugging Face tokenizer"),
-        to.needless("data.type", "data.source"),
+        to.needless("tokenizer.type", "any Hugging Face tokenizer is read"),
+        to.needless("data.type", "data.source says it"),
         to.computed("data.sources", "`data.source`, `data.path`, `data.split`", _sources),
         to.computed("data.eval_sources", "validation.split", _validation),
         to.computed("data.max_length", "training.seq_len", _length),
@@ -199,7 +199,7 @@ ARCTIC = to.Format(
                 "constant constant_with_warmup": "constant",
             },
         ),
-        to.needless("scheduler.type", "lr_scheduler"),
+        to.needless("scheduler.type", "see [lr_scheduler]"),
         to.computed(
             "scheduler.warmup_ratio", "`lr_scheduler.warmup_steps`, of `train_iters`", _warmup
         ),
@@ -207,7 +207,7 @@ ARCTIC = to.Format(
             "checkpoint", "`checkpoint.*`; of type huggingface: `checkpoint.export`", _checkpoint
         ),
         to.same("wandb.enable", "metrics.enable_wandb"),
-        to.needless("wandb.*", "WANDB_PROJECT, WANDB_ENTITY and others in the environment"),
+        to.needless("wandb.*", "set WANDB_PROJECT, WANDB_ENTITY and others in the environment"),
         to.same("logger.output_dir", "job.dump_folder"),
         to.needless("logger.*", "rank 0 prints"),
         *to.deepspeed("deepspeed"),

@@ -92,14 +92,8 @@ def _pretraining(value: Any, values: Flat) -> Flat:
 def _plugins(value: list[str], _: Flat) -> Flat:
     others = [one for one in value if not any(k in one.lower() for k in ("liger", "cut_cross"))]
     if others:
-        raise Lost(f"{', '.join(others)}: code of its own")
+        raise Lost(f"{', '.join(others)}: its code is not run")
     return {}
-
-
-def _held_out(value: float, _: Flat) -> Flat:
-    if not value:
-        return {}
-    raise Lost("the share held out is one document of a hundred: set validation.enable = true")
 
 
 def _streams(values: Flat) -> bool:
@@ -170,12 +164,6 @@ def _rl_beta(value: float, values: Flat) -> Flat:
     return {"loss.beta": value}
 
 
-def _template(name: str, _: Flat) -> Flat:
-    if name != "tokenizer_default":
-        raise Lost(f"put the template {name} into the folder of the tokenizer")
-    return {}
-
-
 def _output(value: str, _: Flat) -> Flat:
     path = PurePosixPath(value)
     return {"job.dump_folder": str(path.parent), "job.name": path.name}
@@ -202,7 +190,10 @@ AXOLOTL = to.Format(
             "datasets", "`data.source`, `data.path` and others, or `data.mixture`", _datasets
         ),
         to.computed("pretraining_dataset", "`data.streaming = true` and the same", _pretraining),
-        to.computed("val_set_size", "validation.enable", _held_out),
+        to.lost(
+            "val_set_size",
+            "the share held out is one document of a hundred: set validation.enable = true",
+        ),
         to.lost("test_datasets", "name the file in validation.path"),
         to.choice("train_on_inputs", "data.train_on", {True: "all", False: "assistant"}),
         to.lost("min_sample_len", "filter the data in advance"),
@@ -251,7 +242,7 @@ AXOLOTL = to.Format(
         ),
         to.choice("fp8", "quantize.float8", {True: True, False: None}),
         to.lost("fp16", to.FP16),
-        to.needless("tf32", "of fp32 products on a GPU"),
+        to.needless("tf32", "for fp32 products on a GPU"),
         to.choice(
             "gradient_checkpointing",
             "activation_checkpoint.mode",
@@ -292,11 +283,11 @@ AXOLOTL = to.Format(
             "lora.target_modules",
             lambda v, _: {"lora.target_modules": [v] if isinstance(v, str) else v},
         ),
-        to.needless("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "kernels of its own"),
+        to.needless("lora_mlp_kernel lora_qkv_kernel lora_o_kernel", "axolotl's own kernels"),
         to.needless("lora_target_linear", "without lora.target_modules, all linear layers"),
         to.choice("load_in_4bit", "lora.quantize_base", {True: "nf4", False: None}),
-        to.lost("load_in_8bit", "weights in 8 bits"),
-        to.lost("peft_use_dora", "adapters of another kind than LoRA"),
+        to.lost("load_in_8bit", "no weights in 8 bits"),
+        to.lost("peft_use_dora", "no adapters other than LoRA"),
         to.lost("unfrozen_parameters", "name what is frozen in model.freeze"),
         to.same("overrides_of_model_config.rope_scaling", "model.rope_scaling"),
         to.computed("output_dir", "`job.dump_folder`, `job.name`", _output),
@@ -316,9 +307,13 @@ AXOLOTL = to.Format(
             "`metrics.enable_wandb`, and WANDB_PROJECT in the environment",
             lambda name, _: {"metrics.enable_wandb": True} if name else {},
         ),
-        to.needless("wandb_*", "WANDB_PROJECT and others in the environment"),
+        to.needless("wandb_*", "set WANDB_PROJECT and others in the environment"),
         to.lost("special_tokens*", "add them to the tokenizer (docs/fine-tuning.md)"),
-        to.computed("chat_template", "`tokenizer_default` alone", _template),
+        to.only(
+            "chat_template",
+            ("tokenizer_default",),
+            "put the template into the folder of the tokenizer",
+        ),
         to.computed("plugins", "liger and cut cross entropy are not needed", _plugins),
         to.needless(
             "resume_from_checkpoint auto_resume_from_checkpoints", "the same command resumes"
@@ -329,7 +324,7 @@ AXOLOTL = to.Format(
         to.lost("loss_watchdog_*", "training.skip_nonfinite, and loss_spike in the metrics"),
         to.same("fsdp_config.offload_params", "memory.parameter_offload"),
         to.needless("fsdp_config.*", "FSDP2 of each block, whose checkpoints are sharded"),
-        to.needless("fsdp fsdp_version ddp_find_unused_parameters", "FSDP2"),
+        to.needless("fsdp fsdp_version ddp_find_unused_parameters", "FSDP2 is always used"),
         to.lost("deepspeed", "there is no such file beside the recipe"),
         *to.deepspeed("deepspeed"),
     ],

@@ -98,7 +98,7 @@ def only(theirs: str, allowed: Sequence[Any], why: str) -> Rule:
             return {}
         raise Lost(why)
 
-    return Rule(theirs, become, f"{' or '.join(f'`{one}`' for one in allowed)} alone: {why}")
+    return Rule(theirs, become, f"only {' or '.join(f'`{one}`' for one in allowed)}: {why}")
 
 
 def lost(theirs: str, why: str) -> Rule:
@@ -158,7 +158,7 @@ def _quoted(values: Any) -> str:
 SEQUENCE, SHARD = "parallelism.sequence_parallel_degree", "parallelism.data_parallel_shard_degree"
 REPLICATE = "parallelism.data_parallel_replicate_degree"
 FLASH = 'model.attention = "auto" takes the flash kernel of torch, or FlashAttention 3 or 4'
-NO_TENSOR = "tensor parallelism: raise parallelism.sequence_parallel_degree instead"
+NO_TENSOR = "no tensor parallelism: raise parallelism.sequence_parallel_degree instead"
 FP16 = "fp16 needs loss scaling: take bf16"
 
 
@@ -231,7 +231,7 @@ def zero_offload(optimizer: str, parameters: str) -> list[Rule]:
 
 def deepspeed(prefix: str) -> list[Rule]:
     """The rules of a DeepSpeed config below a key."""
-    zero, auto = f"{prefix}.zero_optimization", "auto: what other keys say"
+    zero, auto = f"{prefix}.zero_optimization", "other keys say it"
 
     def unless_auto(theirs: str, ours: str) -> Rule:
         return computed(theirs, ours, lambda value, _: {} if value == "auto" else {ours: value})
@@ -239,20 +239,23 @@ def deepspeed(prefix: str) -> list[Rule]:
     return [
         needless(f"{zero}.stage", "FSDP2 shards parameters, gradients and optimizer state"),
         *zero_offload(f"{zero}.offload_optimizer.device", f"{zero}.offload_param.device"),
-        needless(f"{zero}.*", "FSDP2 has no such knob: blocks are gathered one at a time"),
-        needless(f"{prefix}.seq_parallel_communication_data_type", "the dtype of activations"),
+        needless(f"{zero}.*", "FSDP2 gathers one block at a time, without such a setting"),
+        needless(
+            f"{prefix}.seq_parallel_communication_data_type",
+            "the exchange keeps the dtype of activations",
+        ),
         choice(
             f"{prefix}.bf16.enabled",
             "training.param_dtype",
             {True: "bfloat16", False: None, "auto": None},
         ),
         choice(f"{prefix}.fp16.enabled", "", {False: None, "auto": None}, {True: FP16}),
-        needless(f"{prefix}.fp16.*", "of fp16"),
+        needless(f"{prefix}.fp16.*", "there is no training in fp16"),
         unless_auto(f"{prefix}.gradient_clipping", "training.max_norm"),
         unless_auto(f"{prefix}.train_micro_batch_size_per_gpu", "training.local_batch_size"),
         only(f"{prefix}.gradient_accumulation_steps", (1, "auto"), auto),
         only(f"{prefix}.train_batch_size", ("auto",), auto),
-        needless(f"{prefix}.activation_checkpointing.*", "activation_checkpoint.mode"),
-        needless(f"{prefix}.steps_per_print", "metrics.log_interval"),
-        needless(f"{prefix}.wall_clock_breakdown", "profiling"),
+        needless(f"{prefix}.activation_checkpointing.*", "see activation_checkpoint.mode"),
+        needless(f"{prefix}.steps_per_print", "see metrics.log_interval"),
+        needless(f"{prefix}.wall_clock_breakdown", "see [profiling]"),
     ]

@@ -43,7 +43,7 @@ TORCHTITAN = to.Format(
             "compile.enable",
             "validation.enable",
         ),
-        to.needless("job.*", "job.name"),
+        to.needless("job.*", "job.name names a run"),
         to.same("metrics.log_freq", "metrics.log_interval"),
         to.needless("metrics.*", "TensorBoard is always written, by rank 0"),
         to.needless(
@@ -61,7 +61,7 @@ TORCHTITAN = to.Format(
             {"adam": "set optimizer.weight_decay = 0"},
         ),
         to.betas("optimizer.beta1", "optimizer.beta2", defaults=(0.9, 0.95)),
-        to.needless("optimizer.implementation optimizer.fused", "fused"),
+        to.needless("optimizer.implementation optimizer.fused", "AdamW is fused"),
         to.lost("optimizer.early_step_in_backward", "gradients are clipped before the step"),
         to.choice(
             "lr_scheduler.decay_type",
@@ -88,7 +88,7 @@ TORCHTITAN = to.Format(
             (1,),
             to.NO_TENSOR,
         ),
-        to.needless("training.enable_loss_parallel", "of tensor parallelism"),
+        to.needless("training.enable_loss_parallel", "it belongs to tensor parallelism"),
         to.choice(
             "training.dataset",
             "",
@@ -104,22 +104,22 @@ TORCHTITAN = to.Format(
         ),
         to.same("training.mixed_precision_param", "training.param_dtype"),
         to.same("training.mixed_precision_reduce", "training.reduce_dtype"),
-        to.needless("training.gc_*", "Python's own"),
+        to.needless("training.gc_*", "Python decides when to collect garbage"),
         to.needless("training.dataloader.*", "chosen by the cores of the machine"),
         to.same("parallelism.context_parallel_degree", to.SEQUENCE, "Ulysses in place of a ring"),
         to.only(
             "parallelism.pipeline_parallel_degree experimental.pipeline_parallel_degree",
             (1,),
-            "pipelines",
+            "no pipeline parallelism",
         ),
         to.only(
             "parallelism.expert_parallel_degree parallelism.expert_tensor_parallel_degree",
             (1,),
-            "expert parallelism",
+            "no expert parallelism",
         ),
         to.same("experimental.context_parallel_degree", to.SEQUENCE, "before 0.1"),
-        to.lost("experimental.custom_*", "code of its own"),
-        to.needless("parallelism.* experimental.*", "of other kinds of parallelism"),
+        to.lost("experimental.custom_*", "its code is not run"),
+        to.needless("parallelism.* experimental.*", "it belongs to other kinds of parallelism"),
         to.same("checkpoint.enable_checkpoint", "checkpoint.enable", "until 0.1"),
         to.only("checkpoint.interval_type", ("steps",), "checkpoint.interval is in steps"),
         to.choice(
@@ -127,16 +127,14 @@ TORCHTITAN = to.Format(
             "checkpoint.async_mode",
             {"disabled": "disabled", "async async_with_pinned_mem": "async"},
         ),
-        to.needless("checkpoint.initial_load_model_*", "weights alone"),
+        to.needless("checkpoint.initial_load_model_*", "weights alone are loaded"),
         to.needless("checkpoint.initial_load_in_hf", "seen from the folder"),
         to.same("checkpoint.last_save_in_hf", "checkpoint.export"),
         to.needless(
             "checkpoint.last_save_model_* checkpoint.model_weights_only",
             "checkpoints resume; export/ has the model",
         ),
-        to.needless(
-            "checkpoint.export_dtype", "the export has training.param_dtype's bits or fp32"
-        ),
+        to.needless("checkpoint.export_dtype", "the export is in training.param_dtype or fp32"),
         to.only("checkpoint.load_step", (-1,), "the newest checkpoint is taken"),
         to.choice(
             "activation_checkpoint.mode",
@@ -145,7 +143,7 @@ TORCHTITAN = to.Format(
             {"memory_budget": "full or none"},
             "selective recomputes less than full",
         ),
-        to.needless("activation_checkpoint.*", "of selective checkpoints"),
+        to.needless("activation_checkpoint.*", "it belongs to selective checkpoints"),
         to.needless("compile.*", "MLPs and norms are compiled"),
         to.same("float8.enable_float8_linear", "quantize.float8", "before 0.1"),
         to.needless(
@@ -165,8 +163,8 @@ TORCHTITAN = to.Format(
         to.computed(
             "validation.steps", "validation.steps", lambda n, _: {"validation.steps": max(0, n)}
         ),
-        to.only("validation.local_batch_size", (1,), "that of training"),
-        to.lost("validation.seq_len", "that of training"),
+        to.only("validation.local_batch_size", (1,), "it is that of training"),
+        to.lost("validation.seq_len", "it is that of training"),
         to.same("debug.seed", "training.seed"),
         to.same("debug.deterministic", "training.deterministic"),
     ],
