@@ -153,15 +153,6 @@ def _source_problems(config: Config) -> list[str]:
             for key, value in data.changed().items()
             if key != "path"
         ]
-    if (
-        validation.enable
-        and validation.split
-        and data.source not in ("hf", "chat", "preference", "tokens")
-    ):
-        problems.append(
-            f'validation.split = {to_toml(validation.split)} with data.source = "{data.source}": '
-            'files have no splits. Set validation.path, or data.source = "hf"'
-        )
     return problems
 
 

@@ -95,7 +95,9 @@ _WITHOUT_SETS = Excludes(
     "sets", text='{this} and [[validation.sets]] are both set: clear one, with {name} = ""'
 )
 _FROM_FILES = _read_from("text", "jsonl", "chat", "preference", "tokens")
-_FROM_A_DATA_SET = _read_from("hf", "chat", "preference", "tokens")
+_DATA_SETS = ("hf", "chat", "preference", "tokens")
+"""Kinds of sources that can be data sets, which have configurations and splits."""
+_FROM_A_DATA_SET = _read_from(*_DATA_SETS)
 
 
 class Job(Section):
@@ -697,7 +699,17 @@ class Validation(Section):
     """Held-out data, read with the other keys of [data]. Empty: validation.split, or else every
     100th document of the training data, which is then not trained on.
     """
-    split: str = setting("", _WITHOUT_SETS)
+    split: str = setting(
+        "",
+        _WITHOUT_SETS,
+        Needs(
+            "data.source",
+            *_DATA_SETS,
+            text="{this} with {other}: files have no splits. Set validation.path, or {other_name} "
+            '= "hf"',
+            where=lambda validation: validation.enable,
+        ),
+    )
     """hf, chat, tokens, preference: split with the held-out data. Empty: data.split."""
     sets: list[ValidationSet] = []
     """Several named sets in place of validation.path: tables [[validation.sets]], each with a name,

@@ -55,8 +55,8 @@ def check_group(mesh: Mesh, *, parameter_offload: bool) -> None:
         group._get_backend(torch.device("cpu"))
     except RuntimeError as error:
         raise UserError(
-            f'parameter_offload = True needs a process group for CPU tensors too, and this is "'
-            f'{dist.get_backend(group)}" alone. Make it with init_process_group('
+            "memory.parameter_offload = true needs a process group for CPU tensors too, and this "
+            f'is "{dist.get_backend(group)}" alone. Make it with init_process_group('
             '"cpu:gloo,cuda:nccl"), or not at all: build_mesh makes one.'
         ) from error
 
