@@ -146,22 +146,19 @@ class Preflight:
 
     def _start(self, request: dict[str, Any]) -> None:
         """Start the planner and the thread that reads its plan."""
-        # Without these variables of torchrun, the planner does not join the run's process group.
-        ours = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
+        # Without these variables of torchrun, the planner does not join the run's process group.
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+            environment.pop(name, None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "titan_ulysses.plan"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={
-                **ours,
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            },
+            env=environment,
             text=True,
             start_new_session=True,  # Ctrl-C goes to the run alone
         )
@@ -185,15 +182,11 @@ class Preflight:
                     f"plan: not ready after {patience:.0f} s (the machine is busy): it follows "
                     "when it is"
                 ]
-        self._reported = True
-        return self._describe()
+        return self._report()
 
     def news(self) -> list[str]:
         """Return what `lines` could not say yet, once it is known. Waits for nothing."""
-        if self._reported or self._reader.is_alive():
-            return []
-        self._reported = True
-        return self._describe()
+        return [] if self._reported or self._reader.is_alive() else self._report()
 
     def close(self) -> None:
         """End the planner, if it is still running."""
@@ -201,7 +194,8 @@ class Preflight:
             self._process.kill()
             self._reader.join()
 
-    def _describe(self) -> list[str]:
+    def _report(self) -> list[str]:
+        self._reported = True
         if self.plan is None:
             return [
                 f"plan: not made: {self._why_not}. `python train.py --plan` with these settings "

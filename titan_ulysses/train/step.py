@@ -227,13 +227,13 @@ def learning_rate(step: int, config: Config) -> float:
     After a linear warmup it follows decay_type. A decay ends at the last step, at min_lr_ratio
     times the peak.
     """
-    schedule, peak = config.lr_scheduler, config.optimizer.lr
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    done = (step - schedule.warmup_steps) / max(
-        1, config.training.steps - 1 - schedule.warmup_steps
+    lr_scheduler, peak = config.lr_scheduler, config.optimizer.lr
+    if step < lr_scheduler.warmup_steps:
+        return peak * (step + 1) / lr_scheduler.warmup_steps
+    done = (step - lr_scheduler.warmup_steps) / max(
+        1, config.training.steps - 1 - lr_scheduler.warmup_steps
     )
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[
-        schedule.decay_type
+        lr_scheduler.decay_type
     ]
-    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * shape)
+    return peak * (lr_scheduler.min_lr_ratio + (1 - lr_scheduler.min_lr_ratio) * shape)

@@ -467,12 +467,14 @@ class Trainer:
 
         The work of blocks is counted only if there is a terminal.
         """
-        work, checkpoint, model = None, self.config.activation_checkpoint, self.state.model
+        work, model = None, self.state.model
         if shows(self.console):
+            activation_checkpoint = self.config.activation_checkpoint
+            is_full = activation_checkpoint.mode == "full"
             work = BlockWork(
                 find_blocks(model)[1],
                 embedding_is_trained=model.get_input_embeddings().weight.requires_grad,
-                checkpoint_every=checkpoint.every if checkpoint.mode == "full" else 0,
+                checkpoint_every=activation_checkpoint.every if is_full else 0,
             )
         return Progress(self.console, total=steps, done=done, work=work)
 

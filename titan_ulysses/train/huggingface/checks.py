@@ -57,21 +57,20 @@ def is_of_trl(kind: type) -> bool:
 def check(kind: type, args: Any, more: Mapping[str, Any]) -> None:
     """Raise UserError for what would be wrong; warn of what was not tried."""
     _check_arguments(kind, args, more)
-    parents = _check_kind(kind, more)
+    parent = _check_kind(kind, more)
     remedy = "Compare the losses of its first steps with those of the same run on one rank."
-    if parents[0].__name__ not in _TRIED:
+    if parent.__name__ not in _TRIED:
         warnings.warn(
-            f"{parents[0].__name__} was not tried with UlyssesTrainer, only "
+            f"{parent.__name__} was not tried with UlyssesTrainer, only "
             f"{', '.join(sorted(_TRIED))}. {remedy}",
             stacklevel=3,
         )
-    if parents[0].__module__.startswith("trl"):
-        found = version("trl")
-        if ".".join(found.split(".")[:2]) != _TRIED_TRL:
-            warnings.warn(
-                f"trl {found} was not tried with UlyssesTrainer, only {_TRIED_TRL}. {remedy}",
-                stacklevel=3,
-            )
+    is_trl = parent.__module__.startswith("trl")
+    if is_trl and version("trl").split(".")[:2] != _TRIED_TRL.split("."):
+        warnings.warn(
+            f"trl {version('trl')} was not tried with UlyssesTrainer, only {_TRIED_TRL}. {remedy}",
+            stacklevel=3,
+        )
 
 
 def _check_arguments(kind: type, args: Any, more: Mapping[str, Any]) -> None:
@@ -111,8 +110,8 @@ def _check_arguments(kind: type, args: Any, more: Mapping[str, Any]) -> None:
         )
 
 
-def _check_kind(kind: type, more: Mapping[str, Any]) -> list[type]:
-    """Return the classes of trl and transformers that a trainer is made of, the first one first.
+def _check_kind(kind: type, more: Mapping[str, Any]) -> type:
+    """Return the class of trl or transformers that a trainer is, beside UlyssesTrainer.
 
     UserError if it is none, or one that needs more than a causal language model.
     """
@@ -129,13 +128,11 @@ def _check_kind(kind: type, more: Mapping[str, Any]) -> list[type]:
         )
     generates = any(hasattr(parent, "_generate_and_score_completions") for parent in parents)
     if generates and more.get("rollout_func") is None:
-        takes_completions = any(
-            "rollout_func" in signature(parent).parameters for parent in parents
-        )
+        takes_completions = any("rollout_func" in signature(p).parameters for p in parents)
         by = "by rollout_func, or train" if takes_completions else "to GRPOTrainer, or train"
         raise UserError(
             f"{parents[0].__name__}: it generates with the model it trains, which the sharded "
             f"model cannot. Give completions that were generated elsewhere {by} on them with "
             "clipped_policy_loss: see docs/trainers.md."
         )
-    return parents
+    return parents[0]

@@ -78,10 +78,8 @@ class UlyssesTrainer(_Trainer):
     ):
         if not isinstance(mesh, Mesh):
             raise UserError(f"mesh = {mesh}: give build_mesh(sequence=2), of all ranks.")
-        self.ulysses_mesh, self.ulysses_options = (
-            mesh,
-            ParallelOptions().changed(**dict(options or {})),
-        )
+        self.ulysses_mesh = mesh
+        self.ulysses_options = ParallelOptions().changed(**dict(options or {}))
         more = signature(super().__init__).bind_partial(*positional).arguments | named
         args = more.pop("args", None)
         check(type(self), args, more)
@@ -118,11 +116,9 @@ class UlyssesTrainer(_Trainer):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         parallelize(base, self.ulysses_mesh, self.ulysses_options)
         temperature = getattr(self, "temperature", 1.0)  # of GRPO's distributions
+        smoothing = self._label_smoothing
         take_whole_batches(
-            base,
-            self.ulysses_mesh,
-            temperature=temperature,
-            label_smoothing=self._label_smoothing,
+            base, self.ulysses_mesh, temperature=temperature, label_smoothing=smoothing
         )
         if base is not model:
             # peft calls the base model's forward past its hooks, and with them past FSDP.
