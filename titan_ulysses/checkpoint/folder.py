@@ -59,15 +59,25 @@ def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
             "`save_pretrained(folder)` of a current transformers, or use [model.config] for random "
             "weights."
         )
-    held = {file: _names_in(file, where) for file in files}
+    held: dict[Path, set[str]] = {}
+    for file in files:
+        try:
+            if not file.is_file():
+                raise OSError("it is no file")  # opening a pipe would wait for ever
+            with safe_open(file, framework="pt") as tensors:
+                held[file] = set(tensors.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{where}: {file.name} is damaged ({one_line(error)}). {_AGAIN}"
+            ) from error
     if index is None:
         return {name: file for file, names in held.items() for name in names}
-    for name, file in index.items():
-        if name not in held[folder / file]:
+    for name, place in index.items():
+        if name not in held[folder / place]:
             raise UserError(
-                f"{where}: {INDEX_FILE} says that {file} holds {name}, and it does not. {_AGAIN}"
+                f"{where}: {INDEX_FILE} says that {place} holds {name}, and it does not. {_AGAIN}"
             )
-    return {name: folder / file for name, file in index.items()}
+    return {name: folder / place for name, place in index.items()}
 
 
 def _folder(path: str, setting: str) -> Path:
@@ -111,16 +121,6 @@ def _read_index(folder: Path, where: str) -> dict[str, str]:
             f"there: {some(absent)}. Copy or download them."
         )
     return index
-
-
-def _names_in(file: Path, where: str) -> set[str]:
-    try:
-        if not file.is_file():
-            raise OSError("it is no file")  # opening a pipe would wait for ever
-        with safe_open(file, framework="pt") as tensors:
-            return set(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: {file.name} is damaged ({one_line(error)}). {_AGAIN}") from error
 
 
 def some(names: Sequence[str]) -> str:

@@ -90,20 +90,15 @@ class Layout:
         self.plain = hf.build_on_meta(model.config, model.dtype)
         self.state = self.plain.state_dict(keep_vars=True)
         """Parameters (tied ones under each of their names) and persistent buffers, without data."""
-        self.main = self._main_names()
-
-    def _main_names(self) -> dict[str, str]:
-        """Map each name of a tensor to the one name under which transformers saves it."""
+        self.main: dict[str, str] = {}
+        """For each name of a tensor, the one name under which transformers saves it."""
         names: dict[int, list[str]] = {}
         for name, tensor in self.state.items():
             names.setdefault(id(tensor), []).append(name)
         tied = self.plain.all_tied_weights_keys
-        mains = (
-            next((name for name in same if name not in tied), same[0]) for same in names.values()
-        )
-        return {
-            name: main for same, main in zip(names.values(), mains, strict=True) for name in same
-        }
+        for same in names.values():
+            main = next((name for name in same if name not in tied), same[0])
+            self.main |= dict.fromkeys(same, main)
 
     # --- from files -------------------------------------------------------------------------------
 
@@ -129,15 +124,11 @@ class Layout:
                 unknown.append(name)
             else:
                 read.sources.setdefault(pattern or name, []).append(name)
-        return [read for read in found.values() if read.sources], self._without_ignored_names(
-            unknown
-        )
-
-    def _without_ignored_names(self, unknown: list[str]) -> list[str]:
-        """Remove the names that transformers ignores, such as leftovers in old files."""
+        # Without the names that transformers ignores, such as leftovers in old files.
         keys = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unknown))
         self.plain._adjust_missing_and_unexpected_keys(keys)
-        return [name for name in unknown if name in keys.unexpected_keys]
+        unknown = [name for name in unknown if name in keys.unexpected_keys]
+        return [read for read in found.values() if read.sources], unknown
 
     # --- to files ---------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import dataclasses
 import io
 import pickle
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -118,17 +118,14 @@ class _Hashing(_StorageWriterTransforms):
         self._pieces = pieces
 
     def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
-        def done(offset: int, length: int, found: str) -> None:
-            self._pieces.setdefault(Path(raw_stream.name).name, []).append((offset, length, found))
-
-        return _HashedPiece(raw_stream, done), []
+        return _HashedPiece(raw_stream, self._pieces), []
 
 
 class _HashedPiece(io.RawIOBase):
-    """Writes a piece to an open file. Closing it closes the piece, not the file."""
+    """Writes a piece to an open file. Closing it notes its hash, and does not close the file."""
 
-    def __init__(self, file: Any, done: Callable[[int, int, str], None]):
-        self._file, self._done, self._hasher = file, done, xxhash.xxh3_128()
+    def __init__(self, file: Any, pieces: Pieces):
+        self._file, self._pieces, self._hasher = file, pieces, xxhash.xxh3_128()
         self._offset, self._length = file.tell(), 0
 
     def writable(self) -> bool:
@@ -142,7 +139,8 @@ class _HashedPiece(io.RawIOBase):
 
     def close(self) -> None:
         if not self.closed:
-            self._done(self._offset, self._length, self._hasher.hexdigest())
+            piece = self._offset, self._length, self._hasher.hexdigest()
+            self._pieces.setdefault(Path(self._file.name).name, []).append(piece)
             super().close()
 
 

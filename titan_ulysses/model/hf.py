@@ -238,7 +238,8 @@ def _fill_by_owners(
 def swap_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
     """Replace module's own parameters by tensors within the context.
 
-    transformers then initializes these tensors instead of shards.
+    transformers then initializes these tensors instead of shards, by `model._init_weights(module)`:
+    it has no public way to do so for one module.
     """
     own = {name: getattr(module, name) for name in tensors}
     for name, tensor in tensors.items():

@@ -51,7 +51,8 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
     B [out, rank] in W's dtype. UserError for a pattern that matches no linear layer.
     """
     check_lora(settings)
-    linear = _linear_layers(model)
+    head, modules = model.get_output_embeddings(), model.named_modules()
+    linear = [name for name, m in modules if isinstance(m, nn.Linear) and m is not head]
     targets = _targets(linear, model, settings)
     with suppress_torchao_warnings():  # peft imports torchao wherever it is installed
         from peft import LoraConfig, inject_adapter_in_model
@@ -81,12 +82,6 @@ def add_adapters(model: PreTrainedModel, settings: LoRA) -> int:
         for part in (layer.lora_A, layer.lora_B):
             part.to(layer.base_layer.weight.dtype)
     return len(targets)
-
-
-def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """The names of all linear layers except the head."""
-    head = model.get_output_embeddings()
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 def _targets(linear: list[str], model: PreTrainedModel, settings: LoRA) -> set[str]:

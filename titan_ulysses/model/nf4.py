@@ -138,6 +138,9 @@ class NF4Weight(Tensor):
     It has the shape of the weight, and the dtype of the computation. `copy_` quantizes what it is
     given. All else that it can do is what FSDP and DTensor need to shard, move and gather it; other
     operations raise NotImplementedError. See `dequantized` for its numbers.
+
+    torch has no public way to make a tensor that has a shape and dtype without their memory, nor to
+    fill one again that autograd has saved: what is used of its private parts is in this class.
     """
 
     _padded: Tensor

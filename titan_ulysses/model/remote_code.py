@@ -36,7 +36,9 @@ def check_model_code(settings: dict[str, Any], where: str) -> None:
     model_type = settings.get("model_type")
     for name, reference in _model_code(settings).items():
         if own := _own_class(name, model_type):
-            if _spelled(reference) == own.replace("_", "").casefold():
+            # The class in "owner/name--file.Class", in one spelling: MPT is Mpt in transformers.
+            names = (reference.split(".")[-1], own)
+            if len({name.replace("_", "").casefold() for name in names}) == 1:
                 continue
             has = f'for "{model_type}" has {own}'
         else:
@@ -97,14 +99,6 @@ def _own_class(name: str, model_type: str | None) -> str | None:
         return config_class.__name__
     mapping = _MODELS[name]
     return mapping[config_class].__name__ if config_class in mapping else None
-
-
-def _spelled(reference: str) -> str:
-    """Return the class in a reference such as "owner/name--file.Class", in one spelling.
-
-    It has no underscores and no capitals: for instance, MPT is Mpt in transformers.
-    """
-    return reference.split(".")[-1].replace("_", "").casefold()
 
 
 def _listed(references: Any) -> list[str | None]:
