@@ -55,14 +55,14 @@ def read_corpus(
     Raise `UserError` if the source cannot be read or contains no document.
     """
     encoder.check(source.source)
-    corpus, tally = _read(source, encoder, cache_folder, setting)
+    corpus, stats = _read(source, encoder, cache_folder, setting)
     if not len(corpus):
-        why = "; ".join(tally.notes()) or "it is empty"
+        why = "; ".join(stats.notes()) or "it is empty"
         raise UserError(
             f'{setting} = "{source.path}" has no document to train on ({why}): give data with text '
             "in it"
         )
-    return corpus, tally
+    return corpus, stats
 
 
 def _read(
@@ -77,7 +77,7 @@ def _read(
             )
         ids = num_token_ids(encoder.tokenizer)
         return read_megatron(files, num_token_ids=ids, skip=skip, setting=setting)
-    rows, tally = open_rows(source, setting), CorpusStats()
+    rows, stats = open_rows(source, setting), CorpusStats()
     reading, head, size = iter(rows), [], 0
     for row in reading:
         head.append(row)
@@ -87,9 +87,9 @@ def _read(
     is_large = size > SMALL_CHARACTERS
     workers = usable_cores() if is_large and source.source != "tokens" else 1
     encoded = encode_rows(chain(head, reading), encoder, workers=workers)
-    documents = tally.keep(encoded, setting=setting, skip=skip)
+    documents = stats.keep(encoded, setting=setting, skip=skip)
     if not is_large:
-        return Corpus.from_documents(documents), tally
+        return Corpus.from_documents(documents), stats
     parts = (
         _LAYOUT,
         rows.fingerprint(),
@@ -100,11 +100,11 @@ def _read(
     key = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache_folder or Path(cache_home) / "titan_ulysses")
-    return _cached(folder, key, _with_bar(documents, rows, tally, setting), tally, encoder.dtype)
+    return _cached(folder, key, _with_bar(documents, rows, stats, setting), stats, encoder.dtype)
 
 
 def _cached(
-    folder: Path, key: str, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype
+    folder: Path, key: str, documents: Iterable[Encoded], stats: CorpusStats, dtype: np.dtype
 ) -> tuple[Corpus, CorpusStats]:
     """Return the corpus in folder/key. Make it first if it is missing or damaged."""
     from filelock import FileLock
@@ -119,7 +119,7 @@ def _cached(
             _remove_left(folder, partial)
             remove(final)
             try:
-                _write(partial, documents, tally, dtype)
+                _write(partial, documents, stats, dtype)
                 partial.rename(final)
             finally:
                 remove(partial)
@@ -143,7 +143,7 @@ def _remove_left(folder: Path, own: Path) -> None:
                 remove(partial)
 
 
-def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype: np.dtype) -> None:
+def _write(folder: Path, documents: Iterable[Encoded], stats: CorpusStats, dtype: np.dtype) -> None:
     folder.mkdir()
     files: dict[str, _Checked] = {}
     with ExitStack() as opened:
@@ -153,7 +153,7 @@ def _write(folder: Path, documents: Iterable[Encoded], tally: CorpusStats, dtype
                 files[name] = _Checked(file)
             files[name].write(array.astype(dtype) if name == "tokens" else array)
         written = {name: file.finish() for name, file in files.items()}
-    about = {"dtype": np.dtype(dtype).name, "files": written, "tally": asdict(tally)}
+    about = {"dtype": np.dtype(dtype).name, "files": written, "tally": asdict(stats)}
     (folder / "corpus.json").write_text(json.dumps(about))
 
 
@@ -194,7 +194,7 @@ def _open(folder: Path) -> tuple[Corpus, CorpusStats] | None:
 def _map(path: Path, size: int, checksum: int) -> np.ndarray:
     """Return the bytes of the file as a memory map. Raise `ValueError` if they have changed."""
     if path.stat().st_size != size:
-        raise ValueError(f"{path} has not its {size} bytes")
+        raise ValueError(f"{path} is not {size} bytes long")
     mapped = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, dtype=np.uint8)
     found = 0
     for first in range(0, size, _BLOCK):
@@ -205,7 +205,7 @@ def _map(path: Path, size: int, checksum: int) -> np.ndarray:
 
 
 def _with_bar(
-    documents: Iterable[Encoded], rows: Rows, tally: CorpusStats, setting: str
+    documents: Iterable[Encoded], rows: Rows, stats: CorpusStats, setting: str
 ) -> Iterator[Encoded]:
     """Yield the documents, with a progress bar if stderr is a terminal."""
     from rich.console import Console
@@ -222,5 +222,5 @@ def _with_bar(
         task = bar.add_task("", total=rows.total, tokens=0)
         for document in documents:
             yield document
-            if tally.documents % 64 == 0:
-                bar.update(task, completed=rows.done, tokens=tally.tokens)
+            if stats.documents % 64 == 0:
+                bar.update(task, completed=rows.done, tokens=stats.tokens)

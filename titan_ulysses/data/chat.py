@@ -71,7 +71,16 @@ def encode_chat(
     """
     text = _render(tokenizer, chat)
     refuse_surrogates(text)
-    _refuse_messages_left_out(tokenizer, chat, text)
+    # A template may ignore a role that it does not know, and what its messages say would be lost.
+    roles = {message["role"] for message in chat.messages if message.get("content")}
+    for role in roles - {"user", "assistant"}:
+        others = [message for message in chat.messages if message["role"] != role]
+        try:
+            without = _render(tokenizer, chat._replace(messages=others))
+        except RefusedRow:
+            continue  # the template fails without these messages, so it does use them
+        if without == text:
+            raise RefusedRow(f'the chat template leaves out messages with the role "{role}"')
     if train_on == "all":
         if chat.untrained:
             raise RefusedRow(
@@ -95,7 +104,7 @@ def encode_answer(
     """Return the ids of messages that follow a prompt, and which of them are the answer's.
 
     The chat template renders the prompt with the beginning of an answer, and the whole; the answer
-    is what is added. A token with a character of the answer is one of its own.
+    is what is added. A token with any character of the answer counts as the answer's.
     """
     if not (tokenizer.chat_template and tokenizer.is_fast):
         raise UserError(
@@ -136,25 +145,6 @@ def _refusing() -> Iterator[None]:
         yield
     except Exception as error:  # it may also divide by zero, or call itself for ever
         raise RefusedRow(f"the chat template refuses it ({one_line(error)})") from error
-
-
-def _refuse_messages_left_out(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> None:
-    """Raise `RefusedRow` if the template silently leaves out all messages of some role.
-
-    A template may ignore a role that it does not know, and what the user wrote would be lost. The
-    roles "user" and "assistant" are not checked.
-    """
-    for role in {message["role"] for message in chat.messages if message.get("content")} - {
-        "user",
-        "assistant",
-    }:
-        others = [message for message in chat.messages if message["role"] != role]
-        try:
-            without = _render(tokenizer, chat._replace(messages=others))
-        except RefusedRow:
-            continue  # the template fails without these messages, so it does use them
-        if without == text:
-            raise RefusedRow(f'the chat template leaves out messages with the role "{role}"')
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str) -> list[_Sample]:

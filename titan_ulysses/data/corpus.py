@@ -146,7 +146,7 @@ COLUMNS = {"lengths": np.int64, "trained": bool, "splits": np.int64, "teacher": 
 def columns_of(rows: Iterable[Encoded]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the arrays of a corpus' columns as rows arrive: (column, what to append to it).
 
-    A column that no row needs is left out: a mask, where pairs are split, a teacher.
+    A column that no row needs is left out: the mask, the splits of pairs, or the teacher's answers.
     """
     yield "tokens", np.empty(0, dtype=np.uint8)
     yield "lengths", np.empty(0, dtype=np.int64)

@@ -74,30 +74,30 @@ def read_megatron(
     otherwise, and for files that are cut short or of another byte order.
     """
     parts, begins, ends, first = [], [], [], 0
-    tally = CorpusStats()
+    stats = CorpusStats()
     for name, file in files.items():
         tokens, borders = _open(file, setting)
         bad = _documents_outside(tokens, borders, num_token_ids)
         if bad:
-            tally.bad += len(bad)
+            stats.bad += len(bad)
             document, why = next(iter(bad.items()))
-            told = f"{name}: document {document}: {why}"
-            tally.first_bad = tally.first_bad or told
+            first_bad = f"{name}: document {document}: {why}"
+            stats.first_bad = stats.first_bad or first_bad
             if not skip:
                 raise UserError(
-                    f"{setting}: {told}. Take the tokenizer that wrote these tokens, or set "
+                    f"{setting}: {first_bad}. Take the tokenizer that wrote these tokens, or set "
                     'bad_lines = "skip" to leave such documents out and count them'
                 )
         kept = np.diff(borders) > 0
-        tally.empty += int((~kept).sum())
+        stats.empty += int((~kept).sum())
         kept[[*bad]] = False
         parts.append(tokens)
         begins.append(first + borders[:-1][kept])
         ends.append(first + borders[1:][kept])
         first += len(tokens)
     corpus = Corpus(JoinedTokens(parts), np.concatenate(begins), np.concatenate(ends))
-    tally.documents, tally.tokens = len(corpus), corpus.num_tokens
-    return corpus, tally
+    stats.documents, stats.tokens = len(corpus), corpus.num_tokens
+    return corpus, stats
 
 
 class JoinedTokens:

@@ -15,7 +15,19 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 divided by the golden ratio
 _BLOCK = 4096
 
 
-class MixedSequences(SampleStream):
+class CombinedSequences(SampleStream):
+    """Several streams, by the name of their source."""
+
+    def __init__(self, sources: dict[str, SampleStream]) -> None:
+        self.sources, self.notes = sources, []
+        self._parts = [*sources.values()]
+        self.seq_len = self._parts[0].seq_len
+
+    def parts(self) -> dict[str, SampleStream]:
+        return self.sources
+
+
+class MixedSequences(CombinedSequences):
     """A mixture of sources, in which each sequence comes from one source.
 
     Each source is a stream of its own, with its own epochs. The source of sequence i is chosen as
@@ -30,9 +42,8 @@ class MixedSequences(SampleStream):
         self, sources: dict[str, SampleStream], weights: list[float], *, seed: int
     ) -> None:
         assert len(sources) == len(weights) and sources, (sources, weights)
-        self.sources, self.notes, self.source_names = sources, [], [*sources]
-        self._parts = [*sources.values()]
-        self.seq_len = self._parts[0].seq_len
+        super().__init__(sources)
+        self.source_names = [*sources]
         total = sum(weights)
         self.weights = [weight / total for weight in weights]
         if abs(total - 1) > 1e-6:
@@ -68,9 +79,6 @@ class MixedSequences(SampleStream):
     def documents(self, index: int) -> list[str]:
         name, part, place = self._find(index)
         return [f"{one} of {name}" for one in part.documents(place)]
-
-    def parts(self) -> dict[str, SampleStream]:
-        return self.sources
 
     def content(self) -> dict[str, str]:
         return {
@@ -117,16 +125,14 @@ class MixedSequences(SampleStream):
         return np.bincount(self._sources(first, last), minlength=len(self._parts))
 
 
-class ChainedSequences(SampleStream):
+class ChainedSequences(CombinedSequences):
     """The held-out sequences of several sources, one source after the other.
 
     Every sequence of every source comes once, whatever the weights of the sources.
     """
 
     def __init__(self, sources: dict[str, SampleStream]) -> None:
-        self.sources, self.notes = sources, []
-        self._parts = [*sources.values()]
-        self.seq_len = self._parts[0].seq_len
+        super().__init__(sources)
         self._ends = [*accumulate(len(part) for part in self._parts)]
 
     def __len__(self) -> int:
@@ -135,9 +141,6 @@ class ChainedSequences(SampleStream):
     def __getitem__(self, index: int) -> PackedSample:
         source = bisect_right(self._ends, index)
         return self._parts[source][index - (self._ends[source - 1] if source else 0)]
-
-    def parts(self) -> dict[str, SampleStream]:
-        return self.sources
 
     def describe(self) -> str:
         lines = [f"{name}: {part.describe()}" for name, part in self.sources.items()]

@@ -155,7 +155,7 @@ class SampleStream:
     def document_lengths(self, index: int) -> tuple[int, ...] | None:
         """Return `self[index].document_lengths` without reading a token.
 
-        None where only reading tells, which is so without random access.
+        None if it is known only once it is read, as in data without random access.
         """
         return None
 
@@ -208,9 +208,9 @@ class SampleStream:
 class CorpusSequences(SampleStream):
     """Sequences of the documents of a corpus, with random access.
 
-    A kind of them says which spans of the corpus a sequence holds (`_spans`). In each epoch its
-    items, documents or whole sequences, come in an order drawn from (seed, epoch); with
-    `shuffle=False` they keep theirs.
+    A subclass says which spans of the corpus a sequence holds (`_spans`). In each epoch documents,
+    or whole sequences, come in an order drawn from (seed, epoch), or in their own with
+    `shuffle=False`.
     """
 
     def __init__(self, corpus: Corpus, *, seq_len: int, seed: int, shuffle: bool) -> None:

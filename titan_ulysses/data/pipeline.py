@@ -35,14 +35,14 @@ def open_sequences(
     documents held out of each training source.
     """
     data, validation = config.data, config.validation
-    # Validation data of its own, instead of documents held out of the training data.
-    apart = validation.enable and bool(validation.path or validation.split or validation.sets)
+    # Whether validation has data of its own, in place of documents held out of training data.
+    has_own = validation.enable and bool(validation.path or validation.split or validation.sets)
     training = held_out = None
-    if not (apart and eval_only):
+    if not (has_own and eval_only):
         sources: dict[str, SourceSettings] = {
             f"data.mixture[{i}].path": entry for i, entry in enumerate(data.mixture)
         }
-        splits = validation.enable and not apart
+        splits = validation.enable and not has_own
         opened = [
             _open(config, tokenizer, source, setting, splits=splits)
             for setting, source in (sources or {"data.path": data}).items()
@@ -57,7 +57,7 @@ def open_sequences(
             training = MixedSequences(mixed, weights, seed=config.training.seed)
             if splits:
                 held_out = ChainedSequences(dict(zip(names, rests, strict=True)))
-    if apart and not validation.sets:
+    if has_own and not validation.sets:
         changes = {
             "path": validation.path or data.path,
             "split": validation.split or data.split,
@@ -120,8 +120,8 @@ def _read(
     if not source.path:
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
     encoder, folder = Encoder(tokenizer, source.train_on), config.data.cache_folder
-    corpus, tally = read_corpus(source, encoder, cache_folder=folder, setting=setting)
-    return corpus, tally.notes(source.source)
+    corpus, stats = read_corpus(source, encoder, cache_folder=folder, setting=setting)
+    return corpus, stats.notes(source.source)
 
 
 def _pack(

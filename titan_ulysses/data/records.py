@@ -4,7 +4,7 @@ two completions (a preference), or tokens that exist already.
 A record that cannot be used is not an exception but a `BadRow`; `corpus.CorpusStats` decides
 whether to skip it.
 
-Tokens have `input_ids`, and may have what a teacher says of each: its k largest log-probabilities.
+Tokens are `input_ids`, with or without a teacher's k largest log-probabilities for each of them.
 `teacher_ids` is then, for each token, a list of k token ids, and `teacher_log_probs` a list of
 their log-probabilities in the teacher's distribution of that token, given those before it. As
 `labels`, they are not shifted. Tokens that are not trained on, and the first one of a document, may
@@ -330,7 +330,7 @@ def _whole_numbers(name: str, values: Any) -> np.ndarray:
 
 
 def _lengths(arrays: dict[str, np.ndarray], count: int) -> tuple[int, ...] | None:
-    """Return the lengths of the documents, where a field tells them."""
+    """Return the lengths of the documents, if a field gives them; None: the row is one."""
     found: dict[str, tuple[int, ...]] = {}
     for name in ("document_lengths", "seq_lengths"):
         if name in arrays:
@@ -354,9 +354,17 @@ def _lengths(arrays: dict[str, np.ndarray], count: int) -> tuple[int, ...] | Non
     return next(iter(found.values()), None)
 
 
-_KINDS = {"id": "token id", "log_prob": "number in fp32"}
-_LARGEST = float(np.finfo(np.float32).max)
-_RANGES = {"id": (0, np.iinfo(np.uint32).max), "log_prob": (-_LARGEST, _LARGEST)}
+_TEACHER_VALUES = {
+    "teacher_ids": ("id", "token id", "iu", 0, np.iinfo(np.uint32).max),
+    "teacher_log_probs": (
+        "log_prob",
+        "number in fp32",
+        "iuf",
+        float(np.finfo(np.float32).min),
+        float(np.finfo(np.float32).max),
+    ),
+}
+"""(field of TOP, what a value is, kinds of dtype, smallest, largest)"""
 
 
 def top_of(record: dict[str, Any], top_k: int, *, needed: np.ndarray) -> np.ndarray:
@@ -366,34 +374,33 @@ def top_of(record: dict[str, Any], top_k: int, *, needed: np.ndarray) -> np.ndar
     with the reason if they are not there, or not k for each token.
     """
     found = np.zeros((len(needed), top_k), dtype=TOP)
-    places = np.flatnonzero(needed)
-    for name, key, kinds in zip(TEACHER_FIELDS, ("id", "log_prob"), ("iu", "iuf"), strict=True):
+    places = np.flatnonzero(needed).tolist()
+    for name, (key, kind, dtypes, smallest, largest) in _TEACHER_VALUES.items():
         rows = record.get(name)
         if rows is None:
             raise RefusedRow(f'no field "{name}", which data.teacher_top_k = {top_k} needs')
         if not isinstance(rows, list) or len(rows) != len(needed):
             count = len(rows) if isinstance(rows, list) else "no list of"
             raise RefusedRow(f"{count} {name} for {len(needed)} input_ids")
-        for place in places.tolist():
+        for place in places:
             row = rows[place]
             if not isinstance(row, list) or len(row) != top_k:
                 count = len(row) if isinstance(row, list) else "no"
                 raise RefusedRow(
                     f"{name}[{place}] has {count} entries, and data.teacher_top_k = {top_k}"
                 )
+        if not places:
+            continue
         try:
-            values = np.array([rows[place] for place in places.tolist()])
+            values = np.array([rows[place] for place in places])
         except ValueError:  # lists in lists
             values = np.array(None)
-        if not len(places):
-            continue
-        if values.dtype.kind not in kinds or values.ndim != 2:
-            raise RefusedRow(f"{name} has an entry that is no {_KINDS[key]}")
-        low, high = _RANGES[key]
-        if (wrong := values[~((values >= low) & (values <= high))]).size:  # NaN too
-            raise RefusedRow(f"{name} has an entry that is no {_KINDS[key]}: {wrong[0]}")
+        if values.dtype.kind not in dtypes or values.ndim != 2:
+            raise RefusedRow(f"{name} has an entry that is no {kind}")
+        if (wrong := values[~((values >= smallest) & (values <= largest))]).size:  # NaN too
+            raise RefusedRow(f"{name} has an entry that is no {kind}: {wrong[0]}")
         twice = (np.diff(np.sort(values)) == 0).any(axis=1)
         if key == "id" and twice.any():
-            raise RefusedRow(f"{name}[{places[twice][0]}] has one token id twice")
+            raise RefusedRow(f"{name}[{places[int(twice.argmax())]}] has one token id twice")
         found[key][places] = values
     return found

@@ -251,7 +251,7 @@ def _ends_lines_with_a_byte(encoding: str) -> bool:
     try:
         return "\n\n".encode(encoding).endswith(b"\n\n")
     except UnicodeError:
-        return True  # of no file it is known what its lines are
+        return True  # the codec cannot encode at all: reading the file says so
 
 
 def _parse(line: bytes, encoding: str) -> Any:
@@ -368,8 +368,9 @@ class DatasetRows(Rows):
 
         The split of held-out data may be set by `validation.split`, which is not in [data].
         """
-        apart = key == "split" and self.setting.startswith("validation.split")
-        return "validation.split" if apart else f"{section_of(self.setting)}.{key}"
+        if key == "split" and self.setting.startswith("validation.split"):
+            return "validation.split"
+        return f"{section_of(self.setting)}.{key}"
 
     def _refusal(self, why: str) -> UserError:
         return UserError(f'{self.setting} = "{self.source.path}" {why}')

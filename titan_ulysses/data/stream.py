@@ -40,7 +40,7 @@ class StreamedSequences(SampleStream):
         self.rows, self.encoder, self.skip_bad = rows, encoder, skip_bad
         self.seq_len, self.seed = seq_len, seed
         self.notes: list[str] = []
-        self.tally = CorpusStats()
+        self.stats = CorpusStats()
         self.seek(0, None)
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class StreamedSequences(SampleStream):
         return float(self._epoch)
 
     def describe(self) -> str:
-        return "; ".join(["streamed, end to end", *self.notes, *self.tally.notes()])
+        return "; ".join(["streamed, end to end", *self.notes])
 
     def position(self, consumed: int) -> dict[str, int]:
         self._advance(consumed)
@@ -106,7 +106,7 @@ class StreamedSequences(SampleStream):
                 (self._row, self._document), self._epoch_is_empty = found, False
                 continue
             if self._epoch_is_empty:
-                why = "; ".join(self.tally.notes()) or "it is empty"
+                why = "; ".join(self.stats.notes()) or "it is empty"
                 raise UserError(
                     f"{self.rows.setting} has no document to train on ({why}): give data with text "
                     "in it"
@@ -119,7 +119,7 @@ class StreamedSequences(SampleStream):
         """Yield (row number, document) of the current epoch, from row `skip` on."""
         seed = int(np.random.SeedSequence([self.seed, self._epoch]).generate_state(1)[0])
         for number, row in enumerate(self.rows.shuffled(seed, skip=skip), start=skip):
-            kept = self.tally.keep(
+            kept = self.stats.keep(
                 [self.encoder(row)], setting=self.rows.setting, skip=self.skip_bad
             )
             for document in kept:

@@ -90,7 +90,7 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> 
             **options,
         )
     except BaseException as error:
-        # A panic of its Rust code is no `Exception`, but also no reason for a traceback.
+        # A panic of its Rust code does not derive from `Exception`, and is reported alike.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
