@@ -53,14 +53,9 @@ class StyledRun(NamedTuple):
 
     name: str
     lines: Lines
-    color: str
-    width: float
-    """line width in points: where runs coincide, the earlier one is a rim around the later one"""
     marker: str
-
-    @property
-    def style(self) -> dict[str, Any]:
-        return {"color": self.color, "linewidth": self.width, "markersize": 4 + 1.5 * self.width}
+    style: dict[str, Any]
+    """its colour and width: where runs coincide, the earlier one is a rim around the later one"""
 
 
 def drawn(runs: dict[str, Lines]) -> Iterator[StyledRun]:
@@ -68,22 +63,23 @@ def drawn(runs: dict[str, Lines]) -> Iterator[StyledRun]:
     rim = min(2.2, 8 / len(runs))
     for number, (name, lines) in enumerate(runs.items()):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-        yield StyledRun(name, lines, color, 1.6 + rim * (len(runs) - 1 - number), marker)
+        width = 1.6 + rim * (len(runs) - 1 - number)
+        style = {"color": color, "linewidth": width, "markersize": 4 + 1.5 * width}
+        yield StyledRun(name, lines, marker, style)
 
 
 def curve(axes: Any, run: StyledRun, key: str, *, label: str) -> None:
     """Draw the values of key over steps. Many values are drawn pale, with their running mean."""
     steps, found = values(run.lines, key)
     if len(steps) < _SMOOTHED:
-        axes.plot(
-            steps, found, run.marker + "-" if len(steps) < 30 else "-", label=label, **run.style
-        )
+        line = run.marker + "-" if len(steps) < 30 else "-"
+        axes.plot(steps, found, line, label=label, **run.style)
         return
     import numpy as np
 
     width = len(steps) // 50
     mean = np.convolve(found, np.ones(width) / width, mode="valid")
-    axes.plot(steps, found, color=run.color, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, found, color=run.style["color"], alpha=0.25, linewidth=0.8)
     axes.plot(steps[width // 2 :][: len(mean)], mean, label=label, **run.style)
 
 
@@ -196,7 +192,7 @@ def draw_positions(runs: dict[str, Lines], path: Path | IO[str]) -> None:
         for run in drawn(runs):
             found = validations(run.lines)
             for line in [*found[:1], *found[1:][-1:]]:
-                dashes, face = ("--", "white") if line is found[0] else ("-", run.color)
+                dashes, face = ("--", "white") if line is found[0] else ("-", run.style["color"])
                 x, losses = zip(
                     *((places[first], loss) for first, loss, _ in ranges_of(line)), strict=True
                 )
