@@ -200,7 +200,7 @@ class Reshape(Campaign):
         if verdict := failed(ended):
             return what, verdict, ended.seconds
         if any(ended.codes):
-            is_named = "numbers that share a scale" in ended.text
+            is_named = "values that share a scale" in ended.text
             word = "refused" if is_named else "unnamed"
             return what, Verdict(word, cases.last_lines(ended.text)), ended.seconds
         return what, self._verdict(kind, expected, same_mesh=before == after), ended.seconds

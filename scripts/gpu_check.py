@@ -105,7 +105,7 @@ def versions(scale: Scale) -> Figures:
     import transformers
 
     from titan_ulysses.launch.host import visible_gpus
-    from titan_ulysses.memory.loss import can_add_wide
+    from titan_ulysses.memory.loss_head import can_add_wide
 
     found: Figures = {"torch": torch.__version__, "transformers": transformers.__version__}
     found["python"] = sys.version.split()[0]
@@ -120,10 +120,10 @@ def versions(scale: Scale) -> Figures:
     found["addmm_adds_bf16_to_fp32"] = can_add_wide()
     if not found["pydantic"]:
         return found | {"missing": "pydantic, which nearly all checks need"}
-    from titan_ulysses.ulysses.cores import Demand, choose_core
+    from titan_ulysses.ulysses.cores import CoreRequirements, choose_core
 
     for dtype in (torch.bfloat16, torch.float32):
-        core, _ = choose_core("auto", Demand(frozenset(), scale.device, dtype))
+        core, _ = choose_core("auto", CoreRequirements(frozenset(), scale.device, dtype))
         found[f"core_{str(dtype).removeprefix('torch.')}"] = core.__name__
     return found
 
@@ -349,11 +349,11 @@ def core_named(scale: Scale, name: str) -> Any:
     import torch
 
     from titan_ulysses.distributed.errors import UserError
-    from titan_ulysses.ulysses.cores import Demand, choose_core
+    from titan_ulysses.ulysses.cores import CoreRequirements, choose_core
 
     dtype = torch.float32 if scale.rehearses else torch.bfloat16
     try:
-        return choose_core(name, Demand(frozenset(), scale.device, dtype))[0]
+        return choose_core(name, CoreRequirements(frozenset(), scale.device, dtype))[0]
     except UserError as error:
         raise Skip(str(error)) from error
 
@@ -532,7 +532,7 @@ def loss_tiles(scale: Scale) -> Figures:
     """Seconds and memory of the loss head, by the tokens of a tile."""
     import torch
 
-    from titan_ulysses.memory.loss import LossHead, automatic_tile
+    from titan_ulysses.memory.loss_head import LossHead, automatic_tile
 
     tokens = scale.tokens // 4
     dtype = torch.float32 if scale.rehearses else torch.bfloat16

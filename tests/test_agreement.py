@@ -164,9 +164,9 @@ def test_separate_folders_are_refused(hosts: Hosts) -> None:
     code, out, err = hosts.start(SEPARATE, apart=False).end()
     assert (code, out) == (1, "")
     assert err == (
-        "error: job.dump_folder = outputs: outputs/run on alpha is another folder than on beta. "
-        "Name a folder that all hosts share, or set checkpoint.shared = false, with which each "
-        "host keeps its own shards.\n"
+        "error: job.dump_folder = outputs: outputs/run on alpha is not the same folder as on "
+        "beta. Name a folder that all hosts share, or set checkpoint.shared = false, with which "
+        "each host keeps its own shards.\n"
     )
     assert not list(hosts.folders[0].iterdir()) and not any(hosts.folders[1].rglob("*.*"))
 
@@ -266,8 +266,8 @@ def test_what_a_host_holds(tmp_path: Path) -> None:
         assert "step-3 was saved with checkpoint.shared = false on another mesh" in found["mesh"]
         assert "Resume that run with checkpoint.shared = false" in found["shared"]
         assert "__1_0.distcp: the bytes" in found["told"][0]
-        assert "Going on from step 1" in found["told"][0]
-        assert "save_id on beta is that of another save than on alpha" in found["parts"]
+        assert "Resuming from step 1" in found["told"][0]
+        assert "save_id on beta belongs to a different save than on alpha" in found["parts"]
         assert found["initial"].startswith("checkpoint.initial_load_path = ")
 
 

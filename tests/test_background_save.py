@@ -163,7 +163,7 @@ def test_a_save_that_fails_is_said_and_tried_again(tmp_path: Path) -> None:
         assert message == ""
         [warning] = warnings
         assert (
-            "saving step 2 failed ([Errno 28] No space left on device). It is tried once more."
+            "saving step 2 failed ([Errno 28] No space left on device). Trying once more."
             in warning
         )
         # At the next step, or when the next save is due, whichever is known first.

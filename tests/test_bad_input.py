@@ -127,7 +127,7 @@ def test_what_needs_no_model_is_said_before_torch_is_imported(toml: Path, tmp_pa
     cases = {
         "--parallelism.sequence_parallel_degree=3": "dp_replicate(1) x dp_shard(-1) x sp(3)",
         "--lr_scheduler.warmup_steps=2000": "lr_scheduler.warmup_steps = 2000 is more than",
-        f"--data.path={tmp_path}/none": f'data.path = "{tmp_path}/none" is not there',
+        f"--data.path={tmp_path}/none": f'data.path = "{tmp_path}/none" does not exist',
         "--model.tokenizer=./none": 'model.tokenizer = "./none": no such folder',
     }
     command = [sys.executable, "-c", code, str(toml), repr([[option] for option in cases])]
@@ -323,7 +323,7 @@ def test_lines_that_are_no_metrics_are_dropped_and_said(tmp_path: Path) -> None:
     console = Console(file=out, width=200)
     MetricsLogger(tmp_path, steps_done=2, total_steps=9, console=console).close()
     assert file.read_text() == good[0] + good[1]
-    assert "metrics.jsonl: 7 line(s) that are no metrics are dropped." in out.getvalue()
+    assert "metrics.jsonl: 7 line(s) that are not metrics were dropped." in out.getvalue()
 
 
 def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(
@@ -359,7 +359,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_nothing(
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 4]
     said = "".join(out.getvalue().split())  # lines are cut anywhere in a path
-    assert said.count("Nospaceleftondevice:itwilllacksteps.") == 2
+    assert said.count("Nospaceleftondevice:stepswillbemissingfromit.") == 2
     assert said.count("metrics.jsonl") == said.count("tensorboard:") == 1
 
 

@@ -21,7 +21,7 @@ from titan_ulysses.checkpoint import safetensors as weights
 from titan_ulysses.checkpoint.initial import describe_initial_weights
 from titan_ulysses.config.load import load_config
 from titan_ulysses.model import hf
-from titan_ulysses.model.embeddings import fill_new_rows, grow_vocabulary, token_parameters
+from titan_ulysses.model.resize_embeddings import fill_new_rows, grow_vocabulary, token_parameters
 from titan_ulysses.setup.parallelize import parallelize
 
 SETTINGS: dict[str, Any] = {
@@ -92,7 +92,7 @@ def test_what_a_run_says_of_it(config: Path) -> None:
     assert describe_initial_weights(settings, 0) == f"begins with the weights of {path}"
     assert (
         describe_initial_weights(settings, 3)
-        == f"resumed from step 3; {path} is for runs that begin"
+        == f"resumed from step 3; {path} is only read at the start of a new run"
     )
     assert describe_initial_weights(load_config(config), 0) == ""
 
@@ -111,8 +111,8 @@ def test_adapters_beside_another_runs_weights(config: Path) -> None:
     assert learned(on)[0][1] < learned(export)[0][1]
     message = refused(config, ADAPTERS | begin_with(config, "adapters", "checkpoints/step-2"))
     assert (
-        "what was frozen there is not what is frozen here, and only the rest is saved. Begin with "
-        "the export/" in message
+        "that run froze other weights than this one, and a checkpoint does not hold frozen "
+        "weights. Start from the export/" in message
     )
     message = refused(config, path | begin_with(config, "adapters", "checkpoints/step-2"))
     assert (
@@ -130,7 +130,9 @@ def test_an_export_that_was_damaged_since(config: Path) -> None:
     (damaged / "model.safetensors").write_bytes(stored)
     setting = f'checkpoint.initial_load_path = "{damaged}"'
     message = refused(config, {"checkpoint.initial_load_path": str(damaged)})
-    assert message.startswith(f"{setting}: the export is damaged (model.safetensors: its bytes are")
+    assert message.startswith(
+        f"{setting}: the export is damaged (model.safetensors: its contents differ"
+    )
     assert message.endswith("if it was changed on purpose, remove its training_step.json.")
     (damaged / "training_step.json").unlink()
     assert run(config, "on purpose", {"checkpoint.initial_load_path": str(damaged)}).exists()
@@ -152,7 +154,7 @@ def test_weights_that_do_not_fit(config: Path) -> None:
     assert f'checkpoint.initial_load_path = "{export["checkpoint.initial_load_path"]}": ' in message
     assert "model.layers.2.self_attn.q_proj.weight" in message
     nowhere = {"checkpoint.initial_load_path": str(config.parent / "nowhere")}
-    assert 'nowhere": neither a folder nor' in refused(config, nowhere)
+    assert 'nowhere": not a folder, and not' in refused(config, nowhere)
     damaged = config.parent / "damaged" / "step-2"
     shutil.copytree(outputs(config, "first") / "checkpoints" / "step-2", damaged)
     (damaged / "__1_0.distcp").write_bytes(b"")

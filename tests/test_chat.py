@@ -291,7 +291,7 @@ def encoded(tokenizer, fields: dict, **settings):
         (
             "chatml",
             record(("assistant", "a"), ("user", "b"), ("assistant", "c")),
-            "the assistant begins",
+            "the first message is the assistant's",
         ),
         (
             "chatml",
@@ -567,7 +567,7 @@ def test_a_template_that_cannot_tell_is_refused_by_name(backend: Tokenizer, tmp_
         encoded(tokenizer, fields)
     message = str(caught.value)
     assert message.startswith(
-        f'chats.jsonl:7: model.tokenizer = "{tmp_path}": its chat template has no way to tell'
+        f'chats.jsonl:7: model.tokenizer = "{tmp_path}": its chat template does not show which part'
     )
     assert "message 2 of 2" in message and "{% generation %}" in message and "\n" not in message
     assert encoded(tokenizer, fields, train_on="all").trained is None

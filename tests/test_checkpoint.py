@@ -224,11 +224,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "half run.json": (lambda step: cut(step / "run.json"), "run.json: it is not JSON: "),
     "other run.json": (partial(break_run_file, text='["files"]'), "run.json: it holds a list"),
     "poor run.json": (partial(break_run_file, text='{"files": {}}'), "run.json: step is missing"),
-    "position": (partial(edit, loader={"sequences_consumed": 9}), "run.json: it is not what was"),
+    "position": (
+        partial(edit, loader={"sequences_consumed": 9}),
+        "run.json: its contents differ from what was",
+    ),
     "no checksum": (partial(edit, checksum=None), "run.json: checksum is missing"),
     "an untyped position": (
         partial(rewrite, loader={"sequences_consumed": "8"}),
-        "run.json: loader is {'sequences_consumed': '8'}, which it cannot be",
+        "run.json: loader is {'sequences_consumed': '8'}, which is not a valid value",
     ),
     "no position": (partial(rewrite, loader=None), "run.json: loader is missing"),
     "no seed": (partial(rewrite, rng=None), "run.json: rng is missing"),
@@ -342,9 +345,9 @@ def test_the_newest_whole_checkpoint_is_taken_and_said(tmp_path: Path) -> None:
         warning = found["told"][0]
         assert warning.startswith(f"WARNING: checkpoint.folder = {folder}: step-4 is damaged (")
         assert "__1_0.distcp: the bytes" in warning and "; step-3 is damaged (" in warning
-        assert "Going on from step 2, the newest checkpoint before that is whole." in warning
+        assert "Resuming from step 2, the newest intact checkpoint before it." in warning
         assert len(found["told"]) == 3
-        assert "no checkpoint is whole: step-3 is damaged (" in found["none"]
+        assert "no checkpoint is intact: step-3 is damaged (" in found["none"]
         assert found["none"].endswith("Remove them to start from the beginning.")
 
 
@@ -379,7 +382,7 @@ def test_what_lacks_hashes_is_read_with_a_warning_and_what_is_closed_is_an_error
         assert len(told) == 1 and "was saved by an earlier version, without hashes" in told[0]
         for error in errors:
             assert error.startswith(f"checkpoint.folder = {folder}: cannot be read (")
-            assert "Permission denied" in error and "Nothing is changed." in error
+            assert "Permission denied" in error and "Nothing was changed." in error
 
 
 @pytest.mark.parametrize(
@@ -402,7 +405,7 @@ def test_another_model_is_refused(
 ) -> None:
     for [(message, unchanged)] in run_on_ranks(2, try_to_load, [saved[0]], **changes):
         assert message.startswith(
-            f"checkpoint.folder = {saved[0]}: step-2 holds another model: {difference}"
+            f"checkpoint.folder = {saved[0]}: step-2 holds a different model: {difference}"
         )
         assert "Give this run another job.name" in message
         assert unchanged
@@ -469,7 +472,7 @@ def test_a_checkpoint_that_lacks_what_a_rank_wrote_is_not_published(tmp_path: Pa
     folder = tmp_path / "checkpoints"
     first, second = run_on_ranks(2, publish_without, folder)
     assert first == second
-    told = {"missing": "No such file", "short": "bytes", "stale": "are not those that were saved"}
+    told = {"missing": "No such file", "short": "bytes", "stale": "differ from what was saved"}
     for kind, (message, files) in first.items():
         assert message.startswith(f"checkpoint.folder = {folder}: saving step 2 failed ("), kind
         assert "__1_0.distcp" in message and told[kind] in message, (kind, message)

@@ -29,7 +29,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Store, check_room, open_store
 from titan_ulysses.model import hf
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.cores import sdpa

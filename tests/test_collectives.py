@@ -12,7 +12,7 @@ from helpers.rows import local_batch, make_rows
 from helpers.training import OPTIMIZER
 from titan_ulysses.distributed.collectives import CollectiveCounter
 from titan_ulysses.model import hf
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 

@@ -411,13 +411,13 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         2,
         ["data.path is not set: give a file or folder"],
     ),
-    "no data": (no_data, {}, 1, 1, ['data.path = "{}/data" is not there: give a']),
+    "no data": (no_data, {}, 1, 1, ['data.path = "{}/data" does not exist: give a']),
     "empty file": (
         empty_file,
         {},
         1,
         1,
-        ['data.path = "{}/data" has nothing but empty files: give a file'],
+        ['data.path = "{}/data" contains only empty files: give a file'],
     ),
     "empty folder": (
         empty_folder,
@@ -475,7 +475,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         {"data.source": "hf", "data.path": "{}/saved", "data.split": "dev"},
         1,
         1,
-        ['data.path = "{}/saved" has no split "dev" but train: set data.split'],
+        ['data.path = "{}/saved" has no split "dev", only train: set data.split'],
     ),
     "empty source of a mixture": (
         lines('{"text": ""}'),
@@ -561,8 +561,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], Settings, int, int, list[str]
         1,
         1,
         [
-            "activation_checkpoint.offload_folder = {}/nowhere: not a folder that can be written "
-            "to. Make it, or name"
+            "activation_checkpoint.offload_folder = {}/nowhere: not a writable folder. Create it, "
+            "or name"
         ],
     ),
     "offload room": (
@@ -652,7 +652,8 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     )
     assert (
         code == 1
-        and "step-4 holds another model: model.embed_tokens.weight is [257, 32] there" in message
+        and "step-4 holds a different model: model.embed_tokens.weight is [257, 32] there"
+        in message
     )
     assert "Give this run another job.name" in message
     assert contents(run) == before
@@ -695,7 +696,7 @@ def test_one_process_says_what_is_wrong_and_no_more(tmp_path: Path) -> None:
     no_data(tmp_path)
     code, out, err = python(REPOSITORY / "train.py", *arguments(config, {}))
     assert (code, out) == (1, "") and err.startswith(
-        f'error: data.path = "{tmp_path / "data"}" is not there: '
+        f'error: data.path = "{tmp_path / "data"}" does not exist: '
     )
     assert len(err.splitlines()) == 1 and not (tmp_path / "outputs").exists()
 

@@ -19,7 +19,7 @@ from helpers.rows import local_batch, make_rows
 from helpers.runs import Settings, logged, train, write_run
 from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.model import hf
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.blocks import compile_blocks, find_blocks
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step

@@ -261,7 +261,7 @@ def test_bad_value(tmp_path: Path, setting: str, value: Any, message: str) -> No
         ("trainning.steps", 1, "[trainning]: no such section; did you mean [training]?"),
         ("xyz.steps", 1, "[xyz]: no such section; the sections are job, model, lora, data, "),
         ("lr", 1, "lr: no such key; did you mean optimizer.lr?"),
-        ("zzz", 1, "zzz: no such key; keys go into a section"),
+        ("zzz", 1, "zzz: no such key; keys belong in a section"),
     ],
 )
 def test_unknown_key_suggests_the_nearest(
@@ -311,13 +311,13 @@ def test_all_mistakes_are_listed(tmp_path: Path) -> None:
         ),
         (
             {"prompt_field": "q", "completion_field": "a"},
-            'data.prompt_field = "q" with data.source = "text": it is read from jsonl, hf and '
-            "preference alone. Set data.source",
+            'data.prompt_field = "q" with data.source = "text": only jsonl, hf and preference '
+            "read it. Set data.source",
         ),
         (
             {"mixture": [{"path": "b", "source": "jsonl", "subset": "de"}]},
-            'data.mixture[0].subset = "de" with data.mixture[0].source = "jsonl": it is read from '
-            "hf, chat, preference and tokens alone.",
+            'data.mixture[0].subset = "de" with data.mixture[0].source = "jsonl": only hf, chat, '
+            "preference and tokens read it.",
         ),
         (
             {"mixture": [{"path": "b", "source": "chat"}], "train_on": "all"},
@@ -473,11 +473,11 @@ def test_extends_chain_merges_deeply(tmp_path: Path) -> None:
 def test_extends_in_a_circle_is_refused_by_name(tmp_path: Path) -> None:
     a = write(tmp_path, 'extends = "b.toml"', "a.toml")
     b = write(tmp_path, 'extends = "./a.toml"', "b.toml")
-    assert error_of(a).startswith(f"extends goes in a circle: {a} -> {b} -> {a}; ")
+    assert error_of(a).startswith(f"extends forms a cycle: {a} -> {b} -> {a}; ")
     itself = write(tmp_path, 'extends = "c.toml"', "c.toml")
     assert f"{itself} -> {itself};" in error_of(itself)
     entrance = write(tmp_path, 'extends = "a.toml"', "d.toml")
-    assert f"circle: {a} -> {b} -> {a};" in error_of(entrance)
+    assert f"cycle: {a} -> {b} -> {a};" in error_of(entrance)
 
 
 def test_bad_extends(tmp_path: Path) -> None:

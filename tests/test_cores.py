@@ -15,7 +15,7 @@ from torch import Tensor
 from helpers.tensors import Largest
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.ulysses import cores, tiles
-from titan_ulysses.ulysses.cores import Demand, choose_core, flash, flex, sdpa, varlen
+from titan_ulysses.ulysses.cores import CoreRequirements, choose_core, flash, flex, sdpa, varlen
 
 DOCUMENTS = ((10, 14, 1, 5), (30,))
 
@@ -193,7 +193,7 @@ def choose(
     dtype=torch.float32,
     **more: int,
 ):
-    return choose_core(name, Demand(frozenset(needs or ()), device_type, dtype, **more))
+    return choose_core(name, CoreRequirements(frozenset(needs or ()), device_type, dtype, **more))
 
 
 CUDA = {"device_type": "cuda", "dtype": torch.bfloat16}

@@ -452,7 +452,7 @@ def test_undecodable_file_is_named_with_its_offset(tmp_path):
 @pytest.mark.parametrize(
     "files, path, encoding, message",
     [
-        ({}, "gone", "utf-8", r'data\.path = ".*gone" is not there'),
+        ({}, "gone", "utf-8", r'data\.path = ".*gone" does not exist'),
         (
             {"a.py": b"1", "b.py": b"1", "c": b"1"},
             "",
@@ -464,9 +464,9 @@ def test_undecodable_file_is_named_with_its_offset(tmp_path):
             {"a.txt": b"", "b.txt": b""},
             "",
             "utf-8",
-            r'data\.path = ".*" has nothing but empty files',
+            r'data\.path = ".*" contains only empty files',
         ),
-        ({"a.txt": b""}, "a.txt", "utf-8", r"nothing but empty files"),
+        ({"a.txt": b""}, "a.txt", "utf-8", r"only empty files"),
         ({"a.txt": b"a"}, "", "klingon", r'data\.encoding = "klingon" is not a text codec'),
         ({"a.txt": b"a"}, "", "hex", r'data\.encoding = "hex" is not a text codec'),
     ],

@@ -113,9 +113,7 @@ def evaluated(cases: list[Case]) -> list[tuple[TokenEvaluation, bool]]:
             3,
         ]
         found.append((evaluate(model.train(batch_size == 2), loader, mesh), model.training))
-        with pytest.raises(
-            UserError, match=r"none of the tokens of 1 held-out sequence\(s\) is a label"
-        ):
+        with pytest.raises(UserError, match=r"the 1 held-out sequence\(s\) have no label"):
             loader.sequences.corpus.trained[: SEQ_LEN + 1] = False
             evaluate(model, loader, mesh, sequences=1)
     return found
@@ -303,7 +301,7 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
         config, {}
     )
     message = refused(config, {"data.path": "", "validation.path": tmp_path / "nowhere"})
-    assert message.startswith(f'validation.path = "{tmp_path / "nowhere"}" is not there')
+    assert message.startswith(f'validation.path = "{tmp_path / "nowhere"}" does not exist')
     assert refused(config, {"data.path": ""}).startswith("data.path is not set")
     one = write_documents(tmp_path / "one", documents=1, seed=1)
     assert refused(config, {"data.path": one}).startswith(

@@ -274,7 +274,7 @@ DATA = {
         ),
     ],
     "data.teacher_top_k": [
-        Case(2, said("of the divergence from what a teacher has said in the data"), TAUGHT),
+        Case(2, said("of the divergence from a teacher's log-probabilities in the data"), TAUGHT),
         Case(1, refused("taught.jsonl:1: teacher_ids[5] has 2 entries"), TAUGHT),
     ],
     "data.path": [Case("$MATERIAL/texts", said("data: 20 document(s)"))],
@@ -535,7 +535,7 @@ MEMORY = {
             {"memory.stream_chunk_tokens": 8, "activation_checkpoint.offload": "host"},
             same=True,
         ),
-        Case("auto", said('activation_checkpoint.keep_attention = "auto" changes nothing')),
+        Case("auto", said('activation_checkpoint.keep_attention = "auto" has no effect')),
     ],
     "activation_checkpoint.offload_folder": [
         Case(
@@ -606,17 +606,13 @@ MEMORY = {
             refused('memory.stream_offload = "disk" needs layers'),
             {"memory.stream_chunk_tokens": "off"},
         ),
-        Case("disk", said('memory.stream_offload = "disk" changes nothing')),
+        Case("disk", said('memory.stream_offload = "disk" has no effect')),
     ],
     "memory.parameter_offload": [
-        Case(
-            True, said("memory.parameter_offload changes nothing: the device is the CPU"), same=True
-        )
+        Case(True, said("memory.parameter_offload has no effect: the device is the CPU"), same=True)
     ],
     "memory.optimizer_offload": [
-        Case(
-            True, said("memory.optimizer_offload changes nothing: the device is the CPU"), same=True
-        )
+        Case(True, said("memory.optimizer_offload has no effect: the device is the CPU"), same=True)
     ],
     "compile.enable": [
         # Also in test_compile.py and test_together.py.

@@ -15,7 +15,7 @@ from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.training import Record, largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.memory import loss
+from titan_ulysses.memory import loss_head
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import cast_frozen_params, fingerprint, freeze
 
@@ -85,8 +85,8 @@ def hf_initialized(table: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def test_a_frozen_head_makes_no_gradient_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "add_product", None)
-    head = loss.LossHead(nn.Linear(8, 11, bias=False), tile_tokens=2)
+    monkeypatch.setattr(loss_head, "add_product", None)
+    head = loss_head.LossHead(nn.Linear(8, 11, bias=False), tile_tokens=2)
     head.weight.requires_grad_(False)
     hidden, labels = torch.randn(1, 5, 8, requires_grad=True), torch.arange(5)[None]
     head(hidden, labels, torch.tensor(5)).backward()

@@ -177,7 +177,7 @@ def after_a_broken_backward(
 def test_a_backward_that_was_broken_off(tied: bool, older_torch: bool) -> None:
     for messages, whole in run_on_ranks(2, after_a_broken_backward, tied, older_torch):
         for message in messages:
-            assert "the last backward was broken off by an exception" in message
+            assert "the last backward was interrupted by an exception" in message
             assert "Call optimizer.zero_grad() on every rank" in message
         assert all(torch.equal(whole[0][name], whole[1][name]) for name in whole[0])
 
@@ -201,7 +201,7 @@ def test_a_backward_whose_forward_was_before_the_last_step() -> None:
     gathered.
     """
     for message, whole in run_on_ranks(2, backward_after_a_step):
-        assert "an optimizer has stepped between this forward and its backward" in message
+        assert "an optimizer stepped between this forward and its backward" in message
         assert all(torch.equal(whole[0][name], whole[1][name]) for name in whole[0])
 
 
@@ -214,7 +214,7 @@ def two_models() -> str:
 
 
 def test_another_model_goes_on() -> None:
-    assert all("broken off" in message for message in run_on_ranks(2, two_models))
+    assert all("was interrupted" in message for message in run_on_ranks(2, two_models))
 
 
 def trainer_steps() -> list[dict[str, Tensor]]:

@@ -80,7 +80,7 @@ def test_a_rank_that_hangs_is_named(how: str, tmp_path: Path) -> None:
     )
     assert re.search(f"{message}{waited}|{by_beats}", err), err
     assert len(err.splitlines()) == 1
-    assert f"What each rank was in is in {run / 'stacks'}." in err
+    assert f"The stacks of all ranks are in {run / 'stacks'}." in err
     assert "train_step" in (run / "stacks" / "rank-0.txt").read_text()
     if how == "loops":
         assert "endless" in (run / "stacks" / "rank-1.txt").read_text()
@@ -163,7 +163,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=20)
     assert running.returncode == 130 and time.monotonic() - since < 5
-    assert "process" in (run / ".lock").read_text(), "it did not end in order"
+    assert "process" in (run / ".lock").read_text(), "it did not shut down cleanly"
     run_on_ranks(1, train, config, SHORT)
     assert len(learned(run)) == 3
 
@@ -214,7 +214,9 @@ def test_a_run_writes_through_no_link(tmp_path: Path) -> None:
     (own / "file").write_text("mine")
     (run / ".lock").symlink_to(own / "file")
     [message] = run_on_ranks(1, refusal, config, SHORT)
-    assert message.startswith(f"{run / '.lock'} is a link, and a run writes to no file outside")
+    assert message.startswith(
+        f"{run / '.lock'} is a symbolic link, but a run writes only to files inside"
+    )
     (run / ".lock").unlink()
     (run / ".config.toml.partial").symlink_to(own / "file")
     (run / "checkpoints" / ".step-3.partial").symlink_to(own / "folder")
@@ -252,7 +254,7 @@ def test_what_a_lock_cannot_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(lock_module.fcntl, "lockf", without_locks)
     lock.acquire()
-    assert "its file system has no locks: whether another run is at work" in said[1]
+    assert "its file system has no locks: it is unknown whether another run is at" in said[1]
 
 
 # --- nothing left ---------------------------------------------------------------------------------

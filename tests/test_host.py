@@ -108,7 +108,7 @@ def test_ranks_of_the_quickstart(name, kind, ranks, run, machine, monkeypatch) -
 REFUSED = [
     (
         {"listed": TWO},
-        "nvidia-smi sees 2 GPUs, and torch .* can use none: it was built for CUDA 13.0, and the "
+        "nvidia-smi sees 2 GPUs, but torch .* can use none: it was built for CUDA 13.0, and the "
         r"driver knows CUDA up to 12.2. Install a torch wheel for CUDA 12, whose version ends in "
         r"\+cu12 and a digit, or update the driver. To train on the CPU all the same, set "
         "CUDA_VISIBLE_DEVICES to nothing",
@@ -121,7 +121,7 @@ REFUSED = [
         {"listed": TWO, "visible": "7", "wheel": "12.8"},
         "CUDA_VISIBLE_DEVICES = 7 names none of them. Change it, or unset it",
     ),
-    ({"listed": TWO, "wheel": "12.8"}, "can use none: CUDA driver error. Mend the driver"),
+    ({"listed": TWO, "wheel": "12.8"}, "can use none: CUDA driver error. Repair the driver"),
     ({"listed": TWO, "wheel": None, "table": "?"}, "a torch wheel for the CUDA version of the"),
 ]
 

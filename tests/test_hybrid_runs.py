@@ -135,8 +135,8 @@ def test_a_compiled_run(family: str, tmp_path: Path) -> None:
 
 UNKNOWN = {
     "jamba": "JambaMambaDecoderLayer (JambaMambaMixer, JambaMLP) is a layer of type "
-    "linear_attention, which carries a state along the sequence, and is of no kind that this "
-    "version knows: ",
+    "linear_attention, which carries a state along the sequence, and is not of a kind that this "
+    "version supports: ",
     # Its config has no types of layers.
     "rwkv": "RwkvBlock (RwkvSelfAttention, RwkvFeedForward) carries a state along the sequence, ",
     "deepseek_v32": "layers of type indexed_attention, as in DeepseekV32DecoderLayer "

@@ -27,8 +27,8 @@ from test_library import real_model
 from test_loss_settings import BETA, LR, PAIRS, dpo, on_ranks, write_material
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.train.huggingface import checks
-from titan_ulysses.train.huggingface.trainer import UlyssesTrainer
+from titan_ulysses.train.huggingface import compatibility as checks
+from titan_ulysses.train.huggingface.ulysses_trainer import UlyssesTrainer
 
 pytest.importorskip("accelerate")
 

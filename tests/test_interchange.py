@@ -248,7 +248,7 @@ def test_an_index_that_is_wrong(folder: Path) -> None:
     files = sorted(set(index["weight_map"].values()))
     (folder / files[1]).rename(folder / "elsewhere")
     with pytest.raises(
-        UserError, match=f"1 of the {len(files)} files that .* names are not there: {files[1]}"
+        UserError, match=f"1 of the {len(files)} files that .* names are missing: {files[1]}"
     ):
         weights.find(str(folder))
     (folder / "elsewhere").rename(folder / files[1])
@@ -256,7 +256,7 @@ def test_an_index_that_is_wrong(folder: Path) -> None:
     index["weight_map"][name] = files[0]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
-        UserError, match=f"index.json says that {files[0]} holds {name}, and it does not"
+        UserError, match=f"index.json says that {files[0]} holds {name}, but it does not"
     ):
         weights.find(str(folder))
     (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
@@ -276,8 +276,8 @@ def test_tensors_that_the_model_does_not_have_are_told(tmp_path: Path) -> None:
     assert unknown == [f"visual.{letter}" for letter in "abcd"]
     line = weights.describe_unknown(unknown, model, str(tmp_path))
     assert (
-        "4 tensors there that LlamaForCausalLM does not have, left out: visual.a, visual.b, "
-        "visual.c, ..." in line
+        "ignored 4 tensors that LlamaForCausalLM does not have: visual.a, visual.b, visual.c, ..."
+        in line
     )
 
 
@@ -412,10 +412,7 @@ def test_a_folder_becomes_a_checkpoint_that_a_run_starts_from(run: Path, tmp_pat
         "checkpoint.export": True,
     }
     printed, other = run_on_ranks(2, printed_by, config, path | ON_TWO)
-    assert (
-        printed.count("1 tensor there that Qwen3MoeForCausalLM does not have, left out: visual\n")
-        == 1
-    )
+    assert printed.count("ignored 1 tensor that Qwen3MoeForCausalLM does not have: visual\n") == 1
     assert other == ""
     assert learned(outputs / "converted") == learned(outputs / "path") != learned(run)
     saved = json.loads((outputs / "converted" / "checkpoints" / "step-2" / "run.json").read_text())
@@ -461,7 +458,7 @@ def test_conversions_that_cannot_be(
     alone, new = str(tmp_path / "checkpoints" / "step-2"), str(tmp_path / "new")
     cases = {
         (str(tmp_path / "nothing"), new): "no such folder",
-        (str(step), str(run)): "is there already",
+        (str(step), str(run)): "exists already",
         (str(run / "export"), new): "a checkpoint is a folder named step-N",
         (alone, new): "no config.toml in the folders above",
         (
@@ -469,8 +466,8 @@ def test_conversions_that_cannot_be(
             new,
             "--config",
             str(tmp_path / "other.toml"),
-        ): "holds another model than config.toml describes: model",
-        (frozen, new, "--config", str(run / "config.toml")): "what is frozen is not in it",
+        ): "holds a different model than config.toml describes: model",
+        (frozen, new, "--config", str(run / "config.toml")): "does not hold the frozen weights",
         (str(tmp_path / "checkpoints"), str(tmp_path / "step-0")): "no transformers model there",
     }
     for arguments, message in cases.items():

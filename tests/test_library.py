@@ -36,7 +36,7 @@ from titan_ulysses.data.adapter import read_rows
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.model import hf
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.checks import check_group
 from titan_ulysses.train.step import clip_gradients, train_step
 
@@ -521,7 +521,7 @@ def test_gradients_on_whole_sequences() -> None:
 
 
 def test_scores_of_a_capped_and_scaled_head_come_by_tiles() -> None:
-    from titan_ulysses.memory.loss import LossHead
+    from titan_ulysses.memory.loss_head import LossHead
 
     generator = torch.Generator().manual_seed(0)
     head = LossHead(
@@ -593,7 +593,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no input_ids": ({"labels": IDS}, 'must be a mapping with "input_ids"'),
     "unknown key": (
         {"input_ids": IDS, "pixel_values": IDS},
-        r"batch\['pixel_values'\]: the sharded model does not",
+        r"batch\['pixel_values'\]: the sharded model would ignore",
     ),
     "one dimension": ({"input_ids": IDS[0]}, r"input_ids\"\] is \[4\]"),
     "empty": ({"input_ids": IDS[:0]}, r"is \[0, 4\]: it must be \[B, S\], and not empty"),
@@ -641,11 +641,11 @@ BAD: dict[str, tuple[Any, str]] = {
     "lengths fall": ({"input_ids": IDS, "cu_seq_lens_q": [0, 5, 4, 8]}, "must grow from 0 to 8"),
     "over the end of a row": (
         {"input_ids": IDS, "cu_seq_lens_q": [0, 3, 8]},
-        "goes over the end of a row of 4",
+        "extends past the end of a row of 4",
     ),
     "two kinds of lengths": (
         {"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "cu_seq_lens_k": [0, 2, 4, 8]},
-        "is not cu_seq_lens_q",
+        "differs from cu_seq_lens_q",
     ),
     "longest": (
         {"input_ids": IDS, "cu_seq_lens_q": [0, 4, 8], "max_length_q": 3},
@@ -716,7 +716,8 @@ def load_unequally(batches: int) -> None:
 @pytest.mark.parametrize("batches", [3, 4])
 def test_loaders_of_different_lengths(batches: int) -> None:
     with pytest.raises(
-        RankFailure, match=f"this rank's loader ended after {batches - 1} batches, and others go on"
+        RankFailure,
+        match=f"this rank's loader ended after {batches - 1} batches, but others continue",
     ):
         run_on_ranks(2, load_unequally, batches)
 
@@ -736,8 +737,8 @@ def differing_weights() -> str:
 def test_ranks_with_different_weights() -> None:
     for message in run_on_ranks(2, differing_weights):
         assert (
-            "different weights: model.layers.1.mlp.c_proj.weight on rank 1 is not what rank 0 has"
-            in message
+            "different weights: model.layers.1.mlp.c_proj.weight on rank 1 differs from that of "
+            "rank 0" in message
         )
 
 
@@ -755,7 +756,7 @@ def weights_on_one_rank() -> str:
 
 def test_ranks_of_which_one_has_no_weights() -> None:
     for message in run_on_ranks(2, weights_on_one_rank):
-        assert "on rank 1 is not what rank 0 has: only one of them is on the meta" in message
+        assert "on rank 1 differs from that of rank 0: only one of them is on the meta" in message
 
 
 def attention_dropout() -> str:
@@ -772,7 +773,9 @@ def test_a_group_of_nccl_alone_cannot_offload_parameters(monkeypatch: pytest.Mon
     loss = SimpleNamespace(get_group=lambda: group)
     monkeypatch.setattr(dist, "get_backend", lambda group: "nccl")
     mesh = SimpleNamespace(device=torch.device("cuda"), loss=loss)
-    with pytest.raises(UserError, match=r'CPU tensors too, and this is "nccl" alone. Make it with'):
+    with pytest.raises(
+        UserError, match=r'CPU tensors too, and this is "nccl" alone. Create it with'
+    ):
         check_group(mesh, parameter_offload=True)
     check_group(mesh, parameter_offload=False)
     check_group(SimpleNamespace(device=torch.device("cpu"), loss=loss), parameter_offload=True)

@@ -30,7 +30,7 @@ from titan_ulysses.streaming.chunks import crosses
 from titan_ulysses.ulysses import gated_deltanet, mamba2, states
 from titan_ulysses.ulysses.heads import plan_heads
 from titan_ulysses.ulysses.linear_attention import linear_layers
-from titan_ulysses.ulysses.states import Piece, pieces_of_row
+from titan_ulysses.ulysses.states import DocumentPiece, pieces_of_row
 
 SP3 = (1, 1, 3)
 MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}
@@ -253,8 +253,8 @@ def broken(what: str, family: str) -> Record:
         return kept_in_fp64(train_sharded, SP2, model_of(family), steps_of()[:1], torch.float64)
 
 
-def _one_piece(row: tuple[int, ...], start: int, stop: int) -> tuple[Piece, ...]:
-    return (Piece(slice(0, stop - start), start),)
+def _one_piece(row: tuple[int, ...], start: int, stop: int) -> tuple[DocumentPiece, ...]:
+    return (DocumentPiece(slice(0, stop - start), start),)
 
 
 def _reversed(local):
@@ -377,13 +377,19 @@ def test_a_convolution_sends_only_the_tokens_before() -> None:
 def test_parts_of_documents() -> None:
     row = (4, 16, 4)
     assert pieces_of_row(row, 0, 24) == (
-        Piece(slice(0, 4), 0),
-        Piece(slice(4, 20), 0),
-        Piece(slice(20, 24), 0),
+        DocumentPiece(slice(0, 4), 0),
+        DocumentPiece(slice(4, 20), 0),
+        DocumentPiece(slice(20, 24), 0),
     )
-    assert pieces_of_row(row, 6, 20) == (Piece(slice(0, 14), 2),)
-    assert pieces_of_row(row, 2, 5) == (Piece(slice(0, 2), 2), Piece(slice(2, 3), 0))
-    assert pieces_of_row((1, 0, 1), 0, 2) == (Piece(slice(0, 1), 0), Piece(slice(1, 2), 0))
+    assert pieces_of_row(row, 6, 20) == (DocumentPiece(slice(0, 14), 2),)
+    assert pieces_of_row(row, 2, 5) == (
+        DocumentPiece(slice(0, 2), 2),
+        DocumentPiece(slice(2, 3), 0),
+    )
+    assert pieces_of_row((1, 0, 1), 0, 2) == (
+        DocumentPiece(slice(0, 1), 0),
+        DocumentPiece(slice(1, 2), 0),
+    )
     borders = [place for place in range(25) if not crosses((row,), place)]
     assert borders == [0, 4, 20, 24]
     assert crosses((row, (24,)), 4)
@@ -478,5 +484,5 @@ def _without_keywords(forward, hidden_states: Tensor, **_: Any) -> Tensor:
 
 def test_a_decoder_that_keeps_its_keywords_is_refused() -> None:
     (message,) = run_on_ranks(1, refusal_without_keywords)
-    assert message.startswith("model: Lfm2ShortConv is not told of documents and ranks")
-    assert "Take a newer one" in message
+    assert message.startswith("model: Lfm2ShortConv does not receive the documents and ranks")
+    assert "Install a newer one" in message

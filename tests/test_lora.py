@@ -30,7 +30,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import add_adapters, check_lora, initialize_adapters
-from titan_ulysses.model.names import is_adapter
+from titan_ulysses.model.parameter_names import is_adapter
 from titan_ulysses.observability.metrics import describe_parameters, flops_per_token
 from titan_ulysses.optim.adamw import is_quantized
 
@@ -342,7 +342,7 @@ def test_another_rank_is_another_model(runs: Path) -> None:
     settings |= {"lora.rank": 8, "job.name": "parts"}
     for message in run_on_ranks(2, refusal, runs / "run.toml", settings):
         assert (
-            "step-4 holds another model: " in message
+            "step-4 holds a different model: " in message
             and "lora_A.default.weight is [4, 32] there and" in message
         )
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from titan_ulysses.memory import loss as loss_module
-from titan_ulysses.memory.loss import LossHead
+from titan_ulysses.memory import loss_head as loss_module
+from titan_ulysses.memory.loss_head import LossHead
 
 HIDDEN, VOCABULARY = 6, 11
 EXACT = {"rtol": 0.0, "atol": 0.0}

@@ -72,7 +72,11 @@ def test_conversations_are_rendered(tmp_path: Path) -> None:
         {"prompt": "p", "chosen": "", "rejected": "r"},
     ]
     corpus, tally = read(tmp_path, rows, tokenizer)
-    assert len(corpus) == 2 and tally.bad == 4 and "do not begin alike" in tally.first_bad
+    assert (
+        len(corpus) == 2
+        and tally.bad == 4
+        and "do not begin with the same messages" in tally.first_bad
+    )
     for pair in range(2):
         begin, split = corpus.begins[pair], corpus.splits[pair]
         for span, wanted in (

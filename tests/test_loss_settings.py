@@ -419,7 +419,7 @@ def test_another_reference_is_said() -> None:
     for saved in ({"beside": 7}, {}):
         assert not warnings_of(config, 2, saved, content={}, frozen_weights=7)
     (warning,) = warnings_of(config, 2, {"beside": 7}, content={}, frozen_weights=8)
-    assert "the reference or teacher is not the one" in warning
+    assert "the reference or teacher differs from the one" in warning
 
 
 # --- refusals, plan, mixtures ---------------------------------------------------------------------
@@ -455,7 +455,7 @@ def nested(wanted: Settings) -> dict[str, Any]:
         ),
         (distillation_from_data, {"data.teacher_top_k": 0}, ["or set data.teacher_top_k to read"]),
         (distillation_from_data, {"data.teacher_top_k": 4}, [":1: teacher_ids[14] has 3 entries"]),
-        (distillation_from_data, {"data.source": "jsonl"}, ["it is read from tokens alone"]),
+        (distillation_from_data, {"data.source": "jsonl"}, ["only tokens read it"]),
         (dpo, {"loss.reference": "./nowhere"}, ['loss.reference = "./nowhere"']),
         (dpo, {"loss.reference": "$MATERIAL/small"}, ["its vocab_size is 99", "model's is 260"]),
         (dpo, {"loss.reference": "$MATERIAL/short"}, ["it has 8 positions"]),

@@ -21,7 +21,7 @@ from helpers.ranks import run_on_ranks
 from test_library import real_model
 from titan_ulysses import local_slice, parallelize, shard
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.memory.loss import LossHead
+from titan_ulysses.memory.loss_head import LossHead
 from titan_ulysses.memory.losses import (
     TokenStatistics,
     clipped_policy_loss,

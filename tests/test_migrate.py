@@ -229,7 +229,7 @@ def test_a_recipe(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lost == LOST[name]
     text = (tmp_path / "ours.toml").read_text()
     assert all(f"#   {key} = " in text for key in lost)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         migrate.main(arguments)
 
 
@@ -247,7 +247,7 @@ def test_values_without_a_counterpart_are_named_with_the_reason(tmp_path: Path) 
         ("base_model: m\ngradient_accumulation_steps: 4", "gradient_accumulation_steps", "--ranks"),
         ("base_model: m\noptimizer: lion_8bit", "optimizer", "known values are adamw_torch"),
         ("base_model: m\ndeepspeed: absent.json", "deepspeed", "no such file beside the recipe"),
-        ("base_model: m\ndatasets: 7", "datasets", "its value is not one that this key has"),
+        ("base_model: m\ndatasets: 7", "datasets", "this key does not have such a value"),
         ("base_model: m\ndatasets: [{path: a, type: alpaca}]", "datasets", "of a: type alpaca"),
         ("base_model: m\nplugins: [a.LigerPlugin, b.KDPlugin]", "plugins", "b.KDPlugin"),
         ("base_model: m\na_new_key: {b: 1}", "a_new_key.b", "not known here"),
@@ -460,7 +460,11 @@ def test_options_may_stand_before_the_recipe(
         ("a.yaml", "x: [1", "a.yaml: cannot be parsed: "),
         ("a.toml", "x = ", "a.toml: cannot be parsed: "),
         ("a.yaml", "- 1", "a.yaml: has no keys: it is not a recipe"),
-        ("a.yaml", "lr: 1", "a.yaml: whose recipe is this\\? Say it with --from arctic|"),
+        (
+            "a.yaml",
+            "lr: 1",
+            "a.yaml: which trainer is this recipe for\\? Say so with --from arctic|",
+        ),
         ("a.yaml", "base_model: m\nlearning_rate: fast", "optimizer.lr = "),
     ],
 )

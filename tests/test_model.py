@@ -318,7 +318,7 @@ def damage(how: str, folder: Path) -> None:
         ("shape", r"model.norm.weight has shape \(31,\), config.json says \(32,\)"),
         (
             "whole numbers",
-            r"model.norm.weight is stored as torch.int8, and LlamaForCausalLM has it in torch.fl",
+            r"model.norm.weight is stored as torch.int8, but LlamaForCausalLM needs torch.fl",
         ),
         ("truncated", r"model.safetensors is damaged \(.+\). Copy or download it again"),
         ("header", r"model.safetensors is damaged \(.+\). Copy or download it again"),
@@ -345,7 +345,7 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(
         UserError,
-        match=f'model.path = "{tmp_path / "nothing"}": neither a folder nor .*Give a folder',
+        match=f'model.path = "{tmp_path / "nothing"}": not a folder, and not .*Give a folder',
     ):
         weights.find(str(tmp_path / "nothing"))
 

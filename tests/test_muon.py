@@ -21,8 +21,8 @@ from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.optim.adamw import describe_state, expected_bytes, state_bytes, state_format
-from titan_ulysses.optim.build import build_optimizer
 from titan_ulysses.optim.muon import Muon, hidden_matrices
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 

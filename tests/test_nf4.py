@@ -25,7 +25,6 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.lora import add_adapters
-from titan_ulysses.model.names import is_adapter
 from titan_ulysses.model.nf4 import (
     NF4Weight,
     dequantize,
@@ -35,6 +34,7 @@ from titan_ulysses.model.nf4 import (
     quantize_base,
     row_bytes,
 )
+from titan_ulysses.model.parameter_names import is_adapter
 from titan_ulysses.setup.blocks import find_blocks
 
 # Rows of 128 numbers; 130 rows of the first product of the MLP, which 4 ranks do not share evenly,

@@ -292,7 +292,7 @@ def test_a_bad_update_is_never_saved(way: str, of: str, tmp_path: Path) -> None:
     for message in run_on_ranks(2, refused_after_a_bad_update, config, settings, number, of):
         name = "exp_avg_sq of " * (of == "moment") + r"\S+"
         assert re.match(
-            rf"The update of step 3 has left {name} with numbers that are not finite\. Nothing of "
+            rf"The update of step 3 has left {name} with values that are not finite\. Nothing of "
             "it is saved",
             message,
         ), message

@@ -38,7 +38,7 @@ from titan_ulysses.optim.adamw import (
     describe_state,
     state_bytes,
 )
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.train.step import clip_gradients
 
 # On one rank all matrices are large enough to be quantized; on two those of the attention are not,
@@ -590,8 +590,8 @@ def test_a_run_says_what_it_keeps(tmp_path):
     assert (run.returncode, run.stderr) == (0, "")
     for option in ("parameter_offload", "optimizer_offload"):
         assert (
-            f"\nmemory.{option} changes nothing: the device is the CPU, all is in host memory\n"
-            in run.stdout
+            f"\nmemory.{option} has no effect: the device is the CPU, and everything is in host "
+            "memory\n" in run.stdout
         )
     assert "\nadamw8bit: " in run.stdout and " bytes of state a parameter, on a rank " in run.stdout
 

@@ -14,7 +14,7 @@ from titan_ulysses.ulysses import flash_cuda, pieces, tiles
 from titan_ulysses.ulysses.cores import flash, flex, sdpa, varlen
 from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH
 from titan_ulysses.ulysses.pieces import pieces_of
-from titan_ulysses.ulysses.scores import Pieces, Scores
+from titan_ulysses.ulysses.scores import PieceKernels, Scores
 from titan_ulysses.ulysses.tiles import CPU_FLASH, EXPLICIT
 
 HEADS = (6, 2)
@@ -82,7 +82,9 @@ def inputs(lengths, *, value_size: int = 8, heads=HEADS) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=False, **options):
+def compare(
+    found: PieceKernels, lengths, *, value_size=8, heads=HEADS, with_sinks=False, **options
+):
     q, k, v, grad = inputs(lengths, value_size=value_size, heads=heads)
     scores = Scores(*lengths, scale=0.3, **options)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -105,7 +107,7 @@ def compare(found: Pieces, lengths, *, value_size=8, heads=HEADS, with_sinks=Fal
 
 
 @pytest.fixture(params=["explicit", "cpu", "fa2", "fa3"])
-def kernel(request, monkeypatch) -> Pieces:
+def kernel(request, monkeypatch) -> PieceKernels:
     """The pieces to test, with tiles of a few tokens."""
     monkeypatch.setattr(tiles, "BLOCK", 4)
     monkeypatch.setattr(tiles, "SMALLEST_BLOCK", 2)

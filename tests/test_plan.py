@@ -25,7 +25,7 @@ from helpers.ranks import run_on_ranks
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import with_next
-from titan_ulysses.memory.loss import can_add_wide
+from titan_ulysses.memory.loss_head import can_add_wide
 from titan_ulysses.observability.pictures import picture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -903,7 +903,7 @@ def test_preflight(monkeypatch):
     assert "MiB of tensors at the peak of a rank" in enforced.lines()[0]
     assert "plan.enforce = true: the run needs" in enforced.obstacle()
     assert (
-        "of tensors planned; a rank's process has had 1.50 GiB: all memory of"
+        "of tensors planned; a rank's process has peaked at 1.50 GiB: all memory of"
         in enforced.measured(1.5)[0]
     )
     monkeypatch.setattr(preflight, "_TIMEOUT_S", 0.0)

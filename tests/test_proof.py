@@ -222,7 +222,7 @@ def test_families_that_prove_themselves(family: str, degrees: tuple[int, int, in
 def test_families_without_a_head_size_of_their_own(family: str) -> None:
     assert verdict({"model_type": family, "head_dim": 8}, (1, 1, 2)) is None
     with pytest.raises(
-        UserError, match=f'cannot build a "{family}" of this config .* Set what it lacks'
+        UserError, match=f'cannot build a "{family}" of this config .* Set the missing keys'
     ):
         hf.build_on_meta(hf.load_model_config("", {**WIDTHS, "model_type": family}), torch.float32)
 
@@ -244,7 +244,8 @@ def test_a_broken_family_is_refused(how: str, degrees: tuple[int, int, int]) -> 
     [
         (
             "logits",
-            "makes its logits of what its lm_head gives in a way that this version does not know",
+            "computes its logits from the output of lm_head in a way that this version does not "
+            "support",
         ),
         ("both ways", "LlamaAttention attends to later tokens too (is_causal = False)"),
     ],
@@ -283,8 +284,8 @@ def test_a_rank_that_fails_alone_stops_all() -> None:
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
-        ({"model_type": "stablelm"}, "its model does not hand keywords down"),
-        ({"model_type": "nemotron", "head_dim": 8}, "its model does not hand keywords down"),
+        ({"model_type": "stablelm"}, "its model does not pass keyword arguments on"),
+        ({"model_type": "nemotron", "head_dim": 8}, "its model does not pass keyword arguments on"),
         (
             {"model_type": "gpt_neo", "attention_types": [[["global"], 2]], "num_heads": 4},
             "the loss is off by",
@@ -310,7 +311,7 @@ def test_a_family_that_cannot_be_made_small() -> None:
     message = run_on_ranks(1, _parallelize, table, (1, 1, 1))[0]
     assert (
         message is not None
-        and "its config does not let it be made small (NotImplementedError: " in message
+        and "its config cannot be reduced to a tiny model (NotImplementedError: " in message
     )
 
 
@@ -387,7 +388,7 @@ def test_what_is_refused_is_what_transformers_does() -> None:
         ),
         (
             {"model_type": "opt", "layerdrop": 0.3},
-            "layerdrop = 0.3: each rank would skip other layers",
+            "layerdrop = 0.3: each rank would skip different layers",
         ),
         (
             {"model_type": "bert", "is_decoder": True},

@@ -310,7 +310,7 @@ def test_data_that_has_changed_is_said(
         shutil.rmtree(half / "data")
         (half / "kept").rename(half / "data")
     assert (refused, began, len(warnings)) == ("", STOPPED, 1)
-    assert "WARNING: data.path: the documents are not those of when step 3 was saved" in warnings[0]
+    assert "WARNING: data.path: the documents have changed since step 3 was saved" in warnings[0]
 
 
 @pytest.mark.parametrize(("outcome", "key", "value"), CHANGES)

@@ -244,7 +244,9 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
     first, second = run_on_ranks(2, what_is_refused, tmp_path)
     saved = tmp_path / "checkpoints"
     for found in (first, second):
-        assert f"{saved} has a step-1 already: go on from it by load_checkpoint" in found["again"]
+        assert (
+            f"{saved} already has a step-1: resume from it with load_checkpoint" in found["again"]
+        )
         assert "state has no number \"step\": ['batches']" in found["no step"]
         assert "state is not JSON (Object of type Tensor" in found["no JSON"]
         assert (
@@ -252,14 +254,17 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path: Path) -> None:
             in found["of rank 1"]
         )
         assert (
-            "step-1 has the state of AdamW with 2 groups of parameters, and this is SGD with 2"
+            "step-1 has the state of AdamW with 2 parameter groups, but this is SGD with 2"
             in found["SGD"]
         )
-        assert "AdamW with 2 groups of parameters, and this is AdamW with 1" in found["one group"]
+        assert "AdamW with 2 parameter groups, but this is AdamW with 1" in found["one group"]
         assert found["other model"].startswith(
-            f"folder = {saved}: step-1 holds another model: model.layers.0.mlp."
+            f"folder = {saved}: step-1 holds a different model: model.layers.0.mlp."
         )
-        assert "Give this run another folder, or the model its old settings" in found["other model"]
+        assert (
+            "Give this run another folder, or restore the settings of the model"
+            in found["other model"]
+        )
         assert f"{tmp_path / 'file' / 'trained'}: the export failed" in found["no place"]
         for method in ("save_pretrained", "push_to_hub", "generate"):
             assert found[method].startswith(f"model.{method}: ")

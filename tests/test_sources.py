@@ -153,7 +153,7 @@ def test_data_sets(tmp_path: Path, streaming: bool) -> None:
     expected = [record["text"] for record in RECORDS]
     assert texts("one") == texts("split") == texts("folder") == expected
     assert texts("split", split="rest") == expected[1:2]
-    with pytest.raises(UserError, match=r'has no split "dev" but train, rest: set data\.split'):
+    with pytest.raises(UserError, match=r'has no split "dev", only train, rest: set data\.split'):
         texts("split", split="dev")
     with pytest.raises(
         UserError, match=r'data\.path = ".*one" has no field "body" \(it has text, n\)'
@@ -182,7 +182,8 @@ def test_a_hub_that_cannot_be_reached(
             open_rows(SourceSettings(source=source, path="nobody/no-such-data"))
         message = str(caught.value)
         assert message.startswith(
-            'data.path = "nobody/no-such-data" is no folder here, and the hub cannot be reached ('
+            'data.path = "nobody/no-such-data" is not a local folder, and the hub cannot be '
+            "reached ("
         )
         assert message.endswith(
             'datasets.load_dataset("nobody/no-such-data").save_to_disk(FOLDER), then give that '
@@ -191,7 +192,7 @@ def test_a_hub_that_cannot_be_reached(
         assert "\n" not in message
     assert capfd.readouterr().err == ""
     # A file, not a name.
-    with pytest.raises(UserError, match=r'data\.path = "no/such.jsonl" is not there'):
+    with pytest.raises(UserError, match=r'data\.path = "no/such.jsonl" does not exist'):
         open_rows(SourceSettings(source="chat", path="no/such.jsonl"))
 
 
@@ -217,7 +218,7 @@ BAD_LINES = {
     "{}": 'no field "text" (it has none)',
     '{"text": 3}': 'the field "text" holds 3, not text',
     '{"text": null}': 'the field "text" holds null, not text',
-    '{"text": "\\ud83d"}': "half of a surrogate pair in it is no character",
+    '{"text": "\\ud83d"}': "it contains half of a surrogate pair",
     b'{"text": "caf\xe9"}': "'utf-8' codec can't decode byte 0xe9",
     "[" * 100_000: "not JSON (",
 }
@@ -300,7 +301,7 @@ def kill_own_process(row: Row) -> Encoded:
 
 
 def test_a_worker_that_is_killed() -> None:
-    with pytest.raises(UserError, match="A process that tokenizes was ended from outside"):
+    with pytest.raises(UserError, match="A tokenizing worker process was killed"):
         [*encode_rows([Row("a", "a")], kill_own_process, workers=2)]
 
 
@@ -674,7 +675,7 @@ def test_streaming_is_for_data_sets(tmp_path: Path) -> None:
     TOKENIZER.chat_template = "{{ messages[0].content }}"
     try:
         with pytest.raises(
-            UserError, match="are files, and streaming is for data sets: set streaming = false"
+            UserError, match="is files, but only data sets can be streamed: set streaming = false"
         ):
             opened(
                 tmp_path, {"source": "chat", "path": str(tmp_path / "a.jsonl"), "streaming": True}

@@ -26,7 +26,7 @@ from helpers.ranks import run_on_ranks
 from helpers.rows import make_rows
 from helpers.training import largest_difference, train_plain, train_sharded
 from test_streaming import table_of
-from titan_ulysses.memory import loss, replay
+from titan_ulysses.memory import loss_head, replay
 from titan_ulysses.memory.offload import CudaStore, OffDevice, host_buffer
 from titan_ulysses.memory.sequences import SequenceStore
 from titan_ulysses.model import hf
@@ -156,7 +156,7 @@ def train_with_late_copies(*args: Any, **options: Any):
         for function in (
             block._StreamedFunction,
             embeddings._EmbeddingFunction,
-            loss._TiledCrossEntropy,
+            loss_head._TiledCrossEntropy,
         ):
             lose_late_gradients(patch, function)
         give_the_gpu_its_random_numbers(patch)

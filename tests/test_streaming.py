@@ -51,14 +51,14 @@ from titan_ulysses.distributed.sequence import (
 from titan_ulysses.distributed.sequence import local_slice as slice_of
 from titan_ulysses.model import hf
 from titan_ulysses.model.freezing import freeze
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.streaming.attention import visible_keys
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses import pieces
 from titan_ulysses.ulysses.cores import sdpa
 from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH
 from titan_ulysses.ulysses.pieces import pieces_of
-from titan_ulysses.ulysses.scores import Pieces
+from titan_ulysses.ulysses.scores import PieceKernels
 
 SP3 = (1, 1, 3)
 MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}
@@ -426,7 +426,7 @@ def counted(
 
         return run
 
-    core.pieces = Pieces(counting("forward"), counting("backward"))
+    core.pieces = PieceKernels(counting("forward"), counting("backward"))
     table = LLAMA | {"num_hidden_layers": layers, "tie_word_embeddings": False}
     table |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     table["hidden_size"] = 8 * heads[0]
@@ -649,7 +649,7 @@ def cut_in_a_loop() -> list[str]:
         (batch,) = shard([{"input_ids": shorter}], mesh, stream_chunk_tokens=8)
     (newer,) = shard([{"input_ids": shorter}], model)
     assert batch["chunk_tokens"] == 8 and model(**batch).loss.equal(model(**newer).loss)
-    with pytest.raises(UserError, match="stream_chunk_tokens = 6: the model knows its own"):
+    with pytest.raises(UserError, match="stream_chunk_tokens = 6: the model already has one"):
         shard([], model, stream_chunk_tokens=6)
     with pytest.raises(UserError, match="local_slice: Linear is not a model that `parallelize`"):
         local_slice(ids, torch.nn.Linear(1, 1))

@@ -171,7 +171,7 @@ def test_megatron_byte_by_byte(code: int, letter: str, modes: bytes, tmp_path: P
     assert (tally.documents, tally.empty, tally.tokens) == (2, 1, 6)
     for wrong in (6, 7, 9):  # float64, float32, none
         (tmp_path / "hand.idx").write_bytes(index[:17] + bytes([wrong]) + index[18:])
-        with pytest.raises(UserError, match=f"type {wrong}, which is not that of whole numbers"):
+        with pytest.raises(UserError, match=f"type {wrong}, which is not an integer type"):
             corpus_of(tmp_path / "hand")
 
 
@@ -297,7 +297,7 @@ def test_streamed_records_with_several_documents(tmp_path: Path) -> None:
         ),
         (
             {"input_ids": [1, 2], "document_lengths": [1, 1], "position_ids": [0, 1]},
-            "document_lengths and position_ids tell different documents",
+            "document_lengths and position_ids describe different documents",
         ),
     ],
 )
@@ -340,11 +340,11 @@ def overwritten(name: str, content: bytes) -> Damage:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("a.idx", cut("a.bin", 2), "a.bin is cut short: it has 74 bytes, and the index tells of"),
+        ("a.idx", cut("a.bin", 2), "a.bin is cut short: it has 74 bytes, but the index describes"),
         ("a.idx", cut("a.idx", 1), "it is cut short or damaged: it has "),
         ("a.idx", megatron(order=">"), "it has another byte order (big-endian)"),
         ("a.idx", megatron(kind=">u2"), "it would fit in another byte order (big-endian)"),
-        ("a.idx", megatron(kind="<f4"), "type 7, which is not that of whole numbers"),
+        ("a.idx", megatron(kind="<f4"), "type 7, which is not an integer type"),
         ("a.idx", overwritten("a.idx", b"TNTIDX\0\0" + 50 * b"\0"), "before MMapIndexedDataset"),
         ("a.idx", overwritten("a.idx", b"PK" + 50 * b"\0"), "does not begin as Megatron's index"),
         ("a.idx", lambda folder: (folder / "a.bin").unlink(), "a.bin cannot be read (No such file"),

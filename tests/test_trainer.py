@@ -45,7 +45,7 @@ from titan_ulysses.data.loader import Loader
 from titan_ulysses.data.packing import PackedSequences
 from titan_ulysses.model import hf
 from titan_ulysses.observability.metrics import PeakMemory, attention_flops, flops_per_token
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.preflight import timeout_of_step
 from titan_ulysses.train.step import (
@@ -384,7 +384,7 @@ def test_a_model_that_has_diverged_is_never_saved(tmp_path: Path) -> None:
         for message in run_on_ranks(2, refusal, config, last | name):
             what = (
                 f"The update of step {2 if enable else 1} has left model.embed_tokens.weight with "
-                "numbers that are "
+                "values that are "
             )
             assert message.startswith(f"{what}not finite. Nothing of it is saved"), message
     assert before == (sorted(run.glob("**/*.safetensors")), sorted((run / "checkpoints").glob("*")))

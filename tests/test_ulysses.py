@@ -657,8 +657,8 @@ def test_attention_on_one_rank_needs_no_exchange() -> None:
     ("keywords", "message"),
     [
         ({"dropout": 0.1}, "Identity drops attention weights"),
-        ({"ulysses": None}, "Identity is not told of documents and ranks"),
-        ({"attention_mask": torch.zeros(1)}, "Identity has an attention mask of its own"),
+        ({"ulysses": None}, "Identity does not receive the documents and ranks"),
+        ({"attention_mask": torch.zeros(1)}, "Identity gets its own attention mask"),
     ],
 )
 def test_attention_refuses_what_it_cannot_do(keywords: dict, message: str) -> None:

@@ -285,13 +285,14 @@ def test_a_model_with_code_of_its_own(case: str, tmp_path: Path, nobody_answers:
     config = write_run(tmp_path / "run")
     message = refusal(config, {"model.config": {}, "model.path": str(folder)})
     assert (
-        message.startswith(f'model.path = "{folder}": the model is code of its own (')
+        message.startswith(f'model.path = "{folder}": the model comes with its own code (')
         and reason in message
     )
     if case != "of its own":  # of which [model.config] knows nothing
         message = refusal(config, {"model.config": MODEL | settings})
         assert (
-            message.startswith("model.config: the model is code of its own (") and reason in message
+            message.startswith("model.config: the model comes with its own code (")
+            and reason in message
         )
     assert not nobody_answers and not (tmp_path / "made").exists()
 
@@ -305,7 +306,7 @@ def test_a_tokenizer_with_code_of_its_own(tmp_path: Path, nobody_answers: list[s
         folder = write_folder(tmp_path / str(number), tmp_path / "made", tokenizer=tokenizer)
         message = refusal(config, {"model.tokenizer": str(folder)})
         assert message.startswith(
-            f'model.tokenizer = "{folder}": the tokenizer is code of its own (AutoTokenizer = '
+            f'model.tokenizer = "{folder}": the tokenizer comes with its own code (AutoTokenizer = '
         )
     known = {"auto_map": {"AutoTokenizer": ["tokenization_x.GPT2Tokenizer", None]}}
     folder = write_folder(tmp_path / "known", tmp_path / "made", tokenizer=known)

@@ -177,12 +177,12 @@ SET = {"name": "a", "path": "texts"}
     [
         (
             {"validation.sets": [SET], "validation.metric": "b/loss", "validation.patience": 1},
-            'validation.metric = "b/loss": no validation set has it. There is "loss", "a/loss"',
+            'validation.metric = "b/loss": no validation set has it. Choose from "loss", "a/loss"',
         ),
         ({"validation.metric": "accuracy"}, "no validation set has it"),
         (
             {"validation.sets": [SET], "validation.metric": "a/loss"},
-            'validation.metric = "a/loss" is used by nothing',
+            'validation.metric = "a/loss" has no effect',
         ),
         ({"validation.sets": [SET, SET]}, 'validation.sets[1].name = "a" is another set\'s too'),
         ({"validation.sets": [{"path": "texts"}]}, 'validation.sets[0].name = "" is not set'),
@@ -199,7 +199,7 @@ SET = {"name": "a", "path": "texts"}
         ),
         (
             {"validation.sets": [SET | {"path": "nowhere"}]},
-            'validation.sets[0].path = "nowhere" is not there',
+            'validation.sets[0].path = "nowhere" does not exist',
         ),
         (
             {"validation.enable": False, "validation.patience": 3},

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.setup.parallelize import parallelize
     from titan_ulysses.train.evaluation import log_probs, score, whole_sequences
-    from titan_ulysses.train.huggingface.trainer import UlyssesTrainer
+    from titan_ulysses.train.huggingface.ulysses_trainer import UlyssesTrainer
 
 __all__ = [
     "UlyssesTrainer",
@@ -49,7 +49,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "UlyssesTrainer": "train.huggingface.trainer",
+    "UlyssesTrainer": "train.huggingface.ulysses_trainer",
     "UserError": "distributed.errors",
     "build_mesh": "distributed.mesh",
     "load_checkpoint": "checkpoint.saving",

@@ -85,7 +85,7 @@ def run(argv: list[str]) -> None:
         print(dump_toml(config), end="")
         return
     if command.plan:
-        _plan_alike_everywhere()
+        _hide_gpus()
         with _large_imports():
             from titan_ulysses.plan.report import plan_and_report
 
@@ -126,7 +126,7 @@ def _large_imports() -> Iterator[None]:
         gc.enable()
 
 
-def _plan_alike_everywhere() -> None:
+def _hide_gpus() -> None:
     """Hide this machine's GPUs from a plan. Called before torch is imported."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -134,7 +134,7 @@ def _plan_alike_everywhere() -> None:
 def _run_with_model(command: str, argv: list[str]) -> None:
     """Do what `plan MODEL` or `init MODEL` asks for. UserError for what cannot be used."""
     asked = parse_model_command(argv, writes=command == "init")
-    _plan_alike_everywhere()
+    _hide_gpus()
     from titan_ulysses.plan.init import init, plan_model
 
     init(asked) if command == "init" else plan_model(asked)

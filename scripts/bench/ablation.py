@@ -79,7 +79,7 @@ def head(args: argparse.Namespace) -> None:
     """Measure in one process the peak of a loss head's forward and backward."""
     import torch
 
-    from titan_ulysses.memory.loss import LossHead
+    from titan_ulysses.memory.loss_head import LossHead
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     (seq_len,), hidden_size, vocab = args.lengths, LLAMA["hidden_size"], LLAMA["vocab_size"]

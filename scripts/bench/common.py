@@ -101,7 +101,7 @@ def training_step(model: dict | str, **options: Any) -> Callable[..., tuple[Any,
     `sharded_model`.
     """
     from titan_ulysses.config.schema import Optimizer
-    from titan_ulysses.optim.build import build_optimizer
+    from titan_ulysses.optim.optimizer import build_optimizer
     from titan_ulysses.train.step import train_step
 
     built, mesh = sharded_model(model, **options)

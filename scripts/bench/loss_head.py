@@ -42,7 +42,7 @@ def loss_of(contender: str, hidden: Any, weight: Any, labels: Any) -> Any:
     import torch.nn.functional as F
 
     if contender == "ours":
-        from titan_ulysses.memory.loss import LossHead
+        from titan_ulysses.memory.loss_head import LossHead
 
         head = LossHead(torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta"))
         head.weight = weight
@@ -90,7 +90,7 @@ def compare_tiles(args: argparse.Namespace) -> None:
     """Print the CPU seconds of our head and of its weight's gradient, for each size of a tile."""
     import torch
 
-    from titan_ulysses.memory.loss import LossHead, add_product
+    from titan_ulysses.memory.loss_head import LossHead, add_product
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

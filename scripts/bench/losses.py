@@ -50,7 +50,7 @@ def head_loss(name: str, tokens: int, args: argparse.Namespace) -> Callable[[], 
     import torch.nn.functional as F
 
     from titan_ulysses.memory import losses
-    from titan_ulysses.memory.loss import LossHead
+    from titan_ulysses.memory.loss_head import LossHead
 
     def head(width: int = args.hidden) -> LossHead:
         linear = torch.nn.Linear(width, args.vocabulary, bias=False)

@@ -293,7 +293,7 @@ def train(case: Case, *, steps: int, before: Any = None) -> Any:
     from titan_ulysses.distributed.sequence import chunk_length
     from titan_ulysses.model import hf
     from titan_ulysses.model.lora import initialize_adapters
-    from titan_ulysses.optim.build import build_optimizer
+    from titan_ulysses.optim.optimizer import build_optimizer
     from titan_ulysses.setup.build import build_model
     from titan_ulysses.train.step import train_step
 

@@ -96,7 +96,7 @@ def step_of(name: str, spec: RunSpec) -> Callable[[int, int], tuple[float, float
     """
     from titan_ulysses.distributed.mesh import build_mesh
     from titan_ulysses.model import hf
-    from titan_ulysses.optim.build import build_optimizer
+    from titan_ulysses.optim.optimizer import build_optimizer
     from titan_ulysses.setup.build import build_model
     from titan_ulysses.train.step import train_step
 

@@ -25,7 +25,7 @@ from titan_ulysses.config.schema import Optimizer
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.model import hf
 from titan_ulysses.model.nf4 import full_tensor
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.parallelize import parallelize
 from titan_ulysses.train.step import train_step
 

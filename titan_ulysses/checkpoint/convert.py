@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         if not source.is_dir():
             raise UserError(f"{source}: no such folder.")
         if target.exists():
-            raise UserError(f"{target}: is there already. Remove it, or name another folder.")
+            raise UserError(f"{target}: exists already. Remove it, or name another folder.")
         if to_folder:
             to_safetensors(source, target, arguments.config)
         else:
@@ -116,7 +116,8 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
     saved = {n.removeprefix("model."): m for n, m in entries.items() if n.startswith("model.")}
     if state["frozen"]:
         raise UserError(
-            f"{source}: what is frozen is not in it. The run's own export/ has the whole model."
+            f"{source}: a checkpoint does not hold the frozen weights. Use the export/ of that "
+            "run, which has the whole model."
         )
     spec = resolve(
         config,
@@ -135,8 +136,8 @@ def to_safetensors(source: Path, target: Path, config_path: Path | None) -> None
         {n: list(t.shape) for n, t in hf.state_of(plain).items()},
     ):
         raise UserError(
-            f"{source}: holds another model than config.toml describes: {difference.text} by the "
-            "config. Name the config.toml of its run with --config."
+            f"{source}: holds a different model than config.toml describes: {difference.text} by "
+            "the config. Name the config.toml of its run with --config."
         )
     if base := base_weights(config):
         weights.keep_generation_config(plain, base.path)

@@ -69,7 +69,7 @@ class Checkpointer:
         """hosts: the host of each rank, if each has its own folder. Empty: all share one.
 
         in_background: `save` copies the tensors and returns, and a thread writes them.
-        say: how a user is told of a checkpoint that is not taken. It is called on every rank.
+        say: how the user is notified of a checkpoint that is passed over; called on every rank.
         """
         self.folder, self.keep, self._say = folder, keep, say
         self.damaged: list[int] = []
@@ -129,8 +129,8 @@ class Checkpointer:
             step, background.step = background.step, None
             raise self._failed(step, reason)
         self._say(
-            f"WARNING: {self.where}: saving step {background.step} failed ({reason}). It is tried "
-            "once more."
+            f"WARNING: {self.where}: saving step {background.step} failed ({reason}). Trying once "
+            "more."
         )
         background.again()
 
@@ -195,10 +195,9 @@ class Checkpointer:
         """Fill the model and the optimizer, if given, from the newest checkpoint that is whole.
 
         Return its step and its JSON state. Collective. steps: those to choose from, the same on
-        every rank and at least one; needs, check: as in `load`. Damaged checkpoints are
-        named by `say`, and stay where they are until `set_damaged_aside`. Raise
-        `DamagedCheckpoint` if none is whole, so that a run never begins again unasked, and other
-        `UserError`s as `load` does.
+        every rank and at least one; needs, check: as in `load`. Damaged checkpoints are named by
+        `say`, and stay where they are until `set_damaged_aside`. Raise `DamagedCheckpoint` if none
+        is intact, so that a run never silently starts over, and other `UserError`s as `load` does.
         """
         found: dict[int, DamagedCheckpoint] = {}
         for step in sorted(steps, reverse=True):
@@ -211,20 +210,21 @@ class Checkpointer:
                 continue
             if found:
                 self._say(
-                    f"WARNING: {self.where}: {_listed(found)}. Going on from step {step}, the "
-                    "newest checkpoint before that is whole."
+                    f"WARNING: {self.where}: {_listed(found)}. Resuming from step {step}, the "
+                    "newest intact checkpoint before it."
                 )
             if "save_id" not in state:
                 self._say(
                     f"WARNING: {self.where}: step-{step} was saved by an earlier version, without "
-                    "hashes: damage that keeps the sizes of its files is not found."
+                    "hashes, so damage that leaves the sizes of its files unchanged cannot be "
+                    "detected."
                 )
             self.damaged = list(found)
             return step, state
         if len(found) == 1:
             raise next(iter(found.values()))
         raise DamagedCheckpoint(
-            f"{self.where}: no checkpoint is whole: {_listed(found)}. Remove them to start from "
+            f"{self.where}: no checkpoint is intact: {_listed(found)}. Remove them to start from "
             "the beginning.",
             _listed(found),
         )
@@ -240,7 +240,9 @@ class Checkpointer:
             if self._writer.publishes and path.exists():
                 remove(aside)
                 path.rename(aside)
-            self._say(f"step-{step}, which is damaged, is now {aside}. Remove it when you like.")
+            self._say(
+                f"step-{step} is damaged and was renamed to {aside}. You may delete it at any time."
+            )
         self.damaged = []
 
     def load(
@@ -294,8 +296,8 @@ class Checkpointer:
 
     def _unreadable(self, why: str) -> UserError:
         return UserError(
-            f"{self.where}: cannot be read ({why}), so that it is unknown which checkpoints are "
-            "there. Nothing is changed. Make it readable, and run the same command again."
+            f"{self.where}: cannot be read ({why}), so it is unknown which checkpoints it holds. "
+            "Nothing was changed. Make it readable, and run the same command again."
         )
 
     def _damaged(self, step: int, why: str) -> DamagedCheckpoint:
@@ -322,14 +324,14 @@ class Checkpointer:
         """Raise `UserError` if the checkpoint is of another model, or of other frozen weights."""
         if difference := first_difference(state["parameters"], shapes_of(model)):
             raise UserError(
-                f"{self.where}: step-{step} holds another model: {difference.text} here. Give this "
-                f"run {self.other}, or the model its old settings."
+                f"{self.where}: step-{step} holds a different model: {difference.text} here. Give "
+                f"this run {self.other}, or restore the settings of the model."
             )
         if state["frozen"] != fingerprint(model):
             raise UserError(
                 f"{self.where}: the frozen weights are not those that step-{step} was trained "
-                "with. Did model.path, training.param_dtype or lora.quantize_base change? Give "
-                f"this run what it began with, or {self.other}."
+                "with. Did model.path, training.param_dtype or lora.quantize_base change? Restore "
+                f"them, or give this run {self.other}."
             )
 
     def _expect_optimizer(
@@ -346,8 +348,8 @@ class Checkpointer:
         has_state = any(name.startswith("optimizer.") for name in stored)
         if has_state != (saved is not None):
             raise Damage(
-                f"{RUN_FILE}: optimizer is {saved}, and there is "
-                f"{'state' if has_state else 'no state'} of one"
+                f"{RUN_FILE}: optimizer is {saved}, but the checkpoint has "
+                f"{'an' if has_state else 'no'} optimizer state"
             )
         if optimizer is not None and saved != (wanted := state_format(optimizer)):
             raise UserError(
@@ -369,20 +371,20 @@ class Checkpointer:
         """
         if bits == 32:
             return
-        apart = None
+        cut = None
         for name, state in tensors["optimizer"].items():
             chunks = [
                 (chunk.offsets, chunk.sizes) for chunk in stored[f"optimizer.{name}.exp_avg"].chunks
             ]
             if unaligned_blocks(state["exp_avg"], chunks, bits):
-                apart = name
+                cut = name
                 break
-        if broken := first_failure(apart):
+        if broken := first_failure(cut):
             raise UserError(
                 f"{self.where}: step-{step} was saved on another number of ranks, and the "
                 f"{bits}-bit optimizer state of {broken} cannot be cut as this run needs it: "
-                "numbers that share a scale would come apart. Resume with the dp_shard x sp of the "
-                "run that saved it."
+                "values that share a scale would be separated. Resume with the dp_shard x sp of "
+                "the run that saved it."
             )
 
 

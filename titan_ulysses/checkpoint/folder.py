@@ -75,7 +75,7 @@ def find(path: str, *, setting: str = "model.path") -> dict[str, Path]:
     for name, place in index.items():
         if name not in held[folder / place]:
             raise UserError(
-                f"{where}: {INDEX_FILE} says that {place} holds {name}, and it does not. {_AGAIN}"
+                f"{where}: {INDEX_FILE} says that {place} holds {name}, but it does not. {_AGAIN}"
             )
     return {name: folder / place for name, place in index.items()}
 
@@ -95,7 +95,7 @@ def _folder(path: str, setting: str) -> Path:
         )
     except Exception as error:
         raise UserError(
-            f'{setting} = "{path}": neither a folder nor to be had from the hub '
+            f'{setting} = "{path}": not a folder, and not available from the hub '
             f"({one_line(error)}). Give a folder with config.json and *.safetensors, or the name "
             "of a model on the hub."
         ) from error
@@ -117,8 +117,8 @@ def _read_index(folder: Path, where: str) -> dict[str, str]:
     files = sorted(set(index.values()))
     if absent := [name for name in files if not (folder / name).exists()]:
         raise UserError(
-            f"{where}: {len(absent)} of the {len(files)} files that {INDEX_FILE} names are not "
-            f"there: {some(absent)}. Copy or download them."
+            f"{where}: {len(absent)} of the {len(files)} files that {INDEX_FILE} names are "
+            f"missing: {some(absent)}. Copy or download them."
         )
     return index
 
@@ -191,7 +191,7 @@ def expect_as_exported(files: dict[str, Path], where: str) -> None:
         known = state.get("files", {}) if has_hashes else {}
         for name in sorted({file.name for file in files.values()})[rank::ranks]:
             if name in known and digest_of(manifest.parent / name) != known[name]["xxh3"]:
-                raise Damage(f"{name}: its bytes are not those that were exported")
+                raise Damage(f"{name}: its contents differ from what was exported")
     except (Damage, OSError) as error:
         damage = one_line(error)
     if damage := first_failure(damage):

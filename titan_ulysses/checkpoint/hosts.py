@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from titan_ulysses.checkpoint.manifest import TABLE_FILE, Damage, Pieces
+from titan_ulysses.checkpoint.manifest import TABLE_FILE, Damage, PieceHashes
 from titan_ulysses.distributed.errors import UserError, first_failure
 from titan_ulysses.distributed.mesh import timeout_of
 from titan_ulysses.distributed.tensors import local_box
@@ -46,7 +46,7 @@ class HostFolders:
     def own(self) -> str:
         return self._hosts[dist.get_rank()]
 
-    def manifest(self, pieces: Pieces) -> dict[str, Any]:
+    def manifest(self, pieces: PieceHashes) -> dict[str, Any]:
         """Return the entries of run.json that say which host holds what. Collective.
 
         pieces: on the first rank of a host, those of all of its ranks.
@@ -79,8 +79,8 @@ class HostFolders:
         dist.all_gather_object(ids, state.get("save_id"))
         if others := {h for h, one in zip(self._hosts, ids, strict=True) if one != ids[0]}:
             raise Damage(
-                f"run.json: save_id on {' and '.join(sorted(others))} is that of another save than "
-                f"on {self._hosts[0]}"
+                f"run.json: save_id on {' and '.join(sorted(others))} belongs to a different save "
+                f"than on {self._hosts[0]}"
             )
 
     def expect_complete(self, tensors: dict[str, Any], saved: Metadata, where: str) -> None:
@@ -88,7 +88,7 @@ class HostFolders:
         if missing := first_failure(_not_covered(tensors, saved)):
             raise UserError(
                 f"{where} was saved with checkpoint.shared = false on another mesh: the part of "
-                f"{missing} is on another host. Set the degrees in [parallelism] as they were."
+                f"{missing} is on another host. Restore the degrees in [parallelism]."
             )
 
     def ranks_of_this_host(self) -> dist.ProcessGroup:

@@ -18,10 +18,10 @@ from titan_ulysses.checkpoint.storage import errors_of_all_ranks, open_checkpoin
 from titan_ulysses.config.schema import Config
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import hf
-from titan_ulysses.model.embeddings import fill_new_rows, token_parameters
 from titan_ulysses.model.freezing import fingerprint
 from titan_ulysses.model.lora import initialize_adapters
-from titan_ulysses.model.names import is_adapter, plain
+from titan_ulysses.model.parameter_names import is_adapter, plain
+from titan_ulysses.model.resize_embeddings import fill_new_rows, token_parameters
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def describe_initial_weights(config: Config, step: int) -> str:
     initial = config.checkpoint.initial_load_path
     if step:
         return f"resumed from step {step}" + (
-            f"; {initial} is for runs that begin" if initial else ""
+            f"; {initial} is only read at the start of a new run" if initial else ""
         )
     return f"begins with the weights of {initial}" if initial else ""
 
@@ -147,12 +147,12 @@ def load_checkpoint_weights(path: str, model: nn.Module) -> None:
         hint = ""
         if is_adapter(difference.name):
             hint = " Set lora.rank and lora.target_modules as that run had them."
-        raise UserError(f"{where} holds another model: {difference.text} here.{hint}")
+        raise UserError(f"{where} holds a different model: {difference.text} here.{hint}")
     if saved["frozen"] and saved["frozen"] != fingerprint(model):
         raise UserError(
-            f"{where}: what was frozen there is not what is frozen here, and only the rest is "
-            "saved. Begin with the export/ of that run, or with its model.path, model.freeze and "
-            "[lora]."
+            f"{where}: that run froze other weights than this one, and a checkpoint does not hold "
+            "frozen weights. Start from the export/ of that run, or use its model.path, "
+            "model.freeze and [lora]."
         )
     tensors = {name: wanted[name] for name in saved["parameters"]}
     try:

@@ -6,7 +6,7 @@ when the piece is read, so that a large checkpoint is read once. Any other file 
 manifest has a hash of itself.
 
 The hash is XXH3 of 128 bits (https://xxhash.com): it finds damage, not forgery. It is the fastest
-of those at hand, and `datasets` needs its package anyway.
+of those available, and `datasets` needs its package anyway.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import xxhash
 from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import one_line
 
-Pieces = dict[str, list[tuple[int, int, str]]]
+PieceHashes = dict[str, list[tuple[int, int, str]]]
 """For each file of tensors by name: offset, length and hash of each piece, in the file's order."""
 
 TABLE_FILE = ".metadata"
@@ -77,7 +77,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], bool]:
         raise Damage(f"{path.name}: it holds a {type(state).__name__}, not a table")
     written = state.pop(_CHECKSUM, None)
     if written is not None and written != _checksum(state):
-        raise Damage(f"{path.name}: it is not what was written")
+        raise Damage(f"{path.name}: its contents differ from what was written")
     return state, written is not None
 
 
@@ -93,7 +93,7 @@ def entry_of(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "xxh3": digest_of(file)}
 
 
-def describe_written(folder: Path, pieces: Pieces) -> dict[str, Any]:
+def describe_written(folder: Path, pieces: PieceHashes) -> dict[str, Any]:
     """Return the manifest's entries of a checkpoint: of the files that its ranks have written.
 
     What a listing shows is not asked: it may lack a file of another host, or hold one too many.
@@ -167,5 +167,5 @@ def expect_saved(
     """Raise `Damage` if `data` is not the piece of the file that begins at `offset`."""
     if saved.get((name, offset)) != (len(data), digest(data)):
         raise Damage(
-            f"{name}: the bytes {offset} to {offset + len(data)} are not those that were saved"
+            f"{name}: the bytes {offset} to {offset + len(data)} differ from what was saved"
         )

@@ -42,8 +42,8 @@ from titan_ulysses.distributed.errors import UserError, first_failure, one_line
 from titan_ulysses.distributed.tensors import local_box, local_shard
 from titan_ulysses.model import hf
 from titan_ulysses.model.lora import ADAPTER, Delta, deltas
-from titan_ulysses.model.names import is_adapter
 from titan_ulysses.model.nf4 import full_tensor
+from titan_ulysses.model.parameter_names import is_adapter
 
 _EXPORT_FILE_BYTES = 4 * 2**30
 _GENERATION_FILE = "generation_config.json"
@@ -94,8 +94,8 @@ def load(
             twin = read.target
     if twin := first_failure(twin):
         raise UserError(
-            f"{where}: {layout.main[twin]} and {twin} differ in the files, and are one tensor by "
-            "config.json. Set tie_word_embeddings = false there."
+            f"{where}: {layout.main[twin]} and {twin} differ in the files, but config.json ties "
+            "them to one tensor. Set tie_word_embeddings = false there."
         )
     rows = {name: len(found[name][1]) for name in growing}
     return Loaded(
@@ -131,7 +131,7 @@ def describe_unknown(
     """Return a line about tensors that are in the files but not in the model."""
     count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     return (
-        f'{setting} = "{path}": {count} there that {hf.class_name(model)} does not have, left out: '
+        f'{setting} = "{path}": ignored {count} that {hf.class_name(model)} does not have: '
         f"{some(names)}"
     )
 
@@ -195,8 +195,8 @@ def _why_incomplete(
         total = len({stored for names in expected.values() for stored in names})
         return (
             f"{len(missing)} of {total} tensors of {model} are not in its safetensors: "
-            f"{some(missing)}. A file is not there, or config.json is another model's: save or "
-            "download it again."
+            f"{some(missing)}. A file is missing, or config.json belongs to a different model: "
+            "save or download it again."
         )
     name, shape = wrong[0], "that its parts do not make"
     if name in found:
@@ -206,8 +206,8 @@ def _why_incomplete(
         model_dtype = layout.state[wrong[0]].dtype
         if tensor.is_floating_point() != model_dtype.is_floating_point:
             return (
-                f"{name} is stored as {tensor.dtype}, and {model} has it in {model_dtype}. It is a "
-                "quantized model's, or damaged: take the model's own weights."
+                f"{name} is stored as {tensor.dtype}, but {model} needs {model_dtype}. It is "
+                "quantized or damaged: use the original weights."
             )
     wanted = tuple(layout.state[wrong[0]].shape)
     return (

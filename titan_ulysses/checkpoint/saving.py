@@ -23,7 +23,7 @@ step is computed, which does not affect the training.
 """
 
 
-class _Checkpoints(Checkpointer):
+class _LoopCheckpointer(Checkpointer):
     setting, other, place = "folder", "another folder", "the folder"
 
 
@@ -58,10 +58,10 @@ def save_checkpoint(
     """
     folder = Path(folder)
     text, step = _as_json(state), state["step"]
-    checkpointer = _Checkpoints(folder, keep=keep)
+    checkpointer = _LoopCheckpointer(folder, keep=keep)
     if first_failure("there" if step in checkpointer.steps() else None):
         raise UserError(
-            f"save_checkpoint: {folder} has a step-{step} already: go on from it by "
+            f"save_checkpoint: {folder} already has a step-{step}: resume from it with "
             "load_checkpoint, or choose another folder."
         )
     kind = {"optimizer_class": type(optimizer).__name__, "optimizer_groups": _groups(optimizer)}
@@ -80,7 +80,7 @@ def load_checkpoint(
     rank, if no checkpoint is whole, or if it belongs to another model or optimizer.
     """
     folder = Path(folder)
-    checkpointer = _Checkpoints(folder, keep=0)
+    checkpointer = _LoopCheckpointer(folder, keep=0)
     seen: list[list[int]] = [[]]
     with errors_of_all_ranks():
         if dist.get_rank() == 0:
@@ -115,8 +115,8 @@ def _expect_optimizer(
     if there != here or counts[0] != counts[1]:
         raise UserError(
             f"load_checkpoint: {folder}/step-{saved['step']} has the state of {there} with "
-            f"{counts[0]} groups of parameters, and this is {here} with {counts[1]}: make the "
-            "optimizer as it was, or pass none."
+            f"{counts[0]} parameter groups, but this is {here} with {counts[1]}: create the same "
+            "optimizer as before, or pass none."
         )
 
 
@@ -140,8 +140,8 @@ def _as_json(state: dict[str, Any]) -> str:
         problem = f"is {text[:80]} on rank {dist.get_rank()} and {of_first[0][:80]} on rank 0"
     if reason := first_failure(problem):
         raise UserError(
-            f"save_checkpoint: state {reason}. It is kept once for all ranks: give numbers, "
-            'strings, lists and dicts that are the same on each, and "step".'
+            f"save_checkpoint: state {reason}. It is saved once for all ranks: pass numbers, "
+            'strings, lists and dicts that are the same on every rank, and "step".'
         )
     return text
 

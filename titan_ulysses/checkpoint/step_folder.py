@@ -16,7 +16,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from titan_ulysses.checkpoint.manifest import (
     Damage,
-    Pieces,
+    PieceHashes,
     describe_written,
     expect_sizes,
     read_json,
@@ -74,7 +74,7 @@ class _InPieces(TypedDict):
     pieces: list[_Piece]
 
 
-class _Loader(TypedDict):
+class _LoaderState(TypedDict):
     sequences_consumed: Count
     position: NotRequired[dict]
 
@@ -83,7 +83,7 @@ class _Seed(TypedDict):
     seed: Count | None
 
 
-class _Best(TypedDict):
+class _BestState(TypedDict):
     step: Count
     waited: Count
     value: float
@@ -112,10 +112,10 @@ class RunFile(TypedDict):
     """size and hashes of each file, see manifest.py; an earlier version has kept the size alone"""
     save_id: NotRequired[str]
     """the same in every part of one save, and in no other"""
-    loader: NotRequired[_Loader]
+    loader: NotRequired[_LoaderState]
     """the position in the data"""
     loop: NotRequired[dict]
-    """what a training loop of one's own gave, instead of loader"""
+    """what a custom training loop saved instead of loader"""
     rng: NotRequired[_Seed]
     """training.seed, from which the random numbers of every step follow; null in a checkpoint that
     was converted
@@ -126,7 +126,7 @@ class RunFile(TypedDict):
     """a hash of the documents that were read, by source; of a run of train.py"""
     skipped: NotRequired[Count]
     """how many steps were skipped because they were not finite; of a run of train.py"""
-    best: NotRequired[_Best]
+    best: NotRequired[_BestState]
     """the best validation so far, and its step; of a run of train.py that validates"""
     hosts: NotRequired[dict[str, _Host]]
     """the ranks and files of each host, if each has a folder of its own"""
@@ -136,7 +136,7 @@ _RUN_FILE = TypeAdapter(RunFile)
 
 
 def publish(
-    partial: Path, final: Path, state: dict[str, Any], pieces: Pieces, *, save_id: str
+    partial: Path, final: Path, state: dict[str, Any], pieces: PieceHashes, *, save_id: str
 ) -> None:
     """Turn the folder `partial` that DCP has written into the checkpoint `final`.
 
@@ -170,7 +170,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         if not inside:
             expect_fields(state, str(name))
         raise Damage(
-            f"{RUN_FILE}: {name} is {str(state[str(name)])[:60]}, which it cannot be"
+            f"{RUN_FILE}: {name} is {str(state[str(name)])[:60]}, which is not a valid value"
         ) from error
     # A file of an earlier version has sizes only. What has lost its checksum is not one.
     if has_checksum != all(isinstance(entry, dict) for entry in state["files"].values()):

@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from titan_ulysses.checkpoint.manifest import (
     TABLE_FILE,
     Damage,
-    Pieces,
+    PieceHashes,
     expect_saved,
     saved_pieces,
 )
@@ -98,7 +98,7 @@ class HashingWriter(dcp.FileSystemWriter):
 
     def __init__(self, folder: Path, *, ranks: Sequence[int] = (), **options: Any):
         super().__init__(folder, **options)
-        self.pieces: Pieces = {}
+        self.pieces: PieceHashes = {}
         self.transforms = _Hashing(self.pieces)
         self._ranks = ranks
 
@@ -113,7 +113,7 @@ class HashingWriter(dcp.FileSystemWriter):
 
 
 class _Hashing(_StorageWriterTransforms):
-    def __init__(self, pieces: Pieces):
+    def __init__(self, pieces: PieceHashes):
         super().__init__()
         self._pieces = pieces
 
@@ -124,7 +124,7 @@ class _Hashing(_StorageWriterTransforms):
 class _HashedPiece(io.RawIOBase):
     """Writes a piece to an open file. Closing it notes its hash, and does not close the file."""
 
-    def __init__(self, file: Any, pieces: Pieces):
+    def __init__(self, file: Any, pieces: PieceHashes):
         self._file, self._pieces, self._hasher = file, pieces, xxhash.xxh3_128()
         self._offset, self._length = file.tell(), 0
 
@@ -231,8 +231,8 @@ def open_checkpoint(folder: Path, files: dict[str, Any], *, where: str) -> Check
             reader.read_metadata()
         except Refused as error:
             raise UserError(
-                f"{where} is refused: {error}. Nothing of it was run or read. Take checkpoints "
-                "from those you trust."
+                f"{where} is refused: {error}. None of it was executed or read. Use checkpoints "
+                "from sources that you trust."
             ) from error
         except (Damage, OSError):
             raise
@@ -251,8 +251,8 @@ class _Unpickler(pickle.Unpickler):
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath"):
             return lambda *parts: "/".join(parts)  # the path where it was saved, which is not used
         raise Refused(
-            f"its .metadata names {module}.{name}, which no checkpoint of tensors needs, and which "
-            "might run"
+            f"its .metadata names {module}.{name}, which no checkpoint of tensors needs, and "
+            "which could execute code"
         )
 
 

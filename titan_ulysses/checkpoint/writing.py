@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_ulysses.checkpoint.hosts import HostFolders, new_group
-from titan_ulysses.checkpoint.manifest import Damage, Pieces
+from titan_ulysses.checkpoint.manifest import Damage, PieceHashes
 from titan_ulysses.checkpoint.step_folder import publish, step_named, steps_in
 from titan_ulysses.checkpoint.storage import HashingWriter, IncompletePlanner, cause
 from titan_ulysses.distributed.atomic import partial_path, remove
@@ -108,7 +108,7 @@ class CheckpointWriter:
             dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
         gathered: list[Any] | None = [None] * len(self._ranks) if self.publishes else None
         dist.gather_object(writer.pieces, gathered, dst=self._ranks[0], group=group)
-        pieces: Pieces = {name: of for part in gathered or () for name, of in part.items()}
+        pieces: PieceHashes = {name: of for part in gathered or () for name, of in part.items()}
         if self.hosts:
             state |= self.hosts.manifest(pieces)
         with self._failing_together():  # the other ranks wait for those that publish

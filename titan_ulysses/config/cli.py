@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from titan_ulysses.config.load import nearest_keys
-from titan_ulysses.config.schema import KEYS, SECTIONS, in_words, is_switch, words_of
+from titan_ulysses.config.schema import KEYS, SECTIONS, in_words, is_switch, named_values_of
 from titan_ulysses.config.toml import show
 from titan_ulysses.distributed.errors import UserError
 
@@ -159,7 +159,7 @@ def usage() -> str:
             name, default = f"{section}.{key}", "unset"
             if field.default is not None:
                 default = show(in_words(name, field.default))
-            kind = "|".join([_type_name(field.annotation), *words_of(name)])
+            kind = "|".join([_type_name(field.annotation), *named_values_of(name)])
             lines.append(f"  --{name}  {kind}  (default: {default})")
             lines.append(f"      {field.description}")
     return "\n".join(lines)

@@ -62,8 +62,8 @@ def _printable(name: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Words:
-    """Words that may be written for special numbers of a setting, for example "auto" for -1."""
+class NamedValues:
+    """Names that may be written for special values of a setting, for example "auto" for -1."""
 
     numbers: dict[str, int]
 
@@ -173,14 +173,14 @@ because its block mask grows with the square of the length.
 """
 RENAMED_CORES = {"blockwise": "sdpa"}
 """Names of earlier versions, which are still understood."""
-Core = Annotated[str, AfterValidator(_core_name)]
+CoreName = Annotated[str, AfterValidator(_core_name)]
 PathText = Annotated[str, AfterValidator(expand_path), AfterValidator(_possible_names)]
 FolderName = Annotated[str, AfterValidator(_possible_names), AfterValidator(_printable)]
 FolderOfRun = Annotated[FolderName, below("the run's folder")]
-Tile = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "all": -1})]
-Chunk = Annotated[int, Field(ge=-1, le=2**31 - 1), Words({"auto": 0, "off": -1})]
-PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), Words({"auto": -1})]
-SecondsOrDerived = Annotated[float, AfterValidator(_seconds_or_derived), Words({"auto": -1})]
+TileTokens = Annotated[int, Field(ge=-1, le=2**31 - 1), NamedValues({"auto": 0, "all": -1})]
+ChunkTokens = Annotated[int, Field(ge=-1, le=2**31 - 1), NamedValues({"auto": 0, "off": -1})]
+PositiveOrDerived = Annotated[int, AfterValidator(_positive_or_derived), NamedValues({"auto": -1})]
+SecondsOrDerived = Annotated[float, AfterValidator(_seconds_or_derived), NamedValues({"auto": -1})]
 Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Dtype = Literal["float64", "float32", "bfloat16"]
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from titan_ulysses.config.fields import expand_path
 from titan_ulysses.config.rules import problems_of
-from titan_ulysses.config.schema import KEYS, SECTIONS, Config, in_words, words_of
+from titan_ulysses.config.schema import KEYS, SECTIONS, Config, in_words, named_values_of
 from titan_ulysses.config.toml import excess, show, table_to_toml
 from titan_ulysses.distributed.errors import UserError
 
@@ -76,13 +76,11 @@ def _read_toml(path: Path, *, chain: tuple[Path, ...]) -> dict[str, Any]:
         path = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, NUL
         raise UserError(
-            f"{str(path)!r}: is no path ({error}); correct the path in {named_by}", exit_code=2
+            f"{str(path)!r}: is not a path ({error}); correct the path in {named_by}", exit_code=2
         ) from None
     if path in chain:
         circle = " -> ".join(str(p) for p in (*chain[chain.index(path) :], path))
-        raise UserError(
-            f"extends goes in a circle: {circle}; remove one of these lines", exit_code=2
-        )
+        raise UserError(f"extends forms a cycle: {circle}; remove one of these lines", exit_code=2)
     try:
         settings = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
@@ -173,7 +171,7 @@ def _explain(error: Any) -> str:
         or _TYPES.get(kind.split("_")[0])
         or error["msg"].replace("{", "{{").replace("}", "}}")
     )
-    if kind.startswith("int") and setting in KEYS and (words := words_of(setting)):
+    if kind.startswith("int") and setting in KEYS and (words := named_values_of(setting)):
         reason += f", or {' or '.join(map(show, words))}"
     if kind == "literal_error":
         context = {"expected": context["expected"].replace("'", '"')}
@@ -198,7 +196,7 @@ def _explain_unknown(location: Sequence[str], value: Any) -> str:
         remedy = (
             f"[{section}] has {', '.join(SECTIONS[section].model_fields)}"
             if section
-            else "keys go into a section"
+            else "keys belong in a section"
         )
     return f"{_setting(location)}: no such key; {remedy}"
 

@@ -46,7 +46,8 @@ def path_problems(config: Config) -> list[str]:
 def data_is_absent(setting: str, path: str) -> str:
     """Return the message for a path of data that stands for nothing."""
     return (
-        f'{setting} = "{path}" is not there: give a file, a folder, or a pattern that matches files'
+        f'{setting} = "{path}" does not exist: give a file, a folder, or a pattern that matches '
+        "files"
     )
 
 

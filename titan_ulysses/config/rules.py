@@ -162,7 +162,7 @@ def _teacher_problems(config: Config) -> list[str]:
     if config.loss.name == "distillation" and not config.loss.teacher:
         problems = [
             'loss.name = "distillation": loss.teacher is not set. Give the folder of a model, '
-            f"or set {setting}.teacher_top_k to read what a teacher has said from the data"
+            f"or set {setting}.teacher_top_k to read a teacher's log-probabilities from the data"
             for setting, source in sources
             if not source.teacher_top_k
         ]
@@ -176,7 +176,6 @@ def _teacher_problems(config: Config) -> list[str]:
 
 
 def _set_problems(config: Config) -> list[str]:
-    """Return the problems of named validation sets."""
     problems = []
     names = [entry.name for entry in config.validation.sets]
     for number, entry in enumerate(config.validation.sets):
@@ -194,18 +193,17 @@ def _set_problems(config: Config) -> list[str]:
 
 
 def _best_problems(config: Config) -> list[str]:
-    """Return the problems of the metric by which validations are compared."""
     validation = config.validation
     metric, problems = validation.metric, []
     metrics = ["loss", *(f"{entry.name}/loss" for entry in validation.sets)]
     if metric not in metrics:
         problems.append(
-            f"validation.metric = {to_toml(metric)}: no validation set has it. There "
-            f"is {', '.join(map(to_toml, metrics))}"
+            f"validation.metric = {to_toml(metric)}: no validation set has it. Choose from "
+            f"{', '.join(map(to_toml, metrics))}"
         )
     if metric != "loss" and not config.checkpoint.keep_best and not validation.patience:
         problems.append(
-            f"validation.metric = {to_toml(metric)} is used by nothing: set checkpoint.keep_best "
-            "or validation.patience"
+            f"validation.metric = {to_toml(metric)} has no effect: set checkpoint.keep_best or "
+            "validation.patience"
         )
     return problems

@@ -17,20 +17,20 @@ from pydantic.fields import FieldInfo
 from titan_ulysses.config.fields import (
     LEAST_TIMEOUT,
     Beta,
-    Chunk,
-    Core,
+    ChunkTokens,
+    CoreName,
     Dtype,
     Excludes,
     FolderName,
     FolderOfRun,
+    NamedValues,
     Needs,
     PathText,
     PositiveOrDerived,
     SecondsOrDerived,
     Section,
     Switch,
-    Tile,
-    Words,
+    TileTokens,
     below,
     finite,
     setting,
@@ -50,16 +50,16 @@ _OF_MUON = (
     '"adamw", or {other_name} to its default, {other_default}'
 )
 _PACKED = (
-    '{this}: only data.packing = "concat" with data.long_documents = "split" can pack what is not '
-    "known yet; set both, or streaming = false"
+    '{this}: only data.packing = "concat" with data.long_documents = "split" can pack documents '
+    "that are not known yet; set both, or streaming = false"
 )
 _PAIRS = (
     "{other} with {this}: DPO, and nothing else, is trained on pairs of completions. Set both "
     'loss.name = "dpo" and {name} = "preference", or neither'
 )
 _UNREAD_TEACHER = (
-    "{this} with {other}: nothing would read it. Set it to 0, or set loss.name = "
-    '"distillation" without loss.teacher'
+    '{this} with {other}: it would have no effect. Set it to 0, or set loss.name = "distillation" '
+    "without loss.teacher"
 )
 
 
@@ -70,8 +70,8 @@ def _read_from(*kinds: str) -> Needs:
     return Needs(
         "source",
         *kinds,
-        text=f"{{this}} with {{other}}: it is read from {readers} alone. Set {{other_name}}, or "
-        "leave {name} out",
+        text=f"{{this}} with {{other}}: only {readers} read it. Set {{other_name}}, or leave "
+        "{name} out",
     )
 
 
@@ -132,7 +132,7 @@ class Model(Section):
     """A folder, a name on the Hugging Face hub, or "bytes" (one token per byte). Empty: the
     tokenizer in model.path.
     """
-    attention: Core = "auto"
+    attention: CoreName = "auto"
     """Core attention: auto, varlen, flash, flex or sdpa, or your own as package.module:function.
     auto: the fastest one that can run this model on this machine.
     """
@@ -145,20 +145,21 @@ class Model(Section):
         0,
         Excludes(
             "lora.rank",
-            text="{other} and {this} are both set: LoRA would leave the rows of new tokens as they "
-            "begin. Set one of them to 0",
+            text="{other} and {this} are both set: LoRA would leave the rows of new tokens "
+            "untrained. Set one of them to 0",
         ),
         ge=0,
         le=2**20,
     )
-    """Enlarge embedding and head to the tokenizer's number of tokens, rounded up to a multiple of
-    this value. 0: do not enlarge; a tokenizer with too many tokens is refused.
+    """Enlarge the embedding and the head to the tokenizer's number of tokens, rounded up to a
+    multiple of this value. 0: do not enlarge; a tokenizer with more tokens than the model is
+    refused.
     """
     freeze: list[str] = setting(
         [],
         Excludes(
             "lora.rank",
-            text="{other} and {this} are both set: with LoRA all of the model is frozen. Clear "
+            text="{other} and {this} are both set: LoRA freezes the whole model anyway. Clear "
             "one, with lora.rank = 0 or {name} = []",
         ),
     )
@@ -210,8 +211,8 @@ class LoRA(Section):
             'multiplied in 8. Set one to "none" or false',
         ),
     )
-    """QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head and routers stay in
-    training.param_dtype, and so do rows that are no multiple of 64 numbers.
+    """QLoRA: the frozen matrices of the layers in 4 bits, nf4. Embedding, head, routers, and
+    matrices whose rows are not a multiple of 64 numbers stay in training.param_dtype.
     """
 
 
@@ -284,7 +285,7 @@ class SourceSettings(Section):
     chosen_field: str = setting("chosen", _read_from("preference"), min_length=1)
     """preference: name of the field with the completion that is preferred."""
     rejected_field: str = setting("rejected", _read_from("preference"), min_length=1)
-    """preference: name of the field with the other one."""
+    """preference: name of the field with the completion that is not preferred."""
     messages_field: str = setting("messages", _read_from("chat"), min_length=1)
     """chat: name of the field with the list of messages."""
     tools_field: str = setting("tools", _read_from("chat"), min_length=1)
@@ -297,8 +298,8 @@ class SourceSettings(Section):
             text="{this} with {other}: the loss is of the completions. Set it to {default}",
         ),
     )
-    """What is trained on in chats, prompts and tokens. assistant: the assistant's turns, the
-    completions, and the tokens that have labels. all: every token.
+    """Which tokens of chats, prompts and token data are trained on. assistant: the assistant's
+    turns, the completions, and the tokens that have labels. all: every token.
     """
     teacher_top_k: int = setting(
         0,
@@ -307,17 +308,19 @@ class SourceSettings(Section):
         Excludes("loss.teacher", text=_UNREAD_TEACHER),
         Excludes(
             "streaming",
-            text="{this} with {other}: it is read from data that is prepared first. Set streaming "
-            "to false",
+            text="{this} with {other}: it can only be read from data that is prepared first. Set "
+            "streaming to false",
         ),
         ge=0,
         le=10**6,
     )
-    """tokens: how many of a teacher's log-probabilities each token has, in the fields teacher_ids
-    and teacher_log_probs, for loss.name = "distillation". 0: none.
+    """tokens: number of a teacher's log-probabilities for each token, in the fields teacher_ids and
+    teacher_log_probs, for loss.name = "distillation". 0: none.
     """
     subset: str = setting("", _FROM_A_DATA_SET)
-    """hf, chat, tokens, preference: configuration of the data set. Empty: its default one."""
+    """hf, chat, tokens, preference: configuration of the data set. Empty: its default
+    configuration.
+    """
     split: str = setting("train", _FROM_A_DATA_SET, min_length=1)
     """hf, chat, tokens, preference: split of the data set."""
     streaming: bool = setting(
@@ -393,7 +396,7 @@ class Training(Section):
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the initial weights and of the order of the data."""
     max_norm: float = Field(1.0, ge=0, allow_inf_nan=True)
-    """Clip the gradients to this norm. 0: no clipping."""
+    """Clip the norm of the gradients to this value. 0: no clipping."""
     param_dtype: Dtype = "bfloat16"
     """Dtype of parameters and activations in forward and backward."""
     reduce_dtype: Dtype = setting(
@@ -411,7 +414,7 @@ class Training(Section):
         Needs(
             "loss.name",
             "cross_entropy",
-            text="{this} with {other}: it belongs to the cross-entropy. Set it to {default}",
+            text="{this} with {other}: it is a part of the cross-entropy loss. Set it to {default}",
         ),
         ge=0,
         le=1e3,
@@ -421,7 +424,7 @@ class Training(Section):
     """
     skip_nonfinite: int = Field(0, ge=0, le=10**9)
     """Steps of the run that may be skipped because their loss or gradient norm is not finite: they
-    change neither parameters nor optimizer. One more ends the run. 0: the first one does.
+    change neither parameters nor optimizer. One more ends the run. 0: the first such step ends it.
     """
     deterministic: bool = False
     """Use only deterministic algorithms: slower, and with more memory for attention on a GPU, but a
@@ -431,11 +434,11 @@ class Training(Section):
 
 class Loss(Section):
     name: Literal["cross_entropy", "dpo", "distillation"] = "cross_entropy"
-    """cross_entropy: of the next token. dpo: of pairs of completions (sigmoid DPO), read by
+    """cross_entropy: next-token prediction. dpo: sigmoid DPO on pairs of completions, read by
     data.source = "preference". distillation: the KL divergence from a teacher.
     """
     beta: float = setting(0.1, _read_by("dpo"), gt=0, le=1e3)
-    """dpo: how closely the model stays with the reference."""
+    """dpo: strength of the penalty that keeps the model close to the reference."""
     reference: PathText = setting("", _read_by("dpo"))
     """dpo: folder or hub name of the frozen reference model. Empty: the weights that the run begins
     with, which with LoRA are the model without its adapters.
@@ -471,12 +474,12 @@ class Parallelism(Section):
 
 class Comm(Section):
     timeout_s: SecondsOrDerived = Field(-1, le=1e7)
-    """Seconds after which a rank that waits for another one gives up and ends, once the first step
-    is done. It must be longer than a checkpoint takes to be written. auto (-1): 600, or four times
-    the planned step on a GPU, where that is longer.
+    """After the first step, seconds after which a rank that waits for another one gives up and
+    ends. It must be longer than writing a checkpoint takes. auto (-1): 600, or four times the
+    planned step on a GPU, where that is longer.
     """
     startup_timeout_s: float = Field(1800.0, ge=LEAST_TIMEOUT, le=1e7)
-    """The same until the first step is done: while the ranks meet, load and compile."""
+    """The same timeout until the first step is done, while the ranks connect, load and compile."""
 
 
 class ActivationCheckpoint(Section):
@@ -508,25 +511,25 @@ class ActivationCheckpoint(Section):
             '{name} = "none"',
         ),
     )
-    """Keep the outputs of attention too, where the inputs are kept, so that attention is not
-    computed again in backward. all: of all layers. auto: as many as there is room for beside
-    offload = "host" or "disk". Needs memory.stream_chunk_tokens.
+    """Keep the outputs of attention too, in the same place as the inputs, so that attention is not
+    recomputed in backward. all: of all layers. auto: of as many layers as fit next to offload =
+    "host" or "disk". Needs memory.stream_chunk_tokens.
     """
     offload_folder: PathText = ""
     """Folder of the files of offload = "disk". Empty: the system's temporary folder."""
 
 
 class Memory(Section):
-    loss_tile_tokens: Tile = 0
+    loss_tile_tokens: TileTokens = 0
     """Tokens in one tile of the loss head. auto (0): as many as make 1 GiB of fp32 logits on a GPU,
     64 MiB on a CPU. all (-1): all tokens at once.
     """
-    mlp_tile_tokens: Tile = 0
+    mlp_tile_tokens: TileTokens = 0
     """Tokens in one tile of the MLPs and norms. auto (0): with activation checkpointing, as many as
     make 512 MiB inside an MLP on a GPU, or on a CPU the model's width, at least 1,024; not tiled
     without it. all (-1): not tiled.
     """
-    stream_chunk_tokens: Chunk = setting(
+    stream_chunk_tokens: ChunkTokens = setting(
         0,
         Needs(
             "activation_checkpoint.mode",
@@ -535,10 +538,9 @@ class Memory(Section):
             where=lambda memory: memory.stream_chunk_tokens > 0,
         ),
     )
-    """Tokens of the whole sequence in one chunk; layers compute one chunk after the other, so that
-    the memory that a layer needs does not grow with the sequence. auto (0): 4,096 tokens a rank,
-    and off for shorter sequences and where it is not possible. off (-1): the whole sequence at
-    once.
+    """Tokens of the whole sequence in one chunk. Layers compute one chunk after the other, so the
+    memory that a layer needs does not grow with the sequence. auto (0): 4,096 tokens a rank, and
+    off for shorter sequences and where it is not possible. off (-1): the whole sequence at once.
     """
     stream_offload: Literal["none", "host", "disk"] = setting(
         "none",
@@ -581,7 +583,7 @@ class Quantize(Section):
             "other",
         ),
     )
-    """Multiply in float8 in the linear layers of the blocks (torchao). Needs a GPU of compute
+    """Compute the linear layers of the blocks in float8 (torchao). Needs a GPU of compute
     capability 8.9 or higher.
     """
 
@@ -603,7 +605,7 @@ class Optimizer(Section):
     all else.
     """
     lr: float = Field(3e-4, ge=0, le=1e40)
-    """Peak learning rate. muon scales its updates so that it is that of AdamW."""
+    """Peak learning rate. muon scales its updates so that the value for AdamW fits."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0, le=1.0)
@@ -660,8 +662,8 @@ class Checkpoint(Section):
     folder: FolderOfRun = Field("checkpoints", min_length=1)
     """Folder of the checkpoints, inside the run's folder."""
     shared: bool = True
-    """All hosts see the same job.dump_folder. false: each host has one of its own, and keeps the
-    shards of its ranks there; a resumed run needs the same hosts and mesh.
+    """All hosts see the same job.dump_folder. false: each host has a separate one, with the shards
+    of its own ranks; a resumed run needs the same hosts and mesh.
     """
     initial_load_path: PathText = ""
     """Weights to start with instead of those in model.path: a folder of safetensors, or a step-N
@@ -716,11 +718,11 @@ class Validation(Section):
     the keys of a source in [data], and a packing.
     """
     metric: str = Field("loss", min_length=1)
-    """Metric of checkpoint.keep_best and validation.patience. loss: of all held-out data.
+    """Metric that checkpoint.keep_best and validation.patience compare. loss: of all held-out data.
     NAME/loss: of the set NAME.
     """
     patience: int = setting(0, Needs("validation.enable", True, text=_VALIDATIONS), ge=0, le=10**9)
-    """Validations in a row without a new best validation.metric after which the run ends early. 0:
+    """End the run after this many validations in a row without a new best validation.metric. 0:
     never.
     """
 
@@ -729,7 +731,7 @@ class Plan(Section):
     gpu: str = Field("H100-80GB", min_length=1)
     """GPU to plan for: A100-80GB, H100-80GB, H200 or B200."""
     gpu_memory_gib: float = Field(0, ge=0, le=1e6)
-    """Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: that of plan.gpu."""
+    """Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: the memory of plan.gpu."""
     host_memory_gib: float = Field(0, ge=0, le=1e6)
     """Host memory of one node in GiB. 0: unknown; --plan does not check it, and a run that starts
     takes what is free.
@@ -737,25 +739,23 @@ class Plan(Section):
     gpus_per_node: int = Field(8, ge=1, le=2**10)
     """GPUs in one node."""
     attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
-    """FlashAttention to plan for: fa2 ships with torch; fa3 and fa4 are what a run takes where
-    their packages are installed. auto: fa2, and in a run that starts, the one that it takes.
+    """FlashAttention to plan for. fa2 ships with torch; a run uses fa3 or fa4 if their packages are
+    installed. auto: fa2, or for a run that starts, the version that it uses.
     """
     world_size: int = Field(0, ge=0, le=2**20)
     """Number of GPUs to plan for. 0: the product of the degrees in [parallelism]."""
     search: Annotated[Literal["off", "longest", "fastest"], Switch(on="longest")] = "off"
-    """With --plan: search for settings. longest (or true): of the longest sequence that fits.
-    fastest: with which sequences of training.seq_len are trained fastest. off (or false): none.
+    """With --plan: search for settings. longest (or true): for the longest sequence that fits.
+    fastest: for the fastest training with sequences of training.seq_len. off (or false): no search.
     """
     tokens: int = Field(0, ge=0, le=10**18)
     """Tokens to train, for the planned hours of the run. 0: training.steps steps."""
     gpu_hour_price: float = Field(0, ge=0, le=1e9)
     """Price of one GPU for one hour, for the planned cost of the run. 0: not known."""
     max_step_seconds: float = Field(0, ge=0, le=1e9)
-    """Of the sequences that plan.search and plan.ladder find, a step may take this many seconds at
-    most. 0: any.
-    """
+    """Longest step, in seconds, that plan.search and plan.ladder accept. 0: any."""
     ladder: bool = False
-    """With --plan: switch features on one after the other, and plan the longest sequence with each.
+    """With --plan: switch on features one after another, and plan the longest sequence after each.
     """
     enforce: bool = False
     """Refuse to start a run if its plan does not fit, or if no plan could be made."""
@@ -838,12 +838,12 @@ def is_switch(key: str) -> bool:
     )
 
 
-def words_of(key: str) -> dict[str, int]:
+def named_values_of(key: str) -> dict[str, int]:
     """Return the words of the setting `section.key` and the numbers that they stand for."""
-    found = (entry.numbers for entry in KEYS[key].metadata if isinstance(entry, Words))
+    found = (entry.numbers for entry in KEYS[key].metadata if isinstance(entry, NamedValues))
     return next(found, {})
 
 
 def in_words(key: str, value: Any) -> Any:
     """Return a value of the setting `section.key` as it is printed: by its word, if it has one."""
-    return next((word for word, number in words_of(key).items() if number == value), value)
+    return next((word for word, number in named_values_of(key).items() if number == value), value)

@@ -158,12 +158,12 @@ def _profiling_problems(config: Config) -> list[str]:
         problems.append(
             f"profiling.profile_freq = {p.profile_freq} has no room for "
             f"profiler_warmup({p.profiler_warmup}) + profiler_active({p.profiler_active}) steps: "
-            f"raise it to {p.profiler_warmup + p.profiler_active}"
+            f"raise it to at least {p.profiler_warmup + p.profiler_active}"
         )
     elif p.enable_profiling and p.profile_freq > steps:
         problems.append(
-            f"profiling.profile_freq = {p.profile_freq} is more than training.steps = {steps}, and "
-            "a trace is of the last steps of every profile_freq: there would be none. Set it to "
+            f"profiling.profile_freq = {p.profile_freq} is more than training.steps = {steps}: a "
+            "trace is of the last steps of every profile_freq, so there would be none. Set it to "
             f"{steps} or less"
         )
     return problems

@@ -68,7 +68,7 @@ def shard(
     a sequence.
     """
     if accumulate < 1:
-        raise UserError(f"shard: accumulate = {accumulate}: at least one batch makes a step.")
+        raise UserError(f"shard: accumulate = {accumulate}: must be at least 1.")
     if isinstance(model, Mesh):
         chunk_tokens = -1 if stream_chunk_tokens is None else stream_chunk_tokens
         warn_of_older_form(
@@ -78,8 +78,8 @@ def shard(
         return _batches(loader, model, accumulate, chunk_tokens)
     if stream_chunk_tokens is not None:
         raise UserError(
-            f"shard: stream_chunk_tokens = {stream_chunk_tokens}: the model knows its own. Leave "
-            "it out: shard(loader, model)."
+            f"shard: stream_chunk_tokens = {stream_chunk_tokens}: the model already has one. "
+            "Leave it out: shard(loader, model)."
         )
     return _batches(
         loader, _mesh_of(model, "shard"), accumulate, model.sharding.stream_chunk_tokens
@@ -119,7 +119,6 @@ def _mesh_of(model: PreTrainedModel, caller: str) -> Mesh:
 def _batches(
     loader: Iterable[Mapping[str, Any]], mesh: Mesh, accumulate: int, stream_chunk_tokens: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield what `shard` returns."""
     source, ranks = iter(loader), mesh.loss.size()
     for step in count():
         group = [read_rows(batch) for batch in islice(source, accumulate)]
@@ -132,8 +131,8 @@ def _batches(
         if len(group) < accumulate and (others := counts[1].item()) != len(group) * ranks:
             raise UserError(
                 f"shard: this rank's loader ended after {step * accumulate + len(group)} batches, "
-                f"and others go on ({others} batches in this step, on {ranks} ranks). Every rank "
-                "needs the same number: use drop_last=True, or a DistributedSampler."
+                f"but others continue ({others} batches in this step, on {ranks} ranks). Every "
+                "rank needs the same number: use drop_last=True, or a DistributedSampler."
             )
         if not group:
             return
@@ -181,14 +180,13 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the entries of the batch as int64 tensors on the host, after checking their shapes."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise UserError(
-            'shard: a batch must be a mapping with "input_ids" [B, S]: give the loader such a '
-            "collate_fn."
+            'shard: a batch must be a mapping with "input_ids" [B, S]: use a collate_fn that '
+            "returns one."
         )
     if unknown := sorted(set(batch) - {*TOKEN_KEYS, *BORDER_KEYS}):
         raise UserError(
-            f"batch[{unknown[0]!r}]: the sharded model does not take it. Let the collate_fn leave "
-            "it out, or a part of the input is lost; what is read: "
-            f"{', '.join((*TOKEN_KEYS, *BORDER_KEYS))}."
+            f"batch[{unknown[0]!r}]: the sharded model would ignore this part of the input. Drop "
+            f"it in the collate_fn; these are read: {', '.join((*TOKEN_KEYS, *BORDER_KEYS))}."
         )
     tensors = {
         key: torch.as_tensor(value).cpu().long()
@@ -197,9 +195,9 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     }
     if (mask := tensors.get("attention_mask")) is not None and mask.ndim != 2:
         raise UserError(
-            f'batch["attention_mask"] has {mask.ndim} dimensions, {list(mask.shape)}: a mask of '
-            "queries and keys is never built here. Give [B, S] for padding, and position_ids, "
-            "seq_idx or cu_seq_lens_q for documents."
+            f'batch["attention_mask"] has {mask.ndim} dimensions, {list(mask.shape)}: masks of '
+            "queries x keys are not supported. Give [B, S] for padding, and position_ids, seq_idx "
+            "or cu_seq_lens_q for documents."
         )
     shape = tensors["input_ids"].shape
     if len(shape) != 2 or 0 in shape:
@@ -207,8 +205,8 @@ def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in set(TOKEN_KEYS) & tensors.keys():
         if tensors[key].shape != shape:
             raise UserError(
-                f"batch[{key!r}] is {list(tensors[key].shape)}, input_ids is {list(shape)}: give "
-                "both one."
+                f"batch[{key!r}] is {list(tensors[key].shape)}, input_ids is {list(shape)}: both "
+                "must have the same shape."
             )
     return tensors
 
@@ -292,8 +290,8 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
         )
     if not torch.equal(tensors.get("cu_seq_lens_k", borders), borders):
         raise UserError(
-            'batch["cu_seq_lens_k"] is not cu_seq_lens_q: queries and keys are of the same '
-            "documents here."
+            'batch["cu_seq_lens_k"] differs from cu_seq_lens_q: queries and keys must belong to '
+            "the same documents."
         )
     for key in ("max_length_q", "max_length_k"):
         if key in tensors and tensors[key] < lengths.max():
@@ -306,7 +304,8 @@ def _starts_of_lengths(tensors: dict[str, Tensor]) -> Tensor:
     starts = starts.view(shape)
     if not starts[:, 0].all():
         raise UserError(
-            f'batch["cu_seq_lens_q"]: a document goes over the end of a row of {shape[1]} tokens.'
+            f'batch["cu_seq_lens_q"]: a document extends past the end of a row of {shape[1]} '
+            "tokens."
         )
     return starts
 

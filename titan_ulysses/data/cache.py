@@ -73,7 +73,7 @@ def _read(
         if source.teacher_top_k:
             raise UserError(
                 f"{section_of(setting)}.teacher_top_k = {source.teacher_top_k}: Megatron's files "
-                "hold tokens alone. Give rows with teacher_ids and teacher_log_probs, or a teacher."
+                "hold only tokens. Use rows with teacher_ids and teacher_log_probs, or a teacher."
             )
         ids = num_token_ids(encoder.tokenizer)
         return read_megatron(files, num_token_ids=ids, skip=skip, setting=setting)

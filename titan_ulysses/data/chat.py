@@ -36,9 +36,9 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, *, train_on: str) ->
         )
     if train_on == "assistant" and not tokenizer.is_fast:
         raise UserError(
-            f'model.tokenizer = "{name}" is not a fast tokenizer, so that nobody knows which '
-            "tokens are the "
-            'assistant\'s: take a fast one (tokenizer.json), or set data.train_on = "all"'
+            f'model.tokenizer = "{name}" is not a fast tokenizer, so the '
+            "assistant's tokens cannot be located: use a fast one (tokenizer.json), or set "
+            'data.train_on = "all"'
         )
 
 
@@ -60,11 +60,11 @@ def encode_chat(
     chat trains on. A token is trained on if any of its characters is.
 
     A turn is trained as the model sees it: with the messages before it rendered as they are when
-    the turn is the last one. Most templates write earlier turns alike whatever follows, and then
-    one sample, the whole chat, holds all turns; the lengths are None. Others leave the thoughts of
-    earlier turns out, or end them otherwise. Then a sample ends where the next turn would read
-    something else before it, and that turn begins a sample of its own, with all that the model sees
-    at that point. Its earlier turns are not trained on again.
+    the turn is the last one. Most templates write earlier turns the same way whatever follows, and
+    then one sample, the whole chat, holds all turns; the lengths are None. Others leave the
+    thoughts of earlier turns out, or end them otherwise. Then a sample ends where the next turn
+    would read something else before it, and that turn begins a sample of its own, with all that the
+    model sees at that point. Its earlier turns are not trained on again.
 
     Raise `RefusedRow` if the template refuses the chat or leaves a message out. Raise `UserError`
     if the template has no way to tell the assistant's turns apart, see `_turn`.
@@ -118,7 +118,7 @@ def encode_answer(
     if not whole.startswith(before):
         raise RefusedRow(
             "the chat template renders the prompt differently once a completion follows it, so "
-            "that nobody knows where the completion begins"
+            "the start of the completion cannot be located"
         )
     found = tokenized(tokenizer, whole, return_offsets_mapping=True)
     ends = np.array([end for _, end in found["offset_mapping"]], dtype=np.int64)
@@ -189,7 +189,8 @@ def _turn(tokenizer: PreTrainedTokenizerBase, chat: Chat, number: int) -> _Sampl
         return _Sample(before + text[cut:], spans)
     if number == 0:
         raise RefusedRow(
-            "the assistant begins, and the chat template has no {% generation %} to say with what"
+            "the first message is the assistant's, and the chat template has no {% generation %} "
+            "that marks what it wrote"
         )
     before = _render(tokenizer, chat, number)
     asked = _render(tokenizer, chat, number, asks=True)
@@ -219,9 +220,9 @@ def _cut(
     last = before[len(os.path.commonprefix([before, earlier])) :]
     if not last or text.count(last + asks) != 1:
         raise UserError(
-            f'model.tokenizer = "{tokenizer.name_or_path}": its chat template has no way to tell '
-            f"the assistant's part of message {number + 1} of {len(chat.messages)}: it does not "
-            "stand behind the messages before, which end in "
+            f'model.tokenizer = "{tokenizer.name_or_path}": its chat template does not show which '
+            f"part the assistant wrote of message {number + 1} of {len(chat.messages)}: its text "
+            "does not follow that of the messages before it, which ends in "
             f"{json.dumps((before + asks)[-30:], ensure_ascii=False)}. Give it a template with "
             '{% generation %} around what the assistant writes, or set data.train_on = "all"'
         )

@@ -29,7 +29,7 @@ class Corpus:
     """[documents] int64."""
     trained: np.ndarray | None = None
     """[tokens] bool: which tokens are trained on, that is predicted; None: all of them."""
-    numbers: np.ndarray | None = None
+    document_ids: np.ndarray | None = None
     """[documents] int64: the number of each document in the data; None: they are all there."""
     content: str = ""
     """a hash of all documents of the data, those included that are not selected; "": unknown"""
@@ -100,12 +100,12 @@ class Corpus:
 
     def select(self, documents: np.ndarray) -> Corpus:
         """Return some of the documents, by index or mask. Tokens are not copied."""
-        numbers = np.arange(len(self)) if self.numbers is None else self.numbers
+        document_ids = np.arange(len(self)) if self.document_ids is None else self.document_ids
         return replace(
             self,
             begins=self.begins[documents],
             ends=self.ends[documents],
-            numbers=numbers[documents],
+            document_ids=document_ids[documents],
             splits=None if self.splits is None else self.splits[documents],
             reference=None if self.reference is None else self.reference[documents],
         )
@@ -115,7 +115,7 @@ class Corpus:
         # Documents may have been reordered, as by their length.
         order = np.argsort(self.begins, kind="stable")
         found = order[np.searchsorted(self.begins[order], places, side="right") - 1]
-        return (found if self.numbers is None else self.numbers[found]).tolist()
+        return (found if self.document_ids is None else self.document_ids[found]).tolist()
 
     def split_held_out(
         self, every: int = 100, *, setting: str = "data.path"
@@ -215,7 +215,7 @@ class CorpusStats:
                 yield document
 
     def notes(self, kind: str = "") -> list[str]:
-        """Return what is to be said of the rows of data.source = `kind`: what was left out, and
+        """Return notes for the log about the rows of data.source = `kind`: what was left out, and
         what was changed.
         """
         notes = []

@@ -180,8 +180,8 @@ def encode_rows(
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            "A process that tokenizes was ended from outside (out of memory?). Give the machine "
-            "more memory, or fewer cores to this run (taskset)."
+            "A tokenizing worker process was killed (out of memory?). Free memory, or give this "
+            "run fewer cores (taskset)."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

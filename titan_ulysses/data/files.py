@@ -54,8 +54,7 @@ def find_files(
     files = {name: file for name, file in files.items() if file.stat().st_size > 0}
     if not files:
         raise UserError(
-            f'{setting} = "{path}" has nothing but empty files: give a file or folder with text in '
-            "it"
+            f'{setting} = "{path}" contains only empty files: give a file or folder with text in it'
         )
     return files
 

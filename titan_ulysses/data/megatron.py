@@ -124,11 +124,11 @@ def _open(file: Path, setting: str) -> tuple[np.ndarray, np.ndarray]:
         size = binary.stat().st_size
         places = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         if not np.array_equal(pointers, places[:-1] * dtype.itemsize):
-            raise _Damage("its sequences do not follow each other in the .bin")
+            raise _BadIndex("its sequences do not follow each other in the .bin")
         if size != (expected := places[-1] * dtype.itemsize):
             short = "is cut short" if size < expected else "is another file's"
-            raise _Damage(
-                f"{binary.name} {short}: it has {size:,} bytes, and the index tells of "
+            raise _BadIndex(
+                f"{binary.name} {short}: it has {size:,} bytes, but the index describes "
                 f"{places[-1]:,} tokens of {dtype.itemsize} bytes"
             )
         tokens = np.memmap(binary, dtype=dtype, mode="r") if size else np.empty(0, "u1")
@@ -138,13 +138,13 @@ def _open(file: Path, setting: str) -> tuple[np.ndarray, np.ndarray]:
             f"{setting}: {error.filename or file} cannot be read ({error.strerror}): Megatron's "
             ".bin and .idx belong together"
         ) from error
-    except _Damage as error:
+    except _BadIndex as error:
         raise UserError(
             f"{setting}: {file}: {error}. Copy or make both files again, or leave them out"
         ) from error
 
 
-class _Damage(Exception):
+class _BadIndex(Exception):
     """Raised with what is wrong with the files."""
 
 
@@ -153,20 +153,20 @@ def _read_index(file: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     raw = np.fromfile(file, dtype=np.uint8)
     if len(raw) < _HEADER.size or raw[:9].tobytes() != _MAGIC:
         if raw[:8].tobytes() == _OLD_MAGIC:
-            raise _Damage("it has the format TNTIDX of Megatron before MMapIndexedDataset")
-        raise _Damage("it does not begin as Megatron's index does (MMIDIDX)")
+            raise _BadIndex("it has the format TNTIDX of Megatron before MMapIndexedDataset")
+        raise _BadIndex("it does not begin as Megatron's index does (MMIDIDX)")
     _, version, code, sequences, borders = _HEADER.unpack(raw[: _HEADER.size].tobytes())
     if version == 1 << 56:
-        raise _Damage("it has another byte order (big-endian): the format is little-endian")
+        raise _BadIndex("it has another byte order (big-endian): the format is little-endian")
     if version != 1:
-        raise _Damage(f"it has version {version} of the format, and only version 1 is known")
+        raise _BadIndex(f"it has version {version} of the format, and only version 1 is known")
     if code not in _TYPES:
-        raise _Damage(f"its tokens have the type {code}, which is not that of whole numbers")
+        raise _BadIndex(f"its tokens have the type {code}, which is not an integer type")
     expected = _HEADER.size + 12 * sequences + 8 * borders
     if len(raw) not in (expected, expected + sequences):  # with modes
-        raise _Damage(
+        raise _BadIndex(
             f"it is cut short or damaged: it has {len(raw):,} bytes, and {sequences:,} sequences "
-            f"with {borders:,} borders of documents need {expected:,}"
+            f"with {borders:,} document boundaries need {expected:,}"
         )
     parts = np.split(
         raw[_HEADER.size : expected], np.array([4 * sequences, 12 * sequences], dtype=np.int64)
@@ -178,7 +178,7 @@ def _read_index(file: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     )
     in_order = borders and documents[0] == 0 and documents[-1] == sequences
     if not in_order or (np.diff(documents) < 0).any() or (lengths < 0).any():
-        raise _Damage("its borders of documents contradict its sequences: it is damaged")
+        raise _BadIndex("its document boundaries contradict its sequences: it is damaged")
     return np.dtype(_TYPES[code]), lengths, pointers, documents
 
 

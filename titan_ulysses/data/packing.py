@@ -48,7 +48,7 @@ class PackedSample(NamedTuple):
     reference: torch.Tensor | None = None
     """[2 * pairs] fp64: the reference's log-probabilities of the completions; None: not known"""
     loss_inputs: dict[str, torch.Tensor] = {}  # noqa: RUF012  a default that nobody changes
-    """[S, ...] each: what the loss reads beside the labels, by name (see `teacher_of_labels`)"""
+    """[S, ...] each: what the loss reads besides the labels, by name (see `teacher_of_labels`)"""
     padding: int = 0
     """the number of tokens at the end that are padding"""
 

@@ -99,7 +99,7 @@ def _open(
         rows = open_rows(source, setting)
         if not isinstance(rows, DatasetRows):
             raise UserError(
-                f'{setting} = "{source.path}" are files, and streaming is for data sets: set '
+                f'{setting} = "{source.path}" is files, but only data sets can be streamed: set '
                 "streaming = false",
                 exit_code=2,
             )
@@ -116,7 +116,7 @@ def _open(
 def _read(
     config: Config, tokenizer: PreTrainedTokenizerBase, source: SourceSettings, setting: str
 ) -> tuple[Corpus, list[str]]:
-    """Return the documents of a source, and what is to be said of them."""
+    """Return the documents of a source, and notes about them for the log."""
     if not source.path:
         raise UserError(f"{setting} is not set: give a file or folder to read", exit_code=2)
     encoder, folder = Encoder(tokenizer, source.train_on), config.data.cache_folder
@@ -157,8 +157,8 @@ def _pack(
         )
     if held_out and corpus.lengths.max() < 2:
         raise UserError(
-            f"{setting}: no document has more than one token, so that none is predicted: give "
-            "longer ones"
+            f"{setting}: no document has more than one token, so there is nothing to predict: "
+            "give longer documents"
         )
     options: dict[str, Any] = {
         "seq_len": seq_len,

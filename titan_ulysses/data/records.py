@@ -192,7 +192,7 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
     """Read texts, or lists of messages.
 
     Where there is no list of messages with the prompt, both completions are whole conversations,
-    and the prompt is what they begin with alike.
+    and the prompt is the messages that both begin with.
     """
     name, fields = source.prompt_field or "prompt", field_names(source)
     values: list[Any] = [record.get(key) for key in (name, *fields)]
@@ -209,14 +209,15 @@ def _read_preference(record: dict[str, Any], source: SourceSettings) -> Preferen
 
     for key in fields:
         if not are_messages(record.get(key)):
-            wanted = "text beside texts, or a list of messages that have a role"
+            wanted = "text like the other fields, or a list of messages with a role"
             raise _missing(record, key, wanted)
     if not are_messages(prompt):
         alike = (one == other for one, other in zip(chosen, rejected, strict=False))
         shared = sum(takewhile(bool, alike))
         if not shared:
             raise RefusedRow(
-                f'no list of messages in "{name}", and {" and ".join(fields)} do not begin alike'
+                f'no list of messages in "{name}", and {" and ".join(fields)} do not begin with '
+                "the same messages"
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     prompt, chosen, rejected = map(_without_nulls, (prompt, chosen, rejected))
@@ -350,7 +351,7 @@ def _lengths(arrays: dict[str, np.ndarray], count: int) -> tuple[int, ...] | Non
             )
         found["position_ids"] = tuple(np.diff(np.append(begins, count)).tolist())
     if len(set(found.values())) > 1:
-        raise RefusedRow(f"{' and '.join(found)} tell different documents")
+        raise RefusedRow(f"{' and '.join(found)} describe different documents")
     return next(iter(found.values()), None)
 
 

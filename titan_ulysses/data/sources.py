@@ -177,7 +177,6 @@ class RecordRows(FileRows):
                 self.done = before + raw.tell()
 
     def _parquet(self, file: Path) -> Iterator[dict[str, Any]]:
-        """Yield the fields of each row."""
         import pyarrow.parquet
 
         before, size = self.done, file.stat().st_size
@@ -188,7 +187,6 @@ class RecordRows(FileRows):
                 self.done = before + size * (group + 1) // table.num_row_groups
 
     def _arrow(self, file: Path) -> Iterator[dict[str, Any]]:
-        """Yield the fields of each row."""
         before = self.done
         for batch, end in arrow_batches(file):
             yield from self._records(batch)
@@ -226,7 +224,7 @@ def arrow_batches(file: Path) -> Iterator[tuple[Any, int]]:
         mapped.seek(max(0, mapped.size() - 8))
         if not is_file and mapped.read() != _END_OF_STREAM:
             # Its reader would take any end between two batches for the end of the stream.
-            raise ValueError("it has no mark of its end: it is cut short, or no Arrow file")
+            raise ValueError("it has no end marker: it is truncated, or not an Arrow file")
         mapped.seek(0)
         if is_file:
             table = pyarrow.ipc.open_file(mapped)
@@ -331,7 +329,7 @@ class DatasetRows(Rows):
                     if source.split not in found:
                         there = ", ".join(found)
                         raise self._refusal(
-                            f'has no split "{source.split}" but {there}: set {self._key("split")}'
+                            f'has no split "{source.split}", only {there}: set {self._key("split")}'
                         )
                     found = found[source.split]
                 return _validated_stream(found.to_iterable_dataset()) if source.streaming else found
@@ -352,8 +350,8 @@ class DatasetRows(Rows):
             raise
         except ConnectionError as error:
             raise self._refusal(
-                f"is no folder here, and the hub cannot be reached ({one_line(error)}): on a "
-                "machine with network, "
+                f"is not a local folder, and the hub cannot be reached ({one_line(error)}): on a "
+                "machine with network access, run "
                 f'datasets.load_dataset("{source.path}").save_to_disk(FOLDER), then give that '
                 "folder"
             ) from error

@@ -90,7 +90,8 @@ def tokenized(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> 
             **options,
         )
     except BaseException as error:
-        # A panic of its Rust code does not derive from `Exception`, and is reported alike.
+        # A panic of its Rust code does not derive from `Exception`, and is reported in the same
+        # way.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(
@@ -105,7 +106,7 @@ def refuse_surrogates(text: str | bytes) -> None:
     JSON can express it, but it is not a valid character and tokenizers fail on it.
     """
     if isinstance(text, str) and not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise RefusedRow("half of a surrogate pair in it is no character")
+        raise RefusedRow("it contains half of a surrogate pair, which is not a character")
 
 
 def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:

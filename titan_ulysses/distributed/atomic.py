@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written beside their place, then renamed.
+"""Files and folders that are complete or absent: written under a temporary name, then renamed.
 
 The disk has what is renamed before it gets its name, and the name before the call returns. So a
 name that is there after a loss of power is that of something complete.

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
-Cost = Literal["even", "growing", "shrinking"]
+CostTrend = Literal["even", "growing", "shrinking"]
 """Whether the parts of a computation cost the same, or evenly more or less from part to part."""
 
 
@@ -17,18 +17,18 @@ def with_next(parts: Sequence[T]) -> list[tuple[T, T | None]]:
     return [*zip(parts, [*parts[1:], None], strict=False)]  # parts may be empty
 
 
-Visit = Callable[[list, Cost], Iterable[tuple[Any, Any]]]
+Visit = Callable[[list, CostTrend], Iterable[tuple[Any, Any]]]
 _visit: ContextVar[Visit] = ContextVar("_visit", default=lambda parts, cost: with_next(parts))
 
 
-def visited_with_next(parts: list[T], cost: Cost = "even") -> Iterable[tuple[T, T | None]]:
+def visited_with_next(parts: list[T], cost: CostTrend = "even") -> Iterable[tuple[T, T | None]]:
     """Return the parts of a computation that are to be computed, each with the one that follows:
     all parts, unless overridden.
     """
     return _visit.get()(parts, cost)
 
 
-def visited(parts: list[T], cost: Cost = "even") -> Iterable[T]:
+def visited(parts: list[T], cost: CostTrend = "even") -> Iterable[T]:
     """Return the parts of a computation that are to be computed: all, unless overridden."""
     return (part for part, _ in visited_with_next(parts, cost))
 

@@ -65,7 +65,7 @@ current_chunks: ContextVar[Sequence[Chunk]] = ContextVar("current_chunks", defau
 streamed block one of them.
 
 It is for what transformers calls without keywords: embeddings, the last norm, and routers. Layers
-are told by their keyword `ulysses`.
+get it through their keyword `ulysses`.
 """
 
 

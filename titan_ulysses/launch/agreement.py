@@ -101,7 +101,7 @@ class Ranks:
         others = {host for host, one in zip(self.hosts, sees, strict=True) if not one}
         if others:
             raise UserError(
-                f"{setting}: {folder} on {self.hosts[0]} is another folder than on "
+                f"{setting}: {folder} on {self.hosts[0]} is not the same folder as on "
                 f"{', '.join(sorted(others))}. Name a folder that all hosts share, or set "
                 "checkpoint.shared = false, with which each host keeps its own shards."
             )
@@ -117,7 +117,7 @@ class Ranks:
         while not run_store.is_there(self._store, name):
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"rank {rank} of {len(self.hosts)} has not come within "
+                    f"rank {rank} of {len(self.hosts)} has not arrived within "
                     f"comm.startup_timeout_s = {self._timeout:g} s. Is its host running?"
                 )
             time.sleep(pause)

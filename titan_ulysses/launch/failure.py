@@ -241,7 +241,7 @@ def _exit_when_heard(store: TCPStore, code: int) -> NoReturn:
     """Exit after a failure that the store knows of, and that this rank has counted.
 
     The store ends with rank 0 if that runs it, else with the ranks of its host. So these stay until
-    the others have heard. A rank that looks for the store in vain would blame the first host.
+    the others have heard. A rank that cannot find the store would blame the first host.
     """
     hosts, size = int(os.environ.get("GROUP_WORLD_SIZE", "1")), run_store.rank_and_size()[1]
     first_ones = [run_store.key(f"failures/{node}") for node in range(hosts)]
@@ -267,7 +267,7 @@ def end(message: str, code: int, *, hang: bool = False) -> NoReturn:
     """
     _ending.acquire()  # never released: a second thread waits here until the process ends
     if hang and (folder := heartbeat.write_stacks()):
-        message = f"{message} What each rank was in is in {folder}."
+        message = f"{message} The stacks of all ranks are in {folder}."
     message = message.rstrip()
     rank, size = run_store.rank_and_size()
     if size == 1:

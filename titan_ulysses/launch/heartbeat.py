@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 _WAITS = "torch/distributed/"
 """Part of the paths of code that waits for other ranks."""
 _GIVES_UP = "launch/failure.py"
-"""Part of the path of code in which a rank is that has waited in vain."""
+"""Part of the path of the code that a rank runs after it has timed out."""
 _MOST_NAMED = 4
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _beats = itertools.count()
 
 
-class _Rank:
+class _ThisRank:
     """This process: the part of the run that it is in, and where it leaves its stacks."""
 
     part = "the start"
@@ -42,17 +42,17 @@ class _Rank:
 
 def enter(part: str) -> None:
     """Note which part of the run this rank enters, such as "step 7"."""
-    _Rank.part = part or "the end"
+    _ThisRank.part = part or "the end"
 
 
 def keep_stacks_in(folder: Path) -> None:
     """Note the folder where the stacks of the ranks go if the run hangs."""
-    _Rank.stacks = folder
+    _ThisRank.stacks = folder
 
 
 def beat(store: TCPStore, rank: int) -> None:
     """Tell the store that this rank is alive, and what its main thread is in."""
-    alive = {"beat": next(_beats), "host": run_store.host_name(), "part": _Rank.part}
+    alive = {"beat": next(_beats), "host": run_store.host_name(), "part": _ThisRank.part}
     run_store.put(store, f"alive/{rank}", alive | _place())
 
 
@@ -105,7 +105,7 @@ def describe_hang(error: BaseException, seconds: float) -> str:
         named.append(f"and {len(guilty) - _MOST_NAMED} more")
     frames = [*traceback.walk_tb(error.__traceback__)][::-1]
     waited = f", {_names(frames)}" if frames else ""
-    return f"{'; '.join(named)}. Rank {own} waited for it in {_Rank.part}{waited}"
+    return f"{'; '.join(named)}. Rank {own} waited for it in {_ThisRank.part}{waited}"
 
 
 def _silent(seconds: float) -> tuple[list[int], list[dict[str, Any]]]:
@@ -133,7 +133,7 @@ def write_stacks() -> Path | None:
 
     In an `except` block the traceback comes first: the stack where the error was is gone.
     """
-    folder = _Rank.stacks
+    folder = _ThisRank.stacks
     if folder is None:
         return None
     with suppress(OSError, ValueError):

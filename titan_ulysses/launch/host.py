@@ -32,7 +32,7 @@ def visible_gpus() -> int:
     gpus = 0 if hidden else len(re.findall(r"^GPU \d", _nvidia_smi("--list-gpus"), re.M))
     if gpus:
         raise UserError(
-            f"nvidia-smi sees {gpus} GPU{'s' * (gpus > 1)}, and torch {torch.__version__} can use "
+            f"nvidia-smi sees {gpus} GPU{'s' * (gpus > 1)}, but torch {torch.__version__} can use "
             f"none: {_why_not(chosen)}"
         )
     return 0
@@ -61,7 +61,7 @@ def _why_not(chosen: str | None) -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return f"{one_line(error)}. Mend the driver, or reboot. {anyway}"
+        return f"{one_line(error)}. Repair the driver, or reboot. {anyway}"
     return f"CUDA counts none. {anyway}"
 
 

@@ -32,7 +32,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 class RunLock:
     """The lock of a run's folder. It is held until `release`, or until the process ends.
 
-    say: how a user is told where the lock cannot tell whether another run is there.
+    say: warns the user where locks cannot show whether another run uses the folder.
     """
 
     def __init__(self, folder: Path, *, say: Callable[[str], None]):
@@ -54,8 +54,8 @@ class RunLock:
             if error.errno != errno.ELOOP:
                 raise
             raise UserError(
-                f"{self._path} is a link, and a run writes to no file outside of its folder. "
-                "Remove it."
+                f"{self._path} is a symbolic link, but a run writes only to files inside its "
+                "folder. Remove it."
             ) from error
         if fcntl is None:
             self._say(f"WARNING: {self._path}: this system has no locks: {_CANNOT_TELL}.")
@@ -102,16 +102,18 @@ class RunLock:
         self._close()
 
     def _note_ours(self) -> None:
-        """Write who holds the lock. Say so if the one before may still be at work elsewhere."""
+        """Write who holds the lock. Warn if the previous holder may still be running on another
+        host.
+        """
         before, host = self._holder(), run_store.host_name()
         # An elastic run that was restarted may have another first host.
         is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if before and before.get("host") != host and not is_restart:
             self._say(
-                f"WARNING: {self._path.parent}: the run before did not end in order"
-                f"{_named(before)}. Locks of some file systems do not reach from host to host "
-                "(NFS mounted with nolock, Lustre with localflock): if it may still be running "
-                "there, end it."
+                f"WARNING: {self._path.parent}: the previous run in this folder did not shut down "
+                f"cleanly{_named(before)}. Some file systems do not share locks between hosts "
+                "(NFS mounted with nolock, Lustre with localflock): if that run may still be "
+                "alive there, end it."
             )
         assert self._file is not None
         self._file.truncate(0)
@@ -140,7 +142,7 @@ def _not_through_a_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-_CANNOT_TELL = "whether another run is at work in this folder cannot be told"
+_CANNOT_TELL = "it is unknown whether another run is at work in this folder"
 
 
 def _named(holder: dict[str, object]) -> str:

@@ -173,7 +173,7 @@ class _Recomputation:
 
     def __init__(self, blocks: list[nn.Module], off_device: bool):
         # FSDP takes the first module that is called for the root of a forward, and moves its inputs
-        # to the device. Where hidden states are off it, it is told that there is a root: the last
+        # to the device. Where hidden states are off it, it must know that there is a root: the last
         # block, whose own call changes nothing there, because its backward has begun.
         last = blocks[-1]
         self.root = last if off_device and isinstance(last, FSDPModule) else None

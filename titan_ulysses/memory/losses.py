@@ -1,4 +1,4 @@
-"""Losses beside cross-entropy, as functions of the logits of a tile of tokens.
+"""Losses other than cross-entropy, as functions of the logits of a tile of tokens.
 
 A sharded model computes them in its loss head, where the logits of one tile exist at a time:
 
@@ -217,7 +217,7 @@ def check_is_sum(function: LossFunction, logits: Tensor, labels: Tensor, **token
     if not whole.isfinite():
         raise UserError(
             f"loss_function {name} gives {whole.item()} for {count} tokens that have labels and "
-            "finite logits: look for what it divides by, and for such numbers in its loss_inputs."
+            "finite logits: check what it divides by, and its loss_inputs for non-finite values."
         )
     parts = [
         function(logits[part], labels[part], **{key: x[part] for key, x in tokens.items()}).sum()

@@ -3,7 +3,7 @@
 Inputs are copied to buffers that are allocated once and reused. On CUDA the copies of each
 direction run on a stream of their own: to the buffer while the next segment computes, and back one
 segment before backward needs the input. The compute stream waits for events, never for the host.
-CUDA copies beside the computation only from and to page-locked memory. So buffers in host memory
+CUDA copies during the computation only from and to page-locked memory. So buffers in host memory
 are page-locked, and inputs on their way to or from a file pass through one of two page-locked
 buffers, which a thread empties and fills. On a CPU, buffers are plain memory or memory-mapped
 files, and the copies are synchronous.
@@ -466,9 +466,7 @@ def check_room(
         place = Path(folder or tempfile.gettempdir())
         setting = f"activation_checkpoint.offload_folder = {place}"
         if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise UserError(
-                f"{setting}: not a folder that can be written to. Make it, or name another one."
-            )
+            raise UserError(f"{setting}: not a writable folder. Create it, or name another one.")
         free = shutil.disk_usage(place).free
     else:
         setting, free = f'activation_checkpoint.offload = "{offload}"', available_host_memory()

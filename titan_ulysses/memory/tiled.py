@@ -69,8 +69,8 @@ def tiled(
         if values.shape[: len(lead)] != lead:
             raise ValueError(
                 f"tiled: {name} is {list(values.shape)}, and hidden is {list(hidden.shape)}: both "
-                f"must begin with {list(lead)}, the tokens. Bind what is no token's own to fn with "
-                "functools.partial."
+                f"must begin with {list(lead)}, the tokens. Bind arguments that are not per token "
+                "to fn with functools.partial."
             )
 
     def of_tile(hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

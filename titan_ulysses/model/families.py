@@ -114,8 +114,8 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
         logits = _logits_of(model, decoder, head, known).double()
     except Exception as error:  # a family's own code raises whatever it likes
         raise UserError(
-            f"model: the forward of {name} does more than to call its decoder and its head "
-            f"({one_line(error)}), which is all that sequence parallelism computes of it."
+            f"model: the forward of {name} does more than call its decoder and its head "
+            f"({one_line(error)}), and sequence parallelism computes only those."
         ) from error
     # The small number shows the scale. The large one shows the cap, or grows beyond any cap.
     scale = logits[0].item() / small
@@ -125,8 +125,8 @@ def head_of(model: PreTrainedModel, decoder: nn.Module) -> Head:
     )
     if not torch.allclose(shape_scores(known, found.scale, found.softcap), logits, rtol=1e-5):
         raise UserError(
-            f"model: {name} makes its logits of what its lm_head gives in a way that this version "
-            "does not know: it does more than to multiply them and to cap them by tanh."
+            f"model: {name} computes its logits from the output of lm_head in a way that this "
+            "version does not support: more than scaling and a tanh soft-cap."
         )
     return found
 
@@ -191,8 +191,8 @@ _NORMS_AFTER = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2"
 def mlp_layout(block: nn.Module) -> MLPLayout | None:
     """Return the MLP of a transformers block, or None; it is found by names that families share.
 
-    A mixture of experts counts as an MLP. For a family that nobody has checked, `verify_family`
-    tests whether the names mean the same.
+    A mixture of experts counts as an MLP. For an unchecked family, `verify_family` tests whether
+    the names mean the same.
     """
     parts = dict(block.named_children())
     mlp = next((parts[name] for name in _MLPS if name in parts), None)
@@ -201,8 +201,10 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
         if type(mixer).__name__.endswith(("MLP", "MoE")):
             return MLPLayout(mixer, parts.get("norm"), ends_block=True)
         return None
-    beside = "experts" in parts  # gemma4: the last norm takes the sum of MLP and experts
-    after = None if beside else next((parts[name] for name in _NORMS_AFTER if name in parts), None)
+    has_experts = "experts" in parts  # gemma4: the last norm takes the sum of MLP and experts
+    after = (
+        None if has_experts else next((parts[name] for name in _NORMS_AFTER if name in parts), None)
+    )
     before = next((parts[name] for name in _NORMS_BEFORE if name in parts), None)
     # In other families `post_attention_layernorm` feeds the MLP, with two exceptions: families that
     # norm the output of attention (olmo2), and blocks whose MLP shares its input with another part.
@@ -210,7 +212,7 @@ def mlp_layout(block: nn.Module) -> MLPLayout | None:
     if before is None and "post_feedforward_layernorm" not in parts and not shared:
         before = parts.get("post_attention_layernorm")
     return MLPLayout(
-        mlp, before, after, ends_block=not beside and "per_layer_input_gate" not in parts
+        mlp, before, after, ends_block=not has_experts and "per_layer_input_gate" not in parts
     )
 
 
@@ -221,7 +223,8 @@ def extra_block_outputs(config: PreTrainedConfig) -> tuple[None, ...] | None:
 
 def computes_with_embeddings(config: PreTrainedConfig) -> bool:
     """Return whether the family's decoder does more with embeddings and rotary embeddings than to
-    hand them to its blocks. granite multiplies embeddings, for one. True where nobody has looked.
+    hand them to its blocks. granite multiplies embeddings, for one. True where this has not been
+    checked.
     """
     family = config.model_type
     return family in _COMPUTE_WITH_EMBEDDINGS or family not in CHECKED_FAMILIES
@@ -287,10 +290,10 @@ def check_family(config: PreTrainedConfig) -> None:
     """Raise UserError for a model that would train wrongly; the message names what it needs."""
     if _OTHER_MODES & config.sub_configs.keys():
         raise UserError(
-            f'model: "{config.model_type}" is multi-modal, of which this version trains the text '
-            "part at most. That of qwen3_5 loads alone from the whole's weights (model.path). Save "
-            "that of another as a model of its own, if transformers has one for it (gemma3_text, "
-            "llama4_text), and train that."
+            f'model: "{config.model_type}" is multi-modal, and this version trains at most the '
+            "text part of such a model. For qwen3_5, model.path of the whole model is enough. For "
+            "others, save the text part as a separate model, if transformers has a class for it "
+            "(gemma3_text, llama4_text), and train that."
         )
     if quantization := getattr(config, "quantization_config", None):
         method = getattr(quantization, "quant_method", quantization)
@@ -298,8 +301,8 @@ def check_family(config: PreTrainedConfig) -> None:
             method = quantization.get("quant_method")
         raise UserError(
             f'model: the weights are quantized ("{getattr(method, "value", method)}", by '
-            "quantization_config of config.json), and cannot be trained so. Take the model in "
-            "bf16, or save it dequantized by transformers."
+            "quantization_config of config.json), and cannot be trained in that form. Take the "
+            "model in bf16, or save it dequantized by transformers."
         )
     _check_rope(config)
     states = None
@@ -373,6 +376,6 @@ def _looks_ahead(config: PreTrainedConfig) -> str | None:
         if value:
             return None
     return (
-        f"attention to later tokens ({key} = {to_toml(value)} in its config), where all of it is "
-        "causal here"
+        f"attention to later tokens ({key} = {to_toml(value)} in its config), but only causal "
+        "attention is supported"
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.model.names import is_router
+from titan_ulysses.model.parameter_names import is_router
 from titan_ulysses.model.torchao import import_torchao, require_torchao
 
 _SMALLEST_CAPABILITY = (8, 9)  # Ada and Hopper: the first tensor cores with float8

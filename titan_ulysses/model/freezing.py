@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.tensors import plain_pieces
-from titan_ulysses.model.names import matching, plain
+from titan_ulysses.model.parameter_names import matching, plain
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from transformers import (
 
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
-from titan_ulysses.model.names import is_adapter, plain
+from titan_ulysses.model.parameter_names import is_adapter, plain
 from titan_ulysses.model.remote_code import check_model_code
 
 _MOST_LAYERS = 10_000
@@ -73,7 +73,9 @@ def load_model_config(
 
 
 def _expect_few_layers(settings: dict, where: str) -> None:
-    """Raise UserError for layers without end: transformers would make lists and modules of them."""
+    """Raise UserError for a huge number of layers: transformers would make lists and modules of
+    them.
+    """
     for key, value in settings.items():
         if isinstance(value, dict):
             _expect_few_layers(value, where)
@@ -106,7 +108,7 @@ def build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         raise UserError(
             f'model: transformers cannot build a "{config.model_type}" of this config '
             f"({type(error).__name__}: {one_line(error)})."
-            + (f" Set what it lacks ({', '.join(unset)}) in the config." if unset else "")
+            + (f" Set the missing keys ({', '.join(unset)}) in the config." if unset else "")
         ) from error
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -204,7 +206,7 @@ def initialize(model: PreTrainedModel, seed: int) -> None:
         for key, parameter in sharded.items():
             if whole[key].isnan().any():
                 raise UserError(
-                    f"model: transformers {transformers.__version__} has no random numbers for "
+                    f"model: transformers {transformers.__version__} cannot initialize "
                     f"{plain(name)}.{key}. Begin with weights (model.path), or take a newer "
                     "transformers."
                 )

@@ -20,8 +20,8 @@ from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.seeds import seed_of
 from titan_ulysses.model import hf
-from titan_ulysses.model.names import matching, plain
 from titan_ulysses.model.nf4 import is_nf4
+from titan_ulysses.model.parameter_names import matching, plain
 from titan_ulysses.model.torchao import suppress_torchao_warnings
 
 if TYPE_CHECKING:  # importing transformers prints warnings, see model/__init__.py

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.tensors import local_shard
-from titan_ulysses.model.names import is_router, plain
+from titan_ulysses.model.parameter_names import is_router, plain
 
 BLOCK = 64
 """Numbers of a row with a scale of their own."""
@@ -303,9 +303,9 @@ def quantize_base(blocks: Iterable[nn.Module]) -> int:
             count += 1
     if not count:
         raise UserError(
-            'lora.quantize_base = "nf4": the rows of no frozen matrix of the blocks have a '
-            f"multiple of {BLOCK} numbers ({', '.join(map(str, sorted(others))) or 'none is there'}"
-            '). Set it to "none".'
+            'lora.quantize_base = "nf4": no frozen matrix of the blocks has rows of a multiple of '
+            f"{BLOCK} numbers ({', '.join(map(str, sorted(others))) or 'there is none'}). Set it "
+            'to "none".'
         )
     return count
 

@@ -3,8 +3,8 @@
 `auto_map` in the folder's config names such code. No prompt and no setting can allow it. Many
 folders on the hub name, under `auto_map`, the code that their model had before transformers adopted
 it. If transformers has a class of that name for the model, that class is used, as transformers
-itself does unless it is told to trust the folder. If it has none, the folder is refused, because it
-asks for another model or tokenizer.
+itself does unless it is asked to trust the folder. If it has none, the folder is refused, because
+it asks for another model or tokenizer.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def check_model_code(settings: dict[str, Any], where: str) -> None:
         else:
             has = f'has no class for "{model_type}"'
         raise UserError(
-            f"{where}: the model is code of its own ({name} = {reference} under auto_map in its "
-            f"config), which is not run. transformers {has}. Choose another model; or, if "
-            "transformers' own is meant, remove auto_map from a copy of its config."
+            f"{where}: the model comes with its own code ({name} = {reference} under auto_map in "
+            f"its config), which is not run. transformers {has}. Choose another model; or, if you "
+            "mean the class in transformers, remove auto_map from a copy of its config."
         )
 
 
@@ -60,9 +60,9 @@ def check_tokenizer_code(name: str, where: str) -> None:
         tokenizer_class_from_name(reference.split(".")[-1]) for reference in references
     ):
         raise UserError(
-            f"{where}: the tokenizer is code of its own (AutoTokenizer = {references[-1]} under "
-            "auto_map in tokenizer_config.json), which is not run, and transformers has no such "
-            "class. Choose another tokenizer."
+            f"{where}: the tokenizer comes with its own code (AutoTokenizer = {references[-1]} "
+            "under auto_map in tokenizer_config.json), which is not run, and transformers has no "
+            "such class. Choose another tokenizer."
         )
 
 

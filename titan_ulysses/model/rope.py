@@ -172,8 +172,8 @@ def use_document_lengths(model: PreTrainedModel, blocks: nn.ModuleList) -> list[
             if module in inside:
                 raise UserError(
                     f'model: "{model.config.model_type}" has RoPE of type '
-                    f'"{(kinds & LENGTH_DEPENDENT).pop()}" inside its layers, where this version '
-                    "cannot tell it how long the documents are."
+                    f'"{(kinds & LENGTH_DEPENDENT).pop()}" inside its layers, and this version '
+                    "cannot pass the lengths of documents to them."
                 )
             found.append(DocumentRoPE(module))
     return found

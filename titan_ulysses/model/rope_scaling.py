@@ -140,6 +140,6 @@ def _check_lengths(config: PreTrainedConfig, new: dict[str, Any]) -> None:
     for key in ("short_factor", "long_factor"):
         if not isinstance(new[key], list) or len(new[key]) != pairs:
             raise UserError(
-                f"model.rope_scaling.{key} = {show(new[key])}: needs {pairs} numbers, one for each "
-                "pair of dimensions that RoPE turns"
+                f"model.rope_scaling.{key} = {show(new[key])}: needs {pairs} numbers, one for "
+                "each pair of dimensions that RoPE rotates"
             )

@@ -175,7 +175,7 @@ def _try(
         tiny = shrink(config)
         passes += [True] * bool(getattr(tiny, "output_router_logits", False))
     except Exception as error:  # a family's own code raises whatever it likes
-        reason = f"its config does not let it be made small ({_raised(error)})"
+        reason = f"its config cannot be reduced to a tiny model ({_raised(error)})"
     if reason := first_failure(reason):
         return reason
     for has_router_loss in passes:
@@ -195,7 +195,7 @@ def _try_once(
     reason = None
     try:
         whole = build_tiny(tiny, mesh.device)
-        batch = _Batch(mesh, whole.config)
+        batch = _TestBatch(mesh, whole.config)
         sharded = copy.deepcopy(whole)
         expected, depends_on_draws = _train_repeatedly(whole, batch)
         if depends_on_draws:
@@ -260,7 +260,7 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 def _keep_kinds_of_layers(tiny: PreTrainedConfig) -> None:
     """Keep the first layer of each kind, or two layers if there is only one kind.
 
-    Kinds are told apart by those lists in the config that have one entry for each layer.
+    Kinds are distinguished by those lists in the config that have one entry for each layer.
     """
     layers = tiny.num_hidden_layers
     if places := getattr(tiny, "attn_layer_indices", None):  # bamba: which layers have attention
@@ -300,8 +300,7 @@ def _core_of(config: PreTrainedConfig) -> Core:
         core.was_called = True  # type: ignore[attr-defined]
         if hidden := sorted(features.keys() - needs):
             raise UserError(
-                f"its attention layers ask for {', '.join(hidden)}, of which its config says "
-                "nothing"
+                f"its attention layers use {', '.join(hidden)}, which its config does not give"
             )
         return sdpa(q, k, v, documents=documents, scale=scale, **features)
 
@@ -310,7 +309,7 @@ def _core_of(config: PreTrainedConfig) -> Core:
     return core
 
 
-class _Batch:
+class _TestBatch:
     """Two rows, the first cut into documents at other places than the ranks' borders.
 
     Every data-parallel rank gets the same rows. With a router loss, which is over all rows at once,
@@ -358,7 +357,7 @@ def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedMode
 
 
 def _train_repeatedly(
-    model: PreTrainedModel, batch: _Batch
+    model: PreTrainedModel, batch: _TestBatch
 ) -> tuple[tuple[Tensor, Gradients], bool]:
     """Return what `_train_whole` does, and whether that depends on random numbers.
 
@@ -382,7 +381,7 @@ def _train_repeatedly(
     return expected, False
 
 
-def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradients]:
+def _train_whole(model: PreTrainedModel, batch: _TestBatch) -> tuple[Tensor, Gradients]:
     """Return the loss and gradients of unmodified transformers, with each document alone."""
     if batch.has_router_loss:
         loss = model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
@@ -398,7 +397,9 @@ def _train_whole(model: PreTrainedModel, batch: _Batch) -> tuple[Tensor, Gradien
     return loss.detach(), _gradients(model)
 
 
-def _train_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> tuple[Tensor, Gradients]:
+def _train_sharded(
+    model: PreTrainedModel, batch: _TestBatch, mesh: Mesh
+) -> tuple[Tensor, Gradients]:
     """Return the loss and gradients over the mesh; gradients are whole on every rank."""
     length, degree = batch.ids.shape[1], mesh.sp.size()
     chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)

@@ -182,8 +182,8 @@ class MetricsLogger:
         self._spikes = LossSpikes(losses)
         if dropped:
             console.print(
-                f"WARNING: {folder / 'metrics.jsonl'}: {dropped} line(s) that are no metrics are "
-                "dropped."
+                f"WARNING: {folder / 'metrics.jsonl'}: {dropped} line(s) that are not metrics "
+                "were dropped."
             )
         self._total = total_steps
         self._failed: set[str] = set()
@@ -219,7 +219,7 @@ class MetricsLogger:
             if path.name not in self._failed:
                 self._failed.add(path.name)
                 why = error.strerror or str(error)
-                warning = f"WARNING: {path}: {why}: it will lack steps. The run goes on."
+                warning = f"WARNING: {path}: {why}: steps will be missing from it. The run goes on."
                 self.console.print(warning, markup=False, highlight=False)
 
     def close(self) -> None:

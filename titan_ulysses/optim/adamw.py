@@ -50,7 +50,7 @@ class ShardwiseAdamW(torch.optim.Optimizer):
     stochastic_rounding: bf16 parameters are rounded up or down with probabilities that make the
     rounding correct on average, so that updates smaller than half a unit in the last place
     accumulate (arXiv 2010.06192). The random numbers depend only on the step and the shard, so
-    replicas of a shard are rounded alike.
+    replicas of a shard are rounded identically.
 
     offload: moments are kept in pinned host memory, and copied to the device and back around the
     update of their parameter. A step copies twice their bytes over the bus, and the device holds

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from titan_ulysses.memory.loss import LossHead
+from titan_ulysses.memory.loss_head import LossHead
 from titan_ulysses.model.families import mlp_layout
 from titan_ulysses.ulysses.linear_attention import is_linear_attention
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from titan_ulysses.distributed.parts import Cost, with_next
+from titan_ulysses.distributed.parts import CostTrend, with_next
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.plan.attribution import Attribution, Owner
 
@@ -267,7 +267,7 @@ class MemoryTracker(TorchDispatchMode):
 
     # --- repetition -------------------------------------------------------------------------------
 
-    def shortened(self, parts: list, cost: Cost) -> Iterator[tuple]:
+    def shortened(self, parts: list, cost: CostTrend) -> Iterator[tuple]:
         """Yield some of the tiles or chunks, each with the one that follows. While one runs that
         stands for those that are left out, `weight` is their number with it.
 

@@ -36,7 +36,7 @@ from titan_ulysses.memory.checkpointing import CheckpointedBlock
 from titan_ulysses.memory.offload import CudaStore, DiskStore, Offload, Store
 from titan_ulysses.memory.sequences import SequenceStore
 from titan_ulysses.model import hf
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.plan.attribution import Attribution
 from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Tick
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
@@ -51,7 +51,7 @@ from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec
 from titan_ulysses.streaming.block import StreamedBlock
 from titan_ulysses.train.evaluation import pairs_of
-from titan_ulysses.train.loss import Loss, build_loss
+from titan_ulysses.train.loss import TrainingLoss, build_loss
 from titan_ulysses.train.step import train_step
 from titan_ulysses.ulysses.states import replaced_functions
 
@@ -300,7 +300,7 @@ class _Rank:
         optimizer: torch.optim.Optimizer,
         mesh: Mesh,
         documents: Documents | None,
-        loss: Loss,
+        loss: TrainingLoss,
     ) -> Simulation:
         """Run the step on fake tensors, with one or two of its micro-batches."""
         tracker, costs, training = self.tracker, self.costs, self.config.training

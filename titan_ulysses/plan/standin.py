@@ -14,7 +14,7 @@ from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.ulysses.flash_cuda import CUDA_BLOCK
-from titan_ulysses.ulysses.scores import Pieces, Scores, of_one_size, with_equal_sizes
+from titan_ulysses.ulysses.scores import PieceKernels, Scores, of_one_size, with_equal_sizes
 
 
 class Standin:
@@ -61,9 +61,9 @@ class Standin:
         return output if sinks is None else _Sinks.apply(output, sinks)
 
     @property
-    def pieces(self) -> Pieces:
+    def pieces(self) -> PieceKernels:
         """Chunks of the sequence, by the same kernels with some of the queries."""
-        return Pieces(self._forward, self._backward)
+        return PieceKernels(self._forward, self._backward)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         self._note(_pairs_of_pieces(scores))

@@ -34,12 +34,12 @@ def check_dropout(model: PreTrainedModel) -> None:
             if "att" in key:
                 raise UserError(
                     f"model: {key} = {rate}{place}: dropped attention weights would depend on the "
-                    f"mesh, and no core has them. Set {key} = 0.0 {remedy}"
+                    f"mesh, and no core supports them. Set {key} = 0.0 {remedy}"
                 )
             if key in ("layerdrop", "decoder_layerdrop"):
                 raise UserError(
-                    f"model: {key} = {rate}{place}: each rank would skip other layers, and wait "
-                    f"for ever for those that do not skip them. Set {key} = 0.0 {remedy}"
+                    f"model: {key} = {rate}{place}: each rank would skip different layers, and "
+                    f"ranks would wait for each other forever. Set {key} = 0.0 {remedy}"
                 )
 
 
@@ -56,8 +56,8 @@ def check_group(mesh: Mesh, *, parameter_offload: bool) -> None:
     except RuntimeError as error:
         raise UserError(
             "memory.parameter_offload = true needs a process group for CPU tensors too, and this "
-            f'is "{dist.get_backend(group)}" alone. Make it with init_process_group('
-            '"cpu:gloo,cuda:nccl"), or not at all: build_mesh makes one.'
+            f'is "{dist.get_backend(group)}" alone. Create it with '
+            'init_process_group("cpu:gloo,cuda:nccl"), or leave it to build_mesh.'
         ) from error
 
 
@@ -78,7 +78,7 @@ def check_same_weights(model: PreTrainedModel) -> None:
     differing = next((name for name, mine in sums.items() if mine != first[0].get(name)), None)
     why = None
     if differing is not None:
-        why = f"{differing} on rank {dist.get_rank()} is not what rank 0 has"
+        why = f"{differing} on rank {dist.get_rank()} differs from that of rank 0"
         if (sums[differing] is None) != (first[0].get(differing) is None):
             why += ": only one of them is on the meta device, without data"
     if reason := first_failure(why):
@@ -112,8 +112,8 @@ def use_one_dtype(*modules: nn.Module) -> None:
         parameter.data = parameter.data.to(dtype)
     if widest != dtype:
         warnings.warn(
-            f"model: {', '.join(odd)} of {type(modules[0]).__name__} is now stored in {dtype}, as "
-            "most of it is: FSDP shards parameters of one dtype. To keep more, load the model in "
-            f"{widest} and give param_dtype={dtype}.",
+            f"model: {', '.join(odd)} of {type(modules[0]).__name__} is now stored in {dtype}, "
+            "like most of its parameters: FSDP shards parameters of one dtype. To keep more "
+            f"precision, load the model in {widest} and give param_dtype={dtype}.",
             stacklevel=2,
         )

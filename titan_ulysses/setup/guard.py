@@ -64,9 +64,9 @@ class Guard:
         parameters = fsdp.parameters(self.model)
         if self.incomplete and any(p.sharded_param.grad is not None for p in parameters):
             raise UserError(
-                "model: the last backward was broken off by an exception, and the gradients that "
-                "are there are only a part. Call optimizer.zero_grad() on every rank before the "
-                "next forward or optimizer.step()."
+                "model: the last backward was interrupted by an exception, so the gradients are "
+                "incomplete. Call optimizer.zero_grad() on every rank before the next forward or "
+                "optimizer.step()."
             )
         self.incomplete = False
 
@@ -92,9 +92,9 @@ class Guard:
     def _before_backward(self, steps_at_forward: int, gradient: Tensor) -> None:
         if self.steps != steps_at_forward:
             raise UserError(
-                "model: an optimizer has stepped between this forward and its backward, whose "
-                "gradients would be of neither the old parameters nor the new. Call backward "
-                "before optimizer.step(), or forward again."
+                "model: an optimizer stepped between this forward and its backward, so the "
+                "gradients would belong to neither the old parameters nor the new ones. Call "
+                "backward before optimizer.step(), or run forward again."
             )
 
 

@@ -15,7 +15,7 @@ from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.mesh import warn_of_older_form
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.model.families import attention_needs, largest_head
-from titan_ulysses.ulysses.cores import Core, Demand, choose_core
+from titan_ulysses.ulysses.cores import Core, CoreRequirements, choose_core
 from titan_ulysses.ulysses.pieces import pieces_of
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -193,10 +193,11 @@ def select_core(
 ) -> tuple[Core, str]:
     """Return the core attention that `name` asks for on this device type, and the reason for it.
 
-    The reason is a sentence for the log. packages: whether packages must be here (see `Demand`).
+    The reason is a sentence for the log. packages: whether packages must be here (see
+    `CoreRequirements`).
     UserError if the named core cannot do what the model needs.
     """
-    demand = Demand(
+    requirements = CoreRequirements(
         frozenset(attention_needs(model_config)),
         device_type,
         dtype,
@@ -205,7 +206,7 @@ def select_core(
         packages=packages,
     )
     try:
-        return choose_core(name, demand)
+        return choose_core(name, requirements)
     except UserError:
         raise
     except Exception as error:  # a module of the user's may raise anything, or hold something else

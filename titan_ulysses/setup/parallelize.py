@@ -22,7 +22,7 @@ from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import AUTOMATIC_CHUNK_TOKENS
 from titan_ulysses.memory.allocator import warn_of_fragmentation
 from titan_ulysses.memory.checkpointing import checkpoint_blocks
-from titan_ulysses.memory.loss import LossHead
+from titan_ulysses.memory.loss_head import LossHead
 from titan_ulysses.memory.offload import Store, open_store
 from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
 from titan_ulysses.memory.tiled import Tiled, tile_norm
@@ -85,8 +85,8 @@ _REFUSED = {
     "save_pretrained": f"model.save_pretrained: each rank has a piece of the model. {_ELSEWHERE}.",
     "push_to_hub": f"model.push_to_hub: each rank has a piece of the model. {_ELSEWHERE}, and "
     "upload that folder.",
-    "generate": "model.generate: the sharded model keeps no keys and values of tokens before. "
-    f"{_ELSEWHERE}, and generate with that model.",
+    "generate": f"model.generate: the sharded model has no KV cache. {_ELSEWHERE}, and generate "
+    "with that model.",
 }
 """Methods of transformers models that a sharded model refuses, with the reason."""
 
@@ -308,8 +308,8 @@ def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
     setting = f'memory.stream_offload = "{offload}"'
     if getattr(model.config, "hidden_size_per_layer_input", 0):
         raise UserError(
-            f"{setting}: this model's layers have inputs beside the hidden states, which its "
-            'decoder makes of the whole sequence. Set it to "none".'
+            f"{setting}: this model's layers take inputs besides the hidden states, which its "
+            'decoder computes from the whole sequence. Set it to "none".'
         )
     if not _needs_no_weight_in_backward(model.get_input_embeddings()):
         raise UserError(

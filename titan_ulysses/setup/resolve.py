@@ -22,10 +22,10 @@ from titan_ulysses.distributed.sequence import chunk_length
 from titan_ulysses.launch.host import visible_gpus
 from titan_ulysses.memory.offload import check_room
 from titan_ulysses.model import hf
-from titan_ulysses.model.embeddings import grow_vocabulary
 from titan_ulysses.model.families import check_family, largest_head, text_part
 from titan_ulysses.model.float8 import check_float8
 from titan_ulysses.model.lora import check_lora
+from titan_ulysses.model.resize_embeddings import grow_vocabulary
 from titan_ulysses.model.rope_scaling import scale_rope
 from titan_ulysses.observability.profiling import check_profiling
 from titan_ulysses.observability.wandb import check_wandb

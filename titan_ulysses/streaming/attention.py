@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from titan_ulysses.streaming.keys import KeyBlocks, KeysAndValues, first_key
 from titan_ulysses.ulysses.heads import HeadPlan
 from titan_ulysses.ulysses.pieces import sinks_gradient, with_sinks
-from titan_ulysses.ulysses.scores import Pieces, Scores
+from titan_ulysses.ulysses.scores import PieceKernels, Scores
 from titan_ulysses.ulysses.tiles import Merged
 
 
@@ -87,7 +87,7 @@ class Overlap(NamedTuple):
 class ChunkAttention(NamedTuple):
     """What the attention of a chunk needs to know beside its tensors."""
 
-    pieces: Pieces
+    pieces: PieceKernels
     keys: KeysAndValues
     chunk: slice
     """The chunk's tokens in the whole sequence."""

@@ -30,7 +30,7 @@ from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.tools import parser_of
 from titan_ulysses.tools.migration import FORMATS
-from titan_ulysses.tools.migration.rules import Flat, Format, Lost, Rule
+from titan_ulysses.tools.migration.key_rules import Flat, Format, Lost, Rule
 
 try:
     import tomllib
@@ -63,12 +63,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _read_yaml(text: str) -> Any:
     import yaml  # comes with transformers
 
-    class Loader(yaml.SafeLoader):
+    class RecipeLoader(yaml.SafeLoader):
         """Reads 2e-5 as the number that YAML 1.2 has there; PyYAML's 1.1 takes it for text."""
 
     number = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
-    return yaml.load(text, Loader)
+    RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+.0123456789"])
+    return yaml.load(text, RecipeLoader)
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> Flat:
@@ -84,7 +84,8 @@ def format_of(path: Path, table: dict[str, Any]) -> Format:
     found = [one for one in FORMATS.values() if one.recognize(table)]
     if len(found) != 1:
         raise UserError(
-            f"{path}: whose recipe is this? Say it with --from {'|'.join(FORMATS)}.", exit_code=2
+            f"{path}: which trainer is this recipe for? Say so with --from {'|'.join(FORMATS)}.",
+            exit_code=2,
         )
     return found[0]
 
@@ -122,7 +123,7 @@ class Migration:
             self.lost.append((key, value, f"{why}{of}"))
             found = why.kept
         except (TypeError, ValueError, KeyError, AttributeError):
-            self.lost.append((key, value, "its value is not one that this key has"))
+            self.lost.append((key, value, "this key does not have such a value"))
             found = {}
         self.settings |= found
         return found
@@ -228,7 +229,7 @@ def main(argv: list[str]) -> None:
     text = as_text(path.name, migration)
     if options.output:
         if options.output.exists():
-            raise UserError(f"{options.output} is there already: give another --output.")
+            raise UserError(f"{options.output} exists already: give another --output.")
         with whole_file(options.output) as partial:
             partial.write_text(text)
         print(f"{options.output}: {len(migration.settings)} of {len(KEYS)} settings are set.")

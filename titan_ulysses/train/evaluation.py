@@ -173,8 +173,8 @@ Evaluation = TokenEvaluation | PairEvaluation
 
 
 def together(evaluations: Iterable[Evaluation]) -> Evaluation:
-    """Return the evaluation of the data of several sets, in which every token counts alike, or
-    every pair of completions.
+    """Return the evaluation of the data of several sets, in which every token has the same weight,
+    or every pair of completions.
     """
     found = [*evaluations]
     if len(found) == 1:
@@ -266,7 +266,7 @@ def evaluate(
     read, tokens = sum(map(len, batches)), int(sum(counts))
     if not tokens:
         raise UserError(
-            f"validation: none of the tokens of {read} held-out sequence(s) is a label. Raise "
+            f"validation: the {read} held-out sequence(s) have no label. Raise "
             "validation.steps, or set it to 0 to read all of the data."
         )
     ranges = [
@@ -331,13 +331,13 @@ class Best:
             return None
         if self.keeps and not state["keep"]:
             return (
-                "WARNING: checkpoint.keep_best = true, and it was false: the best checkpoint is "
-                "looked for from here on."
+                "WARNING: checkpoint.keep_best = true, and it was false before: the best "
+                "checkpoint is tracked from here on."
             )
         if state["metric"] != self.metric:
             return (
-                f'WARNING: validation.metric = "{self.metric}", and it was "{state["metric"]}": '
-                "the best checkpoint is looked for from here on."
+                f'WARNING: validation.metric = "{self.metric}", and it was "{state["metric"]}" '
+                "before: the best checkpoint is tracked from here on."
             )
         self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
         return None

@@ -106,7 +106,7 @@ class Health:
         self.expect_finite_steps()
         if name := _not_finite(self.state.model, self.state.optimizer):
             raise self._diverged(
-                f"The update of step {self.state.step} has left {name} with numbers that are not "
+                f"The update of step {self.state.step} has left {name} with values that are not "
                 "finite"
             )
 

@@ -205,9 +205,9 @@ class Imbalance:
         name = [*map("document {}".format, documents), "padding"][shares.document]
         return (
             f"step {step}: {name} has {shares.part:.0%} of the step's attention, so that the step "
-            f"takes {shares.balance:.2g} times as long there as evenly spread. No way to deal "
-            "sequences to ranks changes that: raise parallelism.sequence_parallel_degree, or "
-            "training.global_batch_size"
+            f"takes {shares.balance:.2g} times as long there as if it were spread evenly. No "
+            "assignment of sequences to ranks can change that: raise "
+            "parallelism.sequence_parallel_degree, or training.global_batch_size"
         )
 
     def take(self) -> float | None:

@@ -1,7 +1,7 @@
-"""What a loss is (`Loss`), and those of `[loss]`: cross-entropy, DPO, and distillation.
+"""What a loss is (`TrainingLoss`), and those of `[loss]`: cross-entropy, DPO, and distillation.
 
-DPO and distillation read a second, frozen model beside the one that is trained: it has the same
-mesh and reads the same batches, without gradient.
+DPO and distillation read a second, frozen model besides the trained one: it has the same mesh and
+reads the same batches, without gradient.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ from titan_ulysses.train.evaluation import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from titan_ulysses.config.schema import Config
-    from titan_ulysses.config.schema import Loss as LossConfig
+    from titan_ulysses.config.schema import Config, Loss
     from titan_ulysses.setup.resolve import RunSpec
 
 
@@ -63,7 +62,7 @@ class BatchLoss(NamedTuple):
     """Metrics by name, of all ranks, which add up over the micro-batches."""
 
 
-class Loss(ABC):
+class TrainingLoss(ABC):
     """What a run minimizes: a mean over the labels (or pairs) of a whole step, of all ranks.
 
     This is the way of a batch. The trainer takes the micro-batches of a step from
@@ -131,7 +130,7 @@ class Loss(ABC):
         return self._fingerprint
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(TrainingLoss):
     """The cross-entropy of the next token."""
 
     def count(self, batches: list[Batch]) -> Tensor:
@@ -157,7 +156,7 @@ class CrossEntropy(Loss):
         return {}
 
 
-class DPO(Loss):
+class DPO(TrainingLoss):
     """Sigmoid DPO of pairs of completions (arXiv 2305.18290, equation 7).
 
     The documents of a row are chosen, rejected, chosen, rejected, ...; padding may follow. The
@@ -293,7 +292,7 @@ class DPO(Loss):
 
 
 class Distillation(CrossEntropy):
-    """The divergence from a teacher, beside cross-entropy (see `distillation_losses`).
+    """The divergence from a teacher, in addition to cross-entropy (see `distillation_losses`).
 
     The teacher's hidden states are computed for each micro-batch. Its logits exist for a tile at a
     time, as the student's do. Each rank holds the whole weight of the teacher's head. Without a
@@ -307,14 +306,14 @@ class Distillation(CrossEntropy):
         model: PreTrainedModel,
         mesh: Mesh,
         frozen: PreTrainedModel | None,
-        config: LossConfig,
+        config: Loss,
     ):
         super().__init__(model, mesh, frozen)
         self.config = config
         self._function: Callable[..., Tensor] | None = None
 
     def describe(self, config: Config) -> str:
-        teacher = self.config.teacher or "what a teacher has said in the data,"
+        teacher = self.config.teacher or "a teacher's log-probabilities in the data,"
         return (
             f"loss: {self.config.teacher_share:g} of the divergence from {teacher} at temperature "
             f"{self.config.temperature:g}, {1 - self.config.teacher_share:g} of cross-entropy"
@@ -337,8 +336,8 @@ class Distillation(CrossEntropy):
         head = self.frozen.get_output_embeddings()
         if head.bias is not None:
             raise UserError(
-                f'loss.teacher = "{self.config.teacher}": its head has a bias, which the '
-                "divergence by tiles does not read. Take another teacher."
+                f'loss.teacher = "{self.config.teacher}": its head has a bias, which the tiled '
+                "divergence does not support. Choose another teacher."
             )
         weight = head.weight.detach()
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -361,7 +360,7 @@ def build_loss(
     *,
     wrap: Callable[..., Any] = parallelize,
     stored: int | None = None,
-) -> Loss:
+) -> TrainingLoss:
     """Return the loss of a run, with its second model built on meta, if it has one.
 
     stored: the checksum of the reference whose log-probabilities come with the batches; no model is

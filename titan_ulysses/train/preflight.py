@@ -281,9 +281,9 @@ class Preflight:
             else "all memory of its own"
         )
         return [
-            f"plan: {_gib(self.plan['live_gib'])} of tensors planned; a rank's process has had "
-            f"{_gib(peak_gib)}: {what}, so beside tensors Python, its libraries, and what the "
-            "allocator has not given back"
+            f"plan: {_gib(self.plan['live_gib'])} of tensors planned; a rank's process has peaked "
+            f"at {_gib(peak_gib)}: {what}, so besides tensors it counts Python, its libraries, "
+            "and memory that the allocator has not returned"
         ]
 
     def components(self) -> str:

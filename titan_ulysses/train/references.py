@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 FILE = "reference.safetensors"
 _SETTINGS = ("loss.reference", "model.rope_scaling", "training.param_dtype")
-"""The settings that the log-probabilities depend on, beside the weights of the reference."""
+"""The settings that the log-probabilities depend on, besides the weights of the reference."""
 
 
 class References:
@@ -121,8 +121,9 @@ class References:
         pairs = {}
         for name, stream in self.streams.items():
             corpus = stream.corpus
-            numbers = np.arange(len(corpus)) if corpus.numbers is None else corpus.numbers
-            order = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(numbers).data)
+            ids = corpus.document_ids
+            ids = np.arange(len(corpus)) if ids is None else ids
+            order = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(ids).data)
             pairs[name] = [corpus.content, order]
         return json.dumps([settings, pairs], sort_keys=True)
 

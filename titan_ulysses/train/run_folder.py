@@ -38,7 +38,7 @@ _TWICE = "so some samples are read twice and others never"
 class RunFolder:
     """<dump_folder>/<name>/, which all ranks share, or those of a host (checkpoint.shared).
 
-    say: how a user is told what is uncertain. All errors are `UserError`s that name the folder.
+    say: warns the user of what is uncertain. All errors are `UserError`s that name the folder.
     """
 
     def __init__(self, config: Config, *, say: Callable[[str], None]):
@@ -254,29 +254,30 @@ def warnings_of(
     seed, found = saved.get("rng", {}).get("seed"), []
     if saved.get("beside", frozen_weights) != frozen_weights:
         found.append(
-            f"WARNING: [loss]: the reference or teacher is not the one with which step {step} "
-            "was trained: the loss goes on with the new one."
+            f"WARNING: [loss]: the reference or teacher differs from the one that step {step} was "
+            "trained with: from here on the loss uses the new one."
         )
     if seed not in (None, config.training.seed):
         found.append(
             f"WARNING: training.seed = {config.training.seed}, and it was {seed} when step {step} "
-            f"was saved: the data goes on in another order, {_TWICE}. Set training.seed = {seed} "
-            "to go on exactly."
+            f"was saved: the data continues in a different order, {_TWICE}. Set training.seed = "
+            f"{seed} to go on exactly."
         )
     before, now = saved.get("data", {}), data_settings(config)
     changed = [key for key in now if key in before and before[key] != now[key]]
     for key in changed:
         found.append(
             f"WARNING: {key} = {to_toml(now[key])}, and it was {to_toml(before[key])} when step "
-            f"{step} was saved: the run goes on at the same place in different data, {_TWICE}."
+            f"{step} was saved: the run continues at the same position in different data, "
+            f"{_TWICE}."
         )
     then = saved.get("content", {})
     other = [name for name in content if then.get(name, content[name]) != content[name]]
     if other and not changed:
         where = "data.path" if config.data.path else f"data.mixture ({', '.join(other)})"
         found.append(
-            f"WARNING: {where}: the documents are not those of when step {step} was saved: a file "
-            "was changed, added or removed. The run goes on at the same place in different data, "
-            f"{_TWICE}."
+            f"WARNING: {where}: the documents have changed since step {step} was saved: a file "
+            "was changed, added or removed. The run continues at the same position in different "
+            f"data, {_TWICE}."
         )
     return found

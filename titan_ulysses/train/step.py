@@ -20,7 +20,7 @@ from titan_ulysses.data.loader import Batch, Loader
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.memory.tiled import tiles
 from titan_ulysses.train.evaluation import Best
-from titan_ulysses.train.loss import CrossEntropy, Loss
+from titan_ulysses.train.loss import CrossEntropy, TrainingLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ class TrainState:
     spec: RunSpec
     mesh: Mesh
     model: PreTrainedModel
-    loss: Loss
+    loss: TrainingLoss
     loader: Loader | None
     """the training data; None where the run only evaluates"""
     validation_loaders: dict[str, Loader]
@@ -74,7 +74,7 @@ class TrainState:
 
 
 class StepMetrics(NamedTuple):
-    """What one optimizer step was like; on the device, so that nobody has to wait for it."""
+    """Statistics of one optimizer step, on the device, so that the host does not wait for them."""
 
     loss: Tensor
     """of all ranks"""
@@ -107,15 +107,15 @@ def train_step(
     *,
     max_norm: float,
     skip_nonfinite: bool = False,
-    loss: Loss | None = None,
+    loss: TrainingLoss | None = None,
 ) -> StepMetrics:
     """Run one optimizer step over the batches that make it up, without waiting for the device.
 
     loss: that of the run; None: cross-entropy.
 
     skip_nonfinite: leave parameters and optimizer state as they are if loss or gradient norm are
-    not finite. That is decided on the device, and alike on all ranks, which have the same loss and
-    norm. AdamW here and in torch takes it as `found_inf`, as from a gradient scaler.
+    not finite. That is decided on the device, and identically on all ranks, which have the same
+    loss and norm. AdamW here and in torch takes it as `found_inf`, as from a gradient scaler.
     """
     loss = loss or CrossEntropy(model, mesh)
     # The labels (or pairs) of the whole step: each loss is divided by their number.

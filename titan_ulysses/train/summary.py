@@ -124,7 +124,7 @@ def _choices(state: TrainState) -> Iterator[str]:
     }
     for key, value in unused.items():
         if value != "none" and not is_streamed:
-            yield f'{key} = "{value}" changes nothing: layers are not streamed'
+            yield f'{key} = "{value}" has no effect: layers are not streamed'
 
 
 def _choices_of_device(state: TrainState, *, counts_files: bool) -> Iterator[str]:
@@ -146,13 +146,15 @@ def _choices_of_device(state: TrainState, *, counts_files: bool) -> Iterator[str
         for name in ("parameter_offload", "optimizer_offload"):
             if getattr(memory, name):
                 yield (
-                    f"memory.{name} changes nothing: the device is the CPU, all is in host memory"
+                    f"memory.{name} has no effect: the device is the CPU, and everything is in "
+                    "host memory"
                 )
     elif memory.parameter_offload and memory.optimizer_offload:
         yield "memory.optimizer_offload adds nothing to memory.parameter_offload, which covers it"
     if counts_files:
         yield (
-            "peak memory counts the pages of mapped files too: this system does not tell them apart"
+            "peak memory counts the pages of mapped files too: this system does not distinguish "
+            "them"
         )
     if getattr(state.optimizer, "wants_compiler", False) and (missing := missing_compiler()):
         yield f"[bold]the optimizer's step is not compiled[/], which is slow: {missing} is missing"
@@ -209,7 +211,7 @@ def print_completion(state: TrainState, console: Console, folder: Path) -> None:
         if config.lora.rank:
             lines.append(
                 "  adapter/  opens with peft.PeftModel.from_pretrained, on the model that this "
-                "began with"
+                "run started from"
             )
     print_wrapped(console, "\n".join(lines))
 

@@ -37,7 +37,7 @@ from titan_ulysses.observability.profiling import profiled
 from titan_ulysses.observability.progress import BlockWork, Progress, shows
 from titan_ulysses.observability.run_page import write_run_page
 from titan_ulysses.optim.adamw import describe_state
-from titan_ulysses.optim.build import build_optimizer
+from titan_ulysses.optim.optimizer import build_optimizer
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.resolve import RunSpec, check_machine, resolve
@@ -393,7 +393,7 @@ class Trainer:
         self._say(describe_signal(signal, self.progress.part, saves=saves))
 
     def _must_stop(self) -> bool:
-        """Return whether any rank was told to stop, so that all ranks stop after the same step.
+        """Return whether any rank was asked to stop, so that all ranks stop after the same step.
 
         A save in the background that has failed is seen here too. This is a small all-reduce on the
         host.
@@ -434,8 +434,8 @@ class Trainer:
         if state.step >= self.config.training.steps:
             return f"all {state.step} steps. To go on, raise training.steps"
         return (
-            f"{state.step} steps, of which the last {best.waited} validations were not better "
-            f"than {best.describe()}. To go on, raise validation.patience"
+            f"{state.step} steps: the last {best.waited} validations were not better than "
+            f"{best.describe()}. To go on, raise validation.patience"
         )
 
     # --- validation alone -------------------------------------------------------------------------

@@ -169,13 +169,13 @@ def _check_call(
     name = type(module).__name__
     if ulysses is None:
         raise UserError(
-            f"model: {name} is not told of documents and ranks: its model does not hand keywords "
-            "down to its attention."
+            f"model: {name} does not receive the documents and ranks: its model does not pass "
+            "keyword arguments on to its attention."
         )
     if attention_mask is not None:
         raise UserError(
-            f"model: {name} has an attention mask of its own, where documents say all that is "
-            "masked here."
+            f"model: {name} gets its own attention mask, but here the documents determine all "
+            "that is masked."
         )
     if dropout:
         raise UserError(
@@ -184,7 +184,7 @@ def _check_call(
         )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UserError(
-            f"model: {name} attends to later tokens too (is_causal = False), where every core is "
+            f"model: {name} attends to later tokens too (is_causal = False), but every core is "
             "causal."
         )
 
@@ -257,7 +257,7 @@ def _parts(x: Tensor, heads: Sequence[slice]) -> list[Tensor]:
     if torch.compiler.is_compiling():
         return [x[:, :, part] for part in heads]
     whole = _Whole(len(heads))
-    return [_Part.apply(x, part, whole) for part in heads]
+    return [_HeadSlice.apply(x, part, whole) for part in heads]
 
 
 class _Whole:
@@ -289,7 +289,7 @@ class _Whole:
         return gradient
 
 
-class _Part(torch.autograd.Function):
+class _HeadSlice(torch.autograd.Function):
     """A part of a tensor's heads (see `_parts`)."""
 
     @staticmethod

@@ -210,7 +210,7 @@ def _block_mask(documents: Documents, window: int | None, device: torch.device) 
 
 
 @dataclass(frozen=True)
-class Demand:
+class CoreRequirements:
     """What a model asks of its core, and where."""
 
     needs: frozenset[str]
@@ -225,22 +225,22 @@ class Demand:
     """whether the packages of cores must be installed here; not for a plan of another machine"""
 
 
-def choose_core(name: str, demand: Demand) -> tuple[Core, str]:
+def choose_core(name: str, requirements: CoreRequirements) -> tuple[Core, str]:
     """Return the core that `name` (model.attention) asks for, and a sentence that says which.
 
-    "auto" takes the fastest core that can run here and do what `demand` says; the sentence then
+    "auto" takes the fastest core that can run here and meets the requirements; the sentence then
     says why each faster core was passed over. "package.module:function" imports the user's own
     core. UserError if the named core does not exist, cannot run here or does not accept what is
     needed.
     """
     if new := RENAMED_CORES.get(name):
-        core, reason = choose_core(new, demand)
+        core, reason = choose_core(new, requirements)
         return core, f'{reason}. model.attention = "{name}" is its old name: set it to "{new}"'
     of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
     cores = {name: _import_core(name)} if ":" in name else of_this_file
     obstacles = {}
     for candidate, core in cores.items():
-        obstacle = _obstacle(core, demand, name)
+        obstacle = _obstacle(core, requirements, name)
         if obstacle is None and name in ("auto", candidate):
             faster = "; ".join(f"{other} {why}" for other, why in obstacles.items() if why)
             return core, f"attention: {candidate}" + (
@@ -252,36 +252,36 @@ def choose_core(name: str, demand: Demand) -> tuple[Core, str]:
             f'model.attention = "{name}": no such core; choose auto, {", ".join(cores)}, '
             "module:function."
         )
-    able = [x for x, core in of_this_file.items() if _obstacle(core, demand, x) is None]
+    able = [x for x, core in of_this_file.items() if _obstacle(core, requirements, x) is None]
     raise UserError(
-        f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto", or one that '
-        f"can do this model here: {', '.join(able)}."
+        f'model.attention = "{name}": {obstacles[name]}. Set model.attention = "auto", or a core '
+        f"that supports this model here: {', '.join(able)}."
     )
 
 
-def _obstacle(core: Core, demand: Demand, asked: str) -> str | None:
+def _obstacle(core: Core, requirements: CoreRequirements, asked: str) -> str | None:
     """Return why core cannot be used, or None; asked is what model.attention says.
 
     A core supports the keywords that its signature accepts.
     """
     parameters = inspect.signature(core).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    lacking = demand.needs - parameters.keys()
+    lacking = requirements.needs - parameters.keys()
     if lacking and not takes_all:
         return f"cannot do {', '.join(sorted(lacking))}"
-    if core in (varlen, flash, flex) and demand.device_type != "cuda":
+    if core in (varlen, flash, flex) and requirements.device_type != "cuda":
         return "needs a CUDA device"
     if core is flex:
-        if asked == "auto" and "softcap" not in demand.needs:
+        if asked == "auto" and "softcap" not in requirements.needs:
             return "is only faster for soft-caps"
-        return _flex_length_obstacle(demand.seq_len)
+        return _flex_length_obstacle(requirements.seq_len)
     if core not in (varlen, flash):
         return None
-    if demand.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 (training.param_dtype is {demand.dtype})"
-    if (demand.head_size or 0) > MOST_HEAD_SIZE:
-        return f"has heads of at most {MOST_HEAD_SIZE} (this model's have {demand.head_size})"
-    needs_package = core is flash and demand.packages
+    if requirements.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 (training.param_dtype is {requirements.dtype})"
+    if (requirements.head_size or 0) > MOST_HEAD_SIZE:
+        return f"has heads of at most {MOST_HEAD_SIZE} (this model's have {requirements.head_size})"
+    needs_package = core is flash and requirements.packages
     return flash_obstacle() or (_import_obstacle("flash_attn") if needs_package else None)
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from titan_ulysses.ulysses.scores import Lengths, Pieces, Scores, of_one_size
+from titan_ulysses.ulysses.scores import Lengths, PieceKernels, Scores, of_one_size
 
 CUDA_BLOCK = 2**16
 """Keys of a call of the backward: with grouped heads it allocates dK and dV of all keys that it is
@@ -184,5 +184,5 @@ def _call(
     return tuple(x[..., :size] for x, size in zip(gradients, sizes, strict=True))
 
 
-CUDA_FLASH = Pieces(_cuda_forward, _cuda_backward)
+CUDA_FLASH = PieceKernels(_cuda_forward, _cuda_backward)
 """The flash kernels of CUDA, for bf16 and fp16; no soft-cap."""

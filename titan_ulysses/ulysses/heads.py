@@ -41,9 +41,9 @@ class Part(NamedTuple):
 class RankGroup(NamedTuple):
     """Consecutive ranks, in cycles of `period` ranks.
 
-    The ranks at one place of all cycles are alike: they have equally many heads of each tensor. The
-    heads of all ranks of a cycle are a window, and those of the next cycle are the same window, or
-    the next one, equally far on each time.
+    The ranks at the same place of all cycles are equivalent: they have equally many heads of each
+    tensor. The heads of all ranks of a cycle are a window, and those of the next cycle are the same
+    window, or the next one, equally far on each time.
     """
 
     ranks: range

@@ -15,7 +15,8 @@ FA2, FA3, FA4 = "fa2", "fa3", "fa4"
 NAMES = {FA2: "FlashAttention 2", FA3: "FlashAttention 3", FA4: "FlashAttention 4"}
 
 _CANDIDATES = {9: (FA3, FA4), 10: (FA4,)}
-"""The kernels beside FlashAttention 2 for GPUs of a major compute capability, the best one first.
+"""The kernels other than FlashAttention 2 for GPUs of a major compute capability, the best one
+first.
 
 9 is Hopper, 10 is Blackwell (torch/nn/attention/_fa3.py and _fa4.py check the same).
 """

@@ -43,7 +43,7 @@ from titan_ulysses.ulysses.linear_kernels import check_kernels, describe_kernels
 from titan_ulysses.ulysses.mamba2 import Mamba2
 from titan_ulysses.ulysses.mixer import Mixer
 from titan_ulysses.ulysses.short_conv import ShortConv
-from titan_ulysses.ulysses.states import Piece, State, StatefulLayer, run_by_documents
+from titan_ulysses.ulysses.states import DocumentPiece, State, StatefulLayer, run_by_documents
 
 KINDS = "Gated DeltaNet, Mamba-2 and short convolutions"
 WITH_STATE = {"linear_attention", "conv", "hybrid"}
@@ -134,8 +134,8 @@ def described(block: nn.Module) -> str:
 
 def _refusal(what: str) -> str:
     return (
-        f"{what} carries a state along the sequence, and is of no kind that this version knows: "
-        f"{KINDS}. Choose another model."
+        f"{what} carries a state along the sequence, and is not of a kind that this version "
+        f"supports: {KINDS}. Choose another model."
     )
 
 
@@ -205,7 +205,7 @@ class ByHeads(StatefulLayer):
             return self._idle(tensors, local)
         state = extent.state_before(mixer.module, [*tensors, *local])
 
-        def run(inputs: list[Tensor], state: State | None, _: Piece):
+        def run(inputs: list[Tensor], state: State | None, _: DocumentPiece):
             return mixer.run(inputs, local, heads, state, extent.hands_state_on)
 
         start = 0 if extent.tokens is None else extent.tokens.start

@@ -19,7 +19,7 @@ from packaging.version import InvalidVersion, Version
 from titan_ulysses.distributed.errors import UserError, one_line
 
 
-class Kernel(NamedTuple):
+class KernelPackage(NamedTuple):
     """A function of a package that transformers takes where it is installed."""
 
     package: str
@@ -33,17 +33,17 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "causal_conv1d_fn": Kernel(
+    "causal_conv1d_fn": KernelPackage(
         "causal-conv1d", "causal_conv1d", "causal_conv1d_fn", None, frozenset({"activation"})
     ),
-    "torch_chunk_gated_delta_rule": Kernel(
+    "torch_chunk_gated_delta_rule": KernelPackage(
         "flash-linear-attention",
         "fla.ops.gated_delta_rule",
         "chunk_gated_delta_rule",
         "0.2.2",
         frozenset({"g", "beta", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel"}),
     ),
-    "mamba2_chunk_scan": Kernel(
+    "mamba2_chunk_scan": KernelPackage(
         "mamba-ssm",
         "mamba_ssm.ops.triton.ssd_combined",
         "mamba_chunk_scan_combined",
@@ -57,7 +57,7 @@ KERNELS = {
 """By the names of the functions of transformers that choose between them and PyTorch."""
 
 
-def is_installed(kernel: Kernel) -> bool:
+def is_installed(kernel: KernelPackage) -> bool:
     """Return whether the package of a kernel can be found, whatever its version."""
     return find_spec(kernel.module.split(".")[0]) is not None
 
@@ -68,13 +68,13 @@ def check_kernels(functions: Iterable[str]) -> None:
         kernel = KERNELS[name]
         if is_installed(kernel) and (reason := _unusable(kernel)) is not None:
             raise UserError(
-                f"model: its layers that carry a state would run by {kernel.package}, which is "
-                f"installed here and {reason}. Update it (pip install -U {kernel.package}), or "
-                "uninstall it to compute in PyTorch, which is slow."
+                f"model: its recurrent layers would use {kernel.package}, which is installed here "
+                f"but {reason}. Update it (pip install -U {kernel.package}), or uninstall it to "
+                "compute in PyTorch, which is slow."
             )
 
 
-def _unusable(kernel: Kernel) -> str | None:
+def _unusable(kernel: KernelPackage) -> str | None:
     """Return what is wrong with the installed package of a kernel, or None."""
     version = _version(kernel)
     if version is not None and kernel.least is not None and version < Version(kernel.least):
@@ -90,7 +90,7 @@ def _unusable(kernel: Kernel) -> str | None:
     return None
 
 
-def _version(kernel: Kernel) -> Version | None:
+def _version(kernel: KernelPackage) -> Version | None:
     try:
         return Version(metadata.version(kernel.package))
     except (metadata.PackageNotFoundError, InvalidVersion):  # a folder of sources

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH, flash_own
-from titan_ulysses.ulysses.scores import Lengths, Pieces, Scores
+from titan_ulysses.ulysses.scores import Lengths, PieceKernels, Scores
 from titan_ulysses.ulysses.tiles import BLOCK, CPU_FLASH, EXPLICIT
 
 
-def pieces_of(core: Callable) -> Pieces | None:
+def pieces_of(core: Callable) -> PieceKernels | None:
     """Return what core can do with pieces, which is its attribute `pieces`.
 
     None for a user's own core without one.
@@ -64,7 +64,7 @@ def sinks_gradient(grad: Tensor, output: Tensor, lse: Tensor, sinks: Tensor) -> 
 # --- the pieces of this project's cores -----------------------------------------------------------
 
 
-def _best(q: Tensor, softcap: float | None) -> Pieces:
+def _best(q: Tensor, softcap: float | None) -> PieceKernels:
     """Return the fastest pieces for queries like q."""
     if softcap is None and q.device.type == "cpu":
         return CPU_FLASH
@@ -84,14 +84,14 @@ def _best_backward(grad: Tensor, q: Tensor, *rest: Any, **sums: Tensor) -> Tenso
     return _best(q, scores.softcap).backward(grad, q, *rest, **sums)
 
 
-KERNELS = Pieces(_best_forward, _best_backward)
-"""The pieces of every core of cores.py: the fastest that can do the call at hand.
+KERNELS = PieceKernels(_best_forward, _best_backward)
+"""The pieces of every core of cores.py: the fastest one that supports the call.
 
 Their results can be mixed with those of any exact core, since all compute the same attention.
 """
 
 
-class _Attention(torch.autograd.Function):
+class _WholeAttention(torch.autograd.Function):
     """Attention of whole documents to themselves: one call of `KERNELS`, and sinks around it."""
 
     @staticmethod
@@ -133,7 +133,7 @@ def attend_documents(
     """Attend from whole documents to themselves: q [N, Hq, D], k [N, Hkv, D] and v [N, Hkv, Dv] ->
     [N, Hq, Dv], for documents of `lengths`, one after the other. Differentiable.
     """
-    return _Attention.apply(q, k, v, sinks, Scores(lengths, lengths, scale, window, softcap))
+    return _WholeAttention.apply(q, k, v, sinks, Scores(lengths, lengths, scale, window, softcap))
 
 
 def has_pieces(core: Callable[..., Tensor]) -> Callable[..., Tensor]:

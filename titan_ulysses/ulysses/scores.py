@@ -48,7 +48,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PieceKernels:
     """What a core can do with some of the queries of each document.
 
     q is [N, Hq, D], k [M, Hkv, D] and v [M, Hkv, Dv], where Hkv divides Hq and Dv may differ from

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from titan_ulysses.ulysses.attention import Ulysses
 from titan_ulysses.ulysses.states import (
-    Piece,
+    DocumentPiece,
     State,
     StatefulLayer,
     convolve,
@@ -47,7 +47,7 @@ class ShortConv(StatefulLayer):
         before = inputs_before(x, m.conv_kernel_size - 1, state and state[0], mesh)
         weight, bias = m.conv.weight.squeeze(1), m.conv.bias
 
-        def run(inputs: list[Tensor], state: State | None, piece: Piece):
+        def run(inputs: list[Tensor], state: State | None, piece: DocumentPiece):
             tail = None
             if state is not None:  # only what its document has
                 tail = state[0][:, -piece.before :].transpose(1, 2)

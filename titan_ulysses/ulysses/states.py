@@ -29,7 +29,7 @@ the state of its recurrence.
 # --- documents ------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
     """The part of a document that lies in a range of tokens."""
 
     tokens: slice
@@ -39,25 +39,25 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def pieces_of_row(row: tuple[int, ...], start: int, stop: int) -> tuple[Piece, ...]:
+def pieces_of_row(row: tuple[int, ...], start: int, stop: int) -> tuple[DocumentPiece, ...]:
     """Return the documents' parts in tokens [start, stop) of a row of documents."""
     pieces = []
     for end, length in zip(accumulate(row), row, strict=True):
         first, last = max(end - length, start), min(end, stop)
         if first < last:
             before = max(0, start - (end - length))
-            pieces.append(Piece(slice(first - start, last - start), before))
+            pieces.append(DocumentPiece(slice(first - start, last - start), before))
     return tuple(pieces)
 
 
-Run = Callable[[list[Tensor], State | None, Piece], tuple[Tensor, State | None]]
+RunPiece = Callable[[list[Tensor], State | None, DocumentPiece], tuple[Tensor, State | None]]
 """Computes a piece: its inputs [B, n, ...], the state before it (None: empty) -> output [B, n, ...]
 and the state after it.
 """
 
 
 def run_by_documents(
-    run: Run,
+    run: RunPiece,
     inputs: Sequence[Tensor],
     documents: Documents,
     start: int,
@@ -149,8 +149,8 @@ def function_of(module: nn.Module, name: str, device: torch.device) -> Callable[
         if callable(function):
             return inspect.unwrap(function) if device.type == "cpu" else function
     raise UserError(
-        f"model: {type(module).__name__} has no function {name} in its file, which this version of "
-        "titan_ulysses computes it with. Take another version of transformers."
+        f"model: {type(module).__name__} has no function {name} in its file, which this version "
+        "of titan_ulysses needs. Install another version of transformers."
     )
 
 
@@ -174,12 +174,13 @@ class StatefulLayer(ABC):
         name = type(self.module).__name__
         if ulysses is None:
             raise UserError(
-                f"model: {name} is not told of documents and ranks: this version of transformers "
-                "does not hand keywords down to it. Take a newer one."
+                f"model: {name} does not receive the documents and ranks: this version of "
+                "transformers does not pass keyword arguments on to it. Install a newer one."
             )
         if attention_mask is not None:
             raise UserError(
-                f"model: {name} has a mask of its own, where documents say all that is masked here."
+                f"model: {name} gets its own mask, but here the documents determine all that is "
+                "masked."
             )
         if ulysses.extent.keys_only:  # nothing is needed of this layer: zeros, without memory
             return hidden_states.new_zeros(()).expand(hidden_states.shape)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titan_ulysses.ulysses.scores import Pieces, Scores, of_one_size
+from titan_ulysses.ulysses.scores import PieceKernels, Scores, of_one_size
 
 BLOCK = 2048
 """Queries of a tile, and keys of a tile that expands or packs its keys.
@@ -70,7 +70,7 @@ def _band(tile: Tile, offset: int, window: int | None, device: torch.device) -> 
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-class _Kernel(NamedTuple):
+class _TileKernel(NamedTuple):
     """Attention of one tile.
 
     q is [Hq, queries, D] and k [Hkv, keys, D]; `seen` is "all", "causal" or the mask of a band.
@@ -84,13 +84,13 @@ class _Kernel(NamedTuple):
     """the most keys of a tile of forward"""
 
 
-def _by_tiles(kernel: _Kernel) -> Pieces:
+def _by_tiles(kernel: _TileKernel) -> PieceKernels:
     """Return the pieces of a kernel that attends in tiles."""
-    return Pieces(partial(_forward_by_tiles, kernel), partial(_backward_by_tiles, kernel))
+    return PieceKernels(partial(_forward_by_tiles, kernel), partial(_backward_by_tiles, kernel))
 
 
 def _forward_by_tiles(
-    kernel: _Kernel, q: Tensor, k: Tensor, v: Tensor, scores: Scores
+    kernel: _TileKernel, q: Tensor, k: Tensor, v: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     output = q.new_empty(*q.shape[:2], v.shape[-1])
@@ -110,7 +110,7 @@ def _forward_by_tiles(
 
 
 def _backward_by_tiles(
-    kernel: _Kernel,
+    kernel: _TileKernel,
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -292,7 +292,7 @@ def _cpu_most_keys(dtype: torch.dtype) -> int:
 
 # --- the pieces -----------------------------------------------------------------------------------
 
-EXPLICIT = _by_tiles(_Kernel(_explicit_forward, _explicit_backward, lambda _: BLOCK))
+EXPLICIT = _by_tiles(_TileKernel(_explicit_forward, _explicit_backward, lambda _: BLOCK))
 """Explicit scores, tile by tile: exact on every device, with windows and soft-caps, and slow."""
-CPU_FLASH = _by_tiles(_Kernel(_cpu_forward, _cpu_backward, _cpu_most_keys))
+CPU_FLASH = _by_tiles(_TileKernel(_cpu_forward, _cpu_backward, _cpu_most_keys))
 """The flash kernel of a CPU; no soft-cap."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from titan_ulysses.tools.migration import rules as to
-from titan_ulysses.tools.migration.rules import Flat, Lost
+from titan_ulysses.tools.migration import key_rules as to
+from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
 _P = "parallelism_config.parallelism_config_"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from titan_ulysses.tools.migration import rules as to
-from titan_ulysses.tools.migration.rules import Flat, Lost
+from titan_ulysses.tools.migration import key_rules as to
+from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
 _SOURCES = {
     "huggingface_instruct": {"source": "chat"},

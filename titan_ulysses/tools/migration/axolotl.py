@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from titan_ulysses.tools.migration import rules as to
-from titan_ulysses.tools.migration.rules import Flat, Lost
+from titan_ulysses.tools.migration import key_rules as to
+from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
 _PAIRS = ("chat_template", "chat_template.default")
 _TEXTS = ("completion", "pretrain")

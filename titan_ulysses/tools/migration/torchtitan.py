@@ -4,8 +4,8 @@ torchtitan/config_manager.py), whose sections are like ours.
 
 from __future__ import annotations
 
-from titan_ulysses.tools.migration import rules as to
-from titan_ulysses.tools.migration.rules import Flat, Lost
+from titan_ulysses.tools.migration import key_rules as to
+from titan_ulysses.tools.migration.key_rules import Flat, Lost
 
 _C4 = {"data.source": "hf", "data.path": "allenai/c4", "data.subset": "en", "data.streaming": True}
 

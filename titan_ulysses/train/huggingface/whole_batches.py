@@ -67,8 +67,8 @@ def take_whole_batches(
         inputs = {"input_ids": input_ids, **inputs}
         if inputs.get("labels") is None:
             raise UserError(
-                "model: a batch without labels: the logits of whole sequences are never made. "
-                "Give it labels, or score its rows with titan_ulysses.score."
+                "model: a batch without labels: the logits of whole sequences are never "
+                "materialized. Give it labels, or score its rows with titan_ulysses.score."
             )
         rows = rows_of(inputs)
         # Each time, because trainers pad each batch to a length of its own: ranks whose lengths

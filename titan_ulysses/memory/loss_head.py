@@ -320,7 +320,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor, _: Tensor):
         assert ctx.grads is not None, (
-            "the loss head's gradients live once: backward through it cannot run twice"
+            "the loss head keeps its gradients for one backward: it cannot run twice"
         )
         grads, ctx.grads = ctx.grads, None
         rows, sequences = grads[0], ctx.sequences

@@ -40,7 +40,7 @@ from titan_ulysses.distributed.sequence import IGNORE_INDEX
 from titan_ulysses.model.nf4 import full_tensor
 from titan_ulysses.setup.options import ParallelOptions
 from titan_ulysses.setup.parallelize import parallelize
-from titan_ulysses.train.huggingface.checks import check, is_of_trl
+from titan_ulysses.train.huggingface.compatibility import check, is_of_trl
 from titan_ulysses.train.huggingface.whole_batches import (
     EachRowOnce,
     gather,
@@ -77,7 +77,9 @@ class UlyssesTrainer(_Trainer):
         **named: Any,
     ):
         if not isinstance(mesh, Mesh):
-            raise UserError(f"mesh = {mesh}: give build_mesh(sequence=2), of all ranks.")
+            raise UserError(
+                f"mesh = {mesh}: pass a mesh of all ranks, as in build_mesh(sequence=2)."
+            )
         self.ulysses_mesh = mesh
         self.ulysses_options = ParallelOptions().changed(**dict(options or {}))
         more = signature(super().__init__).bind_partial(*positional).arguments | named
@@ -222,7 +224,7 @@ class UlyssesTrainer(_Trainer):
         if return_outputs and is_of_trl(type(self)):
             raise UserError(
                 "compute_loss(return_outputs=True): this trainer returns the logits of whole "
-                "sequences, which are never made. Leave return_outputs out."
+                "sequences, which are never materialized. Leave return_outputs out."
             )
         # In evaluation too, the loss of a batch is that of all ranks' labels.
         if num_items_in_batch is None:
@@ -242,9 +244,9 @@ class UlyssesTrainer(_Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *how: Any, **named: Any):
         if not is_of_trl(type(self)) and inputs.get("labels") is None:
             raise UserError(
-                "evaluate: eval_dataset has rows without labels, of which there is no loss, and "
-                "the logits of whole sequences are never made. Give them labels, or score the rows "
-                "with titan_ulysses.score."
+                "evaluate: eval_dataset has rows without labels, for which there is no loss, and "
+                "the logits of whole sequences are never materialized. Give them labels, or score "
+                "the rows with titan_ulysses.score."
             )
         if self._has_rows() is False and "labels" in inputs:
             inputs = {**inputs, "labels": torch.full_like(inputs["labels"], IGNORE_INDEX)}
@@ -252,8 +254,8 @@ class UlyssesTrainer(_Trainer):
 
     def predict(self, *_: Any, **__: Any) -> Any:
         raise UserError(
-            "predict: it returns the logits of whole sequences, which are never made. Use evaluate "
-            "for the loss, or titan_ulysses.score for the log-probability of each label."
+            "predict: it returns the logits of whole sequences, which are never materialized. Use "
+            "evaluate for the loss, or titan_ulysses.score for the log-probability of each label."
         )
 
     # --- given completions (GRPO) -----------------------------------------------------------------

@@ -111,7 +111,7 @@ def _check_arguments(kind: type, args: Any, more: Mapping[str, Any]) -> None:
 
 
 def _check_kind(kind: type, more: Mapping[str, Any]) -> type:
-    """Return the class of trl or transformers that a trainer is, beside UlyssesTrainer.
+    """Return the trainer class of trl or transformers that UlyssesTrainer is combined with.
 
     UserError if it is none, or one that needs more than a causal language model.
     """
@@ -131,8 +131,8 @@ def _check_kind(kind: type, more: Mapping[str, Any]) -> type:
         takes_completions = any("rollout_func" in signature(p).parameters for p in parents)
         by = "by rollout_func, or train" if takes_completions else "to GRPOTrainer, or train"
         raise UserError(
-            f"{parents[0].__name__}: it generates with the model it trains, which the sharded "
-            f"model cannot. Give completions that were generated elsewhere {by} on them with "
+            f"{parents[0].__name__}: it generates with the model it trains, and a sharded model "
+            f"cannot generate. Give completions that were generated elsewhere {by} on them with "
             "clipped_policy_loss: see docs/trainers.md."
         )
     return parents[0]
