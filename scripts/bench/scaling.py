@@ -9,7 +9,7 @@ measured: weak and strong scaling on the ranks that a machine has.
 
 Sequence length and sequence-parallel degree are doubled together: DeepSpeed-Ulysses (arXiv
 2309.14509) hands in the same bytes for each layer then, as long as every KV head has its rank. The
-counts are those of this project's step on fake tensors (plan/few_layers.py), beside a closed form.
+counts are those of this project's step on fake tensors (plan/estimate.py), beside a closed form.
 """
 
 from __future__ import annotations
