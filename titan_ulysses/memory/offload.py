@@ -62,6 +62,9 @@ def buffer_maker(
     return _FileBuffers(Path(folder or tempfile.gettempdir()))
 
 
+_Fetched = tuple[Tensor, torch.Event | Future[torch.Event]]
+
+
 class OffDevice(Protocol):
     """A tensor in a buffer off the device, as a `CudaStore` copies it."""
 
@@ -69,7 +72,7 @@ class OffDevice(Protocol):
     dtype: torch.dtype
     device: torch.device
     """that of the copies back"""
-    fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None
+    fetched: _Fetched | None
     """the copy on the device, and the event of its end"""
 
     @property
@@ -100,7 +103,7 @@ class OffloadedTensor:
         self.before: Callable[[], OffloadedTensor | None] = (
             weakref.ref(before) if before is not None else lambda: None
         )
-        self.fetched: tuple[Tensor, torch.Event | Future[torch.Event]] | None = None
+        self.fetched: _Fetched | None = None
         weakref.finalize(
             self, store.free.setdefault(buffer.numel(), []).append, buffer
         ).atexit = False
@@ -201,10 +204,13 @@ class CudaStore(Store):
         super().__init__(make_buffer, room)
         self.module, self.outward, self.inward = module, module.Stream(), module.Stream()
         self._sent: deque[_Sent] = deque()
+        self._coming: list[tuple[weakref.ref[OffDevice], _Fetched]] = []
+        """what is on the device or on its way there, and has not been got yet"""
         self._largest = 0
         """bytes of the largest tensor so far"""
 
     def put(self, x: Tensor, kept: OffDevice) -> None:
+        self._drop_abandoned()
         compute = self.module.current_stream()
         self.outward.wait_stream(compute)
         copied = self._send(x, kept)
@@ -235,9 +241,8 @@ class CudaStore(Store):
         assert kept.fetched is not None
         x, arrived = kept.fetched
         kept.fetched = None
-        self.module.current_stream().wait_event(
-            arrived.result() if isinstance(arrived, Future) else arrived
-        )
+        self._wait_for(arrived)
+        self._coming = [coming for coming in self._coming if coming[0]() is not kept]
         before = kept.before()
         if before is not None:
             self._bring(before)
@@ -245,14 +250,34 @@ class CudaStore(Store):
 
     def _bring(self, kept: OffDevice) -> None:
         """Have kept on the device, or on its way there."""
+        self._drop_abandoned()
         if kept.fetched is not None:
             return
         for sent in self._sent:
             if sent.kept() is kept:  # it has not left the device, as the input of the last segment
                 kept.fetched = sent.x, sent.copied
                 self._sent.remove(sent)
-                return
-        self._fetch(kept)
+                break
+        else:
+            self._fetch(kept)
+        assert kept.fetched is not None
+        self._coming.append((weakref.ref(kept), kept.fetched))
+
+    def _wait_for(self, arrived: torch.Event | Future[torch.Event]) -> None:
+        """Let the compute stream wait for a copy."""
+        event = arrived.result() if isinstance(arrived, Future) else arrived
+        self.module.current_stream().wait_event(event)
+
+    def _drop_abandoned(self) -> None:
+        """Let go of what nobody will get, as its step has ended with an exception.
+
+        The copy to it may still be under way, so its memory is held until the compute stream, which
+        may be given it next, has waited for that.
+        """
+        for kept, (_, arrived) in self._coming:
+            if kept() is None:
+                self._wait_for(arrived)
+        self._coming = [coming for coming in self._coming if coming[0]() is not None]
 
     def finish(self) -> None:
         """Let the host wait until all that was put is in its buffer."""
