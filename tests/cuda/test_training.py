@@ -234,7 +234,7 @@ def undisturbed(chunk: int, degrees) -> tuple[Record, set[str]]:
 
 
 def _interrupted() -> list[Any]:
-    quick = [("host", 1, ONE), ("streamed, disk", 2, SP2)]
+    quick = [("kept", 1, ONE), ("streamed, disk", 2, SP2)]
     names = ("host", "disk", "streamed, host", "streamed, disk", "kept", "streamed, host, kept")
     return [
         pytest.param(
