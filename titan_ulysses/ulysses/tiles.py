@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titan_ulysses.distributed.parts import visited
 from titan_ulysses.ulysses.scores import PieceKernels, Scores, of_one_size
 
 BLOCK = 2048
@@ -54,7 +55,7 @@ def _tiles(
             shared += 1
             yield Tile(rows, slice(first, shared), "band")
         end = min(start, keys)
-        for left in range(shared, end, most_keys):
+        for left in visited([*range(shared, end, most_keys)]):
             yield Tile(rows, slice(left, min(end, left + most_keys)), "all")
         if not ahead:
             yield Tile(rows, slice(start, stop), "causal")
