@@ -169,10 +169,7 @@ def as_text(source: str, migration: Migration) -> str:
 
 def markdown(kind: Format) -> str:
     """Return the table of a format for docs/migration.md."""
-    defaults = (
-        f"| `{key}` | where it is not set: as `{show(value)}` |"
-        for key, value in kind.defaults.items()
-    )
+    defaults = (f"| `{key}` | if unset: `{show(value)}` |" for key, value in kind.defaults.items())
     rows = (rule.table_row() for rule in kind.rules)
     return "\n".join([f"| {kind.name} | here |", "|---|---|", *rows, *defaults, ""])
 
