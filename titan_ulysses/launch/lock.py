@@ -73,7 +73,7 @@ class RunLock:
                 f"{self._path.parent}: another run is at work in this folder{_named(holder)}. Wait "
                 "until it has ended, end it, or choose another job.name."
             ) from error
-        self._note_ours()
+        self._write_holder()
 
     def _lock_folder(self) -> None:
         """Raise BlockingIOError if another run on this host has the folder."""
@@ -101,7 +101,7 @@ class RunLock:
                 self._file.truncate(0)
         self._close()
 
-    def _note_ours(self) -> None:
+    def _write_holder(self) -> None:
         """Write who holds the lock. Warn if the previous holder may still be running on another
         host.
         """
@@ -117,8 +117,8 @@ class RunLock:
             )
         assert self._file is not None
         self._file.truncate(0)
-        ours = {"host": host, "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self._file.write(json.dumps(ours) + "\n")
+        holder = {"host": host, "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._file.write(json.dumps(holder) + "\n")
         self._file.flush()
 
     def _holder(self) -> dict[str, object]:

@@ -43,7 +43,7 @@ def load_model_config(
     """
     if table is not None:
         settings = copy.deepcopy(table)
-        _expect_few_layers(settings, "model.config")
+        _check_layer_count(settings, "model.config")
         check_model_code(settings, "model.config")
         model_type = settings.pop("model_type", None)
         try:
@@ -56,7 +56,7 @@ def load_model_config(
     try:
         settings, _ = PreTrainedConfig.get_config_dict(path)
         check_model_code(settings, f'{setting} = "{path}"')
-        _expect_few_layers(settings, f'{setting} = "{path}"')
+        _check_layer_count(settings, f'{setting} = "{path}"')
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except UserError:
         raise
@@ -72,13 +72,13 @@ def load_model_config(
         hub.setLevel(level)
 
 
-def _expect_few_layers(settings: dict, where: str) -> None:
+def _check_layer_count(settings: dict, where: str) -> None:
     """Raise UserError for a huge number of layers: transformers would make lists and modules of
     them.
     """
     for key, value in settings.items():
         if isinstance(value, dict):
-            _expect_few_layers(value, where)
+            _check_layer_count(value, where)
         elif key.endswith(("layers", "layer")) and isinstance(value, int) and value > _MOST_LAYERS:
             raise UserError(f"{where}: {key} = {value} is more than {_MOST_LAYERS}: correct it.")
 

@@ -110,7 +110,7 @@ class Health:
                 "finite"
             )
 
-    def expect_no_drift(self) -> None:
+    def expect_ranks_agree(self) -> None:
         """Raise UserError, on every rank, if ranks differ in what they must share. Collective.
 
         Waits for the device, and reads replicated state once.

@@ -168,7 +168,9 @@ _PLACES = {
 
 
 def _streaming(state: TrainState) -> str:
-    """Return a line about the chunks of a sequence; empty if nobody asked and there are none."""
+    """Return a line about the chunks of a sequence; empty if there are none and none were asked
+    for.
+    """
     config, model, degree = state.config, state.model, state.spec.degrees.sequence
     setting, length = config.memory.stream_chunk_tokens, config.training.seq_len
     if chunk_length(setting, length, degree) is None:

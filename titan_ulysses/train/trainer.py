@@ -384,7 +384,7 @@ class Trainer:
     def save(self) -> None:
         """Save a checkpoint of this step, after a look at what would be saved. Collective."""
         self.health.expect_finite_model()
-        self.health.expect_no_drift()
+        self.health.expect_ranks_agree()
         self.progress.begin(f"checkpoint of step {self.state.step}")
         self.checkpoints.save(self.state)
 
@@ -420,7 +420,7 @@ class Trainer:
         if config.checkpoint.export:
             self.health.expect_finite_model()
             if not config.checkpoint.enable:  # else the last checkpoint has been looked at
-                self.health.expect_no_drift()
+                self.health.expect_ranks_agree()
             self.checkpoints.export(state)
         if config.metrics.enable_report and dist.get_rank() == 0:
             try:

@@ -22,7 +22,7 @@ of it; k and v of several parts are joined by one copy. On the way to heads, sen
 of the data and receiving costs none. On the way back, receiving costs one copy. Sending the output
 costs no copy if its memory is laid out as [S, B, h, D], which at B = 1 includes [B, S, h, D].
 Sending the gradients of q, k and v costs one copy, which packs them together. Copies between
-[B, T, H, D] and the blocks of all ranks are strided, one per tensor for all ranks that are alike
+[B, T, H, D] and the blocks of all ranks are strided, one per tensor for all equivalent ranks
 (`HeadPlan.rank_groups`) instead of one per rank: three for q, k and v if P divides Hkv.
 
 Bytes that rank r sends to other ranks, where rank p has hq_rp query heads of r's tokens and hkv_p
@@ -283,7 +283,7 @@ def _copies(
     tensors: Sequence[Tensor], buffer: Tensor, load: _Load, source: int
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield the copies between source's tensors [B, T, H_i, D_i] and the buffer of what it sends to
-    heads: of each tensor, what the alike ranks of a group have of it.
+    heads: of each tensor, what the equivalent ranks of a group have of it.
 
     That is the windows [w, T, B, h, D] of the tensor, their places [w, ranks, T, B, h, D] in the
     buffer, and how many of the first heads of a window are in windows before as well.

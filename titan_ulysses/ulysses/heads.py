@@ -102,8 +102,8 @@ class HeadPlan:
         return [queries if tensor == "q" else self.key_value for tensor in tensors]
 
     def rank_groups(self, tensors: str, source: int) -> tuple[RankGroup, ...]:
-        """Return all ranks, in groups to whose alike ranks source's heads of these tensors can be
-        copied with one strided copy per tensor (see `RankGroup`).
+        """Return all ranks, in groups to whose equivalent ranks source's heads of these tensors can
+        be copied with one strided copy per tensor (see `RankGroup`).
 
         An even plan has one group of one cycle after the other, each of one rank. So have P query
         heads whose KV heads divide P, as in MQA. If a head of queries is on several ranks, each has
