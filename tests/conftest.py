@@ -45,8 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "card(why): of those of gpu, one that needs a real one")
     config.addinivalue_line(
         "markers",
-        "cuda(only=False, slow=False): runs with --cuda too. only: not without it. slow: takes "
-        "long there, so that it wants --slow",
+        "cuda(only=False, slow=False, never=''): runs with --cuda too. only: not without it. slow: "
+        "takes long there, so that it wants --slow. never: why it, of a file that does, does not",
     )
     if not _asks_for_gpu(config):
         # All other tests are of a CPU and of gloo: a mesh that finds a GPU would be a CUDA mesh.
@@ -108,6 +108,8 @@ def _why_skipped(config: pytest.Config, item: pytest.Item) -> str:
         return f"cuda: {config.stash[_no_device]}"
     if on_device and card:
         return f"gpu: needs a card: {card.args[0]}"
+    if on_device and cuda and cuda.kwargs.get("never"):
+        return f"cuda: {cuda.kwargs['never']}"
     if on_device and cuda and cuda.kwargs.get("slow") and not slow:
         return "cuda: slow there: run with --slow"
     if not on_device and cuda and cuda.kwargs.get("only"):

@@ -22,7 +22,6 @@ from titan_ulysses.checkpoint import folder as weights_folder
 from titan_ulysses.checkpoint.disk import disk_needs
 from titan_ulysses.checkpoint.safetensors import keep_generation_config
 from titan_ulysses.checkpoint.step_folder import steps_in
-from titan_ulysses.config import hub
 from titan_ulysses.config.load import load_config
 from titan_ulysses.config.schema import Config, SourceSettings
 from titan_ulysses.data.corpus import CorpusStats
@@ -30,6 +29,7 @@ from titan_ulysses.data.records import BadRow, Row
 from titan_ulysses.data.sources import open_rows
 from titan_ulysses.data.tokenizer import load_tokenizer
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.launch import hub
 from titan_ulysses.model.families import check_family
 from titan_ulysses.model.hf import load_model_config
 from titan_ulysses.model.rope_scaling import scale_rope

@@ -34,6 +34,7 @@ from titan_ulysses.model.names import is_adapter
 from titan_ulysses.observability.metrics import describe_parameters, flops_per_token
 from titan_ulysses.optim.adamw import is_quantized
 
+pytestmark = pytest.mark.cuda(slow=True)
 SETTINGS = LoRA(rank=3, alpha=6)
 STEPS = [
     [
@@ -119,7 +120,7 @@ def slope_of_dropout() -> tuple[float, float, float]:
     start = {name: p.full_tensor().detach() for name, p in adapters.items()}
     draw = torch.Generator().manual_seed(0)
     direction = {
-        name: torch.randn(p.shape, generator=draw, dtype=torch.float64) * p.abs().mean()
+        name: torch.randn(p.shape, generator=draw, dtype=p.dtype).to(p.device) * p.abs().mean()
         for name, p in start.items()
     }
 
@@ -153,7 +154,7 @@ def test_dropout_is_the_same_when_computed_again() -> None:
 def initialized(degrees: tuple[int, int, int]) -> dict[str, Tensor]:
     run = training.Run(degrees, LLAMA, STEPS[0][0], prepare=add)
     initialize_adapters(run.model, seed=3)
-    return {name: p.full_tensor() for name, p in hf.named_parameters(run.model)}
+    return {name: p.full_tensor().cpu() for name, p in hf.named_parameters(run.model)}
 
 
 def test_initialisation_does_not_depend_on_the_mesh() -> None:
@@ -242,6 +243,7 @@ def compose(
 
 
 @pytest.mark.slow
+@pytest.mark.cuda(never="one of its models is compiled, by Triton")
 def test_with_other_features() -> None:
     found = run_on_ranks(2, losses_of, list(COMPOSED), timeout=240)[0]
     alone, _ = found["alone"]
@@ -256,6 +258,7 @@ def test_with_other_features() -> None:
     assert found["8 bits"][1]["quantized"] > 0
 
 
+@pytest.mark.cuda(never="a plan is made in a process without this device")
 def test_the_plan_shrinks() -> None:
     whole, adapters = plan_of(training__seq_len=64), plan_of(training__seq_len=64, lora__rank=2)
     for component, share in {"parameters": 0.7, "optimizer state": 0.2, "gradients": 0.2}.items():

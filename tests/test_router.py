@@ -172,8 +172,9 @@ def sharded_model(
 ) -> PreTrainedModel:
     table = {**model_of(family), "output_router_logits": has_router_loss}
     model = hf.build_on_meta(hf.load_model_config("", table), torch.float64)
-    parallelize(model, mesh_of(*degrees), attention="sdpa", **sections(**options))
-    hf.allocate(model, torch.device("cpu"))
+    mesh = mesh_of(*degrees)
+    parallelize(model, mesh, attention="sdpa", **sections(**options))
+    hf.allocate(model, mesh.device)
     hf.initialize(model, seed=3)
     return model
 
@@ -181,7 +182,7 @@ def sharded_model(
 def gradients_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """Of what is trained: a router's correction is not."""
     trained = [(name, p) for name, p in hf.named_parameters(model) if p.requires_grad]
-    return {name: p.grad.full_tensor() for name, p in trained}
+    return {name: p.grad.full_tensor().cpu() for name, p in trained}
 
 
 def batch_of(degrees: tuple[int, int, int], lengths: str, seed: int) -> dict[str, Any]:

@@ -60,6 +60,8 @@ from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH
 from titan_ulysses.ulysses.pieces import pieces_of
 from titan_ulysses.ulysses.scores import Pieces
 
+pytestmark = pytest.mark.cuda(slow=True)
+STANDINS = pytest.mark.cuda(never="its stand-ins of CUDA's operators are of the CPU")
 SP3 = (1, 1, 3)
 MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}
 # Two rows of 24 tokens for each of two data-parallel ranks. Chunks of 12 are exactly one document
@@ -210,6 +212,7 @@ def train_by_operators(flash: str, *args, **options) -> Record:
         return train_sharded(*args, **options)
 
 
+@STANDINS
 @pytest.mark.parametrize("flash", ["fa2", "fa3"])
 def test_windows_of_packed_documents(flash: str) -> None:
     """Documents that begin a few keys before a chunk with many more queries."""
@@ -439,7 +442,8 @@ def counted(
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
     optimizer = build_optimizer(model, OPTIMIZER)
-    batch = local_batch(make_rows([*rows], masked="none", vocab_size=61, seed=0), mesh, chunk)
+    packed = make_rows([*rows], masked="none", vocab_size=61, seed=0)
+    batch = local_batch(packed, mesh, chunk).to(mesh.device)
     for _ in range(2):
         calls.update(dict.fromkeys(calls, 0))
         with CollectiveCounter() as counter:
@@ -618,7 +622,7 @@ def scores(stream_chunk_tokens: int) -> Tensor:
     model = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=stream_chunk_tokens)
     (batch,) = shard([padded_rows(left=False)], model)
     assert ("chunk_tokens" in batch) == (stream_chunk_tokens == 8)
-    return score(model, batch)
+    return score(model, batch).cpu()
 
 
 def test_scores_are_in_the_order_of_the_sequence() -> None:
@@ -629,7 +633,7 @@ def test_scores_are_in_the_order_of_the_sequence() -> None:
 def cut_in_a_loop() -> list[str]:
     """What is said of the older forms, after checks of the newer ones."""
     model, mesh = sharded_model("qwen3_moe", SP2, stream_chunk_tokens=8), mesh_of(*SP2)
-    ids = torch.arange(42).view(2, 21)
+    ids = torch.arange(42, device=mesh.device).view(2, 21)
     (batch,) = shard([{"input_ids": ids}], model)
     assert local_slice(ids, model).equal(batch["input_ids"])
     deep = local_slice(ids[..., None].expand(-1, -1, 3), model)
@@ -670,6 +674,7 @@ def chunks_of_a_long_row() -> int:
     return batch["chunk_tokens"]
 
 
+@pytest.mark.cuda(never="on a GPU, fp64 is streamed only where it is asked for")
 def test_a_loop_streams_long_rows_by_default() -> None:
     assert run_on_ranks(2, chunks_of_a_long_row) == [2 * AUTOMATIC_CHUNK_TOKENS] * 2
 

@@ -21,13 +21,13 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from titan_ulysses.config.cli import parse_command_line
-from titan_ulysses.config.hub import look_for_hub
 from titan_ulysses.config.load import dump_toml, load_config
 from titan_ulysses.config.model_cli import parse_model_command
 from titan_ulysses.config.paths import path_problems
 from titan_ulysses.config.validate import check
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.launch.failure import exit_on_error
+from titan_ulysses.launch.hub import look_for_hub
 from titan_ulysses.memory.allocator import expand_segments
 
 _EVALUATION = (

@@ -66,6 +66,8 @@ CASES: dict[str, tuple[int, Settings]] = {
     "tiles": (1, {}),
     "fp32": (1, FP32 | SHORT),
     "streamed, fp32": (1, FP32 | CHUNKS),
+    "streamed to host, fp32": (1, FP32 | STREAM_HOST),
+    "two ranks, streamed, fp32": (2, FP32 | CHUNKS),
     "no tiles": (1, {"memory.loss_tile_tokens": -1, "memory.mlp_tile_tokens": -1}),
     "no checkpoints": (1, {"activation_checkpoint.mode": "none", "memory.mlp_tile_tokens": -1}),
     "host": (1, HOST),
@@ -146,27 +148,11 @@ def trained(config: Path, settings: Settings) -> tuple[int, list[int]]:
 
 
 QUICK = ("stream to host",)
-OPEN = {
-    "streamed, fp32": "-7.8 %, 1.8 MiB: a GPU computes pieces in fp32 with all scores (EXPLICIT "
-    "in ulysses/pieces.py), and the planner, whose tensors are the CPU's, simulates CPU_FLASH",
-}
 
 
-def _cases() -> list[Any]:
-    """What is known to differ is here too, with its cause: it fails when that is gone."""
-    return [
-        pytest.param(
-            case,
-            marks=[
-                *([] if case in QUICK else [pytest.mark.slow]),
-                *([pytest.mark.xfail(reason=OPEN[case], strict=True)] if case in OPEN else []),
-            ],
-        )
-        for case in CASES
-    ]
-
-
-@pytest.mark.parametrize("case", _cases())
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=[] if x in QUICK else [pytest.mark.slow]) for x in CASES]
+)
 def test_the_plan_is_what_the_device_counts(tmp_path: Path, case: str) -> None:
     config, settings = run_of(tmp_path, case)
     planned, peaks = run_on_ranks(CASES[case][0], trained, config, settings)[0]

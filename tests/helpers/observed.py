@@ -191,7 +191,7 @@ def _whole(model: Any) -> dict[str, Any]:
 
     named = hf.named_parameters(model)
     return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().to("cpu", copy=True)
         for name, p in named
     }
 

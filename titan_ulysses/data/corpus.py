@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -13,8 +12,21 @@ from titan_ulysses.data.files import section_of
 from titan_ulysses.data.records import TOP, BadRow, Encoded
 from titan_ulysses.distributed.errors import UserError
 
-if TYPE_CHECKING:
-    from titan_ulysses.data.megatron import JoinedTokens
+
+class JoinedTokens:
+    """Several arrays of tokens as one, of which slices within one of the arrays can be taken."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *map(len, parts)])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        part = int(np.searchsorted(self._starts, span.start, side="right")) - 1
+        if part == len(self._parts):  # an empty slice at the end
+            return self._parts[-1][:0]
+        first = int(self._starts[part])
+        assert span.stop <= max(span.start, self._starts[part + 1]), span
+        return self._parts[part][span.start - first : span.stop - first]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from titan_ulysses.data.corpus import Corpus, CorpusStats
+from titan_ulysses.data.corpus import Corpus, CorpusStats, JoinedTokens
 from titan_ulysses.data.files import find_files
 from titan_ulysses.data.sources import TOKEN_EXTENSIONS
 from titan_ulysses.distributed.errors import UserError
@@ -98,22 +98,6 @@ def read_megatron(
     corpus = Corpus(JoinedTokens(parts), np.concatenate(begins), np.concatenate(ends))
     stats.documents, stats.tokens = len(corpus), corpus.num_tokens
     return corpus, stats
-
-
-class JoinedTokens:
-    """Several arrays of tokens as one, of which slices within one of the arrays can be taken."""
-
-    def __init__(self, parts: list[np.ndarray]) -> None:
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)])
-
-    def __getitem__(self, span: slice) -> np.ndarray:
-        part = int(np.searchsorted(self._starts, span.start, side="right")) - 1
-        if part == len(self._parts):  # an empty slice at the end
-            return self._parts[-1][:0]
-        first = int(self._starts[part])
-        assert span.stop <= max(span.start, self._starts[part + 1]), span
-        return self._parts[part][span.start - first : span.stop - first]
 
 
 def _open(file: Path, setting: str) -> tuple[np.ndarray, np.ndarray]:

@@ -9,17 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from titan_ulysses.data.corpus import Corpus
+from titan_ulysses.data.corpus import Corpus, JoinedTokens
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from titan_ulysses.data.megatron import JoinedTokens
 
 Span = tuple[int, int, int]
 """[begin, end) of a piece of a document, and the document's end: indices into a corpus' tokens."""

@@ -294,8 +294,9 @@ def step_time(
         update = moved * links.ranks_per_node / HOST_BANDWIDTH
     else:
         update = 2 * state / gpu.host_link
-    beside = {"checkpoints to the host": forward, "checkpoints back": backward}
-    waits = {name: max(0.0, s - beside.get(name, forward + backward)) for name, s in hidden.items()}
+    computed = {"checkpoints to the host": forward, "checkpoints back": backward}
+    both = forward + backward
+    waits = {name: max(0.0, s - computed.get(name, both)) for name, s in hidden.items()}
     parts = {
         "matmul": sum(s for (_, kind), s in seconds.items() if kind == "matmul"),
         "attention": sum(s for (_, kind), s in seconds.items() if kind.startswith("attention")),

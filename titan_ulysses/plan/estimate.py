@@ -110,7 +110,7 @@ def _with_layers(setup: Setup, layers: int) -> Setup:
 def _peaks(plan: Plan, *, ends: int) -> Mapping[MomentKind, float]:
     """Return the peak of device memory at each kind of moment of a step.
 
-    ends: how many layers at the beginning and at the end are told apart.
+    ends: how many layers at the beginning, and at the end, are moments of their own.
     """
     memory, layers = plan.simulation.memory, plan.setup.model_config.num_hidden_layers
     peaks: defaultdict[MomentKind, float] = defaultdict(float)

@@ -15,13 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
-from titan_ulysses.config.hub import look_for_hub
 from titan_ulysses.config.load import config_of
 from titan_ulysses.config.model_cli import ModelCommand
 from titan_ulysses.config.schema import KEYS, Config, in_words
 from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.atomic import whole_file
 from titan_ulysses.distributed.errors import UserError
+from titan_ulysses.launch.hub import look_for_hub
 from titan_ulysses.model import hf
 from titan_ulysses.model.rope_scaling import rope_for
 from titan_ulysses.observability.units import size_text, time_text

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial, update_wrapper
 from math import inf
 
 import torch
@@ -28,9 +28,10 @@ from titan_ulysses.plan.standin import Standin
 from titan_ulysses.setup.options import select_core
 from titan_ulysses.setup.parallelize import wrap
 from titan_ulysses.setup.resolve import RunSpec, resolve
-from titan_ulysses.ulysses.cores import Core, flash, flex, varlen
+from titan_ulysses.ulysses.cores import Core, flash, flex, sdpa, varlen
 from titan_ulysses.ulysses.heads import idle_ranks
 from titan_ulysses.ulysses.kernels import FA2, NAMES
+from titan_ulysses.ulysses.tiles import EXPLICIT
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,10 @@ def _select_planned_core(
         seq_len=seq_len,
         packages=name == "auto",
     )
+    if core is sdpa and dtype.itemsize > 2:
+        # Chunks: its pieces choose by the device of the tensors, which is a CPU here.
+        core = update_wrapper(partial(sdpa), sdpa)
+        core.pieces = EXPLICIT  # type: ignore[attr-defined]
     if core not in (varlen, flash, flex):
         return core, reason
     note = (

@@ -49,7 +49,7 @@ def run_cost(estimate: Estimate, tokens: int = 0) -> RunCost:
 
 @dataclass(frozen=True)
 class Grace:
-    """What a run needs from the word to stop to its end: it finishes its step, and saves."""
+    """What a run needs to stop once it is asked to: it finishes its step, and saves."""
 
     saved: float
     """bytes of a checkpoint that each node writes"""

@@ -252,22 +252,19 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
     """
     found = configured = SearchResult("as configured", {}, longest(setup, first))
     yield configured
+    world, heads = setup.world_size, getattr(setup.model_config, "num_attention_heads", 1)
+    degrees = [p for p in range(1, min(world, heads) + 1) if world % p == 0]
     changes: dict[str, Any] = {
         "activation_checkpoint.mode": "full",
         "activation_checkpoint.every": 1,
+        "memory.mlp_tile_tokens": 0,
+        "memory.loss_tile_tokens": 0,
+        "memory.stream_chunk_tokens": 0,
+        "parallelism.sequence_parallel_degree": max(degrees),
     }
-    changes |= {"memory.mlp_tile_tokens": 0, "memory.loss_tile_tokens": 0}
-    changes |= {"memory.stream_chunk_tokens": 0}
-    heads = getattr(setup.model_config, "num_attention_heads", 1)
-    degrees = [
-        p for p in range(1, setup.world_size + 1) if setup.world_size % p == 0 and p <= heads
-    ]
-    changes["parallelism.sequence_parallel_degree"] = max(degrees)
+    in_bf16 = setup.config.training.param_dtype == "bfloat16"
     for what, more in [("tiles, checkpoints, most ranks", {}), *FEATURES]:
-        if (
-            "optimizer.stochastic_rounding" in more
-            and setup.config.training.param_dtype != "bfloat16"
-        ):
+        if "optimizer.stochastic_rounding" in more and not in_bf16:
             continue
         if more and not differs(with_settings(setup, changes).config, more):
             continue  # the feature is on already
@@ -275,7 +272,7 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
         if not differs(setup.config, together):
             one = replace(configured, changes=together)
         else:
-            yield (one := _found(what, setup, together, near=found))
+            yield (one := _longest_with(what, setup, together, near=found))
         if one.refused:
             continue
         found, changes = one, together
@@ -284,7 +281,7 @@ def search(setup: Setup, first: Plan) -> Iterator[SearchResult]:
             found, changes = longer, longer.changes
 
 
-def _found(
+def _longest_with(
     what: str, setup: Setup, changes: dict[str, Any], *, near: SearchResult | None = None
 ) -> SearchResult:
     length = near.plan.seq_len if near and near.plan else 0
@@ -303,7 +300,7 @@ def _fewer_checkpoints(setup: Setup, found: SearchResult) -> Iterator[SearchResu
     while found.plan and found.plan.host_bytes > room and 2 * every <= layers:
         every *= 2
         changes = found.changes | {"activation_checkpoint.every": every}
-        other = _found(f"    {every} blocks a checkpoint", setup, changes, near=found)
+        other = _longest_with(f"    {every} blocks a checkpoint", setup, changes, near=found)
         if other.plan is None or other.plan.seq_len <= found.plan.seq_len:
             return
         yield (found := other)
@@ -347,7 +344,7 @@ def ladder(setup: Setup, configured: SearchResult | None = None) -> Iterator[Sea
         if configured and not differs(setup.config, changes):
             yield replace(configured, what=what, changes=changes)
         else:
-            yield (found := _found(what, setup, changes, near=found))
+            yield (found := _longest_with(what, setup, changes, near=found))
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -104,12 +104,14 @@ class Sweep:
     def keys_of(self, layer: nn.Module, documents: Documents, window: int | None) -> KeysAndValues:
         """Return what remembers the keys and values of a layer."""
         if layer not in self.keys:
-            size, sequences = len_of(self.chunks[0].whole), self.sequences
-            span = self.span or AttentionSpan(documents, window, size)
-            blocks = not sequences.is_direct and span.longest > RESIDENT_CHUNKS * size
-            kind = KeyBlocks if blocks else KeysAndValues
-            on_device = not sequences.is_direct and not blocks
-            self.keys[layer] = kind(span, ON_DEVICE if on_device else sequences)
+            kind, sequences = KeysAndValues, self.sequences
+            span = self.span or AttentionSpan(documents, window, self.chunks[0].whole.stop)
+            if not sequences.is_direct:
+                if span.longest > RESIDENT_CHUNKS * span.size:
+                    kind = KeyBlocks
+                else:
+                    sequences = ON_DEVICE
+            self.keys[layer] = kind(span, sequences)
         return self.keys[layer]
 
     def common_span(self) -> AttentionSpan | None:
@@ -118,11 +120,7 @@ class Sweep:
         if len(spans) < 2:
             return next(iter(spans), None)
         whole = ((self.chunks[-1].whole.stop,),)
-        return AttentionSpan(whole, None, len_of(self.chunks[0].whole))
-
-
-def len_of(tokens: slice) -> int:
-    return tokens.stop - tokens.start
+        return AttentionSpan(whole, None, self.chunks[0].whole.stop)
 
 
 class ChunkForward(Extent):

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from titan_ulysses.distributed.parts import visited
 from titan_ulysses.ulysses.scores import Pieces, Scores, of_one_size
 
 BLOCK = 2048
@@ -65,7 +66,7 @@ def _tiles(queries: int, keys: int, scores: Scores, most_keys: int) -> Iterator[
             shared += 1
             yield tile(slice(first, shared), "band")
         end = min(start, keys)
-        for left in range(shared, end, most_keys):
+        for left in visited([*range(shared, end, most_keys)]):
             yield tile(slice(left, min(end, left + most_keys)), "all")
         if not scores.ahead:
             yield tile(slice(start, stop), "causal")

@@ -192,6 +192,8 @@ def _functions(library: ctypes.CDLL) -> dict[str, Any]:
         "_cuda_getCompiledVersion": lambda: 12080,
         "_nccl_version": lambda: 22703,
         "_nccl_version_suffix": lambda: b"",
+        # torch._dynamo.reset() wants to import it.
+        "_cuda_CUDAAllocator_AllocatorState": object,
     }
 
 
