@@ -30,7 +30,8 @@ from titan_ulysses.streaming.chunks import crosses
 from titan_ulysses.ulysses import gated_deltanet, mamba2, states
 from titan_ulysses.ulysses.heads import plan_heads
 from titan_ulysses.ulysses.linear_attention import linear_layers
-from titan_ulysses.ulysses.states import DocumentPiece, pieces_of_row
+from titan_ulysses.ulysses.mixer import Share
+from titan_ulysses.ulysses.states import Piece, pieces_of_row
 
 SP3 = (1, 1, 3)
 MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}
@@ -258,9 +259,9 @@ def _one_piece(row: tuple[int, ...], start: int, stop: int) -> tuple[DocumentPie
 
 
 def _reversed(local):
-    def reversed_local(self, heads) -> list[Tensor | None]:
-        weight, *others = local(self, heads)
-        return [weight.flip(0), *others]
+    def reversed_local(self, heads) -> Share:
+        share = local(self, heads)
+        return share._replace(weight=share.weight.flip(0))
 
     return reversed_local
 

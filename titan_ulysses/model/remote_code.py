@@ -55,7 +55,8 @@ def check_tokenizer_code(name: str, where: str) -> None:
     auto_map = get_tokenizer_config(name).get("auto_map") or {}
     references = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
     # A list has the class of the slow tokenizer and that of the fast one.
-    references = [reference for reference in _listed(references) if reference]
+    listed = references if isinstance(references, list | tuple) else [references]
+    references = [reference for reference in listed if reference]
     if references and not any(
         tokenizer_class_from_name(reference.split(".")[-1]) for reference in references
     ):
@@ -99,7 +100,3 @@ def _own_class(name: str, model_type: str | None) -> str | None:
         return config_class.__name__
     mapping = _MODELS[name]
     return mapping[config_class].__name__ if config_class in mapping else None
-
-
-def _listed(references: Any) -> list[str | None]:
-    return list(references) if isinstance(references, list | tuple) else [references]

@@ -67,39 +67,37 @@ class DocumentRoPE:
         kind = self.rotary.rope_type if layer_type is None else self.rotary.rope_type[layer_type]
         if kind not in LENGTH_DEPENDENT:
             return self.rotate(x, position_ids, **of_layer)
-        bound = self._bound(kind, layer_type)
-        rows = [
-            [(tokens, self._counts_as(length, kind, bound)) for tokens, length in row]
-            for row in self._documents_here()
-        ]
+        # Up to this length the frequencies are the original ones.
+        if kind == "longrope":
+            parameters = self.rotary.config.rope_parameters
+            parameters = parameters if layer_type is None else parameters[layer_type]
+            bound = parameters["original_max_position_embeddings"]
+        else:
+            bound = self.rotary.original_max_seq_len
+
+        def counts_as(length: int) -> int:  # one for all lengths with the same frequencies
+            return max(length, bound) if kind == "dynamic" else bound + (length > bound)
+
+        here = self._documents_here()
+        rows = [[(tokens, counts_as(length)) for tokens, length in row] for row in here]
         # Rotate all tokens once for each distinct length, then choose token by token.
         unique_lengths = sorted({length for row in rows for _, length in row})
         rotated = []
         for length in unique_lengths:
             self._set_frequencies(kind, length, bound, x.device, of_layer)
             rotated.append(self.rotate(x, position_ids, **of_layer))
+        result = rotated[0]
         if len(unique_lengths) == 1:
-            return rotated[0]
+            return result
         token_lengths = self._lengths_of_tokens(rows, position_ids.shape[1]).to(x.device)
-        if isinstance(rotated[0], Tensor):
-            return _select_by_length(token_lengths, unique_lengths, rotated)
-        return tuple(
-            _select_by_length(token_lengths, unique_lengths, list(parts))
-            for parts in zip(*rotated, strict=True)
-        )
-
-    def _bound(self, kind: str, layer_type: str | None) -> int:
-        """Return the length up to which the frequencies are the original ones."""
-        parameters = self.rotary.config.rope_parameters
-        if kind == "longrope":
-            return (parameters if layer_type is None else parameters[layer_type])[
-                "original_max_position_embeddings"
-            ]
-        return self.rotary.original_max_seq_len
-
-    def _counts_as(self, length: int, kind: str, bound: int) -> int:
-        """Return one length that stands for all lengths with the same frequencies."""
-        return max(length, bound) if kind == "dynamic" else bound + (length > bound)
+        for length, other in zip(unique_lengths[1:], rotated[1:], strict=True):
+            chosen = (token_lengths == length)[..., None]
+            if isinstance(result, Tensor):
+                result = torch.where(chosen, other, result)
+            else:
+                pairs = zip(other, result, strict=True)
+                result = tuple(torch.where(chosen, new, old) for new, old in pairs)
+        return result
 
     def _set_frequencies(
         self, kind: str, length: int, bound: int, device: torch.device, of_layer: dict
@@ -141,20 +139,6 @@ class DocumentRoPE:
             degree=whole.shape[1] // tokens,
             chunk_tokens=self.chunk_tokens,
         )
-
-
-def _select_by_length(
-    token_lengths: Tensor, unique_lengths: list[int], rotated: list[Tensor]
-) -> Tensor:
-    """Return the rotation of each token by the frequencies of its own document's length.
-
-    `rotated` holds all tokens rotated for each length in `unique_lengths`, and `token_lengths`
-    [B, T] the length of each token's document.
-    """
-    result = rotated[0]
-    for length, other in zip(unique_lengths[1:], rotated[1:], strict=True):
-        result = torch.where((token_lengths == length)[..., None], other, result)
-    return result
 
 
 def use_document_lengths(model: PreTrainedModel, blocks: nn.ModuleList) -> list[DocumentRoPE]:

@@ -127,7 +127,7 @@ def verify_family(
     """
 
     def reason_against(tiling: str) -> str | None:
-        return _try(config, mesh, lambda model, core: shard(model, core, tilings[tiling]))
+        return _try(config, mesh, shard, tilings[tiling])
 
     best, *others = tilings
     reason = reason_against(best)
@@ -159,13 +159,10 @@ def verify_streaming(
     tiling is what `verify_family` has found, and shard as there.
     """
     memory = tiling.get("memory", {}) | {"stream_chunk_tokens": _CHUNK_TOKENS}
-    chunked = tiling | {"memory": memory}
-    return _try(config, mesh, lambda model, core: shard(model, core, chunked))
+    return _try(config, mesh, shard, tiling | {"memory": memory})
 
 
-def _try(
-    config: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]
-) -> str | None:
+def _try(config: PreTrainedConfig, mesh: Mesh, shard: Shard, options: dict[str, Any]) -> str | None:
     """Return what is wrong with a tiny model, first without its router loss and then with it.
 
     The result is None if nothing is wrong, and the same on every rank. Collective.
@@ -180,13 +177,13 @@ def _try(
         return reason
     for has_router_loss in passes:
         tiny.output_router_logits = has_router_loss
-        if reason := _try_once(tiny, mesh, shard):
+        if reason := _try_once(tiny, mesh, shard, options):
             break
     return reason
 
 
 def _try_once(
-    tiny: PreTrainedConfig, mesh: Mesh, shard: Callable[[PreTrainedModel, Core], None]
+    tiny: PreTrainedConfig, mesh: Mesh, shard: Shard, options: dict[str, Any]
 ) -> str | None:
     """Return what is wrong with a model of config `tiny`, or None; the same on every rank.
 
@@ -210,9 +207,9 @@ def _try_once(
         return reason
     core = _core_of(tiny)
     try:
-        shard(sharded, core)
+        shard(sharded, core, options)
         tolerance = _TOLERANCE_OF_STATES if linear_layers(sharded) else _TOLERANCE
-        found = _train_sharded(sharded, batch, mesh)
+        found = _trained(sharded, _loss_sharded(sharded, batch, mesh))
         reason = _difference(found, expected, batch.what, tolerance)
     except UserError as error:
         reason = str(error).removeprefix("model: ")
@@ -359,7 +356,7 @@ def build_tiny(config: PreTrainedConfig, device: torch.device) -> PreTrainedMode
 def _train_repeatedly(
     model: PreTrainedModel, batch: _TestBatch
 ) -> tuple[tuple[Tensor, Gradients], bool]:
-    """Return what `_train_whole` does, and whether that depends on random numbers.
+    """Return loss and gradients of the whole model, and whether they depend on random numbers.
 
     A model that draws some is run with several seeds: a router samples only where scores are close,
     and what decides whether a layer is left out may never do so.
@@ -371,43 +368,37 @@ def _train_repeatedly(
 
     with torch.random.fork_rng(devices=cuda):
         before, kept = states(), copy.deepcopy(model)
-        expected = _train_whole(model, batch)
+        expected = _trained(model, _loss_whole(model, batch))
         draws = not all(map(torch.equal, before, states()))
         for seed in range(_SEEDS if draws else 0):
             torch.manual_seed(seed)
-            again = _train_whole(copy.deepcopy(kept), batch)
+            model = copy.deepcopy(kept)
+            again = _trained(model, _loss_whole(model, batch))
             if _difference(again, expected, batch.what, _TOLERANCE):
                 return expected, True
     return expected, False
 
 
-def _train_whole(model: PreTrainedModel, batch: _TestBatch) -> tuple[Tensor, Gradients]:
-    """Return the loss and gradients of unmodified transformers, with each document alone."""
+def _loss_whole(model: PreTrainedModel, batch: _Batch) -> Tensor:
+    """Return the loss of unmodified transformers, with each document alone."""
     if batch.has_router_loss:
-        loss = model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
-        loss.backward()
-        return loss.detach(), _gradients(model)
+        return model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
     total = torch.zeros((), dtype=_DTYPE, device=batch.ids.device)
     for ids, labels, lengths in zip(batch.ids, batch.labels, batch.documents, strict=True):
         for document, targets in zip(ids.split(lengths), labels.split(lengths), strict=True):
             logits = model(input_ids=document[None], use_cache=False).logits[0]
             total = total + F.cross_entropy(logits.to(_DTYPE), targets, reduction="sum")
-    loss = total / batch.labels.numel()
-    loss.backward()
-    return loss.detach(), _gradients(model)
+    return total / batch.labels.numel()
 
 
-def _train_sharded(
-    model: PreTrainedModel, batch: _TestBatch, mesh: Mesh
-) -> tuple[Tensor, Gradients]:
-    """Return the loss and gradients over the mesh; gradients are whole on every rank."""
+def _loss_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> Tensor:
     length, degree = batch.ids.shape[1], mesh.sp.size()
     chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)
 
     def local(whole: Tensor) -> Tensor:
         return mesh.local_slice(whole, chunk_tokens=chunk_tokens).to(batch.ids.device)
 
-    loss = model(
+    return model(
         input_ids=local(batch.ids),
         labels=local(batch.labels),
         position_ids=local(batch.positions),
@@ -415,17 +406,17 @@ def _train_sharded(
         chunk_tokens=chunk_tokens,
         num_items_in_batch=batch.valid * mesh.batch.size(),
     ).loss
+
+
+def _trained(model: PreTrainedModel, loss: Tensor) -> tuple[Tensor, Gradients]:
+    """Return the model's loss and gradients, whole on every rank."""
     loss.backward()
-    return loss.detach(), _gradients(model)
-
-
-def _gradients(model: PreTrainedModel) -> Gradients:
     found = {}
     for name, p in hf.named_parameters(model):
         found[name] = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         if p.grad is None:
             found[name] = torch.zeros(p.shape, dtype=p.dtype, device=p.device)
-    return found
+    return loss.detach(), found
 
 
 def _difference(

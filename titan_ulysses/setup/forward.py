@@ -133,14 +133,12 @@ class Sharding:
         `.aux_loss` is the router loss, if there is one, and `.loss` includes it. attention_mask
         [B, T] is 0 at padding, which the router loss does not count; it has no other effect.
         """
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
         sums = labels is not None and reduction == "sum"
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
         own_labels = labels if sums else None
-        group = self.mesh.loss.get_group()
-        hidden, *of_routers = self._decode(inputs, attention_mask, own_labels, group)
+        hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
         head = model.get_output_embeddings()
-        needs_weight = labels is None or loss_function is not None or not sums
-        if needs_weight and torch.is_grad_enabled():
+        if (loss_function is not None or not sums) and torch.is_grad_enabled():
             # Unlike that of the loss, the backward of logits needs the weight: FSDP has to gather
             # it. This is not turned off again, because that backward may run after later forwards.
             head.set_unshard_in_backward(True)
@@ -157,41 +155,29 @@ class Sharding:
         if not sums:
             return CausalLMOutputWithPast(loss=loss)
         self.own_loss = loss.detach()
-        loss = SumOverRanks.apply(loss, torch.promote_types(hidden.dtype, torch.float32), group)
-        if self.router_loss is None:
+        wide, group = torch.promote_types(hidden.dtype, torch.float32), self.mesh.loss.get_group()
+        loss = SumOverRanks.apply(loss, wide, group)
+        if aux_loss is None:
             return CausalLMOutputWithPast(loss=loss)
-        aux_loss, count = of_routers
-        coefficient = self.router_loss.coefficient
-        return _with_router_loss(loss, aux_loss, count, num_items_in_batch, coefficient)
+        # That of a micro-batch is weighted by its share of the labels of the step.
+        share = count.to(aux_loss.dtype) / num_items_in_batch.clamp(min=1)
+        loss = loss + self.router_loss.coefficient * share * aux_loss
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss)
 
     def _decode(
-        self,
-        inputs: dict[str, Any],
-        mask: Tensor | None,
-        labels: Tensor | None,
-        group: dist.ProcessGroup,
-    ) -> tuple[Tensor, ...]:
+        self, inputs: dict[str, Any], mask: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the hidden states [B, T, h]; and the router loss and the number of labels on all
         ranks, if there is such a loss, and labels whose batch it belongs to.
         """
         if self.router_loss is None:
-            return (self.decoder(**inputs, use_cache=False).last_hidden_state,)
+            return self.decoder(**inputs, use_cache=False).last_hidden_state, None, None
+        inputs["output_router_logits"] = False  # hooks read them, so the decoder keeps none
         with self.router_loss.forward_pass(count=labels is not None, mask=mask) as routers:
-            # Hooks read the logits of routers, so the decoder keeps none.
-            hidden = self.decoder(
-                **inputs, use_cache=False, output_router_logits=False
-            ).last_hidden_state
+            hidden = self.decoder(**inputs, use_cache=False).last_hidden_state
         if labels is None:
-            return (hidden,)
-        return routers.reduce(hidden, (labels != IGNORE_INDEX).sum(), group)
-
-
-def _with_router_loss(
-    loss: Tensor, aux_loss: Tensor, num_labels: Tensor, num_items: Tensor, coefficient: float
-) -> MoeCausalLMOutputWithPast:
-    """Add the router loss of a micro-batch, weighted by its share of the labels of the step."""
-    share = num_labels.to(aux_loss.dtype) / num_items.clamp(min=1)
-    return MoeCausalLMOutputWithPast(loss=loss + coefficient * share * aux_loss, aux_loss=aux_loss)
+            return hidden, None, None
+        return routers.reduce(hidden, (labels != IGNORE_INDEX).sum(), self.mesh.loss.get_group())
 
 
 @dataclass

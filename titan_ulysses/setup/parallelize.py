@@ -169,7 +169,11 @@ def _verified(
         options = plain.changed(attention=core, **tiling)
         wrap(tiny, mesh, options, store=store, device_type=mesh.device.type)
 
-    tiling = verify_family(config, mesh, shard, _tilings(options))
+    tilings: Tilings = {"not tiled": {"memory": {"mlp_tile_tokens": -1}}}  # the best one first
+    if _tiles_mlp(options):
+        without_norms = {"tile_norms_with_mlp": False}
+        tilings = {"tiled with its norms": {}, "tiled without its norms": without_norms} | tilings
+    tiling = verify_family(config, mesh, shard, tilings)
     options = options.changed(**tiling)
     if obstacle_to_streaming(config, options, mesh.device.type):
         return options
@@ -186,14 +190,12 @@ def _verified(
     )
 
 
-def _tilings(options: ParallelOptions) -> Tilings:
-    """Return the ways in which blocks of an unchecked family may be tiled, the best one first."""
-    whole = {"not tiled": {"memory": {"mlp_tile_tokens": -1}}}
-    if not _tiles_mlp(options):
-        return whole
-    with_norms = {"tiled with its norms": {}}
-    without_norms = {"tiled without its norms": {"tile_norms_with_mlp": False}}
-    return with_norms | without_norms | whole
+def open_sequence_store(
+    offload: Literal["host", "disk"], folder: str | None, device: torch.device
+) -> SequenceStore:
+    """Return the store for the hidden states of a run on this device."""
+    setting = "memory.stream_offload"
+    return SequenceStore(open_store(offload, folder, device, setting=setting), device)
 
 
 def wrap(
@@ -203,7 +205,7 @@ def wrap(
     *,
     store: Store | None,
     device_type: str | None = None,
-    open_sequences: Callable[..., SequenceStore] | None = None,
+    open_sequences: Callable[..., SequenceStore] = open_sequence_store,
 ) -> PreTrainedModel:
     """Apply all wrappers to a model that has passed the checks of `parallelize`, in their order.
 
@@ -220,8 +222,7 @@ def wrap(
     sequences: Sequences = ON_DEVICE
     if streams and memory.stream_offload != "none":
         check_stream_offload(model, memory.stream_offload)
-        open_them = open_sequences or open_sequence_store
-        sequences = open_them(memory.stream_offload, checkpoints.offload_folder, mesh.device)
+        sequences = open_sequences(memory.stream_offload, checkpoints.offload_folder, mesh.device)
         sequences.host_reads = computes_with_embeddings(model.config)
     shard = partial(_shard, mesh, options)
     # All that is changed of the model, in its order: the forward of modules of this instance, and
@@ -284,15 +285,6 @@ def automatic_mlp_tile(config: PreTrainedConfig, dtype: torch.dtype, device_type
     """Return the tokens of a tile of the model's MLPs that compute in dtype."""
     if device_type == "cpu":
         return max(_SMALLEST_TILE, config.hidden_size)
-    tokens = _CUDA_TILE_BYTES // (_INSIDE * _inner_width(config) * dtype.itemsize)
-    return max(1, tokens // _CUDA_ROWS) * _CUDA_ROWS
-
-
-def _inner_width(config: PreTrainedConfig) -> int:
-    """Return how many numbers a token has between the two products of an MLP.
-
-    In a mixture of experts, those of all experts that the token goes to.
-    """
 
     def value(*names: str) -> int:
         found = (getattr(config, name, None) for name in names)
@@ -300,7 +292,11 @@ def _inner_width(config: PreTrainedConfig) -> int:
 
     dense = value("intermediate_size", "ffn_dim", "n_inner") or 4 * config.hidden_size
     experts = value("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k")
-    return max(dense, experts * (value("moe_intermediate_size") or dense))
+    # How many numbers a token has between the two products: in a mixture of experts, those of all
+    # experts that the token goes to.
+    width = max(dense, experts * (value("moe_intermediate_size") or dense))
+    tokens = _CUDA_TILE_BYTES // (_INSIDE * width * dtype.itemsize)
+    return max(1, tokens // _CUDA_ROWS) * _CUDA_ROWS
 
 
 def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
@@ -315,14 +311,6 @@ def check_stream_offload(model: PreTrainedModel, offload: str) -> None:
         raise UserError(
             f'{setting}: the embedding of this model is not a look-up. Set it to "none".'
         )
-
-
-def open_sequence_store(
-    offload: Literal["host", "disk"], folder: str | None, device: torch.device
-) -> SequenceStore:
-    """Return the store for the hidden states of a run on this device."""
-    setting = "memory.stream_offload"
-    return SequenceStore(open_store(offload, folder, device, setting=setting), device)
 
 
 def offload_sequences(model: PreTrainedModel, decoder: nn.Module, sequences: SequenceStore) -> None:

@@ -10,7 +10,7 @@ share a process without affecting each other.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -40,6 +40,11 @@ class Extent:
     """The tokens of the sequence; None: all of them."""
     keys_only = False
     """Whether nothing is needed but the keys and values of attention."""
+
+    @property
+    def start(self) -> int:
+        """The first of the tokens."""
+        return 0 if self.tokens is None else self.tokens.start
 
     @property
     def hands_state_on(self) -> bool:
@@ -96,7 +101,8 @@ class Ulysses:
     """[B, T]: position ids of this rank's tokens. A document need not start at position 0."""
     chunk_tokens: int | None = None
     """Tokens of a chunk of the whole sequence, of which this rank has a slice; None: all of it."""
-    extent: Extent = Extent()
+    # By a lambda, because torch.compile can trace neither an object nor a class as a default.
+    extent: Extent = field(default_factory=lambda: Extent())
     """What is computed at a time."""
 
     @cached_property
@@ -139,8 +145,7 @@ def ulysses_attention(
     layer's window, soft-cap and sinks arrive under transformers' own keyword names. UserError for
     a call that no core can serve.
     """
-    _check_call(module, attention_mask, ulysses, **kwargs)
-    assert ulysses is not None
+    ulysses = checked(ulysses, module, attention_mask, **kwargs)
     layer: dict[str, Any] = {
         "documents": _chunked(ulysses.documents, module),
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -156,21 +161,21 @@ def ulysses_attention(
     return ulysses.extent.attend(q, k, v, module, ulysses, layer), None
 
 
-def _check_call(
+def checked(
+    ulysses: Ulysses | None,
     module: nn.Module,
     attention_mask: Tensor | None,
-    ulysses: Ulysses | None,
     *,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **_,
-) -> None:
-    """Raise UserError if the layer asks for something that no core can do."""
+) -> Ulysses:
+    """Return ulysses. UserError if a layer is not given it, or asks for what cannot be done."""
     name = type(module).__name__
     if ulysses is None:
         raise UserError(
-            f"model: {name} does not receive the documents and ranks: its model does not pass "
-            "keyword arguments on to its attention."
+            f"model: {name} is not told of documents and ranks: in this version of transformers, "
+            "its model does not hand keywords down to it. Take a newer one, or another model."
         )
     if attention_mask is not None:
         raise UserError(
@@ -187,6 +192,7 @@ def _check_call(
             f"model: {name} attends to later tokens too (is_causal = False), but every core is "
             "causal."
         )
+    return ulysses
 
 
 def _local_heads(
@@ -202,7 +208,7 @@ def _local_heads(
 
     A run is a range of heads with one ratio of query heads to KV heads (see `HeadPlan.runs`).
     """
-    sinks, outputs, mine = layer["sinks"], [], plan.parts[rank][0].heads
+    mine, sinks = plan.parts[rank][0].heads, layer["sinks"]
     if sinks is not None:
         sinks = sinks[mine.start : mine.stop]
     if not mine:
@@ -210,18 +216,20 @@ def _local_heads(
         # autograd graph, because the exchange in backward is a collective that every rank must
         # join.
         return v if sinks is None else v + sinks[:, None]
+    # With only the keywords that this layer uses, so that the core need not accept others.
+    used = {keyword: value for keyword, value in layer.items() if value is not None}
+
+    def call(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> Tensor:
+        return core(q, k, v, **used if sinks is None else used | {"sinks": sinks[heads]})
+
     calls = plan.runs(rank)
     if not takes_any_size(core):
         calls = list(_bounded(calls, max(x[:, :, 0].numel() for x in (q, v))))
     if len(calls) == 1:
-        local = layer if sinks is None else layer | {"sinks": sinks}
-        return _call(core, q, k, v, local)
+        return call(q, k, v, slice(None))
     queries, keys = zip(*calls, strict=True)
-    inputs = zip(_parts(q, queries), _parts(k, keys), _parts(v, keys), strict=True)
-    for heads, (q, k, v) in zip(queries, inputs, strict=True):
-        local = layer if sinks is None else layer | {"sinks": sinks[heads]}
-        outputs.append(_call(core, q, k, v, local))
-    return torch.cat(outputs, dim=2)
+    inputs = _parts(q, queries), _parts(k, keys), _parts(v, keys), queries
+    return torch.cat([call(*of_call) for of_call in zip(*inputs, strict=True)], dim=2)
 
 
 _MOST_ELEMENTS = 2**31 - 1
@@ -300,13 +308,6 @@ class _HeadSlice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
         return ctx.whole.add(ctx.part, gradient, ctx.heads), None, None
-
-
-def _call(core: Core, q: Tensor, k: Tensor, v: Tensor, layer: dict[str, Any]) -> Tensor:
-    """Call core with only the keywords that this layer uses, so that it need not accept others."""
-    return core(
-        q, k, v, **{keyword: value for keyword, value in layer.items() if value is not None}
-    )
 
 
 def _correct_temperature(query: Tensor, module: nn.Module, places: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +33,10 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.ulysses.flash_cuda import borders
 from titan_ulysses.ulysses.kernels import MOST_HEAD_SIZE, flash_obstacle
-from titan_ulysses.ulysses.pieces import attend_documents, has_pieces
-from titan_ulysses.ulysses.scores import with_equal_sizes
+from titan_ulysses.ulysses.pieces import KERNELS, attend_documents
+from titan_ulysses.ulysses.scores import of_documents, with_equal_sizes
 
 Core = Callable[..., Tensor]
-
-
-def _any_size(core: Core) -> Core:
-    """Say of a core that its kernel indexes with 64 bits, so that a call may have any size."""
-    core.any_size = True  # type: ignore[attr-defined]
-    return core
 
 
 def takes_any_size(core: Core) -> bool:
@@ -54,7 +47,6 @@ def takes_any_size(core: Core) -> bool:
     return getattr(core, "any_size", False)
 
 
-@has_pieces
 def sdpa(
     q: Tensor,
     k: Tensor,
@@ -74,13 +66,9 @@ def sdpa(
     """
     if window is None and softcap is None and sinks is None:
         return _each_document(partial(_sdpa, scale=scale), q, k, v, documents)
-    return _in_one_call(
-        q, k, v, documents, scale=scale, window=window, softcap=softcap, sinks=sinks
-    )
+    return attend_documents(q, k, v, sinks, of_documents(documents, scale, window, softcap))
 
 
-@_any_size
-@has_pieces
 def varlen(
     q: Tensor,
     k: Tensor,
@@ -97,11 +85,9 @@ def varlen(
     3 or 4 where one of these is active (see kernels.py). Sinks are applied to the kernel's output,
     with its log-sum-exp. On a CPU its flash kernel computes the same, in fp64 too.
     """
-    return _in_one_call(q, k, v, documents, scale=scale, window=window, sinks=sinks)
+    return attend_documents(q, k, v, sinks, of_documents(documents, scale, window))
 
 
-@_any_size
-@has_pieces
 def flash(
     q: Tensor,
     k: Tensor,
@@ -135,7 +121,6 @@ def flash(
     return with_equal_sizes(attend, q, k, v).unflatten(0, q.shape[:2])
 
 
-@has_pieces
 def flex(
     q: Tensor,
     k: Tensor,
@@ -209,6 +194,12 @@ def _block_mask(documents: Documents, window: int | None, device: torch.device) 
     )
 
 
+for _core in (sdpa, varlen, flash, flex):  # all are exact, so the same pieces are theirs
+    _core.pieces = KERNELS  # type: ignore[attr-defined]
+for _core in (varlen, flash):  # their kernels index with 64 bits
+    _core.any_size = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class CoreRequirements:
     """What a model asks of its core, and where."""
@@ -237,8 +228,16 @@ def choose_core(name: str, requirements: CoreRequirements) -> tuple[Core, str]:
         core, reason = choose_core(new, requirements)
         return core, f'{reason}. model.attention = "{name}" is its old name: set it to "{new}"'
     of_this_file = {core: globals()[core] for core in CORES if core != "auto"}
-    cores = {name: _import_core(name)} if ":" in name else of_this_file
-    obstacles = {}
+    cores, obstacles = of_this_file, {}
+    if ":" in name:
+        module, _, function = name.partition(":")
+        try:
+            cores = {name: getattr(importlib.import_module(module), function)}
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f'model.attention = "{name}": cannot be imported ({error}). Give '
+                "package.module:function, on sys.path."
+            ) from error
     for candidate, core in cores.items():
         obstacle = _obstacle(core, requirements, name)
         if obstacle is None and name in ("auto", candidate):
@@ -299,17 +298,6 @@ def _import_obstacle(package: str) -> str | None:
     return None
 
 
-def _import_core(name: str) -> Core:
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f'model.attention = "{name}": cannot be imported ({error}). Give '
-            "package.module:function, on sys.path."
-        ) from error
-
-
 def _each_document(
     attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, documents: Documents
 ) -> Tensor:
@@ -330,13 +318,6 @@ def _each_document(
         return row(q, k, v, documents[0])
     rows = zip(q.split(1), k.split(1), v.split(1), documents, strict=True)
     return torch.cat([row(*one) for one in rows])
-
-
-def _in_one_call(q: Tensor, k: Tensor, v: Tensor, documents: Documents, **options: Any) -> Tensor:
-    """Attend from the documents of all rows to themselves, one after the other (pieces.py)."""
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    output = attend_documents(*flat, lengths=tuple(chain(*documents)), **options)
-    return output.unflatten(0, q.shape[:2])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:

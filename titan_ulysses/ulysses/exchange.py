@@ -144,11 +144,8 @@ class _Load(NamedTuple):
 
     def parts(self, rank: int) -> tuple[Part, ...]:
         """Return the parts of what rank has: the tokens of a part have equally many heads."""
-        return self.plan.parts[rank] if "q" in self.tensors else (self._whole,)
-
-    @property
-    def _whole(self) -> Part:
-        return Part(range(self.plan.degree), range(0))
+        whole = (Part(range(self.plan.degree), range(0)),)
+        return self.plan.parts[rank] if "q" in self.tensors else whole
 
     def views(self, flat: Tensor, rank: int, tokens: int, batch: int) -> list[list[Tensor]]:
         """View what rank has, as it lies on the wire, as [n, B, h, D] for each part and tensor.
@@ -206,15 +203,12 @@ def _scatter_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> 
     for windows, places, _ in _copies(tensors, sent, load, rank):
         places.copy_(windows[:, None])
     received = _all_to_all(sent, received_sizes, sent_sizes, mesh)
-    views = [x.transpose(0, 1) for x in _by_tensor(load, load.views(received, rank, tokens, batch))]
-    return tuple(views)
-
-
-def _by_tensor(load: _Load, parts: list[list[Tensor]]) -> list[Tensor]:
-    """Return the queries of each part, and the keys and values of all parts [S, B, h, D]."""
+    # The queries of each part, and the keys and values of all parts [S, B, h, D].
+    parts = load.views(received, rank, tokens, batch)
     queries = [part[0] for part in parts] if load.tensors[0] == "q" else []
     others = [*zip(*parts, strict=True)][bool(queries) :]
-    return [*queries, *(x[0] if len(x) == 1 else torch.cat(x) for x in others)]
+    views = [*queries, *(x[0] if len(x) == 1 else torch.cat(x) for x in others)]
+    return tuple(x.transpose(0, 1) for x in views)
 
 
 def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> tuple[Tensor, ...]:
@@ -228,16 +222,13 @@ def _gather_heads(tensors: Sequence[Tensor], load: _Load, mesh: DeviceMesh) -> t
     received_sizes, sent_sizes = _wire_sizes(load, rank, batch * tokens)
     sent = _packed(tensors, load, rank, tokens, batch, sum(sent_sizes))
     received = _all_to_all(sent, received_sizes, sent_sizes, mesh)
-    shapes = [(_heads(load, i), size) for i, size in enumerate(load.sizes)]
+    # The heads that all ranks have together of each tensor.
+    heads = [of_ranks[-1].stop for of_ranks in load.plan.heads_of(load.tensors, 0)]
+    shapes = zip(heads, load.sizes, strict=True)
     gathered = [tensors[0].new_empty(batch, tokens, *shape) for shape in shapes]
     for windows, places, shared in _copies(gathered, received, load, rank):
         _accumulate(windows, places, shared=shared)
     return tuple(gathered)
-
-
-def _heads(load: _Load, tensor: int) -> int:
-    """Return the number of heads that all ranks have together of a tensor."""
-    return load.plan.heads_of(load.tensors, 0)[tensor][-1].stop
 
 
 def _wire_sizes(load: _Load, rank: int, tokens: int) -> tuple[list[int], list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,29 @@ def borders(lengths: Lengths, device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
+def _arguments(scores: Scores, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what both operators are told of scores, by position and by name.
+
+    A query sees so many keys left and right of its place, -1 for all. The kernel gives the last
+    query the place of the last key.
+    """
+    window, most_queries = scores.window, max(scores.query_lengths)
+    by_position = (
+        borders(scores.query_lengths, device),
+        borders(scores.key_lengths, device),
+        most_queries,
+        # FlashAttention 2 takes this for the keys right of a query where a window says all of them,
+        # and counts from the query's place, which is up to so many queries left of the first key.
+        max(most_queries, *scores.key_lengths),
+        0.0,
+        window is None and not scores.ahead,  # is_causal; a window says so by itself
+    )
+    left = -1 if window is None else window - 1 - scores.ahead
+    right = -1 if window is None or scores.ahead else 0
+    by_name = {"scale": scores.scale, "window_size_left": left, "window_size_right": right}
+    return by_position, by_name
+
+
 def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     """Attend with the flash operators of torch: all documents in one call.
 
@@ -33,40 +57,25 @@ def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tens
     it. All of them align causal attention at the bottom right, and index with 64 bits.
     """
     size, (q, k, v) = v.shape[-1], of_one_size(q, k, v, multiple=8)
+    by_position, by_name = _arguments(scores, q.device)
     output, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(q, k, v),
-        *_lengths(scores, q.device),
-        0.0,
-        scores.window is None and not scores.ahead,  # is_causal; a window says so by itself
-        False,
-        scale=scores.scale,
-        **_window(scores),
+        q, k, v, *by_position, False, **by_name
     )
     return output[..., :size], lse
 
 
-def _lengths(scores: Scores, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
-    most_queries = max(scores.query_lengths)
-    return (
-        borders(scores.query_lengths, device),
-        borders(scores.key_lengths, device),
-        most_queries,
-        # FlashAttention 2 takes this for the keys right of a query where a window says all of them,
-        # and counts from the query's place, which is up to so many queries left of the first key.
-        max(most_queries, *scores.key_lengths),
+def flash_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scores: Scores
+) -> tuple[Tensor, ...]:
+    """Return dq, dk and dv of a call of forward, from one call of the flash operators of torch."""
+    sizes = q.shape[-1], k.shape[-1], v.shape[-1]
+    q, k, v, grad, output = of_one_size(q, k, v, grad, output, multiple=8)
+    by_position, by_name = _arguments(scores, q.device)
+    unused = torch.empty(0, device=q.device)  # the state of a dropout that is 0
+    gradients = torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, output, lse, *by_position, unused, unused, **by_name
     )
-
-
-def _window(scores: Scores) -> dict[str, int]:
-    """Return the keys left and right of a query that it sees; -1 is all.
-
-    The kernel gives the last query the place of the last key.
-    """
-    if scores.window is None:
-        return {"window_size_left": -1, "window_size_right": -1}
-    if scores.ahead:
-        return {"window_size_left": scores.window - 1 - scores.ahead, "window_size_right": -1}
-    return {"window_size_left": scores.window - 1, "window_size_right": 0}
+    return tuple(x[..., :size] for x, size in zip(gradients, sizes, strict=True))
 
 
 def _cuda_backward(
@@ -85,47 +94,30 @@ def _cuda_backward(
     keys.
     """
     if scores.ahead:  # no own keys
-        parts = _call(*(grad, q, k, v, output, lse), scores=scores, causal=False, **_window(scores))
-        dk.add_(parts[1])
-        dv.add_(parts[2])
-        return parts[0]
+        dq, *parts = flash_gradients(grad, q, k, v, output, lse, scores)
+        dk.add_(parts[0])
+        dv.add_(parts[1])
+        return dq
     documents = list(scores.documents())
     own = [slice(y.stop - (x.stop - x.start), y.stop) for x, y in documents]
     lengths = tuple(x.stop - x.start for x in own)
     at_own = _joined(k, own), _joined(v, own)
-    parts = flash_own(grad, q, *at_own, output, lse, scores.of(lengths, lengths))
-    for keys, dk_, dv_ in zip(own, *(x.split(lengths) for x in parts[1:]), strict=True):
+    dq, *parts = flash_gradients(grad, q, *at_own, output, lse, scores.of(lengths, lengths))
+    for keys, dk_, dv_ in zip(own, *(x.split(lengths) for x in parts), strict=True):
         dk[keys].add_(dk_)
         dv[keys].add_(dv_)
-    window = scores.window
-    earlier = [block for pair in documents for block in _earlier_blocks(*pair, window, CUDA_BLOCK)]
+    earlier = [block for pair in documents for block in _earlier_blocks(*pair, scores)]
     if not earlier:
-        return parts[0]
-    dq = parts[0].to(torch.promote_types(q.dtype, torch.float32))
-    for rows, keys, left in earlier:
-        block = scores.of((rows.stop - rows.start,), (keys.stop - keys.start,))
-        dq_, dk_, dv_ = _call(
+        return dq
+    dq = dq.to(torch.promote_types(q.dtype, torch.float32))
+    for rows, keys, block in earlier:
+        found = flash_gradients(
             *(grad[rows], q[rows], k[keys], v[keys], output[rows], lse[:, rows].contiguous()),
             scores=block,
-            causal=False,
-            window_size_left=left,
-            window_size_right=-1,
         )
-        for sum_, part in ((dq[rows], dq_), (dk[keys], dk_), (dv[keys], dv_)):
+        for sum_, part in zip((dq[rows], dk[keys], dv[keys]), found, strict=True):
             sum_.add_(part)
     return dq.to(q.dtype)
-
-
-def flash_own(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, scores: Scores
-) -> tuple[Tensor, ...]:
-    """Return dq, dk and dv of whole documents: of as many queries as keys."""
-    return _call(
-        *(grad, q, k, v, output, lse),
-        scores=scores,
-        causal=scores.window is None,
-        **_window(scores),
-    )
 
 
 def _joined(x: Tensor, parts: list[slice]) -> Tensor:
@@ -136,52 +128,20 @@ def _joined(x: Tensor, parts: list[slice]) -> Tensor:
 
 
 def _earlier_blocks(
-    rows: slice, columns: slice, window: int | None, size: int
-) -> Iterator[tuple[slice, slice, int]]:
-    """Yield (queries, keys, window to the left, or -1) for blocks of a document's keys before its
-    first query.
+    rows: slice, columns: slice, scores: Scores
+) -> Iterator[tuple[slice, slice, Scores]]:
+    """Yield the queries, keys and scores of blocks of a document's keys before its first query.
 
-    The window is counted as the kernel counts it: from the place that it gives to the last of the
-    queries, which is that of the block's last key. Only the queries that see a key of the block are
-    in it, and they are further right by `ahead` keys in truth.
+    Only the queries that see a key of the block are in it.
     """
-    first = columns.stop - (rows.stop - rows.start)
+    window, first = scores.window, columns.stop - (rows.stop - rows.start)
     start = columns.start if window is None else max(columns.start, first - window + 1)
-    for left in range(start, first, size):
-        right = min(first, left + size)
-        if window is None:
-            yield rows, slice(left, right), -1
-            continue
-        stop = min(rows.stop, rows.start + (right - 1 + window - first))
-        ahead = first + (stop - rows.start) - right
-        yield slice(rows.start, stop), slice(left, right), window - 1 - ahead
-
-
-def _call(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    *,
-    scores: Scores,
-    causal: bool,
-    **window: int,
-) -> tuple[Tensor, ...]:
-    sizes = q.shape[-1], k.shape[-1], v.shape[-1]
-    q, k, v, grad, output = of_one_size(q, k, v, grad, output, multiple=8)
-    unused = torch.empty(0, device=q.device)  # the state of a dropout that is 0
-    gradients = torch.ops.aten._flash_attention_backward(
-        *(grad, q, k, v, output, lse),
-        *_lengths(scores, q.device),
-        0.0,
-        causal,
-        *(unused, unused),
-        scale=scores.scale,
-        **window,
-    )
-    return tuple(x[..., :size] for x, size in zip(gradients, sizes, strict=True))
+    for left in range(start, first, CUDA_BLOCK):
+        right, count = min(first, left + CUDA_BLOCK), rows.stop - rows.start
+        if window is not None:
+            count = min(count, right - 1 + window - first)
+        block = scores.of((count,), (right - left,), ahead=first + count - right)
+        yield slice(rows.start, rows.start + count), slice(left, right), block
 
 
 CUDA_FLASH = PieceKernels(_cuda_forward, _cuda_backward)

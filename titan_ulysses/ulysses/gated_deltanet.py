@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.ulysses.heads import LocalHeads
-from titan_ulysses.ulysses.mixer import Channels, Mixer
+from titan_ulysses.ulysses.mixer import Channels, Mixer, Share
 from titan_ulysses.ulysses.states import function_of
 
 _PROJECTIONS = (
@@ -24,12 +24,11 @@ class GatedDeltaNet(Mixer):
     """
 
     of_keys = (True, True, False, False, False)
-    function = "torch_chunk_gated_delta_rule"
+    recurrence = "torch_chunk_gated_delta_rule"
     of_heads = ("A_log", "dt_bias")
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Return whether a module is such a layer, by the names of its parts."""
         return all(
             hasattr(module, name) for name in ("A_log", "dt_bias", "conv1d", "head_k_dim")
         ) and any(all(hasattr(module, name) for name in names) for names in _PROJECTIONS)
@@ -70,21 +69,16 @@ class GatedDeltaNet(Mixer):
         )
 
     def recur(
-        self,
-        inputs: list[Tensor],
-        of_heads: list[Tensor],
-        heads: LocalHeads,
-        state: Tensor | None,
-        wanted: bool,
+        self, inputs: list[Tensor], mine: Share, state: Tensor | None, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        m, (q, k, v, b, a), (a_log, dt_bias) = self.module, inputs, of_heads
+        m, (q, k, v, b, a), (a_log, dt_bias) = self.module, inputs, mine.of_heads
         beta = b.squeeze(-1).sigmoid()
         if getattr(m, "allow_neg_eigval", False):
             beta = beta * 2.0
         decay = -a_log.float().exp() * F.softplus(a.squeeze(-1).float() + dt_bias)
-        return function_of(m, self.function, v.device)(
-            heads.repeat(q),
-            heads.repeat(k),
+        return function_of(m, self.recurrence, v.device)(
+            mine.heads.repeat(q),
+            mine.heads.repeat(k),
             v,
             g=decay,
             beta=beta,
@@ -93,12 +87,9 @@ class GatedDeltaNet(Mixer):
             use_qk_l2norm_in_kernel=True,
         )
 
-    def gated(self, output: Tensor, gate: Tensor) -> Tensor:
+    def finish(self, output: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         m = self.module
         norm = m.o_norm if hasattr(m, "o_norm") else m.norm
         flat = norm(output.reshape(-1, m.head_v_dim), gate.reshape(-1, m.head_v_dim))
-        return flat.view(*output.shape[:2], m.value_dim)
-
-    def project_back(self, gated: Tensor) -> Tensor:
-        m = self.module
-        return m.o_proj(gated) if hasattr(m, "o_proj") else m.out_proj(gated)
+        project = m.o_proj if hasattr(m, "o_proj") else m.out_proj
+        return project(flat.view(*output.shape[:2], m.value_dim).to(dtype))

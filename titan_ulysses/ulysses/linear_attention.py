@@ -31,19 +31,14 @@ from collections import Counter
 from collections.abc import Sequence
 from hashlib import sha256
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.ulysses.attention import Ulysses
-from titan_ulysses.ulysses.exchange import send_to_heads, send_to_sequence
 from titan_ulysses.ulysses.gated_deltanet import GatedDeltaNet
-from titan_ulysses.ulysses.heads import LocalHeads
 from titan_ulysses.ulysses.linear_kernels import check_kernels, describe_kernels
 from titan_ulysses.ulysses.mamba2 import Mamba2
-from titan_ulysses.ulysses.mixer import Mixer
 from titan_ulysses.ulysses.short_conv import ShortConv
-from titan_ulysses.ulysses.states import DocumentPiece, State, StatefulLayer, run_by_documents
+from titan_ulysses.ulysses.states import StatefulLayer
 
 KINDS = "Gated DeltaNet, Mamba-2 and short convolutions"
 WITH_STATE = {"linear_attention", "conv", "hybrid"}
@@ -72,9 +67,7 @@ def recurrence_flops(module: nn.Module) -> int:
     in Gated DeltaNet, two in Mamba-2. Kernels that compute in chunks do more.
     """
     return sum(
-        forward.mixer.recurrence_flops
-        for forward in map(_forward_of, module.modules())
-        if isinstance(forward, ByHeads)
+        forward.recurrence_flops for forward in map(_forward_of, module.modules()) if forward
     )
 
 
@@ -96,9 +89,8 @@ def describe_layers(model: nn.Module, device_type: str) -> str:
 
 def _functions_of(layers: Sequence[nn.Module]) -> list[str]:
     """Return the names of the functions of transformers that layers compute with."""
-    forwards = [_forward_of(layer) for layer in layers]
-    recurrences = {x.mixer.function for x in forwards if isinstance(x, ByHeads)}
-    return ["causal_conv1d_fn", *sorted(recurrences)] if forwards else []
+    recurrences = {x.recurrence for x in map(_forward_of, layers) if x and x.recurrence}
+    return ["causal_conv1d_fn", *sorted(recurrences)] if layers else []
 
 
 def check_layers(
@@ -172,56 +164,6 @@ def _source_hash(kind: type) -> str | None:
         return None
 
 
-def _forward_of(module: nn.Module) -> ByHeads | ShortConv | None:
-    if GatedDeltaNet.fits(module):
-        return ByHeads(GatedDeltaNet(module))
-    if Mamba2.fits(module):
-        return ByHeads(Mamba2(module))
-    return ShortConv(module) if ShortConv.fits(module) else None
-
-
-class ByHeads(StatefulLayer):
-    """The forward of a layer whose heads are divided among the ranks."""
-
-    def __init__(self, mixer: Mixer):
-        self.mixer, self.module = mixer, mixer.module
-
-    def compute(self, hidden: Tensor, ulysses: Ulysses) -> Tensor:
-        mixer, mesh = self.mixer, ulysses.mesh
-        tensors, gate = mixer.project(hidden)
-        plan = mixer.plan(mesh.size())
-        if mesh.size() > 1:
-            tensors = list(send_to_heads(tensors, mixer.of_keys, plan, mesh))
-        output = self.recur(tensors, plan.local(mesh.get_local_rank()), ulysses)
-        if mesh.size() > 1:
-            output = send_to_sequence(output, plan, mesh)
-        return mixer.project_back(mixer.gated(output, gate).to(hidden.dtype))
-
-    def recur(self, tensors: Sequence[Tensor], heads: LocalHeads, ulysses: Ulysses) -> Tensor:
-        """Run convolution and recurrence on this rank's heads of a chunk or of all tokens."""
-        mixer, extent = self.mixer, ulysses.extent
-        local = mixer.local(heads)
-        if not heads.query:
-            return self._idle(tensors, local)
-        state = extent.state_before(mixer.module, [*tensors, *local])
-
-        def run(inputs: list[Tensor], state: State | None, _: DocumentPiece):
-            return mixer.run(inputs, local, heads, state, extent.hands_state_on)
-
-        start = 0 if extent.tokens is None else extent.tokens.start
-        output, last = run_by_documents(run, tensors, ulysses.documents, start, state)
-        return extent.state_after(mixer.module, output, last)
-
-    def _idle(self, tensors: Sequence[Tensor], local: Sequence[Tensor | None]) -> Tensor:
-        """Return the output [B, S, 0, D] of a rank without heads.
-
-        It stays connected to all inputs and parameters: their gradients are collectives, which
-        every rank must join. Its dtype is that of the other ranks' outputs, for the exchange.
-        """
-        values = tensors[self.mixer.of_keys.index(False)]
-        with torch.no_grad():
-            one = LocalHeads(range(1), range(1), [(slice(0, 1), slice(0, 1))])
-            token = [x.new_zeros(1, 1, 1, x.shape[3]) for x in tensors]
-            probe, _ = self.mixer.run(token, self.mixer.local(one), one, None, False)
-        nothing = sum(x.sum() for x in (*tensors, *local) if x is not None)
-        return (values + nothing).to(probe.dtype)
+def _forward_of(module: nn.Module) -> StatefulLayer | None:
+    fitting = (kind for kind in (GatedDeltaNet, Mamba2, ShortConv) if kind.fits(module))
+    return next((kind(module) for kind in fitting), None)

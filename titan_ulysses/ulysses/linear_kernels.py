@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -76,9 +77,10 @@ def check_kernels(functions: Iterable[str]) -> None:
 
 def _unusable(kernel: KernelPackage) -> str | None:
     """Return what is wrong with the installed package of a kernel, or None."""
-    version = _version(kernel)
-    if version is not None and kernel.least is not None and version < Version(kernel.least):
-        return f"is too old: version {version}, where {kernel.least} is needed"
+    with suppress(metadata.PackageNotFoundError, InvalidVersion):  # a folder of sources has none
+        version = Version(metadata.version(kernel.package))
+        if kernel.least is not None and version < Version(kernel.least):
+            return f"is too old: version {version}, where {kernel.least} is needed"
     try:
         function = getattr(importlib.import_module(kernel.module), kernel.name, None)
     except Exception as error:  # a package's own code raises whatever it likes
@@ -90,26 +92,16 @@ def _unusable(kernel: KernelPackage) -> str | None:
     return None
 
 
-def _version(kernel: KernelPackage) -> Version | None:
-    try:
-        return Version(metadata.version(kernel.package))
-    except (metadata.PackageNotFoundError, InvalidVersion):  # a folder of sources
-        return None
-
-
 def describe_kernels(functions: Iterable[str], device_type: str) -> str:
     """Return by which code these functions run, and what to install where it is slow."""
     kernels = [KERNELS[name] for name in functions]
     found = [kernel.package for kernel in kernels if is_installed(kernel)]
     missing = [kernel.package for kernel in kernels if not is_installed(kernel)]
     if device_type != "cuda":
-        return f"in PyTorch, which is slow (the kernels of {_all(found + missing)} are for GPUs)"
-    by = [f"by the kernels of {_all(found)}"] if found else []
+        every = " and ".join(found + missing)
+        return f"in PyTorch, which is slow (the kernels of {every} are for GPUs)"
+    by = [f"by the kernels of {' and '.join(found)}"] if found else []
     if missing:
-        packages = " ".join(missing)
-        by.append(f"in PyTorch, which is slow, without {_all(missing)} (pip install {packages})")
+        packages, all_missing = " ".join(missing), " and ".join(missing)
+        by.append(f"in PyTorch, which is slow, without {all_missing} (pip install {packages})")
     return ", and ".join(by)
-
-
-def _all(names: list[str]) -> str:
-    return " and ".join(names)

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_ulysses.ulysses.heads import LocalHeads
-from titan_ulysses.ulysses.mixer import Channels, Mixer
+from titan_ulysses.ulysses.mixer import Channels, Mixer, Share
 from titan_ulysses.ulysses.states import function_of
 
 _PARTS = ("A_log", "D", "dt_bias", "conv1d", "in_proj", "out_proj", "n_groups", "ssm_state_size")
@@ -23,12 +22,11 @@ class Mamba2(Mixer):
     """
 
     of_keys = (False, True, True, False)
-    function = "mamba2_chunk_scan"
+    recurrence = "mamba2_chunk_scan"
     of_heads = ("A_log", "D", "dt_bias")
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Return whether a module is such a layer, by the names of its parts."""
         return all(hasattr(module, name) for name in _PARTS)
 
     @property
@@ -58,17 +56,12 @@ class Mamba2(Mixer):
         return [x.unflatten(-1, (m.num_heads, m.head_dim)), b, c, dt[..., None]], gate
 
     def recur(
-        self,
-        inputs: list[Tensor],
-        of_heads: list[Tensor],
-        heads: LocalHeads,
-        state: Tensor | None,
-        wanted: bool,
+        self, inputs: list[Tensor], mine: Share, state: Tensor | None, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:
-        m, (x, b, c, dt), (a_log, d, dt_bias) = self.module, inputs, of_heads
-        if len(heads.runs) > 1:  # the scan wants equally many heads in each group
-            b, c = heads.repeat(b), heads.repeat(c)
-        result = function_of(m, self.function, x.device)(
+        m, (x, b, c, dt), (a_log, d, dt_bias) = self.module, inputs, mine.of_heads
+        if len(mine.heads.runs) > 1:  # the scan wants equally many heads in each group
+            b, c = mine.heads.repeat(b), mine.heads.repeat(c)
+        result = function_of(m, self.recurrence, x.device)(
             x,
             dt.squeeze(-1),
             -torch.exp(a_log.float()),
@@ -84,11 +77,8 @@ class Mamba2(Mixer):
         )
         return result if wanted else (result, None)
 
-    def gated(self, output: Tensor, gate: Tensor) -> Tensor:
-        flat = output.flatten(2)
-        if getattr(self.module, "mamba_rms_norm", True):
-            return self.module.norm(flat, gate)
-        return flat * F.silu(gate)  # falcon_h1 may gate without a norm
-
-    def project_back(self, gated: Tensor) -> Tensor:
-        return self.module.out_proj(gated)
+    def finish(self, output: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        m, flat = self.module, output.flatten(2)
+        # falcon_h1 may gate without a norm.
+        has_norm = getattr(m, "mamba_rms_norm", True)
+        return m.out_proj((m.norm(flat, gate) if has_norm else flat * F.silu(gate)).to(dtype))

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH, flash_own
-from titan_ulysses.ulysses.scores import Lengths, PieceKernels, Scores
+from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH, flash_gradients
+from titan_ulysses.ulysses.scores import Pieces, Scores
 from titan_ulysses.ulysses.tiles import BLOCK, CPU_FLASH, EXPLICIT
 
 
@@ -111,7 +111,7 @@ class _WholeAttention(torch.autograd.Function):
         gradient = None if sinks is None else sinks_gradient(grad, output, lse, sinks)
         saved = grad, q, k, v, output, lse, ctx.scores
         if _best(q, ctx.scores.softcap) is CUDA_FLASH:
-            gradients = flash_own(*saved)
+            gradients = flash_gradients(*saved)
         else:
             dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
             dq = KERNELS.backward(*saved, dk=dk, dv=dv)
@@ -120,23 +120,10 @@ class _WholeAttention(torch.autograd.Function):
 
 
 def attend_documents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    lengths: Lengths,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scores: Scores
 ) -> Tensor:
-    """Attend from whole documents to themselves: q [N, Hq, D], k [N, Hkv, D] and v [N, Hkv, Dv] ->
-    [N, Hq, Dv], for documents of `lengths`, one after the other. Differentiable.
+    """Attend from whole documents to themselves, those of all rows in one call: q [B, S, Hq, D],
+    k [B, S, Hkv, D] and v [B, S, Hkv, Dv] -> [B, S, Hq, Dv]. Differentiable.
     """
-    return _WholeAttention.apply(q, k, v, sinks, Scores(lengths, lengths, scale, window, softcap))
-
-
-def has_pieces(core: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Give core, which must compute exact attention, the pieces of this file."""
-    core.pieces = KERNELS  # type: ignore[attr-defined]
-    return core
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    return _Attention.apply(*flat, sinks, scores).unflatten(0, q.shape[:2])

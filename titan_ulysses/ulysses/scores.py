@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from titan_ulysses.distributed.sequence import Documents
 
 Lengths = tuple[int, ...]
 
@@ -45,6 +47,14 @@ class Scores:
     def of(self, query_lengths: Lengths, key_lengths: Lengths, *, ahead: int = 0) -> Scores:
         """Return the same of other documents."""
         return replace(self, query_lengths=query_lengths, key_lengths=key_lengths, ahead=ahead)
+
+
+def of_documents(
+    documents: Documents, scale: float, window: int | None = None, softcap: float | None = None
+) -> Scores:
+    """Return the scores of the documents of all rows, one after the other."""
+    lengths = tuple(chain(*documents))
+    return Scores(lengths, lengths, scale, window, softcap)
 
 
 @dataclass(frozen=True)

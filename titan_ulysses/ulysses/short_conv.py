@@ -28,12 +28,8 @@ class ShortConv(StatefulLayer):
     are needed, and they are all that ranks exchange.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        """Return whether a module is such a layer, by its name and the names of its parts."""
         parts = ("conv", "in_proj", "out_proj", "conv_kernel_size")
         return type(module).__name__.endswith("ShortConv") and all(
             hasattr(module, name) for name in parts
@@ -54,8 +50,7 @@ class ShortConv(StatefulLayer):
                 tail = F.pad(tail, (m.conv_kernel_size - 1 - tail.shape[2], 0))
             return convolve(m, inputs[0].transpose(1, 2), weight, bias, tail).transpose(1, 2), None
 
-        start = 0 if extent.tokens is None else extent.tokens.start
-        first = start + mesh.get_local_rank() * x.shape[1]
+        first = extent.start + mesh.get_local_rank() * x.shape[1]
         y = run_by_documents(run, [x], ulysses.documents, first, (before,))[0]
         last = last_inputs(x.mT, before.mT, m.conv_kernel_size - 1).mT
         return m.out_proj(extent.state_after(m, c * _Joined.apply(y, before), (last,)))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.sequence import Documents
-from titan_ulysses.ulysses.attention import Ulysses
+from titan_ulysses.ulysses.attention import Ulysses, checked
 
 State = tuple[Tensor, ...]
 """What a layer carries along the sequence, [B, ...] each: the last inputs of its convolution, and
@@ -160,7 +160,21 @@ def function_of(module: nn.Module, name: str, device: torch.device) -> Callable[
 class StatefulLayer(ABC):
     """The forward of a layer that carries a state, around a module of transformers."""
 
-    module: nn.Module
+    recurrence: str | None = None
+    """The name of the function of its recurrence in the file of the module's class."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    @property
+    def recurrence_flops(self) -> int:
+        """FLOPs of a token's recurrence in forward."""
+        return 0
+
+    @staticmethod
+    @abstractmethod
+    def fits(module: nn.Module) -> bool:
+        """Return whether a module is such a layer, by the names of its parts."""
 
     def __call__(
         self,
@@ -171,17 +185,7 @@ class StatefulLayer(ABC):
         **__: Any,
     ) -> Tensor:
         """UserError for a call that cannot be served."""
-        name = type(self.module).__name__
-        if ulysses is None:
-            raise UserError(
-                f"model: {name} does not receive the documents and ranks: this version of "
-                "transformers does not pass keyword arguments on to it. Install a newer one."
-            )
-        if attention_mask is not None:
-            raise UserError(
-                f"model: {name} gets its own mask, but here the documents determine all that is "
-                "masked."
-            )
+        ulysses = checked(ulysses, self.module, attention_mask)
         if ulysses.extent.keys_only:  # nothing is needed of this layer: zeros, without memory
             return hidden_states.new_zeros(()).expand(hidden_states.shape)
         return self.compute(hidden_states, ulysses)

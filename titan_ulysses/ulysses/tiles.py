@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,62 +25,60 @@ SMALLEST_BLOCK = 256
 
 
 class Tile(NamedTuple):
-    """A part of a document's scores."""
+    """A part of a document's scores. Every query sees at least one of its keys."""
 
     queries: slice
     keys: slice
-    seen: str
-    """"all" the scores, "causal" (as many queries as keys, the lower triangle), or "band" (what
-    `_band` says). Every query sees at least one key of its tile.
-    """
+    seen: Literal["all", "causal", "band"]
+    """all the scores; of as many queries as keys, the lower triangle; what the window leaves"""
+    first: int
+    """the place of the first query among the document's keys"""
+    scores: Scores
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Return which scores are seen: bool [queries, keys]; None: all."""
+        if self.seen == "all":
+            return None
+        count = self.queries.stop - self.queries.start
+        if self.seen == "causal":
+            return torch.ones(count, count, dtype=torch.bool, device=device).tril_()
+        places = torch.arange(self.first, self.first + count, device=device)
+        distance = places[:, None] - torch.arange(self.keys.start, self.keys.stop, device=device)
+        return (distance >= 0) & (distance < self.scores.window)
 
 
-def _tiles(
-    queries: int, keys: int, window: int | None, most_keys: int, ahead: int = 0
-) -> Iterator[Tile]:
+def _tiles(queries: int, keys: int, scores: Scores, most_keys: int) -> Iterator[Tile]:
     """Cut the scores of a document into tiles of at most most_keys keys (more in a short band)."""
-    offset = keys - queries + ahead
+    window, offset = scores.window, keys - queries + scores.ahead
     size = BLOCK if window is None else min(BLOCK, max(SMALLEST_BLOCK, window))
     for start in range(offset, offset + queries, size):
         stop = min(offset + queries, start + size)
         rows = slice(start - offset, stop - offset)
+        tile = partial(Tile, rows, first=start, scores=scores)
         # The first key that any query of the tile sees, and the first that all of them see.
         first = 0 if window is None else max(0, start - window + 1)
         shared = 0 if window is None else max(0, stop - window)
         if shared >= start and shared > first:
-            yield Tile(rows, slice(first, stop), "band")
+            yield tile(slice(first, stop), "band")
             continue
         if shared > first:
             # One key that all see is in the band, so that its last query sees one too.
             shared += 1
-            yield Tile(rows, slice(first, shared), "band")
+            yield tile(slice(first, shared), "band")
         end = min(start, keys)
         for left in visited([*range(shared, end, most_keys)]):
-            yield Tile(rows, slice(left, min(end, left + most_keys)), "all")
-        if not ahead:
-            yield Tile(rows, slice(start, stop), "causal")
+            yield tile(slice(left, min(end, left + most_keys)), "all")
+        if not scores.ahead:
+            yield tile(slice(start, stop), "causal")
 
 
-def _band(tile: Tile, offset: int, window: int | None, device: torch.device) -> Tensor:
-    """Return which scores of the tile are seen: bool [queries, keys].
-
-    offset: the document's keys before its first query.
-    """
-    places = torch.arange(tile.queries.start, tile.queries.stop, device=device) + offset
-    distance = places[:, None] - torch.arange(tile.keys.start, tile.keys.stop, device=device)
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
-
-
-class _TileKernel(NamedTuple):
-    """Attention of one tile.
-
-    q is [Hq, queries, D] and k [Hkv, keys, D]; `seen` is "all", "causal" or the mask of a band.
-    """
+class _Kernel(NamedTuple):
+    """Attention of one tile: q is its [Hq, queries, D] and k its [Hkv, keys, D]."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
-    """forward(q, k, v, seen, scores) -> output [Hq, queries, Dv], lse [Hq, queries]"""
+    """forward(q, k, v, tile) -> output [Hq, queries, Dv], lse [Hq, queries]"""
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """backward(grad, q, k, v, output, lse, seen, scores) -> dq, dk, dv"""
+    """backward(grad, q, k, v, output, lse, tile) -> dq, dk, dv"""
     most_keys: Callable[[torch.dtype], int]
     """the most keys of a tile of forward"""
 
@@ -98,13 +96,9 @@ def _forward_by_tiles(
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
     for rows, columns in scores.documents():
         q_, k_, v_ = (x.transpose(0, 1) for x in (q[rows], k[columns], v[columns]))
-        lengths, most = (q_.shape[1], k_.shape[1]), kernel.most_keys(q.dtype)
-        offset = lengths[1] - lengths[0] + scores.ahead
         merged = Merged(output[rows].transpose(0, 1), lse[:, rows])
-        for tile in _tiles(*lengths, scores.window, most, scores.ahead):
-            seen = _seen(tile, offset, scores.window, q.device)
-            keys = tile.keys
-            part = kernel.forward(q_[:, tile.queries], k_[:, keys], v_[:, keys], seen, scores)
+        for tile in _tiles(q_.shape[1], k_.shape[1], scores, kernel.most_keys(q.dtype)):
+            part = kernel.forward(q_[:, tile.queries], k_[:, tile.keys], v_[:, tile.keys], tile)
             merged.add(tile.queries, *part)
         merged.end()
     return output, lse
@@ -128,22 +122,15 @@ def _backward_by_tiles(
         of_queries = [x[rows].transpose(0, 1) for x in (grad, q, output)]
         of_keys = [x[columns].transpose(0, 1) for x in (k, v, dk, dv)]
         total = torch.zeros(of_queries[1].shape, dtype=lse.dtype, device=q.device)
-        lengths = total.shape[1], of_keys[0].shape[1]
-        offset = lengths[1] - lengths[0] + scores.ahead
-        for tile in _tiles(*lengths, scores.window, BLOCK, scores.ahead):
-            seen = _seen(tile, offset, scores.window, q.device)
+        for tile in _tiles(total.shape[1], of_keys[0].shape[1], scores, BLOCK):
             grad_, q_, output_ = (x[:, tile.queries] for x in of_queries)
             k_, v_, dk_, dv_ = (x[:, tile.keys] for x in of_keys)
             lse_ = lse[:, rows][:, tile.queries]
-            parts = kernel.backward(grad_, q_, k_, v_, output_, lse_, seen, scores)
+            parts = kernel.backward(grad_, q_, k_, v_, output_, lse_, tile)
             for sum_, part in zip((total[:, tile.queries], dk_, dv_), parts, strict=True):
                 sum_.add_(part)
         dq[rows] = total.transpose(0, 1)
     return dq
-
-
-def _seen(tile: Tile, offset: int, window: int | None, device: torch.device) -> str | Tensor:
-    return _band(tile, offset, window, device) if tile.seen == "band" else tile.seen
 
 
 class Merged:
@@ -174,15 +161,6 @@ class Merged:
 # --- explicit scores ------------------------------------------------------------------------------
 
 
-def _mask(seen: str | Tensor, queries: int, keys: int, device: torch.device) -> Tensor | None:
-    """Return the scores that are seen as a mask, or None for all."""
-    if isinstance(seen, Tensor):
-        return seen
-    if seen == "all":
-        return None
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_()
-
-
 def _explicit_scores(
     q: Tensor, k: Tensor, mask: Tensor | None, how: Scores
 ) -> tuple[Tensor, Tensor | None]:
@@ -201,14 +179,12 @@ def _explicit_scores(
     return scores, slope
 
 
-def _explicit_forward(
-    q: Tensor, k: Tensor, v: Tensor, seen: str | Tensor, how: Scores
-) -> tuple[Tensor, Tensor]:
+def _explicit_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """Attend a KV head at a time, so that the scores of only its group are held."""
-    mask = _mask(seen, q.shape[1], k.shape[1], q.device)
+    mask = tile.mask(q.device)
     outputs, sums = [], []
     for q_, k_, v_ in zip(q.unflatten(0, (len(k), -1)), k, v, strict=True):
-        scores, _ = _explicit_scores(q_, k_, mask, how)
+        scores, _ = _explicit_scores(q_, k_, mask, tile.scores)
         sums.append(scores.logsumexp(dim=-1))
         weights = scores.sub_(sums[-1][..., None]).exp_()
         outputs.append(torch.matmul(weights.to(v.dtype), v_))
@@ -216,25 +192,18 @@ def _explicit_forward(
 
 
 def _explicit_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    seen: str | Tensor,
-    how: Scores,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(seen, q.shape[1], k.shape[1], q.device)
+    mask = tile.mask(q.device)
     dots = (grad.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1, keepdim=True)
     groups = (x.unflatten(0, (len(k), -1)) for x in (grad, q, lse[..., None], dots))
     gradients = []
     for grad_, q_, lse_, dots_, k_, v_ in zip(*groups, k, v, strict=True):
-        scores, slope = _explicit_scores(q_, k_, mask, how)
+        scores, slope = _explicit_scores(q_, k_, mask, tile.scores)
         weights = scores.sub_(lse_).exp_()
         dv = torch.einsum("gqk,gqd->kd", weights.to(v.dtype), grad_)
         dscores = torch.matmul(grad_, v_.t()).to(lse.dtype).sub_(dots_).mul_(weights)
-        dscores = dscores.mul_(how.scale if slope is None else slope).to(q.dtype)
+        dscores = dscores.mul_(tile.scores.scale if slope is None else slope).to(q.dtype)
         dk = torch.einsum("gqk,gqd->kd", dscores, q_)
         gradients.append((torch.matmul(dscores, k_), dk, dv))
     dq, dk, dv = zip(*gradients, strict=True)
@@ -244,44 +213,31 @@ def _explicit_backward(
 # --- the flash kernel of a CPU --------------------------------------------------------------------
 
 
-def _cpu_options(seen: str | Tensor, scores: Scores, dtype: torch.dtype) -> dict:
-    options: dict = {"scale": scores.scale}
-    if isinstance(seen, Tensor):
-        zeros = torch.zeros(seen.shape, dtype=dtype)
-        options["attn_mask"] = zeros.masked_fill_(~seen, -torch.inf)
+def _cpu_options(tile: Tile, like: Tensor) -> dict[str, Any]:
+    """Return how the kernel is told of a tile: it adds attn_mask to the scores."""
+    options = {"dropout_p": 0.0, "is_causal": tile.seen == "causal", "scale": tile.scores.scale}
+    if tile.seen == "band":
+        seen = tile.mask(like.device)
+        assert seen is not None
+        options["attn_mask"] = like.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
     return options
 
 
-def _cpu_forward(
-    q: Tensor, k: Tensor, v: Tensor, seen: str | Tensor, scores: Scores
-) -> tuple[Tensor, Tensor]:
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     size, (q, k, v) = v.shape[-1], of_one_size(q, k, v)
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *(x[None] for x in (q, k, v)),
-        0.0,
-        isinstance(seen, str) and seen == "causal",
-        **_cpu_options(seen, scores, q.dtype),
+        *(x[None] for x in (q, k, v)), **_cpu_options(tile, q)
     )
     return output[0, ..., :size], lse.reshape(lse.shape[1:])
 
 
 def _cpu_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    seen: str | Tensor,
-    scores: Scores,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = q.shape[-1], k.shape[-1], v.shape[-1]
     q, k, v, grad, output = of_one_size(q, k, v, grad, output)
     gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x[None] for x in (grad, q, k, v, output, lse)),
-        0.0,
-        isinstance(seen, str) and seen == "causal",
-        **_cpu_options(seen, scores, q.dtype),
+        *(x[None] for x in (grad, q, k, v, output, lse)), **_cpu_options(tile, q)
     )
     dq, dk, dv = (x[0, ..., :size] for x, size in zip(gradients, sizes, strict=True))
     return dq, dk, dv
