@@ -31,7 +31,7 @@ from titan_ulysses.ulysses import gated_deltanet, mamba2, states
 from titan_ulysses.ulysses.heads import plan_heads
 from titan_ulysses.ulysses.linear_attention import linear_layers
 from titan_ulysses.ulysses.mixer import Share
-from titan_ulysses.ulysses.states import Piece, pieces_of_row
+from titan_ulysses.ulysses.states import DocumentPiece, pieces_of_row
 
 SP3 = (1, 1, 3)
 MESHES = {"one": ONE, "sp2": SP2, "sp3": SP3, "sp4": SP4, "dp2 x sp2": DP2_SP2}

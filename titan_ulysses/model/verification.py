@@ -379,7 +379,7 @@ def _train_repeatedly(
     return expected, False
 
 
-def _loss_whole(model: PreTrainedModel, batch: _Batch) -> Tensor:
+def _loss_whole(model: PreTrainedModel, batch: _TestBatch) -> Tensor:
     """Return the loss of unmodified transformers, with each document alone."""
     if batch.has_router_loss:
         return model(input_ids=batch.ids, labels=batch.ids, use_cache=False).loss
@@ -391,7 +391,7 @@ def _loss_whole(model: PreTrainedModel, batch: _Batch) -> Tensor:
     return total / batch.labels.numel()
 
 
-def _loss_sharded(model: PreTrainedModel, batch: _Batch, mesh: Mesh) -> Tensor:
+def _loss_sharded(model: PreTrainedModel, batch: _TestBatch, mesh: Mesh) -> Tensor:
     length, degree = batch.ids.shape[1], mesh.sp.size()
     chunk_tokens = chunk_length(model.sharding.stream_chunk_tokens, length, degree)
 

@@ -14,7 +14,7 @@ from titan_ulysses.ulysses.attention import Ulysses
 from titan_ulysses.ulysses.exchange import send_to_heads, send_to_sequence
 from titan_ulysses.ulysses.heads import HeadPlan, LocalHeads, plan_heads
 from titan_ulysses.ulysses.states import (
-    Piece,
+    DocumentPiece,
     State,
     StatefulLayer,
     convolve,
@@ -102,7 +102,7 @@ class Mixer(StatefulLayer):
         extent = ulysses.extent
         state = extent.state_before(self.module, [*tensors, *mine.parameters])
 
-        def run(inputs: list[Tensor], state: State | None, _: Piece):
+        def run(inputs: list[Tensor], state: State | None, _: DocumentPiece):
             return self.run(inputs, mine, state, extent.hands_state_on)
 
         output, last = run_by_documents(run, tensors, ulysses.documents, extent.start, state)

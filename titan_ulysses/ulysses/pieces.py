@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from titan_ulysses.ulysses.flash_cuda import CUDA_FLASH, flash_gradients
-from titan_ulysses.ulysses.scores import Pieces, Scores
+from titan_ulysses.ulysses.scores import PieceKernels, Scores
 from titan_ulysses.ulysses.tiles import BLOCK, CPU_FLASH, EXPLICIT
 
 
@@ -126,4 +126,4 @@ def attend_documents(
     k [B, S, Hkv, D] and v [B, S, Hkv, Dv] -> [B, S, Hq, Dv]. Differentiable.
     """
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    return _Attention.apply(*flat, sinks, scores).unflatten(0, q.shape[:2])
+    return _WholeAttention.apply(*flat, sinks, scores).unflatten(0, q.shape[:2])

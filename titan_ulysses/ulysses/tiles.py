@@ -72,7 +72,7 @@ def _tiles(queries: int, keys: int, scores: Scores, most_keys: int) -> Iterator[
             yield tile(slice(start, stop), "causal")
 
 
-class _Kernel(NamedTuple):
+class _TileKernel(NamedTuple):
     """Attention of one tile: q is its [Hq, queries, D] and k its [Hkv, keys, D]."""
 
     forward: Callable[..., tuple[Tensor, Tensor]]
