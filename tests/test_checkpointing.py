@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.meshes import mesh_of
 from helpers.models import LLAMA, STARCODER2
+from helpers.options import sections
 from helpers.ranks import run_on_ranks
 from helpers.rows import Row, local_batch, make_rows
 from helpers.training import OPTIMIZER, Record, largest_difference, train_plain, train_sharded
@@ -114,8 +115,7 @@ def counted(every: int, layers: int, offload: str) -> tuple[dict[str, int], dict
 
     for layer in model.model.layers:
         layer.mlp.gate_proj.register_forward_hook(lambda *_: calls.update(mlp=calls["mlp"] + 1))
-    checkpoints = {"every": every, "offload": offload}
-    own = {"activation_checkpoint": checkpoints, "memory": {"mlp_tile_tokens": 4}}
+    own = sections(checkpoint_every=every, offload=offload, mlp_tile_tokens=4)
     parallelize(model, mesh, attention=core, param_dtype=torch.float32, **own)
     hf.allocate(model, mesh.device)
     hf.initialize(model, seed=0)
@@ -417,7 +417,7 @@ def test_the_host_is_up_to_two_tensors_ahead_of_the_files(tmp_path):
     # The last one is still on the device; the others come from their files.
     assert [store.get(one).tolist() for one in reversed(kept)] == [y.tolist() for y in x[::-1]]
     assert store._staging[0].work.result() is not None
-    assert [one.view().tolist() for one in kept[:2]] == [y.tolist() for y in x[:2]]
+    assert [one.tensor.tolist() for one in kept[:2]] == [y.tolist() for y in x[:2]]
 
 
 def test_what_fails_in_the_thread_is_raised(tmp_path):

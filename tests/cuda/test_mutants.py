@@ -263,22 +263,23 @@ def autocast_of_the_cpu(patch: Patch) -> None:
 
 def no_limit_by_the_rule_of_fa3(patch: Patch) -> None:
     """Its -1 at the right is the longest query, FA2's the longest key."""
-    lengths = flash_cuda._lengths
+    arguments = flash_cuda._arguments
 
     def shorter(scores, device):
-        return *lengths(scores, device)[:3], max(scores.key_lengths)
+        by_position, by_name = arguments(scores, device)
+        return (*by_position[:3], max(scores.key_lengths), *by_position[4:]), by_name
 
-    patch.setattr(flash_cuda, "_lengths", shorter)
+    patch.setattr(flash_cuda, "_arguments", shorter)
 
 
 def window_of_one_key_more(patch: Patch) -> None:
-    window = flash_cuda._window
+    arguments = flash_cuda._arguments
 
-    def wider(scores):
-        found = window(scores)
-        return found | {"window_size_left": found["window_size_left"] + 1}
+    def wider(scores, device):
+        by_position, by_name = arguments(scores, device)
+        return by_position, by_name | {"window_size_left": by_name["window_size_left"] + 1}
 
-    patch.setattr(flash_cuda, "_window", wider)
+    patch.setattr(flash_cuda, "_arguments", wider)
 
 
 def lengths_on_the_cpu(patch: Patch) -> None:

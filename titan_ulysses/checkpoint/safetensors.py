@@ -299,14 +299,10 @@ def export(
     dtypes = {name: added.get(name, tensor).dtype for name, tensor in state.items()}
     groups = {names[0]: names for names in layout.writes()}
     # Before anything is gathered, because the names of the files have their number in them.
+    sizes = {x: sum(state[y].numel() * dtypes[y].itemsize for y in g) for x, g in groups.items()}
+    pattern = "model{suffix}.safetensors"
     split = split_state_dict_into_shards_factory(
-        {
-            first: sum(state[name].numel() * dtypes[name].itemsize for name in names)
-            for first, names in groups.items()
-        },
-        get_storage_size=int,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=_EXPORT_FILE_BYTES,
+        sizes, get_storage_size=int, filename_pattern=pattern, max_shard_size=_EXPORT_FILE_BYTES
     )
     index: dict[str, str] = {}
     try:

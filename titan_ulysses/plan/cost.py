@@ -269,17 +269,14 @@ def step_time(
         {key: amount / rates[key[1]] for key, amount in cost.amounts.items() if key[1] in rates}
     )
     exchange = links.exchange_seconds(exchanged, gpu)
-    stages = {
-        name: sum(s for (stage, _), s in seconds.items() if stage == name)
-        for name in STAGES.values()
-    }
+    stages: Counter[str] = Counter()
+    for (stage, _), s in seconds.items():
+        stages[stage] += s
     # Forward, recomputation and backward are taken to have a third of the exchanges each.
     forward = stages["forward"] + exchange / 3
     backward = stages["backward"] + 2 * exchange / 3
-    checkpoints, parameters, gradients, state = (
-        on_host.get(what, 0)
-        for what in ("checkpoints", "parameters", "gradients", "optimizer state")
-    )
+    components = ("checkpoints", "parameters", "gradients", "optimizer state")
+    checkpoints, parameters, gradients, state = (on_host.get(name, 0) for name in components)
     to_gpu, to_host = 2 * parameters / gpu.host_link, gradients / gpu.host_link
     alone = links.world == 1
     hidden = {
@@ -289,11 +286,9 @@ def step_time(
         "parameters": to_host if alone else to_gpu + to_host,
         "hidden states": (cost.total(TO_DEVICE) + cost.total(OFF_DEVICE)) / gpu.host_link,
     }
+    update = 2 * state / gpu.host_link
     if parameters:
-        moved = 2 * (parameters + state) + gradients
-        update = moved * links.ranks_per_node / HOST_BANDWIDTH
-    else:
-        update = 2 * state / gpu.host_link
+        update = (2 * (parameters + state) + gradients) * links.ranks_per_node / HOST_BANDWIDTH
     computed = {"checkpoints to the host": forward, "checkpoints back": backward}
     both = forward + backward
     waits = {name: max(0.0, s - computed.get(name, both)) for name, s in hidden.items()}

@@ -174,8 +174,8 @@ def checked(
     name = type(module).__name__
     if ulysses is None:
         raise UserError(
-            f"model: {name} is not told of documents and ranks: in this version of transformers, "
-            "its model does not hand keywords down to it. Take a newer one, or another model."
+            f"model: {name} does not receive the documents and ranks: this version of transformers "
+            "does not pass keyword arguments on to it. Install a newer one, or another model."
         )
     if attention_mask is not None:
         raise UserError(
