@@ -77,7 +77,7 @@ def train(mutant: str | None, *args: Any, around: Any = None, **options: Any) ->
 def forward_in_bf16(patch: Patch) -> None:
     """By autocast, which ends before backward."""
     autocast = torch.autocast("cuda", torch.bfloat16)
-    patch.setattr(step.CrossEntropy, "__call__", autocast(step.CrossEntropy.__call__))
+    patch.setattr(step.CrossEntropy, "forward", autocast(step.CrossEntropy.forward))
 
 
 def slow_disk(patch: Patch) -> None:
@@ -326,14 +326,14 @@ def item_in_a_layer(patch: Patch) -> None:
 
 
 def item_in_the_step(patch: Patch) -> None:
-    original = step.clip_gradients
+    original = step._clip
 
-    def clip_gradients(*args: Any, **options: Any) -> Tensor:
-        norm = original(*args, **options)
-        assert norm.item() > 0
-        return norm
+    def clip(*args: Any, **options: Any) -> step.GradientNorms:
+        norms = original(*args, **options)
+        assert norms.total.item() > 0
+        return norms
 
-    patch.setattr(step, "clip_gradients", clip_gradients)
+    patch.setattr(step, "_clip", clip)
 
 
 def batch_read_before_it_has_come(patch: Patch) -> None:
