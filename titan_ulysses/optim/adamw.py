@@ -11,7 +11,7 @@ import math
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.adamw import adamw
 from torch.utils._triton import has_triton
 
@@ -27,7 +26,7 @@ from titan_ulysses.config.schema import Optimizer as OptimizerConfig
 from titan_ulysses.distributed.device import forked_rng, pin
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.seeds import seed_of
-from titan_ulysses.distributed.tensors import local_shard, plain_pieces
+from titan_ulysses.distributed.tensors import local_box, local_shard, plain_pieces
 from titan_ulysses.model.torchao import import_torchao, require_torchao
 
 BITS = {"adamw8bit": 8, "adamw4bit": 4}
@@ -345,12 +344,12 @@ def unaligned_blocks(state: Tensor, saved: list[tuple[torch.Size, torch.Size]], 
     multiple of the block size, so the usual cause is a shard, here or in the checkpoint, that is
     too small or of the wrong size to be quantized.
     """
-    here = compute_local_shape_and_global_offset(state.shape, state.device_mesh, state.placements)
+    here = local_box(state)
     row, block = math.prod(state.shape[1:]), _BLOCK_SIZES[bits]
 
     # Shards are compared as ranges of rows: the first one, the one after the last, and whether the
     # shard is quantized.
-    def rows(sizes: tuple[int, ...], offsets: tuple[int, ...]) -> tuple[int, int, bool]:
+    def rows(sizes: Sequence[int], offsets: Sequence[int]) -> tuple[int, int, bool]:
         return offsets[0], offsets[0] + sizes[0], is_quantized(math.prod(sizes), bits)
 
     mine = rows(*here)

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.tensors import local_shard
+from titan_ulysses.distributed.tensors import local_box, local_shard
 from titan_ulysses.optim.adamw import ShardwiseAdamW
 
 MOMENTUM = 0.95
@@ -92,7 +91,7 @@ def orthogonal(update: Tensor, p: Tensor) -> Tensor:
     layout = {"shape": p.shape, "stride": p.stride()}
     sharded = DTensor.from_local(update.to(dtype), mesh, placements, run_check=False, **layout)
     whole = newton_schulz(sharded.full_tensor())
-    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
+    shape, offset = local_box(p)
     for dim, (begin, size) in enumerate(zip(offset, shape, strict=True)):
         whole = whole.narrow(dim, min(begin, whole.shape[dim]), size)
     return whole.to(update.device, update.dtype)
