@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from titan_ulysses.distributed.parts import Cost, with_next
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.plan.attribution import Attribution, Owner
+from titan_ulysses.plan.fake import FakeOperations
 
 Place = Literal["device", "host", "disk"]
 
@@ -97,6 +98,7 @@ class MemoryTracker(TorchDispatchMode):
         self.weight = 1
         """how many operations the current one stands for"""
         self._workspace = workspace
+        self._run = FakeOperations()
         self._alive: dict[int, tuple[Allocation, weakref.ref]] = {}
         self._sizes: dict[int, int] = {}
         self._resizable: dict[int, weakref.ref] = {}
@@ -112,14 +114,13 @@ class MemoryTracker(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            # Most calls are this one, and no memory is in it. See FakeTensor.__torch_dispatch__.
+            return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         if not _are_plain(types):
             # DTensor and other wrapper classes run first. The operations that they call arrive
             # here again, on plain tensors.
             return NotImplemented
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            # Most calls are this one, and no memory is in it. See FakeTensor.__torch_dispatch__.
-            inside = args[0].fake_mode.in_kernel_invocation
-            return torch.device("meta") if inside else args[0].fake_device
         kwargs = kwargs or {}
         if func is torch.ops._c10d_functional.wait_tensor.default:
             # It returns its argument. On fake tensors it would make a new tensor.
@@ -138,13 +139,13 @@ class MemoryTracker(TorchDispatchMode):
         if func.is_view:  # half of all operations: they take no memory and no time
             if self.attribution is not None:
                 self.attribution.here()
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         self._look_at_resizable()
         if self.attribution is not None:
             owner = self.attribution.here()
             functions = creating_functions()
             self._moment = Moment(self.attribution.phase, owner, func._opname, functions)
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         kernel = self._note_results(func, args, kwargs, result)
         for observer in self.observers:
             observer(func, args, kwargs, result)
@@ -338,6 +339,7 @@ class MemoryTracker(TorchDispatchMode):
             self.place = before
 
 
+_DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
 _CASTS = {torch.ops.aten._to_copy.default}
 _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
