@@ -65,9 +65,9 @@ class FakeOperations:
             return _as_fake(result, source)
         tensors: list[FakeTensor] = []
         try:
-            key = func, torch.get_default_dtype(), _described(args, tensors)
-            if kwargs:
-                key += tuple(kwargs), _described(tuple(kwargs.values()), tensors)
+            named = _described([*kwargs.values()], tensors) if kwargs else ()
+            positional = _described(args, tensors)
+            key = func, torch.get_default_dtype(), positional, tuple(kwargs), named
         except _NotDescribed:
             return func(*args, **kwargs)
         if not tensors:
