@@ -183,6 +183,8 @@ def test_plan_of_a_model_without_a_file(
 class NothingFits:
     """A search that has tried one thing in vain; the real one is in tests/test_fastest.py."""
 
+    is_interrupted = False
+
     def __init__(self, setup: Setup) -> None:
         self.setup, self.tried, self.refusal = setup, {(): None}, "why it is refused"
 

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -127,6 +128,58 @@ def test_parts_that_are_left_out_change_nothing(monkeypatch, more):
     for kind in (TO_DEVICE, OFF_DEVICE):
         assert bool(found.total(kind)) == ("memory__stream_offload" in more)
     assert len(short.simulation.memory.events) < len(whole.simulation.memory.events)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory__stream_chunk_tokens": 576, "memory__stream_offload": "host"},
+        {
+            "model__config": model_of("qwen3_moe")
+            | {"vocab_size": 257, "max_position_embeddings": 4096},
+            **WHOLE,
+        },
+        {"lora__rank": 4, **WHOLE},
+    ],
+    ids=["chunks", "experts", "LoRA"],
+)
+def test_results_made_again_are_those_of_fake_tensors(monkeypatch, settings):
+    """Each result of a whole step, beside what FakeTensorMode makes of the same arguments."""
+    from torch.utils._pytree import tree_flatten
+
+    from titan_ulysses.plan import fake, memory
+
+    checked: Counter[str] = Counter()
+
+    def described(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        storage = x.untyped_storage()
+        whole = x.shape, x.stride(), x.dtype, x.device, x.storage_offset(), storage.nbytes()
+        return *whole, x.requires_grad
+
+    class Checked(fake.FakeOperations):
+        def __call__(self, func, args, kwargs):
+            known = len(self._known)
+            result = super().__call__(func, args, kwargs)
+            kind = fake._kind(func)
+            if kind == "other" or len(self._known) > known:  # by FakeTensorMode itself
+                return result
+            checked[kind] += 1
+            (got, form), (expected, other) = map(tree_flatten, (result, func(*args, **kwargs)))
+            assert form == other
+            assert [*map(described, got)] == [*map(described, expected)], func
+            shares = [
+                [x.untyped_storage()._cdata == args[0].untyped_storage()._cdata for x in results]
+                for results in (got, expected)
+                if kind != "new"
+            ]
+            assert shares == [[True] * len(got)] * len(shares), func
+            return result
+
+    monkeypatch.setattr(memory, "FakeOperations", Checked)
+    plan_of(**settings)
+    assert min(checked[kind] for kind in ("view", "new", "in place")) > 10, checked
 
 
 def test_products_of_experts_are_counted():

@@ -29,6 +29,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.launch.failure import exit_on_error
 from titan_ulysses.launch.hub import look_for_hub
 from titan_ulysses.memory.allocator import expand_segments
+from titan_ulysses.plan.progress import shown
 
 _EVALUATION = (
     ("validation.enable", True),
@@ -86,10 +87,12 @@ def run(argv: list[str]) -> None:
         return
     if command.plan:
         _hide_gpus()
-        with _large_imports():
-            from titan_ulysses.plan.report import plan_and_report
+        tokens = config.training.seq_len
+        with shown(f"{config.job.name}: {tokens:,} tokens a sequence on {config.plan.gpu}"):
+            with _large_imports():
+                from titan_ulysses.plan.report import plan_and_report
 
-        return plan_and_report(config)
+            return plan_and_report(config)
 
     # What is wrong without a look at the model or the data is said at once.
     check(
@@ -135,9 +138,11 @@ def _run_with_model(command: str, argv: list[str]) -> None:
     """Do what `plan MODEL` or `init MODEL` asks for. UserError for what cannot be used."""
     asked = parse_model_command(argv, writes=command == "init")
     _hide_gpus()
-    from titan_ulysses.plan.init import init, plan_model
+    with shown(f"{asked.model} on {asked.gpus.count} x {asked.gpus.name}"):
+        with _large_imports():
+            from titan_ulysses.plan.init import init, plan_model
 
-    init(asked) if command == "init" else plan_model(asked)
+        init(asked) if command == "init" else plan_model(asked)
 
 
 def main(argv: list[str] | None = None) -> None:

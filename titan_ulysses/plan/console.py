@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from titan_ulysses.observability.units import size_text, time_text
+from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.names import component_name, moment_name, tensor_name
-from titan_ulysses.plan.planner import Plan, Setup, check_idle, check_nodes, make_plan
+from titan_ulysses.plan.planner import Plan, Setup, check_idle, check_nodes
 from titan_ulysses.plan.run_cost import grace_of, run_cost
 from titan_ulysses.plan.search import SearchResult, differs, is_unlimited, with_settings
 from titan_ulysses.plan.searches import assignments, options
@@ -169,7 +170,8 @@ def _longest_sentence(setup: Setup, seq_len: int, *, verified: bool) -> str:
 def advice(plan: Plan) -> str:
     """Return a sentence about one more change of settings that lowers the memory that limits most.
 
-    The change is chosen by the size of the component that it removes from the peak, and simulated.
+    The change is chosen by the size of the component that it removes from the peak, and planned
+    from few layers (`estimate.py`).
     """
     setup, config = plan.setup, plan.setup.config
     alive, on_host = plan.peak.components, plan.bottleneck == "host memory"
@@ -196,7 +198,7 @@ def advice(plan: Plan) -> str:
     if not possible:
         return "Only GPUs with more memory, or more GPUs a sequence, would help."
     _, change = max(possible, key=lambda one: one[0])
-    other = make_plan(with_settings(setup, change))
+    other = estimate_plan(with_settings(setup, change))
     what, size = (
         ("host memory", f"{size_text(other.host_bytes)} a node")
         if on_host

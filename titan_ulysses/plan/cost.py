@@ -18,12 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from titan_ulysses.distributed.hardware import GPU, HOST_BANDWIDTH
 from titan_ulysses.launch.nodes import neighbours_on_node
-from titan_ulysses.plan.memory import MemoryTracker
+from titan_ulysses.plan.memory import MemoryTracker, tensors_in
 
 _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: 2,
@@ -129,9 +128,8 @@ class CostCounter:
             )
         elif func.namespace == "aten" and not func.is_view and func._opname not in _MOVE_NOTHING:
             moved = (args, kwargs) if func._opname in _OVERWRITE else (args, kwargs, result)
-            tensors = [x for x in tree_leaves(moved) if isinstance(x, Tensor)]
             self.cost.amounts[stage, "other kernels"] += weight * sum(
-                x.numel() * x.element_size() for x in tensors
+                x.numel() * x.element_size() for x in tensors_in(moved)
             )
         elif func._opname == "all_to_all_single":
             self._exchanged[stage] += weight * args[0].numel() * args[0].element_size()

@@ -47,7 +47,8 @@ def estimate_plan(setup: Setup) -> Estimate:
         keys = dict.fromkeys((*a, *b))
         return {key: at_all_layers(a.get(key, 0), b.get(key, 0)) for key in keys}
 
-    a, b = (_peaks(plan, ends=counts[1] - counts[0]) for plan in (few, more))
+    ends = _ends(counts[1] - counts[0])
+    a, b = (_peaks(plan, ends=ends) for plan in (few, more))
     peak = max(at_all_layers(a[kind], b[kind]) for kind in a.keys() & b.keys())
     calls, sizes = (
         each(*({kind: both[of] for kind, both in plan.collectives.items()} for plan in (few, more)))
@@ -75,8 +76,17 @@ def _layers_to_simulate(setup: Setup) -> tuple[int, int] | None:
     if irregular or getattr(model, "is_heterogeneous", False):
         return None
     period = lcm(_period(model, layers), checkpoint.every if checkpoint.mode == "full" else 1)
-    first = 2 * period
+    first = period * -(-(_ends(period) + 1) // period)
     return (first, first + period) if first + period < layers else None
+
+
+def _ends(period: int) -> int:
+    """Return how many layers at each end of a model are moments of their own.
+
+    At least two: while the backward of a layer runs, the checkpoint of the next one can come back
+    to the device, for which the last layer of all has none.
+    """
+    return max(2, period)
 
 
 def _period(model: PreTrainedConfig, layers: int) -> int:

@@ -22,6 +22,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.cost import Time
 from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
+from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.search import with_settings
 
 CLEARLY = 5e-3
@@ -109,12 +110,24 @@ class Search:
     """what is known of settings; None: this model or mesh cannot have them"""
     refusal: str = ""
     """why the last settings that were refused cannot be"""
+    is_interrupted: bool = False
+    """by Ctrl-C, so that what was found until then is not simulated whole"""
 
     def run(self) -> list[Candidate]:
         """Return the best candidates that fit, at most five, the fastest first.
 
-        The first one is simulated whole. Empty if none was found that fits.
+        The first one is simulated whole. Empty if none was found that fits. Ctrl-C ends the search
+        with what is known.
         """
+        try:
+            self._look()
+            return self._verified()
+        except KeyboardInterrupt:
+            LINE.clear()
+            self.is_interrupted = True
+            return self._fitting()[:_BEST]
+
+    def _look(self) -> None:
         sharded = [mesh for mesh in meshes(self.setup) if mesh[_REPLICATE] == 1]
         begun: list[Candidate] = []
         for spans_nodes in (False, True):
@@ -124,7 +137,6 @@ class Search:
                 begun += filter(None, (self._lean(mesh) for mesh in some))
         if start := min(begun, key=_rank, default=None):
             self._descend(start)
-        return self._verified()
 
     @property
     def _per_node(self) -> int:
@@ -141,6 +153,7 @@ class Search:
         """Estimate settings; None where they are refused."""
         key = _key(settings)
         if key not in self.tried:
+            LINE.about = f"settings {len(self.tried) + 1}: "
             try:
                 setup = with_settings(self.setup, settings)
                 same = self.tried.get(_key(_as_it_runs(settings)))
@@ -222,14 +235,18 @@ class Search:
             for one in self.tried.values()
         )
 
-    def _verified(self) -> list[Candidate]:
-        """Return the best that fit, the first one simulated whole, each step once."""
+    def _fitting(self) -> list[Candidate]:
+        """Return what fits as estimated, each step once, the best first."""
         fitting = [c for c in self.tried.values() if c and c.estimate.fits]
         fitting.sort(key=lambda c: (_rank(c), _offloads(c.changes)))
         steps: dict[tuple, Candidate] = {}
         for candidate in fitting:
             steps.setdefault(_key(_as_it_runs(candidate.changes)), candidate)
-        order = [*steps.values()]
+        return [*steps.values()]
+
+    def _verified(self) -> list[Candidate]:
+        """Return the best that fit, the first one simulated whole."""
+        order, LINE.about = self._fitting(), "the fastest: "
         for at, candidate in enumerate(order):
             plan = make_plan(candidate.estimate.setup)
             if plan.fits:

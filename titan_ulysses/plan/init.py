@@ -93,6 +93,8 @@ def _find(command: ModelCommand, console: Console) -> tuple[Config, dict[str, An
     config = _config(command)
     search = Search(set_up(config))
     found = tell_fastest(console, search)
+    if search.is_interrupted:
+        raise KeyboardInterrupt
     best = found[0] if found else search.nearest()
     changes = best.changes if best else {}
     return config_of(config.model_dump(), changes.items()), changes, best.plan if best else None

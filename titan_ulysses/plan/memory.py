@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from titan_ulysses.distributed.parts import CostTrend, with_next
 from titan_ulysses.distributed.tensors import plain_pieces
 from titan_ulysses.plan.attribution import Attribution, Owner
+from titan_ulysses.plan.fake import FakeOperations
 
 Place = Literal["device", "host", "disk"]
 
@@ -97,6 +97,7 @@ class MemoryTracker(TorchDispatchMode):
         self.weight = 1
         """how many operations the current one stands for"""
         self._workspace = workspace
+        self._run = FakeOperations()
         self._alive: dict[int, tuple[Allocation, weakref.ref]] = {}
         self._sizes: dict[int, int] = {}
         self._resizable: dict[int, weakref.ref] = {}
@@ -112,14 +113,13 @@ class MemoryTracker(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is _DEVICE and type(args[0]) is FakeTensor:
+            # Most calls are this one, and no memory is in it. See FakeTensor.__torch_dispatch__.
+            return _META if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         if not _are_plain(types):
             # DTensor and other wrapper classes run first. The operations that they call arrive
             # here again, on plain tensors.
             return NotImplemented
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            # Most calls are this one, and no memory is in it. See FakeTensor.__torch_dispatch__.
-            inside = args[0].fake_mode.in_kernel_invocation
-            return torch.device("meta") if inside else args[0].fake_device
         kwargs = kwargs or {}
         if func is torch.ops._c10d_functional.wait_tensor.default:
             # It returns its argument. On fake tensors it would make a new tensor.
@@ -138,13 +138,13 @@ class MemoryTracker(TorchDispatchMode):
         if func.is_view:  # half of all operations: they take no memory and no time
             if self.attribution is not None:
                 self.attribution.here()
-            return func(*args, **kwargs)
+            return self._run(func, args, kwargs)
         self._look_at_resizable()
         if self.attribution is not None:
             owner = self.attribution.here()
             functions = creating_functions()
             self._moment = Moment(self.attribution.phase, owner, func._opname, functions)
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         kernel = self._note_results(func, args, kwargs, result)
         for observer in self.observers:
             observer(func, args, kwargs, result)
@@ -161,7 +161,7 @@ class MemoryTracker(TorchDispatchMode):
         component = _fsdp_component(func)
         if component is None and self._brings_parameter(func, args):
             component = "gathered parameters"
-        for tensor in _tensors(result, kwargs):
+        for tensor in tensors_in((result, kwargs.get("out"))):
             self._note(tensor, func, component)
         if func._opname == "chunk_cat":
             self.claim(args[0], "gradients")
@@ -189,8 +189,7 @@ class MemoryTracker(TorchDispatchMode):
         if component == "gathered parameters" and func in _CASTS:
             return args[0].numel() * args[0].element_size()
         if func.namespace == "c10d" and "reduce_scatter" in func._opname:
-            outputs = [x for x in tree_leaves(args[:1]) if isinstance(x, Tensor)]
-            return sum(x.numel() * x.element_size() for x in outputs)
+            return sum(x.numel() * x.element_size() for x in tensors_in(args[:1]))
         return 0
 
     def _note(self, tensor: Tensor, func, component: str | None) -> None:
@@ -305,13 +304,12 @@ class MemoryTracker(TorchDispatchMode):
         """Set what the memory of existing tensors is for, where it is, and its name. Events that
         were recorded before change too.
         """
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                for piece in plain_pieces(tensor):
-                    if (found := self._alive.get(piece.untyped_storage()._cdata)) is not None:
-                        found[0].component = component
-                        found[0].place = place or found[0].place
-                        found[0].label = label or found[0].label
+        for tensor in tensors_in(tensors):
+            for piece in plain_pieces(tensor):
+                if (found := self._alive.get(piece.untyped_storage()._cdata)) is not None:
+                    found[0].component = component
+                    found[0].place = place or found[0].place
+                    found[0].label = label or found[0].label
 
     def place_of(self, tensor: Tensor) -> Place:
         """Return where a tensor is."""
@@ -338,6 +336,7 @@ class MemoryTracker(TorchDispatchMode):
             self.place = before
 
 
+_DEVICE, _META = torch.ops.prim.device.default, torch.device("meta")
 _CASTS = {torch.ops.aten._to_copy.default}
 _COPIES = _CASTS | {torch.ops.aten.copy_.default}
 
@@ -410,17 +409,18 @@ def _is_real(types, args, kwargs) -> bool:
     """
     if any(issubclass(t, FakeTensor) for t in types):
         return False
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [*tensors_in((args, kwargs))]
     return bool(tensors) and not any(x.is_meta for x in tensors)
 
 
-def _tensors(result, kwargs) -> Iterator[Tensor]:
-    """Yield the tensors that an operation returned, and those that it wrote to as `out`."""
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, (list, tuple)):
-        for x in result:
-            yield from _tensors(x, {})
-    out = kwargs.get("out")
-    if out is not None:
-        yield from _tensors(out, {})
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dicts: `tree_leaves` for an operator's
+    arguments and results, at a fifth of its time.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for x in value:
+            yield from tensors_in(x)
+    elif isinstance(value, dict):
+        yield from tensors_in([*value.values()])

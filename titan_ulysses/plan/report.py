@@ -23,6 +23,7 @@ from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.names import kernel_name
 from titan_ulysses.plan.page import write_plan_page
 from titan_ulysses.plan.planner import Plan, make_plan, set_up
+from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.run_cost import grace_of, run_cost
 from titan_ulysses.plan.search import SearchResult, estimate, is_unlimited, ladder, search
 from titan_ulysses.plan.searches import fastest_json, tell_fastest, tell_longest
@@ -54,7 +55,10 @@ def plan_and_report(config: Config, known: Plan | None = None) -> None:
     if found:
         best = found[0].plan.seq_len if found[0].plan else 0
     elif config.plan.search != "fastest":
-        best = estimate(plan)
+        try:
+            best = estimate(plan)
+        except KeyboardInterrupt:  # what is known is written; the longest sequence is not
+            LINE.clear()
     values = as_json(plan) | {
         "longest_seq_len": best,
         "longest_seq_len_verified": bool(found),

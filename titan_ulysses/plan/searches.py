@@ -15,6 +15,7 @@ from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.planner import Setup
+from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.run_cost import RunCost, run_cost
 from titan_ulysses.plan.search import SearchResult, differs, is_unlimited
 
@@ -42,18 +43,21 @@ def tell_longest(console: Console, title: str, found: Iterable[SearchResult]) ->
     tell = partial(console.print, highlight=False, soft_wrap=True)
     tell(f"[bold]{title}[/] (each verified by simulation)")
     results = []
-    for one in found:
-        results.append(one)
-        if one.plan is None:
-            why = f"refused: {one.refused}" if one.refused else "does not fit at any length"
-            tell(f"  {one.what:<36} {why}", markup=False)
-            continue
-        most = "at least " if is_unlimited(one.plan.setup, one.plan.seq_len) else ""
-        tell(
-            f"  {one.what:<36} {f'{most}{one.plan.seq_len:,}':>11} tokens, a step "
-            f"{time_text(one.plan.time.seconds)}"
-        )
+    try:
+        for one in found:
+            results.append(one)
+            tell(f"  {one.what:<36} {_outcome(one)}", markup=False)
+    except KeyboardInterrupt:
+        LINE.clear()
+        tell("  interrupted: the search ends here")
     return results
+
+
+def _outcome(one: SearchResult) -> str:
+    if one.plan is None:
+        return f"refused: {one.refused}" if one.refused else "does not fit at any length"
+    most = "at least " if is_unlimited(one.plan.setup, one.plan.seq_len) else ""
+    return f"{f'{most}{one.plan.seq_len:,}':>11} tokens, a step {time_text(one.plan.time.seconds)}"
 
 
 def tell_fastest(console: Console, search: Search) -> list[Candidate]:
@@ -61,6 +65,8 @@ def tell_fastest(console: Console, search: Search) -> list[Candidate]:
     setup = search.setup
     tell = partial(console.print, highlight=False, soft_wrap=True)
     found = search.run()
+    if search.is_interrupted:
+        tell(f"interrupted: the best of {len(search.tried)} settings that were tried, as estimated")
     if not found:
         tell(_nothing_fits(search))
         return []

@@ -42,6 +42,7 @@ from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Ti
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
 from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.names import group_name
+from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.standin_linear import KERNELS
 from titan_ulysses.setup.blocks import find_blocks
@@ -110,6 +111,7 @@ def simulate(
             with replaced_functions(KERNELS if rank.on_gpu else {}):
                 found = rank.run_step(model, optimizer, mesh, documents, loss)
             del copy  # alive during the step
+            LINE.clear()
             return found
 
 
@@ -294,6 +296,14 @@ class _Rank:
 
     # --- the step ---------------------------------------------------------------------------------
 
+    def show_progress(self, *_) -> None:
+        """Show which layer is simulated. An observer of operations."""
+        if LINE.is_due():
+            attribution, tokens = self.tracker.attribution, self.config.training.seq_len
+            layer = attribution.here().layer
+            where = "" if layer is None else f", layer {layer + 1} of {len(self.blocks)}"
+            LINE.show(f"simulating {tokens:,} tokens: {attribution.phase}{where}")
+
     def run_step(
         self,
         model: PreTrainedModel,
@@ -318,7 +328,7 @@ class _Rank:
             start = len(tracker.events)
             costs.reset()
             counter = CollectiveCounter(weight=lambda: tracker.weight)
-            tracker.observers = [costs, counter.count]
+            tracker.observers = [costs, counter.count, self.show_progress]
             with override_parts(tracker.shortened):
                 train_step(
                     model,
