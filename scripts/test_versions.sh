@@ -18,4 +18,9 @@ for name in $WHICH; do
   $python -m pip install --quiet --disable-pip-version-check --upgrade ${VERSIONS[$name]} --editable ".[dev]"
   $python -c "import torch, transformers; print('$name: torch', torch.__version__, 'transformers', transformers.__version__)"
   $python -m pytest "$@"
+  # The device of tests/cuda is built for each torch; one that was built for CUDA is refused, with the reason.
+  if PYTHONPATH=tests/cuda/site $python -c \
+    "import sys; from fakecuda import build; sys.exit(build.why_refused(build.torch_folder()) or 0)"; then
+    $python -m pytest --cuda tests/cuda/test_device.py
+  fi
 done
