@@ -243,7 +243,7 @@ def test_room_is_looked_at_before_the_first_step(tmp_path):
         check_room("host", None, **shape)
     with pytest.raises(UserError, match=r"offload_folder = .*: checkpoints take 65536.0 GiB"):
         check_room("disk", tmp_path, **shape)
-    with pytest.raises(UserError, match=r"offload_folder = .*nowhere: not a folder"):
+    with pytest.raises(UserError, match=r"offload_folder = .*nowhere: not a writable folder"):
         check_room("disk", tmp_path / "nowhere", **shape)
     check_room("none", None, **shape)
     check_room("disk", tmp_path, shape=(1, 1, 1), itemsize=2, segments=1, processes=1)

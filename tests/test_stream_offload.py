@@ -162,7 +162,7 @@ def train_with_late_copies(*args: Any, **options: Any):
         give_the_gpu_its_random_numbers(patch)
         patch.setattr(chunks, "RESIDENT_CHUNKS", 0)
         patch.setattr(keys, "BLOCK_TOKENS", 8)  # two chunks in a block
-        patch.setattr(parallelize, "open_sequence_store", open_late)
+        patch.setattr(parallelize, "wrap", partial(parallelize.wrap, open_sequences=open_late))
         record = train_sharded(*args, stream_offload="host", **options)
     copies = stores[0]._copies
     record.ahead = copies.ahead / copies.reads
