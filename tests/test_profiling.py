@@ -64,7 +64,7 @@ def test_settings_that_are_refused() -> None:
     }
     with pytest.raises(
         UserError,
-        match=r"profile_freq = 3 has no room for profiler_warmup\(3\) \+ .* raise it to at least 4",
+        match=r"profile_freq = 3 has no room for profiler_warmup\(3\) \+ .* to at least 4",
     ):
         check(Config.model_validate(table), world_size=1, model_config=None, num_token_ids=0)
     table["profiling"] |= {"profile_freq": 20}
