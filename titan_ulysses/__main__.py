@@ -29,7 +29,7 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.launch.failure import exit_on_error
 from titan_ulysses.launch.hub import look_for_hub
 from titan_ulysses.memory.allocator import expand_segments
-from titan_ulysses.plan.progress import shown
+from titan_ulysses.plan.status_line import shown
 
 _EVALUATION = (
     ("validation.enable", True),

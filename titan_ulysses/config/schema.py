@@ -727,7 +727,7 @@ class Validation(Section):
     """
 
 
-class Plan(Section):
+class PlanSettings(Section):
     gpu: str = Field("H100-80GB", min_length=1)
     """GPU to plan for: A100-80GB, H100-80GB, H200 or B200."""
     gpu_memory_gib: float = Field(0, ge=0, le=1e6)
@@ -818,7 +818,7 @@ class Config(Section):
     validation: Validation = Validation()
     metrics: Metrics = Metrics()
     profiling: Profiling = Profiling()
-    plan: Plan = Plan()
+    plan: PlanSettings = PlanSettings()
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -22,8 +22,8 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.plan.cost import Time
 from titan_ulysses.plan.estimate import estimate_plan
 from titan_ulysses.plan.planner import Estimate, Plan, Setup, make_plan
-from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.search import with_settings
+from titan_ulysses.plan.status_line import LINE
 
 CLEARLY = 5e-3
 """The share of its time by which a change must make a token faster to be taken."""

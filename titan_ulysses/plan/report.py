@@ -23,10 +23,10 @@ from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.names import kernel_name
 from titan_ulysses.plan.page import write_plan_page
 from titan_ulysses.plan.planner import Plan, make_plan, set_up
-from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.run_cost import grace_of, run_cost
 from titan_ulysses.plan.search import SearchResult, estimate, is_unlimited, ladder, search
 from titan_ulysses.plan.searches import fastest_json, tell_fastest, tell_longest
+from titan_ulysses.plan.status_line import LINE
 
 
 def plan_and_report(config: Config, known: Plan | None = None) -> None:

@@ -15,9 +15,9 @@ from titan_ulysses.distributed.hardware import GIB
 from titan_ulysses.observability.units import size_text, time_text
 from titan_ulysses.plan.fastest import Candidate, Search
 from titan_ulysses.plan.planner import Setup
-from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.run_cost import RunCost, run_cost
 from titan_ulysses.plan.search import SearchResult, differs, is_unlimited
+from titan_ulysses.plan.status_line import LINE
 
 
 def assignments(changes: dict[str, Any]) -> str:

@@ -42,9 +42,9 @@ from titan_ulysses.plan.cost import OFF_DEVICE, TO_DEVICE, Cost, CostCounter, Ti
 from titan_ulysses.plan.cuda_memory import CudaWorkspace, cpu_workspace
 from titan_ulysses.plan.memory import MemoryTracker, Place
 from titan_ulysses.plan.names import group_name
-from titan_ulysses.plan.progress import LINE
 from titan_ulysses.plan.standin import Standin
 from titan_ulysses.plan.standin_linear import KERNELS
+from titan_ulysses.plan.status_line import LINE
 from titan_ulysses.setup.blocks import find_blocks
 from titan_ulysses.setup.build import build_model
 from titan_ulysses.setup.options import ParallelOptions
