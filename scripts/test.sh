@@ -8,6 +8,12 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh" dev
 cd "$ROOT"
 
+if [ $# -eq 0 ]; then # while types are checked
+  {
+    PYTHONPATH=tests "$PYTHON" -c "import helpers.preload" # writes bytecode that each worker would write itself
+    "$PYTHON" tests/cuda/site/fakecuda/build.py            # for --cuda, below
+  } &
+fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
