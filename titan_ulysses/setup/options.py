@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 
 from titan_ulysses.config.fields import CORES, Section
 from titan_ulysses.config.load import explained
+from titan_ulysses.config.rules import broken_rule
 from titan_ulysses.config.schema import ActivationCheckpoint, Compile, Config, Memory
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.distributed.mesh import warn_of_older_form
@@ -60,6 +61,13 @@ class ParallelOptions(BaseModel):
     @classmethod
     def _of_older_form(cls, given: Any) -> Any:
         return _newer_form(given) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _moves_checkpoints_that_it_makes(self) -> ParallelOptions:
+        table = self.activation_checkpoint
+        if problem := broken_rule(self, "activation_checkpoint", table, "offload"):
+            raise UserError(problem)
+        return self
 
     def changed(self, **keywords: Any) -> ParallelOptions:
         """Return these options with others; a table changes only the keys that it has.
