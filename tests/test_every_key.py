@@ -787,6 +787,7 @@ PLANNED = {
             0.5,
             lambda run, _: run.facts["gpu_memory_gib"] == 0.5 and not run.facts["fits"],
             PLAN_OF_TWO,
+            slow=True,  # also in test_plan.py, which has plans of small GPUs
         )
     ],
     "plan.host_memory_gib": [
