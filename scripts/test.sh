@@ -22,6 +22,6 @@ TESTS=("$PYTHON" -m pytest -n 2 --dist loadfile)
 [ $# -eq 0 ] || exec "${TESTS[@]}" "$@"
 failed=0
 "${TESTS[@]}" || failed=$?
-# In processes of their own: the device is loaded before torch.
-"${TESTS[@]}" --cuda || failed=$?
+# In processes of their own: the device is loaded before torch. One file has most of the work: its tests are shared.
+"${TESTS[@]}" --dist worksteal --cuda || failed=$?
 exit "$failed"
