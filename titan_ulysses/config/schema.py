@@ -729,7 +729,7 @@ class Validation(Section):
 
 class PlanSettings(Section):
     gpu: str = Field("H100-80GB", min_length=1)
-    """GPU to plan for: A100-80GB, H100-80GB, H200 or B200."""
+    """GPU to plan for, as in H100-80GB, GB200, RTX-4090 or MI300X; docs/planner.md has all."""
     gpu_memory_gib: float = Field(0, ge=0, le=1e6)
     """Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: the memory of plan.gpu."""
     host_memory_gib: float = Field(0, ge=0, le=1e6)

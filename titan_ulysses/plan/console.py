@@ -64,8 +64,11 @@ def _listed(values: Mapping[str, float], text: Callable[[float], str]) -> str:
 
 
 def gpu_components(plan: Plan) -> dict[str, float]:
-    """Return the bytes of the peak by component, reserves included."""
-    return plan.peak.components | {one.what: one.bytes for one in plan.setup.reserves}
+    """Return the bytes of the peak by component, reserves included, and host memory where it is
+    the GPU's.
+    """
+    shared = {"host memory": plan.host_bytes} if plan.setup.gpu.shares_memory else {}
+    return plan.peak.components | {one.what: one.bytes for one in plan.setup.reserves} | shared
 
 
 def component_rows(plan: Plan) -> list[tuple[str, str, str]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from titan_ulysses.distributed.hardware import GPU, HOST_BANDWIDTH
+from titan_ulysses.distributed.hardware import GPU
 from titan_ulysses.launch.nodes import neighbours_on_node
 from titan_ulysses.plan.memory import MemoryTracker, tensors_in
 
@@ -286,7 +286,8 @@ def step_time(
     }
     update = 2 * state / gpu.host_link
     if parameters:
-        update = (2 * (parameters + state) + gradients) * links.ranks_per_node / HOST_BANDWIDTH
+        ranks = links.ranks_per_node
+        update = (2 * (parameters + state) + gradients) * ranks / gpu.host_bandwidth(ranks)
     computed = {"checkpoints to the host": forward, "checkpoints back": backward}
     both = forward + backward
     waits = {name: max(0.0, s - computed.get(name, both)) for name, s in hidden.items()}

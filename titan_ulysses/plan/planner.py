@@ -138,6 +138,13 @@ class Setup:
             flex_tokens=flex_tokens,
         )
 
+    def beside(self, host_bytes: float) -> float:
+        """Return the bytes that a GPU has beside its tensors: the reserves, and where host memory
+        is the GPU's, the host memory of a node (of one GPU).
+        """
+        shared = host_bytes if self.gpu.shares_memory else 0
+        return sum(reserve.bytes for reserve in self.reserves) + shared
+
     @property
     def tokens_per_step(self) -> int:
         return self.degrees.global_batch_size * self.config.training.seq_len
@@ -216,7 +223,7 @@ class Estimate:
     on_host: Mapping[str, float]
     """bytes of one rank in host memory at its peak, by component"""
     gpu_bytes: float
-    """the peak memory of one GPU, reserves included"""
+    """the peak memory of one GPU, reserves included, and host memory where it is the same"""
     host_bytes: float
     """the peak of a node's host memory"""
 
@@ -378,7 +385,7 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
         simulation.cost,
         simulation.collectives,
         host_peak.components,
-        gpu_bytes=peak.bytes + sum(reserve.bytes for reserve in setup.reserves),
+        gpu_bytes=peak.bytes + setup.beside(host.total()),
         host_bytes=host.total(),
         simulation=simulation,
         peak=peak,
