@@ -298,12 +298,20 @@ def test_everything_has_an_owner():
 
 
 def test_what_leaves_the_gpu_is_on_the_host():
+    from titan_ulysses.distributed.hardware import DISK_BANDWIDTH
+
     tokens, width = 4096, LLAMA["hidden_size"]
     plan = plan_of(activation_checkpoint__offload="host", plan__world_size=1)
     assert plan.host_components == {"checkpoints": 2 * tokens * width * LLAMA["num_hidden_layers"]}
     # Files have two page-locked buffers in front of them.
     files = plan_of(activation_checkpoint__offload="disk", plan__world_size=1)
     assert files.host_components == {"checkpoints": 2 * 2 * tokens * width}
+    assert files.disk_bytes == plan.host_bytes and files.fits and not plan.disk_bytes
+    back = files.time.hidden["checkpoints back"]
+    assert back == pytest.approx(files.disk_bytes / DISK_BANDWIDTH)
+    assert back > 10 * plan.time.hidden["checkpoints back"]
+    small = replace(files.setup, disk=0.9 * files.disk_bytes)
+    assert (full := replace(files, setup=small)).bottleneck == "disk" and not full.fits
     assert files.peak.bytes == plan.peak.bytes
     assert plan_of().host_bytes == 0
     # Where host memory is the GPU's, nothing leaves it.

@@ -736,6 +736,8 @@ class PlanSettings(Section):
     """Host memory of one node in GiB. 0: unknown; --plan does not check it, and a run that starts
     takes what is free.
     """
+    disk_gib: float = Field(0, ge=0, le=1e9)
+    """Room for files of one node in GiB (offload = "disk"). 0: unknown, so not checked."""
     gpus_per_node: int = Field(8, ge=1, le=2**10)
     """GPUs in one node."""
     attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = "auto"

@@ -75,6 +75,11 @@ HOST_BANDWIDTH = _ACHIEVED * 614e9
 (Xeon Scalable, 4th generation).
 """
 
+DISK_BANDWIDTH = _ACHIEVED * 4e9
+"""Bytes/s of the files of one GPU: DGX H100 has an NVMe drive of 3.84 TB for each, and those of
+PCIe 4 read 6.8 GB/s and write 4.0 (Samsung PM9A3, data sheet).
+"""
+
 
 def _gpu(
     name: str,

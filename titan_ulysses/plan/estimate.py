@@ -62,6 +62,7 @@ def estimate_plan(setup: Setup) -> Estimate:
         each(few.on_host, more.on_host),
         gpu_bytes=peak + setup.beside(host_bytes),
         host_bytes=host_bytes,
+        on_disk=each(few.on_disk, more.on_disk),
     )
 
 
