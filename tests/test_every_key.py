@@ -793,6 +793,14 @@ PLANNED = {
     "plan.host_memory_gib": [
         Case(1e-5, lambda run, _: run.facts["binds"] == "host memory", SMALL_GPU, slow=True)
     ],
+    "plan.disk_gib": [
+        Case(
+            1e-5,
+            lambda run, _: run.facts["binds"] == "disk",
+            SMALL_GPU | {"activation_checkpoint.offload": "disk"},
+            slow=True,  # see test_what_leaves_the_gpu_is_on_the_host
+        )
+    ],
     "plan.gpus_per_node": [
         # From then on the exchange goes over the network.
         Case(

@@ -729,13 +729,15 @@ class Validation(Section):
 
 class PlanSettings(Section):
     gpu: str = Field("H100-80GB", min_length=1)
-    """GPU to plan for: A100-80GB, H100-80GB, H200 or B200."""
+    """GPU to plan for, as in H100-80GB, GB200, RTX-4090 or MI300X; docs/planner.md has all."""
     gpu_memory_gib: float = Field(0, ge=0, le=1e6)
     """Memory of one GPU in GiB, if it differs from that of plan.gpu. 0: the memory of plan.gpu."""
     host_memory_gib: float = Field(0, ge=0, le=1e6)
     """Host memory of one node in GiB. 0: unknown; --plan does not check it, and a run that starts
     takes what is free.
     """
+    disk_gib: float = Field(0, ge=0, le=1e9)
+    """Room for files of one node in GiB (offload = "disk"). 0: unknown, so not checked."""
     gpus_per_node: int = Field(8, ge=1, le=2**10)
     """GPUs in one node."""
     attention_kernel: Literal["auto", "fa2", "fa3", "fa4"] = "auto"
