@@ -22,6 +22,7 @@ from titan_ulysses.config.toml import to_toml
 from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.memory.losses import shape_scores
 from titan_ulysses.model.hf import build_on_meta
+from titan_ulysses.model.released import check_form
 from titan_ulysses.model.router import unknown_router_loss
 from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE, described
 
@@ -295,15 +296,7 @@ def check_family(config: PreTrainedConfig) -> None:
             "others, save the text part as a separate model, if transformers has a class for it "
             "(gemma3_text, llama4_text), and train that."
         )
-    if quantization := getattr(config, "quantization_config", None):
-        method = getattr(quantization, "quant_method", quantization)
-        if isinstance(quantization, dict):
-            method = quantization.get("quant_method")
-        raise UserError(
-            f'model: the weights are quantized ("{getattr(method, "value", method)}", by '
-            "quantization_config of config.json), and cannot be trained in that form. Take the "
-            "model in bf16, or save it dequantized by transformers."
-        )
+    check_form(config)
     _check_rope(config)
     states = None
     if others := sorted(set(layer_types(config) or ()) - WITH_STATE - WITHOUT_STATE):

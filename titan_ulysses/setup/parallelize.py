@@ -41,6 +41,7 @@ from titan_ulysses.setup.blocks import compile_blocks, find_blocks, norms_of, ti
 from titan_ulysses.setup.checks import (
     check_dropout,
     check_group,
+    check_not_quantized,
     check_same_weights,
     use_one_dtype,
 )
@@ -118,6 +119,7 @@ def parallelize(
         )
     options = options.resolved(model.dtype)
     check_family(model.config)
+    check_not_quantized(model)
     check_dropout(model)
     check_group(mesh, parameter_offload=options.memory.parameter_offload)
     check_same_weights(model)
