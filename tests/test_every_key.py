@@ -129,6 +129,8 @@ CHATS |= {"model.tokenizer": "$MATERIAL/pairs", "validation.path": "$MATERIAL/ch
 DATASET: Settings = {"data.source": "hf", "data.path": "$MATERIAL/dataset"}
 PRETRAINED: Settings = {"model.config": None, "model.path": "$MATERIAL/earlier/run/export"}
 LORA: Settings = {"lora.rank": 4, "optimizer.lr": 1e-2}
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS |= {"moe_intermediate_size": 32, "head_dim": 16}
 PAIRS: Settings = {
     "data.source": "preference",
     "data.path": "$MATERIAL/pairs.jsonl",
@@ -258,6 +260,21 @@ MODELS = {
             ["q_proj"],
             lambda run, _: {n.split(".")[-4] for n in run.initial if "lora" in n} == {"q_proj"},
             LORA,
+        )
+    ],
+    "lora.target_parameters": [
+        Case(
+            ["experts.down_proj"],
+            lambda run, _: {n.split(".")[-4] for n in run.initial if "lora" in n} == {"experts"},
+            LORA | {"model.config": MODEL | EXPERTS},
+        )
+    ],
+    "lora.use_rslora": [
+        Case(True, lambda run, default: near(norms(run)[0], 2 * norms(default)[0]), LORA)
+    ],
+    "lora.use_dora": [
+        Case(
+            True, lambda run, _: any("lora_magnitude_vector" in name for name in run.initial), LORA
         )
     ],
 }

@@ -363,8 +363,8 @@ def _gather(parameter: Tensor, delta: Delta | None = None, *, keep: bool) -> Ten
     whole = whole.detach().cpu().contiguous() if keep else None
     if delta is None:
         return whole
-    a, b = (_gather(p, keep=keep) for p in (delta.a, delta.b))
-    return delta.added_to(whole, a, b) if keep else None
+    parts = [_gather(p, keep=keep) for p in delta.parts]
+    return delta.added_to(whole, *parts) if keep else None
 
 
 @torch.no_grad()
@@ -378,7 +378,9 @@ def save_adapters(model: PreTrainedModel, folder: Path, *, base: str) -> None:
     writes = not dist.is_initialized() or dist.get_rank() == 0
     adapters = {name: p for name, p in hf.named_parameters(model) if is_adapter(name)}
     # In peft's files, names lack the adapter's name and have a prefix for peft's two wrappers.
-    names = {name: f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}" for name in adapters}
+    # DoRA's have no ".weight" there either.
+    short = {x: x.replace(f"vector.{ADAPTER}.weight", "vector") for x in adapters}
+    names = {x: f"base_model.model.{y.replace(f'.{ADAPTER}.', '.')}" for x, y in short.items()}
     tensors = {names[name]: _gather(p, keep=writes) for name, p in adapters.items()}
     with _raise_on_all_ranks(folder):
         if writes:

@@ -26,6 +26,7 @@ from titan_ulysses.memory.loss_head import LossHead
 from titan_ulysses.memory.offload import Store, open_store
 from titan_ulysses.memory.sequences import ON_DEVICE, Sequences, SequenceStore
 from titan_ulysses.memory.tiled import Tiled, tile_norm
+from titan_ulysses.model.expert_adapters import use_low_rank_products
 from titan_ulysses.model.families import (
     CHECKED_FAMILIES,
     check_family,
@@ -233,6 +234,7 @@ def wrap(
     use_linear_attention(blocks)  # the forward of layers that carry a state
     ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
     router_loss = router_loss_of(model, decoder)  # hooks on routers
+    use_low_rank_products(model)  # the forward of experts' adapters
     if _tiles_mlp(options):  # the forward of MLPs and norms
         tokens = memory.mlp_tile_tokens or automatic_mlp_tile(
             model.config, options.param_dtype, device_type
