@@ -23,6 +23,7 @@ from titan_ulysses.distributed.errors import UserError, one_line
 from titan_ulysses.memory.losses import shape_scores
 from titan_ulysses.model.hf import build_on_meta
 from titan_ulysses.model.router import unknown_router_loss
+from titan_ulysses.ulysses.indexer import INDEXED
 from titan_ulysses.ulysses.linear_attention import KINDS, WITH_STATE, WITHOUT_STATE, described
 
 CHECKED_FAMILIES = {
@@ -231,7 +232,9 @@ def computes_with_embeddings(config: PreTrainedConfig) -> bool:
 
 
 def attention_needs(config: PreTrainedConfig) -> set[str]:
-    """Return the keywords that a core must take for this model, of "window", "softcap", "sinks"."""
+    """Return the keywords that a core must take for this model, of "window", "softcap", "sinks",
+    "chosen".
+    """
     needs = set()
     if getattr(config, "sliding_window", None) is not None and getattr(
         config, "use_sliding_window", True
@@ -241,6 +244,8 @@ def attention_needs(config: PreTrainedConfig) -> set[str]:
         needs.add("softcap")
     if config.model_type == "gpt_oss":
         needs.add("sinks")
+    if INDEXED in (layer_types(config) or ()):
+        needs.add("chosen")
     return needs
 
 

@@ -21,10 +21,12 @@ from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.mesh import Mesh
 from titan_ulysses.distributed.sequence import IGNORE_INDEX, Documents, chunk_length, computing
 from titan_ulysses.memory.losses import LossFunction
+from titan_ulysses.model.families import layer_types
 from titan_ulysses.model.rope import DocumentRoPE
 from titan_ulysses.model.router import RouterLoss
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.indexer import INDEXED
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -135,6 +137,10 @@ class Sharding:
         """
         sums = labels is not None and reduction == "sum"
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "ulysses": ulysses}
+        if INDEXED in (layer_types(model.config) or ()):
+            # In place of a mask [B, 1, S, S], which the decoder would build.
+            stand_in = position_ids.new_zeros((1, 1, 1, 1), dtype=torch.float32)
+            inputs["attention_mask"] = {INDEXED: stand_in}
         own_labels = labels if sums else None
         hidden, aux_loss, count = self._decode(inputs, attention_mask, own_labels)
         head = model.get_output_embeddings()

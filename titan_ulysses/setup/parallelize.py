@@ -50,6 +50,7 @@ from titan_ulysses.setup.options import ParallelOptions, obstacle_to_streaming, 
 from titan_ulysses.streaming.block import stream_blocks
 from titan_ulysses.streaming.embeddings import offload_embeddings
 from titan_ulysses.ulysses.cores import Core
+from titan_ulysses.ulysses.indexer import use_indexers
 from titan_ulysses.ulysses.linear_attention import (
     check_layers,
     has_untested_layers,
@@ -229,6 +230,7 @@ def wrap(
     # by checkpoints and FSDP their class, by a subclass.
     use_attention(model)  # a config of its own, which names Ulysses attention
     use_linear_attention(blocks)  # the forward of layers that carry a state
+    use_indexers(blocks)  # the forward of indexers, and a hook on their layers
     ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
     router_loss = router_loss_of(model, decoder)  # hooks on routers
     if _tiles_mlp(options):  # the forward of MLPs and norms

@@ -24,38 +24,18 @@ rank, and K = P + Hkv - gcd(P, Hkv), the KV heads that all ranks have together:
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titan_ulysses.streaming.keys import KeyBlocks, KeysAndValues, first_key
+from titan_ulysses.streaming.keys import KeyBlocks, KeysAndValues
 from titan_ulysses.ulysses.heads import HeadPlan
 from titan_ulysses.ulysses.pieces import sinks_gradient, with_sinks
-from titan_ulysses.ulysses.scores import PieceKernels, Scores
+from titan_ulysses.ulysses.scores import PieceKernels, Scores, visible_keys
 from titan_ulysses.ulysses.tiles import Merged
-
-
-@lru_cache(maxsize=1024)
-def visible_keys(
-    documents: tuple[int, ...], start: int, stop: int, window: int | None
-) -> tuple[slice, tuple[int, ...], tuple[int, ...]]:
-    """Return which keys the queries of tokens [start, stop) of a row see: the tokens of all of
-    them, and the lengths of the documents in queries and in keys.
-
-    Only the first of their documents can have begun before them. Of its earlier keys, those that
-    the window hides from all queries are left out.
-    """
-    starts = list(accumulate(documents, initial=0))
-    first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)
-    begin = first_key(documents, start, window)
-    lengths = tuple(b - a for a, b in pairwise([start, *starts[first + 1 : last], stop]))
-    return slice(begin, stop), lengths, (lengths[0] + start - begin, *lengths[1:])
 
 
 class KernelCall(NamedTuple):
@@ -94,7 +74,7 @@ class ChunkAttention(NamedTuple):
     plan: HeadPlan
     rank: int
     layer: dict[str, Any]
-    """Of the layer: documents, scale, window, softcap, sinks."""
+    """Of the layer: documents, scale, window, softcap, sinks; chosen [B, n, K] of the chunk."""
     outputs: Callable[[Callable[[], list[Tensor]]], list[Tensor]]
     """Returns what a function computes, or what was kept of it."""
 
@@ -107,7 +87,11 @@ class ChunkAttention(NamedTuple):
             start, stop = (self.chunk.start + tokens * x for x in (sources.start, sources.stop))
             for row, documents in enumerate(self.layer["documents"]):
                 seen, n, m = visible_keys(documents, start, stop, window)
-                scores = Scores(n, m, **options)
+                chosen = self.layer["chosen"]
+                if chosen is not None:
+                    at = slice(start - self.chunk.start, stop - self.chunk.start)
+                    chosen = chosen[row, at] - seen.start
+                scores = Scores(n, m, **options, chosen=chosen)
                 for queries, keys in self.plan.runs(self.rank, part):
                     sinks = slice(heads.start + queries.start, heads.start + queries.stop)
                     calls.append(KernelCall(part, row, queries, keys, sinks, seen, scores))
@@ -209,7 +193,7 @@ def overlap_of(call: KernelCall, block: slice, chunk: slice) -> Overlap | None:
     if block.stop > chunk.start:
         first = scores.key_lengths[0] - (begin - tokens.start)
         own = scores.of(scores.query_lengths, (first, *scores.key_lengths[1:]))
-        return Overlap(slice(0, count), keys, own)
+        return Overlap(slice(0, count), keys, own.among(begin - tokens.start))
     # Only the first document has keys before the chunk. Its queries are right of all of these.
     start, rows = tokens.stop - count, scores.query_lengths[0]
     if scores.window is not None:
@@ -217,7 +201,8 @@ def overlap_of(call: KernelCall, block: slice, chunk: slice) -> Overlap | None:
         if rows <= 0:
             return None
     ahead = start + rows - stop
-    return Overlap(slice(0, rows), keys, scores.of((rows,), (stop - begin,), ahead=ahead))
+    own = scores.of((rows,), (stop - begin,), ahead=ahead)
+    return Overlap(slice(0, rows), keys, own.among(begin - tokens.start, rows))
 
 
 class MergedResults:

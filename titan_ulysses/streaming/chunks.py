@@ -6,7 +6,7 @@ the chunk. Which of the three kinds a run is decides what they get and what is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ from titan_ulysses.ulysses.exchange import (
     sequence_to_heads,
 )
 from titan_ulysses.ulysses.heads import HeadPlan, deal_heads
+from titan_ulysses.ulysses.indexer import gather_sequence
 from titan_ulysses.ulysses.pieces import pieces_of
 from titan_ulysses.ulysses.states import State
 
@@ -166,6 +167,8 @@ class ChunkForward(Extent):
         if mesh.size() > 1:
             q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
         queries, k, v = self.to_heads(q, k, v, plan, keys)
+        if layer["chosen"] is not None:
+            layer["chosen"] = gather_sequence(layer["chosen"], mesh)
         kept = partial(self.kept_outputs, module)
         rank = mesh.get_local_rank()
         call = ChunkAttention(pieces, keys, self.tokens, plan, rank, layer, kept)
@@ -183,6 +186,17 @@ class ChunkForward(Extent):
         queries, k, v = sequence_to_heads(q, k, v, plan) if plan.degree > 1 else ((q,), k, v)
         keys.put(self.tokens, k, v)
         return queries, k, v
+
+    def index_keys(
+        self, indexer: nn.Module, keys: Tensor, documents: Documents
+    ) -> Iterable[tuple[slice, Tensor]] | None:
+        kept = self.sweep.keys_of(indexer, documents, None)
+        kept.hold(kept.span.of(self.held))
+        kept.put(self.tokens, keys[:, :, None])
+        if self.keys_only:
+            return None
+        blocks = kept.read(slice(kept.span.of(self.tokens).start, self.tokens.stop))
+        return ((tokens, x[:, :, 0]) for tokens, (x,) in blocks)
 
     def kept_outputs(self, module: nn.Module, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Return what attention computes for the chunk, or what was kept of that."""

@@ -9,7 +9,7 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -26,6 +26,7 @@ from titan_ulysses.distributed.sequence import Chunk, Documents, chunks_of, loca
 from titan_ulysses.ulysses.cores import Core, takes_any_size
 from titan_ulysses.ulysses.exchange import SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
+from titan_ulysses.ulysses.indexer import gather_sequence
 
 ATTENTION_NAME = "ulysses"
 
@@ -61,10 +62,12 @@ class Extent:
         layer: dict[str, Any],
     ) -> Tensor:
         """Compute attention: q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] of this rank's
-        tokens -> [B, T, Hq, Dv]. layer: documents, scale, window, softcap and sinks.
+        tokens -> [B, T, Hq, Dv]. layer: documents, scale, window, softcap, sinks and chosen.
         """
         mesh, core = ulysses.mesh, ulysses.core
         plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
+        if layer["chosen"] is not None:
+            layer["chosen"] = gather_sequence(layer["chosen"], mesh)
         if mesh.size() == 1:
             return _local_heads(core, q, k, v, layer, plan, 0)
         # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
@@ -72,6 +75,14 @@ class Extent:
         (q,), k, v = sequence_to_heads(q, k, v, plan)
         output = _local_heads(core, q, k, v, layer, plan, mesh.get_local_rank())
         return heads_to_sequence((output,), plan, mesh).to_local()
+
+    def index_keys(
+        self, indexer: nn.Module, keys: Tensor, documents: Documents
+    ) -> Iterable[tuple[slice, Tensor]] | None:
+        """Return all keys [B, n, D] that these tokens choose from, by blocks of tokens, given their
+        own; None: nothing is to be chosen.
+        """
+        return [(slice(0, keys.shape[1]), keys)]
 
     def state_before(
         self, layer: nn.Module, anchors: Sequence[Tensor | None]
@@ -142,9 +153,12 @@ def ulysses_attention(
     query is [B, Hq, T, D], key [B, Hkv, T, D] and value [B, Hkv, T, Dv]; Dv differs from D only in
     latent attention. Attention is causal inside each document of `ulysses.documents`. An
     attention_mask is refused, because the documents already define everything that is masked. The
-    layer's window, soft-cap and sinks arrive under transformers' own keyword names. UserError for
+    layer's window, soft-cap, sinks and chosen keys arrive under transformers' own keyword names
+    (`indices` of an indexer.py's Indexer). UserError for
     a call that no core can serve.
     """
+    if kwargs.get("indices") is not None:
+        attention_mask = None  # the stand-in that `Sharding` gives to a decoder with indexers
     ulysses = checked(ulysses, module, attention_mask, **kwargs)
     layer: dict[str, Any] = {
         "documents": _chunked(ulysses.documents, module),
@@ -152,7 +166,10 @@ def ulysses_attention(
         "window": kwargs.get("sliding_window"),
         "softcap": kwargs.get("softcap"),
         "sinks": kwargs.get("s_aux"),
+        "chosen": kwargs.get("indices"),
     }
+    if layer["chosen"] is not None and not layer["chosen"].shape[-1]:
+        layer["chosen"] = None  # all keys
     if layer["window"] is not None and layer["window"] >= max(map(max, ulysses.documents)):
         layer["window"] = None  # it masks nothing, and cores are faster without a window
     if getattr(module, "attn_temperature_tuning", False) and not module.use_rope:

@@ -1,0 +1,100 @@
+"""Attention of queries to chosen keys: each query reads only those that its indexer names.
+
+Keys and values are gathered by row for a few queries at a time, so memory is that of a tile, and
+FLOPs and bytes are linear in the number of queries, whatever the number of keys. Gradients of keys
+and values are added back to the rows that they came from. See indexer.py for the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from titan_ulysses.distributed.parts import visited
+from titan_ulysses.ulysses.scores import PieceKernels, Scores
+
+_TILE_BYTES = 64 * 2**20
+"""Bytes of the keys and values that are gathered at a time."""
+
+
+def _tiles(k: Tensor, v: Tensor, scores: Scores) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield tiles of the queries, with the indices [n, K] of their keys and which of these exist.
+
+    An index that is outside of the keys names a key of another call, or none.
+    """
+    chosen, count = scores.chosen, len(k)
+    assert chosen is not None
+    wide = torch.promote_types(k.dtype, torch.float32)
+    row = chosen.shape[1] * (k[0].numel() + v[0].numel()) * wide.itemsize
+    size = max(1, _TILE_BYTES // row)
+    starts = range(0, len(chosen), size)
+    for tile in visited([slice(x, min(x + size, len(chosen))) for x in starts]):
+        indices = chosen[tile].long()
+        exists = (indices >= 0) & (indices < count)
+        yield tile, indices.clamp(0, count - 1), exists
+
+
+def _weights(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
+    """Return the scores [n, Hkv, group, K] of queries [n, Hkv, group, D] with keys [n, K, Hkv, D],
+    -inf for those that do not exist.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q, k.permute(0, 2, 3, 1)).to(wide).mul_(scale)
+    return scores.masked_fill_(~exists[:, None, None], -torch.inf)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    output = q.new_empty(*q.shape[:2], v.shape[-1])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+    for tile, indices, exists in _tiles(k, v, scores):
+        grouped = q[tile].unflatten(1, (k.shape[1], -1))
+        found = _weights(grouped, k[indices], exists, scores.scale)
+        sums = found.logsumexp(dim=-1)
+        # A query without a key here has the sum -inf and no weights.
+        weights = found.sub_(_finite(sums)[..., None]).exp_().to(v.dtype)
+        values = torch.matmul(weights, v[indices].transpose(1, 2))
+        output[tile] = values.flatten(1, 2)
+        lse[:, tile] = sums.flatten(1).t()
+    return output, lse
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    scores: Scores,
+    *,
+    dk: Tensor,
+    dv: Tensor,
+) -> Tensor:
+    dq, heads = torch.empty_like(q), k.shape[1]
+    for tile, indices, exists in _tiles(k, v, scores):
+        grads, queries, outputs = (x[tile].unflatten(1, (heads, -1)) for x in (grad, q, output))
+        keys, values = k[indices], v[indices]
+        sums = lse[:, tile].t().unflatten(1, (heads, -1))[..., None]
+        weights = _weights(queries, keys, exists, scores.scale).sub_(_finite(sums)).exp_()
+        dots = (grads.to(lse.dtype) * outputs.to(lse.dtype)).sum(dim=-1, keepdim=True)
+        slopes = torch.matmul(grads, values.permute(0, 2, 3, 1)).to(lse.dtype).sub_(dots)
+        slopes = slopes.mul_(weights).mul_(scores.scale).to(q.dtype)
+        dq[tile] = torch.matmul(slopes, keys.transpose(1, 2)).flatten(1, 2)
+        # [n, Hkv, K, D] of each query's own keys -> the rows that they were gathered from.
+        of_keys = torch.matmul(slopes.transpose(2, 3), queries), dk
+        of_values = torch.matmul(weights.to(v.dtype).transpose(2, 3), grads), dv
+        for found, total in (of_keys, of_values):
+            rows = found.transpose(1, 2).flatten(0, 1).to(total.dtype)
+            total.index_add_(0, indices.flatten(), rows)
+    return dq
+
+
+def _finite(sums: Tensor) -> Tensor:
+    return sums.clamp(min=torch.finfo(sums.dtype).min)
+
+
+CHOSEN = PieceKernels(_forward, _backward)
+"""Attention to `Scores.chosen` keys; neither windows nor soft-caps."""
