@@ -83,9 +83,8 @@ class Indexer:
         sequence, -1 where there are fewer than K. K = 0: every query reads all keys before it.
         """
         ulysses, self.ulysses = self.ulysses, None
-        extent, mesh = ulysses.extent, ulysses.mesh
-        stop, count = extent.tokens.stop if extent.tokens else None, self.module.index_topk
-        if not any(length > count for row in until(ulysses.documents, stop) for length in row):
+        extent, mesh, count = ulysses.extent, ulysses.mesh, self.module.index_topk
+        if max(map(max, ulysses.documents)) <= count:
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         kwargs["cache"], seen = _NoKeys(), _Products()
         with seen:
@@ -99,13 +98,6 @@ class Indexer:
         return choose(
             seen.queries, seen.weights, seen.scale, blocks, start, ulysses.documents, count
         )
-
-
-def until(documents: Documents, stop: int | None) -> Documents:
-    """Return the documents of the tokens before `stop`; None: of all."""
-    if stop is None:
-        return documents
-    return tuple(visible_keys(row, 0, stop, None)[1] for row in documents)
 
 
 def gather_sequence(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -183,24 +175,35 @@ def choose(
     best = queries.new_full((rows, tokens, count), -torch.inf)
     found = torch.full_like(best, -1, dtype=torch.int32)
     size = max(1, _TILE_NUMBERS // (heads * _BLOCK))
+    tiles = list[tuple[int, slice, int]]()  # row, queries, the first key of their document
+    for row, lengths in enumerate(documents):
+        seen, n, m = visible_keys(lengths, start, start + tokens, None)
+        stop, stop_key = start, seen.start
+        for here, so_far in zip(n, m, strict=True):
+            first, first_key = stop, stop_key
+            stop, stop_key = first + here, first_key + so_far
+            scored = max(first, min(stop, first_key + count))
+            _take_all(found[row, first - start : scored - start], first, first_key)
+            for x in range(scored, stop, size):
+                tiles.append((row, slice(x, min(x + size, stop)), first_key))
     for held, keys in blocks:
-        for row, lengths in enumerate(documents):
-            seen, n, m = visible_keys(lengths, start, start + tokens, None)
-            stop_query, stop_key = start, seen.start
-            for here, so_far in zip(n, m, strict=True):
-                first_query, first_key = stop_query, stop_key
-                stop_query, stop_key = first_query + here, first_key + so_far
-                tiles = range(first_query, stop_query, size)
-                for tile in visited([slice(x, min(x + size, stop_query)) for x in tiles]):
-                    own = slice(tile.start - start, tile.stop - start)
-                    first, last = max(first_key, held.start), min(tile.stop, held.stop)
-                    for x in visited([*range(first, last, _BLOCK)]):
-                        part = slice(x, min(x + _BLOCK, last))
-                        of_block = keys[row, part.start - held.start : part.stop - held.start]
-                        scores = torch.matmul(queries[row, own], of_block.t().float()) * scale
-                        scores = torch.matmul(weights[row, own, None], torch.relu(scores))[:, 0]
-                        _merge(best[row, own], found[row, own], scores, tile, part)
-    return found.masked_fill_(best == -torch.inf, -1)
+        for row, tile, first_key in visited(tiles, "growing"):
+            own = slice(tile.start - start, tile.stop - start)
+            first, last = max(first_key, held.start), min(tile.stop, held.stop)
+            for x in visited([*range(first, last, _BLOCK)]):
+                part = slice(x, min(x + _BLOCK, last))
+                of_part = keys[row, part.start - held.start : part.stop - held.start]
+                scores = torch.matmul(queries[row, own], of_part.t().float()) * scale
+                scores = torch.matmul(weights[row, own, None], torch.relu(scores))[:, 0]
+                _merge(best[row, own], found[row, own], scores, tile, part)
+    return found
+
+
+def _take_all(found: Tensor, query: int, key: int) -> None:
+    """Choose all keys from `key` on for found [n, K], those of consecutive queries."""
+    queries = torch.arange(query, query + len(found), dtype=torch.int32, device=found.device)
+    keys = torch.arange(key, key + found.shape[1], dtype=torch.int32, device=found.device)
+    found.copy_(torch.where(keys <= queries[:, None], keys, -1))
 
 
 def _merge(best: Tensor, found: Tensor, scores: Tensor, queries: slice, keys: slice) -> None:
