@@ -108,10 +108,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "indexer_types": ["full", "shared", "full"],
         "mlp_layer_types": ["dense", "sparse", "sparse"],
     },
-    "axk2": {**LATENT, **ROUTED, **INDEXER},
-    "dots3_note_text": {**LATENT, **ROUTED, **INDEXER},
-    "mistral_large4_text": {**LATENT, **ROUTED, **INDEXER},
-    "hy_v4": {**LATENT, **ROUTED, **INDEXER},
     "dots1": {**ROUTED, **GROUPS, **WINDOW, "max_window_layers": 1},
     "glm4_moe": {**ROUTED, **GROUPS, "use_qk_norm": True},
     "glm4_moe_lite": {**LATENT, **ROUTED, "mlp_layer_types": ["dense", "sparse"]},
@@ -189,6 +185,10 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
 }
+VERIFIED: dict[str, dict[str, Any]] = {
+    family: {**LATENT, **ROUTED, **INDEXER} for family in ("axk2", "dots3_note_text", "hy_v4")
+}
+"""Families with indexers that are verified at each start: `model_of` makes them too."""
 # 5.17 has no sarvam_moe; it leaves a router of ernie4_5_moe without random numbers, and gemma4_text
 # has no fp64 there.
 LACKING = (
@@ -203,4 +203,4 @@ FAMILIES = {
 
 
 def model_of(family: str) -> dict[str, Any]:
-    return {**SMALL, "model_type": family, **FAMILIES[family]}
+    return {**SMALL, "model_type": family, **(FAMILIES | VERIFIED)[family]}

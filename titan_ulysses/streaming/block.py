@@ -185,8 +185,8 @@ class _StreamedCall:
     # --- forward ----------------------------------------------------------------------------------
 
     def forward(self, hidden: Tensor) -> list[Tensor]:
-        """Return the block's output [B, T, h], without gradients, and its tensors of int [B, T, ...]
-        where it has any.
+        """Return the block's output [B, T, h], without gradients, and its tensors of indices,
+        [B, T, ...] each, where it has any.
         """
         streamed = self.streamed
         if not output_is_needed() and streamed.dtype is not None:

@@ -45,7 +45,7 @@ _TILE_NUMBERS = 2**24
 
 
 def indexers_of(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Return each attention layer of a block that has an indexer of the known kind, with it."""
+    """Return each attention layer inside a block that has an indexer of the known kind, with it."""
     pairs = ((module, getattr(module, "indexer", None)) for module in block.modules())
     return [(layer, found) for layer, found in pairs if _is_known(found)]
 
@@ -53,6 +53,12 @@ def indexers_of(block: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
 def _is_known(module: Any) -> bool:
     parts = ("index_topk", "n_heads", "wk", "wq_b", "weights_proj", "softmax_scale")
     return isinstance(module, nn.Module) and all(hasattr(module, name) for name in parts)
+
+
+def has_unknown_indexers(model: nn.Module) -> bool:
+    """Return whether a model has an indexer that chooses in another way, or has it elsewhere."""
+    every = [x for x in model.modules() if "Indexer" in type(x).__name__]
+    return {id(found) for _, found in indexers_of(model)} != {id(x) for x in every} or not every
 
 
 def use_indexers(blocks: nn.ModuleList) -> None:
