@@ -79,7 +79,7 @@ def test_attention_to_the_chosen_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, log-sum-exp and gradients are those of explicit scores with all others hidden, and
     merge from blocks of keys of which some queries have chosen none.
     """
-    monkeypatch.setattr(sparse, "_TILE_BYTES", 4000)
+    monkeypatch.setitem(sparse._TILE_BYTES, "cpu", 4000)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:

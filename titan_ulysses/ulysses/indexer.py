@@ -199,8 +199,8 @@ def choose(
             for x in visited([*range(first, last, _BLOCK)]):
                 part = slice(x, min(x + _BLOCK, last))
                 of_part = keys[row, part.start - held.start : part.stop - held.start]
-                scores = torch.matmul(queries[row, own], of_part.t().float()) * scale
-                scores = torch.matmul(weights[row, own, None], torch.relu(scores))[:, 0]
+                scores = torch.matmul(queries[row, own], of_part.t().float()).mul_(scale).relu_()
+                scores = torch.matmul(weights[row, own, None], scores)[:, 0]
                 _merge(best[row, own], found[row, own], scores, tile, part)
     return found
 

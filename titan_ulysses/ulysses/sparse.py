@@ -15,8 +15,10 @@ from torch import Tensor
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.ulysses.scores import PieceKernels, Scores
 
-_TILE_BYTES = 64 * 2**20
-"""Bytes of the keys and values that are gathered at a time."""
+_TILE_BYTES = {"cpu": 16 * 2**20, "cuda": 512 * 2**20}
+"""Bytes of the keys and values that are gathered at a time: what a cache holds, or enough for a
+kernel. 2,048 keys of 16 heads of 192 and 128 numbers in bf16 are 20 MiB for each query.
+"""
 
 
 def _tiles(k: Tensor, v: Tensor, scores: Scores) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -28,7 +30,7 @@ def _tiles(k: Tensor, v: Tensor, scores: Scores) -> Iterator[tuple[slice, Tensor
     assert chosen is not None
     wide = torch.promote_types(k.dtype, torch.float32)
     row = chosen.shape[1] * (k[0].numel() + v[0].numel()) * wide.itemsize
-    size = max(1, _TILE_BYTES // row)
+    size = max(1, _TILE_BYTES[k.device.type] // row)
     starts = range(0, len(chosen), size)
     for tile in visited([slice(x, min(x + size, len(chosen))) for x in starts]):
         indices = chosen[tile].long()
@@ -37,27 +39,36 @@ def _tiles(k: Tensor, v: Tensor, scores: Scores) -> Iterator[tuple[slice, Tensor
 
 
 def _weights(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
-    """Return the scores [n, Hkv, group, K] of queries [n, Hkv, group, D] with keys [n, K, Hkv, D],
+    """Return the scores [Hkv, n, group, K] of queries [Hkv, n, group, D] with keys [Hkv, n, K, D],
     -inf for those that do not exist.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q, k.permute(0, 2, 3, 1)).to(wide).mul_(scale)
-    return scores.masked_fill_(~exists[:, None, None], -torch.inf)
+    scores = torch.matmul(q, k.transpose(2, 3)).to(wide).mul_(scale)
+    return scores.masked_fill_(~exists[:, None], -torch.inf)
+
+
+def _by_kv_head(x: Tensor, heads: int) -> Tensor:
+    """[n, Hq, D] -> [Hkv, n, group, D]"""
+    return x.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
+def _by_query(x: Tensor) -> Tensor:
+    """[Hkv, n, group, D] -> [n, Hq, D]"""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     output = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+    keys, values = k.transpose(0, 1), v.transpose(0, 1)
     for tile, indices, exists in _tiles(k, v, scores):
-        grouped = q[tile].unflatten(1, (k.shape[1], -1))
-        found = _weights(grouped, k[indices], exists, scores.scale)
-        sums = found.logsumexp(dim=-1)
+        found = _weights(_by_kv_head(q[tile], len(keys)), keys[:, indices], exists, scores.scale)
+        sums = found.logsumexp(dim=-1, keepdim=True)
         # A query without a key here has the sum -inf and no weights.
-        weights = found.sub_(_finite(sums)[..., None]).exp_().to(v.dtype)
-        values = torch.matmul(weights, v[indices].transpose(1, 2))
-        output[tile] = values.flatten(1, 2)
-        lse[:, tile] = sums.flatten(1).t()
+        weights = found.sub_(_finite(sums)).exp_().to(v.dtype)
+        output[tile] = _by_query(torch.matmul(weights, values[:, indices]))
+        lse[:, tile] = _by_query(sums)[..., 0].t()
     return output, lse
 
 
@@ -75,20 +86,21 @@ def _backward(
 ) -> Tensor:
     dq, heads = torch.empty_like(q), k.shape[1]
     for tile, indices, exists in _tiles(k, v, scores):
-        grads, queries, outputs = (x[tile].unflatten(1, (heads, -1)) for x in (grad, q, output))
-        keys, values = k[indices], v[indices]
-        sums = lse[:, tile].t().unflatten(1, (heads, -1))[..., None]
+        of_queries = (grad[tile], q[tile], output[tile], lse[:, tile].t()[..., None])
+        grads, queries, outputs, sums = (_by_kv_head(x, heads) for x in of_queries)
+        keys, values = (x.transpose(0, 1)[:, indices] for x in (k, v))
         weights = _weights(queries, keys, exists, scores.scale).sub_(_finite(sums)).exp_()
         dots = (grads.to(lse.dtype) * outputs.to(lse.dtype)).sum(dim=-1, keepdim=True)
-        slopes = torch.matmul(grads, values.permute(0, 2, 3, 1)).to(lse.dtype).sub_(dots)
+        slopes = torch.matmul(grads, values.transpose(2, 3)).to(lse.dtype).sub_(dots)
         slopes = slopes.mul_(weights).mul_(scores.scale).to(q.dtype)
-        dq[tile] = torch.matmul(slopes, keys.transpose(1, 2)).flatten(1, 2)
-        # [n, Hkv, K, D] of each query's own keys -> the rows that they were gathered from.
-        of_keys = torch.matmul(slopes.transpose(2, 3), queries), dk
-        of_values = torch.matmul(weights.to(v.dtype).transpose(2, 3), grads), dv
-        for found, total in (of_keys, of_values):
-            rows = found.transpose(1, 2).flatten(0, 1).to(total.dtype)
-            total.index_add_(0, indices.flatten(), rows)
+        dq[tile] = _by_query(torch.matmul(slopes, keys))
+        # Of each query's own keys, [Hkv, n, K, D], back to the rows that they were gathered from.
+        of_keys = torch.matmul(slopes.transpose(2, 3), queries)
+        of_values = torch.matmul(weights.to(v.dtype).transpose(2, 3), grads)
+        for found, total in ((of_keys, dk), (of_values, dv)):
+            for head, of_head in enumerate(found):
+                rows = of_head.flatten(0, 1).to(total.dtype)
+                total[:, head].index_add_(0, indices.flatten(), rows)
     return dq
 
 
