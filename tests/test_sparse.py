@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import CONFIG_MAPPING
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from helpers.families import FAMILIES, VERIFIED, model_of
 from helpers.precision import kept_in_fp64
@@ -194,6 +196,84 @@ def calls_of(lengths: list[tuple[int, ...]]) -> tuple[int, int, list[float]]:
         finally:
             object.__setattr__(CHOSEN, "forward", kernels)
     return counts["choose"], counts["core"], record.losses
+
+
+# --- training the indexer -------------------------------------------------------------------------
+
+
+class TopK(TorchFunctionMode):
+    """Sees the scores of which an indexer takes the best."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.topk:
+            self.scores = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def watch(plain: PreTrainedModel) -> None:
+    """Let each attention layer of an unmodified model note its weights and its indexer's inputs."""
+    plain.set_attn_implementation("eager")
+
+    def note_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        module.inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in args), kwargs
+
+    def note_weights(layer: nn.Module, args: tuple, output: tuple) -> None:
+        layer.weights = output[1]
+
+    for block in plain.model.layers:
+        block.self_attn.register_forward_hook(note_weights)
+        if block.self_attn.indexer is not None:
+            block.self_attn.indexer.register_forward_pre_hook(note_inputs, with_kwargs=True)
+
+
+def divergence(plain: PreTrainedModel, labels: Tensor) -> Tensor:
+    """The KL divergence of all indexers from the attention to what they chose, from dense scores,
+    summed over the tokens with a label.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for block in plain.model.layers:
+        module = block.self_attn.indexer
+        if module is None:
+            continue
+        args, kwargs = module.inputs
+        with TopK() as seen:
+            type(module).forward.__wrapped__(module, *args, **kwargs)
+        p = block.self_attn.weights[0].detach().mean(dim=0)
+        log_q = seen.scores[0].masked_fill(p == 0, -torch.inf).log_softmax(dim=-1)
+        terms = torch.where(p > 0, p * (p.clamp(min=1e-300).log() - log_q), 0).sum(dim=-1)
+        total = total + terms[labels != -100].sum()
+    return total
+
+
+@lru_cache
+def plain_joint(family: str) -> Record:
+    arguments = train_plain, model_of(family), steps(), torch.float64
+    return kept_in_fp64(*arguments, fill=watch, more=divergence)
+
+
+@pytest.mark.parametrize(
+    ("family", "mesh", "options"),
+    [
+        ("deepseek_v32", (1, 1, 2), {"checkpoint_every": 1, "stream_chunk_tokens": -1}),
+        ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE),
+    ]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in SWEEP
+        if case[0] in ("deepseek_v32", "glm_moe_dsa")
+    ],
+)
+def test_a_trained_indexer(
+    family: str, mesh: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    """Every gradient, of indexers and of the others, is that of dense scores in one process."""
+    arguments = train_sharded, mesh, model_of(family), steps(), torch.float64
+    options = options | {"attention": "sdpa", "indexer": "joint"}
+    found = run_on_ranks(math.prod(mesh), kept_in_fp64, *arguments, **options)[0]
+    expected = plain_joint(family)
+    assert any("indexer" in name for name in expected.gradients[0])
+    worst = largest_difference(found, expected)
+    assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 
 
 # --- mistakes that these tests must find ----------------------------------------------------------

@@ -455,6 +455,18 @@ class Loss(Section):
     """distillation: temperature of both distributions."""
     teacher_share: float = setting(1.0, _read_by("distillation"), gt=0, le=1)
     """distillation: share of the divergence in the loss. The rest is cross-entropy."""
+    indexer: Literal["frozen", "joint"] = setting(
+        "frozen",
+        _read_by("cross_entropy"),
+        Excludes(
+            "lora.rank",
+            text="{other} and {this} are both set: LoRA freezes all but its adapters, and exports "
+            'no trained indexer. Set lora.rank = 0 or {name} = "frozen"',
+        ),
+    )
+    """Of models whose attention reads keys that an indexer chooses (deepseek_v32). joint: train it
+    by the divergence from attention to the chosen keys (arXiv 2512.02556), beside the loss.
+    """
 
 
 class Parallelism(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from titan_ulysses.model.rope import DocumentRoPE
 from titan_ulysses.model.router import RouterLoss
 from titan_ulysses.ulysses.attention import ATTENTION_NAME, Ulysses
 from titan_ulysses.ulysses.cores import Core
-from titan_ulysses.ulysses.indexer import INDEXED
+from titan_ulysses.ulysses.indexer import INDEXED, Indexer
 
 
 def use_attention(model: PreTrainedModel) -> None:
@@ -56,6 +56,7 @@ class Sharding:
     """Rotary embeddings that need the lengths of documents."""
     stream_chunk_tokens: int = -1
     """The setting for which batches must be cut; -1: its blocks do not stream."""
+    indexers: list[Indexer] = field(default_factory=list)
     own_loss: Tensor | None = None
     """This rank's part of the last loss, which tells which rank a NaN came from."""
 
@@ -80,9 +81,33 @@ class Sharding:
         # Some RoPE frequencies depend on document lengths, or on how far positions go.
         for rope in self.ropes:
             rope.begin(documents, position_limits or documents, sp.get_local_rank(), chunk_tokens)
-        ulysses = Ulysses(sp, self.core, documents, inputs["position_ids"], chunk_tokens)
+        share = self._label_share(**inputs)
+        positions = inputs["position_ids"]
+        ulysses = Ulysses(sp, self.core, documents, positions, chunk_tokens, share)
         with computing(ulysses.chunks):
             return self._forward(model, ulysses=ulysses, **inputs)
+
+    def _label_share(
+        self, labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **_: Any
+    ) -> Tensor | None:
+        """Return what each token counts in the loss of trained indexers (see `Ulysses`)."""
+        if not any(indexer.trained for indexer in self.indexers):
+            return None
+        if labels is None or num_items_in_batch is None:
+            return None  # nothing is trained without labels
+        return (labels != IGNORE_INDEX) / num_items_in_batch.double().clamp(min=1)
+
+    def indexer_loss(self) -> Tensor | None:
+        """Return the loss of all indexers of this step so far [1], of this rank's tokens, and begin
+        anew; None if none is trained.
+        """
+        totals = [x.total for x in self.indexers if x.total is not None]
+        if not totals:
+            return None
+        found = torch.stack(totals).sum(dim=0)
+        for total in totals:
+            total.zero_()
+        return found
 
     def _chunk_tokens(self, seq_len: int, of_batch: int | None) -> int | None:
         """Return the chunks in which blocks stream a batch that was cut into chunks `of_batch`.

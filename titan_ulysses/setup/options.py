@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -46,6 +46,8 @@ class ParallelOptions(BaseModel):
     """Without optimizer_offload, which is about the optimizer of train.py."""
     compile: Compile = Compile()
     z_loss: float = 0.0
+    indexer: Literal["frozen", "joint"] = "frozen"
+    """joint: train the indexers of sparse attention by their own loss, as loss.indexer."""
     param_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
     """Dtype in which the model computes; None: the model's dtype. Stored parameters keep theirs."""
     reduce_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
@@ -133,6 +135,7 @@ def options_of(config: Config, core: Core) -> ParallelOptions:
         memory=config.memory,
         compile=config.compile,
         z_loss=training.z_loss,
+        indexer=config.loss.indexer,
         param_dtype=getattr(torch, training.param_dtype),
         reduce_dtype=getattr(torch, training.reduce_dtype),
     )

@@ -230,7 +230,12 @@ def wrap(
     # by checkpoints and FSDP their class, by a subclass.
     use_attention(model)  # a config of its own, which names Ulysses attention
     use_linear_attention(blocks)  # the forward of layers that carry a state
-    use_indexers(blocks)  # the forward of indexers, and a hook on their layers
+    indexers = use_indexers(blocks, trained=options.indexer == "joint")  # that of indexers; a hook
+    if options.indexer == "joint" and not indexers:
+        raise UserError(
+            f'loss.indexer = "joint": "{model.config.model_type}" has no indexer that chooses '
+            'keys. Set it to "frozen".'
+        )
     ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
     router_loss = router_loss_of(model, decoder)  # hooks on routers
     if _tiles_mlp(options):  # the forward of MLPs and norms
@@ -254,7 +259,9 @@ def wrap(
         checkpoint_blocks(blocks, every=every, store=store, extra_outputs=extra, device=mesh.device)
     shard_root(model, shard)
     chunk_tokens = _chunk_tokens(options, mesh.sp.size(), device_type) if streams else -1
-    model.sharding = Sharding(decoder, mesh, options.attention, router_loss, ropes, chunk_tokens)
+    model.sharding = Sharding(
+        decoder, mesh, options.attention, router_loss, ropes, chunk_tokens, indexers
+    )
     model.forward = partial(model.sharding.forward, model)
     guard(model)  # a hook, and a forward around that one
     for method, reason in _REFUSED.items():

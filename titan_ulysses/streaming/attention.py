@@ -35,6 +35,7 @@ from titan_ulysses.streaming.keys import KeyBlocks, KeysAndValues
 from titan_ulysses.ulysses.heads import HeadPlan
 from titan_ulysses.ulysses.pieces import sinks_gradient, with_sinks
 from titan_ulysses.ulysses.scores import PieceKernels, Scores, visible_keys
+from titan_ulysses.ulysses.sparse import summed_weights
 from titan_ulysses.ulysses.tiles import Merged
 
 
@@ -75,6 +76,8 @@ class ChunkAttention(NamedTuple):
     rank: int
     layer: dict[str, Any]
     """Of the layer: documents, scale, window, softcap, sinks; chosen [B, n, K] of the chunk."""
+    sums: list[Tensor]
+    """The log-sum-exps of the parts, once they are known."""
     outputs: Callable[[Callable[[], list[Tensor]]], list[Tensor]]
     """Returns what a function computes, or what was kept of it."""
 
@@ -145,6 +148,24 @@ class ChunkAttention(NamedTuple):
             outputs.append(output)
             sums.append(lse)
         return outputs + sums
+
+    def summed_weights(self, queries: Sequence[Tensor]) -> Tensor:
+        """Return the attention [B, n, K] of the chunk's queries to the keys that they chose, summed
+        over the heads of this rank.
+        """
+        calls, chosen, sums = self.calls(), self.layer["chosen"], self.sums
+        found = torch.zeros_like(chosen, dtype=sums[0].dtype)
+        for _, (keys, _), overlaps in self.blocks(calls):
+            for i, overlap in overlaps:
+                call = calls[i]
+                q = queries[call.part][call.row, overlap.queries, call.queries]
+                k = keys[call.row, overlap.keys, call.keys]
+                lse = sums[call.part][call.row, call.queries, overlap.queries]
+                tokens = len(queries[call.part][call.row])
+                first = call.tokens.stop - tokens - self.chunk.start + overlap.queries.start
+                place = found[call.row, first : first + len(q)]
+                place += summed_weights(q, k, overlap.scores, lse)
+        return found
 
     def backward(
         self,
@@ -253,6 +274,7 @@ class _Attention(torch.autograd.Function):
         ctx, call: ChunkAttention, sinks: Tensor | None, k: Tensor, v: Tensor, *queries: Tensor
     ) -> tuple[Tensor, ...]:
         results = call.outputs(lambda: call.forward(queries, v.shape[-1]))
+        call.sums[:] = results[len(queries) :]
         ctx.call = call
         ctx.save_for_backward(sinks, *queries, *results)
         return tuple(results[: len(queries)])

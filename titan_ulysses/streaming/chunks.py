@@ -6,7 +6,7 @@ the chunk. Which of the three kinds a run is decides what they get and what is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,13 @@ from titan_ulysses.ulysses.exchange import (
     sequence_to_heads,
 )
 from titan_ulysses.ulysses.heads import HeadPlan, deal_heads
-from titan_ulysses.ulysses.indexer import gather_sequence
+from titan_ulysses.ulysses.indexer import gather_sequence, scores_to_train
+from titan_ulysses.ulysses.indexer_loss import (
+    IndexerScores,
+    differentiate,
+    sum_for_owners,
+    with_indexer_loss,
+)
 from titan_ulysses.ulysses.pieces import pieces_of
 from titan_ulysses.ulysses.states import State
 
@@ -171,11 +177,43 @@ class ChunkForward(Extent):
             layer["chosen"] = gather_sequence(layer["chosen"], mesh)
         kept = partial(self.kept_outputs, module)
         rank = mesh.get_local_rank()
-        call = ChunkAttention(pieces, keys, self.tokens, plan, rank, layer, kept)
-        outputs = attend(call, k, v, queries)
-        if mesh.size() == 1:
-            return outputs[0]
-        return heads_to_sequence(outputs, plan, mesh).to_local()
+        call = ChunkAttention(pieces, keys, self.tokens, plan, rank, layer, [], kept)
+        outputs, scores = attend(call, k, v, queries), scores_to_train(module)
+        output = outputs[0]
+        if mesh.size() > 1:
+            output = heads_to_sequence(outputs, plan, mesh).to_local()
+        if scores is None or ulysses.label_share is None:
+            return output
+        of_queries = [x.detach() for x in queries]
+        target = partial(call.summed_weights, of_queries)
+        kept = self.sweep.keys[module.indexer]
+        gradients = partial(self._indexer_gradients, ulysses, kept, target)
+        return with_indexer_loss(output, scores, gradients)
+
+    def _indexer_gradients(
+        self,
+        ulysses: Ulysses,
+        kept: KeysAndValues,
+        target: Callable[[], Tensor],
+        scores: IndexerScores,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of what an indexer has made for the chunk, and add those of earlier
+        keys to what is known.
+        """
+
+        def blocks(with_gradients: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+            seen = slice(kept.span.of(self.tokens).start, self.tokens.stop)
+            for block, (keys,) in kept.read(seen):
+                sums = kept.gradients_of(block) if with_gradients else None
+                yield block, keys[:, :, 0], None if sums is None else sums[0][:, :, 0]
+                if sums is not None:
+                    kept.put_gradients(block, sums)
+
+        target_sums = sum_for_owners(target(), ulysses.mesh)
+        share = ulysses.label_share[:, self.chunk.local]
+        dq, dw = differentiate(scores, target_sums, share, blocks)
+        (dk,) = kept.complete_gradients(self.tokens)
+        return dq, dw, sum_for_owners(dk[:, :, 0], ulysses.mesh)
 
     def to_heads(
         self, q: Tensor, k: Tensor, v: Tensor, plan: HeadPlan, keys: KeysAndValues

@@ -9,9 +9,9 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +26,15 @@ from titan_ulysses.distributed.sequence import Chunk, Documents, chunks_of, loca
 from titan_ulysses.ulysses.cores import Core, takes_any_size
 from titan_ulysses.ulysses.exchange import SEQUENCE, heads_to_sequence, sequence_to_heads
 from titan_ulysses.ulysses.heads import HeadPlan, plan_heads
-from titan_ulysses.ulysses.indexer import gather_sequence
+from titan_ulysses.ulysses.indexer import gather_sequence, scores_to_train
+from titan_ulysses.ulysses.indexer_loss import (
+    IndexerScores,
+    differentiate,
+    sum_for_owners,
+    with_indexer_loss,
+)
+from titan_ulysses.ulysses.scores import of_documents
+from titan_ulysses.ulysses.sparse import summed_weights
 
 ATTENTION_NAME = "ulysses"
 
@@ -68,13 +76,18 @@ class Extent:
         plan = plan_heads(q.shape[2], k.shape[2], mesh.size())
         if layer["chosen"] is not None:
             layer["chosen"] = gather_sequence(layer["chosen"], mesh)
-        if mesh.size() == 1:
-            return _local_heads(core, q, k, v, layer, plan, 0)
-        # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
-        q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
-        (q,), k, v = sequence_to_heads(q, k, v, plan)
+        scores = scores_to_train(module)
+        if mesh.size() > 1:
+            # From all heads of this rank's tokens to this rank's heads of all tokens, and back.
+            q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
+            (q,), k, v = sequence_to_heads(q, k, v, plan)
         output = _local_heads(core, q, k, v, layer, plan, mesh.get_local_rank())
-        return heads_to_sequence((output,), plan, mesh).to_local()
+        target = partial(_summed_weights, q.detach(), k.detach(), layer, plan, mesh)
+        if mesh.size() > 1:
+            output = heads_to_sequence((output,), plan, mesh).to_local()
+        if scores is None or ulysses.label_share is None:
+            return output
+        return with_indexer_loss(output, scores, partial(_indexer_gradients, ulysses, target))
 
     def index_keys(
         self, indexer: nn.Module, keys: Tensor, documents: Documents
@@ -112,6 +125,10 @@ class Ulysses:
     """[B, T]: position ids of this rank's tokens. A document need not start at position 0."""
     chunk_tokens: int | None = None
     """Tokens of a chunk of the whole sequence, of which this rank has a slice; None: all of it."""
+    label_share: Tensor | None = None
+    """[B, T]: what each of this rank's tokens counts in a mean over the labels of the step, 0
+    without a label; given if indexers are trained.
+    """
     # By a lambda, because torch.compile can trace neither an object nor a class as a default.
     extent: Extent = field(default_factory=lambda: Extent())
     """What is computed at a time."""
@@ -247,6 +264,35 @@ def _local_heads(
     queries, keys = zip(*calls, strict=True)
     inputs = _parts(q, queries), _parts(k, keys), _parts(v, keys), queries
     return torch.cat([call(*of_call) for of_call in zip(*inputs, strict=True)], dim=2)
+
+
+def _summed_weights(
+    q: Tensor, k: Tensor, layer: dict[str, Any], plan: HeadPlan, mesh: DeviceMesh
+) -> Tensor:
+    """Return the attention [B, T, K] of this rank's tokens to the keys that they chose, summed over
+    the heads of all ranks.
+    """
+    rows, tokens = q.shape[:2]
+    scores = of_documents(layer["documents"], layer["scale"], chosen=layer["chosen"])
+    sums = torch.zeros_like(layer["chosen"], dtype=torch.promote_types(q.dtype, torch.float32))
+    for queries, keys in plan.runs(mesh.get_local_rank()):
+        of_run = q[:, :, queries].flatten(0, 1), k[:, :, keys].flatten(0, 1)
+        sums += summed_weights(*of_run, scores).unflatten(0, (rows, tokens))
+    return sum_for_owners(sums, mesh)
+
+
+def _indexer_gradients(
+    ulysses: Ulysses, target: Callable[[], Tensor], scores: IndexerScores
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of what an indexer has made for the whole sequence."""
+    keys = gather_sequence(scores.keys.detach(), ulysses.mesh)
+    sums = torch.zeros_like(keys, dtype=scores.queries.dtype)
+
+    def blocks(with_gradients: bool) -> list[tuple[slice, Tensor, Tensor]]:
+        return [(slice(0, keys.shape[1]), keys, sums)]
+
+    dq, dw = differentiate(scores, target(), ulysses.label_share, blocks)
+    return dq, dw, sum_for_owners(sums, ulysses.mesh)
 
 
 _MOST_ELEMENTS = 2**31 - 1

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.distributed.parts import visited
 from titan_ulysses.distributed.sequence import Documents
+from titan_ulysses.ulysses.indexer_loss import IndexerScores
 from titan_ulysses.ulysses.scores import visible_keys
 
 INDEXED = "indexed_attention"
@@ -61,29 +62,46 @@ def has_unknown_indexers(model: nn.Module) -> bool:
     return {id(found) for _, found in indexers_of(model)} != {id(x) for x in every} or not every
 
 
-def use_indexers(blocks: nn.ModuleList) -> None:
-    """Make the indexers in blocks choose from all tokens of the sequence, in place."""
+def use_indexers(blocks: nn.ModuleList, *, trained: bool = False) -> list[Indexer]:
+    """Make the indexers in blocks choose from all tokens of the sequence, in place; return them.
+
+    trained: they learn by their own loss (indexer_loss.py). If not, they are frozen, so that the
+    optimizer has no state for their parameters: transformers runs them without gradients.
+    """
+    found = []
     for block in blocks:
         for layer, module in indexers_of(block):
-            # It chooses without gradients. So the optimizer has no state for its parameters.
-            module.requires_grad_(False)
-            module.forward = indexer = Indexer(module)
+            module.requires_grad_(trained)
+            module.forward = indexer = Indexer(module, trained)
             # A layer does not hand its keywords on to its indexer.
             layer.register_forward_pre_hook(indexer.begin, with_kwargs=True)
+            found.append(indexer)
+    return found
+
+
+def scores_to_train(layer: nn.Module) -> IndexerScores | None:
+    """Return what the indexer of an attention layer has made in this call, if it is trained."""
+    indexer = vars(getattr(layer, "indexer", None) or layer).get("forward")
+    if not isinstance(indexer, Indexer):
+        return None
+    scores, indexer.scores = indexer.scores, None
+    return scores
 
 
 class Indexer:
     """The forward of an indexer, for this rank's tokens and the keys of all ranks."""
 
-    def __init__(self, module: nn.Module):
-        self.module, self.forward = module, module.forward
-        self.ulysses: Any = None
+    def __init__(self, module: nn.Module, trained: bool):
+        self.module, self.trained, self.ulysses = module, trained, None
+        self.scores: IndexerScores | None = None
+        """What the last call has made, if the indexer is trained."""
+        self.total: Tensor | None = None
+        """Its loss, see `IndexerScores.total`."""
 
     def begin(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Learn what the layer that is called now was told."""
         self.ulysses = kwargs["ulysses"]
 
-    @torch.no_grad()
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the keys that each query reads: int32 [B, T, K], indices of tokens of the whole
         sequence, -1 where there are fewer than K. K = 0: every query reads all keys before it.
@@ -92,18 +110,28 @@ class Indexer:
         extent, mesh, count = ulysses.extent, ulysses.mesh, self.module.index_topk
         if max(map(max, ulysses.documents)) <= count:
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
-        kwargs["cache"], seen = _NoKeys(), _Products()
+        cache, seen = _NoKeys(), _Products()
+        forward = type(self.module).forward
+        if self.trained and torch.is_grad_enabled():
+            forward = forward.__wrapped__  # type: ignore[attr-defined]  # without no_grad
+            args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+            hidden = hidden.detach()
         with seen:
-            self.forward(hidden, *args, **kwargs)
-        keys = gather_sequence(kwargs["cache"].own, mesh)
+            forward(self.module, hidden, *args, **kwargs | {"cache": cache})
+        keys = gather_sequence(cache.own.detach(), mesh)
         blocks = extent.index_keys(self.module, keys, ulysses.documents)
         if blocks is None:  # only keys are needed, of which this layer has none
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         tokens = hidden.shape[1]
         start = extent.start + mesh.get_local_rank() * tokens
-        return choose(
-            seen.queries, seen.weights, seen.scale, blocks, start, ulysses.documents, count
-        )
+        queries, weights = seen.queries, seen.weights
+        chosen = choose(queries, weights, seen.scale, blocks, start, ulysses.documents, count)
+        if queries.requires_grad:
+            if self.total is None:
+                self.total = hidden.new_zeros(1, dtype=torch.float64)
+            made = queries, weights, cache.own
+            self.scores = IndexerScores(*made, seen.scale, chosen, self.total)
+        return chosen
 
 
 def gather_sequence(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -163,6 +191,7 @@ class _Products(TorchFunctionMode):
         return self._factors[index]
 
 
+@torch.no_grad()
 def choose(
     queries: Tensor,
     weights: Tensor,

@@ -47,6 +47,25 @@ def _weights(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
     return scores.masked_fill_(~exists[:, None], -torch.inf)
 
 
+@torch.no_grad()
+def summed_weights(q: Tensor, k: Tensor, scores: Scores, lse: Tensor | None = None) -> Tensor:
+    """Return the weights of the chosen keys, summed over the heads: [N, K], in fp32 or wider.
+
+    lse [Hq, N]: the log-sum-exps of all keys that the queries see; None: of these.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    assert scores.chosen is not None
+    sums = torch.empty_like(scores.chosen, dtype=wide)
+    for tile, indices, exists in _tiles(k, k, scores):
+        grouped = _by_kv_head(q[tile], k.shape[1])
+        found = _weights(grouped, k.transpose(0, 1)[:, indices], exists, scores.scale)
+        total = found.logsumexp(dim=-1, keepdim=True)
+        if lse is not None:
+            total = _by_kv_head(lse[:, tile].t()[..., None], k.shape[1])
+        sums[tile] = found.sub_(_finite(total)).exp_().sum(dim=(0, 2))
+    return sums
+
+
 def _by_kv_head(x: Tensor, heads: int) -> Tensor:
     """[n, Hq, D] -> [Hkv, n, group, D]"""
     return x.unflatten(1, (heads, -1)).transpose(0, 1)
