@@ -245,33 +245,46 @@ def divergence(plain: PreTrainedModel, labels: Tensor) -> Tensor:
     return total
 
 
+def watch_indexers_alone(plain: PreTrainedModel) -> None:
+    watch(plain)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(".indexer." in name)
+
+
 @lru_cache
-def plain_joint(family: str) -> Record:
-    arguments = train_plain, model_of(family), steps(), torch.float64
-    return kept_in_fp64(*arguments, fill=watch, more=divergence)
+def plain_trained(family: str, training: str) -> Record:
+    table, fill = model_of(family), watch
+    if training == "warmup":
+        table, fill = table | {"index_topk": 1000}, watch_indexers_alone  # all keys
+    arguments = train_plain, table, steps(), torch.float64
+    return kept_in_fp64(*arguments, fill=fill, more=divergence)
 
 
 @pytest.mark.parametrize(
-    ("family", "mesh", "options"),
+    ("family", "mesh", "options", "training"),
     [
-        ("deepseek_v32", (1, 1, 2), {"checkpoint_every": 1, "stream_chunk_tokens": -1}),
-        ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE),
+        ("deepseek_v32", (1, 1, 2), {"checkpoint_every": 1, "stream_chunk_tokens": -1}, "joint"),
+        ("glm_moe_dsa", (1, 1, 3), OFF_DEVICE, "joint"),
+        ("deepseek_v32", (1, 2, 2), STREAMED, "warmup"),
+        ("deepseek_v32", (1, 1, 3), {"checkpoint_every": 1, "stream_chunk_tokens": -1}, "warmup"),
     ]
     + [
-        pytest.param(*case, marks=pytest.mark.slow)
+        pytest.param(*case, training, marks=pytest.mark.slow)
         for case in SWEEP
         if case[0] in ("deepseek_v32", "glm_moe_dsa")
+        for training in ("warmup", "joint")
     ],
 )
-def test_a_trained_indexer(
-    family: str, mesh: tuple[int, int, int], options: dict[str, Any]
+def test_trained_indexers(
+    family: str, mesh: tuple[int, int, int], options: dict[str, Any], training: str
 ) -> None:
     """Every gradient, of indexers and of the others, is that of dense scores in one process."""
     arguments = train_sharded, mesh, model_of(family), steps(), torch.float64
-    options = options | {"attention": "sdpa", "indexer": "joint"}
+    options = options | {"attention": "sdpa", "indexer": training}
     found = run_on_ranks(math.prod(mesh), kept_in_fp64, *arguments, **options)[0]
-    expected = plain_joint(family)
-    assert any("indexer" in name for name in expected.gradients[0])
+    expected = plain_trained(family, training)
+    trained = [".indexer." in name for name in expected.gradients[0]]
+    assert any(trained) and all(trained) == (training == "warmup")
     worst = largest_difference(found, expected)
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
 

@@ -91,7 +91,7 @@ class Sharding:
         self, labels: Tensor | None = None, num_items_in_batch: Tensor | None = None, **_: Any
     ) -> Tensor | None:
         """Return what each token counts in the loss of trained indexers (see `Ulysses`)."""
-        if not any(indexer.trained for indexer in self.indexers):
+        if not any(indexer.training != "frozen" for indexer in self.indexers):
             return None
         if labels is None or num_items_in_batch is None:
             return None  # nothing is trained without labels

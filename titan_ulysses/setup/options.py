@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
@@ -16,6 +16,7 @@ from titan_ulysses.distributed.mesh import warn_of_older_form
 from titan_ulysses.memory.offload import Offload
 from titan_ulysses.model.families import attention_needs, largest_head
 from titan_ulysses.ulysses.cores import Core, CoreRequirements, choose_core
+from titan_ulysses.ulysses.indexer import Training
 from titan_ulysses.ulysses.pieces import pieces_of
 
 if TYPE_CHECKING:  # importing transformers first is noisy, see model/__init__.py
@@ -46,8 +47,8 @@ class ParallelOptions(BaseModel):
     """Without optimizer_offload, which is about the optimizer of train.py."""
     compile: Compile = Compile()
     z_loss: float = 0.0
-    indexer: Literal["frozen", "joint"] = "frozen"
-    """joint: train the indexers of sparse attention by their own loss, as loss.indexer."""
+    indexer: Training = "frozen"
+    """How the indexers of sparse attention are trained, as loss.indexer."""
     param_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None
     """Dtype in which the model computes; None: the model's dtype. Stored parameters keep theirs."""
     reduce_dtype: Annotated[torch.dtype | None, BeforeValidator(_dtype)] = None

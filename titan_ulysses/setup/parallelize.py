@@ -230,11 +230,11 @@ def wrap(
     # by checkpoints and FSDP their class, by a subclass.
     use_attention(model)  # a config of its own, which names Ulysses attention
     use_linear_attention(blocks)  # the forward of layers that carry a state
-    indexers = use_indexers(blocks, trained=options.indexer == "joint")  # that of indexers; a hook
-    if options.indexer == "joint" and not indexers:
+    indexers = use_indexers(model, blocks, options.indexer)  # that of indexers; a hook on layers
+    if options.indexer != "frozen" and not indexers:
         raise UserError(
-            f'loss.indexer = "joint": "{model.config.model_type}" has no indexer that chooses '
-            'keys. Set it to "frozen".'
+            f'loss.indexer = "{options.indexer}": "{model.config.model_type}" has no indexer that '
+            'chooses keys. Set it to "frozen".'
         )
     ropes = use_document_lengths(model, blocks)  # that of rotary embeddings that read the length
     router_loss = router_loss_of(model, decoder)  # hooks on routers

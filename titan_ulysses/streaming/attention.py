@@ -35,7 +35,7 @@ from titan_ulysses.streaming.keys import KeyBlocks, KeysAndValues
 from titan_ulysses.ulysses.heads import HeadPlan
 from titan_ulysses.ulysses.pieces import sinks_gradient, with_sinks
 from titan_ulysses.ulysses.scores import PieceKernels, Scores, visible_keys
-from titan_ulysses.ulysses.sparse import summed_weights
+from titan_ulysses.ulysses.sparse import summed_weights, weights_of_all
 from titan_ulysses.ulysses.tiles import Merged
 
 
@@ -165,6 +165,25 @@ class ChunkAttention(NamedTuple):
                 first = call.tokens.stop - tokens - self.chunk.start + overlap.queries.start
                 place = found[call.row, first : first + len(q)]
                 place += summed_weights(q, k, overlap.scores, lse)
+        return found
+
+    def weights_of_all(
+        self, queries: Sequence[Tensor], keys: Tensor, row: int, own: slice, part: slice
+    ) -> Tensor:
+        """Return the attention [P, n, m] of this rank's heads to part of a block of keys, for some
+        of each rank's tokens of the chunk, `own`.
+        """
+        tokens = (self.chunk.stop - self.chunk.start) // self.plan.degree
+        count = own.stop - own.start
+        found = self.sums[0].new_zeros(self.plan.degree, count, part.stop - part.start)
+        for i, (sources, _) in enumerate(self.plan.parts[self.rank]):
+            for owner in sources:
+                first = (owner - sources.start) * tokens + own.start
+                mine = slice(first, first + count)
+                for of_q, of_k in self.plan.runs(self.rank, i):
+                    pair = queries[i][row, mine, of_q], keys[row, part, of_k]
+                    lse = self.sums[i][row, of_q, mine]
+                    found[owner] += weights_of_all(*pair, lse, self.layer["scale"])
         return found
 
     def backward(

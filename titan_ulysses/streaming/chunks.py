@@ -35,6 +35,7 @@ from titan_ulysses.ulysses.indexer import gather_sequence, scores_to_train
 from titan_ulysses.ulysses.indexer_loss import (
     IndexerScores,
     differentiate,
+    differentiate_all,
     sum_for_owners,
     with_indexer_loss,
 )
@@ -185,33 +186,45 @@ class ChunkForward(Extent):
         if scores is None or ulysses.label_share is None:
             return output
         of_queries = [x.detach() for x in queries]
-        target = partial(call.summed_weights, of_queries)
         kept = self.sweep.keys[module.indexer]
-        gradients = partial(self._indexer_gradients, ulysses, kept, target)
+        gradients = partial(self._indexer_gradients, ulysses, kept, call, of_queries)
         return with_indexer_loss(output, scores, gradients)
 
     def _indexer_gradients(
         self,
         ulysses: Ulysses,
         kept: KeysAndValues,
-        target: Callable[[], Tensor],
+        call: ChunkAttention,
+        queries: Sequence[Tensor],
         scores: IndexerScores,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of what an indexer has made for the chunk, and add those of earlier
         keys to what is known.
         """
+        seen = slice(kept.span.of(self.tokens).start, self.tokens.stop)
 
         def blocks(with_gradients: bool) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-            seen = slice(kept.span.of(self.tokens).start, self.tokens.stop)
             for block, (keys,) in kept.read(seen):
                 sums = kept.gradients_of(block) if with_gradients else None
                 yield block, keys[:, :, 0], None if sums is None else sums[0][:, :, 0]
                 if sums is not None:
                     kept.put_gradients(block, sums)
 
-        target_sums = sum_for_owners(target(), ulysses.mesh)
+        def dense_blocks(with_gradients: bool) -> Iterator[tuple]:
+            pairs = zip(blocks(with_gradients), call.keys.read(seen), strict=True)
+            for of_indexer, (_, (keys, _)) in pairs:
+                yield *of_indexer, partial(call.weights_of_all, queries, keys)
+
+        mesh, tokens = ulysses.mesh, scores.keys.shape[1]
         share = ulysses.label_share[:, self.chunk.local]
-        dq, dw = differentiate(scores, target_sums, share, blocks)
+        if scores.chosen is not None:
+            target = sum_for_owners(call.summed_weights(queries), mesh)
+            dq, dw = differentiate(scores, target, share, blocks)
+        else:
+            start, heads = self.start + mesh.get_local_rank() * tokens, call.plan.query_heads
+            dq, dw = differentiate_all(
+                scores, ulysses.places, start, heads, share, dense_blocks, mesh
+            )
         (dk,) = kept.complete_gradients(self.tokens)
         return dq, dw, sum_for_owners(dk[:, :, 0], ulysses.mesh)
 

@@ -9,7 +9,7 @@ share a process without affecting each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import accumulate
@@ -30,11 +30,13 @@ from titan_ulysses.ulysses.indexer import gather_sequence, scores_to_train
 from titan_ulysses.ulysses.indexer_loss import (
     IndexerScores,
     differentiate,
+    differentiate_all,
     sum_for_owners,
     with_indexer_loss,
 )
+from titan_ulysses.ulysses.pieces import KERNELS
 from titan_ulysses.ulysses.scores import of_documents
-from titan_ulysses.ulysses.sparse import summed_weights
+from titan_ulysses.ulysses.sparse import summed_weights, weights_of_all
 
 ATTENTION_NAME = "ulysses"
 
@@ -82,12 +84,14 @@ class Extent:
             q, k, v = (DTensor.from_local(x, mesh, (SEQUENCE,), run_check=False) for x in (q, k, v))
             (q,), k, v = sequence_to_heads(q, k, v, plan)
         output = _local_heads(core, q, k, v, layer, plan, mesh.get_local_rank())
-        target = partial(_summed_weights, q.detach(), k.detach(), layer, plan, mesh)
+        heads = q.detach(), k.detach(), v.detach()
         if mesh.size() > 1:
             output = heads_to_sequence((output,), plan, mesh).to_local()
         if scores is None or ulysses.label_share is None:
             return output
-        return with_indexer_loss(output, scores, partial(_indexer_gradients, ulysses, target))
+        return with_indexer_loss(
+            output, scores, partial(_indexer_gradients, ulysses, heads, layer, plan)
+        )
 
     def index_keys(
         self, indexer: nn.Module, keys: Tensor, documents: Documents
@@ -282,17 +286,48 @@ def _summed_weights(
 
 
 def _indexer_gradients(
-    ulysses: Ulysses, target: Callable[[], Tensor], scores: IndexerScores
+    ulysses: Ulysses,
+    heads: tuple[Tensor, Tensor, Tensor],
+    layer: dict[str, Any],
+    plan: HeadPlan,
+    scores: IndexerScores,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of what an indexer has made for the whole sequence."""
-    keys = gather_sequence(scores.keys.detach(), ulysses.mesh)
-    sums = torch.zeros_like(keys, dtype=scores.queries.dtype)
+    """Return the gradients of what an indexer has made for the whole sequence.
 
-    def blocks(with_gradients: bool) -> list[tuple[slice, Tensor, Tensor]]:
-        return [(slice(0, keys.shape[1]), keys, sums)]
+    heads: q, k and v of this rank.
+    """
+    mesh, share, (q, k, _) = ulysses.mesh, ulysses.label_share, heads
+    assert share is not None
+    keys = gather_sequence(scores.keys.detach(), mesh)
+    sums, every = torch.zeros_like(keys, dtype=scores.queries.dtype), slice(0, keys.shape[1])
+    if scores.chosen is not None:
+        target = _summed_weights(q, k, layer, plan, mesh)
+        dq, dw = differentiate(scores, target, share, lambda _: [(every, keys, sums)])
+        return dq, dw, sum_for_owners(sums, mesh)
+    rank, degree = mesh.get_local_rank(), mesh.size()
+    tokens, runs = q.shape[1] // degree, plan.runs(rank)
+    options = of_documents(layer["documents"], layer["scale"])
+    flat = [x.flatten(0, 1) for x in heads]
+    lse = q.new_empty(q.shape[2], len(flat[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    for of_q, of_k in runs:
+        run = flat[0][:, of_q], flat[1][:, of_k], flat[2][:, of_k]
+        lse[of_q] = KERNELS.forward(*run, options)[1]
 
-    dq, dw = differentiate(scores, target(), ulysses.label_share, blocks)
-    return dq, dw, sum_for_owners(sums, ulysses.mesh)
+    def attention(row: int, own: slice, part: slice) -> Tensor:
+        found = lse.new_zeros(degree, own.stop - own.start, part.stop - part.start)
+        for owner in range(degree):
+            mine = slice(owner * tokens + own.start, owner * tokens + own.stop)
+            of_row = slice(row * q.shape[1] + mine.start, row * q.shape[1] + mine.stop)
+            for of_q, of_k in runs:
+                pair = q[row, mine, of_q], k[row, part, of_k]
+                found[owner] += weights_of_all(*pair, lse[of_q, of_row], layer["scale"])
+        return found
+
+    blocks = [(every, keys, sums, attention)]
+    dq, dw = differentiate_all(
+        *(scores, ulysses.places, rank * tokens, plan.query_heads, share, lambda _: blocks, mesh)
+    )
+    return dq, dw, sum_for_owners(sums, mesh)
 
 
 _MOST_ELEMENTS = 2**31 - 1

@@ -23,7 +23,7 @@ of the heads, the indices: 4 K bytes per token.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -62,17 +62,23 @@ def has_unknown_indexers(model: nn.Module) -> bool:
     return {id(found) for _, found in indexers_of(model)} != {id(x) for x in every} or not every
 
 
-def use_indexers(blocks: nn.ModuleList, *, trained: bool = False) -> list[Indexer]:
+Training = Literal["frozen", "warmup", "joint"]
+"""Whether indexers learn by their own loss (indexer_loss.py), and from which keys."""
+
+
+def use_indexers(model: nn.Module, blocks: nn.ModuleList, training: Training) -> list[Indexer]:
     """Make the indexers in blocks choose from all tokens of the sequence, in place; return them.
 
-    trained: they learn by their own loss (indexer_loss.py). If not, they are frozen, so that the
-    optimizer has no state for their parameters: transformers runs them without gradients.
+    Frozen, the optimizer has no state for their parameters: transformers runs them without
+    gradients. In the warm-up all other parameters of the model are frozen.
     """
+    if training == "warmup":
+        model.requires_grad_(False)
     found = []
     for block in blocks:
         for layer, module in indexers_of(block):
-            module.requires_grad_(trained)
-            module.forward = indexer = Indexer(module, trained)
+            module.requires_grad_(training != "frozen")
+            module.forward = indexer = Indexer(module, training)
             # A layer does not hand its keywords on to its indexer.
             layer.register_forward_pre_hook(indexer.begin, with_kwargs=True)
             found.append(indexer)
@@ -91,8 +97,10 @@ def scores_to_train(layer: nn.Module) -> IndexerScores | None:
 class Indexer:
     """The forward of an indexer, for this rank's tokens and the keys of all ranks."""
 
-    def __init__(self, module: nn.Module, trained: bool):
-        self.module, self.trained, self.ulysses = module, trained, None
+    ulysses: Any = None
+
+    def __init__(self, module: nn.Module, training: Training):
+        self.module, self.training = module, training
         self.scores: IndexerScores | None = None
         """What the last call has made, if the indexer is trained."""
         self.total: Tensor | None = None
@@ -108,11 +116,13 @@ class Indexer:
         """
         ulysses, self.ulysses = self.ulysses, None
         extent, mesh, count = ulysses.extent, ulysses.mesh, self.module.index_topk
-        if max(map(max, ulysses.documents)) <= count:
+        trains = self.training != "frozen" and torch.is_grad_enabled()
+        is_dense = self.training == "warmup" or max(map(max, ulysses.documents)) <= count
+        if is_dense and self.training != "warmup":
             return hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
         cache, seen = _NoKeys(), _Products()
         forward = type(self.module).forward
-        if self.trained and torch.is_grad_enabled():
+        if trains:
             forward = forward.__wrapped__  # type: ignore[attr-defined]  # without no_grad
             args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
             hidden = hidden.detach()
@@ -125,12 +135,14 @@ class Indexer:
         tokens = hidden.shape[1]
         start = extent.start + mesh.get_local_rank() * tokens
         queries, weights = seen.queries, seen.weights
-        chosen = choose(queries, weights, seen.scale, blocks, start, ulysses.documents, count)
-        if queries.requires_grad:
+        chosen = hidden.new_empty(*hidden.shape[:2], 0, dtype=torch.int32)
+        if not is_dense:
+            chosen = choose(queries, weights, seen.scale, blocks, start, ulysses.documents, count)
+        if trains:
             if self.total is None:
                 self.total = hidden.new_zeros(1, dtype=torch.float64)
             made = queries, weights, cache.own
-            self.scores = IndexerScores(*made, seen.scale, chosen, self.total)
+            self.scores = IndexerScores(*made, seen.scale, None if is_dense else chosen, self.total)
         return chosen
 
 

@@ -66,6 +66,16 @@ def summed_weights(q: Tensor, k: Tensor, scores: Scores, lse: Tensor | None = No
     return sums
 
 
+def weights_of_all(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Return the weights of queries [n, Hq, D] for keys [m, Hkv, D], summed over the heads: [n, m].
+
+    lse [Hq, n]: the log-sum-exps of all keys that the queries see. Weights of others mean nothing.
+    """
+    grouped = q.transpose(0, 1).unflatten(0, (k.shape[1], -1))  # [Hkv, group, n, D]
+    scores = torch.matmul(grouped, k.permute(1, 2, 0)[:, None]).to(lse.dtype).mul_(scale)
+    return scores.flatten(0, 1).sub_(lse[..., None]).exp_().sum(dim=0)
+
+
 def _by_kv_head(x: Tensor, heads: int) -> Tensor:
     """[n, Hq, D] -> [Hkv, n, group, D]"""
     return x.unflatten(1, (heads, -1)).transpose(0, 1)
