@@ -6,18 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from helpers.families import FAMILIES, VERIFIED, model_of
 from helpers.precision import kept_in_fp64
 from helpers.ranks import run_on_ranks
 from helpers.rows import Row, make_rows
+from helpers.runs import Settings, logged, train, write_run
 from helpers.training import Record, largest_difference, train_plain, train_sharded
 from titan_ulysses.distributed.errors import UserError
 from titan_ulysses.model import families, hf
@@ -287,6 +289,49 @@ def test_trained_indexers(
     assert any(trained) and all(trained) == (training == "warmup")
     worst = largest_difference(found, expected)
     assert max(worst.values()) < 1e-12, {k: v for k, v in worst.items() if v >= 1e-12}
+
+
+def two_stages(folder: Path) -> None:
+    """By TOML: a warm-up; from its export the joint stage, at once and in two runs."""
+    table = {**model_of("deepseek_v32"), "vocab_size": 257, "max_position_embeddings": 128}
+    common: Settings = {
+        "model.config": table,
+        "parallelism.sequence_parallel_degree": 2,
+        "training.global_batch_size": 2,
+        "memory.stream_chunk_tokens": 8,
+        "optimizer.lr": 1e-2,
+        "loss.indexer": "warmup",
+        "training.steps": 6,
+        "lr_scheduler.warmup_steps": 1,
+        "job.name": "warmup",
+        "checkpoint.export": True,
+    }
+    train(folder / "run.toml", common)
+    export = str(folder / "outputs" / "warmup" / "export")
+    joint = common | {"model.config": None, "model.path": export, "model.tokenizer": "bytes"}
+    joint |= {
+        "loss.indexer": "joint",
+        "checkpoint.interval": 2,
+        "lr_scheduler.decay_type": "constant",
+    }
+    train(folder / "run.toml", joint | {"job.name": "whole", "training.steps": 4})
+    for steps in (2, 4):
+        train(folder / "run.toml", joint | {"job.name": "resumed", "training.steps": steps})
+
+
+def test_a_warm_up_and_a_joint_stage_by_toml(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    run_on_ranks(2, two_stages, tmp_path)
+    warmup, whole, resumed = (
+        logged(tmp_path / "outputs" / name) for name in ("warmup", "whole", "resumed")
+    )
+    losses = [line["indexer_loss"] for line in warmup]
+    assert 0 < losses[-1] < 0.8 * losses[0]
+    assert [line["indexer_loss_by_layer"].keys() for line in warmup] == [{"0", "1"}] * 6
+    for name in ("loss", "grad_norm", "indexer_loss"):
+        assert [line[name] for line in resumed] == [line[name] for line in whole], name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "outputs" / "whole" / "export")
+    assert model.config.model_type == "deepseek_v32"
 
 
 # --- mistakes that these tests must find ----------------------------------------------------------

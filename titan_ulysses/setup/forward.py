@@ -97,17 +97,17 @@ class Sharding:
             return None  # nothing is trained without labels
         return (labels != IGNORE_INDEX) / num_items_in_batch.double().clamp(min=1)
 
-    def indexer_loss(self) -> Tensor | None:
-        """Return the loss of all indexers of this step so far [1], of this rank's tokens, and begin
-        anew; None if none is trained.
+    def take_indexer_losses(self) -> Tensor | None:
+        """Return the loss of each indexer since the last call, of this rank's tokens: [indexers]
+        fp64. None if none has been trained.
         """
         totals = [x.total for x in self.indexers if x.total is not None]
         if not totals:
             return None
-        found = torch.stack(totals).sum(dim=0)
+        losses = torch.cat(totals)
         for total in totals:
             total.zero_()
-        return found
+        return losses
 
     def _chunk_tokens(self, seq_len: int, of_batch: int | None) -> int | None:
         """Return the chunks in which blocks stream a batch that was cut into chunks `of_batch`.
