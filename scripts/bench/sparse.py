@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +52,7 @@ def step_of(kind: str, tokens: int, chunk: int) -> None:
     from titan_ulysses.ulysses.pieces import KERNELS
     from titan_ulysses.ulysses.scores import PieceKernels
 
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -186,8 +186,8 @@ class ChunkForward(Extent):
         if scores is None or ulysses.label_share is None:
             return output
         of_queries = [x.detach() for x in queries]
-        kept = self.sweep.keys[module.indexer]
-        gradients = partial(self._indexer_gradients, ulysses, kept, call, of_queries)
+        of_indexer = self.sweep.keys[module.indexer]
+        gradients = partial(self._indexer_gradients, ulysses, of_indexer, call, of_queries)
         return with_indexer_loss(output, scores, gradients)
 
     def _indexer_gradients(
