@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.families import model_of
 from helpers.material import BASE, MODEL, as_toml
 from helpers.observed import (
     Observer,
@@ -145,6 +146,7 @@ TAUGHT: Settings = {
     "data.path": "$MATERIAL/taught.jsonl",
     "data.packing": "none",
 }
+INDEXED: Settings = {"model.config": {**model_of("deepseek_v32"), "vocab_size": 257}}
 SAVED: Settings = {"checkpoint.enable": None}
 VALIDATED: Settings = {"validation.enable": True}
 TRACED: Settings = {
@@ -482,6 +484,14 @@ LOSS = {
     "loss.name": [
         Case("dpo", said("loss: DPO of pairs of completions, beta 0.1"), PAIRS),
         Case("distillation", said("loss: 1 of the divergence from "), TEACHER),
+    ],
+    "loss.indexer": [
+        Case(
+            "warmup",
+            lambda run, _: run.kept() == {x for x in run.initial if ".indexer." not in x},
+            INDEXED,
+        ),
+        Case("joint", lambda run, _: not run.kept(), INDEXED),
     ],
     "loss.beta": [
         Case(
