@@ -47,6 +47,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("4x8xB200", Gpus(32, "B200", 8)),
         ("2x4xA100-80GB", Gpus(8, "A100-80GB", 4)),
         ("1xa100", Gpus(1, "A100-80GB", 8)),
+        ("1xRTX 4090", Gpus(1, "RTX-4090", 8)),
+        ("1x72xgb200", Gpus(72, "GB200", 72)),
+        ("8xH100 NVL", Gpus(8, "H100-NVL", 8)),
     ],
 )
 def test_gpus(text: str, gpus: Gpus) -> None:
@@ -58,9 +61,17 @@ def test_a_device_is_no_gpu_whose_name_is_only_part_of_its_own() -> None:
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
         ("NVIDIA H100 80GB HBM3", "H100-80GB"),
         ("NVIDIA H200", "H200"),
-        ("NVIDIA H20", None),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX-PRO-6000"),
+        ("NVIDIA RTX 6000 Ada Generation", None),
+        ("NVIDIA GB10", "DGX-Spark"),
+        ("AMD Instinct MI300X", "MI300X"),
         ("NVIDIA RTX A1000 Laptop GPU", None),
-        ("NVIDIA GH200 480GB", None),
     ]:
         found = gpu_of_device(device)
         assert (found and found.name) == name, device
@@ -82,10 +93,17 @@ def test_tokens(text: str, tokens: int) -> None:
         (["m"], "plan m: --gpus is missing, as in --gpus 8xH100"),
         (["m", "--gpus"], "--gpus: needs a value"),
         (["m", "--gpus", "H100"], "--gpus H100: needs a number and a name, as in --gpus 8xH100"),
-        (["m", "--gpus", "8xV100"], "--gpus 8xV100: V100 is not known; known are A100-80GB"),
-        (["m", "--gpus", "1xA10"], "--gpus 1xA10: A10 is not known; known are A100-80GB"),
-        (["m", "--gpus", "8xH20"], "--gpus 8xH20: H20 is not known; known are A100-80GB"),
-        (["m", "--gpus", "8xB20"], "--gpus 8xB20: B20 is not known; known are A100-80GB"),
+        (
+            ["m", "--gpus", "8xV100"],
+            "--gpus 8xV100: V100 is not known; near it: H100-80GB, A100-80GB",
+        ),
+        (["m", "--gpus", "1xA10"], "--gpus 1xA10: A10 is not known; near it: A100-80GB"),
+        (["m", "--gpus", "8xH10"], "--gpus 8xH10: H10 is not known; near it: H100-80GB"),
+        (["m", "--gpus", "8xB20"], "--gpus 8xB20: B20 is not known; near it: B200, GB200"),
+        (
+            ["m", "--gpus", "8xTPU"],
+            "--gpus 8xTPU: TPU is not known. Known are A100-80GB, H100-80GB",
+        ),
         (["m", "--gpus", "0xH100"], "--gpus 0xH100: needs from 1 to 1,048,576 GPUs"),
         (["m", "--gpus", "8xH100", "--seq-len", "long"], "--seq-len long: needs a number"),
         (["m", "--gpus", "8xH100", "--seq-len", "1.5"], "--seq-len 1.5: needs a number"),

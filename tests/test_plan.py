@@ -298,14 +298,28 @@ def test_everything_has_an_owner():
 
 
 def test_what_leaves_the_gpu_is_on_the_host():
+    from titan_ulysses.distributed.hardware import DISK_BANDWIDTH
+
     tokens, width = 4096, LLAMA["hidden_size"]
     plan = plan_of(activation_checkpoint__offload="host", plan__world_size=1)
     assert plan.host_components == {"checkpoints": 2 * tokens * width * LLAMA["num_hidden_layers"]}
     # Files have two page-locked buffers in front of them.
     files = plan_of(activation_checkpoint__offload="disk", plan__world_size=1)
     assert files.host_components == {"checkpoints": 2 * 2 * tokens * width}
+    assert files.disk_bytes == plan.host_bytes and files.fits and not plan.disk_bytes
+    back = files.time.hidden["checkpoints back"]
+    assert back == pytest.approx(files.disk_bytes / DISK_BANDWIDTH)
+    assert back > 10 * plan.time.hidden["checkpoints back"]
+    small = replace(files.setup, disk=0.9 * files.disk_bytes)
+    assert (full := replace(files, setup=small)).bottleneck == "disk" and not full.fits
     assert files.peak.bytes == plan.peak.bytes
     assert plan_of().host_bytes == 0
+    # Where host memory is the GPU's, nothing leaves it.
+    shared = plan_of(
+        activation_checkpoint__offload="host", plan__world_size=1, plan__gpu="dgx-spark"
+    )
+    reserved = sum(reserve.bytes for reserve in shared.setup.reserves)
+    assert shared.gpu_bytes == shared.peak.bytes + shared.host_bytes + reserved
     # A checkpoint that is written in the background is copied: what is trained, and its state.
     copy = plan_of(checkpoint__async_mode="async", training__skip_nonfinite=2)
     whole = sum(
@@ -647,6 +661,23 @@ def test_the_plan_says_what_further_documents_take():
     assert not any(note.startswith("documents: ") for note in alone.notes)
 
 
+def test_what_the_table_of_gpus_says_is_possible():
+    from titan_ulysses.distributed.hardware import GIB, GPUS, HOST_BANDWIDTH
+
+    for gpu in GPUS.values():
+        assert 0.5 * gpu.peak < gpu.matmul < gpu.peak, gpu.name
+        rates = [rate for both in gpu.attention.values() for rate in both]
+        assert "fa2" in gpu.attention and 0.1 * gpu.peak < min(rates), gpu.name
+        assert max(rates) < gpu.peak, gpu.name
+        assert 20 * GIB < gpu.memory < 300 * GIB, gpu.name
+        # Each link is slower than the one nearer to the GPU.
+        assert gpu.network <= gpu.node_link <= gpu.memory_bandwidth, gpu.name
+        assert gpu.host_link < gpu.memory_bandwidth, gpu.name
+        assert gpu.host_link <= gpu.host_bandwidth(1), gpu.name
+        own = gpu.own_host_bandwidth
+        assert gpu.host_bandwidth(4) == (4 * own or HOST_BANDWIDTH), gpu.name
+
+
 def test_the_kernel_of_attention():
     """FlashAttention 3 takes less time and, with grouped heads, less memory; deterministic
     algorithms take more.
@@ -914,8 +945,8 @@ def test_what_a_run_needs_to_stop(settings, bytes_of_a_weight, seconds):
     ("settings", "message"),
     [
         (
-            {"plan__gpu": "RTX 9999"},
-            r'plan.gpu = "RTX 9999": not known; known are A100-80GB, .*plan.gpu_memory_gib',
+            {"plan__gpu": "RTX 4080"},
+            r'plan.gpu = "RTX 4080": not known; near it: RTX-4090.*Known are.*plan.gpu_memory_gib',
         ),
         (
             {"plan__world_size": 6, "parallelism__sequence_parallel_degree": 4},
@@ -944,6 +975,7 @@ def test_preflight(monkeypatch):
     """A process of its own; nothing of it is left in this one. On a busy machine it is ready after
     the first step.
     """
+    from titan_ulysses.plan.__main__ import _plan_for_cpu
     from titan_ulysses.train import preflight
     from titan_ulysses.train.preflight import Preflight
 
@@ -953,9 +985,14 @@ def test_preflight(monkeypatch):
     assert small.lines()[0].endswith("`python train.py --plan` with these settings makes one.")
     assert small.obstacle() is None
     assert small.news() == small.measured(1.0) == []
-    enforced = Preflight(
-        config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None
-    )
+    with monkeypatch.context() as patch:
+        # In this process: test_out_of_memory_says_what_to_lower has a plan for CPUs in its own.
+        patch.setattr(
+            Preflight, "_start", lambda self, asked: vars(self).update(plan=_plan_for_cpu(asked))
+        )
+        enforced = Preflight(
+            config(plan__enforce=True, plan__host_memory_gib=1e-3), **run, gpu_memory=None
+        )
     assert "MiB of tensors at the peak of a rank" in enforced.lines()[0]
     assert "plan.enforce = true: the run needs" in enforced.obstacle()
     assert (

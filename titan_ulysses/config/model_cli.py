@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_ulysses.config.cli import parse_command_line
 from titan_ulysses.distributed.errors import UserError
-from titan_ulysses.distributed.hardware import GPUS, short_name
+from titan_ulysses.distributed.hardware import find_gpu, unknown_gpu
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _ROUND = 1024
@@ -60,25 +60,20 @@ class ModelCommand:
 def parse_gpus(text: str) -> Gpus:
     """Parse "8xH100", "32xH200" or, with the nodes in front, "4x4xA100".
 
-    The name is that of `hardware.GPUS`, with its memory or without: an A10 is no A100. UserError
-    with exit code 2 for others.
+    The name is that of `hardware.GPUS`, with its memory or without. UserError with exit code 2 for
+    others.
     """
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX]\s*)?(\d+)\s*[xX]\s*([A-Za-z]\S*)\s*", text)
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX]\s*)?(\d+)\s*[xX]\s*([A-Za-z][\w -]*)", text)
     if not match:
         raise UserError(
             f"--gpus {text}: needs a number and a name, as in --gpus 8xH100", exit_code=2
         )
     nodes, count, asked = int(match[1] or 1), int(match[2]), match[3]
-    names = [name for name in GPUS if asked.lower() in (name.lower(), short_name(name).lower())]
-    if len(names) != 1:
-        raise UserError(
-            f"--gpus {text}: {asked} is not known; known are {', '.join(GPUS)}. For another one "
-            "take the most similar of these, and add --plan.gpu_memory_gib with its memory.",
-            exit_code=2,
-        )
+    if (gpu := find_gpu(asked)) is None:
+        raise UserError(f"--gpus {text}: {asked} is {unknown_gpu(asked)}", exit_code=2)
     if not 1 <= nodes * count <= 2**20:
         raise UserError(f"--gpus {text}: needs from 1 to {2**20:,} GPUs", exit_code=2)
-    return Gpus(nodes * count, names[0], count if match[1] else _NODE)
+    return Gpus(nodes * count, gpu.name, count if match[1] else _NODE)
 
 
 def parse_tokens(text: str) -> int:

@@ -53,6 +53,9 @@ def say(console: Console, plan: Plan) -> None:
         limit = f" of {size_text(setup.host_memory)}" if setup.host_memory else ""
         parts = _listed(plan.host_components, size_text)
         tell(f"host memory of a node: {size_text(plan.host_bytes)}{limit} ({parts})")
+    if plan.disk_bytes:
+        limit = f" of {size_text(setup.disk)}" if setup.disk else ""
+        tell(f"files of a node: {size_text(plan.disk_bytes)}{limit}")
     for line in time_lines(plan):
         tell(line)
     tell(run_cost(plan).sentence())
@@ -64,8 +67,11 @@ def _listed(values: Mapping[str, float], text: Callable[[float], str]) -> str:
 
 
 def gpu_components(plan: Plan) -> dict[str, float]:
-    """Return the bytes of the peak by component, reserves included."""
-    return plan.peak.components | {one.what: one.bytes for one in plan.setup.reserves}
+    """Return the bytes of the peak by component, reserves included, and host memory where it is
+    the GPU's.
+    """
+    shared = {"host memory": plan.host_bytes} if plan.setup.gpu.shares_memory else {}
+    return plan.peak.components | {one.what: one.bytes for one in plan.setup.reserves} | shared
 
 
 def component_rows(plan: Plan) -> list[tuple[str, str, str]]:
@@ -137,6 +143,8 @@ def closing(plan: Plan, longest_seq_len: int, found: Sequence[SearchResult]) -> 
         reason = f"A GPU would need {size_text(plan.gpu_bytes)} of {size_text(setup.gpu_memory)}."
     elif not plan.host_fits:
         reason = f"A node would need {size_text(plan.host_bytes)} of host memory."
+    elif not plan.disk_fits:
+        reason = f"The files of a node would need {size_text(plan.disk_bytes)}."
     longer = _longest_sentence(setup, longest_seq_len, verified=bool(found))
     lengths = {one.plan.seq_len: one for one in reversed(found) if one.plan}
     most = max(lengths, default=0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from titan_ulysses.distributed.hardware import GPU, HOST_BANDWIDTH
+from titan_ulysses.distributed.hardware import DISK_BANDWIDTH, GPU
 from titan_ulysses.launch.nodes import neighbours_on_node
 from titan_ulysses.plan.memory import MemoryTracker, tensors_in
 
@@ -252,6 +252,7 @@ def step_time(
     gathered: float,
     reduced: float = 0,
     on_host: Mapping[str, float],
+    in_files: bool = False,
     gpu: GPU,
     links: Links,
     rates: dict[str, float],
@@ -259,13 +260,14 @@ def step_time(
     """Return the time of a step.
 
     exchanged and gathered: bytes of one rank in one step, of the exchanges and of FSDP's
-    collectives; reduced: those of the shards that are summed over replicas. on_host: its bytes in
-    host memory, by component, of the checkpoints those of all micro-batches. Checkpoints are copied
-    to the host and back. Offloaded parameters are copied to the GPU twice, and their gradients to
-    the host once. An optimizer that has only its state on the host fetches the state and sends it
-    back. An optimizer whose parameters are on the host too runs there, at the speed of host memory.
-    On a single GPU, FSDP2 copies parameters on the stream that computes
-    (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that nothing overlaps.
+    collectives; reduced: those of the shards that are summed over replicas. on_host: its bytes off
+    the device, by component, of the checkpoints those of all micro-batches. Checkpoints are copied
+    off the device and back; in_files: they and hidden states are in files. Offloaded parameters are
+    copied to the GPU twice, and their gradients to the host once. An optimizer that has only its
+    state on the host fetches the state and sends it back. An optimizer whose parameters are on the
+    host too runs there, at the speed of host memory. On a single GPU, FSDP2 copies parameters on
+    the stream that computes (FSDPParamGroup.wait_for_unshard, where the world size is 1), so that
+    nothing overlaps.
     rates: see `Setup.rates`.
     """
     seconds = Counter(
@@ -285,17 +287,20 @@ def step_time(
     components = ("checkpoints", "parameters", "gradients", "optimizer state")
     checkpoints, parameters, gradients, state = (on_host.get(name, 0) for name in components)
     to_gpu, to_host = 2 * parameters / gpu.host_link, gradients / gpu.host_link
-    alone = links.world == 1
+    alone, copies = links.world == 1, gpu.host_link
+    if in_files:
+        copies = min(copies, DISK_BANDWIDTH)
     hidden = {
         "FSDP": links.fsdp_seconds(gathered, gpu) + links.replica_seconds(reduced, gpu),
-        "checkpoints to the host": checkpoints / gpu.host_link,
-        "checkpoints back": checkpoints / gpu.host_link,
+        "checkpoints to the host": checkpoints / copies,
+        "checkpoints back": checkpoints / copies,
         "parameters": to_host if alone else to_gpu + to_host,
-        "hidden states": (cost.total(TO_DEVICE) + cost.total(OFF_DEVICE)) / gpu.host_link,
+        "hidden states": (cost.total(TO_DEVICE) + cost.total(OFF_DEVICE)) / copies,
     }
     update = 2 * state / gpu.host_link
     if parameters:
-        update = (2 * (parameters + state) + gradients) * links.ranks_per_node / HOST_BANDWIDTH
+        ranks = links.ranks_per_node
+        update = (2 * (parameters + state) + gradients) * ranks / gpu.host_bandwidth(ranks)
     computed = {"checkpoints to the host": forward, "checkpoints back": backward}
     both = forward + backward
     waits = {name: max(0.0, s - computed.get(name, both)) for name, s in hidden.items()}

@@ -54,13 +54,15 @@ def estimate_plan(setup: Setup) -> Estimate:
         each(*({kind: both[of] for kind, both in plan.collectives.items()} for plan in (few, more)))
         for of in (0, 1)
     )
+    host_bytes = at_all_layers(few.host_bytes, more.host_bytes)
     return Estimate(
         setup,
         Cost(Counter(each(few.cost.amounts, more.cost.amounts))),
         {kind: (calls[kind], sizes[kind]) for kind in calls},
         each(few.on_host, more.on_host),
-        gpu_bytes=peak + sum(reserve.bytes for reserve in setup.reserves),
-        host_bytes=at_all_layers(few.host_bytes, more.host_bytes),
+        gpu_bytes=peak + setup.beside(host_bytes),
+        host_bytes=host_bytes,
+        on_disk=each(few.on_disk, more.on_disk),
     )
 
 

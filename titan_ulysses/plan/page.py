@@ -44,6 +44,7 @@ def write_plan_page(
         ("mesh", setup.mesh),
         ("memory of a GPU", f"{size_text(plan.gpu_bytes)} of {size_text(setup.gpu_memory)}"),
         ("host memory of a node", f"{size_text(plan.host_bytes)}{host}"),
+        *([("files of a node", size_text(plan.disk_bytes))] if plan.disk_bytes else []),
         ("a step", f"{time_text(plan.time.seconds)}, MFU {plan.mfu:.1%}"),
     ]
     if values["longest_seq_len"] is not None:

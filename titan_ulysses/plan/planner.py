@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, update_wrapper
 from math import inf
 
@@ -44,6 +44,8 @@ class Setup:
     gpu_memory: float
     host_memory: float | None
     """bytes of host memory of a node; None: not known, so not checked"""
+    disk: float | None = None
+    """bytes for the files of a node; None: not known, so not checked"""
 
     @property
     def config(self) -> Config:
@@ -139,6 +141,13 @@ class Setup:
             flex_tokens=flex_tokens,
         )
 
+    def beside(self, host_bytes: float) -> float:
+        """Return the bytes that a GPU has beside its tensors: the reserves, and where host memory
+        is the GPU's, the host memory of a node (of one GPU).
+        """
+        shared = host_bytes if self.gpu.shares_memory else 0
+        return sum(reserve.bytes for reserve in self.reserves) + shared
+
     @property
     def tokens_per_step(self) -> int:
         return self.degrees.global_batch_size * self.config.training.seq_len
@@ -160,6 +169,7 @@ def set_up(config: Config) -> Setup:
         gpu,
         gpu_memory=plan.gpu_memory_gib * GIB or gpu.memory,
         host_memory=plan.host_memory_gib * GIB or None,
+        disk=plan.disk_gib * GIB or None,
     )
     gpu.attention_rates(setup.attention_kernel)  # UserError where the kernel does not run
     return setup
@@ -217,9 +227,11 @@ class Estimate:
     on_host: Mapping[str, float]
     """bytes of one rank in host memory at its peak, by component"""
     gpu_bytes: float
-    """the peak memory of one GPU, reserves included"""
+    """the peak memory of one GPU, reserves included, and host memory where it is the same"""
     host_bytes: float
     """the peak of a node's host memory"""
+    on_disk: Mapping[str, float] = field(default_factory=dict, kw_only=True)
+    """bytes of one rank in files at their peak, by component"""
 
     @property
     def seq_len(self) -> int:
@@ -234,8 +246,17 @@ class Estimate:
         return self.setup.host_memory is None or self.host_bytes <= self.setup.host_memory
 
     @property
+    def disk_bytes(self) -> float:
+        """The bytes of a node's files."""
+        return sum(self.on_disk.values()) * self.setup.ranks_per_node
+
+    @property
+    def disk_fits(self) -> bool:
+        return self.setup.disk is None or self.disk_bytes <= self.setup.disk
+
+    @property
     def fits(self) -> bool:
-        return self.gpu_fits and self.host_fits
+        return self.gpu_fits and self.host_fits and self.disk_fits
 
     @property
     def fits_in_time(self) -> bool:
@@ -246,7 +267,9 @@ class Estimate:
     @cached_property
     def time(self) -> Time:
         degrees, links = self.setup.degrees, self.setup.links
-        checkpoints = self.on_host.get("checkpoints", 0) * degrees.accumulation_steps
+        on_disk = bool(self.on_disk)
+        place = self.on_disk if on_disk else self.on_host
+        checkpoints = place.get("checkpoints", 0) * degrees.accumulation_steps
         return step_time(
             self.cost,
             exchanged=self.sent("all_to_all"),
@@ -256,6 +279,7 @@ class Estimate:
             # The sums over replicas. The others are of a few bytes.
             reduced=self.sent("all_reduce") if degrees.replicate > 1 else 0,
             on_host={**self.on_host, "checkpoints": checkpoints},
+            in_files=on_disk,
             gpu=self.setup.gpu,
             links=links,
             rates=self.setup.rates,
@@ -324,12 +348,14 @@ class Plan(Estimate):
 
     @property
     def bottleneck(self) -> str:
-        """What limits the step: "GPU memory" or "host memory" where it is too small, else what
-        limits the step's time.
+        """What limits the step: "GPU memory", "host memory" or "disk" where it is too small, else
+        what limits the step's time.
         """
         if not self.gpu_fits:
             return "GPU memory"
-        return self.time.bottleneck if self.host_fits else "host memory"
+        if not self.host_fits:
+            return "host memory"
+        return self.time.bottleneck if self.disk_fits else "disk"
 
 
 _MANY_LAYERS = 8
@@ -386,10 +412,11 @@ def make_plan(setup: Setup, *, wrap: Callable[..., object] = wrap) -> Plan:
         simulation.cost,
         simulation.collectives,
         host_peak.components,
-        gpu_bytes=peak.bytes + sum(reserve.bytes for reserve in setup.reserves),
+        gpu_bytes=peak.bytes + setup.beside(host.total()),
         host_bytes=host.total(),
         simulation=simulation,
         peak=peak,
+        on_disk=memory.peak("disk", first=start).components,
         host_components=dict(host.most_common()),
         notes=tuple(notes),
     )

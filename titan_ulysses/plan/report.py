@@ -99,6 +99,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "gpu_tensors_gib": plan.peak.bytes / GIB,
         "gpu_memory_gib": plan.setup.gpu_memory / GIB,
         "host_peak_gib": plan.host_bytes / GIB,
+        "disk_gib": plan.disk_bytes / GIB,
         "step_seconds": plan.time.seconds,
         "mfu": plan.mfu,
         "run": asdict(run_cost(plan)),

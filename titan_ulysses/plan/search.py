@@ -80,6 +80,7 @@ def limit(setup: Setup, a: Estimate, b: Estimate) -> int:
     for memory, low, high in (
         (setup.gpu_memory, a.gpu_bytes, b.gpu_bytes),
         (setup.host_memory or inf, a.host_bytes, b.host_bytes),
+        (setup.disk or inf, a.disk_bytes, b.disk_bytes),
     ):
         slope = (high - low) / (b.seq_len - a.seq_len)
         if slope > 0:

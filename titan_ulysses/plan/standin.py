@@ -16,7 +16,15 @@ from titan_ulysses.distributed.sequence import Documents
 from titan_ulysses.plan.cost import Amount
 from titan_ulysses.plan.memory import MemoryTracker
 from titan_ulysses.ulysses.flash_cuda import CUDA_BLOCK
-from titan_ulysses.ulysses.scores import PieceKernels, Scores, of_one_size, with_equal_sizes
+from titan_ulysses.ulysses.pieces import attend_documents
+from titan_ulysses.ulysses.scores import (
+    PieceKernels,
+    Scores,
+    of_documents,
+    of_one_size,
+    with_equal_sizes,
+)
+from titan_ulysses.ulysses.sparse import CHOSEN
 
 
 class Standin:
@@ -51,7 +59,11 @@ class Standin:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> Tensor:
+        if chosen is not None:  # gathers and matrix products, the same on every device
+            scores = of_documents(documents, scale, chosen=chosen)
+            return attend_documents(q, k, v, sinks, scores)
         pairs = sum(_pairs(length, window) for row in documents for length in row)
         self._note(Fraction(pairs, len(documents)))
         grouped = q.shape[2] != k.shape[2]
@@ -68,6 +80,8 @@ class Standin:
         return PieceKernels(self._forward, self._backward)
 
     def _forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        if scores.chosen is not None:
+            return CHOSEN.forward(q, k, v, scores)
         self._note(_pairs_of_pieces(scores))
         size = v.shape[-1]
         output, lse = _FORWARD(*_heads_first(q, k, v), 0.0, False, scale=scores.scale)
@@ -87,6 +101,8 @@ class Standin:
         dv: Tensor,
     ) -> Tensor:
         """Do what `CUDA_FLASH` does: the queries' own keys, then blocks of earlier ones."""
+        if scores.chosen is not None:
+            return CHOSEN.backward(grad, q, k, v, output, lse, scores, dk=dk, dv=dv)
         pairs, size = _pairs_of_pieces(scores), q.shape[-1]
         own = len(k) if scores.ahead else len(q)
         starts = [*range(own, len(k), CUDA_BLOCK)]
