@@ -776,7 +776,8 @@ def test_bytes_of_other_kernels():
 
     aten = torch.ops.aten
     here = SimpleNamespace(phase="forward")
-    counter = CostCounter(SimpleNamespace(attribution=here, weight=3, events=[]), {})
+    tracker = SimpleNamespace(attribution=here, weight=3, events=[], layer=None)
+    counter = CostCounter(tracker, {})
     x, y = torch.ones(4, 8), torch.ones(4, 8)
     size = 4 * 8 * 4
     for func, args, moved in (
